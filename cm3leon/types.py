@@ -1,0 +1,118 @@
+"""The nouns of the project, and the legend of its shape letters.
+
+A *segment* is a run of text or one image; a *document* is segments in order; a *sample* is what one training example
+holds: retrieved documents, then the query document; a *block* is `seq_len` positions holding packed samples.
+
+Names of arrays and tensors end in their shape, one letter a dimension:
+
+    B  batch (blocks, rows or images)        V  vocabulary
+    T  positions (tokens) of a sequence      D  width of the model or of an embedding
+    S  positions attended to (keys)          A  attention heads
+    N  codes of one image                    E  size of one attention head
+    C  image channels                        K  retrieved documents, or candidates
+    H  image height    W  image width        Q  queries
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+Modality = Literal["text", "image"]
+
+
+class UserError(ValueError):
+    """A user's mistake: its message is one sentence (what, where, what is allowed) shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A run of text."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSegment:
+    """One image: `pixels_HWC`, uint8 RGB."""
+
+    pixels_HWC: np.ndarray
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Segments in order, under an id unique in its corpus. `label` is the known class, where the source has one."""
+
+    id: str
+    segments: tuple[Segment, ...]
+    label: int | None = None
+
+    @property
+    def text(self) -> str:
+        """All text of the document, runs joined by a space."""
+        return " ".join(segment.text for segment in self.segments if isinstance(segment, TextSegment))
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """Pixels (H, W, C) of the first image, None without one."""
+        return next((s.pixels_HWC for s in self.segments if isinstance(s, ImageSegment)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSegment:
+    """A segment as ids of the whole vocabulary: `ids_T`, int64, without `<break>` or `<eos>`."""
+
+    modality: Modality
+    ids_T: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDocument:
+    """A document after both tokenizers."""
+
+    id: str
+    segments: tuple[TokenSegment, ...]
+
+    def segment(self, modality: Modality) -> TokenSegment | None:
+        """The first segment of that modality, None without one."""
+        return next((s for s in self.segments if s.modality == modality), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What one training example holds: `retrieved` documents, the closest last, then the `query` document."""
+
+    query: TokenDocument
+    retrieved: tuple[TokenDocument, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """`seq_len` positions holding packed samples, as numpy arrays of shape (T,).
+
+    `target_T[t]` is the token after `ids_T[t]` in the same sample; `weight_T` is its share in the loss (0 for
+    sentinels, padding and the last position of a sample). `sample_T` numbers the samples of the block from 0, -1 is
+    padding: attention never crosses it. `position_T` restarts at 0 in every sample.
+    """
+
+    ids_T: np.ndarray
+    target_T: np.ndarray
+    weight_T: np.ndarray
+    sample_T: np.ndarray
+    position_T: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Blocks stacked as tensors of shape (B, T); the fields are those of `Block`."""
+
+    ids_BT: torch.Tensor
+    target_BT: torch.Tensor
+    weight_BT: torch.Tensor
+    sample_BT: torch.Tensor
+    position_BT: torch.Tensor
+    meta: dict[str, object] = field(default_factory=dict)
