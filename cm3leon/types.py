@@ -13,11 +13,14 @@ Names of arrays and tensors end in their shape, one letter a dimension:
     H  image height    W  image width        Q  queries
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from __future__ import annotations
 
-import numpy as np
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the command line imports this module, and has to answer before torch is loaded
+    import numpy as np
+    import torch
 
 Modality = Literal["text", "image"]
 
@@ -115,4 +118,3 @@ class Batch:
     weight_BT: torch.Tensor
     sample_BT: torch.Tensor
     position_BT: torch.Tensor
-    meta: dict[str, object] = field(default_factory=dict)
