@@ -1,0 +1,579 @@
+"""Typed configuration: plain mappings (YAML, command line) to checked dataclasses and back.
+
+A config class is a keyword-only dataclass with one sentence under every field:
+
+    @dataclass(kw_only=True)
+    class Config:
+        layers: PositiveInt = 24
+        \"\"\"Number of transformer layers.\"\"\"
+
+`from_mapping(Config, {"layers": 0}, "model")` then raises UserError("model.layers is 0; it must be int >= 1").
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from cm3leon.types import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
+Override = tuple[tuple[str, ...], Any]
+
+_package = Path(__file__).resolve().parent
+SHIPPED = _package if (_package / "experiments.yaml").is_file() else _package.parent
+"""The folder that holds experiments.yaml and experiments/: the package in a wheel, the repository in a clone."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, written `Annotated[int, Range(ge=1)]`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies within the bounds; NaN never does."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def text(self, base: str) -> str:
+        """The bounds around the name of a type: `int >= 1`, `0 <= float <= 1`."""
+        lower = f"{self.ge} <= " if self.ge is not None else f"{self.gt} < " if self.gt is not None else ""
+        upper = f" <= {self.le}" if self.le is not None else f" < {self.lt}" if self.lt is not None else ""
+        if lower and not upper:
+            return f"{base} >= {self.ge}" if self.ge is not None else f"{base} > {self.gt}"
+        return f"{lower}{base}{upper}"
+
+
+PositiveInt = Annotated[int, Range(ge=1)]
+NonNegativeInt = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Probability = Annotated[float, Range(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component chosen by its registry name, with its checked `Config`; the registry builds it.
+
+    A field for one is annotated `Annotated[Component, MODELS]`; in YAML it is `{name: cm3leon, layers: 24}`, or the
+    bare name.
+    """
+
+    name: str
+    config: Any
+
+
+class ComponentChecker(Protocol):
+    """What the metadata of an `Annotated[Component, ...]` has to offer; registries do."""
+
+    kind: str
+
+    def check(self, section: Any, where: str) -> Component:
+        """Checks a section of a config, named by its dotted path."""
+
+
+@dataclass(frozen=True)
+class FieldDoc:
+    """One field of a config class, as text for people."""
+
+    name: str
+    type: str
+    default: str
+    sentence: str
+
+
+# ------------------------------------------------------------------------------------------------ mapping -> dataclass
+
+
+def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
+    """Builds a config dataclass from plain data; `where` is the dotted path of the mapping, for messages.
+
+    A method `check(self)` of the dataclass, if any, is called on the result: it raises ValueError for fields that do
+    not go together.
+
+    Raises:
+        UserError: for an unknown or missing key, a wrong type, a value out of range, or a failed `check`.
+    """
+    if not isinstance(mapping, Mapping):
+        raise _not_allowed(where, mapping, "a section of key: value")
+    hints = _hints(cls)
+    for key in mapping:
+        if key not in hints:
+            raise UserError(f"{_join(where, key)} is not a known key; {choices(str(key), hints)}")
+    values = {}
+    for field in dataclasses.fields(cls):
+        path = _join(where, field.name)
+        if field.name in mapping:
+            value = _with_default_name(field, hints[field.name], mapping[field.name])
+            values[field.name] = _convert(hints[field.name], value, path)
+        elif _is_required(field):
+            raise UserError(f"{path} is missing; it must be {type_text(hints[field.name])}")
+    config = cls(**values)
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except ValueError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error
+    return config
+
+
+def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
+    """Completes `{nodes: 4}` to `{name: slurm, nodes: 4}` where the field has a default component."""
+    nameless = isinstance(value, Mapping) and "name" not in value
+    if nameless and _checker(annotation) is not None and not _is_required(field):
+        default = _default(field)
+        return value if default is None else {**to_mapping(default), **value}
+    return value
+
+
+def _convert(annotation: Any, value: Any, where: str) -> Any:
+    """The value as the annotated type."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    checker = _checker(annotation)
+    if checker is not None and (value is not None or not _is_union(annotation)):
+        return checker.check(value, where)
+    if origin is Annotated:
+        return _convert_in_range(annotation, value, where)
+    if _is_union(annotation):
+        return _convert_union(annotation, value, where)
+    if dataclasses.is_dataclass(annotation):
+        return from_mapping(typing.cast(type, annotation), value, where)
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_convert(args[0], item, _join(where, index)) for index, item in enumerate(value)]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(args) == 2 and args[1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) == len(value):
+            return tuple(_convert(args[index], item, _join(where, index)) for index, item in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return dict((_convert(args[0], key, where), _convert(args[1], value[key], _join(where, key))) for key in value)
+    if origin is Literal and any(value == arg and type(value) is type(arg) for arg in args):
+        return value
+    return _convert_scalar(annotation, value, where)
+
+
+def _convert_scalar(annotation: Any, value: Any, where: str) -> Any:
+    if annotation is Any or (annotation in (bool, str) and isinstance(value, annotation)):
+        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int and is_number and isinstance(value, int):
+        return value
+    if annotation is float and (is_number or (isinstance(value, str) and _FLOAT.match(value))):
+        return float(value)
+    if annotation is Path and isinstance(value, (str, Path)):
+        # The shell leaves the ~ of key=~/folder alone.
+        return Path(value).expanduser() if str(value).startswith("~/") else Path(value)
+    if value is None and annotation is types.NoneType:
+        return None
+    raise _not_allowed(where, value, type_text(annotation))
+
+
+def _convert_in_range(annotation: Any, value: Any, where: str) -> Any:
+    base, *metadata = get_args(annotation)
+    bounds = [item for item in metadata if isinstance(item, Range)]
+    try:
+        number = _convert(base, value, where)
+    except UserError:
+        if bounds:  # say the bounds too, so that the next try is right
+            raise _not_allowed(where, value, type_text(annotation)) from None
+        raise
+    if not all(item.holds(number) for item in bounds):
+        raise _not_allowed(where, value, type_text(annotation))
+    return number
+
+
+def _convert_union(annotation: Any, value: Any, where: str) -> Any:
+    if value is None and types.NoneType in get_args(annotation):
+        return None
+    members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
+    if len(members) == 1 and isinstance(value, (Mapping, list, tuple)):
+        return _convert(members[0], value, where)  # its message names the item at fault
+    for member in members:
+        try:
+            return _convert(member, value, where)
+        except UserError:
+            continue
+    raise _not_allowed(where, value, type_text(annotation))
+
+
+def _not_allowed(where: str, value: Any, allowed: str) -> UserError:
+    return UserError(f"{where or 'the config'} is {_shown(value)}; it must be {allowed}")
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+# ------------------------------------------------------------------------------------------------ dataclass -> mapping
+
+
+def to_mapping(config: Any) -> Any:
+    """Plain data that YAML can hold; `from_mapping` is its inverse. Components become `{name: ..., **fields}`."""
+    if isinstance(config, Component):
+        return {"name": config.name, **to_mapping(config.config)}
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_mapping(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_mapping(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_mapping(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+# ------------------------------------------------------------------------------------------------ description
+
+
+def describe(cls: type, defaults: Mapping[str, Any] | None = None) -> list[FieldDoc]:
+    """The fields of a config class in order, those of nested dataclasses under their dotted names.
+
+    `defaults` are plain values that stand in for the defaults of the class.
+    """
+    return list(_describe(cls, defaults or {}, ""))
+
+
+def _describe(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[FieldDoc]:
+    hints, sentences = _hints(cls), _sentences(cls)
+    for field in dataclasses.fields(cls):
+        annotation, name = hints[field.name], prefix + field.name
+        nested = _nested_dataclass(annotation)
+        if field.name in defaults and not nested:
+            default = _shown(to_mapping(defaults[field.name]))
+        elif _is_required(field):
+            default = "required"
+        else:
+            value = _default(field)
+            default = "" if nested and value is not None else _shown(to_mapping(value))
+        yield FieldDoc(name, type_text(annotation), default, sentences.get(field.name, ""))
+        if nested:
+            yield from _describe(nested, defaults.get(field.name, {}), f"{name}.")
+
+
+def check_config_class(cls: type) -> None:
+    """Checks that a class can serve as a config.
+
+    Raises:
+        TypeError: for a class that is no keyword-only dataclass, a field without a sentence, or a type that a config
+            cannot hold.
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls.__qualname__} must be a dataclass")
+    hints, sentences = _hints(cls), _sentences(cls)
+    for field in dataclasses.fields(cls):
+        if not field.kw_only:
+            raise TypeError(f"{cls.__qualname__}.{field.name} must be keyword-only: use @dataclass(kw_only=True)")
+        if not sentences.get(field.name):
+            raise TypeError(f"{cls.__qualname__}.{field.name} needs one sentence (a string) under it")
+        type_text(hints[field.name])
+        nested = _nested_dataclass(hints[field.name])
+        if nested:
+            check_config_class(nested)
+
+
+def component_sections(cls: type) -> frozenset[str]:
+    """Dotted paths of the component fields of a config class; `*` stands for the index in a list of components."""
+    paths = set()
+    for name, annotation in _hints(cls).items():
+        nested = _nested_dataclass(annotation)
+        if _checker(annotation):
+            paths.add(name)
+        elif get_origin(annotation) is list and _checker(get_args(annotation)[0]):
+            paths.add(f"{name}.*")
+        elif nested:
+            paths |= {f"{name}.{path}" for path in component_sections(nested)}
+    return frozenset(paths)
+
+
+_NAMES = {bool: "true or false", int: "int", float: "float", str: "str", Path: "path", Any: "anything"}
+
+
+def type_text(annotation: Any) -> str:
+    """An annotation in words: `int >= 1`, `list of str`, `path or null`.
+
+    Raises:
+        TypeError: for a type that a config cannot hold.
+    """
+    origin, args = get_origin(annotation), get_args(annotation)
+    checker = _checker(annotation)
+    if checker is not None:
+        return f"{checker.kind} (name or section)" + (" or null" if _is_union(annotation) else "")
+    if origin is Annotated:
+        text = type_text(args[0])
+        for bounds in annotation.__metadata__:
+            text = bounds.text(text) if isinstance(bounds, Range) else text
+        return text
+    if _is_union(annotation):
+        members = [type_text(arg) for arg in args if arg is not types.NoneType]
+        return " or ".join([*members, "null"] if types.NoneType in args else members)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
+    if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
+        return f"list of {type_text(args[0])}"
+    if origin is tuple:
+        return f"list of {len(args)} ({', '.join(map(type_text, args))})"
+    if origin is dict and args[0] is str:
+        return f"mapping from str to {type_text(args[1])}"
+    if dataclasses.is_dataclass(annotation) and annotation is not Component:
+        return "a section of key: value"
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    raise TypeError(f"a config cannot hold the type {annotation!r}")
+
+
+def choices(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, if any is near, and the list."""
+    known = sorted(names)
+    best = nearest(name, known)
+    listed = f"known: {', '.join(known)}" if known else "none is known"
+    return f"did you mean {best}? ({listed})" if best else listed
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name most like the given one, None where none is alike."""
+    by_lower = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[found[0]] if found else None
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML would write it, cut where it is long."""
+    return textwrap.shorten(json.dumps(value, default=str, ensure_ascii=False), 100, placeholder=" ...")
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _checker(annotation: Any) -> ComponentChecker | None:
+    """The registry of `Annotated[Component, REGISTRY]`, also where it is `| None`; None for any other annotation."""
+    if _is_union(annotation):
+        return next(filter(None, map(_checker, get_args(annotation))), None)
+    if get_origin(annotation) is Annotated and get_args(annotation)[0] is Component:
+        return annotation.__metadata__[0]
+    return None
+
+
+def _nested_dataclass(annotation: Any) -> type | None:
+    """The dataclass of `X` or `X | None`, None for any other annotation."""
+    members = get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)  # type: ignore[return-value]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _sentences(cls: type) -> dict[str, str]:
+    """The string under each field, inherited fields included. A class without source has none."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+        for statement, below in itertools.pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
+                found[statement.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ YAML
+
+_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses duplicate keys, and reads numbers as YAML 1.2 does: 1e-4 is one; 16:9 and 2024-01-31 are strings."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rsplit(":")[-1] in ("null", "bool")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value} is given twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML file whose top is a mapping.
+
+    Raises:
+        UserError: with file and line, for a missing file, bad syntax, a duplicate key, or another top.
+    """
+    try:
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {_shown(content)}; it must hold a section of key: value")
+    return content
+
+
+def dump_yaml(mapping: Mapping[str, Any]) -> str:
+    """The mapping as YAML, keys in their order."""
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    return f"{line}: {problem or error}"
+
+
+# ------------------------------------------------------------------------------------------------ overrides
+
+
+def parse_override(text: str) -> Override:
+    """`"model.layers=2"` -> `(("model", "layers"), 2)`; the value is a YAML scalar, or a list or mapping in brackets.
+
+    Raises:
+        UserError: for text without `=`, an empty part of the key, or bad YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{text} has no value; write {text}=VALUE")
+    return split_key(key), _parse_value(key, value.strip())
+
+
+def split_key(key: str) -> tuple[str, ...]:
+    """`"model.layers"` -> `("model", "layers")`.
+
+    Raises:
+        UserError: for an empty part.
+    """
+    parts = tuple(key.strip().split("."))
+    if not all(parts):
+        raise UserError(f"the key {_shown(key)} has an empty part; write section.key=VALUE")
+    return parts
+
+
+def _parse_value(key: str, text: str) -> Any:
+    if text.startswith(("[", "{", '"', "'")):
+        try:
+            return _parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key} is {text}, which is not valid YAML{_reason(error)}") from error
+    # A plain scalar taken whole: inside it neither ": " nor " #" means anything.
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def apply_overrides(
+    mapping: Mapping[str, Any], overrides: Iterable[Override], component_sections: Collection[str] = ()
+) -> dict[str, Any]:
+    """A copy of the mapping with the overrides applied in order.
+
+    A path in `component_sections` (see the function of that name) takes a bare name: one that differs from the current
+    replaces the section, so that no key of the old component leaks into the new one.
+
+    Raises:
+        UserError: where a path leads through something that is no section, or past the end of a list.
+    """
+    result = copy.deepcopy(dict(mapping))
+    for path, value in overrides:
+        parent: Any = result
+        for depth in range(1, len(path)):
+            parent = _section(parent, path[:depth], component_sections)
+        key = _key(parent, path)
+        if _pattern(path) in component_sections and isinstance(value, str):
+            current = parent.get(key) if isinstance(parent, dict) else parent[key]
+            current = {"name": current} if isinstance(current, str) else current or {}
+            value = current if current.get("name") == value else {"name": value}
+        parent[key] = copy.deepcopy(value)
+    return result
+
+
+def _section(parent: Any, path: tuple[str, ...], component_sections: Collection[str]) -> Any:
+    """The mapping or list at the path, made where there is none yet."""
+    key = _key(parent, path)
+    current = parent.get(key) if isinstance(parent, dict) else parent[key]
+    if current is None:
+        current = {}
+    elif isinstance(current, str) and _pattern(path) in component_sections:
+        current = {"name": current}
+    parent[key] = current
+    if not isinstance(current, (dict, list)):
+        raise UserError(f"{'.'.join(path)} is {_shown(current)}; it has no keys to set")
+    return current
+
+
+def _key(parent: Any, path: tuple[str, ...]) -> Any:
+    key = path[-1]
+    if isinstance(parent, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(parent):
+        raise UserError(f"{'.'.join(path)} does not exist; {'.'.join(path[:-1])} is a list of {len(parent)}, from 0")
+    return int(key)
+
+
+def _pattern(path: tuple[str, ...]) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in path)

@@ -1,0 +1,291 @@
+"""Components by name, and the discovery of the modules that register them.
+
+@MODELS.register("cm3leon")
+class Transformer:
+    \"\"\"Decoder-only transformer.\"\"\"
+
+    @dataclass(kw_only=True)
+    class Config:
+        layers: PositiveInt = 24
+        \"\"\"Number of layers.\"\"\"
+
+    def __init__(self, config: Config, *, vocab: Vocabulary) -> None: ...
+
+MODELS.preset("cm3leon_7b", of="cm3leon", layers=32)
+model = MODELS.build({"name": "cm3leon_7b"}, vocab=vocab)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from cm3leon.config import Component, FieldDoc, check_config_class, choices, describe, from_mapping
+from cm3leon.types import UserError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class PluginError(RuntimeError):
+    """A plugin that could not be imported; the cause carries its own traceback."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    cls: Any
+    module: str
+    defaults: Mapping[str, Any]
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name. Each has a nested `Config`, and is built as `cls(config, **runtime)`."""
+
+    def __init__(self, kind: str, plural: str) -> None:
+        self.kind = kind
+        self.plural = plural
+        self._entries: dict[str, _Entry] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator that registers a component.
+
+        Raises:
+            TypeError: for a taken name, or a class whose `Config` is missing or not fit to be one.
+        """
+
+        def add(cls: C) -> C:
+            config_class = getattr(cls, "Config", None)
+            if config_class is None:
+                raise TypeError(f"{cls.__qualname__} needs a nested dataclass Config to be registered as {name}")
+            check_config_class(config_class)
+            if "name" in (field.name for field in fields(config_class)):
+                raise TypeError(f"{cls.__qualname__}.Config.name: that key holds the component's name; choose another")
+            self._add(name, _Entry(cls, cls.__module__, {}))
+            return cls
+
+        return add
+
+    def preset(self, name: str, of: str, **defaults: Any) -> None:
+        """Registers the class of another name again, with other (plain) default values.
+
+        Raises:
+            TypeError: for a taken name or an unknown field.
+        """
+        base = self._entry(of, "")
+        known = [field.name for field in fields(base.cls.Config)]
+        for key in defaults:
+            if key not in known:
+                raise TypeError(f"preset {name}: {key} is not a field of {of}; {choices(key, known)}")
+        caller = sys._getframe(1).f_globals["__name__"]
+        self._add(name, _Entry(base.cls, caller, _merged(base.defaults, defaults)))
+
+    def _add(self, name: str, entry: _Entry) -> None:
+        if name in self._entries:
+            taken = f"{_origin(self._entries[name].module)}; the second is from {_origin(entry.module)}"
+            raise TypeError(f"the {self.kind} {name} is registered twice: the first is from {taken}")
+        self._entries[name] = entry
+
+    def _entry(self, name: str, where: str) -> _Entry:
+        if name not in self._entries:
+            what = f"{where} is {name}, which" if where else str(name)
+            raise UserError(f"{what} is not a known {self.kind}; {choices(str(name), self._entries)}")
+        return self._entries[name]
+
+    def get(self, name: str) -> Any:
+        """The class of that name.
+
+        Raises:
+            UserError: for an unknown name.
+        """
+        return self._entry(name, "").cls
+
+    def check(self, section: Any, where: str = "") -> Component:
+        """Checks a section `{name: ..., **fields}`, or a bare name, against the `Config` of the component it names.
+
+        Raises:
+            UserError: for an unknown name, or fields that the `Config` refuses.
+        """
+        where = where or self.kind
+        section = {"name": section} if isinstance(section, str) else section
+        if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+            given = "has no name" if isinstance(section, Mapping) else "is not a section"
+            raise UserError(f"{where} {given}; it must name a {self.kind} (known: {', '.join(self.names())})")
+        name = section["name"]
+        entry = self._entry(name, f"{where}.name")
+        given_fields = {key: value for key, value in section.items() if key != "name"}
+        return Component(name, from_mapping(entry.cls.Config, _merged(entry.defaults, given_fields), where))
+
+    def build(self, section: Component | Mapping[str, Any] | str, **runtime: Any) -> T:
+        """Builds a component; `runtime` holds what no config can: vocabulary, device, other components.
+
+        Raises:
+            UserError: as `check` does.
+        """
+        component = section if isinstance(section, Component) else self.check(section)
+        return self.get(component.name)(component.config, **runtime)
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def origin(self, name: str) -> str:
+        """Where a component comes from: `built-in`, `plugins/<folder>`, an entry point, or a path."""
+        return _origin(self._entry(name, "").module)
+
+    def config_class(self, name: str) -> Any:
+        """The `Config` of a component, without the defaults of a preset."""
+        return self._entry(name, "").cls.Config
+
+    def describe(self, name: str) -> list[FieldDoc]:
+        """The fields of a component, with the defaults of a preset."""
+        entry = self._entry(name, "")
+        return describe(entry.cls.Config, entry.defaults)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; sections present in both are merged in turn."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+SOURCES: Registry[Any] = Registry("source", "sources")
+IMAGE_TOKENIZERS: Registry[Any] = Registry("image tokenizer", "image tokenizers")
+RETRIEVERS: Registry[Any] = Registry("retriever", "retrievers")
+OBJECTIVES: Registry[Any] = Registry("objective", "objectives")
+MODELS: Registry[Any] = Registry("model", "models")
+DECODERS: Registry[Any] = Registry("decoder", "decoders")
+TASKS: Registry[Any] = Registry("task", "tasks")
+METRICS: Registry[Any] = Registry("metric", "metrics")
+LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
+
+REGISTRIES = (SOURCES, IMAGE_TOKENIZERS, RETRIEVERS, OBJECTIVES, MODELS, DECODERS, TASKS, METRICS, LAUNCHERS)
+
+
+# ------------------------------------------------------------------------------------------------ discovery
+
+BUILT_IN = (
+    "tokenizers",
+    "data",
+    "retrievers",
+    "objectives",
+    "models",
+    "training",
+    "decoders",
+    "tasks",
+    "evaluation",
+    "launch",
+)
+
+# Module name -> origin of the components registered in it and below it; the longest match counts.
+_origins = {"cm3leon": "built-in"}
+
+
+def _origin(module: str) -> str:
+    while module not in _origins and "." in module:
+        module = module.rpartition(".")[0]
+    return _origins.get(module, f"module {module}")
+
+
+def discover(plugins: Sequence[str | Path] = ()) -> None:
+    """Imports everything that may register components: built-in, `plugins/`, entry points, then the given paths.
+
+    May be called again, with other paths too; what is imported stays as it is.
+
+    Raises:
+        UserError: for a path that is neither a Python file nor a package, or a folder in `plugins/` that is no package.
+        PluginError: for a plugin that fails to import; its cause is the plugin's own error.
+    """
+    for name in BUILT_IN:
+        if importlib.util.find_spec(f"cm3leon.{name}"):
+            _import_all(f"cm3leon.{name}")
+    _load_plugins_folder()
+    for entry_point in importlib.metadata.entry_points(group="cm3leon.plugins"):
+        _load_entry_point(entry_point)
+    for path in plugins:
+        _load_path(Path(path).resolve())
+
+
+def _import_all(name: str) -> None:
+    """Imports a module and, if it is a package, all modules below it that are not tests."""
+    module = importlib.import_module(name)
+    for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if not info.name.startswith(("test_", "__")) and info.name != "tests":
+            _import_all(f"{name}.{info.name}")
+
+
+def _load_plugins_folder() -> None:
+    if not importlib.util.find_spec("cm3leon.plugins"):
+        return
+    package = importlib.import_module("cm3leon.plugins")
+    for folder in sorted(_folder_of(package).iterdir()):
+        if folder.is_dir() and any(folder.glob("*.py")) and not (folder / "__init__.py").is_file():
+            raise UserError(f"plugins/{folder.name} holds Python files but no __init__.py; add one, it may be empty")
+    for info in pkgutil.iter_modules(package.__path__):
+        if not info.name.startswith("test_") and info.name != "tests":
+            with _plugin(f"cm3leon.plugins.{info.name}", f"plugins/{info.name}") as name:
+                _import_all(name)
+
+
+def _load_entry_point(entry_point: importlib.metadata.EntryPoint) -> None:
+    distribution = f" ({entry_point.dist.name} {entry_point.dist.version})" if entry_point.dist else ""
+    with _plugin(entry_point.module, f"entry point {entry_point.name}{distribution}") as name:
+        _import_all(name)
+
+
+def _load_path(path: Path) -> None:
+    package_file = path / "__init__.py"
+    if not path.exists():
+        raise UserError(f"the plugin {path} does not exist")
+    if path.is_dir() != package_file.is_file() or (path.is_file() and path.suffix != ".py"):
+        raise UserError(f"the plugin {path} must be a .py file or a folder with an __init__.py")
+    plugins = importlib.util.find_spec("cm3leon.plugins")
+    if plugins and any(path.is_relative_to(folder) for folder in plugins.submodule_search_locations or ()):
+        return  # in the plugins folder, so already loaded
+    # Two plugins in different folders may share a file name, so the whole path makes the module's name.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    with _plugin(f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}", str(path)) as name:
+        if name not in sys.modules:
+            _import_file(name, package_file if path.is_dir() else path)
+        _import_all(name)
+
+
+def _import_file(name: str, file: Path) -> None:
+    folders = [str(file.parent)] if file.name == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _folder_of(package: ModuleType) -> Path:
+    return Path(package.__path__[0])
+
+
+@contextmanager
+def _plugin(module: str, origin: str) -> Iterator[str]:
+    """Names the origin of a module before its import, and the plugin at fault when the import fails."""
+    _origins.setdefault(module, origin)
+    try:
+        yield module
+    except Exception as error:
+        raise PluginError(f"plugin {origin} failed to import: {type(error).__name__}: {error}") from error
