@@ -1,0 +1,1 @@
+"""Documents from corpora, and their split into train, validation and held-out."""

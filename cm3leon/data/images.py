@@ -1,0 +1,54 @@
+"""Image files to uint8 RGB arrays, with limits on what is decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class UnusableImage(ValueError):
+    """Why one image file is left out; the message is a short reason."""
+
+
+def read_image(path: Path, max_pixels: int) -> np.ndarray:
+    """Pixels (H, W, 3), uint8 RGB, of a JPEG, PNG or WebP file.
+
+    The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced to 8, the first
+    frame of an animation is taken.
+
+    Raises:
+        UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its size is read from
+            the header, so that a decompression bomb is never decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise UnusableImage(f"too large: {image.width}x{image.height} pixels")
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except UnusableImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnusableImage("too large: the header promises a decompression bomb") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
+        raise UnusableImage(f"unreadable: {type(error).__name__}: {error}".replace(str(path), path.name)) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The central square of an image, resized (bicubic, antialiased) to (size, size, 3), uint8."""
+    image = ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), method=Image.Resampling.BICUBIC)
+    return np.asarray(image)

@@ -1,0 +1,143 @@
+"""The decoder of the paper (section 3.1): GPT-3/OPT shape, pre-norm, no biases, norms without parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cm3leon.config import PositiveFloat, PositiveInt
+from cm3leon.models.attention import attend, packed_mask
+from cm3leon.models.cache import KVCache
+from cm3leon.registry import MODELS
+from cm3leon.types import UserError
+
+
+@MODELS.register("cm3leon")
+class Transformer(nn.Module):
+    """Decoder-only transformer: ids to logits. No loss, no task, no tokenizer."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The default is the paper's 350M (Table 3)."""
+
+        layers: PositiveInt = 24
+        """Number of blocks of attention and feed-forward."""
+        width: PositiveInt = 1024
+        """Size of the residual stream (the paper's d_model)."""
+        head_size: PositiveInt = 64
+        """Size of one attention head; it must divide the width."""
+        mlp_ratio: PositiveInt = 4
+        """Hidden size of the feed-forward part, in widths."""
+        seq_len: PositiveInt = 4096
+        """Positions of the learned position embedding, and tokens of a training block."""
+        init_std: PositiveFloat = 0.006
+        """Standard deviation of the truncated normal initialisation, cut at three of them."""
+        position_init_std: PositiveFloat = 0.0002
+        """Standard deviation of the position embedding at initialisation."""
+
+        def check(self) -> None:
+            if self.width % self.head_size:
+                raise UserError(f"head_size {self.head_size} must divide width {self.width}")
+
+    def __init__(self, config: Config, *, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.positions = nn.Embedding(config.seq_len, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation. The zero head makes the first loss exactly ln(vocab_size)."""
+        for weight in self.parameters():
+            _truncated_normal(weight, self.config.init_std)
+        _truncated_normal(self.positions.weight, self.config.position_init_std)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of the token after each position; arguments as in `hidden`."""
+        return self.head(self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, cache=cache))
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Normalised hidden states (B, T, D), the input of `head`.
+
+        Args:
+            ids_BT: token ids.
+            position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
+            sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
+            cache: earlier positions to attend to, extended by these; it also gives the positions.
+        """
+        T = ids_BT.shape[1]
+        if cache is not None:
+            position_BT, mask = cache.positions(T), cache.mask(T)
+        else:
+            mask = None if sample_BT is None else packed_mask(sample_BT)
+        if position_BT is None:
+            position_BT = torch.arange(T, device=ids_BT.device)[None]
+        x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, mask, cache, layer)
+        if cache is not None:
+            cache.advance(T)
+        return _norm(x_BTD)
+
+    def new_cache(self, capacity: int, padding_B: Tensor) -> KVCache:
+        """An empty cache for rows with `padding_B` padding columns at the left and `capacity` columns in all."""
+        return KVCache(
+            layers=self.config.layers,
+            heads=self.config.width // self.config.head_size,
+            head_size=self.config.head_size,
+            capacity=capacity,
+            padding_B=padding_B,
+            dtype=self.embedding.weight.dtype,
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: Transformer.Config) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
+        self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x_BTD.shape
+        qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
+        q_BATE, k_BASE, v_BASE = qkv_3BATE.unbind()
+        if cache is not None:
+            k_BASE, v_BASE = cache.append(layer, k_BASE, v_BASE)
+        attended_BATE = attend(q_BATE, k_BASE.to(q_BATE.dtype), v_BASE.to(q_BATE.dtype), mask)
+        x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
+        return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
+
+
+def _norm(x_BTD: Tensor) -> Tensor:
+    """Layer norm without learned parameters."""
+    return F.layer_norm(x_BTD, x_BTD.shape[-1:])
+
+
+def _truncated_normal(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

@@ -1,0 +1,60 @@
+"""Documents to token ids, and samples to the paper's layout (section 2.1, figures 8 and 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Modality, Sample, TokenDocument
+
+
+@dataclass(frozen=True)
+class SegmentSpan:
+    """Where a segment lies in a laid-out sample: positions [start, end), and whether it is the query's."""
+
+    start: int
+    end: int
+    modality: Modality
+    is_query: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LaidOut:
+    """A sample as one sequence: `ids_T` (int64) and its segments in order."""
+
+    ids_T: np.ndarray
+    segments: tuple[SegmentSpan, ...]
+
+
+def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
+    """A sample as ids: `<eos>` opens and closes it, `<break>` stands between segments and between documents.
+
+    A retrieved document "a cat" + I4 I7 and the query "a dog" + I2 I9 make
+    `<eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>`.
+    """
+    pieces = [np.array([vocab.eos])]
+    segments: list[SegmentSpan] = []
+    position = 1
+    for document in (*sample.retrieved, sample.query):
+        for segment in document.segments:
+            if segments:
+                pieces.append(np.array([vocab.brk]))
+                position += 1
+            end = position + len(segment.ids_T)
+            segments.append(SegmentSpan(position, end, segment.modality, document is sample.query))
+            pieces.append(segment.ids_T)
+            position = end
+    pieces.append(np.array([vocab.eos]))
+    return LaidOut(np.concatenate(pieces).astype(np.int64), tuple(segments))
+
+
+def token_count(document: TokenDocument) -> int:
+    """Tokens of a document's segments and the breaks between them."""
+    return sum(len(segment.ids_T) for segment in document.segments) + len(document.segments) - 1
+
+
+def sample_length(sample: Sample) -> int:
+    """Length of `lay_out(sample)` without building it."""
+    return 2 + sum(token_count(d) + 1 for d in (*sample.retrieved, sample.query)) - 1
