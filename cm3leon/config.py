@@ -460,10 +460,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: with file and line, for a missing file, bad syntax, a duplicate key, or another top.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
     try:
         content = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except yaml.YAMLError as error:

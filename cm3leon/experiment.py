@@ -1,0 +1,148 @@
+"""Experiments: found by name or path, overridden, and checked section by section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cm3leon.config import (
+    SHIPPED,
+    Component,
+    NonNegativeInt,
+    apply_overrides,
+    choices,
+    component_sections,
+    from_mapping,
+    load_yaml,
+    parse_override,
+    split_key,
+)
+from cm3leon.registry import (
+    DECODERS,
+    IMAGE_TOKENIZERS,
+    MODELS,
+    OBJECTIVES,
+    RETRIEVERS,
+    SOURCES,
+    TASKS,
+    discover,
+)
+from cm3leon.types import UserError
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the run."""
+
+    seed: NonNegativeInt = 0
+    """Seed of every random draw."""
+
+    plugins: list[str] = field(default_factory=list)
+    """Paths of plugins (.py files or package folders), relative to the file that names them."""
+
+    data: Annotated[Component, SOURCES]
+    """Where the documents come from."""
+
+    image_tokenizer: Annotated[Component, IMAGE_TOKENIZERS]
+    """Turns images into codes and back."""
+
+    retriever: Annotated[Component, RETRIEVERS]
+    """Finds the documents that go before the query document."""
+
+    objective: Annotated[Component, OBJECTIVES]
+    """What the model learns from a sample."""
+
+    model: Annotated[Component, MODELS]
+    """The network from ids to logits."""
+
+    decoder: Annotated[Component, DECODERS]
+    """How tokens are drawn from logits."""
+
+    tasks: list[Annotated[Component, TASKS]] = field(default_factory=list)
+    """Tasks to train on and to evaluate; empty for plain pretraining."""
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """An experiment as experiments.yaml lists it."""
+
+    file: Path
+    """YAML file of the experiment, relative to experiments.yaml."""
+
+    cost: str
+    """Hardware and time it takes, in one line."""
+
+    expect: str
+    """The numbers to expect, in one line."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys and the values they replace in the file."""
+
+
+def list_experiments(shipped: Path = SHIPPED) -> dict[str, Entry]:
+    """The entries of experiments.yaml by name.
+
+    Raises:
+        UserError: for a broken experiments.yaml.
+    """
+    entries = load_yaml(shipped / "experiments.yaml")
+    return {name: from_mapping(Entry, entry, f"experiments.yaml: {name}") for name, entry in entries.items()}
+
+
+def experiment_name(name_or_path: str) -> str:
+    """The name of an experiment: `digits` for both `digits` and `mine/digits.yaml`."""
+    return Path(name_or_path).stem if _is_path(name_or_path) else name_or_path
+
+
+def load_experiment(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> Experiment:
+    """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
+
+    `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's overrides win over
+    those of experiments.yaml, which win over the file.
+
+    Raises:
+        UserError: for an unknown experiment, or a mistake in its file or the overrides.
+        PluginError: for a plugin that fails to import.
+    """
+    file, listed = _find(name_or_path, shipped)
+    sections = component_sections(Experiment)
+    mapping = _with_absolute_plugins(load_yaml(file), file.parent)
+    mapping = apply_overrides(mapping, [(split_key(key), value) for key, value in listed.items()], sections)
+    mapping = _with_absolute_plugins(mapping, shipped)
+    mapping = apply_overrides(mapping, map(parse_override, overrides), sections)
+    mapping = _with_absolute_plugins(mapping, Path.cwd())
+    discover(mapping.get("plugins", []))
+    return from_mapping(Experiment, mapping)
+
+
+def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The YAML file of an experiment, and its overrides in experiments.yaml."""
+    if _is_path(name_or_path):
+        return Path(name_or_path).expanduser(), {}
+    entries = list_experiments(shipped)
+    if name_or_path not in entries:
+        raise UserError(f"experiment is {name_or_path}, which is not known; {choices(name_or_path, entries)}")
+    entry = entries[name_or_path]
+    return shipped / entry.file, entry.overrides
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
+
+
+def _with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The mapping with its plugins' paths made absolute, so that its resolved copy may lie anywhere."""
+    if "plugins" not in mapping:
+        return mapping
+    plugins = from_mapping(_Plugins, {"plugins": mapping["plugins"]}).plugins
+    return {**mapping, "plugins": [str((folder / Path(path).expanduser()).resolve()) for path in plugins]}
+
+
+@dataclass(kw_only=True)
+class _Plugins:
+    """The one section that is read before the others can be checked."""
+
+    plugins: list[str] = field(default_factory=list)
+    """As in `Experiment`."""

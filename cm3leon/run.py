@@ -1,0 +1,196 @@
+"""The command line: `python -m cm3leon.run [command] experiment=name [key=value ...]`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cm3leon import __version__
+from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
+from cm3leon.types import UserError
+
+# Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
+
+USAGE = """\
+usage: python -m cm3leon.run [command] experiment=NAME [key=value ...]
+       python -m cm3leon.run experiment=NAME [key=value ...] --show
+       python -m cm3leon.run --list | --help | --version
+
+commands:
+{commands}
+
+options of run:
+  experiment=NAME    a name that --list shows, or the path of a .yaml file
+  run=DIR            the run folder, runs/NAME by default; run again with the same folder to go on
+  section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
+  section=name       picks another component: decoder=cd_k
+
+flags:
+  --show             print the experiment with every default filled in, and stop
+  --list             list the registered components with their settings, and the experiments
+  --version          print the version
+  --help             print this
+
+examples:
+  python -m cm3leon.run experiment=digits
+  python -m cm3leon.run experiment=digits run=runs/short training.steps=100
+  python -m cm3leon.run export to=hf run=runs/digits out=exported
+"""
+FLAGS = ("--help", "--list", "--show", "--version")
+
+# The ones that are a matter of the machine, not of the code: no room, no permission, no such device.
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOTDIR)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line: what it does, and the function that takes the arguments after it."""
+
+    summary: str
+    function: Callable[[Sequence[str]], None]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the stages of an experiment that are not done yet."""
+    name, run_dir, overrides = _split(arguments)
+    from cm3leon.experiment import experiment_name, load_experiment
+
+    experiment = load_experiment(name, overrides)
+    from cm3leon.stages import run_experiment
+
+    run_experiment(experiment, Path(run_dir or f"runs/{experiment_name(name)}").expanduser())
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Converts a trained model to or from another format."""
+    options = apply_overrides({}, map(parse_override, arguments))
+    from cm3leon.export import main
+
+    main(options)
+
+
+COMMANDS = {
+    "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
+    "export": Command("convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", export),
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    return USAGE.format(commands="\n".join(f"  {name:<17}  {command.summary}" for name, command in COMMANDS.items()))
+
+
+def show(arguments: Sequence[str]) -> str:
+    """The resolved experiment as YAML."""
+    name, _, overrides = _split(arguments)
+    from cm3leon.experiment import load_experiment
+
+    return dump_yaml(to_mapping(load_experiment(name, overrides)))
+
+
+def listing() -> str:
+    """Every component by registry, then every experiment, as text for a terminal."""
+    from cm3leon.experiment import list_experiments
+    from cm3leon.registry import REGISTRIES, discover
+
+    discover()
+    blocks = []
+    for registry in filter(lambda registry: registry.names(), REGISTRIES):
+        blocks.append(registry.plural.upper())
+        blocks += ["\n".join(_component_lines(registry, name)) for name in registry.names()]
+    blocks.append("EXPERIMENTS")
+    for name, entry in list_experiments().items():
+        blocks.append(f"  {name}\n    cost    {entry.cost}\n    expect  {entry.expect}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _component_lines(registry: Any, name: str) -> Iterator[str]:
+    yield f"  {name}  ({registry.origin(name)})"
+    yield from _wrapped((registry.get(name).__doc__ or "").strip().partition("\n")[0], 4)
+    for doc in registry.describe(name):
+        default = f" = {doc.default}" if doc.default else ""
+        yield from _wrapped(f"{doc.name}: {doc.type}{default}", 6)
+        yield from _wrapped(doc.sentence, 10)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2))
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
+    """Arguments of `run` as (experiment, run folder or "", overrides)."""
+    named = {"experiment": "", "run": ""}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in named:
+            named[key] = value
+        else:
+            overrides.append(argument)
+    if not named["experiment"]:
+        raise UserError("experiment is missing; write experiment=NAME with a name that --list shows, or a .yaml file")
+    return named["experiment"], named["run"], overrides
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Does what the command line says.
+
+    Raises:
+        UserError: for an unknown command or flag, or a mistake in what it is given.
+    """
+    flags = ["--help" if word == "-h" else word for word in arguments if word.startswith("-")]
+    words = [word for word in arguments if not word.startswith("-")]
+    command = words.pop(0) if words and "=" not in words[0] else "run"
+    for flag in flags:
+        if flag not in FLAGS:
+            raise UserError(f"{flag} is not a known flag; {choices(flag, FLAGS)}")
+    if command not in COMMANDS:
+        raise UserError(f"{command} is not a known command; {choices(command, COMMANDS)}")
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{word} follows the command {command}; everything after it must be key=value")
+    if "--help" in flags:
+        print(usage(), end="")
+    elif "--version" in flags:
+        print(__version__)
+    elif "--list" in flags:
+        print(listing(), end="")
+    elif "--show" in flags:
+        print(show(words), end="")
+    else:
+        COMMANDS[command].function(words)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("stopped; the progress is kept, and the same command goes on from there", 130)
+    except BrokenPipeError:
+        # The reader of `--list | head` has gone: nothing to say, and nothing left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        return _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on from there", 2)
+    return 0
+
+
+def _complain(sentence: str, code: int) -> int:
+    print(f"cm3leon: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Packaging: `evaluation/` and `plugins/` become subpackages of `cm3leon`, and the experiments travel inside it."""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cm3leon/__init__.py").read_text()).group(1)
+
+
+class BuildWithExperiments(build_py):
+    """Copies experiments.yaml and experiments/ into the package; a clone reads them where they lie."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            package = Path(self.build_lib) / "cm3leon"
+            shutil.copy(ROOT / "experiments.yaml", package)
+            shutil.copytree(ROOT / "experiments", package / "experiments", dirs_exist_ok=True)
+
+
+setup(
+    name="cm3leon",
+    version=VERSION,
+    description="Retrieval-augmented, token-based, decoder-only modelling of text and images (arXiv 2309.02591)",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(ROOT, include=["cm3leon", "cm3leon.*"]),
+        *(f"cm3leon.{name}" for name in find_packages(ROOT, include=["evaluation*", "plugins*"])),
+    ],
+    package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
+    cmdclass={"build_py": BuildWithExperiments},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision",
+        "open_clip_torch",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "pyyaml",
+        "tensorboard",
+        "submitit",
+        "tqdm",
+        "numpy",
+        "scikit-learn",
+        "matplotlib",
+    ],
+    extras_require={
+        # One extra cannot replace the faiss of another, so the core names neither.
+        "cpu": ["faiss-cpu"],
+        "cluster": [
+            "fairseq2==0.8.1",
+            "xformers==0.0.33.post2",
+            "torchvision==0.24.1",
+            "faiss-gpu==1.15.1",
+            "soundfile",
+        ],
+        "hf": ["transformers"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "types-PyYAML",
+            "types-tqdm",
+            "transformers",
+            "setuptools>=77",
+        ],
+    },
+)

@@ -1,0 +1,32 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from cm3leon import registry
+
+# No file of failing examples in the tree, and no failure because the machine was busy.
+settings.register_profile("quiet", database=None, deadline=None)
+settings.load_profile("quiet")
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Lets a test register components and load plugins: afterwards the registries are as they were."""
+    registry.discover()
+    entries = [(each, dict(each._entries)) for each in registry.REGISTRIES]
+    origins = dict(registry._origins)
+    modules = set(sys.modules)
+    yield
+    for each, before in entries:
+        each._entries = before
+    registry._origins.clear()
+    registry._origins.update(origins)
+    for name in set(sys.modules) - modules:
+        if name.startswith("cm3leon_plugin_"):
+            del sys.modules[name]

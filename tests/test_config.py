@@ -1,0 +1,347 @@
+"""Typed configuration: round trips, and the sentence for every mistake."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cm3leon import config
+from cm3leon.config import Component, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, Range
+from cm3leon.types import UserError
+
+
+class Shapes:
+    """Stands in for a registry: knows the one component `square`."""
+
+    kind = "shape"
+
+    @dataclass(kw_only=True)
+    class Config:
+        side: PositiveInt = 1
+        """Length of a side."""
+
+    def check(self, section: Any, where: str) -> Component:
+        section = {"name": section} if isinstance(section, str) else dict(section)
+        name = section.pop("name")
+        if name != "square":
+            raise UserError(f"{where}.name is {name}")
+        return Component(name, config.from_mapping(self.Config, section, where))
+
+
+SHAPES = Shapes()
+
+
+@dataclass(kw_only=True)
+class Inner:
+    """A nested section."""
+
+    rate: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Rate of something,
+    over two lines."""
+
+    note: str | None = None
+    """A remark; None for no remark."""
+
+
+@dataclass(kw_only=True)
+class Outer:
+    """One field of every type."""
+
+    steps: PositiveInt
+    """Number of steps."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight in the loss."""
+
+    share: Probability = 1.0
+    """Share of samples."""
+
+    flag: bool = False
+    """A switch."""
+
+    mode: Literal["fast", "exact", 3] = "fast"
+    """How it is computed."""
+
+    root: Path = Path("data")
+    """Folder of the data."""
+
+    sizes: list[NonNegativeInt] = field(default_factory=list)
+    """Sizes, one a stage."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates."""
+
+    names: tuple[str, ...] = ()
+    """Names."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each set."""
+
+    limit: int | Literal["all"] | None = None
+    """A limit; None for no limit."""
+
+    inner: Inner = field(default_factory=Inner)
+    """A nested section."""
+
+    inners: list[Inner] = field(default_factory=list)
+    """Several of them."""
+
+    shape: Annotated[Component, SHAPES] = field(default_factory=lambda: SHAPES.check("square", ""))
+    """A component with a default."""
+
+    extra: Annotated[Component, SHAPES] | None = None
+    """A component that may be absent."""
+
+    shapes: list[Annotated[Component, SHAPES]] = field(default_factory=list)
+    """Several components."""
+
+    def check(self) -> None:
+        if self.steps == 13:
+            raise ValueError("steps must not be 13")
+
+
+floats = st.floats(min_value=0, allow_nan=False)
+# PyYAML turns the rare line breaks (U+0085, U+2028, U+2029) into spaces.
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), max_size=5)
+inners = st.builds(Inner, rate=st.floats(0, 1, exclude_min=True, exclude_max=True), note=st.none() | texts)
+squares = st.builds(
+    lambda side: Component("square", Shapes.Config(side=side)), st.integers(min_value=1, max_value=10**20)
+)
+outers = st.builds(
+    Outer,
+    steps=st.integers(min_value=14),
+    weight=floats,
+    share=st.floats(0, 1),
+    flag=st.booleans(),
+    mode=st.sampled_from(["fast", "exact", 3]),
+    root=texts.map(Path),
+    sizes=st.lists(st.integers(min_value=0), max_size=2),
+    betas=st.tuples(floats, floats),
+    names=st.lists(texts | st.sampled_from(["1e4", "no", "07"]), max_size=2).map(tuple),
+    weights=st.dictionaries(texts | st.sampled_from(["1e4", "on", "1:30"]), floats, max_size=2),
+    limit=st.none() | st.integers() | st.just("all"),
+    inner=inners,
+    inners=st.lists(inners, max_size=2),
+    shape=squares,
+    extra=st.none() | squares,
+    shapes=st.lists(squares, max_size=2),
+)
+
+
+@given(outers)
+def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> None:
+    mapping = config.to_mapping(outer)
+    assert config.from_mapping(Outer, mapping) == outer
+    assert config.from_mapping(Outer, config._parse_yaml(config.dump_yaml(mapping))) == outer
+
+
+@pytest.mark.parametrize(
+    ("mapping", "sentence"),
+    [
+        ({}, "run.steps is missing; it must be int >= 1"),
+        ({"stps": 1}, "run.stps is not a known key; did you mean steps? (known: betas,"),
+        ({"steps": 0}, "run.steps is 0; it must be int >= 1"),
+        ({"steps": True}, "run.steps is true; it must be int >= 1"),
+        ({"steps": 1.0}, "run.steps is 1.0; it must be int >= 1"),
+        ({"steps": None}, "run.steps is null; it must be int >= 1"),
+        ({"steps": 13}, "run: steps must not be 13"),
+        ({"steps": 1, "weight": "heavy"}, 'run.weight is "heavy"; it must be float >= 0'),
+        ({"steps": 1, "weight": float("nan")}, "run.weight is NaN; it must be float >= 0"),
+        ({"steps": 1, "share": 1.1}, "run.share is 1.1; it must be 0 <= float <= 1"),
+        ({"steps": 1, "flag": 1}, "run.flag is 1; it must be true or false"),
+        ({"steps": 1, "mode": "quick"}, 'run.mode is "quick"; it must be one of fast, exact, 3'),
+        ({"steps": 1, "root": 7}, "run.root is 7; it must be path"),
+        ({"steps": 1, "sizes": 7}, "run.sizes is 7; it must be list of int >= 0"),
+        ({"steps": 1, "sizes": [1, -1]}, "run.sizes.1 is -1; it must be int >= 0"),
+        ({"steps": 1, "betas": [0.9]}, "run.betas is [0.9]; it must be list of 2 (float, float)"),
+        ({"steps": 1, "names": [1]}, "run.names.0 is 1; it must be str"),
+        ({"steps": 1, "weights": {"coco": "x"}}, 'run.weights.coco is "x"; it must be float'),
+        ({"steps": 1, "weights": {1: 1.0}}, "run.weights is 1; it must be str"),
+        ({"steps": 1, "limit": "some"}, 'run.limit is "some"; it must be int or all or null'),
+        ({"steps": 1, "inner": 3}, "run.inner is 3; it must be a section of key: value"),
+        ({"steps": 1, "inner": {"rate": 1}}, "run.inner.rate is 1; it must be 0 < float < 1"),
+        ({"steps": 1, "inners": [{}, {"rat": 1}]}, "run.inners.1.rat is not a known key; did you mean rate?"),
+        ({"steps": 1, "shape": "circle"}, "run.shape.name is circle"),
+        ({"steps": 1, "shapes": [{"name": "square", "side": 0}]}, "run.shapes.0.side is 0; it must be int >= 1"),
+        ([1], "run is [1]; it must be a section of key: value"),
+    ],
+)
+def test_each_mistake_has_its_sentence(mapping: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config.from_mapping(Outer, mapping, "run")
+
+
+def test_numbers_are_read_generously_where_nothing_is_lost() -> None:
+    outer = config.from_mapping(Outer, {"steps": 1, "weight": 1, "share": "1e-4"})
+    assert outer.weight == 1.0
+    assert isinstance(outer.weight, float)
+    assert outer.share == 1e-4
+
+
+def test_component_by_bare_name_and_by_its_default_name() -> None:
+    outer = config.from_mapping(Outer, {"steps": 1, "extra": "square", "shape": {"side": 4}})
+    assert outer.extra == Component("square", Shapes.Config(side=1))
+    assert outer.shape == Component("square", Shapes.Config(side=4))
+
+
+def test_describe_reads_types_defaults_and_sentences() -> None:
+    docs = {doc.name: doc for doc in config.describe(Outer)}
+    assert docs["steps"] == config.FieldDoc("steps", "int >= 1", "required", "Number of steps.")
+    assert docs["root"].default == '"data"'
+    assert docs["inner.rate"] == config.FieldDoc(
+        "inner.rate", "0 < float < 1", "0.5", "Rate of something, over two lines."
+    )
+    assert docs["shapes"].type == "list of shape (name or section)"
+    preset = {doc.name: doc.default for doc in config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})}
+    assert (preset["steps"], preset["inner.rate"]) == ("7", "0.1")
+
+
+def test_unfit_config_classes_are_refused() -> None:
+    class Plain:
+        pass
+
+    @dataclass
+    class Positional:
+        x: int
+        """A number."""
+
+    @dataclass(kw_only=True)
+    class Silent:
+        x: int
+
+    @dataclass(kw_only=True)
+    class Strange:
+        x: set[int]
+        """A set."""
+
+    for cls, reason in [
+        (Plain, "must be a dataclass"),
+        (Positional, "x must be keyword-only"),
+        (Silent, "x needs one sentence"),
+        (Strange, "cannot hold the type set"),
+    ]:
+        with pytest.raises(TypeError, match=reason):
+            config.check_config_class(cls)
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        ("a=1", (("a",), 1)),
+        ("a.b=1e-4", (("a", "b"), 1e-4)),
+        ("a=true", (("a",), True)),
+        ("a=", (("a",), None)),
+        ("a=null", (("a",), None)),
+        ("a=[1, {b: x}]", (("a",), [1, {"b": "x"}])),
+        ("a='1'", (("a",), "1")),
+        ("a=16:9", (("a",), "16:9")),
+        ("a=2024-01-31", (("a",), "2024-01-31")),
+        ("a=a dog: red #1", (("a",), "a dog: red #1")),
+        ("a=b=c", (("a",), "b=c")),
+    ],
+)
+def test_override_values(text: str, override: config.Override) -> None:
+    assert config.parse_override(text) == override
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("steps", "steps has no value; write steps=VALUE"),
+        ("a..b=1", 'the key "a..b" has an empty part'),
+        ("a=[1", "a is [1, which is not valid YAML, line 1: "),
+    ],
+)
+def test_bad_overrides(text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config.parse_override(text)
+
+
+SECTIONS = frozenset({"model", "tasks.*"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["seed=1"], {"seed": 1}),
+        (["model.layers=3"], {"model": {"name": "small", "layers": 3}}),
+        (["model=small"], {}),
+        (["model=large"], {"model": {"name": "large"}}),
+        (["model=large", "model.width=8"], {"model": {"name": "large", "width": 8}}),
+        (["new.deep.key=1"], {"new": {"deep": {"key": 1}}}),
+        (["tasks.0.share=1"], {"tasks": [{"name": "vqa", "share": 1}]}),
+        (["tasks.0=caption"], {"tasks": [{"name": "caption"}]}),
+        (["tasks=[]"], {"tasks": []}),
+    ],
+)
+def test_overrides(overrides: list[str], expected: dict[str, Any]) -> None:
+    mapping = {"seed": 0, "model": {"name": "small", "layers": 2}, "tasks": ["vqa"]}
+    result = config.apply_overrides(mapping, map(config.parse_override, overrides), SECTIONS)
+    assert result == {**mapping, **expected}
+    assert mapping == {"seed": 0, "model": {"name": "small", "layers": 2}, "tasks": ["vqa"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed.x=1", "seed is 0; it has no keys to set"),
+        ("tasks.2.x=1", "tasks.2 does not exist; tasks is a list of 1, from 0"),
+        ("tasks.first=1", "tasks.first does not exist"),
+    ],
+)
+def test_overrides_that_lead_nowhere(override: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config.apply_overrides({"seed": 0, "tasks": ["vqa"]}, [config.parse_override(override)], SECTIONS)
+
+
+def test_component_sections_of_a_class() -> None:
+    assert config.component_sections(Outer) == {"shape", "extra", "shapes.*"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a: 1\nb: 2\na: 3\n", ", line 3: the key a is given twice"),
+        (b"a: 1\nb: [2\n", ", line 3: "),
+        (b"- a\n", 'holds ["a"]; it must hold a section'),
+        (b"", "holds null; it must hold a section"),
+        (b"a: \xff", "is not UTF-8 text"),
+        (b"a: \x00", ": "),
+    ],
+)
+def test_bad_yaml_files_name_file_and_line(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + re.escape(sentence)):
+        config.load_yaml(path)
+
+
+def test_missing_yaml_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.yaml is not a file"):
+        config.load_yaml(tmp_path / "no.yaml")
+
+
+def test_yaml_keeps_the_order_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "good.yaml"
+    path.write_text(config.dump_yaml({"b": 1, "a": {"d": 1e-5, "c": "ä"}}))
+    assert path.read_text().startswith("b: 1\na:\n  d: ")
+    assert config.load_yaml(path) == {"b": 1, "a": {"d": 1e-5, "c": "ä"}}
+
+
+def test_nearest_name() -> None:
+    assert config.nearest("Layrs", ["layers", "width"]) == "layers"
+    assert config.nearest("xyz", ["layers", "width"]) is None
+
+
+def test_configuration_loads_nothing_heavy() -> None:
+    code = "import sys, cm3leon.config; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
