@@ -120,7 +120,7 @@ class Registry(Generic[T]):
         section = {"name": section} if isinstance(section, str) else section
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
             given = "has no name" if isinstance(section, Mapping) else "is not a section"
-            raise UserError(f"{where} {given}; it must name a {self.kind} (known: {', '.join(self.names())})")
+            raise UserError(f"{where} {given}; it must name one {self.kind} (known: {', '.join(self.names())})")
         name = section["name"]
         entry = self._entry(name, f"{where}.name")
         given_fields = {key: value for key, value in section.items() if key != "name"}

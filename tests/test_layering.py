@@ -1,0 +1,119 @@
+"""A module imports only from what stands before it; imports under TYPE_CHECKING count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FOUNDATION = ("types", "config", "registry")
+CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
+TOP = ("experiment", "stages", "export", "launch", "run")
+PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")
+
+
+def allowed(part: str) -> set[str]:
+    """The parts of `cm3leon` that a part may import, itself included."""
+    if part in FOUNDATION:
+        before = FOUNDATION[: FOUNDATION.index(part)]
+    elif part in CHAIN:
+        before = FOUNDATION + CHAIN[: CHAIN.index(part)]
+    elif part == "decoders":
+        before = FOUNDATION + CHAIN[: CHAIN.index("models") + 1]
+    elif part == "tasks":
+        before = (*FOUNDATION, "tokenizers", "data")
+    else:  # evaluation, the top in its order, and plugins, which nothing imports
+        before = PARTS[: PARTS.index(part)]
+    return {part, *before}
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every import in a module, also inside functions."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{name}.{alias.name}") for alias in node.names)
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One sentence for every import that goes the wrong way."""
+    part = module.split(".")[1] if "." in module else ""
+    found = []
+    for line, name in imported(source, module, is_package):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if top in ("evaluation", "plugins"):
+            found.append(f"{module}, line {line}: import cm3leon.{name} instead of {name}")
+        elif top == "cm3leon" and target in PARTS and part in PARTS and target not in allowed(part):
+            found.append(f"{module}, line {line}: {part} must not import {name}")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    """Every module of the package, with its file."""
+    found = []
+    for folder, prefix in (
+        (ROOT / "cm3leon", ()),
+        (ROOT / "evaluation", ("cm3leon",)),
+        (ROOT / "plugins", ("cm3leon",)),
+    ):
+        for file in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *file.relative_to(ROOT).with_suffix("").parts)
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
+    return found
+
+
+@pytest.mark.parametrize(("module", "file"), [pytest.param(*each, id=each[0]) for each in modules()])
+def test_imports_go_one_way(module: str, file: Path) -> None:
+    assert violations(file.read_text(), module, file.name == "__init__.py") == []
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {module.split(".")[1] for module, _ in modules() if "." in module}
+    assert parts <= set(PARTS)
+
+
+def test_tests_and_benchmarks_import_by_the_full_name() -> None:
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert [line for file in files for line in violations(file.read_text(), file.stem)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cm3leon.models.layers", "from cm3leon.training import trainer"),
+        ("cm3leon.models.layers", "def f():\n    import cm3leon.training.trainer"),
+        ("cm3leon.models.layers", "if TYPE_CHECKING:\n    from ..training.trainer import Trainer"),
+        ("cm3leon.decoders.engine", "from cm3leon import training"),
+        ("cm3leon.tasks.vqa", "from cm3leon.models import Transformer"),
+        ("cm3leon.config", "from cm3leon.registry import MODELS"),
+        ("cm3leon.data", "from cm3leon.run import main"),
+        ("cm3leon.evaluation.report", "from cm3leon.stages import run_experiment"),
+        ("cm3leon.stages", "from evaluation import report"),
+        ("cm3leon.stages", "import plugins.example"),
+    ],
+)
+def test_a_backward_import_is_caught(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cm3leon.training.trainer", "from cm3leon.models import Transformer\nfrom .schedule import linear"),
+        ("cm3leon.evaluation.report", "from cm3leon.training import trainer"),
+        ("cm3leon.run", "from cm3leon.stages import run_experiment"),
+        ("cm3leon.run", "from cm3leon import __version__"),
+        ("cm3leon.tasks.vqa", "import torch.utils.data\nfrom cm3leon.tokenizers import vocab"),
+    ],
+)
+def test_a_forward_import_is_fine(module: str, source: str) -> None:
+    assert violations(source, module) == []

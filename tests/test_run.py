@@ -1,0 +1,123 @@
+"""The command line: what it prints, its exit codes, and its one-line messages."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cm3leon import __version__, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cm3leon(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cm3leon.run", *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ
+    )
+
+
+def test_help_and_typos_answer_before_anything_heavy_is_imported() -> None:
+    code = """
+import sys
+from cm3leon.run import main
+main(["--help"]), main(["ru"]), main(["experiment"]), main([])
+print({"torch", "numpy", "cm3leon.experiment"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: python -m cm3leon.run")
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_exit_code_of_the_process_for_a_mistake() -> None:
+    done = cm3leon("expert")
+    assert done.returncode == 2
+    assert done.stderr == "cm3leon: expert is not a known command; did you mean export? (known: export, run)\n"
+    assert done.stdout == ""
+
+
+def test_help_names_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["-h"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {word} " in text for word in (*run.COMMANDS, *run.FLAGS))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "experiment is missing; write experiment=NAME"),
+        (["--shaw"], "--shaw is not a known flag; did you mean --show?"),
+        (["run", "digits"], "digits follows the command run; everything after it must be key=value"),
+        (["experiment=no/such.yaml"], "no/such.yaml is not a file"),
+        (["export", "to=[hf"], "to is [hf, which is not valid YAML"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    assert run.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"cm3leon: {sentence}")
+    assert captured.err.count("\n") == 1
+
+
+def raising(error: BaseException) -> run.Command:
+    def function(arguments: Sequence[str]) -> None:
+        raise error
+
+    return run.Command("fails", function)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "cm3leon: stopped; the progress is kept, and the same command goes on from there\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "cm3leon: runs/x: No space left on device; "),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "cm3leon: runs: Permission denied; "),
+    ],
+)
+def test_stops_that_are_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    monkeypatch.setitem(run.COMMANDS, "run", raising(error))
+    assert run.main(["run"]) == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), ZeroDivisionError(), ValueError("bug")])
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setitem(run.COMMANDS, "run", raising(error))
+    with pytest.raises(type(error)):
+        run.main(["run"])
+
+
+def test_commands_get_the_words_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Sequence[str]] = []
+    monkeypatch.setitem(run.COMMANDS, "export", run.Command("records", given.append))
+    assert run.main(["export", "to=hf", "run=a=b"]) == 0
+    assert given == [["to=hf", "run=a=b"]]
+
+
+@pytest.mark.skipif(not (ROOT / "experiments.yaml").is_file(), reason="no experiments yet")
+def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    from cm3leon.experiment import list_experiments
+    from cm3leon.registry import REGISTRIES
+
+    assert run.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  distinct_words  (plugins/example)\n    Share of different words" in text
+    assert "\n      lower_case: true or false = true\n          Whether words" in text
+    for registry in REGISTRIES:
+        assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())
+    for name, entry in list_experiments().items():
+        assert f"\n  {name}\n    cost    {entry.cost}\n    expect  {entry.expect}\n" in text
+    assert max(map(len, text.splitlines())) <= 120

@@ -1,0 +1,79 @@
+"""The built wheel: complete, and neither shadowing nor shadowed by packages called `evaluation` or `plugins`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the wheel's content; built from a copy, so that no build folder appears in the tree."""
+    base = tmp_path_factory.mktemp("wheel")
+    files = call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for file in files:
+        if (ROOT / file).is_file():
+            (base / "source" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, base / "source" / file)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    call(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", base, base / "source", cwd=base)
+    call(*pip, "install", "--no-deps", "--no-index", "--target", base / "site", *base.glob("*.whl"), cwd=base)
+    return base / "site"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A working folder with packages of its own called `evaluation` and `plugins`."""
+    for name in ("evaluation", "plugins"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"mine = '{name}'\n")
+    return tmp_path
+
+
+def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> None:
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"cm3leon"}
+    for folder in ("cm3leon", "evaluation", "plugins", "experiments"):
+        prefix = Path("cm3leon") / ("" if folder == "cm3leon" else folder)
+        for file in (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")):
+            assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
+    assert (installed / "cm3leon/experiments.yaml").read_text() == (ROOT / "experiments.yaml").read_text()
+
+
+def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
+    text = call(sys.executable, "-m", "cm3leon.run", "--list", cwd=elsewhere, PYTHONPATH=str(installed))
+    assert "distinct_words  (plugins/example)" in text
+    assert "EXPERIMENTS" in text
+
+
+def test_experiments_are_found_and_no_name_is_shadowed(installed: Path, elsewhere: Path) -> None:
+    code = """
+import evaluation, plugins, cm3leon.evaluation, cm3leon.plugins.example
+from cm3leon.config import SHIPPED
+from cm3leon.experiment import list_experiments
+print(evaluation.mine, plugins.mine)
+print(cm3leon.evaluation.__file__)
+print(cm3leon.plugins.example.__file__)
+print(all((SHIPPED / entry.file).is_file() for entry in list_experiments().values()))
+"""
+    lines = call(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()
+    package = installed / "cm3leon"
+    assert lines == [
+        "evaluation plugins",
+        str(package / "evaluation/__init__.py"),
+        str(package / "plugins/example/__init__.py"),
+        "True",
+    ]
