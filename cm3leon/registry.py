@@ -47,6 +47,7 @@ class _Entry:
     cls: Any
     module: str
     defaults: Mapping[str, Any]
+    preset_of: str | None
 
 
 class Registry(Generic[T]):
@@ -71,7 +72,7 @@ class Registry(Generic[T]):
             check_config_class(config_class)
             if "name" in (field.name for field in fields(config_class)):
                 raise TypeError(f"{cls.__qualname__}.Config.name: that key holds the component's name; choose another")
-            self._add(name, _Entry(cls, cls.__module__, {}))
+            self._add(name, _Entry(cls, cls.__module__, {}, None))
             return cls
 
         return add
@@ -88,7 +89,7 @@ class Registry(Generic[T]):
             if key not in known:
                 raise TypeError(f"preset {name}: {key} is not a field of {of}; {choices(key, known)}")
         caller = sys._getframe(1).f_globals["__name__"]
-        self._add(name, _Entry(base.cls, caller, _merged(base.defaults, defaults)))
+        self._add(name, _Entry(base.cls, caller, _merged(base.defaults, defaults), of))
 
     def _add(self, name: str, entry: _Entry) -> None:
         if name in self._entries:
@@ -142,6 +143,10 @@ class Registry(Generic[T]):
     def origin(self, name: str) -> str:
         """Where a component comes from: `built-in`, `plugins/<folder>`, an entry point, or a path."""
         return _origin(self._entry(name, "").module)
+
+    def preset_of(self, name: str) -> str | None:
+        """The name whose class a preset builds, None for a component that is no preset."""
+        return self._entry(name, "").preset_of
 
     def config_class(self, name: str) -> Any:
         """The `Config` of a component, without the defaults of a preset."""

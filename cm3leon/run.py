@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -112,15 +113,19 @@ def listing() -> str:
 
 def _component_lines(registry: Any, name: str) -> Iterator[str]:
     yield f"  {name}  ({registry.origin(name)})"
-    yield from _wrapped((registry.get(name).__doc__ or "").strip().partition("\n")[0], 4)
-    for doc in registry.describe(name):
-        default = f" = {doc.default}" if doc.default else ""
+    base = registry.preset_of(name)
+    about = f"{base} with other defaults:" if base else (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+    yield from _wrapped(about, 4)
+    known = registry.describe(base) if base else []
+    for doc in (doc for doc in registry.describe(name) if doc not in known):
+        default = ", required" if doc.default == "required" else f" = {doc.default}" if doc.default else ""
         yield from _wrapped(f"{doc.name}: {doc.type}{default}", 6)
         yield from _wrapped(doc.sentence, 10)
 
 
 def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, 110, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2))
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
