@@ -118,3 +118,18 @@ class Batch:
     weight_BT: torch.Tensor
     sample_BT: torch.Tensor
     position_BT: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the decoders are asked for: a continuation of `ids_T` by tokens of one modality.
+
+    An image answer has exactly `length` codes; a text answer has at most `length` pieces and ends early at `end`.
+    `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by.
+    """
+
+    ids_T: np.ndarray
+    modality: Modality
+    length: int
+    end: int
+    unconditional_T: np.ndarray | None = None

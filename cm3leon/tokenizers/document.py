@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Modality, Sample, TokenDocument
+from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,29 @@ def token_count(document: TokenDocument) -> int:
 def sample_length(sample: Sample) -> int:
     """Length of `lay_out(sample)` without building it."""
     return 2 + sum(token_count(d) + 1 for d in (*sample.retrieved, sample.query)) - 1
+
+
+@dataclass(frozen=True)
+class DocumentTokenizer:
+    """Both tokenizers and their common vocabulary: documents to ids and back."""
+
+    vocab: Vocab
+    text: TextTokenizer
+    image: Any
+
+    def token_document(self, id_: str, caption: str, codes_N: np.ndarray) -> TokenDocument:
+        """A caption and the codes of its image as a document of ids."""
+        text = TokenSegment("text", self.text.encode(caption))
+        return TokenDocument(id_, (text, TokenSegment("image", self.vocab.image_ids(codes_N))))
+
+    def caption(self, document: TokenDocument) -> str:
+        """The text of a document of ids, empty without one."""
+        segment = document.segment("text")
+        return "" if segment is None else self.text.decode(segment.ids_T)
+
+    def codes(self, document: TokenDocument) -> np.ndarray:
+        """The image codes (N,) of a document of ids. Raises ValueError without an image."""
+        segment = document.segment("image")
+        if segment is None:
+            raise ValueError(f"document {document.id} has no image")
+        return self.vocab.image_codes(segment.ids_T)

@@ -56,7 +56,7 @@ class TrainingConfig:
         if self.warmup_steps >= self.steps:
             raise UserError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         if self.checkpoint_every % self.log_every:  # so that a resumed run records the same means as an uninterrupted
-            raise UserError(f"checkpoint_every {self.checkpoint_every} must be a multiple of log_every {self.log_every}")
+            raise UserError(f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}")
 
 
 class Batches(Protocol):

@@ -1,0 +1,22 @@
+"""Two streams of logits into one: classifier-free guidance, contrastive decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def classifier_free(conditional_BV: Tensor, unconditional_BV: Tensor, weight: float) -> Tensor:
+    """uncond + weight * (cond - uncond): 0 is unconditional, 1 conditional, more pushes away from unconditional."""
+    return unconditional_BV + weight * (conditional_BV - unconditional_BV)
+
+
+def contrastive_k(conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: float, k: int) -> Tensor:
+    """CD-K (paper eq. 3): log p_cond - log p_uncond where p_cond >= alpha * (k-th largest p_cond), -inf elsewhere.
+
+    k = 1 is the contrastive decoding of Li et al. 2023.
+    """
+    log_p_BV = conditional_BV.log_softmax(-1)
+    kth_B1 = log_p_BV.topk(min(k, log_p_BV.shape[-1]), dim=-1).values[:, -1:]
+    score_BV = log_p_BV - unconditional_BV.log_softmax(-1)
+    return score_BV.masked_fill(log_p_BV < kth_B1 + torch.tensor(alpha).log().to(log_p_BV), -torch.inf)

@@ -1,0 +1,126 @@
+"""The CM3 objective: spans of a sample are moved behind it, and generated there with context from both sides.
+
+The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the span "red dog" becomes
+
+    <eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0> red dog <end_of_span>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cm3leon.config import NonNegativeFloat, Probability
+from cm3leon.objectives.base import Corrupted, Objective
+from cm3leon.registry import OBJECTIVES
+from cm3leon.tokenizers.document import LaidOut, SegmentSpan
+from cm3leon.tokenizers.vocab import Vocab
+
+Span = tuple[int, int]
+"""Positions [start, end) of a sample."""
+
+EXTRA = 3
+"""Tokens that a span adds: its sentinel twice, and `<end_of_span>`."""
+
+
+@OBJECTIVES.register("cm3")
+class CM3(Objective):
+    """Causally masked modelling (paper section 2.3): rotated spans, no loss on sentinels."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """How spans are drawn, and what the loss counts."""
+
+        mean_spans: NonNegativeFloat = 1.0
+        """Mean of the Poisson distribution of the number of spans; zero spans leave the sample as it is."""
+        placement: Literal["segment", "block"] = "segment"
+        """segment: query or retrieved part (half each), a segment of it, a span inside. block: two draws over the
+        whole sample, clipped to the segment overlapped most (the literal form, which hardly ever masks a caption)."""
+        whole_segment: Probability = 0.3
+        """Placement segment: probability that the span is the whole segment."""
+        retrieved_weight: NonNegativeFloat = 1.0
+        """Weight of retrieved documents' tokens in the loss (RA-CM3 used 0.1, CM3Leon 1)."""
+
+    config: Config
+
+    def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
+        spans = self.draw_spans(sample, rng, max_tokens)
+        weight_T = np.ones(len(sample.ids_T), dtype=np.float32)
+        for segment in sample.segments:
+            if not segment.is_query:
+                weight_T[segment.start : segment.end] = self.config.retrieved_weight
+        ids_T, source_T = rotate(sample.ids_T, spans, self.vocab)
+        weight_T = np.where(source_T >= 0, weight_T[source_T], 1).astype(np.float32)
+        weight_T[self.vocab.is_sentinel(ids_T)] = 0
+        return Corrupted(ids_T, weight_T)
+
+    def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
+        """Spans in order, apart from each other, each inside one segment; few enough to fit `max_tokens`."""
+        room = (max_tokens - len(sample.ids_T)) // EXTRA
+        count = min(int(rng.poisson(self.config.mean_spans)), self.vocab.sentinels - 1, room)
+        segments = [segment for segment in sample.segments if segment.end > segment.start]
+        spans: list[Span] = []
+        for _ in range(count if segments else 0):
+            draw = self._in_segment if self.config.placement == "segment" else self._in_block
+            start, end = draw(segments, rng)
+            if start < end and all(end <= s or e <= start for s, e in spans):
+                spans.append((start, end))
+        return sorted(spans)
+
+    def _in_segment(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:
+        query = [segment for segment in segments if segment.is_query]
+        retrieved = [segment for segment in segments if not segment.is_query]
+        part = (query, retrieved)[int(rng.integers(2))] or query or retrieved
+        segment = part[int(rng.integers(len(part)))]
+        if rng.random() < self.config.whole_segment:
+            return segment.start, segment.end
+        start, end = np.sort(rng.choice(segment.end - segment.start + 1, size=2, replace=False)).tolist()
+        return segment.start + start, segment.start + end
+
+    def _in_block(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:
+        start, end = sorted(rng.integers(segments[-1].end + 1, size=2).tolist())
+        overlaps = [(max(start, segment.start), min(end, segment.end)) for segment in segments]
+        return max(overlaps, key=lambda overlap: overlap[1] - overlap[0])
+
+
+def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
+    """Moves spans, given in order, behind the sample.
+
+    Returns:
+        the rotated ids, `EXTRA` longer for each span, and for each of them its position in the sample, -1 for the
+        tokens that the rotation adds.
+    """
+    kept: list[np.ndarray] = []
+    moved: list[np.ndarray] = []
+    position = 0
+    for number, (start, end) in enumerate(spans):
+        added = -1 - vocab.sentinel(number)
+        kept += [np.arange(position, start), [added]]
+        moved += [[added], np.arange(start, end), [-1 - vocab.end_of_span]]
+        position = end
+    order_T = np.concatenate([*kept, np.arange(position, len(ids_T)), *moved]).astype(np.int64)
+    source_T = np.maximum(order_T, -1)
+    return np.where(order_T >= 0, ids_T[source_T], -1 - order_T), source_T
+
+
+def unrotate(ids_T: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """The sample that `rotate` was given. Raises ValueError for ids that are no rotated sample."""
+    sentinels = np.flatnonzero(vocab.is_sentinel(ids_T))
+    count, odd = divmod(len(sentinels), 2)
+    if odd or (ids_T[sentinels[:count]] != ids_T[sentinels[count:]]).any():
+        raise ValueError("sentinels must occur twice each, in the same order")
+    if not count:
+        return ids_T
+    tail = sentinels[count]
+    pieces, position = [], 0
+    for number in range(count):
+        place, start = sentinels[number], sentinels[count + number]
+        end = sentinels[count + number + 1] if number + 1 < count else len(ids_T)
+        if ids_T[end - 1] != vocab.end_of_span:
+            raise ValueError(f"span {number} does not end in <end_of_span>")
+        pieces += [ids_T[position:place], ids_T[start + 1 : end - 1]]
+        position = place + 1
+    return np.concatenate([*pieces, ids_T[position:tail]])

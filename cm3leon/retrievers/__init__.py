@@ -1,0 +1,1 @@
+"""Dense retrieval of documents for a query document (paper section 2.2)."""

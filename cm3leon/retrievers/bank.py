@@ -1,0 +1,81 @@
+"""The memory bank: documents as vectors, searched by maximum inner product with FAISS."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Unit vectors of the text and image parts of documents, (B, D) each; a zero row where a document lacks one."""
+
+    text_BD: np.ndarray
+    image_BD: np.ndarray
+
+    def mean(self) -> np.ndarray:
+        """One vector a document: the mean of its normalised parts (paper section 2.2), of the one where it has one."""
+        count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[:, None]
+        return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
+
+    def has(self, modality: str) -> np.ndarray:
+        """Which documents have that part, boolean (B,)."""
+        return (self.text_BD if modality == "text" else self.image_BD).any(axis=1)
+
+    def rows(self, rows: np.ndarray | slice) -> Parts:
+        """The parts of some documents."""
+        return Parts(self.text_BD[rows], self.image_BD[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryBank:
+    """Documents that can be retrieved: their ids, and the vectors of their parts."""
+
+    ids: list[str]
+    parts: Parts
+
+    @cached_property
+    def index(self) -> Any:
+        """FAISS inner-product index over `parts.mean()`. Raises UserError where FAISS is not installed."""
+        try:
+            import faiss
+        except ImportError as error:
+            raise UserError("faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)") from error
+        vectors_BD = np.ascontiguousarray(self.parts.mean(), dtype=np.float32)
+        index = faiss.IndexFlatIP(vectors_BD.shape[1])
+        index.add(vectors_BD)
+        return index
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Row of each id."""
+        return {id_: row for row, id_ in enumerate(self.ids)}
+
+    def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
+        """Rows (Q, count) of the best documents by inner product, the best first."""
+        return self.index.search(np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids)))[1]
+
+    def save(self, folder: Path) -> None:
+        """Writes `ids.json`, `vectors.npz` and `index.faiss`."""
+        import faiss
+
+        (folder / "ids.json").write_text(json.dumps(self.ids))
+        np.savez(folder / "vectors.npz", text=self.parts.text_BD, image=self.parts.image_BD)
+        faiss.write_index(self.index, str(folder / "index.faiss"))
+
+    @classmethod
+    def load(cls, folder: Path) -> MemoryBank:
+        """Reads what `save` wrote."""
+        import faiss
+
+        with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
+            bank = cls(json.loads((folder / "ids.json").read_text()), Parts(vectors["text"], vectors["image"]))
+        bank.__dict__["index"] = faiss.read_index(str(folder / "index.faiss"))
+        return bank

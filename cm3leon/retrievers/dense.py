@@ -1,0 +1,92 @@
+"""The paper's retriever: CLIP vectors, maximum inner product search, and the strategy on top."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cm3leon.config import NonNegativeInt, PositiveInt, Probability
+from cm3leon.registry import RETRIEVERS
+from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
+from cm3leon.retrievers.strategy import Rules, select
+from cm3leon.types import Modality
+
+
+@RETRIEVERS.register("dense")
+class DenseRetriever:
+    """CLIP bi-encoder, FAISS inner-product search; relevance, modality, diversity, query dropout."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The strategy of the paper's section 2.2."""
+
+        encoder: EncoderConfig = field(default_factory=EncoderConfig)
+        """The CLIP model."""
+        threshold: float = 0.9
+        """A candidate whose cosine to the query, or to a document already taken, is above this is skipped."""
+        both_modalities: bool = True
+        """Take only documents that have both text and image."""
+        candidates: PositiveInt = 64
+        """Candidates that the search hands to the strategy."""
+        per_modality: PositiveInt = 2
+        """Documents retrieved by the text as query, and as many by the image, for each training document."""
+        max_documents: NonNegativeInt = 3
+        """Most of those drawn for a training sample."""
+        random_count: bool = True
+        """Draw how many are used uniformly from 0 to max_documents (RA-CM3), so that the model works without any."""
+        query_dropout: Probability = 0.2
+        """Share of the query's tokens (BPE pieces, image patches) dropped before encoding, in training only."""
+        dropout_variants: PositiveInt = 4
+        """Differently dropped-out queries a training document has; one is drawn in each epoch."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.encoder = ClipEncoder(config.encoder)
+        self.rules = Rules(config.threshold, config.both_modalities)
+
+    def parts(
+        self, texts: Sequence[str] | None, images_BHWC: np.ndarray | None, *, dropout: float = 0.0, seed: int = 0
+    ) -> Parts:
+        """Vectors of documents' or queries' parts; a part that is None is a zero row in every document."""
+        text_BD = None if texts is None else self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
+        image_BD = None if images_BHWC is None else self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
+        if text_BD is None:
+            if image_BD is None:
+                raise ValueError("a query needs texts or images")
+            text_BD = np.zeros_like(image_BD)
+        return Parts(text_BD, np.zeros_like(text_BD) if image_BD is None else image_BD)
+
+    def bank(self, ids: Sequence[str], texts: Sequence[str], images_BHWC: np.ndarray) -> MemoryBank:
+        """A memory bank of documents with a text and an image each."""
+        return MemoryBank(list(ids), self.parts(texts, images_BHWC))
+
+    def retrieve(
+        self, bank: MemoryBank, queries: Parts, by: Modality, *, ids: Sequence[str | None], count: int
+    ) -> tuple[list[list[int]], Counter[str]]:
+        """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
+
+        Args:
+            queries: parts of the queries; `by` names the one that is searched with, the others only serve to tell
+                copies.
+            ids: the id of each query's own document, never retrieved for it; None for queries from outside the bank.
+        """
+        vectors_QD = queries.text_BD if by == "text" else queries.image_BD
+        candidates_QK = bank.search(vectors_QD, self.config.candidates)
+        results, verdicts = [], Counter[str]()
+        for q, candidates_K in enumerate(candidates_QK):
+            own = ids[q]
+            rows, seen = select(
+                candidates_K,
+                bank.parts.rows(candidates_K),
+                queries.rows(slice(q, q + 1)),
+                exclude=None if own is None else bank.row_of.get(own),
+                count=count,
+                rules=self.rules,
+            )
+            results.append(rows)
+            verdicts += seen
+        return results, verdicts

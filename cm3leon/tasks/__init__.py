@@ -1,0 +1,1 @@
+"""What is asked of the model: training documents to prompts, answers to segments."""

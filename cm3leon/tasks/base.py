@@ -1,0 +1,67 @@
+"""What a task is: a prompt for a document, and the document completed by the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cm3leon.objectives.cm3 import Span, rotate
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment, UserError
+
+
+class Task:
+    """Base of the tasks on documents of one text and one image."""
+
+    retrieves_by: Modality
+    """The modality of the query that documents are retrieved by."""
+    answers_in: Modality
+    """The modality of the answer."""
+
+    def __init__(self, config: Any, *, vocab: Vocab, image_codes: int) -> None:
+        self.config = config
+        self.vocab = vocab
+        self.image_codes = image_codes
+
+    def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
+        """The prompt that asks for the task's answer to `query`, with retrieved documents before it."""
+        raise NotImplementedError
+
+    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
+        """The query with the answer put where it belongs."""
+        raise NotImplementedError
+
+
+def infilling_prompt(sample: Sample, modality: Modality, span: Span, vocab: Vocab, *, length: int) -> Prompt:
+    """Asks for a span of the query's segment of that modality, by the form that the CM3 objective trains.
+
+    The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog" asks with
+    `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>` and ends in `<end_of_span>`.
+    """
+    laid_out = lay_out(sample, vocab)
+    segment = next(s for s in laid_out.segments if s.is_query and s.modality == modality)
+    start, end = segment.start + span[0], segment.start + span[1]
+    rotated_T, _ = rotate(laid_out.ids_T, [(start, end)], vocab)
+    asked_T = rotated_T[: len(rotated_T) - (end - start) - 1]
+    return Prompt(asked_T, modality, length, vocab.end_of_span)
+
+
+def required(document: TokenDocument, modality: Modality) -> TokenSegment:
+    """The document's segment of that modality. Raises UserError without one."""
+    segment = document.segment(modality)
+    if segment is None:
+        raise UserError(f"document {document.id} has no {modality}, which this task needs")
+    return segment
+
+
+def with_segment(document: TokenDocument, modality: Modality, ids_T: np.ndarray) -> TokenDocument:
+    """The document with other ids in its first segment of that modality, which is appended where it has none."""
+    old = document.segment(modality)
+    new = TokenSegment(modality, ids_T)
+    if old is None:
+        return replace(document, segments=(*document.segments, new))
+    return replace(document, segments=tuple(new if segment is old else segment for segment in document.segments))

@@ -1,0 +1,51 @@
+"""Infilling of half an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cm3leon.objectives.cm3 import Span
+from cm3leon.registry import TASKS
+from cm3leon.tasks.base import Task, infilling_prompt, required, with_segment
+from cm3leon.types import Modality, Prompt, Sample, TokenDocument
+
+
+@TASKS.register("infill")
+class Infill(Task):
+    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays."""
+
+    retrieves_by: Modality = "text"
+    answers_in: Modality = "image"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which half is missing."""
+
+        half: Literal["top", "bottom"] = "bottom"
+        """The half of the image that is generated."""
+
+    config: Config
+
+    def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
+        span = self.span
+        return infilling_prompt(Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0])
+
+    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
+        start, end = self.span
+        ids_T = required(query, "image").ids_T.copy()
+        ids_T[start:end] = answer_T
+        return with_segment(query, "image", ids_T)
+
+    @property
+    def span(self) -> Span:
+        """Codes [start, end) of the missing half; codes run row by row."""
+        middle = self.image_codes // 2
+        return (0, middle) if self.config.half == "top" else (middle, self.image_codes)
+
+
+TASKS.preset("infill_top", of="infill", half="top")
+TASKS.preset("infill_bottom", of="infill", half="bottom")
