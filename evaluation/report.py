@@ -696,7 +696,8 @@ table { border-collapse: collapse; overflow-wrap: break-word; }
 .retrieved .label { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 
 .strip th { position: sticky; left: 0; z-index: 1; background: var(--paper); text-align: left; vertical-align: middle; }
-.strip th { font: 0.84rem/1.35 var(--sans); color: var(--quiet); padding: 0 1.1rem 0 0; min-width: 5.5rem; max-width: 9rem; }
+.strip th { font: 0.84rem/1.35 var(--sans); color: var(--quiet); padding: 0 1.1rem 0 0; }
+.strip th { min-width: 5.5rem; max-width: 9rem; }
 .strip td { padding: 0 0.6rem 0.6rem 0; vertical-align: top; }
 .strip img { max-width: none; }
 

@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from cm3leon.evaluation import report as report_module
 from cm3leon.evaluation.report import (
     Card,
@@ -28,7 +30,6 @@ from cm3leon.evaluation.report import (
     render,
     write_report,
 )
-from PIL import Image
 
 VOID = {"meta", "img", "br"}
 HOSTILE = (
