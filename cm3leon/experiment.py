@@ -10,7 +10,10 @@ from typing import Annotated, Any
 from cm3leon.config import (
     SHIPPED,
     Component,
+    NonNegativeFloat,
     NonNegativeInt,
+    PositiveInt,
+    Probability,
     apply_overrides,
     choices,
     component_sections,
@@ -22,6 +25,7 @@ from cm3leon.config import (
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
+    METRICS,
     MODELS,
     OBJECTIVES,
     RETRIEVERS,
@@ -29,7 +33,35 @@ from cm3leon.registry import (
     TASKS,
     discover,
 )
+from cm3leon.tokenizers.text import TextTokenizerConfig
+from cm3leon.training.trainer import TrainingConfig
 from cm3leon.types import UserError
+
+
+@dataclass(kw_only=True)
+class SplitConfig:
+    """How documents are divided; the rest is for training, and is the memory bank."""
+
+    validation: Probability = 0.1
+    """Share of the documents that settings are chosen on."""
+    held_out: Probability = 0.2
+    """Share of the documents that results are reported on."""
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """What is generated, for every task of the experiment."""
+
+    samples: PositiveInt = 1000
+    """Generations of a setting where a prompt may be asked again with another seed (text to image), at least."""
+    documents: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    """Numbers of retrieved documents in the prompt, each a setting."""
+    shuffled_documents: NonNegativeInt = 2
+    """One more setting with this many unrelated documents: those retrieved for another prompt; 0 = none."""
+    cfg: list[NonNegativeFloat] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
+    """Guidance weights, each a setting; the best is chosen on the validation split without documents."""
+    batch_size: PositiveInt = 256
+    """Prompts that run together."""
 
 
 @dataclass(kw_only=True)
@@ -45,11 +77,26 @@ class Experiment:
     data: Annotated[Component, SOURCES]
     """Where the documents come from."""
 
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """How documents are divided into training, validation and held-out."""
+
+    text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    """Byte-level BPE, trained on the captions of the training documents."""
+
     image_tokenizer: Annotated[Component, IMAGE_TOKENIZERS]
     """Turns images into codes and back."""
 
+    image_tokenizer_training: TrainingConfig
+    """How it is trained on the training images."""
+
+    sentinels: PositiveInt = 512
+    """Mask tokens of the vocabulary."""
+
     retriever: Annotated[Component, RETRIEVERS]
     """Finds the documents that go before the query document."""
+
+    retriever_training: TrainingConfig | None = None
+    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded."""
 
     objective: Annotated[Component, OBJECTIVES]
     """What the model learns from a sample."""
@@ -57,11 +104,23 @@ class Experiment:
     model: Annotated[Component, MODELS]
     """The network from ids to logits."""
 
-    decoder: Annotated[Component, DECODERS]
-    """How tokens are drawn from logits."""
+    training: TrainingConfig
+    """Pretraining."""
 
-    tasks: list[Annotated[Component, TASKS]] = field(default_factory=list)
-    """Tasks to train on and to evaluate; empty for plain pretraining."""
+    tasks: list[Annotated[Component, TASKS]]
+    """Tasks that are generated and evaluated."""
+
+    decoder: Annotated[Component, DECODERS]
+    """How image tokens are drawn from logits."""
+
+    text_decoder: Annotated[Component, DECODERS]
+    """How text tokens are drawn from logits."""
+
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How many are generated, and under which settings."""
+
+    metrics: list[Annotated[Component, METRICS]]
+    """Figures of each setting."""
 
 
 @dataclass(kw_only=True)

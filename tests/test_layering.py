@@ -25,7 +25,7 @@ def allowed(part: str) -> set[str]:
     elif part == "decoders":
         before = FOUNDATION + CHAIN[: CHAIN.index("models") + 1]
     elif part == "tasks":
-        before = (*FOUNDATION, "tokenizers", "data")
+        before = FOUNDATION + CHAIN[: CHAIN.index("objectives") + 1]
     else:  # evaluation, the top in its order, and plugins, which nothing imports
         before = PARTS[: PARTS.index(part)]
     return {part, *before}

@@ -134,11 +134,15 @@ def test_example_plugin_also_where_the_experiment_names_it(clone: Path) -> None:
     shutil.copytree(ROOT / "plugins/example", clone / "plugins/example")
     code = """
 discover(["clone/plugins/example"])
-metric = METRICS.build("distinct_words")
-print(METRICS.origin("distinct_words"), metric(["a red dog", "A dog"]), metric([]))
+
+import torch
+from cm3leon.registry import DECODERS
+
+decoder = DECODERS.build({"name": "top_k", "k": 2})
+print(DECODERS.origin("top_k"), decoder.logits(torch.tensor([[1.0, 4, 3, 2]]), None).tolist())
 """
     done = discovered(clone, code=code)
-    assert done.stdout == "plugins/example 0.6 0.0\n", done.stderr
+    assert done.stdout == "plugins/example [[-inf, 4.0, 3.0, -inf]]\n", done.stderr
 
 
 def test_failing_plugin_shows_its_own_traceback(clone: Path) -> None:

@@ -114,8 +114,8 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
 
     assert run.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "\n  distinct_words  (plugins/example)\n    Share of different words" in text
-    assert "\n      lower_case: true or false = true\n          Whether words" in text
+    assert "\n  top_k  (plugins/example)\n    Samples among the k most likely tokens." in text
+    assert "\n      k: int >= 1 = 50\n          Number of tokens kept" in text
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())
     for name, entry in list_experiments().items():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from cm3leon.data.shuffle import shuffled
 from cm3leon.objectives.base import Corrupted, Objective
 from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.types import Batch, Block, Sample, UserError
@@ -53,17 +53,6 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
         return torch.from_numpy(np.stack([getattr(block, name) for block in blocks])).to(device)
 
     return Batch(stack("ids_T"), stack("target_T"), stack("weight_T"), stack("sample_T"), stack("position_T"))
-
-
-def order(seed: int, position: int, documents: int) -> int:
-    """The document at a position of the endless stream: every epoch is a new permutation."""
-    epoch, place = divmod(position, documents)
-    return int(_permutation(seed, epoch, documents)[place])
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, documents: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(documents)
 
 
 class BlockStream:
@@ -115,7 +104,7 @@ class BlockStream:
 
     def _sample(self, position: int) -> Corrupted:
         rng = np.random.default_rng([self._seed, 1, position])
-        sample = fit(self._draw(order(self._seed, position, self._documents), rng), self._seq_len)
+        sample = fit(self._draw(shuffled(self._seed, position, self._documents), rng), self._seq_len)
         return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self._seq_len)
 
     def state_dict(self) -> dict[str, Any]:

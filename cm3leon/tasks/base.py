@@ -21,6 +21,10 @@ class Task:
     """The modality of the query that documents are retrieved by."""
     answers_in: Modality
     """The modality of the answer."""
+    guided: bool = False
+    """Whether its prompts have an unconditional stream."""
+    asked_again: bool = False
+    """Whether a prompt has many right answers, so that asking it again with another seed tells more."""
 
     def __init__(self, config: Any, *, vocab: Vocab, image_codes: int) -> None:
         self.config = config

@@ -20,6 +20,8 @@ class TextToImage(Task):
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"
+    guided = True
+    asked_again = True
 
     @dataclass(kw_only=True)
     class Config:

@@ -1,0 +1,142 @@
+"""A run: its experiment, and what its finished stages have left in the run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cm3leon.config import to_mapping
+from cm3leon.data.corpus import Corpus
+from cm3leon.experiment import Experiment
+from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
+from cm3leon.retrievers.bank import MemoryBank
+from cm3leon.retrievers.neighbours import Neighbours
+from cm3leon.tokenizers.document import DocumentTokenizer
+from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.training.checkpoint import load_weights
+from cm3leon.types import TokenDocument
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Reads results of finished stages, each once. `folder / <stage name>` holds a stage's files."""
+
+    experiment: Experiment
+    folder: Path
+    device: torch.device
+
+    @cached_property
+    def source(self) -> Any:
+        """The corpus that the documents come from."""
+        return SOURCES.build(self.experiment.data)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """All documents, with their split."""
+        return Corpus.load(self.folder / "documents")
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The trained text tokenizer."""
+        return TextTokenizer.load(self.folder / "text_tokenizer", self.experiment.text_tokenizer)
+
+    @cached_property
+    def image_tokenizer(self) -> Any:
+        """The trained image tokenizer."""
+        tokenizer = self.new_image_tokenizer()
+        load_weights(self.folder / "image_tokenizer" / WEIGHTS, tokenizer)
+        return tokenizer.to(self.device).eval()
+
+    def new_image_tokenizer(self) -> Any:
+        """The image tokenizer before training."""
+        return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer)
+
+    @cached_property
+    def codes_MN(self) -> np.ndarray:
+        """Image codes of all M documents."""
+        return np.load(self.folder / "image_tokenizer" / "codes.npy", allow_pickle=False)
+
+    @cached_property
+    def vocab(self) -> Vocab:
+        """The common vocabulary."""
+        image_size = self.new_image_tokenizer().codebook_size
+        return Vocab(self.experiment.text_tokenizer.vocab_size, image_size, self.experiment.sentinels)
+
+    @cached_property
+    def tokenizer(self) -> DocumentTokenizer:
+        """Both tokenizers."""
+        return DocumentTokenizer(self.vocab, self.text_tokenizer, self.image_tokenizer)
+
+    @cached_property
+    def token_documents(self) -> list[TokenDocument]:
+        """All documents as ids."""
+        corpus, codes_MN = self.corpus, self.codes_MN
+        return [
+            self.tokenizer.token_document(id_, caption, codes_N)
+            for id_, caption, codes_N in zip(corpus.ids, corpus.captions, codes_MN, strict=True)
+        ]
+
+    @cached_property
+    def retriever(self) -> Any:
+        """The trained retriever."""
+        retriever = RETRIEVERS.build(self.experiment.retriever)
+        load_weights(self.folder / "retriever" / WEIGHTS, retriever.encoder)
+        retriever.encoder.to(self.device).eval()
+        return retriever
+
+    @cached_property
+    def bank(self) -> MemoryBank:
+        """The memory bank: the training documents."""
+        return MemoryBank.load(self.folder / "retriever")
+
+    @cached_property
+    def bank_rows(self) -> np.ndarray:
+        """The row in the corpus of each document of the bank."""
+        row_of = {id_: row for row, id_ in enumerate(self.corpus.ids)}
+        return np.array([row_of[id_] for id_ in self.bank.ids])
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Retrieved documents of the training documents, as rows of the bank."""
+        return Neighbours.load(self.folder / "retriever" / "neighbours.npy")
+
+    @cached_property
+    def objective(self) -> Any:
+        """The training objective."""
+        return OBJECTIVES.build(self.experiment.objective, vocab=self.vocab)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a block."""
+        return self.experiment.model.config.seq_len
+
+    @cached_property
+    def model(self) -> Any:
+        """The trained decoder."""
+        model = self.new_model()
+        load_weights(self.folder / "pretraining" / WEIGHTS, model)
+        return model.to(self.device).eval()
+
+    def new_model(self) -> Any:
+        """The decoder as it is initialised."""
+        torch.manual_seed(self.experiment.seed)
+        return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
+
+    def log(self, stage: str) -> list[dict[str, float]]:
+        """The training records of a stage; empty if it did not train."""
+        file = self.folder / stage / "log.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """Sections of the experiment as plain data, for fingerprints and records."""
+        mapping = to_mapping(self.experiment)
+        return {name: mapping[name] for name in names}

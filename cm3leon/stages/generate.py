@@ -1,0 +1,152 @@
+"""Generation: every task under every setting, each setting one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon.config import Component
+from cm3leon.data.corpus import Split
+from cm3leon.decoders.engine import generate
+from cm3leon.objectives.packing import fit
+from cm3leon.registry import DECODERS, TASKS
+from cm3leon.stages.artifacts import Run
+from cm3leon.types import Sample
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one file of generations was made with."""
+
+    task: str
+    split: Split
+    documents: int
+    """Retrieved documents in the prompt."""
+    shuffled: bool
+    """Whether they were retrieved for another prompt."""
+    cfg: float | None
+    """Guidance weight, None for a task without guidance."""
+
+    @property
+    def file(self) -> str:
+        """File name of the setting."""
+        shuffled = "-shuffled" if self.shuffled else ""
+        cfg = "" if self.cfg is None else f"-cfg{self.cfg:g}"
+        return f"{self.task}-{self.split}-{self.documents}{shuffled}{cfg}.jsonl"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One output: the document it was asked for and the retrieved ones (rows of the corpus), and the answer."""
+
+    row: int
+    retrieved: list[int]
+    caption: str
+    codes: list[int]
+
+
+def make_generations(run: Run, folder: Path) -> None:
+    """Generates all settings that have no file yet."""
+    for setting in settings(run):
+        if not (folder / setting.file).is_file():
+            _write(folder / setting.file, setting, _generate(run, setting))
+
+
+def settings(run: Run) -> list[Setting]:
+    """All settings of the experiment: on the held-out split, and guidance weights also on the validation split."""
+    config = run.experiment.generation
+    retrieval = [(count, False) for count in config.documents]
+    if config.shuffled_documents:
+        retrieval.append((config.shuffled_documents, True))
+    result = []
+    for component in run.experiment.tasks:
+        weights: Sequence[float | None] = [None]
+        if _build_task(run, component.name).guided and hasattr(run.experiment.decoder.config, "cfg"):
+            weights = config.cfg
+            result += [Setting(component.name, "validation", 0, False, weight) for weight in weights]
+        result += [
+            Setting(component.name, "held_out", count, mixed, weight) for count, mixed in retrieval for weight in weights
+        ]
+    return result
+
+
+def read_generations(folder: Path, setting: Setting) -> list[Generation]:
+    """The generations of a setting."""
+    lines = (folder / setting.file).read_text().splitlines()[1:]
+    return [Generation(**json.loads(line)) for line in lines]
+
+
+def _write(path: Path, setting: Setting, generations: Iterator[Generation]) -> None:
+    """The setting, then a generation a line; the file gets its name when it is whole."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w") as file:
+        for record in (setting, *generations):
+            file.write(json.dumps(asdict(record)) + "\n")
+    os.replace(partial, path)
+
+
+def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
+    task = _build_task(run, setting.task)
+    rows = _rows(run, setting, at_least=run.experiment.generation.samples if task.asked_again else 0)
+    retrieved = _retrieved(run, setting, task, rows)
+    documents = [run.token_documents[row] for row in rows]
+    samples = [
+        fit(Sample(document, tuple(run.token_documents[other] for other in others)), run.seq_len)
+        for document, others in zip(documents, retrieved, strict=True)
+    ]
+    decoder = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
+    with tqdm(total=len(rows), desc=setting.file[:-6], unit="sample", mininterval=2.0, dynamic_ncols=True) as progress:
+        answers = generate(
+            run.model,
+            [task.prompt(sample.query, sample.retrieved) for sample in samples],
+            DECODERS.build(_with_cfg(decoder, setting.cfg)),
+            vocab=run.vocab,
+            seeds=[run.experiment.seed * 1_000_003 + number for number in range(len(rows))],
+            batch_size=run.experiment.generation.batch_size,
+            on_batch=progress.update,
+        )
+    for row, others, document, answer in zip(rows, retrieved, documents, answers, strict=True):
+        completed = task.complete(document, answer)
+        yield Generation(row, others, run.tokenizer.caption(completed), run.tokenizer.codes(completed).tolist())
+
+
+def _rows(run: Run, setting: Setting, at_least: int) -> list[int]:
+    """The documents of the split, all of them as often as it takes to have `at_least`."""
+    rows = run.corpus.rows(setting.split).tolist()
+    return rows * max(1, -(-at_least // len(rows)))
+
+
+def _retrieved(run: Run, setting: Setting, task: Any, rows: list[int]) -> list[list[int]]:
+    """Rows of the corpus to put before each prompt, the most relevant last."""
+    if not setting.documents:
+        return [[] for _ in rows]
+    distinct = sorted(set(rows))
+    by_text = task.retrieves_by == "text"
+    queries = run.retriever.parts(
+        [run.corpus.captions[row] for row in distinct] if by_text else None,
+        None if by_text else run.corpus.images_BHWC[distinct],
+    )
+    results, _ = run.retriever.retrieve(
+        run.bank, queries, task.retrieves_by, ids=[None] * len(distinct), count=setting.documents
+    )
+    found = [[int(run.bank_rows[place]) for place in reversed(places)] for places in results]
+    if setting.shuffled:
+        found = [found[place] for place in np.random.default_rng(run.experiment.seed).permutation(len(found))]
+    of_row = dict(zip(distinct, found, strict=True))
+    return [of_row[row] for row in rows]
+
+
+def _build_task(run: Run, name: str) -> Any:
+    component = next(component for component in run.experiment.tasks if component.name == name)
+    return TASKS.build(component, vocab=run.vocab, image_codes=run.image_tokenizer.grid**2)
+
+
+def _with_cfg(decoder: Component, cfg: float | None) -> Component:
+    return decoder if cfg is None else replace(decoder, config=replace(decoder.config, cfg=cfg))

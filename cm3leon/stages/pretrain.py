@@ -1,0 +1,126 @@
+"""Pretraining: the decoder on retrieval-augmented samples under the CM3 objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cm3leon.data.shuffle import shuffled
+from cm3leon.decoders.engine import generate
+from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.packing import BlockStream, collate, fit, pack
+from cm3leon.registry import DECODERS, TASKS
+from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.stages.pipeline import write_json
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.device import autocast
+from cm3leon.training.trainer import train
+from cm3leon.types import Batch, Sample
+
+SHOWN = 16
+"""Images drawn for TensorBoard during training."""
+
+
+def make_pretraining(run: Run, folder: Path) -> None:
+    """Trains the decoder; draws validation figures and images for TensorBoard now and then."""
+    config, seed = run.experiment.training, run.experiment.seed
+    model = run.new_model()
+    stream = BlockStream(
+        len(run.corpus.rows("train")),
+        lambda document, rng: draw_sample(run, document, rng),
+        run.objective,
+        seq_len=run.seq_len,
+        batch_size=config.batch_size,
+        seed=seed,
+        device=run.device,
+    )
+
+    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        return run.objective.loss(_logits(module, batch), batch)
+
+    def callback(step: int, writer: Any) -> None:
+        model.eval()
+        for name, value in validation_loss(run, model).items():
+            writer.add_scalar(f"validation/{name}", value, step)
+        images_BHWC, captions = draw_images(run, model)
+        writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
+        writer.add_text("prompts", "\n\n".join(captions), step)
+
+    train(
+        model,
+        loss,
+        stream,
+        config,
+        folder=folder,
+        device=run.device,
+        seed=seed,
+        title="pretraining",
+        callback=callback,
+    )
+    save_weights(folder / WEIGHTS, model)
+    write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})
+    write_json(folder / "validation.json", validation_loss(run, model))
+
+
+def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
+    """A training document with retrieved documents drawn for it; `document` counts within the training split."""
+    retriever = run.experiment.retriever.config
+    rows = run.neighbours.draw(
+        document, most=retriever.max_documents, random_count=retriever.random_count, rng=rng
+    )
+    query = run.token_documents[run.corpus.rows("train")[document]]
+    return Sample(query, tuple(run.token_documents[run.bank_rows[row]] for row in rows))
+
+
+@torch.inference_mode()
+def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
+    """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token."""
+    totals: dict[str, list[float]] = {}
+    for batch in _validation_batches(run):
+        with autocast(run.device, run.experiment.training.precision):
+            value, figures = run.objective.loss(_logits(model, batch), batch)
+        for name, figure in {"loss": value, **figures}.items():
+            totals.setdefault(name, []).append(float(figure))
+    return {name: float(np.nanmean(values)) for name, values in totals.items() if name != "tokens"}
+
+
+def _validation_batches(run: Run) -> Iterator[Batch]:
+    blocks: list[list[Corrupted]] = [[]]
+    for row in run.corpus.rows("validation"):
+        rng = np.random.default_rng([run.experiment.seed, 2, int(row)])
+        laid_out = lay_out(fit(Sample(run.token_documents[row]), run.seq_len), run.vocab)
+        sample = run.objective.corrupt(laid_out, rng, run.seq_len)
+        if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
+            blocks.append([])
+        blocks[-1].append(sample)
+    size = run.experiment.training.batch_size
+    for start in range(0, len(blocks), size):
+        packed = [pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]]
+        yield collate(packed, run.device)
+
+
+def draw_images(run: Run, model: nn.Module) -> tuple[np.ndarray, list[str]]:
+    """Images (B, H, W, C) for the captions of some validation documents, without retrieval."""
+    task = TASKS.build("text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2)
+    validation = run.corpus.rows("validation")
+    rows = [validation[shuffled(0, place, len(validation))] for place in range(min(SHOWN, len(validation)))]
+    documents = [run.token_documents[row] for row in rows]
+    answers = generate(
+        model,
+        [task.prompt(document) for document in documents],
+        DECODERS.build(run.experiment.decoder),
+        vocab=run.vocab,
+        seeds=range(len(rows)),
+    )
+    codes = [run.tokenizer.codes(task.complete(d, answer)) for d, answer in zip(documents, answers, strict=True)]
+    return run.image_tokenizer.decode(np.stack(codes)), [run.corpus.captions[row] for row in rows]
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch.ids_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT)

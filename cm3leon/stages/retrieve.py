@@ -1,0 +1,70 @@
+"""The retriever stage: the encoder, the memory bank, and the neighbours of the training documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cm3leon.data.shuffle import RowStream
+from cm3leon.registry import RETRIEVERS
+from cm3leon.retrievers.neighbours import NONE, find_neighbours
+from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.stages.pipeline import write_json
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.trainer import train
+
+
+def make_retriever(run: Run, folder: Path) -> None:
+    """Trains the encoder on the training pairs (unless it is frozen), fills the memory bank, finds the neighbours."""
+    corpus, seed = run.corpus, run.experiment.seed
+    torch.manual_seed(seed)
+    retriever = RETRIEVERS.build(run.experiment.retriever)
+    encoder = retriever.encoder.to(run.device)
+    rows = corpus.rows("train")
+    captions, images_BHWC = [corpus.captions[row] for row in rows], corpus.images_BHWC[rows]
+    config = run.experiment.retriever_training
+    if config is not None:
+
+        def pairs(items: np.ndarray) -> tuple[list[str], torch.Tensor]:
+            return [captions[item] for item in items], torch.from_numpy(images_BHWC[items])
+
+        train(
+            encoder,
+            lambda module, batch: module.loss(*batch),
+            RowStream(len(rows), pairs, batch_size=config.batch_size, seed=seed),
+            config,
+            folder=folder,
+            device=run.device,
+            seed=seed,
+            title="retriever",
+        )
+    encoder.eval()
+    save_weights(folder / WEIGHTS, encoder)
+
+    ids = [corpus.ids[row] for row in rows]
+    bank = retriever.bank(ids, captions, images_BHWC)
+    bank.save(folder)
+    neighbours, verdicts = find_neighbours(retriever, bank, ids=ids, texts=captions, images_BHWC=images_BHWC, seed=seed)
+    neighbours.save(folder / "neighbours.npy")
+    seen = verdicts.pop("seen", 0)
+    found = (neighbours.rows_VBK != NONE).sum(axis=2)
+    write_json(
+        folder / "strategy.json",
+        {
+            "candidates_looked_at": seen,
+            "share_rejected": {rule: count / seen for rule, count in sorted(verdicts.items())},
+            "neighbours_per_document": float(found.mean()),
+            "documents_without_neighbours": float((found == 0).mean()),
+            "same_label": _same_label(neighbours.rows_VBK, np.array([corpus.labels[row] for row in rows])),
+        },
+    )
+
+
+def _same_label(rows_VBK: np.ndarray, labels_B: np.ndarray) -> float | None:
+    """Share of neighbours of the class of their query document, None where classes are unknown."""
+    if any(label is None for label in labels_B):
+        return None
+    found_VBK = rows_VBK != NONE
+    return float((labels_B[rows_VBK] == labels_B[None, :, None])[found_VBK].mean()) if found_VBK.any() else None
