@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 
 from cm3leon import experiment
-from cm3leon.config import SHIPPED, Component, dump_yaml, from_mapping, load_yaml, to_mapping
+from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
 from cm3leon.registry import METRICS
 from cm3leon.types import UserError
 
@@ -141,11 +141,7 @@ def test_experiment_name() -> None:
     assert experiment.experiment_name("mine/digits.yaml") == "digits"
 
 
-def names() -> list[str]:
-    return list(load_yaml(SHIPPED / "experiments.yaml")) if (SHIPPED / "experiments.yaml").is_file() else []
-
-
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", experiment.list_experiments())
 def test_shipped_experiments_resolve(name: str) -> None:
     loaded = experiment.load_experiment(name)
     assert from_mapping(experiment.Experiment, to_mapping(loaded)) == loaded

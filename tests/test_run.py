@@ -107,7 +107,6 @@ def test_commands_get_the_words_after_them(monkeypatch: pytest.MonkeyPatch) -> N
     assert given == [["to=hf", "run=a=b"]]
 
 
-@pytest.mark.skipif(not (ROOT / "experiments.yaml").is_file(), reason="no experiments yet")
 def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     from cm3leon.experiment import list_experiments
     from cm3leon.registry import REGISTRIES

@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(not (ROOT / "experiments.yaml").is_file(), reason="no experiments yet")
-
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)

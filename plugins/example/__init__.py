@@ -1,31 +1,40 @@
-"""The smallest complete plugin: one class, registered by name.
+"""The smallest complete plugin: one decoder, registered by name, chosen with `decoder=top_k decoder.k=64`.
 
-`python -m cm3leon.run --list` shows it as `distinct_words` from `plugins/example`. To make your own, copy this folder,
-or put one like it anywhere and name its path in the experiment: `plugins: [path/to/folder]`.
+`python -m cm3leon.run --list` shows it as `top_k` from `plugins/example`. To make your own, copy this folder, or put
+one like it anywhere and name its path in the experiment: `plugins: [path/to/folder]`.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-from cm3leon.registry import METRICS
+from torch import Tensor
+
+from cm3leon.config import PositiveInt
+from cm3leon.registry import DECODERS
 
 
-@METRICS.register("distinct_words")
-class DistinctWords:
-    """Share of different words among all words of the texts: 1 without repetition, near 0 for a loop.
+@DECODERS.register("top_k")
+class TopK:
+    """Samples among the k most likely tokens.
 
-    `["a red dog", "a dog"]` has 3 different words among 5, so 0.6.
+    With k = 2, the logits `[1, 4, 3, 2]` become `[-inf, 4, 3, -inf]`.
     """
+
+    guided = False
 
     @dataclass(kw_only=True)
     class Config:
-        lower_case: bool = True
-        """Whether words that differ in case alone are the same word."""
+        """One setting is enough for an example."""
+
+        k: PositiveInt = 50
+        """Number of tokens kept; ties with the last of them stay too."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, texts: Sequence[str]) -> float:
-        """The share, 0 where there are no words."""
-        words = [word.lower() if self.config.lower_case else word for text in texts for word in text.split()]
-        return len(set(words)) / len(words) if words else 0.0
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:
+        """The conditional logits, those below the k largest set to -inf."""
+        k = min(self.config.k, conditional_BV.shape[-1])
+        threshold_B1 = conditional_BV.topk(k).values[:, -1:]
+        return conditional_BV.masked_fill(conditional_BV < threshold_B1, float("-inf"))
