@@ -143,5 +143,9 @@ def test_experiment_name() -> None:
 
 @pytest.mark.parametrize("name", experiment.list_experiments())
 def test_shipped_experiments_resolve(name: str) -> None:
-    loaded = experiment.load_experiment(name)
+    try:
+        loaded = experiment.load_experiment(name)
+    except UserError as error:  # an experiment may leave to the user what only the user has, such as a folder
+        assert re.match(r"data\.\w+ is missing", str(error))
+        return
     assert from_mapping(experiment.Experiment, to_mapping(loaded)) == loaded
