@@ -146,6 +146,7 @@ def test_shipped_experiments_resolve(name: str) -> None:
     try:
         loaded = experiment.load_experiment(name)
     except UserError as error:  # an experiment may leave to the user what only the user has, such as a folder
-        assert re.match(r"data\.\w+ is missing", str(error))
+        if not re.match(r"data\.\w+ is missing", str(error)):
+            raise
         return
     assert from_mapping(experiment.Experiment, to_mapping(loaded)) == loaded
