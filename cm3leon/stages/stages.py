@@ -8,10 +8,11 @@ from typing import Any
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.experiment import Experiment
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.evaluate import make_evaluation, publish
+from cm3leon.stages.evaluate import make_evaluation
 from cm3leon.stages.generate import make_generations
 from cm3leon.stages.pipeline import Stage, run_stages
 from cm3leon.stages.pretrain import make_pretraining
+from cm3leon.stages.publish import publish
 from cm3leon.stages.retrieve import make_retriever
 from cm3leon.stages.tokenize import make_documents, make_image_tokenizer, make_text_tokenizer
 from cm3leon.training.device import best_device

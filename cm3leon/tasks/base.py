@@ -39,6 +39,11 @@ class Task:
         """The query with the answer put where it belongs."""
         raise NotImplementedError
 
+    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
+        """Whether a completed document has what the prompt gave, unchanged."""
+        given: Modality = "image" if self.answers_in == "text" else "text"
+        return np.array_equal(required(query, given).ids_T, required(completed, given).ids_T)
+
 
 def infilling_prompt(sample: Sample, modality: Modality, span: Span, vocab: Vocab, *, length: int) -> Prompt:
     """Asks for a span of the query's segment of that modality, by the form that the CM3 objective trains.

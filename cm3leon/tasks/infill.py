@@ -40,6 +40,11 @@ class Infill(Task):
         ids_T[start:end] = answer_T
         return with_segment(query, "image", ids_T)
 
+    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
+        start, end = self.span
+        old_T, new_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
+        return super().keeps_given(query, completed) and np.array_equal(old_T, new_T)
+
     @property
     def span(self) -> Span:
         """Codes [start, end) of the missing half; codes run row by row."""
