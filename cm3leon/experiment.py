@@ -22,6 +22,7 @@ from cm3leon.config import (
     parse_override,
     split_key,
 )
+from cm3leon.data.augment import AugmentConfig
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
@@ -79,6 +80,9 @@ class Experiment:
 
     split: SplitConfig = field(default_factory=SplitConfig)
     """How documents are divided into training, validation and held-out."""
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Varied versions of the training images, for small corpora."""
 
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     """Byte-level BPE, trained on the captions of the training documents."""

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
+from cm3leon.data.augment import AugmentConfig, vary
+
 
 class Judge:
     """Support vector classifier (RBF kernel, scikit-learn) of images, looked at in 8x8 grey.
 
-    That is the resolution at which the handwritten digits were scanned.
+    That is the resolution at which the handwritten digits were scanned. It learns from the images it is given and
+    from slightly moved versions of them.
 
     Args:
         images_BHWC: uint8 images with a side that is a multiple of 8, of the classes `labels_B`.
     """
 
     side = 8
+    versions = 8
 
     def __init__(self, images_BHWC: np.ndarray, labels_B: np.ndarray) -> None:
         from sklearn.svm import SVC
 
-        self._classifier = SVC(C=10).fit(self._features(images_BHWC), labels_B)
+        varied = [vary(images_BHWC, AugmentConfig(), seed) for seed in range(self.versions)]
+        features_BF = self._features(np.concatenate([images_BHWC, *varied]))
+        gamma = 2 / (features_BF.shape[1] * features_BF.var())  # twice scikit-learn's "scale"
+        self._classifier = SVC(C=10, gamma=gamma).fit(features_BF, np.tile(labels_B, 1 + self.versions))
 
     def read(self, images_BHWC: np.ndarray) -> np.ndarray:
         """The class (B,) that each image shows."""

@@ -24,7 +24,7 @@ def generate(
     vocab: Vocab,
     seeds: Sequence[int],
     batch_size: int = 256,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[np.ndarray]:
     """Answers to prompts: ids of the answer's modality, without what closes it.
 

@@ -87,10 +87,11 @@ class Transformer(nn.Module):
             cache: earlier positions to attend to, extended by these; it also gives the positions.
         """
         T = ids_BT.shape[1]
+        mask = None
         if cache is not None:
             position_BT, mask = cache.positions(T), cache.mask(T)
-        else:
-            mask = None if sample_BT is None else packed_mask(sample_BT)
+        elif sample_BT is not None:
+            mask = packed_mask(sample_BT)
         if position_BT is None:
             position_BT = torch.arange(T, device=ids_BT.device)[None]
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)

@@ -98,8 +98,8 @@ def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.n
     position = 0
     for number, (start, end) in enumerate(spans):
         added = -1 - vocab.sentinel(number)
-        kept += [np.arange(position, start), [added]]
-        moved += [[added], np.arange(start, end), [-1 - vocab.end_of_span]]
+        kept += [np.arange(position, start), np.array([added])]
+        moved += [np.array([added]), np.arange(start, end), np.array([-1 - vocab.end_of_span])]
         position = end
     order_T = np.concatenate([*kept, np.arange(position, len(ids_T)), *moved]).astype(np.int64)
     source_T = np.maximum(order_T, -1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.types import UserError
+from cm3leon.types import Modality, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +25,9 @@ class Parts:
         count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[:, None]
         return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
 
-    def has(self, modality: str) -> np.ndarray:
+    def has(self, modality: Modality) -> np.ndarray:
         """Which documents have that part, boolean (B,)."""
-        return (self.text_BD if modality == "text" else self.image_BD).any(axis=1)
+        return np.any(self.text_BD if modality == "text" else self.image_BD, axis=1)
 
     def rows(self, rows: np.ndarray | slice) -> Parts:
         """The parts of some documents."""

@@ -11,8 +11,10 @@ import numpy as np
 
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.dense import DenseRetriever
+from cm3leon.types import Modality
 
 NONE = -1
+MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ def find_neighbours(
     verdicts: Counter[str] = Counter()
     for variant in range(config.dropout_variants):
         queries = retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
-        for half, modality in enumerate(("text", "image")):
+        for half, modality in enumerate(MODALITIES):
             results, seen = retriever.retrieve(bank, queries, modality, ids=ids, count=config.per_modality)
             verdicts += seen
             for document, rows in enumerate(results):

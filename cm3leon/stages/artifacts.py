@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cm3leon.config import to_mapping
+from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import Experiment
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
@@ -45,6 +46,14 @@ class Run:
         return Corpus.load(self.folder / "documents")
 
     @cached_property
+    def varied_images(self) -> np.ndarray:
+        """The training images, then their varied versions one after the other: ((1 + versions) * B, H, W, C)."""
+        images_BHWC = self.corpus.images_BHWC[self.corpus.rows("train")]
+        config, seed = self.experiment.augment, self.experiment.seed
+        varied = [vary(images_BHWC, config, seed * 1_000_003 + version) for version in range(config.versions)]
+        return np.concatenate([images_BHWC, *varied])
+
+    @cached_property
     def text_tokenizer(self) -> TextTokenizer:
         """The trained text tokenizer."""
         return TextTokenizer.load(self.folder / "text_tokenizer", self.experiment.text_tokenizer)
@@ -64,6 +73,11 @@ class Run:
     def codes_MN(self) -> np.ndarray:
         """Image codes of all M documents."""
         return np.load(self.folder / "image_tokenizer" / "codes.npy", allow_pickle=False)
+
+    @cached_property
+    def varied_codes_VBN(self) -> np.ndarray:
+        """Image codes of `varied_images`: version, training document, code; version 0 is the image itself."""
+        return np.load(self.folder / "image_tokenizer" / "varied_codes.npy", allow_pickle=False)
 
     @cached_property
     def vocab(self) -> Vocab:

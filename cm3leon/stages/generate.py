@@ -72,7 +72,9 @@ def settings(run: Run) -> list[Setting]:
             weights = config.cfg
             result += [Setting(component.name, "validation", 0, False, weight) for weight in weights]
         result += [
-            Setting(component.name, "held_out", count, mixed, weight) for count, mixed in retrieval for weight in weights
+            Setting(component.name, "held_out", count, mixed, weight)
+            for count, mixed in retrieval
+            for weight in weights
         ]
     return result
 
@@ -87,8 +89,9 @@ def _write(path: Path, setting: Setting, generations: Iterator[Generation]) -> N
     """The setting, then a generation a line; the file gets its name when it is whole."""
     partial = path.with_name(f".{path.name}")
     with partial.open("w") as file:
-        for record in (setting, *generations):
-            file.write(json.dumps(asdict(record)) + "\n")
+        file.write(json.dumps(asdict(setting)) + "\n")
+        for generation in generations:
+            file.write(json.dumps(asdict(generation)) + "\n")
     os.replace(partial, path)
 
 

@@ -63,7 +63,9 @@ def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[
                 seconds[stage.name] = json.loads((place / MARKER).read_text())["seconds"]
                 say(f"{title}: up to date")
             else:
-                again = f"{damaged[0]} is missing or has changed, made again" if damaged else "going on where it stopped"
+                again = (
+                    f"{damaged[0]} is missing or has changed, made again" if damaged else "going on where it stopped"
+                )
                 say(f"{title}: {again}" if (place / STARTED).is_file() else title)
                 seconds[stage.name] = _make(stage, run, place, fingerprint)
                 say(f"{title}: done in {seconds[stage.name]:.0f} s")
@@ -125,7 +127,9 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"run: another process is working in {folder}; wait for it, or choose another run=") from error
+            raise UserError(
+                f"run: another process is working in {folder}; wait for it, or choose another run="
+            ) from error
         yield
 
 

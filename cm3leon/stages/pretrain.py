@@ -17,6 +17,7 @@ from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
+from cm3leon.tasks.base import with_segment
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.device import autocast
@@ -69,12 +70,15 @@ def make_pretraining(run: Run, folder: Path) -> None:
 
 
 def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
-    """A training document with retrieved documents drawn for it; `document` counts within the training split."""
+    """A training document, one version of its image drawn, with retrieved documents drawn for it.
+
+    `document` counts within the training split.
+    """
     retriever = run.experiment.retriever.config
-    rows = run.neighbours.draw(
-        document, most=retriever.max_documents, random_count=retriever.random_count, rng=rng
-    )
-    query = run.token_documents[run.corpus.rows("train")[document]]
+    rows = run.neighbours.draw(document, most=retriever.max_documents, random_count=retriever.random_count, rng=rng)
+    row = run.corpus.rows("train")[document]
+    codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), document]
+    query = with_segment(run.token_documents[row], "image", run.vocab.image_ids(codes_N))
     return Sample(query, tuple(run.token_documents[run.bank_rows[row]] for row in rows))
 
 

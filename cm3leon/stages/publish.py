@@ -226,7 +226,9 @@ class _Page:
                 ("infilled", _pictures(images_BHWC, titles, 64)),
                 ("original", _pictures(original_BHWC, titles, 64)),
             ]
-            blocks.append(Strip(rows, caption=f"{entry['task'].replace('_', ' ')}: the caption and one half are given."))
+            blocks.append(
+                Strip(rows, caption=f"{entry['task'].replace('_', ' ')}: the caption and one half are given.")
+            )
         return Section(
             "Infilling",
             "The CM3 objective at work: the missing half is generated after the rest of the image, seeing both sides. "
@@ -282,7 +284,9 @@ class _Page:
                 f"PSNR {figures['psnr_held_out']:.1f} dB, on training images {figures['psnr_train']:.1f} dB."
             ),
         )
-        return Section("Image tokenizer", "What an image is to the model: everything it draws is bounded by this.", [strip])
+        return Section(
+            "Image tokenizer", "What an image is to the model: everything it draws is bounded by this.", [strip]
+        )
 
     def curves(self) -> Section:
         pretraining = self.run.log("pretraining")
@@ -294,7 +298,9 @@ class _Page:
             _curves("Retriever", self.run.log("retriever"), {"loss": "loss"}, "nats"),
         ]
         loss = self.metrics["validation_loss"]
-        text = f"Validation loss after training, without documents: text {loss['loss_text']:.3f}, image " if loss else ""
+        text = (
+            f"Validation loss after training, without documents: text {loss['loss_text']:.3f}, image " if loss else ""
+        )
         return Section(
             "Training", f"{text}{loss['loss_image']:.3f} nats a token.", [block for block in blocks if block.series]
         )
@@ -303,7 +309,10 @@ class _Page:
         figures = self.results["retriever"]
         rows: list[tuple[str, str]] = [
             ("candidates looked at", f"{figures['candidates_looked_at']:,}"),
-            *((f"rejected: {rule.replace('_', ' ')}", f"{share:.1%}") for rule, share in figures["share_rejected"].items()),
+            *(
+                (f"rejected: {rule.replace('_', ' ')}", f"{share:.1%}")
+                for rule, share in figures["share_rejected"].items()
+            ),
             ("neighbours a training document", f"{figures['neighbours_per_document']:.2f}"),
         ]
         if figures["same_label"] is not None:

@@ -26,14 +26,15 @@ def make_retriever(run: Run, folder: Path) -> None:
     captions, images_BHWC = [corpus.captions[row] for row in rows], corpus.images_BHWC[rows]
     config = run.experiment.retriever_training
     if config is not None:
+        varied_BHWC = run.varied_images
 
         def pairs(items: np.ndarray) -> tuple[list[str], torch.Tensor]:
-            return [captions[item] for item in items], torch.from_numpy(images_BHWC[items])
+            return [captions[item % len(rows)] for item in items], torch.from_numpy(varied_BHWC[items])
 
         train(
             encoder,
             lambda module, batch: module.loss(*batch),
-            RowStream(len(rows), pairs, batch_size=config.batch_size, seed=seed),
+            RowStream(len(varied_BHWC), pairs, batch_size=config.batch_size, seed=seed),
             config,
             folder=folder,
             device=run.device,

@@ -28,7 +28,7 @@ STAGES = (
     Stage(
         "image_tokenizer",
         1,
-        lambda run: run.section("image_tokenizer", "image_tokenizer_training", "seed"),
+        lambda run: run.section("image_tokenizer", "image_tokenizer_training", "augment", "seed"),
         make_image_tokenizer,
     ),
     Stage("retriever", 1, lambda run: run.section("retriever", "retriever_training", "seed"), make_retriever),

@@ -63,17 +63,17 @@ def make_text_tokenizer(run: Run, folder: Path) -> None:
 
 
 def make_image_tokenizer(run: Run, folder: Path) -> None:
-    """Trains the image tokenizer on the training images, then encodes all images."""
+    """Trains the image tokenizer on the training images and their varied versions, then encodes all images."""
     config, corpus = run.experiment.image_tokenizer_training, run.corpus
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
-    rows = corpus.rows("train")
+    images_BHWC = run.varied_images
     train(
         tokenizer,
-        lambda module, images_BHWC: module.loss(images_BHWC),
+        lambda module, batch_BHWC: module.loss(batch_BHWC),
         RowStream(
-            len(rows),
-            lambda items: torch.from_numpy(corpus.images_BHWC[rows[items]]).to(run.device),
+            len(images_BHWC),
+            lambda items: torch.from_numpy(images_BHWC[items]).to(run.device),
             batch_size=config.batch_size,
             seed=run.experiment.seed,
         ),
@@ -85,5 +85,7 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
     )
     codes_MN = tokenizer.encode(corpus.images_BHWC)
     np.save(folder / "codes.npy", codes_MN)
+    varied_codes_VBN = tokenizer.encode(images_BHWC).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
+    np.save(folder / "varied_codes.npy", varied_codes_VBN)
     save_weights(folder / WEIGHTS, tokenizer)
     write_json(folder / "config.json", run.section("image_tokenizer"))

@@ -69,7 +69,7 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Tensor | float]]]
+Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor | float]]]
 """(module, batch) -> scalar loss and figures to record; a figure named `tokens` or `images` also gives a rate."""
 
 

@@ -1,0 +1,220 @@
+"""The whole path in small: `experiment=digits_smoke`, killed at every stage and run again, and a folder of images."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("documents", "text_tokenizer", "image_tokenizer", "retriever", "pretraining", "generation", "evaluation")
+TINY = (
+    "generation.samples=8",
+    "generation.documents=[0,1]",
+    "generation.cfg=[1,2]",
+    "model.layers=1",
+    "model.width=64",
+)
+SHORT = tuple(
+    f"{section}.{key}={value}"
+    for section in ("image_tokenizer_training", "retriever_training", "training")
+    for key, value in (("steps", 4), ("warmup_steps", 1), ("log_every", 2), ("checkpoint_every", 2), ("batch_size", 4))
+)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "cm3leon.run", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def results(folder: Path) -> dict[str, object]:
+    """All that has to be the same in two runs: losses, generations, weights, figures."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for key in ("wall_seconds", "to_run_again"):
+        del metrics[key]
+    losses = {
+        stage: [
+            {k: v for k, v in json.loads(line).items() if not k.endswith("per_second")}
+            for line in (folder / stage / "log.jsonl").read_text().splitlines()
+        ]
+        for stage in ("image_tokenizer", "retriever", "pretraining")
+    }
+    files = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for pattern in ("generation/*.jsonl", "*/model.safetensors", "*/codes.npy")
+        for file in sorted(folder.glob(pattern))
+    }
+    return {"metrics": metrics, "losses": losses, "files": files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "digits_smoke"
+    run("experiment=digits_smoke", f"run={folder}")
+    return folder
+
+
+def test_metrics_and_report_are_complete(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["judge_accuracy_real"] > 0.97
+    assert {(e["documents"], e["shuffled"], e["cfg"]) for e in metrics["t2i_accuracy"]} == {
+        (0, False, 1), (0, False, 2), (1, False, 1), (1, False, 2), (1, True, 1), (1, True, 2),
+    }  # fmt: skip
+    held_out = metrics["documents"]["held_out"]
+    assert sum(metrics["documents"].values()) == 1797
+    for entry in (*metrics["t2i_accuracy"], *metrics["caption_accuracy"], *metrics["infill_accuracy"]):
+        assert entry["n"] == held_out
+        assert 0 <= entry["accuracy_interval"][0] <= entry["accuracy"] <= entry["accuracy_interval"][1] <= 1
+        assert entry["given_kept"] == 1
+    assert set(metrics["wall_seconds"]) == {*STAGES, "total"}
+    assert metrics["to_run_again"]["config"]["training"]["steps"] == 20
+    page = (finished / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page), "the report must not fetch anything"
+    assert page.count("<img") > 50
+
+
+def test_generated_images_have_exactly_their_number_of_codes(finished: Path) -> None:
+    for file in (finished / "generation").glob("*.jsonl"):
+        for line in file.read_text().splitlines()[1:]:
+            codes = json.loads(line)["codes"]
+            assert len(codes) == 16
+            assert all(0 <= code < 256 for code in codes)
+
+
+def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) -> None:
+    documents = [json.loads(line) for line in (finished / "documents" / "documents.jsonl").read_text().splitlines()]
+    training = {document["id"] for document in documents if document["split"] == "train"}
+    ids = json.loads((finished / "retriever" / "ids.json").read_text())
+    assert set(ids) == training
+    rows_VBK = np.load(finished / "retriever" / "neighbours.npy")
+    assert not (rows_VBK == np.arange(len(ids))[None, :, None]).any(), "a query never retrieves itself"
+    for file in (finished / "generation").glob("*.jsonl"):
+        for line in file.read_text().splitlines()[1:]:
+            assert all(documents[row]["split"] == "train" for row in json.loads(line)["retrieved"])
+
+
+def test_a_second_run_makes_nothing_again(finished: Path) -> None:
+    before = results(finished)
+    done = run("experiment=digits_smoke", f"run={finished}")
+    assert [line.partition("] ")[2] for line in done.stdout.splitlines()[:-1]] == [f"{s}: up to date" for s in STAGES]
+    assert results(finished) == before
+
+
+def test_killed_at_every_stage_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "digits_smoke"
+    for stage in STAGES:
+        _kill_in(folder, stage)
+    run("experiment=digits_smoke", f"run={folder}")
+    assert results(folder) == results(finished)
+
+
+def _kill_in(folder: Path, stage: str) -> None:
+    """Starts the run and kills it (SIGKILL) once the stage has begun, for one that trains: has a checkpoint."""
+    process = subprocess.Popen(
+        command("experiment=digits_smoke", f"run={folder}"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    trains = stage in ("image_tokenizer", "retriever", "pretraining")
+    try:
+        while process.poll() is None:
+            begun = folder / stage / "started.json"
+            if begun.is_file() and (not trains or list((folder / stage).glob("step_*"))):
+                break
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", finished, folder], check=True)
+    done = run("experiment=digits_smoke", f"run={folder}", "metrics=[accuracy]")
+    up_to_date = [line for line in done.stdout.splitlines() if line.endswith("up to date")]
+    assert len(up_to_date) == len(STAGES) - 1
+    assert (folder / "superseded").is_dir()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 24 good images and five bad items."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(24):
+        pixels = rng.integers(0, 256, (40, 50 + number, 3), dtype=np.uint8)
+        name = f"sub/{number}" if number % 2 else str(number)
+        suffix = ("jpg", "png", "webp")[number % 3]
+        Image.fromarray(pixels).save(folder / f"{name}.{suffix}")
+        if number < 12:
+            (folder / f"{name}.txt").write_text(f"noise number {number}")
+        else:
+            lines.append(json.dumps({"file": f"{name}.{suffix}", "caption": f"nöise {number} <break> <mask:0>"}))
+    (folder / "captions.jsonl").write_text(
+        "\n".join([*lines, "{broken", json.dumps({"file": "no.png", "caption": "x"})])
+    )
+    whole = (folder / "0.jpg").read_bytes()
+    for name, content in (("cut.jpg", whole[: len(whole) // 2]), ("text.png", b"no image"), ("alone.png", None)):
+        if content is None:
+            Image.new("RGB", (9, 9)).save(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+            (folder / name).with_suffix(".txt").write_text("bad")
+    return folder
+
+
+def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run("experiment=folder", f"data.path={images}", f"run={folder}", *TINY, *SHORT)
+    skipped = [json.loads(line) for line in (folder / "documents" / "skipped.jsonl").read_text().splitlines()]
+    assert {item["file"] for item in skipped} == {"cut.jpg", "text.png", "alone.png", "captions.jsonl:13", "no.png"}
+    assert "5 of 29 items skipped" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["judge_accuracy_real"] is None
+    assert all(entry["accuracy"] is None and entry["clip_score"] is not None for entry in metrics["t2i_accuracy"])
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("experiment=folder",), "data.path"),
+        (("experiment=folder", "data.path=/no/such/folder"), "/no/such/folder is not a folder"),
+        (("experiment=digit",), "digits"),
+        (("experiment=digits", "training.step=5"), "training.steps"),
+        (("experiment=digits", "training.steps=many"), "training.steps"),
+        (("experiment=digits", "retriever.query_dropout=1.5"), "retriever.query_dropout"),
+        (("experiment=digits", "decoder=topp"), "top_p"),
+        (("experiment=digits", "training.warmup_steps=5000"), "warmup_steps 5000 must be below steps"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
+    done = run(*arguments, f"run={tmp_path / 'run'}", check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run("experiment=folder", f"data.path={tmp_path / 'empty'}", f"run={tmp_path / 'run'}", check=False)
+    assert done.returncode == 2
+    assert "no usable documents" in done.stderr
+    assert "Traceback" not in done.stderr
