@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cm3leon import config
-from cm3leon.registry import REGISTRIES, Registry, discover
-from cm3leon.types import UserError
+from cm3leon.data.source import Skipped
+from cm3leon.evaluation.generated import Generated
+from cm3leon.objectives.packing import collate, pack
+from cm3leon.registry import (
+    DECODERS,
+    IMAGE_TOKENIZERS,
+    METRICS,
+    MODELS,
+    OBJECTIVES,
+    REGISTRIES,
+    RETRIEVERS,
+    SOURCES,
+    TASKS,
+    Registry,
+    discover,
+)
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Document, Sample, TokenDocument, TokenSegment, UserError
 
 discover()
 
@@ -46,3 +65,168 @@ def test_defaults_are_valid_or_only_required_fields_are_missing(registry: Regist
 def test_unknown_key_is_refused_by_its_path(registry: Registry[Any], name: str) -> None:
     with pytest.raises(UserError, match=r"^here\.no_such_key is not a known key"):
         registry.check({"name": name, "no_such_key": 1}, "here")
+
+
+# What each kind of component has to do. Components are built small: a size that a `Config` has is set to `SMALL`'s.
+
+VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
+CODES = 4
+SMALL: dict[str, Any] = {
+    "layers": 1,
+    "width": 32,
+    "head_size": 16,
+    "seq_len": 32,
+    "image_size": 16,
+    "codebook_size": 16,
+    "code_dim": 8,
+    "channels": 8,
+}
+
+
+def small(registry: Registry[Any], name: str, **extra: Any) -> dict[str, Any]:
+    fields = [doc.name for doc in registry.describe(name)]
+    return {"name": name, **{key: value for key, value in SMALL.items() if key in fields}, **extra}
+
+
+def document(name: str = "query", first_code: int = 0) -> TokenDocument:
+    codes = VOCAB.image_ids(np.arange(first_code, first_code + CODES))
+    return TokenDocument(name, (TokenSegment("text", np.array([10, 11, 12])), TokenSegment("image", codes)))
+
+
+@every(MODELS)
+def test_model_gives_logits_and_the_same_from_its_cache(registry: Registry[Any], name: str) -> None:
+    torch.manual_seed(0)
+    model = registry.build(small(registry, name), vocab_size=VOCAB.size)
+    ids_BT = torch.randint(VOCAB.used, (2, 9))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    logits_BTV = model(ids_BT)
+    assert logits_BTV.shape == (2, 9, VOCAB.size)
+    torch.testing.assert_close(model.head(model.hidden(ids_BT)), logits_BTV)
+    cache = model.new_cache(9, torch.zeros(2, dtype=torch.long))
+    steps = [model(ids_BT[:, t : t + 1], cache=cache) for t in range(9)]
+    torch.testing.assert_close(torch.cat(steps, 1), logits_BTV, atol=1e-5, rtol=1e-5)
+    logits_BTV.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@every(OBJECTIVES)
+def test_objective_keeps_every_token_within_the_limit(registry: Registry[Any], name: str) -> None:
+    objective = registry.build(small(registry, name), vocab=VOCAB)
+    sample = lay_out(Sample(document(), (document("other", 8),)), VOCAB)
+    for seed in range(50):
+        corrupted = objective.corrupt(sample, np.random.default_rng(seed), 30)
+        assert len(corrupted.weight_T) == len(corrupted.ids_T) <= 30
+        assert not (set(sample.ids_T.tolist()) - set(corrupted.ids_T.tolist()))
+    batch = collate([pack([corrupted], 32, VOCAB.pad)], torch.device("cpu"))
+    loss, figures = objective.loss(torch.zeros(1, 32, VOCAB.size), batch)
+    assert loss.item() == pytest.approx(np.log(VOCAB.size), abs=1e-5)
+    assert figures["tokens"] == len(corrupted.ids_T)
+
+
+@every(DECODERS)
+def test_decoder_leaves_something_to_draw(registry: Registry[Any], name: str) -> None:
+    decoder = registry.build(small(registry, name))
+    torch.manual_seed(0)
+    conditional_BV, unconditional_BV = torch.randn(3, 20), torch.randn(3, 20)
+    for second in (None, unconditional_BV):
+        logits_BV = decoder.logits(conditional_BV.clone(), second)
+        assert logits_BV.shape == (3, 20)
+        assert not logits_BV.isnan().any()
+        assert logits_BV.isfinite().any(dim=1).all()
+        assert not (logits_BV == float("inf")).any()
+    assert isinstance(decoder.guided, bool)
+
+
+@every(TASKS)
+def test_task_asks_and_reads_back(registry: Registry[Any], name: str) -> None:
+    task = registry.build(small(registry, name), vocab=VOCAB, image_codes=CODES)
+    query = document()
+    for retrieved in ((), (document("other", 8),)):
+        prompt = task.prompt(query, retrieved)
+        assert prompt.modality == task.answers_in
+        assert (prompt.unconditional_T is not None) == task.guided
+        assert prompt.ids_T[0] == VOCAB.eos
+        low, high = VOCAB.id_range(prompt.modality)
+        completed = task.complete(query, np.arange(low, high)[: prompt.length])
+        assert task.keeps_given(query, completed)
+        assert len(completed.segments[1].ids_T) == CODES
+
+
+@every(IMAGE_TOKENIZERS)
+def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: str) -> None:
+    torch.manual_seed(0)
+    tokenizer = registry.build(small(registry, name))
+    side = tokenizer.image_size
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    loss, figures = tokenizer.train().loss(torch.from_numpy(images_BHWC))
+    loss.backward()
+    assert figures["images"] == 3
+    codes_BN = tokenizer.eval().encode(images_BHWC)
+    assert codes_BN.shape == (3, tokenizer.grid**2)
+    assert 0 <= codes_BN.min() <= codes_BN.max() < tokenizer.codebook_size
+    rebuilt_BHWC = tokenizer.decode(codes_BN)
+    assert rebuilt_BHWC.shape == images_BHWC.shape
+    assert rebuilt_BHWC.dtype == np.uint8
+
+
+@every(RETRIEVERS)
+def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name: str) -> None:
+    torch.manual_seed(0)
+    retriever = registry.build(
+        {"name": name, "encoder": {"architecture": None, "width": 16, "layers": 1, "embed_dim": 16}, "threshold": 2.0}
+    )
+    retriever.encoder.eval()
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    ids, texts = [f"document {n}" for n in range(6)], [f"text {n}" for n in range(6)]
+    bank = retriever.bank(ids, texts, images_BHWC)
+    for modality in ("text", "image"):
+        results, _ = retriever.retrieve(bank, retriever.parts(texts, images_BHWC), modality, ids=ids, count=3)
+        assert all(len(set(rows)) == 3 and own not in rows for own, rows in enumerate(results))
+
+
+@every(SOURCES)
+def test_source_yields_documents_in_a_fixed_order(registry: Registry[Any], name: str, tmp_path: Any) -> None:
+    extra = {"path": str(_image_folder(tmp_path))} if "path" in [doc.name for doc in registry.describe(name)] else {}
+    source = registry.build(small(registry, name, **extra))
+    first, second = list(source.documents()), list(source.documents())
+    assert any(isinstance(item, Document) for item in first)
+    ids = [item.id for item in first if isinstance(item, Document)]
+    assert ids == [item.id for item in second if isinstance(item, Document)]
+    assert len(set(ids)) == len(ids)
+    for item in first:
+        if isinstance(item, Skipped):
+            assert item.reason
+        else:
+            assert item.image is None or (item.image.dtype == np.uint8 and item.image.shape[2] == 3)
+            assert item.label is None or source.class_in(item.text) == item.label
+    assert source.fingerprint() == source.fingerprint()
+
+
+def _image_folder(folder: Any) -> Any:
+    from PIL import Image
+
+    Image.new("RGB", (20, 10), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red image")
+    Image.new("RGB", (20, 10), "red").save(folder / "without a caption.png")
+    return folder
+
+
+@every(METRICS)
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_metric_is_a_figure_with_its_interval_or_none(registry: Registry[Any], name: str, modality: Any) -> None:
+    rng = np.random.default_rng(0)
+    generated = Generated(
+        modality=modality,
+        asked_B=np.array([0, 1, 2]),
+        read_B=np.array([0, 1, 0]),
+        codes_BN=rng.integers(16, size=(3, CODES)),
+        texts=["a", "b", "c"],
+        given_texts=["a", "b", "d"],
+        training_MN=rng.integers(16, size=(5, CODES)),
+        retrieved=[rng.integers(16, size=(2, CODES))] * 3,
+        clip_B=rng.random(3),
+        exact_B=np.array([True, True, False]),
+    )
+    figure = registry.build(name)(generated)
+    assert figure is None or (figure.n == 3 and figure.low <= figure.value <= figure.high)
