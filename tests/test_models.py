@@ -1,0 +1,343 @@
+"""The decoder: its sizes and first loss, and that packing, caching and causality change no number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm3leon.models.attention import packed_mask
+from cm3leon.models.cache import KVCache
+from cm3leon.models.transformer import Transformer
+from cm3leon.registry import MODELS, discover
+from cm3leon.types import UserError
+
+discover()
+
+V = 50
+
+
+def decoder(
+    *, layers: int = 2, heads: int = 3, head_size: int = 8, mlp_ratio: int = 4, seq_len: int = 32, seed: int = 0
+) -> Transformer:
+    """A decoder whose every weight is large enough to show in the logits, which are of order 1."""
+    config = Transformer.Config(
+        layers=layers, width=heads * head_size, head_size=head_size, mlp_ratio=mlp_ratio, seq_len=seq_len
+    )
+    model = Transformer(config, vocab_size=V)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            table = name.startswith(("embedding", "positions"))
+            weight.normal_(std=1.0 if table else 2 * config.width**-0.5, generator=generator)
+    return model.eval()
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(given_: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(given_, expected, rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------ sizes and start
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "in_blocks"),
+    [
+        ("cm3leon_350m", 440_401_920, 301_989_888),
+        ("cm3leon_760m", 887_095_296, 679_477_248),
+        ("cm3leon_7b", 6_996_099_072, 6_442_450_944),
+    ],
+)
+def test_the_papers_sizes(name: str, total: int, in_blocks: int) -> None:
+    with torch.device("meta"):
+        model = MODELS.build(name, vocab_size=65_536)
+    assert sum(weight.numel() for weight in model.parameters()) == total
+    assert sum(weight.numel() for weight in model.blocks.parameters()) == in_blocks
+    assert model.positions.weight.shape == (4096, model.config.width)
+
+
+def test_nothing_but_matrices() -> None:
+    """No biases, no learned norms, no buffers, and a head of its own."""
+    model = decoder()
+    assert all(weight.ndim == 2 for weight in model.parameters())
+    assert list(model.buffers()) == []
+    assert model.head.weight is not model.embedding.weight
+    assert not any(isinstance(module, torch.nn.Dropout) for module in model.modules())
+
+
+def fresh(name: str = "cm3leon", **fields: Any) -> Transformer:
+    torch.manual_seed(0)
+    return MODELS.build({"name": name, "layers": 2, "width": 256, "seq_len": 512, **fields}, vocab_size=1000)
+
+
+def truncated_std(std: float, cut: float) -> float:
+    """Standard deviation of a normal distribution of that `std` once it is cut at `cut` of them."""
+    density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
+    return std * math.sqrt(1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))
+
+
+def test_the_papers_initialisation() -> None:
+    model = fresh()
+    for name, weight in model.named_parameters():
+        if name == "head.weight":
+            assert weight.count_nonzero() == 0
+            continue
+        std = 0.0002 if name == "positions.weight" else 0.006
+        # Four standard errors, at 2^16 numbers or more in each matrix.
+        error = 4 / math.sqrt(2 * weight.numel())
+        assert weight.std().item() == pytest.approx(truncated_std(std, 3), rel=error), name
+        assert abs(weight.mean().item()) < 4 * std / math.sqrt(weight.numel()), name
+        assert 2.9 * std < weight.abs().max().item() <= 3 * std * (1 + 1e-6), name
+
+
+def test_the_stds_of_the_config_are_used_and_the_draw_depends_on_the_seed_alone() -> None:
+    model = fresh(init_std=0.02, position_init_std=0.1)
+    assert model.blocks[1].down.weight.std().item() == pytest.approx(truncated_std(0.02, 3), rel=0.02)
+    assert model.positions.weight.std().item() == pytest.approx(truncated_std(0.1, 3), rel=0.02)
+    again = fresh(init_std=0.02, position_init_std=0.1)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_first_loss_is_the_logarithm_of_the_vocabulary() -> None:
+    ids_BT = torch.randint(1000, (2, 100), generator=torch.Generator().manual_seed(0))
+    logits_BTV = fresh()(ids_BT)
+    loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).double(), ids_BT[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(1000), abs=1e-6)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(UserError, match=r"^model: head_size 48 must divide width 64$"):
+        MODELS.build({"name": "cm3leon", "width": 64, "head_size": 48}, vocab_size=10)
+
+
+# ------------------------------------------------------------------------------------------------ the function
+
+
+def reference(model: Transformer, ids_T: np.ndarray) -> np.ndarray:
+    """Logits (T, V) of one sample in float64 numpy, written from the paper: one head, one query at a time."""
+    weights = {name: weight.detach().double().numpy() for name, weight in model.state_dict().items()}
+    config, T = model.config, len(ids_T)
+
+    def norm(x_D: np.ndarray) -> np.ndarray:
+        return (x_D - x_D.mean()) / np.sqrt(((x_D - x_D.mean()) ** 2).mean() + 1e-5)
+
+    x_TD = np.stack(
+        [weights["embedding.weight"][token] + weights["positions.weight"][t] for t, token in enumerate(ids_T)]
+    )
+    for layer in range(config.layers):
+        matrix = {name: weights[f"blocks.{layer}.{name}.weight"] for name in ("qkv", "out", "up", "down")}
+        normed_TD = np.stack([norm(x_D) for x_D in x_TD])
+        query, key, value = (normed_TD @ part.T for part in np.split(matrix["qkv"], 3))
+        for t in range(T):
+            attended = []
+            for head in range(config.width // config.head_size):
+                columns = slice(head * config.head_size, (head + 1) * config.head_size)
+                scores = [query[t, columns] @ key[s, columns] / math.sqrt(config.head_size) for s in range(t + 1)]
+                shares = np.exp(scores) / np.sum(np.exp(scores))
+                attended.append(sum(share * value[s, columns] for s, share in enumerate(shares)))
+            x_TD[t] = x_TD[t] + matrix["out"] @ np.concatenate(attended)
+        for t in range(T):
+            x_TD[t] = x_TD[t] + matrix["down"] @ np.maximum(matrix["up"] @ norm(x_TD[t]), 0)
+    return np.stack([weights["head.weight"] @ norm(x_D) for x_D in x_TD])
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "head_size", "mlp_ratio"), [(1, 1, 8, 4), (2, 3, 8, 4), (3, 2, 5, 1), (2, 1, 16, 3)]
+)
+def test_equals_a_naive_implementation(layers: int, heads: int, head_size: int, mlp_ratio: int) -> None:
+    model = decoder(layers=layers, heads=heads, head_size=head_size, mlp_ratio=mlp_ratio).double()
+    ids_BT = random_ids(2, 32)
+    with torch.inference_mode():
+        logits_BTV = model(ids_BT)
+    for row in range(2):
+        expected_TV = reference(model, ids_BT[row].numpy())
+        np.testing.assert_allclose(logits_BTV[row].numpy(), expected_TV, rtol=0, atol=1e-9)
+        assert expected_TV.std() > 0.5  # else the comparison would say nothing
+
+
+def test_training_mode_changes_nothing() -> None:
+    model, ids_BT = decoder(), random_ids(2, 20)
+    assert torch.equal(model.train()(ids_BT), model.eval()(ids_BT))
+
+
+@given(length=st.integers(2, 32), changed=st.integers(0, 31), seed=st.integers(0, 9))
+@settings(max_examples=30)
+@torch.inference_mode()
+def test_a_token_changes_nothing_before_it(length: int, changed: int, seed: int) -> None:
+    model, changed = decoder(), changed % length
+    ids_BT = random_ids(1, length, seed=seed)
+    other_BT = ids_BT.clone()
+    other_BT[0, changed] = (ids_BT[0, changed] + 1) % V
+    before, after = model(ids_BT)[0], model(other_BT)[0]
+    assert_same(after[:changed], before[:changed], atol=1e-6)
+    assert (after[changed:] - before[changed:]).abs().amax(-1).min() > 1e-4  # and something in every later place
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def test_packed_mask_by_hand() -> None:
+    mask = packed_mask(torch.tensor([[0, 0, 1, 1, -1]]))
+    assert mask.shape == (1, 1, 5, 5)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40)
+@torch.inference_mode()
+def test_a_packed_sample_has_the_logits_it_has_alone(rows: list[list[int]], seed: int) -> None:
+    model = decoder()
+    T = max(map(sum, rows)) + 2  # each row ends in padding
+    ids_BT = random_ids(len(rows), T, seed=seed)
+    sample_BT = torch.full((len(rows), T), -1)
+    position_BT = torch.zeros(len(rows), T, dtype=torch.int64)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for number, length in enumerate(lengths):
+            sample_BT[row, start : start + length] = number
+            position_BT[row, start : start + length] = torch.arange(length)
+            start += length
+    packed_BTV = model(ids_BT, position_BT=position_BT, sample_BT=sample_BT)
+    assert packed_BTV.isfinite().all()
+    for row, lengths in enumerate(rows):
+        start = 0
+        for length in lengths:
+            alone_TV = model(ids_BT[row : row + 1, start : start + length])[0]
+            assert_same(packed_BTV[row, start : start + length], alone_TV)
+            start += length
+
+
+def test_no_gradient_crosses_from_sample_to_sample() -> None:
+    model = decoder()
+    model.embedding.weight.grad = None
+    ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    sample_BT = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    model(ids_BT, sample_BT=sample_BT)[0, 3:].square().sum().backward()
+    moved = model.embedding.weight.grad.abs().sum(-1).nonzero()[:, 0].tolist()
+    assert moved == [4, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------------ cache
+
+
+def chunks(total: int, sizes: list[int]) -> list[int]:
+    """Sizes that add up to `total`: the given ones in turn, then what is left in ones."""
+    taken = []
+    for size in sizes:
+        taken.append(min(size, total - sum(taken)))
+    return [size for size in [*taken, *[1] * (total - sum(taken))] if size]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    steps=st.integers(0, 8),
+    sizes=st.lists(st.integers(1, 9), max_size=4),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50)
+@torch.inference_mode()
+def test_cached_equals_uncached(lengths: list[int], steps: int, sizes: list[int], seed: int) -> None:
+    """Prompts of different lengths padded on the left, read in any chunks, then continued token by token."""
+    model, longest = decoder(), max(lengths)
+    rows = [random_ids(length + steps, seed=seed + place) for place, length in enumerate(lengths)]
+    padding_B = torch.tensor([longest - length for length in lengths])
+    ids_BT = torch.stack([F.pad(ids_T, (longest + steps - len(ids_T), 0), value=7) for ids_T in rows])
+    cache = model.new_cache(longest + steps, padding_B)
+    pieces, start = [], 0
+    for size in chunks(longest + steps, sizes):
+        pieces.append(model(ids_BT[:, start : start + size], cache=cache))
+        start += size
+        assert cache.length == start
+    cached_BTV = torch.cat(pieces, 1)
+    assert cached_BTV.isfinite().all()
+    for row, ids_T in enumerate(rows):
+        assert_same(cached_BTV[row, padding_B[row] :], model(ids_T[None])[0])
+
+
+def test_cache_masks_and_positions_by_hand() -> None:
+    cache = KVCache(layers=1, heads=1, head_size=2, capacity=4, padding_B=torch.tensor([0, 2]), dtype=torch.float32)
+    assert cache.positions(3).tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert cache.mask(3)[:, 0].int().tolist() == [
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    ]
+    cache.advance(3)
+    assert cache.positions(1).tolist() == [[3], [1]]
+    assert cache.mask(1)[:, 0].int().tolist() == [[[1, 1, 1, 1]], [[0, 0, 1, 1]]]
+
+
+@torch.inference_mode()
+def test_a_full_cache_says_so() -> None:
+    model = decoder()
+    cache = model.new_cache(5, torch.zeros(1, dtype=torch.int64))
+    model(random_ids(1, 4), cache=cache)
+    with pytest.raises(ValueError, match=r"^the cache holds 5 columns, 4 \+ 2 were asked for$"):
+        model(random_ids(1, 2), cache=cache)
+
+
+@torch.inference_mode()
+def test_a_cache_is_in_the_precision_of_the_weights() -> None:
+    model = decoder().double()
+    cache = model.new_cache(3, torch.zeros(1, dtype=torch.int64))
+    assert_same(model(random_ids(1, 3), cache=cache), model(random_ids(1, 3)), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ too long
+
+
+@torch.inference_mode()
+def test_more_positions_than_the_model_has_are_refused_in_a_sentence() -> None:
+    """Not by the index error of a table, which on a GPU ends the process."""
+    model = decoder(seq_len=8)
+    assert model(random_ids(1, 8)).shape == (1, 8, V)
+    with pytest.raises(ValueError, match=r"^9 positions were asked for, the model has seq_len 8$"):
+        model(random_ids(1, 9))
+    cache = model.new_cache(12, torch.tensor([0, 3]))
+    model(random_ids(2, 8), cache=cache)
+    with pytest.raises(ValueError, match=r"^9 positions were asked for, the model has seq_len 8$"):
+        model(random_ids(2, 1), cache=cache)
+
+
+@torch.inference_mode()
+def test_padding_does_not_count_as_positions() -> None:
+    model = decoder(seq_len=8)
+    ids_BT = random_ids(1, 11)
+    cache = model.new_cache(11, torch.tensor([3]))
+    assert_same(model(ids_BT, cache=cache)[:, 3:], model(ids_BT[:, 3:]))
+
+
+# ------------------------------------------------------------------------------------------------ GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_a_gpu_gives_the_same_logits() -> None:
+    model, ids_BT = decoder(), random_ids(2, 20)
+    sample_BT = torch.arange(20).div(7, rounding_mode="floor").expand(2, 20)
+    plain_BTV, packed_BTV = model(ids_BT), model(ids_BT, sample_BT=sample_BT)
+    model.cuda()
+    assert_same(model(ids_BT.cuda()).cpu(), plain_BTV, atol=1e-4)
+    assert_same(model(ids_BT.cuda(), sample_BT=sample_BT.cuda()).cpu(), packed_BTV, atol=1e-4)
+    cache = model.new_cache(20, torch.zeros(2, dtype=torch.int64, device="cuda"))
+    pieces = [model(part_BT, cache=cache) for part_BT in ids_BT.cuda().split(6, 1)]
+    assert_same(torch.cat(pieces, 1).cpu(), plain_BTV, atol=1e-4)
