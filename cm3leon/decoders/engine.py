@@ -12,7 +12,7 @@ from torch import Tensor
 from cm3leon.decoders.decoders import Decoder
 from cm3leon.decoders.processors import draw, uniforms
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Prompt
+from cm3leon.types import Prompt, UserError
 
 
 @torch.inference_mode()
@@ -29,14 +29,25 @@ def generate(
     """Answers to prompts: ids of the answer's modality, without what closes it.
 
     The grammar is in the prompts: an image answer is exactly `length` codes, a text answer is text until `end` or
-    `length` pieces. Prompts of different lengths and modalities may be mixed.
+    `length` pieces, or as many as the model has positions for. Prompts of different lengths and modalities may be
+    mixed.
 
     Args:
         model: from `MODELS`, in evaluation mode.
         seeds: one for each prompt; its answer depends on it alone, not on its neighbours (up to rounding).
         batch_size: prompts at a time; guidance doubles the rows.
         on_batch: called after each batch with the number of its prompts.
+
+    Raises:
+        UserError: for a prompt that leaves no room for its answer.
     """
+    for prompt in prompts:
+        needed = prompt.length if prompt.modality == "image" else min(prompt.length, 1)
+        if len(prompt.ids_T) + needed > model.seq_len:
+            raise UserError(
+                f"model.seq_len: a prompt of {len(prompt.ids_T)} tokens and an answer of {needed} do not fit the "
+                f"model's {model.seq_len} positions; use fewer retrieved documents or a larger model.seq_len"
+            )
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     for rows in _batches(prompts, decoder, batch_size):
         batch = [prompts[row] for row in rows]
@@ -77,7 +88,8 @@ def _generate(
     allowed_V = torch.arange(low, high, device=device)
     if first.modality == "text":
         allowed_V = torch.cat([torch.tensor([first.end], device=device), allowed_V])
-    length_B = torch.tensor([prompt.length for prompt in prompts], device=device)
+    lengths = [min(prompt.length, model.seq_len - len(prompt.ids_T)) for prompt in prompts]
+    length_B = torch.tensor(lengths, device=device)
     steps = int(length_B.max())
     uniform_BT = uniforms(seeds, steps).to(device)
     cache = model.new_cache(ids_RT.shape[1] + steps, padding_R)

@@ -25,6 +25,7 @@ class KVCache:
         self._keys = torch.zeros(shape, dtype=dtype, device=padding_B.device)
         self._values = torch.zeros(shape, dtype=dtype, device=padding_B.device)
         self._padding_B = padding_B
+        self._least_padding = int(padding_B.min())
         self.capacity = capacity
         self.length = 0
 
@@ -32,12 +33,18 @@ class KVCache:
         """Boolean mask (B, 1, T, length + T) for the next T columns: earlier columns that are not padding.
 
         A padding column attends to itself: a softmax over nothing would be NaN. Its output is never used.
+        Raises ValueError when there is no room for T more.
         """
+        self._check_room(T)
         columns_S = torch.arange(self.length + T, device=self._padding_B.device)
         query_T1 = columns_S[self.length :, None]
         causal_TS = columns_S <= query_T1
         real_BS = columns_S >= self._padding_B[:, None]
         return ((causal_TS & real_BS[:, None, :]) | (columns_S == query_T1))[:, None]
+
+    def longest(self, T: int) -> int:
+        """Positions of the longest row, padding not counted, after the next T columns."""
+        return self.length + T - self._least_padding
 
     def positions(self, T: int) -> Tensor:
         """Position numbers (B, T) of the next T columns: 0 at each row's first token; padding has 0."""
@@ -52,7 +59,9 @@ class KVCache:
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
     def advance(self, T: int) -> None:
-        """Moves on by T columns, once all layers have appended theirs. Raises ValueError when full."""
+        """Moves on by T columns, once all layers have appended theirs."""
+        self.length += T
+
+    def _check_room(self, T: int) -> None:
         if self.length + T > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} columns, {self.length} + {T} were asked for")
-        self.length += T

@@ -85,8 +85,14 @@ class Transformer(nn.Module):
             position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
             sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
             cache: earlier positions to attend to, extended by these; it also gives the positions.
+
+        Raises:
+            ValueError: for more positions than `seq_len`, or than the cache has room for.
         """
         T = ids_BT.shape[1]
+        asked = T if cache is None else cache.longest(T)
+        if position_BT is None and asked > self.seq_len:
+            raise ValueError(f"{asked} positions were asked for, the model has seq_len {self.seq_len}")
         mask = None
         if cache is not None:
             position_BT, mask = cache.positions(T), cache.mask(T)
@@ -101,15 +107,25 @@ class Transformer(nn.Module):
             cache.advance(T)
         return _norm(x_BTD)
 
+    @property
+    def seq_len(self) -> int:
+        """Most positions of a sequence."""
+        return self.config.seq_len
+
     def new_cache(self, capacity: int, padding_B: Tensor) -> KVCache:
-        """An empty cache for rows with `padding_B` padding columns at the left and `capacity` columns in all."""
+        """An empty cache for rows with `padding_B` padding columns at the left and `capacity` columns in all.
+
+        Keys and values are kept in the precision in which they are computed: autocast's where it is on.
+        """
+        device = padding_B.device.type
+        autocast = torch.is_autocast_enabled(device)
         return KVCache(
             layers=self.config.layers,
             heads=self.config.width // self.config.head_size,
             head_size=self.config.head_size,
             capacity=capacity,
             padding_B=padding_B,
-            dtype=self.embedding.weight.dtype,
+            dtype=torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype,
         )
 
 
@@ -130,7 +146,7 @@ class Block(nn.Module):
         q_BATE, k_BASE, v_BASE = qkv_3BATE.unbind()
         if cache is not None:
             k_BASE, v_BASE = cache.append(layer, k_BASE, v_BASE)
-        attended_BATE = attend(q_BATE, k_BASE.to(q_BATE.dtype), v_BASE.to(q_BATE.dtype), mask)
+        attended_BATE = attend(q_BATE, k_BASE, v_BASE, mask)
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 

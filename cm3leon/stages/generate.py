@@ -18,6 +18,7 @@ from cm3leon.decoders.engine import generate
 from cm3leon.objectives.packing import fit
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import Run
+from cm3leon.training.device import autocast
 from cm3leon.types import Sample
 
 
@@ -105,7 +106,10 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
         for document, others in zip(documents, retrieved, strict=True)
     ]
     decoder = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
-    with tqdm(total=len(rows), desc=setting.file[:-6], unit="sample", mininterval=2.0, dynamic_ncols=True) as progress:
+    with (
+        tqdm(total=len(rows), desc=setting.file[:-6], unit="sample", mininterval=2.0, dynamic_ncols=True) as progress,
+        autocast(run.device, run.experiment.training.precision),
+    ):
         answers = generate(
             run.model,
             [task.prompt(sample.query, sample.retrieved) for sample in samples],

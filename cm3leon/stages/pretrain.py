@@ -22,7 +22,7 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.device import autocast
 from cm3leon.training.trainer import train
-from cm3leon.types import Batch, Sample
+from cm3leon.types import Batch, Sample, TokenDocument
 
 SHOWN = 16
 """Images drawn for TensorBoard during training."""
@@ -70,16 +70,20 @@ def make_pretraining(run: Run, folder: Path) -> None:
 
 
 def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
-    """A training document, one version of its image drawn, with retrieved documents drawn for it.
+    """A training document with retrieved documents drawn for it, a version of each image drawn too.
 
-    `document` counts within the training split.
+    `document` counts within the training split, which is the memory bank.
     """
     retriever = run.experiment.retriever.config
     rows = run.neighbours.draw(document, most=retriever.max_documents, random_count=retriever.random_count, rng=rng)
-    row = run.corpus.rows("train")[document]
+    return Sample(_version(run, document, rng), tuple(_version(run, row, rng) for row in rows))
+
+
+def _version(run: Run, document: int, rng: np.random.Generator) -> TokenDocument:
+    """A training document with one of the versions of its image."""
     codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), document]
-    query = with_segment(run.token_documents[row], "image", run.vocab.image_ids(codes_N))
-    return Sample(query, tuple(run.token_documents[run.bank_rows[row]] for row in rows))
+    original = run.token_documents[run.bank_rows[document]]
+    return with_segment(original, "image", run.vocab.image_ids(codes_N))
 
 
 @torch.inference_mode()
