@@ -1,0 +1,459 @@
+"""Decoding: each formula against brute force in float64, and the engine against one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from cm3leon.config import from_mapping
+from cm3leon.decoders.decoders import ContrastiveK, Decoder, Greedy, TopP
+from cm3leon.decoders.engine import generate
+from cm3leon.decoders.guidance import classifier_free, contrastive_k
+from cm3leon.decoders.processors import draw, keep_top_p, uniforms
+from cm3leon.models.transformer import Transformer
+from cm3leon.registry import DECODERS, discover
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Prompt
+
+discover()
+
+VOCAB = Vocab(text_size=40, image_size=16, sentinels=4)
+SEQ_LEN = 64
+
+
+def normal(*shape: int, seed: int, scale: float = 2.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kept(logits_BV: torch.Tensor) -> list[set[int]]:
+    return [set(np.flatnonzero(row_V > -np.inf).tolist()) for row_V in logits_BV.numpy()]
+
+
+# ------------------------------------------------------------------------------------------------ top-p
+
+
+@given(size=st.integers(1, 40), seed=st.integers(0, 999), top_p=st.floats(0.001, 0.999), scale=st.floats(0, 8))
+@settings(max_examples=150)
+def test_top_p_keeps_the_fewest_likeliest_tokens(size: int, seed: int, top_p: float, scale: float) -> None:
+    logits_BV = normal(3, size, seed=seed, scale=scale)
+    result_BV = keep_top_p(logits_BV, top_p)
+    for row, stay in enumerate(kept(result_BV)):
+        p_V = np.exp(logits_BV[row].numpy() - logits_BV[row].numpy().max())
+        p_V /= p_V.sum()
+        likeliest = sorted(p_V, reverse=True)
+        sums = np.cumsum(likeliest)
+        # Where a sum meets top_p but for rounding, either count is right.
+        assert sums[len(stay) - 1] >= top_p - 1e-12
+        assert len(stay) == 1 or sums[len(stay) - 2] < top_p + 1e-12
+        assert min(p_V[list(stay)]) >= max([p for v, p in enumerate(p_V) if v not in stay], default=0)
+        assert torch.equal(result_BV[row, list(stay)], logits_BV[row, list(stay)])
+
+
+def test_top_p_by_hand() -> None:
+    logits_BV = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]).double().log()
+    assert kept(keep_top_p(logits_BV, 0.45))[0] == {1}
+    assert kept(keep_top_p(logits_BV, 0.6))[0] == {1, 3}
+    assert kept(keep_top_p(logits_BV, 0.8))[0] == {1, 2, 3}
+    assert [len(stay) for stay in kept(keep_top_p(logits_BV, 0.7))] == [2, 3]  # of equals, as many as it takes
+    assert torch.equal(keep_top_p(logits_BV, 1.0), logits_BV)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-30])
+def test_the_smallest_top_p_keeps_the_likeliest(top_p: float) -> None:
+    assert kept(keep_top_p(torch.tensor([[0.1, 3.0, 0.2]]), top_p)) == [{1}]
+
+
+def test_top_p_in_float32_over_a_large_vocabulary() -> None:
+    logits_BV = normal(4, 8192, seed=0)
+    for top_p in (0.1, 0.9, 0.99):
+        single, double = kept(keep_top_p(logits_BV.float(), top_p)), kept(keep_top_p(logits_BV, top_p))
+        for one, other in zip(single, double, strict=True):
+            assert len(one ^ other) <= 3
+
+
+# ------------------------------------------------------------------------------------------------ guidance
+
+
+def test_guidance_of_weight_zero_is_unconditional_and_of_one_conditional() -> None:
+    conditional_BV, unconditional_BV = normal(2, 9, seed=0), normal(2, 9, seed=1)
+    assert torch.equal(classifier_free(conditional_BV, unconditional_BV, 0), unconditional_BV)
+    torch.testing.assert_close(classifier_free(conditional_BV, unconditional_BV, 1), conditional_BV)
+    by_hand_BV = 3 * conditional_BV - 2 * unconditional_BV
+    torch.testing.assert_close(classifier_free(conditional_BV, unconditional_BV, 3), by_hand_BV)
+
+
+@given(
+    size=st.integers(1, 30),
+    seed=st.integers(0, 999),
+    alpha=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+    k=st.integers(1, 40),
+)
+@settings(max_examples=150)
+def test_cd_k_is_equation_3(size: int, seed: int, alpha: float, k: int) -> None:
+    conditional_BV, unconditional_BV = normal(2, size, seed=seed), normal(2, size, seed=seed + 1000)
+    scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=alpha, k=k).numpy()
+    for row in range(2):
+        c_V, u_V = (np.exp(logits_BV[row].numpy()) for logits_BV in (conditional_BV, unconditional_BV))
+        c_V, u_V = c_V / c_V.sum(), u_V / u_V.sum()
+        threshold = alpha * sorted(c_V, reverse=True)[min(k, size) - 1]
+        for v in range(size):
+            if c_V[v] >= threshold:
+                assert scores_BV[row, v] == pytest.approx(np.log(c_V[v]) - np.log(u_V[v]), abs=1e-9)
+            else:
+                assert scores_BV[row, v] == -np.inf
+
+
+def test_cd_k_with_k_1_is_contrastive_decoding() -> None:
+    """Li et al. 2023: log p - log q over the tokens with p >= alpha * max p."""
+    conditional_BV, unconditional_BV = normal(3, 20, seed=3), normal(3, 20, seed=4)
+    p_BV, q_BV = conditional_BV.softmax(-1), unconditional_BV.softmax(-1)
+    expected_BV = (p_BV / q_BV).log().masked_fill(p_BV < 0.2 * p_BV.amax(-1, keepdim=True), -torch.inf)
+    torch.testing.assert_close(contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=1), expected_BV)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 1 / 3, 0.7])
+def test_the_threshold_of_cd_k_is_as_exact_as_the_logits(alpha: float) -> None:
+    """A token a little above or below alpha times the largest probability, by far less than float32 can tell."""
+    for factor, stays in ((1 + 1e-10, True), (1 - 1e-10, False)):
+        logits_BV = torch.tensor([[1.0, alpha * factor, 0.01]], dtype=torch.float64).log()
+        assert (1 in kept(contrastive_k(logits_BV, torch.zeros_like(logits_BV), alpha=alpha, k=1))[0]) is stays
+
+
+def built(name: str, **fields: Any) -> Any:
+    return DECODERS.build({"name": name, **fields})
+
+
+def test_top_p_decoder_puts_its_parts_together() -> None:
+    conditional_BV, unconditional_BV = normal(2, 30, seed=5), normal(2, 30, seed=6)
+    decoder = built("top_p", cfg=2.5, temperature=0.7, top_p=0.8)
+    guided_BV = unconditional_BV + 2.5 * (conditional_BV - unconditional_BV)
+    torch.testing.assert_close(decoder.logits(conditional_BV, unconditional_BV), keep_top_p(guided_BV / 0.7, 0.8))
+    torch.testing.assert_close(decoder.logits(conditional_BV, None), keep_top_p(conditional_BV / 0.7, 0.8))
+    assert decoder.guided
+    assert built("top_p", cfg=0).guided
+    assert not built("top_p", cfg=1).guided
+
+
+def test_cd_k_decoder_puts_its_parts_together() -> None:
+    conditional_BV, unconditional_BV = normal(2, 30, seed=5), normal(2, 30, seed=6)
+    decoder = built("cd_k", alpha=0.2, k=4, temperature=0.5)
+    scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=4)
+    torch.testing.assert_close(decoder.logits(conditional_BV, unconditional_BV), scores_BV / 0.5)
+    torch.testing.assert_close(decoder.logits(conditional_BV, None), conditional_BV / 0.5)
+
+
+def test_greedy_keeps_the_likeliest_alone() -> None:
+    logits_BV = normal(5, 12, seed=7)
+    assert kept(built("greedy").logits(logits_BV, None)) == [{int(best)} for best in logits_BV.argmax(-1)]
+
+
+# ------------------------------------------------------------------------------------------------ draw
+
+
+def test_draws_have_the_distribution() -> None:
+    logits_V = torch.tensor([0.0, 1.0, -torch.inf, 2.5, -3.0, 1.0, -torch.inf])
+    p_V = logits_V.double().softmax(-1).numpy()
+    uniform_B = torch.from_numpy(np.random.default_rng(0).random(50_000))
+    counts_V = torch.bincount(draw(logits_V.expand(50_000, 7), uniform_B), minlength=7).numpy()
+    possible = p_V > 0
+    assert counts_V[~possible].sum() == 0
+    expected_V = 50_000 * p_V[possible]
+    assert ((counts_V[possible] - expected_V) ** 2 / expected_V).sum() < chi2.ppf(0.999, possible.sum() - 1)
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20) | st.just(-np.inf), min_size=1, max_size=12).filter(lambda x: max(x) > -np.inf)
+)
+@settings(max_examples=100)
+def test_an_even_comb_of_uniforms_meets_every_probability(logits: list[float]) -> None:
+    comb_B = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    logits_V = torch.tensor(logits, dtype=torch.float64)
+    counts_V = torch.bincount(draw(logits_V.expand(1000, -1), comb_B), minlength=len(logits))
+    assert (counts_V - 1000 * logits_V.softmax(-1)).abs().max() <= 1
+    assert counts_V[logits_V == -torch.inf].sum() == 0
+
+
+@given(
+    size=st.integers(1, 300),
+    seed=st.integers(0, 999),
+    uniform=st.sampled_from([0.0, 5e-324, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53]),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=200)
+def test_what_cannot_be_is_never_drawn(size: int, seed: int, uniform: float, scale: float, dtype: torch.dtype) -> None:
+    """At both ends of [0, 1) too, with impossible tokens first, last, and everywhere but one."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BV = normal(4, size, seed=seed, scale=scale).to(dtype)
+    gone_BV = torch.rand(4, size, generator=generator) < torch.tensor([0.0, 0.3, 0.9, 1.0])[:, None]
+    gone_BV.scatter_(1, torch.randint(size, (4, 1), generator=generator), False)  # at least one token may be drawn
+    logits_BV = logits_BV.masked_fill(gone_BV, -torch.inf)
+    token_B = draw(logits_BV, torch.full((4,), uniform, dtype=torch.float64))
+    assert (token_B < size).all()
+    assert logits_BV.gather(1, token_B[:, None]).isfinite().all()
+
+
+def test_a_row_of_uniforms_depends_on_its_seed_alone() -> None:
+    uniform_BT = uniforms([3, 5, 3, 2**40], 10)
+    assert uniform_BT.shape == (4, 10)
+    assert torch.equal(uniform_BT[0], uniform_BT[2])
+    assert torch.equal(uniforms([5], 10)[0], uniform_BT[1])
+    assert torch.equal(uniforms([5, 3], 25)[:, :10], uniform_BT[[1, 0]])  # more steps go on, they do not begin anew
+    assert not torch.equal(uniform_BT[0], uniform_BT[1])
+    assert ((uniform_BT >= 0) & (uniform_BT < 1)).all()
+
+
+# ------------------------------------------------------------------------------------------------ engine
+
+
+def model(seed: int = 0) -> Transformer:
+    """A decoder with large random weights; a second tells that an answer depends on the model."""
+    config = Transformer.Config(layers=2, width=24, head_size=8, seq_len=SEQ_LEN)
+    module = Transformer(config, vocab_size=VOCAB.size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            table = name.startswith(("embedding", "positions"))
+            weight.normal_(std=1.0 if table else 2 * 24**-0.5, generator=generator)
+    return module.eval()
+
+
+def prompt(rng: np.random.Generator, size: int, modality: Any, length: int, guided: bool) -> Prompt:
+    def ids(count: int) -> np.ndarray:
+        return np.concatenate([[VOCAB.eos], rng.integers(3, VOCAB.used, count - 1)])
+
+    end = VOCAB.end_of_span if modality == "text" else VOCAB.eos
+    return Prompt(ids(size), modality, length, end, ids(max(1, size - 3)) if guided else None)
+
+
+def prompts(seed: int = 0, *, guided: bool = True) -> list[Prompt]:
+    """Prompts of many lengths and both modalities, with and without a second stream."""
+    rng = np.random.default_rng(seed)
+    return [
+        prompt(rng, 9, "image", 16, guided),
+        prompt(rng, 4, "text", 12, False),
+        prompt(rng, 1, "image", 16, guided),
+        prompt(rng, 20, "image", 7, guided),
+        prompt(rng, 13, "text", 30, False),
+        prompt(rng, 13, "image", 16, False),
+        prompt(rng, 2, "text", 1, guided),
+        prompt(rng, 6, "image", 1, guided),
+    ]
+
+
+def lists(answers: Sequence[np.ndarray]) -> list[list[int]]:
+    return [answer_T.tolist() for answer_T in answers]
+
+
+class Recorder:
+    """A decoder that passes on to another, and keeps what it was given and what it gave."""
+
+    def __init__(self, inner: Decoder) -> None:
+        self.inner = inner
+        self.steps: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+
+    @property
+    def guided(self) -> bool:
+        return self.inner.guided
+
+    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
+        result_BV = self.inner.logits(conditional_BV, unconditional_BV)
+        self.steps.append((conditional_BV.clone(), unconditional_BV if unconditional_BV is None
+                           else unconditional_BV.clone(), result_BV.clone()))  # fmt: skip
+        return result_BV
+
+
+@torch.inference_mode()
+def alone(module: Transformer, ids_T: np.ndarray, answer_T: np.ndarray) -> torch.Tensor:
+    """Logits (T, V) of each token of an answer, in one pass without cache or neighbours."""
+    sequence_T = torch.from_numpy(np.concatenate([ids_T, answer_T[:-1]]))
+    return module(sequence_T[None])[0, len(ids_T) - 1 :]
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("name", ["top_p", "cd_k"])
+def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> None:
+    """What the decoder is given in a batch of both streams equals each stream of each prompt run by itself."""
+    module, rng = model(), np.random.default_rng(1)
+    asked = [prompt(rng, size, modality, 10, True) for size in (4, 11, 7)]
+    recorder = Recorder(built(name))
+    answers = generate(module, asked, recorder, vocab=VOCAB, seeds=[7, 8, 9])
+    low, high = VOCAB.id_range(asked[0].modality)
+    allowed = [*([VOCAB.end_of_span] if modality == "text" else []), *range(low, high)]
+    order = sorted(range(3), key=lambda row: len(asked[row].ids_T))  # as the engine lays the rows
+    assert len(recorder.steps) == max(min(len(answer) + (modality == "text"), 10) for answer in answers)
+    for place, row in enumerate(order):
+        assert asked[row].unconditional_T is not None
+        conditional_TV = alone(module, asked[row].ids_T, answers[row])[:, allowed]
+        unconditional_TV = alone(module, asked[row].unconditional_T, answers[row])[:, allowed]
+        assert len(answers[row]) > 2
+        for step in range(len(answers[row])):
+            given_BV, without_BV, result_BV = recorder.steps[step]
+            assert without_BV is not None
+            torch.testing.assert_close(given_BV[place], conditional_TV[step], rtol=0, atol=1e-5)
+            torch.testing.assert_close(without_BV[place], unconditional_TV[step], rtol=0, atol=1e-5)
+            column = allowed.index(int(answers[row][step]))
+            assert result_BV[place, column] > -torch.inf
+
+
+@pytest.mark.parametrize(
+    "fields", [{"name": "top_p"}, {"name": "top_p", "cfg": 1}, {"name": "cd_k"}, {"name": "greedy"}]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_batch_gives_what_each_prompt_gives_alone(fields: dict[str, Any], seed: int) -> None:
+    module, decoder, asked = model(), DECODERS.build(fields), prompts(seed)
+    seeds = [100 + row for row in range(len(asked))]
+    together = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
+    in_small_batches = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds, batch_size=2))
+    each = [
+        generate(module, [one], decoder, vocab=VOCAB, seeds=[seed])[0].tolist()
+        for one, seed in zip(asked, seeds, strict=True)
+    ]
+    assert together == each
+    assert in_small_batches == each
+
+
+def test_same_seeds_same_answers_and_others_others() -> None:
+    module, asked = model(), prompts()
+    decoder = built("top_p", top_p=1.0)
+    seeds = list(range(len(asked)))
+    first = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
+    torch.manual_seed(123)  # no global state takes part
+    assert lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds)) == first
+    assert lists(generate(module, asked, decoder, vocab=VOCAB, seeds=[seed + 50 for seed in seeds])) != first
+    assert lists(generate(model(1), asked, decoder, vocab=VOCAB, seeds=seeds)) != first
+
+
+def test_greedy_and_an_unguided_weight_do_not_look_at_the_second_stream() -> None:
+    module = model()
+    for decoder in (built("greedy"), built("top_p", cfg=1)):
+        answers = generate(module, prompts(guided=True), decoder, vocab=VOCAB, seeds=range(8))
+        without = generate(module, prompts(guided=True)[:1], decoder, vocab=VOCAB, seeds=[0])
+        bare = Prompt(prompts()[0].ids_T, "image", 16, VOCAB.eos)
+        assert lists(generate(module, [bare], decoder, vocab=VOCAB, seeds=[0])) == lists(without) == lists(answers[:1])
+
+
+def test_greedy_answers_are_the_likeliest_tokens() -> None:
+    module, asked = model(), prompts()
+    for one, answer_T in zip(asked, generate(module, asked, built("greedy"), vocab=VOCAB, seeds=range(8)), strict=True):
+        low, high = VOCAB.id_range(one.modality)
+        ended = one.modality == "text" and len(answer_T) < one.length
+        full_T = np.append(answer_T, VOCAB.end_of_span) if ended else answer_T
+        logits_TV = alone(module, one.ids_T, full_T)
+        allowed = [*([VOCAB.end_of_span] if one.modality == "text" else []), *range(low, high)]
+        assert [allowed[column] for column in logits_TV[:, allowed].argmax(-1)] == full_T.tolist()
+
+
+@pytest.mark.parametrize("name", DECODERS.names())
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_answers_keep_the_grammar(name: str, seed: int) -> None:
+    asked = prompts(seed)
+    answers = generate(model(seed), asked, built(name), vocab=VOCAB, seeds=range(seed, seed + len(asked)))
+    for one, answer_T in zip(asked, answers, strict=True):
+        low, high = VOCAB.id_range(one.modality)
+        assert ((answer_T >= low) & (answer_T < high)).all()
+        assert answer_T.dtype == np.int64
+        if one.modality == "image":
+            assert len(answer_T) == one.length
+        else:
+            assert len(answer_T) <= one.length
+
+
+class Fixed:
+    """A decoder that gives each row the columns of a script, one after the other."""
+
+    guided = False
+
+    def __init__(self, columns: Sequence[Sequence[int]]) -> None:
+        self.columns, self.step = columns, 0
+
+    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
+        column_B1 = torch.tensor([row[self.step] for row in self.columns])[:, None]
+        self.step += 1
+        return torch.full_like(conditional_BV, -torch.inf).scatter(1, column_B1, 0.0)
+
+
+def test_text_stops_at_its_end_or_at_its_length() -> None:
+    """Column 0 of text is `<end_of_span>`, column 1 the first text id, 4."""
+    rng = np.random.default_rng(0)
+    asked = [prompt(rng, size, "text", length, False) for size, length in ((2, 5), (3, 5), (4, 5), (5, 5))]
+    decoder = Fixed([[2, 3, 0, 1, 1], [0, 1, 1, 1, 1], [1, 2, 3, 4, 5], [1, 1, 1, 1, 0]])
+    answers = generate(model(), asked, decoder, vocab=VOCAB, seeds=range(4))
+    assert lists(answers) == [[5, 6], [], [4, 5, 6, 7, 8], [4, 4, 4, 4]]
+
+
+def test_it_stops_when_all_rows_have_ended() -> None:
+    rng = np.random.default_rng(0)
+    decoder = Fixed([[1, 0], [0, 1]])
+    asked = [prompt(rng, size, "text", 20, False) for size in (2, 3)]
+    assert lists(generate(model(), asked, decoder, vocab=VOCAB, seeds=[0, 1])) == [[4], []]
+    assert decoder.step == 2
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_length_zero_is_an_empty_answer(modality: str) -> None:
+    rng = np.random.default_rng(0)
+    asked = [prompt(rng, size, modality, length, True) for size, length in ((3, 0), (5, 4), (4, 0))]
+    answers = generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0, 1, 2])
+    assert [len(answer_T) == 0 for answer_T in answers][::2] == [True, True]
+    assert lists(generate(model(), asked[:1], built("top_p"), vocab=VOCAB, seeds=[0])) == [[]]
+    assert answers[0].dtype == np.int64
+
+
+def test_no_prompts_no_answers() -> None:
+    assert generate(model(), [], built("top_p"), vocab=VOCAB, seeds=[]) == []
+
+
+def test_batches_are_announced_as_they_end() -> None:
+    told: list[int] = []
+    asked = prompts()
+    generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=range(8), batch_size=2, on_batch=told.append)
+    assert sum(told) == len(asked)
+    assert max(told) <= 2
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_position() -> None:
+    """The last token of an answer is never read, so it needs no position."""
+    rng = np.random.default_rng(0)
+    asked = [prompt(rng, SEQ_LEN + 1 - 16, "image", 16, True)]
+    assert len(generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0])[0]) == 16
+
+
+def test_prompts_that_fit_alone_fit_together() -> None:
+    """A long prompt with a short answer beside a short prompt with a long answer."""
+    rng = np.random.default_rng(0)
+    asked = [prompt(rng, SEQ_LEN - 2, "image", 3, True), prompt(rng, 2, "image", SEQ_LEN - 1, True)]
+    decoder = built("top_p")
+    each = [generate(model(), [one], decoder, vocab=VOCAB, seeds=[0])[0].tolist() for one in asked]
+    assert [len(answer) for answer in each] == [3, SEQ_LEN - 1]
+    assert lists(generate(model(), asked, decoder, vocab=VOCAB, seeds=[0, 0])) == each
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=rf"the model has seq_len {SEQ_LEN}$"):
+        generate(model(), [prompt(rng, 60, "image", 16, True)], built("top_p"), vocab=VOCAB, seeds=[0])
+
+
+def test_configs_are_checked() -> None:
+    for cls, fields in ((TopP, {"temperature": 0}), (TopP, {"cfg": -1}), (ContrastiveK, {"k": 0}), (Greedy, {"x": 1})):
+        with pytest.raises(ValueError, match=r"^d\."):
+            from_mapping(cls.Config, fields, "d")
+
+
+# ------------------------------------------------------------------------------------------------ GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_greedy_answers() -> None:
+    asked = prompts()
+    expected = lists(generate(model(), asked, built("greedy"), vocab=VOCAB, seeds=range(8)))
+    assert lists(generate(model().cuda(), asked, built("greedy"), vocab=VOCAB, seeds=range(8))) == expected
