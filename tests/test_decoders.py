@@ -20,7 +20,7 @@ from cm3leon.decoders.processors import draw, keep_top_p, uniforms
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Prompt
+from cm3leon.types import Prompt, UserError
 
 discover()
 
@@ -419,27 +419,45 @@ def test_batches_are_announced_as_they_end() -> None:
     assert max(told) <= 2
 
 
-def test_a_prompt_may_fill_the_context_to_the_last_position() -> None:
-    """The last token of an answer is never read, so it needs no position."""
+def test_prompt_and_answer_may_fill_the_context() -> None:
     rng = np.random.default_rng(0)
-    asked = [prompt(rng, SEQ_LEN + 1 - 16, "image", 16, True)]
+    asked = [prompt(rng, SEQ_LEN - 16, "image", 16, True)]
     assert len(generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0])[0]) == 16
 
 
 def test_prompts_that_fit_alone_fit_together() -> None:
     """A long prompt with a short answer beside a short prompt with a long answer."""
     rng = np.random.default_rng(0)
-    asked = [prompt(rng, SEQ_LEN - 2, "image", 3, True), prompt(rng, 2, "image", SEQ_LEN - 1, True)]
+    asked = [prompt(rng, SEQ_LEN - 3, "image", 3, True), prompt(rng, 2, "image", SEQ_LEN - 2, True)]
     decoder = built("top_p")
     each = [generate(model(), [one], decoder, vocab=VOCAB, seeds=[0])[0].tolist() for one in asked]
-    assert [len(answer) for answer in each] == [3, SEQ_LEN - 1]
+    assert [len(answer) for answer in each] == [3, SEQ_LEN - 2]
     assert lists(generate(model(), asked, decoder, vocab=VOCAB, seeds=[0, 0])) == each
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence() -> None:
+class Endless:
+    """A decoder that never ends a text: always column 1, the first text id."""
+
+    guided = False
+
+    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
+        return torch.full_like(conditional_BV, -torch.inf).index_fill(1, torch.tensor([1]), 0.0)
+
+
+def test_text_is_cut_where_the_positions_end_for_each_prompt_by_itself() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match=rf"the model has seq_len {SEQ_LEN}$"):
-        generate(model(), [prompt(rng, 60, "image", 16, True)], built("top_p"), vocab=VOCAB, seeds=[0])
+    asked = [prompt(rng, size, "text", 30, False) for size in (5, SEQ_LEN - 4, 20, SEQ_LEN - 1, SEQ_LEN - 30)]
+    answers = generate(model(), asked, Endless(), vocab=VOCAB, seeds=range(5))
+    assert [len(answer_T) for answer_T in answers] == [30, 4, 30, 1, 30]
+
+
+@pytest.mark.parametrize(("size", "modality", "length"), [(SEQ_LEN - 4, "image", 16), (SEQ_LEN, "text", 5)])
+def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence(size: int, modality: str, length: int) -> None:
+    asked = [prompt(np.random.default_rng(0), size, modality, length, False)]
+    with pytest.raises(
+        UserError, match=rf"^model.seq_len: a prompt of {size} tokens .* the model's {SEQ_LEN} positions"
+    ):
+        generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0])
 
 
 def test_configs_are_checked() -> None:
