@@ -49,7 +49,7 @@ def generate(
                 f"model's {model.seq_len} positions; use fewer retrieved documents or a larger model.seq_len"
             )
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
-    for rows in _batches(prompts, decoder, batch_size):
+    for rows in _batches(prompts, decoder, model.seq_len, batch_size):
         batch = [prompts[row] for row in rows]
         for row, answer in zip(rows, _generate(model, batch, decoder, vocab, [seeds[r] for r in rows]), strict=True):
             answers[row] = answer
@@ -58,19 +58,28 @@ def generate(
     return answers
 
 
-def _batches(prompts: Sequence[Prompt], decoder: Decoder, batch_size: int) -> Iterator[list[int]]:
-    """Rows that can run together: of one modality, end and guidance; prompts of like length side by side."""
+def _batches(prompts: Sequence[Prompt], decoder: Decoder, seq_len: int, batch_size: int) -> Iterator[list[int]]:
+    """Rows that can run together: of one modality, end, guidance and length of answer; like prompts side by side.
 
-    def kind(row: int) -> tuple[str, int, bool]:
+    One length, because a row that has its answer goes on until all have theirs, and must not run out of positions.
+    """
+
+    def kind(row: int) -> tuple[str, int, bool, int]:
         prompt = prompts[row]
-        return prompt.modality, prompt.end, decoder.guided and prompt.unconditional_T is not None
+        guided = decoder.guided and prompt.unconditional_T is not None
+        return prompt.modality, prompt.end, guided, _length(prompt, seq_len)
 
-    kinds: dict[tuple[str, int, bool], list[int]] = {}
+    kinds: dict[tuple[str, int, bool, int], list[int]] = {}
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids_T)):
         kinds.setdefault(kind(row), []).append(row)
     for rows in kinds.values():
         for start in range(0, len(rows), batch_size):
             yield rows[start : start + batch_size]
+
+
+def _length(prompt: Prompt, seq_len: int) -> int:
+    """Most tokens of the answer: what is asked for, as far as the model has positions."""
+    return min(prompt.length, seq_len - len(prompt.ids_T))
 
 
 def _generate(
@@ -88,19 +97,17 @@ def _generate(
     allowed_V = torch.arange(low, high, device=device)
     if first.modality == "text":
         allowed_V = torch.cat([torch.tensor([first.end], device=device), allowed_V])
-    lengths = [min(prompt.length, model.seq_len - len(prompt.ids_T)) for prompt in prompts]
-    length_B = torch.tensor(lengths, device=device)
-    steps = int(length_B.max())
+    steps = _length(first, model.seq_len)  # the same for all
     uniform_BT = uniforms(seeds, steps).to(device)
     cache = model.new_cache(ids_RT.shape[1] + steps, padding_R)
     answer_BT = torch.full((len(prompts), steps), first.end, device=device)
-    ended_B = length_B == 0
+    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(steps):
         logits_RV = model.head(model.hidden(ids_RT, cache=cache)[:, -1])[:, allowed_V].float()
         streams_BV = logits_RV.chunk(2) if guided else (logits_RV, None)
         token_B = allowed_V[draw(decoder.logits(*streams_BV), uniform_BT[:, step])]
         answer_BT[:, step] = torch.where(ended_B, first.end, token_B)
-        ended_B = ended_B | (token_B == first.end) | (length_B <= step + 1)
+        ended_B = ended_B | (token_B == first.end)
         if ended_B.all():
             break
         ids_RT = token_B.repeat(2 if guided else 1)[:, None]

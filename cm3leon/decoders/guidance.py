@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,4 +21,5 @@ def contrastive_k(conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: fl
     log_p_BV = conditional_BV.log_softmax(-1)
     kth_B1 = log_p_BV.topk(min(k, log_p_BV.shape[-1]), dim=-1).values[:, -1:]
     score_BV = log_p_BV - unconditional_BV.log_softmax(-1)
-    return score_BV.masked_fill(log_p_BV < kth_B1 + torch.tensor(alpha).log().to(log_p_BV), -torch.inf)
+    log_alpha = math.log(alpha) if alpha > 0 else -math.inf
+    return score_BV.masked_fill(log_p_BV < kth_B1 + log_alpha, -torch.inf)

@@ -16,7 +16,9 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
     probability_BV = sorted_BV.softmax(-1)
     before_BV = probability_BV.cumsum(-1) - probability_BV  # the sum of the tokens before each
-    removed_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= top_p)
+    over_BV = before_BV >= top_p
+    over_BV[..., 0] = False  # the likeliest stays, for top_p = 0 too
+    removed_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, order_BV, over_BV)
     return logits_BV.masked_fill(removed_BV, -torch.inf)
 
 

@@ -68,9 +68,10 @@ def required(document: TokenDocument, modality: Modality) -> TokenSegment:
 
 
 def with_segment(document: TokenDocument, modality: Modality, ids_T: np.ndarray) -> TokenDocument:
-    """The document with other ids in its first segment of that modality, which is appended where it has none."""
+    """The document with other ids in its first segment of that modality; a new text comes first, a new image last."""
     old = document.segment(modality)
     new = TokenSegment(modality, ids_T)
     if old is None:
-        return replace(document, segments=(*document.segments, new))
+        segments = (new, *document.segments) if modality == "text" else (*document.segments, new)
+        return replace(document, segments=segments)
     return replace(document, segments=tuple(new if segment is old else segment for segment in document.segments))

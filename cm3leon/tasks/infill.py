@@ -31,6 +31,8 @@ class Infill(Task):
     config: Config
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
+        required(query, "text")
+        required(query, "image")
         span = self.span
         return infilling_prompt(Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0])
 

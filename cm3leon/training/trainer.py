@@ -92,7 +92,7 @@ def train(
     then. Returns the records of the whole run.
 
     Raises:
-        FloatingPointError: for a loss that is not finite; the last checkpoint is left as it is.
+        FloatingPointError: for a loss or a gradient that is not finite; the last checkpoint is left as it is.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -119,8 +119,9 @@ def train(
         meter.add({"loss": value.detach(), "gradient_norm": norm, **figures})
         if step % config.log_every == 0 or step == config.steps:
             record = {"step": step, "learning_rate": rate, **meter.read()}
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"{title}: the loss is {record['loss']} at step {step}")
+            for name in VITAL:
+                if not math.isfinite(record[name]):
+                    raise FloatingPointError(f"{title}: the {name} is {record[name]} at step {step}")
             log.append(record)
             _record(record, folder, writer)
             progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
@@ -182,6 +183,10 @@ def _record(record: dict[str, float], folder: Path, writer: Any) -> None:
             writer.add_scalar(name, value, record["step"])
 
 
+VITAL = ("loss", "gradient_norm")
+"""Figures that must be finite: where one is not, the weights are lost, and no checkpoint may follow."""
+
+
 class _Meter:
     """Means of figures between two records, counts (`tokens`, `images`) as a rate per second."""
 
@@ -199,7 +204,7 @@ class _Meter:
             self._values.setdefault(name, []).append(value)
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading. A figure (but the loss) is NaN in a step that had nothing to average."""
+        """The means since the last reading. A figure (but a vital one) is NaN in a step with nothing to average."""
         seconds = time.perf_counter() - self._start
         result = {}
         for name, values in self._values.items():
@@ -207,7 +212,7 @@ class _Meter:
             if name in self.counts:
                 result[f"{name}_per_second"] = sum(numbers) / seconds
             else:
-                known = [number for number in numbers if name == "loss" or not math.isnan(number)]
+                known = [number for number in numbers if name in VITAL or not math.isnan(number)]
                 if known:
                     result[name] = sum(known) / len(known)
         self._reset()
