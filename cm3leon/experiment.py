@@ -120,11 +120,20 @@ class Experiment:
     text_decoder: Annotated[Component, DECODERS]
     """How text tokens are drawn from logits."""
 
+    task_decoders: dict[str, Annotated[Component, DECODERS]] = field(default_factory=dict)
+    """Decoders of single tasks, by the task's name, in place of those two."""
+
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How many are generated, and under which settings."""
 
     metrics: list[Annotated[Component, METRICS]]
     """Figures of each setting."""
+
+    def check(self) -> None:
+        tasks = [task.name for task in self.tasks]
+        for name in self.task_decoders:
+            if name not in tasks:
+                raise UserError(f"task_decoders.{name} is for a task that is not in tasks; {choices(name, tasks)}")
 
 
 @dataclass(kw_only=True)

@@ -179,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _complain(str(error), 2)
+    except FloatingPointError as error:
+        return _complain(f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1)
     except KeyboardInterrupt:
         return _complain("stopped; the progress is kept, and the same command goes on from there", 130)
     except BrokenPipeError:

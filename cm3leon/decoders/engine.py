@@ -43,9 +43,10 @@ def generate(
     """
     for prompt in prompts:
         needed = prompt.length if prompt.modality == "image" else min(prompt.length, 1)
-        if len(prompt.ids_T) + needed > model.seq_len:
+        longest = max(len(ids_T) for ids_T in (prompt.ids_T, prompt.unconditional_T) if ids_T is not None)
+        if longest + needed > model.seq_len:
             raise UserError(
-                f"model.seq_len: a prompt of {len(prompt.ids_T)} tokens and an answer of {needed} do not fit the "
+                f"model.seq_len: a prompt of {longest} tokens and an answer of {needed} do not fit the "
                 f"model's {model.seq_len} positions; use fewer retrieved documents or a larger model.seq_len"
             )
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)

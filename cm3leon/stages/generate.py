@@ -15,11 +15,10 @@ from tqdm import tqdm
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
 from cm3leon.decoders.engine import generate
-from cm3leon.objectives.packing import fit
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.training.device import autocast
-from cm3leon.types import Sample
+from cm3leon.types import Prompt, TokenDocument
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def settings(run: Run) -> list[Setting]:
     result = []
     for component in run.experiment.tasks:
         weights: Sequence[float | None] = [None]
-        if _build_task(run, component.name).guided and hasattr(run.experiment.decoder.config, "cfg"):
+        decoder = run.experiment.task_decoders.get(component.name, run.experiment.decoder)
+        if _build_task(run, component.name).guided and hasattr(decoder.config, "cfg"):
             weights = config.cfg
             result += [Setting(component.name, "validation", 0, False, weight) for weight in weights]
         result += [
@@ -99,20 +99,19 @@ def _write(path: Path, setting: Setting, generations: Iterator[Generation]) -> N
 def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
     task = _build_task(run, setting.task)
     rows = _rows(run, setting, at_least=run.experiment.generation.samples if task.asked_again else 0)
-    retrieved = _retrieved(run, setting, task, rows)
     documents = [run.token_documents[row] for row in rows]
-    samples = [
-        fit(Sample(document, tuple(run.token_documents[other] for other in others)), run.seq_len)
-        for document, others in zip(documents, retrieved, strict=True)
-    ]
-    decoder = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
+    found = _retrieved(run, setting, task, rows)
+    retrieved = [_that_fit(run, task, document, others) for document, others in zip(documents, found, strict=True)]
+    prompts = [_prompt(run, task, document, others) for document, others in zip(documents, retrieved, strict=True)]
+    usual = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
+    decoder = run.experiment.task_decoders.get(setting.task, usual)
     with (
         tqdm(total=len(rows), desc=setting.file[:-6], unit="sample", mininterval=2.0, dynamic_ncols=True) as progress,
         autocast(run.device, run.experiment.training.precision),
     ):
         answers = generate(
             run.model,
-            [task.prompt(sample.query, sample.retrieved) for sample in samples],
+            prompts,
             DECODERS.build(_with_cfg(decoder, setting.cfg)),
             vocab=run.vocab,
             seeds=[run.experiment.seed * 1_000_003 + number for number in range(len(rows))],
@@ -122,6 +121,20 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
     for row, others, document, answer in zip(rows, retrieved, documents, answers, strict=True):
         completed = task.complete(document, answer)
         yield Generation(row, others, run.tokenizer.caption(completed), run.tokenizer.codes(completed).tolist())
+
+
+def _prompt(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> Prompt:
+    return task.prompt(query, [run.token_documents[row] for row in retrieved])
+
+
+def _that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
+    """Retrieved documents without those, from the left, that leave too little room for the longest answer."""
+    while retrieved:
+        prompt = _prompt(run, task, query, retrieved)
+        if len(prompt.ids_T) + prompt.length <= run.seq_len:
+            break
+        retrieved = retrieved[1:]
+    return retrieved
 
 
 def _rows(run: Run, setting: Setting, at_least: int) -> list[int]:

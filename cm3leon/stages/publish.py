@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from cm3leon.evaluation.report import (
 )
 from cm3leon.registry import TASKS
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.evaluate import RESULTS
+from cm3leon.stages.evaluate import RESULTS, Evaluator
 from cm3leon.stages.generate import Generation, Setting, read_generations
 from cm3leon.stages.pipeline import write_json
 from cm3leon.training.device import uses_bf16
@@ -220,11 +221,10 @@ class _Page:
             missing = np.s_[:, :middle] if entry["task"] == "infill_top" else np.s_[:, middle:]
             given_BHWC[missing] = 128
             original_BHWC = self.run.image_tokenizer.decode(self.run.codes_MN[[g.row for g in some]])
-            titles = [self.run.corpus.captions[g.row] for g in some]
             rows = [
-                ("given", _pictures(given_BHWC, titles, 64)),
-                ("infilled", _pictures(images_BHWC, titles, 64)),
-                ("original", _pictures(original_BHWC, titles, 64)),
+                ("given", _pictures(given_BHWC)),
+                ("infilled", _pictures(images_BHWC)),
+                ("original", _pictures(original_BHWC)),
             ]
             blocks.append(
                 Strip(rows, caption=f"{entry['task'].replace('_', ' ')}: the caption and one half are given.")
@@ -274,10 +274,9 @@ class _Page:
         rows = self._held_out(14)
         originals = self.run.corpus.images_BHWC[rows]
         rebuilt = self.run.image_tokenizer.decode(self.run.codes_MN[rows])
-        titles = [self.run.corpus.captions[row] for row in rows]
         figures = self.results["reconstruction"]
         strip = Strip(
-            [("original", _pictures(originals, titles, 64)), ("from codes", _pictures(rebuilt, titles, 64))],
+            [("original", _pictures(originals)), ("from codes", _pictures(rebuilt))],
             caption=(
                 f"Held-out images. {figures['codes_per_image']} codes an image, {figures['codebook_use']:.0%} of "
                 f"{figures['codebook_size']} codes in use (perplexity {figures['codebook_perplexity']:.0f}); "
@@ -298,11 +297,11 @@ class _Page:
             _curves("Retriever", self.run.log("retriever"), {"loss": "loss"}, "nats"),
         ]
         loss = self.metrics["validation_loss"]
-        text = (
-            f"Validation loss after training, without documents: text {loss['loss_text']:.3f}, image " if loss else ""
-        )
+        text = ", ".join(f"{name[5:]} {loss[name]:.3f}" for name in ("loss_text", "loss_image") if name in loss)
         return Section(
-            "Training", f"{text}{loss['loss_image']:.3f} nats a token.", [block for block in blocks if block.series]
+            "Training",
+            f"Validation loss after training, without documents, in nats a token: {text}.",
+            [block for block in blocks if block.series],
         )
 
     def retrieval(self) -> Section:
@@ -387,6 +386,7 @@ class _Page:
 
     def _image_card(self, entry: Entry, generation: Generation) -> Card:
         image_HWC = self._decode([generation])[0]
+        read = int(self._evaluator.read_images(image_HWC[None])[0])
         corpus = self.run.corpus
         retrieved = [
             Picture(corpus.images_BHWC[row], corpus.captions[row], height=PIXELS) for row in generation.retrieved
@@ -395,22 +395,15 @@ class _Page:
             [Picture(image_HWC, height=PIXELS)],
             caption=generation.caption,
             retrieved=retrieved,
-            status=self._status(generation, self._judged(image_HWC)) if self.has_classes else None,
+            status=self._status(generation, read) if self.has_classes else None,
         )
 
     def _status(self, generation: Generation, read: int | None) -> Any:
         return "good" if read == self.run.corpus.labels[generation.row] else "bad"
 
-    def _judged(self, image_HWC: np.ndarray) -> int:
-        return int(self._judge(image_HWC[None])[0])
-
-    @property
-    def _judge(self) -> Callable[[np.ndarray], np.ndarray]:
-        from cm3leon.stages.evaluate import Evaluator
-
-        if not hasattr(self, "_evaluator"):
-            self._evaluator = Evaluator(self.run)
-        return self._evaluator.read_images
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.run)
 
     def _table(self, task: str) -> Table:
         about = (TASKS.get(task).__doc__ or "").strip().partition("\n")[0]
@@ -440,8 +433,8 @@ def _curves(title: str, log: list[dict[str, float]], names: dict[str, str], unit
     return Curves(series, "step", unit, title=title)
 
 
-def _pictures(images_BHWC: np.ndarray, labels: Sequence[str], height: int) -> list[Picture]:
-    return [Picture(image, height=height) for image, _ in zip(images_BHWC, labels, strict=True)]
+def _pictures(images_BHWC: np.ndarray) -> list[Picture]:
+    return [Picture(image, height=64) for image in images_BHWC]
 
 
 def _percent(share: float) -> str:

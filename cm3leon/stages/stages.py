@@ -41,7 +41,7 @@ STAGES = (
     Stage(
         "generation",
         1,
-        lambda run: run.section("tasks", "decoder", "text_decoder", "generation"),
+        lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation"),
         make_generations,
     ),
     Stage("evaluation", 1, lambda run: run.section("metrics"), make_evaluation),
