@@ -1,0 +1,612 @@
+"""Memory bank, strategy, query dropout, neighbours, and the CLIP encoder."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm3leon.config import from_mapping
+from cm3leon.data.corpus import split_of
+from cm3leon.registry import RETRIEVERS, discover
+from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
+from cm3leon.retrievers.neighbours import NONE, Neighbours, find_neighbours
+from cm3leon.retrievers.strategy import Rules, select
+from cm3leon.types import UserError
+
+discover()
+
+# ------------------------------------------------------------------------------------------------ parts, bank
+
+
+def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    vectors_BD = rng.normal(size=(rows, dim))
+    return (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_parts(seed: int, rows: int, dim: int = 4, missing: float = 0.0) -> Parts:
+    """Unit vectors; each part is missing with that probability."""
+    rng = np.random.default_rng(seed)
+    text_BD, image_BD = unit(rng, rows, dim), unit(rng, rows, dim)
+    text_BD[rng.random(rows) < missing] = 0
+    image_BD[rng.random(rows) < missing] = 0
+    return Parts(text_BD, image_BD)
+
+
+@given(st.integers(0, 999), st.integers(1, 8))
+def test_mean_is_that_of_the_parts_a_document_has(seed: int, rows: int) -> None:
+    parts = random_parts(seed, rows, missing=0.4)
+    for row, mean_D in enumerate(parts.mean()):
+        present = [vector for vector in (parts.text_BD[row], parts.image_BD[row]) if vector.any()]
+        expected = np.mean(present, axis=0) if present else np.zeros(4)
+        np.testing.assert_allclose(mean_D, expected, atol=1e-6)
+        assert parts.has("text")[row] == bool(parts.text_BD[row].any())
+        assert parts.has("image")[row] == bool(parts.image_BD[row].any())
+    some = parts.rows(np.array([rows - 1, 0]))
+    assert np.array_equal(some.text_BD, parts.text_BD[[rows - 1, 0]])
+    assert np.array_equal(some.image_BD, parts.image_BD[[rows - 1, 0]])
+
+
+@given(st.integers(0, 999), st.integers(1, 60), st.integers(1, 80))
+@settings(max_examples=40)
+def test_search_is_the_largest_inner_product_by_brute_force(seed: int, rows: int, count: int) -> None:
+    bank = MemoryBank([str(row) for row in range(rows)], random_parts(seed, rows, 5, missing=0.2))
+    query_QD = np.random.default_rng(seed + 1).normal(size=(3, 5))
+    found_QK = bank.search(query_QD, count)
+    assert found_QK.shape == (3, min(count, rows))
+    scores_QB = query_QD @ bank.parts.mean().astype(np.float64).T
+    for q in range(3):
+        assert len(set(found_QK[q].tolist())) == found_QK.shape[1]
+        best = np.sort(scores_QB[q])[::-1][: found_QK.shape[1]]
+        np.testing.assert_allclose(scores_QB[q][found_QK[q]], best, atol=1e-5)  # ties may come in any order
+
+
+def test_bank_is_saved_and_read_back(tmp_path: Path) -> None:
+    bank = MemoryBank(["a/ü.png", "b", "c"], random_parts(0, 3, missing=0.3))
+    bank.save(tmp_path)
+    loaded = MemoryBank.load(tmp_path)
+    assert loaded.ids == bank.ids
+    assert loaded.row_of == {"a/ü.png": 0, "b": 1, "c": 2}
+    assert np.array_equal(loaded.parts.text_BD, bank.parts.text_BD)
+    assert np.array_equal(loaded.parts.image_BD, bank.parts.image_BD)
+    query_QD = unit(np.random.default_rng(1), 4, 4)
+    assert np.array_equal(loaded.search(query_QD, 3), bank.search(query_QD, 3))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda folder: MemoryBank(["a"], random_parts(0, 1)).search(np.zeros((1, 4)), 1), id="search"),
+        pytest.param(
+            lambda folder: MemoryBank(["a"], random_parts(0, 1)).save(folder),
+            id="save",
+            marks=pytest.mark.xfail(strict=True, raises=ImportError, reason="save imports faiss without a sentence"),
+        ),
+        pytest.param(
+            lambda folder: MemoryBank.load(folder),
+            id="load",
+            marks=pytest.mark.xfail(strict=True, raises=ImportError, reason="load imports faiss without a sentence"),
+        ),
+    ],
+)
+def test_missing_faiss_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    MemoryBank(["a"], random_parts(0, 1)).save(tmp_path)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match="faiss is not installed: pip install faiss-cpu"):
+        act(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ strategy
+
+
+def slow_select(
+    candidates: list[int], parts: Parts, query: Parts, exclude: int | None, count: int, rules: Rules
+) -> tuple[list[int], collections.Counter[str]]:
+    """The strategy as the paper tells it, one candidate after the other."""
+
+    def similar(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> bool:
+        """By the images where both have one, otherwise by the texts."""
+        if a[1].any() and b[1].any():
+            return float(a[1] @ b[1]) > rules.threshold
+        return float(a[0] @ b[0]) > rules.threshold
+
+    queried = (query.text_BD[0], query.image_BD[0])
+    taken: list[int] = []
+    verdicts: collections.Counter[str] = collections.Counter()
+    for place, row in enumerate(candidates):
+        if len(taken) == count:
+            return [candidates[t] for t in taken], verdicts
+        verdicts["seen"] += 1
+        own = (parts.text_BD[place], parts.image_BD[place])
+        others = [(parts.text_BD[t], parts.image_BD[t]) for t in taken]
+        if row == exclude:
+            verdicts["itself"] += 1
+        elif rules.both_modalities and not (own[0].any() and own[1].any()):
+            verdicts["modality"] += 1
+        elif similar(own, queried):
+            verdicts["like_query"] += 1
+        elif any(similar(own, other) for other in others):
+            verdicts["like_taken"] += 1
+        else:
+            taken.append(place)
+    return [candidates[t] for t in taken], verdicts
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 12),
+    count=st.integers(0, 5),
+    threshold=st.sampled_from([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0]),
+    both=st.booleans(),
+    excluded=st.one_of(st.none(), st.integers(0, 11)),
+    missing=st.sampled_from([0.0, 0.4]),
+)
+@settings(max_examples=400)
+def test_strategy_against_a_slow_reference(
+    seed: int, rows: int, count: int, threshold: float, both: bool, excluded: int | None, missing: float
+) -> None:
+    candidates_K = np.random.default_rng(seed).permutation(100)[:rows]
+    parts, query = random_parts(seed, rows, 2, missing), random_parts(seed + 1, 1, 2, missing)
+    rules = Rules(threshold, both)
+    exclude = None if excluded is None else int(candidates_K[excluded % rows])
+    got = select(candidates_K, parts, query, exclude=exclude, count=count, rules=rules)
+    assert got == slow_select(candidates_K.tolist(), parts, query, exclude, count, rules)
+    assert exclude not in got[0]
+
+
+def test_strategy_by_hand() -> None:
+    """Copies of the query and of what is already taken are skipped, one without a text too, and relevance decides."""
+    x, y, z, near_y = np.eye(4)[0], np.eye(4)[1], np.eye(4)[2], np.array([0.2, 0.98, 0, 0]) / np.hypot(0.2, 0.98)
+    images_KD = np.stack([z, x, y, near_y, y, -x, -y]).astype(np.float32)
+    texts_KD = np.tile(np.eye(4)[3], (7, 1)).astype(np.float32)
+    texts_KD[2] = 0
+    query = Parts(texts_KD[:1], np.stack([x]).astype(np.float32))
+    rows, verdicts = select(
+        np.array([70, 71, 72, 73, 74, 75, 76]),
+        Parts(texts_KD, images_KD),
+        query,
+        exclude=70,
+        count=2,
+        rules=Rules(0.9, True),
+    )
+    assert rows == [73, 75]  # not itself, a copy of the query, without a text, (73), a copy of 73, (75), enough
+    assert verdicts == {"seen": 6, "itself": 1, "like_query": 1, "modality": 1, "like_taken": 1}
+
+
+# ------------------------------------------------------------------------------------------------ encoder
+
+TINY = {"architecture": None, "image_size": 16, "patch_size": 4, "width": 32, "layers": 2, "embed_dim": 8}
+DOCUMENTS = 12
+TEXTS = [f"{word} {thing}" for word, thing in itertools.product(("red", "blue", "tiny", "old"), ("dog", "cat", "ox"))]
+
+
+def pictures(count: int = DOCUMENTS, side: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def build_encoder(**fields: Any) -> ClipEncoder:
+    torch.manual_seed(0)
+    return ClipEncoder(from_mapping(EncoderConfig, {**TINY, **fields}, "encoder")).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ClipEncoder:
+    return build_encoder()
+
+
+@pytest.fixture(scope="module")
+def retriever() -> Any:
+    return build_retriever()
+
+
+def build_retriever(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    built = RETRIEVERS.build({"name": "dense", "encoder": TINY, "threshold": 2.0, **fields})
+    built.encoder.eval()
+    return built
+
+
+def test_vectors_are_of_length_one_and_do_not_depend_on_the_batch(encoder: ClipEncoder) -> None:
+    texts, images_BHWC = TEXTS * 30, pictures(300)
+    text_BD, image_BD = encoder.encode_texts(texts), encoder.encode_images(images_BHWC)
+    for vectors_BD in (text_BD, image_BD):
+        assert vectors_BD.dtype == np.float32
+        assert vectors_BD.shape[1] == 8
+        np.testing.assert_allclose(np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5)
+    for start, end in ((0, 1), (255, 258), (290, 300)):  # across the border of the encoder's own batches
+        np.testing.assert_allclose(encoder.encode_texts(texts[start:end]), text_BD[start:end], atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_images(images_BHWC[start:end]), image_BD[start:end], atol=1e-5)
+    assert np.array_equal(encoder.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
+    assert len({tuple(np.round(row, 5)) for row in text_BD}) == DOCUMENTS
+
+
+def test_pixels_are_normalised_as_clip_expects(encoder: ClipEncoder) -> None:
+    images_BHWC = pictures(2)
+    got = encoder._pixels(torch.from_numpy(images_BHWC)).numpy()
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    np.testing.assert_allclose(got, ((images_BHWC / 255 - mean) / std).transpose(0, 3, 1, 2), atol=1e-5)
+    assert encoder._pixels(torch.from_numpy(pictures(2, 40))).shape == (2, 3, 16, 16)
+    flat = encoder._pixels(torch.full((1, 50, 50, 3), 255, dtype=torch.uint8))
+    np.testing.assert_allclose(flat[0, :, 3, 3].numpy(), (1 - mean) / std, atol=1e-4)
+
+
+def test_loss_is_the_symmetric_contrastive_one(encoder: ClipEncoder) -> None:
+    images_BHWC = pictures()
+    loss, figures = encoder.loss(TEXTS, torch.from_numpy(images_BHWC))
+    text_BD = encoder.encode_texts(TEXTS).astype(np.float64)
+    image_BD = encoder.encode_images(images_BHWC).astype(np.float64)
+    scale = float(encoder.clip.logit_scale.detach().double().exp())
+    scores_BB = scale * image_BD @ text_BD.T
+
+    def cross_entropy(rows_BB: np.ndarray) -> float:
+        """Mean of -log softmax at the diagonal."""
+        return float(np.mean(np.log(np.exp(rows_BB).sum(1)) - np.diag(rows_BB)))
+
+    expected = (cross_entropy(scores_BB) + cross_entropy(scores_BB.T)) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert figures["pair_accuracy"].item() == pytest.approx(np.mean(scores_BB.argmax(1) == np.arange(DOCUMENTS)))
+    assert figures["logit_scale"].item() == pytest.approx(scale, rel=1e-5)
+    assert scale == pytest.approx(1 / 0.07, rel=1e-4)
+    assert figures["images"] == DOCUMENTS
+
+
+def test_the_loss_falls_when_trained() -> None:
+    trained = build_encoder()
+    trained.train()
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-3)
+    losses = []
+    for _ in range(12):
+        loss, _ = trained.loss(TEXTS, torch.from_numpy(pictures()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"width": 40}, "width 40 must be a multiple of 16"),
+        ({"patch_size": 5}, "patch_size 5 must divide image_size 16"),
+        ({"pretrained": "openai"}, "pretrained is set, then architecture must name an open_clip model"),
+    ],
+)
+def test_unfit_encoders_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_encoder(**fields)
+
+
+# ------------------------------------------------------------------------------------------------ other CLIPs
+
+LARGE = "ViT-S-32-alt"
+"""The smallest ViT among open_clip's architectures."""
+
+
+def large(**fields: Any) -> ClipEncoder:
+    return ClipEncoder(EncoderConfig(**{"architecture": LARGE, **fields})).eval()
+
+
+def test_the_papers_encoder_is_the_default() -> None:
+    torch.manual_seed(0)
+    paper = ClipEncoder(EncoderConfig()).eval()
+    assert paper.config.architecture == "ViT-B-32"
+    assert paper.image_size == 224
+    assert paper.clip.visual.conv1.kernel_size == (32, 32)
+    assert paper.encode_images(pictures(1, 32)).shape == (1, 512)
+    assert paper.encode_texts(["a red dog"]).shape == (1, 512)
+
+
+@pytest.mark.parametrize("format_", ["pt", "safetensors"])
+def test_weights_are_read_from_a_file(tmp_path: Path, format_: str) -> None:
+    torch.manual_seed(1)
+    original = large()
+    path = tmp_path / f"weights.{format_}"
+    if format_ == "pt":
+        torch.save(original.clip.state_dict(), path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(original.clip.state_dict(), path)
+    torch.manual_seed(2)
+    loaded = large(pretrained=str(path))
+    images_BHWC = pictures(2, 40)
+    np.testing.assert_allclose(loaded.encode_images(images_BHWC), original.encode_images(images_BHWC), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_texts(TEXTS[:2]), original.encode_texts(TEXTS[:2]), atol=1e-5)
+
+
+def test_an_unknown_architecture_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"open_clip has no 'ViT-B-33', see open_clip\.list_models"):
+        large(architecture="ViT-B-33")
+
+
+UNREADABLE = {
+    "missing.pt": None,
+    "tag": None,
+    "other model.pt": {"a": torch.zeros(2)},
+    "cut.pt": b"PK\x03\x04cut",
+    "text.pt": b"no weights",
+    "empty.pt": b"",
+    "text.safetensors": b"no weights",
+}
+NOT_CAUGHT = {"text.pt", "empty.pt", "text.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.xfail(strict=True, reason="only OSError and RuntimeError are caught")
+            if name in NOT_CAUGHT
+            else (),
+        )
+        for name in UNREADABLE
+    ],
+)
+def test_weights_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str) -> None:
+    path, content = tmp_path / name, UNREADABLE[name]
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    pretrained = name if name == "tag" else str(path)
+    with pytest.raises(UserError) as refusal:
+        large(pretrained=pretrained)
+    assert str(refusal.value).startswith(f"retriever.encoder.pretrained: {pretrained!r} cannot be loaded for {LARGE}: ")
+    assert "\n" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ query dropout
+
+
+def text_tokens(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, texts: list[str], **options: Any) -> list[Any]:
+    """The BPE tokens (without padding) that the text tower gets for each text."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder.clip, "encode_text", lambda tokens_BT: (seen.append(tokens_BT), torch.ones(1, 2))[1])
+        encoder.encode_texts(texts, **options)
+    (tokens_BT,) = seen
+    return [row[: int(row.argmax()) + 1].tolist() for row in tokens_BT]  # the end token has the largest id
+
+
+LONG = "the quick brown fox jumps over a lazy dog and then sleeps under an old oak"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5, 0.9, 1.0])
+def test_that_share_of_the_text_is_dropped(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    texts = [" ".join(LONG.split()[:count]) for count in range(1, 17)] + [""]
+    before = text_tokens(encoder, monkeypatch, texts)
+    after = text_tokens(encoder, monkeypatch, texts, dropout=share, seed=3)
+    for whole, kept in zip(before, after, strict=True):
+        assert (kept[0], kept[-1]) == (whole[0], whole[-1])
+        assert len(whole) - len(kept) == round(share * (len(whole) - 2))
+        left = iter(whole)
+        assert all(token in left for token in kept)  # in their order
+
+
+def test_every_inner_token_is_dropped_at_times(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = text_tokens(encoder, monkeypatch, [LONG])[0]
+    assert len(set(whole)) == len(whole)
+    dropped: collections.Counter[int] = collections.Counter()
+    for seed in range(300):
+        kept = text_tokens(encoder, monkeypatch, [LONG], dropout=0.2, seed=seed)[0]
+        dropped.update(set(whole) - set(kept))
+    share = round(0.2 * (len(whole) - 2)) / (len(whole) - 2)
+    for token in whole[1:-1]:
+        assert abs(dropped[token] - 300 * share) < 4 * (300 * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.xfail(strict=True, reason="id 0 is the piece '!' as well as the padding")
+def test_a_text_with_token_zero_keeps_its_end(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP's piece "!" inside a word, as in "wow!%", has the id 0 of the padding."""
+    text = "wow!% " + LONG
+    whole = encoder._tokens([text])[0].tolist()
+    assert 0 in whole[: whole.index(max(whole))]
+    for seed in range(5):
+        kept = text_tokens(encoder, monkeypatch, [text], dropout=0.2, seed=seed)[0]
+        length = whole.index(max(whole)) + 1
+        assert kept[-1] == max(whole)
+        assert len(kept) == length - round(0.2 * (length - 2))
+
+
+def test_texts_cut_by_the_context_keep_their_end(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kept,) = text_tokens(encoder, monkeypatch, ["word " * 100], dropout=0.2)
+    assert len(kept) == 32 - round(0.2 * 30)
+    assert kept[-1] == 49_407
+
+
+def test_dropout_changes_the_vectors_by_its_seed_alone(encoder: ClipEncoder) -> None:
+    images_BHWC, texts = pictures(), [f"{LONG} {text}" for text in TEXTS]
+    for encode, items in ((encoder.encode_images, images_BHWC), (encoder.encode_texts, texts)):
+        plain_BD = encode(items)
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        first_BD = encode(items, dropout=0.3, seed=1)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(8)
+        assert np.array_equal(encode(items, dropout=0.3, seed=1), first_BD)
+        assert (np.abs(encode(items, dropout=0.3, seed=2) - first_BD).max(1) > 1e-4).all()
+        assert (np.abs(plain_BD - first_BD).max(1) > 1e-4).all()
+        np.testing.assert_allclose(np.linalg.norm(first_BD, axis=1), 1, atol=1e-5)
+        assert np.array_equal(encode(items), plain_BD)  # and it is off again
+
+
+def test_that_share_of_the_patches_is_dropped(encoder: ClipEncoder) -> None:
+    lengths = []
+    first = encoder.clip.visual.transformer.resblocks[0]
+    handle = first.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape))
+    try:
+        for share in (0.0, 0.25, 0.5):
+            encoder.encode_images(pictures(3), dropout=share)
+    finally:
+        handle.remove()
+    assert [max(shape[:2]) for shape in lengths] == [1 + 16, 1 + 12, 1 + 8]  # a class token and 4 x 4 patches
+    assert not encoder.training
+    assert not encoder.clip.visual.training
+
+
+def test_patch_dropout_is_off_again_after_an_error(encoder: ClipEncoder) -> None:
+    usual, state = encoder.clip.visual.patch_dropout, torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        encoder.encode_images(np.zeros((2, 16, 16, 5), np.uint8), dropout=0.5)
+    assert encoder.clip.visual.patch_dropout is usual
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_tower_without_patches_is_one_sentence(encoder: ClipEncoder) -> None:
+    class Convolutions(torch.nn.Module):
+        image_size = 16
+
+    whole = build_encoder()
+    whole.clip.visual = Convolutions()
+    with pytest.raises(UserError, match="this image tower has no patches to drop; use a ViT, or 0"):
+        whole.encode_images(pictures(1), dropout=0.2)
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def test_parts_that_are_not_asked_for_are_zero(retriever: Any) -> None:
+    texts_only, images_only = retriever.parts(TEXTS, None), retriever.parts(None, pictures())
+    assert not texts_only.image_BD.any()
+    assert not images_only.text_BD.any()
+    both = retriever.parts(TEXTS, pictures())
+    assert np.array_equal(both.text_BD, texts_only.text_BD)
+    assert np.array_equal(both.image_BD, images_only.image_BD)
+    with pytest.raises(ValueError, match="a query needs texts or images"):
+        retriever.parts(None, None)
+
+
+@pytest.mark.parametrize("by", ["text", "image"])
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 2.0])
+def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) -> None:
+    retriever = build_retriever(threshold=threshold, candidates=10)
+    ids = [f"document {n}" for n in range(DOCUMENTS)]
+    bank = retriever.bank(ids, TEXTS, pictures())
+    queries = retriever.parts([f"a {text}" for text in TEXTS], pictures(seed=1))
+    # Every second query stands for its own document, the others come from outside.
+    owners: list[str | None] = [ids[n] if n % 2 else None for n in range(DOCUMENTS)]
+    found, verdicts = retriever.retrieve(bank, queries, by, ids=owners, count=3)
+    expected_verdicts: collections.Counter[str] = collections.Counter()
+    for q in range(DOCUMENTS):
+        vector_D = (queries.text_BD if by == "text" else queries.image_BD)[q]
+        order = np.argsort(-(bank.parts.mean() @ vector_D), kind="stable")[:10]
+        rows, seen = slow_select(
+            order.tolist(),
+            bank.parts.rows(order),
+            queries.rows(slice(q, q + 1)),
+            q if q % 2 else None,
+            3,
+            Rules(threshold, True),
+        )
+        assert found[q] == rows
+        expected_verdicts += seen
+    assert verdicts == expected_verdicts
+
+
+def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
+    retriever = build_retriever(threshold=0.999)
+    images_BHWC = pictures()
+    images_BHWC[5] = images_BHWC[0]
+    ids = [str(n) for n in range(DOCUMENTS)]
+    bank = retriever.bank(ids, TEXTS, images_BHWC)
+    for by in ("text", "image"):
+        found, _ = retriever.retrieve(bank, bank.parts, by, ids=ids, count=DOCUMENTS)
+        assert all(n not in rows for n, rows in enumerate(found))
+        assert 5 not in found[0]
+        assert 0 not in found[5]
+    outside, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", ids=[None] * 12, count=12)
+    assert all(n in rows for n, rows in enumerate(outside))
+    unknown, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", ids=["else"] * 12, count=12)
+    assert unknown == outside
+
+
+def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retriever: Any) -> None:
+    ids = [f"document {n}" for n in range(DOCUMENTS)]
+    splits = split_of(ids, validation=0.2, held_out=0.3)
+    train = [n for n, split in enumerate(splits) if split == "train"]
+    bank = retriever.bank([ids[n] for n in train], [TEXTS[n] for n in train], pictures()[train])
+    held_out = {ids[n] for n in range(DOCUMENTS)} - {ids[n] for n in train}
+    assert len(held_out) >= 4
+    assert not held_out & set(bank.ids)
+    found, _ = retriever.retrieve(bank, retriever.parts(TEXTS, pictures()), "image", ids=ids, count=DOCUMENTS)
+    assert not held_out & {bank.ids[row] for rows in found for row in rows}
+
+
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+def test_neighbours_are_those_of_every_variant_and_modality() -> None:
+    retriever = build_retriever(dropout_variants=3, per_modality=2, query_dropout=0.25)
+    ids = [str(n) for n in range(DOCUMENTS)]
+    bank = retriever.bank(ids, TEXTS, pictures())
+    found, verdicts = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5)
+    assert found.rows_VBK.shape == (3, DOCUMENTS, 4)
+    seen = 0
+    for variant in range(3):
+        queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
+        for half, by in enumerate(("text", "image")):
+            expected, counted = retriever.retrieve(bank, queries, by, ids=ids, count=2)
+            assert found.rows_VBK[variant, :, 2 * half : 2 * half + 2].tolist() == expected
+            seen += counted["seen"]
+    assert verdicts["seen"] == seen
+    assert (found.rows_VBK != np.arange(DOCUMENTS)[None, :, None]).all()
+    assert not np.array_equal(found.rows_VBK[0], found.rows_VBK[1])
+    again, _ = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5)
+    assert np.array_equal(again.rows_VBK, found.rows_VBK)
+
+
+def test_missing_neighbours_are_marked(tmp_path: Path) -> None:
+    retriever = build_retriever(threshold=-1.0, dropout_variants=1)
+    bank = retriever.bank(["a", "b"], TEXTS[:2], pictures(2))
+    found, _ = find_neighbours(retriever, bank, ids=["a", "b"], texts=TEXTS[:2], images_BHWC=pictures(2), seed=0)
+    assert (found.rows_VBK == NONE).all()
+    assert found.draw(0, most=3, random_count=False, rng=np.random.default_rng(0)) == []
+    found.save(tmp_path / "neighbours.npy")
+    assert np.array_equal(Neighbours.load(tmp_path / "neighbours.npy").rows_VBK, found.rows_VBK)
+
+
+rows_of_one_document = st.lists(st.lists(st.integers(-1, 6), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+@given(rows_of_one_document, st.integers(0, 5), st.booleans(), st.integers(0, 999))
+def test_a_draw_is_distinct_and_most_relevant_last(
+    rows: list[list[int]], most: int, random_count: bool, seed: int
+) -> None:
+    neighbours = Neighbours(np.array(rows)[:, None])
+    drawn = neighbours.draw(0, most=most, random_count=random_count, rng=np.random.default_rng(seed))
+    assert len(drawn) == len(set(drawn)) <= most
+    assert NONE not in drawn
+    orders = [list(dict.fromkeys(row for row in variant if row != NONE)) for variant in rows]
+    # All come from one variant, the closest last.
+    fitting = [order for order in orders if [row for row in order if row in drawn] == drawn[::-1]]
+    assert fitting
+    if not random_count:
+        assert any(len(drawn) == min(most, len(order)) for order in fitting)
+
+
+def test_count_choice_and_variant_are_drawn_evenly() -> None:
+    neighbours = Neighbours(np.array([[[1, 2, 3, 4]], [[5, 6, 7, 5]]]))  # the second has three distinct ones
+    rng, draws = np.random.default_rng(0), 6000
+    drawn = [neighbours.draw(0, most=3, random_count=True, rng=rng) for _ in range(draws)]
+    counts = collections.Counter(len(rows) for rows in drawn)
+    for count in range(4):
+        assert abs(counts[count] - draws / 4) < 4 * (draws * 3 / 16) ** 0.5
+    pairs = collections.Counter(tuple(sorted(rows)) for rows in drawn if len(rows) == 2)
+    assert set(pairs) == {*itertools.combinations((1, 2, 3, 4), 2), *itertools.combinations((5, 6, 7), 2)}
+    first, second = sum(pairs[p] for p in pairs if p[0] < 5), sum(pairs[p] for p in pairs if p[0] >= 5)
+    assert abs(first - second) < 4 * (first + second) ** 0.5
+    assert min(pairs.values()) > first / 6 * 0.7
+    fixed = [neighbours.draw(0, most=3, random_count=False, rng=rng) for _ in range(100)]
+    assert {len(rows) for rows in fixed} == {3}
