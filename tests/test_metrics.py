@@ -1,0 +1,226 @@
+"""Metrics as functions of arrays, the registered ones, and the judge of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cm3leon.data.corpus import split_of
+from cm3leon.evaluation.generated import UNKNOWN, Generated
+from cm3leon.evaluation.judge import Judge
+from cm3leon.evaluation.metrics import Z95, average, codebook_use, equal_to_any, proportion, psnr
+from cm3leon.registry import METRICS, SOURCES, discover
+
+discover()
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+@given(st.integers(1, 3000), st.data())
+def test_proportion_has_wilsons_interval(n: int, data: st.DataObject) -> None:
+    hits = data.draw(st.integers(0, n))
+    measured = proportion(np.arange(n) < hits)
+    reference = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert measured.value == pytest.approx(hits / n)
+    assert measured.low == pytest.approx(reference.low, abs=1e-9)
+    assert measured.high == pytest.approx(reference.high, abs=1e-9)
+    assert 0 <= measured.low <= measured.value + 1e-12
+    assert measured.value - 1e-12 <= measured.high <= 1
+    assert measured.n == n
+
+
+def test_wilsons_published_figures() -> None:
+    """Newcombe 1998 (Statistics in Medicine 17, table I, method 3): 81/263, 15/148, 0/20, 1/29."""
+    for hits, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        measured = proportion(np.arange(n) < hits)
+        assert (round(measured.low, 4), round(measured.high, 4)) == (low, high)
+
+
+def test_quantile_of_the_intervals() -> None:
+    assert pytest.approx(stats.norm.ppf(0.975), abs=1e-14) == Z95
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=50))
+def test_average_has_the_interval_of_its_standard_error(values: list[float]) -> None:
+    measured = average(np.array(values))
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    low, high = stats.norm.interval(0.95, np.mean(values), error) if error else (np.mean(values),) * 2
+    assert measured.value == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
+    assert (measured.low, measured.high) == pytest.approx((low, high), abs=1e-6)
+    assert measured.n == len(values)
+
+
+def test_one_value_has_no_finite_interval_and_none_has_no_figure() -> None:
+    assert (average(np.array([3.0])).low, average(np.array([3.0])).high) == (-math.inf, math.inf)
+    for metric in (average, proportion):
+        with pytest.raises(ValueError, match="of no items is undefined"):
+            metric(np.array([]))
+
+
+# ------------------------------------------------------------------------------------------------ images, codes
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=25)
+def test_psnr_is_that_of_all_images_together(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
+    squares = [(float(x) - float(y)) ** 2 for x, y in zip(a.ravel(), b.ravel(), strict=True)]
+    assert psnr(a, b) == pytest.approx(20 * math.log10(255) - 10 * math.log10(math.fsum(squares) / len(squares)))
+
+
+def test_psnr_of_known_images() -> None:
+    black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
+    assert psnr(black, white) == psnr(white, black) == 0  # no wrap-around of bytes
+    assert psnr(black, black + 1) == pytest.approx(48.1308, abs=1e-4)
+    assert psnr(white, white) == math.inf
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60))
+def test_codebook_use_and_perplexity(codes: list[int]) -> None:
+    used, perplexity = codebook_use(np.array(codes).reshape(1, -1), 10)
+    shares = [codes.count(code) / len(codes) for code in set(codes)]
+    assert used == pytest.approx(len(shares) / 10)
+    assert perplexity == pytest.approx(math.prod(share**-share for share in shares))
+
+
+def test_codebook_use_of_known_codes() -> None:
+    assert codebook_use(np.arange(8).reshape(2, 4), 8) == pytest.approx((1, 8))
+    assert codebook_use(np.full((3, 4), 5), 16) == pytest.approx((1 / 16, 1))
+    assert codebook_use(np.array([[0, 0, 1, 1]], dtype=np.uint16), 16) == pytest.approx((1 / 8, 2))
+
+
+code_rows = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=2), max_size=8)
+
+
+@given(code_rows, code_rows)
+def test_equal_to_any_against_brute_force(codes: list[list[int]], known: list[list[int]]) -> None:
+    codes_BN = np.array(codes, dtype=np.uint16).reshape(-1, 2)
+    known_MN = np.array(known, dtype=np.int64).reshape(-1, 2)
+    found = equal_to_any(codes_BN, known_MN)
+    assert found.dtype == bool
+    assert found.tolist() == [any(row == other for other in known) for row in codes]
+    assert equal_to_any(codes_BN[:, ::-1], known_MN[:, ::-1]).tolist() == found.tolist()
+
+
+# ------------------------------------------------------------------------------------------------ registered metrics
+
+IMAGES = Generated(
+    modality="image",
+    asked_B=np.array([3, 1, 4, 1, 5]),
+    read_B=np.array([3, 1, UNKNOWN, 2, 5]),
+    codes_BN=np.array([[1, 2], [3, 4], [1, 2], [5, 6], [1, 2]]),
+    texts=["a", "b", "c", "d", "e"],
+    given_texts=["a", "b", "c", "d", "e"],
+    training_MN=np.array([[3, 4], [9, 9], [2, 1]]),
+    retrieved=[
+        np.zeros((0, 2), np.int64),
+        np.zeros((0, 2), np.int64),
+        np.array([[7, 7], [1, 2]]),
+        np.array([[1, 2], [5, 7]]),
+        np.array([[5, 6]]),
+    ],
+    clip_B=np.array([0.1, 0.2, 0.3, 0.4, 0.5]),
+    exact_B=np.array([True, True, False, True, True]),
+)
+
+
+def measure(name: str, **changes: Any) -> Any:
+    return METRICS.build(name)(dataclasses.replace(IMAGES, **changes))
+
+
+def test_accuracy_is_the_share_of_classes_read_as_asked() -> None:
+    assert measure("accuracy") == proportion(np.array([True, True, False, False, True]))
+    assert measure("accuracy", modality="text").value == 0.6
+
+
+def test_accuracy_does_not_apply_where_a_class_is_unknown() -> None:
+    """A class that nobody asked for and that nothing shows would otherwise count as read."""
+    assert measure("accuracy", asked_B=np.array([3, UNKNOWN, 4, 1, 5])) is None
+    assert measure("accuracy", asked_B=np.full(5, UNKNOWN), read_B=np.full(5, UNKNOWN)) is None
+
+
+def test_copies_are_those_of_training_images_and_of_the_retrieved_ones() -> None:
+    assert measure("copies") == proportion(np.array([False, True, True, False, False]))
+    nothing = [np.zeros((0, 2), np.int64)] * 5
+    assert measure("copies", retrieved=nothing).value == 0.2
+    assert measure("copies", retrieved=nothing, training_MN=np.zeros((0, 2), np.int64)).value == 0
+    assert measure("copies", modality="text") is None
+
+
+def test_distinct_counts_every_answer_once() -> None:
+    assert measure("distinct") == proportion(np.array([True, True, False, True, False]))
+    assert measure("distinct", codes_BN=np.zeros((5, 2), int)).value == 0.2
+    assert measure("distinct", codes_BN=np.arange(10).reshape(5, 2)).value == 1
+    assert measure("distinct", modality="text") is None
+
+
+def test_clip_score_is_the_mean_cosine() -> None:
+    assert measure("clip_score") == average(np.array([0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert measure("clip_score").value == pytest.approx(0.3)
+
+
+def test_given_kept_is_the_share_of_exact_ones() -> None:
+    assert measure("given_kept") == proportion(np.array([True, True, False, True, True]))
+
+
+def test_all_metrics_of_this_file_are_registered() -> None:
+    assert {"accuracy", "copies", "clip_score", "distinct", "given_kept"} <= set(METRICS.names())
+
+
+# ------------------------------------------------------------------------------------------------ judge
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels, and which are held out."""
+    documents = list(SOURCES.build("digits").documents())
+    splits = split_of([document.id for document in documents], validation=0.1, held_out=0.2)
+    images_BHWC = np.stack([document.image for document in documents])
+    return images_BHWC, np.array([document.label for document in documents]), np.array(splits) == "held_out"
+
+
+@pytest.fixture(scope="module")
+def judge(digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Judge:
+    images_BHWC, labels_B, held_out_B = digits
+    return Judge(images_BHWC[~held_out_B], labels_B[~held_out_B])
+
+
+def test_judge_reads_held_out_digits(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    images_BHWC, labels_B, held_out_B = digits
+    read_B = judge.read(images_BHWC[held_out_B])
+    assert read_B.shape == (359,)
+    assert np.mean(read_B == labels_B[held_out_B]) > 0.97
+    for label in range(10):
+        chosen_B = labels_B[held_out_B] == label
+        assert np.mean(read_B[chosen_B] == label) > 0.9
+
+
+def test_judge_reads_larger_images_alike(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    images_BHWC = digits[0][:100]
+    larger_BHWC = images_BHWC.repeat(4, axis=1).repeat(4, axis=2)
+    assert np.array_equal(judge.read(larger_BHWC), judge.read(images_BHWC))
+
+
+def test_judge_is_the_same_every_time(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    images_BHWC, labels_B, _ = digits
+    twice = [Judge(images_BHWC[:300], labels_B[:300]).read(images_BHWC[300:600]) for _ in range(2)]
+    assert np.array_equal(*twice)
+
+
+@pytest.mark.parametrize("size", [(12, 8), (8, 12), (4, 4)])
+def test_judge_refuses_sides_that_it_cannot_divide(judge: Judge, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"sides that are multiples of 8, got {size[0]}x{size[1]}"):
+        judge.read(np.zeros((1, *size, 3), np.uint8))
