@@ -491,7 +491,6 @@ def test_unfit_image_tokenizers_are_refused(fields: dict[str, Any], sentence: st
         IMAGE_TOKENIZERS.check({**SMALL, **fields}, "image_tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="channels is not checked, the normalisation fails on it")
 def test_channels_that_the_normalisation_cannot_group_are_refused() -> None:
     with pytest.raises(UserError, match="channels 12"):
         IMAGE_TOKENIZERS.build({**SMALL, "channels": 12})

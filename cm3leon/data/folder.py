@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class FolderSource:
         yield from bad_lines
         for path in self._images():
             name = path.relative_to(self.config.path).as_posix()
+            if not _is_utf8(name):
+                yield Skipped(ascii(name), "the file's name is not UTF-8")
+                continue
             caption = captions.pop(name, None) or self._caption_beside(path)
             try:
                 if isinstance(caption, Skipped):
@@ -67,7 +71,8 @@ class FolderSource:
         for path in sorted(self.config.path.rglob("*")):
             if path.suffix.lower() in SUFFIXES | {".txt", ".jsonl"}:
                 stat = path.stat()
-                digest.update(f"{path.relative_to(self.config.path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                digest.update(os.fsencode(path.relative_to(self.config.path)))
+                digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def class_in(self, text: str) -> int | None:
@@ -90,7 +95,7 @@ class FolderSource:
                 name, caption = Path(record["file"]).as_posix(), record["caption"]
                 self._check_caption(caption)
                 captions[name] = caption
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
                 skipped.append(Skipped(f"{CAPTIONS_FILE}:{number}", f"unusable line: {reason}"))
         return captions, skipped
@@ -112,3 +117,11 @@ class FolderSource:
             raise ValueError("the caption is empty")
         if len(caption.encode()) > self.config.max_caption_bytes:
             raise ValueError(f"the caption is longer than {self.config.max_caption_bytes} bytes")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -35,7 +35,7 @@ def read_image(path: Path, max_pixels: int) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise UnusableImage("too large: the header promises a decompression bomb") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
+    except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, struct.error, TypeError, ...
         raise UnusableImage(f"unreadable: {type(error).__name__}: {error}".replace(str(path), path.name)) from error
 
 

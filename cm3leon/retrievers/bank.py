@@ -44,10 +44,7 @@ class MemoryBank:
     @cached_property
     def index(self) -> Any:
         """FAISS inner-product index over `parts.mean()`. Raises UserError where FAISS is not installed."""
-        try:
-            import faiss
-        except ImportError as error:
-            raise UserError("faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)") from error
+        faiss = _faiss()
         vectors_BD = np.ascontiguousarray(self.parts.mean(), dtype=np.float32)
         index = faiss.IndexFlatIP(vectors_BD.shape[1])
         index.add(vectors_BD)
@@ -64,18 +61,22 @@ class MemoryBank:
 
     def save(self, folder: Path) -> None:
         """Writes `ids.json`, `vectors.npz` and `index.faiss`."""
-        import faiss
-
         (folder / "ids.json").write_text(json.dumps(self.ids))
         np.savez(folder / "vectors.npz", text=self.parts.text_BD, image=self.parts.image_BD)
-        faiss.write_index(self.index, str(folder / "index.faiss"))
+        _faiss().write_index(self.index, str(folder / "index.faiss"))
 
     @classmethod
     def load(cls, folder: Path) -> MemoryBank:
         """Reads what `save` wrote."""
-        import faiss
-
         with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
             bank = cls(json.loads((folder / "ids.json").read_text()), Parts(vectors["text"], vectors["image"]))
-        bank.__dict__["index"] = faiss.read_index(str(folder / "index.faiss"))
+        bank.__dict__["index"] = _faiss().read_index(str(folder / "index.faiss"))
         return bank
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError("faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)") from error
+    return faiss

@@ -120,8 +120,8 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
         )
     try:
         model = open_clip.create_model(config.architecture, pretrained=config.pretrained)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for {config.architecture}: {reason}"
         ) from error
@@ -148,7 +148,7 @@ def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> T
     """Leaves out that share of each text's tokens, at random, but keeps the first and the last (start and end)."""
     dropped_BT = torch.zeros_like(tokens_BT)
     for row, tokens_T in enumerate(tokens_BT):
-        length = int((tokens_T != 0).sum())
+        length = int(tokens_T.argmax()) + 1  # the end is CLIP's largest id; 0 is padding, but also the piece "!"
         inner = np.arange(1, length - 1)
         kept = np.sort(rng.permutation(inner)[: len(inner) - round(share * len(inner))])
         chosen = torch.as_tensor(np.concatenate([[0], kept, [length - 1]]), device=tokens_BT.device)

@@ -45,7 +45,7 @@ def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[
     are as they were.
 
     Raises:
-        UserError: if another process is working in the folder.
+        UserError: if another process is working in the folder, or files of somebody else's stand where a stage writes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -59,8 +59,9 @@ def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[
             damaged = _damaged(place)
             for name in damaged:
                 (place / name).unlink(missing_ok=True)
-            if (place / MARKER).is_file() and not damaged:
-                seconds[stage.name] = json.loads((place / MARKER).read_text())["seconds"]
+            finished = _read(place / MARKER)
+            if finished and not damaged:
+                seconds[stage.name] = finished["seconds"]
                 say(f"{title}: up to date")
             else:
                 again = (
@@ -75,10 +76,17 @@ def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[
 
 def _damaged(place: Path) -> list[str]:
     """Files of a finished stage that are missing, or not as they were written."""
-    if not (place / MARKER).is_file():
-        return []
-    files = json.loads((place / MARKER).read_text())["files"]
+    files = _read(place / MARKER).get("files", {})
     return [name for name, digest in files.items() if not (place / name).is_file() or _digest(place / name) != digest]
+
+
+def _read(marker: Path) -> dict[str, Any]:
+    """The content of a marker; empty for one that is missing or damaged, which is as good as none."""
+    try:
+        content = json.loads(marker.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _make(stage: Stage[R], run: R, place: Path, fingerprint: str) -> float:
@@ -103,8 +111,7 @@ def _results(place: Path) -> Iterator[Path]:
 
 def _make_room(place: Path, fingerprint: str) -> None:
     """Moves away what other inputs made, and back what these inputs made earlier."""
-    marks = [place / name for name in (MARKER, STARTED) if (place / name).is_file()]
-    made_from = json.loads(marks[0].read_text())["fingerprint"] if marks else None
+    made_from = _read(place / MARKER).get("fingerprint") or _read(place / STARTED).get("fingerprint")
     if made_from == fingerprint:
         return
     attic = place.parent / SUPERSEDED
@@ -113,6 +120,8 @@ def _make_room(place: Path, fingerprint: str) -> None:
         old = attic / f"{place.name}-{made_from[:12]}"
         shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
+    elif place.exists() and any(not file.name.startswith(".") for file in place.iterdir()):
+        raise UserError(f"run: {place} holds files that no stage has made; choose another run folder")
     else:
         shutil.rmtree(place, ignore_errors=True)
     earlier = attic / f"{place.name}-{fingerprint[:12]}"

@@ -14,6 +14,8 @@ from cm3leon.registry import IMAGE_TOKENIZERS
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.types import UserError
 
+GROUPS = 8
+
 
 @IMAGE_TOKENIZERS.register("vq")
 class VQAutoencoder(nn.Module):
@@ -32,7 +34,7 @@ class VQAutoencoder(nn.Module):
         code_dim: PositiveInt = 32
         """Size of a code's vector."""
         channels: PositiveInt = 64
-        """Channels at full resolution; each halving of the resolution doubles them, up to four times as many."""
+        """Channels at full resolution, a multiple of 8; each halving of it doubles them, up to four times as many."""
         residual_blocks: PositiveInt = 1
         """Residual blocks at each resolution of the encoder, and of the decoder."""
         commitment: NonNegativeFloat = 0.25
@@ -43,6 +45,8 @@ class VQAutoencoder(nn.Module):
         """A code used less than this share of even use is moved onto a vector of the batch."""
 
         def check(self) -> None:
+            if self.channels % GROUPS:
+                raise UserError(f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms")
             if self.downsampling & (self.downsampling - 1) or self.image_size % self.downsampling:
                 raise UserError(
                     f"downsampling {self.downsampling} must be a power of two that divides image_size {self.image_size}"
@@ -132,7 +136,9 @@ def _encoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
         if level:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(config.residual_blocks)]
-    return nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code_dim, 1))
+    return nn.Sequential(
+        *layers, nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code_dim, 1)
+    )
 
 
 def _decoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
@@ -141,7 +147,7 @@ def _decoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
         if level:
             layers.append(nn.ConvTranspose2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(config.residual_blocks)]
-    return nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
+    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
 
 
 class ResidualBlock(nn.Module):
@@ -150,10 +156,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GroupNorm(8, channels),
+            nn.GroupNorm(GROUPS, channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(8, channels),
+            nn.GroupNorm(GROUPS, channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
