@@ -22,9 +22,9 @@ class Generated:
 
     `asked_B`: the class that was asked for; `read_B`: the class that the judge reads in the image, or that the text
     names; -1 where there is none. `codes_BN` and `texts`: the answer with what was given. `given_texts`: captions of
-    the documents that were asked for. `training_MN`: codes of the training images; `retrieved`: codes of the
-    documents in each prompt, (K, N). `clip_B`: cosine of text and image by the run's own retriever, so no independent
-    judge. `exact_B`: whether what the task has to leave as it was is so.
+    the documents that were asked for. `training_MN`: codes of the training images and of their varied versions;
+    `retrieved`: codes of the documents in each prompt, (K, N). `clip_B`: cosine of text and image by the run's own
+    retriever, which is no independent judge. `exact_B`: whether what the task has to leave as it was is so.
     """
 
     modality: Modality
@@ -67,7 +67,7 @@ class Accuracy:
 
 @METRICS.register("copies")
 class Copies:
-    """Share of images whose codes equal a training image's, or a retrieved one's: a copy is not a generation."""
+    """Share of images with the codes of a training image (or a version of it) or a retrieved one: no generation."""
 
     @dataclass(kw_only=True)
     class Config:

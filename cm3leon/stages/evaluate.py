@@ -140,7 +140,7 @@ class Evaluator:
             codes_BN=codes_BN,
             texts=texts,
             given_texts=[run.corpus.captions[row] for row in rows],
-            training_MN=run.codes_MN[self.training_rows],
+            training_MN=run.varied_codes_VBN.reshape(-1, codes_BN.shape[1]),
             retrieved=[run.codes_MN[generation.retrieved] for generation in generations],
             clip_B=(parts.text_BD * parts.image_BD).sum(axis=1),
             exact_B=self._given_is_kept(setting, generations),

@@ -42,6 +42,9 @@ from cm3leon.training.device import uses_bf16
 Entry = dict[str, Any]
 """One setting of results.json."""
 
+COLUMNS = 12
+"""Pictures in a strip."""
+
 PIXELS = 128
 """Height of a picture of the report, in CSS pixels."""
 
@@ -214,7 +217,7 @@ class _Page:
         for entry in self._entries("infill_top") + self._entries("infill_bottom"):
             if entry["documents"]:
                 continue
-            some = self._some(entry, 14)
+            some = self._some(entry, COLUMNS)
             images_BHWC = self._decode(some)
             given_BHWC = images_BHWC.copy()
             middle = given_BHWC.shape[1] // 2
@@ -265,13 +268,13 @@ class _Page:
             tables.append(self._settings_table("Guidance weights on the validation split", validation))
         return Section(
             "Figures",
-            "Shares in %, with their 95 % intervals (Wilson). A copy has the codes of a training image or of a "
-            "retrieved one. Shuffled documents were retrieved for another prompt.",
+            "Shares in %, accuracies with their 95 % intervals (Wilson). A copy has the codes of a training image, of "
+            "one of its varied versions, or of a retrieved image. Shuffled documents were retrieved for another prompt.",
             tables,
         )
 
     def reconstructions(self) -> Section:
-        rows = self._held_out(14)
+        rows = self._held_out(COLUMNS)
         originals = self.run.corpus.images_BHWC[rows]
         rebuilt = self.run.image_tokenizer.decode(self.run.codes_MN[rows])
         figures = self.results["reconstruction"]
@@ -368,7 +371,7 @@ class _Page:
         figure = entry["metrics"]["accuracy"]
         status = "good" if figure["value"] >= aim else "bad"
         cfg = "" if entry["cfg"] is None else f"guidance {entry['cfg']:g}; "
-        note = f"{cfg}95 % interval {_range(figure)}, n = {figure['n']:,}; aim {aim:.0%}"
+        note = f"{cfg}95 % interval {_range(figure)}, n = {figure['n']:,}; aim {100 * aim:.0f} %"
         return Fact(label, _percent(figure["value"]), note, status)
 
     def _some(self, entry: Entry, count: int) -> list[Generation]:
@@ -406,7 +409,7 @@ class _Page:
         return Evaluator(self.run)
 
     def _table(self, task: str) -> Table:
-        about = (TASKS.get(task).__doc__ or "").strip().partition("\n")[0]
+        about = (TASKS.get(task).__doc__ or "").strip().partition("\n")[0].replace("`", "")
         return self._settings_table(f"{task}: {about}", self._entries(task))
 
     def _settings_table(self, caption: str, entries: list[Entry]) -> Table:
@@ -452,4 +455,7 @@ def _interval(figure: Entry) -> str:
 def _cell(name: str, figure: Entry | None) -> str | None:
     if figure is None:
         return None
-    return f"{figure['value']:.3f}" if name == "clip_score" else f"{100 * figure['value']:.1f} {_range(figure)}"
+    if name == "clip_score":
+        return f"{figure['value']:.3f}"
+    share = f"{100 * figure['value']:.1f}"
+    return f"{share} {_range(figure)}" if name == "accuracy" else share

@@ -44,7 +44,7 @@ STAGES = (
         lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation"),
         make_generations,
     ),
-    Stage("evaluation", 1, lambda run: run.section("metrics"), make_evaluation),
+    Stage("evaluation", 2, lambda run: run.section("metrics"), make_evaluation),
 )
 
 
