@@ -269,7 +269,7 @@ class _Page:
         return Section(
             "Figures",
             "Shares in %, accuracies with their 95 % intervals (Wilson). A copy has the codes of a training image, of "
-            "one of its varied versions, or of a retrieved image. Shuffled documents were retrieved for another prompt.",
+            "one of its varied versions, or of a retrieved one. Shuffled documents were retrieved for another prompt.",
             tables,
         )
 
