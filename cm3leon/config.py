@@ -90,6 +90,11 @@ class Component:
     config: Any
 
 
+@dataclass(kw_only=True)
+class NoSettings:
+    """The `Config` of a component that has nothing to choose."""
+
+
 class ComponentChecker(Protocol):
     """What the metadata of an `Annotated[Component, ...]` has to offer; registries do."""
 

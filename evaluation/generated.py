@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from cm3leon.config import NoSettings
 from cm3leon.evaluation.metrics import Measured, average, equal_to_any, proportion
 from cm3leon.registry import METRICS
 from cm3leon.types import Modality
@@ -39,25 +40,22 @@ class Generated:
     exact_B: np.ndarray
 
 
-class Metric(Protocol):
+class Metric:
     """A figure of a setting. Registered in `METRICS`, built as `cls(config)`."""
 
-    def __init__(self, config: Any) -> None: ...
+    Config: type = NoSettings
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         """The figure; None where it does not apply."""
+        raise NotImplementedError
 
 
 @METRICS.register("accuracy")
-class Accuracy:
+class Accuracy(Metric):
     """Share of generations in which the class asked for is read; none where documents have no known class."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         if (generated.asked_B == UNKNOWN).any():
@@ -66,15 +64,8 @@ class Accuracy:
 
 
 @METRICS.register("copies")
-class Copies:
+class Copies(Metric):
     """Share of images with the codes of a training image (or a version of it) or a retrieved one: no generation."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         if generated.modality != "image":
@@ -86,30 +77,16 @@ class Copies:
 
 
 @METRICS.register("clip_score")
-class ClipScore:
+class ClipScore(Metric):
     """Mean cosine of text and image by the run's own retriever, which is not independent of the run."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         return average(generated.clip_B)
 
 
 @METRICS.register("distinct")
-class Distinct:
+class Distinct(Metric):
     """Share of different answers among all: a low one tells of a collapse."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         if generated.modality != "image":
@@ -119,15 +96,8 @@ class Distinct:
 
 
 @METRICS.register("given_kept")
-class GivenKept:
+class GivenKept(Metric):
     """Share of generations in which what was given is exactly as it was (of an infilled image, the given half)."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, generated: Generated) -> Measured | None:
         return proportion(generated.exact_B)

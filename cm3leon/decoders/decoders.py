@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cm3leon.config import NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from cm3leon.config import NonNegativeFloat, NoSettings, PositiveFloat, PositiveInt, Probability
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
 from cm3leon.decoders.processors import keep_top_p
 from cm3leon.registry import DECODERS
@@ -93,11 +93,9 @@ class Greedy:
 
     guided = False
 
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
+    Config = NoSettings
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: NoSettings) -> None:
         self.config = config
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:

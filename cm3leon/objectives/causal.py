@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from cm3leon.config import NoSettings
 from cm3leon.objectives.base import Corrupted, Objective
 from cm3leon.registry import OBJECTIVES
 from cm3leon.tokenizers.document import LaidOut
@@ -15,9 +14,7 @@ from cm3leon.tokenizers.document import LaidOut
 class Causal(Objective):
     """Next-token prediction of the sample as it is."""
 
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to choose."""
+    Config = NoSettings
 
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
         return Corrupted(sample.ids_T, np.ones(len(sample.ids_T), dtype=np.float32))
