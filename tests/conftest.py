@@ -15,6 +15,14 @@ settings.register_profile("quiet", database=None, deadline=None)
 settings.load_profile("quiet")
 
 
+LAST = ("test_wheel.py", "test_end_to_end.py", "test_digits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: those that build a wheel or run whole experiments come at the end."""
+    items.sort(key=lambda item: LAST.index(item.path.name) if item.path.name in LAST else -1)
+
+
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Lets a test register components and load plugins: afterwards the registries are as they were."""
