@@ -197,7 +197,7 @@ def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
         (("experiment=folder",), "data.path"),
         (("experiment=folder", "data.path=/no/such/folder"), "/no/such/folder is not a folder"),
         (("experiment=digit",), "digits"),
-        (("experiment=digits", "training.step=5"), "training.steps"),
+        (("experiment=digits", "training.step=5"), "training.step is not a known key; did you mean steps?"),
         (("experiment=digits", "training.steps=many"), "training.steps"),
         (("experiment=digits", "retriever.query_dropout=1.5"), "retriever.query_dropout"),
         (("experiment=digits", "decoder=topp"), "top_p"),

@@ -44,7 +44,9 @@ def clone(tmp_path: Path) -> Path:
     for name in ("__init__.py", "types.py", "config.py", "registry.py"):
         shutil.copy(ROOT / "cm3leon" / name, clone / "cm3leon")
     (clone / "experiments.yaml").write_text("")
-    write_plugin(clone / "plugins/__init__.py", "unused").write_text("")
+    for name in ("plugins", "evaluation"):  # without the second, an editable installation would lend its own
+        (clone / name).mkdir()
+        (clone / name / "__init__.py").write_text("")
     return clone
 
 
