@@ -12,6 +12,7 @@ from cm3leon import registry
 
 # No file of failing examples in the tree, and no failure because the machine was busy.
 settings.register_profile("quiet", database=None, deadline=None)
+settings.register_profile("ci", settings.get_profile("quiet"), derandomize=True)
 settings.load_profile("quiet")
 
 

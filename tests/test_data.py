@@ -516,7 +516,7 @@ def test_no_templates_are_refused() -> None:
 unique_ids = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=3, max_size=60, unique=True
 )
-shares = st.floats(0, 0.4)
+shares = st.floats(0, 0.33)  # two rounded shares of this size leave at least one of three documents
 
 
 @given(unique_ids, shares, shares, st.randoms())
