@@ -50,6 +50,25 @@ class SplitConfig:
 
 
 @dataclass(kw_only=True)
+class ShardsConfig:
+    """A corpus of any size: tokenised, embedded and given its neighbours in shards, one for each part of the source.
+
+    A sample of it trains the tokenizers and the retriever's encoder, and is what results are reported on.
+    """
+
+    sample: PositiveInt = 10_000
+    """Documents of that sample, taken from parts all over the corpus."""
+    tokenizers: Path | None = None
+    """Run folder whose tokenizers and encoder are used as they are; None trains them on the sample."""
+    bank: Path | None = None
+    """Run folder whose documents are the memory bank; None makes one of this corpus."""
+    mix: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Run folders with more training documents, and how often each is drawn from; this corpus has 1.0."""
+    workers: PositiveInt = 1
+    """Processes on this machine that make shards; on a cluster, array jobs do (see the command part)."""
+
+
+@dataclass(kw_only=True)
 class GenerationConfig:
     """What is generated, for every task of the experiment."""
 
@@ -80,6 +99,9 @@ class Experiment:
 
     split: SplitConfig = field(default_factory=SplitConfig)
     """How documents are divided into training, validation and held-out."""
+
+    shards: ShardsConfig | None = None
+    """For corpora that do not fit into memory; None holds all documents there."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Varied versions of the training images, for small corpora."""

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from cm3leon.config import choices
 from cm3leon.types import UserError
 
 R = TypeVar("R")
+Part = tuple[int, int]
+"""(k, n): this worker is number k, from 0, of n that share a stage's shards."""
 
 MARKER = "stage.json"
 """Written last: a stage is finished when its folder has one. Before that, `STARTED` tells what is being made."""
@@ -30,23 +33,30 @@ class Stage(Generic[R]):
 
     `inputs(run)` is all that its result depends on besides the stages before it, as JSON. `version` is raised when
     its code starts to make something else of the same inputs. `make(run, folder)` may find a part of its work there.
+    `make_part(run, folder, part)` makes one worker's share of the shards, where the stage can be shared out.
     """
 
     name: str
     version: int
     inputs: Callable[[R], Any]
     make: Callable[[R, Path], None]
+    make_part: Callable[[R, Path, Part], None] | None = None
 
 
-def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
-    """Brings every stage up to date. Returns the seconds that each took when it was made.
+def run_stages(
+    stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[str], None], *, until: str | None = None
+) -> dict[str, float]:
+    """Brings every stage up to date, to `until` if it is given. Returns the seconds that each took when it was made.
 
     Results made from other inputs are not deleted but moved to `superseded/`, and fetched from there when the inputs
     are as they were.
 
     Raises:
-        UserError: if another process is working in the folder, or files of somebody else's stand where a stage writes.
+        UserError: if another process is working in the folder, files of somebody else's stand where a stage writes,
+            or there is no stage `until`.
     """
+    if until is not None:
+        stages = stages[: _number(stages, until, "until") + 1]
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     with _lock(folder):
@@ -72,6 +82,46 @@ def run_stages(stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[
                 say(f"{title}: done in {seconds[stage.name]:.0f} s")
             before = fingerprint
     return seconds
+
+
+def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: Part) -> None:
+    """Makes one worker's share of a stage. Any number of workers may do so at the same time, on any machines.
+
+    The stage is not finished by it: `run_stages` finds the shards there, makes what is still missing, and finishes.
+
+    Raises:
+        UserError: for a stage that is unknown or cannot be shared out, or if a stage before it is not finished.
+    """
+    number = _number(stages, name, "stage")
+    stage, place = stages[number], folder / name
+    if stage.make_part is None:
+        shared = ", ".join(other.name for other in stages if other.make_part)
+        raise UserError(f"stage is {name}, which is made in one piece; those that workers share are: {shared or 'none'}")
+    if not folder.is_dir():
+        raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
+    with _lock(folder, shared=True):
+        before = ""
+        for earlier in stages[:number]:
+            before = _fingerprint([earlier.name, earlier.version, earlier.inputs(run), before])
+            if _read(folder / earlier.name / MARKER).get("fingerprint") != before:
+                raise UserError(
+                    f"stage {name} needs {earlier.name}, which is not finished in {folder} with these settings; "
+                    f"make it first, with until={stages[number - 1].name}"
+                )
+        fingerprint = _fingerprint([stage.name, stage.version, stage.inputs(run), before])
+        with _lock(folder, ".room", wait=True):
+            _make_room(place, fingerprint)
+            if not _read(place / MARKER) and not _read(place / STARTED):
+                place.mkdir(parents=True, exist_ok=True)
+                write_json(place / STARTED, {"fingerprint": fingerprint})
+        stage.make_part(run, place, part)
+
+
+def _number(stages: Sequence[Stage[R]], name: str, where: str) -> int:
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise UserError(f"{where} is {name}, which is not a stage of this experiment; {choices(name, names)}")
+    return names.index(name)
 
 
 def _damaged(place: Path) -> list[str]:
@@ -130,11 +180,12 @@ def _make_room(place: Path, fingerprint: str) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time in a run folder; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
+def _lock(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """One process at a time in a run folder, or any number of `shared` ones; the lock goes with the process."""
+    with (folder / name).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"run: another process is working in {folder}; wait for it, or choose another run="
@@ -147,6 +198,8 @@ def _fingerprint(content: Any) -> str:
 
 
 def _digest(path: Path) -> str:
+    if path.suffix == ".arrow":  # a shard carries its own checksum, and there may be terabytes of them
+        return f"{path.stat().st_size} bytes"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
