@@ -49,6 +49,8 @@ setup(
         "numpy",
         "scikit-learn",
         "matplotlib",
+        "pyarrow",
+        "fsspec",
     ],
     extras_require={
         # One extra cannot replace the faiss of another, so the core names neither.

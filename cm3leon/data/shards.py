@@ -76,9 +76,10 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
     schema = pa.schema([(name, column.type) for name, column in columns.items()], metadata)
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -138,6 +139,16 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
                     f"{folder} was begun with another {key}: {_short(there.get(key))} instead of "
                     f"{_short(wanted.get(key))}; choose another folder, or delete this one"
                 ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all, over what is there."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content))
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

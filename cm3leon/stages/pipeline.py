@@ -96,7 +96,7 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
     stage, place = stages[number], folder / name
     if stage.make_part is None:
         shared = ", ".join(other.name for other in stages if other.make_part)
-        raise UserError(f"stage is {name}, which is made in one piece; those that workers share are: {shared or 'none'}")
+        raise UserError(f"stage is {name}, made in one piece; those that workers share are: {shared or 'none'}")
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
     with _lock(folder, shared=True):
