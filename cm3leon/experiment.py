@@ -23,6 +23,7 @@ from cm3leon.config import (
     split_key,
 )
 from cm3leon.data.augment import AugmentConfig
+from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
@@ -126,6 +127,9 @@ class Experiment:
 
     objective: Annotated[Component, OBJECTIVES]
     """What the model learns from a sample."""
+
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """How samples are packed into blocks."""
 
     model: Annotated[Component, MODELS]
     """The network from ids to logits."""

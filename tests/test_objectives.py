@@ -1,26 +1,23 @@
-"""Corruption of samples, the loss, packing into blocks, and the stream of batches."""
+"""Corruption of samples and of their pieces, and the loss."""
 
 from __future__ import annotations
 
-import copy
-import json
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.base import cut
 from cm3leon.objectives.cm3 import EXTRA, Span, rotate, unrotate
-from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import OBJECTIVES, discover
-from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length
+from cm3leon.tokenizers.document import LaidOut, lay_out
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError
+from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment
 
 discover()
 
@@ -243,6 +240,80 @@ def test_literal_placement_hardly_ever_masks_a_caption() -> None:
     assert stats.ks_2samp(drawn, lengths).pvalue > 1e-4
 
 
+# ------------------------------------------------------------------------------------------------ pieces
+
+
+@given(laid_out, st.data())
+def test_a_cut_keeps_the_parts_of_segments_that_lie_in_it(sample: LaidOut, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(sample.ids_T)))
+    end = data.draw(st.integers(start, len(sample.ids_T)))
+    piece = cut(sample, start, end)
+    assert piece.ids_T.tolist() == sample.ids_T.tolist()[start:end]
+
+    def owners(of: LaidOut) -> list[tuple[str, bool] | None]:
+        """Of each position, the modality and the side of its segment."""
+        found: list[tuple[str, bool] | None] = [None] * len(of.ids_T)
+        for s in of.segments:
+            found[s.start : s.end] = [(s.modality, s.is_query)] * (s.end - s.start)
+        return found
+
+    assert owners(piece) == owners(sample)[start:end]
+
+
+@given(laid_out, settings_of_cm3, seeds, st.sampled_from(["cm3", "causal"]), st.data())
+@settings(max_examples=300)
+def test_pieces_fill_their_room_and_together_are_the_sample(
+    sample: LaidOut, fields: dict[str, Any], seed: int, name: str, data: st.DataObject
+) -> None:
+    objective = cm3(**fields) if name == "cm3" else OBJECTIVES.build("causal", vocab=VOCAB)
+    start, parts = 0, []
+    while start < len(sample.ids_T):
+        room = data.draw(st.integers(1, 60))
+        piece, end = objective.take(sample, start, room, np.random.default_rng([seed, start]))
+        again, same_end = objective.take(sample, start, room, np.random.default_rng([seed, start]))
+        assert (again.ids_T.tolist(), again.weight_T.tolist(), same_end) == (
+            piece.ids_T.tolist(),
+            piece.weight_T.tolist(),
+            end,
+        )
+        assert len(piece.weight_T) == len(piece.ids_T) <= room
+        assert len(piece.ids_T) == room or end == len(sample.ids_T)
+        assert end == len(sample.ids_T) or len(sample.ids_T) - start > room  # what fits is not cut
+        parts += unrotate(piece.ids_T, VOCAB).tolist()
+        assert len(parts) == end > start
+        assert (piece.weight_T[VOCAB.is_sentinel(piece.ids_T)] == 0).all()
+        start = end
+    assert parts == sample.ids_T.tolist()
+
+
+def test_weights_of_a_piece_are_those_of_its_tokens() -> None:
+    sample = lay_out(Sample(document(9, 9), (document(9, 9), document(9, 9))), VOCAB)
+    retrieved = {p for s in sample.segments if not s.is_query for p in range(s.start, s.end)}
+    objective = cm3(mean_spans=3.0, retrieved_weight=0.25)
+    for seed in range(200):
+        start, room = seed % 50, 10 + seed % 31
+        piece, end = objective.take(sample, start, room, np.random.default_rng(seed))
+        tail = np.flatnonzero(VOCAB.is_sentinel(piece.ids_T))
+        spans = len(tail) // 2
+        kept_T = piece.weight_T[: tail[spans]] if spans else piece.weight_T
+        moved_T = piece.weight_T[tail[spans] :] if spans else piece.weight_T[:0]
+        expected = [0.25 if p in retrieved else 1.0 for p in range(start, end)]
+        assert sorted([*kept_T, *moved_T]) == sorted([*expected, *[0.0] * 2 * spans, *[1.0] * spans])
+
+
+def test_number_of_spans_of_a_piece_is_poisson_clamped() -> None:
+    """Pieces of many segments, in which spans hardly ever meet; each is cut, so that the spans take from it."""
+    objective, rng, draws, room = cm3(whole_segment=1.0), np.random.default_rng(0), 1500, 700
+    counts: Counter[int] = Counter()
+    for _ in range(draws):
+        piece, end = objective.take(MANY_SEGMENTS, 5, room, rng)
+        spans = int(VOCAB.is_sentinel(piece.ids_T).sum()) // 2
+        assert end == 5 + room - EXTRA * spans
+        counts[spans] += 1
+    for count, share in enumerate(stats.poisson(1.0).pmf(np.arange(5))):
+        assert abs(counts[count] - draws * share) <= 4 * (draws * share * (1 - share)) ** 0.5 + 1, count
+
+
 # ------------------------------------------------------------------------------------------------ weights
 
 
@@ -321,187 +392,3 @@ def test_a_modality_without_targets_is_not_a_number_and_no_weight_is_no_loss() -
     assert cm3().loss(logits_BTV, only_image)[1]["loss_text"].isnan()
     loss, _ = cm3().loss(logits_BTV, batch_of(np.array([[5, 6, 41]]), np.zeros((1, 3)), np.zeros((1, 3), int)))
     assert loss.item() == 0
-
-
-# ------------------------------------------------------------------------------------------------ packing
-
-packable = st.lists(st.integers(1, 9), max_size=6).flatmap(
-    lambda lengths: st.tuples(st.just(lengths), st.integers(sum(lengths), sum(lengths) + 7).filter(bool))
-)
-
-
-@given(packable)
-def test_packing(drawn: tuple[list[int], int]) -> None:
-    lengths, seq_len = drawn
-    samples = [Corrupted(np.arange(n) + 100 * k, (np.arange(n) + 1.0) / 8 + k) for k, n in enumerate(lengths)]
-    block = pack(samples, seq_len, pad=77)
-    for array in (block.ids_T, block.target_T, block.weight_T, block.sample_T, block.position_T):
-        assert array.shape == (seq_len,)
-    start = 0
-    for number, sample in enumerate(samples):
-        end = start + len(sample.ids_T)
-        assert block.ids_T[start:end].tolist() == sample.ids_T.tolist()
-        assert block.position_T[start:end].tolist() == list(range(end - start))
-        assert (block.sample_T[start:end] == number).all()
-        # each token but the first is the target of the one before it, with its own weight
-        assert block.target_T[start : end - 1].tolist() == sample.ids_T[1:].tolist()
-        assert block.weight_T[start : end - 1].tolist() == sample.weight_T[1:].tolist()
-        assert block.weight_T[end - 1] == 0
-        start = end
-    assert (block.ids_T[start:] == 77).all()
-    assert (block.sample_T[start:] == -1).all()
-    assert (block.weight_T[start:] == 0).all()
-
-
-def test_blocks_become_a_batch_with_their_types() -> None:
-    blocks = [pack([Corrupted(np.arange(3), np.ones(3, np.float32))], 5, 0), pack([], 5, 0)]
-    batch = collate(blocks, CPU)
-    assert batch.ids_BT.shape == (2, 5)
-    assert (batch.ids_BT.dtype, batch.weight_BT.dtype) == (torch.int64, torch.float32)
-    assert batch.ids_BT.tolist() == [block.ids_T.tolist() for block in blocks]
-    assert batch.target_BT.tolist() == [block.target_T.tolist() for block in blocks]
-    assert batch.weight_BT.tolist() == [block.weight_T.tolist() for block in blocks]
-    assert batch.sample_BT.tolist() == [block.sample_T.tolist() for block in blocks]
-    assert batch.position_BT.tolist() == [block.position_T.tolist() for block in blocks]
-
-
-@given(documents, st.lists(documents, max_size=4).map(tuple), st.integers(1, 120))
-def test_fit_drops_retrieved_documents_from_the_left(
-    query: TokenDocument, retrieved: tuple[TokenDocument, ...], seq_len: int
-) -> None:
-    sample = Sample(query, retrieved)
-    assume(sample_length(Sample(query)) <= seq_len)
-    fitted = fit(sample, seq_len)
-    assert fitted.query is query
-    kept = len(fitted.retrieved)
-    assert all(a is b for a, b in zip(fitted.retrieved, retrieved[len(retrieved) - kept :], strict=True))
-    assert len(lay_out(fitted, VOCAB).ids_T) <= seq_len
-    if kept < len(retrieved):  # one more would not fit
-        assert len(lay_out(Sample(query, retrieved[len(retrieved) - kept - 1 :]), VOCAB).ids_T) > seq_len
-
-
-def test_a_query_that_does_not_fit_is_one_sentence() -> None:
-    query = document(6, 4, name="photo 7")  # 2 <eos>, 6 + 4 tokens, a <break>
-    assert fit(Sample(query, (document(1),)), 13).retrieved == ()
-    with pytest.raises(UserError) as refusal:
-        fit(Sample(query, (document(1),)), 12)
-    assert str(refusal.value) == (
-        "model.seq_len: document photo 7 takes 13 tokens, a block holds 12; raise model.seq_len"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ stream
-
-COUNT = 13
-
-
-def numbered(number: int, rng: np.random.Generator) -> Sample:
-    """A document whose text spells its number, with up to two retrieved ones drawn anew each time."""
-    query = TokenDocument(f"{number}", (TokenSegment("text", np.full(1 + number % 4, 4 + number)), segment("image", 4)))
-    return Sample(query, tuple(document(2, 4) for _ in range(int(rng.integers(3)))))
-
-
-def stream(seed: int = 0, batch_size: int = 3, seq_len: int = 40, draw: Any = numbered, name: str = "cm3") -> Any:
-    objective = OBJECTIVES.build(name, vocab=VOCAB)
-    return BlockStream(COUNT, draw, objective, seq_len=seq_len, batch_size=batch_size, seed=seed, device=CPU)
-
-
-def samples_in(batch: Batch) -> list[list[int]]:
-    """Ids of the samples of a batch."""
-    found = []
-    for ids_T, sample_T in zip(batch.ids_BT.numpy(), batch.sample_BT.numpy(), strict=True):
-        found += [ids_T[sample_T == number].tolist() for number in range(sample_T.max() + 1)]
-    return found
-
-
-def query_of(ids: list[int]) -> int:
-    """Number of the document whose sample this is: the text of the last segment but one."""
-    whole = unrotate(np.array(ids), VOCAB)
-    last_image = np.flatnonzero(whole == VOCAB.brk)[-1]
-    return int(whole[last_image - 1]) - 4
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
-
-
-def test_stream_is_deterministic_and_seeds_differ() -> None:
-    first, second, other = stream(), stream(), stream(seed=1)
-    batches = [(first.next(), second.next(), other.next()) for _ in range(5)]
-    assert all(same(a, b) for a, b, _ in batches)
-    assert not any(same(a, c) for a, _, c in batches)
-
-
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 40), (3, 40), (5, 64), (2, 200)])
-@pytest.mark.parametrize("name", ["cm3", "causal"])
-def test_every_epoch_is_a_permutation_of_whole_samples(batch_size: int, seq_len: int, name: str) -> None:
-    asked: list[int] = []
-
-    def draw(number: int, rng: np.random.Generator) -> Sample:
-        asked.append(number)
-        return numbered(number, rng)
-
-    blocks = stream(batch_size=batch_size, seq_len=seq_len, name=name, draw=draw)
-    seen: list[int] = []
-    while len(seen) < 4 * COUNT:
-        asked.clear()
-        found = samples_in(blocks.next())
-        for ids in found:
-            whole = unrotate(np.array(ids), VOCAB)
-            assert whole[0] == whole[-1] == VOCAB.eos
-            assert (whole == VOCAB.eos).sum() == 2
-        # All that were drawn are there, but the last, which did not fit and opens the next batch.
-        assert sorted(query_of(ids) for ids in found) == sorted(asked[:-1])
-        seen += asked[:-1]
-        assert blocks.state_dict() == {"position": len(seen)}
-    epochs = [seen[epoch * COUNT : (epoch + 1) * COUNT] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_a_batch_is_filled_first_fit() -> None:
-    rng = np.random.default_rng(3)
-    lengths = rng.integers(1, 20, COUNT)
-    draws: list[int] = []
-
-    def draw(number: int, _: np.random.Generator) -> Sample:
-        draws.append(int(lengths[number]) + 2)
-        return Sample(document(int(lengths[number])))
-
-    blocks = stream(draw=draw, name="causal")
-    for _ in range(10):
-        draws.clear()
-        batch = blocks.next()
-        filled: list[list[int]] = [[], [], []]
-        for length in draws[:-1]:
-            next(block for block in filled if sum(block) + length <= 40).append(length)
-        assert all(sum(block) + draws[-1] > 40 for block in filled)
-        found = [
-            [int((sample_T == number).sum()) for number in range(int(sample_T.max()) + 1)]
-            for sample_T in batch.sample_BT
-        ]
-        assert found == filled
-
-
-@pytest.mark.parametrize("step", range(8))
-def test_stream_resumes_bit_for_bit(step: int) -> None:
-    whole = stream()
-    for _ in range(step):
-        whole.next()
-    state = json.loads(json.dumps(whole.state_dict()))
-    resumed = stream()
-    resumed.load_state_dict(copy.deepcopy(state))
-    for _ in range(6):
-        assert same(whole.next(), resumed.next())
-    assert whole.state_dict() == resumed.state_dict()
-
-
-def test_a_document_is_corrupted_anew_in_every_epoch() -> None:
-    blocks = stream(draw=lambda number, rng: Sample(document(8, 16)), seq_len=64)
-    found = [tuple(ids) for _ in range(20) for ids in samples_in(blocks.next())]
-    assert len(set(found)) > len(found) / 3
-
-
-def test_a_stream_of_documents_that_do_not_fit_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="takes 27 tokens, a block holds 20"):
-        stream(draw=lambda number, rng: Sample(document(8, 16)), seq_len=20).next()

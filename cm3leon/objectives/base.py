@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.tokenizers.document import LaidOut
+from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Batch
 
@@ -34,6 +34,15 @@ class Objective:
         """The sample as it is trained on, at most `max_tokens` long (the sample itself is)."""
         raise NotImplementedError
 
+    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+        """The piece of a sample from `start` on that has `room` for it, as it is trained on, and where the next starts.
+
+        Pieces of a sample are trained on in different blocks. All of `room` is used, unless the sample ends in it; an
+        objective that makes samples longer has to cut the piece shorter, which this one does not.
+        """
+        end = min(start + room, len(sample.ids_T))
+        return self.corrupt(cut(sample, start, end), rng, room), end
+
     def loss(self, logits_BTV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Weighted mean negative log-likelihood in nats, with the figures to record.
 
@@ -52,6 +61,16 @@ class Objective:
             "loss_image": _mean(detached_BT, image_BT),
             "tokens": float((batch.sample_BT >= 0).sum()),
         }
+
+
+def cut(sample: LaidOut, start: int, end: int) -> LaidOut:
+    """Positions [start, end) of a sample, with those parts of its segments that lie there."""
+    segments = tuple(
+        SegmentSpan(max(s.start, start) - start, min(s.end, end) - start, s.modality, s.is_query)
+        for s in sample.segments
+        if s.start < end and start < s.end
+    )
+    return LaidOut(sample.ids_T[start:end], segments)
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from cm3leon.config import NonNegativeFloat, Probability
-from cm3leon.objectives.base import Corrupted, Objective
+from cm3leon.objectives.base import Corrupted, Objective, cut
 from cm3leon.registry import OBJECTIVES
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import Vocab
@@ -47,20 +47,28 @@ class CM3(Objective):
     config: Config
 
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
-        spans = self.draw_spans(sample, rng, max_tokens)
-        weight_T = np.ones(len(sample.ids_T), dtype=np.float32)
-        for segment in sample.segments:
-            if not segment.is_query:
-                weight_T[segment.start : segment.end] = self.config.retrieved_weight
-        ids_T, source_T = rotate(sample.ids_T, spans, self.vocab)
-        weight_T = np.where(source_T >= 0, weight_T[source_T], 1).astype(np.float32)
-        weight_T[self.vocab.is_sentinel(ids_T)] = 0
-        return Corrupted(ids_T, weight_T)
+        return self._rotated(sample, self.draw_spans(sample, rng, max_tokens))
+
+    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+        left = len(sample.ids_T) - start
+        # A sample that fits is not cut for the sake of a span, and a piece has at least one token of the sample.
+        spare = room - left if left <= room else room - 1
+        count = min(self._draw_count(rng), spare // EXTRA)
+        piece = cut(sample, start, start + min(left, room - EXTRA * count))
+        spans = self._draw_apart(piece, count, rng)
+        end = start + min(left, room - EXTRA * len(spans))  # further, where spans that met were dropped
+        return self._rotated(cut(sample, start, end), spans), end
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
         """Spans in order, apart from each other, each inside one segment; few enough to fit `max_tokens`."""
         room = (max_tokens - len(sample.ids_T)) // EXTRA
-        count = min(int(rng.poisson(self.config.mean_spans)), self.vocab.sentinels - 1, room)
+        return self._draw_apart(sample, min(self._draw_count(rng), room), rng)
+
+    def _draw_count(self, rng: np.random.Generator) -> int:
+        return min(int(rng.poisson(self.config.mean_spans)), self.vocab.sentinels - 1)
+
+    def _draw_apart(self, sample: LaidOut, count: int, rng: np.random.Generator) -> list[Span]:
+        """At most `count` spans: of those that overlap, the first drawn stays."""
         segments = [segment for segment in sample.segments if segment.end > segment.start]
         spans: list[Span] = []
         for _ in range(count if segments else 0):
@@ -69,6 +77,18 @@ class CM3(Objective):
             if start < end and all(end <= s or e <= start for s, e in spans):
                 spans.append((start, end))
         return sorted(spans)
+
+    def _rotated(self, sample: LaidOut, spans: Sequence[Span]) -> Corrupted:
+        weight_T = np.ones(len(sample.ids_T), dtype=np.float32)
+        for segment in sample.segments:
+            if not segment.is_query:
+                weight_T[segment.start : segment.end] = self.config.retrieved_weight
+        if not spans:
+            return Corrupted(sample.ids_T, weight_T)
+        ids_T, source_T = rotate(sample.ids_T, spans, self.vocab)
+        weight_T = np.where(source_T >= 0, weight_T[source_T], np.float32(1))
+        weight_T[self.vocab.is_sentinel(ids_T)] = 0
+        return Corrupted(ids_T, weight_T)
 
     def _in_segment(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:
         query = [segment for segment in segments if segment.is_query]

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from cm3leon.data.shuffle import shuffled
+from cm3leon.config import PositiveInt
 from cm3leon.objectives.base import Corrupted, Objective
-from cm3leon.tokenizers.document import lay_out, sample_length
+from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length
 from cm3leon.types import Batch, Block, Sample, UserError
+
+Draw = Callable[[int, np.random.Generator], Sample]
+"""(position in the endless stream of samples, generator of that position) -> the sample, the same every time."""
+
+TOLERANCE = 0.01
+"""Share of a block that `whole` may leave empty for the sake of samples that are harder to place."""
+
+SAMPLE, PIECE = 1, 3
+"""Second number of the seeds of samples and of pieces, which keeps them apart from each other."""
+
+
+@dataclass(kw_only=True)
+class PackingConfig:
+    """How samples become blocks of `seq_len` positions."""
+
+    method: Literal["stream", "whole"] = "whole"
+    """stream: samples are cut so that every position is filled; whole: no document is cut, the rest is padding."""
+    window: PositiveInt = 64
+    """Method whole: number of samples from which those that fill a block are chosen."""
+    positions: Literal["auto", "restart", "run_on"] = "auto"
+    """restart: at 0 in every sample of a block; run_on: through the block; auto: run_on in stream, restart in whole."""
+
+    @property
+    def run_on(self) -> bool:
+        """Whether positions run on through a block."""
+        return self.method == "stream" if self.positions == "auto" else self.positions == "run_on"
 
 
 def fit(sample: Sample, seq_len: int) -> Sample:
@@ -27,13 +53,17 @@ def fit(sample: Sample, seq_len: int) -> Sample:
     return sample
 
 
-def pack(samples: Sequence[Corrupted], seq_len: int, pad: int) -> Block:
-    """One block of whole samples, positions restarting in each; padding at the end. They must fit."""
+def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool = False) -> Block:
+    """One block of samples, or pieces of different samples; padding at the end. They must fit.
+
+    Args:
+        run_on: positions run on through the block; otherwise they restart in each sample.
+    """
     ids_T = np.full(seq_len, pad, dtype=np.int64)
     target_T = np.full(seq_len, pad, dtype=np.int64)
     weight_T = np.zeros(seq_len, dtype=np.float32)
     sample_T = np.full(seq_len, -1, dtype=np.int64)
-    position_T = np.zeros(seq_len, dtype=np.int64)
+    position_T = np.arange(seq_len) if run_on else np.zeros(seq_len, dtype=np.int64)
     start = 0
     for number, sample in enumerate(samples):
         end = start + len(sample.ids_T)
@@ -41,7 +71,8 @@ def pack(samples: Sequence[Corrupted], seq_len: int, pad: int) -> Block:
         target_T[start : end - 1] = sample.ids_T[1:]
         weight_T[start : end - 1] = sample.weight_T[1:]
         sample_T[start:end] = number
-        position_T[start:end] = np.arange(end - start)
+        if not run_on:
+            position_T[start:end] = np.arange(end - start)
         start = end
     return Block(ids_T, target_T, weight_T, sample_T, position_T)
 
@@ -55,62 +86,214 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
     return Batch(stack("ids_T"), stack("target_T"), stack("weight_T"), stack("sample_T"), stack("position_T"))
 
 
-class BlockStream:
-    """Endless batches of packed samples.
+def choose(lengths: Sequence[int], room: int, tolerance: int) -> list[int]:
+    """Numbers of the items that are to fill `room`: the longest first, as short ones are easily placed later.
 
-    Samples are taken in shuffled order and put whole into the first block of the batch with room; the first that
-    fits none opens the next batch. Everything about a sample is a function of (seed, its place in the stream), so the
-    place of the next sample is the whole state.
+    The longest that fits is taken unless it would spoil the filling: the room left in the end exceeds the least that
+    any choice leaves by at most `tolerance`. With lengths 5, 4, 4 and 3, a room of 8 and no tolerance, the
+    choice is 5 and 3; with room 9 it is 5 and 4, the first one.
+    """
+    order = sorted(range(len(lengths)), key=lambda k: (lengths[k], -k))
+    # Bit s of sums[n] is set where some of the n shortest items are s long together.
+    sums = [1]
+    for k in order:
+        sums.append(sums[-1] | (sums[-1] << lengths[k]) & ((2 << room) - 1))
+    most_left = room - _longest(sums[-1], room) + tolerance
+    chosen = []
+    for n, k in reversed(list(enumerate(order))):
+        after = room - lengths[k]
+        if after >= 0 and after - _longest(sums[n], after) <= most_left:
+            chosen.append(k)
+            room = after
+    return chosen
+
+
+def _longest(sums: int, room: int) -> int:
+    """The highest bit set, up to bit `room`."""
+    return (sums & ((2 << room) - 1)).bit_length() - 1
+
+
+# ------------------------------------------------------------------------------------------------ lanes
+
+
+class Samples:
+    """The endless stream of samples: everything about one is a function of (seed, its position in the stream)."""
+
+    def __init__(self, draw: Draw, objective: Objective, *, seq_len: int, seed: int) -> None:
+        self._draw = draw
+        self._objective = objective
+        self.seq_len = seq_len
+        self._seed = seed
+
+    def whole(self, position: int) -> Corrupted:
+        """A sample that fits a block, corrupted."""
+        rng = self._generator(SAMPLE, position)
+        sample = fit(self._draw(position, rng), self.seq_len)
+        return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self.seq_len)
+
+    def laid_out(self, position: int) -> LaidOut:
+        """A sample of any length, to take pieces of."""
+        return lay_out(self._draw(position, self._generator(SAMPLE, position)), self._objective.vocab)
+
+    def piece(self, sample: LaidOut, position: int, start: int, room: int) -> tuple[Corrupted, int]:
+        """`Objective.take` of the sample at a position."""
+        return self._objective.take(sample, start, room, self._generator(PIECE, start, position))
+
+    def _generator(self, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *numbers])
+
+
+class Lane(Protocol):
+    """One row of every batch: the blocks made of every B-th sample of the stream."""
+
+    def next(self) -> list[Corrupted]:
+        """What the next block holds."""
+
+    def state(self) -> dict[str, Any]:
+        """Where the lane is, as JSON."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+
+
+class WholeLane:
+    """Whole samples, chosen from a pool of them to fill a block.
+
+    A block starts with the oldest sample of the pool, so that none waits for ever.
+    """
+
+    def __init__(self, samples: Samples, first: int, step: int, window: int) -> None:
+        self._samples = samples
+        self._window = window
+        self._step = step
+        self._next = first
+        self._pool: dict[int, Corrupted] = {}
+
+    def next(self) -> list[Corrupted]:
+        while len(self._pool) < self._window:
+            self._pool[self._next] = self._samples.whole(self._next)
+            self._next += self._step
+        seq_len = self._samples.seq_len
+        oldest, *others = self._pool
+        room = seq_len - len(self._pool[oldest].ids_T)
+        lengths = [len(self._pool[position].ids_T) for position in others]
+        chosen = choose(lengths, room, tolerance=int(TOLERANCE * seq_len))
+        return [self._pool.pop(position) for position in (oldest, *(others[k] for k in chosen))]
+
+    def state(self) -> dict[str, Any]:
+        return {"pool": list(self._pool), "next": self._next}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._pool = {position: self._samples.whole(position) for position in state["pool"]}
+        self._next = state["next"]
+
+
+class StreamLane:
+    """Samples one after the other, cut where a block is full."""
+
+    def __init__(self, samples: Samples, first: int, step: int) -> None:
+        self._samples = samples
+        self._step = step
+        self._position = first
+        self._offset = 0
+        self._sample: LaidOut | None = None
+
+    def next(self) -> list[Corrupted]:
+        room = self._samples.seq_len
+        block = []
+        while room:
+            if self._sample is None:
+                self._sample = self._samples.laid_out(self._position)
+            piece, self._offset = self._samples.piece(self._sample, self._position, self._offset, room)
+            block.append(piece)
+            room -= len(piece.ids_T)
+            if self._offset == len(self._sample.ids_T):
+                self._position, self._offset, self._sample = self._position + self._step, 0, None
+        return block
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self._position, "offset": self._offset}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._position, self._offset, self._sample = state["position"], state["offset"], None
+
+
+# ------------------------------------------------------------------------------------------------ stream of batches
+
+
+class BlockStream:
+    """Endless batches of packed samples, of which each rank makes its part.
+
+    A batch of B blocks is B lanes. Lane l makes its blocks of the samples at positions l, l + B, l + 2B ... of the
+    stream, and rank r makes lanes r, r + ranks, r + 2 ranks ...: batches are the same on any number of ranks, and a
+    state of all lanes (see `merge_states`) can be loaded on any other number of them.
 
     Args:
-        documents: number of training documents.
-        draw: (document, generator) -> sample, with its retrieved documents.
+        draw: the stream of samples, a pure function.
+        batch_size: blocks of a batch of all ranks together.
+
+    Raises:
+        UserError: if the ranks cannot share a batch evenly; from `next`, for a document that does not fit a block.
     """
 
     def __init__(
         self,
-        documents: int,
-        draw: Callable[[int, np.random.Generator], Sample],
+        draw: Draw,
         objective: Objective,
+        packing: PackingConfig,
         *,
         seq_len: int,
         batch_size: int,
         seed: int,
         device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self._documents = documents
-        self._draw = draw
-        self._objective = objective
-        self._seq_len = seq_len
+        if batch_size % ranks:
+            raise UserError(f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
+        samples = Samples(draw, objective, seq_len=seq_len, seed=seed)
+        self._lanes = {
+            str(lane): WholeLane(samples, lane, batch_size, packing.window)
+            if packing.method == "whole"
+            else StreamLane(samples, lane, batch_size)
+            for lane in range(rank, batch_size, ranks)
+        }
+        self._packing = packing
         self._batch_size = batch_size
-        self._seed = seed
+        self._seq_len = seq_len
+        self._pad = objective.vocab.pad
         self._device = device
-        self._position = 0
 
     def next(self) -> Batch:
-        """The next batch."""
-        blocks: list[list[Corrupted]] = [[] for _ in range(self._batch_size)]
-        room = [self._seq_len] * self._batch_size
-        while True:
-            sample = self._sample(self._position)
-            place = next((b for b, left in enumerate(room) if left >= len(sample.ids_T)), None)
-            if place is None:
-                break
-            blocks[place].append(sample)
-            room[place] -= len(sample.ids_T)
-            self._position += 1
-        pad = self._objective.vocab.pad
-        return collate([pack(samples, self._seq_len, pad) for samples in blocks], self._device)
-
-    def _sample(self, position: int) -> Corrupted:
-        rng = np.random.default_rng([self._seed, 1, position])
-        sample = fit(self._draw(shuffled(self._seed, position, self._documents), rng), self._seq_len)
-        return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self._seq_len)
+        """The rank's lanes of the next batch, in order: (B / ranks, T)."""
+        run_on = self._packing.run_on
+        blocks = [pack(lane.next(), self._seq_len, self._pad, run_on=run_on) for lane in self._lanes.values()]
+        return collate(blocks, self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
-        return {"position": self._position}
+        """Where the rank's lanes are, as JSON."""
+        lanes = {name: lane.state() for name, lane in self._lanes.items()}
+        return {"batch_size": self._batch_size, "method": self._packing.method, "lanes": lanes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self._position = int(state["position"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state that holds at least the lanes of this rank.
+
+        Raises:
+            UserError: for a state of another batch size or packing method, or of other lanes.
+        """
+        found = (state.get("batch_size"), state.get("method"))
+        if found != (self._batch_size, self._packing.method):
+            raise UserError(
+                f"the checkpoint's data were batches of {found[0]} blocks packed by {found[1]}, not of "
+                f"{self._batch_size} by {self._packing.method}: training.batch_size and packing.method must stay"
+            )
+        if missing := self._lanes.keys() - state["lanes"].keys():
+            raise UserError(f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' states")
+        for name, lane in self._lanes.items():
+            lane.load(state["lanes"][name])
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks at the same step as one, that any number of ranks can load."""
+    lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
+    return {**states[0], "lanes": lanes}

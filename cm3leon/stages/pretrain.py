@@ -32,10 +32,11 @@ def make_pretraining(run: Run, folder: Path) -> None:
     """Trains the decoder; draws validation figures and images for TensorBoard now and then."""
     config, seed = run.experiment.training, run.experiment.seed
     model = run.new_model()
+    count = len(run.corpus.rows("train"))
     stream = BlockStream(
-        len(run.corpus.rows("train")),
-        lambda document, rng: draw_sample(run, document, rng),
+        lambda position, rng: draw_sample(run, shuffled(seed, position, count), rng),
         run.objective,
+        run.experiment.packing,
         seq_len=run.seq_len,
         batch_size=config.batch_size,
         seed=seed,

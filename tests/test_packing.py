@@ -1,0 +1,450 @@
+"""Packing into blocks, and the stream of batches that any number of ranks share."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cm3leon.config import from_mapping
+from cm3leon.data.shuffle import shuffled
+from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.cm3 import unrotate
+from cm3leon.objectives.packing import BlockStream, PackingConfig, choose, collate, fit, merge_states, pack
+from cm3leon.registry import OBJECTIVES, discover
+from cm3leon.tokenizers.document import lay_out, sample_length
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError
+
+discover()
+
+VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
+CPU = torch.device("cpu")
+METHODS = ["stream", "whole"]
+
+
+def segment(modality: Any, length: int) -> TokenSegment:
+    low, high = VOCAB.id_range(modality)
+    return TokenSegment(modality, low + np.arange(length) % (high - low))
+
+
+def document(*lengths: int, name: str = "document") -> TokenDocument:
+    """Segments of these lengths, text and image in turn."""
+    return TokenDocument(name, tuple(segment(("text", "image")[k % 2], n) for k, n in enumerate(lengths)))
+
+
+segments = st.builds(segment, st.sampled_from(["text", "image"]), st.integers(0, 9))
+documents = st.lists(segments, min_size=1, max_size=4).map(lambda parts: TokenDocument("any", tuple(parts)))
+
+# ------------------------------------------------------------------------------------------------ one block
+
+packable = st.lists(st.integers(1, 9), max_size=6).flatmap(
+    lambda lengths: st.tuples(st.just(lengths), st.integers(sum(lengths), sum(lengths) + 7).filter(bool))
+)
+
+
+@given(packable, st.booleans())
+def test_packing(drawn: tuple[list[int], int], run_on: bool) -> None:
+    lengths, seq_len = drawn
+    samples = [Corrupted(np.arange(n) + 100 * k, (np.arange(n) + 1.0) / 8 + k) for k, n in enumerate(lengths)]
+    block = pack(samples, seq_len, pad=77, run_on=run_on)
+    for array in (block.ids_T, block.target_T, block.weight_T, block.sample_T, block.position_T):
+        assert array.shape == (seq_len,)
+    start = 0
+    for number, sample in enumerate(samples):
+        end = start + len(sample.ids_T)
+        assert block.ids_T[start:end].tolist() == sample.ids_T.tolist()
+        first = start if run_on else 0
+        assert block.position_T[start:end].tolist() == list(range(first, first + end - start))
+        assert (block.sample_T[start:end] == number).all()
+        # each token but the first is the target of the one before it, with its own weight
+        assert block.target_T[start : end - 1].tolist() == sample.ids_T[1:].tolist()
+        assert block.weight_T[start : end - 1].tolist() == sample.weight_T[1:].tolist()
+        assert block.weight_T[end - 1] == 0
+        start = end
+    assert (block.ids_T[start:] == 77).all()
+    assert (block.sample_T[start:] == -1).all()
+    assert (block.weight_T[start:] == 0).all()
+
+
+def test_blocks_become_a_batch_with_their_types() -> None:
+    blocks = [pack([Corrupted(np.arange(3), np.ones(3, np.float32))], 5, 0), pack([], 5, 0)]
+    batch = collate(blocks, CPU)
+    assert batch.ids_BT.shape == (2, 5)
+    assert (batch.ids_BT.dtype, batch.weight_BT.dtype) == (torch.int64, torch.float32)
+    assert batch.ids_BT.tolist() == [block.ids_T.tolist() for block in blocks]
+    assert batch.target_BT.tolist() == [block.target_T.tolist() for block in blocks]
+    assert batch.weight_BT.tolist() == [block.weight_T.tolist() for block in blocks]
+    assert batch.sample_BT.tolist() == [block.sample_T.tolist() for block in blocks]
+    assert batch.position_BT.tolist() == [block.position_T.tolist() for block in blocks]
+
+
+@given(documents, st.lists(documents, max_size=4).map(tuple), st.integers(1, 120))
+def test_fit_drops_retrieved_documents_from_the_left(
+    query: TokenDocument, retrieved: tuple[TokenDocument, ...], seq_len: int
+) -> None:
+    sample = Sample(query, retrieved)
+    assume(sample_length(Sample(query)) <= seq_len)
+    fitted = fit(sample, seq_len)
+    assert fitted.query is query
+    kept = len(fitted.retrieved)
+    assert all(a is b for a, b in zip(fitted.retrieved, retrieved[len(retrieved) - kept :], strict=True))
+    assert len(lay_out(fitted, VOCAB).ids_T) <= seq_len
+    if kept < len(retrieved):  # one more would not fit
+        assert len(lay_out(Sample(query, retrieved[len(retrieved) - kept - 1 :]), VOCAB).ids_T) > seq_len
+
+
+def test_a_query_that_does_not_fit_is_one_sentence() -> None:
+    query = document(6, 4, name="photo 7")  # 2 <eos>, 6 + 4 tokens, a <break>
+    assert fit(Sample(query, (document(1),)), 13).retrieved == ()
+    with pytest.raises(UserError) as refusal:
+        fit(Sample(query, (document(1),)), 12)
+    assert str(refusal.value) == (
+        "model.seq_len: document photo 7 takes 13 tokens, a block holds 12; raise model.seq_len"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ stream of batches
+
+
+def numbered(position: int, rng: np.random.Generator) -> Sample:
+    """A sample whose last text spells its position, with up to two retrieved documents drawn anew each time."""
+    spelled = np.array([4 + position // 30, 4 + position % 30])
+    retrieved = tuple(document(int(n), 5) for n in rng.integers(1, 12, size=int(rng.integers(3))))
+    query = (TokenSegment("text", spelled), segment("image", 4 + position % 4))
+    return Sample(TokenDocument(f"{position}", query), retrieved)
+
+
+def stream(
+    method: str = "whole",
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    seq_len: int = 64,
+    draw: Any = numbered,
+    objective: Any = "cm3",
+    rank: int = 0,
+    ranks: int = 1,
+    **packing: Any,
+) -> BlockStream:
+    return BlockStream(
+        draw,
+        OBJECTIVES.build(objective, vocab=VOCAB),
+        from_mapping(PackingConfig, {"method": method, "window": 6, **packing}),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=CPU,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def laid_out(position: int, seed: int = 0, draw: Any = numbered, seq_len: int | None = None) -> list[int]:
+    """The sample at a position of the stream, as ids."""
+    sample = draw(position, np.random.default_rng([seed, 1, position]))
+    return lay_out(sample if seq_len is None else fit(sample, seq_len), VOCAB).ids_T.tolist()
+
+
+def pieces(ids_T: torch.Tensor, sample_T: torch.Tensor) -> Iterator[list[int]]:
+    """The pieces of a block in order, each as the part of a sample that it was made of."""
+    for number in range(int(sample_T.max()) + 1):
+        yield unrotate(ids_T[sample_T == number].numpy(), VOCAB).tolist()
+
+
+def position_of(whole: list[int]) -> int:
+    """Position in the stream of a `numbered` sample."""
+    last = len(whole) - 1 - whole[::-1].index(VOCAB.brk)
+    return (whole[last - 2] - 4) * 30 + whole[last - 1] - 4
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def interleaved(batches: list[Batch]) -> Batch:
+    """The batch of which each rank has every so many blocks."""
+    fields = {
+        name: torch.stack([getattr(batch, name) for batch in batches], 1).flatten(0, 1) for name in vars(batches[0])
+    }
+    return Batch(**fields)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deterministic_and_seeds_differ(method: str) -> None:
+    first, second, other = stream(method), stream(method), stream(method, seed=1)
+    batches = [(first.next(), second.next(), other.next()) for _ in range(5)]
+    assert all(same(a, b) for a, b, _ in batches)
+    assert not any(same(a, c) for a, _, c in batches)
+
+
+@pytest.mark.parametrize("objective", ["cm3", "causal", {"name": "cm3", "mean_spans": 5.0}])
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 40), (3, 40), (4, 64), (2, 9), (2, 200)])
+def test_stream_lanes_are_their_samples_end_to_end(batch_size: int, seq_len: int, objective: Any) -> None:
+    """The pieces of a lane's blocks, put together, are the samples at its positions; every position is filled."""
+    blocks = stream("stream", batch_size=batch_size, seq_len=seq_len, objective=objective)
+    lanes: list[list[int]] = [[] for _ in range(batch_size)]
+    for _ in range(600 // seq_len + 2):
+        batch = blocks.next()
+        assert (batch.sample_BT >= 0).all()
+        assert batch.position_BT.tolist() == [list(range(seq_len))] * batch_size
+        for lane, ids_T, sample_T in zip(lanes, batch.ids_BT, batch.sample_BT, strict=True):
+            for part in pieces(ids_T, sample_T):
+                lane += part
+    for first, lane in enumerate(lanes):
+        expected: list[int] = []
+        for position in range(first, 900, batch_size):
+            if len(expected) >= len(lane):
+                break
+            expected += laid_out(position)
+        assert lane == expected[: len(lane)]
+
+
+def test_stream_pieces_of_different_samples_are_apart() -> None:
+    blocks = stream("stream", seq_len=48)
+    for _ in range(30):
+        batch = blocks.next()
+        for ids_T, sample_T in zip(batch.ids_BT, batch.sample_BT, strict=True):
+            found = list(pieces(ids_T, sample_T))
+            assert all(VOCAB.eos not in part[1:-1] for part in found)
+            assert all(part[0] == VOCAB.eos for part in found[1:])
+            assert all(part[-1] == VOCAB.eos for part in found[:-1])
+
+
+def test_stream_has_every_token_of_an_epoch_once() -> None:
+    """Samples of 40 documents in shuffled order: what 4 lanes of 10 samples each hold is every document once."""
+    count = 40
+
+    def draw(position: int, _: np.random.Generator) -> Sample:
+        return numbered(shuffled(5, position, count), np.random.default_rng(0))
+
+    blocks = stream("stream", draw=draw, seq_len=32)
+    lanes: list[list[int]] = [[], [], [], []]
+    while not all(lane.count(VOCAB.eos) >= 20 for lane in lanes):
+        batch = blocks.next()
+        for lane, ids_T, sample_T in zip(lanes, batch.ids_BT, batch.sample_BT, strict=True):
+            lane += itertools.chain.from_iterable(pieces(ids_T, sample_T))
+    found = []
+    for lane in lanes:
+        ends = np.flatnonzero(np.array(lane) == VOCAB.eos)
+        found += [tuple(lane[ends[k] : ends[k + 1] + 1]) for k in range(0, 20, 2)]
+    documents_ = [lay_out(numbered(number, np.random.default_rng(0)), VOCAB).ids_T.tolist() for number in range(count)]
+    assert sorted(found) == sorted(map(tuple, documents_))
+
+
+@pytest.mark.parametrize("objective", ["cm3", "causal"])
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 40), (3, 40), (4, 64), (2, 200)])
+def test_whole_has_each_sample_once_and_uncut(batch_size: int, seq_len: int, objective: str) -> None:
+    blocks = stream("whole", batch_size=batch_size, seq_len=seq_len, objective=objective)
+    seen: list[list[int]] = [[] for _ in range(batch_size)]
+    for _ in range(2400 // seq_len // batch_size):
+        batch = blocks.next()
+        for lane, ids_T, sample_T in zip(seen, batch.ids_BT, batch.sample_BT, strict=True):
+            for whole in pieces(ids_T, sample_T):
+                lane.append(position_of(whole))
+                assert whole == laid_out(lane[-1], seq_len=seq_len)
+    state = blocks.state_dict()["lanes"]
+    for first, lane in enumerate(seen):
+        drawn = range(first, state[str(first)]["next"], batch_size)
+        assert sorted(lane + state[str(first)]["pool"]) == list(drawn)
+
+
+def lengths_draw(lengths: np.ndarray) -> Any:
+    """Documents of one text each, of these lengths with their two `<eos>`, over and over."""
+    return lambda position, _: Sample(document(int(lengths[position % len(lengths)]) - 2))
+
+
+def blocks_of_lengths(batch: Batch) -> list[list[int]]:
+    return [[len(part) for part in pieces(*block)] for block in zip(batch.ids_BT, batch.sample_BT, strict=True)]
+
+
+@given(st.lists(st.integers(1, 30), max_size=9), st.integers(0, 40), st.integers(0, 5))
+@settings(max_examples=200)
+def test_choice_against_all_choices(lengths: list[int], room: int, tolerance: int) -> None:
+    chosen = choose(lengths, room, tolerance)
+    subsets = itertools.chain.from_iterable(itertools.combinations(lengths, n) for n in range(len(lengths) + 1))
+    best = max(total for total in map(sum, subsets) if total <= room)
+    assert len(set(chosen)) == len(chosen)
+    assert best - tolerance <= sum(lengths[k] for k in chosen) <= best
+    left = room - sum(lengths[k] for k in chosen)
+    assert all(length > left for k, length in enumerate(lengths) if k not in chosen)
+    greedy: list[int] = []  # what is chosen where anything is tolerated
+    for length in sorted(lengths, reverse=True):
+        greedy += [length] if sum(greedy) + length <= room else []
+    assert [lengths[k] for k in choose(lengths, room, room)] == greedy
+
+
+def test_choice_of_the_longest_and_of_the_first_of_equals() -> None:
+    assert choose([5, 4, 4, 3], 8, 0) == [0, 3]
+    assert choose([5, 4, 4, 3], 9, 0) == [0, 1]
+    assert choose([6, 4, 4], 8, 0) == [1, 2]
+    assert choose([6, 4, 4], 8, 2) == [0]
+
+
+@given(st.lists(st.integers(2, 64), min_size=1, max_size=40), st.integers(1, 12))
+@settings(max_examples=30)
+def test_whole_starts_with_the_oldest_of_its_pool(lengths: list[int], window: int) -> None:
+    blocks = stream(draw=lengths_draw(np.array(lengths)), objective="causal", batch_size=1, window=window)
+    pool: list[int] = []
+    position = 0
+    for _ in range(10):
+        while len(pool) < window:
+            pool.append(lengths[position % len(lengths)])
+            position += 1
+        (block,) = blocks_of_lengths(blocks.next())
+        assert block[0] == pool.pop(0)
+        for length in block[1:]:
+            pool.remove(length)
+        assert all(sum(block) + length > 64 for length in pool)
+
+
+def first_fit(lengths: list[int], seq_len: int) -> int:
+    """Number of blocks that first-fit opens for samples in this order."""
+    room: list[int] = []
+    for length in lengths:
+        place = next((k for k, left in enumerate(room) if left >= length), None)
+        if place is None:
+            room.append(seq_len - length)
+        else:
+            room[place] -= length
+    return len(room)
+
+
+@pytest.mark.parametrize(("low", "high"), [(2, 64), (2, 30), (10, 40), (20, 33)])
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_fills_blocks_at_least_as_first_fit_does(low: int, high: int, seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(low, high + 1, 3000)
+    blocks = stream(draw=lengths_draw(lengths), objective="causal", batch_size=1, window=256)
+    packed: list[list[int]] = []
+    while sum(map(len, packed)) < 2700:
+        packed += blocks_of_lengths(blocks.next())
+    fill = sum(map(sum, packed)) / (64 * len(packed))
+    assert fill >= lengths.sum() / (64 * first_fit(lengths.tolist(), 64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_as_configured(method: str) -> None:
+    run_on, restart = stream(method, positions="run_on").next(), stream(method, positions="restart").next()
+    auto = stream(method).next()
+    assert same(auto, run_on if method == "stream" else restart)
+    used_BT = run_on.sample_BT >= 0
+    assert (run_on.position_BT == torch.arange(64)).all()
+    for position_T, sample_T in zip(restart.position_BT, restart.sample_BT, strict=True):
+        for number in range(int(sample_T.max()) + 1):
+            length = int((sample_T == number).sum())
+            assert position_T[sample_T == number].tolist() == list(range(length))
+    assert torch.equal(run_on.ids_BT, restart.ids_BT)
+    assert used_BT.all() == (method == "stream")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_are_the_next_tokens_of_the_same_piece(method: str) -> None:
+    blocks = stream(method)
+    for _ in range(10):
+        batch = blocks.next()
+        followed_BT = torch.zeros_like(batch.ids_BT, dtype=torch.bool)
+        followed_BT[:, :-1] = (batch.sample_BT[:, 1:] == batch.sample_BT[:, :-1]) & (batch.sample_BT[:, 1:] >= 0)
+        next_BT = batch.ids_BT.roll(-1, 1)
+        assert torch.equal(batch.target_BT[followed_BT], next_BT[followed_BT])
+        sentinel_BT = torch.from_numpy(VOCAB.is_sentinel(next_BT.numpy()))
+        assert torch.equal(batch.weight_BT, (followed_BT & ~sentinel_BT).float())
+
+
+def test_a_document_is_corrupted_anew_each_time() -> None:
+    for method in METHODS:
+        blocks = stream(method, draw=lambda position, rng: Sample(document(8, 16)))
+        found = []
+        for _ in range(20):
+            batch = blocks.next()
+            found += [tuple(ids_T.tolist()) for ids_T in batch.ids_BT]
+        assert len(set(found)) > len(found) / 2
+
+
+# ------------------------------------------------------------------------------------------------ resume and ranks
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(copy.deepcopy(state)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", range(8))
+def test_resumes_bit_for_bit(method: str, step: int) -> None:
+    whole = stream(method)
+    for _ in range(step):
+        whole.next()
+    resumed = stream(method)
+    resumed.next()  # a stream that was used may be set back too
+    resumed.load_state_dict(through_json(whole.state_dict()))
+    for _ in range(6):
+        assert same(whole.next(), resumed.next())
+    assert whole.state_dict() == resumed.state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", [(1, 2, 4), (4, 1, 2), (2, 4, 1)])
+def test_the_number_of_ranks_may_change_midway(method: str, path: tuple[int, ...]) -> None:
+    """As many batches on each number of ranks, every rank started from the merged state: the same global batches."""
+    alone, state = stream(method), None
+    for ranks in path:
+        shares = [stream(method, rank=rank, ranks=ranks) for rank in range(ranks)]
+        for share in shares:
+            if state is not None:
+                share.load_state_dict(state)
+        for _ in range(5):
+            batches = [share.next() for share in shares]
+            assert all(batch.ids_BT.shape == (4 // ranks, 64) for batch in batches)
+            assert same(interleaved(batches), alone.next())
+        state = through_json(merge_states([share.state_dict() for share in shares]))
+        assert state == alone.state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_goes_on_from_its_own_state(method: str) -> None:
+    share, again = (stream(method, rank=1, ranks=2) for _ in range(2))
+    for _ in range(3):
+        share.next()
+    again.load_state_dict(through_json(share.state_dict()))
+    assert same(share.next(), again.next())
+
+
+def test_a_state_stays_small() -> None:
+    blocks = stream("stream")
+    assert blocks.state_dict()["lanes"]["3"] == {"position": 3, "offset": 0}
+    for _ in range(50):
+        blocks.next()
+    assert len(json.dumps(blocks.state_dict())) < 300
+
+
+def test_packing_and_batch_size_stay() -> None:
+    whole = stream("whole").state_dict()
+    for other in (stream("stream"), stream("whole", batch_size=2)):
+        with pytest.raises(UserError, match=r"training\.batch_size and packing.method must stay"):
+            other.load_state_dict(whole)
+    with pytest.raises(UserError, match="packed by None"):
+        stream("whole").load_state_dict({"position": 3})
+    with pytest.raises(UserError, match="lacks lane 1 of the batch: merge all ranks' states"):
+        stream(rank=1, ranks=2).load_state_dict(stream(rank=0, ranks=2).state_dict())
+
+
+def test_ranks_share_batches_evenly() -> None:
+    with pytest.raises(UserError) as refusal:
+        stream(batch_size=6, ranks=4)
+    assert str(refusal.value) == "training.batch_size is 6; it must be a multiple of the 4 ranks"
+
+
+def test_a_document_that_does_not_fit_is_one_sentence_in_whole_and_cut_in_stream() -> None:
+    def draw(position: int, rng: np.random.Generator) -> Sample:
+        return Sample(document(8, 16, name="photo 7"))
+
+    with pytest.raises(UserError, match=r"^model\.seq_len: document photo 7 takes 27 tokens, a block holds 20; raise"):
+        stream("whole", draw=draw, seq_len=20).next()
+    assert (stream("stream", draw=draw, seq_len=20).next().sample_BT >= 0).all()
