@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import mixed, shuffled, shuffled_array
+from cm3leon.types import UserError
 
 seeds = st.integers(0, 2**63)
 
@@ -84,3 +86,101 @@ def test_neighbours_land_anywhere_from_each_other() -> None:
 def test_mixed_seeds_differ_by_numbers_and_their_order() -> None:
     found = {mixed(*numbers) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0, 0)]}
     assert len(found) == 8
+
+
+# ------------------------------------------------------------------------------------------------ mixture
+
+
+def test_rates_by_the_papers_rule() -> None:
+    assert sampling_rates([100, 900], None) == [1.0, 1.0]
+    assert sampling_rates([100, 900], [100, 900]) == [1.0, 1.0]
+    assert sampling_rates([100, 900], [1, 1]) == pytest.approx([3.0, 500 / 900])  # not 5 times
+    assert sampling_rates([100, 900], [0.9, 0.1]) == pytest.approx([3.0, 0.3])  # not 9 times, and 0.11 times
+    assert sampling_rates([100, 900], [1, 1], most=6.0, least=0.6) == pytest.approx([5.0, 0.6])
+    assert sampling_rates([50, 50, 100], [2, 1, 1]) == pytest.approx([2.0, 1.0, 0.5])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.01, 100)), min_size=1, max_size=6),
+    st.floats(1, 10),
+    st.floats(0, 1),
+)
+def test_rates_are_within_bounds_and_give_the_shares_where_those_allow(
+    drawn: list[tuple[int, float]], most: float, least: float
+) -> None:
+    counts, shares = zip(*drawn, strict=True)
+    rates = sampling_rates(counts, shares, most, least)
+    assert all(least <= rate <= most for rate in rates)
+    for count, share, rate in zip(counts, shares, rates, strict=True):
+        wanted = share / sum(shares) * sum(counts)
+        if rate in (least, most):
+            assert wanted <= least * count * (1 + 1e-9) or wanted >= most * count * (1 - 1e-9)
+        else:
+            assert rate * count == pytest.approx(wanted)
+
+
+def test_mistakes_are_one_sentence() -> None:
+    for shares in ([1.0], [1.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(UserError, match="must be 2 numbers >= 0, not all of them 0"):
+            sampling_rates([3, 4], shares)
+    with pytest.raises(UserError, match="source 1 of the mixture is empty; leave it out"):
+        sampling_rates([3, 0], [1, 1])
+    for counts in ([], [0, 0], [1]):
+        with pytest.raises(UserError, match="an epoch of the mixture is empty"):
+            Mixture(counts, [0.3] * len(counts), 0)
+
+
+mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.3, 3.0)), min_size=1, max_size=4).filter(
+    lambda sources: sum(round(count * rate) for count, rate in sources) > 0
+)
+
+
+@given(mixtures, seeds, st.integers(1, 4))
+@settings(max_examples=60)
+def test_mixture_against_brute_force(sources: list[tuple[int, float]], seed: int, epochs: int) -> None:
+    counts, rates = [list(column) for column in zip(*sources, strict=True)]
+    mixture = Mixture(counts, rates, seed)
+    places = [round(count * rate) for count, rate in sources]
+    assert len(mixture) == sum(places)
+    found = [mixture.at(position) for position in range(epochs * len(mixture))]
+    for epoch in range(epochs):  # exactly so many of each source in every epoch
+        of_epoch = found[epoch * len(mixture) : (epoch + 1) * len(mixture)]
+        assert [sum(source == number for source, _, _ in of_epoch) for number in range(len(counts))] == places
+    for number, count in enumerate(counts):
+        drawn = Counter(row for source, row, _ in found if source == number)
+        whole, more = divmod(epochs * places[number], count)  # floor or ceil, and how many have one more
+        assert sorted(drawn[row] for row in range(count)) == [whole] * (count - more) + [whole + 1] * more
+        passes = Counter((row, epoch) for source, row, epoch in found if source == number)
+        assert set(passes.values()) <= {1}
+        assert set(passes) >= {(row, epoch) for row in range(count) for epoch in range(whole)}
+        assert all(0 <= row < count and epoch <= whole for row, epoch in passes)
+
+
+@given(mixtures, seeds, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+@settings(max_examples=60)
+def test_one_position_of_a_mixture_is_as_many(
+    sources: list[tuple[int, float]], seed: int, positions: list[int]
+) -> None:
+    mixture = Mixture(*[list(column) for column in zip(*sources, strict=True)], seed)
+    columns = mixture.at_array(np.array(positions))
+    assert all(column.dtype == np.int64 for column in columns)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == [mixture.at(p) for p in positions]
+
+
+def test_sources_are_spread_evenly_through_an_epoch() -> None:
+    mixture = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 4)
+    sources_B, rows_B, _ = mixture.at_array(np.arange(len(mixture)))
+    for source in range(3):
+        at = np.flatnonzero(sources_B == source)
+        assert stats.kstest(at / len(mixture), "uniform").pvalue > 1e-4
+    assert stats.kstest(rows_B[sources_B == 0][:300] / 3000, "uniform").pvalue > 1e-4
+    again = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 5).at_array(np.arange(len(mixture)))
+    assert (again[0] != sources_B).mean() > 0.3
+
+
+def test_a_mixture_of_340_million() -> None:
+    mixture = Mixture([340_000_000, 2_000_000], [1.0, 3.0], 0)
+    sources_B, rows_B, epochs_B = mixture.at_array(np.arange(10**12, 10**12 + 100_000))
+    assert abs(sources_B.mean() - 6 / 346) < 0.002
+    assert rows_B.max() < 340_000_000
+    assert set(epochs_B[sources_B == 0]) == {10**12 // len(mixture)}
