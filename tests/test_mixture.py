@@ -167,6 +167,20 @@ def test_one_position_of_a_mixture_is_as_many(
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == [mixture.at(p) for p in positions]
 
 
+def test_each_source_has_an_order_of_its_own() -> None:
+    """The k-th place of a source holds its k-th row in the order of that source's seed."""
+    mixture = Mixture([40, 40], [1.0, 1.5], 9)
+    orders: list[list[int]] = [[], []]
+    for epoch in range(3):
+        positions = range(epoch * len(mixture), (epoch + 1) * len(mixture))
+        for position in sorted(positions, key=lambda position: shuffled(9, position, len(mixture))):
+            source, row, _ = mixture.at(position)
+            orders[source].append(row)
+    assert orders[0] == [shuffled(mixed(9, 0), k, 40) for k in range(120)]
+    assert orders[1] == [shuffled(mixed(9, 1), k, 40) for k in range(180)]
+    assert orders[0] != orders[1][:120]
+
+
 def test_sources_are_spread_evenly_through_an_epoch() -> None:
     mixture = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 4)
     sources_B, rows_B, _ = mixture.at_array(np.arange(len(mixture)))

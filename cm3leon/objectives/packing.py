@@ -89,9 +89,8 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
 def choose(lengths: Sequence[int], room: int, tolerance: int) -> list[int]:
     """Numbers of the items that are to fill `room`: the longest first, as short ones are easily placed later.
 
-    The longest that fits is taken unless it would spoil the filling: the room left in the end exceeds the least that
-    any choice leaves by at most `tolerance`. With lengths 5, 4, 4 and 3, a room of 8 and no tolerance, the
-    choice is 5 and 3; with room 9 it is 5 and 4, the first one.
+    An item is passed over where the room left in the end would exceed the least that any choice leaves by more than
+    `tolerance`. Of lengths 6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6.
     """
     order = sorted(range(len(lengths)), key=lambda k: (lengths[k], -k))
     # Bit s of sums[n] is set where some of the n shortest items are s long together.
