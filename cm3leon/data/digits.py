@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
 from cm3leon.config import NonNegativeInt
-from cm3leon.data.source import Skipped
+from cm3leon.data.source import Skipped, Source
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -26,7 +25,7 @@ TEMPLATES = (
 
 
 @SOURCES.register("digits")
-class DigitsSource:
+class DigitsSource(Source):
     """Real handwritten digits, each with a caption drawn from a few templates; nothing is downloaded."""
 
     @dataclass(kw_only=True)
@@ -45,12 +44,15 @@ class DigitsSource:
             if not self.templates:
                 raise UserError("templates is empty, at least one is needed")
 
-    class_names: ClassVar[tuple[str, ...]] = WORDS
+    class_names = WORDS
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def documents(self) -> Iterator[Document | Skipped]:
+    def parts(self) -> list[str]:
+        return ["scans"]
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
         from sklearn.datasets import load_digits
 
         scans = load_digits()
@@ -58,6 +60,8 @@ class DigitsSource:
         draw = np.random.default_rng(self.config.caption_seed)
         for number, (grey_HW, label) in enumerate(zip(grey_MHW, scans.target.tolist(), strict=True)):
             template = self.config.templates[draw.integers(len(self.config.templates))]
+            if number < start:
+                continue
             caption = template.format(word=WORDS[label], number=label)
             pixels_HWC = np.repeat(grey_HW[..., None], 3, axis=2)
             yield Document(f"scan-{number:04d}", (TextSegment(caption), ImageSegment(pixels_HWC)), label)

@@ -2,91 +2,109 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from functools import partial
+from pathlib import Path, PurePosixPath
 
-from cm3leon.config import PositiveInt
-from cm3leon.data.images import SUFFIXES, UnusableImage, read_image
+from cm3leon.data.files import FilesConfig, FileSource, Record, fingerprint, is_utf8
+from cm3leon.data.images import SUFFIXES
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
-from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+from cm3leon.types import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
+UNUSED = f"unused lines of {CAPTIONS_FILE}"
+CHUNK = 1000
+"""Images of a part."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Names of the images, the `.txt` files beside them, captions by image, and what is wrong with captions.jsonl."""
+
+    images: list[str]
+    texts: frozenset[str]
+    captions: dict[str, str]
+    bad_lines: list[Skipped]
+    has_captions_file: bool
 
 
 @SOURCES.register("folder")
-class FolderSource:
+class FolderSource(FileSource):
     """JPEG, PNG and WebP images under a folder, with captions in `name.txt` beside each or in one `captions.jsonl`.
 
     A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`, the file relative to the folder.
-    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal.
+    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal. A part is a
+    thousand images.
     """
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(FilesConfig):
         """Where the images are."""
 
-        path: Path
-        """The folder; its subfolders are searched too."""
-        max_pixels: PositiveInt = 64_000_000
-        """Images of more pixels than this are skipped."""
-        max_caption_bytes: PositiveInt = 10_000
-        """Captions longer than this, in UTF-8 bytes, are skipped with their images."""
+        path: str
+        """The folder, local or a URL; its subfolders are searched too."""
 
-    class_names: ClassVar[tuple[str, ...]] = ()
+    suffixes = (*sorted(SUFFIXES), ".txt", ".jsonl")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        if not config.path.is_dir():
-            raise UserError(f"data.path: {config.path} is not a folder; give the folder that holds the images")
+        problem = UserError(f"data.path: {config.path} is not a folder; give the folder that holds the images")
+        try:
+            super().__init__(config)
+        except UserError as error:
+            raise problem from error
+        if self.files.is_file:
+            raise problem
+        self._listing: _Listing | None = None
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        captions, bad_lines = self._captions_file()
-        yield from bad_lines
-        for path in self._images():
-            name = path.relative_to(self.config.path).as_posix()
-            if not _is_utf8(name):
-                yield Skipped(ascii(name), "the file's name is not UTF-8")
-                continue
-            caption = captions.pop(name, None) or self._caption_beside(path)
-            try:
-                if isinstance(caption, Skipped):
-                    yield caption
-                    continue
-                pixels_HWC = read_image(path, self.config.max_pixels)
-            except UnusableImage as error:
-                yield Skipped(name, str(error))
-                continue
-            yield Document(name, (TextSegment(caption), ImageSegment(pixels_HWC)))
-        for name in captions:
-            yield Skipped(name, f"named in {CAPTIONS_FILE}, but there is no such image in the folder")
+    def parts(self) -> list[str]:
+        self._listing = listing = self._listed()
+        chunks = [f"images {number}" for number in range(-(-len(listing.images) // CHUNK))]
+        return [CAPTIONS_FILE, *chunks, UNUSED] if listing.has_captions_file else chunks
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in sorted(self.config.path.rglob("*")):
-            if path.suffix.lower() in SUFFIXES | {".txt", ".jsonl"}:
-                stat = path.stat()
-                digest.update(os.fsencode(path.relative_to(self.config.path)))
-                digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return fingerprint(self.files.list(self.suffixes))
 
-    def class_in(self, text: str) -> int | None:
-        return None
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        listing = self._listing = self._listing or self._listed()
+        if part == CAPTIONS_FILE:
+            yield from listing.bad_lines
+        elif part == UNUSED:
+            reason = f"named in {CAPTIONS_FILE}, but there is no such image in the folder"
+            images = set(listing.images)
+            yield from (Skipped(name, reason) for name in listing.captions if name not in images)
+        else:
+            first = int(part.removeprefix("images ")) * CHUNK
+            for name in listing.images[first : first + CHUNK]:
+                yield self._record(name, listing)
 
-    def _images(self) -> list[Path]:
-        return sorted(p for p in self.config.path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    def _record(self, name: str, listing: _Listing) -> Record | Skipped:
+        if not is_utf8(name):
+            return Skipped(ascii(name), "the file's name is not UTF-8")
+        caption = listing.captions.get(name) or self._caption_beside(name, listing.texts)
+        if isinstance(caption, Skipped):
+            return caption
+        return Record(name, (caption, partial(self.files.image, name, self.config.max_file_bytes)))
+
+    def _listed(self) -> _Listing:
+        names = [file.name for file in self.files.list(self.suffixes)]
+        captions, bad_lines = self._captions_file() if CAPTIONS_FILE in names else ({}, [])
+        return _Listing(
+            images=[name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES],
+            texts=frozenset(name for name in names if name.endswith(".txt")),
+            captions=captions,
+            bad_lines=bad_lines,
+            has_captions_file=CAPTIONS_FILE in names,
+        )
 
     def _captions_file(self) -> tuple[dict[str, str], list[Skipped]]:
         """Captions by image name, and the lines that could not be used."""
-        path = self.config.path / CAPTIONS_FILE
         captions: dict[str, str] = {}
         skipped = []
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+        with self.files.open_raw(CAPTIONS_FILE) as file:
+            lines = file.read().splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -100,13 +118,13 @@ class FolderSource:
                 skipped.append(Skipped(f"{CAPTIONS_FILE}:{number}", f"unusable line: {reason}"))
         return captions, skipped
 
-    def _caption_beside(self, path: Path) -> str | Skipped:
-        name = path.relative_to(self.config.path).as_posix()
-        beside = path.with_suffix(".txt")
-        if not beside.is_file():
+    def _caption_beside(self, name: str, texts: frozenset[str]) -> str | Skipped:
+        beside = PurePosixPath(name).with_suffix(".txt")
+        if str(beside) not in texts:
             return Skipped(name, f"no caption: neither {beside.name} nor a line of {CAPTIONS_FILE}")
         try:
-            caption = beside.read_bytes().decode().strip()
+            with self.files.open_raw(str(beside)) as file:
+                caption = file.read().decode().strip()
             self._check_caption(caption)
         except ValueError as error:
             return Skipped(name, f"unusable caption: {error}")
@@ -117,11 +135,3 @@ class FolderSource:
             raise ValueError("the caption is empty")
         if len(caption.encode()) > self.config.max_caption_bytes:
             raise ValueError(f"the caption is longer than {self.config.max_caption_bytes} bytes")
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

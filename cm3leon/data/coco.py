@@ -1,0 +1,176 @@
+"""COCO's captions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from cm3leon.data.files import (
+    CUT_STREAM,
+    BadRecord,
+    Files,
+    FilesConfig,
+    FileSource,
+    Record,
+    caption_text,
+    fingerprint,
+    page_text,
+)
+from cm3leon.data.source import Skipped
+from cm3leon.registry import SOURCES
+from cm3leon.types import UserError
+
+CHUNK = 1000
+"""Images of a part."""
+
+
+@SOURCES.register("coco")
+class CocoSource(FileSource):
+    """A captions JSON of COCO with the folder of its images, and optionally the instances JSON for labels.
+
+    A label is given where all of an image's objects are of one category and the caption names that one and no other.
+    The JSON files are held in memory (COCO's own take under 1 GB); a part is a thousand images.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(FilesConfig):
+        """Where the files are, and how many documents an image makes."""
+
+        path: str
+        """The captions JSON, such as annotations/captions_train2017.json, local or a URL."""
+        images: str
+        """Folder of the images, local or a URL."""
+        instances: str | None = None
+        """The instances JSON of the same images; null = no labels."""
+        captions: Literal["first", "all"] = "first"
+        """first = a document for each image, with its first caption; all = one for each caption, so that documents of
+        one image may lie in different splits."""
+
+    suffixes = (".json",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._images = Files(config.images)
+        if config.instances:
+            self.class_names = tuple(self._categories.values())
+            self._names = _any_of(self.class_names)
+
+    def parts(self) -> list[str]:
+        entries = self._captions.entries
+        if not entries:
+            raise UserError(f"data.path: {self.config.path} lists no images")
+        return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
+
+    def fingerprint(self) -> str:
+        instances = Files(self.config.instances).list(self.suffixes) if self.config.instances else []
+        return fingerprint([*self.files.list(self.suffixes), *instances])
+
+    def class_in(self, text: str) -> int | None:
+        found = set(self._names.findall(text.lower())) if self.class_names else set()
+        return self.class_names.index(found.pop()) if len(found) == 1 else None
+
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        chunk = int(part.rpartition(" ")[2])
+        for entry in self._captions.entries[chunk * CHUNK : (chunk + 1) * CHUNK]:
+            yield from self._of_image(entry)
+
+    def _of_image(self, entry: Any) -> Iterator[Record | Skipped]:
+        corpus = self._captions
+        if not isinstance(entry, Mapping) or "id" not in entry or not isinstance(entry.get("file_name"), str):
+            yield Skipped(corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]}")
+            return
+        load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
+        annotations = corpus.by_image.get(entry["id"], [])
+        if not annotations:
+            yield Skipped(f"{corpus.name}/{entry['id']}", "no caption: no annotation has this image_id")
+        for annotation in annotations[:1] if self.config.captions == "first" else annotations:
+            id_ = f"{corpus.name}/{entry['id']}-{annotation.get('id')}"
+            try:
+                caption = caption_text(
+                    page_text(annotation.get("caption"), "the caption"), self.config.max_caption_bytes
+                )
+            except BadRecord as error:
+                yield Skipped(id_, str(error))
+            else:
+                yield Record(id_, (caption, load), self._label(entry["id"], caption))
+
+    def _label(self, image_id: Any, caption: str) -> int | None:
+        named = self.class_in(caption)
+        seen = self._seen.get(image_id, set()) if named is not None else set()
+        return named if named is not None and seen == {list(self._categories)[named]} else None
+
+    @cached_property
+    def _captions(self) -> _Captions:
+        listed = self.files.list(self.suffixes)
+        if len(listed) != 1:
+            raise UserError(f"data.path: {self.config.path} is {len(listed)} files; coco reads one captions JSON")
+        content = _read(self.files, listed[0].name, "data.path", {"images": list, "annotations": list})
+        by_image: dict[Any, list[Any]] = {}
+        for annotation in content["annotations"]:
+            if isinstance(annotation, Mapping) and "caption" in annotation:
+                by_image.setdefault(_key(annotation.get("image_id")), []).append(annotation)
+        if content["annotations"] and not by_image:
+            raise UserError(f"data.path: {self.config.path} has annotations without captions; give the captions JSON")
+        return _Captions(PurePosixPath(listed[0].name).stem, content["images"], by_image)
+
+    @cached_property
+    def _instances(self) -> dict[str, Any]:
+        files = Files(self.config.instances)
+        (listed,) = files.list(self.suffixes)
+        return _read(files, listed.name, "data.instances", {"annotations": list, "categories": list})
+
+    @cached_property
+    def _categories(self) -> dict[int, str]:
+        """Names of the categories by their ids, in the order of the ids."""
+        try:
+            return dict(sorted((entry["id"], entry["name"].lower()) for entry in self._instances["categories"]))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"data.instances: {self.config.instances} has a category without an id or a name"
+            ) from error
+
+    @cached_property
+    def _seen(self) -> dict[Any, set[int]]:
+        """Ids of the categories seen in each image."""
+        seen: dict[Any, set[int]] = {}
+        for annotation in self._instances["annotations"]:
+            seen.setdefault(_key(annotation.get("image_id")), set()).add(annotation.get("category_id"))
+        return seen
+
+
+@dataclass(frozen=True, eq=False)
+class _Captions:
+    """The captions JSON: its name, its images in order, and annotations by the id of their image."""
+
+    name: str
+    entries: list[Any]
+    by_image: dict[Any, list[Any]]
+
+
+def _key(image_id: Any) -> Any:
+    return image_id if isinstance(image_id, (int, str)) else None
+
+
+def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object with lists under those keys. Raises UserError for anything else."""
+    try:
+        with files.open(name) as file:
+            content = json.load(file)
+    except RecursionError as error:
+        raise UserError(f"{where}: {files.path} is not usable JSON: nested too deep") from error
+    except (ValueError, *CUT_STREAM) as error:
+        raise UserError(f"{where}: {files.path} is not usable JSON: {error}") from error
+    for key, kind in keys.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise UserError(f"{where}: {files.path} has no list under {key}; give a JSON file as COCO has them")
+    return content
+
+
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds whole names, the longer first: "hot dog" holds no dog."""
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\b")

@@ -1,0 +1,348 @@
+"""Files of a corpus, local or remote, and what sources made of files share."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from cm3leon.config import PositiveInt
+from cm3leon.data.images import UnusableImage, decode_image
+from cm3leon.data.source import Skipped, Source
+from cm3leon.types import Document, ImageSegment, Segment, TextSegment, UserError
+
+CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What reading a damaged gzip file raises."""
+
+
+class File(NamedTuple):
+    """A listed file: its name relative to the root of the listing, its bytes, and a text that changes with it."""
+
+    name: str
+    size: int
+    stamp: str
+
+
+class Files:
+    """The files that a path stands for: a file, a folder with its subfolders, or a glob (`**` = any subfolders).
+
+    The path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`). Names are relative to
+    the folder, to the folder of the file, or to the part of a glob before its first wildcard.
+
+    Raises:
+        UserError: for a path that does not exist or whose file system is not installed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.system, whole = url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"data.path: {path} cannot be opened: {error}") from error
+        self.local = isinstance(self.system, LocalFileSystem)
+        whole = whole.rstrip("/")
+        self._glob, self._single = "", ""
+        if self.system.isdir(whole):
+            self.root = whole
+        elif self.system.exists(whole):
+            self.root, _, self._single = whole.rpartition("/")
+        elif fsspec.core.has_magic(whole):
+            fixed = [*_before_magic(whole.split("/")[:-1])]
+            self.root, self._glob = "/".join(fixed), whole
+        else:
+            raise UserError(f"data.path: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the path is that of one file."""
+        return bool(self._single)
+
+    def list(self, suffixes: Iterable[str]) -> list[File]:
+        """The files whose names end in one of the suffixes (lower case), by their paths; one file is always taken."""
+        endings = tuple(suffixes)
+        if self._single:
+            found: Iterable[File] = [self._remote(self._full(self._single), self.system.info(self._full(self._single)))]
+        elif self._glob:
+            found = self._known(self.system.glob(self._glob, detail=True), endings)
+        elif self.local:
+            found = _walk(self.root, "", endings)
+        else:
+            found = self._known(self.system.find(self.root, detail=True), endings)
+        return sorted(found, key=lambda file: file.name.split("/"))
+
+    def open(self, name: str) -> BinaryIO:
+        """The bytes of a file, unpacked if it is a gzip file.
+
+        Raises:
+            FileNotFoundError: for a name that is not there.
+        """
+        file = self._open(name)
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[return-value]
+
+    def open_raw(self, name: str) -> BinaryIO:
+        """The bytes of a file as they are."""
+        return self._open(name)
+
+    def image(self, name: str, max_bytes: int, beside: str = "") -> bytes:
+        """The bytes of an image file.
+
+        Args:
+            beside: a file whose folder the name is relative to, instead of the root.
+
+        Raises:
+            UnusableImage: for a file that is missing, outside the folder or larger than `max_bytes`.
+        """
+        if leaves_folder(name):
+            raise UnusableImage(f"the image {name!a} lies outside the folder")
+        try:
+            with self._open(str(PurePosixPath(beside).parent / name)) as file:
+                content = file.read(max_bytes + 1)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
+            raise UnusableImage(f"unreadable: {type(error).__name__}: the image {name!a}") from error
+        if len(content) > max_bytes:
+            raise UnusableImage(f"too large: more than {max_bytes} bytes")
+        return content
+
+    def _open(self, name: str) -> BinaryIO:
+        full = self._full(name)
+        return open(full, "rb") if self.local else self.system.open(full, "rb")
+
+    def _full(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _known(self, found: Mapping[str, Mapping[str, Any]], endings: tuple[str, ...]) -> Iterator[File]:
+        for full, info in found.items():
+            if info["type"] == "file" and full.lower().endswith(endings):
+                yield self._remote(full, info)
+
+    def _remote(self, full: str, info: Mapping[str, Any]) -> File:
+        keys = ("ETag", "etag", "checksum", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+        stamp = next((str(info[key]) for key in keys if info.get(key) is not None), "")
+        return File(full[len(self.root) + 1 :], info.get("size") or 0, stamp)
+
+
+def _before_magic(folders: list[str]) -> Iterator[str]:
+    for folder in folders:
+        if fsspec.core.has_magic(folder):
+            return
+        yield folder
+
+
+def _walk(folder: str, prefix: str, endings: tuple[str, ...]) -> Iterator[File]:
+    """Files below a local folder; links to folders are not followed, since they may lead in a circle."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, f"{name}/", endings)
+            elif entry.name.lower().endswith(endings) and entry.is_file():
+                stat = entry.stat()
+                yield File(name, stat.st_size, str(stat.st_mtime_ns))
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name in a corpus leads outside it: absolute, through `..`, or a URL."""
+    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "://" in name
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name can be written as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def fingerprint(files: Iterable[File]) -> str:
+    """A digest of names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file.name))
+        digest.update(f"\0{file.size}\0{file.stamp}\n".encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document whose images are not decoded: runs of text, and for each image the function that gives its file.
+
+    That function may raise UnusableImage.
+    """
+
+    id: str
+    segments: tuple[str | Callable[[], bytes], ...]
+    label: int | None = None
+
+
+class BadRecord(ValueError):
+    """Why one record is left out; the message is a short reason."""
+
+
+def caption_text(caption: str | bytes | None, max_bytes: int) -> str:
+    """A caption, decoded and without the white space around it. Raises BadRecord if it is empty or too long."""
+    if caption is None or len(caption) == 0:
+        raise BadRecord("the caption is empty")
+    if len(caption) > max_bytes:
+        raise BadRecord(f"the caption is longer than {max_bytes} bytes")
+    text = page_text(caption, "the caption").strip()
+    if not text:
+        raise BadRecord("the caption is empty")
+    if len(text.encode()) > max_bytes:
+        raise BadRecord(f"the caption is longer than {max_bytes} bytes")
+    return text
+
+
+def page_text(text: Any, what: str = "the text") -> str:
+    """A run of text as it is. Raises BadRecord for anything but a string that UTF-8 can hold."""
+    try:
+        if isinstance(text, bytes):
+            return text.decode()
+        if not isinstance(text, str):
+            raise BadRecord(f"{what} is {type(text).__name__}, not a string")
+        text.encode()
+    except UnicodeError as error:
+        raise BadRecord(f"{what} is not UTF-8") from error
+    return text
+
+
+def parse_object(content: bytes, what: str) -> dict[str, Any]:
+    """A JSON object. Raises BadRecord for anything else."""
+    try:
+        value = json.loads(content.decode())
+    except RecursionError as error:
+        raise BadRecord(f"{what} is not usable JSON: nested too deep") from error
+    except ValueError as error:
+        raise BadRecord(f"{what} is not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRecord(f"{what} is not a JSON object")
+    return value
+
+
+def interleaved(segments: Any, image: Callable[[str], Callable[[], bytes]]) -> tuple[str | Callable[[], bytes], ...]:
+    """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are dropped.
+
+    Args:
+        image: name -> the function that gives the image's file.
+
+    Raises:
+        BadRecord: for anything else, or a page without a segment.
+    """
+    if not isinstance(segments, list):
+        raise BadRecord("segments is not a list")
+    result: list[str | Callable[[], bytes]] = []
+    for number, segment in enumerate(segments):
+        match segment:
+            case {"text": text}:
+                run = page_text(text, f"the text of segment {number}")
+                result += [run] if run.strip() else []
+            case {"image": str(name)}:
+                result.append(image(name))
+            case _:
+                raise BadRecord(f'segment {number} is neither {{"text": ...}} nor {{"image": ...}}')
+    if not result:
+        raise BadRecord("the page is empty")
+    return tuple(result)
+
+
+# ------------------------------------------------------------------------------------------------ sources of files
+
+
+@dataclass(kw_only=True)
+class FilesConfig:
+    """Where the files are, and what is too much of one."""
+
+    path: str
+    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL."""
+    max_pixels: PositiveInt = 64_000_000
+    """Images of more pixels than this are skipped."""
+    max_caption_bytes: PositiveInt = 10_000
+    """Captions longer than this, in UTF-8 bytes, are skipped with their images."""
+    max_file_bytes: PositiveInt = 256 * 2**20
+    """Images, members of a tar and lines longer than this, in bytes, are skipped without being read."""
+
+
+class FileSource(Source):
+    """A corpus of files, each a part; a subclass reads the records of one, and gets everything else."""
+
+    suffixes: tuple[str, ...]
+    """Endings of the files, in lower case."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.files = Files(config.path)
+
+    @abstractmethod
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        """Every record of a part in order, also those before `start`, of which nothing but the id will be used.
+
+        FileNotFoundError and PermissionError mean that the part cannot be opened.
+        """
+
+    def parts(self) -> list[str]:
+        return [file.name for file in self._list()]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._list())
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        for record in islice(_without_repeats(self._safe_records(part, start)), start, None):
+            yield record if isinstance(record, Skipped) else self._decoded(record)
+
+    def _list(self) -> list[File]:
+        files = self.files.list(self.suffixes)
+        if not files:
+            raise UserError(f"data.path: {self.config.path} holds no files that end in {', '.join(self.suffixes)}")
+        return files
+
+    def _safe_records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        if not is_utf8(part):
+            yield Skipped(ascii(part), "the file's name is not UTF-8")
+            return
+        try:
+            yield from self.records(part, start)
+        except FileNotFoundError:
+            yield Skipped(part, "deleted since the corpus was listed")
+        except PermissionError:
+            yield Skipped(part, "no permission to read the file")
+
+    def _decoded(self, record: Record) -> Document | Skipped:
+        segments: list[Segment] = []
+        name = PurePosixPath(record.id).name
+        try:
+            for segment in record.segments:
+                if isinstance(segment, str):
+                    segments.append(TextSegment(segment))
+                else:
+                    segments.append(ImageSegment(decode_image(segment(), self.config.max_pixels, name)))
+        except UnusableImage as error:
+            return Skipped(record.id, str(error))
+        return Document(record.id, tuple(segments), record.label)
+
+
+def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
+    seen: set[str] = set()
+    for record in records:
+        if isinstance(record, Record):
+            if record.id in seen:
+                yield Skipped(record.id, "its id occurs twice in this part; the first one is kept")
+                continue
+            seen.add(record.id)
+        yield record

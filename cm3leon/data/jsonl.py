@@ -1,0 +1,131 @@
+"""Documents as lines of JSON."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+from cm3leon.data.files import (
+    CUT_STREAM,
+    BadRecord,
+    Files,
+    FilesConfig,
+    FileSource,
+    Record,
+    caption_text,
+    interleaved,
+    page_text,
+    parse_object,
+)
+from cm3leon.data.source import Skipped
+from cm3leon.registry import SOURCES
+
+
+class LinesSource(FileSource):
+    """Files of JSON objects, one a line; a subclass makes the record of one. Blank lines do not count."""
+
+    suffixes = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+
+    @abstractmethod
+    def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
+        """The record of a line. Raises BadRecord for one that is not usable."""
+
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        with self.files.open(part) as file:
+            lines = _lines(file, self.config.max_file_bytes)
+            try:
+                for number, line in lines:
+                    yield self._record(line, number, part)
+            except CUT_STREAM as error:
+                yield Skipped(part, f"the file ends early: {type(error).__name__}: {error}")
+
+    def _record(self, line: bytes | None, number: int, part: str) -> Record | Skipped:
+        if line is None:
+            return Skipped(f"{part}:{number}", f"the line is longer than {self.config.max_file_bytes} bytes")
+        try:
+            content = parse_object(line, "the line")
+            key = content.get("id")
+            id_ = number if key is None else page_text(str(key), "the id")
+            return self.record(content, f"{part}/{id_}", part)
+        except BadRecord as error:
+            return Skipped(f"{part}:{number}", str(error))
+
+
+@SOURCES.register("jsonl")
+class JsonlSource(LinesSource):
+    """Lines of JSON, each a document of text, of a caption and an image, or of both in any order.
+
+    `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be left out.
+    `{"segments": [{"text": "..."}, {"image": "images/7.jpg"}]}` is a page. Without an `id` the line's number serves.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(FilesConfig):
+        """Where the lines and the images are."""
+
+        images: str | None = None
+        """Folder or URL that the images' paths are relative to; null = the folder that each file lies in."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._images = Files(config.images) if config.images else None
+
+    def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
+        if "segments" in content:
+            return Record(id_, interleaved(content["segments"], partial(self._image, part)))
+        text, image = content.get("text"), content.get("image")
+        if image is None:
+            if text is None:
+                raise BadRecord("the line has none of text, image and segments")
+            return Record(id_, interleaved([{"text": text}], partial(self._image, part)))
+        if not isinstance(image, str):
+            raise BadRecord(f"image is {type(image).__name__}, not a path")
+        load = self._image(part, image)
+        if text is None:
+            return Record(id_, (load,))
+        return Record(id_, (caption_text(page_text(text), self.config.max_caption_bytes), load))
+
+    def _image(self, part: str, name: str) -> Any:
+        """The function that gives an image's file; the name may not leave the folder."""
+        if self._images:
+            return partial(self._images.image, name, self.config.max_file_bytes)
+        return partial(self.files.image, name, self.config.max_file_bytes, beside=part)
+
+
+@SOURCES.register("text_jsonl")
+class TextJsonlSource(LinesSource):
+    """Lines of JSON, each a document of text: `{"text": "..."}`."""
+
+    @dataclass(kw_only=True)
+    class Config(FilesConfig):
+        """Where the lines are."""
+
+        field: str = "text"
+        """Key of the text in each line."""
+
+    def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
+        if self.config.field not in content:
+            raise BadRecord(f"the line has no {self.config.field}, but {', '.join(map(ascii, list(content)[:5]))}")
+        text = page_text(content[self.config.field])
+        if not text.strip():
+            raise BadRecord("the text is empty")
+        return Record(id_, (text,))
+
+
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        whole = len(line) <= max_bytes or line.endswith(b"\n")
+        while not whole:
+            rest = file.readline(max_bytes)
+            whole = not rest or rest.endswith(b"\n")
+            line = b""
+        if not line:
+            yield number, None
+        elif line.strip():
+            yield number, line
