@@ -1,0 +1,129 @@
+"""Small corpora on disk, one in the published format of each registered source."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def picture(number: int = 0, side: int = 12) -> np.ndarray:
+    """Pixels (side, side, 3), others for each number."""
+    return np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, format_: str = "png", **options: Any) -> bytes:
+    """The pixels as an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format_, **options)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w") -> Path:
+    """A tar of files, given by name or by a whole header."""
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if info.isreg():
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def folder(place: Path) -> dict[str, Any]:
+    """Six images, three captions beside them and three in captions.jsonl."""
+    for number in range(6):
+        (place / "sub").mkdir(exist_ok=True)
+        (place / "sub" / f"{number}.png").write_bytes(encoded(picture(number)))
+        if number % 2:
+            (place / "sub" / f"{number}.txt").write_text(f"picture {number}")
+    write_lines(place / "captions.jsonl", [{"file": f"sub/{n}.png", "caption": f"picture {n}"} for n in range(0, 6, 2)])
+    return {"path": str(place)}
+
+
+def jsonl(place: Path) -> dict[str, Any]:
+    """Two files: captioned images, an image, a text, and a page."""
+    for number in range(6):
+        (place / f"{number}.png").write_bytes(encoded(picture(number)))
+    write_lines(place / "a.jsonl", [{"id": str(n), "text": f"picture {n}", "image": f"{n}.png"} for n in range(4)])
+    page = [{"text": "before"}, {"image": "4.png"}, {"text": "between"}, {"image": "5.png"}]
+    write_lines(place / "b.jsonl", [{"text": "only text"}, {"image": "0.png"}, {"segments": page}])
+    return {"path": str(place)}
+
+
+def text_jsonl(place: Path) -> dict[str, Any]:
+    """Two files of texts."""
+    for name in "ab":
+        write_lines(place / f"{name}.jsonl", [{"text": f"text {name} {number}"} for number in range(4)])
+    return {"path": str(place)}
+
+
+def webdataset(place: Path) -> dict[str, Any]:
+    """Two tars as img2dataset writes them, the second one with a page."""
+    members: list[tuple[str | tarfile.TarInfo, bytes]] = []
+    for number in range(4):
+        members.append((f"{number:05d}.jpg", encoded(picture(number), "jpeg")))
+        members.append((f"{number:05d}.json", json.dumps({"caption": f"json {number}", "sha": "x"}).encode()))
+        if number % 2:
+            members.append((f"{number:05d}.txt", f"picture {number}".encode()))
+    write_tar(place / "00000.tar", members)
+    page = {"segments": [{"image": "0.png"}, {"text": "between"}, {"image": "1.png"}]}
+    members = [("page.0.png", encoded(picture(7))), ("page.1.png", encoded(picture(8)))]
+    write_tar(place / "00001.tar", [*members, ("page.json", json.dumps(page).encode())])
+    return {"path": str(place / "*.tar")}
+
+
+def parquet(place: Path) -> dict[str, Any]:
+    """Two files of several row groups, one with bytes and one with the struct of HF datasets."""
+    images = [encoded(picture(number)) for number in range(8)]
+    captions = [f"picture {number}" for number in range(8)]
+    pq.write_table(pa.table({"jpg": images, "caption": captions}), place / "a.parquet", row_group_size=3)
+    structs = [{"bytes": image, "path": None} for image in images]
+    pq.write_table(pa.table({"jpg": structs, "caption": captions}), place / "b.parquet", row_group_size=5)
+    return {"path": str(place)}
+
+
+def coco(place: Path) -> dict[str, Any]:
+    """Captions and instances of four images; the caption of the first names its one category."""
+    (place / "images").mkdir()
+    images, captions, instances = [], [], []
+    for number in range(4):
+        (place / "images" / f"{number:012d}.jpg").write_bytes(encoded(picture(number), "jpeg"))
+        images.append({"id": number, "file_name": f"{number:012d}.jpg"})
+        text = "a dog in the grass" if number == 0 else f"picture {number}"
+        captions += [{"id": 10 * number + k, "image_id": number, "caption": f"{text} {'.' * k}"} for k in range(2)]
+        instances.append({"id": number, "image_id": number, "category_id": 18})
+    categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 60, "name": "hot dog"}]
+    (place / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    (place / "instances.json").write_text(json.dumps({"annotations": instances, "categories": categories}))
+    return {
+        "path": str(place / "captions.json"),
+        "images": str(place / "images"),
+        "instances": str(place / "instances.json"),
+    }
+
+
+CORPORA: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "digits": lambda place: {},
+    "folder": folder,
+    "jsonl": jsonl,
+    "text_jsonl": text_jsonl,
+    "webdataset": webdataset,
+    "parquet": parquet,
+    "coco": coco,
+}
+"""Name of a source -> function that writes a corpus into an empty folder and returns the source's settings."""
