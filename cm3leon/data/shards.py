@@ -1,12 +1,13 @@
 """Shards: immutable, checksummed, memory-mapped columns in Arrow files, written whole or not at all.
 
-A folder of shards holds `plan.json`, which fixes what every shard is made from, and one file for each shard:
+A folder of shards holds `plan.json`, which fixes what every shard is made from, one file for each shard, and, once all
+are there, `index.json`:
 
-    plan.json  shard-00000-of-00004.arrow  shard-00001-of-00004.arrow  ...
+    plan.json  shard-00000-of-00004.arrow  shard-00001-of-00004.arrow  ...  index.json
 
-A shard is an Arrow IPC file with one record batch. Its schema carries a JSON header and a SHA-256 over the header and
-every column's buffers, so that one rename makes the shard appear, and a flipped bit anywhere is found. Any Arrow reader
-(pyarrow, Polars, DuckDB, HF datasets) opens the files.
+A shard is an Arrow IPC file with one record batch. Its schema carries a JSON header, a SHA-256 over the header and the
+columns' names and types, compared whenever the shard is opened, and one over all values: one rename makes a shard
+appear, and a flipped bit anywhere is found. Any Arrow reader (pyarrow, Polars, DuckDB, HF datasets) opens the files.
 """
 
 from __future__ import annotations
@@ -15,18 +16,26 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from cm3leon.types import UserError
 
-PLAN = "plan.json"
-_HEADER, _CHECKSUM = b"cm3leon.header", b"cm3leon.sha256"
+T = TypeVar("T")
+
+PLAN, INDEX = "plan.json", "index.json"
+OPEN_SHARDS = 512
+"""Shards that are mapped at a time: far below the usual limit of 1,024 open files."""
+ABANDONED_AFTER = 86_400
+"""Seconds without a change after which another host's partial file counts as left behind."""
+_HEADER, _FRAME, _CHECKSUM = b"cm3leon.header", b"cm3leon.frame_sha256", b"cm3leon.sha256"
 
 
 class DamagedShard(UserError):
@@ -60,10 +69,20 @@ class Shard:
         """A column of strings."""
         return self.columns[name].to_pylist()
 
+    def utf8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column of large strings as views: all bytes one after the other, and the M + 1 places where they begin."""
+        _, begins, content = self.columns[name].buffers()
+        return np.frombuffer(content or b"", np.uint8), np.frombuffer(begins, np.int64)[: len(self) + 1]
+
 
 def shard_path(folder: Path, number: int, count: int) -> Path:
     """The file of shard `number` (from 0) of `count`."""
     return folder / f"shard-{number:05d}-of-{count:05d}.arrow"
+
+
+def partial_name(path: Path) -> Path:
+    """The name under which this process writes a file before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str, Any]) -> None:
@@ -72,13 +91,15 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
     Two writers of the same shard do no harm: the last rename wins, and both have written the same.
     """
     content = json.dumps(header, sort_keys=True)
-    metadata = {_HEADER: content.encode(), _CHECKSUM: _checksum(content, columns.values()).encode()}
-    schema = pa.schema([(name, column.type) for name, column in columns.items()], metadata)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    frame = _frame_checksum(content, batch)
+    metadata = {_HEADER: content, _FRAME: frame, _CHECKSUM: _checksum(frame, batch)}
+    schema = batch.schema.with_metadata(metadata)
+    partial = partial_name(path)
     try:
         with partial.open("wb") as file:
             with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+                writer.write_batch(batch.replace_schema_metadata(metadata))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -89,28 +110,37 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
 def open_shard(path: Path, *, verify: bool = True) -> Shard:
     """Maps a shard into memory; `verify` reads it once and compares its checksum.
 
+    Without it only what the columns are is checked: header, names, types and rows.
+
     Raises:
         DamagedShard: for a missing, cut or changed file.
     """
     try:
-        batches = pa.ipc.open_file(pa.memory_map(str(path)))
-        batch = batches.get_batch(0)
-        metadata = batches.schema.metadata or {}
-        content, checksum = metadata[_HEADER].decode(), metadata[_CHECKSUM].decode()
-        shard = Shard(path, json.loads(content), dict(zip(batch.schema.names, batch.columns, strict=True)))
-        intact = not verify or _checksum(content, shard.columns.values()) == checksum
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch.validate()
+        metadata = {key: value.decode() for key, value in (batch.schema.metadata or {}).items()}
+        content, frame = metadata[_HEADER], metadata[_FRAME]
+        intact = _frame_checksum(content, batch) == frame
+        intact = intact and (not verify or _checksum(frame, batch) == metadata[_CHECKSUM])
     except FileNotFoundError as error:
         raise DamagedShard(f"{path} is missing; make the shard again") from error
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedShard(f"{path} is no readable shard ({error}); delete it and make it again") from error
     if not intact:
         raise DamagedShard(f"{path} is damaged: its checksum does not match; delete it and make it again")
-    return shard
+    return Shard(path, json.loads(content), dict(zip(batch.schema.names, batch.columns, strict=True)))
 
 
-def _checksum(content: str, columns: Iterable[pa.Array]) -> str:
-    digest = hashlib.sha256(content.encode())
-    for column in columns:
+def _frame_checksum(content: str, batch: pa.RecordBatch) -> str:
+    """Over all but the values: the header, and the columns' names, types and rows."""
+    frame = [content, [[field.name, str(field.type)] for field in batch.schema], batch.num_rows]
+    return hashlib.sha256(json.dumps(frame).encode()).hexdigest()
+
+
+def _checksum(frame: str, batch: pa.RecordBatch) -> str:
+    """Over the values too."""
+    digest = hashlib.sha256(frame.encode())
+    for column in batch.columns:
         for buffer in column.buffers():
             if buffer is not None:
                 digest.update(buffer)
@@ -126,7 +156,7 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN
     text = json.dumps(plan, indent=2, sort_keys=True)
-    partial = folder / f".{PLAN}.{socket.gethostname()}-{os.getpid()}.partial"
+    partial = partial_name(path)
     try:
         partial.write_text(text)
         os.link(partial, path)  # fails if another worker was first, unlike a rename
@@ -145,7 +175,7 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 def replace_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all, over what is there."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial = partial_name(path)
     try:
         partial.write_text(json.dumps(content))
         os.replace(partial, path)
@@ -171,13 +201,102 @@ def make_missing(
 ) -> Iterator[tuple[int, bool]]:
     """Makes the shards of this worker that are not there yet; yields each number, and whether it was made now.
 
+    What killed writers have left is removed first.
+
     Args:
         count: shards in all.
         make: number -> writes that shard.
         part: this worker's number (from 0) and the number of workers; it has every such shard.
     """
+    for file in folder.glob(".*.partial"):
+        if _is_abandoned(file):
+            file.unlink(missing_ok=True)
     for number in range(part[0], count, part[1]):
         missing = not shard_path(folder, number, count).is_file()
         if missing:
             make(number)
         yield number, missing
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the writer of a partial file is dead: on this host by its process, on others after a day."""
+    host, _, process = partial.name.removesuffix(".partial").rpartition(".arrow.")[2].rpartition("-")
+    if host != socket.gethostname() or not process.isdecimal():
+        return partial.stat().st_mtime < time.time() - ABANDONED_AFTER
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def finish(folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any]] = lambda shard: {}) -> None:
+    """Checks that all `count` shards are there and whole, and writes index.json: the rows of each.
+
+    Args:
+        summary: more to note of each shard, by key.
+
+    Raises:
+        DamagedShard: naming the first shard that is missing or not as it was written.
+    """
+    entries = []
+    for number in range(count):
+        shard = open_shard(shard_path(folder, number, count))
+        entries.append({"rows": len(shard), **summary(shard)})
+    replace_json(folder / INDEX, {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {})
+
+
+class ShardFolder(Generic[T]):
+    """The rows of a finished folder of shards, numbered from 0 in order of shards and rows.
+
+    Resident are only 16 bytes a shard and the maps of the shards in use; the rest is in the page cache.
+
+    Args:
+        columns: shard -> the views of it that are read.
+
+    Raises:
+        UserError: for a folder that is not finished.
+    """
+
+    def __init__(self, folder: Path, columns: Callable[[Shard], T]) -> None:
+        self.folder = folder
+        try:
+            self.index = json.loads((folder / INDEX).read_text())
+            self.rows = np.array(self.index["rows"], np.int64)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable") from error
+        self.ends = np.cumsum(self.rows)
+        self._columns = columns
+        self._open: OrderedDict[int, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def path(self, number: int) -> Path:
+        """The file of shard `number`."""
+        return shard_path(self.folder, number, len(self.rows))
+
+    def first(self, number: int) -> int:
+        """The first row of shard `number`."""
+        return int(self.ends[number] - self.rows[number])
+
+    def shard(self, number: int) -> T:
+        """The views of shard `number`, mapped."""
+        columns = self._open.get(number)
+        if columns is None:
+            columns = self._open[number] = self._columns(open_shard(self.path(number), verify=False))
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return columns
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and its place in it. Raises IndexError for a row that is not there."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"there is no row {row}: {self.folder} has {len(self)}")
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        return number, row - self.first(number)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel to other processes

@@ -1,0 +1,426 @@
+"""Shards: written whole or not at all, checksummed, memory-mapped; and token shards, checked as they are read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm3leon.data import shards as module
+from cm3leon.data.corpus import split_of
+from cm3leon.data.shards import (
+    DamagedShard,
+    ShardFolder,
+    finish,
+    make_missing,
+    open_shard,
+    read_plan,
+    shard_path,
+    write_plan,
+    write_shard,
+)
+from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, split_of_id, write_token_shard
+from cm3leon.types import TokenDocument, TokenSegment, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Tokenizers(text="t", image="i", text_size=300, image_size=64, sentinels=8)
+LARGE = replace(SMALL, text_size=70_000)
+
+segments = st.lists(
+    st.tuples(st.sampled_from(["text", "image"]), st.lists(st.integers(0, 371), max_size=6)).map(
+        lambda pair: TokenSegment(pair[0], np.array(pair[1], np.int64))  # type: ignore[arg-type]
+    ),
+    max_size=4,
+).map(tuple)
+documents = st.lists(st.builds(TokenDocument, st.text(max_size=5), segments), max_size=6)
+
+
+def same(a: TokenDocument, b: TokenDocument) -> bool:
+    return (
+        a.id == b.id
+        and [s.modality for s in a.segments] == [s.modality for s in b.segments]
+        and all(np.array_equal(x.ids_T, y.ids_T) for x, y in zip(a.segments, b.segments, strict=True))
+    )
+
+
+def some(count: int, seed: int = 0) -> list[TokenDocument]:
+    """Captions and images as ids."""
+    rng = np.random.default_rng(seed)
+    return [
+        TokenDocument(
+            f"{seed}/{number}",
+            (
+                TokenSegment("text", rng.integers(4, 300, rng.integers(1, 9))),
+                TokenSegment("image", rng.integers(300, 364, 16)),
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+def write(folder: Path, *shards: list[TokenDocument], tokenizers: Tokenizers = SMALL) -> Path:
+    write_plan(folder, {"tokenizers": asdict(tokenizers)})
+    for number, shard in enumerate(shards):
+        write_token_shard(shard_path(folder, number, len(shards)), shard, tokenizers)
+    finish_tokens(folder, len(shards))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ token shards
+
+
+@given(st.lists(documents, min_size=1, max_size=3), st.sampled_from([SMALL, LARGE]))
+@settings(max_examples=60, deadline=None)
+def test_any_documents_come_back(shards: list[list[TokenDocument]], tokenizers: Tokenizers) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        read = TokenShards(write(Path(place) / "tokens", *shards, tokenizers=tokenizers), tokenizers)
+        written = [document for shard in shards for document in shard]
+        assert len(read) == len(written)
+        assert read.rows.tolist() == [len(shard) for shard in shards]
+        assert all(same(a, b) for a, b in zip(read, written, strict=True))
+        assert read.tokens == sum(len(s.ids_T) for document in written for s in document.segments)
+        lengths = [sum(len(s.ids_T) for s in d.segments) + max(0, len(d.segments) - 1) for d in written]
+        assert read.longest == max(lengths, default=0)
+        for outside in (-1, len(written)):
+            with pytest.raises(IndexError):
+                read.document(outside)
+
+
+@pytest.mark.parametrize(("tokenizers", "size"), [(SMALL, 2), (LARGE, 4)])
+def test_ids_take_16_bits_where_they_fit(tokenizers: Tokenizers, size: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tokens", some(10), tokenizers=tokenizers)
+    assert open_shard(shard_path(folder, 0, 1)).lists("ids")[0].itemsize == size
+    largest = tokenizers.text_size + tokenizers.image_size + tokenizers.sentinels
+    assert (largest <= 2**16) == (size == 2)
+
+
+def test_the_papers_vocabulary_fits_16_bits() -> None:
+    assert replace(SMALL, text_size=56_320, image_size=8_192, sentinels=1024).dtype == np.uint16
+
+
+def test_other_tokenizers_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tokens", some(3))
+    with pytest.raises(UserError) as refusal:
+        TokenShards(folder, replace(SMALL, image="other"))
+    assert str(refusal.value) == (
+        f"{folder} was made by other tokenizers: image is i there and other here; "
+        "use that run's tokenizers, or make the shards again"
+    )
+
+
+def test_an_unfinished_folder_is_one_sentence(tmp_path: Path) -> None:
+    write_plan(tmp_path, {"tokenizers": asdict(SMALL)})
+    write_token_shard(shard_path(tmp_path, 0, 2), some(3), SMALL)
+    with pytest.raises(UserError, match=r"is no finished folder of shards: index\.json is missing"):
+        TokenShards(tmp_path)
+    with pytest.raises(DamagedShard, match=r"shard-00001-of-00002\.arrow is missing; make the shard again"):
+        finish_tokens(tmp_path, 2)
+
+
+def test_a_reader_travels_to_another_process(tmp_path: Path) -> None:
+    read = TokenShards(write(tmp_path / "tokens", some(5), some(5, seed=1)))
+    read.document(0)
+    again = pickle.loads(pickle.dumps(read))
+    assert all(same(a, b) for a, b in zip(again, read, strict=True))
+
+
+def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    shards = [some(2, seed) for seed in range(8)]
+    read = TokenShards(write(tmp_path / "tokens", *shards))
+    for place in np.random.default_rng(0).integers(0, 16, 200).tolist():
+        assert same(read.document(place), shards[place // 2][place % 2])
+        assert len(read._shards._open) <= 3
+
+
+def test_any_arrow_reader_opens_a_shard(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tokens", some(4))
+    table = pa.ipc.open_file(shard_path(folder, 0, 1)).read_all()
+    assert table.column_names == ["id", "ids", "lengths", "image", "crc"]
+    assert table["id"].to_pylist() == [f"0/{number}" for number in range(4)]
+
+
+@given(st.lists(st.text(max_size=8), unique=True, min_size=1), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_a_split_depends_on_the_id_alone(ids: list[str], validation: float, held_out: float) -> None:
+    for id_ in ids:
+        split = split_of_id(id_, validation=validation, held_out=held_out)
+        assert split == split_of_id(id_, validation=validation, held_out=held_out)
+        assert split != "validation" or validation > 0
+        assert split != "held_out" or held_out > 0
+
+
+def test_splits_have_their_shares_and_are_near_those_of_a_corpus_in_memory() -> None:
+    ids = [f"document {number}" for number in range(20_000)]
+    splits = [split_of_id(id_, validation=0.1, held_out=0.2) for id_ in ids]
+    for split, share in (("train", 0.7), ("validation", 0.1), ("held_out", 0.2)):
+        assert abs(splits.count(split) / len(ids) - share) < 4 * (share * (1 - share) / len(ids)) ** 0.5  # type: ignore[arg-type]
+    in_memory = split_of(ids, validation=0.1, held_out=0.2)
+    assert np.mean([a == b for a, b in zip(splits, in_memory, strict=True)]) > 0.98
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def damage_found(act: Callable[[], None], path: Path) -> bool:
+    """Whether something raises DamagedShard, naming the file; anything else it raises is passed on."""
+    try:
+        act()
+    except DamagedShard as error:
+        if path.name not in str(error):
+            raise
+        return True
+    return False
+
+
+def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Nothing is ever read that was not written: by the whole shard's checksum, and by each document's."""
+    written = some(40)
+    path = shard_path(write(tmp_path / "tokens", written), 0, 1)
+    content = path.read_bytes()
+
+    def read_shard() -> None:
+        assert open_shard(path).strings("id") == [document.id for document in written]
+
+    def read_documents() -> None:
+        assert all(same(a, b) for a, b in zip(TokenShards(path.parent), written, strict=True))
+
+    batch = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0)
+    values = b"".join(bytes(buffer) for column in batch.columns for buffer in column.buffers() if buffer is not None)
+    places = np.random.default_rng(0).choice(len(content) * 8, 600, replace=False).tolist()
+    found = np.zeros((2, len(places)), bool)
+    for number, place in enumerate(places):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        found[:, number] = damage_found(read_shard, path), damage_found(read_documents, path)
+    share_of_values = len(values) / len(content)
+    assert found[0].mean() > share_of_values - 0.05  # the rest is padding, and the copy of the schema at the end
+    assert found[1].mean() > share_of_values - 0.05
+    assert not (found[1] & ~found[0]).any()
+
+
+@pytest.mark.parametrize("size", [0, 10, 500, -1, -9])
+def test_a_cut_shard_is_named(size: int, tmp_path: Path) -> None:
+    path = shard_path(write(tmp_path / "tokens", some(40)), 0, 1)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DamagedShard, match=f"{path.name} is no readable shard"):
+        open_shard(path)
+
+
+def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
+    for number, content in enumerate((b"PAR1", b"\0" * 5000, os.urandom(5000))):
+        path = tmp_path / f"{number}.arrow"
+        path.write_bytes(content)
+        with pytest.raises(DamagedShard, match="is no readable shard"):
+            open_shard(path)
+    plain = tmp_path / "plain.arrow"
+    with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])) as writer:
+        writer.write_batch(pa.record_batch({"a": [1, 2]}))
+    with pytest.raises(DamagedShard, match="is no readable shard"):
+        open_shard(plain)
+
+
+def test_a_shard_deleted_between_epochs_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tokens", some(5), some(5, seed=1), some(5, seed=2))
+    shard_path(folder, 1, 3).unlink()
+    read = TokenShards(folder)
+    assert read.document(0).id == "0/0"
+    assert read.document(14).id == "2/4"
+    with pytest.raises(DamagedShard, match=r"shard-00001-of-00003\.arrow is missing; make the shard again"):
+        read.document(7)
+
+
+# ------------------------------------------------------------------------------------------------ the container
+
+
+def columns(seed: int = 0, rows: int = 30) -> dict[str, pa.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "number": pa.array(rng.integers(0, 9, rows)),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(rng.random(rows * 3).astype(np.float16)), 3),
+        "list": pa.array([list(range(n % 4)) for n in range(rows)], pa.large_list(pa.int64())),
+        "name": pa.array([f"ü{n}" for n in range(rows)]),
+    }
+
+
+@pytest.mark.parametrize("rows", [0, 1, 30])
+def test_columns_of_every_kind(rows: int, tmp_path: Path) -> None:
+    written = columns(rows=rows)
+    write_shard(tmp_path / "a.arrow", written, {"made by": "test"})
+    shard = open_shard(tmp_path / "a.arrow")
+    assert (len(shard), shard.header) == (rows, {"made by": "test"})
+    assert np.array_equal(shard.numbers("number"), written["number"].to_numpy())
+    assert np.array_equal(shard.numbers("vector"), np.array(written["vector"].to_pylist()).reshape(rows, 3))
+    values, ends = shard.lists("list")
+    assert [values[a:b].tolist() for a, b in itertools.pairwise(ends)] == written["list"].to_pylist()
+    assert shard.strings("name") == written["name"].to_pylist()
+
+
+def test_numbers_are_views_of_the_file_and_cannot_be_written(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.arrow", columns(), {})
+    numbers = open_shard(tmp_path / "a.arrow").numbers("number")
+    assert not numbers.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        numbers[0] = 1
+
+
+def test_the_same_content_makes_the_same_file(tmp_path: Path) -> None:
+    for name in "ab":
+        write_shard(tmp_path / name, columns(), {"b": 1, "a": 2} if name == "a" else {"a": 2, "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from cm3leon.data import shards
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+if how == "slow":
+    replace = os.replace
+    def wait(*paths):
+        print("written", flush=True)
+        time.sleep(60)
+        replace(*paths)
+    os.replace = wait
+def make(number):
+    numbers = np.random.default_rng(number).integers(0, 9, 200_000)
+    shards.write_shard(shards.shard_path(folder, number, 4), {"x": pa.array(numbers)}, {})
+shards.write_plan(folder, {"made from": "numbers"})
+made = [number for number, new in shards.make_missing(folder, 4, make) if new]
+print(made, flush=True)
+"""
+
+
+def writer(folder: Path, how: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,
+    )
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def test_a_killed_writer_leaves_no_shard_and_the_next_one_makes_what_is_missing(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write_shard(shard_path(tmp_path, number, 4), {"x": pa.array([number])}, {})
+    process = writer(tmp_path, "slow")
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "written":
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert visible(tmp_path) == ["plan.json", "shard-00000-of-00004.arrow", "shard-00002-of-00004.arrow"]
+    assert [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
+    said, errors = writer(tmp_path, "fast").communicate(timeout=60)
+    assert said.strip() == "[1, 3]", errors
+    assert len(open_shard(shard_path(tmp_path, 1, 4))) == 200_000
+    assert len(open_shard(shard_path(tmp_path, 2, 4))) == 1
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]  # the dead one's is gone
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """The limit on the size of files stands for the end of the disk."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = writer(tmp_path, "fast", preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "OSError" in errors.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_two_writers_of_one_folder_make_the_same_as_one(tmp_path: Path) -> None:
+    both = [writer(tmp_path / "both", "fast") for _ in range(2)]
+    results = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], results
+    assert writer(tmp_path / "one", "fast").communicate(timeout=60)[0].strip() == "[0, 1, 2, 3]"
+    assert visible(tmp_path / "both") == visible(tmp_path / "one")
+    for name in visible(tmp_path / "one"):
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert len(list((tmp_path / "both").iterdir())) == 5  # and nothing else
+
+
+def test_a_folder_belongs_to_its_first_plan(tmp_path: Path) -> None:
+    write_plan(tmp_path, {"tokenizers": {"text": "a"}, "parts": 3})
+    write_plan(tmp_path, {"parts": 3, "tokenizers": {"text": "a"}})
+    with pytest.raises(UserError) as refusal:
+        write_plan(tmp_path, {"tokenizers": {"text": "b"}, "parts": 3})
+    assert str(refusal.value) == (
+        f'{tmp_path} was begun with another tokenizers: {{"text": "a"}} instead of {{"text": "b"}}; '
+        "choose another folder, or delete this one"
+    )
+    assert read_plan(tmp_path) == {"tokenizers": {"text": "a"}, "parts": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    with pytest.raises(UserError, match=r"holds no shards: its plan\.json is missing or unreadable"):
+        read_plan(tmp_path / "none")
+
+
+@given(st.integers(0, 20), st.integers(1, 6), st.sets(st.integers(0, 19)))
+@settings(max_examples=30, deadline=None)
+def test_workers_make_every_missing_shard_once(count: int, workers: int, there: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for number in there & set(range(count)):
+            shard_path(folder, number, count).touch()
+        made: list[int] = []
+        seen = []
+        for k in range(workers):
+            for number, new in make_missing(folder, count, made.append, part=(k, workers)):
+                seen.append(number)
+                assert new == (number not in there)
+        assert sorted(seen) == list(range(count))
+        assert sorted(made) == sorted(set(range(count)) - there)
+
+
+def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
+    path = shard_path(tmp_path, 0, 1)
+    mine = module.partial_name(path)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    of_the_dead = mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{dead.stdout.strip()}."))
+    elsewhere = tmp_path / f".{path.name}.otherhost-1.partial"
+    old = tmp_path / f".{path.name}.otherhost-2.partial"
+    for file in (mine, of_the_dead, elsewhere, old):
+        file.touch()
+    os.utime(old, (0, time.time() - 3 * 86_400))
+    list(make_missing(tmp_path, 0, lambda number: None))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([mine.name, elsewhere.name])
+
+
+def test_rows_of_all_shards_are_numbered_through(tmp_path: Path) -> None:
+    for number, rows in enumerate((3, 0, 5)):
+        write_shard(shard_path(tmp_path, number, 3), {"x": pa.array(np.arange(rows) + 10 * number)}, {})
+    finish(tmp_path, 3, lambda shard: {"sum": int(shard.numbers("x").sum())})
+    assert json.loads((tmp_path / "index.json").read_text()) == {"rows": [3, 0, 5], "sum": [3, 0, 110]}
+    folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"))
+    assert len(folder) == 8
+    assert [folder.locate(row) for row in range(8)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert [folder.first(number) for number in range(3)] == [0, 3, 3]
+    assert [int(folder.shard(n)[r]) for n, r in map(folder.locate, range(8))] == [0, 1, 2, 20, 21, 22, 23, 24]
