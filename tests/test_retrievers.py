@@ -19,8 +19,8 @@ from cm3leon.data.corpus import split_of
 from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.neighbours import NONE, Neighbours, find_neighbours
-from cm3leon.retrievers.strategy import Rules, select
+from cm3leon.retrievers.neighbours import Neighbours, find_neighbours
+from cm3leon.retrievers.strategy import NONE, Rules, select
 from cm3leon.types import UserError
 
 discover()
@@ -152,13 +152,31 @@ def slow_select(
 def test_strategy_against_a_slow_reference(
     seed: int, rows: int, count: int, threshold: float, both: bool, excluded: int | None, missing: float
 ) -> None:
-    candidates_K = np.random.default_rng(seed).permutation(100)[:rows]
-    parts, query = random_parts(seed, rows, 2, missing), random_parts(seed + 1, 1, 2, missing)
+    """Three queries at once; the last two have fewer candidates, and no document of their own."""
+    rng = np.random.default_rng(seed)
+    candidates_QK = np.stack([rng.permutation(100)[:rows] for _ in range(3)])
+    candidates_QK[1, rows // 2 :] = NONE
+    candidates_QK[2] = NONE
+    parts, queries = random_parts(seed, 3 * rows, 2, missing), random_parts(seed + 1, 3, 2, missing)
+    of_each = Parts(parts.text_BD.reshape(3, rows, 2), parts.image_BD.reshape(3, rows, 2))
     rules = Rules(threshold, both)
-    exclude = None if excluded is None else int(candidates_K[excluded % rows])
-    got = select(candidates_K, parts, query, exclude=exclude, count=count, rules=rules)
-    assert got == slow_select(candidates_K.tolist(), parts, query, exclude, count, rules)
-    assert exclude not in got[0]
+    exclude_Q = np.array([NONE if excluded is None else candidates_QK[0, excluded % rows], NONE, NONE])
+    got_QR, verdicts = select(candidates_QK, of_each, queries, exclude_Q=exclude_Q, count=count, rules=rules)
+    assert got_QR.shape == (3, count)
+    counted: collections.Counter[str] = collections.Counter()
+    for q in range(3):
+        known = candidates_QK[q] != NONE
+        expected, seen = slow_select(
+            candidates_QK[q][known].tolist(),
+            of_each.rows(slice(q, q + 1)).rows((0, known)),
+            queries.rows(slice(q, q + 1)),
+            None if exclude_Q[q] == NONE else int(exclude_Q[q]),
+            count,
+            rules,
+        )
+        assert got_QR[q].tolist() == expected + [NONE] * (count - len(expected))
+        counted += seen
+    assert verdicts == counted
 
 
 def test_strategy_by_hand() -> None:
@@ -168,15 +186,17 @@ def test_strategy_by_hand() -> None:
     texts_KD = np.tile(np.eye(4)[3], (7, 1)).astype(np.float32)
     texts_KD[2] = 0
     query = Parts(texts_KD[:1], np.stack([x]).astype(np.float32))
-    rows, verdicts = select(
-        np.array([70, 71, 72, 73, 74, 75, 76]),
-        Parts(texts_KD, images_KD),
+    rows_QR, verdicts = select(
+        np.array([[70, 71, 72, 73, 74, 75, 76]]),
+        Parts(texts_KD[None], images_KD[None]),
         query,
-        exclude=70,
+        exclude_Q=np.array([70]),
         count=2,
         rules=Rules(0.9, True),
     )
-    assert rows == [73, 75]  # not itself, a copy of the query, without a text, (73), a copy of 73, (75), enough
+    assert rows_QR.tolist() == [
+        [73, 75]
+    ]  # not itself, a copy of the query, without a text, (73), a copy of 73, (75), enough
     assert verdicts == {"seen": 6, "itself": 1, "like_query": 1, "modality": 1, "like_taken": 1}
 
 
@@ -481,8 +501,8 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
     bank = retriever.bank(ids, TEXTS, pictures())
     queries = retriever.parts([f"a {text}" for text in TEXTS], pictures(seed=1))
     # Every second query stands for its own document, the others come from outside.
-    owners: list[str | None] = [ids[n] if n % 2 else None for n in range(DOCUMENTS)]
-    found, verdicts = retriever.retrieve(bank, queries, by, ids=owners, count=3)
+    own_Q = np.array([n if n % 2 else NONE for n in range(DOCUMENTS)])
+    found, verdicts = retriever.retrieve(bank, queries, by, exclude_Q=own_Q, count=3)
     expected_verdicts: collections.Counter[str] = collections.Counter()
     for q in range(DOCUMENTS):
         vector_D = (queries.text_BD if by == "text" else queries.image_BD)[q]
@@ -495,7 +515,7 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
             3,
             Rules(threshold, True),
         )
-        assert found[q] == rows
+        assert found[q].tolist() == rows + [NONE] * (3 - len(rows))
         expected_verdicts += seen
     assert verdicts == expected_verdicts
 
@@ -507,14 +527,22 @@ def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = retriever.bank(ids, TEXTS, images_BHWC)
     for by in ("text", "image"):
-        found, _ = retriever.retrieve(bank, bank.parts, by, ids=ids, count=DOCUMENTS)
+        found, _ = retriever.retrieve(bank, bank.parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS)
         assert all(n not in rows for n, rows in enumerate(found))
         assert 5 not in found[0]
         assert 0 not in found[5]
-    outside, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", ids=[None] * 12, count=12)
+    outside, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", count=12)
     assert all(n in rows for n, rows in enumerate(outside))
-    unknown, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", ids=["else"] * 12, count=12)
-    assert unknown == outside
+
+
+def test_a_query_without_the_part_that_is_searched_by_finds_nothing(retriever: Any) -> None:
+    bank = retriever.bank([str(n) for n in range(DOCUMENTS)], TEXTS, pictures())
+    queries = retriever.parts(TEXTS[:3], pictures(3))
+    queries.text_BD[1] = 0
+    found, verdicts = retriever.retrieve(bank, queries, "text", count=2)
+    assert (found[1] == NONE).all()
+    assert (found[[0, 2]] != NONE).any()
+    assert verdicts["seen"] == retriever.retrieve(bank, queries.rows(np.array([0, 2])), "text", count=2)[1]["seen"]
 
 
 def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retriever: Any) -> None:
@@ -525,8 +553,8 @@ def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retrieve
     held_out = {ids[n] for n in range(DOCUMENTS)} - {ids[n] for n in train}
     assert len(held_out) >= 4
     assert not held_out & set(bank.ids)
-    found, _ = retriever.retrieve(bank, retriever.parts(TEXTS, pictures()), "image", ids=ids, count=DOCUMENTS)
-    assert not held_out & {bank.ids[row] for rows in found for row in rows}
+    found, _ = retriever.retrieve(bank, retriever.parts(TEXTS, pictures()), "image", count=DOCUMENTS)
+    assert not held_out & {bank.ids[row] for row in found.ravel() if row != NONE}
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
@@ -542,8 +570,8 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     for variant in range(3):
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
         for half, by in enumerate(("text", "image")):
-            expected, counted = retriever.retrieve(bank, queries, by, ids=ids, count=2)
-            assert found.rows_VBK[variant, :, 2 * half : 2 * half + 2].tolist() == expected
+            expected, counted = retriever.retrieve(bank, queries, by, exclude_Q=np.arange(DOCUMENTS), count=2)
+            assert np.array_equal(found.rows_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
     assert verdicts["seen"] == seen
     assert (found.rows_VBK != np.arange(DOCUMENTS)[None, :, None]).all()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,23 +16,41 @@ from cm3leon.types import Modality, UserError
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Unit vectors of the text and image parts of documents, (B, D) each; a zero row where a document lacks one."""
+    """Unit vectors of the text and image parts of documents, (B, D) each; zeros where a document lacks one.
+
+    Documents may have several dimensions, such as the candidates of each query: (Q, K, D).
+    """
 
     text_BD: np.ndarray
     image_BD: np.ndarray
 
     def mean(self) -> np.ndarray:
         """One vector a document: the mean of its normalised parts (paper section 2.2), of the one where it has one."""
-        count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[:, None]
+        count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[..., None]
         return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
 
     def has(self, modality: Modality) -> np.ndarray:
         """Which documents have that part, boolean (B,)."""
-        return np.any(self.text_BD if modality == "text" else self.image_BD, axis=1)
+        return np.any(self.text_BD if modality == "text" else self.image_BD, axis=-1)
 
-    def rows(self, rows: np.ndarray | slice) -> Parts:
+    def rows(self, rows: Any) -> Parts:
         """The parts of some documents."""
         return Parts(self.text_BD[rows], self.image_BD[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Parts]) -> Parts:
+        """The documents of all, one after the other."""
+        return Parts(np.concatenate([p.text_BD for p in parts]), np.concatenate([p.image_BD for p in parts]))
+
+
+class SearchableBank(Protocol):
+    """What the strategy asks of a memory bank, in memory or on disk."""
+
+    def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
+        """Rows (Q, K) of the best documents by inner product, the best first; K <= count, -1 where there are fewer."""
+
+    def parts_of(self, rows: np.ndarray) -> Parts:
+        """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +63,7 @@ class MemoryBank:
     @cached_property
     def index(self) -> Any:
         """FAISS inner-product index over `parts.mean()`. Raises UserError where FAISS is not installed."""
-        faiss = _faiss()
+        faiss = import_faiss()
         vectors_BD = np.ascontiguousarray(self.parts.mean(), dtype=np.float32)
         index = faiss.IndexFlatIP(vectors_BD.shape[1])
         index.add(vectors_BD)
@@ -59,22 +78,27 @@ class MemoryBank:
         """Rows (Q, count) of the best documents by inner product, the best first."""
         return self.index.search(np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids)))[1]
 
+    def parts_of(self, rows: np.ndarray) -> Parts:
+        """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
+        return self.parts.rows(rows)
+
     def save(self, folder: Path) -> None:
         """Writes `ids.json`, `vectors.npz` and `index.faiss`."""
         (folder / "ids.json").write_text(json.dumps(self.ids))
         np.savez(folder / "vectors.npz", text=self.parts.text_BD, image=self.parts.image_BD)
-        _faiss().write_index(self.index, str(folder / "index.faiss"))
+        import_faiss().write_index(self.index, str(folder / "index.faiss"))
 
     @classmethod
     def load(cls, folder: Path) -> MemoryBank:
         """Reads what `save` wrote."""
         with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
             bank = cls(json.loads((folder / "ids.json").read_text()), Parts(vectors["text"], vectors["image"]))
-        bank.__dict__["index"] = _faiss().read_index(str(folder / "index.faiss"))
+        bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
         return bank
 
 
-def _faiss() -> Any:
+def import_faiss() -> Any:
+    """The library. Raises UserError where it is not installed."""
     try:
         import faiss
     except ImportError as error:

@@ -10,9 +10,9 @@ import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.registry import RETRIEVERS
-from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.strategy import Rules, select
+from cm3leon.retrievers.strategy import NONE, Rules, select
 from cm3leon.types import Modality
 
 
@@ -65,28 +65,26 @@ class DenseRetriever:
         return MemoryBank(list(ids), self.parts(texts, images_BHWC))
 
     def retrieve(
-        self, bank: MemoryBank, queries: Parts, by: Modality, *, ids: Sequence[str | None], count: int
-    ) -> tuple[list[list[int]], Counter[str]]:
+        self, bank: SearchableBank, queries: Parts, by: Modality, *, count: int, exclude_Q: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Counter[str]]:
         """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
 
         Args:
             queries: parts of the queries; `by` names the one that is searched with, the others only serve to tell
-                copies.
-            ids: the id of each query's own document, never retrieved for it; None for queries from outside the bank.
+                copies. For a query without that part nothing is found.
+            exclude_Q: row of each query's own document, -1 for one that is not in the bank; None = none is.
+
+        Returns:
+            rows (Q, count), filled up with -1, and the verdicts.
         """
         vectors_QD = queries.text_BD if by == "text" else queries.image_BD
         candidates_QK = bank.search(vectors_QD, self.config.candidates)
-        results, verdicts = [], Counter[str]()
-        for q, candidates_K in enumerate(candidates_QK):
-            own = ids[q]
-            rows, seen = select(
-                candidates_K,
-                bank.parts.rows(candidates_K),
-                queries.rows(slice(q, q + 1)),
-                exclude=None if own is None else bank.row_of.get(own),
-                count=count,
-                rules=self.rules,
-            )
-            results.append(rows)
-            verdicts += seen
-        return results, verdicts
+        candidates_QK[~queries.has(by)] = NONE
+        return select(
+            candidates_QK,
+            bank.parts_of(candidates_QK),
+            queries,
+            exclude_Q=np.full(len(candidates_QK), NONE) if exclude_Q is None else exclude_Q,
+            count=count,
+            rules=self.rules,
+        )

@@ -58,6 +58,7 @@ class ClipEncoder(nn.Module):
         self.clip, self._tokenize = _pretrained(config) if config.architecture else _small(config)
         size = self.clip.visual.image_size
         self.image_size = size[0] if isinstance(size, tuple) else size
+        self.embed_dim = int(self.clip.visual.output_dim)
 
     def loss(self, texts: list[str], images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         """CLIP's symmetric contrastive loss of pairs (open_clip's own), with the figures to record."""

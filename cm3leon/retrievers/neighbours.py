@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from cm3leon.retrievers.bank import MemoryBank
+from cm3leon.data.shards import ShardFolder, finish, write_shard
+from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.dense import DenseRetriever
+from cm3leon.retrievers.strategy import NONE
 from cm3leon.types import Modality
 
-NONE = -1
 MODALITIES: tuple[Modality, ...] = ("text", "image")
+
+
+def draw(rows_VK: np.ndarray, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
+    """Rows of the bank for one training sample, the most relevant last (next to the query).
+
+    One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number from 0 to all of
+    them if `random_count`.
+    """
+    rows_K = rows_VK[rng.integers(len(rows_VK))]
+    distinct = list(dict.fromkeys(row for row in rows_K.tolist() if row != NONE))
+    count = min(most, len(distinct))
+    if random_count:
+        count = int(rng.integers(count + 1))
+    chosen = np.sort(rng.permutation(len(distinct))[:count]).tolist()
+    return [distinct[place] for place in reversed(chosen)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +43,8 @@ class Neighbours:
     rows_VBK: np.ndarray
 
     def draw(self, document: int, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
-        """Rows of the bank for one training sample, the most relevant last (next to the query).
-
-        One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number from 0 to all
-        of them if `random_count`.
-        """
-        rows_K = self.rows_VBK[rng.integers(len(self.rows_VBK)), document]
-        distinct = np.array(list(dict.fromkeys(rows_K[rows_K != NONE].tolist())), dtype=np.int64)
-        count = min(most, len(distinct))
-        if random_count:
-            count = int(rng.integers(count + 1))
-        chosen = np.sort(rng.permutation(len(distinct))[:count])
-        return distinct[chosen][::-1].tolist()
+        """Rows of the bank for one training sample, see `draw`."""
+        return draw(self.rows_VBK[:, document], most=most, random_count=random_count, rng=rng)
 
     def save(self, path: Path) -> None:
         """Writes one .npy file."""
@@ -59,14 +67,72 @@ def find_neighbours(
 ) -> tuple[Neighbours, Counter[str]]:
     """Neighbours of the documents under every dropout variant, and the strategy's verdicts in all."""
     config = retriever.config
-    rows_VBK = np.full((config.dropout_variants, len(ids), 2 * config.per_modality), NONE, dtype=np.int64)
-    verdicts: Counter[str] = Counter()
-    for variant in range(config.dropout_variants):
-        queries = retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
-        for half, modality in enumerate(MODALITIES):
-            results, seen = retriever.retrieve(bank, queries, modality, ids=ids, count=config.per_modality)
-            verdicts += seen
-            for document, rows in enumerate(results):
-                start = half * config.per_modality
-                rows_VBK[variant, document, start : start + len(rows)] = rows
+    queries = (
+        retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
+        for variant in range(config.dropout_variants)
+    )
+    own_B = np.array([bank.row_of.get(id_, NONE) for id_ in ids])
+    rows_VBK, verdicts = neighbours_of(retriever, bank, queries, own_B)
     return Neighbours(rows_VBK), verdicts
+
+
+def neighbours_of(
+    retriever: DenseRetriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray
+) -> tuple[np.ndarray, Counter[str]]:
+    """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
+
+    Args:
+        variants: the parts of the documents in each variant.
+        own_B: the documents' own rows in the bank, -1 where they are not in it.
+    """
+    count = retriever.config.per_modality
+    verdicts: Counter[str] = Counter()
+    rows_VBK = []
+    for queries in variants:
+        halves = []
+        for modality in MODALITIES:
+            rows_BK, seen = retriever.retrieve(bank, queries, modality, count=count, exclude_Q=own_B)
+            halves.append(rows_BK)
+            verdicts += seen
+        rows_VBK.append(np.concatenate(halves, axis=1))
+    return np.stack(rows_VBK), verdicts
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str, Any]) -> None:
+    """Writes the neighbours of a shard of documents: the column `rows`, all variants of a document together."""
+    V, B, K = rows_VBK.shape
+    rows = rows_VBK.transpose(1, 0, 2).reshape(B, V * K).astype(np.int32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), V * K)
+    write_shard(path, {"rows": column}, {**header, "variants": V})
+
+
+def finish_neighbours(folder: Path, count: int) -> None:
+    """Checks all shards and writes index.json. Raises DamagedShard for one that is missing or damaged."""
+    finish(folder, count, lambda shard: {"variants": shard.header["variants"]})
+
+
+class NeighbourShards:
+    """The neighbours of a finished folder, for documents numbered from 0 in order of shards and rows.
+
+    Raises:
+        UserError: for a folder that is not finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._shards = ShardFolder(folder, lambda shard: shard.numbers("rows"))
+        self._variants = max(self._shards.index["variants"], default=1)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def rows(self, document: int) -> np.ndarray:
+        """Rows of the bank (V, K) of one document in each variant; -1 where the strategy left fewer."""
+        number, row = self._shards.locate(document)
+        return self._shards.shard(number)[row].reshape(self._variants, -1)
+
+    def draw(self, document: int, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
+        """Rows of the bank for one training sample, see `draw`."""
+        return draw(self.rows(document), most=most, random_count=random_count, rng=rng)

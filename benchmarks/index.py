@@ -1,0 +1,148 @@
+"""The memory bank's index against exact search and against autofaiss (what clip-retrieval builds its indices with).
+
+    python benchmarks/index.py                        # one million documents of 512 dimensions, about 10 minutes
+    python benchmarks/index.py --documents 200000
+
+Documents are clustered: a text and an image vector around one of 20,000 centres. Queries are texts of documents, with
+noise; recall is against exact search over the documents' means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cm3leon.data.shards import shard_path, write_plan
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import Bank, IndexConfig, add_shard, exact_search, merge, recall_at, train
+from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+
+WIDTH, CENTRES, SHARD, QUERIES = 512, 20_000, 50_000, 1024
+HEADER = {"encoder": "simulated", "width": WIDTH}
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write_vectors(folder: Path, documents: int) -> VectorShards:
+    """Clustered vectors in shards."""
+    centres = unit(np.random.default_rng(0).standard_normal((CENTRES, WIDTH), dtype=np.float32))
+    write_plan(folder, HEADER)
+    count = -(-documents // SHARD)
+    for number in range(count):
+        rng = np.random.default_rng([1, number])
+        rows = min(SHARD, documents - number * SHARD)
+        near = centres[rng.integers(CENTRES, size=rows)]
+        text, image = (unit(near + 0.04 * rng.standard_normal(near.shape, dtype=np.float32)) for _ in range(2))
+        ids = [str(number * SHARD + row) for row in range(rows)]
+        write_vector_shard(shard_path(folder, number, count), ids, Parts(text, image), HEADER)
+    finish_vectors(folder, count)
+    return VectorShards(folder, HEADER)
+
+
+def rate(search: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, batch: int) -> tuple[np.ndarray, float]:
+    """What is found, and queries a second."""
+    search(queries[:batch])
+    start = time.perf_counter()
+    found = [search(queries[place : place + batch]) for place in range(0, len(queries), batch)]
+    return np.concatenate(found), len(queries) / (time.perf_counter() - start)
+
+
+def row(name: str, build: float, size: float, search: Callable, queries: np.ndarray, exact: np.ndarray) -> None:
+    found, batched = rate(search, queries, 64)
+    _, single = rate(search, queries[:64], 1)
+    recalls = " | ".join(f"{recall_at(exact, found, k):.3f}" for k in (2, 10))
+    print(f"| {name} | {build:,.0f} | {size:,.0f} | {batched:,.0f} | {single:,.0f} | {recalls} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    import faiss
+
+    faiss.omp_set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as place:
+        vectors = write_vectors(Path(place) / "vectors", options.documents)
+        rng = np.random.default_rng(2)
+        chosen = rng.choice(options.documents, QUERIES, replace=False)
+        texts = vectors.parts(chosen).text_BD
+        queries = unit(texts + 0.02 * rng.standard_normal(texts.shape, dtype=np.float32))
+        start = time.perf_counter()
+        exact = exact_search(vectors, queries, 10)
+        print(f"{options.documents:,} documents of {WIDTH} dimensions, {QUERIES} queries, {options.threads} threads; ")
+        print(f"exact search through the shards on disk: {QUERIES / (time.perf_counter() - start):,.0f} queries/s\n")
+        print("| index | build, s | bytes a document | queries/s, 64 at once | one by one | recall@2 | recall@10 |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        means = np.concatenate([vectors.shard(number).mean() for number in range(vectors.count)])
+        matrix = torch.from_numpy(means)
+
+        def matmul(some: np.ndarray) -> np.ndarray:
+            return (torch.from_numpy(some) @ matrix.T).topk(10).indices.numpy()
+
+        row("torch matmul, float32", 0, 4 * WIDTH, matmul, queries[:256], exact[:256])
+        ours(vectors, Path(place), queries, exact)
+        peers(means, Path(place), options, queries, exact)
+
+
+def ours(vectors: VectorShards, place: Path, queries: np.ndarray, exact: np.ndarray) -> None:
+    for code_bytes in (32, 64):
+        folder = place / f"index-{code_bytes}"
+        folder.mkdir()
+        config = IndexConfig(exact_below=0, code_bytes=code_bytes)
+        start = time.perf_counter()
+        train(vectors, folder, config, seed=0)
+        trained = time.perf_counter() - start
+        for number in range(vectors.count):
+            add_shard(vectors, number, folder, config)
+        added = time.perf_counter() - start - trained
+        merge(vectors, folder, config, seed=0)
+        built = time.perf_counter() - start
+        figures = json.loads((folder / "index.json").read_text())
+        bank = Bank(vectors.folder, folder)
+        name = (
+            f"ours: IVF{figures['lists']},PQ{code_bytes}, nprobe {figures['nprobe']}, {config.rescored} rescored "
+            f"(train {trained:.0f} s, add {added:.0f} s, merge and recall {built - trained - added:.0f} s)"
+        )
+        row(name, built, figures["bytes_per_document"], lambda some: bank.search(some, 10), queries, exact)  # noqa: B023
+
+
+def peers(means: np.ndarray, place: Path, options: argparse.Namespace, queries: np.ndarray, exact: np.ndarray) -> None:
+    try:
+        from autofaiss import build_index
+    except ImportError:
+        print("| autofaiss | not installed | | | | | |")
+        return
+    for memory in (options.documents * 40, options.documents * 80):
+        path = place / f"autofaiss-{memory}.index"
+        start = time.perf_counter()
+        index, _ = build_index(
+            means,
+            index_path=str(path),
+            index_infos_path=str(path.with_suffix(".json")),
+            metric_type="ip",
+            max_index_memory_usage=f"{memory // 2**20}MB",
+            current_memory_available="10GB",
+            nb_cores=options.threads,
+            verbose=logging.ERROR,
+        )
+        built = time.perf_counter() - start
+        key = json.loads(path.with_suffix(".json").read_text())
+        name = f"autofaiss, at most {memory // options.documents} bytes a document: {key['index_key']}"
+        size = path.stat().st_size / options.documents
+        row(name, built, size, lambda some: index.search(some, 10)[1], queries, exact)  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The index of a memory bank of any size: exact for small ones, inverted lists with product quantisation beyond.
+
+An index is made in three steps, the middle one by any number of workers:
+
+    train(...)            trained.faiss                     lists and codes, learned on a sample of all shards
+    add_shard(..., k)     piece-00000.faiss ...             the codes of one shard of vectors
+    merge(...)            index.faiss index.ivfdata         all pieces, searched through a memory map
+                          index.json                        what it is, and its recall against exact search
+
+Search takes the best candidates by their codes and orders them by their vectors, so that the codes decide only which
+candidates are seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.config import NonNegativeInt, PositiveInt, Probability
+from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
+from cm3leon.retrievers.bank import Parts, import_faiss
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
+from cm3leon.types import UserError
+
+TRAINED, INDEX, DATA, FIGURES, ADDED = "trained.faiss", "index.faiss", "index.ivfdata", "index.json", "added.arrow"
+HNSW_FROM = 16_384
+"""Lists from which on the list of a vector is itself looked up in a graph."""
+RECALL_AT = (2, 10)
+
+
+@dataclass(kw_only=True)
+class IndexConfig:
+    """How a memory bank is searched."""
+
+    exact_below: NonNegativeInt = 200_000
+    """Banks of fewer documents are searched exactly, held in memory."""
+    code_bytes: PositiveInt = 64
+    """Bytes of a document's product-quantised code; it must divide the size of the encoder's embedding."""
+    lists: PositiveInt | None = None
+    """Inverted lists; None = a power of two near 4 * sqrt(documents)."""
+    rescored: PositiveInt = 256
+    """Candidates by code that are ordered by their vectors, if more are not asked for."""
+    recall_target: Probability = 0.95
+    """Recall@2 against exact search for which lists enough are probed, if that many can bring it."""
+    recall_queries: PositiveInt = 1000
+    """Documents whose texts (images, where they have no text) serve as queries to measure it."""
+
+
+def lists_for(documents: int, config: IndexConfig) -> int:
+    """Number of inverted lists."""
+    return config.lists or 2 ** round(math.log2(4 * math.sqrt(documents)))
+
+
+def is_exact(documents: int, config: IndexConfig) -> bool:
+    """Whether a bank of so many documents is searched exactly."""
+    return documents < config.exact_below
+
+
+# ------------------------------------------------------------------------------------------------ making
+
+
+def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -> None:
+    """Learns the lists and the codes, unless that is done, or the bank is searched exactly.
+
+    Raises:
+        UserError: for code_bytes that do not divide the vectors' width.
+    """
+    if is_exact(len(vectors), config) or (folder / TRAINED).is_file():
+        return
+    if vectors.width % config.code_bytes:
+        raise UserError(f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, {vectors.width}")
+    faiss = import_faiss()
+    lists = lists_for(len(vectors), config)
+    quantizer = f"IVF{lists}_HNSW32" if lists >= HNSW_FROM else f"IVF{lists}"
+    index = faiss.index_factory(vectors.width, f"{quantizer},PQ{config.code_bytes}", faiss.METRIC_INNER_PRODUCT)
+    wanted = min(len(vectors), max(64 * lists, 2**18))  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
+    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
+    index.cp.seed = index.pq.cp.seed = seed + 1
+    if _gpus():
+        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
+    index.train(vectors.parts(rows).mean())
+    _write(index, folder / TRAINED)
+
+
+def add_shard(vectors: VectorShards, number: int, folder: Path, config: IndexConfig) -> None:
+    """Writes the piece of the index with the vectors of one shard, unless it is there."""
+    path = _piece(folder, number)
+    if is_exact(len(vectors), config) or path.is_file():
+        return
+    faiss = import_faiss()
+    trained = faiss.read_index(str(folder / TRAINED))
+    index = _on_gpu(trained)
+    parts = vectors.shard(number)
+    first = vectors.first(number)
+    index.add_with_ids(parts.mean(), np.arange(first, first + len(parts.text_BD)))
+    _write(index if index is trained else faiss.index_gpu_to_cpu(index), path)
+
+
+def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -> None:
+    """Merges the pieces on disk, measures the recall, and writes index.json."""
+    start = time.perf_counter()
+    documents = len(vectors)
+    figures: dict[str, Any] = {"documents": documents, "width": vectors.width, "config": asdict(config)}
+    if is_exact(documents, config):
+        perfect = dict.fromkeys(map(str, RECALL_AT), 1.0)
+        replace_json(folder / FIGURES, {**figures, "kind": "exact", "recall": perfect, "bytes_per_document": 0})
+        return
+    _merge_on_disk(folder, vectors.count)
+    merged = time.perf_counter() - start
+    index = _read(folder)
+    nprobe, recall = _tuned(vectors, index, config, seed)
+    figures |= {
+        "kind": "ivf_pq",
+        "lists": index.nlist,
+        "nprobe": nprobe,
+        "recall": {str(k): value for k, value in recall.items()},
+        "bytes_per_document": sum((folder / name).stat().st_size for name in (INDEX, DATA)) / documents,
+        "merge_seconds": merged,
+        "recall_seconds": time.perf_counter() - start - merged,
+    }
+    replace_json(folder / FIGURES, figures)
+
+
+def _merge_on_disk(folder: Path, pieces: int) -> None:
+    faiss = import_faiss()
+    from faiss.contrib.ondisk import merge_ondisk
+
+    index = faiss.read_index(str(folder / TRAINED))
+    (folder / DATA).unlink(missing_ok=True)
+    merge_ondisk(index, [str(_piece(folder, number)) for number in range(pieces)], str(folder / DATA))
+    _write(index, folder / INDEX)
+
+
+def _piece(folder: Path, number: int) -> Path:
+    return folder / f"piece-{number:05d}.faiss"
+
+
+def _write(index: Any, path: Path) -> None:
+    """Writes an index whole or not at all."""
+    partial = partial_name(path)
+    try:
+        import_faiss().write_index(index, str(partial))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> Any:
+    """The merged index, its lists mapped into memory."""
+    faiss = import_faiss()
+    return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+
+
+def _gpus() -> int:
+    return getattr(import_faiss(), "get_num_gpus", lambda: 0)()
+
+
+def _on_gpu(index: Any) -> Any:
+    """The index on the first GPU that FAISS sees, itself without one."""
+    if not _gpus():
+        return index
+    faiss = import_faiss()
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    options.allowCpuCoarseQuantizer = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+
+
+# ------------------------------------------------------------------------------------------------ recall
+
+
+def _tuned(vectors: VectorShards, index: Any, config: IndexConfig, seed: int) -> tuple[int, dict[int, float]]:
+    """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`."""
+    queries_QD = _queries(vectors, config.recall_queries, seed)
+    exact_QK = exact_search(vectors, queries_QD, max(RECALL_AT))
+    lists = index.nlist
+    nprobe = 1
+    while True:
+        index.nprobe = nprobe
+        found_QK = _rescored(index, vectors, queries_QD, max(RECALL_AT), config.rescored)
+        recall = {k: recall_at(exact_QK, found_QK, k) for k in RECALL_AT}
+        if recall[RECALL_AT[0]] >= config.recall_target or nprobe >= lists:
+            return nprobe, recall
+        nprobe = min(2 * nprobe, lists)
+
+
+def _queries(vectors: VectorShards, count: int, seed: int) -> np.ndarray:
+    """Texts of random documents, images of those without, (Q, D)."""
+    rows = np.random.default_rng([seed, 1]).choice(len(vectors), min(count, len(vectors)), replace=False)
+    parts = vectors.parts(rows)
+    return np.where(parts.has("text")[:, None], parts.text_BD, parts.image_BD)
+
+
+def recall_at(exact_QK: np.ndarray, found_QK: np.ndarray, k: int) -> float:
+    """Share of the exact best `k` that are among the found best `k`."""
+    hits = (exact_QK[:, :k, None] == found_QK[:, None, :k]) & (exact_QK[:, :k, None] != NONE)
+    return float(hits.any(axis=2).sum() / max(1, (exact_QK[:, :k] != NONE).sum()))
+
+
+def exact_search(vectors: VectorShards, queries_QD: np.ndarray, count: int) -> np.ndarray:
+    """Rows (Q, count) of the best documents by inner product, going once through all shards."""
+    best_QK = np.full((len(queries_QD), count), NONE, np.int64)
+    scores_QK = np.full((len(queries_QD), count), -np.inf, np.float32)
+    for number in range(vectors.count):
+        scores_QM = queries_QD @ vectors.shard(number).mean().T
+        rows_QM = np.broadcast_to(np.arange(scores_QM.shape[1]) + vectors.first(number), scores_QM.shape)
+        scores_QK, best_QK = _best(
+            np.concatenate([scores_QK, scores_QM], axis=1), np.concatenate([best_QK, rows_QM], axis=1), count
+        )
+    return best_QK
+
+
+def _best(scores_QM: np.ndarray, rows_QM: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest scores of each query in falling order, with their rows."""
+    if scores_QM.shape[1] > count:
+        chosen = np.argpartition(-scores_QM, count - 1, axis=1)[:, :count]
+        scores_QM, rows_QM = (np.take_along_axis(x, chosen, axis=1) for x in (scores_QM, rows_QM))
+    order = np.argsort(-scores_QM, axis=1, kind="stable")
+    return np.take_along_axis(scores_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)
+
+
+def _rescored(index: Any, vectors: VectorShards, queries_QD: np.ndarray, count: int, rescored: int) -> np.ndarray:
+    """The best of `rescored` candidates by code, ordered by their vectors; -1 where there are fewer."""
+    candidates_QM = index.search(queries_QD, max(count, rescored))[1]
+    scores_QM = np.einsum("qmd,qd->qm", vectors.parts(candidates_QM).mean(), queries_QD)
+    return _best(np.where(candidates_QM == NONE, -np.inf, scores_QM), candidates_QM, count)[1]
+
+
+# ------------------------------------------------------------------------------------------------ searching
+
+
+class Bank:
+    """A memory bank on disk, searched by text or by image; documents can be added without a rebuild.
+
+    Added documents have the rows after all others, and are searched exactly.
+
+    Args:
+        expect: what the vectors' plan has to say of the encoder.
+
+    Raises:
+        UserError: for a folder that is not finished, or vectors of another encoder.
+    """
+
+    def __init__(self, vectors: Path, index: Path, expect: Mapping[str, Any] | None = None) -> None:
+        self.vectors = VectorShards(vectors, expect)
+        self._folder = index
+        try:
+            figures = json.loads((index / FIGURES).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{index} holds no finished index: its {FIGURES} is missing or unreadable") from error
+        if figures["documents"] != len(self.vectors):
+            raise UserError(
+                f"{index} is the index of {figures['documents']} documents, {vectors} has {len(self.vectors)}; "
+                "make the index again"
+            )
+        self._rescored = int(figures["config"]["rescored"])
+        if figures["kind"] == "exact":
+            self._index = _flat(self.vectors)
+        else:
+            self._index = _on_gpu(_read(index))
+            self._index.nprobe = figures["nprobe"]
+        self._exact = figures["kind"] == "exact"
+        self._added_ids: list[str] = []
+        self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
+        if (index / ADDED).is_file():
+            shard = open_shard(index / ADDED)
+            parts = Parts(*(shard.numbers(name).astype(np.float32) for name in ("text", "image")))
+            self.add(shard.strings("id"), parts)
+
+    def __len__(self) -> int:
+        return len(self.vectors) + len(self._added_ids)
+
+    def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
+        """Adds documents, and returns their rows; `save_added` keeps them for the next time."""
+        first = len(self)
+        self._added_ids += ids
+        self._added = Parts.concatenate([self._added, parts])
+        return np.arange(first, len(self))
+
+    def save_added(self) -> None:
+        """Writes the added documents beside the index; whoever opens it finds them."""
+        plan = read_plan(self.vectors.folder)
+        write_vector_shard(self._folder / ADDED, self._added_ids, self._added, plan)
+
+    def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
+        """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
+        query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+        if self._exact:
+            found_QK = self._index.search(query_QD, count)[1]
+        else:
+            found_QK = _rescored(self._index, self.vectors, query_QD, count, self._rescored)
+        if not self._added_ids:
+            return found_QK
+        scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
+        scores_QK[found_QK == NONE] = -np.inf
+        added_QM = np.broadcast_to(np.arange(len(self.vectors), len(self)), (len(query_QD), len(self._added_ids)))
+        scores_QM = query_QD @ self._added.mean().T
+        return _best(np.concatenate([scores_QK, scores_QM], 1), np.concatenate([found_QK, added_QM], 1), count)[1]
+
+    def parts_of(self, rows: np.ndarray) -> Parts:
+        """The parts of some rows, (*rows.shape, D) each; zeros for a negative row."""
+        added = rows >= len(self.vectors)
+        parts = self.vectors.parts(np.where(added, NONE, rows))
+        places = rows[added] - len(self.vectors)
+        parts.text_BD[added], parts.image_BD[added] = self._added.text_BD[places], self._added.image_BD[places]
+        return parts
+
+    def id(self, row: int) -> str:
+        """The id of a document."""
+        return self.vectors.id(row) if row < len(self.vectors) else self._added_ids[row - len(self.vectors)]
+
+
+def _flat(vectors: VectorShards) -> Any:
+    index = import_faiss().IndexFlatIP(vectors.width)
+    for number in range(vectors.count):
+        index.add(vectors.shard(number).mean())
+    return index

@@ -1,0 +1,95 @@
+"""Vectors of documents in shards: the text and the image part of each, 16 bits a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cm3leon.data.shards import Shard, ShardFolder, finish, read_plan, write_shard
+from cm3leon.retrievers.bank import Parts
+from cm3leon.types import UserError
+
+
+def write_vector_shard(path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]) -> None:
+    """Writes a shard of documents: the columns `id`, `text` and `image` (zero where a document lacks one)."""
+    columns = {
+        "id": pa.array(ids, pa.large_string()),
+        "text": _vectors(parts.text_BD),
+        "image": _vectors(parts.image_BD),
+    }
+    write_shard(path, columns, header)
+
+
+def _vectors(vectors_BD: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.astype(np.float16).ravel()), vectors_BD.shape[1])
+
+
+def finish_vectors(folder: Path, count: int) -> None:
+    """Checks all shards and writes index.json. Raises DamagedShard for one that is missing or damaged."""
+    finish(folder, count)
+
+
+class VectorShards:
+    """The vectors of a finished folder, numbered from 0 in order of shards and rows.
+
+    Raises:
+        UserError: for an unfinished folder, or one that another encoder made than `expect` says.
+    """
+
+    def __init__(self, folder: Path, expect: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self._shards = ShardFolder(folder, _Columns)
+        made_by = read_plan(folder)
+        self.width = int(made_by["width"])
+        for name, wanted in (expect or {}).items():
+            if made_by.get(name) != wanted:
+                raise UserError(
+                    f"{folder} was made by another encoder: {name} is {made_by.get(name)} there and {wanted} here; "
+                    "use that run's encoder, or make the vectors again"
+                )
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @property
+    def count(self) -> int:
+        """Number of shards."""
+        return len(self._shards.rows)
+
+    def shard(self, number: int) -> Parts:
+        """All vectors of a shard, float32."""
+        columns = self._shards.shard(number)
+        return Parts(columns.text_MD.astype(np.float32), columns.image_MD.astype(np.float32))
+
+    def first(self, number: int) -> int:
+        """The first row of a shard."""
+        return self._shards.first(number)
+
+    def parts(self, rows: np.ndarray) -> Parts:
+        """The vectors of some rows, float32, (*rows.shape, D) each; a negative row is zeros."""
+        flat = rows.ravel()
+        text, image = (np.zeros((len(flat), self.width), np.float32) for _ in range(2))
+        numbers = np.searchsorted(self._shards.ends, flat, side="right")
+        for number in np.unique(numbers[flat >= 0]):
+            chosen = np.flatnonzero((numbers == number) & (flat >= 0))
+            columns, places = self._shards.shard(int(number)), flat[chosen] - self.first(int(number))
+            text[chosen], image[chosen] = columns.text_MD[places], columns.image_MD[places]
+        return Parts(text.reshape(*rows.shape, self.width), image.reshape(*rows.shape, self.width))
+
+    def id(self, row: int) -> str:
+        """The id of a document."""
+        number, place = self._shards.locate(row)
+        return self._shards.shard(number).id[place].as_py()
+
+
+class _Columns:
+    """The columns of an open shard as views."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.id = shard.columns["id"]
+        self.text_MD = shard.numbers("text")
+        self.image_MD = shard.numbers("image")

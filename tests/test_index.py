@@ -1,0 +1,309 @@
+"""Vector shards, the index over them, and the memory bank on disk, against brute force in numpy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm3leon.config import from_mapping
+from cm3leon.data.shards import DamagedShard, shard_path, write_plan
+from cm3leon.retrievers import index as index_module
+from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.dense import DenseRetriever
+from cm3leon.retrievers.index import Bank, IndexConfig, add_shard, exact_search, lists_for, merge, recall_at, train
+from cm3leon.retrievers.neighbours import (
+    Neighbours,
+    NeighbourShards,
+    finish_neighbours,
+    neighbours_of,
+    write_neighbour_shard,
+)
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+from cm3leon.types import UserError
+
+WIDTH = 16
+HEADER = {"encoder": "abc", "width": WIDTH}
+
+
+def clustered(seed: int, rows: int) -> Parts:
+    """Unit vectors around a few centres, as documents of a real corpus are; every fifth has no image, some no text."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(12, WIDTH))
+
+    def around() -> np.ndarray:
+        vectors_BD = centres[rng.integers(12, size=rows)] + 0.4 * rng.normal(size=(rows, WIDTH))
+        unit_BD = (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(np.float16)
+        return unit_BD.astype(np.float32)  # as they are stored
+
+    parts = Parts(around(), around())
+    parts.image_BD[::5] = 0
+    parts.text_BD[1::7] = 0
+    return parts
+
+
+def write(folder: Path, parts: Parts, shards: int = 3, header: dict[str, Any] = HEADER) -> Path:
+    """Vector shards of unequal sizes, the second one empty."""
+    write_plan(folder, header)
+    cuts = [0, len(parts.text_BD) // 3, len(parts.text_BD) // 3, len(parts.text_BD)][: shards + 1]
+    for number in range(shards):
+        chosen = slice(cuts[number], cuts[number + 1])
+        ids = [f"document {row}" for row in range(len(parts.text_BD))][chosen]
+        write_vector_shard(shard_path(folder, number, shards), ids, parts.rows(chosen), header)
+    finish_vectors(folder, shards)
+    return folder
+
+
+def build(tmp_path: Path, parts: Parts, **fields: Any) -> tuple[Path, Path]:
+    """Vectors and index of some documents."""
+    vectors, folder = write(tmp_path / "vectors", parts), tmp_path / "index"
+    config = from_mapping(IndexConfig, fields, "index")
+    folder.mkdir()
+    make(vectors, folder, config)
+    return vectors, folder
+
+
+def make(vectors: Path, folder: Path, config: IndexConfig) -> None:
+    shards = VectorShards(vectors, HEADER)
+    train(shards, folder, config, seed=0)
+    for number in range(shards.count):
+        add_shard(shards, number, folder, config)
+    merge(shards, folder, config, seed=0)
+
+
+SMALL_IVF = {"exact_below": 0, "code_bytes": 8, "lists": 8, "rescored": 50, "recall_queries": 100}
+
+
+# ------------------------------------------------------------------------------------------------ vectors
+
+
+@given(st.lists(st.integers(-1, 59), max_size=40))
+@settings(max_examples=25)
+def test_rows_in_any_order_are_those_that_were_written(rows: list[int]) -> None:
+    import tempfile
+
+    parts = clustered(0, 60)
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = VectorShards(write(Path(folder) / "vectors", parts), HEADER)
+        assert (len(vectors), vectors.count, vectors.width) == (60, 3, WIDTH)
+        got = vectors.parts(np.array(rows, np.int64))
+        for place, row in enumerate(rows):
+            expected = (np.zeros(WIDTH), np.zeros(WIDTH)) if row < 0 else (parts.text_BD[row], parts.image_BD[row])
+            assert np.array_equal(got.text_BD[place], expected[0])
+            assert np.array_equal(got.image_BD[place], expected[1])
+            assert row < 0 or vectors.id(row) == f"document {row}"
+
+
+def test_another_encoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    folder = write(tmp_path / "vectors", clustered(0, 9))
+    with pytest.raises(UserError, match="was made by another encoder: encoder is abc there and xyz here; use that"):
+        VectorShards(folder, {**HEADER, "encoder": "xyz"})
+    (folder / "index.json").unlink()
+    with pytest.raises(UserError, match="is no finished folder of shards"):
+        VectorShards(folder)
+
+
+def test_damaged_vectors_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "vectors", clustered(0, 90))
+    damaged = shard_path(folder, 2, 3)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    with pytest.raises(DamagedShard, match=f"{damaged.name} is damaged"):
+        finish_vectors(folder, 3)
+
+
+# ------------------------------------------------------------------------------------------------ index
+
+
+def brute_force(parts: Parts, queries_QD: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(-(queries_QD.astype(np.float64) @ parts.mean().T), axis=1, kind="stable")[:, :count]
+
+
+def assert_best(parts: Parts, queries_QD: np.ndarray, found_QK: np.ndarray) -> None:
+    """The rows found have the largest inner products, in falling order; ties may come in any order."""
+    expected_QK = brute_force(parts, queries_QD, found_QK.shape[1])
+    scores_QB = queries_QD.astype(np.float64) @ parts.mean().T
+    got, best = (np.take_along_axis(scores_QB, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK))
+    np.testing.assert_allclose(got, best, atol=1e-6)
+    assert all(len(set(rows_K)) == len(rows_K) for rows_K in found_QK.tolist())
+
+
+def test_exact_search_through_all_shards_is_brute_force(tmp_path: Path) -> None:
+    parts, queries = clustered(0, 200), clustered(1, 20).text_BD
+    vectors = VectorShards(write(tmp_path / "vectors", parts))
+    assert_best(parts, queries, exact_search(vectors, queries, 7))
+    assert (exact_search(vectors, queries, 300)[:, 200:] == NONE).all()
+
+
+def test_a_small_bank_is_searched_exactly(tmp_path: Path) -> None:
+    parts, queries = clustered(0, 200), clustered(1, 20).text_BD
+    vectors, folder = build(tmp_path, parts)
+    assert sorted(file.name for file in folder.iterdir()) == ["index.json"]
+    figures = json.loads((folder / "index.json").read_text())
+    assert (figures["kind"], figures["documents"], figures["recall"]) == ("exact", 200, {"2": 1.0, "10": 1.0})
+    bank = Bank(vectors, folder, HEADER)
+    assert_best(parts, queries, bank.search(queries, 5))
+
+
+def test_the_recall_that_is_written_is_that_of_a_search(tmp_path: Path) -> None:
+    parts = clustered(0, 3000)
+    vectors, folder = build(tmp_path, parts, **SMALL_IVF)
+    figures = json.loads((folder / "index.json").read_text())
+    assert (figures["kind"], figures["lists"]) == ("ivf_pq", 8)
+    assert figures["recall"]["2"] >= 0.95 or figures["nprobe"] == 8
+    queries_QD = index_module._queries(VectorShards(vectors), 100, 0)
+    found_QK = Bank(vectors, folder, HEADER).search(queries_QD, 10)
+    exact_QK = brute_force(parts, queries_QD, 10)
+    for k in (2, 10):
+        shared = [len(set(exact_QK[q, :k]) & set(found_QK[q, :k])) for q in range(len(queries_QD))]
+        assert figures["recall"][str(k)] == pytest.approx(np.mean(shared) / k)
+    assert figures["recall"]["2"] > 0.8
+    assert 8 < figures["bytes_per_document"] < 200
+
+
+def test_found_documents_are_ordered_by_their_vectors_not_their_codes(tmp_path: Path) -> None:
+    parts = clustered(0, 2000)
+    vectors, folder = build(tmp_path, parts, **{**SMALL_IVF, "recall_target": 1.0, "rescored": 2000})
+    queries_QD = clustered(1, 50).text_BD
+    # With all lists probed and all candidates ordered by their vectors, it is exact search.
+    assert_best(parts, queries_QD, Bank(vectors, folder).search(queries_QD, 10))
+
+
+def test_recall_by_hand() -> None:
+    exact, found = np.array([[1, 2, 3], [4, 5, NONE]]), np.array([[2, 9, 1], [4, NONE, 5]])
+    assert recall_at(exact, found, 1) == pytest.approx(1 / 2)
+    assert recall_at(exact, found, 2) == pytest.approx(2 / 4)
+    assert recall_at(exact, found, 3) == pytest.approx(4 / 5)
+
+
+def test_lists_grow_with_the_square_root() -> None:
+    assert [lists_for(n, IndexConfig()) for n in (200_000, 1_000_000, 340_000_000)] == [2048, 4096, 65_536]
+    assert lists_for(10, IndexConfig(lists=3)) == 3
+
+
+def test_pieces_are_made_once_and_the_missing_one_again(tmp_path: Path) -> None:
+    parts = clustered(0, 2000)
+    vectors, folder = build(tmp_path, parts, **SMALL_IVF)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    times = {file.name: file.stat().st_mtime_ns for file in folder.glob("piece-*")}
+    (folder / "piece-00002.faiss").unlink()
+    (folder / "index.json").unlink()
+    make(vectors, folder, from_mapping(IndexConfig, SMALL_IVF, "index"))
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    timed = ("index.json",)  # holds seconds
+    assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
+    changed = [name for name, time in times.items() if (folder / name).stat().st_mtime_ns != time]
+    assert changed == ["piece-00002.faiss"]
+
+
+def test_the_folder_can_be_moved(tmp_path: Path) -> None:
+    parts = clustered(0, 2000)
+    vectors, folder = build(tmp_path, parts, **SMALL_IVF)
+    queries_QD = clustered(1, 20).image_BD
+    expected = Bank(vectors, folder).search(queries_QD, 5)
+    moved = tmp_path / "elsewhere"
+    shutil.move(folder, moved)
+    assert np.array_equal(Bank(vectors, moved).search(queries_QD, 5), expected)
+
+
+def test_mistakes_are_sentences(tmp_path: Path) -> None:
+    vectors, folder = build(tmp_path, clustered(0, 60))
+    with pytest.raises(UserError, match=r"index\.code_bytes is 5; it must divide the vectors' width, 16"):
+        train(VectorShards(vectors), folder, IndexConfig(exact_below=0, code_bytes=5), seed=0)
+    write(tmp_path / "more", clustered(0, 90))
+    with pytest.raises(UserError, match=r"is the index of 60 documents, .* has 90; make the index again"):
+        Bank(tmp_path / "more", folder)
+    (folder / "index.json").unlink()
+    with pytest.raises(UserError, match="holds no finished index"):
+        Bank(vectors, folder)
+
+
+# ------------------------------------------------------------------------------------------------ adding
+
+
+@pytest.mark.parametrize("fields", [{}, SMALL_IVF], ids=["exact", "ivf_pq"])
+def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str, Any]) -> None:
+    parts, more = clustered(0, 2000), clustered(2, 30)
+    vectors, folder = build(tmp_path, parts, **fields)
+    bank = Bank(vectors, folder)
+    assert bank.add([f"new {n}" for n in range(20)], more.rows(slice(0, 20))).tolist() == list(range(2000, 2020))
+    assert bank.add([f"new {n}" for n in range(20, 30)], more.rows(slice(20, 30))).tolist() == list(range(2020, 2030))
+    every = Parts.concatenate([parts, more])
+    for by in ("text_BD", "image_BD"):
+        queries_QD = getattr(more, by)[[2, 4]]  # documents with both parts
+        found_QK = bank.search(queries_QD, 6)
+        exact_QK = brute_force(every, queries_QD, 6)
+        added = exact_QK >= 2000
+        assert added.any()
+        for q in range(2):
+            assert set(exact_QK[q][added[q]]) <= set(found_QK[q])
+            scores = every.mean()[found_QK[q]] @ queries_QD[q]
+            assert (np.diff(scores) <= 1e-6).all()
+    assert (len(bank), bank.id(1999), bank.id(2021)) == (2030, "document 1999", "new 21")
+    got = bank.parts_of(np.array([[2003, NONE], [5, 2029]]))
+    assert np.array_equal(got.text_BD[0, 0], more.text_BD[3])
+    assert not got.text_BD[0, 1].any()
+    assert np.array_equal(got.image_BD[1], np.stack([parts.image_BD[5], more.image_BD[29]]))
+
+    bank.save_added()
+    again = Bank(vectors, folder)
+    assert (len(again), again.id(2021)) == (2030, "new 21")
+    queries_QD = clustered(5, 10).text_BD
+    assert np.array_equal(again.search(queries_QD, 6), bank.search(queries_QD, 6))
+
+
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+@pytest.fixture(scope="module")
+def retriever() -> Any:
+    from cm3leon.registry import RETRIEVERS, discover
+
+    discover()
+    encoder = {"architecture": None, "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "embed_dim": WIDTH}
+    return RETRIEVERS.build({"name": "dense", "encoder": encoder, "candidates": 12})
+
+
+def test_a_bank_on_disk_retrieves_as_one_in_memory(tmp_path: Path, retriever: DenseRetriever) -> None:
+    parts = clustered(0, 300)
+    vectors, folder = build(tmp_path, parts)
+    in_memory = MemoryBank([str(n) for n in range(300)], parts)
+    own = np.arange(300)
+    variants = [parts, clustered(3, 300)]
+    expected, verdicts = neighbours_of(retriever, in_memory, variants, own)
+    found, counted = neighbours_of(retriever, Bank(vectors, folder), variants, own)
+    assert np.array_equal(found, expected)
+    assert counted == verdicts
+    assert verdicts["itself"] > 0
+    assert verdicts["modality"] > 0
+    assert (found != own[None, :, None]).all()
+    complete = parts.has("text") & parts.has("image")
+    assert complete[found[found != NONE]].all()
+
+
+def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows_VBK = rng.integers(-1, 50, (4, 30, 4))
+    write_plan(tmp_path, {"bank": ".."})
+    for number, chosen in enumerate((slice(0, 11), slice(11, 11), slice(11, 30))):
+        write_neighbour_shard(shard_path(tmp_path, number, 3), rows_VBK[:, chosen], {"verdicts": {}})
+    with pytest.raises(UserError, match="is no finished folder"):
+        NeighbourShards(tmp_path)
+    finish_neighbours(tmp_path, 3)
+    shards, in_memory = NeighbourShards(tmp_path), Neighbours(rows_VBK)
+    assert len(shards) == 30
+    for document in range(30):
+        assert np.array_equal(shards.rows(document), rows_VBK[:, document])
+        drawn = [
+            each.draw(document, most=3, random_count=True, rng=np.random.default_rng(document))
+            for each in (shards, in_memory)
+        ]
+        assert drawn[0] == drawn[1]
