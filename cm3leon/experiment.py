@@ -12,6 +12,7 @@ from cm3leon.config import (
     Component,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Probability,
     apply_overrides,
@@ -35,6 +36,7 @@ from cm3leon.registry import (
     TASKS,
     discover,
 )
+from cm3leon.retrievers.index import IndexConfig
 from cm3leon.tokenizers.text import TextTokenizerConfig
 from cm3leon.training.trainer import TrainingConfig
 from cm3leon.types import UserError
@@ -63,8 +65,9 @@ class ShardsConfig:
     """Run folder whose tokenizers and encoder are used as they are; None trains them on the sample."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; None makes one of this corpus."""
-    mix: dict[str, NonNegativeFloat] = field(default_factory=dict)
-    """Run folders with more training documents, and how often each is drawn from; this corpus has 1.0."""
+    mix: dict[str, PositiveFloat] = field(default_factory=dict)
+    """Run folders with more training documents, each with the share it is to have beside this corpus's 1.0; none is
+    repeated more than 3 times in an epoch nor cut below 0.3 of it."""
     workers: PositiveInt = 1
     """Processes on this machine that make shards; on a cluster, array jobs do (see the command part)."""
 
@@ -121,6 +124,9 @@ class Experiment:
 
     retriever: Annotated[Component, RETRIEVERS]
     """Finds the documents that go before the query document."""
+
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """How the memory bank of a corpus in shards is searched."""
 
     retriever_training: TrainingConfig | None = None
     """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded."""

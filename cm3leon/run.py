@@ -29,6 +29,7 @@ commands:
 options of run:
   experiment=NAME    a name that --list shows, or the path of a .yaml file
   run=DIR            the run folder, runs/NAME by default; run again with the same folder to go on
+  until=STAGE        stop after that stage
   section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
   section=name       picks another component: decoder=cd_k
 
@@ -41,6 +42,8 @@ flags:
 examples:
   python -m cm3leon.run experiment=digits
   python -m cm3leon.run experiment=digits run=runs/short training.steps=100
+  python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
+  python -m cm3leon.run validate data.path=tars
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
 FLAGS = ("--help", "--list", "--show", "--version")
@@ -59,13 +62,45 @@ class Command:
 
 def run(arguments: Sequence[str]) -> None:
     """Runs the stages of an experiment that are not done yet."""
-    name, run_dir, overrides = _split(arguments)
-    from cm3leon.experiment import experiment_name, load_experiment
+    named, overrides = _split(arguments, ("experiment", "run", "until"))
+    from cm3leon.experiment import load_experiment
 
-    experiment = load_experiment(name, overrides)
+    experiment = load_experiment(named["experiment"], overrides)
     from cm3leon.stages import run_experiment
 
-    run_experiment(experiment, Path(run_dir or f"runs/{experiment_name(name)}").expanduser())
+    run_experiment(experiment, _run_folder(named), until=named["until"] or None)
+
+
+def part(arguments: Sequence[str]) -> None:
+    """Makes one worker's share of the shards of a stage."""
+    named, overrides = _split(arguments, ("experiment", "run", "stage", "part"))
+    share = _share(named["part"])
+    from cm3leon.experiment import load_experiment
+
+    experiment = load_experiment(named["experiment"], overrides)
+    from cm3leon.stages import run_stage_part
+
+    run_stage_part(experiment, _run_folder(named), named["stage"], share)
+
+
+def _run_folder(named: dict[str, str]) -> Path:
+    from cm3leon.experiment import experiment_name
+
+    return Path(named["run"] or f"runs/{experiment_name(named['experiment'])}").expanduser()
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`k/n` as numbers; in a job of a SLURM array, its place there if nothing is said."""
+    if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
+        number, first, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
+        text = f"{number - first}/{count}"
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise UserError(
+            f"part is {text or 'missing'}; write part=k/n for worker k, from 0, of n, for example part=0/8 "
+            "(in a SLURM array --array=0-7 nothing need be said)"
+        )
+    return int(k), int(n)
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -76,8 +111,18 @@ def export(arguments: Sequence[str]) -> None:
     main(options)
 
 
+def validate(arguments: Sequence[str]) -> None:
+    """Reads a corpus and says what it holds."""
+    options = apply_overrides({}, map(parse_override, arguments))
+    from cm3leon.validate import main
+
+    main(options)
+
+
 COMMANDS = {
     "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
+    "part": Command("a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part),
+    "validate": Command("read a corpus, say what it holds, what is broken and what it costs: data.path=PATH", validate),
     "export": Command("convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", export),
 }
 
@@ -89,10 +134,10 @@ def usage() -> str:
 
 def show(arguments: Sequence[str]) -> str:
     """The resolved experiment as YAML."""
-    name, _, overrides = _split(arguments)
+    named, overrides = _split(arguments, ("experiment", "run", "until"))
     from cm3leon.experiment import load_experiment
 
-    return dump_yaml(to_mapping(load_experiment(name, overrides)))
+    return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
 
 def listing() -> str:
@@ -128,9 +173,9 @@ def _wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
-def _split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
-    """Arguments of `run` as (experiment, run folder or "", overrides)."""
-    named = {"experiment": "", "run": ""}
+def _split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Arguments as the command's `own` ones, "" for one that is missing, and the overrides of the experiment."""
+    named = dict.fromkeys(own, "")
     overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -140,7 +185,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
             overrides.append(argument)
     if not named["experiment"]:
         raise UserError("experiment is missing; write experiment=NAME with a name that --list shows, or a .yaml file")
-    return named["experiment"], named["run"], overrides
+    return named, overrides
 
 
 def dispatch(arguments: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cm3leon.stages import pipeline
-from cm3leon.stages.pipeline import Stage, run_stages, write_json
+from cm3leon.stages.pipeline import Stage, run_part, run_stages, write_json
 from cm3leon.types import UserError
 
 
@@ -325,6 +325,117 @@ def test_files_that_no_stage_made_are_not_deleted(folder: Path) -> None:
         assert str(folder / "b") in str(refusal)  # noqa: PT017
     kept = [file.read_text() for file in folder.rglob("*.txt")]
     assert {"dear", "a face"} <= set(kept)
+
+
+# ------------------------------------------------------------------------------------------------ shared stages
+
+
+def shared_stages(*, needs: tuple[str, ...] | None = None) -> list[Stage[Fake]]:
+    """Stage b has six shards; c depends on b, or on what `needs` says."""
+
+    def make_part(run: Fake, place: Path, part: tuple[int, int]) -> None:
+        for number in range(part[0], 6, part[1]):
+            file = place / f"{number}.txt"
+            if not file.exists():
+                file.write_text(f"b {run.b}")
+                run.made.append(f"b{number}")
+
+    return [
+        Stage("a", 1, lambda run: run.a, make("a")),
+        Stage("b", 1, lambda run: run.b, lambda run, place: make_part(run, place, (0, 1)), make_part),
+        Stage("c", 1, lambda run: run.c, make("c"), needs=needs),
+    ]
+
+
+def test_until_stops_after_that_stage(folder: Path) -> None:
+    run = Fake()
+    assert list(run_stages(shared_stages(), run, folder, run.said.append, until="a")) == ["a"]
+    assert run.made == ["a"]
+    assert run.said[0] == "[1/1] a"
+    with pytest.raises(UserError, match=r"^until is d, which is not a stage of this experiment; "):
+        run_stages(shared_stages(), run, folder, print, until="d")
+
+
+def test_workers_share_a_stage_and_the_run_finishes_it(folder: Path) -> None:
+    run_stages(shared_stages(), Fake(), folder, print, until="a")
+    first, second = Fake(), Fake()
+    run_part(shared_stages(), "b", first, folder, (0, 3))
+    run_part(shared_stages(), "b", second, folder, (2, 3))
+    assert first.made == ["b0", "b3"]
+    assert second.made == ["b2", "b5"]
+    assert not (folder / "b" / "stage.json").exists()
+    run = Fake()
+    run_stages(shared_stages(), run, folder, run.said.append)
+    assert run.made == ["b1", "b4", "c"]
+    assert run.said[1] == "[2/3] b: going on where it stopped"
+    again = Fake()
+    run_part(shared_stages(), "b", again, folder, (0, 3))
+    run_stages(shared_stages(), again, folder, print)
+    assert again.made == []
+
+
+def test_workers_of_other_settings_begin_anew(folder: Path) -> None:
+    run_stages(shared_stages(), Fake(), folder, print)
+    run = Fake(b=2)
+    run_part(shared_stages(), "b", run, folder, (0, 1))
+    assert run.made == [f"b{number}" for number in range(6)]
+    assert {file.read_text() for file in (folder / "b").glob("*.txt")} == {"b 2"}
+    back = Fake()
+    run_stages(shared_stages(), back, folder, print)
+    assert back.made == []
+
+
+@pytest.mark.parametrize("a", [None, 2])
+def test_a_worker_needs_the_stages_before_its_own(folder: Path, a: int | None) -> None:
+    folder.mkdir(parents=True)
+    if a:
+        run_stages(shared_stages(), Fake(a=a), folder, print, until="a")
+    with pytest.raises(UserError) as refusal:
+        run_part(shared_stages(), "b", Fake(), folder, (0, 2))
+    assert str(refusal.value) == (
+        f"stage b needs a, which is not finished in {folder} with these settings; make it first, with until=a"
+    )
+
+
+def test_workers_exclude_a_run_but_not_each_other(folder: Path) -> None:
+    run_stages(shared_stages(), Fake(), folder, print, until="a")
+
+    def inside(name: str, place: Path) -> None:
+        run_part(shared_stages(), "b", Fake(), folder, (1, 2))
+        with pytest.raises(UserError, match="another process is working"):
+            run_stages(shared_stages(), Fake(), folder, print)
+
+    plain = shared_stages()
+    stage = Stage("b", 1, lambda run: run.b, plain[1].make, lambda run, place, part: inside("b", place))
+    run_part([plain[0], stage], "b", Fake(), folder, (0, 2))
+    assert sorted(file.name for file in (folder / "b").glob("*.txt")) == ["1.txt", "3.txt", "5.txt"]
+
+
+def test_a_stage_depends_on_those_it_needs_only(folder: Path) -> None:
+    run_stages(shared_stages(needs=("a",)), Fake(), folder, print)
+    run = Fake(b=2)
+    run_stages(shared_stages(needs=("a",)), run, folder, print)
+    assert "c" not in run.made
+    run = Fake(a=2, b=2)
+    run_stages(shared_stages(needs=("a",)), run, folder, print)
+    assert run.made[0] == "a"
+    assert run.made[-1] == "c"
+
+
+def test_a_shard_is_told_by_its_size_alone(folder: Path) -> None:
+    """Its content has a checksum of its own, which is compared when it is read."""
+
+    def write(run: Fake, place: Path) -> None:
+        run.made.append("a")
+        (place / "shard.arrow").write_text("content")
+
+    only = [Stage("a", 1, lambda run: run.a, write)]
+    for text, made in (("content", ["a"]), ("changed", []), ("longer content", ["a"])):
+        if made == [] or text != "content":
+            (folder / "a" / "shard.arrow").write_text(text)
+        run = Fake()
+        run_stages(only, run, folder, print)
+        assert run.made == made
 
 
 # ------------------------------------------------------------------------------------------------ write_json

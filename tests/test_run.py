@@ -37,7 +37,10 @@ print({"torch", "numpy", "cm3leon.experiment"} & set(sys.modules))
 def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
-    assert done.stderr == "cm3leon: expert is not a known command; did you mean export? (known: export, run)\n"
+    assert (
+        done.stderr
+        == "cm3leon: expert is not a known command; did you mean export? (known: export, part, run, validate)\n"
+    )
     assert done.stdout == ""
 
 

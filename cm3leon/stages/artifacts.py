@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,17 +15,26 @@ import torch
 from cm3leon.config import to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
-from cm3leon.experiment import Experiment
+from cm3leon.data.token_shards import Tokenizers, TokenShards
+from cm3leon.experiment import Experiment, ShardsConfig
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
+from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.neighbours import Neighbours
+from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.tokenizers.document import DocumentTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
-from cm3leon.types import TokenDocument
+from cm3leon.types import TokenDocument, UserError
 
 WEIGHTS = "model.safetensors"
+TEXT_TOKENIZER, IMAGE_TOKENIZER, ENCODER = (
+    "text_tokenizer/tokenizer.json",
+    f"image_tokenizer/{WEIGHTS}",
+    f"retriever/{WEIGHTS}",
+)
+"""Files of a run that another one may take over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +62,29 @@ class Run:
         config, seed = self.experiment.augment, self.experiment.seed
         varied = [vary(images_BHWC, config, seed * 1_000_003 + version) for version in range(config.versions)]
         return np.concatenate([images_BHWC, *varied])
+
+    @property
+    def shards(self) -> ShardsConfig:
+        """How the corpus is sharded, for the stages that only a sharded one has."""
+        assert self.experiment.shards is not None
+        return self.experiment.shards
+
+    @property
+    def borrowed(self) -> Path | None:
+        """Run folder whose tokenizers and encoder are used instead of trained ones."""
+        return self.experiment.shards.tokenizers if self.experiment.shards else None
+
+    def borrowed_file(self, name: str) -> Path:
+        """A file of that run. Raises UserError where it is missing."""
+        assert self.borrowed is not None
+        file = self.borrowed / name
+        if not file.is_file():
+            raise UserError(f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing")
+        return file
+
+    def borrowed_digest(self, name: str) -> str | None:
+        """Changes with a file that is taken over, None where nothing is."""
+        return None if self.borrowed is None else _sha256(self.borrowed_file(name))
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -91,6 +124,17 @@ class Run:
         return DocumentTokenizer(self.vocab, self.text_tokenizer, self.image_tokenizer)
 
     @cached_property
+    def made_by(self) -> Tokenizers:
+        """What token shards say of the tokenizers that make them."""
+        return Tokenizers(
+            text=_sha256(self.folder / TEXT_TOKENIZER),
+            image=_sha256(self.folder / IMAGE_TOKENIZER),
+            text_size=self.vocab.text_size,
+            image_size=self.vocab.image_size,
+            sentinels=self.vocab.sentinels,
+        )
+
+    @cached_property
     def token_documents(self) -> list[TokenDocument]:
         """All documents as ids."""
         corpus, codes_MN = self.corpus, self.codes_MN
@@ -108,19 +152,53 @@ class Run:
         return retriever
 
     @cached_property
-    def bank(self) -> MemoryBank:
-        """The memory bank: the training documents."""
-        return MemoryBank.load(self.folder / "retriever")
+    def encoder_header(self) -> dict[str, Any]:
+        """What vector shards say of the encoder that makes them."""
+        return {"encoder": _sha256(self.folder / ENCODER), "width": self.retriever.encoder.embed_dim}
+
+    @cached_property
+    def tokens(self) -> TokenShards:
+        """The training documents of a sharded corpus, as ids."""
+        return TokenShards(self.folder / "tokens", self.made_by)
+
+    @cached_property
+    def vectors(self) -> VectorShards:
+        """The vectors of the training documents of a sharded corpus."""
+        return VectorShards(self.folder / "vectors", self.encoder_header)
+
+    @property
+    def bank_folder(self) -> Path:
+        """The run folder whose training documents are the memory bank of a sharded corpus."""
+        return self.shards.bank or self.folder
+
+    @cached_property
+    def bank(self) -> MemoryBank | Bank:
+        """The memory bank: the training documents, or those of `shards.bank`."""
+        if self.experiment.shards is None:
+            return MemoryBank.load(self.folder / "retriever")
+        return Bank(self.bank_folder / "vectors", self.bank_folder / "index", self.encoder_header)
+
+    @cached_property
+    def bank_tokens(self) -> TokenShards:
+        """The documents of a sharded corpus's memory bank, as ids."""
+        return TokenShards(self.bank_folder / "tokens", self.made_by)
+
+    def bank_document(self, row: int) -> TokenDocument:
+        """A document of the memory bank, as ids."""
+        if self.experiment.shards is not None:
+            return self.bank_tokens.document(row)
+        return self.token_documents[self.bank_rows[row]]
 
     @cached_property
     def bank_rows(self) -> np.ndarray:
-        """The row in the corpus of each document of the bank."""
+        """The row in the corpus of each document of the bank, for a corpus in memory."""
+        assert isinstance(self.bank, MemoryBank)
         row_of = {id_: row for row, id_ in enumerate(self.corpus.ids)}
         return np.array([row_of[id_] for id_ in self.bank.ids])
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        """Retrieved documents of the training documents, as rows of the bank."""
+        """Retrieved documents of the training documents of a corpus in memory, as rows of the bank."""
         return Neighbours.load(self.folder / "retriever" / "neighbours.npy")
 
     @cached_property
@@ -154,3 +232,8 @@ class Run:
         """Sections of the experiment as plain data, for fingerprints and records."""
         mapping = to_mapping(self.experiment)
         return {name: mapping[name] for name in names}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

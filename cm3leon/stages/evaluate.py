@@ -17,6 +17,7 @@ from cm3leon.registry import METRICS, TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generate import Generation, Setting, read_generations, settings
 from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.retrieve import STRATEGY
 
 RESULTS = "results.json"
 
@@ -98,8 +99,9 @@ class Evaluator:
 
     def retriever_figures(self) -> dict[str, Any]:
         """The strategy's verdicts on the training queries, and the vote of retrieved documents on held-out images."""
-        figures = json.loads((self.run.folder / "retriever" / "strategy.json").read_text())
-        if self.judge is None:
+        sharded = self.run.experiment.shards is not None
+        figures = json.loads((self.run.folder / ("neighbours" if sharded else "retriever") / STRATEGY).read_text())
+        if self.judge is None or sharded:  # the labels of a sharded corpus's bank are not kept
             return figures
         rows = self.run.corpus.rows("held_out")
         queries = self.run.retriever.parts(None, self.run.corpus.images_BHWC[rows])
@@ -141,10 +143,15 @@ class Evaluator:
             texts=texts,
             given_texts=[run.corpus.captions[row] for row in rows],
             training_MN=run.varied_codes_VBN.reshape(-1, codes_BN.shape[1]),
-            retrieved=[run.codes_MN[generation.retrieved] for generation in generations],
+            retrieved=[self._codes(generation.retrieved) for generation in generations],
             clip_B=(parts.text_BD * parts.image_BD).sum(axis=1),
             exact_B=self._given_is_kept(setting, generations),
         )
+
+    def _codes(self, rows: list[int]) -> np.ndarray:
+        """Image codes (K, N) of documents of the bank, without those that have no image."""
+        documents = [self.run.bank_document(row) for row in rows]
+        return np.array([self.run.tokenizer.codes(d) for d in documents if d.segment("image") is not None])
 
     def _given_is_kept(self, setting: Setting, generations: list[Generation]) -> np.ndarray:
         """Whether each completed document, as it was written to the file, has what the prompt gave."""

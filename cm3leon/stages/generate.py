@@ -16,6 +16,7 @@ from cm3leon.config import Component
 from cm3leon.data.corpus import Split
 from cm3leon.decoders.engine import generate
 from cm3leon.registry import DECODERS, TASKS
+from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
 from cm3leon.training.device import autocast
 from cm3leon.types import Prompt, TokenDocument
@@ -44,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Generation:
-    """One output: the document it was asked for and the retrieved ones (rows of the corpus), and the answer."""
+    """One output: the document it was asked for (a row of the corpus), the retrieved ones (of the bank), the answer."""
 
     row: int
     retrieved: list[int]
@@ -124,7 +125,7 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
 
 
 def _prompt(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> Prompt:
-    return task.prompt(query, [run.token_documents[row] for row in retrieved])
+    return task.prompt(query, [run.bank_document(row) for row in retrieved])
 
 
 def _that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
@@ -144,7 +145,7 @@ def _rows(run: Run, setting: Setting, at_least: int) -> list[int]:
 
 
 def _retrieved(run: Run, setting: Setting, task: Any, rows: list[int]) -> list[list[int]]:
-    """Rows of the corpus to put before each prompt, the most relevant last."""
+    """Rows of the bank to put before each prompt, the most relevant last."""
     if not setting.documents:
         return [[] for _ in rows]
     distinct = sorted(set(rows))
@@ -153,10 +154,8 @@ def _retrieved(run: Run, setting: Setting, task: Any, rows: list[int]) -> list[l
         [run.corpus.captions[row] for row in distinct] if by_text else None,
         None if by_text else run.corpus.images_BHWC[distinct],
     )
-    results, _ = run.retriever.retrieve(
-        run.bank, queries, task.retrieves_by, ids=[None] * len(distinct), count=setting.documents
-    )
-    found = [[int(run.bank_rows[place]) for place in reversed(places)] for places in results]
+    rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=setting.documents)
+    found = [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
     if setting.shuffled:
         found = [found[place] for place in np.random.default_rng(run.experiment.seed).permutation(len(found))]
     of_row = dict(zip(distinct, found, strict=True))

@@ -31,9 +31,12 @@ SUPERSEDED = "superseded"
 class Stage(Generic[R]):
     """One step of a run; it writes into the folder of its name and nowhere else.
 
-    `inputs(run)` is all that its result depends on besides the stages before it, as JSON. `version` is raised when
-    its code starts to make something else of the same inputs. `make(run, folder)` may find a part of its work there.
-    `make_part(run, folder, part)` makes one worker's share of the shards, where the stage can be shared out.
+    `inputs(run)` is all that its result depends on besides other stages, as JSON; it is asked for when those before it
+    are finished. `version` is raised when its code starts to make something else of the same inputs.
+    `make(run, folder)` may find a part of its work there. `make_part(run, folder, part)` makes one worker's share of
+    the shards, where the stage can be shared out. `needs` names the stages it depends on, None is the one before it;
+    a stage that depends on files of others rather than on how they were made names none, and has their digests in its
+    inputs.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Stage(Generic[R]):
     inputs: Callable[[R], Any]
     make: Callable[[R, Path], None]
     make_part: Callable[[R, Path, Part], None] | None = None
+    needs: tuple[str, ...] | None = None
 
 
 def run_stages(
@@ -59,11 +63,11 @@ def run_stages(
         stages = stages[: _number(stages, until, "until") + 1]
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    with _lock(folder):
-        before = ""
+    with locked(folder):
+        made: dict[str, str] = {}
         for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.name}"
-            fingerprint = _fingerprint([stage.name, stage.version, stage.inputs(run), before])
+            fingerprint = made[stage.name] = _stage_fingerprint(stage, run, made)
             place = folder / stage.name
             _make_room(place, fingerprint)
             damaged = _damaged(place)
@@ -80,7 +84,6 @@ def run_stages(
                 say(f"{title}: {again}" if (place / STARTED).is_file() else title)
                 seconds[stage.name] = _make(stage, run, place, fingerprint)
                 say(f"{title}: done in {seconds[stage.name]:.0f} s")
-            before = fingerprint
     return seconds
 
 
@@ -99,17 +102,17 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
         raise UserError(f"stage is {name}, made in one piece; those that workers share are: {shared or 'none'}")
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
-    with _lock(folder, shared=True):
-        before = ""
+    with locked(folder, shared=True):
+        made: dict[str, str] = {}
         for earlier in stages[:number]:
-            before = _fingerprint([earlier.name, earlier.version, earlier.inputs(run), before])
-            if _read(folder / earlier.name / MARKER).get("fingerprint") != before:
+            made[earlier.name] = _stage_fingerprint(earlier, run, made)
+            if _read(folder / earlier.name / MARKER).get("fingerprint") != made[earlier.name]:
                 raise UserError(
                     f"stage {name} needs {earlier.name}, which is not finished in {folder} with these settings; "
                     f"make it first, with until={stages[number - 1].name}"
                 )
-        fingerprint = _fingerprint([stage.name, stage.version, stage.inputs(run), before])
-        with _lock(folder, ".room", wait=True):
+        fingerprint = _stage_fingerprint(stage, run, made)
+        with locked(folder, ".room", wait=True):
             _make_room(place, fingerprint)
             if not _read(place / MARKER) and not _read(place / STARTED):
                 place.mkdir(parents=True, exist_ok=True)
@@ -180,7 +183,7 @@ def _make_room(place: Path, fingerprint: str) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """One process at a time in a run folder, or any number of `shared` ones; the lock goes with the process."""
     with (folder / name).open("w") as file:
         try:
@@ -193,7 +196,10 @@ def _lock(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool
         yield
 
 
-def _fingerprint(content: Any) -> str:
+def _stage_fingerprint(stage: Stage[R], run: R, made: Mapping[str, str]) -> str:
+    """Of everything the stage's result depends on; `made` has those of the stages before it, in order."""
+    needs = list(made)[-1:] if stage.needs is None else stage.needs
+    content = [stage.name, stage.version, stage.inputs(run), [made[name] for name in needs]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

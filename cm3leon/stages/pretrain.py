@@ -17,24 +17,32 @@ from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
-from cm3leon.tasks.base import with_segment
+from cm3leon.stages.training_data import training_samples
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.device import autocast
 from cm3leon.training.trainer import train
-from cm3leon.types import Batch, Sample, TokenDocument
+from cm3leon.types import Batch, Sample, UserError
 
 SHOWN = 16
 """Images drawn for TensorBoard during training."""
 
 
 def make_pretraining(run: Run, folder: Path) -> None:
-    """Trains the decoder; draws validation figures and images for TensorBoard now and then."""
+    """Trains the decoder; draws validation figures and images for TensorBoard now and then.
+
+    Raises:
+        UserError: if no document is there to validate with.
+    """
+    if not len(run.corpus.rows("validation")):
+        raise UserError(
+            "shards.sample: no document sampled has a caption and an image to validate with; raise it, or stop at "
+            "until=neighbours and mix this run into another with shards.mix"
+        )
     config, seed = run.experiment.training, run.experiment.seed
     model = run.new_model()
-    count = len(run.corpus.rows("train"))
     stream = BlockStream(
-        lambda position, rng: draw_sample(run, shuffled(seed, position, count), rng),
+        training_samples(run),
         run.objective,
         run.experiment.packing,
         seq_len=run.seq_len,
@@ -68,23 +76,6 @@ def make_pretraining(run: Run, folder: Path) -> None:
     save_weights(folder / WEIGHTS, model)
     write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})
     write_json(folder / "validation.json", validation_loss(run, model))
-
-
-def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
-    """A training document with retrieved documents drawn for it, a version of each image drawn too.
-
-    `document` counts within the training split, which is the memory bank.
-    """
-    retriever = run.experiment.retriever.config
-    rows = run.neighbours.draw(document, most=retriever.max_documents, random_count=retriever.random_count, rng=rng)
-    return Sample(_version(run, document, rng), tuple(_version(run, row, rng) for row in rows))
-
-
-def _version(run: Run, document: int, rng: np.random.Generator) -> TokenDocument:
-    """A training document with one of the versions of its image."""
-    codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), document]
-    original = run.token_documents[run.bank_rows[document]]
-    return with_segment(original, "image", run.vocab.image_ids(codes_N))
 
 
 @torch.inference_mode()

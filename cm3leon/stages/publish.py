@@ -317,7 +317,7 @@ class _Page:
             ),
             ("neighbours a training document", f"{figures['neighbours_per_document']:.2f}"),
         ]
-        if figures["same_label"] is not None:
+        if figures.get("same_label") is not None:
             rows.append(("neighbours of the same class", f"{figures['same_label']:.1%}"))
         if "nearest_neighbour_vote" in figures:
             vote = figures["nearest_neighbour_vote"]
@@ -390,16 +390,23 @@ class _Page:
     def _image_card(self, entry: Entry, generation: Generation) -> Card:
         image_HWC = self._decode([generation])[0]
         read = int(self._evaluator.read_images(image_HWC[None])[0])
-        corpus = self.run.corpus
-        retrieved = [
-            Picture(corpus.images_BHWC[row], corpus.captions[row], height=PIXELS) for row in generation.retrieved
-        ]
         return Card(
             [Picture(image_HWC, height=PIXELS)],
             caption=generation.caption,
-            retrieved=retrieved,
+            retrieved=[self._retrieved(row) for row in generation.retrieved],
             status=self._status(generation, read) if self.has_classes else None,
         )
+
+    def _retrieved(self, row: int) -> Picture:
+        """A document of the bank: its own image where the corpus is in memory, that of its codes otherwise."""
+        run = self.run
+        if run.experiment.shards is None:
+            return Picture(
+                run.corpus.images_BHWC[run.bank_rows[row]], run.corpus.captions[run.bank_rows[row]], height=PIXELS
+            )
+        document = run.bank_document(row)
+        image_HWC = run.image_tokenizer.decode(run.tokenizer.codes(document)[None])[0]
+        return Picture(image_HWC, run.tokenizer.caption(document), height=PIXELS)
 
     def _status(self, generation: Generation, read: int | None) -> Any:
         return "good" if read == self.run.corpus.labels[generation.row] else "bad"

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cm3leon.data.shuffle import RowStream
 from cm3leon.registry import RETRIEVERS
-from cm3leon.retrievers.neighbours import NONE, find_neighbours
-from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.retrievers.neighbours import find_neighbours
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.stages.artifacts import ENCODER, WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
-from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.trainer import train
+
+STRATEGY = "strategy.json"
+"""What the strategy did to the candidates, in the folder of the stage that found the neighbours."""
 
 
 def make_retriever(run: Run, folder: Path) -> None:
-    """Trains the encoder on the training pairs (unless it is frozen), fills the memory bank, finds the neighbours."""
+    """Trains the encoder on the training pairs (unless it is frozen), fills the memory bank, finds the neighbours.
+
+    For a sharded corpus other stages do the last two.
+    """
     corpus, seed = run.corpus, run.experiment.seed
     torch.manual_seed(seed)
     retriever = RETRIEVERS.build(run.experiment.retriever)
@@ -25,7 +34,9 @@ def make_retriever(run: Run, folder: Path) -> None:
     rows = corpus.rows("train")
     captions, images_BHWC = [corpus.captions[row] for row in rows], corpus.images_BHWC[rows]
     config = run.experiment.retriever_training
-    if config is not None:
+    if run.borrowed is not None:
+        load_weights(run.borrowed_file(ENCODER), encoder)
+    elif config is not None:
         varied_BHWC = run.varied_images
 
         def pairs(items: np.ndarray) -> tuple[list[str], torch.Tensor]:
@@ -43,24 +54,33 @@ def make_retriever(run: Run, folder: Path) -> None:
         )
     encoder.eval()
     save_weights(folder / WEIGHTS, encoder)
-
+    if run.experiment.shards is not None:
+        return
     ids = [corpus.ids[row] for row in rows]
     bank = retriever.bank(ids, captions, images_BHWC)
     bank.save(folder)
     neighbours, verdicts = find_neighbours(retriever, bank, ids=ids, texts=captions, images_BHWC=images_BHWC, seed=seed)
     neighbours.save(folder / "neighbours.npy")
-    seen = verdicts.pop("seen", 0)
-    found = (neighbours.rows_VBK != NONE).sum(axis=2)
-    write_json(
-        folder / "strategy.json",
-        {
-            "candidates_looked_at": seen,
-            "share_rejected": {rule: count / seen for rule, count in sorted(verdicts.items())},
-            "neighbours_per_document": float(found.mean()),
-            "documents_without_neighbours": float((found == 0).mean()),
-            "same_label": _same_label(neighbours.rows_VBK, np.array([corpus.labels[row] for row in rows])),
-        },
-    )
+    labels_B = np.array([corpus.labels[row] for row in rows])
+    figures = strategy_figures(verdicts, (neighbours.rows_VBK != NONE).sum(axis=2))
+    write_json(folder / STRATEGY, {**figures, "same_label": _same_label(neighbours.rows_VBK, labels_B)})
+
+
+def strategy_figures(verdicts: Mapping[str, int], found: np.ndarray) -> dict[str, Any]:
+    """What the strategy did: the share of the candidates that each rule rejected, and how many neighbours it left.
+
+    Args:
+        verdicts: how many candidates were `seen` and how many rejected by each rule.
+        found: neighbours left, for each document and variant.
+    """
+    seen = verdicts.get("seen", 0)
+    rejected = {rule: count / seen for rule, count in sorted(verdicts.items()) if rule != "seen"}
+    return {
+        "candidates_looked_at": seen,
+        "share_rejected": rejected,
+        "neighbours_per_document": float(found.mean()),
+        "documents_without_neighbours": float((found == 0).mean()),
+    }
 
 
 def _same_label(rows_VBK: np.ndarray, labels_B: np.ndarray) -> float | None:

@@ -2,61 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.experiment import Experiment
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.evaluate import make_evaluation
 from cm3leon.stages.generate import make_generations
-from cm3leon.stages.pipeline import Stage, run_stages
+from cm3leon.stages.neighbours import (
+    make_index,
+    make_index_part,
+    make_neighbours,
+    make_neighbours_part,
+    make_vectors,
+    make_vectors_part,
+    neighbours_inputs,
+)
+from cm3leon.stages.pipeline import Part, Stage, run_part, run_stages
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.retrieve import make_retriever
 from cm3leon.stages.tokenize import make_documents, make_image_tokenizer, make_text_tokenizer
+from cm3leon.stages.tokens import make_tokens, make_tokens_part, tokens_inputs
+from cm3leon.stages.training_data import training_inputs
 from cm3leon.training.device import best_device
 
 
 def _documents_inputs(run: Run) -> Any:
-    return [run.section("data", "split"), run.source.fingerprint(), run.new_image_tokenizer().image_size]
+    shards = run.experiment.shards
+    inputs = [run.section("data", "split"), run.source.fingerprint(), run.new_image_tokenizer().image_size]
+    return [*inputs, shards.sample] if shards else inputs
 
 
-STAGES = (
+def _inputs(*sections: str, or_borrowed: str) -> Callable[[Run], Any]:
+    """Sections of the experiment, and the digest of the file that is taken over instead, if one is."""
+    return lambda run: [run.section(*sections), run.borrowed_digest(or_borrowed)]
+
+
+def _pretraining_inputs(run: Run) -> Any:
+    sections = run.section("sentinels", "objective", "packing", "model", "training", "decoder", "seed")
+    return [sections, training_inputs(run)]
+
+
+FIRST = (
     Stage("documents", 1, _documents_inputs, make_documents),
-    Stage("text_tokenizer", 1, lambda run: run.section("text_tokenizer"), make_text_tokenizer),
+    Stage("text_tokenizer", 1, _inputs("text_tokenizer", or_borrowed=TEXT_TOKENIZER), make_text_tokenizer),
     Stage(
         "image_tokenizer",
         1,
-        lambda run: run.section("image_tokenizer", "image_tokenizer_training", "augment", "seed"),
+        _inputs("image_tokenizer", "image_tokenizer_training", "augment", "seed", or_borrowed=IMAGE_TOKENIZER),
         make_image_tokenizer,
     ),
-    Stage("retriever", 1, lambda run: run.section("retriever", "retriever_training", "seed"), make_retriever),
-    Stage(
-        "pretraining",
-        1,
-        lambda run: run.section("sentinels", "objective", "model", "training", "decoder"),
-        make_pretraining,
-    ),
-    Stage(
-        "generation",
-        1,
-        lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation"),
-        make_generations,
-    ),
-    Stage("evaluation", 2, lambda run: run.section("metrics"), make_evaluation),
+    Stage("retriever", 1, _inputs("retriever", "retriever_training", "seed", or_borrowed=ENCODER), make_retriever),
+)
+# These depend on the tokenizers and the encoder themselves, not on how they came to be: a terabyte of tokens stays
+# when the retriever changes.
+TOKENS = Stage("tokens", 1, tokens_inputs, make_tokens, make_tokens_part, needs=())
+BANK = (
+    Stage("vectors", 1, lambda run: run.encoder_header, make_vectors, make_vectors_part, needs=("tokens",)),
+    Stage("index", 1, lambda run: run.section("index", "seed"), make_index, make_index_part),
 )
 
 
-def run_experiment(experiment: Experiment, folder: Path) -> None:
+def _neighbours(*needs: str) -> Stage[Run]:
+    return Stage("neighbours", 1, neighbours_inputs, make_neighbours, make_neighbours_part, needs)
+
+
+def _last(*needs: str) -> tuple[Stage[Run], ...]:
+    return (
+        Stage("pretraining", 2, _pretraining_inputs, make_pretraining, needs=needs),
+        Stage(
+            "generation",
+            1,
+            lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed"),
+            make_generations,
+        ),
+        Stage("evaluation", 2, lambda run: run.section("metrics"), make_evaluation),
+    )
+
+
+def stages_of(experiment: Experiment) -> tuple[Stage[Run], ...]:
+    """The stages of an experiment; those between retriever and pretraining are for a corpus in shards."""
+    if experiment.shards is None:
+        return (*FIRST, *_last("retriever"))
+    if experiment.shards.bank:
+        return (*FIRST, TOKENS, _neighbours("tokens"), *_last("retriever", "neighbours"))
+    return (*FIRST, TOKENS, *BANK, _neighbours("tokens", "index"), *_last("retriever", "neighbours"))
+
+
+def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
     """Brings all stages of an experiment up to date in the run folder, and says where the report is.
 
     Raises:
         UserError: for a user's mistake that only a stage can see, such as a corpus without documents.
     """
+    run = _open(experiment, folder)
+    seconds = run_stages(stages_of(experiment), run, folder, lambda line: print(line, flush=True), until=until)
+    if "evaluation" in seconds:
+        publish(run, seconds)
+        print(f"report: {folder / 'report.html'}")
+
+
+def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part) -> None:
+    """Makes one worker's share of a stage's shards.
+
+    Raises:
+        UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
+    """
+    run_part(stages_of(experiment), stage, Run(experiment, folder, best_device()), folder, part)
+
+
+def _open(experiment: Experiment, folder: Path) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
-    run = Run(experiment, folder, best_device())
-    seconds = run_stages(STAGES, run, folder, lambda line: print(line, flush=True))
-    publish(run, seconds)
-    print(f"report: {folder / 'report.html'}")
+    return Run(experiment, folder, best_device())

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cm3leon.data.corpus import Corpus, split_of
+from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.images import square
 from cm3leon.data.shuffle import RowStream
 from cm3leon.data.source import Skipped
-from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.tokens import sample_documents, split_in
 from cm3leon.tokenizers.text import TextTokenizer
-from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.trainer import train
 from cm3leon.types import Document, UserError
 
@@ -30,7 +32,8 @@ def make_documents(run: Run, folder: Path) -> None:
     documents: list[Document] = []
     images: list[np.ndarray] = []
     skipped: list[Skipped] = []
-    for item in tqdm(run.source.documents(), desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True):
+    items = sample_documents(run) if run.experiment.shards else run.source.documents()
+    for item in tqdm(items, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True):
         if isinstance(item, Skipped):
             skipped.append(item)
             continue
@@ -42,32 +45,62 @@ def make_documents(run: Run, folder: Path) -> None:
     (folder / SKIPPED).write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped))
     if skipped:
         print(f"      {len(skipped)} of {len(skipped) + len(documents)} items skipped, listed in {folder / SKIPPED}")
-    if not documents:
+    if not documents and run.borrowed is None:  # with borrowed tokenizers it may be text, to be mixed into another run
         reason = f", for example {skipped[0].file}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"data: no usable documents in the corpus ({len(skipped)} items skipped{reason})")
-    split = run.experiment.split
     ids = [document.id for document in documents]
     Corpus(
         ids=ids,
         captions=[document.text for document in documents],
-        images_BHWC=np.stack(images),
+        images_BHWC=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
         labels=[document.label for document in documents],
-        splits=split_of(ids, validation=split.validation, held_out=split.held_out),
+        splits=_splits(run, ids),
     ).save(folder)
 
 
+def _splits(run: Run, ids: list[str]) -> list[Split]:
+    """The split of each document; for a sample, that which it has in the whole corpus."""
+    config = run.experiment.split
+    if run.experiment.shards is None:
+        return split_of(ids, validation=config.validation, held_out=config.held_out)
+    splits = [split_in(run, id_) for id_ in ids]
+    for split in get_args(Split):
+        if split not in splits and run.borrowed is None:
+            raise UserError(
+                f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
+            )
+    return splits
+
+
 def make_text_tokenizer(run: Run, folder: Path) -> None:
-    """Learns the merges on the training captions."""
-    captions = [run.corpus.captions[row] for row in run.corpus.rows("train")]
-    TextTokenizer.train(run.experiment.text_tokenizer, captions).save(folder)
+    """Learns the merges on the training captions, or takes over another run's tokenizer."""
+    config = run.experiment.text_tokenizer
+    if run.borrowed is not None:
+        TextTokenizer.load(run.borrowed_file(TEXT_TOKENIZER).parent, config).save(folder)
+        return
+    TextTokenizer.train(config, [run.corpus.captions[row] for row in run.corpus.rows("train")]).save(folder)
 
 
 def make_image_tokenizer(run: Run, folder: Path) -> None:
-    """Trains the image tokenizer on the training images and their varied versions, then encodes all images."""
-    config, corpus = run.experiment.image_tokenizer_training, run.corpus
+    """Trains the image tokenizer, or takes over another run's, then encodes all images and their varied versions."""
+    corpus, images_BHWC = run.corpus, run.varied_images
+    tokenizer = run.new_image_tokenizer() if run.borrowed else _trained_image_tokenizer(run, folder, images_BHWC)
+    if run.borrowed:
+        load_weights(run.borrowed_file(IMAGE_TOKENIZER), tokenizer)
+        tokenizer.to(run.device).eval()
+    if len(corpus):
+        codes_MN = tokenizer.encode(corpus.images_BHWC)
+        np.save(folder / "codes.npy", codes_MN)
+        varied_codes_VBN = tokenizer.encode(images_BHWC).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
+        np.save(folder / "varied_codes.npy", varied_codes_VBN)
+    save_weights(folder / WEIGHTS, tokenizer)
+    write_json(folder / "config.json", run.section("image_tokenizer"))
+
+
+def _trained_image_tokenizer(run: Run, folder: Path, images_BHWC: np.ndarray) -> Any:
+    config = run.experiment.image_tokenizer_training
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
-    images_BHWC = run.varied_images
     train(
         tokenizer,
         lambda module, batch_BHWC: module.loss(batch_BHWC),
@@ -83,9 +116,4 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
         seed=run.experiment.seed,
         title="image tokenizer",
     )
-    codes_MN = tokenizer.encode(corpus.images_BHWC)
-    np.save(folder / "codes.npy", codes_MN)
-    varied_codes_VBN = tokenizer.encode(images_BHWC).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
-    np.save(folder / "varied_codes.npy", varied_codes_VBN)
-    save_weights(folder / WEIGHTS, tokenizer)
-    write_json(folder / "config.json", run.section("image_tokenizer"))
+    return tokenizer

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,42 +100,46 @@ def train(
     module.to(device).train()
     optimizer = _optimizer(module, config)
     step, log = _resume(folder, module, optimizer, batches, device)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-    progress = tqdm(total=config.steps, initial=step, desc=title, unit="step", mininterval=2.0, dynamic_ncols=True)
-    meter = _Meter()
-    while step < config.steps:
-        torch.manual_seed(seed * 1_000_003 + step)
-        rate = linear_schedule(step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(device, config.precision):
-            value, figures = loss(module, batches.next())
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        progress.update()
-
-        meter.add({"loss": value.detach(), "gradient_norm": norm, **figures})
-        if step % config.log_every == 0 or step == config.steps:
-            record = {"step": step, "learning_rate": rate, **meter.read()}
-            for name in VITAL:
-                if not math.isfinite(record[name]):
-                    raise FloatingPointError(f"{title}: the {name} is {record[name]} at step {step}")
-            log.append(record)
-            _record(record, folder, writer)
-            progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            state = {"data": batches.state_dict()}
-            save_checkpoint(
-                folder, step=step, module=module, optimizer=optimizer, state=state, keep=config.keep_checkpoints
+    with (
+        closing(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)) as writer,
+        tqdm(
+            total=config.steps, initial=step, desc=title, unit="step", mininterval=2.0, dynamic_ncols=True
+        ) as progress,
+    ):
+        meter = _Meter()
+        while step < config.steps:
+            torch.manual_seed(seed * 1_000_003 + step)
+            rate = linear_schedule(
+                step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps
             )
-        if callback and step % config.callback_every == 0:
-            callback(step, writer)
-            module.train()
-    progress.close()
-    writer.close()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with autocast(device, config.precision):
+                value, figures = loss(module, batches.next())
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            progress.update()
+
+            meter.add({"loss": value.detach(), "gradient_norm": norm, **figures})
+            if step % config.log_every == 0 or step == config.steps:
+                record = {"step": step, "learning_rate": rate, **meter.read()}
+                for name in VITAL:
+                    if not math.isfinite(record[name]):
+                        raise FloatingPointError(f"{title}: the {name} is {record[name]} at step {step}")
+                log.append(record)
+                _record(record, folder, writer)
+                progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                state = {"data": batches.state_dict()}
+                save_checkpoint(
+                    folder, step=step, module=module, optimizer=optimizer, state=state, keep=config.keep_checkpoints
+                )
+            if callback and step % config.callback_every == 0:
+                callback(step, writer)
+                module.train()
     module.eval()
     return log
 

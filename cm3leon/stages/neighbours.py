@@ -1,0 +1,144 @@
+"""The stages that find the retrieved documents of a corpus of any size: vectors, index, neighbours."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon.data.images import square
+from cm3leon.data.shards import make_missing, open_shard, read_plan, shard_path, write_plan
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import add_shard, merge, train
+from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, write_neighbour_shard
+from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import MARKER, Part, locked, write_json
+from cm3leon.stages.retrieve import STRATEGY, strategy_figures
+from cm3leon.stages.sharing import shard_documents, share_out, with_progress
+from cm3leon.types import Document
+
+OWN_BANK = ".."
+"""The run folder whose documents are the bank, as seen from the stage's folder."""
+
+
+# ------------------------------------------------------------------------------------------------ vectors
+
+
+def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
+    """Encodes the documents of this worker's token shards, read once more from the source for their pixels."""
+    parts = run.source.parts()
+    write_plan(folder, run.encoder_header)
+
+    def make(number: int) -> None:
+        ids: list[str] = []
+        vectors = [_empty(run)]
+        for batch in shard_documents(run, parts, number):
+            ids += [document.id for document in batch]
+            vectors.append(_parts(run, batch))
+        write_vector_shard(shard_path(folder, number, len(parts)), ids, Parts.concatenate(vectors), run.encoder_header)
+
+    with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
+
+
+def make_vectors(run: Run, folder: Path) -> None:
+    """Makes the shards that no worker has made, and the index of all."""
+    share_out(run, folder, make_vectors_part)
+    finish_vectors(folder, len(run.source.parts()))
+
+
+def _parts(run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0) -> Parts:
+    """Vectors of the documents' texts and first images, zero where one lacks them."""
+    encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
+    texts = [document.text for document in documents]
+    images = [document.image for document in documents]
+    with_text = [place for place, text in enumerate(texts) if text]
+    with_image = [place for place, image in enumerate(images) if image is not None]
+    text_BD, image_BD = (np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2))
+    if with_text:
+        text_BD[with_text] = encoder.encode_texts([texts[place] for place in with_text], dropout=dropout, seed=seed)
+    if with_image:
+        squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
+        image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
+    return Parts(text_BD, image_BD)
+
+
+def _empty(run: Run) -> Parts:
+    return _parts(run, [])
+
+
+# ------------------------------------------------------------------------------------------------ index
+
+
+def make_index_part(run: Run, folder: Path, part: Part) -> None:
+    """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
+    vectors = run.vectors
+    with locked(folder, ".training", wait=True):
+        train(vectors, folder, run.experiment.index, run.experiment.seed)
+    numbers = range(part[0], vectors.count, part[1])
+    for number in tqdm(numbers, desc="index", unit="shard", mininterval=2.0, dynamic_ncols=True):
+        add_shard(vectors, number, folder, run.experiment.index)
+
+
+def make_index(run: Run, folder: Path) -> None:
+    """Makes the pieces that no worker has made, merges all, and measures the recall."""
+    share_out(run, folder, make_index_part)
+    merge(run.vectors, folder, run.experiment.index, run.experiment.seed)
+
+
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+def neighbours_inputs(run: Run) -> Any:
+    """What the neighbours depend on besides the tokens and the index: the strategy, the encoder, a borrowed bank."""
+    bank = run.shards.bank
+    marker = json.loads((bank / "index" / MARKER).read_text())["fingerprint"] if bank else None
+    return [run.section("retriever", "seed"), run.encoder_header, marker]
+
+
+def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
+    """Finds the neighbours of this worker's documents, under every variant of query dropout."""
+    parts, config = run.source.parts(), run.experiment.retriever.config
+    first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
+    write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
+
+    def make(number: int) -> None:
+        found = [np.zeros((config.dropout_variants, 0, 2 * config.per_modality), np.int64)]
+        verdicts: Counter[str] = Counter()
+        first = int(first_rows[number])
+        for batch in shard_documents(run, parts, number):
+            seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(config.dropout_variants)
+            queries = [_parts(run, batch, dropout=config.query_dropout, seed=int(seed)) for seed in seeds]
+            own_Q = np.arange(first, first + len(batch)) if run.shards.bank is None else np.full(len(batch), -1)
+            rows_VBK, seen = neighbours_of(run.retriever, run.bank, queries, own_Q)
+            found.append(rows_VBK)
+            verdicts += seen
+            first += len(batch)
+        path = shard_path(folder, number, len(parts))
+        write_neighbour_shard(path, np.concatenate(found, axis=1), {"verdicts": dict(verdicts)})
+
+    with_progress("neighbours", make_missing(folder, len(parts), make, part=part), len(parts), part)
+
+
+def make_neighbours(run: Run, folder: Path) -> None:
+    """Makes the shards that no worker has made, the index of all, and the strategy's figures."""
+    share_out(run, folder, make_neighbours_part)
+    count = len(run.source.parts())
+    finish_neighbours(folder, count)
+    verdicts: Counter[str] = Counter()
+    found = []
+    for number in range(count):
+        shard = open_shard(shard_path(folder, number, count), verify=False)
+        verdicts += Counter(shard.header["verdicts"])
+        found.append((shard.numbers("rows") >= 0).sum(axis=1))
+    write_json(folder / STRATEGY, strategy_figures(verdicts, np.concatenate(found)))
+
+
+def bank_of(folder: Path) -> Path:
+    """The run folder whose documents the neighbours in a stage's folder are."""
+    return folder.parent if (bank := read_plan(folder)["bank"]) == OWN_BANK else Path(bank)

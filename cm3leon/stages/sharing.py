@@ -1,0 +1,103 @@
+"""Stages whose shards workers share: processes of this machine, or array jobs of a cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from cm3leon.data.shards import open_shard, shard_path
+from cm3leon.experiment import load_experiment
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import Part
+from cm3leon.training.device import best_device
+from cm3leon.types import Document, UserError
+
+T = TypeVar("T")
+MakePart = Callable[[Run, Path, Part], None]
+
+BATCH = 256
+"""Documents that are encoded together."""
+
+
+def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
+    """Makes the missing shards of a stage in `shards.workers` processes, in this one if that is 1.
+
+    Raises:
+        UserError: if a worker fails; what the others have finished is kept.
+    """
+    workers = run.shards.workers
+    if workers == 1:
+        make_part(run, folder, (0, 1))
+        return
+    context = multiprocessing.get_context("spawn")
+    running = [
+        context.Process(target=_work, args=(run.folder, folder, make_part, (k, workers)), daemon=True)
+        for k in range(workers)
+    ]
+    for process in running:
+        process.start()
+    try:
+        for process in running:
+            process.join()
+    finally:
+        for process in running:
+            process.terminate()
+    if any(process.exitcode for process in running):
+        raise UserError(f"stage {folder.name}: a worker failed, see above; the same command goes on from there")
+
+
+def _work(run_folder: Path, folder: Path, make_part: MakePart, part: Part) -> None:
+    """What a worker process does; the experiment is loaded again, so that its plugins are."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
+    try:
+        make_part(Run(load_experiment(str(run_folder / "config.yaml")), run_folder, best_device()), folder, part)
+    except UserError as error:
+        sys.exit(f"cm3leon: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def with_progress(title: str, made: Iterable[tuple[int, bool]], count: int, part: Part) -> None:
+    """Goes through a worker's shards, showing how many of its share are there, with a rate and the time left."""
+    share = len(range(part[0], count, part[1]))
+    name = title if part[1] == 1 else f"{title} {part[0]}/{part[1]}"
+    for _ in tqdm(made, total=share, desc=name, unit="shard", mininterval=2.0, dynamic_ncols=True):
+        pass
+
+
+def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """Items in lists of `size`, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def shard_documents(run: Run, parts: list[str], number: int) -> Iterator[list[Document]]:
+    """The documents of token shard `number` with their text and pixels, in its order, in batches.
+
+    Raises:
+        UserError: if the source no longer holds the documents that the shard was made of.
+    """
+    shard = open_shard(shard_path(run.folder / "tokens", number, len(parts)))
+    wanted = shard.strings("id")
+    kept = set(wanted)
+    items = (item for item in run.source.read(parts[number]) if isinstance(item, Document) and item.id in kept)
+    found = 0
+    for batch in batches(items):
+        if [document.id for document in batch] != wanted[found : found + len(batch)]:
+            break
+        found += len(batch)
+        yield batch
+    if found < len(wanted):
+        raise UserError(
+            f"data: {parts[number]} has changed since its tokens were made, it no longer holds {wanted[found]}; "
+            f"delete {shard.path} and make it again"
+        )

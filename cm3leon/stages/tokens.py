@@ -1,0 +1,123 @@
+"""The stage that turns a corpus of any size into token shards, one for each part of the source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.data.corpus import Split
+from cm3leon.data.images import square
+from cm3leon.data.shards import make_missing, shard_path, write_plan
+from cm3leon.data.source import Skipped
+from cm3leon.data.token_shards import TokenShards, finish_tokens, split_of_id, write_token_shard
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import Part
+from cm3leon.stages.sharing import batches, share_out, with_progress
+from cm3leon.tokenizers.document import token_count
+from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, TokenSegment, UserError
+
+
+def split_in(run: Run, id_: str) -> Split:
+    """The split of a document, by its id alone."""
+    return split_of_id(id_, validation=run.experiment.split.validation, held_out=run.experiment.split.held_out)
+
+
+def sample_documents(run: Run) -> Iterator[Document | Skipped]:
+    """About `shards.sample` documents, equally many from every part of the source, or one from each of as many parts.
+
+    Parts with fewer are not made up for.
+    """
+    count, parts = run.shards.sample, run.source.parts()
+    order = np.random.default_rng(run.experiment.seed).permutation(len(parts))[:count]
+    for number in sorted(order.tolist()):
+        left = -(-count // len(order))
+        for item in run.source.read(parts[number]):
+            yield item
+            left -= isinstance(item, Document)
+            if not left:
+                break
+
+
+def tokens_inputs(run: Run) -> Any:
+    """What the token shards depend on: the corpus, its split, the tokenizers, and how long a document may be."""
+    sections = run.section("data", "split")
+    return [sections, run.source.fingerprint(), asdict(run.made_by), run.new_image_tokenizer().image_size, _room(run)]
+
+
+def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
+    """Tokenises the training documents of this worker's parts of the source."""
+    parts = run.source.parts()
+    write_plan(folder, {"tokenizers": asdict(run.made_by), "parts": len(parts), "source": run.source.fingerprint()})
+
+    def make(number: int) -> None:
+        documents, skipped = _tokenized(run, run.source.read(parts[number]))
+        listed = folder / "skipped" / f"{number:05d}.jsonl"
+        listed.parent.mkdir(exist_ok=True)
+        listed.write_text("".join(json.dumps({"file": s.file, "reason": s.reason}) + "\n" for s in skipped))
+        write_token_shard(shard_path(folder, number, len(parts)), documents, run.made_by)
+
+    with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
+
+
+def make_tokens(run: Run, folder: Path) -> None:
+    """Makes the shards that no worker has made, and the index of all.
+
+    Raises:
+        UserError: if there is not one document to train on.
+    """
+    share_out(run, folder, make_tokens_part)
+    finish_tokens(folder, len(run.source.parts()))
+    if not len(TokenShards(folder)):
+        raise UserError(
+            f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
+        )
+
+
+def _tokenized(run: Run, items: Iterable[Document | Skipped]) -> tuple[list[TokenDocument], list[Skipped]]:
+    """The training documents among the items, as ids, and what was left out (not the other splits, which are)."""
+    documents: list[TokenDocument] = []
+    skipped: list[Skipped] = []
+    room = _room(run)
+    for batch in batches(_training_documents(run, items, skipped)):
+        for document in _encode(run, batch):
+            length = token_count(document)
+            if room is not None and length > room:
+                skipped.append(Skipped(document.id, f"takes {length} tokens, packing.method whole allows {room}"))
+            else:
+                documents.append(document)
+    return documents, skipped
+
+
+def _room(run: Run) -> int | None:
+    """Tokens that a document may have: in `whole` packing it lies in one block, between two `<eos>`."""
+    return run.seq_len - 2 if run.experiment.packing.method == "whole" else None
+
+
+def _training_documents(run: Run, items: Iterable[Document | Skipped], skipped: list[Skipped]) -> Iterator[Document]:
+    for item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        elif split_in(run, item.id) == "train":
+            yield item
+
+
+def _encode(run: Run, documents: Sequence[Document]) -> Iterator[TokenDocument]:
+    """Documents of any segments as ids, all their images encoded as one batch."""
+    size = run.image_tokenizer.image_size
+    images = [square(s.pixels_HWC, size) for d in documents for s in d.segments if isinstance(s, ImageSegment)]
+    codes = iter(run.image_tokenizer.encode(np.stack(images)) if images else ())
+    for document in documents:
+        yield TokenDocument(
+            document.id,
+            tuple(
+                TokenSegment("text", run.text_tokenizer.encode(segment.text))
+                if isinstance(segment, TextSegment)
+                else TokenSegment("image", run.vocab.image_ids(next(codes)))
+                for segment in document.segments
+            ),
+        )

@@ -1,0 +1,124 @@
+"""Training samples: documents with the retrieved ones drawn for them, from memory or from shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.data.mixture import Mixture, sampling_rates
+from cm3leon.data.shuffle import shuffled
+from cm3leon.data.token_shards import TokenShards
+from cm3leon.objectives.packing import Draw
+from cm3leon.retrievers.neighbours import NeighbourShards
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.neighbours import bank_of
+from cm3leon.stages.pipeline import MARKER
+from cm3leon.tasks.base import with_segment
+from cm3leon.types import Sample, TokenDocument, UserError
+
+
+def training_samples(run: Run) -> Draw:
+    """The stream of training samples of an experiment."""
+    return _from_memory(run) if run.experiment.shards is None else _from_shards(run)
+
+
+def training_inputs(run: Run) -> Any:
+    """What the samples depend on besides this run's own stages: other runs that are mixed in."""
+    folders = run.experiment.shards.mix if run.experiment.shards else {}
+    return {name: [share, *_fingerprints(Path(name))] for name, share in folders.items()}
+
+
+def _fingerprints(folder: Path) -> list[str]:
+    try:
+        stages = [folder / "tokens", folder / "neighbours", bank_of(folder / "neighbours") / "tokens"]
+        return [json.loads((stage / MARKER).read_text())["fingerprint"] for stage in stages]
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"shards.mix: {folder} is no run with finished neighbours; make it with until=neighbours first"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ from memory
+
+
+def _from_memory(run: Run) -> Draw:
+    documents = len(run.corpus.rows("train"))
+
+    def draw(position: int, rng: np.random.Generator) -> Sample:
+        return draw_sample(run, shuffled(run.experiment.seed, position, documents), rng)
+
+    return draw
+
+
+def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
+    """A training document with retrieved documents drawn for it, a version of each image drawn too.
+
+    `document` counts within the training split, which is the memory bank.
+    """
+    config = run.experiment.retriever.config
+    rows = run.neighbours.draw(document, most=config.max_documents, random_count=config.random_count, rng=rng)
+    return Sample(_version(run, document, rng), tuple(_version(run, row, rng) for row in rows))
+
+
+def _version(run: Run, document: int, rng: np.random.Generator) -> TokenDocument:
+    """A training document with one of the versions of its image."""
+    codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), document]
+    original = run.token_documents[run.bank_rows[document]]
+    return with_segment(original, "image", run.vocab.image_ids(codes_N))
+
+
+# ------------------------------------------------------------------------------------------------ from shards
+
+
+@dataclass(frozen=True)
+class ShardedCorpus:
+    """The training documents of a run's folder, with their neighbours and the documents of the bank these are in."""
+
+    folder: Path
+    run: Run
+
+    @cached_property
+    def tokens(self) -> TokenShards:
+        """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
+        tokens = TokenShards(self.folder / "tokens", self.run.made_by)
+        room = self.run.seq_len - 2
+        if self.run.experiment.packing.method == "whole" and tokens.longest > room:
+            raise UserError(
+                f"model.seq_len: {tokens.folder} has a document of {tokens.longest} tokens, a block holds {room}; "
+                "raise model.seq_len, or set packing.method=stream"
+            )
+        return tokens
+
+    @cached_property
+    def neighbours(self) -> NeighbourShards:
+        """Rows of the bank for each document."""
+        return NeighbourShards(self.folder / "neighbours")
+
+    @cached_property
+    def bank(self) -> TokenShards:
+        """The documents of the memory bank."""
+        return TokenShards(bank_of(self.folder / "neighbours") / "tokens", self.run.made_by)
+
+    def sample(self, row: int, rng: np.random.Generator) -> Sample:
+        """A document with retrieved documents drawn for it."""
+        config = self.run.experiment.retriever.config
+        rows = self.neighbours.draw(row, most=config.max_documents, random_count=config.random_count, rng=rng)
+        return Sample(self.tokens.document(row), tuple(self.bank.document(other) for other in rows))
+
+
+def _from_shards(run: Run) -> Draw:
+    mix = run.shards.mix
+    corpora = [ShardedCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
+    counts = [len(corpus.tokens) for corpus in corpora]
+    mixture = Mixture(counts, sampling_rates(counts, [1.0, *mix.values()]), run.experiment.seed)
+
+    def draw(position: int, rng: np.random.Generator) -> Sample:
+        source, row, _ = mixture.at(position)
+        return corpora[source].sample(row, rng)
+
+    return draw

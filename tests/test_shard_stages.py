@@ -1,0 +1,243 @@
+"""A corpus in shards, from tars to a report: by one process, by workers that share the stages, and after kills."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from cm3leon.data.shards import open_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+TARS, PER_TAR = 4, 60
+SHARD_STAGES = ("tokens", "vectors", "neighbours")
+SETTINGS = (
+    "split.validation=0.1",
+    "split.held_out=0.1",
+    "shards.sample=200",
+    "text_tokenizer.vocab_size=300",
+    "image_tokenizer.image_size=32",
+    "image_tokenizer.codebook_size=64",
+    "image_tokenizer.channels=8",
+    "retriever.encoder.image_size=32",
+    "retriever.encoder.context_length=16",
+    "model.layers=1",
+    "model.width=64",
+    "model.seq_len=96",
+    "generation.samples=4",
+    "generation.documents=[0]",
+    "generation.shuffled_documents=0",
+    "generation.cfg=[1]",
+    "tasks=[text_to_image]",
+    "metrics=[distinct]",
+    *(
+        f"{section}.{key}={value}"
+        for section in ("image_tokenizer_training", "retriever_training", "training")
+        for key, value in (
+            ("steps", 4),
+            ("warmup_steps", 1),
+            ("log_every", 1),
+            ("checkpoint_every", 2),
+            ("batch_size", 4),
+        )
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits in tars as img2dataset writes them; in the second one a broken image."""
+    folder = tmp_path_factory.mktemp("tars")
+    scans = load_digits()
+    for number in range(TARS):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for k in range(PER_TAR):
+                place = number * PER_TAR + k
+                image = Image.fromarray(np.rint(scans.images[place] * 15).astype(np.uint8))
+                png = io.BytesIO()
+                image.save(png, "png")
+                data = png.getvalue() if (number, k) != (1, 7) else png.getvalue()[:40]
+                for name, content in (
+                    (f"{place:06d}.png", data),
+                    (f"{place:06d}.txt", f"the digit {scans.target[place]}".encode()),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def arguments(tars: Path, run: Path, *more: str) -> list[str]:
+    return ["experiment=corpus", f"data.path={tars}/*.tar", f"run={run}", *SETTINGS, *more]
+
+
+def cm3leon(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "cm3leon.run", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    lines = (run / "pretraining" / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("per_second")} for line in lines]
+
+
+def shards(run: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(run)): file.read_bytes() for file in sorted(run.glob("*/shard-*.arrow"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made by one process without interruption."""
+    run = tmp_path_factory.mktemp("run") / "whole"
+    cm3leon(*arguments(tars, run))
+    return run
+
+
+def test_one_process_makes_a_shard_of_each_part_and_trains_on_them(finished: Path) -> None:
+    for stage in SHARD_STAGES:
+        assert len(list((finished / stage).glob("shard-*.arrow"))) == TARS
+    documents = sum(len(open_shard(file)) for file in (finished / "tokens").glob("*.arrow"))
+    assert 0.6 * TARS * PER_TAR < documents < TARS * PER_TAR  # the training split, about 80 %
+    skipped = [json.loads(line) for line in (finished / "tokens/skipped/00001.jsonl").read_text().splitlines()]
+    assert len(skipped) == 1
+    assert "000067" in skipped[0]["file"]
+    assert [record["step"] for record in losses(finished)] == [1, 2, 3, 4]
+    assert (finished / "report.html").is_file()
+
+
+def test_a_second_run_changes_nothing(tars: Path, finished: Path) -> None:
+    before = shards(finished)
+    said = cm3leon(*arguments(tars, finished)).stdout
+    assert said.count("up to date") == 11
+    assert shards(finished) == before
+
+
+def test_workers_that_share_the_stages_make_the_same(tars: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "shared"
+    cm3leon(*arguments(tars, run, "until=retriever"))
+    for stage in SHARD_STAGES:
+        if stage == "neighbours":
+            cm3leon(*arguments(tars, run, "until=index"))
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "cm3leon.run", "part", f"stage={stage}", f"part={k}/2", *arguments(tars, run)],
+                cwd=ROOT,
+            )
+            for k in range(2)
+        ]
+        assert [worker.wait(300) for worker in workers] == [0, 0]
+        cm3leon(*arguments(tars, run, f"until={stage}"))
+    cm3leon(*arguments(tars, run))
+    assert shards(run) == shards(finished)
+    assert losses(run) == losses(finished)
+
+
+def test_a_killed_run_goes_on_with_the_shards_that_are_there(tars: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    for stage in (*SHARD_STAGES, "pretraining"):
+        process = subprocess.Popen([sys.executable, "-m", "cm3leon.run", *arguments(tars, run)], cwd=ROOT)
+        started = run / stage / "started.json"
+        while not started.is_file() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert started.is_file()
+    cm3leon(*arguments(tars, run))
+    assert shards(run) == shards(finished)
+    assert losses(run) == losses(finished)
+
+
+def test_a_deleted_shard_is_made_again(tars: Path, finished: Path) -> None:
+    before = shards(finished)
+    shard = sorted((finished / "tokens").glob("*.arrow"))[2]
+    shard.unlink()
+    assert f"{shard.name} is missing" in cm3leon(*arguments(tars, finished)).stdout
+    assert shards(finished) == before
+
+
+def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"the digit {number} " * (1 + number % 50)}) for number in range(120)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    borrowed = (f"shards.tokenizers={finished}", f"shards.bank={finished}", "packing.method=stream")
+    texts = tmp_path / "texts"
+    source = f'data={{"name": "text_jsonl", "path": "{tmp_path}/texts.jsonl"}}'
+    cm3leon(f"run={texts}", "experiment=corpus", *SETTINGS, source, *borrowed, "until=neighbours")
+    assert not (texts / "vectors").exists()
+    for file in ("text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors", "retriever/model.safetensors"):
+        assert (texts / file).read_bytes() == (finished / file).read_bytes()
+    said = cm3leon(f"run={texts}", "experiment=corpus", *SETTINGS, source, *borrowed, check=False)
+    assert said.returncode == 2
+    assert "shards.mix" in said.stderr.splitlines()[-1]
+
+    run = tmp_path / "mixed"
+    mixed = (*borrowed, f'shards.mix={{"{texts}": 0.5}}')
+    cm3leon(*arguments(tars, run, *mixed))
+    assert not (run / "vectors").exists()
+    assert [record["step"] for record in losses(run)] == [1, 2, 3, 4]
+    assert losses(run) != losses(finished)
+    assert (run / "report.html").is_file()
+    said = cm3leon(*arguments(tars, run, *borrowed, f'shards.mix={{"{tmp_path}/none": 0.5}}'), check=False)
+    assert said.returncode == 2
+    assert "none is no run with finished neighbours" in said.stderr
+
+
+def test_a_flipped_bit_is_named_and_not_trained_on(tars: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "flipped"
+    cm3leon(*arguments(tars, run, "until=neighbours"))
+    for shard in sorted((run / "tokens").glob("*.arrow")):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    said = cm3leon(*arguments(tars, run), check=False)
+    assert said.returncode == 2
+    assert "Traceback" not in said.stderr
+    named = said.stderr.splitlines()[-1]
+    assert named.startswith(f"cm3leon: {run}/tokens/shard-0000")
+    assert "damaged" in named
+    for shard in (run / "tokens").glob("*.arrow"):
+        shard.unlink()
+    cm3leon(*arguments(tars, run))
+    assert shards(run) == shards(finished)
+    assert losses(run) == losses(finished)
+
+
+def test_other_tokenizers_are_refused_in_a_sentence(tars: Path, finished: Path, tmp_path: Path) -> None:
+    said = cm3leon(*arguments(tars, tmp_path / "other", f'shards.mix={{"{finished}": 1}}', "seed=1"), check=False)
+    assert said.returncode == 2
+    assert said.stderr.strip().splitlines()[-1].startswith("cm3leon: ")
+    assert "tokenizer" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["stage=pretraining", "part=0/2"],
+            "made in one piece; those that workers share are: tokens, vectors, index, neighbours",
+        ),
+        (["stage=token", "part=0/2"], "tokens"),
+        (["stage=tokens", "part=2/2"], "write part=k/n"),
+        (["stage=tokens", "part=0/2"], "not exist"),
+    ],
+)
+def test_mistakes_of_a_worker_end_in_a_sentence(tars: Path, tmp_path: Path, words: list[str], sentence: str) -> None:
+    said = cm3leon("part", *words, *arguments(tars, tmp_path / "none"), check=False)
+    assert said.returncode == 2
+    assert sentence in said.stderr
+    assert "Traceback" not in said.stderr

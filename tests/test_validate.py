@@ -1,0 +1,133 @@
+"""The command that reads a corpus and says what it holds."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from corpora import CORPORA, encoded, picture, write_lines, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cm3leon.run import main
+from cm3leon.validate import Seen, quantile, read, source_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_corpus_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number, 10 + number)))
+    (tmp_path / "7.png").write_bytes(b"no image")
+    lines = [{"text": "x" * (10 + n), "image": f"{n}.png"} for n in range(8)]
+    page = {"segments": [{"text": "ab"}, {"image": "0.png"}, {"image": "1.png"}]}
+    more = [{"text": "y" * 50}, {"image": "0.png"}, page, {"image": "gone.png"}, {"image": "lost.png"}, {}]
+    write_lines(tmp_path / "a.jsonl", [*lines, *more])
+    assert main(["validate", f"data.path={tmp_path}/a.jsonl", "limit=1"]) == 0
+    said = capsys.readouterr().out
+    assert "documents  10 usable, 4 items left out (28.6%)" in said
+    for kind in ("7 of a caption and its image", "1 of text alone", "1 of an image alone", "1 pages of text and imag"):
+        assert f"           {kind}" in said
+    assert "text       characters a document: least 2, median 13, 95 % 50, most 50" in said
+    assert "images     10 (RGB 10); shorter side in pixels: least 10, median 11, 95 % 16, most 16" in said
+    assert "left out   2: unreadable: FileNotFoundError: the image ...\n" in said
+    assert "             a.jsonl/12: unreadable: FileNotFoundError: the image 'gone.png'\n" in said
+    assert "             and 1 more\n" in said
+    assert "left out   1: the line has none of text, image and segments" in said
+    # 10 images of 1,024 codes; 7 captions of 10 to 16 characters, 50 and 2 make 143 bytes
+    assert "tokens     about 10,276 by the paper's tokenizers" in said
+    assert "disk       tokens 20.6 kB (2 bytes each), vectors 20.5 kB" in said
+
+
+def test_the_cost_of_an_experiments_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = CORPORA["webdataset"](tmp_path)
+    assert main(["validate", f"data.path={settings['path']}", "experiment=digits"]) == 0
+    said = capsys.readouterr().out
+    assert "about 105 by the experiment's tokenizers: 16 an image" in said  # 6 images, 37 bytes
+    assert re.search(r"encoding images: [\d,]+ images/s on this machine's CPU, 0 s in all", said)
+
+
+def test_the_data_of_an_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "experiment=digits"]) == 0
+    assert "documents  1,797 usable, 0 items left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["webdataset", "parquet", "jsonl", "folder"])
+def test_the_source_is_told_by_the_files(name: str, tmp_path: Path) -> None:
+    settings = CORPORA[name](tmp_path)
+    assert source_name(settings["path"]) == ("folder" if name == "jsonl" else name)
+    if name == "jsonl":  # a folder with images in it; its lines are told by their own path
+        assert source_name(f"{tmp_path}/*.jsonl") == "jsonl"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "data.path is missing; write data.path=PATH"),
+        (["data.path=none"], "data.path: none does not exist"),
+        (["data.path={empty}"], "holds no files that end in .tar, "),
+        (["data.name=webdatset", "data.path={empty}"], "did you mean webdataset?"),
+        (["data.path={tars}", "limits=3"], "limits is not a known key; did you mean limit?"),
+        (["data.path={tars}", "limit=0"], "limit is 0; it must be int >= 1"),
+        (["data.path={tars}", "data.paths=3"], "data.paths is not a known key"),
+        (["data.path={tars}"], "data: no usable documents in the corpus (1 items left out)"),
+    ],
+)
+def test_mistakes_are_sentences(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("empty", "tars"):
+        (tmp_path / folder).mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", [("a.txt", b"x")])
+    words = [word.format(empty=tmp_path / "empty", tars=tmp_path / "tars") for word in words]
+    assert main(["validate", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("cm3leon: ")
+    assert sentence in said
+
+
+@given(st.lists(st.integers(0, 20), min_size=1), st.sampled_from([0.0, 0.25, 0.5, 0.95, 1.0]))
+def test_quantiles_by_their_definition(values: list[int], share: float) -> None:
+    expected = next(value for value in sorted(values) if sum(v <= value for v in values) >= share * len(values))
+    assert quantile(Counter(values), share) == expected
+
+
+def test_an_interruption_keeps_what_was_seen(tmp_path: Path) -> None:
+    class Interrupted:
+        def parts(self) -> list[str]:
+            return ["one"]
+
+        def read(self, part: str):
+            from cm3leon.types import Document, TextSegment
+
+            yield Document("a", (TextSegment("text"),))
+            raise KeyboardInterrupt
+
+    seen = Seen()
+    assert not read(Interrupted(), seen)  # type: ignore[arg-type]
+    assert seen.documents == 1
+
+
+def test_ctrl_c_prints_the_report_and_exits_with_130(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", ({"text": f"text {number} " * 20} for number in range(300_000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cm3leon.run", "validate", f"data.path={tmp_path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "documents=" not in process.stderr.read(1) + process.stderr.readline(200):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped before the end" in said
+    assert "Traceback" not in errors
