@@ -119,10 +119,28 @@ def validate(arguments: Sequence[str]) -> None:
     main(options)
 
 
+def search(arguments: Sequence[str]) -> None:
+    """Asks the memory bank of a run."""
+    options = apply_overrides({}, map(parse_override, arguments))
+    from cm3leon.search import search as main
+
+    main(options)
+
+
+def add(arguments: Sequence[str]) -> None:
+    """Adds documents to the memory bank of a run."""
+    options = apply_overrides({}, map(parse_override, arguments))
+    from cm3leon.search import add as main
+
+    main(options)
+
+
 COMMANDS = {
     "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
     "part": Command("a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part),
     "validate": Command("read a corpus, say what it holds, what is broken and what it costs: data.path=PATH", validate),
+    "search": Command("ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5", search),
+    "add": Command("add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH", add),
     "export": Command("convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", export),
 }
 

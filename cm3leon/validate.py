@@ -82,9 +82,16 @@ def _options(mapping: Mapping[str, Any]) -> tuple[Options, Experiment | None]:
         given["data"] = to_mapping(experiment.data)
     elif data is None:
         raise UserError("data.path is missing; write data.path=PATH, with data.name=NAME if the files do not tell it")
-    elif isinstance(data, Mapping) and "name" not in data and isinstance(data.get("path"), str):
-        given["data"] = {"name": source_name(data["path"]), **data}
+    else:
+        given["data"] = with_source_name(data)
     return from_mapping(Options, given), experiment
+
+
+def with_source_name(data: Any) -> Any:
+    """A section `data` with the name of the source that reads the files under its path, unless it has one."""
+    if isinstance(data, Mapping) and "name" not in data and isinstance(data.get("path"), str):
+        return {"name": source_name(data["path"]), **data}
+    return data
 
 
 def source_name(path: str) -> str:

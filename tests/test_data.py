@@ -122,7 +122,7 @@ def test_captions_from_one_file_go_before_those_beside_the_images(tmp_path: Path
         "b.png": "beside b",
         "sub/c.png": "c, ünïcode",
     }
-    assert skipped == {"sub/d.png": "no caption: neither d.txt nor a line of captions.jsonl"}
+    assert skipped == {"sub/d.png": "no caption: neither 'd.txt' nor a line of captions.jsonl"}
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -299,7 +299,7 @@ def test_a_broken_exif_block_does_not_end_a_run(good: Path) -> None:
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [
-        (None, "no caption: neither image.txt nor a line of captions.jsonl"),
+        (None, "no caption: neither 'image.txt' nor a line of captions.jsonl"),
         ("", "unusable caption: the caption is empty"),
         (" \n\t ", "unusable caption: the caption is empty"),
         ("é" * 51, "unusable caption: the caption is longer than 100 bytes"),

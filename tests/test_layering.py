@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FOUNDATION = ("types", "config", "registry")
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
-TOP = ("experiment", "stages", "validate", "export", "launch", "run")
+TOP = ("experiment", "stages", "validate", "search", "export", "launch", "run")
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")
 
 

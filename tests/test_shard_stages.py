@@ -196,6 +196,36 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
     assert "none is no run with finished neighbours" in said.stderr
 
 
+def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
+    by_text = cm3leon("search", f"run={finished}", "text=the digit 7", "count=3").stdout.splitlines()
+    assert len(by_text) == 3
+    scores = [float(line.split()[0]) for line in by_text]
+    assert scores == sorted(scores, reverse=True)
+    assert all(".tar/" in line and line.endswith("<image>") for line in by_text)
+
+    more = tmp_path / "more"
+    more.mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((16, 16, 3), 40 + 90 * number, np.uint8)).save(more / f"{number}.png")
+        (more / f"{number}.txt").write_text(f"a grey square, number {number}")
+    said = cm3leon("add", f"run={finished}", f"data.path={more}").stdout
+    assert "3 documents added, 0 items left out" in said
+    found = cm3leon(
+        "search", f"run={finished}", f"image={more}/2.png", "text=a grey square, number 2", "count=1"
+    ).stdout
+    assert found.split("  ")[1:] == ["2.png", "a grey square, number 2 <image>\n"]
+    again = cm3leon("add", f"run={finished}", f"data.path={more}", check=False)
+    assert again.returncode == 2
+    assert "no documents to add (3 items skipped or added before)" in again.stderr
+    assert "up to date" in cm3leon(*arguments(tars, finished)).stdout
+    for words in (["text=x", "run=none"], [f"run={finished}"], [f"run={finished}", "image=none.png"]):
+        wrong = cm3leon("search", *words, check=False)
+        assert wrong.returncode == 2
+        assert "Traceback" not in wrong.stderr
+
+
 def test_a_flipped_bit_is_named_and_not_trained_on(tars: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "flipped"
     cm3leon(*arguments(tars, run, "until=neighbours"))

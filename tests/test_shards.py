@@ -247,6 +247,19 @@ def test_a_shard_deleted_between_epochs_is_named_and_the_others_are_read(tmp_pat
         read.document(7)
 
 
+def test_a_shard_of_another_folder_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tokens", some(5), some(5, seed=1))
+    write(tmp_path / "longer", some(5), some(6, seed=2))
+    write(tmp_path / "other", some(5), some(5, seed=2), tokenizers=replace(SMALL, text="other"))
+    for name, sentence in (
+        ("longer", r"has 6 rows, index\.json says 5"),
+        ("other", "was made by other tokenizers than"),
+    ):
+        shard_path(tmp_path / name, 1, 2).replace(shard_path(folder, 1, 2))
+        with pytest.raises(DamagedShard, match=rf"shard-00001-of-00002\.arrow {sentence}"):
+            TokenShards(folder).document(7)
+
+
 # ------------------------------------------------------------------------------------------------ the container
 
 

@@ -55,7 +55,7 @@ class CocoSource(FileSource):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._images = Files(config.images)
+        self._images = Files(config.images, "data.images")
         if config.instances:
             self.class_names = tuple(self._categories.values())
             self._names = _any_of(self.class_names)
@@ -67,7 +67,7 @@ class CocoSource(FileSource):
         return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
 
     def fingerprint(self) -> str:
-        instances = Files(self.config.instances).list(self.suffixes) if self.config.instances else []
+        instances = Files(self.config.instances, "data.instances").list(self.suffixes) if self.config.instances else []
         return fingerprint([*self.files.list(self.suffixes), *instances])
 
     def class_in(self, text: str) -> int | None:
@@ -81,8 +81,12 @@ class CocoSource(FileSource):
 
     def _of_image(self, entry: Any) -> Iterator[Record | Skipped]:
         corpus = self._captions
-        if not isinstance(entry, Mapping) or "id" not in entry or not isinstance(entry.get("file_name"), str):
-            yield Skipped(corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]}")
+        if (
+            not isinstance(entry, Mapping)
+            or _key(entry.get("id")) is None
+            or not isinstance(entry.get("file_name"), str)
+        ):
+            yield Skipped(corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}")
             return
         load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
         annotations = corpus.by_image.get(entry["id"], [])
@@ -120,7 +124,9 @@ class CocoSource(FileSource):
 
     @cached_property
     def _instances(self) -> dict[str, Any]:
-        files = Files(self.config.instances)
+        files = Files(str(self.config.instances), "data.instances")
+        if not files.is_file:
+            raise UserError(f"data.instances: {self.config.instances} is not a file; give the instances JSON")
         (listed,) = files.list(self.suffixes)
         return _read(files, listed.name, "data.instances", {"annotations": list, "categories": list})
 
@@ -139,7 +145,9 @@ class CocoSource(FileSource):
         """Ids of the categories seen in each image."""
         seen: dict[Any, set[int]] = {}
         for annotation in self._instances["annotations"]:
-            seen.setdefault(_key(annotation.get("image_id")), set()).add(annotation.get("category_id"))
+            if isinstance(annotation, Mapping):
+                category = _key(annotation.get("category_id"))
+                seen.setdefault(_key(annotation.get("image_id")), set()).add(category)
         return seen
 
 
@@ -152,8 +160,9 @@ class _Captions:
     by_image: dict[Any, list[Any]]
 
 
-def _key(image_id: Any) -> Any:
-    return image_id if isinstance(image_id, (int, str)) else None
+def _key(id_: Any) -> int | str | None:
+    """An id of the JSON file, None for anything that is none."""
+    return id_ if isinstance(id_, (int, str)) else None
 
 
 def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict[str, Any]:

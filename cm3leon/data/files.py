@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import gzip
 import hashlib
 import json
@@ -27,6 +29,10 @@ CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a damaged gzip file raises."""
 
 
+NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
 class File(NamedTuple):
     """A listed file: its name relative to the root of the listing, its bytes, and a text that changes with it."""
 
@@ -41,16 +47,19 @@ class Files:
     The path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`). Names are relative to
     the folder, to the folder of the file, or to the part of a glob before its first wildcard.
 
+    Args:
+        where: the setting that holds the path, for messages.
+
     Raises:
         UserError: for a path that does not exist or whose file system is not installed.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, where: str = "data.path") -> None:
         self.path = path
         try:
             self.system, whole = url_to_fs(path)
         except (ImportError, ValueError) as error:
-            raise UserError(f"data.path: {path} cannot be opened: {error}") from error
+            raise UserError(f"{where}: {path} cannot be opened: {error}") from error
         self.local = isinstance(self.system, LocalFileSystem)
         whole = whole.rstrip("/")
         self._glob, self._single = "", ""
@@ -62,7 +71,7 @@ class Files:
             fixed = [*_before_magic(whole.split("/")[:-1])]
             self.root, self._glob = "/".join(fixed), whole
         else:
-            raise UserError(f"data.path: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar")
+            raise UserError(f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar")
 
     @property
     def is_file(self) -> bool:
@@ -74,6 +83,8 @@ class Files:
         endings = tuple(suffixes)
         if self._single:
             found: Iterable[File] = [self._remote(self._full(self._single), self.system.info(self._full(self._single)))]
+        elif self._glob and self.local:
+            found = [file for name in self.system.glob(self._glob) if (file := _local(self.root, name, endings))]
         elif self._glob:
             found = self._known(self.system.glob(self._glob, detail=True), endings)
         elif self.local:
@@ -111,8 +122,12 @@ class Files:
         try:
             with self._open(str(PurePosixPath(beside).parent / name)) as file:
                 content = file.read(max_bytes + 1)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
+        except NOT_THERE as error:
             raise UnusableImage(f"unreadable: {type(error).__name__}: the image {name!a}") from error
+        except OSError as error:
+            if error.errno not in NO_SUCH_NAME:  # the disk or the network fails, which is no matter of this image
+                raise
+            raise UnusableImage(f"unreadable: {error.strerror}: the image {ascii(name)[:80]}") from error
         if len(content) > max_bytes:
             raise UnusableImage(f"too large: more than {max_bytes} bytes")
         return content
@@ -150,8 +165,18 @@ def _walk(folder: str, prefix: str, endings: tuple[str, ...]) -> Iterator[File]:
             if entry.is_dir(follow_symlinks=False):
                 yield from _walk(entry.path, f"{name}/", endings)
             elif entry.name.lower().endswith(endings) and entry.is_file():
-                stat = entry.stat()
-                yield File(name, stat.st_size, str(stat.st_mtime_ns))
+                yield _stated(name, entry.stat())
+
+
+def _local(root: str, full: str, endings: tuple[str, ...]) -> File | None:
+    """A local file, also behind a link; None for anything else."""
+    if not full.lower().endswith(endings) or not os.path.isfile(full):
+        return None
+    return _stated(full[len(root) + 1 :], os.stat(full))
+
+
+def _stated(name: str, stat: os.stat_result) -> File:
+    return File(name, stat.st_size, str(stat.st_mtime_ns))
 
 
 def leaves_folder(name: str) -> bool:
@@ -214,7 +239,7 @@ def page_text(text: Any, what: str = "the text") -> str:
     """A run of text as it is. Raises BadRecord for anything but a string that UTF-8 can hold."""
     try:
         if isinstance(text, bytes):
-            return text.decode()
+            return text.removeprefix(codecs.BOM_UTF8).decode()
         if not isinstance(text, str):
             raise BadRecord(f"{what} is {type(text).__name__}, not a string")
         text.encode()
@@ -226,7 +251,7 @@ def page_text(text: Any, what: str = "the text") -> str:
 def parse_object(content: bytes, what: str) -> dict[str, Any]:
     """A JSON object. Raises BadRecord for anything else."""
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
     except RecursionError as error:
         raise BadRecord(f"{what} is not usable JSON: nested too deep") from error
     except ValueError as error:
@@ -249,14 +274,14 @@ def interleaved(segments: Any, image: Callable[[str], Callable[[], bytes]]) -> t
         raise BadRecord("segments is not a list")
     result: list[str | Callable[[], bytes]] = []
     for number, segment in enumerate(segments):
-        match segment:
-            case {"text": text}:
-                run = page_text(text, f"the text of segment {number}")
-                result += [run] if run.strip() else []
-            case {"image": str(name)}:
-                result.append(image(name))
-            case _:
-                raise BadRecord(f'segment {number} is neither {{"text": ...}} nor {{"image": ...}}')
+        text, name = (segment.get("text"), segment.get("image")) if isinstance(segment, dict) else (None, None)
+        if text is not None and name is None:
+            run = page_text(text, f"the text of segment {number}")
+            result += [run] if run.strip() else []
+        elif text is None and isinstance(name, str):
+            result.append(image(name))
+        else:
+            raise BadRecord(f'segment {number} is neither {{"text": ...}} nor {{"image": ...}}')
     if not result:
         raise BadRecord("the page is empty")
     return tuple(result)

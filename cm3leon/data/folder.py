@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class FolderSource(FileSource):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode())
+                record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
                 name, caption = Path(record["file"]).as_posix(), record["caption"]
                 self._check_caption(caption)
                 captions[name] = caption
@@ -121,11 +122,14 @@ class FolderSource(FileSource):
     def _caption_beside(self, name: str, texts: frozenset[str]) -> str | Skipped:
         beside = PurePosixPath(name).with_suffix(".txt")
         if str(beside) not in texts:
-            return Skipped(name, f"no caption: neither {beside.name} nor a line of {CAPTIONS_FILE}")
+            return Skipped(name, f"no caption: neither {beside.name!a} nor a line of {CAPTIONS_FILE}")
         try:
             with self.files.open_raw(str(beside)) as file:
-                caption = file.read().decode().strip()
+                content = file.read(self.config.max_file_bytes)
+            caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
             self._check_caption(caption)
+        except (FileNotFoundError, PermissionError) as error:
+            return Skipped(name, f"unusable caption: {type(error).__name__}")
         except ValueError as error:
             return Skipped(name, f"unusable caption: {error}")
         return caption

@@ -71,7 +71,7 @@ class JsonlSource(LinesSource):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._images = Files(config.images) if config.images else None
+        self._images = Files(config.images, "data.images") if config.images else None
 
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
         if "segments" in content:

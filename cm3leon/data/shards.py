@@ -283,10 +283,15 @@ class ShardFolder(Generic[T]):
         return int(self.ends[number] - self.rows[number])
 
     def shard(self, number: int) -> T:
-        """The views of shard `number`, mapped."""
+        """The views of shard `number`, mapped. Raises DamagedShard for one that is not the one of index.json."""
         columns = self._open.get(number)
         if columns is None:
-            columns = self._open[number] = self._columns(open_shard(self.path(number), verify=False))
+            shard = open_shard(self.path(number), verify=False)
+            if len(shard) != self.rows[number]:
+                raise DamagedShard(
+                    f"{shard.path} has {len(shard)} rows, {INDEX} says {self.rows[number]}; make it again"
+                )
+            columns = self._open[number] = self._columns(shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return columns

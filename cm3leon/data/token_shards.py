@@ -93,41 +93,29 @@ def _summary(shard: Shard) -> dict[str, int]:
     return {"tokens": len(ids), "longest": int((np.diff(ids_at) + segments - 1).max(initial=0))}
 
 
-class TokenShards:
-    """The documents of a finished folder of token shards, numbered from 0 in order of shards and rows.
+class TokenShard:
+    """The documents of an open shard."""
 
-    Raises:
-        UserError: for an unfinished folder, or tokenizers other than `expect`, naming what differs.
-    """
-
-    def __init__(self, folder: Path, expect: Tokenizers | None = None) -> None:
-        self.folder = folder
-        self._shards = ShardFolder(folder, _Columns)
-        self.rows = self._shards.rows
-        self.tokens = sum(self._shards.index["tokens"])
-        self.longest = max(self._shards.index["longest"], default=0)
-        made_by = read_plan(folder)["tokenizers"]
-        for name, wanted in asdict(expect).items() if expect else ():
-            if made_by[name] != wanted:
-                raise UserError(
-                    f"{folder} was made by other tokenizers: {name} is {made_by[name]} there and {wanted} here; "
-                    "use that run's tokenizers, or make the shards again"
-                )
+    def __init__(self, shard: Shard) -> None:
+        self.path = shard.path
+        self._id, self._id_at = shard.utf8("id")
+        self._ids, self._ids_at = shard.lists("ids")
+        self._lengths, self._lengths_at = shard.lists("lengths")
+        self._image = shard.lists("image")[0]
+        self._crc = shard.numbers("crc")
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._crc)
 
-    def document(self, number: int) -> TokenDocument:
+    def document(self, row: int) -> TokenDocument:
         """One document. Raises DamagedShard, naming it, if its bytes are not as they were written."""
-        place, row = self._shards.locate(number)
-        columns = self._shards.shard(place)
-        id_ = columns.id[columns.id_at[row] : columns.id_at[row + 1]].tobytes()
-        ids_T = columns.ids[columns.ids_at[row] : columns.ids_at[row + 1]]
-        first, last = columns.lengths_at[row], columns.lengths_at[row + 1]
-        lengths, image = columns.lengths[first:last], columns.image[first:last]
-        if _crc(id_, ids_T, lengths, image) != columns.crc[row]:
+        id_ = self._id[self._id_at[row] : self._id_at[row + 1]].tobytes()
+        ids_T = self._ids[self._ids_at[row] : self._ids_at[row + 1]]
+        first, last = self._lengths_at[row], self._lengths_at[row + 1]
+        lengths, image = self._lengths[first:last], self._image[first:last]
+        if _crc(id_, ids_T, lengths, image) != self._crc[row]:
             raise DamagedShard(
-                f"{self._shards.path(place)}: document {row} is damaged, its checksum does not match; "
+                f"{self.path}: document {row} is damaged, its checksum does not match; "
                 "delete the file and make it again"
             )
         ends = np.cumsum(lengths)
@@ -137,16 +125,40 @@ class TokenShards:
         )
         return TokenDocument(id_.decode(), segments)
 
+
+class TokenShards:
+    """The documents of a finished folder of token shards, numbered from 0 in order of shards and rows.
+
+    Raises:
+        UserError: for an unfinished folder, or tokenizers other than `expect`, naming what differs.
+    """
+
+    def __init__(self, folder: Path, expect: Tokenizers | None = None) -> None:
+        self.folder = folder
+        self._shards = ShardFolder(folder, self._open)
+        self.rows = self._shards.rows
+        self.tokens = sum(self._shards.index["tokens"])
+        self.longest = max(self._shards.index["longest"], default=0)
+        self._made_by = read_plan(folder)["tokenizers"]
+        for name, wanted in asdict(expect).items() if expect else ():
+            if self._made_by[name] != wanted:
+                raise UserError(
+                    f"{folder} was made by other tokenizers: {name} is {self._made_by[name]} there and {wanted} here; "
+                    "use that run's tokenizers, or make the shards again"
+                )
+
+    def _open(self, shard: Shard) -> TokenShard:
+        if shard.header != self._made_by:
+            raise DamagedShard(f"{shard.path} was made by other tokenizers than its folder; make it again")
+        return TokenShard(shard)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def document(self, number: int) -> TokenDocument:
+        """One document. Raises DamagedShard, naming it, if its bytes are not as they were written."""
+        place, row = self._shards.locate(number)
+        return self._shards.shard(place).document(row)
+
     def __iter__(self) -> Iterator[TokenDocument]:
         return (self.document(number) for number in range(len(self)))
-
-
-class _Columns:
-    """The columns of an open shard as views."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.id, self.id_at = shard.utf8("id")
-        self.ids, self.ids_at = shard.lists("ids")
-        self.lengths, self.lengths_at = shard.lists("lengths")
-        self.image = shard.lists("image")[0]
-        self.crc = shard.numbers("crc")

@@ -199,6 +199,9 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
         if header.type in _EXTENSIONS and size <= MAX_HEADER:
             content = file.read(size)
             extended |= _extension(header.type, content)
+        elif header.type in KINDS:
+            yield Problem(ascii(extended.get("path", header.name))[1:-1], f"{KINDS[header.type]}, not a file")
+            extended = {}
         elif header.isreg():
             name = extended.get("path", header.name)
             reason = _unusable(name)
@@ -213,8 +216,6 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
                 yield Member(name, size)
             extended = {}
         else:
-            if header.type in KINDS:
-                yield Problem(ascii(extended.get("path", header.name))[1:-1], f"{KINDS[header.type]}, not a file")
             extended = {}
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type in _EXTENSIONS:
             offset += -(-size // BLOCK) * BLOCK

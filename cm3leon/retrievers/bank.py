@@ -52,6 +52,9 @@ class SearchableBank(Protocol):
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
 
+    def id(self, row: int) -> str:
+        """The id of a document."""
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
@@ -81,6 +84,10 @@ class MemoryBank:
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
         return self.parts.rows(rows)
+
+    def id(self, row: int) -> str:
+        """The id of a document."""
+        return self.ids[row]
 
     def save(self, folder: Path) -> None:
         """Writes `ids.json`, `vectors.npz` and `index.faiss`."""

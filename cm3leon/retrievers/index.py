@@ -241,7 +241,7 @@ def _rescored(index: Any, vectors: VectorShards, queries_QD: np.ndarray, count: 
 class Bank:
     """A memory bank on disk, searched by text or by image; documents can be added without a rebuild.
 
-    Added documents have the rows after all others, and are searched exactly.
+    Added documents have the rows after all others, and are searched exactly; `added_ids` are theirs.
 
     Args:
         expect: what the vectors' plan has to say of the encoder.
@@ -269,7 +269,7 @@ class Bank:
             self._index = _on_gpu(_read(index))
             self._index.nprobe = figures["nprobe"]
         self._exact = figures["kind"] == "exact"
-        self._added_ids: list[str] = []
+        self.added_ids: list[str] = []
         self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
         if (index / ADDED).is_file():
             shard = open_shard(index / ADDED)
@@ -277,19 +277,19 @@ class Bank:
             self.add(shard.strings("id"), parts)
 
     def __len__(self) -> int:
-        return len(self.vectors) + len(self._added_ids)
+        return len(self.vectors) + len(self.added_ids)
 
     def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
         """Adds documents, and returns their rows; `save_added` keeps them for the next time."""
         first = len(self)
-        self._added_ids += ids
+        self.added_ids += ids
         self._added = Parts.concatenate([self._added, parts])
         return np.arange(first, len(self))
 
     def save_added(self) -> None:
         """Writes the added documents beside the index; whoever opens it finds them."""
         plan = read_plan(self.vectors.folder)
-        write_vector_shard(self._folder / ADDED, self._added_ids, self._added, plan)
+        write_vector_shard(self._folder / ADDED, self.added_ids, self._added, plan)
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
@@ -298,11 +298,11 @@ class Bank:
             found_QK = self._index.search(query_QD, count)[1]
         else:
             found_QK = _rescored(self._index, self.vectors, query_QD, count, self._rescored)
-        if not self._added_ids:
+        if not self.added_ids:
             return found_QK
         scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
         scores_QK[found_QK == NONE] = -np.inf
-        added_QM = np.broadcast_to(np.arange(len(self.vectors), len(self)), (len(query_QD), len(self._added_ids)))
+        added_QM = np.broadcast_to(np.arange(len(self.vectors), len(self)), (len(query_QD), len(self.added_ids)))
         scores_QM = query_QD @ self._added.mean().T
         return _best(np.concatenate([scores_QK, scores_QM], 1), np.concatenate([found_QK, added_QM], 1), count)[1]
 
@@ -316,7 +316,7 @@ class Bank:
 
     def id(self, row: int) -> str:
         """The id of a document."""
-        return self.vectors.id(row) if row < len(self.vectors) else self._added_ids[row - len(self.vectors)]
+        return self.vectors.id(row) if row < len(self.vectors) else self.added_ids[row - len(self.vectors)]
 
 
 def _flat(vectors: VectorShards) -> Any:

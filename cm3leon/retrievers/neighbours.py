@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cm3leon.data.shards import ShardFolder, finish, write_shard
+from cm3leon.data.shards import Shard, ShardFolder, finish, write_shard
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.strategy import NONE
@@ -114,6 +114,10 @@ def finish_neighbours(folder: Path, count: int) -> None:
     finish(folder, count, lambda shard: {"variants": shard.header["variants"]})
 
 
+def _rows(shard: Shard) -> np.ndarray:
+    return shard.numbers("rows")
+
+
 class NeighbourShards:
     """The neighbours of a finished folder, for documents numbered from 0 in order of shards and rows.
 
@@ -122,7 +126,7 @@ class NeighbourShards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._shards = ShardFolder(folder, lambda shard: shard.numbers("rows"))
+        self._shards = ShardFolder(folder, _rows)
         self._variants = max(self._shards.index["variants"], default=1)
 
     def __len__(self) -> int:

@@ -15,7 +15,8 @@ import torch
 from cm3leon.config import to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
-from cm3leon.data.token_shards import Tokenizers, TokenShards
+from cm3leon.data.shards import open_shard
+from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.experiment import Experiment, ShardsConfig
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
@@ -185,9 +186,20 @@ class Run:
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
-        if self.experiment.shards is not None:
-            return self.bank_tokens.document(row)
-        return self.token_documents[self.bank_rows[row]]
+        if self.experiment.shards is None:
+            return self.token_documents[self.bank_rows[row]]
+        made = len(self.bank_tokens)
+        return self.bank_tokens.document(row) if row < made else self.added_tokens.document(row - made)
+
+    @property
+    def added_tokens_file(self) -> Path:
+        """Where the ids of documents are that were added to the memory bank of a sharded corpus."""
+        return self.bank_folder / "index" / "added_tokens.arrow"
+
+    @cached_property
+    def added_tokens(self) -> TokenShard:
+        """The documents that were added to the memory bank of a sharded corpus, as ids."""
+        return TokenShard(open_shard(self.added_tokens_file))
 
     @cached_property
     def bank_rows(self) -> np.ndarray:

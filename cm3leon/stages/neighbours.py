@@ -37,10 +37,10 @@ def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
 
     def make(number: int) -> None:
         ids: list[str] = []
-        vectors = [_empty(run)]
+        vectors = [document_parts(run, [])]
         for batch in shard_documents(run, parts, number):
             ids += [document.id for document in batch]
-            vectors.append(_parts(run, batch))
+            vectors.append(document_parts(run, batch))
         write_vector_shard(shard_path(folder, number, len(parts)), ids, Parts.concatenate(vectors), run.encoder_header)
 
     with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
@@ -52,7 +52,7 @@ def make_vectors(run: Run, folder: Path) -> None:
     finish_vectors(folder, len(run.source.parts()))
 
 
-def _parts(run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0) -> Parts:
+def document_parts(run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0) -> Parts:
     """Vectors of the documents' texts and first images, zero where one lacks them."""
     encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
     texts = [document.text for document in documents]
@@ -66,10 +66,6 @@ def _parts(run: Run, documents: Sequence[Document], *, dropout: float = 0.0, see
         squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
         image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
     return Parts(text_BD, image_BD)
-
-
-def _empty(run: Run) -> Parts:
-    return _parts(run, [])
 
 
 # ------------------------------------------------------------------------------------------------ index
@@ -113,7 +109,7 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
         first = int(first_rows[number])
         for batch in shard_documents(run, parts, number):
             seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(config.dropout_variants)
-            queries = [_parts(run, batch, dropout=config.query_dropout, seed=int(seed)) for seed in seeds]
+            queries = [document_parts(run, batch, dropout=config.query_dropout, seed=int(seed)) for seed in seeds]
             own_Q = np.arange(first, first + len(batch)) if run.shards.bank is None else np.full(len(batch), -1)
             rows_VBK, seen = neighbours_of(run.retriever, run.bank, queries, own_Q)
             found.append(rows_VBK)

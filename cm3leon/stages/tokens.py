@@ -84,7 +84,7 @@ def _tokenized(run: Run, items: Iterable[Document | Skipped]) -> tuple[list[Toke
     skipped: list[Skipped] = []
     room = _room(run)
     for batch in batches(_training_documents(run, items, skipped)):
-        for document in _encode(run, batch):
+        for document in token_documents(run, batch):
             length = token_count(document)
             if room is not None and length > room:
                 skipped.append(Skipped(document.id, f"takes {length} tokens, packing.method whole allows {room}"))
@@ -106,7 +106,7 @@ def _training_documents(run: Run, items: Iterable[Document | Skipped], skipped: 
             yield item
 
 
-def _encode(run: Run, documents: Sequence[Document]) -> Iterator[TokenDocument]:
+def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDocument]:
     """Documents of any segments as ids, all their images encoded as one batch."""
     size = run.image_tokenizer.image_size
     images = [square(s.pixels_HWC, size) for d in documents for s in d.segments if isinstance(s, ImageSegment)]
