@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import gzip
 import io
 import json
@@ -22,6 +24,7 @@ import pytest
 from corpora import CORPORA, encoded, picture, write_lines, write_tar
 from PIL import Image
 
+from cm3leon.data.files import Files
 from cm3leon.data.source import Skipped, Source
 from cm3leon.data.stream import DocumentStream
 from cm3leon.registry import SOURCES, discover
@@ -55,11 +58,9 @@ def the_bad(source: Source) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------ every source
 
 
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", FILE_SOURCES)
 def test_a_stream_goes_on_from_every_state(name: str, tmp_path: Path) -> None:
     settings = CORPORA[name](tmp_path)
-    if name == "digits":
-        pytest.skip("1,797 states; the contract of sources goes through some of them")
     source = build(name, **settings)
     ids = [item.id if isinstance(item, Document) else item.file for item in source.documents()]
     seen = list(DocumentStream(source))
@@ -136,6 +137,19 @@ def test_remote_files_are_read_as_local_ones(name: str, tmp_path: Path) -> None:
         assert bad(build(name, **remote)) == bad(build(name, **settings)) == []
     finally:
         memory.rm(root, recursive=True)
+
+
+def test_files_behind_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "corpus").mkdir()
+    CORPORA["webdataset"](tmp_path / "store")
+    (tmp_path / "corpus" / "a.tar").symlink_to(tmp_path / "store" / "00000.tar")
+    (tmp_path / "corpus" / "gone.tar").symlink_to(tmp_path / "store" / "none.tar")
+    for path in (tmp_path / "corpus", tmp_path / "corpus" / "*.tar", tmp_path / "corpus" / "a.tar"):
+        source = build("webdataset", path=str(path))
+        assert source.parts() == ["a.tar"]
+        assert len(good(source)) == 4
+        assert source.fingerprint() == build("webdataset", path=str(tmp_path / "corpus")).fingerprint()
 
 
 def test_an_unknown_file_system_is_one_sentence() -> None:
@@ -293,8 +307,13 @@ def test_lines_become_documents_of_their_segments(tmp_path: Path) -> None:
         ('{"image": "http://host/x.png"}', "the image 'http://host/x.png' lies outside the folder"),
         ('{"image": "none.png"}', "unreadable: FileNotFoundError: the image 'none.png'"),
         ('{"image": "."}', "unreadable: IsADirectoryError: the image '.'"),
+        ('{"image": "a\\u0000b.png"}', "unreadable: ValueError: the image 'a\\x00b.png'"),
+        (f'{{"image": "{"x" * 300}.png"}}', "unreadable: File name too long: the image 'xxx"),
+        ('{"image": "circle.png"}', "unreadable: Too many levels of symbolic links: the image 'circle.png'"),
         ('{"segments": []}', "the page is empty"),
         ('{"segments": {}}', "segments is not a list"),
+        ('{"segments": [{"text": "x", "image": "x.png"}]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
+        ('{"segments": [7]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
         ('{"segments": [{"video": "x"}]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
         ('{"text": "\\ud800"}', "the text of segment 0 is not UTF-8"),
         ('{"id": "1", "text": "again"}', "its id occurs twice in this part; the first one is kept"),
@@ -303,6 +322,7 @@ def test_lines_become_documents_of_their_segments(tmp_path: Path) -> None:
 def test_lines_of_no_use_are_named(line: str, reason: str, tmp_path: Path) -> None:
     lines = ['{"id": "1", "text": "first"}', line, "", '{"text": "last"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "circle.png").symlink_to("circle.png")
     source = build("jsonl", path=str(tmp_path))
     assert good(source) == {"a.jsonl/1": "first", "a.jsonl/4": "last"}
     file, told = the_bad(source)
@@ -310,8 +330,22 @@ def test_lines_of_no_use_are_named(line: str, reason: str, tmp_path: Path) -> No
     assert file in ("a.jsonl:2", "a.jsonl/2", "a.jsonl/1")
 
 
-def test_an_image_behind_a_link_out_of_nowhere(tmp_path: Path) -> None:
-    """Images relative to another folder; that folder is the border then."""
+def test_a_missing_key_may_be_null_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    page = [{"text": "before", "image": None}, {"text": None, "image": "a.png"}]
+    lines = [{"id": None, "text": "words", "image": None}, {"segments": page}]
+    write_lines(tmp_path / "a.jsonl", lines)
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + (tmp_path / "a.jsonl").read_bytes())
+    assert good(build("jsonl", path=str(tmp_path))) == {"a.jsonl/1": "words", "a.jsonl/2": "before"}
+    for source in ("folder", "webdataset"):
+        place = tmp_path / source
+        place.mkdir()
+        corpus = one_image(source, place, encoded(picture()), codecs.BOM_UTF8 + b"a caption")
+        assert list(good(corpus).values()) == ["first", "a caption", "last"]
+
+
+def test_images_relative_to_another_folder(tmp_path: Path) -> None:
+    """That folder is the border then."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(encoded(picture()))
     write_lines(tmp_path / "a.jsonl", [{"image": "a.png"}, {"image": "../a.jsonl"}])
@@ -407,6 +441,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
         ([(link("b.png", "/etc/passwd", tarfile.SYMTYPE), b"")], "b.png", "a symbolic link, not a file"),
         ([(link("b.png", "a.png", tarfile.LNKTYPE), b"")], "b.png", "a hard link, not a file"),
         ([(link("b.png", "", tarfile.CHRTYPE), b"")], "b.png", "a device, not a file"),
+        ([(link("b.png", "", tarfile.GNUTYPE_SPARSE), b"")], "b.png", "a sparse file, not a file"),
         ([("b.png", encoded(picture(3)))], "b", "no caption: neither a member .txt nor a caption in a member .json"),
         ([("b.txt", b"x")], "b", "no image: the key has only .txt"),
         ([("b.png", encoded(picture(3))), ("b.json", b"{")], "b", "the member .json is not usable JSON"),
@@ -601,6 +636,8 @@ def test_entries_of_no_use_are_named(tmp_path: Path) -> None:
         {"id": 2, "file_name": "none.jpg"},
         {"id": 9, "file_name": "000000000003.jpg"},
         {"file_name": 7},
+        {"id": [1], "file_name": "x.jpg"},
+        "no entry",
     ]
     source = build("coco", **broken_coco(tmp_path, images=images))
     assert list(good(source)) == ["captions/0-0"]
@@ -608,7 +645,7 @@ def test_entries_of_no_use_are_named(tmp_path: Path) -> None:
         "the image '../captions.json' lies outside the folder",
         "unreadable",
         "no caption",
-        "an image without an id or a file_name",
+        *["an image without an id or a file_name"] * 3,
     ]
 
 
@@ -630,7 +667,50 @@ def test_what_is_no_captions_file_is_one_sentence(content: str, sentence: str, t
         list(build("coco", **settings).documents())
 
 
-# ------------------------------------------------------------------------------------------------ folder
+def test_instances_of_no_use(tmp_path: Path) -> None:
+    settings = CORPORA["coco"](tmp_path)
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    annotations = [*instances["annotations"], 7, {"image_id": [1], "category_id": {}}]
+    (tmp_path / "instances.json").write_text(json.dumps({**instances, "annotations": annotations}))
+    labels = [item.label for item in build("coco", **settings).documents() if isinstance(item, Document)]
+    assert labels == [1, None, None, None]
+    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [], "categories": [{"id": 1}]}))
+    with pytest.raises(UserError, match=r"^data\.instances: .* has a category without an id or a name$"):
+        build("coco", **settings)
+    for setting in ("images", "instances"):
+        with pytest.raises(UserError, match=rf"^data\.{setting}: .*/none does not exist"):
+            build("coco", **{**settings, setting: str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"^data\.instances: .* is not a file"):
+        build("coco", **{**settings, "instances": str(tmp_path / "images")})
+
+
+# ------------------------------------------------------------------------------------------------ files that vanish
+
+
+def test_a_caption_that_vanishes_costs_its_image_alone(tmp_path: Path) -> None:
+    source = build("folder", **CORPORA["folder"](tmp_path))
+    parts = source.parts()
+    (tmp_path / "sub" / "3.txt").unlink()
+    items = [item for part in parts for item in source.read(part)]
+    assert [item for item in items if isinstance(item, Skipped)] == [
+        Skipped("sub/3.png", "unusable caption: FileNotFoundError")
+    ]
+    assert len(items) == 6
+
+
+@pytest.mark.parametrize("name", ["folder", "jsonl"])
+def test_a_failing_disk_is_no_matter_of_one_image(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(name, **CORPORA[name](tmp_path))
+    read = Files._open
+
+    def failing(files: Files, file: str) -> Any:
+        if file.endswith("2.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(files, file)
+
+    monkeypatch.setattr(Files, "_open", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(source.documents())
 
 
 def test_files_that_vanish_or_may_not_be_read(tmp_path: Path) -> None:

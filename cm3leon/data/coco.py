@@ -81,11 +81,8 @@ class CocoSource(FileSource):
 
     def _of_image(self, entry: Any) -> Iterator[Record | Skipped]:
         corpus = self._captions
-        if (
-            not isinstance(entry, Mapping)
-            or _key(entry.get("id")) is None
-            or not isinstance(entry.get("file_name"), str)
-        ):
+        is_image = isinstance(entry, Mapping) and isinstance(entry.get("file_name"), str)
+        if not is_image or _key(entry.get("id")) is None:
             yield Skipped(corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}")
             return
         load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
@@ -141,9 +138,9 @@ class CocoSource(FileSource):
             ) from error
 
     @cached_property
-    def _seen(self) -> dict[Any, set[int]]:
+    def _seen(self) -> dict[Any, set[Any]]:
         """Ids of the categories seen in each image."""
-        seen: dict[Any, set[int]] = {}
+        seen: dict[Any, set[Any]] = {}
         for annotation in self._instances["annotations"]:
             if isinstance(annotation, Mapping):
                 category = _key(annotation.get("category_id"))

@@ -81,10 +81,13 @@ class Files:
     def list(self, suffixes: Iterable[str]) -> list[File]:
         """The files whose names end in one of the suffixes (lower case), by their paths; one file is always taken."""
         endings = tuple(suffixes)
-        if self._single:
-            found: Iterable[File] = [self._remote(self._full(self._single), self.system.info(self._full(self._single)))]
+        found: Iterable[File]
+        if self._single and self.local:
+            found = [_stated(self._single, os.stat(self._full(self._single)))]
+        elif self._single:
+            found = [self._remote(self._full(self._single), self.system.info(self._full(self._single)))]
         elif self._glob and self.local:
-            found = [file for name in self.system.glob(self._glob) if (file := _local(self.root, name, endings))]
+            found = self._local(self.system.glob(self._glob), endings)
         elif self._glob:
             found = self._known(self.system.glob(self._glob, detail=True), endings)
         elif self.local:
@@ -139,6 +142,11 @@ class Files:
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}"
 
+    def _local(self, found: Iterable[str], endings: tuple[str, ...]) -> Iterator[File]:
+        for full in found:
+            if full.lower().endswith(endings) and os.path.isfile(full):
+                yield _stated(full[len(self.root) + 1 :], os.stat(full))
+
     def _known(self, found: Mapping[str, Mapping[str, Any]], endings: tuple[str, ...]) -> Iterator[File]:
         for full, info in found.items():
             if info["type"] == "file" and full.lower().endswith(endings):
@@ -166,13 +174,6 @@ def _walk(folder: str, prefix: str, endings: tuple[str, ...]) -> Iterator[File]:
                 yield from _walk(entry.path, f"{name}/", endings)
             elif entry.name.lower().endswith(endings) and entry.is_file():
                 yield _stated(name, entry.stat())
-
-
-def _local(root: str, full: str, endings: tuple[str, ...]) -> File | None:
-    """A local file, also behind a link; None for anything else."""
-    if not full.lower().endswith(endings) or not os.path.isfile(full):
-        return None
-    return _stated(full[len(root) + 1 :], os.stat(full))
 
 
 def _stated(name: str, stat: os.stat_result) -> File:
