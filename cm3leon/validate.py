@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import time
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -24,6 +25,9 @@ from cm3leon.data.images import SUFFIXES, counted_modes
 from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment, load_experiment
 from cm3leon.registry import IMAGE_TOKENIZERS, SOURCES, discover
+from cm3leon.retrievers.encoder import EncoderConfig
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.training.device import best_device
 from cm3leon.types import Document, ImageSegment, UserError
 
 FORMATS = {
@@ -37,9 +41,12 @@ PAPER_CODES = 1024
 """Codes of an image of 256 x 256 pixels (paper section 2.1)."""
 BYTES_A_TEXT_TOKEN = 4.0
 """Of English text, about, with a vocabulary of tens of thousands of pieces."""
+SECONDS_A_LINE = 1.0
+"""Between two updates of the progress bar."""
 CLIP_WIDTH = 512
 """Width of the vectors of CLIP ViT-B/32 (paper section 2.2)."""
 TIMED_IMAGES = 16
+"""Images of a timed batch; batches are timed for half a second."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +56,7 @@ class Options:
     data: Annotated[Component, SOURCES]
     """The source, as the section data of an experiment; without a name it is told by the files under data.path."""
     experiment: str | None = None
-    """Experiment whose image tokenizer the cost is stated for, and whose data is read if none is given."""
+    """Experiment whose tokenizers and encoder the cost is stated for, and whose data is read if none is given."""
     limit: PositiveInt = 5
     """Files named for each reason."""
 
@@ -63,9 +70,10 @@ def main(mapping: Mapping[str, Any]) -> None:
     discover()
     options, experiment = _options(mapping)
     source = SOURCES.build(options.data)
-    seen = Seen()
+    seen = Seen(options.limit)
     finished = read(source, seen)
-    print("\n".join([*seen.report(options.limit), *cost(seen, experiment)]))
+    print(f"source     {options.data.name}")
+    print("\n".join([*seen.report(), *cost(seen, experiment)]))
     if not finished:
         print("stopped before the end: the figures are of what was read until then")
         raise SystemExit(130)
@@ -117,14 +125,21 @@ class Broken:
 
 @dataclass
 class Seen:
-    """What was read. Memory does not grow with the corpus: lengths and sizes are counted by value."""
+    """What was read. A document costs 16 bytes, for finding repeated ones; lengths and sizes are counted by value."""
 
+    limit: int = 5
+    """Files named for each reason."""
     kinds: Counter[str] = field(default_factory=Counter)
     characters: Counter[int] = field(default_factory=Counter)
     text_bytes: int = 0
     sides: Counter[int] = field(default_factory=Counter)
+    pixels: Counter[int] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     broken: dict[str, Broken] = field(default_factory=dict)
+    ids: array[int] = field(default_factory=lambda: array("q"))
+    """Hashes of the ids."""
+    contents: array[int] = field(default_factory=lambda: array("q"))
+    """Hashes of texts and images."""
     seconds: float = 0.0
 
     @property
@@ -147,18 +162,21 @@ class Seen:
         if isinstance(item, Skipped):
             broken = self.broken.setdefault(_without_particulars(item.reason), Broken())
             broken.count += 1
-            if len(broken.files) < 100:
+            if len(broken.files) < self.limit:
                 broken.files.append((item.file, item.reason))
             return
         images = [segment for segment in item.segments if isinstance(segment, ImageSegment)]
         self.kinds[_kind(item, len(images))] += 1
         self.sides.update(min(image.pixels_HWC.shape[:2]) for image in images)
+        self.pixels.update(image.pixels_HWC[..., 0].size for image in images)
+        self.ids.append(hash(item.id))
+        self.contents.append(_content_hash(item))
         if item.text:
             self.characters[len(item.text)] += 1
             self.text_bytes += len(item.text.encode())
 
-    def report(self, limit: int) -> list[str]:
-        """The report's lines, with up to `limit` files for each reason."""
+    def report(self) -> list[str]:
+        """The report's lines."""
         share = self.skipped / max(1, self.skipped + self.documents)
         lines = [f"documents  {self.documents:,} usable, {self.skipped:,} items left out ({share:.1%})"]
         lines += [f"           {count:,} {kind}" for kind, count in self.kinds.most_common()]
@@ -166,12 +184,17 @@ class Seen:
             lines.append(f"text       characters a document: {_spread(self.characters)}")
         if self.sides:
             modes = ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
-            lines.append(f"images     {self.images:,} ({modes}); shorter side in pixels: {_spread(self.sides)}")
+            lines.append(f"images     {self.images:,}" + (f" ({modes} in their files)" if modes else ""))
+            lines.append(f"           shorter side in pixels: {_spread(self.sides)}")
+            lines.append(f"           pixels: {_spread(self.pixels)}")
+        for what, hashes in (("an id", self.ids), ("the text and the images", self.contents)):
+            if repeats := _repeats(hashes):
+                lines.append(f"repeated   {repeats:,} documents have {what} of an earlier one")
         for reason, broken in sorted(self.broken.items(), key=lambda entry: -entry[1].count):
             lines.append(f"left out   {broken.count:,}: {reason}")
-            lines += [f"             {file}: {told}" for file, told in broken.files[:limit]]
-            if broken.count > limit:
-                lines.append(f"             and {broken.count - min(limit, len(broken.files)):,} more")
+            lines += [f"             {file}: {told}" for file, told in broken.files]
+            if broken.count > len(broken.files):
+                lines.append(f"             and {broken.count - len(broken.files):,} more")
         return lines
 
 
@@ -185,7 +208,24 @@ def _kind(document: Document, images: int) -> str:
 
 def _without_particulars(reason: str) -> str:
     """The reason without names and numbers, so that like ones are counted together."""
-    return re.sub(r"'[^']*'|\d[\dx]*", "...", reason)
+    return _PARTICULARS.sub("...", reason)
+
+
+_PARTICULARS = re.compile(r"""'(?:\\.|[^'\\])*'|"[^"]*'[^"]*"|0x[0-9a-f]+|\d[\dx]*""")
+
+
+def _content_hash(document: Document) -> int:
+    return hash(
+        tuple(
+            (segment.pixels_HWC.shape, segment.pixels_HWC.tobytes()) if isinstance(segment, ImageSegment) else segment
+            for segment in document.segments
+        )
+    )
+
+
+def _repeats(hashes: array[int]) -> int:
+    """How many of the values occurred before."""
+    return len(hashes) - len(np.unique(np.frombuffer(hashes, np.int64)))
 
 
 def _spread(counts: Counter[int]) -> str:
@@ -202,15 +242,20 @@ def quantile(counts: Mapping[int, int], share: float) -> int:
 
 def read(source: Source, seen: Seen) -> bool:
     """Reads all parts of a corpus, showing how many are left; False if Ctrl-C ended it."""
-    start = time.perf_counter()
+    start = shown = time.perf_counter()
     try:
-        with counted_modes() as seen.modes:
-            parts = tqdm(source.parts(), desc="validate", unit="part", mininterval=1.0, dynamic_ncols=True)
+        with counted_modes() as seen.modes, tqdm(desc="validate", unit="part", dynamic_ncols=True) as bar:
+            parts = source.parts()
+            bar.total = len(parts)
             for part in parts:
                 for item in source.read(part):
                     seen.add(item)
-                    parts.set_postfix(documents=seen.documents, left_out=seen.skipped, refresh=False)
-                    parts.update(0)
+                    now = time.perf_counter()
+                    if now - shown > SECONDS_A_LINE:
+                        shown = now
+                        rate = f"{(seen.documents + seen.skipped) / (now - start):,.0f}/s"
+                        bar.set_postfix(documents=seen.documents, left_out=seen.skipped, rate=rate)
+                bar.update()
         return True
     except KeyboardInterrupt:
         return False
@@ -221,39 +266,78 @@ def read(source: Source, seen: Seen) -> bool:
 # ------------------------------------------------------------------------------------------------ cost
 
 
-def cost(seen: Seen, experiment: Experiment | None) -> Sequence[str]:
+@dataclass(frozen=True)
+class Cost:
+    """What a document costs: codes of an image, bytes of a token, width of a vector, images encoded a second."""
+
+    whose: str = "the paper's"
+    codes: int = PAPER_CODES
+    token_bytes: int = 2
+    width: int = CLIP_WIDTH
+    rate: float | None = None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Cost:
+        """The cost with an experiment's tokenizers and encoder; its image tokenizer is timed on this machine."""
+        tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer).eval().to(best_device())
+        vocab = Vocab(experiment.text_tokenizer.vocab_size, tokenizer.codebook_size, experiment.sentinels)
+        return cls(
+            whose="the experiment's",
+            codes=tokenizer.grid**2,
+            token_bytes=2 if vocab.used <= 1 << 16 else 4,
+            width=_vector_width(getattr(experiment.retriever.config, "encoder", None)),
+            rate=_images_per_second(tokenizer),
+        )
+
+
+def cost(seen: Seen, experiment: Experiment | None) -> list[str]:
     """What tokenising the documents will take, as the report's last lines."""
-    codes, whose, rate = PAPER_CODES, "the paper's", None
-    if experiment:
-        tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer).eval()
-        codes, rate = tokenizer.grid**2, _images_per_second(tokenizer)
-        whose = "the experiment's"
-    text = seen.text_bytes / BYTES_A_TEXT_TOKEN
-    tokens = seen.images * codes + text
+    each = Cost.of(experiment) if experiment else Cost()
+    tokens = seen.images * each.codes + seen.text_bytes / BYTES_A_TEXT_TOKEN
+    vectors = 2 * each.width * 2 * seen.documents
     lines = [
-        f"tokens     about {tokens:,.0f} by {whose} tokenizers: {codes:,} an image, one for "
+        f"tokens     about {tokens:,.0f} by {each.whose} tokenizers: {each.codes:,} an image, one for "
         f"{BYTES_A_TEXT_TOKEN:g} bytes of text",
-        f"disk       tokens {_bytes(2 * tokens)} (2 bytes each), vectors {_bytes(4 * CLIP_WIDTH * seen.documents)} "
-        f"(text and image, {CLIP_WIDTH} x 2 bytes each)",
+        f"disk       tokens {_bytes(each.token_bytes * tokens)} ({each.token_bytes} bytes each), vectors "
+        f"{_bytes(vectors)} (text and image, {each.width} x 2 bytes each)",
         f"time       reading and decoding took {seen.seconds:.1f} s in one process, "
         f"{seen.documents / max(seen.seconds, 1e-9):,.0f} documents/s",
     ]
-    if rate is None:
+    if each.rate is None:
         lines.append("           encoding images is not timed; give experiment=NAME to time its image tokenizer here")
     else:
-        took = _duration(seen.images / rate)
-        lines.append(f"           encoding images: {rate:,.0f} images/s on this machine's CPU, {took} in all")
+        took = _duration(seen.images / each.rate)
+        lines.append(
+            f"           encoding images: {each.rate:,.0f} images/s on this machine's {_device()}, {took} in all"
+        )
     return lines
+
+
+def _vector_width(config: Any) -> int:
+    """Width of an encoder's vectors, CLIP ViT-B/32's for a retriever that does not say."""
+    if not isinstance(config, EncoderConfig):
+        return CLIP_WIDTH
+    if config.architecture is None:
+        return config.embed_dim
+    from open_clip import get_model_config
+
+    return int((get_model_config(config.architecture) or {}).get("embed_dim", CLIP_WIDTH))
 
 
 def _images_per_second(tokenizer: Any) -> float:
     """Speed of encoding, which does not depend on the weights."""
     size = tokenizer.image_size
     images_BHWC = np.zeros((TIMED_IMAGES, size, size, 3), np.uint8)
-    tokenizer.encode(images_BHWC[:1])
-    start = time.perf_counter()
     tokenizer.encode(images_BHWC)
-    return TIMED_IMAGES / (time.perf_counter() - start)
+    start, batches = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < 0.5:
+        tokenizer.encode(images_BHWC)
+        batches += 1
+    return batches * TIMED_IMAGES / seconds
+
+
+def _device() -> str:
+    return "GPU" if best_device().type == "cuda" else "CPU"
 
 
 def _bytes(number: float) -> str:

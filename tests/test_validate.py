@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3leon.run import main
+from cm3leon.types import Document, TextSegment
 from cm3leon.validate import Seen, quantile, read, source_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +37,10 @@ def test_a_corpus_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     for kind in ("7 of a caption and its image", "1 of text alone", "1 of an image alone", "1 pages of text and imag"):
         assert f"           {kind}" in said
     assert "text       characters a document: least 2, median 13, 95 % 50, most 50" in said
-    assert "images     10 (RGB 10); shorter side in pixels: least 10, median 11, 95 % 16, most 16" in said
+    assert "images     10 (RGB 10 in their files)\n" in said
+    assert "           shorter side in pixels: least 10, median 11, 95 % 16, most 16\n" in said
+    assert "           pixels: least 100, median 121, 95 % 256, most 256\n" in said
+    assert "repeated" not in said
     assert "left out   2: unreadable: FileNotFoundError: the image ...\n" in said
     assert "             a.jsonl/12: unreadable: FileNotFoundError: the image 'gone.png'\n" in said
     assert "             and 1 more\n" in said
@@ -50,12 +55,52 @@ def test_the_cost_of_an_experiments_tokenizer(tmp_path: Path, capsys: pytest.Cap
     assert main(["validate", f"data.path={settings['path']}", "experiment=digits"]) == 0
     said = capsys.readouterr().out
     assert "about 105 by the experiment's tokenizers: 16 an image" in said  # 6 images, 37 bytes
-    assert re.search(r"encoding images: [\d,]+ images/s on this machine's CPU, 0 s in all", said)
+    assert "disk       tokens 210 B (2 bytes each), vectors 1.28 kB (text and image, 64 x 2 bytes each)" in said
+    assert re.search(r"encoding images: [\d,]+ images/s on this machine's [CG]PU, \d+ s in all", said)
+
+
+def test_ids_of_more_than_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = CORPORA["webdataset"](tmp_path)
+    digits = (ROOT / "experiments" / "digits.yaml").read_text()
+    for size, width in ((65_536 - 128 - 64, 2), (65_536 - 128 - 63, 4)):  # text, 128 codes, 64 sentinels
+        file = tmp_path / "wide.yaml"
+        file.write_text(digits.replace("vocab_size: 320", f"vocab_size: {size}"))
+        assert main(["validate", f"data.path={settings['path']}", f"experiment={file}"]) == 0
+        assert f"tokens {105.25 * width:.0f} B ({width} bytes each)" in capsys.readouterr().out
+
+
+def test_repeated_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    words = {"text": "words"}
+    lines = [{"image": "0.png", **words}, {"image": "1.png", **words}, {"image": "copy.png", **words}, words, words]
+    write_lines(tmp_path / "a.jsonl", lines)
+    assert main(["validate", f"data.path={tmp_path}/a.jsonl"]) == 0
+    assert "repeated   2 documents have the text and the images of an earlier one\n" in capsys.readouterr().out
+    seen = Seen()
+    for id_ in ("a", "b", "a", "a"):
+        seen.add(Document(id_, (TextSegment("text"),)))
+    assert "repeated   2 documents have an id of an earlier one" in seen.report()
+
+
+def test_like_reasons_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a.png", "it's.png", 'quo"te.png', "17.png", "caf\u00e9.png"]
+    lines = [json.dumps({"image": name}).encode() for name in names]
+    lines += [b'{"text": "\xff"}', b'{"text": "......\xe9"}', b'{"text": "good"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    assert main(["validate", f"data.path={tmp_path}", "limit=2"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert [line.split(":")[0] for line in told] == ["left out   5", "left out   1", "left out   1"]
+    assert "0x" not in "".join(told)
 
 
 def test_the_data_of_an_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "experiment=digits"]) == 0
-    assert "documents  1,797 usable, 0 items left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "source     digits\n" in said
+    assert "documents  1,797 usable, 0 items left out" in said
+    assert "images     1,797\n" in said
 
 
 @pytest.mark.parametrize("name", ["webdataset", "parquet", "jsonl", "folder"])
@@ -104,8 +149,6 @@ def test_an_interruption_keeps_what_was_seen(tmp_path: Path) -> None:
             return ["one"]
 
         def read(self, part: str):
-            from cm3leon.types import Document, TextSegment
-
             yield Document("a", (TextSegment("text"),))
             raise KeyboardInterrupt
 
