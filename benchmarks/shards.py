@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=24_576)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     rng = np.random.default_rng(0)
     lengths = rng.integers(1030, 1061, options.documents)
     documents = [rng.integers(0, 64_512, length, dtype=np.uint16) for length in lengths]

@@ -142,7 +142,7 @@ def test_a_reader_travels_to_another_process(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(module, "most_open", lambda: 3)
     shards = [some(2, seed) for seed in range(8)]
     read = TokenShards(write(tmp_path / "tokens", *shards))
     for place in np.random.default_rng(0).integers(0, 16, 200).tolist():

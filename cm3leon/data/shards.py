@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,8 +33,6 @@ from cm3leon.types import UserError
 T = TypeVar("T")
 
 PLAN, INDEX = "plan.json", "index.json"
-OPEN_SHARDS = 512
-"""Shards that are mapped at a time: far below the usual limit of 1,024 open files."""
 ABANDONED_AFTER = 86_400
 """Seconds without a change after which another host's partial file counts as left behind."""
 _HEADER, _FRAME, _CHECKSUM = b"cm3leon.header", b"cm3leon.frame_sha256", b"cm3leon.sha256"
@@ -248,6 +248,22 @@ def finish(folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any
     replace_json(folder / INDEX, {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {})
 
 
+@cache
+def most_open() -> int:
+    """Shards of a folder that stay mapped: each is an open file, of which a process is allowed so many.
+
+    Rows are read in random order, and mapping a shard anew for each would take longer than reading it; so the limit is
+    raised as far as the system lets us.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 20)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):
+        most = soft
+    return most // 8  # a run reads several folders
+
+
 class ShardFolder(Generic[T]):
     """The rows of a finished folder of shards, numbered from 0 in order of shards and rows.
 
@@ -269,6 +285,7 @@ class ShardFolder(Generic[T]):
             raise UserError(f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable") from error
         self.ends = np.cumsum(self.rows)
         self._columns = columns
+        self._most_open = most_open()
         self._open: OrderedDict[int, T] = OrderedDict()
 
     def __len__(self) -> int:
@@ -292,7 +309,7 @@ class ShardFolder(Generic[T]):
                     f"{shard.path} has {len(shard)} rows, {INDEX} says {self.rows[number]}; make it again"
                 )
             columns = self._open[number] = self._columns(shard)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         return columns
 

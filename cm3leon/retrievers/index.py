@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
     index.cp.seed = index.pq.cp.seed = seed + 1
     if _gpus():
         index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
-    index.train(vectors.parts(rows).mean())
+    index.train(np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)]))
     _write(index, folder / TRAINED)
 
 
@@ -136,8 +138,9 @@ def _merge_on_disk(folder: Path, pieces: int) -> None:
 
     index = faiss.read_index(str(folder / TRAINED))
     (folder / DATA).unlink(missing_ok=True)
-    merge_ondisk(index, [str(_piece(folder, number)) for number in range(pieces)], str(folder / DATA))
-    _write(index, folder / INDEX)
+    with _quiet():
+        merge_ondisk(index, [str(_piece(folder, number)) for number in range(pieces)], str(folder / DATA))
+        _write(index, folder / INDEX)
 
 
 def _piece(folder: Path, number: int) -> Path:
@@ -157,7 +160,22 @@ def _write(index: Any, path: Path) -> None:
 def _read(folder: Path) -> Any:
     """The merged index, its lists mapped into memory."""
     faiss = import_faiss()
-    return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    with _quiet():
+        return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to itself what FAISS says of its files on the process's standard output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _gpus() -> int:

@@ -73,11 +73,12 @@ class VectorShards:
         """The vectors of some rows, float32, (*rows.shape, D) each; a negative row is zeros."""
         flat = rows.ravel()
         text, image = (np.zeros((len(flat), self.width), np.float32) for _ in range(2))
-        numbers = np.searchsorted(self._shards.ends, flat, side="right")
-        for number in np.unique(numbers[flat >= 0]):
-            chosen = np.flatnonzero((numbers == number) & (flat >= 0))
-            columns, places = self._shards.shard(int(number)), flat[chosen] - self.first(int(number))
-            text[chosen], image[chosen] = columns.text_MD[places], columns.image_MD[places]
+        order = np.argsort(flat, kind="stable")
+        begins = np.searchsorted(flat[order], np.concatenate([[0], self._shards.ends]))
+        for number in np.flatnonzero(np.diff(begins)).tolist():
+            places = order[begins[number] : begins[number + 1]]
+            columns, wanted = self._shards.shard(number), flat[places] - self.first(number)
+            text[places], image[places] = columns.text_MD[wanted], columns.image_MD[wanted]
         return Parts(text.reshape(*rows.shape, self.width), image.reshape(*rows.shape, self.width))
 
     def id(self, row: int) -> str:

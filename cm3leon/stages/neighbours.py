@@ -19,7 +19,7 @@ from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, writ
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import MARKER, Part, locked, write_json
-from cm3leon.stages.retrieve import STRATEGY, strategy_figures
+from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.types import Document
 
@@ -127,12 +127,13 @@ def make_neighbours(run: Run, folder: Path) -> None:
     count = len(run.source.parts())
     finish_neighbours(folder, count)
     verdicts: Counter[str] = Counter()
-    found = []
+    found: Counter[int] = Counter()
     for number in range(count):
         shard = open_shard(shard_path(folder, number, count), verify=False)
         verdicts += Counter(shard.header["verdicts"])
-        found.append((shard.numbers("rows") >= 0).sum(axis=1))
-    write_json(folder / STRATEGY, strategy_figures(verdicts, np.concatenate(found)))
+        rows_BVK = shard.numbers("rows").reshape(len(shard), shard.header["variants"], -1)
+        found += neighbour_counts(rows_BVK)
+    write_json(folder / STRATEGY, strategy_figures(verdicts, found))
 
 
 def bank_of(folder: Path) -> Path:

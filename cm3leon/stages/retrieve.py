@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,29 @@ def make_retriever(run: Run, folder: Path) -> None:
     neighbours, verdicts = find_neighbours(retriever, bank, ids=ids, texts=captions, images_BHWC=images_BHWC, seed=seed)
     neighbours.save(folder / "neighbours.npy")
     labels_B = np.array([corpus.labels[row] for row in rows])
-    figures = strategy_figures(verdicts, (neighbours.rows_VBK != NONE).sum(axis=2))
+    figures = strategy_figures(verdicts, neighbour_counts(neighbours.rows_VBK))
     write_json(folder / STRATEGY, {**figures, "same_label": _same_label(neighbours.rows_VBK, labels_B)})
 
 
-def strategy_figures(verdicts: Mapping[str, int], found: np.ndarray) -> dict[str, Any]:
+def neighbour_counts(rows: np.ndarray) -> Counter[int]:
+    """How many documents (in a variant) have 0, 1, 2 ... neighbours, of rows (..., K)."""
+    return Counter(dict(enumerate(np.bincount((rows != NONE).sum(axis=-1).ravel()).tolist())))
+
+
+def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, Any]:
     """What the strategy did: the share of the candidates that each rule rejected, and how many neighbours it left.
 
     Args:
         verdicts: how many candidates were `seen` and how many rejected by each rule.
-        found: neighbours left, for each document and variant.
+        counts: how many documents have so many neighbours, see `neighbour_counts`.
     """
-    seen = verdicts.get("seen", 0)
+    seen, documents = verdicts.get("seen", 0), max(1, sum(counts.values()))
     rejected = {rule: count / seen for rule, count in sorted(verdicts.items()) if rule != "seen"}
     return {
         "candidates_looked_at": seen,
         "share_rejected": rejected,
-        "neighbours_per_document": float(found.mean()),
-        "documents_without_neighbours": float((found == 0).mean()),
+        "neighbours_per_document": sum(number * count for number, count in counts.items()) / documents,
+        "documents_without_neighbours": counts.get(0, 0) / documents,
     }
 
 
