@@ -593,6 +593,28 @@ def test_what_is_no_parquet_and_missing_values(tmp_path: Path) -> None:
     assert "not a readable parquet file" in bad(source)[2][1]
 
 
+def test_a_column_name_that_is_no_utf8(tmp_path: Path) -> None:
+    source = build("parquet", **CORPORA["parquet"](tmp_path))
+    content = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content.replace(b"caption", b"capti\xffn"))
+    assert len(good(source)) == 8
+    assert the_bad(source)[0] == "b.parquet"
+    assert the_bad(source)[1].startswith("not a readable parquet file: ")
+
+
+def test_a_failing_disk_is_no_damage_to_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() < 100:  # the rows; the footer lies at the end
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    source = build("parquet", **CORPORA["parquet"](tmp_path))
+    monkeypatch.setattr(Files, "open_raw", lambda files, name: Failing((tmp_path / name).read_bytes()))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(source.documents())
+
+
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
     images = [encoded(picture(n)) for n in range(3)]
     pq.write_table(pa.table({"jpg": images, "caption": list("abc"), "key": ["x", "y", "x"]}), tmp_path / "a.parquet")

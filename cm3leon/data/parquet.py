@@ -18,6 +18,8 @@ from cm3leon.types import UserError
 
 ROWS = 32
 """Rows held at a time."""
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have one."""
 
 
 @SOURCES.register("parquet")
@@ -44,13 +46,12 @@ class ParquetSource(FileSource):
         with self.files.open_raw(part) as raw:
             try:
                 file = pq.ParquetFile(raw, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                yield Skipped(part, f"not a readable parquet file: {_first_line(error)}")
+                wrong = self._wrong_columns(file.schema_arrow)
+            except DAMAGE as error:
+                yield Skipped(part, f"not a readable parquet file: {_told(error)}")
                 return
-            wrong = self._wrong_columns(file.schema_arrow)
-            if (
-                wrong and part == self.parts()[0]
-            ):  # a mistake in the config; in a later file it is a matter of that file
+            # In the first file it is a mistake in the config, in a later one a matter of that file.
+            if wrong and part == self.parts()[0]:
                 raise UserError(f"data: {part} {wrong}")
             if wrong:
                 yield Skipped(part, wrong)
@@ -76,10 +77,11 @@ class ParquetSource(FileSource):
                 for index in range(batch.num_rows):
                     yield self._record({name: column[index] for name, column in values.items()}, row, part)
                     row += 1
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGE as error:
+            told = _told(error)
             # An item a row, so that the numbers of the items behind stay those of their rows.
             for number in range(row, end):
-                yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {_first_line(error)}")
+                yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {told}")
 
     def _record(self, values: dict[str, Any], row: int, part: str) -> Record | Skipped:
         config = self.config
@@ -135,5 +137,8 @@ def _checked_size(image: bytes, max_bytes: int) -> bytes:
     return image
 
 
-def _first_line(error: BaseException) -> str:
+def _told(error: Exception) -> str:
+    """The first line of an error of pyarrow; one of the disk is raised again."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
     return str(error).strip().partition("\n")[0]
