@@ -105,7 +105,7 @@ class Files:
         file = self._open(name)
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        return gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[return-value]
+        return _Unpacked(file) if packed else file  # type: ignore[return-value]
 
     def open_raw(self, name: str) -> BinaryIO:
         """The bytes of a file as they are."""
@@ -156,6 +156,20 @@ class Files:
         keys = ("ETag", "etag", "checksum", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
         stamp = next((str(info[key]) for key in keys if info.get(key) is not None), "")
         return File(full[len(self.root) + 1 :], info.get("size") or 0, stamp)
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that closes the file below it too."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file)
+        self._below = file
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._below.close()
 
 
 def _before_magic(folders: list[str]) -> Iterator[str]:
