@@ -8,11 +8,12 @@ Everything is read once, as training would read it; Ctrl-C prints what was seen 
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ class Options:
     data: Annotated[Component, SOURCES]
     """The source, as the section data of an experiment; without a name it is told by the files under data.path."""
     experiment: str | None = None
-    """Experiment whose tokenizers and encoder the cost is stated for, and whose data is read if none is given."""
+    """Experiment whose tokenizers and encoder the cost is stated for, and whose section data is read."""
     limit: PositiveInt = 5
     """Files named for each reason."""
 
@@ -83,16 +84,23 @@ def main(mapping: Mapping[str, Any]) -> None:
 
 def _options(mapping: Mapping[str, Any]) -> tuple[Options, Experiment | None]:
     """The options, with the source's name and the experiment's data filled in, and the experiment."""
-    given = dict(mapping)
-    experiment = load_experiment(str(given["experiment"])) if given.get("experiment") else None
-    data = given.get("data")
-    if data is None and experiment:
-        given["data"] = to_mapping(experiment.data)
-    elif data is None:
-        raise UserError("data.path is missing; write data.path=PATH, with data.name=NAME if the files do not tell it")
-    else:
-        given["data"] = with_source_name(data)
-    return from_mapping(Options, given), experiment
+    data = with_source_name(mapping.get("data"))
+    if not mapping.get("experiment"):
+        if data is None:
+            raise UserError(
+                "data.path is missing; write data.path=PATH, and data.name=NAME if the files do not tell it"
+            )
+        return from_mapping(Options, {**mapping, "data": data}), None
+    experiment = load_experiment(str(mapping["experiment"]), list(_overrides(data)))
+    return from_mapping(Options, {**mapping, "data": to_mapping(experiment.data)}), experiment
+
+
+def _overrides(data: Any) -> Iterator[str]:
+    """The section as words of the command line: another name replaces an experiment's section, other keys are added."""
+    settings = {"name": data} if isinstance(data, str) else dict(data or {})
+    if "name" in settings:
+        yield f"data={settings.pop('name')}"
+    yield from (f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
 
 
 def with_source_name(data: Any) -> Any:

@@ -59,6 +59,23 @@ def test_the_cost_of_an_experiments_tokenizer(tmp_path: Path, capsys: pytest.Cap
     assert re.search(r"encoding images: [\d,]+ images/s on this machine's [CG]PU, \d+ s in all", said)
 
 
+def test_settings_go_over_those_of_an_experiments_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = CORPORA["webdataset"](tmp_path)
+    assert main(["validate", f"data.path={settings['path']}", "experiment=corpus"]) == 0
+    assert "documents  5 usable, 0 items left out" in capsys.readouterr().out
+    CORPORA["parquet"](tmp_path)
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "experiments" / "corpus.yaml").read_text()
+    file.write_text(text.replace("{name: webdataset}", "{name: parquet, image_column: none, path: none}"))
+    words = ["validate", f"experiment={file}", f"data.path={tmp_path}/*.parquet"]
+    assert main(words) == 2
+    assert "has no column none for data.image_column" in capsys.readouterr().err
+    assert main([*words, "data.image_column=jpg"]) == 0
+    assert main([*words[:2], "data.name=webdataset", f"data.path={tmp_path}/*.tar"]) == 0
+    assert main(["validate", "experiment=corpus"]) == 2
+    assert "data.path is missing" in capsys.readouterr().err
+
+
 def test_ids_of_more_than_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = CORPORA["webdataset"](tmp_path)
     digits = (ROOT / "experiments" / "digits.yaml").read_text()
