@@ -25,6 +25,7 @@ import pytest
 from corpora import CORPORA, encoded, picture, write_lines, write_tar
 from PIL import Image
 
+from cm3leon.data import parquet
 from cm3leon.data.files import Files
 from cm3leon.data.source import Skipped, Source
 from cm3leon.data.stream import DocumentStream
@@ -635,8 +636,45 @@ def test_what_is_no_parquet_and_missing_values(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
     source = build("parquet", path=str(tmp_path), id_column="key")
     assert good(source) == {}
-    assert [file for file, _ in bad(source)] == ["a.parquet/0", "a.parquet/1", "b.parquet"]
+    assert [file for file, _ in bad(source)] == ["a.parquet/a", "a.parquet/b", "b.parquet"]
     assert "not a readable parquet file" in bad(source)[2][1]
+
+
+def test_an_id_is_taken_by_a_row_of_no_use_wherever_reading_begins(tmp_path: Path) -> None:
+    images = [None, *(encoded(picture(n)) for n in range(5))]
+    keys = ["x", "y", "z", "x", None, "y"]
+    table = pa.table({"jpg": images, "caption": list("abcdef"), "key": keys})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    source = build("parquet", path=str(tmp_path), id_column="key")
+    assert good(source) == {"a.parquet/y": "b", "a.parquet/z": "c"}
+    names = [item.id if isinstance(item, Document) else item for item in source.read("a.parquet")]
+    for start in range(7):
+        rest = [item.id if isinstance(item, Document) else item for item in source.read("a.parquet", start)]
+        assert rest == names[start:]
+
+
+@pytest.mark.parametrize("told", [[3, 4, 1], [2, 4, 2]])
+def test_row_counts_that_do_not_agree(told: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row groups hold 3, 3 and 2 rows, the footer tells others: an item for each row that it tells."""
+    CORPORA["parquet"](tmp_path)
+    source = build("parquet", path=str(tmp_path / "a.parquet"))
+    monkeypatch.setattr(parquet, "_rows_of_groups", lambda metadata: told)
+    whole = [item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet")]
+    assert whole == [f"a.parquet/{row}" for row in range(8)]
+    for start in range(9):
+        rest = [item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet", start)]
+        assert rest == whole[start:]
+
+
+def test_a_footer_whose_row_counts_differ() -> None:
+    class Footer:
+        num_rows, num_row_groups = 7, 1
+
+        def row_group(self, group: int) -> Any:
+            return type("Group", (), {"num_rows": 10**15})
+
+    with pytest.raises(pa.ArrowInvalid, match="hold 1000000000000000 rows, its footer says 7"):
+        parquet._rows_of_groups(Footer())  # type: ignore[arg-type]
 
 
 def test_a_column_name_that_is_no_utf8(tmp_path: Path) -> None:

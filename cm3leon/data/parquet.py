@@ -47,6 +47,7 @@ class ParquetSource(FileSource):
             try:
                 file = pq.ParquetFile(raw, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
                 wrong = self._wrong_columns(file.schema_arrow)
+                rows = _rows_of_groups(file.metadata)
             except DAMAGE as error:
                 yield Skipped(part, f"not a readable parquet file: {_told(error)}")
                 return
@@ -57,31 +58,30 @@ class ParquetSource(FileSource):
                 yield Skipped(part, wrong)
                 return
             row = 0
-            for group in range(file.num_row_groups):
-                end = row + file.metadata.row_group(group).num_rows
-                yield from self._group(file, group, row, end, part, skip=end <= start)
-                row = end
+            for group, number in enumerate(rows):
+                yield from self._group(file, group, row, row + number, part, skip=row + number <= start)
+                row += number
 
     def _group(
         self, file: pq.ParquetFile, group: int, row: int, end: int, part: str, *, skip: bool
     ) -> Iterator[Record | Skipped]:
-        """An item for every row of a row group; `skip` leaves images and captions unread."""
+        """An item for every row of a row group, damaged or not; `skip` leaves images and captions unread."""
         columns = [self.config.image_column, self.config.caption_column]
         columns = ([] if skip else columns) + ([self.config.id_column] if self.config.id_column else [])
         if not columns:
             yield from (Record(f"{part}/{number}", ()) for number in range(row, end))
             return
+        told = "it holds fewer rows than the footer says"
         try:
             for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=list(dict.fromkeys(columns))):
                 values = {name: _values(batch.column(name)) for name in batch.schema.names}
-                for index in range(batch.num_rows):
+                for index in range(min(batch.num_rows, end - row)):
                     yield self._record({name: column[index] for name, column in values.items()}, row, part)
                     row += 1
         except DAMAGE as error:
             told = _told(error)
-            # An item a row, so that the numbers of the items behind stay those of their rows.
-            for number in range(row, end):
-                yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {told}")
+        for number in range(row, end):
+            yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {told}")
 
     def _record(self, values: dict[str, Any], row: int, part: str) -> Record | Skipped:
         config = self.config
@@ -90,8 +90,11 @@ class ParquetSource(FileSource):
             if key is None:
                 raise BadRecord("the id is missing")
             id_ = f"{part}/{page_text(key, 'the id') if isinstance(key, bytes) else key}"
-            if config.image_column not in values:
-                return Record(id_, ())
+        except BadRecord as error:
+            return Skipped(f"{part}/{row}", str(error))
+        if config.image_column not in values:
+            return Record(id_, ())
+        try:
             image = values[config.image_column]
             image = image["bytes"] if isinstance(image, dict) else image
             if not image:
@@ -99,7 +102,8 @@ class ParquetSource(FileSource):
             caption = caption_text(values[config.caption_column], config.max_caption_bytes)
             return Record(id_, (caption, partial(_checked_size, image, config.max_file_bytes)))
         except BadRecord as error:
-            return Skipped(f"{part}/{row}", str(error))
+            # Its id is taken all the same, as it is where the row is passed over.
+            return Record(id_, (partial(_unusable, str(error)),))
 
     def _wrong_columns(self, schema: pa.Schema) -> str:
         """What is wrong with the columns of a file, "" if nothing is."""
@@ -118,6 +122,14 @@ class ParquetSource(FileSource):
         return ""
 
 
+def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
+    """Rows of each row group. Raises ArrowInvalid where they do not make the rows of the file."""
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise pa.ArrowInvalid(f"its row groups hold {sum(rows)} rows, its footer says {metadata.num_rows}")
+    return rows
+
+
 def _values(column: pa.Array) -> list[Any]:
     """The column as Python values; strings as bytes, since not all files hold UTF-8 where they say so."""
     if pa.types.is_string(column.type):
@@ -129,6 +141,10 @@ def _values(column: pa.Array) -> list[Any]:
             [column.field("bytes")], names=["bytes"], mask=column.is_null() if column.null_count else None
         )
     return column.to_pylist()
+
+
+def _unusable(reason: str) -> bytes:
+    raise UnusableImage(reason)
 
 
 def _checked_size(image: bytes, max_bytes: int) -> bytes:
