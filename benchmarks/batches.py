@@ -4,16 +4,19 @@
 
 Documents are 16 text tokens and 1,024 codes, made from their row alone; each sample has 0 to 3 retrieved ones. The
 mix has as many documents of 50 to 500 text tokens, without retrieved ones. The stream is entered at places spread over
-an epoch of all documents. Peers, without retrieval and rotation: the `group_texts` recipe of Hugging Face's run_clm
-(concatenate and cut), in lists as `datasets` runs it and in numpy, and whole documents one after the other, padded.
-Best fill: all tokens over the Martello-Toth lower bound L2 of the number of blocks for the lengths that were packed.
+an epoch of all documents. Two rows read real shards instead, from a warm cache. Peers, without retrieval and rotation:
+the `group_texts` recipe of Hugging Face's run_clm (concatenate and cut), in lists as `datasets` runs it and in numpy,
+and whole documents one after the other, padded. Best fill: all tokens over the Martello-Toth lower bound L2 of the
+number of blocks for the lengths that were packed.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -21,9 +24,12 @@ import numpy as np
 import torch
 
 from cm3leon.data.mixture import Mixture
+from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.shuffle import mixed, shuffled
+from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, write_token_shard
 from cm3leon.objectives.packing import BlockStream, Draw, PackingConfig
 from cm3leon.registry import OBJECTIVES, discover
+from cm3leon.retrievers.neighbours import NeighbourShards, finish_neighbours, write_neighbour_shard
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment
@@ -70,6 +76,33 @@ class Corpus:
     def _with_retrieved(self, row: int, rng: np.random.Generator) -> Sample:
         retrieved = rng.integers(self.documents, size=rng.integers(4)).tolist()
         return Sample(self.pair(row), tuple(self.pair(other) for other in retrieved))
+
+
+class OnDisk:
+    """Some of the pairs in real shards, with neighbours: read, checked and drawn as training does."""
+
+    def __init__(self, corpus: Corpus, documents: int, folder: Path) -> None:
+        made_by = Tokenizers("text", "image", VOCAB.text_size, VOCAB.image_size, VOCAB.sentinels)
+        rng = np.random.default_rng(0)
+        tokens, neighbours = folder / "tokens", folder / "neighbours"
+        write_plan(tokens, {"tokenizers": asdict(made_by)})
+        write_plan(neighbours, {})
+        shards = np.array_split(np.arange(documents), max(1, documents // 4096))
+        for number, rows in enumerate(shards):
+            write_token_shard(
+                shard_path(tokens, number, len(shards)), [corpus.pair(row) for row in rows.tolist()], made_by
+            )
+            found_VBK = rng.integers(documents, size=(4, len(rows), 4))
+            write_neighbour_shard(shard_path(neighbours, number, len(shards)), found_VBK, {})
+        finish_tokens(tokens, len(shards))
+        finish_neighbours(neighbours, len(shards))
+        self._tokens, self._neighbours = TokenShards(tokens, made_by), NeighbourShards(neighbours)
+
+    def draw(self, position: int, rng: np.random.Generator) -> Sample:
+        """A pair with up to three of its neighbours."""
+        row = shuffled(0, position, len(self._tokens))
+        rows = self._neighbours.draw(row, most=3, random_count=True, rng=rng)
+        return Sample(self._tokens.document(row), tuple(self._tokens.document(other) for other in rows))
 
 
 # ------------------------------------------------------------------------------------------------ ours
@@ -196,6 +229,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000_000, help="documents of the simulated corpus")
     parser.add_argument("--places", type=int, default=5, help="places of an epoch at which the stream is entered")
     parser.add_argument("--batches", type=int, default=200, help="batches that are timed at each place")
+    parser.add_argument("--on-disk", type=int, default=24_576, help="documents of the corpus that is read from shards")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     discover()
@@ -208,6 +242,11 @@ def main() -> None:
             window = f", window {packing.window}" if packing.method == "whole" else ""
             columns = measure(draw, packing, arguments.documents, arguments.places, arguments.batches)
             print(f"| {name}, CM3, {packing.method}{window} | {columns} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        draw = OnDisk(corpus, arguments.on_disk, Path(folder)).draw
+        for packing in (PackingConfig(method="stream"), PackingConfig()):
+            columns = measure(draw, packing, arguments.on_disk, arguments.places, arguments.batches)
+            print(f"| {arguments.on_disk:,} pairs in shards on disk, CM3, {packing.method} | {columns} |", flush=True)
     lists = ([ids_T.tolist() for ids_T in documents] for documents in thousands(corpus, 5000))
     print(f"| peer: group_texts, lists | {measure_peer(group_texts, lists)} |")
     print(f"| peer: group_texts, numpy | {measure_peer(group_arrays, thousands(corpus, 5000))} |")

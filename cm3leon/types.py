@@ -99,7 +99,7 @@ class Block:
 
     `target_T[t]` is the token after `ids_T[t]` in the same sample; `weight_T` is its share in the loss (0 for
     sentinels, padding and the last position of a sample). `sample_T` numbers the samples of the block from 0, -1 is
-    padding: attention never crosses it. `position_T` restarts at 0 in every sample.
+    padding: attention never crosses it. `position_T` restarts at 0 in every sample, or runs on through the block.
     """
 
     ids_T: np.ndarray

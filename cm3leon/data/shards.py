@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import socket
 import time
 from collections import OrderedDict
@@ -72,7 +71,7 @@ class Shard:
     def utf8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A column of large strings as views: all bytes one after the other, and the M + 1 places where they begin."""
         _, begins, content = self.columns[name].buffers()
-        return np.frombuffer(content or b"", np.uint8), np.frombuffer(begins, np.int64)[: len(self) + 1]
+        return np.frombuffer(content or b"", np.uint8), np.frombuffer(begins, np.int64, len(self) + 1)
 
 
 def shard_path(folder: Path, number: int, count: int) -> Path:
@@ -89,9 +88,14 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
     """Writes a shard under a name of this process, then renames it: nobody ever sees half of one.
 
     Two writers of the same shard do no harm: the last rename wins, and both have written the same.
+
+    Raises:
+        OSError: for a full disk, of which no file is left.
     """
     content = json.dumps(header, sort_keys=True)
-    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    given = pa.record_batch(list(columns.values()), names=list(columns))
+    # The checksum is over the buffers as they will be read: of a slice the part it shows, no bitmap if none is null.
+    batch = pa.ipc.read_record_batch(given.serialize(), given.schema)
     frame = _frame_checksum(content, batch)
     metadata = {_HEADER: content, _FRAME: frame, _CHECKSUM: _checksum(frame, batch)}
     schema = batch.schema.with_metadata(metadata)
@@ -114,21 +118,25 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
 
     Raises:
         DamagedShard: for a missing, cut or changed file.
+        OSError: where the system refuses to map it (permissions, a failing disk, too many open files or maps).
     """
     try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        file = pa.memory_map(str(path))
+    except FileNotFoundError as error:
+        raise DamagedShard(f"{path} is missing; make the shard again") from error
+    try:
+        batch = pa.ipc.open_file(file).get_batch(0)
         batch.validate()
         metadata = {key: value.decode() for key, value in (batch.schema.metadata or {}).items()}
         content, frame = metadata[_HEADER], metadata[_FRAME]
         intact = _frame_checksum(content, batch) == frame
         intact = intact and (not verify or _checksum(frame, batch) == metadata[_CHECKSUM])
-    except FileNotFoundError as error:
-        raise DamagedShard(f"{path} is missing; make the shard again") from error
+        header = json.loads(content)
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedShard(f"{path} is no readable shard ({error}); delete it and make it again") from error
     if not intact:
         raise DamagedShard(f"{path} is damaged: its checksum does not match; delete it and make it again")
-    return Shard(path, json.loads(content), dict(zip(batch.schema.names, batch.columns, strict=True)))
+    return Shard(path, header, dict(zip(batch.schema.names, batch.columns, strict=True)))
 
 
 def _frame_checksum(content: str, batch: pa.RecordBatch) -> str:
@@ -220,14 +228,14 @@ def make_missing(
 
 def _is_abandoned(partial: Path) -> bool:
     """Whether the writer of a partial file is dead: on this host by its process, on others after a day."""
-    host, _, process = partial.name.removesuffix(".partial").rpartition(".arrow.")[2].rpartition("-")
-    if host != socket.gethostname() or not process.isdecimal():
-        return partial.stat().st_mtime < time.time() - ABANDONED_AFTER
+    process = partial.name.removesuffix(".partial").rpartition(f".{socket.gethostname()}-")[2]
     try:
+        if not process.isdecimal():
+            return partial.stat().st_mtime < time.time() - ABANDONED_AFTER
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):  # its writer has renamed it meanwhile; or lives, as another user
         return False
     return False
 
@@ -250,18 +258,15 @@ def finish(folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any
 
 @cache
 def most_open() -> int:
-    """Shards of a folder that stay mapped: each is an open file, of which a process is allowed so many.
+    """Shards of a folder that stay mapped: Linux grants a process so many maps, and a run reads several folders.
 
-    Rows are read in random order, and mapping a shard anew for each would take longer than reading it; so the limit is
-    raised as far as the system lets us.
+    A mapped shard keeps no file open, so the limit on open files does not matter.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 20)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
     except (OSError, ValueError):
-        most = soft
-    return most // 8  # a run reads several folders
+        most = 65_530  # what Linux grants by default; others have no limit
+    return most // 8
 
 
 class ShardFolder(Generic[T]):
@@ -319,6 +324,22 @@ class ShardFolder(Generic[T]):
             raise IndexError(f"there is no row {row}: {self.folder} has {len(self)}")
         number = int(np.searchsorted(self.ends, row, side="right"))
         return number, row - self.first(number)
+
+    def by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Goes through rows (Q,), in any order, shard by shard: its number, where in `rows` its rows are, and which.
+
+        Raises:
+            IndexError: for a row that is not there.
+        """
+        order = np.argsort(rows, kind="stable")
+        if len(rows) and not (rows[order[0]] >= 0 and rows[order[-1]] < len(self)):
+            raise IndexError(
+                f"rows {rows[order[0]]} to {rows[order[-1]]} are not all there: {self.folder} has {len(self)}"
+            )
+        begins = np.searchsorted(rows[order], np.concatenate([[0], self.ends]))
+        for number in np.flatnonzero(np.diff(begins)).tolist():
+            places = order[begins[number] : begins[number + 1]]
+            yield number, places, rows[places] - self.first(number)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel to other processes

@@ -63,7 +63,9 @@ def write_token_shard(path: Path, documents: Sequence[TokenDocument], tokenizers
 
 
 def _concatenated(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+    values = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+    assert values.max(initial=0) <= np.iinfo(dtype).max, "an id of no tokenizer named"
+    return values.astype(dtype, copy=False)
 
 
 def _list_array(rows: Sequence[np.ndarray], dtype: type) -> pa.Array:
@@ -89,8 +91,15 @@ def finish_tokens(folder: Path, count: int) -> None:
 
 def _summary(shard: Shard) -> dict[str, int]:
     ids, ids_at = shard.lists("ids")
-    segments = np.diff(shard.lists("lengths")[1])
-    return {"tokens": len(ids), "longest": int((np.diff(ids_at) + segments - 1).max(initial=0))}
+    lengths_at = shard.lists("lengths")[1]
+    counts = _token_counts(ids_at, lengths_at, np.arange(len(shard)))
+    return {"tokens": len(ids), "longest": int(counts.max(initial=0))}
+
+
+def _token_counts(ids_at: np.ndarray, lengths_at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Tokens of documents, breaks included, by where their ids and their segments begin."""
+    segments = lengths_at[rows + 1] - lengths_at[rows]
+    return ids_at[rows + 1] - ids_at[rows] + np.maximum(segments - 1, 0)
 
 
 class TokenShard:
@@ -124,6 +133,10 @@ class TokenShard:
             for end, length, is_image in zip(ends.tolist(), lengths.tolist(), image.tolist(), strict=True)
         )
         return TokenDocument(id_.decode(), segments)
+
+    def token_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of documents, breaks between segments included; their ids are neither read nor checked."""
+        return _token_counts(self._ids_at, self._lengths_at, rows)
 
 
 class TokenShards:
@@ -159,6 +172,19 @@ class TokenShards:
         """One document. Raises DamagedShard, naming it, if its bytes are not as they were written."""
         place, row = self._shards.locate(number)
         return self._shards.shard(place).document(row)
+
+    def token_counts(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens (Q,) of documents `numbers` (Q,), in any order, breaks between segments included.
+
+        Only where documents begin is read: not their ids, of which the checksum is therefore not compared.
+
+        Raises:
+            IndexError: for a document that is not there.
+        """
+        counts = np.zeros(len(numbers), np.int64)
+        for shard, places, rows in self._shards.by_shard(numbers):
+            counts[places] = self._shards.shard(shard).token_counts(rows)
+        return counts
 
     def __iter__(self) -> Iterator[TokenDocument]:
         return (self.document(number) for number in range(len(self)))

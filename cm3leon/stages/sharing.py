@@ -59,7 +59,7 @@ def _work(run_folder: Path, folder: Path, make_part: MakePart, part: Part) -> No
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     try:
         make_part(Run(load_experiment(str(run_folder / "config.yaml")), run_folder, best_device()), folder, part)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"cm3leon: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
