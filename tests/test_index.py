@@ -256,6 +256,7 @@ def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str,
     bank.save_added()
     again = Bank(vectors, folder)
     assert (len(again), again.id(2021)) == (2030, "new 21")
+    assert len(Bank(vectors, folder, with_added=False)) == 2000
     queries_QD = clustered(5, 10).text_BD
     assert np.array_equal(again.search(queries_QD, 6), bank.search(queries_QD, 6))
 
@@ -278,8 +279,8 @@ def test_a_bank_on_disk_retrieves_as_one_in_memory(tmp_path: Path, retriever: De
     in_memory = MemoryBank([str(n) for n in range(300)], parts)
     own = np.arange(300)
     variants = [parts, clustered(3, 300)]
-    expected, verdicts = neighbours_of(retriever, in_memory, variants, own)
-    found, counted = neighbours_of(retriever, Bank(vectors, folder), variants, own)
+    expected, verdicts = neighbours_of(retriever, in_memory, variants, own, like=parts)
+    found, counted = neighbours_of(retriever, Bank(vectors, folder), variants, own, like=parts)
     assert np.array_equal(found, expected)
     assert counted == verdicts
     assert verdicts["itself"] > 0

@@ -570,7 +570,8 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     for variant in range(3):
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
         for half, by in enumerate(("text", "image")):
-            expected, counted = retriever.retrieve(bank, queries, by, exclude_Q=np.arange(DOCUMENTS), count=2)
+            own, documents = np.arange(DOCUMENTS), retriever.parts(TEXTS, pictures())
+            expected, counted = retriever.retrieve(bank, queries, by, exclude_Q=own, count=2, like=documents)
             assert np.array_equal(found.rows_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
     assert verdicts["seen"] == seen
@@ -578,6 +579,21 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     assert not np.array_equal(found.rows_VBK[0], found.rows_VBK[1])
     again, _ = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5)
     assert np.array_equal(again.rows_VBK, found.rows_VBK)
+
+
+def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> None:
+    """Document 1 is a copy of document 0 under another id; half of the query's image is dropped."""
+    retriever = build_retriever(threshold=0.999, query_dropout=0.5, per_modality=DOCUMENTS, dropout_variants=2)
+    images_BHWC = pictures()
+    images_BHWC[1] = images_BHWC[0]
+    ids = [str(n) for n in range(DOCUMENTS)]
+    bank = retriever.bank(ids, TEXTS, images_BHWC)
+    found, _ = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=images_BHWC, seed=0)
+    assert 1 not in found.rows_VBK[:, 0]
+    assert 0 not in found.rows_VBK[:, 1]
+    dropped = retriever.parts(TEXTS, images_BHWC, dropout=0.5, seed=0)
+    unaware, _ = retriever.retrieve(bank, dropped, "image", exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS)
+    assert 1 in unaware[0]  # which is what `like` is for
 
 
 def test_missing_neighbours_are_marked(tmp_path: Path) -> None:

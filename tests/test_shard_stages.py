@@ -220,6 +220,9 @@ def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
     assert again.returncode == 2
     assert "no documents to add (3 items skipped or added before)" in again.stderr
     assert "up to date" in cm3leon(*arguments(tars, finished)).stdout
+    said = cm3leon(*arguments(tars, tmp_path / "run", f"shards.bank={more}"), check=False)
+    assert said.returncode == 2
+    assert said.stderr.splitlines()[-1].startswith(f"cm3leon: shards.bank: {more} is no run with a finished index")
     for words in (["text=x", "run=none"], [f"run={finished}"], [f"run={finished}", "image=none.png"]):
         wrong = cm3leon("search", *words, check=False)
         assert wrong.returncode == 2

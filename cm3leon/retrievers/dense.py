@@ -65,14 +65,23 @@ class DenseRetriever:
         return MemoryBank(list(ids), self.parts(texts, images_BHWC))
 
     def retrieve(
-        self, bank: SearchableBank, queries: Parts, by: Modality, *, count: int, exclude_Q: np.ndarray | None = None
+        self,
+        bank: SearchableBank,
+        queries: Parts,
+        by: Modality,
+        *,
+        count: int,
+        exclude_Q: np.ndarray | None = None,
+        like: Parts | None = None,
     ) -> tuple[np.ndarray, Counter[str]]:
         """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
 
         Args:
-            queries: parts of the queries; `by` names the one that is searched with, the others only serve to tell
-                copies. For a query without that part nothing is found.
+            queries: parts of the queries; `by` names the one that is searched with. For a query without it nothing is
+                found.
             exclude_Q: row of each query's own document, -1 for one that is not in the bank; None = none is.
+            like: parts of the documents whose copies are not to be found; None = the queries'. A query that lost
+                tokens to dropout no longer tells its own document's copies.
 
         Returns:
             rows (Q, count), filled up with -1, and the verdicts.
@@ -83,7 +92,7 @@ class DenseRetriever:
         return select(
             candidates_QK,
             bank.parts_of(candidates_QK),
-            queries,
+            queries if like is None else like,
             exclude_Q=np.full(len(candidates_QK), NONE) if exclude_Q is None else exclude_Q,
             count=count,
             rules=self.rules,

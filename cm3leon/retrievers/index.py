@@ -263,12 +263,15 @@ class Bank:
 
     Args:
         expect: what the vectors' plan has to say of the encoder.
+        with_added: whether documents that were added are in it.
 
     Raises:
         UserError: for a folder that is not finished, or vectors of another encoder.
     """
 
-    def __init__(self, vectors: Path, index: Path, expect: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, vectors: Path, index: Path, expect: Mapping[str, Any] | None = None, *, with_added: bool = True
+    ) -> None:
         self.vectors = VectorShards(vectors, expect)
         self._folder = index
         try:
@@ -289,7 +292,7 @@ class Bank:
         self._exact = figures["kind"] == "exact"
         self.added_ids: list[str] = []
         self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
-        if (index / ADDED).is_file():
+        if with_added and (index / ADDED).is_file():
             shard = open_shard(index / ADDED)
             parts = Parts(*(shard.numbers(name).astype(np.float32) for name in ("text", "image")))
             self.add(shard.strings("id"), parts)

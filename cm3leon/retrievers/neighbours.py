@@ -72,18 +72,19 @@ def find_neighbours(
         for variant in range(config.dropout_variants)
     )
     own_B = np.array([bank.row_of.get(id_, NONE) for id_ in ids])
-    rows_VBK, verdicts = neighbours_of(retriever, bank, queries, own_B)
+    rows_VBK, verdicts = neighbours_of(retriever, bank, queries, own_B, like=retriever.parts(texts, images_BHWC))
     return Neighbours(rows_VBK), verdicts
 
 
 def neighbours_of(
-    retriever: DenseRetriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray
+    retriever: DenseRetriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray, *, like: Parts
 ) -> tuple[np.ndarray, Counter[str]]:
     """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
 
     Args:
         variants: the parts of the documents in each variant.
         own_B: the documents' own rows in the bank, -1 where they are not in it.
+        like: the parts of the documents themselves, copies of which are not taken.
     """
     count = retriever.config.per_modality
     verdicts: Counter[str] = Counter()
@@ -91,7 +92,7 @@ def neighbours_of(
     for queries in variants:
         halves = []
         for modality in MODALITIES:
-            rows_BK, seen = retriever.retrieve(bank, queries, modality, count=count, exclude_Q=own_B)
+            rows_BK, seen = retriever.retrieve(bank, queries, modality, count=count, exclude_Q=own_B, like=like)
             halves.append(rows_BK)
             verdicts += seen
         rows_VBK.append(np.concatenate(halves, axis=1))

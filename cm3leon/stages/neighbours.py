@@ -14,14 +14,15 @@ from tqdm import tqdm
 from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, open_shard, read_plan, shard_path, write_plan
 from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import add_shard, merge, train
+from cm3leon.retrievers.index import Bank, add_shard, merge, train
 from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, write_neighbour_shard
+from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import MARKER, Part, locked, write_json
 from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
-from cm3leon.types import Document
+from cm3leon.types import Document, UserError
 
 OWN_BANK = ".."
 """The run folder whose documents are the bank, as seen from the stage's folder."""
@@ -92,9 +93,16 @@ def make_index(run: Run, folder: Path) -> None:
 
 def neighbours_inputs(run: Run) -> Any:
     """What the neighbours depend on besides the tokens and the index: the strategy, the encoder, a borrowed bank."""
-    bank = run.shards.bank
-    marker = json.loads((bank / "index" / MARKER).read_text())["fingerprint"] if bank else None
-    return [run.section("retriever", "seed"), run.encoder_header, marker]
+    sections, bank = run.section("retriever", "seed"), run.shards.bank
+    if bank is None:
+        return [sections, run.encoder_header]
+    try:
+        made_from = json.loads((bank / "index" / MARKER).read_text())["fingerprint"]
+    except OSError as error:
+        raise UserError(
+            f"shards.bank: {bank} is no run with a finished index; make it with until=index first"
+        ) from error
+    return [sections, run.encoder_header, made_from]
 
 
 def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
@@ -102,6 +110,8 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     parts, config = run.source.parts(), run.experiment.retriever.config
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
     write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
+    # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
+    bank = Bank(run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False)
 
     def make(number: int) -> None:
         found = [np.zeros((config.dropout_variants, 0, 2 * config.per_modality), np.int64)]
@@ -110,8 +120,12 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
         for batch in shard_documents(run, parts, number):
             seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(config.dropout_variants)
             queries = [document_parts(run, batch, dropout=config.query_dropout, seed=int(seed)) for seed in seeds]
-            own_Q = np.arange(first, first + len(batch)) if run.shards.bank is None else np.full(len(batch), -1)
-            rows_VBK, seen = neighbours_of(run.retriever, run.bank, queries, own_Q)
+            if run.shards.bank is None:
+                own_B = np.arange(first, first + len(batch))
+                documents = bank.parts_of(own_B)
+            else:
+                own_B, documents = np.full(len(batch), NONE), document_parts(run, batch)
+            rows_VBK, seen = neighbours_of(run.retriever, bank, queries, own_B, like=documents)
             found.append(rows_VBK)
             verdicts += seen
             first += len(batch)
