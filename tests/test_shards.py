@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import json
 import os
@@ -12,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from cm3leon.data.shards import (
     write_plan,
     write_shard,
 )
-from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, split_of_id, write_token_shard
+from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards, finish_tokens, split_of_id, write_token_shard
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,9 +101,13 @@ def test_any_documents_come_back(shards: list[list[TokenDocument]], tokenizers: 
         assert read.tokens == sum(len(s.ids_T) for document in written for s in document.segments)
         lengths = [sum(len(s.ids_T) for s in d.segments) + max(0, len(d.segments) - 1) for d in written]
         assert read.longest == max(lengths, default=0)
+        numbers = np.random.default_rng(0).permutation(2 * len(written)) // 2
+        assert read.token_counts(numbers).tolist() == [lengths[number] for number in numbers]
         for outside in (-1, len(written)):
             with pytest.raises(IndexError):
                 read.document(outside)
+            with pytest.raises(IndexError):
+                read.token_counts(np.append(numbers, outside))
 
 
 @pytest.mark.parametrize(("tokenizers", "size"), [(SMALL, 2), (LARGE, 4)])
@@ -113,6 +120,31 @@ def test_ids_take_16_bits_where_they_fit(tokenizers: Tokenizers, size: int, tmp_
 
 def test_the_papers_vocabulary_fits_16_bits() -> None:
     assert replace(SMALL, text_size=56_320, image_size=8_192, sentinels=1024).dtype == np.uint16
+
+
+def test_an_id_beyond_the_vocabulary_is_not_cut_to_16_bits(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        write(tmp_path, [TokenDocument("a", (TokenSegment("text", np.array([70_000])),))])
+    assert not list(tmp_path.glob("*.arrow"))
+
+
+def test_an_empty_shard_has_no_documents(tmp_path: Path) -> None:
+    folder = write(tmp_path, [], some(2))
+    assert len(TokenShard(open_shard(shard_path(folder, 0, 2)))) == 0
+    assert TokenShards(folder).token_counts(np.zeros(0, np.int64)).tolist() == []
+
+
+def test_counting_tokens_reads_no_ids(tmp_path: Path) -> None:
+    folder = write(tmp_path, some(3))
+    path = shard_path(folder, 0, 1)
+    counts = TokenShards(folder).token_counts(np.arange(3))
+    batch, content = layout(path)
+    at = position(batch["ids"].values.buffers()[1], content)
+    with flipped(path, 8 * at):
+        read = TokenShards(folder)
+        assert read.token_counts(np.arange(3)).tolist() == counts.tolist()
+        with pytest.raises(DamagedShard, match="document 0 is damaged"):
+            read.document(0)
 
 
 def test_other_tokenizers_are_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -189,31 +221,80 @@ def damage_found(act: Callable[[], None], path: Path) -> bool:
     return False
 
 
+def layout(path: Path) -> tuple[pa.RecordBatch, pa.Buffer]:
+    """The batch of a shard, and the bytes of the file, which the batch's buffers are views of."""
+    content = pa.py_buffer(path.read_bytes())
+    return pa.ipc.open_file(content).get_batch(0), content
+
+
+def position(buffer: pa.Buffer, content: pa.Buffer) -> int:
+    """Where a buffer begins in the file."""
+    return int(buffer.address - content.address)
+
+
+@contextmanager
+def flipped(path: Path, bit: int) -> Iterator[None]:
+    """The file with one bit changed; it is as it was afterwards."""
+    with path.open("r+b", buffering=0) as file:
+
+        def flip() -> None:
+            file.seek(bit // 8)
+            byte = file.read(1)[0]
+            file.seek(bit // 8)
+            file.write(bytes([byte ^ 1 << bit % 8]))
+
+        flip()
+        yield
+        flip()
+
+
 def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     """Nothing is ever read that was not written: by the whole shard's checksum, and by each document's."""
     written = some(40)
     path = shard_path(write(tmp_path / "tokens", written), 0, 1)
-    content = path.read_bytes()
 
     def read_shard() -> None:
-        assert open_shard(path).strings("id") == [document.id for document in written]
+        assert all(map(same, map(TokenShard(open_shard(path)).document, range(40)), written))
 
     def read_documents() -> None:
-        assert all(same(a, b) for a, b in zip(TokenShards(path.parent), written, strict=True))
+        assert all(map(same, TokenShards(path.parent), written))
 
-    batch = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0)
-    values = b"".join(bytes(buffer) for column in batch.columns for buffer in column.buffers() if buffer is not None)
-    places = np.random.default_rng(0).choice(len(content) * 8, 600, replace=False).tolist()
-    found = np.zeros((2, len(places)), bool)
-    for number, place in enumerate(places):
-        changed = bytearray(content)
-        changed[place // 8] ^= 1 << place % 8
-        path.write_bytes(changed)
-        found[:, number] = damage_found(read_shard, path), damage_found(read_documents, path)
-    share_of_values = len(values) / len(content)
-    assert found[0].mean() > share_of_values - 0.05  # the rest is padding, and the copy of the schema at the end
-    assert found[1].mean() > share_of_values - 0.05
+    batch, content = layout(path)
+    is_value, is_read = np.zeros((2, content.size), bool)
+    image_at = batch["image"].buffers()[1]  # where the lists of `image` begin, of which `lengths` has the same
+    for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
+        begin = position(buffer, content)
+        is_value[begin : begin + buffer.size] = True
+        is_read[begin : begin + buffer.size] = buffer.address != image_at.address
+    bits = np.random.default_rng(0).choice(content.size * 8, 800, replace=False)
+    found = np.zeros((2, len(bits)), bool)
+    for number, bit in enumerate(bits.tolist()):
+        with flipped(path, bit):
+            found[:, number] = damage_found(read_shard, path), damage_found(read_documents, path)
+    assert is_read[bits // 8].sum() > 300
+    assert found[0, is_value[bits // 8]].all()
+    assert found[1, is_read[bits // 8]].all()
     assert not (found[1] & ~found[0]).any()
+
+
+def test_every_flipped_bit_of_the_layout_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Where the buffers lie, and how long they are, stands in the batch's head: by the documents' checksums alone."""
+    written = some(3)
+    path = tmp_path / "a.arrow"
+    write_token_shard(path, written, SMALL)
+
+    def read() -> None:
+        assert all(map(same, map(TokenShard(open_shard(path, verify=False)).document, range(3)), written))
+
+    batch, content = layout(path)
+    begin = 8 + 8 + int(np.frombuffer(content, np.int32, 1, 12)[0])  # after the magic, and the schema and its length
+    end = min(position(b, content) for column in batch.columns for b in column.buffers() if b is not None)
+    assert 200 < end - begin < 1000
+    found = 0
+    for bit in range(8 * begin, 8 * end):
+        with flipped(path, bit):
+            found += damage_found(read, path)
+    assert found > 1000
 
 
 @pytest.mark.parametrize("size", [0, 10, 500, -1, -9])
@@ -235,6 +316,46 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
         writer.write_batch(pa.record_batch({"a": [1, 2]}))
     with pytest.raises(DamagedShard, match="is no readable shard"):
         open_shard(plain)
+    with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])):
+        pass
+    with pytest.raises(DamagedShard, match=r"plain\.arrow is no readable shard \(Batch number 0 out of range"):
+        open_shard(plain)
+
+
+def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
+    """Even one that the checksums, made anew by their definition, agree with."""
+    path = tmp_path / "a.arrow"
+    batch = pa.record_batch({"a": pa.array([1, 2])})
+    for header, columns, sentence in (
+        ('{"tokenizers": "other"}', [["a", "int64"]], None),
+        ("no json", [["a", "int64"]], "is no readable shard"),
+        ("{}", [["a", "uint64"]], "is damaged: its checksum does not match"),
+    ):
+        frame = hashlib.sha256(json.dumps([header, columns, 2]).encode()).hexdigest()
+        values = hashlib.sha256(frame.encode() + bytes(batch["a"].buffers()[1])).hexdigest()
+        metadata = {"cm3leon.header": header, "cm3leon.frame_sha256": frame, "cm3leon.sha256": values}
+        schema = batch.schema.with_metadata(metadata)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch.replace_schema_metadata(metadata))
+        if sentence is None:
+            assert open_shard(path).header == json.loads(header)
+        else:
+            with pytest.raises(DamagedShard, match=rf"a\.arrow {sentence}"):
+                open_shard(path)
+
+
+def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
+    """The file is whole: the sentence must not ask for it to be deleted."""
+    path = tmp_path / "a.arrow"
+    write_shard(path, columns(), {})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            open_shard(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(open_shard(path)) == 30
 
 
 def test_a_shard_deleted_between_epochs_is_named_and_the_others_are_read(tmp_path: Path) -> None:
@@ -286,6 +407,46 @@ def test_columns_of_every_kind(rows: int, tmp_path: Path) -> None:
     assert shard.strings("name") == written["name"].to_pylist()
 
 
+whole_columns = {
+    "numbers": pa.array(np.arange(40)),
+    "halves": pa.array(np.arange(40).astype(np.float16)),
+    "bits": pa.array([number % 3 == 0 for number in range(40)]),
+    "with nulls": pa.array([None if number % 7 == 0 else number for number in range(40)]),
+    "vectors": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(120)), 3),
+    "lists": pa.array([list(range(number % 4)) for number in range(40)], pa.large_list(pa.int32())),
+    "small lists": pa.array([list(range(number % 4)) for number in range(40)], pa.list_(pa.uint8())),
+    "strings": pa.array([f"ü{number}" * (number % 3) for number in range(40)], pa.large_string()),
+}
+
+
+@given(st.sampled_from(sorted(whole_columns)), st.integers(0, 40), st.integers(0, 40))
+@settings(max_examples=80, deadline=None)
+def test_a_slice_of_an_array_comes_back(name: str, begin: int, length: int) -> None:
+    part = whole_columns[name].slice(begin, length)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "a.arrow"
+        write_shard(path, {"x": part}, {})
+        shard = open_shard(path)
+        assert shard.columns["x"].to_pylist() == part.to_pylist()
+        assert shard.columns["x"].offset == 0
+
+
+def test_a_bitmap_that_says_that_nothing_is_null_is_left_out(tmp_path: Path) -> None:
+    none_null = [pa.py_buffer(b"\x0f"), pa.py_buffer(np.arange(4).tobytes())]
+    write_shard(tmp_path / "a.arrow", {"x": pa.Array.from_buffers(pa.int64(), 4, none_null)}, {})
+    assert open_shard(tmp_path / "a.arrow").numbers("x").tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files there")
+def test_an_open_shard_holds_no_open_file(tmp_path: Path) -> None:
+    for number in range(20):
+        write_shard(shard_path(tmp_path, number, 20), columns(number), {})
+    before = len(os.listdir("/proc/self/fd"))
+    shards = [open_shard(shard_path(tmp_path, number, 20)) for number in range(20)]
+    assert len(os.listdir("/proc/self/fd")) < before + 10  # Arrow opens some of its own
+    assert all(len(shard) == 30 for shard in shards)
+
+
 def test_numbers_are_views_of_the_file_and_cannot_be_written(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.arrow", columns(), {})
     numbers = open_shard(tmp_path / "a.arrow").numbers("number")
@@ -313,6 +474,13 @@ if how == "slow":
         print("written", flush=True)
         time.sleep(60)
         replace(*paths)
+    os.replace = wait
+if how == "both":  # neither puts a shard in place before the other has written it too
+    replace = os.replace
+    def wait(partial, path):
+        while not path.exists() and len(list(folder.glob(f".{path.name}.*.partial"))) < 2:
+            time.sleep(0.001)
+        replace(partial, path)
     os.replace = wait
 def make(number):
     numbers = np.random.default_rng(number).integers(0, 9, 200_000)
@@ -370,10 +538,34 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.parametrize("full_at", ["fsync", "replace", "link"])
+def test_what_a_full_disk_refuses_leaves_no_file(full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, full_at, full)
+
+    def write_either() -> None:
+        if full_at == "link":
+            write_plan(tmp_path, {"made from": "numbers"})
+        else:
+            write_shard(shard_path(tmp_path, 0, 1), columns(), {})
+
+    with pytest.raises(OSError, match="No space left on device") as refusal:
+        write_either()
+    assert refusal.value.errno == errno.ENOSPC
+    assert not isinstance(refusal.value, UserError)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_writers_of_one_folder_make_the_same_as_one(tmp_path: Path) -> None:
-    both = [writer(tmp_path / "both", "fast") for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], results
+    both = [writer(tmp_path / "both", "both") for _ in range(2)]
+    try:
+        results = [process.communicate(timeout=60) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [said.strip() for said, _ in results] == ["[0, 1, 2, 3]"] * 2, results
     assert writer(tmp_path / "one", "fast").communicate(timeout=60)[0].strip() == "[0, 1, 2, 3]"
     assert visible(tmp_path / "both") == visible(tmp_path / "one")
     for name in visible(tmp_path / "one"):
@@ -420,11 +612,16 @@ def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: 
     of_the_dead = mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{dead.stdout.strip()}."))
     elsewhere = tmp_path / f".{path.name}.otherhost-1.partial"
     old = tmp_path / f".{path.name}.otherhost-2.partial"
-    for file in (mine, of_the_dead, elsewhere, old):
+    plan_of_the_dead = of_the_dead.with_name(of_the_dead.name.replace(path.name, "plan.json"))
+    gone_meanwhile = tmp_path / f".{path.name}.otherhost-3.partial"
+    for file in (mine, of_the_dead, elsewhere, old, plan_of_the_dead):
         file.touch()
+    gone_meanwhile.symlink_to("nowhere")  # like a file that its writer renames after the folder was listed
     os.utime(old, (0, time.time() - 3 * 86_400))
     list(make_missing(tmp_path, 0, lambda number: None))
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([mine.name, elsewhere.name])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        file.name for file in (mine, elsewhere, gone_meanwhile)
+    )
 
 
 def test_rows_of_all_shards_are_numbered_through(tmp_path: Path) -> None:
