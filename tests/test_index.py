@@ -308,3 +308,18 @@ def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
             for each in (shards, in_memory)
         ]
         assert drawn[0] == drawn[1]
+
+
+def test_damaged_neighbours_are_named_when_they_are_drawn(tmp_path: Path) -> None:
+    rows_VBK = np.random.default_rng(0).integers(0, 50, (4, 30, 4))
+    path = shard_path(tmp_path, 0, 1)
+    write_neighbour_shard(path, rows_VBK, {})
+    finish_neighbours(tmp_path, 1)
+    content = bytearray(path.read_bytes())
+    place = content.index(rows_VBK[:, 7].astype(np.int32).tobytes())
+    content[place + 5] ^= 1
+    path.write_bytes(content)
+    shards = NeighbourShards(tmp_path)
+    assert np.array_equal(shards.rows(6), rows_VBK[:, 6])
+    with pytest.raises(DamagedShard, match=rf"{path.name}: row 7 is damaged"):
+        shards.draw(7, most=3, random_count=True, rng=np.random.default_rng(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cm3leon.data.shards import Shard, ShardFolder, finish, write_shard
+from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.strategy import NONE
@@ -103,11 +104,15 @@ def neighbours_of(
 
 
 def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str, Any]) -> None:
-    """Writes the neighbours of a shard of documents: the column `rows`, all variants of a document together."""
+    """Writes the neighbours of a shard of documents.
+
+    Its columns are `rows`, all variants of a document together, and `crc`, CRC-32 over their bytes.
+    """
     V, B, K = rows_VBK.shape
     rows = rows_VBK.transpose(1, 0, 2).reshape(B, V * K).astype(np.int32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), V * K)
-    write_shard(path, {"rows": column}, {**header, "variants": V})
+    crc = pa.array([zlib.crc32(row.tobytes()) for row in rows], pa.uint32())
+    write_shard(path, {"rows": column, "crc": crc}, {**header, "variants": V})
 
 
 def finish_neighbours(folder: Path, count: int) -> None:
@@ -115,8 +120,8 @@ def finish_neighbours(folder: Path, count: int) -> None:
     finish(folder, count, lambda shard: {"variants": shard.header["variants"]})
 
 
-def _rows(shard: Shard) -> np.ndarray:
-    return shard.numbers("rows")
+def _rows(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    return shard.numbers("rows"), shard.numbers("crc")
 
 
 class NeighbourShards:
@@ -134,9 +139,19 @@ class NeighbourShards:
         return len(self._shards)
 
     def rows(self, document: int) -> np.ndarray:
-        """Rows of the bank (V, K) of one document in each variant; -1 where the strategy left fewer."""
-        number, row = self._shards.locate(document)
-        return self._shards.shard(number)[row].reshape(self._variants, -1)
+        """Rows of the bank (V, K) of one document in each variant; -1 where the strategy left fewer.
+
+        Raises:
+            DamagedShard: naming the shard, if they are not as they were written.
+        """
+        number, place = self._shards.locate(document)
+        rows, crc = self._shards.shard(number)
+        if zlib.crc32(rows[place].tobytes()) != crc[place]:
+            raise DamagedShard(
+                f"{self._shards.path(number)}: row {place} is damaged, its checksum does not match; "
+                "delete the file and make it again"
+            )
+        return rows[place].reshape(self._variants, -1)
 
     def draw(self, document: int, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
         """Rows of the bank for one training sample, see `draw`."""
