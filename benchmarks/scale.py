@@ -1,7 +1,8 @@
 """The constants behind docs/scale.md, measured on one core, and what they make of a corpus of any size.
 
-    python benchmarks/scale.py                                   # for 340 million documents
-    python benchmarks/scale.py --documents 10000000 --lists 0    # 0 = as many as the index chooses
+    python benchmarks/scale.py                             # for 340 million documents
+    python benchmarks/scale.py --documents 10000000
+    python benchmarks/scale.py --search 444 --add 16667    # queries and vectors a second and core, from index.py
 
 Documents are a caption of about 60 characters and a JPEG of 256 x 256 pixels, 1,024 codes of 16 bits. The encoder is
 CLIP ViT-B/32 with random weights, the image tokenizer the registered `vq` at the paper's geometry: speed does not
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,9 +58,11 @@ def flops(act: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=340_000_000)
-    parser.add_argument("--search", type=float, default=0.0, help="queries/s of one core from benchmarks/index.py")
+    parser.add_argument("--search", type=float, default=0.0, help="queries/s of one core, from benchmarks/index.py")
+    parser.add_argument("--add", type=float, default=0.0, help="vectors added a second and core, from there")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random
     discover()
     rng = np.random.default_rng(0)
     n = options.documents
@@ -107,11 +111,11 @@ def main() -> None:
     bank = MemoryBank([str(row) for row in range(20_000)], vectors)
     queries = vectors.rows(slice(0, 256))
     search = seconds(lambda: bank.search(queries.text_BD, retriever.config.candidates)) / 256
-    both = seconds(lambda: neighbours_of(retriever, bank, [queries], np.arange(256)))
+    both = seconds(lambda: neighbours_of(retriever, bank, [queries], np.arange(256), like=queries))
     strategy = both / 256 - 2 * search
 
     lists = lists_for(n, IndexConfig())
-    per_query = 1 / options.search if options.search else float("nan")
+    per_query, per_vector = (1 / rate if rate else float("nan") for rate in (options.search, options.add))
     print("| constant | measured, one core |\n|---|---|")
     for name, value in (
         ("JPEG to 256 x 256 pixels", f"{1 / decode:,.0f} images/s"),
@@ -136,7 +140,7 @@ def main() -> None:
     for name, disk, cpu, accelerator in (
         ("tokens", size * n, n * (decode + write + digest * size) / hour, n * codes_flops / gpu),
         ("vectors", vector_bytes * n, n * (decode + digest * vector_bytes) / hour, n * clip_flops / gpu),
-        (f"index ({lists:,} lists)", code_bytes * n, float("nan"), 0),
+        (f"index ({lists:,} lists)", code_bytes * n, n * per_vector / hour, 0),
         (
             "neighbours",
             neighbour_bytes * n,
