@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shutil
 import sys
@@ -103,45 +104,33 @@ def _share(text: str) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def export(arguments: Sequence[str]) -> None:
-    """Converts a trained model to or from another format."""
-    options = apply_overrides({}, map(parse_override, arguments))
-    from cm3leon.export import main
+def _forwarded(module: str, function: str) -> Callable[[Sequence[str]], None]:
+    """A command whose key=value words are the options of a function, imported when it is called."""
 
-    main(options)
+    def command(arguments: Sequence[str]) -> None:
+        options = apply_overrides({}, map(parse_override, arguments))
+        getattr(importlib.import_module(module), function)(options)
 
-
-def validate(arguments: Sequence[str]) -> None:
-    """Reads a corpus and says what it holds."""
-    options = apply_overrides({}, map(parse_override, arguments))
-    from cm3leon.validate import main
-
-    main(options)
-
-
-def search(arguments: Sequence[str]) -> None:
-    """Asks the memory bank of a run."""
-    options = apply_overrides({}, map(parse_override, arguments))
-    from cm3leon.search import search as main
-
-    main(options)
-
-
-def add(arguments: Sequence[str]) -> None:
-    """Adds documents to the memory bank of a run."""
-    options = apply_overrides({}, map(parse_override, arguments))
-    from cm3leon.search import add as main
-
-    main(options)
+    return command
 
 
 COMMANDS = {
     "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
     "part": Command("a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part),
-    "validate": Command("read a corpus, say what it holds, what is broken and what it costs: data.path=PATH", validate),
-    "search": Command("ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5", search),
-    "add": Command("add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH", add),
-    "export": Command("convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", export),
+    "validate": Command(
+        "read a corpus, say what it holds, what is broken and what it costs: data.path=PATH",
+        _forwarded("cm3leon.validate", "main"),
+    ),
+    "search": Command(
+        "ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5", _forwarded("cm3leon.search", "search")
+    ),
+    "add": Command(
+        "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
+        _forwarded("cm3leon.search", "add"),
+    ),
+    "export": Command(
+        "convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", _forwarded("cm3leon.export", "main")
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import VOCAB, document, documents
 from scipy import stats
 
 from cm3leon.objectives.base import cut
@@ -17,11 +18,10 @@ from cm3leon.objectives.cm3 import EXTRA, Span, rotate, unrotate
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import LaidOut, lay_out
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment
+from cm3leon.types import Batch, Sample
 
 discover()
 
-VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 CPU = torch.device("cpu")
 
 
@@ -29,18 +29,6 @@ def cm3(vocab: Vocab = VOCAB, **fields: Any) -> Any:
     return OBJECTIVES.build({"name": "cm3", **fields}, vocab=vocab)
 
 
-def segment(modality: Any, length: int) -> TokenSegment:
-    low, high = VOCAB.id_range(modality)
-    return TokenSegment(modality, low + np.arange(length) % (high - low))
-
-
-def document(*lengths: int, name: str = "document") -> TokenDocument:
-    """Segments of these lengths, text and image in turn."""
-    return TokenDocument(name, tuple(segment(("text", "image")[k % 2], n) for k, n in enumerate(lengths)))
-
-
-segments = st.builds(segment, st.sampled_from(["text", "image"]), st.integers(0, 9))
-documents = st.lists(segments, min_size=1, max_size=4).map(lambda parts: TokenDocument("any", tuple(parts)))
 laid_out = st.builds(Sample, documents, st.lists(documents, max_size=3).map(tuple)).map(lambda s: lay_out(s, VOCAB))
 settings_of_cm3 = st.fixed_dictionaries(
     {

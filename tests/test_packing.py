@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from samples import VOCAB, document, documents, segment
 
 from cm3leon.config import from_mapping
 from cm3leon.data.shuffle import shuffled
@@ -21,28 +22,12 @@ from cm3leon.objectives.cm3 import unrotate
 from cm3leon.objectives.packing import BlockStream, PackingConfig, choose, collate, fit, merge_states, pack
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import lay_out, sample_length
-from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError
 
 discover()
 
-VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 CPU = torch.device("cpu")
 METHODS = ["stream", "whole"]
-
-
-def segment(modality: Any, length: int) -> TokenSegment:
-    low, high = VOCAB.id_range(modality)
-    return TokenSegment(modality, low + np.arange(length) % (high - low))
-
-
-def document(*lengths: int, name: str = "document") -> TokenDocument:
-    """Segments of these lengths, text and image in turn."""
-    return TokenDocument(name, tuple(segment(("text", "image")[k % 2], n) for k, n in enumerate(lengths)))
-
-
-segments = st.builds(segment, st.sampled_from(["text", "image"]), st.integers(0, 9))
-documents = st.lists(segments, min_size=1, max_size=4).map(lambda parts: TokenDocument("any", tuple(parts)))
 
 # ------------------------------------------------------------------------------------------------ one block
 
