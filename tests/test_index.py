@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from cm3leon.retrievers.neighbours import (
 )
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+from cm3leon.stages.neighbours import make_index, make_index_part
 from cm3leon.types import UserError
 
 WIDTH = 16
@@ -204,6 +206,29 @@ def test_pieces_are_made_once_and_the_missing_one_again(tmp_path: Path) -> None:
     assert changed == ["piece-00002.faiss"]
 
 
+def test_workers_share_the_pieces_of_an_index(tmp_path: Path) -> None:
+    vectors, alone = build(tmp_path, clustered(0, 2000), **SMALL_IVF)
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    experiment = SimpleNamespace(index=from_mapping(IndexConfig, SMALL_IVF, "index"), seed=0)
+    run: Any = SimpleNamespace(
+        vectors=VectorShards(vectors), experiment=experiment, shards=SimpleNamespace(workers=1), folder=tmp_path
+    )
+    make_index_part(run, folder, (1, 2))
+    assert sorted(file.name for file in folder.glob("*.faiss")) == ["piece-00001.faiss", "trained.faiss"]
+    make_index_part(run, folder, (0, 2))
+    assert len(list(folder.glob("piece-*.faiss"))) == 3
+    make_index(run, folder)
+    queries_QD = clustered(1, 20).image_BD
+    assert np.array_equal(Bank(vectors, folder).search(queries_QD, 5), Bank(vectors, alone).search(queries_QD, 5))
+
+
+def test_few_documents_are_searched_exactly_whatever_is_asked_for(tmp_path: Path) -> None:
+    vectors, folder = build(tmp_path, clustered(0, 200), **SMALL_IVF)
+    assert json.loads((folder / "index.json").read_text())["kind"] == "exact"
+    assert len(Bank(vectors, folder)) == 200
+
+
 def test_the_folder_can_be_moved(tmp_path: Path) -> None:
     parts = clustered(0, 2000)
     vectors, folder = build(tmp_path, parts, **SMALL_IVF)
@@ -215,9 +240,10 @@ def test_the_folder_can_be_moved(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
-    vectors, folder = build(tmp_path, clustered(0, 60))
+    write(tmp_path / "enough", clustered(0, 300))
     with pytest.raises(UserError, match=r"index\.code_bytes is 5; it must divide the vectors' width, 16"):
-        train(VectorShards(vectors), folder, IndexConfig(exact_below=0, code_bytes=5), seed=0)
+        train(VectorShards(tmp_path / "enough"), tmp_path, IndexConfig(exact_below=0, code_bytes=5), seed=0)
+    vectors, folder = build(tmp_path, clustered(0, 60))
     write(tmp_path / "more", clustered(0, 90))
     with pytest.raises(UserError, match=r"is the index of 60 documents, .* has 90; make the index again"):
         Bank(tmp_path / "more", folder)

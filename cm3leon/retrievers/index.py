@@ -36,6 +36,8 @@ from cm3leon.types import UserError
 TRAINED, INDEX, DATA, FIGURES, ADDED = "trained.faiss", "index.faiss", "index.ivfdata", "index.json", "added.arrow"
 HNSW_FROM = 16_384
 """Lists from which on the list of a vector is itself looked up in a graph."""
+PQ_CODES = 256
+"""Codes of a subspace, one byte each."""
 RECALL_AT = (2, 10)
 
 
@@ -59,12 +61,12 @@ class IndexConfig:
 
 def lists_for(documents: int, config: IndexConfig) -> int:
     """Number of inverted lists."""
-    return config.lists or 2 ** round(math.log2(4 * math.sqrt(documents)))
+    return min(documents, config.lists or 2 ** round(math.log2(4 * math.sqrt(documents))))
 
 
 def is_exact(documents: int, config: IndexConfig) -> bool:
-    """Whether a bank of so many documents is searched exactly."""
-    return documents < config.exact_below
+    """Whether a bank of so many documents is searched exactly; fewer than a subspace has codes always are."""
+    return documents < max(config.exact_below, PQ_CODES)
 
 
 # ------------------------------------------------------------------------------------------------ making
