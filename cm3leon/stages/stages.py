@@ -24,7 +24,8 @@ from cm3leon.stages.pipeline import Part, Stage, run_part, run_stages
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.retrieve import make_retriever
-from cm3leon.stages.tokenize import make_documents, make_image_tokenizer, make_text_tokenizer
+from cm3leon.stages.text_tokenizer import make_text_tokenizer
+from cm3leon.stages.tokenize import make_documents, make_image_tokenizer
 from cm3leon.stages.tokens import make_tokens, make_tokens_part, tokens_inputs
 from cm3leon.stages.training_data import training_inputs
 from cm3leon.training.device import best_device

@@ -1,4 +1,4 @@
-"""The first three stages: documents, text tokenizer, image tokenizer."""
+"""The stages that make the documents and the image tokenizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.images import square
 from cm3leon.data.shuffle import RowStream
 from cm3leon.data.source import Skipped
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import sample_documents, split_in
-from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.trainer import train
 from cm3leon.types import Document, UserError
@@ -70,15 +69,6 @@ def _splits(run: Run, ids: list[str]) -> list[Split]:
                 f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
             )
     return splits
-
-
-def make_text_tokenizer(run: Run, folder: Path) -> None:
-    """Learns the merges on the training captions, or takes over another run's tokenizer."""
-    config = run.experiment.text_tokenizer
-    if run.borrowed is not None:
-        TextTokenizer.load(run.borrowed_file(TEXT_TOKENIZER).parent, config).save(folder)
-        return
-    TextTokenizer.train(config, [run.corpus.captions[row] for row in run.corpus.rows("train")]).save(folder)
 
 
 def make_image_tokenizer(run: Run, folder: Path) -> None:
