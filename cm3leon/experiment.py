@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cm3leon.config import (
     SHIPPED,
@@ -61,8 +61,11 @@ class ShardsConfig:
 
     sample: PositiveInt = 10_000
     """Documents of that sample, taken from parts all over the corpus."""
+    tokenizer_images: Literal["sample", "corpus"] = "sample"
+    """What the image tokenizer is trained on: the images of the sample, cut to their centre, or those of the whole
+    corpus, read as they come and cut and mirrored at random."""
     tokenizers: Path | None = None
-    """Run folder whose tokenizers and encoder are used as they are; None trains them on the sample."""
+    """Run folder whose tokenizers, and encoder if it has one, are used as they are; None trains them on the sample."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; None makes one of this corpus."""
     mix: dict[str, PositiveFloat] = field(default_factory=dict)
@@ -70,6 +73,16 @@ class ShardsConfig:
     repeated more than 3 times in an epoch nor cut below 0.3 of it."""
     workers: PositiveInt = 1
     """Processes on this machine that make shards; on a cluster, array jobs do (see the command part)."""
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig:
+    """What is measured of reconstructions besides PSNR, SSIM and the use of the codes."""
+
+    perceptual_file: Path | None = None
+    """Weights of torchvision's VGG16 (vgg16-397923af.pth), for LPIPS; None leaves it out."""
+    inception_file: Path | None = None
+    """Weights of pytorch-fid's Inception (pt_inception-2015-12-05-6726825d.pth), for rFID; None leaves it out."""
 
 
 @dataclass(kw_only=True)
@@ -111,13 +124,19 @@ class Experiment:
     """Varied versions of the training images, for small corpora."""
 
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
-    """Byte-level BPE, trained on the captions of the training documents."""
+    """Byte-level BPE, trained on the captions of the training documents or on `text_data`."""
+
+    text_data: Annotated[Component, SOURCES] | None = None
+    """Corpus whose training documents the text tokenizer is trained on; null = the captions of this experiment."""
 
     image_tokenizer: Annotated[Component, IMAGE_TOKENIZERS]
     """Turns images into codes and back."""
 
-    image_tokenizer_training: TrainingConfig
-    """How it is trained on the training images."""
+    image_tokenizer_training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained on the training images, if it has to be."""
+
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """How it is measured on the held-out images."""
 
     sentinels: PositiveInt = 512
     """Mask tokens of the vocabulary."""
@@ -160,6 +179,9 @@ class Experiment:
 
     metrics: list[Annotated[Component, METRICS]]
     """Figures of each setting."""
+
+    until: str | None = None
+    """Stage after which a run of this experiment ends, if the command line names none; None = the last one."""
 
     def check(self) -> None:
         tasks = [task.name for task in self.tasks]

@@ -85,7 +85,7 @@ def _query(run: Run, options: SearchOptions) -> Parts:
             pixels_HWC = read_image(options.image, MAX_PIXELS)
         except UnusableImage as error:
             raise UserError(f"image: {options.image} cannot be used: {error}") from error
-        images_BHWC = square(pixels_HWC, run.new_image_tokenizer().image_size)[None]
+        images_BHWC = square(pixels_HWC, run.image_tokenizer_shape.image_size)[None]
     return run.retriever.parts(None if options.text is None else [options.text], images_BHWC)
 
 

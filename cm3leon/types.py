@@ -60,9 +60,14 @@ class Document:
         return " ".join(segment.text for segment in self.segments if isinstance(segment, TextSegment))
 
     @property
+    def images(self) -> list[np.ndarray]:
+        """Pixels (H, W, C) of each image."""
+        return [segment.pixels_HWC for segment in self.segments if isinstance(segment, ImageSegment)]
+
+    @property
     def image(self) -> np.ndarray | None:
         """Pixels (H, W, C) of the first image, None without one."""
-        return next((s.pixels_HWC for s in self.segments if isinstance(s, ImageSegment)), None)
+        return next(iter(self.images), None)
 
 
 @dataclass(frozen=True, eq=False)

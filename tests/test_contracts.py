@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import CORPORA
+from published import IMAGE_TOKENIZER_FILES
 
 from cm3leon import config
 from cm3leon.data.source import Skipped
@@ -80,7 +81,8 @@ SMALL: dict[str, Any] = {
     "image_size": 16,
     "codebook_size": 16,
     "code_dim": 8,
-    "channels": 8,
+    "channels": 32,
+    "discriminator_layers": 1,
 }
 
 
@@ -155,14 +157,20 @@ def test_task_asks_and_reads_back(registry: Registry[Any], name: str) -> None:
 
 
 @every(IMAGE_TOKENIZERS)
-def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: str) -> None:
+def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    tokenizer = registry.build(small(registry, name))
+    files = IMAGE_TOKENIZER_FILES[name](tmp_path) if name in IMAGE_TOKENIZER_FILES else {}
+    tokenizer = registry.build(small(registry, name, **files))
     side = tokenizer.image_size
     images_BHWC = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
-    loss, figures = tokenizer.train().loss(torch.from_numpy(images_BHWC))
-    loss.backward()
-    assert figures["images"] == 3
+    if tokenizer.pretrained:
+        with pytest.raises(UserError, match="used as it is"):
+            tokenizer.training_module()
+        assert tokenizer.fingerprint() == registry.build(small(registry, name, **files)).fingerprint()
+    else:
+        loss, figures = tokenizer.training_module().train().loss(torch.from_numpy(images_BHWC))
+        loss.backward()
+        assert figures["images"] == 3
     codes_BN = tokenizer.eval().encode(images_BHWC)
     assert codes_BN.shape == (3, tokenizer.grid**2)
     assert 0 <= codes_BN.min() <= codes_BN.max() < tokenizer.codebook_size

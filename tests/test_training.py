@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def run(
     callback: Callable[[int, Any], None] | None = None,
     module: nn.Module | None = None,
     loss: Any = loss,
+    clipped: Sequence[nn.Module] = (),
     **fields: Any,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     module = module or Tiny()
@@ -140,6 +141,7 @@ def run(
         seed=7,
         title="tiny",
         callback=callback,
+        clipped=clipped,
     )
     return module, log
 
@@ -188,13 +190,15 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("average_decay", [None, 0.8])
 @pytest.mark.parametrize("stop", ["batches", "callback", "save"])
 @pytest.mark.parametrize("steps", [[1], [4], [5], [15], [4, 5, 9], [19], [2, 2, 10, 10]])
 def test_a_resumed_run_is_the_uninterrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, steps: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, steps: list[int], average_decay: float | None
 ) -> None:
-    """Bit for bit: weights, buffers, the optimizer, the place in the data, and the log."""
-    whole, log = run(tmp_path / "whole", callback=lambda step, writer: torch.rand(step))
+    """Bit for bit: weights, buffers, their average, the optimizer, the place in the data, and the log."""
+    fields = {"average_decay": average_decay}
+    whole, log = run(tmp_path / "whole", callback=lambda step, writer: torch.rand(step), **fields)
     folder = tmp_path / "stopped"
 
     for stop_at in steps:
@@ -212,9 +216,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             if stop == "save":
                 patch.setattr(trainer, "save_checkpoint", save_stops)
             batches = Numbers(fails_at=stop_at if stop == "batches" else None)
+            callback = stops if stop == "callback" else None
             with pytest.raises(Interrupted):
-                run(folder, batches=batches, callback=stops if stop == "callback" else None, callback_every=1)
-    again, log_again = run(folder, callback=lambda step, writer: torch.rand(step + 1))
+                run(folder, batches=batches, callback=callback, callback_every=1, **fields)
+    again, log_again = run(folder, callback=lambda step, writer: torch.rand(step + 1), **fields)
     for (name, weight), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(weight, other), name
     assert without_rates(log_again) == without_rates(log) == without_rates(read_log(folder))
@@ -226,12 +231,50 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             assert all(torch.equal(moments[name], other["state"][key][name]) for name in moments)
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    module, log = run(tmp_path)
-    again, log_again = run(tmp_path, batches=Numbers(fails_at=0))
+@pytest.mark.parametrize("average_decay", [None, 0.8])
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, average_decay: float | None) -> None:
+    module, log = run(tmp_path, average_decay=average_decay)
+    again, log_again = run(tmp_path, batches=Numbers(fails_at=0), average_decay=average_decay)
     assert log_again == log
     assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
     assert not again.training
+
+
+def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> None:
+    """The weights after every step, averaged in float64 with the decay's own warm-up; buffers are the last ones."""
+    seen: list[dict[str, Tensor]] = []
+
+    def watch(step: int, writer: Any) -> None:
+        seen.append({name: weight.detach().double().clone() for name, weight in module.named_parameters()})
+
+    module = Tiny()
+    average = {name: weight.detach().double().clone() for name, weight in module.named_parameters()}
+    run(tmp_path, module=module, callback=watch, callback_every=1, average_decay=0.6)
+    for step, weights in enumerate(seen, 1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+    for name, weight in module.named_parameters():
+        torch.testing.assert_close(weight.double(), average[name], atol=1e-6, rtol=1e-5)
+        assert not torch.equal(weight.double(), seen[-1][name])
+    assert module.seen.item() == 20 * 6
+
+
+def test_networks_of_their_own_are_clipped_by_themselves(tmp_path: Path) -> None:
+    """What one of them is given does not depend on how large the other's gradient is."""
+
+    def scaled(scale: float) -> Any:
+        def loss_of_two(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+            first, second = module
+            return first(batch[0]).square().mean() + scale * second(batch[0]).square().mean(), {}
+
+        return loss_of_two
+
+    weights = []
+    for scale in (1.0, 1000.0):
+        module = nn.ModuleList([Tiny(), Tiny()])
+        run(tmp_path / str(scale), module=module, loss=scaled(scale), clipped=list(module), clip=0.01)
+        weights.append([weight.detach().clone() for weight in module[0].parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:

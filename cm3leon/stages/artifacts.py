@@ -83,9 +83,16 @@ class Run:
             raise UserError(f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing")
         return file
 
+    @property
+    def borrows_encoder(self) -> bool:
+        """Whether that run has an encoder; one that stopped at its tokenizers has none."""
+        return self.borrowed is not None and (self.borrowed / ENCODER).is_file()
+
     def borrowed_digest(self, name: str) -> str | None:
         """Changes with a file that is taken over, None where nothing is."""
-        return None if self.borrowed is None else _sha256(self.borrowed_file(name))
+        if self.borrowed is None or (name == ENCODER and not self.borrows_encoder):
+            return None
+        return _sha256(self.borrowed_file(name))
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -104,6 +111,12 @@ class Run:
         return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer)
 
     @cached_property
+    def image_tokenizer_shape(self) -> Any:
+        """The image tokenizer without memory for its weights: sizes are all that it can be asked for."""
+        with torch.device("meta"):
+            return self.new_image_tokenizer()
+
+    @cached_property
     def codes_MN(self) -> np.ndarray:
         """Image codes of all M documents."""
         return np.load(self.folder / "image_tokenizer" / "codes.npy", allow_pickle=False)
@@ -116,7 +129,7 @@ class Run:
     @cached_property
     def vocab(self) -> Vocab:
         """The common vocabulary."""
-        image_size = self.new_image_tokenizer().codebook_size
+        image_size = self.image_tokenizer_shape.codebook_size
         return Vocab(self.experiment.text_tokenizer.vocab_size, image_size, self.experiment.sentinels)
 
     @cached_property

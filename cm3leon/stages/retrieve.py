@@ -35,7 +35,7 @@ def make_retriever(run: Run, folder: Path) -> None:
     rows = corpus.rows("train")
     captions, images_BHWC = [corpus.captions[row] for row in rows], corpus.images_BHWC[rows]
     config = run.experiment.retriever_training
-    if run.borrowed is not None:
+    if run.borrows_encoder:
         load_weights(run.borrowed_file(ENCODER), encoder)
     elif config is not None:
         varied_BHWC = run.varied_images

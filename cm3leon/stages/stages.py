@@ -8,9 +8,11 @@ from typing import Any
 
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.experiment import Experiment
-from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
+from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, Run
+from cm3leon.stages.documents import make_documents
 from cm3leon.stages.evaluate import make_evaluation
 from cm3leon.stages.generate import make_generations
+from cm3leon.stages.image_tokenizer import make_image_tokenizer
 from cm3leon.stages.neighbours import (
     make_index,
     make_index_part,
@@ -23,9 +25,9 @@ from cm3leon.stages.neighbours import (
 from cm3leon.stages.pipeline import Part, Stage, run_part, run_stages
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
+from cm3leon.stages.reconstruction import make_reconstruction
 from cm3leon.stages.retrieve import make_retriever
-from cm3leon.stages.text_tokenizer import make_text_tokenizer
-from cm3leon.stages.tokenize import make_documents, make_image_tokenizer
+from cm3leon.stages.text_tokenizer import make_text_tokenizer, text_tokenizer_inputs
 from cm3leon.stages.tokens import make_tokens, make_tokens_part, tokens_inputs
 from cm3leon.stages.training_data import training_inputs
 from cm3leon.training.device import best_device
@@ -33,13 +35,22 @@ from cm3leon.training.device import best_device
 
 def _documents_inputs(run: Run) -> Any:
     shards = run.experiment.shards
-    inputs = [run.section("data", "split"), run.source.fingerprint(), run.new_image_tokenizer().image_size]
+    inputs = [run.section("data", "split"), run.source.fingerprint(), run.image_tokenizer_shape.image_size]
     return [*inputs, shards.sample] if shards else inputs
 
 
 def _inputs(*sections: str, or_borrowed: str) -> Callable[[Run], Any]:
     """Sections of the experiment, and the digest of the file that is taken over instead, if one is."""
     return lambda run: [run.section(*sections), run.borrowed_digest(or_borrowed)]
+
+
+def _image_tokenizer_inputs(run: Run) -> Any:
+    sections = run.section("image_tokenizer", "image_tokenizer_training", "augment", "seed")
+    inputs = [sections, run.borrowed_digest(IMAGE_TOKENIZER)]
+    if run.image_tokenizer_shape.pretrained:
+        return [*inputs, run.image_tokenizer_shape.fingerprint()]
+    streamed = run.experiment.shards and run.experiment.shards.tokenizer_images == "corpus"
+    return [*inputs, "corpus"] if streamed else inputs
 
 
 def _pretraining_inputs(run: Run) -> Any:
@@ -49,14 +60,16 @@ def _pretraining_inputs(run: Run) -> Any:
 
 FIRST = (
     Stage("documents", 1, _documents_inputs, make_documents),
-    Stage("text_tokenizer", 1, _inputs("text_tokenizer", or_borrowed=TEXT_TOKENIZER), make_text_tokenizer),
+    Stage("text_tokenizer", 2, text_tokenizer_inputs, make_text_tokenizer),
+    Stage("image_tokenizer", 1, _image_tokenizer_inputs, make_image_tokenizer),
+    Stage("reconstruction", 1, lambda run: run.section("reconstruction"), make_reconstruction),
     Stage(
-        "image_tokenizer",
+        "retriever",
         1,
-        _inputs("image_tokenizer", "image_tokenizer_training", "augment", "seed", or_borrowed=IMAGE_TOKENIZER),
-        make_image_tokenizer,
+        _inputs("retriever", "retriever_training", "seed", or_borrowed=ENCODER),
+        make_retriever,
+        needs=("image_tokenizer",),
     ),
-    Stage("retriever", 1, _inputs("retriever", "retriever_training", "seed", or_borrowed=ENCODER), make_retriever),
 )
 # These depend on the tokenizers and the encoder themselves, not on how they came to be: a terabyte of tokens stays
 # when the retriever changes.
@@ -100,10 +113,13 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         UserError: for a user's mistake that only a stage can see, such as a corpus without documents.
     """
     run = _open(experiment, folder)
+    until = until or experiment.until
     seconds = run_stages(stages_of(experiment), run, folder, lambda line: print(line, flush=True), until=until)
     if "evaluation" in seconds:
         publish(run, seconds)
         print(f"report: {folder / 'report.html'}")
+    elif "reconstruction" in seconds and len(run.corpus.rows("held_out")):
+        print(f"report: {folder / 'reconstruction' / 'report.html'}")
 
 
 def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part) -> None:

@@ -2,16 +2,131 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from cm3leon.data.source import Skipped, Source
+from cm3leon.registry import SOURCES
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.tokens import split_in
+from cm3leon.tokenizers.text import TextTokenizer, unicode_text
+from cm3leon.types import Document, UserError
+
+TRAINED_ON = "trained_on.json"
+
+
+def text_tokenizer_inputs(run: Run) -> Any:
+    """What the tokenizer depends on besides the captions: a corpus of its own, or the file that is taken over."""
+    inputs = [run.section("text_tokenizer"), run.borrowed_digest(TEXT_TOKENIZER)]
+    if run.borrowed is not None or run.experiment.text_data is None:
+        return inputs
+    with _as_text_data():
+        return [*inputs, run.section("text_data", "split", "seed"), _text_source(run).fingerprint()]
 
 
 def make_text_tokenizer(run: Run, folder: Path) -> None:
-    """Learns the merges on the training captions, or takes over another run's tokenizer."""
+    """Learns the merges on `text_data` or the training captions, or takes over another run's tokenizer.
+
+    Raises:
+        UserError: for a corpus without text.
+    """
     config = run.experiment.text_tokenizer
     if run.borrowed is not None:
         TextTokenizer.load(run.borrowed_file(TEXT_TOKENIZER).parent, config).save(folder)
         return
-    TextTokenizer.train(config, [run.corpus.captions[row] for row in run.corpus.rows("train")]).save(folder)
+    sample = Sample()
+    texts = _captions(run, sample) if run.experiment.text_data is None else _corpus_texts(run, sample)
+    tokenizer = TextTokenizer.train(config, texts)
+    tokenizer.save(folder)
+    print(
+        f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} bytes of text in "
+        f"{sample.documents:,} documents ({sample.skipped:,} items skipped)"
+    )
+    made = {"pieces": tokenizer.pieces, "vocab_size": config.vocab_size, "sample_bytes": config.sample_bytes}
+    write_json(folder / TRAINED_ON, {**asdict(sample), **made, **run.section("text_data")})
+
+
+@dataclass
+class Sample:
+    """Counts of what a tokenizer is trained on, kept while it is read."""
+
+    documents: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
+
+    def take(self, texts: Iterable[str], limit: int | None) -> Iterator[str]:
+        """The texts up to `limit` bytes, the last one cut there; None takes all."""
+        left = limit
+        for text in texts:
+            whole = unicode_text(text).encode()
+            taken = whole[:left].decode(errors="ignore")  # without the half of a character at the cut
+            if taken:
+                self.documents += 1
+                self.bytes += len(taken.encode())
+                yield taken
+            if left is not None:
+                left -= len(whole)
+                if left <= 0:
+                    return
+
+
+def _captions(run: Run, sample: Sample) -> Iterator[str]:
+    """The captions of the training documents; where they are more than the sample, from all over the corpus."""
+    corpus = run.corpus
+    rows = corpus.rows("train")
+    # The order matters only where it is cut; one that no setting changes spares the stage a dependence on the seed.
+    texts = (corpus.captions[row] for row in rows[np.random.default_rng(0).permutation(len(rows))])
+    return sample.take(texts, run.experiment.text_tokenizer.sample_bytes)
+
+
+def _corpus_texts(run: Run, sample: Sample) -> Iterator[str]:
+    """Training documents of `text_data`, from the front of every part, until the sample is full.
+
+    The parts come in an order drawn by the seed, each with an equal share of the bytes still wanted: what short parts
+    leave goes to those behind them.
+    """
+    with _as_text_data():
+        source = _text_source(run)
+        parts = source.parts()
+    wanted = run.experiment.text_tokenizer.sample_bytes
+    for done, number in enumerate(np.random.default_rng(run.experiment.seed).permutation(len(parts)).tolist()):
+        share = None if wanted is None else -(-(wanted - sample.bytes) // (len(parts) - done))
+        if share == 0:
+            return
+        yield from sample.take(_training_texts(run, source.read(parts[number]), sample), share)
+    if not sample.bytes:
+        reason = f", for example {sample.first_skipped}" if sample.skipped else ""
+        raise UserError(
+            f"text_data: {len(parts)} parts hold no text to train on ({sample.skipped:,} items skipped{reason})"
+        )
+
+
+def _training_texts(run: Run, items: Iterable[Document | Skipped], sample: Sample) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, Skipped):
+            sample.first_skipped = sample.first_skipped or f"{item.file}: {item.reason}"
+            sample.skipped += 1
+        elif split_in(run, item.id) == "train":
+            yield item.text
+
+
+def _text_source(run: Run) -> Source:
+    assert run.experiment.text_data is not None
+    return SOURCES.build(run.experiment.text_data)
+
+
+@contextmanager
+def _as_text_data() -> Iterator[None]:
+    """Names the section that is meant: sources speak of theirs as `data`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^data\b", "text_data", str(error))) from error

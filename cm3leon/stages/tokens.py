@@ -46,7 +46,7 @@ def sample_documents(run: Run) -> Iterator[Document | Skipped]:
 def tokens_inputs(run: Run) -> Any:
     """What the token shards depend on: the corpus, its split, the tokenizers, and how long a document may be."""
     sections = run.section("data", "split")
-    return [sections, run.source.fingerprint(), asdict(run.made_by), run.new_image_tokenizer().image_size, _room(run)]
+    return [sections, run.source.fingerprint(), asdict(run.made_by), run.image_tokenizer_shape.image_size, _room(run)]
 
 
 def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
@@ -111,11 +111,13 @@ def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDo
     size = run.image_tokenizer.image_size
     images = [square(s.pixels_HWC, size) for d in documents for s in d.segments if isinstance(s, ImageSegment)]
     codes = iter(run.image_tokenizer.encode(np.stack(images)) if images else ())
+    texts = [s.text for d in documents for s in d.segments if isinstance(s, TextSegment)]
+    texts_ids = iter(run.text_tokenizer.encode_all(texts))
     for document in documents:
         yield TokenDocument(
             document.id,
             tuple(
-                TokenSegment("text", run.text_tokenizer.encode(segment.text))
+                TokenSegment("text", next(texts_ids))
                 if isinstance(segment, TextSegment)
                 else TokenSegment("image", run.vocab.image_ids(next(codes)))
                 for segment in document.segments

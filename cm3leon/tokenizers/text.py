@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
-from cm3leon.config import Annotated, Range
+from cm3leon.config import Annotated, PositiveInt, Range
 from cm3leon.tokenizers.vocab import SPECIALS
 from cm3leon.types import UserError
 
 BYTES = 256
+FILE = "tokenizer.json"
+
+STRETCH = 1 << 16
+"""Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""
+BATCH = 1 << 20
+"""Characters that are encoded together: the library needs some hundred bytes of memory for each."""
 
 
 @dataclass(kw_only=True)
 class TextTokenizerConfig:
-    """Size of the text vocabulary."""
+    """Size of the text vocabulary, and how much text it is learned from."""
 
     vocab_size: Annotated[int, Range(ge=BYTES + len(SPECIALS))] = 56_320
     """Text ids, the four special tokens and the 256 bytes included; fewer are used where the corpus has few merges."""
-    min_frequency: Annotated[int, Range(ge=1)] = 2
-    """A pair of pieces is merged only if the corpus holds it at least this often."""
+    min_frequency: PositiveInt = 2
+    """A pair of pieces is merged only if the sample holds it at least this often."""
+    max_word: Annotated[int, Range(ge=1, le=1000)] = 64
+    """Characters after which a run of letters, signs or white space is cut: a piece has no more, and a space before."""
+    sample_bytes: PositiveInt | None = 1_000_000_000
+    """UTF-8 bytes of text that are read, equally many from each part of the corpus; null = all of it."""
 
 
 class TextTokenizer:
@@ -32,6 +44,7 @@ class TextTokenizer:
 
     The special tokens are the first four *ordinary* entries of the vocabulary: what the library calls special tokens
     would be recognised inside user text. No merge can produce them, because "<" is always a piece of its own.
+    A lone surrogate, which JSON can smuggle into a Python string but no Unicode text may hold, counts as U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -40,27 +53,41 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, config: TextTokenizerConfig, texts: Iterable[str]) -> TextTokenizer:
-        """Learn the merges on `texts`. Raises UserError where there is no text at all."""
-        texts = [text for text in texts if text]
-        if not texts:
-            raise UserError("text_tokenizer: the corpus holds no text to train on, at least one caption is needed")
-        learner = _pipeline(models.BPE())
+        """Learn the merges on `texts`, which are read once and not kept: what is held are the distinct words.
+
+        Raises:
+            UserError: where there is no text at all.
+        """
+        learner = _pipeline(models.BPE(), config.max_word)
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size - len(SPECIALS),
             min_frequency=config.min_frequency,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        learner.train_from_iterator(texts, trainer)
+        with tqdm(desc="text", unit="B", unit_scale=True, mininterval=2.0, dynamic_ncols=True) as progress:
+            learner.train_from_iterator(_stretches(texts, progress), trainer)
+            if not progress.n:
+                raise UserError("text_tokenizer: the corpus holds no text to train on, at least one caption is needed")
         return cls(_with_specials(learner), config.vocab_size)
 
     @classmethod
     def load(cls, folder: Path, config: TextTokenizerConfig) -> TextTokenizer:
-        """Read `tokenizer.json` from `folder`. Raises UserError if it is missing or larger than the config allows."""
-        path = folder / "tokenizer.json"
+        """Read `tokenizer.json` from `folder`.
+
+        Raises:
+            UserError: if it is missing, damaged, larger than the config allows, or not such a tokenizer as is saved.
+        """
+        path = folder / FILE
         if not path.is_file():
             raise UserError(f"text_tokenizer: {path} does not exist, train the tokenizer first")
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}") from error
+        problem = _problem(tokenizer)
+        if problem:
+            raise UserError(f"text_tokenizer: {path} is no tokenizer of this project: {problem}; train one here")
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise UserError(
                 f"text_tokenizer.vocab_size: {path} has {tokenizer.get_vocab_size()} pieces, "
@@ -69,8 +96,13 @@ class TextTokenizer:
         return cls(tokenizer, config.vocab_size)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, the standard format of the `tokenizers` library."""
-        self._tokenizer.save(str(folder / "tokenizer.json"))
+        """Write `tokenizer.json`, the library's standard format, and what transformers' `AutoTokenizer` asks for.
+
+        The second file names no special tokens on purpose: transformers would recognise them inside user text.
+        """
+        self._tokenizer.save(str(folder / FILE))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
     @property
     def pieces(self) -> int:
@@ -79,7 +111,15 @@ class TextTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, shape (T,), int64, none of them a special token."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return np.asarray(self._tokenizer.encode(unicode_text(text), add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """What `encode` gives for each of the texts, on all cores."""
+        ids: list[np.ndarray] = []
+        for batch in _batches(map(unicode_text, texts)):
+            encoded = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ids += [np.asarray(each.ids, dtype=np.int64) for each in encoded]
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens and ids without a piece are left out, broken UTF-8 becomes U+FFFD."""
@@ -87,22 +127,105 @@ class TextTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def _pipeline(model: models.BPE) -> Tokenizer:
+def unicode_text(text: str) -> str:
+    """The text as UTF-8 can hold it: surrogates in pairs become their character, lone ones U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of at most `BATCH` characters, or of one text that has more."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------ from text to words
+
+
+def _pipeline(model: models.BPE, max_word: int) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split("<", behavior="isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(Regex(_words(max_word)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
+def _words(longest: int) -> str:
+    """What merges never cross: GPT-2's words, but digits and "<" alone, accents with their letters, none too long.
+
+    White space before a word is one run, of which the word takes the last space; a run that ends in a newline stays
+    whole. Without the limit a megabyte of base64 or of Chinese would be one word, through which every merge goes again.
+
+    "it's 12\\n\\n  <red> dogs" -> "it" "'s" " " "1" "2" "\\n\\n " " " "<" "red" ">" " dogs"
+    """
+    return (
+        r"'(?:s|t|re|ve|m|ll|d)|\p{N}|<"
+        rf"| ?[\p{{L}}\p{{M}}]{{1,{longest}}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}<]{{1,{longest}}}"
+        rf"|\s{{0,{longest - 1}}}[\r\n](?!\s)"
+        rf"|\s{{1,{longest}}}(?!\S)"
+        rf"|\s{{1,{longest}}}"
+    )
+
+
+def _stretches(texts: Iterable[str], progress: tqdm[Any]) -> Iterator[str]:
+    """The texts one after the other, long ones in stretches, with their bytes counted."""
+    for text in texts:
+        for start in range(0, len(text), STRETCH):
+            stretch = unicode_text(text[start : start + STRETCH])
+            progress.update(len(stretch.encode()))
+            yield stretch
+    progress.set_description_str("text read, merging")
+
+
+# ------------------------------------------------------------------------------------------------ special tokens
+
+
 def _with_specials(learner: Tokenizer) -> Tokenizer:
     """The learned BPE with every id moved up by four, to make room for the special tokens at ids 0 to 3."""
-    learned = json.loads(learner.to_str())["model"]
+    content = json.loads(learner.to_str())
+    learned = content["model"]
     vocab = {special: number for number, special in enumerate(SPECIALS)}
     vocab |= {piece: number + len(SPECIALS) for piece, number in learned["vocab"].items()}
-    return _pipeline(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in learned["merges"]]))
+    learner.model = models.BPE(vocab=vocab, merges=[tuple(merge) for merge in learned["merges"]])
+    return learner
+
+
+_PROBE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])) + (
+    " A  b\n\n\t 12 e\u0301 \ufb01 \uff21 \x00 isn't 'a , b . <break><mask:0> "
+)
+"""All bytes that UTF-8 has, and what normalisers change."""
+
+
+def _problem(tokenizer: Tokenizer) -> str | None:
+    """Why the tokenizer does not keep what `TextTokenizer` promises, None if it does."""
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        return f"its model is {model['type']}, not BPE"
+    if [model["vocab"].get(special) for special in SPECIALS] != list(range(len(SPECIALS))):
+        return f"ids 0 to {len(SPECIALS) - 1} are not {' '.join(SPECIALS)}"
+    if sorted(model["vocab"].values()) != list(range(len(model["vocab"]))):
+        return "its ids have gaps"
+    if content["added_tokens"]:
+        return f"it recognises {content['added_tokens'][0]['content']} inside any text as a token"
+    if model["ignore_merges"] or not {"".join(merge) for merge in model["merges"]}.isdisjoint(SPECIALS):
+        return "its merges can make a special token of text"
+    if tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False) != _PROBE:
+        return "text does not come back from it exactly, as it does from byte-level pieces"
+    return None

@@ -12,11 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cm3leon.training.average import WeightAverage
 from cm3leon.types import UserError
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    *,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+    state: dict[str, Any],
+    keep: int,
 ) -> None:
     """Writes `folder/step_<step>` and deletes all but the newest `keep`.
 
@@ -29,6 +37,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_weights(partial / "model.safetensors", module)
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    if average:
+        save_file(average.state_dict(), partial / "average.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}))
     for file in partial.iterdir():
         _sync(file)
@@ -45,11 +55,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    path: Path,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Restores `module` and `optimizer` in place; returns the saved state with its `step`."""
+    """Restores all three in place; returns the saved state with its `step`."""
     load_weights(path / "model.safetensors", module)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location=device))
+    if average:
+        average.load_state_dict(load_file(path / "average.safetensors"))
     return json.loads((path / "state.json").read_text())
 
 

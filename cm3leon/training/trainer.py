@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cm3leon.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from cm3leon.training.device import Precision, autocast
 from cm3leon.training.schedule import linear_schedule
@@ -42,6 +43,8 @@ class TrainingConfig:
     """AdamW's decoupled weight decay, for matrices only."""
     clip: PositiveFloat = 1.0
     """Largest norm of the gradient of all parameters together."""
+    average_decay: Probability | None = None
+    """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
     precision: Precision = "auto"
     """Precision of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
     log_every: PositiveInt = 20
@@ -85,12 +88,14 @@ def train(
     seed: int,
     title: str,
     callback: Callable[[int, Any], None] | None = None,
+    clipped: Sequence[nn.Module] = (),
 ) -> list[dict[str, float]]:
     """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
 
     All randomness of a step is a function of (seed, step), so that a resumed run equals an uninterrupted one bit for
     bit. Figures go to `log.jsonl` and to TensorBoard, both in `folder`; `callback(step, writer)` is called now and
-    then. Returns the records of the whole run.
+    then. The gradients of each of the modules in `clipped` are clipped by their own norm (networks with losses of their
+    own), those of the whole module if there is none. Returns the records of the whole run.
 
     Raises:
         FloatingPointError: for a loss or a gradient that is not finite; the last checkpoint is left as it is.
@@ -99,7 +104,8 @@ def train(
 
     module.to(device).train()
     optimizer = _optimizer(module, config)
-    step, log = _resume(folder, module, optimizer, batches, device)
+    average = WeightAverage(module, config.average_decay) if config.average_decay else None
+    step, log = _resume(folder, module, optimizer, average, batches, device)
     with (
         closing(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)) as writer,
         tqdm(
@@ -117,10 +123,13 @@ def train(
             with autocast(device, config.precision):
                 value, figures = loss(module, batches.next())
             value.backward()
-            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+            norms = [nn.utils.clip_grad_norm_(part.parameters(), config.clip) for part in clipped or (module,)]
+            norm = torch.stack(norms).norm()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            if average:
+                average.update(step)
             progress.update()
 
             meter.add({"loss": value.detach(), "gradient_norm": norm, **figures})
@@ -135,11 +144,19 @@ def train(
             if step % config.checkpoint_every == 0 or step == config.steps:
                 state = {"data": batches.state_dict()}
                 save_checkpoint(
-                    folder, step=step, module=module, optimizer=optimizer, state=state, keep=config.keep_checkpoints
+                    folder,
+                    step=step,
+                    module=module,
+                    optimizer=optimizer,
+                    average=average,
+                    state=state,
+                    keep=config.keep_checkpoints,
                 )
             if callback and step % config.callback_every == 0:
                 callback(step, writer)
                 module.train()
+    if average:
+        average.install()
     module.eval()
     return log
 
@@ -155,7 +172,12 @@ def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
 
 
 def _resume(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, device: torch.device
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    batches: Batches,
+    device: torch.device,
 ) -> tuple[int, list[dict[str, float]]]:
     """Restores the newest checkpoint and cuts the log to it. Returns (step, log)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +186,7 @@ def _resume(
     if not saved:
         log_file.write_text("")
         return 0, []
-    state = load_checkpoint(saved[-1], module=module, optimizer=optimizer, device=device)
+    state = load_checkpoint(saved[-1], module=module, optimizer=optimizer, average=average, device=device)
     batches.load_state_dict(state["data"])
     records = (_parsed(line) for line in log_file.read_text().splitlines())
     log = [record for record in records if record and record["step"] <= state["step"]]

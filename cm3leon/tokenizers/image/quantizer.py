@@ -1,4 +1,4 @@
-"""Vector quantization with a codebook learned as moving averages (van den Oord et al. 2017, appendix A.1)."""
+"""Quantizers: vectors to codes and back, each with its own way to learn the codebook."""
 
 from __future__ import annotations
 
@@ -6,19 +6,107 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_DISTANCES = 2**26
+"""Distances of vectors to codes that are held at once: 256 MiB in float32."""
 
-class EMAQuantizer(nn.Module):
-    """Nearest code by Euclidean distance, straight-through gradients, revival of codes that nothing uses.
+
+class Quantizer(nn.Module):
+    """Base of the quantizers."""
+
+    def forward(self, z_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes vectors, and learns from them in training.
+
+        Returns:
+            quantized_ND with straight-through gradients, codes_N, and the loss that ties vectors and codes together.
+        """
+        raise NotImplementedError
+
+    def lookup(self, z_ND: Tensor) -> Tensor:
+        """Code of each vector, (N,), int64."""
+        raise NotImplementedError
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Vector of each code: the shape of `codes`, then D."""
+        raise NotImplementedError
+
+
+class LookupQuantizer(Quantizer):
+    """Nearest code of a codebook learned by gradient (van den Oord et al. 2017, eq. 3).
+
+    Args:
+        size, dim: of the codebook.
+        normalized: vectors and codes are projected onto the unit sphere first, so that the nearest is that of the
+            largest cosine (Yu et al. 2021, ViT-VQGAN); with few dimensions nearly all codes of a large book are used.
+        commitment: weight of the pull of the vectors to their codes, beside that of the codes to the vectors.
+    """
+
+    def __init__(self, *, size: int, dim: int, normalized: bool, commitment: float) -> None:
+        super().__init__()
+        self.normalized = normalized
+        self.commitment = commitment
+        self.codebook_VD = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
+
+    def forward(self, z_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(z_ND.device.type, enabled=False):  # distances need float32
+            z_ND = self._on_sphere(z_ND.float())
+            codes_N = self.lookup(z_ND)
+            quantized_ND = self.vectors(codes_N)
+            pull = F.mse_loss(quantized_ND, z_ND.detach()) + self.commitment * F.mse_loss(z_ND, quantized_ND.detach())
+            return z_ND + (quantized_ND - z_ND).detach(), codes_N, pull
+
+    def lookup(self, z_ND: Tensor) -> Tensor:
+        return nearest(self._on_sphere(z_ND.float()), self._on_sphere(self.codebook_VD))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return self._on_sphere(F.embedding(codes, self.codebook_VD))
+
+    def _on_sphere(self, z_ND: Tensor) -> Tensor:
+        return F.normalize(z_ND, dim=-1) if self.normalized else z_ND
+
+
+class GumbelQuantizer(Quantizer):
+    """Most likely code by a linear layer, as a gumbel-softmax model is used after training (Ramesh et al. 2021).
+
+    It is for published weights, and is not trained here.
+    """
+
+    def __init__(self, *, size: int, dim: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(dim, size)
+        self.codebook_VD = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
+
+    def lookup(self, z_ND: Tensor) -> Tensor:
+        return torch.cat([self.logits(z).argmax(1) for z in z_ND.split(_rows_at_once(self.codebook_VD))])
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook_VD)
+
+
+def nearest(z_ND: Tensor, codebook_VD: Tensor) -> Tensor:
+    """Number of the code nearest to each vector by Euclidean distance, (N,), int64; the first of equals."""
+    # |z - c|^2 without |z|^2, which is the same for every code
+    square_V, twice_DV = codebook_VD.pow(2).sum(1), 2 * codebook_VD.T
+    return torch.cat([(square_V - z @ twice_DV).argmin(1) for z in z_ND.split(_rows_at_once(codebook_VD))])
+
+
+def _rows_at_once(codebook_VD: Tensor) -> int:
+    return max(MAX_DISTANCES // len(codebook_VD), 1)
+
+
+class EMAQuantizer(Quantizer):
+    """Nearest code by Euclidean distance; the codebook is moving averages (van den Oord et al. 2017, appendix A.1).
 
     Args:
         size, dim: of the codebook.
         decay: of the moving averages of each code's count and sum.
         revive_below: a code is dead, and is moved onto a random vector of the batch, when its moving count falls
             below this share of what even use would give it.
+        commitment: weight of the pull of the vectors to their codes.
     """
 
-    def __init__(self, *, size: int, dim: int, decay: float, revive_below: float) -> None:
+    def __init__(self, *, size: int, dim: int, decay: float, revive_below: float, commitment: float) -> None:
         super().__init__()
+        self.commitment = commitment
         self.decay = decay
         self.revive_below = revive_below
         self.codebook_VD: Tensor
@@ -31,12 +119,6 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
 
     def forward(self, z_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes vectors, and learns from them in training.
-
-        Returns:
-            quantized_ND with straight-through gradients, codes_N, and the commitment loss: the mean squared distance
-            of the vectors from their codes.
-        """
         with torch.autocast(z_ND.device.type, enabled=False):  # distances and averages need float32
             z_ND = z_ND.float()
             if self.training and not self.initialized:
@@ -44,23 +126,27 @@ class EMAQuantizer(nn.Module):
                 self.initialized.fill_(True)
             codes_N = self.lookup(z_ND)
             quantized_ND = self.codebook_VD[codes_N]
-            commitment = F.mse_loss(z_ND, quantized_ND)
+            pull = self.commitment * F.mse_loss(z_ND, quantized_ND)
             if self.training:
                 self._learn(z_ND.detach(), codes_N)
-            return z_ND + (quantized_ND - z_ND).detach(), codes_N, commitment
+            return z_ND + (quantized_ND - z_ND).detach(), codes_N, pull
 
     def lookup(self, z_ND: Tensor) -> Tensor:
-        """Number of the nearest code of each vector, (N,)."""
-        z_ND = z_ND.float()
-        # |z - c|^2 without |z|^2, which is the same for every code
-        distance_NV = self.codebook_VD.pow(2).sum(1) - 2 * z_ND @ self.codebook_VD.T
-        return distance_NV.argmin(1)
+        return nearest(z_ND.float(), self.codebook_VD)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return self.codebook_VD[codes]
 
     @torch.no_grad()
     def _learn(self, z_ND: Tensor, codes_N: Tensor) -> None:
-        one_hot_NV = F.one_hot(codes_N, len(self.codebook_VD)).to(z_ND.dtype)
-        self.count_V.lerp_(one_hot_NV.sum(0), 1 - self.decay)
-        self.sum_VD.lerp_(one_hot_NV.T @ z_ND, 1 - self.decay)
+        rows = _rows_at_once(self.codebook_VD)
+        count_V, sum_VD = torch.zeros_like(self.count_V), torch.zeros_like(self.sum_VD)
+        for z, codes in zip(z_ND.split(rows), codes_N.split(rows), strict=True):
+            one_hot_NV = F.one_hot(codes, len(self.codebook_VD)).to(z.dtype)
+            count_V += one_hot_NV.sum(0)
+            sum_VD += one_hot_NV.T @ z
+        self.count_V.lerp_(count_V, 1 - self.decay)
+        self.sum_VD.lerp_(sum_VD, 1 - self.decay)
         self.codebook_VD.copy_(self.sum_VD / self.count_V.clamp(min=1e-5)[:, None])
         even_use = len(z_ND) / len(self.codebook_VD)
         self._move((self.count_V < self.revive_below * even_use).nonzero()[:, 0], z_ND)

@@ -1,25 +1,20 @@
-"""The stages that make the documents and the image tokenizer."""
+"""The stage that reads the corpus, or a sample of it, into memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.images import square
-from cm3leon.data.shuffle import RowStream
 from cm3leon.data.source import Skipped
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, WEIGHTS, Run
-from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.artifacts import Run
 from cm3leon.stages.tokens import sample_documents, split_in
-from cm3leon.training.checkpoint import load_weights, save_weights
-from cm3leon.training.trainer import train
 from cm3leon.types import Document, UserError
 
 SKIPPED = "skipped.jsonl"
@@ -27,7 +22,7 @@ SKIPPED = "skipped.jsonl"
 
 def make_documents(run: Run, folder: Path) -> None:
     """Reads the corpus, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
-    size = run.new_image_tokenizer().image_size
+    size = run.image_tokenizer_shape.image_size
     documents: list[Document] = []
     images: list[np.ndarray] = []
     skipped: list[Skipped] = []
@@ -69,41 +64,3 @@ def _splits(run: Run, ids: list[str]) -> list[Split]:
                 f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
             )
     return splits
-
-
-def make_image_tokenizer(run: Run, folder: Path) -> None:
-    """Trains the image tokenizer, or takes over another run's, then encodes all images and their varied versions."""
-    corpus, images_BHWC = run.corpus, run.varied_images
-    tokenizer = run.new_image_tokenizer() if run.borrowed else _trained_image_tokenizer(run, folder, images_BHWC)
-    if run.borrowed:
-        load_weights(run.borrowed_file(IMAGE_TOKENIZER), tokenizer)
-        tokenizer.to(run.device).eval()
-    if len(corpus):
-        codes_MN = tokenizer.encode(corpus.images_BHWC)
-        np.save(folder / "codes.npy", codes_MN)
-        varied_codes_VBN = tokenizer.encode(images_BHWC).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
-        np.save(folder / "varied_codes.npy", varied_codes_VBN)
-    save_weights(folder / WEIGHTS, tokenizer)
-    write_json(folder / "config.json", run.section("image_tokenizer"))
-
-
-def _trained_image_tokenizer(run: Run, folder: Path, images_BHWC: np.ndarray) -> Any:
-    config = run.experiment.image_tokenizer_training
-    torch.manual_seed(run.experiment.seed)
-    tokenizer = run.new_image_tokenizer()
-    train(
-        tokenizer,
-        lambda module, batch_BHWC: module.loss(batch_BHWC),
-        RowStream(
-            len(images_BHWC),
-            lambda items: torch.from_numpy(images_BHWC[items]).to(run.device),
-            batch_size=config.batch_size,
-            seed=run.experiment.seed,
-        ),
-        config,
-        folder=folder,
-        device=run.device,
-        seed=run.experiment.seed,
-        title="image tokenizer",
-    )
-    return tokenizer

@@ -1,0 +1,94 @@
+"""The stage that makes the image tokenizer and encodes the images in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cm3leon.data.image_stream import ImageStream
+from cm3leon.data.shuffle import RowStream, shuffled
+from cm3leon.evaluation.reconstruction import averages
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.tokens import split_in
+from cm3leon.tokenizers.image.base import ImageTokenizer
+from cm3leon.training.checkpoint import load_weights, save_weights
+from cm3leon.training.trainer import Batches, train
+
+LOOKED_AT, SHOWN = 64, 8
+"""Validation images that are measured during training, and those that are drawn."""
+
+
+def make_image_tokenizer(run: Run, folder: Path) -> None:
+    """Trains the image tokenizer, or takes over another one, then encodes all images and their varied versions."""
+    torch.manual_seed(run.experiment.seed)
+    tokenizer = run.new_image_tokenizer()
+    if run.borrowed:
+        load_weights(run.borrowed_file(IMAGE_TOKENIZER), tokenizer)
+    elif not tokenizer.pretrained:
+        _train(run, tokenizer, folder)
+    tokenizer.to(run.device).eval()
+    corpus = run.corpus
+    if len(corpus):
+        codes_MN = tokenizer.encode(corpus.images_BHWC)
+        np.save(folder / "codes.npy", codes_MN)
+        varied_codes_VBN = tokenizer.encode(run.varied_images).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
+        np.save(folder / "varied_codes.npy", varied_codes_VBN)
+    save_weights(folder / WEIGHTS, tokenizer)
+    write_json(folder / "config.json", run.section("image_tokenizer"))
+
+
+def _train(run: Run, tokenizer: ImageTokenizer, folder: Path) -> None:
+    config, seed = run.experiment.image_tokenizer_training, run.experiment.seed
+    module = tokenizer.training_module()
+    for note in module.notes:
+        print(f"      {note}")
+    train(
+        module,
+        lambda module, batch_BHWC: module.loss(torch.from_numpy(batch_BHWC).to(run.device)),
+        _batches(run, config.batch_size),
+        config,
+        folder=folder,
+        device=run.device,
+        seed=seed,
+        title="image tokenizer",
+        callback=_reconstructions(run, tokenizer),
+        clipped=module.networks,
+    )
+
+
+def _batches(run: Run, batch_size: int) -> Batches:
+    """Training images: all of the corpus, streamed, or those in memory with their varied versions."""
+    seed, shards = run.experiment.seed, run.experiment.shards
+    if shards and shards.tokenizer_images == "corpus":
+        return ImageStream(
+            run.source,
+            keep=lambda id_: split_in(run, id_) == "train",
+            size=run.image_tokenizer_shape.image_size,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    images_BHWC = run.varied_images
+    return RowStream(len(images_BHWC), lambda items: images_BHWC[items], batch_size=batch_size, seed=seed)
+
+
+def _reconstructions(run: Run, tokenizer: ImageTokenizer) -> Callable[[int, Any], None]:
+    """A callback that measures some validation images, and draws some of them above their reconstructions."""
+    validation = run.corpus.rows("validation")
+    chosen = [validation[shuffled(0, place, len(validation))] for place in range(min(LOOKED_AT, len(validation)))]
+    images_BHWC = run.corpus.images_BHWC[chosen]
+
+    def callback(step: int, writer: Any) -> None:
+        tokenizer.eval()
+        codes_BN = tokenizer.encode(images_BHWC)
+        rebuilt_BHWC = tokenizer.decode(codes_BN)
+        for name, value in averages(images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size).items():
+            writer.add_scalar(f"validation/{name}", value, step)
+        pairs_BHWC = np.concatenate([images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1)  # originals above
+        writer.add_images("reconstructions", pairs_BHWC, step, dataformats="NHWC")
+
+    return callback

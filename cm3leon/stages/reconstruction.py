@@ -1,0 +1,95 @@
+"""The stage that measures what the image tokenizer's codes keep of held-out images, and its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cm3leon.evaluation.images import Inception
+from cm3leon.evaluation.reconstruction import reconstruction_figures
+from cm3leon.evaluation.report import Code, Curves, Fact, Picture, Report, Section, Series, Strip, write_report
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import write_json
+from cm3leon.tokenizers.image.perceptual import Perceptual
+
+FIGURES = "figures.json"
+SHOWN = 12
+"""Pictures on the page."""
+HEIGHT = 192
+"""Of a picture, in CSS pixels."""
+CURVES = {
+    "psnr_db": "PSNR, dB",
+    "perplexity_of_batch": "perplexity of the codes",
+    "perceptual": "LPIPS",
+    "discriminator_loss": "discriminator's loss",
+}
+"""Training records that are drawn, and the names of their axes."""
+
+
+def make_reconstruction(run: Run, folder: Path) -> None:
+    """Measures the reconstructions of the held-out images, if there are any, and draws some of them."""
+    rows = run.corpus.rows("held_out")
+    if not len(rows):
+        write_json(folder / FIGURES, {})
+        return
+    config = run.experiment.reconstruction
+    codes_BN = run.codes_MN[rows]
+    figures = reconstruction_figures(
+        run.corpus.images_BHWC[rows],
+        run.image_tokenizer.decode(codes_BN),
+        codes_BN,
+        run.image_tokenizer.codebook_size,
+        perceptual=Perceptual.load(config.perceptual_file).to(run.device) if config.perceptual_file else None,
+        extractor=Inception.load(config.inception_file, run.device) if config.inception_file else None,
+    )
+    write_json(folder / FIGURES, figures)
+    write_report(folder / "report.html", _report(run, figures))
+
+
+def _report(run: Run, figures: dict[str, Any]) -> Report:
+    rows = run.corpus.rows("held_out")[:SHOWN]
+    pictures = [
+        [Picture(pixels_HWC, height=HEIGHT) for pixels_HWC in images_BHWC]
+        for images_BHWC in (run.corpus.images_BHWC[rows], run.image_tokenizer.decode(run.codes_MN[rows]))
+    ]
+    tokenizer, log = run.image_tokenizer, run.log("image_tokenizer")
+    curves = []
+    for name, label in CURVES.items():
+        records = [record for record in log if name in record]
+        if records:
+            steps, values = [record["step"] for record in records], [record[name] for record in records]
+            smooth = len(values) // 20
+            curves.append(Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth))
+    command = f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}"
+    return Report(
+        title=f"Image tokenizer on {run.experiment.data.name}",
+        subtitle=(
+            f"{tokenizer.image_size}x{tokenizer.image_size} pixels to {tokenizer.grid}x{tokenizer.grid} codes of "
+            f"{tokenizer.codebook_size}, judged on {figures['images']:,} held-out images."
+        ),
+        facts=[
+            _fact("PSNR", figures["psnr_db"], "{:.1f} dB"),
+            _fact("SSIM", figures["ssim"], "{:.3f}"),
+            _fact("LPIPS", figures["lpips"], "{:.3f}", "no weights: reconstruction.perceptual_file"),
+            _fact("rFID", figures["rfid"], "{:.2f}", "no weights: reconstruction.inception_file"),
+            Fact("codes in use", f"{figures['codebook_use']:.0%}", f"perplexity {figures['codebook_perplexity']:.0f}"),
+        ],
+        sections=[
+            Section(
+                "Reconstructions",
+                "Held-out images, and what comes back from their codes: everything a model draws is bounded by this.",
+                [Strip([("original", pictures[0]), ("from codes", pictures[1])])],
+            ),
+            *([Section("Training", "Figures of training batches.", curves)] if curves else []),
+            Section("Again", blocks=[Code(command)]),
+        ],
+    )
+
+
+def _fact(label: str, figure: dict[str, float] | float | None, form: str, missing: str = "not measured") -> Fact:
+    if figure is None:
+        return Fact(label, "–", missing)
+    if isinstance(figure, float):
+        return Fact(label, form.format(figure))
+    low, high = form.format(figure["low"]), form.format(figure["high"])
+    return Fact(label, form.format(figure["value"]), f"[{low}, {high}]")

@@ -1,0 +1,100 @@
+"""What a VQGAN is trained on: likeness to the eye, and a discriminator's verdict (Esser et al. 2021, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cm3leon.tokenizers.image.base import TokenizerTraining, to_signal
+from cm3leon.tokenizers.image.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from cm3leon.tokenizers.image.perceptual import Perceptual
+
+if TYPE_CHECKING:
+    from cm3leon.tokenizers.image.vqgan import VQGAN
+
+
+class AdversarialTraining(TokenizerTraining):
+    """A VQGAN, its discriminator, and the loss of both at once.
+
+    One backward pass gives each network the gradient of its own loss and of nothing else: the tokenizer is judged by a
+    discriminator whose weights are constants, the discriminator judges reconstructions that are.
+    """
+
+    def __init__(self, tokenizer: VQGAN) -> None:
+        super().__init__()
+        config = tokenizer.config
+        self.config = config
+        self.tokenizer = tokenizer
+        self.discriminator = (
+            PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+            if config.adversarial
+            else None
+        )
+        self.step: Tensor
+        self.register_buffer("step", torch.tensor(0))
+        wanted = config.perceptual > 0
+        self.perceptual = Perceptual.load(config.perceptual_file) if wanted and config.perceptual_file else None
+        self.notes = (
+            ()
+            if self.perceptual or not wanted
+            else ("no perceptual distance in the loss: image_tokenizer.perceptual_file names no weights of VGG16",)
+        )
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return [network for network in (self.tokenizer, self.discriminator) if network is not None]
+
+    def loss(self, images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Loss of uint8 images, with the figures to record."""
+        images_BCHW = to_signal(images_BHWC)
+        reconstruction_BCHW, codes_BHW, pull = self.tokenizer(images_BCHW)
+        reconstruction_BCHW = reconstruction_BCHW.float()
+        likeness = F.l1_loss(reconstruction_BCHW, images_BCHW)
+        figures: dict[str, Tensor | float] = {
+            "psnr_db": 10 * torch.log10(4 / F.mse_loss(reconstruction_BCHW.detach(), images_BCHW)),
+            **_use(codes_BHW, self.tokenizer.codebook_size),
+            "quantizer_loss": pull.detach(),
+            "images": float(len(images_BHWC)),
+        }
+        if self.perceptual is not None:
+            distance = self.perceptual(images_BCHW, reconstruction_BCHW).mean()
+            likeness = likeness + self.config.perceptual * distance
+            figures["perceptual"] = distance.detach()
+        loss = likeness + pull
+        if self.discriminator is not None and self.step >= self.config.adversarial_start:
+            verdict, discrimination = self._adversarial(images_BCHW, reconstruction_BCHW)
+            weight = adaptive_weight(likeness, verdict, self.tokenizer.decoder.conv_out.weight)
+            loss = loss + self.config.adversarial * weight * verdict + discrimination
+            figures |= {
+                "adversarial_weight": weight,
+                "generator_loss": verdict.detach(),
+                "discriminator_loss": discrimination.detach(),
+            }
+        if self.training:
+            self.step += 1
+        return loss, figures
+
+    def _adversarial(self, images_BCHW: Tensor, reconstruction_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's loss, with gradients to the reconstruction only, and the discriminator's, to it only."""
+        discriminator = self.discriminator
+        assert discriminator is not None
+        constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+        verdict = generator_loss(functional_call(discriminator, constants, (reconstruction_BCHW,)))
+        return verdict, discriminator_loss(discriminator(images_BCHW), discriminator(reconstruction_BCHW.detach()))
+
+
+def _use(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]:
+    """Share of the codes that occur in a batch, and the perplexity of their distribution."""
+    share_V = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
+    entropy = -torch.xlogy(share_V, share_V).sum()
+    return {"codes_used_in_batch": (share_V > 0).float().mean(), "perplexity_of_batch": entropy.exp()}

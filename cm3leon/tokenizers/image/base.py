@@ -1,0 +1,151 @@
+"""What every image tokenizer does: uint8 images to codes and back, in batches, and large images in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BATCH_PIXELS = 2**20
+"""Pixels that go through the network together, if nothing else is said: 16 images of 256x256, at most 256 images."""
+
+
+class TokenizerTraining(nn.Module):
+    """Base of what is trained: the tokenizer and whatever else its loss needs."""
+
+    notes: Sequence[str] = ()
+    """Sentences for the user about how it is trained."""
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Its parts with a loss of their own, whose gradients are clipped each by itself."""
+        return (self,)
+
+    def loss(self, images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Loss of uint8 images, with the figures to record."""
+        raise NotImplementedError
+
+
+class ImageTokenizer(nn.Module):
+    """Base of the image tokenizers. Codes are numbered row by row; an image has `grid * grid` of them.
+
+    A subclass has `image_size` and `codebook_size`, `downsampling`, and the two maps `codes_of` and `signal_of`.
+    Signals are float images in [-1, 1].
+    """
+
+    image_size: int
+    """Height and width of the images, in pixels."""
+    codebook_size: int
+    """Number of codes."""
+    downsampling: int
+    """Pixels of a code's side."""
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side of an image."""
+        return self.image_size // self.downsampling
+
+    def codes_of(self, signal_BCHW: Tensor) -> Tensor:
+        """Codes (B, H, W), int64, of a signal whose sides `downsampling` divides."""
+        raise NotImplementedError
+
+    def signal_of(self, codes_BHW: Tensor) -> Tensor:
+        """Signal (B, 3, H * downsampling, W * downsampling) of codes; it may leave [-1, 1]."""
+        raise NotImplementedError
+
+    pretrained = False
+    """Whether its weights come with it; what does not has to be trained."""
+
+    def training_module(self) -> TokenizerTraining:
+        """What the trainer trains.
+
+        Raises:
+            UserError: for a tokenizer that is used as it is.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Of a pretrained tokenizer: changes with the file of its weights."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def encode(self, images_BHWC: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size."""
+        side = self.image_size
+        if images_BHWC.shape[1:] != (side, side, 3):
+            raise ValueError(f"images must be {side}x{side} RGB, got an array of shape {images_BHWC.shape}")
+        batch_size = batch_size or self._batch_size
+        codes = [
+            self.codes_of(to_signal(self._tensor(images_BHWC[start : start + batch_size]))).flatten(1).cpu().numpy()
+            for start in range(0, len(images_BHWC), batch_size)
+        ]
+        return np.concatenate(codes) if codes else np.zeros((0, self.grid**2), np.int64)
+
+    @torch.inference_mode()
+    def decode(self, codes_BN: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Images (B, H, W, C), uint8, of codes (B, N)."""
+        batch_size = batch_size or self._batch_size
+        images = [
+            to_pixels(self.signal_of(self._tensor(codes_BN[start : start + batch_size]).unflatten(1, (self.grid, -1))))
+            for start in range(0, len(codes_BN), batch_size)
+        ]
+        return np.concatenate(images) if images else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+
+    @torch.inference_mode()
+    def decode_tiled(self, codes_HW: np.ndarray, overlap: int = 8) -> np.ndarray:
+        """Image (H * downsampling, W * downsampling, 3), uint8, of a grid of codes of any size.
+
+        It is decoded in tiles of `grid * grid` codes that share `overlap` rows or columns with the next, and fade into
+        each other there, so that memory does not grow with the image, and attention sees what it was trained on.
+
+        Raises:
+            ValueError: for an overlap that is not below `grid`.
+        """
+        if not 0 <= overlap < self.grid:
+            raise ValueError(f"overlap is {overlap} codes; it must be below the {self.grid} of a tile's side")
+        H, W = codes_HW.shape
+        scale = self.downsampling
+        sum_CHW = torch.zeros(3, H * scale, W * scale)
+        weight_HW = torch.zeros(H * scale, W * scale)
+        for top in _starts(H, self.grid, overlap):
+            for left in _starts(W, self.grid, overlap):
+                tile = codes_HW[top : top + self.grid, left : left + self.grid]
+                signal_CHW = self.signal_of(self._tensor(tile)[None])[0].float().cpu()
+                fade_HW = torch.outer(*(_fade(side * scale, overlap * scale) for side in tile.shape))
+                rows = slice(top * scale, (top + tile.shape[0]) * scale)
+                columns = slice(left * scale, (left + tile.shape[1]) * scale)
+                sum_CHW[:, rows, columns] += signal_CHW * fade_HW
+                weight_HW[rows, columns] += fade_HW
+        return to_pixels((sum_CHW / weight_HW)[None])[0]
+
+    @property
+    def _batch_size(self) -> int:
+        return min(max(BATCH_PIXELS // self.image_size**2, 1), 256)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(next(self.parameters()).device)
+
+
+def to_signal(images_BHWC: Tensor) -> Tensor:
+    """uint8 (B, H, W, C) to float in [-1, 1], (B, C, H, W)."""
+    return images_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(signal_BCHW: Tensor) -> np.ndarray:
+    """Float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); what lies outside is clipped."""
+    pixels_BCHW = ((signal_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """First rows of tiles that cover `length`; the last one ends with it."""
+    last = max(length - tile, 0)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _fade(length: int, overlap: int) -> Tensor:
+    """Weights that rise over `overlap` at either end; never 0, as an image's border has but one tile."""
+    from_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1.0
+    return (from_end / (overlap + 1)).clamp(max=1)

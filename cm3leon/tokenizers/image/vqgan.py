@@ -1,0 +1,156 @@
+"""The VQGAN, in the paper's geometry or any other (Esser et al. 2021, arXiv 2012.09841)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cm3leon.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Probability
+from cm3leon.registry import IMAGE_TOKENIZERS
+from cm3leon.tokenizers.image.base import ImageTokenizer, TokenizerTraining
+from cm3leon.tokenizers.image.network import GROUPS, Architecture, Decoder, Encoder
+from cm3leon.tokenizers.image.quantizer import EMAQuantizer, LookupQuantizer, Quantizer
+from cm3leon.types import UserError
+
+
+class VQModel(ImageTokenizer):
+    """Encoder, projection onto the codebook's dimensions, quantizer, and the way back."""
+
+    def __init__(
+        self, shape: Architecture, quantizer: Quantizer, *, image_size: int, codebook_size: int, code_dim: int
+    ) -> None:
+        super().__init__()
+        self.image_size, self.codebook_size, self.downsampling = image_size, codebook_size, shape.downsampling
+        self.encoder = Encoder(shape)
+        self.to_code = nn.Conv2d(shape.z_channels, code_dim, 1)
+        self.quantizer = quantizer
+        self.from_code = nn.Conv2d(code_dim, shape.z_channels, 1)
+        self.decoder = Decoder(shape)
+
+    def forward(self, signal_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (reconstruction (B, 3, H, W), codes (B, H, W), the quantizer's loss). Signals are in [-1, 1]."""
+        z_BHWD = self._vectors_of(signal_BCHW)
+        quantized_ND, codes_N, pull = self.quantizer(z_BHWD.flatten(0, 2))
+        return self._decoded(quantized_ND.view_as(z_BHWD)), codes_N.view(z_BHWD.shape[:3]), pull
+
+    def codes_of(self, signal_BCHW: Tensor) -> Tensor:
+        z_BHWD = self._vectors_of(signal_BCHW)
+        return self.quantizer.lookup(z_BHWD.flatten(0, 2)).view(z_BHWD.shape[:3])
+
+    def signal_of(self, codes_BHW: Tensor) -> Tensor:
+        return self._decoded(self.quantizer.vectors(codes_BHW))
+
+    def _vectors_of(self, signal_BCHW: Tensor) -> Tensor:
+        return self.to_code(self.encoder(signal_BCHW)).permute(0, 2, 3, 1)
+
+    def _decoded(self, vectors_BHWD: Tensor) -> Tensor:
+        return self.decoder(self.from_code(vectors_BHWD.permute(0, 3, 1, 2)))
+
+
+@IMAGE_TOKENIZERS.register("vqgan")
+class VQGAN(VQModel):
+    """Autoencoder trained for looks: absolute error, perceptual distance, and a discriminator of patches."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The default geometry is the paper's: 256x256 pixels to 32x32 codes of 8192."""
+
+        image_size: PositiveInt = 256
+        """Height and width of the images, in pixels."""
+        codebook_size: PositiveInt = 8192
+        """Number of codes."""
+        code_dim: PositiveInt = 8
+        """Size of a code's vector; few are enough for the quantizer cosine, 256 are usual for the others."""
+        channels: PositiveInt = 128
+        """Channels at full resolution, a multiple of 32."""
+        multipliers: list[PositiveInt] = field(default_factory=lambda: [1, 1, 2, 4])
+        """Channels of each level, as multiples of `channels`; each level but the last halves height and width."""
+        residual_blocks: PositiveInt = 2
+        """Residual blocks of a level of the encoder; the decoder has one more."""
+        attention_levels: list[NonNegativeInt] = field(default_factory=lambda: [3])
+        """Levels with attention after each residual block, 0 is full resolution; the coarsest always has one more."""
+        z_channels: PositiveInt = 256
+        """Channels that the encoder gives out, before they are projected onto the code's dimensions."""
+        quantizer: Literal["cosine", "euclidean", "ema"] = "cosine"
+        """How the codebook is searched and learned: cosine and euclidean by gradient, ema as moving averages (with
+        Euclidean distance, and revival of codes that nothing uses)."""
+        commitment: NonNegativeFloat = 0.25
+        """Weight of the pull of the encoder's vectors to their codes."""
+        decay: Probability = 0.99
+        """Quantizer ema: decay of the moving averages."""
+        revive_below: Probability = 0.03
+        """Quantizer ema: a code used less than this share of even use is moved onto a vector of the batch."""
+        perceptual_file: Path | None = None
+        """Weights of torchvision's VGG16 (vgg16-397923af.pth); None = no perceptual distance in the loss."""
+        perceptual: NonNegativeFloat = 1.0
+        """Weight of the perceptual distance (LPIPS), beside the absolute error's 1."""
+        adversarial: NonNegativeFloat = 0.5
+        """Weight of the discriminator's verdict, times the ratio of gradients that makes it the size of the rest; 0 =
+        no discriminator."""
+        adversarial_start: NonNegativeInt = 20_000
+        """Step from which on there is a discriminator: images must have a shape before it helps."""
+        discriminator_channels: PositiveInt = 64
+        """Channels of its first layer, a multiple of 32."""
+        discriminator_layers: PositiveInt = 3
+        """Layers of it that halve the resolution; 3 = patches of 70x70 pixels."""
+
+        def check(self) -> None:
+            for name, channels in (
+                ("channels", self.channels),
+                *((f"channels * multipliers[{i}]", self.channels * m) for i, m in enumerate(self.multipliers)),
+                ("discriminator_channels", self.discriminator_channels),
+            ):
+                if channels % GROUPS:
+                    raise UserError(f"{name} is {channels}; it must be a multiple of {GROUPS}, the groups of the norms")
+            if not self.multipliers:
+                raise UserError("multipliers is empty; it must name at least one level")
+            downsampling = 2 ** (len(self.multipliers) - 1)
+            if self.image_size % downsampling:
+                raise UserError(
+                    f"image_size is {self.image_size}; it must be a multiple of {downsampling}, "
+                    f"as {len(self.multipliers)} levels halve it {len(self.multipliers) - 1} times"
+                )
+            least = 3 * 2**self.discriminator_layers
+            if self.adversarial and self.image_size < least:
+                raise UserError(
+                    f"discriminator_layers is {self.discriminator_layers}; images of {self.image_size} pixels are too "
+                    f"small for it, they must have {least}"
+                )
+            for level in self.attention_levels:
+                if level >= len(self.multipliers):
+                    raise UserError(
+                        f"attention_levels has {level}; there are the levels 0 to {len(self.multipliers) - 1}"
+                    )
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(
+            Architecture(
+                channels=config.channels,
+                multipliers=tuple(config.multipliers),
+                residual_blocks=config.residual_blocks,
+                attention_levels=tuple(config.attention_levels),
+                z_channels=config.z_channels,
+            ),
+            _quantizer(config),
+            image_size=config.image_size,
+            codebook_size=config.codebook_size,
+            code_dim=config.code_dim,
+        )
+        self.config = config
+
+    def training_module(self) -> TokenizerTraining:
+        from cm3leon.tokenizers.image.adversarial import AdversarialTraining  # it knows this module
+
+        return AdversarialTraining(self)
+
+
+def _quantizer(config: VQGAN.Config) -> Quantizer:
+    size, dim, commitment = config.codebook_size, config.code_dim, config.commitment
+    if config.quantizer == "ema":
+        return EMAQuantizer(
+            size=size, dim=dim, decay=config.decay, revive_below=config.revive_below, commitment=commitment
+        )
+    return LookupQuantizer(size=size, dim=dim, normalized=config.quantizer == "cosine", commitment=commitment)

@@ -1,0 +1,230 @@
+"""Distances of images, and of sets of images, as functions of uint8 arrays (B, H, W, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from cm3leon.tokenizers.image.base import to_signal
+from cm3leon.tokenizers.image.perceptual import Perceptual, fit_weights, read_weights
+
+Extractor = Callable[[np.ndarray], np.ndarray]
+"""uint8 images (B, H, W, 3) to features (B, D)."""
+WINDOW = 11
+"""Pixels of a side of the window in which structures are compared."""
+
+# ------------------------------------------------------------------------------------------------ pairs of images
+
+
+def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB, (B,); infinite where nothing differs."""
+    error_B = np.square(images_BHWC.astype(np.float64) - reconstructed_BHWC).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / error_B)
+
+
+def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
+    """Mean structural similarity of each image, (B,), 1 where nothing differs (Wang et al. 2004, IEEE TIP 13, eq. 13).
+
+    As published: a Gaussian window of 11x11 pixels with sigma 1.5, wherever it lies within the image; K1 = 0.01, K2 =
+    0.03. Red, green and blue are compared one by one, and count equally.
+
+    Raises:
+        ValueError: for images with a side below 11 pixels.
+    """
+    H, W = images_BHWC.shape[1:3]
+    if min(H, W) < WINDOW:
+        raise ValueError(f"structural similarity needs sides of at least {WINDOW} pixels, got {H}x{W}")
+    return np.array([_ssim_of_one(*pair) for pair in zip(images_BHWC, reconstructed_BHWC, strict=True)])
+
+
+def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
+    # float64, as the differences of nearly equal numbers that follow would show the rounding of float32.
+    x_HWC, y_HWC = image_HWC.astype(np.float64), reconstructed_HWC.astype(np.float64)
+    x_mean, y_mean = _in_windows(x_HWC), _in_windows(y_HWC)
+    x_variance, y_variance = _in_windows(x_HWC**2) - x_mean**2, _in_windows(y_HWC**2) - y_mean**2
+    covariance = _in_windows(x_HWC * y_HWC) - x_mean * y_mean
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * x_mean * y_mean + c1) / (x_mean**2 + y_mean**2 + c1)
+    structure = (2 * covariance + c2) / (x_variance + y_variance + c2)
+    return float((luminance * structure).mean())
+
+
+def _in_windows(values_HWC: np.ndarray) -> np.ndarray:
+    """Weighted mean of every window that lies within the image, (H - 10, W - 10, C)."""
+    border = WINDOW // 2
+    return gaussian_filter(values_HWC, sigma=1.5, radius=border, axes=(0, 1))[border:-border, border:-border]
+
+
+def lpips(
+    perceptual: Perceptual, images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray, batch_size: int = 16
+) -> np.ndarray:
+    """Perceptual distance (LPIPS, VGG16) of each image, (B,), 0 where nothing differs."""
+    device = perceptual.mean_C11.device
+    distances = []
+    with torch.inference_mode():
+        for start in range(0, len(images_BHWC), batch_size):
+            part = slice(start, start + batch_size)
+            signals = (
+                to_signal(torch.from_numpy(pixels_BHWC[part]).to(device))
+                for pixels_BHWC in (images_BHWC, reconstructed_BHWC)
+            )
+            distances.append(perceptual(*signals).cpu().numpy())
+    return np.concatenate(distances) if distances else np.zeros(0, np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ sets of images
+
+
+def features(extractor: Extractor, images_BHWC: np.ndarray, batch_size: int = 32) -> np.ndarray:
+    """Features (B, D) of at least one image, `batch_size` images at a time."""
+    return np.concatenate(
+        [extractor(images_BHWC[start : start + batch_size]) for start in range(0, len(images_BHWC), batch_size)]
+    )
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that come in parts, in float64 (Chan et al. 1979).
+
+    A set of 50,000 images is so compared without holding their features, or the images:
+
+        for images_BHWC in batches:
+            statistics.add(extractor(images_BHWC))
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_D: np.ndarray = np.zeros(())
+        self._scatter_DD: np.ndarray = np.zeros(())
+
+    def add(self, features_BD: np.ndarray) -> None:
+        """Takes in the features of some more images."""
+        if not len(features_BD):
+            return
+        features_BD = features_BD.astype(np.float64)
+        mean_D = features_BD.mean(0)
+        centred_BD = features_BD - mean_D
+        step_D = mean_D - self.mean_D
+        total = self.count + len(features_BD)
+        between = self.count * len(features_BD) / total
+        self._scatter_DD = self._scatter_DD + centred_BD.T @ centred_BD + between * np.outer(step_D, step_D)
+        self.mean_D = self.mean_D + step_D * (len(features_BD) / total)
+        self.count = total
+
+    @property
+    def covariance_DD(self) -> np.ndarray:
+        """Unbiased, as in pytorch-fid. Raises ValueError for fewer than two images."""
+        if self.count < 2:
+            raise ValueError(f"the covariance of the features of {self.count} images is undefined, it needs two")
+        return self._scatter_DD / (self.count - 1)
+
+    def frechet(self, other: FeatureStatistics) -> float:
+        """Fréchet distance of two normal distributions with these means and covariances (Dowson and Landau 1982).
+
+        |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), which is the FID for the features of `Inception` (Heusel et al.
+        2017, arXiv 1706.08500). With C = L L^T, the last trace is the sum of the singular values of L^T L', which
+        needs no root of a matrix that is not symmetric, and is exact for fewer images than features as well.
+
+        Raises:
+            ValueError: for fewer than two images, or features of another size.
+        """
+        if self.mean_D.shape != other.mean_D.shape:
+            raise ValueError(f"features of {self.mean_D.size} and {other.mean_D.size} numbers have no distance")
+        covariances = self.covariance_DD, other.covariance_DD
+        left, right = (_root(covariance_DD) for covariance_DD in covariances)
+        common = np.linalg.svd(left.T @ right, compute_uv=False).sum()
+        spread = sum(np.trace(covariance_DD) for covariance_DD in covariances)
+        # Rounding may take the distance of equal sets below 0.
+        return max(float(np.square(self.mean_D - other.mean_D).sum() + spread - 2 * common), 0.0)
+
+
+def frechet_distance(features_MD: np.ndarray, other_ND: np.ndarray) -> float:
+    """Fréchet distance of two sets of features, as `FeatureStatistics.frechet`.
+
+    It falls with the number of images: compare figures from equally many.
+    """
+    statistics = FeatureStatistics(), FeatureStatistics()
+    for each, features_BD in zip(statistics, (features_MD, other_ND), strict=True):
+        each.add(features_BD)
+    return statistics[0].frechet(statistics[1])
+
+
+def _root(covariance_DD: np.ndarray) -> np.ndarray:
+    """L (D, R) of rank R with L L^T = covariance."""
+    values_D, vectors_DD = np.linalg.eigh(covariance_DD)
+    # What is 0 comes out as rounding noise, whose root would not be small: 1e-16 gives 1e-8, thousands of times.
+    kept_D = values_D > len(values_D) * np.finfo(np.float64).eps * values_D.max()
+    return vectors_DD[:, kept_D] * np.sqrt(values_D[kept_D])
+
+
+# ------------------------------------------------------------------------------------------------ Inception
+
+
+class Inception:
+    """Extractor of the FID: the 2048 features after the last pooling of an Inception v3, exactly as in pytorch-fid.
+
+    That network was trained in TensorFlow, and differs from torchvision's in its pooling. The images are resized to
+    299x299 by bilinear interpolation without smoothing, which aliases where they are larger, as published.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._network = network.to(device).eval()
+        self._device = device
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Inception:
+        """With pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth, or the same as safetensors).
+
+        Raises:
+            UserError: for a file that is missing, cannot be read, or does not hold this network's weights.
+        """
+        with torch.device("meta"):  # the file's weights take the place of these, which so cost nothing
+            network = _network()
+        fit_weights(network, read_weights(path), path)
+        network.fc = nn.Identity()
+        return cls(network, torch.device(device))
+
+    @torch.inference_mode()
+    def __call__(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Features (B, 2048), float32, of uint8 RGB images of any size."""
+        images_BCHW = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 255
+        resized_BCHW = F.interpolate(images_BCHW, size=(299, 299), mode="bilinear", align_corners=False)
+        return self._network(2 * resized_BCHW - 1).cpu().numpy()
+
+
+def _network() -> nn.Module:
+    from torchvision.models import inception  # type: ignore[import-untyped]  # takes seconds, see `perceptual.py`
+
+    averaged = [
+        _pooled(block, _average) for block in (inception.InceptionA, inception.InceptionC, inception.InceptionE)
+    ]
+    blocks = [inception.BasicConv2d, averaged[0], inception.InceptionB, averaged[1], inception.InceptionD, averaged[2]]
+    network = inception.Inception3(
+        1008, aux_logits=False, inception_blocks=[*blocks, inception.InceptionAux], init_weights=False
+    )
+    network.Mixed_7c = _pooled(inception.InceptionE, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))(2048)
+    return network
+
+
+def _pooled(block: Any, pool: Callable[[Tensor], Tensor]) -> Any:
+    """torchvision's block with another pooling in its last branch."""
+
+    class Pooled(block):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            branches_BCHW, pooled_BCHW = super().forward(x_BCHW), self.branch_pool(pool(x_BCHW))
+            return torch.cat([branches_BCHW[:, : -pooled_BCHW.shape[1]], pooled_BCHW], 1)
+
+    return Pooled
+
+
+def _average(x_BCHW: Tensor) -> Tensor:
+    """TensorFlow's average pooling: of the pixels within the image only."""
+    return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)

@@ -1,0 +1,57 @@
+"""What codes keep of images: figures of originals and their reconstructions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cm3leon.evaluation.images import WINDOW, Extractor, features, frechet_distance, lpips, psnr_each, ssim
+from cm3leon.evaluation.metrics import average, codebook_use, psnr
+from cm3leon.tokenizers.image.perceptual import SMALLEST, Perceptual
+
+
+def averages(
+    images_BHWC: np.ndarray, rebuilt_BHWC: np.ndarray, codes_BN: np.ndarray, codebook_size: int
+) -> dict[str, float]:
+    """Figures that are cheap enough to be looked at during training."""
+    use, perplexity = codebook_use(codes_BN, codebook_size)
+    return {"psnr_db": psnr(images_BHWC, rebuilt_BHWC), "codebook_use": use, "codebook_perplexity": perplexity}
+
+
+def reconstruction_figures(
+    images_BHWC: np.ndarray,
+    rebuilt_BHWC: np.ndarray,
+    codes_BN: np.ndarray,
+    codebook_size: int,
+    *,
+    perceptual: Perceptual | None = None,
+    extractor: Extractor | None = None,
+) -> dict[str, Any]:
+    """All figures, those of single images with the 95 % interval of their mean; None for one that is not measured.
+
+    Args:
+        perceptual: gives `lpips`.
+        extractor: gives `rfid`, the Fréchet distance of originals and reconstructions in its features.
+    """
+    psnr_B = psnr_each(images_BHWC, rebuilt_BHWC)
+    side = min(images_BHWC.shape[1:3])
+    known_B = np.isfinite(psnr_B)  # an image that comes back exactly has none
+    use, perplexity = codebook_use(codes_BN, codebook_size)
+    rfid = None
+    if extractor is not None and len(images_BHWC) > 1:
+        rfid = frechet_distance(features(extractor, images_BHWC), features(extractor, rebuilt_BHWC))
+    return {
+        "images": len(images_BHWC),
+        "psnr_db": asdict(average(psnr_B[known_B])) if known_B.any() else None,
+        "ssim": asdict(average(ssim(images_BHWC, rebuilt_BHWC))) if side >= WINDOW else None,
+        "lpips": (
+            asdict(average(lpips(perceptual, images_BHWC, rebuilt_BHWC)))
+            if perceptual is not None and side >= SMALLEST
+            else None
+        ),
+        "rfid": rfid,
+        "codebook_use": use,
+        "codebook_perplexity": perplexity,
+    }

@@ -1,0 +1,182 @@
+"""Small image tokenizers on disk, named and nested as their publishers do, with random tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SMALL: dict[str, Any] = {
+    "channels": 32,
+    "multipliers": (1, 2),
+    "residual_blocks": 1,
+    "attention_levels": (1,),
+    "z_channels": 32,
+    "code_dim": 8,
+    "codebook_size": 16,
+}
+"""A geometry that encodes 16x16 pixels in milliseconds."""
+
+
+def pretrained(place: Path) -> dict[str, Any]:
+    """Settings of the tokenizer `pretrained`, and the file for them."""
+    return {"path": str(write_taming(place / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))))}
+
+
+IMAGE_TOKENIZER_FILES = {"pretrained": pretrained}
+"""For image tokenizers that need one: a function that writes a small file and returns the settings that name it."""
+
+
+def random_tensors(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+    """Tensors whose scale keeps signals of the order of 1 through many layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _random(name, tuple(shape), generator) for name, shape in shapes.items()}
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    tensor = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return (1.0 if name.endswith("weight") else 0.0) + 0.1 * tensor
+    if "embed" in name:
+        return tensor
+    return tensor / tensor[0].numel() ** 0.5 if tensor.dim() > 1 else 0.1 * tensor
+
+
+# ------------------------------------------------------------------------------------------------ names and shapes
+
+
+def _conv(name: str, out: int, into: int, side: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out, into, side, side)
+    yield f"{name}.bias", (out,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _block(name: str, into: int, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _norm(f"{name}.norm1", into)
+    yield from _conv(f"{name}.conv1", out, into, 3)
+    yield from _norm(f"{name}.norm2", out)
+    yield from _conv(f"{name}.conv2", out, out, 3)
+    if into != out:
+        yield from _conv(f"{name}.nin_shortcut", out, into, 1)
+
+
+def _attention(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _norm(f"{name}.norm", width)
+    for part in ("q", "k", "v", "proj_out"):
+        yield from _conv(f"{name}.{part}", width, width, 1)
+
+
+def _network(
+    words: Mapping[str, str],
+    *,
+    channels: int,
+    multipliers: Sequence[int],
+    residual_blocks: int,
+    attention_levels: Sequence[int],
+    z_channels: int,
+    finest_first: bool,
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    widths = [channels * multiplier for multiplier in multipliers]
+    last = len(widths) - 1
+    for side in ("encoder", "decoder"):
+        for number, (what, part) in enumerate(((_block, "0"), (_attention, "1"), (_block, "2"))):
+            width = (widths[-1],) * (1 if number == 1 else 2)
+            yield from what(f"{side}.mid.{words.get(part, part)}", *width)
+    yield from _conv("encoder.conv_in", channels, 3, 3)
+    yield from _norm("encoder.norm_out", widths[-1])
+    yield from _conv("encoder.conv_out", z_channels, widths[-1], 3)
+    yield from _conv("decoder.conv_in", widths[-1], z_channels, 3)
+    yield from _norm("decoder.norm_out", channels * multipliers[0])
+    yield from _conv("decoder.conv_out", 3, channels * multipliers[0], 3)
+    for level, width in enumerate(widths):
+        down = f"encoder.{words['down']}.{level}"
+        up = f"decoder.{words['up']}.{level if finest_first else last - level}"
+        before = {down: widths[level - 1] if level else channels, up: widths[min(level + 1, last)]}
+        for place, count in ((down, residual_blocks), (up, residual_blocks + 1)):
+            for number in range(count):
+                yield from _block(f"{place}.{words['block']}.{number}", width if number else before[place], width)
+                if level in attention_levels:
+                    yield from _attention(f"{place}.attn.{number}", width)
+        if level < last:
+            yield from _conv(f"{down}.downsample.conv", width, width, 3)
+        if level:
+            yield from _conv(f"{up}.upsample.conv", width, width, 3)
+
+
+def _projections(z_channels: int, code_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _conv("quant_conv", code_dim, z_channels, 1)
+    yield from _conv("post_quant_conv", z_channels, code_dim, 1)
+
+
+def taming_shapes(*, code_dim: int, codebook_size: int, gumbel: bool = False, **network: Any) -> dict[str, Any]:
+    """Names and shapes of CompVis/taming-transformers, whose decoder's level 0 is full resolution."""
+    words = {"down": "down", "up": "up", "block": "block", "0": "block_1", "1": "attn_1", "2": "block_2"}
+    shapes = dict(_network(words, finest_first=True, **network))
+    shapes.update(_projections(network["z_channels"], code_dim))
+    if gumbel:
+        shapes.update(_conv("quantize.proj", codebook_size, code_dim, 1))
+        return {**shapes, "quantize.embed.weight": (codebook_size, code_dim)}
+    return {**shapes, "quantize.embedding.weight": (codebook_size, code_dim)}
+
+
+def llamagen_shapes(*, code_dim: int, codebook_size: int, **network: Any) -> dict[str, Any]:
+    """Names and shapes of FoundationVision/LlamaGen, whose decoder's block 0 is the coarsest."""
+    words = {"down": "conv_blocks", "up": "conv_blocks", "block": "res"}
+    shapes = dict(_network(words, finest_first=False, **network))
+    shapes.update(_projections(network["z_channels"], code_dim))
+    return {**shapes, "quantize.embedding.weight": (codebook_size, code_dim), "quantize.codebook_used": (65536,)}
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_taming(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """As Lightning does: under state_dict, beside counters and an optimizer's state, and with the loss's tensors."""
+    loss = {
+        "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 4, 1, 1),
+    }
+    optimizer = [{"state": {0: {"step": 1, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}]
+    torch.save({"epoch": 1, "global_step": 2, "state_dict": {**tensors, **loss}, "optimizer_states": optimizer}, file)
+    return file
+
+
+def write_llamagen(file: Path, tensors: Mapping[str, Tensor], under: str = "model") -> Path:
+    """Under `model`, as its trainer does; or under `ema`."""
+    torch.save({under: dict(tensors), "steps": 3}, file)
+    return file
+
+
+def write_folder(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "model.safetensors"
+) -> Path:
+    """A Hugging Face folder with its weights in one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    if name.endswith(".safetensors"):
+        save_file(tensors, folder / name)
+    else:
+        torch.save(tensors, folder / name)
+    return folder
+
+
+def split_in_two(folder: Path, tensors: Mapping[str, Tensor], name: str = "model.safetensors") -> Path:
+    """Replaces a folder's file of weights by two parts and an index."""
+    (folder / name).unlink()
+    keys = sorted(tensors)
+    parts = {f"model-0000{number + 1}-of-00002.safetensors": keys[number::2] for number in range(2)}
+    for part, names in parts.items():
+        save_file({key: tensors[key].contiguous() for key in names}, folder / part)
+    weight_map = {key: part for part, names in parts.items() for key in names}
+    (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder

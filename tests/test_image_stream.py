@@ -1,0 +1,115 @@
+"""Images of a corpus as an endless stream: what is drawn, how it is cut, and going on exactly."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cm3leon.data.image_stream import ImageStream, random_square
+from cm3leon.data.source import Skipped, Source
+from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+
+def document(number: int, images: int = 1) -> Document:
+    """A caption and images of one colour each, which tells the document and the image."""
+    pixels = [np.full((5, 7, 3), [number, k, 99], np.uint8) for k in range(images)]
+    return Document(str(number), (TextSegment("a"), *(ImageSegment(p) for p in pixels)))
+
+
+class Numbered(Source):
+    """Parts of numbered documents; every fifth item is broken, and every seventh has no image."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+
+    def parts(self) -> list[str]:
+        return [str(number) for number in range(len(self.sizes))]
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        first = sum(self.sizes[: int(part)])
+        for number in range(first + start, first + self.sizes[int(part)]):
+            yield Skipped(str(number), "broken") if number % 5 == 4 else document(number, number % 7 and 1 + number % 3)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def stream(*sizes: int, **settings: Any) -> ImageStream:
+    defaults: dict[str, Any] = {"keep": lambda id_: id_ != "2", "size": 4, "batch_size": 3, "seed": 5, "lanes": 2}
+    return ImageStream(Numbered(*sizes), **{**defaults, **settings})
+
+
+def drawn(batch_BHWC: np.ndarray) -> list[int]:
+    return batch_BHWC[:, 0, 0, 0].tolist()
+
+
+def test_every_image_to_train_on_comes_once_in_an_epoch() -> None:
+    usable = [n for n in range(30) if n % 5 != 4 and n % 7 and n != 2]
+    images = stream(10, 3, 0, 17, batch_size=len(usable))
+    for _ in range(4):
+        batch_BHWC = images.next()
+        assert batch_BHWC.shape == (len(usable), 4, 4, 3)
+        assert batch_BHWC.dtype == np.uint8
+        counts = Counter(drawn(batch_BHWC))
+        assert set(counts) <= set(usable)
+        assert max(counts.values()) <= 2  # parts of the next epoch begin while others of this one last
+
+
+def test_a_batch_has_images_of_many_parts() -> None:
+    batch = drawn(stream(50, 50, 50, 50, lanes=4, batch_size=12).next())
+    assert len({number // 50 for number in batch}) == 4
+
+
+def test_all_images_of_a_page_are_drawn_at_times() -> None:
+    pages = stream(12, keep=lambda id_: id_ == "11")  # three images
+    seen = {int(image_HWC[0, 0, 1]) for _ in range(10) for image_HWC in pages.next()}
+    assert seen == {0, 1, 2}
+
+
+@given(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 4))
+def test_a_stream_goes_on_exactly(before: int, sizes: list[int], batch_size: int, lanes: int) -> None:
+    settings = {"batch_size": batch_size, "lanes": lanes}
+    one = stream(8, *sizes, **settings)
+    for _ in range(before):
+        one.next()
+    state = json.loads(json.dumps(one.state_dict()))
+    other = stream(8, *sizes, **settings)
+    other.next()  # wherever it was
+    other.load_state_dict(state)
+    for _ in range(5):
+        assert np.array_equal(one.next(), other.next())
+        assert one.state_dict() == other.state_dict()
+
+
+def test_seeds_differ() -> None:
+    assert not np.array_equal(stream(40, 40, 40, seed=1).next(), stream(40, 40, 40, seed=2).next())
+
+
+@pytest.mark.parametrize("settings", [{"sizes": (0, 0)}, {"sizes": (9,), "keep": lambda id_: False}])
+def test_a_corpus_without_images_is_a_sentence(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^data: the corpus has no image to train the image tokenizer on$"):
+        stream(*settings.pop("sizes"), **settings).next()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(0, 2**32))
+def test_squares_of_any_shape(height: int, width: int, size: int, seed: int) -> None:
+    """A picture of its own columns: what is cut is a run of them, or its mirror image."""
+    pixels_HWC = np.zeros((height, width, 3), np.uint8)
+    pixels_HWC[:] = np.arange(width)[:, None] * 5
+    assert random_square(pixels_HWC, size, np.random.default_rng(seed)).shape == (size, size, 3)
+    side = min(height, width)
+    columns = random_square(pixels_HWC, side, np.random.default_rng(seed))[0, :, 0].astype(int) // 5
+    first = min(columns)
+    assert columns.tolist() in (list(range(first, first + side)), list(range(first, first + side))[::-1])
+
+
+def test_an_image_of_extreme_aspect_takes_no_more_memory_than_its_square() -> None:
+    pixels_HWC = np.zeros((1, 200_000, 3), np.uint8)  # resized before it is cut, it would take 39 GB
+    assert random_square(pixels_HWC, 256, np.random.default_rng(0)).shape == (256, 256, 3)

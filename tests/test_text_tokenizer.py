@@ -1,0 +1,467 @@
+"""The text tokenizer on a corpus: streamed, sampled, exact, safe from attacks, and read by transformers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
+
+from cm3leon.data.token_shards import split_of_id
+from cm3leon.experiment import load_experiment
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.stages import run_experiment
+from cm3leon.stages.text_tokenizer import TRAINED_ON, Sample, make_text_tokenizer, text_tokenizer_inputs
+from cm3leon.tokenizers.text import STRETCH, TextTokenizer, TextTokenizerConfig, unicode_text
+from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.types import UserError
+
+CONTROL = (*SPECIALS, "<mask:0>", "<mask:511>", "<mask>", "<infill>", "<unk>", "<s>", "</s>", "<|endoftext|>")
+PROSE = [
+    "a red dog on 12 chairs in 1984; it's the dog's chair.",
+    "    def dogs(self):\n        return self.chairs[0]\n\n\nclass Chair:\n",
+    "Ein Hund läuft über die Straße. नमस्ते दुनिया 赤い犬が椅子の上に座っている 🦎",
+    *(f"{control} {control}{control}" for control in CONTROL),
+] * 4
+
+
+def train(texts: Iterable[str], vocab_size: int = 700, **fields: Any) -> TextTokenizer:
+    return TextTokenizer.train(TextTokenizerConfig(vocab_size=vocab_size, **fields), texts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    return train(PROSE)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+runs = st.builds(lambda unit, times: unit * times, st.text(max_size=3), st.integers(0, 150))
+long_text = st.lists(runs | st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "    ", "\x00", "'s"]), max_size=6)
+attack = st.lists(
+    st.sampled_from([*CONTROL, *(c[:k] for c in CONTROL for k in range(1, len(c))), " ", "Ġ", "\x00", "<", ">", "0"]),
+    max_size=12,
+)
+any_text = (long_text | attack).map("".join)
+
+
+def words(tokenizer: TextTokenizer, text: str) -> list[str]:
+    """The parts of a text that merges never cross."""
+    return [text[start:end] for _, (start, end) in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("it's 12 dogs", ["it", "'s", " ", "1", "2", " dogs"]),
+        (" <red> <", [" ", "<", "red", ">", " ", "<"]),
+        ("a\n\nb\r\nc\n", ["a", "\n\n", "b", "\r\n", "c", "\n"]),
+        ("a:\n    b   c", ["a", ":", "\n   ", " b", "  ", " c"]),
+        ("été नमस्ते ½٣", ["été", " नमस्ते", " ", "½", "٣"]),
+        ("== --> !", ["==", " -->", " !"]),
+    ],
+)
+def test_words_are_gpt2s_with_digits_alone_and_newlines_kept_together(
+    tokenizer: TextTokenizer, text: str, expected: list[str]
+) -> None:
+    assert words(tokenizer, text) == expected
+
+
+@given(text=any_text)
+def test_no_word_is_longer_than_the_limit_and_nothing_is_lost(tokenizer: TextTokenizer, text: str) -> None:
+    found = words(tokenizer, text)
+    assert "".join(found) == text
+    assert all(len(word) <= 64 + 1 for word in found)  # a space may stand before it
+
+
+@given(text=any_text)
+@settings(max_examples=200)
+def test_any_text_comes_back_exactly_and_never_as_a_control_token(tokenizer: TextTokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    low, high = Vocab(text_size=tokenizer.vocab_size, image_size=16).id_range("text")
+    assert ((ids >= low) & (ids < min(high, tokenizer.pieces))).all()
+    assert tokenizer.decode(ids) == text
+
+
+@given(texts=st.lists(any_text | st.just("a red dog" * (STRETCH // 6)), max_size=5))
+@settings(max_examples=30)
+def test_a_batch_gives_what_each_text_gives(tokenizer: TextTokenizer, texts: list[str]) -> None:
+    batch = tokenizer.encode_all(texts)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
+    assert all(ids.dtype == np.int64 and ids.ndim == 1 for ids in batch)
+
+
+@given(text=st.text(st.sampled_from("aé🦎\ud800\ud83d\udfff\ude00")))
+def test_surrogates_become_their_character_or_a_replacement(tokenizer: TextTokenizer, text: str) -> None:
+    paired = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text)
+    expected = re.sub("[\ud800-\udfff]", "\ufffd", paired)
+    assert unicode_text(text) == expected
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
+    assert tokenizer.encode_all([text])[0].tolist() == tokenizer.encode(expected).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def test_texts_are_read_once_and_not_kept() -> None:
+    class Text(str):
+        pass
+
+    alive: weakref.WeakSet[Text] = weakref.WeakSet()
+    most = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal most
+        for number in range(2000):
+            text = Text(f"the dog number {number}")
+            alive.add(text)
+            most = max(most, len(alive))
+            yield text
+            del text
+
+    assert train(texts()).pieces > 260
+    assert most <= 3
+
+
+def test_the_same_texts_in_any_order_give_the_same_file(tokenizer: TextTokenizer, saved: Path, tmp_path: Path) -> None:
+    train(reversed(PROSE)).save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_a_mistake_of_the_source_comes_through() -> None:
+    def texts() -> Iterator[str]:
+        yield "a dog"
+        raise UserError("the corpus has moved")
+
+    with pytest.raises(UserError, match="the corpus has moved"):
+        train(texts())
+
+
+RANDOM = base64.b64encode(np.random.default_rng(0).bytes(300_000)).decode()
+HARD = {
+    "one document": "a red dog on a red chair",
+    "one character": "aaaa",
+    "digits": "0123456789" * 50,
+    "white space": " \n\t" * 50,
+    "NUL": "\x00" * 300 + "a\x00b",
+    "surrogates": "dog \ud800 dog \udfff",
+    "base64": RANDOM,
+    "no spaces": "".join(chr(0x4E00 + k * 7919 % 20_000) for k in range(100_000)),
+    "one letter, a million times": "a" * 1_000_000,
+    "a million spaces": " " * 1_000_000,
+    "ten megabytes": "the quick red dog " * 580_000,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_corpora_are_learned_from(name: str) -> None:
+    text = HARD[name]
+    tokenizer = train([text], vocab_size=400)
+    assert BASE <= tokenizer.pieces <= 400
+    start = text[:200_000]
+    assert tokenizer.decode(tokenizer.encode(start)) == unicode_text(start)
+    pieces = [tokenizer.decode([id_]) for id_ in range(BASE, tokenizer.pieces)]
+    assert all(len(piece) <= 65 for piece in pieces)
+    assert not any(re.search("[0-9<]", piece) for piece in pieces)
+
+
+BASE = len(SPECIALS) + 256
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_a_piece_is_no_longer_than_the_limit(limit: int) -> None:
+    tokenizer = train(["abcdefghijkl\n\n\n"] * 3, max_word=limit)
+    longest = max(len(tokenizer.decode([id_])) for id_ in range(BASE - 256, tokenizer.pieces))
+    assert longest == limit
+    assert tokenizer.decode(tokenizer.encode("abc\n\n\n\n\n\nabc   ")) == "abc\n\n\n\n\n\nabc   "
+
+
+def test_a_long_document_teaches_what_its_paragraphs_do() -> None:
+    paragraph = "a red dog on a chair\n" * 100
+    whole, parts = train([paragraph * 100]), train([paragraph] * 100)
+    assert len(paragraph * 100) > 3 * STRETCH
+    assert abs(whole.pieces - parts.pieces) <= 4  # a word that lies across two stretches counts as two
+    assert len(whole.encode(paragraph)) == len(parts.encode(paragraph)) == 700
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+@pytest.fixture(scope="module")
+def theirs(saved: Path) -> list[Any]:
+    """The saved folder as transformers reads it, by file and by folder."""
+    transformers = pytest.importorskip("transformers")
+    return [
+        transformers.PreTrainedTokenizerFast(tokenizer_file=str(saved / "tokenizer.json")),
+        transformers.AutoTokenizer.from_pretrained(str(saved)),
+    ]
+
+
+@given(text=any_text)
+@settings(max_examples=200)
+def test_transformers_gives_the_same_ids_and_the_exact_text(
+    theirs: list[Any], tokenizer: TextTokenizer, text: str
+) -> None:
+    ids = tokenizer.encode(text).tolist()
+    for each in theirs:
+        assert each(text).input_ids == ids
+        assert each.encode(text) == ids
+        assert each.decode(ids) == text
+        assert each.decode(ids, skip_special_tokens=True) == text
+        assert not set(ids) & set(range(len(SPECIALS)))
+
+
+def test_transformers_knows_no_special_tokens(theirs: list[Any], tokenizer: TextTokenizer) -> None:
+    for each in theirs:
+        assert each.all_special_tokens == []
+        assert each.get_added_vocab() == {}
+        assert len(each) == tokenizer.pieces
+        assert each.convert_tokens_to_ids(list(SPECIALS)) == [0, 1, 2, 3]
+        assert each.tokenize("<break>") != ["<break>"]
+
+
+# ------------------------------------------------------------------------------------------------ files of others
+
+Content = dict[str, Any]
+
+
+def _declared(content: Content) -> None:
+    token = {"id": 2, "content": "<break>", "special": True}
+    settings = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [{**token, **settings}]
+
+
+def _merged(content: Content) -> None:
+    for left, right in zip(("<", "<p", "<pa", "<pad"), "pad>", strict=True):
+        if left + right not in content["model"]["vocab"]:
+            content["model"]["vocab"][left + right] = len(content["model"]["vocab"])
+        content["model"]["merges"].append([left, right])
+
+
+def _renumbered(content: Content) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["<pad>"], vocab["<eos>"] = vocab["<eos>"], vocab["<pad>"]
+
+
+def _set(**fields: Any) -> Callable[[Content], None]:
+    return lambda content: content.update(fields)
+
+
+def _set_model(**fields: Any) -> Callable[[Content], None]:
+    return lambda content: content["model"].update(fields)
+
+
+FOREIGN: dict[str, tuple[Callable[[Content], None], str]] = {
+    "declared": (_declared, "recognises <break> inside any text"),
+    "merged": (_merged, "its merges can make a special token of text"),
+    "whole words": (_set_model(ignore_merges=True), "its merges can make a special token of text"),
+    "renumbered": (_renumbered, "ids 0 to 3 are not <pad> <eos> <break> <end_of_span>"),
+    "gap": (lambda content: content["model"]["vocab"].update({"zebra": 5000}), "its ids have gaps"),
+    "no byte level": (_set(pre_tokenizer=None), "text does not come back from it exactly"),
+    "no decoder": (_set(decoder=None), "text does not come back from it exactly"),
+    "lower case": (_set(normalizer={"type": "Lowercase"}), "text does not come back from it exactly"),
+    "normal form": (_set(normalizer={"type": "NFC"}), "text does not come back from it exactly"),
+    "model": (_set(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "its model is WordLevel"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_tokenizer_that_breaks_a_promise_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    change, sentence = FOREIGN[name]
+    content = json.loads((saved / "tokenizer.json").read_text())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=sentence) as refused:
+        TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=10_000))
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "not json", "cut", "\x00\xff"])
+def test_a_damaged_file_is_refused(saved: Path, tmp_path: Path, damage: str) -> None:
+    whole = (saved / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2] if damage == "cut" else damage)
+    with pytest.raises(UserError, match=r"is damaged or no tokenizer\.json"):
+        TextTokenizer.load(tmp_path, TextTokenizerConfig())
+
+
+def test_the_librarys_own_byte_level_bpe_and_an_empty_one_are_refused(tmp_path: Path) -> None:
+    plain = ByteLevelBPETokenizer()
+    plain.train_from_iterator(PROSE, vocab_size=300, show_progress=False)
+    for other in (plain, Tokenizer(models.BPE())):
+        other.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match="ids 0 to 3 are not"):
+            TextTokenizer.load(tmp_path, TextTokenizerConfig())
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+@given(st.lists(st.text(max_size=8)), st.integers(1, 60) | st.none())
+def test_a_sample_is_the_texts_up_to_so_many_bytes(texts: list[str], limit: int | None) -> None:
+    sample = Sample()
+    taken = list(sample.take(texts, limit))
+    whole = "".join(texts).encode()
+    assert "".join(taken) == whole[:limit].decode(errors="ignore")
+    assert (sample.documents, sample.bytes) == (len(taken), len("".join(taken).encode()))
+
+
+def corpus(folder: Path, parts: int = 3, lines: int = 40) -> Path:
+    """Files of lines, each with words of its own."""
+    folder.mkdir()
+    for part in range(parts):
+        texts = [f"{'abc'[part] * 3}{'xyz'[number % 3]} dogs" for number in range(lines)]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def run_of(folder: Path, *overrides: str) -> Run:
+    folder.mkdir(exist_ok=True)
+    return Run(load_experiment("digits", overrides), folder, torch.device("cpu"))
+
+
+def made(run: Run) -> tuple[TextTokenizer, dict[str, Any]]:
+    folder = run.folder / "text_tokenizer"
+    folder.mkdir()
+    make_text_tokenizer(run, folder)
+    return run.text_tokenizer, json.loads((folder / TRAINED_ON).read_text())
+
+
+def on(path: Path, *overrides: str) -> tuple[str, ...]:
+    return ("text_data.name=text_jsonl", f"text_data.path={path}", *overrides)
+
+
+def test_the_training_split_of_a_text_corpus_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = corpus(tmp_path / "texts")
+    with (path / "0.jsonl").open("a") as file:
+        file.write('{"text": "\\ud800"}\n{"body": 1}\n{"text": "\\u0000 dogs"}\n')
+    run = run_of(tmp_path / "run", *on(path, "split.held_out=0.3"))
+    tokenizer, told = made(run)
+    items = [item for item in run_of(tmp_path / "run", f"data={{name: text_jsonl, path: {path}}}").source.documents()]
+    documents = [item for item in items if hasattr(item, "text")]
+    kept = [d for d in documents if split_of_id(d.id, validation=0.1, held_out=0.3) == "train"]
+    assert 0 < len(kept) < len(documents)
+    assert (told["documents"], told["skipped"]) == (len(kept), 2)
+    assert told["bytes"] == sum(len(d.text.encode()) for d in kept)
+    assert told["text_data"]["path"] == str(path)
+    assert told["pieces"] == tokenizer.pieces <= told["vocab_size"]
+    assert f"{tokenizer.pieces:,} of {told['vocab_size']:,} pieces" in capsys.readouterr().out
+    assert len(tokenizer.encode(" dogs")) == 1
+
+
+def test_a_sample_takes_equal_shares_and_what_short_parts_leave(tmp_path: Path) -> None:
+    path = corpus(tmp_path / "texts", lines=60)
+    (path / "3.jsonl").write_text('{"text": "q"}\n')
+    split = ("split.held_out=0", "split.validation=0")
+    tokenizer, told = made(run_of(tmp_path / "run", *on(path, *split, "text_tokenizer.sample_bytes=200")))
+    assert told["bytes"] in (151, *range(195, 201))  # the short part's share is lost where it comes last
+    assert told["sample_bytes"] == 200
+    for word in ("aaa", "bbb", "ccc"):
+        assert len(tokenizer.encode(word)) == 1
+    _, whole = made(run_of(tmp_path / "all", *on(path, *split, "text_tokenizer.sample_bytes=null")))
+    assert whole["bytes"] == 60 * 3 * len("aaax dogs") + 1
+
+
+def test_the_seed_draws_the_parts_of_a_small_sample(tmp_path: Path) -> None:
+    path = corpus(tmp_path / "texts")
+    settings = ("split.held_out=0", "split.validation=0", "text_tokenizer.sample_bytes=2")
+    settings = (*settings, "text_tokenizer.min_frequency=1")
+    files = set()
+    for seed in range(8):
+        for again in range(2):
+            run = run_of(tmp_path / f"{seed}-{again}", *on(path, *settings, f"seed={seed}"))
+            made(run)
+        same = [(tmp_path / f"{seed}-{again}" / "text_tokenizer/tokenizer.json").read_bytes() for again in range(2)]
+        assert same[0] == same[1]
+        files.add(same[0])
+    assert len(files) <= 3
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"^text_data\.path: .* does not exist"),
+        ("", r"^text_data: 1 parts hold no text to train on \(0 items skipped\)"),
+        (
+            '{"body": "a"}\n',
+            r"^text_data: .*\(1 items skipped, for example a\.jsonl:1: the line has no text, but 'body'",
+        ),
+        ('{"text": "\\ud800"}\n', r"^text_data: .*a\.jsonl:1: the text is not UTF-8\)"),
+        ('{"text": " "}\n', r"^text_data: .*a\.jsonl:1: the text is empty\)"),
+    ],
+)
+def test_a_corpus_without_text_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        made(run_of(tmp_path / "run", *on(path)))
+    if content is None:
+        with pytest.raises(UserError, match=sentence):
+            text_tokenizer_inputs(run_of(tmp_path / "run", *on(path)))
+
+
+def test_inputs_tell_corpora_samples_and_seeds_apart_only_where_they_matter(tmp_path: Path) -> None:
+    path = corpus(tmp_path / "texts")
+
+    def inputs(*overrides: str) -> str:
+        return json.dumps(text_tokenizer_inputs(run_of(tmp_path / "run", *overrides)))
+
+    assert inputs() == inputs("seed=7") == inputs("split.held_out=0.3")
+    assert inputs() != inputs("text_tokenizer.sample_bytes=1000")
+    ways = [(), ("seed=7",), ("split.held_out=0.3",), ("text_tokenizer.sample_bytes=9",), ("text_data.field=body",)]
+    found = {inputs(*on(path, *more)) for more in ways} | {inputs()}
+    assert len(found) == len(ways) + 1
+    before = inputs(*on(path))
+    with (path / "0.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert inputs(*on(path)) != before
+
+
+def test_a_run_takes_the_tokenizer_of_its_text_corpus_and_makes_it_again_when_that_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = corpus(tmp_path / "texts")
+    experiment = load_experiment("digits", on(path))
+    run = tmp_path / "run"
+    for said in ("[2/", "text_tokenizer: up to date"):
+        run_experiment(experiment, run, until="text_tokenizer")
+        assert said in capsys.readouterr().out
+    captions = Run(experiment, run, torch.device("cpu")).corpus.captions
+    before = (run / "text_tokenizer/tokenizer.json").read_bytes()
+    (path / "4.jsonl").write_text('{"text": "zebra zebra zebra"}\n' * 30)
+    run_experiment(experiment, run, until="text_tokenizer")
+    assert "up to date" in capsys.readouterr().out  # the documents, not the tokenizer
+    assert (run / "text_tokenizer/tokenizer.json").read_bytes() != before
+    tokenizer = Run(experiment, run, torch.device("cpu")).text_tokenizer
+    assert len(tokenizer.encode("zebra")) == 1
+    assert [tokenizer.decode(tokenizer.encode(caption)) for caption in captions[:5]] == captions[:5]
+
+
+def test_captions_beyond_the_sample_are_left_out(tmp_path: Path) -> None:
+    sizes = {}
+    for limit in (100, 10**9):
+        experiment = load_experiment("digits", [f"text_tokenizer.sample_bytes={limit}"])
+        run_experiment(experiment, tmp_path / "run", until="text_tokenizer")
+        sizes[limit] = json.loads((tmp_path / "run/text_tokenizer" / TRAINED_ON).read_text())
+    assert sizes[100]["bytes"] == 100 < sizes[10**9]["bytes"]
+    assert sizes[10**9]["documents"] == len(Run(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train"))
+    assert sizes[100]["text_data"] is None

@@ -1,0 +1,274 @@
+"""The VQGAN: quantizers against brute force, the adversarial loss against two passes, training, tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cm3leon.registry import IMAGE_TOKENIZERS, discover
+from cm3leon.tokenizers.image import base
+from cm3leon.tokenizers.image.discriminator import adaptive_weight, discriminator_loss, generator_loss
+from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer, nearest
+from cm3leon.types import UserError
+
+discover()
+
+TINY = {
+    "name": "vqgan",
+    "image_size": 32,
+    "codebook_size": 24,
+    "code_dim": 4,
+    "channels": 32,
+    "multipliers": [1, 1],
+    "residual_blocks": 1,
+    "attention_levels": [],
+    "z_channels": 16,
+    "discriminator_channels": 32,
+    "discriminator_layers": 1,
+    "adversarial_start": 0,
+}
+
+
+def tiny(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    return IMAGE_TOKENIZERS.build({**TINY, **settings})
+
+
+def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
+    """Smooth pictures, uint8 (B, side, side, 3)."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, (side, side), mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------------------------ quantizers
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5), st.booleans())
+@settings(max_examples=30)
+def test_codes_are_the_nearest_by_brute_force(seed: int, size: int, dim: int, normalized: bool) -> None:
+    torch.manual_seed(seed)
+    each = LookupQuantizer(size=size, dim=dim, normalized=normalized, commitment=0.25)
+    nn.init.normal_(each.codebook_VD)
+    z_ND = torch.randn(20, dim)
+    z, book = z_ND.double().numpy(), each.codebook_VD.detach().double().numpy()
+    if normalized:
+        z, book = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (z, book))
+    distance_NV = ((z[:, None] - book[None]) ** 2).sum(2)
+    codes_N = each.lookup(z_ND).numpy()
+    best_N = distance_NV.min(1)
+    np.testing.assert_allclose(distance_NV[np.arange(20), codes_N], best_N, atol=1e-5)
+    quantized_ND, codes_again_N, pull = each(z_ND)
+    assert codes_again_N.tolist() == codes_N.tolist()
+    np.testing.assert_allclose(quantized_ND.detach().numpy(), book[codes_N], atol=1e-5)
+    assert pull.item() == pytest.approx(1.25 * best_N.mean() / dim, rel=1e-3, abs=1e-5)
+
+
+def test_vectors_and_codes_pull_each_other_with_their_own_weights() -> None:
+    """Written out: codes are moved by the mean squared distance, vectors by `commitment` of it."""
+    torch.manual_seed(0)
+    each = LookupQuantizer(size=5, dim=3, normalized=False, commitment=0.3)
+    nn.init.normal_(each.codebook_VD)
+    z_ND = torch.randn(7, 3, requires_grad=True)
+    _, codes_N, pull = each(z_ND)
+    pull.backward()
+    apart_ND = (z_ND - each.codebook_VD[codes_N]).detach()
+    torch.testing.assert_close(z_ND.grad, 0.3 * 2 * apart_ND / apart_ND.numel())
+    expected_VD = torch.zeros_like(each.codebook_VD).index_add(0, codes_N, -2 * apart_ND / apart_ND.numel())
+    torch.testing.assert_close(each.codebook_VD.grad, expected_VD)
+
+
+def test_distances_in_pieces_are_the_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    z_ND, book_VD = torch.randn(50, 4), torch.randn(9, 4)
+    whole_N = nearest(z_ND, book_VD)
+    monkeypatch.setattr("cm3leon.tokenizers.image.quantizer.MAX_DISTANCES", 63)
+    assert torch.equal(nearest(z_ND, book_VD), whole_N)
+    assert torch.equal(whole_N, torch.cdist(z_ND.double(), book_VD.double()).argmin(1))
+
+
+def test_gumbel_takes_the_most_likely_code() -> None:
+    torch.manual_seed(0)
+    each = GumbelQuantizer(size=9, dim=4)
+    z_ND = torch.randn(50, 4)
+    logits_NV = z_ND.double() @ each.logits.weight.double().T + each.logits.bias.double()
+    assert torch.equal(each.lookup(z_ND), logits_NV.argmax(1))
+    assert torch.equal(each.vectors(torch.tensor([[3, 1]])), each.codebook_VD[[3, 1]][None])
+
+
+# ------------------------------------------------------------------------------------------------ adversarial training
+
+
+def test_one_pass_gives_each_network_the_gradient_of_its_own_loss() -> None:
+    """As two passes do, the second with the reconstruction as a constant (Goodfellow et al. 2014)."""
+    module = tiny().training_module().train()
+    images_BHWC = torch.from_numpy(pictures(2))
+    loss, figures = module.loss(images_BHWC)
+    loss.backward()
+    together = {name: weight.grad.clone() for name, weight in module.named_parameters()}
+    module.zero_grad()
+
+    signal_BCHW = base.to_signal(images_BHWC)
+    rebuilt_BCHW, _, pull = module.tokenizer(signal_BCHW)
+    likeness = F.l1_loss(rebuilt_BCHW, signal_BCHW)
+    verdict = generator_loss(module.discriminator(rebuilt_BCHW))
+    weight = adaptive_weight(likeness, verdict, module.tokenizer.decoder.conv_out.weight)
+    (likeness + pull + 0.5 * weight * verdict).backward()
+    alone = {f"tokenizer.{name}": weight.grad.clone() for name, weight in module.tokenizer.named_parameters()}
+    module.zero_grad()
+    discriminator_loss(module.discriminator(signal_BCHW), module.discriminator(rebuilt_BCHW.detach())).backward()
+    alone |= {f"discriminator.{name}": w.grad.clone() for name, w in module.discriminator.named_parameters()}
+
+    assert together.keys() == alone.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4, msg=name)
+    assert figures["adversarial_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
+    assert any(gradient.abs().max() > 0 for name, gradient in together.items() if "discriminator" in name)
+
+
+def test_the_discriminator_comes_later_and_a_checkpoint_knows_when() -> None:
+    module = tiny(adversarial_start=2).training_module().train()
+    images_BHWC = torch.from_numpy(pictures(2))
+    judged = []
+    for _ in range(4):
+        figures = module.loss(images_BHWC)[1]
+        judged.append("discriminator_loss" in figures)
+    assert judged == [False, False, True, True]
+    other = tiny(adversarial_start=2).training_module()
+    other.load_state_dict(module.state_dict())
+    assert "discriminator_loss" in other.train().loss(images_BHWC)[1]
+    module.eval().loss(images_BHWC)
+    assert module.step == 4  # only steps of training count
+
+
+def test_without_a_discriminator_there_is_none() -> None:
+    module = tiny(adversarial=0).training_module().train()
+    loss, figures = module.loss(torch.from_numpy(pictures(2)))
+    assert list(module.networks) == [module.tokenizer]
+    assert not any("discriminator" in name for name in module.state_dict())
+    assert not any("discriminator" in name for name in figures)
+    loss.backward()
+
+
+def test_a_missing_perceptual_loss_is_said() -> None:
+    assert any("perceptual_file" in note for note in tiny().training_module().notes)
+    assert not list(tiny(perceptual=0).training_module().notes)
+
+
+def test_use_of_codes_by_hand() -> None:
+    module = tiny(adversarial=0).training_module()
+    _, figures = module.loss(torch.from_numpy(pictures(3)))
+    codes_BN = module.tokenizer.eval().encode(pictures(3))
+    counts = np.bincount(codes_BN.ravel(), minlength=24) / codes_BN.size
+    entropy = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
+    assert figures["codes_used_in_batch"].item() == pytest.approx((counts > 0).mean())
+    assert figures["perplexity_of_batch"].item() == pytest.approx(np.exp(entropy), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+
+def test_the_default_is_the_papers_geometry() -> None:
+    with torch.device("meta"):
+        tokenizer = IMAGE_TOKENIZERS.build("vqgan")
+    assert (tokenizer.image_size, tokenizer.grid, tokenizer.codebook_size) == (256, 32, 8192)
+    codes_BHW = tokenizer.codes_of(torch.zeros(1, 3, 256, 256, device="meta"))
+    assert codes_BHW.shape == (1, 32, 32)
+    assert tokenizer.signal_of(codes_BHW).shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"channels": 48}, "channels is 48; it must be a multiple of 32"),
+        ({"multipliers": []}, "multipliers is empty"),
+        ({"image_size": 33}, "image_size is 33; it must be a multiple of 2"),
+        ({"attention_levels": [2]}, "attention_levels has 2; there are the levels 0 to 1"),
+        ({"discriminator_layers": 4}, "images of 32 pixels are too small for it, they must have 48"),
+        ({"perceptual_file": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_mistakes_are_sentences(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        tiny(**fields).training_module()
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+class Patchwork(base.ImageTokenizer):
+    """Every code is a patch of its own colour, whatever stands beside it."""
+
+    image_size, codebook_size, downsampling = 16, 256, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def signal_of(self, codes_BHW: torch.Tensor) -> torch.Tensor:
+        assert codes_BHW.shape[1] <= self.grid
+        assert codes_BHW.shape[2] <= self.grid
+        colour_BHW = codes_BHW.float() / 127.5 - 1
+        return colour_BHW[:, None].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 7), st.integers(0, 2**31))
+def test_tiles_cover_an_image_of_any_size_with_weights_that_sum_to_one(
+    height: int, width: int, overlap: int, seed: int
+) -> None:
+    codes_HW = np.random.default_rng(seed).integers(0, 256, (height, width))
+    image_HWC = Patchwork().decode_tiled(codes_HW, overlap)
+    assert np.array_equal(image_HWC, codes_HW.repeat(2, 0).repeat(2, 1)[..., None].repeat(3, 2))
+
+
+def test_one_tile_is_the_image() -> None:
+    tokenizer = tiny().eval()
+    codes_BN = tokenizer.encode(pictures(1))
+    tiled_HWC = tokenizer.decode_tiled(codes_BN[0].reshape(16, 16))
+    assert np.array_equal(tiled_HWC, tokenizer.decode(codes_BN)[0])
+
+
+def test_tiles_must_not_overlap_wholly() -> None:
+    with pytest.raises(ValueError, match="overlap is 8 codes; it must be below the 8 of a tile's side"):
+        Patchwork().decode_tiled(np.zeros((20, 20), int), 8)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def test_it_learns_to_rebuild_images(tmp_path: Path) -> None:
+    """Better than the best single colour, and better than it began, within a minute on a CPU."""
+    from cm3leon.data.shuffle import RowStream
+    from cm3leon.training.trainer import TrainingConfig, train
+
+    images_BHWC = pictures(64)
+    tokenizer = tiny(adversarial_start=30, codebook_size=64)
+    module = tokenizer.training_module()
+    log = train(
+        module,
+        lambda module, batch_BHWC: module.loss(torch.from_numpy(batch_BHWC)),
+        RowStream(64, lambda items: images_BHWC[items], batch_size=8, seed=0),
+        TrainingConfig(
+            steps=60, learning_rate=2e-3, warmup_steps=5, log_every=10, checkpoint_every=30, average_decay=0.9,
+            weight_decay=0.0, precision="float32",
+        ),
+        folder=tmp_path,
+        device=torch.device("cpu"),
+        seed=0,
+        title="image tokenizer",
+        clipped=module.networks,
+    )  # fmt: skip
+    assert "discriminator_loss" in log[-1]
+    assert "discriminator_loss" not in log[0]
+    held_out_BHWC = pictures(16, seed=1)
+    error = (tokenizer.decode(tokenizer.encode(held_out_BHWC)).astype(float) - held_out_BHWC) ** 2
+    plain = (held_out_BHWC.mean((1, 2), keepdims=True) - held_out_BHWC) ** 2
+    assert error.mean() < 0.5 * plain.mean()
