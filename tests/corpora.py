@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from sklearn.datasets import load_digits
 
 
 def picture(number: int = 0, side: int = 12) -> np.ndarray:
@@ -127,3 +128,16 @@ CORPORA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "coco": coco,
 }
 """Name of a source -> function that writes a corpus into an empty folder and returns the source's settings."""
+
+
+def digit_tars(place: Path, count: int, per_tar: int, broken: tuple[int, int] | None = None) -> None:
+    """Scans of digits in tars as img2dataset writes them; `broken` is a tar and the item whose image ends too early."""
+    scans = load_digits()
+    for number in range(count):
+        members: list[tuple[str | tarfile.TarInfo, bytes]] = []
+        for k in range(per_tar):
+            item = number * per_tar + k
+            png = encoded(np.rint(scans.images[item] * 15).astype(np.uint8))
+            members.append((f"{item:06d}.png", png[:40] if (number, k) == broken else png))
+            members.append((f"{item:06d}.txt", f"the digit {scans.target[item]}".encode()))
+        write_tar(place / f"{number:05d}.tar", members)
