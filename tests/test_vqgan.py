@@ -272,3 +272,22 @@ def test_it_learns_to_rebuild_images(tmp_path: Path) -> None:
     error = (tokenizer.decode(tokenizer.encode(held_out_BHWC)).astype(float) - held_out_BHWC) ** 2
     plain = (held_out_BHWC.mean((1, 2), keepdims=True) - held_out_BHWC) ** 2
     assert error.mean() < 0.5 * plain.mean()
+
+
+# ------------------------------------------------------------------------------------------------ GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_codes_of_the_cpu_and_trains_in_bf16() -> None:
+    images_BHWC = pictures(16)
+    tokenizer = tiny().eval()
+    codes_BN, rebuilt_BHWC = tokenizer.encode(images_BHWC), tokenizer.decode(tokenizer.encode(images_BHWC))
+    tokenizer.cuda()
+    assert (tokenizer.encode(images_BHWC) == codes_BN).mean() > 0.99  # two codes may be equally near
+    assert np.abs(tokenizer.decode(codes_BN).astype(int) - rebuilt_BHWC).max() <= 1
+    module = tiny().training_module().cuda().train()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = module.loss(torch.from_numpy(images_BHWC).cuda())
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in module.parameters())
