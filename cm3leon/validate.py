@@ -287,7 +287,7 @@ class Cost:
     @classmethod
     def of(cls, experiment: Experiment) -> Cost:
         """The cost with an experiment's tokenizers and encoder; its image tokenizer is timed on this machine."""
-        tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer).eval().to(best_device())
+        tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer).to(best_device()).ready()
         vocab = Vocab(experiment.text_tokenizer.vocab_size, tokenizer.codebook_size, experiment.sentinels)
         return cls(
             whose="the experiment's",

@@ -15,7 +15,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("documents", "text_tokenizer", "image_tokenizer", "retriever", "pretraining", "generation", "evaluation")
+STAGES = (
+    "documents",
+    "text_tokenizer",
+    "image_tokenizer",
+    "reconstruction",
+    "retriever",
+    "pretraining",
+    "generation",
+    "evaluation",
+)
 TINY = (
     "generation.samples=8",
     "generation.documents=[0,1]",

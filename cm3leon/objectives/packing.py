@@ -217,6 +217,13 @@ class StreamLane:
         self._position, self._offset, self._sample = state["position"], state["offset"], None
 
 
+def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) -> Lane:
+    """The lane of the samples at positions `first`, `first + step`, `first + 2 * step` ..., at its start."""
+    if packing.method == "whole":
+        return WholeLane(samples, first, step, packing.window)
+    return StreamLane(samples, first, step)
+
+
 # ------------------------------------------------------------------------------------------------ stream of batches
 
 
@@ -252,10 +259,7 @@ class BlockStream:
             raise UserError(f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
         samples = Samples(draw, objective, seq_len=seq_len, seed=seed)
         self._lanes = {
-            str(lane): WholeLane(samples, lane, batch_size, packing.window)
-            if packing.method == "whole"
-            else StreamLane(samples, lane, batch_size)
-            for lane in range(rank, batch_size, ranks)
+            str(lane): new_lane(samples, packing, lane, batch_size) for lane in range(rank, batch_size, ranks)
         }
         self._packing = packing
         self._batch_size = batch_size

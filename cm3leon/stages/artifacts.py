@@ -104,7 +104,7 @@ class Run:
         """The trained image tokenizer."""
         tokenizer = self.new_image_tokenizer()
         load_weights(self.folder / "image_tokenizer" / WEIGHTS, tokenizer)
-        return tokenizer.to(self.device).eval()
+        return tokenizer.to(self.device).ready()
 
     def new_image_tokenizer(self) -> Any:
         """The image tokenizer before training."""

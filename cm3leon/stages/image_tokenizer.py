@@ -31,7 +31,7 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
         load_weights(run.borrowed_file(IMAGE_TOKENIZER), tokenizer)
     elif not tokenizer.pretrained:
         _train(run, tokenizer, folder)
-    tokenizer.to(run.device).eval()
+    tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):
         codes_MN = tokenizer.encode(corpus.images_BHWC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShards
-from cm3leon.objectives.packing import Draw
 from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.neighbours import bank_of
@@ -22,7 +22,22 @@ from cm3leon.tasks.base import with_segment
 from cm3leon.types import Sample, TokenDocument, UserError
 
 
-def training_samples(run: Run) -> Draw:
+@dataclass(frozen=True)
+class TrainingSamples:
+    """The endless stream of training samples, a `Draw`: at each position a document of one of the corpora."""
+
+    corpora: Sequence[CorpusInMemory | ShardedCorpus]
+    at: Callable[[int], tuple[int, int]]
+    """Position -> the number of the corpus, and the document's row in it."""
+    epoch: int
+    """Positions of an epoch."""
+
+    def __call__(self, position: int, rng: np.random.Generator) -> Sample:
+        source, row = self.at(position)
+        return self.corpora[source].sample(row, rng)
+
+
+def training_samples(run: Run) -> TrainingSamples:
     """The stream of training samples of an experiment."""
     return _from_memory(run) if run.experiment.shards is None else _from_shards(run)
 
@@ -46,30 +61,37 @@ def _fingerprints(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ from memory
 
 
-def _from_memory(run: Run) -> Draw:
+@dataclass(frozen=True)
+class CorpusInMemory:
+    """The training documents of a corpus in memory, which are the memory bank too: both have the same rows."""
+
+    run: Run
+
+    def neighbours_VK(self, row: int) -> np.ndarray:
+        """Rows of the bank for a document, see `Neighbours`."""
+        return self.run.neighbours.rows_VBK[:, row]
+
+    def sample(self, row: int, rng: np.random.Generator) -> Sample:
+        """A document with retrieved documents drawn for it, a version of each image drawn too."""
+        config = self.run.experiment.retriever.config
+        rows = self.run.neighbours.draw(row, most=config.max_documents, random_count=config.random_count, rng=rng)
+        return Sample(self._version(row, rng), tuple(self._version(other, rng) for other in rows))
+
+    def _version(self, row: int, rng: np.random.Generator) -> TokenDocument:
+        """A document with one of the versions of its image."""
+        run = self.run
+        codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), row]
+        original = run.token_documents[run.bank_rows[row]]
+        return with_segment(original, "image", run.vocab.image_ids(codes_N))
+
+
+def _from_memory(run: Run) -> TrainingSamples:
     documents = len(run.corpus.rows("train"))
 
-    def draw(position: int, rng: np.random.Generator) -> Sample:
-        return draw_sample(run, shuffled(run.experiment.seed, position, documents), rng)
+    def at(position: int) -> tuple[int, int]:
+        return 0, shuffled(run.experiment.seed, position, documents)
 
-    return draw
-
-
-def draw_sample(run: Run, document: int, rng: np.random.Generator) -> Sample:
-    """A training document with retrieved documents drawn for it, a version of each image drawn too.
-
-    `document` counts within the training split, which is the memory bank.
-    """
-    config = run.experiment.retriever.config
-    rows = run.neighbours.draw(document, most=config.max_documents, random_count=config.random_count, rng=rng)
-    return Sample(_version(run, document, rng), tuple(_version(run, row, rng) for row in rows))
-
-
-def _version(run: Run, document: int, rng: np.random.Generator) -> TokenDocument:
-    """A training document with one of the versions of its image."""
-    codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), document]
-    original = run.token_documents[run.bank_rows[document]]
-    return with_segment(original, "image", run.vocab.image_ids(codes_N))
+    return TrainingSamples([CorpusInMemory(run)], at, documents)
 
 
 # ------------------------------------------------------------------------------------------------ from shards
@@ -104,6 +126,10 @@ class ShardedCorpus:
         """The documents of the memory bank."""
         return TokenShards(bank_of(self.folder / "neighbours") / "tokens", self.run.made_by)
 
+    def neighbours_VK(self, row: int) -> np.ndarray:
+        """Rows of the bank for a document, see `NeighbourShards.rows`."""
+        return self.neighbours.rows(row)
+
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
         """A document with retrieved documents drawn for it."""
         config = self.run.experiment.retriever.config
@@ -111,14 +137,14 @@ class ShardedCorpus:
         return Sample(self.tokens.document(row), tuple(self.bank.document(other) for other in rows))
 
 
-def _from_shards(run: Run) -> Draw:
+def _from_shards(run: Run) -> TrainingSamples:
     mix = run.shards.mix
     corpora = [ShardedCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
     counts = [len(corpus.tokens) for corpus in corpora]
     mixture = Mixture(counts, sampling_rates(counts, [1.0, *mix.values()]), run.experiment.seed)
 
-    def draw(position: int, rng: np.random.Generator) -> Sample:
+    def at(position: int) -> tuple[int, int]:
         source, row, _ = mixture.at(position)
-        return corpora[source].sample(row, rng)
+        return source, row
 
-    return draw
+    return TrainingSamples(corpora, at, len(mixture))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -69,6 +70,10 @@ class ImageTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Of a pretrained tokenizer: changes with the file of its weights."""
         raise NotImplementedError
+
+    def ready(self) -> Self:
+        """Itself, on its device to stay there, to be used and not trained any more."""
+        return self.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def encode(self, images_BHWC: np.ndarray, batch_size: int | None = None) -> np.ndarray:
