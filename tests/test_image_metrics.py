@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from metric_weights import inception_weights as random_inception_weights
+from metric_weights import vgg_weights, write_inception, write_vgg
 from pytorch_fid import inception as published_inception
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -53,23 +55,13 @@ def pair_of_images(count: int, height: int, width: int) -> tuple[np.ndarray, np.
 
 @pytest.fixture(scope="module")
 def vgg() -> dict[str, Tensor]:
-    """Random weights under the names of torchvision's VGG16; the classifier's are left out, as they are large."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        shapes = torchvision.models.vgg16(weights=None).features.state_dict()
-    return {
-        f"features.{name}": torch.randn(w.shape) * (math.sqrt(2 / w[0].numel()) if w.dim() > 1 else 0.1)
-        for name, w in shapes.items()
-    }
+    return vgg_weights()
 
 
 @pytest.fixture(scope="module")
 def perceptual(vgg: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Perceptual:
     path = tmp_path_factory.mktemp("vgg") / "vgg16-397923af.pth"
-    weights = {name: nn.Parameter(weight) for name, weight in vgg.items()}
-    # The published files are older than PyTorch's present format.
-    torch.save({**weights, "classifier.0.bias": torch.zeros(4096)}, path, _use_new_zipfile_serialization=False)
-    return Perceptual.load(path)
+    return Perceptual.load(write_vgg(path, vgg))
 
 
 @pytest.fixture(scope="module")
@@ -382,26 +374,13 @@ def test_what_has_no_frechet_distance() -> None:
 
 @pytest.fixture(scope="module")
 def inception_weights() -> dict[str, Tensor]:
-    """Random weights in the layout of pytorch-fid's file: torchvision's names, 1008 classes, one classifier."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        network = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False)
-    weights = {}
-    for name, like in network.state_dict().items():
-        if name.endswith("running_var"):
-            weights[name] = torch.rand(like.shape) + 0.5
-        elif like.dim() > 1:
-            weights[name] = torch.randn(like.shape) * math.sqrt(2 / like[0].numel())
-        elif not name.endswith("num_batches_tracked"):
-            weights[name] = torch.randn(like.shape) * 0.1 + name.endswith("bn.weight")
-    return weights
+    return random_inception_weights()
 
 
 @pytest.fixture(scope="module")
 def inception_file(inception_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(inception_weights, path, _use_new_zipfile_serialization=False)
-    return path
+    return write_inception(path, inception_weights)
 
 
 def test_inception_is_that_of_pytorch_fid(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import digit_tars
+from metric_weights import inception_weights, vgg_weights, write_inception, write_vgg
 from published import IMAGE_TOKENIZER_FILES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -123,6 +124,25 @@ def test_the_whole_corpus_or_the_sample_trains_it(tars: Path, finished: tuple[Pa
     cm3leon(*arguments(tars, run, "shards.tokenizer_images=sample"))
     one, other = (load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0]))
     assert any((one[name] != weight).any() for name, weight in other.items())
+
+
+def test_files_of_weights_add_a_loss_and_two_figures(tars: Path, tmp_path: Path) -> None:
+    vgg = write_vgg(tmp_path / "vgg16.pth", vgg_weights())
+    inception = write_inception(tmp_path / "inception.pth", inception_weights())
+    run = tmp_path / "run"
+    said = cm3leon(
+        *arguments(tars, run, "image_tokenizer_training.steps=2", f"image_tokenizer.perceptual_file={vgg}"),
+        f"reconstruction.perceptual_file={vgg}",
+        f"reconstruction.inception_file={inception}",
+    ).stdout
+    assert "no perceptual distance" not in said
+    log = [json.loads(line) for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()]
+    assert all(record["perceptual"] > 0 for record in log)
+    measured = figures(run)
+    assert measured["lpips"]["value"] > 0
+    assert measured["rfid"] > 0
+    weights = load_file(run / "image_tokenizer" / "model.safetensors")
+    assert not [name for name in weights if "perceptual" in name or "discriminator" in name]
 
 
 def test_another_run_takes_the_tokenizers_over_and_trains_its_own_encoder(
