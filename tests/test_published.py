@@ -369,7 +369,7 @@ def test_published_geometry_is_inferred_without_memory(
     assert (tokenizer.grid, tokenizer.codebook_size) == (grid, codes)
     count = sum(parameter.numel() for parameter in tokenizer.parameters())
     assert count == sum(np.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used")
-    if millions:  # as LlamaGen's paper says (arXiv 2406.06525, table 1)
+    if millions:  # as the README of FoundationVision/LlamaGen says
         assert round(count / 1e6) == millions
 
 
