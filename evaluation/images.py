@@ -14,7 +14,8 @@ from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from cm3leon.tokenizers.image.base import to_signal
-from cm3leon.tokenizers.image.perceptual import Perceptual, fit_weights, read_weights
+from cm3leon.tokenizers.image.perceptual import Perceptual, fit_weights
+from cm3leon.weights import read_weights
 
 Extractor = Callable[[np.ndarray], np.ndarray]
 """uint8 images (B, H, W, 3) to features (B, D)."""

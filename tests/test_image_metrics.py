@@ -37,8 +37,9 @@ from cm3leon.tokenizers.image.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from cm3leon.tokenizers.image.perceptual import MEAN, Perceptual, read_weights
+from cm3leon.tokenizers.image.perceptual import MEAN, Perceptual
 from cm3leon.types import UserError
+from cm3leon.weights import read_weights
 
 
 def pair_of_images(count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("types", "config", "registry")
+FOUNDATION = ("types", "weights", "config", "registry")
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
-TOP = ("experiment", "stages", "validate", "search", "export", "launch", "run")
+TOP = ("experiment", "stages", "validate", "search", "show", "export", "launch", "run")
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")
 
 

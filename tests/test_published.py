@@ -486,7 +486,12 @@ def test_folders(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     split_in_two(folder, tensors)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"index\.json names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"names model-00002-of-00002\.safetensors, which is no file beside"):
+        build(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002.safetensors", "../config.json"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"names \.\./config\.json, which is no file beside"):
         build(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="has no weights; it must hold one of diffusion_pytorch"):

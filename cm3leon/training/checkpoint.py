@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cm3leon.training.average import WeightAverage
-from cm3leon.types import UserError
+from cm3leon.weights import check_fit, read_weights
 
 
 def save_checkpoint(
@@ -76,17 +76,13 @@ def save_weights(path: Path, module: nn.Module) -> None:
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Reads what `save_weights` wrote. Raises UserError naming the keys or shapes that do not fit the module."""
-    if not path.is_file():
-        raise UserError(f"there are no weights at {path}")
-    given, wanted = load_file(path), module.state_dict()
-    for what, names in (
-        ("lacks", wanted.keys() - given.keys()),
-        ("has the unknown", given.keys() - wanted.keys()),
-        ("has another shape for", {n for n in given.keys() & wanted.keys() if given[n].shape != wanted[n].shape}),
-    ):
-        if names:
-            raise UserError(f"{path} {what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}")
+    """Reads what `save_weights` wrote.
+
+    Raises:
+        UserError: for a file that is missing or damaged, or naming the keys or shapes that do not fit the module.
+    """
+    given = read_weights(path)
+    check_fit(path, given, module.state_dict())
     module.load_state_dict(given)
 
 

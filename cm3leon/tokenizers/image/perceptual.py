@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cm3leon.types import UserError
+from cm3leon.weights import check_fit, read_weights
 
 LAYERS = (3, 8, 15, 22, 29)
 """Layers of VGG16's `features` that are compared: the last rectifier of each resolution."""
@@ -92,24 +92,6 @@ class Perceptual(nn.Module):
         return directions
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a published file, .safetensors or PyTorch's own format, by name; no code of the file is run.
-
-    Raises:
-        UserError: for a file that is missing, cannot be read, or holds anything but named tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"there are no weights at {path}")
-    safe = path.suffix == ".safetensors"
-    try:
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has many kinds for files that are cut off, or not its own
-        raise UserError(f"{path} cannot be read as {'safetensors' if safe else 'weights saved by PyTorch'}") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise UserError(f"{path} must hold tensors by their names, and nothing else")
-    return dict(weights)
-
-
 def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
     """Makes tensors read from `path` the weights of a module, which may be on the meta device, in float32.
 
@@ -121,13 +103,7 @@ def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> N
         {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
         for weights in (given, module.state_dict())
     )
-    for what, names in (
-        ("lacks", wanted.keys() - given.keys()),
-        ("has the unknown", given.keys() - wanted.keys()),
-        ("has another shape for", {n for n in given.keys() & wanted.keys() if given[n].shape != wanted[n].shape}),
-    ):
-        if names:
-            raise UserError(f"{path} {what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}")
+    check_fit(path, given, wanted)
     module.load_state_dict({name: weight.float() for name, weight in given.items()}, assign=True)
 
 

@@ -80,11 +80,11 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [folder / part for part in sorted(set(_json(index).get("weight_map", {}).values()))]
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{index} names {file.name}, which is not there")
-            return files
+            parts = sorted(set(_json(index).get("weight_map", {}).values()))
+            for part in parts:
+                if Path(part).name != part or not (folder / part).is_file():
+                    raise UserError(f"{index} names {part}, which is no file beside it")
+            return [folder / part for part in parts]
     raise UserError(f"{folder} has no weights; it must hold one of {', '.join(WEIGHT_FILES)}, or an index of its parts")
 
 
