@@ -44,6 +44,7 @@ examples:
   python -m cm3leon.run experiment=digits
   python -m cm3leon.run experiment=digits run=runs/short training.steps=100
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
+  python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
@@ -84,6 +85,19 @@ def part(arguments: Sequence[str]) -> None:
     run_stage_part(experiment, _run_folder(named), named["stage"], share)
 
 
+def show_sample(arguments: Sequence[str]) -> None:
+    """Prints one training sample, and writes a page of it."""
+    named, overrides = _split(arguments, ("experiment", "run", "sample", "epoch", "out"))
+    from cm3leon.experiment import load_experiment
+
+    experiment = load_experiment(named["experiment"], overrides)
+    from cm3leon.show import show
+
+    own = ("sample=", "epoch=", "out=")
+    again = [word for word in arguments if not word.startswith(own)]
+    show(experiment, _run_folder(named), named["sample"], epoch=named["epoch"], out=named["out"], again=again)
+
+
 def _run_folder(named: dict[str, str]) -> Path:
     from cm3leon.experiment import experiment_name
 
@@ -117,6 +131,9 @@ def _forwarded(module: str, function: str) -> Callable[[Sequence[str]], None]:
 COMMANDS = {
     "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
     "part": Command("a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part),
+    "show": Command(
+        "print a training sample and make a page of it: sample=N epoch=0 experiment=NAME run=DIR", show_sample
+    ),
     "validate": Command(
         "read a corpus, say what it holds, what is broken and what it costs: data.path=PATH",
         _forwarded("cm3leon.validate", "main"),
@@ -139,7 +156,7 @@ def usage() -> str:
     return USAGE.format(commands="\n".join(f"  {name:<17}  {command.summary}" for name, command in COMMANDS.items()))
 
 
-def show(arguments: Sequence[str]) -> str:
+def resolved(arguments: Sequence[str]) -> str:
     """The resolved experiment as YAML."""
     named, overrides = _split(arguments, ("experiment", "run", "until"))
     from cm3leon.experiment import load_experiment
@@ -219,7 +236,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     elif "--list" in flags:
         print(listing(), end="")
     elif "--show" in flags:
-        print(show(words), end="")
+        print(resolved(words), end="")
     else:
         COMMANDS[command].function(words)
 

@@ -194,7 +194,7 @@ def render(report: Report) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(report.title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <header>
@@ -369,7 +369,7 @@ def _picture(picture: Picture, height: int, alt: str) -> str:
     width, height = _drawn_size(picture, height)
     style = ' class="pixelated"' if picture.pixelated and height % len(picture.pixels_HWC) == 0 else ""
     return (
-        f'<img{style} src="{_png_uri(picture.pixels_HWC)}" width="{width}" height="{height}" '
+        f'<img{style} src="{png_uri(picture.pixels_HWC)}" width="{width}" height="{height}" '
         f'alt="{escape(picture.label or alt)}">'
     )
 
@@ -382,7 +382,7 @@ def _drawn_size(picture: Picture, height: int) -> tuple[int, int]:
     return max(1, round(native_width * height / native_height)), height
 
 
-def _png_uri(pixels_HWC: np.ndarray) -> str:
+def png_uri(pixels_HWC: np.ndarray) -> str:
     """The image as a data URI, one PNG pixel for each of its own."""
     from PIL import Image
 
@@ -608,7 +608,7 @@ def _inline_svg(svg: str, prefix: str, label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
-_STYLE = """
+STYLE = """
 :root {
   color-scheme: light;
   --paper: #fdfcfa; --ink: #1f2123; --quiet: #65655f; --rule: #dfdcd3; --tint: #f2efe7;

@@ -6,21 +6,23 @@ and are trusted with nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from cm3leon.evaluation.report import _STYLE, _png_uri
+from cm3leon.evaluation.report import STYLE, png_uri
 from cm3leon.objectives.cm3 import Span
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Block
 
+T = TypeVar("T")
 Kind = Literal["text", "image", "break", "eos", "mask", "end", "pad"]
 SPECIAL_KINDS: tuple[Kind, ...] = ("pad", "eos", "break", "end")
 """Kinds of the special tokens, in the order of their ids."""
@@ -31,7 +33,7 @@ MOST_CODES, FIRST_CODES, LAST_CODES = 16, 8, 3
 """A longer run of codes is abbreviated to its first and last ones."""
 UNFOLDED = 8
 """A longer run of codes is folded in the table of tokens."""
-PIXELS = 160
+PIXELS = 112
 """Side of a picture, in CSS pixels."""
 
 
@@ -148,6 +150,11 @@ class ShownPiece:
         return self.block.ids_T[self.block.sample_T == self.number]
 
     @property
+    def tail(self) -> int:
+        """Where its moved spans begin, each between its sentinel and `<end_of_span>`; its length if there are none."""
+        return len(self.ids_T) - sum(end - start + 2 for start, end in self.spans or ())
+
+    @property
     def loss_T(self) -> np.ndarray:
         """The weight of each of its tokens as a target; the first one is none."""
         weight_T = self.block.weight_T[self.block.sample_T == self.number]
@@ -156,17 +163,21 @@ class ShownPiece:
 
 @dataclass(frozen=True, eq=False)
 class ShownSample:
-    """All there is to see of a training sample."""
+    """All there is to see of a training sample.
+
+    `left_out` are the ids of retrieved documents that its block has no room for; `grid` is the side of an image, in
+    codes.
+    """
 
     title: str
-    facts: Sequence[tuple[str, str]]
     names: Names
     laid_out: LaidOut
     documents: Sequence[ShownDocument]
+    left_out: Sequence[str]
     pieces: Sequence[ShownPiece]
     grid: int
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[str, Span]]:
         """The name and the positions of each moved span, over all pieces."""
         found: list[tuple[str, Span]] = []
@@ -174,6 +185,24 @@ class ShownSample:
             where = f" of piece {number}" if len(self.pieces) > 1 else ""
             found += [(mask_name(k) + where, span) for k, span in enumerate(piece.spans or ())]
         return found
+
+    @cached_property
+    def span_numbers(self) -> np.ndarray:
+        """Which of `spans` each position of the laid-out sample lies in, -1 for none: int64 (T,)."""
+        numbers_T = np.full(len(self.laid_out.ids_T), -1)
+        for number, (_, (start, end)) in enumerate(self.spans):
+            numbers_T[start:end] = number
+        return numbers_T
+
+    def moved(self, piece: ShownPiece) -> np.ndarray:
+        """Which of `spans` each token of a piece belongs to, sentinels included, -1 for none: int64 (T,)."""
+        if piece.source_T is None:
+            return np.full(len(piece.ids_T), -1)
+        before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
+        numbers_T = np.where(piece.source_T >= 0, self.span_numbers[piece.source_T], -1)
+        masks_T = self.names.vocab.is_sentinel(piece.ids_T)
+        numbers_T[masks_T] = before + piece.ids_T[masks_T] - self.names.vocab.sentinel_start
+        return numbers_T
 
     def document_at(self, position: int) -> str:
         """The role of the document that a position of the laid-out sample belongs to, empty between documents."""
@@ -199,19 +228,11 @@ def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple
             start = end
 
 
-def covering(spans: Sequence[Span], length: int) -> np.ndarray:
-    """The number of the span that each position lies in, -1 for none: int64 (T,)."""
-    numbers_T = np.full(length, -1)
-    for number, (start, end) in enumerate(spans):
-        numbers_T[start:end] = number
-    return numbers_T
-
-
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def render_sample(sample: ShownSample) -> str:
-    """The page as HTML."""
+def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]]) -> str:
+    """The page as HTML; `facts` are the rows of its first table."""
     sections = [
         ("The sample", "As it is laid out, before anything is moved.", [_strip(sample)]),
         *(_piece_section(sample, piece, number) for number, piece in enumerate(sample.pieces, 1)),
@@ -228,12 +249,12 @@ def render_sample(sample: ShownSample) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(sample.title)}</title>
-<style>{_STYLE}{_SAMPLE_STYLE}</style>
+<style>{STYLE}{_SAMPLE_STYLE}</style>
 </head>
 <body>
 <header><h1>{escape(sample.title)}</h1></header>
 <main>
-{_facts(sample.facts)}
+{_facts(facts)}
 {_legend()}
 {body}
 </main>
@@ -242,13 +263,16 @@ def render_sample(sample: ShownSample) -> str:
 """
 
 
-def write_sample_page(path: Path, sample: ShownSample) -> None:
+def write_sample_page(path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]]) -> None:
     """Writes the page, whole or not at all."""
-    page = render_sample(sample).encode("utf-8", errors="xmlcharrefreplace")
+    page = render_sample(sample, facts).encode("utf-8", errors="xmlcharrefreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(page)
-    partial.replace(path)
+    try:
+        partial.write_bytes(page)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
@@ -297,14 +321,15 @@ def _strip(sample: ShownSample) -> str:
     return f'<div class="flow sample">{"".join(parts)}</div>'
 
 
-def _chip(names: Names, id_: int) -> str:
-    return f'<span class="chip {names.kind(id_)}">{escape(names.token(id_))}</span>'
+def _chip(names: Names, id_: int, mark: str = "") -> str:
+    return f'<span class="chip {names.kind(id_)}{mark}">{escape(names.token(id_))}</span>'
 
 
 def _box(sample: ShownSample, segment: ShownSegment) -> str:
     span = segment.span
-    unit = "codes" if span.modality == "image" else "pieces"
-    where = f"{span.end - span.start} {unit}, tokens {_range(span.start, span.end)}"
+    count = span.end - span.start
+    share = _codes(count) if span.modality == "image" else f"{count:,} {'piece' if count == 1 else 'pieces'}"
+    where = f"{share}, {'token' if count == 1 else 'tokens'} {_range(span.start, span.end)}"
     content = _text_box(sample, span) if span.modality == "text" else _image_box(sample, segment)
     return f'<figure class="box {span.modality}">{content}<figcaption class="label">{where}</figcaption></figure>'
 
@@ -312,7 +337,7 @@ def _box(sample: ShownSample, segment: ShownSegment) -> str:
 def _text_box(sample: ShownSample, span: SegmentSpan) -> str:
     """The text, with the moved spans marked."""
     ids_T, spans = sample.laid_out.ids_T[span.start : span.end], sample.spans
-    number_T = covering([where for _, where in spans], len(sample.laid_out.ids_T))[span.start : span.end]
+    number_T = sample.span_numbers[span.start : span.end]
     words = []
     for start, end in runs(ids_T, sample.names, number_T):
         text, number = escape(sample.names.run(ids_T[start:end])), int(number_T[start])
@@ -323,21 +348,21 @@ def _text_box(sample: ShownSample, span: SegmentSpan) -> str:
 def _image_box(sample: ShownSample, segment: ShownSegment) -> str:
     """The pictures, the first one with the moved codes marked, and the codes."""
     span, spans = segment.span, sample.spans
-    number_T = covering([where for _, where in spans], len(sample.laid_out.ids_T))[span.start : span.end]
+    number_T = sample.span_numbers[span.start : span.end]
     pictures = []
     for place, (label, pixels_HWC) in enumerate(segment.pictures):
         overlay = _overlay(number_T, sample.grid) if place == 0 else ""
         pictures.append(
-            f'<figure><div class="picture"><img class="pixelated" src="{_png_uri(pixels_HWC)}" width="{PIXELS}" '
+            f'<figure><div class="picture"><img class="pixelated" src="{png_uri(pixels_HWC)}" width="{PIXELS}" '
             f'height="{PIXELS}" alt="{escape(label)}">{overlay}</div>'
             f'<figcaption class="label">{escape(label)}</figcaption></figure>'
         )
     tags = "".join(
-        f"<mark{_colour(number)}>{_tag(spans[number][0])}{np.count_nonzero(number_T == number)} codes</mark> "
+        f"<mark{_colour(number)}>{_tag(spans[number][0])}{_codes(int((number_T == number).sum()))}</mark> "
         for number in np.unique(number_T[number_T >= 0]).tolist()
     )
     codes = escape(sample.names.run(sample.laid_out.ids_T[span.start : span.end])) if len(number_T) else ""
-    return f'<div class="pictures">{"".join(pictures)}</div><p class="codes">{codes} {tags}</p>'
+    return f'<div class="pictures">{"".join(pictures)}</div><p class="codes">{codes}</p><p class="codes">{tags}</p>'
 
 
 def _overlay(number_T: np.ndarray, grid: int) -> str:
@@ -355,6 +380,10 @@ def _stretches(number_T: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs [start, end) of one span each."""
     borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
     return ((start, end) for start, end in pairwise(borders) if start < end and number_T[start] >= 0)
+
+
+def _codes(count: int) -> str:
+    return f"{count:,} {'code' if count == 1 else 'codes'}"
 
 
 def _colour(number: int) -> str:
@@ -379,7 +408,10 @@ def _piece_section(sample: ShownSample, piece: ShownPiece, number: int) -> tuple
     if piece.spans is None:
         moved = "The objective changed the sample otherwise than by moving spans."
     elif piece.spans:
-        moved = "Each span gives its place to a sentinel, and comes again at the end, behind the same sentinel."
+        moved = (
+            "Each span gives its place to a sentinel and is generated at the end, behind the same sentinel: above the "
+            "laid-out tokens, below what stays of them, and what comes behind."
+        )
     else:
         moved = "No span was drawn: it is trained on from left to right."
     blocks = [_rotation(sample, piece), _block(piece), _tokens(sample, piece)]
@@ -388,7 +420,7 @@ def _piece_section(sample: ShownSample, piece: ShownPiece, number: int) -> tuple
 
 @dataclass(frozen=True)
 class _Bar:
-    """A run of tokens as a box of the picture: its ends, and its left and right side in CSS pixels."""
+    """A run of tokens as a box of the picture: its ends, its left and right side in CSS pixels, and its span."""
 
     start: int
     end: int
@@ -396,46 +428,278 @@ class _Bar:
     right: float
     label: str
     kind: Kind
+    span: int
 
 
-GAP, LETTER, TALL, ROW_1, ROW_2, LOW = 3, 6.6, 30, 34, 128, 172
-"""Measures of the picture of a rotation, in CSS pixels: between boxes, a letter, a box, the tops of rows, in all."""
+GAP, LETTER, TALL, ROWS = 3, 6.7, 28, (34, 106, 178)
+"""The picture of a rotation, in CSS pixels: between boxes, a letter, the height of a box, the tops of its rows."""
 
 
-def _bars(sample: ShownSample, ids_T: np.ndarray, *keys_T: np.ndarray) -> list[_Bar]:
-    """Boxes wide enough for their labels; longer runs have wider ones, but not in proportion: all are to be seen."""
+def _bars(names: Names, ids_T: np.ndarray, span_T: np.ndarray, *keys_T: np.ndarray) -> list[_Bar]:
+    """Boxes wide enough for their labels; longer runs have wider ones, not in proportion: all of it is to be seen."""
     bars, left = [], 0.0
-    for start, end in runs(ids_T, sample.names, *keys_T):
-        kind = sample.names.kind(int(ids_T[start]))
-        text = sample.names.run(ids_T[start:end])
-        label = f"{end - start} codes" if kind == "image" else text if len(text) <= 24 else f"{text[:22]}…"
-        right = left + max(LETTER * len(label) + 10, 8 * (end - start) ** 0.5)
-        bars.append(_Bar(start, end, left, right, label, kind))
+    for start, end in runs(ids_T, names, span_T, *keys_T):
+        kind = names.kind(int(ids_T[start]))
+        text = names.run(ids_T[start:end])
+        label = _codes(end - start) if kind == "image" else text if len(text) <= 17 else f"{text[:16]}…"
+        right = left + max(LETTER * len(label) + 10, 3 * (end - start) ** 0.5)
+        bars.append(_Bar(start, end, left, right, label, kind, int(span_T[start])))
         left = right + GAP
     return bars
 
 
 def _rotation(sample: ShownSample, piece: ShownPiece) -> str:
-    """The piece as it is laid out over the piece as it is trained on, with a band from each span to its new place."""
-    ids_T = sample.laid_out.ids_T[piece.start : piece.end]
-    spans = [(start - piece.start, end - piece.start) for start, end in piece.spans or ()]
-    place_T = np.array([sample.document_at(p) for p in range(piece.start, piece.end)])
-    number_T = covering(spans, len(ids_T))
-    above = _bars(sample, ids_T, number_T, place_T)
-    source_T = np.full(len(piece.ids_T), -1) if piece.source_T is None else piece.source_T - piece.start
-    moved_T = np.where(source_T >= 0, number_T[source_T], -1)
-    below = _bars(sample, piece.ids_T, moved_T, piece.loss_T > 0)
-    first = sum(name.startswith(mask_name(0)) for name, _ in sample.spans[: sample_offset(sample, piece)])
-    offset = sample_offset(sample, piece)
-    del first
-    bands = _bands(above, below, number_T, moved_T, offset)
-    upper = "".join(_bar(bar, ROW_1, int(number_T[bar.start]), offset, True) for bar in above)
-    lower = "".join(
-        _bar(bar, ROW_2, int(moved_T[bar.start]), offset, bool(piece.loss_T[bar.start] > 0)) for bar in below
-    )
-    width = max(above[-1].right, below[-1].right) + 2
+    """Three rows: the piece as it is laid out, what stays of it, and the moved spans; bands lead from row to row."""
+    start, end, tail = piece.start, piece.end, piece.tail
+    role_T = np.array([sample.document_at(position) for position in range(start, end)])
+    moved_T, has_loss_T = sample.moved(piece), piece.loss_T > 0
+    above = _bars(sample.names, sample.laid_out.ids_T[start:end], sample.span_numbers[start:end], role_T)
+    stays = _bars(sample.names, piece.ids_T[:tail], moved_T[:tail], has_loss_T[:tail])
+    behind = _bars(sample.names, piece.ids_T[tail:], moved_T[tail:], has_loss_T[tail:])
+    shapes = [_bracket(role, [bar for bar in above if role_T[bar.start] == role]) for role in _in_order(role_T) if role]
+    for span in _in_order(bar.span for bar in above if bar.span >= 0):
+        shapes.append(_band(above, stays, span, ROWS[0]) + _band(stays, behind, span, ROWS[1]))
+    shapes += [_bar(bar, ROWS[0]) for bar in above]
+    if behind:
+        shapes += [_bar(bar, ROWS[1], has_loss=bool(has_loss_T[bar.start])) for bar in stays]
+        shapes += [_bar(bar, ROWS[2], has_loss=bool(has_loss_T[tail + bar.start])) for bar in behind]
+    width = max(bars[-1].right for bars in (above, stays, behind) if bars) + 2
+    height = ROWS[2 if behind else 0] + TALL + 2
     return (
-        f'<figure><div class="scroll" role="region" tabindex="0" aria-label="The rotation">'
-        f'<svg class="rotation" width="{width:.0f}" height="{LOW}" viewBox="-1 0 {width:.0f} {LOW}" role="img" '
-        f'aria-label="Spans and where they went">{bands}{_brackets(above, place_T)}{upper}{lower}</svg></div></figure>'
+        '<figure class="scroll" role="region" tabindex="0" aria-label="The rotation">'
+        f'<svg class="rotation" width="{width:.0f}" height="{height}" viewBox="-1 0 {width:.0f} {height}" role="img" '
+        f'aria-label="Spans, and where they went">{"".join(shapes)}</svg></figure>'
     )
+
+
+def _in_order(items: Iterable[T]) -> list[T]:
+    """The different ones, as they come."""
+    return list(dict.fromkeys(items))
+
+
+def _bar(bar: _Bar, top: int, *, has_loss: bool = True) -> str:
+    """A run as a box with its label."""
+    names = [bar.kind, *([f"moved c{bar.span % COLOURS}"] if bar.span >= 0 else []), *([] if has_loss else ["off"])]
+    middle = (bar.left + bar.right) / 2
+    return (
+        f'<g class="{" ".join(names)}"><rect x="{bar.left:.1f}" y="{top}" width="{bar.right - bar.left:.1f}" '
+        f'height="{TALL}" rx="3"/><text x="{middle:.1f}" y="{top + TALL / 2 + 4:.0f}">{escape(bar.label)}</text></g>'
+    )
+
+
+def _band(upper: Sequence[_Bar], lower: Sequence[_Bar], span: int, row: int) -> str:
+    """From the boxes of a span in one row to those in the next."""
+    top, bottom = row + TALL, row + ROWS[1] - ROWS[0]
+    middle = (top + bottom) / 2
+    (a, b), (c, d) = (
+        (bars[0].left, bars[-1].right) for bars in ([x for x in y if x.span == span] for y in (upper, lower))
+    )
+    return (
+        f'<path class="band c{span % COLOURS}" d="M{a:.1f} {top}C{a:.1f} {middle} {c:.1f} {middle} {c:.1f} {bottom}'
+        f'H{d:.1f}C{d:.1f} {middle} {b:.1f} {middle} {b:.1f} {top}Z"/>'
+    )
+
+
+def _sides(bars: Sequence[_Bar], span: int) -> tuple[float, float]:
+    """Where the boxes of a span begin and end."""
+    own = [bar for bar in bars if bar.span == span]
+    return own[0].left, own[-1].right
+
+
+def _bracket(role: str, bars: Sequence[_Bar]) -> str:
+    left, right = bars[0].left, bars[-1].right
+    return (
+        f'<g class="bracket"><path d="M{left:.1f} {ROWS[0] - 6}v-5H{right:.1f}v5"/>'
+        f'<text x="{(left + right) / 2:.1f}" y="{ROWS[0] - 16}">{escape(role)}</text></g>'
+    )
+
+
+def _block(piece: ShownPiece) -> str:
+    """The block as a bar of its samples, and a table of them."""
+    seq_len, start = len(piece.block.ids_T), 0
+    bars, rows = [], []
+    for number, companion in enumerate(piece.samples):
+        name = "this sample" if number == piece.number else f"sample {companion.name}"
+        tokens, where = companion.tokens, _range(start, start + companion.tokens)
+        mine = ' class="mine"' if number == piece.number else ""
+        bars.append(f'<div{mine} style="flex:{tokens}" title="{escape(name)}: {where}">{escape(companion.name)}</div>')
+        rows.append(
+            f'<tr{mine}><th scope="row">{number}</th><td>{escape(name)}</td>'
+            f"<td><code>{escape(visible(companion.query))}</code></td>"
+            f'<td class="number">{tokens:,}</td><td class="number">{where}</td></tr>'
+        )
+        start += tokens
+    if start < seq_len:
+        bars.append(f'<div class="rest" style="flex:{seq_len - start}" title="padding"></div>')
+        rows.append(
+            f'<tr><th scope="row">–</th><td>padding</td><td></td><td class="number">{seq_len - start:,}</td>'
+            f'<td class="number">{_range(start, seq_len)}</td></tr>'
+        )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("in block", "sample", "query", "tokens", "positions"))
+    return (
+        f"<h3>Its block: row {piece.lane} of the batch of step {piece.step:,}</h3>"
+        f'<div class="block" aria-hidden="true">{"".join(bars)}</div>'
+        f'<figure class="table scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        "</figure>"
+    )
+
+
+# Its tokens
+
+COLUMNS = (
+    ("position", "its place in the block"),
+    ("id", "of the vocabulary"),
+    ("token", "the input"),
+    ("target", "the token to predict from here on"),
+    ("weight", "of the target in the loss"),
+    ("sample", "number in the block: attention stays within"),
+    ("position id", "that the model gets"),
+    ("was at", "place in the laid-out sample"),
+    ("document", "that it belongs to"),
+)
+
+
+def _tokens(sample: ShownSample, piece: ShownPiece) -> str:
+    """All tokens of the piece with what the model is given of each; long runs of codes are folded."""
+    ids_T, moved_T, loss_T = piece.ids_T, sample.moved(piece), piece.loss_T
+    tables = []
+    for start, end, folded in _folds(ids_T, sample.names, moved_T, loss_T):
+        rows = "\n".join(_row(sample, piece, t, int(moved_T[t])) for t in range(start, end))
+        table = f'<table class="tokens">{_COLGROUP}<tbody>\n{rows}\n</tbody></table>'
+        if folded:
+            free = "" if loss_T[start] > 0 else ", no loss"
+            span = f"<mark{_colour(int(moved_T[start]))}>moved</mark> " if moved_T[start] >= 0 else ""
+            words = escape(sample.names.run(ids_T[start:end]))
+            where = _range(piece.first + start, piece.first + end)
+            table = (
+                f"<details><summary>{span}{where}: {_codes(end - start)}{free} "
+                f"<code>{words}</code></summary>{table}</details>"
+            )
+        tables.append(table)
+    head = "".join(f'<th scope="col" title="{about}">{name}</th>' for name, about in COLUMNS)
+    return (
+        f"<h3>Token by token</h3><p>A target whose weight is 0 is grey: nothing is learned from it.</p>"
+        f'<div class="scroll all" role="region" tabindex="0" aria-label="Tokens">'
+        f'<table class="tokens head">{_COLGROUP}<thead><tr>{head}</tr></thead></table>{"".join(tables)}</div>'
+    )
+
+
+_COLGROUP = "<colgroup>" + "".join(f'<col class="k{number}"/>' for number in range(len(COLUMNS))) + "</colgroup>"
+
+
+def _folds(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple[int, int, bool]]:
+    """Divides the tokens into long runs of codes, which are folded, and what lies between these."""
+    begin = 0
+    for start, end in runs(ids_T, names, *keys_T):
+        if names.kind(int(ids_T[start])) == "image" and end - start > UNFOLDED:
+            if begin < start:
+                yield begin, start, False
+            yield start, end, True
+            begin = end
+    if begin < len(ids_T):
+        yield begin, len(ids_T), False
+
+
+def _row(sample: ShownSample, piece: ShownPiece, t: int, moved: int) -> str:
+    names, block, at = sample.names, piece.block, piece.first + t
+    id_, target, weight = int(block.ids_T[at]), int(block.target_T[at]), float(block.weight_T[at])
+    source = -1 if piece.source_T is None else int(piece.source_T[t])
+    was = f"{source:,}" if source >= 0 else "added" if piece.source_T is not None else "–"
+    mark = f" moved c{moved % COLOURS}" if moved >= 0 else ""
+    off = "" if weight > 0 else ' class="off"'
+    return (
+        f"<tr><td>{at}</td><td>{id_}</td><td>{_chip(names, id_, mark)}</td>"
+        f"<td{off}>{_chip(names, target)}</td><td{off}>{weight:g}</td>"
+        f"<td>{int(block.sample_T[at])}</td><td>{int(block.position_T[at])}</td><td>{was}</td>"
+        f"<td>{escape(sample.document_at(source))}</td></tr>"
+    )
+
+
+_SAMPLE_STYLE = """
+:root {
+  --text: #e9eef6; --image: #e6f1e8; --break: #ece9e2; --eos: #dedad0; --end: #f3e3d6;
+  --c0: #c2410c; --c1: #2563eb; --c2: #7c3aed; --c3: #0f766e; --c4: #be185d; --c5: #a16207;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --text: #26303f; --image: #223329; --break: #33322e; --eos: #44423c; --end: #45362b;
+    --c0: #fb923c; --c1: #7aa7ff; --c2: #b79bff; --c3: #4fc7b8; --c4: #f47fb6; --c5: #e0b341;
+  }
+}
+html { font: 15px/1.5 var(--sans); }
+body { max-width: 96rem; padding-top: 2.5rem; }
+h1 { font: 500 2rem/1.2 var(--serif); max-width: none; }
+h2 { font: 500 1.5rem/1.2 var(--serif); }
+h3 { font: 600 1rem/1.3 var(--sans); margin: 2rem 0 0.6rem; }
+section { padding-top: 2.5rem; }
+section > figure { margin: 1rem 0; }
+section > p { max-width: 60rem; }
+code { font: 0.88em/1.4 var(--mono); }
+.summary { margin: 1.5rem 0 1rem; }
+.summary th { color: var(--quiet); white-space: nowrap; }
+.summary th, .summary td { padding: 0.3rem 1.1rem 0.3rem 0 !important; }
+.key { display: flex; flex-wrap: wrap; gap: 0.5rem; }
+.c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
+.c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
+.chip { display: inline-block; font: 0.8rem/1.5 var(--mono); padding: 0 0.35rem; border-radius: 3px; white-space: pre; }
+.chip, .words, .codes, td code { unicode-bidi: isolate; }
+.chip.text { background: var(--text); } .chip.image { background: var(--image); }
+.chip.break { background: var(--break); } .chip.eos, .chip.pad { background: var(--eos); }
+.chip.end { background: var(--end); }
+.chip.mask { border: 1px solid var(--c, var(--quiet)); color: var(--c, inherit); font-weight: 600; }
+.chip.moved:not(.mask), mark.moved { background: color-mix(in srgb, var(--c) 22%, var(--paper)); color: inherit; }
+.chip.moved, mark.moved { box-shadow: inset 0 -2px var(--c); }
+mark { padding: 0.05rem 0.15rem; border-radius: 2px; }
+.off { opacity: 0.45; }
+.tag { font: 600 0.68rem/1 var(--mono); color: var(--c); margin-right: 0.3rem; vertical-align: 0.35em; }
+
+.flow { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; }
+.document { border: 1px solid var(--rule); border-radius: 6px; padding: 0.6rem 0.7rem; background: var(--tint); }
+.document.query { border: 2px solid var(--ink); background: var(--paper); }
+.document header { font-size: 0.85rem; margin-bottom: 0.5rem; }
+.document header span { display: block; color: var(--quiet); font-size: 0.8rem; }
+.box { border-radius: 4px; padding: 0.5rem 0.6rem; max-width: 100%; }
+.box.text { background: var(--text); max-width: 17rem; }
+.box > .label { max-width: none; }
+.box.image { background: var(--image); width: min-content; min-width: 15rem; }
+.words { font: 1.05rem/1.5 var(--serif); margin: 0; white-space: pre-wrap; }
+.codes { font: 0.74rem/1.5 var(--mono); margin: 0.4rem 0 0; max-width: 34rem; }
+.pictures { gap: 0.6rem; margin: 0; flex-wrap: nowrap; }
+.picture { position: relative; width: max-content; }
+.picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+.picture rect { fill: var(--c); fill-opacity: 0.5; }
+.picture + .label { max-width: 112px; }
+
+.scroll { overflow-x: auto; }
+.rotation { display: block; }
+.rotation text { font: 11px var(--mono); text-anchor: middle; fill: var(--ink); white-space: pre; }
+.rotation rect { fill: var(--eos); }
+.rotation .text rect { fill: var(--text); } .rotation .image rect { fill: var(--image); }
+.rotation .break rect { fill: var(--break); } .rotation .end rect { fill: var(--end); }
+.rotation .moved rect { fill: color-mix(in srgb, var(--c) 30%, var(--paper)); stroke: var(--c); }
+.rotation .mask rect { fill: var(--paper); }
+.rotation .band { fill: var(--c); fill-opacity: 0.16; stroke: var(--c); stroke-opacity: 0.5; }
+.rotation .bracket path { fill: none; stroke: var(--quiet); }
+.rotation .bracket text { fill: var(--quiet); font-family: var(--sans); }
+
+.block { display: flex; gap: 2px; height: 2rem; font: 0.75rem/2rem var(--mono); text-align: center; }
+.block div { background: var(--eos); min-width: 0; overflow: hidden; white-space: nowrap; border-radius: 3px; }
+.block .mine { background: var(--ink); color: var(--paper); font-weight: 600; }
+.block .rest { background: none; border: 1px dashed var(--rule); }
+tr.mine > * { font-weight: 600 !important; }
+.table th, .table td { padding-block: 0.25rem; }
+
+.all { max-height: 40rem; overflow-y: auto; border-block: 1.5px solid var(--ink); }
+.tokens { table-layout: fixed; width: 66rem; font: 0.8rem/1.45 var(--mono); }
+.tokens th, .tokens td { text-align: left; font-weight: 400; padding: 0.05rem 0.6rem; }
+.tokens th, .tokens td { overflow: hidden; white-space: pre; }
+.tokens td:nth-child(-n+2), .tokens td:nth-child(n+5):nth-child(-n+8) { font-variant-numeric: tabular-nums; }
+.tokens.head { position: sticky; top: 0; background: var(--paper); z-index: 1; border-bottom: 1px solid var(--ink); }
+.tokens.head th { font: 600 0.8rem/2 var(--sans); }
+.tokens .k2, .tokens .k3 { width: 11rem; } .tokens .k8 { width: 9rem; }
+.tokens tbody tr:hover { background: var(--tint); }
+details { border-block: 1px solid var(--rule); }
+summary { font: 0.8rem/1.9 var(--sans); padding-left: 0.6rem; cursor: pointer; }
+summary code { color: var(--quiet); }
+@media print { .all { max-height: none; } }
+"""

@@ -103,14 +103,12 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
     with locked(folder, shared=True):
-        made: dict[str, str] = {}
-        for earlier in stages[:number]:
-            made[earlier.name] = _stage_fingerprint(earlier, run, made)
-            if _read(folder / earlier.name / MARKER).get("fingerprint") != made[earlier.name]:
-                raise UserError(
-                    f"stage {name} needs {earlier.name}, which is not finished in {folder} with these settings; "
-                    f"make it first, with until={stages[number - 1].name}"
-                )
+        missing, made = first_unfinished(stages[:number], run, folder)
+        if missing:
+            raise UserError(
+                f"stage {name} needs {missing}, which is not finished in {folder} with these settings; "
+                f"make it first, with until={stages[number - 1].name}"
+            )
         fingerprint = _stage_fingerprint(stage, run, made)
         with locked(folder, ".room", wait=True):
             _make_room(place, fingerprint)
@@ -118,6 +116,16 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / STARTED, {"fingerprint": fingerprint})
         stage.make_part(run, place, part)
+
+
+def first_unfinished(stages: Sequence[Stage[R]], run: R, folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The first stage that is not finished in the folder with these settings, if any, and the fingerprints up to it."""
+    made: dict[str, str] = {}
+    for stage in stages:
+        made[stage.name] = _stage_fingerprint(stage, run, made)
+        if _read(folder / stage.name / MARKER).get("fingerprint") != made[stage.name]:
+            return stage.name, made
+    return None, made
 
 
 def _number(stages: Sequence[Stage[R]], name: str, where: str) -> int:

@@ -1,0 +1,422 @@
+"""One training sample: printed as the paper's figures 8 and 9 draw it, and as a page with its pictures.
+
+python -m cm3leon.run show experiment=digits sample=17
+python -m cm3leon.run show experiment=digits sample=17 epoch=2 packing.method=stream out=sample.html
+
+`sample` counts the samples of an epoch in the order of the stream: in a batch of B blocks, block l is made of samples
+l, l + B, l + 2B ... What is shown is drawn, corrupted and packed by the objects that training uses, from the same
+seeds; the model plays no part in it, and need not be trained.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tqdm import tqdm
+
+from cm3leon.evaluation.sample_page import (
+    Companion,
+    Names,
+    ShownDocument,
+    ShownPiece,
+    ShownSample,
+    ShownSegment,
+    runs,
+    visible,
+    write_sample_page,
+)
+from cm3leon.experiment import Experiment
+from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.cm3 import Span, rotate
+from cm3leon.objectives.packing import SAMPLE, Samples, fit, new_lane, pack
+from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.neighbours import MODALITIES, draw
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
+from cm3leon.stages.neighbours import bank_of
+from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.stages import stages_of
+from cm3leon.stages.training_data import CorpusInMemory, ShardedCorpus, TrainingSamples, training_samples
+from cm3leon.tokenizers.document import LaidOut, lay_out
+from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
+
+LONG_TEXT = 600
+"""Characters of a text that are printed; the page has all of them."""
+
+SPECIAL_LOOK = re.compile(rf"{'|'.join(SPECIALS)}|<mask:\d+>")
+"""What looks like a special token; in a text it is printed with a backslash before it."""
+
+
+def show(
+    experiment: Experiment, folder: Path, sample: str, *, epoch: str = "", out: str = "", again: Sequence[str] = ()
+) -> None:
+    """Prints a training sample, and writes its page to `out`, `show/sample-N.html` in the run folder by default.
+
+    Args:
+        sample: its number in the epoch, as the user wrote it.
+        epoch: number of the epoch from 0, which is the default.
+        again: the words of the command line that name the experiment, for the message that tells how to go on.
+
+    Raises:
+        UserError: for a number that is none or out of range, or a stage before pretraining that is not finished.
+    """
+    # On the CPU: training may be using the GPU, and there are only some images to decode.
+    run = Run(experiment, folder, torch.device("cpu"))
+    require_finished(run, again)
+    samples = training_samples(run)
+    number = _number("sample", sample, samples.epoch - 1)
+    epoch_number = _number("epoch", epoch or "0", None)
+    position = epoch_number * samples.epoch + number
+    shown = shown_sample(run, samples, position)
+    facts = facts_of(run, samples, position, shown)
+    name = f"sample-{number}.html" if epoch_number == 0 else f"sample-{number}-epoch-{epoch_number}.html"
+    path = Path(out).expanduser() if out else folder / "show" / name
+    print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
+    try:
+        write_sample_page(path, shown, facts)
+    except OSError as error:
+        raise UserError(f"out: {path} cannot be written: {error.strerror}") from error
+    print(f"\npage: {path}")
+
+
+def require_finished(run: Run, again: Sequence[str]) -> None:
+    """Raises UserError if a stage that the training samples depend on is not finished with these settings."""
+    stages = stages_of(run.experiment)
+    needed = stages[: [stage.name for stage in stages].index("pretraining")]
+    missing, _ = first_unfinished(needed, run, run.folder)
+    if missing:
+        command = shlex.join(["python", "-m", "cm3leon.run", *again, f"until={needed[-1].name}"])
+        raise UserError(
+            f"run: {run.folder} has no finished stage {missing} made with these settings; make it with: {command}"
+        )
+
+
+def _number(name: str, text: str, last: int | None) -> int:
+    if text.isascii() and text.isdecimal() and (last is None or int(text) <= last):
+        return int(text)
+    allowed = "from 0 on" if last is None else f"from 0 to {last}"
+    raise UserError(f"{name} is {text or 'missing'}; write {name}=N with a whole number N {allowed}")
+
+
+# ------------------------------------------------------------------------------------------------ what training does
+
+
+class TracedSamples(Samples):
+    """The samples of training, which remember what each piece was made of: (position, start, end)."""
+
+    made: WeakKeyDictionary[Corrupted, tuple[int, int, int]]
+
+    def __init__(self, run: Run, samples: TrainingSamples) -> None:
+        super().__init__(samples, run.objective, seq_len=run.seq_len, seed=run.experiment.seed)
+        self.made = WeakKeyDictionary()
+
+    def generator(self, position: int) -> np.random.Generator:
+        """The generator that the sample at a position is drawn with."""
+        return self._generator(SAMPLE, position)
+
+    def drawn(self, position: int) -> Sample:
+        """The sample at a position, with all the documents retrieved for it."""
+        return self._draw(position, self.generator(position))
+
+    def whole(self, position: int) -> Corrupted:
+        corrupted = super().whole(position)
+        self.made[corrupted] = (position, 0, -1)
+        return corrupted
+
+    def piece(self, sample: LaidOut, position: int, start: int, room: int) -> tuple[Corrupted, int]:
+        corrupted, end = super().piece(sample, position, start, room)
+        self.made[corrupted] = (position, start, end)
+        return corrupted, end
+
+
+def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSample:
+    """The sample at a position of the stream as it is drawn, laid out, corrupted and packed in training.
+
+    Raises:
+        UserError: for a document that does not fit a block.
+    """
+    traced = TracedSamples(run, samples)
+    sample = traced.drawn(position)
+    fitted = fit(sample, run.seq_len) if run.experiment.packing.method == "whole" else sample
+    laid_out = lay_out(fitted, run.vocab)
+    notes = _how_found(run, samples, traced, position)
+    dropped = len(sample.retrieved) - len(fitted.retrieved)
+    epoch, number = divmod(position, samples.epoch)
+    return ShownSample(
+        title=f"Sample {number:,} of epoch {epoch:,}",
+        names=_names(run),
+        laid_out=laid_out,
+        documents=_documents(run, fitted, laid_out, notes[dropped:]),
+        left_out=[document.id for document in sample.retrieved[:dropped]],
+        pieces=list(_pieces(run, traced, samples.epoch, position, laid_out.ids_T)),
+        grid=run.image_tokenizer_shape.grid,
+    )
+
+
+def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int, laid_out_T: np.ndarray) -> Iterator[ShownPiece]:
+    """The pieces of a sample. Its lane is made from the start: what a block has room for depends on those before."""
+    packing, lanes = run.experiment.packing, run.experiment.training.batch_size
+    lane = new_lane(traced, packing, position % lanes, lanes)
+    for step in tqdm(count(1), desc="blocks before it", unit="block", delay=2, leave=False, dynamic_ncols=True):
+        made = lane.next()
+        origins = [traced.made[corrupted] for corrupted in made]
+        for number, (origin, start, end) in enumerate(origins):
+            if origin != position:
+                continue
+            end = len(laid_out_T) if end < 0 else end
+            moved = moved_spans(made[number].ids_T, laid_out_T[start:end], run.vocab)
+            yield ShownPiece(
+                start=start,
+                end=end,
+                step=step,
+                lane=position % lanes,
+                block=pack(made, run.seq_len, run.vocab.pad, run_on=packing.run_on),
+                number=number,
+                samples=[
+                    Companion(_name(other, epoch, position), traced.drawn(other).query.id, len(corrupted.ids_T))
+                    for (other, _, _), corrupted in zip(origins, made, strict=True)
+                ],
+                spans=None if moved is None else [(start + s, start + e) for s, e in moved[0]],
+                source_T=None if moved is None else np.where(moved[1] >= 0, start + moved[1], -1),
+            )
+            if end == len(laid_out_T):
+                return
+
+
+def _name(position: int, epoch: int, beside: int) -> str:
+    """The number of a sample, with its epoch where that is not the shown sample's."""
+    return f"{position % epoch}" + (f" of epoch {position // epoch}" if position // epoch != beside // epoch else "")
+
+
+def moved_spans(ids_T: np.ndarray, laid_out_T: np.ndarray, vocab: Vocab) -> tuple[list[Span], np.ndarray] | None:
+    """The spans that make the trained ids of the laid-out ones, and `source_T` of `rotate`; None if none do."""
+    sentinels = np.flatnonzero(vocab.is_sentinel(ids_T)).tolist()
+    places, tails = sentinels[: len(sentinels) // 2], [*sentinels[len(sentinels) // 2 :], len(ids_T)]
+    spans: list[Span] = []
+    before = 0  # tokens of earlier spans, each of which one sentinel stands for
+    for number, place in enumerate(places):
+        length = tails[number + 1] - tails[number] - 2
+        start = place - number + before
+        if not 0 <= start <= start + length <= len(laid_out_T):
+            return None
+        spans.append((start, start + length))
+        before += length
+    rotated_T, source_T = rotate(laid_out_T, spans, vocab) if spans else (laid_out_T, np.arange(len(laid_out_T)))
+    return (spans, source_T) if np.array_equal(rotated_T, ids_T) else None
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def _how_found(run: Run, samples: TrainingSamples, traced: TracedSamples, position: int) -> list[str]:
+    """For each retrieved document of a sample, by which part of the query it was found, and its score."""
+    source, row = samples.at(position)
+    corpus = samples.corpora[source]
+    rows_VK, config = corpus.neighbours_VK(row), run.experiment.retriever.config
+    # Drawn once more with the same generator, not rows but where they stand: which variant, which half.
+    places_VK = _places(rows_VK)
+    most, random_count = config.max_documents, config.random_count
+    drawn = draw(places_VK, most=most, random_count=random_count, rng=traced.generator(position))
+    parts_of = _vectors(run, corpus)
+    notes = []
+    for variant, k in (divmod(place, rows_VK.shape[1]) for place in drawn):
+        halves_2K = rows_VK[variant].reshape(len(MODALITIES), -1)
+        found_by = [m for m, half_K in zip(MODALITIES, halves_2K, strict=True) if rows_VK[variant, k] in half_K]
+        scores = [_score(parts_of, row, int(rows_VK[variant, k]), modality) for modality in found_by]
+        notes.append("found by " + " and ".join(f"its {m}{s}" for m, s in zip(found_by, scores, strict=True)))
+    return [note.replace("its", "the query's", 1) for note in notes]
+
+
+def _places(rows_VK: np.ndarray) -> np.ndarray:
+    """The place of each row in the array, counted through; -1 for what `draw` leaves out: no row, or one once more."""
+    repeated_VK = np.triu(rows_VK[:, :, None] == rows_VK[:, None, :], k=1).any(axis=1)
+    return np.where((rows_VK == NONE) | repeated_VK, NONE, np.arange(rows_VK.size).reshape(rows_VK.shape))
+
+
+def _vectors(run: Run, corpus: CorpusInMemory | ShardedCorpus) -> Callable[[np.ndarray], Parts] | None:
+    """Rows of the bank -> their vectors; None where the query itself has none there."""
+    if isinstance(corpus, CorpusInMemory):
+        return run.bank.parts_of
+    if bank_of(corpus.folder / "neighbours") != corpus.folder:
+        return None
+    try:
+        return VectorShards(corpus.folder / "vectors", run.encoder_header).parts
+    except UserError:  # they are not needed any more once the neighbours are found, and may have been deleted
+        return None
+
+
+def _score(parts_of: Callable[[np.ndarray], Parts] | None, row: int, other: int, modality: Modality) -> str:
+    """What the search ranks by, but of the query without dropout, as ` (score 0.83)`."""
+    if parts_of is None:
+        return ""
+    parts = parts_of(np.array([row, other]))
+    query_D = parts.text_BD[0] if modality == "text" else parts.image_BD[0]
+    return f" (score {float(query_D @ parts.mean()[1]):.2f})"
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def _documents(run: Run, sample: Sample, laid_out: LaidOut, notes: Sequence[str]) -> list[ShownDocument]:
+    spans = iter(laid_out.segments)
+    shown = []
+    roles = [*(f"retrieved {number}" for number in range(1, len(sample.retrieved) + 1)), "query"]
+    for role, note, document in zip(roles, [*notes, ""], (*sample.retrieved, sample.query), strict=True):
+        segments = [ShownSegment(next(spans), _pictures(run, document, segment)) for segment in document.segments]
+        shown.append(ShownDocument(role, document.id, note, segments))
+    return shown
+
+
+def _pictures(run: Run, document: TokenDocument, segment: TokenSegment) -> list[tuple[str, np.ndarray]]:
+    """An image as decoded from its codes; for a corpus in memory also what was encoded, and what that was made of."""
+    if segment.modality == "text":
+        return []
+    codes_N = run.vocab.image_codes(segment.ids_T)
+    pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None])[0])]
+    if isinstance(run.bank, MemoryBank):
+        row = run.bank.row_of[document.id]
+        versions = np.flatnonzero((run.varied_codes_VBN[:, row] == codes_N).all(axis=1))
+        if versions[0]:
+            varied_HWC = run.varied_images[versions[0] * len(run.bank.ids) + row]
+            pictures.append((f"encoded: variation {versions[0]} of {run.experiment.augment.versions}", varied_HWC))
+        pictures.append(("original", run.corpus.images_BHWC[run.bank_rows[row]]))
+    return pictures
+
+
+def _names(run: Run) -> Names:
+    tokenizer = Tokenizer.from_file(str(run.folder / TEXT_TOKENIZER))
+    # All bytes that UTF-8 has, and the characters that byte-level BPE writes for them.
+    probe = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)]))
+    [(written, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(probe)
+    byte_of = dict(zip(written, probe.encode(), strict=True))
+
+    def piece(id_: int) -> str:
+        return bytes(byte_of[c] for c in tokenizer.id_to_token(id_) or "").decode("utf-8", "backslashreplace")
+
+    return Names(run.vocab, run.text_tokenizer.decode, piece)
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def facts_of(run: Run, samples: TrainingSamples, position: int, shown: ShownSample) -> list[tuple[str, str]]:
+    """What there is to say of a sample, by what it is about."""
+    source, row = samples.at(position)
+    corpus = samples.corpora[source]
+    mixed_in = f", mixed in from {corpus.folder}" if source and isinstance(corpus, ShardedCorpus) else ""
+    *retrieved, query = shown.documents
+    trained = sum(len(piece.ids_T) for piece in shown.pieces)
+    spans = [(name, _span(shown, span)) for name, span in shown.spans]
+    if not spans:
+        known = all(piece.spans is not None for piece in shown.pieces)
+        why = (
+            "none drawn"
+            if known
+            else f"unknown, {run.experiment.objective.name} does not change samples by moving spans"
+        )
+        spans = [("spans", why)]
+    return [
+        ("run", str(run.folder)),
+        ("place", f"position {position:,} of the stream, of which an epoch has {samples.epoch:,}"),
+        ("query", visible(query.id) + mixed_in),
+        ("retrieved", _retrieved(corpus.neighbours_VK(row), len(retrieved) + len(shown.left_out))),
+        *((document.role, f"{visible(document.id)}, {document.note}") for document in retrieved),
+        *(("left out", f"{visible(document)}, as it does not fit the block") for document in shown.left_out),
+        ("tokens", f"{len(shown.laid_out.ids_T):,} as laid out, {trained:,} as trained on"),
+        *spans,
+        ("loss", _loss(shown)),
+        *(("block", _block(run, piece)) for piece in shown.pieces),
+    ]
+
+
+def _retrieved(rows_VK: np.ndarray, drawn: int) -> str:
+    """How many documents were drawn, and of how many."""
+    counts = sorted({len(set(rows_K.tolist()) - {NONE}) for rows_K in rows_VK})
+    found = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
+    return f"{drawn or 'none'} drawn; the variants of query dropout found {found}"
+
+
+def _span(shown: ShownSample, span: Span) -> str:
+    """Where a span lies, and its text."""
+    start, end = span
+    segment = next(s for s in shown.laid_out.segments if s.start <= start < s.end)
+    unit = "codes" if segment.modality == "image" else "pieces"
+    share = f"{end - start:,} of {segment.end - segment.start:,} {unit}"
+    if (start, end) == (segment.start, segment.end):
+        share = f"all {end - start:,} {unit}"
+    role = shown.document_at(start)
+    document = "the query" if role == "query" else role
+    where = f"{share} of the {segment.modality} of {document}, {_tokens(start, end)}"
+    return where if unit == "codes" else f"{where}: {_shortened(shown.names.run(shown.laid_out.ids_T[start:end]))!r}"
+
+
+def _tokens(start: int, end: int) -> str:
+    return f"token {start:,}" if end - start == 1 else f"tokens {start:,} to {end - 1:,}"
+
+
+def _loss(shown: ShownSample) -> str:
+    loss_T = np.concatenate([piece.loss_T for piece in shown.pieces])
+    weights, counts = np.unique(loss_T[loss_T > 0], return_counts=True)
+    shares = " and ".join(f"{n:,} with weight {w:g}" for w, n in zip(weights.tolist(), counts.tolist(), strict=True))
+    return f"on {np.count_nonzero(loss_T):,} of {len(loss_T):,} tokens" + (f", {shares}" if shares else "")
+
+
+def _block(run: Run, piece: ShownPiece) -> str:
+    packing = run.experiment.packing
+    positions = "run on through the block" if packing.run_on else "restart in each sample"
+    others = len(piece.samples) - 1
+    return (
+        f"step {piece.step:,}, row {piece.lane} of {run.experiment.training.batch_size}, positions {piece.first:,} to "
+        f"{piece.first + len(piece.ids_T) - 1:,} of {run.seq_len:,}, beside {others} other "
+        f"{'sample' if others == 1 else 'samples'} (packing {packing.method}, position ids {positions})"
+    )
+
+
+def printed(shown: ShownSample, facts: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """The sample as lines for a terminal: what is known of it, the laid-out sequence, the pieces trained on."""
+    wide = 2 + max(len(key) for key, _ in facts)
+    lines = [shown.title]
+    for key, value in facts:
+        lines += _wrapped(value, width, f"  {key:<{wide}}", " " * (wide + 2))
+    lines += ["", "laid out", *_wrapped(_sequence(shown.names, shown.laid_out.ids_T), width)]
+    for number, piece in enumerate(shown.pieces, 1):
+        part = "" if len(shown.pieces) == 1 else f", piece {number} of {len(shown.pieces)}"
+        words = _sequence(shown.names, piece.ids_T, piece.loss_T > 0)
+        lines += ["", f"trained on{part} (no loss on what is in parentheses)", *_wrapped(words, width)]
+    return lines
+
+
+def _wrapped(text: str, width: int, first: str = "  ", others: str = "  ") -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def _sequence(names: Names, ids_T: np.ndarray, has_loss_T: np.ndarray | None = None) -> str:
+    """Ids as the paper's figures write them: `<eos> a red dog <break> [image 1024 codes: 17 993 4 ... 12 8] <eos>`."""
+    has_loss_T = np.ones(len(ids_T), bool) if has_loss_T is None else has_loss_T
+    words = []
+    for start, end in runs(ids_T, names, has_loss_T):
+        word = names.run(ids_T[start:end])
+        match names.kind(int(ids_T[start])):
+            case "image":
+                word = f"[image {end - start} {'code' if end - start == 1 else 'codes'}: {word}]"
+            case "text":
+                word = SPECIAL_LOOK.sub(r"\\\g<0>", _shortened(word)).strip()
+        words.append(word if has_loss_T[start] else f"({word})")
+    return " ".join(words)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONG_TEXT else f"{text[: LONG_TEXT // 2]} ... {text[-LONG_TEXT // 2 :]}"
