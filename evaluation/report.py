@@ -172,12 +172,17 @@ class Report:
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page to `path`, in one step: a reader sees the old file or the new one, never half of either."""
-    page = render(report).encode("utf-8", errors="xmlcharrefreplace")  # captions may hold lone surrogates
+    write_page(path, render(report))
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Writes HTML as a file, in one step."""
+    content = page.encode("utf-8", errors="xmlcharrefreplace")  # captions may hold lone surrogates
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(page)
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -186,18 +191,9 @@ def write_report(path: str | Path, report: Report) -> None:
 def render(report: Report) -> str:
     """The page as HTML."""
     sections = "\n".join(_section(number, section) for number, section in enumerate(report.sections, start=1))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(report.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
+    return html_page(
+        report.title,
+        f"""<header>
 <h1>{escape(report.title)}</h1>
 {_optional("p", "subtitle", report.subtitle)}
 {_facts(report.facts)}
@@ -206,7 +202,24 @@ def render(report: Report) -> str:
 <main>
 {sections}
 </main>
-{_footer(report.footer)}
+{_footer(report.footer)}""",
+    )
+
+
+def html_page(title: str, body: str, style: str = "") -> str:
+    """A page that may load nothing and run nothing; `style` is added to the report's."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{_STYLE}{style}</style>
+</head>
+<body>
+{body}
 </body>
 </html>
 """
@@ -608,7 +621,7 @@ def _inline_svg(svg: str, prefix: str, label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
-STYLE = """
+_STYLE = """
 :root {
   color-scheme: light;
   --paper: #fdfcfa; --ink: #1f2123; --quiet: #65655f; --rule: #dfdcd3; --tint: #f2efe7;

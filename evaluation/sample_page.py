@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from cm3leon.evaluation.report import STYLE, png_uri
+from cm3leon.evaluation.report import html_page, png_uri, write_page
 from cm3leon.objectives.cm3 import Span
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
@@ -241,38 +241,21 @@ def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]]) -> str:
         f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>\n{chr(10).join(blocks)}</section>"
         for title, text, blocks in sections
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(sample.title)}</title>
-<style>{STYLE}{_SAMPLE_STYLE}</style>
-</head>
-<body>
-<header><h1>{escape(sample.title)}</h1></header>
+    return html_page(
+        sample.title,
+        f"""<header><h1>{escape(sample.title)}</h1></header>
 <main>
 {_facts(facts)}
 {_legend()}
 {body}
-</main>
-</body>
-</html>
-"""
+</main>""",
+        style=_SAMPLE_STYLE,
+    )
 
 
 def write_sample_page(path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]]) -> None:
     """Writes the page, whole or not at all."""
-    page = render_sample(sample, facts).encode("utf-8", errors="xmlcharrefreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(page)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_page(path, render_sample(sample, facts))
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:

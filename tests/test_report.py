@@ -123,7 +123,7 @@ def test_hostile_text_changes_no_element():
 
 
 def test_style_asks_for_nothing():
-    assert not re.search(r"url\(|@import|//", report_module.STYLE)
+    assert not re.search(r"url\(|@import|//", report_module._STYLE)
 
 
 def test_headings_are_in_order_and_contents_lead_to_sections():
