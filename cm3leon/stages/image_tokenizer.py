@@ -34,10 +34,11 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
     tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):
-        codes_MN = tokenizer.encode(corpus.images_BHWC)
+        codes_MN = tokenizer.encode(corpus.images_BHWC, title="encoding")
         np.save(folder / "codes.npy", codes_MN)
-        varied_codes_VBN = tokenizer.encode(run.varied_images).reshape(-1, len(corpus.rows("train")), codes_MN.shape[1])
-        np.save(folder / "varied_codes.npy", varied_codes_VBN)
+        varied_codes_KN = tokenizer.encode(run.varied_images, title="encoding training images")
+        shape_VBN = (-1, len(corpus.rows("train")), codes_MN.shape[1])
+        np.save(folder / "varied_codes.npy", varied_codes_KN.reshape(shape_VBN))
     save_weights(folder / WEIGHTS, tokenizer)
     write_json(folder / "config.json", run.section("image_tokenizer"))
 

@@ -36,7 +36,7 @@ def make_reconstruction(run: Run, folder: Path) -> None:
     codes_BN = run.codes_MN[rows]
     figures = reconstruction_figures(
         run.corpus.images_BHWC[rows],
-        run.image_tokenizer.decode(codes_BN),
+        run.image_tokenizer.decode(codes_BN, title="decoding"),
         codes_BN,
         run.image_tokenizer.codebook_size,
         perceptual=Perceptual.load(config.perceptual_file).to(run.device) if config.perceptual_file else None,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 BATCH_PIXELS = 2**20
 """Pixels that go through the network together, if nothing else is said: 16 images of 256x256, at most 256 images."""
@@ -76,25 +77,25 @@ class ImageTokenizer(nn.Module):
         return self.requires_grad_(False).eval()
 
     @torch.inference_mode()
-    def encode(self, images_BHWC: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size."""
+    def encode(self, images_BHWC: np.ndarray, batch_size: int | None = None, title: str = "") -> np.ndarray:
+        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size; `title` shows the progress under it."""
         side = self.image_size
         if images_BHWC.shape[1:] != (side, side, 3):
             raise ValueError(f"images must be {side}x{side} RGB, got an array of shape {images_BHWC.shape}")
         batch_size = batch_size or self._batch_size
         codes = [
             self.codes_of(to_signal(self._tensor(images_BHWC[start : start + batch_size]))).flatten(1).cpu().numpy()
-            for start in range(0, len(images_BHWC), batch_size)
+            for start in _starts_of_batches(len(images_BHWC), batch_size, title)
         ]
         return np.concatenate(codes) if codes else np.zeros((0, self.grid**2), np.int64)
 
     @torch.inference_mode()
-    def decode(self, codes_BN: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Images (B, H, W, C), uint8, of codes (B, N)."""
+    def decode(self, codes_BN: np.ndarray, batch_size: int | None = None, title: str = "") -> np.ndarray:
+        """Images (B, H, W, C), uint8, of codes (B, N); `title` shows the progress under it."""
         batch_size = batch_size or self._batch_size
         images = [
             to_pixels(self.signal_of(self._tensor(codes_BN[start : start + batch_size]).unflatten(1, (self.grid, -1))))
-            for start in range(0, len(codes_BN), batch_size)
+            for start in _starts_of_batches(len(codes_BN), batch_size, title)
         ]
         return np.concatenate(images) if images else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
 
@@ -142,6 +143,20 @@ def to_pixels(signal_BCHW: Tensor) -> np.ndarray:
     """Float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); what lies outside is clipped."""
     pixels_BCHW = ((signal_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _starts_of_batches(count: int, batch_size: int, title: str) -> Iterable[int]:
+    starts = range(0, count, batch_size)
+    return tqdm(
+        starts,
+        title,
+        unit="image",
+        unit_scale=batch_size,
+        disable=not title,
+        delay=2,
+        mininterval=2,
+        dynamic_ncols=True,
+    )
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
