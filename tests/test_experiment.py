@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 
 from cm3leon import experiment
 from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
 from cm3leon.registry import METRICS
+from cm3leon.stages.artifacts import Run
 from cm3leon.types import UserError
 
 METRIC = '''
@@ -150,3 +152,13 @@ def test_shipped_experiments_resolve(name: str) -> None:
             raise
         return
     assert from_mapping(experiment.Experiment, to_mapping(loaded)) == loaded
+
+
+def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    """Not on what a run has asked for before."""
+    digits = experiment.load_experiment("digits_smoke")
+    fresh, asked = (Run(digits, tmp_path, torch.device("cpu")) for _ in range(2))
+    assert asked.vocab.size == 512
+    asked.new_image_tokenizer()
+    weights = [run.new_model().state_dict() for run in (fresh, asked, asked)]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)

@@ -244,9 +244,11 @@ class Run:
         return model.to(self.device).eval()
 
     def new_model(self) -> Any:
-        """The decoder as it is initialised."""
+        """The decoder as it is initialised, which the seed alone decides."""
+        vocab_size = self.vocab.size
         torch.manual_seed(self.experiment.seed)
-        return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
+        self.new_image_tokenizer()  # its weights are the first numbers of this stream; the decoder's are to be others
+        return MODELS.build(self.experiment.model, vocab_size=vocab_size)
 
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""
