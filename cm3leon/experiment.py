@@ -38,7 +38,7 @@ from cm3leon.registry import (
 )
 from cm3leon.retrievers.index import IndexConfig
 from cm3leon.tokenizers.text import TextTokenizerConfig
-from cm3leon.training.trainer import TrainingConfig
+from cm3leon.training.config import DecoderTrainingConfig, TrainingConfig
 from cm3leon.types import UserError
 
 
@@ -159,7 +159,7 @@ class Experiment:
     model: Annotated[Component, MODELS]
     """The network from ids to logits."""
 
-    training: TrainingConfig
+    training: DecoderTrainingConfig
     """Pretraining."""
 
     tasks: list[Annotated[Component, TASKS]]

@@ -15,7 +15,7 @@ from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
-from cm3leon.types import UserError
+from cm3leon.types import Again, UserError
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
@@ -52,6 +52,10 @@ FLAGS = ("--help", "--list", "--show", "--version")
 
 # The ones that are a matter of the machine, not of the code: no room, no permission, no such device.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOTDIR)
+
+
+AGAIN = 75
+"""Exit code of a run that was asked to make room (EX_TEMPFAIL of sysexits.h): it is to be started again."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +246,14 @@ def dispatch(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again"."""
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
         return _complain(str(error), 2)
+    except Again as error:
+        return _complain(f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN)
     except FloatingPointError as error:
         return _complain(f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1)
     except KeyboardInterrupt:
@@ -264,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str, code: int) -> int:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return code  # the first rank says it
     print(f"cm3leon: {' '.join(sentence.split())}", file=sys.stderr)
     return code
 

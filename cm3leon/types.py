@@ -15,7 +15,7 @@ Names of arrays and tensors end in their shape, one letter a dimension:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the command line imports this module, and has to answer before torch is loaded
@@ -27,6 +27,10 @@ Modality = Literal["text", "image"]
 
 class UserError(ValueError):
     """A user's mistake: its message is one sentence (what, where, what is allowed) shown without a traceback."""
+
+
+class Again(Exception):
+    """A run was asked to make room: its progress is saved, and the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,15 @@ class Batch:
     weight_BT: torch.Tensor
     sample_BT: torch.Tensor
     position_BT: torch.Tensor
+
+    def split(self, blocks: int) -> list[Batch]:
+        """The batch in parts of that many blocks, the last one with what is left."""
+        parts = zip(*(getattr(self, field.name).split(blocks) for field in fields(self)), strict=True)
+        return [Batch(*part) for part in parts]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)

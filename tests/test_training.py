@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.config import from_mapping
-from cm3leon.training import checkpoint, trainer
-from cm3leon.training.checkpoint import checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
+from cm3leon.training import checkpoint
+from cm3leon.training.average import WeightAverage
+from cm3leon.training.checkpoint import (
+    Checkpoints,
+    checkpoints,
+    load_weights,
+    read_state,
+    read_tensors,
+    save_weights,
+    training_tensors,
+)
+from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast, best_device, uses_bf16
-from cm3leon.training.schedule import linear_schedule
-from cm3leon.training.trainer import TrainingConfig, train
+from cm3leon.training.distributed import Ranks
+from cm3leon.training.optimizer import new_optimizer
+from cm3leon.training.schedule import learning_rate
+from cm3leon.training.trainer import train
 from cm3leon.types import UserError
 
 CPU = torch.device("cpu")
@@ -27,18 +40,36 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------------------ schedule
 
 
-def test_schedule_by_hand() -> None:
-    rates = [linear_schedule(step, peak=2.0, warmup_steps=4, steps=10) for step in range(10)]
-    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 5 / 3, 4 / 3, 1.0, 2 / 3, 1 / 3])
+def rates(**fields: Any) -> list[float]:
+    schedule = TrainingConfig(**fields)
+    return [learning_rate(step, schedule) for step in range(schedule.steps)]
 
 
+def test_schedules_by_hand() -> None:
+    fields: dict[str, Any] = {"learning_rate": 2.0, "warmup_steps": 4, "steps": 10}
+    warmup = [0.5, 1.0, 1.5, 2.0]
+    assert rates(**fields) == pytest.approx([*warmup, 2.0, 5 / 3, 4 / 3, 1.0, 2 / 3, 1 / 3])
+    assert rates(**fields, final_rate=0.5) == pytest.approx(
+        [*warmup, 2, 2 - 1 / 6, 2 - 2 / 6, 1.5, 2 - 4 / 6, 2 - 5 / 6]
+    )
+    halves = [1 + math.cos(math.pi * k / 6) for k in range(6)]
+    assert rates(**fields, schedule="cosine") == pytest.approx([*warmup, *halves])
+    wsd = [*warmup, 2.0, 2.0, 2.0, 2.0, 1.0 + 1.0, 1.0]
+    assert rates(**fields, schedule="wsd", decay_share=0.2) == pytest.approx(wsd)
+    assert rates(**fields, schedule="wsd", decay_share=1.0) == rates(**fields)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("final_rate", [0.0, 0.1])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (1, 2), (5, 6), (100, 1000)])
-def test_schedule_rises_to_the_peak_once_and_never_is_zero(warmup: int, steps: int) -> None:
-    rates = [linear_schedule(step, peak=3e-4, warmup_steps=warmup, steps=steps) for step in range(steps)]
-    assert max(rates) == pytest.approx(3e-4)
-    assert min(rates) > 0
-    top = rates.index(max(rates))
-    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
+def test_schedules_rise_to_the_peak_once_and_never_are_zero(
+    warmup: int, steps: int, schedule: Any, final_rate: float
+) -> None:
+    found = rates(learning_rate=3e-4, warmup_steps=warmup, steps=steps, schedule=schedule, final_rate=final_rate)
+    assert max(found) == pytest.approx(3e-4)
+    assert min(found) > 0
+    top = found.index(max(found))
+    assert found == sorted(found[: top + 1]) + sorted(found[top + 1 :], reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +77,7 @@ def test_schedule_rises_to_the_peak_once_and_never_is_zero(warmup: int, steps: i
     [
         ({"steps": 10, "warmup_steps": 10}, "training: warmup_steps 10 must be below steps 10"),
         ({"log_every": 3, "checkpoint_every": 10}, "training: log_every 3 must divide checkpoint_every 10"),
+        ({"keep_every": 300}, "training: checkpoint_every 200 must divide keep_every 300"),
         ({"keep_checkpoints": 0}, "training.keep_checkpoints is 0; it must be int >= 1"),
         ({"precision": "fp16"}, 'training.precision is "fp16"; it must be one of auto, bf16, float32'),
     ],
@@ -150,6 +182,29 @@ def without_rates(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.endswith("_per_second")} for record in log]
 
 
+def tensors_of(path: Path, average_decay: float | None = None) -> dict[str, Tensor]:
+    """What a checkpoint of the tiny problem holds, by its full name."""
+    module = Tiny()
+    average = WeightAverage(module, average_decay) if average_decay else None
+    tensors = training_tensors(module, new_optimizer(module, config()), average)
+    read_tensors(path, tensors, Ranks(CPU))
+    flat: dict[str, Tensor] = {}
+
+    def flatten(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat[name] = value.detach().clone()
+        else:
+            for key, inner in value.items():
+                flatten(f"{name}.{key}", inner)
+
+    flatten("", tensors)
+    return flat
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -167,7 +222,7 @@ def test_it_learns_and_records(tmp_path: Path) -> None:
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]
     assert log == read_log(tmp_path)
     assert set(log[0]) == {"step", "learning_rate", "loss", "gradient_norm", "error", "tokens_per_second"}
-    assert log[1]["learning_rate"] == linear_schedule(3, peak=0.05, warmup_steps=3, steps=200)
+    assert log[1]["learning_rate"] == learning_rate(3, config(steps=200))
     assert module.seen.item() == 200 * 6
     assert not module.training
     assert names(tmp_path) == ["step_00000196", "step_00000200"]
@@ -199,7 +254,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     """Bit for bit: weights, buffers, their average, the optimizer, the place in the data, and the log."""
     fields = {"average_decay": average_decay}
     whole, log = run(tmp_path / "whole", callback=lambda step, writer: torch.rand(step), **fields)
-    folder = tmp_path / "stopped"
+    folder, save = tmp_path / "stopped", Checkpoints.save
 
     for stop_at in steps:
 
@@ -208,13 +263,15 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             if step >= stop_at:
                 raise Interrupted
 
-        def save_stops(folder: Path, *, step: int, stops: Any = stops, **rest: Any) -> None:
-            stops(step)
-            save_checkpoint(folder, step=step, **rest)
+        def save_stops(
+            self: Any, tensors: Any, state: Any, *, stops: Any = stops, save: Any = save, **rest: Any
+        ) -> None:
+            stops(state["step"])
+            save(self, tensors, state, **rest)
 
         with monkeypatch.context() as patch:
             if stop == "save":
-                patch.setattr(trainer, "save_checkpoint", save_stops)
+                patch.setattr(Checkpoints, "save", save_stops)
             batches = Numbers(fails_at=stop_at if stop == "batches" else None)
             callback = stops if stop == "callback" else None
             with pytest.raises(Interrupted):
@@ -226,9 +283,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert names(folder) == names(tmp_path / "whole")
     for path, other_path in zip(checkpoints(folder), checkpoints(tmp_path / "whole"), strict=True):
         assert (path / "state.json").read_bytes() == (other_path / "state.json").read_bytes()
-        one, other = (torch.load(p / "optimizer.pt", weights_only=True) for p in (path, other_path))
-        for key, moments in one["state"].items():
-            assert all(torch.equal(moments[name], other["state"][key][name]) for name in moments)
+        one, other = tensors_of(path, average_decay), tensors_of(other_path, average_decay)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("average_decay", [None, 0.8])
@@ -319,38 +376,66 @@ def test_callbacks_come_on_time_and_may_leave_training_mode(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("bad_at", [0, 5, 7, 19])
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, bad: float, bad_at: int) -> None:
-    """At the next record, which always comes before the next checkpoint."""
-    with pytest.raises(FloatingPointError, match=r"^tiny: the loss is (nan|inf) at step \d+$"):
-        run(tmp_path, batches=Numbers(bad_at=bad_at, bad=bad))
+def test_a_step_whose_loss_is_no_number_changes_nothing(tmp_path: Path, bad: float, bad_at: int) -> None:
+    """By hand: the weights of a run whose optimizer leaves that step out; and it is written down."""
+    module, log = run(tmp_path, batches=Numbers(bad_at=bad_at, bad=bad))
+    by_hand, batches = Tiny().train(), Numbers()
+    optimizer = new_optimizer(by_hand, config())
+    for step in range(20):
+        torch.manual_seed(7 * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config())
+        loss(by_hand, batches.next())[0].backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        if step != bad_at:
+            optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(module.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    (event,) = events(tmp_path)
+    assert (event["step"], event["event"]) == (bad_at + 1, "step skipped")
+    assert not math.isfinite(event["loss"])
+    assert event["parameters"] == ["first.bias", "first.weight", "second.bias", "second.weight"]
+    assert all(math.isfinite(value) for record in log for value in record.values())
+
+
+def test_a_gradient_that_is_no_number_is_skipped_too(tmp_path: Path) -> None:
+    """The loss of a step may be fine while its gradient is not."""
+    batches = Numbers()
+
+    def bad_gradient(module: nn.Module, batch: Any) -> Any:
+        value, figures = loss(module, batch)
+        if batches.count == 6:
+            value.register_hook(lambda gradient: gradient * math.nan)
+        return value, figures
+
+    module, _ = run(tmp_path, batches=batches, loss=bad_gradient)
+    assert [(event["step"], event["event"]) for event in events(tmp_path)] == [(6, "step skipped")]
+    assert math.isfinite(events(tmp_path)[0]["loss"])
+    assert all(weight.isfinite().all() for weight in module.parameters())
+
+
+@pytest.mark.parametrize("bad_at", [0, 5, 7, 8, 18])
+def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path: Path, bad_at: int) -> None:
+    def bad_from(module: nn.Module, batch: Any) -> Any:
+        value, figures = loss(module, batch)
+        return (value * math.nan if batches.count > bad_at else value), figures
+
+    batches = Numbers()
+    stop = bad_at + 4
+    if stop > 20:
+        run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)  # it ends before there are too many
+        return
+    sentence = (
+        rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan \(events.jsonl has the documents\)$"
+    )
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
     last = bad_at // 4 * 4
     assert names(tmp_path) == [f"step_{step:08d}" for step in (last - 4, last) if step > 0]
     for path in checkpoints(tmp_path):
-        module = Tiny()
-        load_weights(path / "model.safetensors", module)
-        assert all(weight.isfinite().all() for weight in module.parameters())
-    assert all(math.isfinite(record["loss"]) for record in read_log(tmp_path))
-
-
-@pytest.mark.parametrize("bad_at", [0, 5, 7, 19])
-def test_a_gradient_that_is_no_number_is_never_saved(tmp_path: Path, bad_at: int) -> None:
-    """The loss of a step may be fine while its gradient is not; the weights are lost all the same."""
-    count = 0
-
-    def loss_with_a_bad_gradient(module: nn.Module, batch: Any) -> Any:
-        nonlocal count
-        value, figures = loss(module, batch)
-        if count == bad_at:
-            value.register_hook(lambda gradient: gradient * math.nan)
-        count += 1
-        return value, figures
-
-    with pytest.raises(FloatingPointError):
-        run(tmp_path, loss=loss_with_a_bad_gradient)
-    for path in checkpoints(tmp_path):
-        module = Tiny()
-        load_weights(path / "model.safetensors", module)
-        assert all(weight.isfinite().all() for weight in module.parameters())
+        assert all(tensor.isfinite().all() for tensor in tensors_of(path).values())
+    assert [event["step"] for event in events(tmp_path)] == list(range(bad_at + 1, stop + 1))
 
 
 def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> None:
@@ -366,60 +451,73 @@ def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def saved(folder: Path, step: int, *, keep: int = 2, fill: float | None = None) -> tuple[nn.Module, Any]:
+def saved(folder: Path, *steps: int, fill: float | None = None, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     module = Tiny()
     if fill is not None:
         nn.init.constant_(module.first.weight, fill)
-    optimizer = torch.optim.AdamW(module.parameters())
+    optimizer = new_optimizer(module, config())
     module(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    save_checkpoint(folder, step=step, module=module, optimizer=optimizer, state={"data": {"at": step}}, keep=keep)
-    return module, optimizer
+    tensors = training_tensors(module, optimizer)
+    writer = Checkpoints(folder, Ranks(CPU), **{"keep": 2, **options})
+    for step in steps:
+        writer.save(tensors, {"step": step, "data": {"at": step}})
+    writer.finish()
+    return module, tensors
 
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
-    module, optimizer = saved(tmp_path, 12)
-    other = Tiny()
-    nn.init.zeros_(other.first.weight)
-    other_optimizer = torch.optim.AdamW(other.parameters())
-    state = load_checkpoint(tmp_path / "step_00000012", module=other, optimizer=other_optimizer, device=CPU)
-    assert state == {"step": 12, "data": {"at": 12}}
-    for (name, one), two in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(one, two), name
-    one, two = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
-    assert all(torch.equal(one[i][name], two[i][name]) for i in one for name in one[i])
+    module, tensors = saved(tmp_path, 12)
+    path = Checkpoints(tmp_path, Ranks(CPU), keep=2).newest()
+    assert path == tmp_path / "step_00000012"
+    assert read_state(path) == {"step": 12, "data": {"at": 12}, "ranks": 1}
+    found = tensors_of(path)
+    assert all(torch.equal(found[f".model.{name}"], tensor) for name, tensor in module.state_dict().items())
+    for name, moments in tensors["optimizer"].items():
+        assert all(torch.equal(found[f".optimizer.{name}.{key}"], value) for key, value in moments.items())
+        assert moments["exp_avg"].abs().sum() > 0
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (2, 10, 100, 1_000_000):
-        saved(tmp_path, step, keep=3)
+def test_the_copy_is_taken_before_the_training_goes_on(tmp_path: Path) -> None:
+    module = Tiny()
+    tensors = training_tensors(module, new_optimizer(module, config()))
+    before = module.first.weight.detach().clone()
+    writer = Checkpoints(tmp_path, Ranks(CPU), keep=1)
+    writer.save(tensors, {"step": 1, "data": {}})
+    nn.init.zeros_(module.first.weight)
+    writer.finish()
+    assert torch.equal(tensors_of(tmp_path / "step_00000001")[".model.first.weight"], before)
+
+
+def test_only_the_newest_and_the_milestones_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 2, 10, 100, 1_000_000, keep=3)
     assert names(tmp_path) == ["step_00000010", "step_00000100", "step_01000000"]
-    saved(tmp_path, 1_000_001, keep=1)
-    assert names(tmp_path) == ["step_01000001"]
+    saved(tmp_path, 1_000_001, keep=1, keep_every=50)
+    assert names(tmp_path) == ["step_00000100", "step_01000000", "step_01000001"]
 
 
-@pytest.mark.parametrize("killed_in", ["save_weights", "torch.save", "write_text", "_sync", "rename"])
-def test_a_kill_while_saving_leaves_the_older_checkpoint_alone(
+@pytest.mark.parametrize("killed_in", ["dcp.async_save", "_digest", "_write", "_sync", "rename"])
+def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
     saved(tmp_path, 10)
+    told: list[str] = []
 
-    def kill(*_: Any, **__: Any) -> None:
-        raise Interrupted
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        place = {"torch.save": torch, "write_text": Path, "rename": Path}.get(killed_in, checkpoint)
-        patch.setattr(place, killed_in.split(".")[-1], kill)
-        with pytest.raises(Interrupted):
-            saved(tmp_path, 20, fill=1.0)
+        place = {"dcp.async_save": checkpoint.dcp, "rename": Path}.get(killed_in, checkpoint)
+        patch.setattr(place, killed_in.split(".")[-1], full)
+        saved(tmp_path, 20, fill=1.0, tell=told.append)
     assert names(tmp_path) == ["step_00000010"]
-    assert (tmp_path / ".partial_00000020").is_dir()
+    assert told == [
+        "no checkpoint was written ([Errno 28] No space left on device); the older one is kept and the training goes on"
+    ]
     saved(tmp_path, 20, fill=2.0)  # the next try replaces what was left
     assert names(tmp_path) == ["step_00000010", "step_00000020"]
-    assert not (tmp_path / ".partial_00000020").exists()
-    module = Tiny()
-    load_weights(tmp_path / "step_00000020" / "model.safetensors", module)
-    assert module.first.weight.min() > 1.9
+    assert not list(tmp_path.glob(".partial_*"))
+    assert tensors_of(tmp_path / "step_00000020")[".model.first.weight"].min() > 1.9
 
 
 def test_nothing_of_a_leftover_gets_into_a_checkpoint(tmp_path: Path) -> None:
@@ -427,7 +525,50 @@ def test_nothing_of_a_leftover_gets_into_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".partial_00000010" / "half").write_text("")
     saved(tmp_path, 10)
     files = sorted(path.name for path in (tmp_path / "step_00000010").iterdir())
-    assert files == ["model.safetensors", "optimizer.pt", "state.json"]
+    assert files == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: str) -> None:
+    saved(tmp_path, 10, 20)
+    file = tmp_path / "step_00000020" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    told: list[str] = []
+    assert Checkpoints(tmp_path, Ranks(CPU), keep=2, tell=told.append).newest() == tmp_path / "step_00000010"
+    (sentence,) = told
+    assert sentence.startswith(f"{tmp_path / 'step_00000020'} is passed over: ")
+
+
+def test_the_index_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "harmed",))
+
+    path = tmp_path / "step_00000010"
+    for harm in (Harm(), torch.nn.Linear(1, 1), print):
+        (path / ".metadata").write_bytes(pickle.dumps(harm))
+        with pytest.raises(UserError, match=r"the index of a checkpoint names .*, which is not read"):
+            tensors_of(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+    for other in (nn.Linear(4, 8), nn.Sequential(nn.Linear(4, 8)), nn.Linear(3, 8)):
+        tensors = {"model": {f"first.{name}": value for name, value in other.state_dict().items()}}
+        if isinstance(other, nn.Linear) and other.in_features == 4:
+            read_tensors(tmp_path / "step_00000010", tensors, Ranks(CPU))
+            continue
+        with pytest.raises(UserError, match="does not fit this training: "):
+            read_tensors(tmp_path / "step_00000010", tensors, Ranks(CPU))
 
 
 def test_a_run_begins_anew_beside_a_leftover(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ class Samples:
         """A sample of any length, to take pieces of."""
         return lay_out(self._draw(position, self._generator(SAMPLE, position)), self._objective.vocab)
 
+    def id_of(self, position: int) -> str:
+        """Id of the query document of a sample."""
+        return self._draw(position, self._generator(SAMPLE, position)).query.id
+
     def piece(self, sample: LaidOut, position: int, start: int, room: int) -> tuple[Corrupted, int]:
         """`Objective.take` of the sample at a position."""
         return self._objective.take(sample, start, room, self._generator(PIECE, start, position))
@@ -154,6 +158,10 @@ class Lane(Protocol):
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
 
+    @property
+    def drawn(self) -> list[int]:
+        """Positions of the samples in the block that was made last."""
+
 
 class WholeLane:
     """Whole samples, chosen from a pool of them to fill a block.
@@ -167,6 +175,7 @@ class WholeLane:
         self._step = step
         self._next = first
         self._pool: dict[int, Corrupted] = {}
+        self.drawn: list[int] = []
 
     def next(self) -> list[Corrupted]:
         while len(self._pool) < self._window:
@@ -177,7 +186,8 @@ class WholeLane:
         room = seq_len - len(self._pool[oldest].ids_T)
         lengths = [len(self._pool[position].ids_T) for position in others]
         chosen = choose(lengths, room, tolerance=int(TOLERANCE * seq_len))
-        return [self._pool.pop(position) for position in (oldest, *(others[k] for k in chosen))]
+        self.drawn = [oldest, *(others[k] for k in chosen)]
+        return [self._pool.pop(position) for position in self.drawn]
 
     def state(self) -> dict[str, Any]:
         return {"pool": list(self._pool), "next": self._next}
@@ -196,11 +206,14 @@ class StreamLane:
         self._position = first
         self._offset = 0
         self._sample: LaidOut | None = None
+        self.drawn: list[int] = []
 
     def next(self) -> list[Corrupted]:
         room = self._samples.seq_len
         block = []
+        self.drawn = []
         while room:
+            self.drawn.append(self._position)
             if self._sample is None:
                 self._sample = self._samples.laid_out(self._position)
             piece, self._offset = self._samples.piece(self._sample, self._position, self._offset, room)
@@ -258,9 +271,10 @@ class BlockStream:
         if batch_size % ranks:
             raise UserError(f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
         samples = Samples(draw, objective, seq_len=seq_len, seed=seed)
-        self._lanes = {
+        self._lanes: dict[str, Lane] = {
             str(lane): new_lane(samples, packing, lane, batch_size) for lane in range(rank, batch_size, ranks)
         }
+        self._samples = samples
         self._packing = packing
         self._batch_size = batch_size
         self._seq_len = seq_len
@@ -272,6 +286,16 @@ class BlockStream:
         run_on = self._packing.run_on
         blocks = [pack(lane.next(), self._seq_len, self._pad, run_on=run_on) for lane in self._lanes.values()]
         return collate(blocks, self._device)
+
+    def ids(self) -> list[str]:
+        """Ids of the query documents in the rank's lanes of the batch that was made last; they are drawn again."""
+        positions = sorted({position for lane in self._lanes.values() for position in lane.drawn})
+        return [self._samples.id_of(position) for position in positions]
+
+    @property
+    def drawn(self) -> int:
+        """About how many samples of the stream were drawn so far, by all ranks together."""
+        return max((position for lane in self._lanes.values() for position in lane.drawn), default=-1) + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rank's lanes are, as JSON."""

@@ -27,6 +27,7 @@ from cm3leon.tokenizers.document import DocumentTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
+from cm3leon.training.distributed import Ranks
 from cm3leon.types import TokenDocument, UserError
 
 WEIGHTS = "model.safetensors"
@@ -45,6 +46,12 @@ class Run:
     experiment: Experiment
     folder: Path
     device: torch.device
+    ranks: Ranks = None  # type: ignore[assignment]  # one process alone, set below
+    """The processes that train together."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            object.__setattr__(self, "ranks", Ranks(self.device))
 
     @cached_property
     def source(self) -> Any:
@@ -249,6 +256,10 @@ class Run:
         torch.manual_seed(self.experiment.seed)
         self.new_image_tokenizer()  # its weights are the first numbers of this stream; the decoder's are to be others
         return MODELS.build(self.experiment.model, vocab_size=vocab_size)
+
+    def empty_model(self) -> Any:
+        """The decoder, whatever its weights: for the meta device."""
+        return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
 
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""

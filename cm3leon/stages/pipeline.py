@@ -128,6 +128,12 @@ def first_unfinished(stages: Sequence[Stage[R]], run: R, folder: Path) -> tuple[
     return None, made
 
 
+def is_finished(stage: Stage[R], before: Sequence[Stage[R]], run: R, folder: Path) -> bool:
+    """Whether a stage, with those before it finished, is up to date in the folder and its files as they were made."""
+    missing, _ = first_unfinished([*before, stage], run, folder)
+    return missing is None and not _damaged(folder / stage.name)
+
+
 def _number(stages: Sequence[Stage[R]], name: str, where: str) -> int:
     names = [stage.name for stage in stages]
     if name not in names:
@@ -216,6 +222,12 @@ def _digest(path: Path) -> str:
         return f"{path.stat().st_size} bytes"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Adds a line of JSON to a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

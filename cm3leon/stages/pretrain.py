@@ -16,12 +16,13 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import WEIGHTS, Run
-from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.pipeline import append_line, write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.device import autocast
-from cm3leon.training.trainer import train
+from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.trainer import Shares, train
 from cm3leon.types import Batch, Sample, UserError
 
 SHOWN = 16
@@ -39,28 +40,38 @@ def make_pretraining(run: Run, folder: Path) -> None:
             "shards.sample: no document sampled has a caption and an image to validate with; raise it, or stop at "
             "until=neighbours and mix this run into another with shards.mix"
         )
-    config, seed = run.experiment.training, run.experiment.seed
-    model = run.new_model()
+    config, seed, ranks = run.experiment.training, run.experiment.seed, run.ranks
+    samples = training_samples(run)
     stream = BlockStream(
-        training_samples(run),
+        samples,
         run.objective,
         run.experiment.packing,
         seq_len=run.seq_len,
-        batch_size=config.batch_size,
+        batch_size=config.blocks(run.seq_len),
         seed=seed,
-        device=run.device,
+        device=torch.device("cpu"),
+        rank=ranks.rank,
+        ranks=ranks.count,
     )
+    model = distributed(lambda: first_weights(run), run.empty_model, config, ranks)
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        batch = batch.to(run.device)
         return run.objective.loss(_logits(module, batch), batch)
 
     def callback(step: int, writer: Any) -> None:
         model.eval()
-        for name, value in validation_loss(run, model).items():
+        figures = validation_loss(run, model)
+        line = {"step": step, "epoch": stream.drawn / samples.epoch, **figures}
+        if not ranks.first:
+            return
+        append_line(folder / "validation.jsonl", line)
+        for name, value in figures.items():
             writer.add_scalar(f"validation/{name}", value, step)
-        images_BHWC, captions = draw_images(run, model)
-        writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
-        writer.add_text("prompts", "\n\n".join(captions), step)
+        if not ranks.joined:  # drawing reads the model token by token, which a sharded one does not offer
+            images_BHWC, captions = draw_images(run, model)
+            writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
+            writer.add_text("prompts", "\n\n".join(captions), step)
 
     train(
         model,
@@ -72,22 +83,55 @@ def make_pretraining(run: Run, folder: Path) -> None:
         seed=seed,
         title="pretraining",
         callback=callback,
+        shares=Shares(
+            parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
+            weight=lambda part: float(part.weight_BT.sum()),
+            ids=stream.ids,
+        ),
+        ranks=ranks,
+        goes_on_from=config.start / "pretraining" if config.start and config.start_with == "everything" else None,
     )
-    save_weights(folder / WEIGHTS, model)
-    write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})
-    write_json(folder / "validation.json", validation_loss(run, model))
+    state, figures = whole_state(model), validation_loss(run, model)
+    if ranks.first:
+        save_weights(folder / WEIGHTS, state)
+        write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})
+        write_json(folder / "validation.json", figures)
+    ranks.barrier()
+
+
+def first_weights(run: Run) -> nn.Module:
+    """The decoder before its training: with random weights, or those of the run that it starts from.
+
+    Raises:
+        UserError: for a run to start from that has no weights, or those of another model.
+    """
+    model, start = run.new_model(), run.experiment.training.start
+    if start and run.experiment.training.start_with == "weights":
+        load_weights(start / "pretraining" / WEIGHTS, model)
+    return model
 
 
 @torch.inference_mode()
 def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
-    """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token."""
+    """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
+
+    The ranks share the documents; those that have fewer compute some twice, as all have to compute equally often.
+    """
+    batches, ranks = list(_validation_batches(run)), run.ranks
     totals: dict[str, list[float]] = {}
-    for batch in _validation_batches(run):
+    for first in range(0, len(batches), ranks.count):
+        number = first + ranks.rank
+        batch = batches[number % len(batches)].to(run.device)
         with autocast(run.device, run.experiment.training.precision):
             value, figures = run.objective.loss(_logits(model, batch), batch)
-        for name, figure in {"loss": value, **figures}.items():
-            totals.setdefault(name, []).append(float(figure))
-    return {name: float(np.nanmean(values)) for name, values in totals.items() if name != "tokens"}
+        if number < len(batches):
+            for name, figure in {"loss": value, **figures}.items():
+                totals.setdefault(name, []).append(float(figure))
+    names = sorted(name for names in ranks.gather(list(totals)) for name in names if name != "tokens")
+    names = list(dict.fromkeys(names))
+    known = {name: [value for value in totals.get(name, []) if not np.isnan(value)] for name in names}
+    sums = ranks.sum([number for name in names for number in (sum(known[name]), len(known[name]))])
+    return {name: total / count for name, total, count in zip(names, sums[::2], sums[1::2], strict=True) if count}
 
 
 def _validation_batches(run: Run) -> Iterator[Batch]:
@@ -99,10 +143,11 @@ def _validation_batches(run: Run) -> Iterator[Batch]:
         if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
             blocks.append([])
         blocks[-1].append(sample)
-    size = run.experiment.training.batch_size
+    config = run.experiment.training
+    size = config.micro_batch or max(1, config.blocks(run.seq_len) // run.ranks.count)
     for start in range(0, len(blocks), size):
         packed = [pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]]
-        yield collate(packed, run.device)
+        yield collate(packed, torch.device("cpu"))
 
 
 def draw_images(run: Run, model: nn.Module) -> tuple[np.ndarray, list[str]]:

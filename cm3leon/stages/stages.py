@@ -22,15 +22,18 @@ from cm3leon.stages.neighbours import (
     make_vectors_part,
     neighbours_inputs,
 )
-from cm3leon.stages.pipeline import Part, Stage, run_part, run_stages
+from cm3leon.stages.pipeline import Part, Stage, first_unfinished, is_finished, run_part, run_stages
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.reconstruction import make_reconstruction
 from cm3leon.stages.retrieve import make_retriever
 from cm3leon.stages.text_tokenizer import make_text_tokenizer, text_tokenizer_inputs
 from cm3leon.stages.tokens import make_tokens, make_tokens_part, tokens_inputs
-from cm3leon.stages.training_data import training_inputs
+from cm3leon.stages.training_data import start_fingerprint, training_inputs
+from cm3leon.training.config import LAYOUT
 from cm3leon.training.device import best_device
+from cm3leon.training.distributed import Ranks, find_place, joined
+from cm3leon.types import UserError
 
 
 def _documents_inputs(run: Run) -> Any:
@@ -55,7 +58,8 @@ def _image_tokenizer_inputs(run: Run) -> Any:
 
 def _pretraining_inputs(run: Run) -> Any:
     sections = run.section("sentinels", "objective", "packing", "model", "training", "decoder", "seed")
-    return [sections, training_inputs(run)]
+    training = {name: value for name, value in sections["training"].items() if name not in LAYOUT}
+    return [{**sections, "training": training}, training_inputs(run), start_fingerprint(run)]
 
 
 FIRST = (
@@ -86,7 +90,7 @@ def _neighbours(*needs: str) -> Stage[Run]:
 
 def _last(*needs: str) -> tuple[Stage[Run], ...]:
     return (
-        Stage("pretraining", 2, _pretraining_inputs, make_pretraining, needs=needs),
+        Stage("pretraining", 3, _pretraining_inputs, make_pretraining, needs=needs),
         Stage(
             "generation",
             1,
@@ -110,16 +114,45 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
     """Brings all stages of an experiment up to date in the run folder, and says where the report is.
 
     Raises:
-        UserError: for a user's mistake that only a stage can see, such as a corpus without documents.
+        UserError: for a user's mistake that only a stage can see, such as a corpus without documents; on several
+            ranks, if the stages before pretraining are not finished.
     """
-    run = _open(experiment, folder)
     until = until or experiment.until
+    with joined(find_place(), experiment.training.timeout_seconds) as ranks:
+        if ranks.joined:
+            _pretrain_together(experiment, folder, ranks)
+    if not ranks.first or until == "pretraining":
+        return
+    run = _open(experiment, folder)
     seconds = run_stages(stages_of(experiment), run, folder, lambda line: print(line, flush=True), until=until)
     if "evaluation" in seconds:
         publish(run, seconds)
         print(f"report: {folder / 'report.html'}")
     elif "reconstruction" in seconds and len(run.corpus.rows("held_out")):
         print(f"report: {folder / 'reconstruction' / 'report.html'}")
+
+
+def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> None:
+    """Brings the pretraining up to date, on all ranks; the first of them looks after the run folder."""
+    run = Run(experiment, folder, ranks.device, ranks)
+    stages = stages_of(experiment)
+    number = [stage.name for stage in stages].index("pretraining")
+    missing, needed = None, False
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
+        missing, _ = first_unfinished(stages[:number], run, folder)
+        needed = not missing and not is_finished(stages[number], stages[:number], run, folder)
+    missing, needed = ranks.gather((missing, needed))[0]
+    if missing:
+        raise UserError(
+            f"stage {missing} is not finished in {folder} with these settings, and one process makes it: "
+            f"run the same command once without torchrun or srun, with until={stages[number - 1].name}"
+        )
+    if ranks.first:
+        run_stages(stages, run, folder, lambda line: print(line, flush=True), until="pretraining")
+    elif needed:
+        make_pretraining(run, folder / "pretraining")
 
 
 def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part) -> None:

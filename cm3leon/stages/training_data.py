@@ -48,6 +48,21 @@ def training_inputs(run: Run) -> Any:
     return {name: [share, *_fingerprints(Path(name))] for name, share in folders.items()}
 
 
+def start_fingerprint(run: Run) -> str | None:
+    """Changes with the training that this run's starts from; None where it starts from random weights.
+
+    Raises:
+        UserError: for a folder without a finished pretraining.
+    """
+    start = run.experiment.training.start
+    if start is None:
+        return None
+    try:
+        return json.loads((start / "pretraining" / MARKER).read_text())["fingerprint"]
+    except OSError as error:
+        raise UserError(f"training.start: {start} is no run with a finished pretraining") from error
+
+
 def _fingerprints(folder: Path) -> list[str]:
     try:
         stages = [folder / "tokens", folder / "neighbours", bank_of(folder / "neighbours") / "tokens"]

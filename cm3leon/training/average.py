@@ -30,11 +30,6 @@ class WeightAverage:
         for name, average in self._average.items():
             self._parameters[name].copy_(average)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average, by the parameters' names."""
-        return {name: average.cpu().contiguous() for name, average in self._average.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from there."""
-        for name, average in self._average.items():
-            average.copy_(state[name])
+    def tensors(self) -> dict[str, Tensor]:
+        """The average itself by the parameters' names, to be saved or loaded into."""
+        return self._average

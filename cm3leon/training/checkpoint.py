@@ -1,52 +1,187 @@
-"""Training checkpoints: folders `step_000123`, written whole or not at all."""
+"""Training checkpoints: folders `step_00000123`, written whole or not at all, readable on any number of ranks.
+
+The tensors are written by torch.distributed.checkpoint, each rank its own shards, from a copy in memory while the
+training goes on. A folder gets its name when all files and their checksums are on the disk.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from cm3leon.training.average import WeightAverage
+from cm3leon.training.distributed import Ranks
+from cm3leon.training.optimizer import prime
+from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
+STATE = "state.json"
+MANIFEST = "manifest.json"
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None = None,
-    state: dict[str, Any],
-    keep: int,
-) -> None:
-    """Writes `folder/step_<step>` and deletes all but the newest `keep`.
 
-    The files are complete and on the disk before the folder gets its name, so a kill at any instant leaves the older
-    checkpoint, never half of this one. `state` must be JSON.
+class Checkpoints:
+    """The checkpoints of one training, in one folder.
+
+    Args:
+        folder: seen by all ranks.
+        keep: newest checkpoints that are kept.
+        keep_every: steps whose multiples are kept for good.
+        tell: is given a sentence when a checkpoint could not be written.
+        patience: seconds that the first rank waits for the files of the others.
     """
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".partial_{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(partial / "model.safetensors", module)
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    if average:
-        save_file(average.state_dict(), partial / "average.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}))
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        tell: Callable[[str], None] = print,
+        patience: float = 600,
+    ) -> None:
+        self._folder = folder
+        self.ranks = ranks
+        self._keep = keep
+        self._keep_every = keep_every
+        self._tell = tell
+        self.patience = patience
+        self._writing: _Writing | None = None
+        # A group of its own, because checkpoints are written while the training uses the other one.
+        self.group: Any = dist.new_group(backend="gloo") if ranks.count > 1 else None
+
+    def begin(self) -> None:
+        """Makes the folder, without what a kill may have left half written in it."""
+        if self.ranks.first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob(".partial_*"):
+                shutil.rmtree(left, ignore_errors=True)
+        self.ranks.barrier()
+
+    def save(self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Starts to write `step_<state["step"]>`, once the one before is finished; to its end with `wait`.
+
+        A checkpoint that fails is told about and leaves the older ones as they are. `tensors` may be nested by names;
+        they are copied before this returns. `state` must be JSON. All ranks have to call it.
+        """
+        self.finish()
+        final = self._folder / f"step_{state['step']:08d}"
+        partial = self._folder / f".partial_{state['step']:08d}"
+        if self.ranks.first:
+            self._attempt(lambda: _empty(partial))
+        self.ranks.barrier()
+        self._writing = _Writing(tensors, {**state, "ranks": self.ranks.count}, partial, final, self)
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written, if one is."""
+        if self._writing:
+            self._writing.thread.join()
+            self.look()
+
+    def look(self) -> None:
+        """Tells about a checkpoint that has failed since; does not wait."""
+        if self._writing and not self._writing.thread.is_alive():
+            error, self._writing = self._writing.error, None
+            if error:
+                self._tell(
+                    f"no checkpoint was written ({_reason(error)}); the older one is kept and the training goes on"
+                )
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are as they were written; damaged ones are told about and passed over.
+
+        The ranks share the work of reading all files, and agree.
+        """
+        for path in reversed(checkpoints(self._folder)):
+            damaged = [name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names]
+            if not damaged:
+                return path
+            if self.ranks.first:
+                self._tell(f"{path} is passed over: {damaged[0]} is missing or has changed")
+        return None
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Does something that the disk may refuse; what follows will fail with a reason, too."""
+        try:
+            action()
+        except OSError as error:
+            self._tell(f"{self._folder}: {error.strerror}")
+
+    def prune(self) -> None:
+        """Deletes all but the newest checkpoints and those that are kept for good."""
+        for old in checkpoints(self._folder)[: -self._keep]:
+            if not (self._keep_every and int(old.name[5:]) % self._keep_every == 0):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+class _Writing:
+    """One checkpoint on its way to the disk: a thread waits for the shards, checks them in, and gives the name."""
+
+    def __init__(
+        self, tensors: Mapping[str, Any], state: dict[str, Any], partial: Path, final: Path, owner: Checkpoints
+    ) -> None:
+        self.error: BaseException | None = None
+        self._state, self._partial, self._final, self._owner = state, partial, final, owner
+        self._future: Any = None
+        try:
+            with _quiet():
+                self._future = dcp.async_save(
+                    dict(tensors), storage_writer=dcp.FileSystemWriter(partial), process_group=owner.group
+                )
+        except Exception as error:  # whatever the writer makes of a full disk
+            self.error = error
+        self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        if self.error:
+            return
+        try:
+            self._future.result()
+            rank, count = self._owner.ranks.rank, self._owner.ranks.count
+            own = {path.name: _digest(path) for path in self._partial.glob(f"__{rank}_*")}
+            _write(self._partial / f"rank_{rank}.json", own)
+            if rank == 0:
+                self._complete([self._partial / f"rank_{other}.json" for other in range(count)])
+        except BaseException as error:
+            self.error = error
+
+    def _complete(self, lists: list[Path]) -> None:
+        limit = time.monotonic() + self._owner.patience
+        while not all(path.is_file() for path in lists):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"no word of its shards from {sum(not path.is_file() for path in lists)} ranks")
+            time.sleep(0.05)
+        _write(self._partial / STATE, self._state)
+        files = {name: digest for path in lists for name, digest in json.loads(path.read_text()).items()}
+        files |= {name: _digest(self._partial / name) for name in (".metadata", STATE)}
+        for path in lists:
+            path.unlink()
+        _write(self._partial / MANIFEST, files)
+        _sync(self._partial)
+        shutil.rmtree(self._final, ignore_errors=True)
+        self._partial.rename(self._final)
+        _sync(self._final.parent)
+        self._owner.prune()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -54,25 +189,40 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None = None,
-    device: torch.device,
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors of a checkpoint, its `step` among it."""
+    return json.loads((path / STATE).read_text())
+
+
+def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
+    """Reads a checkpoint into tensors of the same names, in place, however they are sharded now.
+
+    Raises:
+        UserError: for tensors that it lacks, or that have another shape there.
+    """
+    try:
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=ranks.count == 1)
+    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
+
+
+def training_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> dict[str, Any]:
-    """Restores all three in place; returns the saved state with its `step`."""
-    load_weights(path / "model.safetensors", module)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location=device))
-    if average:
-        average.load_state_dict(load_file(path / "average.safetensors"))
-    return json.loads((path / "state.json").read_text())
+    """All tensors of a training by name: weights and buffers, the optimizer's moments, the average of the weights."""
+    if not optimizer.state:
+        prime(optimizer)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    moments = {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    tensors: dict[str, Any] = {"model": module.state_dict(), "optimizer": moments}
+    return {**tensors, "average": average.tensors()} if average else tensors
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Parameters and buffers as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, path)
+def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:
+    """Parameters and buffers, of a module or by name, as safetensors."""
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -86,9 +236,89 @@ def load_weights(path: Path, module: nn.Module) -> None:
     module.load_state_dict(given)
 
 
+# ------------------------------------------------------------------------------------------------ reading safely
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index of the shards without running what a pickle might hold."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of an index of shards, and no other."""
+
+    _PLAIN = frozenset(
+        (("pathlib", "Path"), ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"))
+    )
+    _INDEX = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module, name) in self._PLAIN or module in self._INDEX:
+            found = super().find_class(module, name)
+            if module not in self._INDEX or (isinstance(found, type) and found.__module__ == module):
+                return found
+        raise pickle.UnpicklingError(f"the index of a checkpoint names {module}.{name}, which is not read")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _damaged(path: Path, ranks: Ranks) -> list[str]:
+    """Files of a checkpoint that are not as they were written, of those that this rank looks at."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())
+        shares = sorted(files.items())[ranks.rank :: ranks.count]
+        return [name for name, digest in shares if not (path / name).is_file() or _digest(path / name) != digest]
+    except (OSError, ValueError, AttributeError):
+        return [MANIFEST]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON under another name first, so that who waits for it never reads half of it."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    _sync(new)
+    new.rename(path)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error that says something; those of torch's checkpoints wrap the ranks' tracebacks."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        wrapped = next(iter(error.failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is one process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")
+        yield

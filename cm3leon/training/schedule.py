@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
 
-def linear_schedule(step: int, *, peak: float, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up to `peak`, then linear decay to zero at `steps` (OPT's polynomial decay of power 1).
+from cm3leon.training.config import TrainingConfig
 
-    >>> [linear_schedule(s, peak=1.0, warmup_steps=2, steps=6) for s in range(6)]
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up to the peak, then a fall to `final_rate` of it, that would be reached at step `steps`.
+
+    linear: OPT's polynomial decay of power 1. cosine: half a period (Loshchilov and Hutter, arXiv 1608.03983). wsd: the
+    peak until the last `decay_share` of the steps, then linear (arXiv 2404.06395).
+
+    >>> config = TrainingConfig(steps=6, warmup_steps=2, learning_rate=1.0)
+    >>> [learning_rate(step, config) for step in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (steps - step) / (steps - warmup_steps)
+    peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    last = config.final_rate * peak
+    if config.schedule == "cosine":
+        return last + (peak - last) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    falling = steps - warmup
+    if config.schedule == "wsd":
+        falling = min(falling, max(1, round(config.decay_share * steps)))
+    return last + (peak - last) * min(steps - step, falling) / falling

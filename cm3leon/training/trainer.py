@@ -1,10 +1,8 @@
-"""The training loop, the same for every stage that trains: image tokenizer, retriever, pretraining."""
+"""The training loop, the same for every stage that trains: image tokenizer, retriever, pretraining, fine-tuning."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,54 +11,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.distributed.tensor import DTensor
 
-from cm3leon.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from cm3leon.objectives.packing import merge_states
 from cm3leon.training.average import WeightAverage
-from cm3leon.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from cm3leon.training.device import Precision, autocast
-from cm3leon.training.schedule import linear_schedule
-from cm3leon.types import UserError
-
-
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """Optimization of one module. Unstated in the paper: AdamW's betas, weight decay and clipping are OPT's."""
-
-    steps: PositiveInt = 1000
-    """Optimizer steps."""
-    batch_size: PositiveInt = 32
-    """Items of a step: blocks of tokens in pretraining, images or pairs elsewhere."""
-    learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warm-up; after them the rate falls linearly to zero."""
-    beta1: Probability = 0.9
-    """AdamW's decay of the mean of gradients."""
-    beta2: Probability = 0.95
-    """AdamW's decay of the mean of squared gradients."""
-    weight_decay: NonNegativeFloat = 0.1
-    """AdamW's decoupled weight decay, for matrices only."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the gradient of all parameters together."""
-    average_decay: Probability | None = None
-    """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
-    precision: Precision = "auto"
-    """Precision of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
-    log_every: PositiveInt = 20
-    """Steps between two records of the figures."""
-    checkpoint_every: PositiveInt = 200
-    """Steps between two checkpoints."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept."""
-    callback_every: PositiveInt = 500
-    """Steps between two calls of the callback (samples drawn during training)."""
-
-    def check(self) -> None:
-        if self.warmup_steps >= self.steps:
-            raise UserError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        if self.checkpoint_every % self.log_every:  # so that a resumed run records the same means as an uninterrupted
-            raise UserError(f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}")
+from cm3leon.training.checkpoint import Checkpoints, checkpoints, read_state, read_tensors, training_tensors
+from cm3leon.training.config import TrainingConfig
+from cm3leon.training.device import autocast
+from cm3leon.training.distributed import Ranks
+from cm3leon.training.faults import Signals, Spikes, bad_gradients, diagnosis
+from cm3leon.training.meter import Book, Figure, Meter, Record, gpu_memory
+from cm3leon.training.optimizer import new_optimizer, set_rate
+from cm3leon.training.schedule import learning_rate
+from cm3leon.types import Again, UserError
 
 
 class Batches(Protocol):
@@ -73,8 +36,22 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor | float]]]
-"""(module, batch) -> scalar loss and figures to record; a figure named `tokens` or `images` also gives a rate."""
+Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Figure]]]
+"""(module, micro-batch) -> mean loss and figures to record; those named `tokens`, `images`, `flops` give rates."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a batch of this rank is divided, and what its parts weigh; the default is one part.
+
+    The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it does not depend on
+    how many ranks and parts there are.
+    """
+
+    parts: Callable[[Any], Sequence[Any]] = lambda batch: [batch]
+    weight: Callable[[Any], float] = lambda part: 1.0
+    ids: Callable[[], list[str]] = list
+    """Ids of the documents in the batch that was drawn last."""
 
 
 def train(
@@ -89,158 +66,166 @@ def train(
     title: str,
     callback: Callable[[int, Any], None] | None = None,
     clipped: Sequence[nn.Module] = (),
-) -> list[dict[str, float]]:
+    shares: Shares = Shares(),
+    ranks: Ranks | None = None,
+    goes_on_from: Path | None = None,
+    peak_flops: float | None = None,
+) -> list[Record]:
     """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
 
     All randomness of a step is a function of (seed, step), so that a resumed run equals an uninterrupted one bit for
-    bit. Figures go to `log.jsonl` and to TensorBoard, both in `folder`; `callback(step, writer)` is called now and
-    then. The gradients of each of the modules in `clipped` are clipped by their own norm (networks with losses of their
-    own), those of the whole module if there is none. Returns the records of the whole run.
+    bit. Figures go to `log.jsonl` and TensorBoard, what went wrong to `events.jsonl`, all in `folder`. A step whose
+    loss or gradient is not finite changes no weight.
+
+    Args:
+        callback: called as (step, TensorBoard writer) now and then, on all ranks; the writer is None but on the first.
+        clipped: modules whose gradients are clipped by their own norms (networks with losses of their own); those of
+            the whole module are if there is none.
+        ranks: the processes that train together, each with its share of the batches; `module` is sharded already.
+        goes_on_from: folder of a finished training whose weights, optimizer, data and steps this one goes on from.
+        peak_flops: FLOP/s of the ranks' devices together, for the share of it that is used (MFU).
+
+    Returns:
+        the records of the whole run, on the first rank.
 
     Raises:
-        FloatingPointError: for a loss or a gradient that is not finite; the last checkpoint is left as it is.
+        FloatingPointError: after too many skipped steps in a row; the last checkpoint is left as it is.
+        Again: after SIGTERM or SIGUSR1, once a checkpoint is written.
+        UserError: for a checkpoint that does not fit.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
-    module.to(device).train()
-    optimizer = _optimizer(module, config)
+    ranks = ranks or Ranks(device)
+    if not ranks.joined:
+        module.to(device)
+    module.train()
+    optimizer = new_optimizer(module, config)
     average = WeightAverage(module, config.average_decay) if config.average_decay else None
-    step, log = _resume(folder, module, optimizer, average, batches, device)
-    with (
-        closing(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)) as writer,
-        tqdm(
-            total=config.steps, initial=step, desc=title, unit="step", mininterval=2.0, dynamic_ncols=True
-        ) as progress,
-    ):
-        meter = _Meter()
-        while step < config.steps:
-            torch.manual_seed(seed * 1_000_003 + step)
-            rate = linear_schedule(
-                step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with autocast(device, config.precision):
-                value, figures = loss(module, batches.next())
-            value.backward()
-            norms = [nn.utils.clip_grad_norm_(part.parameters(), config.clip) for part in clipped or (module,)]
-            norm = torch.stack(norms).norm()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if average:
-                average.update(step)
-            progress.update()
+    tensors = training_tensors(module, optimizer, average)
+    warnings: list[str] = []
+    saved = Checkpoints(folder, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every, tell=warnings.append)
+    start = _resume(folder, goes_on_from, saved, tensors, batches, ranks)
+    step, first, in_row, spikes = start["step"], start["first"], start["in_row"], Spikes(config.spike, start["losses"])
+    last = first + config.steps
 
-            meter.add({"loss": value.detach(), "gradient_norm": norm, **figures})
-            if step % config.log_every == 0 or step == config.steps:
-                record = {"step": step, "learning_rate": rate, **meter.read()}
-                for name in VITAL:
-                    if not math.isfinite(record[name]):
-                        raise FloatingPointError(f"{title}: the {name} is {record[name]} at step {step}")
-                log.append(record)
-                _record(record, folder, writer)
-                progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                state = {"data": batches.state_dict()}
-                save_checkpoint(
-                    folder,
-                    step=step,
-                    module=module,
-                    optimizer=optimizer,
-                    average=average,
-                    state=state,
-                    keep=config.keep_checkpoints,
-                )
+    def checkpoint(data: dict[str, Any], *, wait: bool) -> None:
+        place = {"step": step, "first": first, "in_row": in_row, "losses": spikes.state(), "seed": seed}
+        states = ranks.gather(data)
+        saved.save(tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait)
+
+    with closing(Book(folder, ranks, title=title, step=step, first=first, last=last)) as book, Signals() as signals:
+        meter = Meter(ranks)
+        while step < last:
+            torch.manual_seed(seed * 1_000_003 + step)
+            set_rate(optimizer, rate := learning_rate(step - first, config))
+            before = batches.state_dict()
+            parts = shares.parts(batches.next())
+            weights = [shares.weight(part) for part in parts]
+            whole = ranks.sum([sum(weights)])[0]
+            value = torch.zeros((), device=device)
+            for part, weight in zip(parts, weights, strict=True):
+                if ranks.any(bool(signals.received)):
+                    checkpoint(before, wait=True)
+                    raise Again(f"{title}: stopped at step {step} by {signals.received or 'a signal'}")
+                with autocast(device, config.precision):
+                    part_loss, figures = loss(module, part)
+                # FSDP takes the mean of the ranks' gradients; the sum is what is wanted.
+                (part_loss * (weight * ranks.count / whole)).backward()
+                value = value + part_loss.detach() * (weight / whole)
+                meter.add(figures)
+            norm = _clip(clipped or (module,), config.clip)
+            step_loss, odd = ranks.sum([float(value), float(not math.isfinite(float(value) + norm))])
+            step += 1
+            if odd:
+                in_row += 1
+                _skip(module, book, shares, ranks, step=step, loss=step_loss, norm=norm)
+                if in_row > config.bad_steps:
+                    saved.finish()
+                    raise FloatingPointError(diagnosis(title, step=step, in_row=in_row, loss=step_loss, norm=norm))
+            else:
+                in_row = 0
+                optimizer.step()
+                if average:
+                    average.update(step - first)
+                meter.add({"loss": step_loss, "gradient_norm": norm})
+                if spike := spikes.look_at(step_loss):
+                    book.event(step, "loss spike", **spike, documents=_documents(shares, ranks))
+            optimizer.zero_grad()
+            book.advance()
+
+            if step % config.log_every == 0 or step == last:
+                rates = _with_mfu(meter.read(), peak_flops)
+                book.record({"step": step, "learning_rate": rate, **rates, **gpu_memory(device)})
+            if (step % config.checkpoint_every == 0 or step == last) and not in_row:
+                checkpoint(batches.state_dict(), wait=step == last)
             if callback and step % config.callback_every == 0:
-                callback(step, writer)
+                with meter.paused():
+                    callback(step, book.writer)
                 module.train()
+            saved.look()
+            while warnings:
+                book.event(step, "warning", message=warnings.pop(0))
     if average:
         average.install()
     module.eval()
-    return log
-
-
-def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (biases, norms) do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return book.log
 
 
 def _resume(
     folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
+    goes_on_from: Path | None,
+    saved: Checkpoints,
+    tensors: Mapping[str, Any],
     batches: Batches,
-    device: torch.device,
-) -> tuple[int, list[dict[str, float]]]:
-    """Restores the newest checkpoint and cuts the log to it. Returns (step, log)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log_file = folder / "log.jsonl"
-    saved = checkpoints(folder)
-    if not saved:
-        log_file.write_text("")
-        return 0, []
-    state = load_checkpoint(saved[-1], module=module, optimizer=optimizer, average=average, device=device)
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Restores the newest checkpoint of the folder, or of the training that is gone on from; what else was saved."""
+    saved.begin()
+    path, state = saved.newest(), None
+    if path:
+        state = read_state(path)
+    elif goes_on_from:
+        others = checkpoints(goes_on_from)
+        if not others:
+            raise UserError(f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights")
+        path = others[-1]
+        state = {**read_state(path), "in_row": 0, "losses": []}
+        state["first"] = state["step"]
+    if path is None or state is None:
+        return {"step": 0, "first": 0, "in_row": 0, "losses": []}
+    read_tensors(path, tensors, ranks)
     batches.load_state_dict(state["data"])
-    records = (_parsed(line) for line in log_file.read_text().splitlines())
-    log = [record for record in records if record and record["step"] <= state["step"]]
-    log_file.write_text("".join(json.dumps(record) + "\n" for record in log))
-    return state["step"], log
+    return state
 
 
-def _parsed(line: str) -> dict[str, float] | None:
-    """A record of the log; None for a last line that a kill cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+def _clip(modules: Sequence[nn.Module], most: float) -> float:
+    """Clips the gradients of each module by its own norm; returns the norm of all of them together."""
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), most) for module in modules]
+    return float(torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm())
 
 
-def _record(record: dict[str, float], folder: Path, writer: Any) -> None:
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name, value in record.items():
-        if name != "step":
-            writer.add_scalar(name, value, record["step"])
+def _skip(
+    module: nn.Module,
+    book: Book,
+    shares: Shares,
+    ranks: Ranks,
+    *,
+    step: int,
+    loss: float,
+    norm: float,
+) -> None:
+    """Writes down a step that is skipped: what was not finite, on any rank, and in which documents."""
+    names = sorted({name for names in ranks.gather(bad_gradients(module)) for name in names})
+    book.event(
+        step, "step skipped", loss=loss, gradient_norm=norm, parameters=names, documents=_documents(shares, ranks)
+    )
 
 
-VITAL = ("loss", "gradient_norm")
-"""Figures that must be finite: where one is not, the weights are lost, and no checkpoint may follow."""
+def _documents(shares: Shares, ranks: Ranks) -> list[str]:
+    """Ids of the documents in the batch, those of all ranks."""
+    return [id_ for ids in ranks.gather(shares.ids()) for id_ in ids]
 
 
-class _Meter:
-    """Means of figures between two records, counts (`tokens`, `images`) as a rate per second."""
-
-    counts = ("tokens", "images")
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._values: dict[str, list[Tensor | float]] = {}
-        self._start = time.perf_counter()
-
-    def add(self, figures: Mapping[str, Tensor | float]) -> None:
-        for name, value in figures.items():
-            self._values.setdefault(name, []).append(value)
-
-    def read(self) -> dict[str, float]:
-        """The means since the last reading. A figure (but a vital one) is NaN in a step with nothing to average."""
-        seconds = time.perf_counter() - self._start
-        result = {}
-        for name, values in self._values.items():
-            numbers = [float(value) for value in values]
-            if name in self.counts:
-                result[f"{name}_per_second"] = sum(numbers) / seconds
-            else:
-                known = [number for number in numbers if name in VITAL or not math.isnan(number)]
-                if known:
-                    result[name] = sum(known) / len(known)
-        self._reset()
-        return result
+def _with_mfu(record: Record, peak_flops: float | None) -> Record:
+    """The record with the share of the devices' peak that the model's FLOPs are, where both are known."""
+    if peak_flops and "flops_per_second" in record:
+        return {**record, "mfu": record["flops_per_second"] / peak_flops}
+    return record

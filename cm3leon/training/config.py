@@ -1,0 +1,135 @@
+"""How a module is optimized: fields for every stage that trains, and those that only the decoder has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cm3leon.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from cm3leon.training.device import Precision
+from cm3leon.types import UserError
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+LAYOUT = (
+    "micro_batch",
+    "activation_checkpointing",
+    "compile",
+    "replicas",
+    "timeout_seconds",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "callback_every",
+    "bad_steps",
+    "spike",
+)
+"""Fields that may change while a training goes on: how it is computed and looked after, not what it computes."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Optimization of one module. Unstated in the paper: AdamW's betas, weight decay and clipping are OPT's."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Items of a step: blocks of tokens in pretraining, images or pairs elsewhere."""
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up to the peak."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """The rate after the warm-up: falls on a line, or on half a cosine, or stays at the peak and falls on a line in the
+    last `decay_share` of the steps (warm-up, stable, decay)."""
+    final_rate: Probability = 0.0
+    """Learning rate after the last step, as a share of the peak."""
+    decay_share: Probability = 0.2
+    """Schedule wsd: share of the steps in which the rate falls."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed."""
+    beta1: Probability = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: Probability = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW's decoupled weight decay, for matrices only."""
+    undecayed: list[str] = field(default_factory=list)
+    """Words in the names of parameters that do not decay either: [embedding, positions] spares both tables."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient of all parameters together."""
+    average_decay: Probability | None = None
+    """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
+    precision: Precision = "auto"
+    """Precision of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
+    log_every: PositiveInt = 20
+    """Steps between two records of the figures."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between two checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this are kept for good; None = none is."""
+    callback_every: PositiveInt = 500
+    """Steps between two validations, with samples drawn for TensorBoard."""
+    bad_steps: PositiveInt = 10
+    """Steps in a row that may be skipped, because their loss or gradient is not finite, before the run stops."""
+    spike: PositiveFloat = 6.0
+    """Standard deviations above the mean of the last 100 losses from which a loss is written down as a spike."""
+
+    def check(self) -> None:
+        if self.warmup_steps >= self.steps:
+            raise UserError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        if self.checkpoint_every % self.log_every:  # so that a resumed run records the same means as an uninterrupted
+            raise UserError(f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}")
+        if self.keep_every and self.keep_every % self.checkpoint_every:
+            raise UserError(f"checkpoint_every {self.checkpoint_every} must divide keep_every {self.keep_every}")
+
+
+@dataclass(kw_only=True)
+class DecoderTrainingConfig(TrainingConfig):
+    """Optimization of the decoder, on any number of processes."""
+
+    batch_tokens: PositiveInt | None = None
+    """Tokens of a step of all ranks together, a multiple of model.seq_len, in place of `batch_size`; None = that."""
+    micro_batch: PositiveInt | None = None
+    """Blocks that a rank computes at a time, their gradients added up to the batch; None = its whole share at once."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared log of the softmax's denominator, which keeps logits small (PaLM: 1e-4); 0 = off."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or all
+    inside a layer."""
+    compile: bool = False
+    """Whether torch.compile makes kernels of each layer."""
+    replicas: PositiveInt = 1
+    """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding)."""
+    timeout_seconds: PositiveInt = 600
+    """Time after which a rank that waits for the others gives up, and ends the job."""
+    start: Path | None = None
+    """Run folder whose finished pretraining this training starts from; None starts from random weights."""
+    start_with: Literal["weights", "everything"] = "weights"
+    """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where that training ended,
+    for another `steps` under this schedule, as the paper raised the learning rate again after an epoch."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of low-rank updates that are trained in place of the layers' matrices, and merged at the end; 0 = off."""
+    lora_alpha: PositiveFloat = 16.0
+    """Low-rank updates are scaled by lora_alpha / lora_rank."""
+
+    def blocks(self, seq_len: int) -> int:
+        """Blocks of a step of all ranks together. Raises UserError for tokens that are no whole blocks."""
+        if self.batch_tokens is None:
+            return self.batch_size
+        if self.batch_tokens % seq_len:
+            raise UserError(
+                f"training.batch_tokens is {self.batch_tokens}; it must be a multiple of model.seq_len {seq_len}"
+            )
+        return self.batch_tokens // seq_len
+
+    def check(self) -> None:
+        super().check()
+        if self.start_with == "everything" and self.start is None:
+            raise UserError("start_with is everything, but start names no run folder")
+        if self.lora_rank and self.start is None:
+            raise UserError("lora_rank is for fine-tuning: start must name the run folder of a trained model")

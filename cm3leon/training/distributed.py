@@ -1,0 +1,156 @@
+"""The processes of a training: found from torchrun's or SLURM's environment, joined, and asked for sums."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cm3leon.training.device import best_device
+from cm3leon.types import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the others, and where the first of them listens."""
+
+    rank: int
+    count: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """This process's place by the variables of torchrun, or of a SLURM step with several tasks; None alone.
+
+    A batch script or a shell of SLURM is one process, however many tasks its job has: only `srun` starts a step.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(
+            rank=int(environment["RANK"]),
+            count=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environment.get("MASTER_PORT", 29500)),
+        )
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        return Place(
+            rank=int(environment["SLURM_PROCID"]),
+            count=int(environment["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environment["SLURM_LOCALID"]),
+            address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
+            port=int(environment.get("MASTER_PORT", 0)) or _port(environment),
+        )
+    return None
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of SLURM's compressed list of nodes, `gpu[03-06,9]` -> `gpu03`."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return answer.stdout.split()[0]
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port that is the same in all tasks of a step, and another in other jobs on the same node."""
+    return 20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_STEP_ID", 0))) % 20_000
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together; one alone by default. All methods but the properties wait for all ranks."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    joined: bool = False
+    """Whether there is a process group, be it of one rank."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes logs and results."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in float64, the same on all."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        return self.sum([float(value)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, on each of them."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.sum([0.0])
+
+    def mesh(self, replicas: int) -> DeviceMesh | None:
+        """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a process group.
+
+        Raises:
+            UserError: for replicas that the ranks cannot be divided into.
+        """
+        if self.count % replicas:
+            raise UserError(f"training.replicas is {replicas}; it must divide the {self.count} ranks")
+        if not self.joined:
+            return None
+        shards = self.count // replicas
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
+        return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def joined(place: Place | None, timeout_seconds: int) -> Iterator[Ranks]:
+    """The ranks of this training, with a process group for as long as the context lasts where there are several.
+
+    Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the timeout raises, and so
+    does one whose peer has died: the job ends, it does not hang.
+
+    Raises:
+        UserError: if a rank has no GPU of its own on a machine with GPUs.
+    """
+    device = best_device()
+    if place is None:
+        yield Ranks(device)
+        return
+    if device.type == "cuda":
+        if place.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {place.rank} is number {place.local_rank} on its node, which has "
+                f"{torch.cuda.device_count()} GPUs; start one process a GPU"
+            )
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+        rank=place.rank,
+        world_size=place.count,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield Ranks(device, place.rank, place.count, joined=True)
+    finally:
+        dist.destroy_process_group()

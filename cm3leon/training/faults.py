@@ -1,0 +1,88 @@
+"""What goes wrong in a long training: signals, losses that jump, losses and gradients that are no numbers."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+from collections import deque
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+WINDOW, LEAST = 100, 20
+"""Losses that a spike is compared with, and how many there have to be."""
+
+
+class Signals:
+    """A context that notes SIGTERM and SIGUSR1 instead of dying of them; elsewhere than in the main thread it does not.
+
+    `received` is the signal's name, "" if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+class Spikes:
+    """Tells losses that stand out from those before them.
+
+    Args:
+        sigma: standard deviations above the mean of the last `WINDOW` losses from which one does.
+    """
+
+    def __init__(self, sigma: float, losses: Iterable[float] = ()) -> None:
+        self._sigma = sigma
+        self._losses: deque[float] = deque(losses, maxlen=WINDOW)
+
+    def look_at(self, loss: float) -> dict[str, float] | None:
+        """Takes in a finite loss; what there is to say of it if it is a spike."""
+        said = None
+        if len(self._losses) >= LEAST:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + self._sigma * deviation:
+                said = {"loss": loss, "mean_before": mean, "deviation_before": deviation}
+        self._losses.append(loss)
+        return said
+
+    def state(self) -> list[float]:
+        """The losses looked at, for `losses` of another one."""
+        return list(self._losses)
+
+
+def bad_gradients(module: nn.Module) -> list[str]:
+    """Names of parameters whose gradient, or this rank's share of it, is not finite."""
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(_local(parameter.grad)).all())
+    ]
+
+
+def diagnosis(title: str, *, step: int, in_row: int, loss: float, norm: float) -> str:
+    """One sentence on a training that gets no finite loss or gradient any more."""
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    return f"{title}: {in_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

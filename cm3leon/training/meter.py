@@ -1,0 +1,170 @@
+"""What is written down of a training: means of figures, rates, and events, in JSON lines and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cm3leon.training.distributed import Ranks
+
+Figure = Tensor | float | tuple[Tensor, Tensor]
+"""What is recorded of a micro-batch: a number, or (total, count), averaged over everything that is counted."""
+
+Record = dict[str, Any]
+
+COUNTS = ("tokens", "images", "flops")
+"""Figures that are recorded as a rate a second of all ranks together."""
+
+
+class Meter:
+    """Means of figures between two records: over micro-batches, steps and ranks."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._values: dict[str, list[Figure]] = {}
+        self._start = time.perf_counter()
+
+    def add(self, figures: Mapping[str, Figure]) -> None:
+        """Takes in the figures of a micro-batch; nothing waits for the device here."""
+        for name, value in figures.items():
+            self._values.setdefault(name, []).append(value)
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading; a figure is left out that is never finite, or never of anything.
+
+        The ranks have to have the same figures.
+        """
+        seconds = time.perf_counter() - self._start
+        names = list(self._values)
+        pairs = [number for name in names for number in _total(self._values[name])]
+        summed = self._ranks.sum(pairs)
+        result = {}
+        for name, total, count in zip(names, summed[::2], summed[1::2], strict=True):
+            if name in COUNTS:
+                result[f"{name}_per_second"] = total / seconds
+            elif count:
+                result[name] = total / count
+        self._values = {}
+        self._start = time.perf_counter()
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is not counted in rates."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+def _total(values: list[Figure]) -> tuple[float, float]:
+    """Sum and count of the values that are finite."""
+    pairs = [(float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for v in values]
+    known = [(total, count) for total, count in pairs if math.isfinite(total)]
+    return sum(total for total, _ in known), sum(count for _, count in known)
+
+
+class Book:
+    """The files of a training that people read: `log.jsonl`, `events.jsonl`, TensorBoard, and the progress bar.
+
+    On all ranks but the first it writes nothing.
+
+    Args:
+        step: where the training goes on; records and events after it are of a run that was killed, and are cut off.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, title: str, step: int, first: int, last: int) -> None:
+        self._folder = folder
+        self._writes = ranks.first
+        self.writer: Any = None
+        self.log: list[Record] = []
+        if self._writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.log = _cut(folder / "log.jsonl", step)
+            _cut(folder / "events.jsonl", step)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._progress = tqdm(
+            total=last - first,
+            initial=step - first,
+            desc=title,
+            unit="step",
+            mininterval=2.0,
+            dynamic_ncols=True,
+            disable=not self._writes,
+        )
+
+    def record(self, record: Record) -> None:
+        """Writes down a record of figures under its `step`."""
+        if not self._writes:
+            return
+        self.log.append(record)
+        _append(self._folder / "log.jsonl", record)
+        for name, value in record.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, record["step"])
+        if "loss" in record:
+            self._progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """Writes down what happened at a step, and says it above the progress bar."""
+        if self._writes:
+            _append(self._folder / "events.jsonl", {"step": step, "event": kind, **details})
+            said = ", ".join(f"{name} {_short(value)}" for name, value in details.items())
+            tqdm.write(f"      step {step}: {kind}: {said}")
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self._progress.update()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._progress.close()
+        if self.writer:
+            self.writer.close()
+
+
+def _cut(file: Path, step: int) -> list[Record]:
+    """The lines of a file up to a step; what comes after them is cut off."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kept = [record for record in map(_parsed, lines) if record and record["step"] <= step]
+    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def _parsed(line: str) -> Record | None:
+    """A line of a log; None for a last one that a kill cut short."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _append(file: Path, record: Record) -> None:
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and len(value) > 5:
+        return f"{', '.join(map(str, value[:5]))} and {len(value) - 5} more"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors took on a GPU since the last call, in GB (1e9 bytes); nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_gb": peak / 1e9}

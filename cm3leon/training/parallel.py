@@ -1,0 +1,61 @@
+"""A model over the ranks: FSDP2 on a device mesh, with recomputation and compilation of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.device import uses_bf16
+from cm3leon.training.distributed import Ranks
+
+
+def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: DecoderTrainingConfig, ranks: Ranks) -> Any:
+    """A model with its weights, sharded over the ranks; on one process without a group, as it is.
+
+    Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and gradients are kept in
+    float32; layers are gathered in bf16 where the precision is bf16, and gradients are summed in float32.
+
+    Args:
+        whole: makes the model with its weights, on the CPU; called on the first rank only, which sends the others
+            their shards, so that no other ever holds all of it.
+        shape: makes the model without looking at its weights.
+    """
+    mesh = ranks.mesh(config.replicas)
+    if mesh is None:
+        return whole().to(ranks.device)
+    with torch.device("meta"):
+        model = shape()
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None, reduce_dtype=torch.float32
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=ranks.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state: dict[str, Any] = whole().state_dict() if ranks.first else {}
+    set_model_state_dict(model, state, options=options)
+    return model
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """All weights by name on the CPU, on the first rank; empty on the others. All ranks have to call it."""
+    if not isinstance(model, FSDPModule):
+        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def keep_gathered(model: nn.Module, keep: bool) -> None:
+    """Whether layers stay gathered after a forward pass, as they should while tokens are drawn one by one."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(not keep)
+        if not keep:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
