@@ -78,6 +78,7 @@ setup(
             "lpips",
             "scikit-image",
             "pytorch-fid",
+            "torchao",
             "setuptools>=77",
         ],
     },

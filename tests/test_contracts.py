@@ -122,7 +122,7 @@ def test_objective_keeps_every_token_within_the_limit(registry: Registry[Any], n
         assert len(corrupted.weight_T) == len(corrupted.ids_T) <= 30
         assert not (set(sample.ids_T.tolist()) - set(corrupted.ids_T.tolist()))
     batch = collate([pack([corrupted], 32, VOCAB.pad)], torch.device("cpu"))
-    loss, figures = objective.loss(torch.zeros(1, 32, VOCAB.size), batch)
+    loss, figures = objective.loss(torch.zeros(1, 32, 8), torch.nn.Linear(8, VOCAB.size, bias=False), batch)
     assert loss.item() == pytest.approx(np.log(VOCAB.size), abs=1e-5)
     assert figures["tokens"] == len(corrupted.ids_T)
 

@@ -297,6 +297,28 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, average_decay: floa
     assert not again.training
 
 
+class Wide(Tiny):
+    """Wide enough for torchao to quantize the moments of a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 2048)
+        self.second = nn.Linear(2048, 1)
+
+
+def test_moments_of_8_bits_learn_and_are_resumed_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    fields: dict[str, Any] = {"optimizer": "adamw_8bit", "learning_rate": 0.002}
+    whole, log = run(tmp_path / "whole", module=Wide(), **fields)
+    _, other = run(tmp_path / "exact", module=Wide(), **{**fields, "optimizer": "adamw"})
+    assert log[-1]["loss"] == pytest.approx(other[-1]["loss"], rel=0.1)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped", module=Wide(), batches=Numbers(fails_at=9), **fields)
+    again, log_again = run(tmp_path / "stopped", module=Wide(), **fields)
+    assert without_rates(log_again) == without_rates(log)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+
+
 def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> None:
     """The weights after every step, averaged in float64 with the decay's own warm-up; buffers are the last ones."""
     seen: list[dict[str, Tensor]] = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +69,15 @@ class Transformer(nn.Module):
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V) of the token after each position; arguments as in `hidden`."""
-        return self.head(self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, cache=cache))
+        readout: Callable[[Tensor, nn.Linear], Any] | None = None,
+    ) -> Any:
+        """Logits (B, T, V) of the token after each position; arguments as in `hidden`.
+
+        `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
+        holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
+        """
+        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, cache=cache)
+        return self.head(hidden_BTD) if readout is None else readout(hidden_BTD, self.head)
 
     def hidden(
         self,
@@ -102,7 +111,7 @@ class Transformer(nn.Module):
             position_BT = torch.arange(T, device=ids_BT.device)[None]
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, mask, cache, layer)
+            x_BTD = block(x_BTD, mask, partial(cache.append, layer) if cache else None)
         if cache is not None:
             cache.advance(T)
         return _norm(x_BTD)
@@ -140,12 +149,18 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The residual stream (B, T, D) after this layer; `remember` adds keys and values to a cache and gives all."""
         B, T, _ = x_BTD.shape
         qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         q_BATE, k_BASE, v_BASE = qkv_3BATE.unbind()
-        if cache is not None:
-            k_BASE, v_BASE = cache.append(layer, k_BASE, v_BASE)
+        if remember is not None:
+            k_BASE, v_BASE = remember(k_BASE, v_BASE)
         attended_BATE = attend(q_BATE, k_BASE, v_BASE, mask)
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cm3leon.objectives.loss import linear_cross_entropy
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Batch
@@ -43,22 +43,23 @@ class Objective:
         end = min(start + room, len(sample.ids_T))
         return self.corrupt(cut(sample, start, end), rng, room), end
 
-    def loss(self, logits_BTV: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Weighted mean negative log-likelihood in nats, with the figures to record.
+    def loss(
+        self, hidden_BTD: Tensor, head: nn.Linear, batch: Batch, *, z_loss: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
+        """Weighted mean negative log-likelihood in nats of the tokens after each position, with figures to record.
 
-        `loss_text` and `loss_image` are plain means over the targets of each modality that carry a loss, NaN where a
-        batch has none.
+        `loss_text` and `loss_image` are pairs (sum, count) over the targets of each modality that carry a loss: such
+        pairs are averaged over everything that is counted, micro-batches, ranks and steps. `tokens` is a count. An
+        objective of another kind overrides this; `head(hidden_BTD)` are the logits (B, T, V).
         """
-        nll_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), batch.target_BT.flatten(), reduction="none")
-        nll_BT = nll_BT.view_as(batch.weight_BT)
-        loss = (nll_BT * batch.weight_BT).sum() / batch.weight_BT.sum().clamp(min=1e-8)
-        detached_BT, counted_BT = nll_BT.detach(), batch.weight_BT > 0
-        vocab = self.vocab
-        image_BT = counted_BT & (batch.target_BT >= vocab.image_start) & (batch.target_BT < vocab.sentinel_start)
-        text_BT = counted_BT & (batch.target_BT < vocab.text_size)
+        target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
+        loss, nll_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss)
+        counted_N, vocab = weight_N > 0, self.vocab
+        image_N = counted_N & (target_N >= vocab.image_start) & (target_N < vocab.sentinel_start)
+        text_N = counted_N & (target_N < vocab.text_size)
         return loss, {
-            "loss_text": _mean(detached_BT, text_BT),
-            "loss_image": _mean(detached_BT, image_BT),
+            "loss_text": (torch.where(text_N, nll_N, 0).sum(), text_N.sum()),
+            "loss_image": (torch.where(image_N, nll_N, 0).sum(), image_N.sum()),
             "tokens": float((batch.sample_BT >= 0).sum()),
         }
 
@@ -71,8 +72,3 @@ def cut(sample: LaidOut, start: int, end: int) -> LaidOut:
         if s.start < end and start < s.end
     )
     return LaidOut(sample.ids_T[start:end], segments)
-
-
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of the chosen values, NaN of none."""
-    return torch.where(chosen, values, 0).sum() / chosen.sum()

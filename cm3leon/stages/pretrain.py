@@ -21,6 +21,7 @@ from cm3leon.stages.training_data import training_samples
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.device import autocast
+from cm3leon.training.meter import Meter
 from cm3leon.training.parallel import distributed, whole_state
 from cm3leon.training.trainer import Shares, train
 from cm3leon.types import Batch, Sample, UserError
@@ -57,7 +58,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         batch = batch.to(run.device)
-        return run.objective.loss(_logits(module, batch), batch)
+        return _loss(run, module, batch, z_loss=config.z_loss)
 
     def callback(step: int, writer: Any) -> None:
         model.eval()
@@ -118,20 +119,18 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
     The ranks share the documents; those that have fewer compute some twice, as all have to compute equally often.
     """
     batches, ranks = list(_validation_batches(run)), run.ranks
-    totals: dict[str, list[float]] = {}
+    meter = Meter(ranks)
     for first in range(0, len(batches), ranks.count):
         number = first + ranks.rank
         batch = batches[number % len(batches)].to(run.device)
         with autocast(run.device, run.experiment.training.precision):
-            value, figures = run.objective.loss(_logits(model, batch), batch)
+            value, figures = _loss(run, model, batch)
         if number < len(batches):
-            for name, figure in {"loss": value, **figures}.items():
-                totals.setdefault(name, []).append(float(figure))
-    names = sorted(name for names in ranks.gather(list(totals)) for name in names if name != "tokens")
-    names = list(dict.fromkeys(names))
-    known = {name: [value for value in totals.get(name, []) if not np.isnan(value)] for name in names}
-    sums = ranks.sum([number for name in names for number in (sum(known[name]), len(known[name]))])
-    return {name: total / count for name, total, count in zip(names, sums[::2], sums[1::2], strict=True) if count}
+            weight = batch.weight_BT.sum()
+            meter.add({"loss": (value * weight, weight), **figures})
+        else:
+            meter.add({name: (value * 0, value * 0) for name in ("loss", *figures)})
+    return {name: value for name, value in meter.read().items() if not name.endswith("_per_second")}
 
 
 def _validation_batches(run: Run) -> Iterator[Batch]:
@@ -167,5 +166,11 @@ def draw_images(run: Run, model: nn.Module) -> tuple[np.ndarray, list[str]]:
     return run.image_tokenizer.decode(np.stack(codes)), [run.corpus.captions[row] for row in rows]
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(batch.ids_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT)
+def _loss(run: Run, model: nn.Module, batch: Batch, *, z_loss: float = 0.0) -> tuple[Tensor, Any]:
+    """The objective's loss and figures; computed inside the model's forward pass, see `Transformer.forward`."""
+    return model(
+        batch.ids_BT,
+        position_BT=batch.position_BT,
+        sample_BT=batch.sample_BT,
+        readout=lambda hidden_BTD, head: run.objective.loss(hidden_BTD, head, batch, z_loss=z_loss),
+    )

@@ -121,7 +121,7 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
     with joined(find_place(), experiment.training.timeout_seconds) as ranks:
         if ranks.joined:
             _pretrain_together(experiment, folder, ranks)
-    if not ranks.first or until == "pretraining":
+    if ranks.joined and (not ranks.first or until == "pretraining"):
         return
     run = _open(experiment, folder)
     seconds = run_stages(stages_of(experiment), run, folder, lambda line: print(line, flush=True), until=until)

@@ -25,12 +25,17 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
+
+LAST_WAIT = 30.0
+"""Seconds; longer than it takes to notice that another rank is lost."""
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -96,6 +101,11 @@ class Checkpoints:
         if self._writing:
             self._writing.thread.join()
             self.look()
+
+    def close(self) -> None:
+        """Gives the checkpoint that is being written some time, when the training ends by an error."""
+        if self._writing:
+            self._writing.thread.join(LAST_WAIT)
 
     def look(self) -> None:
         """Tells about a checkpoint that has failed since; does not wait."""
@@ -214,9 +224,19 @@ def training_tensors(
     if not optimizer.state:
         prime(optimizer)
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    moments = {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    moments = {
+        names[parameter]: {name: _plain(tensor) for name, tensor in state.items()}
+        for parameter, state in optimizer.state.items()
+    }
     tensors: dict[str, Any] = {"model": module.state_dict(), "optimizer": moments}
     return {**tensors, "average": average.tensors()} if average else tensors
+
+
+def _plain(tensor: Tensor) -> Tensor | dict[str, Tensor]:
+    """A tensor, or the ones that make up a quantized one; they share its memory."""
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+        return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    return tensor
 
 
 def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:

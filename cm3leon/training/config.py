@@ -49,7 +49,7 @@ class TrainingConfig:
     decay_share: Probability = 0.2
     """Schedule wsd: share of the steps in which the rate falls."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed."""
+    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed; one process only."""
     beta1: Probability = 0.9
     """AdamW's decay of the mean of gradients."""
     beta2: Probability = 0.95
@@ -112,10 +112,6 @@ class DecoderTrainingConfig(TrainingConfig):
     start_with: Literal["weights", "everything"] = "weights"
     """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where that training ended,
     for another `steps` under this schedule, as the paper raised the learning rate again after an epoch."""
-    lora_rank: NonNegativeInt = 0
-    """Rank of low-rank updates that are trained in place of the layers' matrices, and merged at the end; 0 = off."""
-    lora_alpha: PositiveFloat = 16.0
-    """Low-rank updates are scaled by lora_alpha / lora_rank."""
 
     def blocks(self, seq_len: int) -> int:
         """Blocks of a step of all ranks together. Raises UserError for tokens that are no whole blocks."""
@@ -131,5 +127,3 @@ class DecoderTrainingConfig(TrainingConfig):
         super().check()
         if self.start_with == "everything" and self.start is None:
             raise UserError("start_with is everything, but start names no run folder")
-        if self.lora_rank and self.start is None:
-            raise UserError("lora_rank is for fine-tuning: start must name the run folder of a trained model")

@@ -10,9 +10,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
 from cm3leon.training.distributed import Ranks
+from cm3leon.types import UserError
 
 
 def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: DecoderTrainingConfig, ranks: Ranks) -> Any:
@@ -21,6 +23,9 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
     Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and gradients are kept in
     float32; layers are gathered in bf16 where the precision is bf16, and gradients are summed in float32.
 
+    Raises:
+        UserError: for replicas that the ranks cannot be divided into, or 8-bit moments on several ranks.
+
     Args:
         whole: makes the model with its weights, on the CPU; called on the first rank only, which sends the others
             their shards, so that no other ever holds all of it.
@@ -28,9 +33,16 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
     """
     mesh = ranks.mesh(config.replicas)
     if mesh is None:
-        return whole().to(ranks.device)
+        model = whole().to(ranks.device)
+        _prepare(model, config)
+        return model
+    if config.optimizer == "adamw_8bit":
+        raise UserError(
+            "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one process, without torchrun"
+        )
     with torch.device("meta"):
         model = shape()
+    _prepare(model, config)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None, reduce_dtype=torch.float32
     )
@@ -59,3 +71,9 @@ def keep_gathered(model: nn.Module, keep: bool) -> None:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+
+def _prepare(model: nn.Module, config: DecoderTrainingConfig) -> None:
+    recompute(model, config.activation_checkpointing)
+    if config.compile:
+        compile_blocks(model)

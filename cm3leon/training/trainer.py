@@ -111,7 +111,8 @@ def train(
         states = ranks.gather(data)
         saved.save(tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait)
 
-    with closing(Book(folder, ranks, title=title, step=step, first=first, last=last)) as book, Signals() as signals:
+    book = Book(folder, ranks, title=title, step=step, first=first, last=last)
+    with closing(saved), closing(book), Signals() as signals:
         meter = Meter(ranks)
         while step < last:
             torch.manual_seed(seed * 1_000_003 + step)

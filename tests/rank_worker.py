@@ -1,0 +1,92 @@
+"""One rank of a small training, run as a process by tests/test_distributed.py.
+
+RANK=0 WORLD_SIZE=2 MASTER_PORT=... python rank_worker.py '{"folder": ..., "fields": {...}, "pause": 0.1}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cm3leon.models.transformer import Transformer
+from cm3leon.objectives.packing import BlockStream, PackingConfig
+from cm3leon.registry import OBJECTIVES, discover
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.distributed import find_place, joined
+from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.trainer import Shares, train
+from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
+
+VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
+SEQ_LEN = 48
+
+
+def draw(position: int, rng: np.random.Generator) -> Sample:
+    text = TokenSegment("text", rng.integers(8, 40, size=rng.integers(2, 9)))
+    image = TokenSegment("image", 40 + rng.integers(16, size=12))
+    return Sample(TokenDocument(f"document {position}", (text, image)))
+
+
+def main(options: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    discover()
+    folder = Path(options["folder"])
+    fields = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01, "log_every": 1}
+    fields |= {"checkpoint_every": 2, "precision": "float32", "timeout_seconds": 60}
+    config = DecoderTrainingConfig(**{**fields, **options.get("fields", {})})
+    objective: Any = OBJECTIVES.build("cm3", vocab=VOCAB)
+
+    def new_model() -> Transformer:
+        torch.manual_seed(1)
+        shape = Transformer.Config(layers=2, width=32, head_size=16, seq_len=SEQ_LEN, init_std=0.05)
+        return Transformer(shape, vocab_size=VOCAB.size)
+
+    def loss(model: Any, batch: Any) -> Any:
+        time.sleep(options.get("pause", 0))
+        return model(
+            batch.ids_BT,
+            position_BT=batch.position_BT,
+            sample_BT=batch.sample_BT,
+            readout=lambda hidden_BTD, head: objective.loss(hidden_BTD, head, batch, z_loss=config.z_loss),
+        )
+
+    with joined(find_place(), config.timeout_seconds) as ranks:
+        stream = BlockStream(
+            draw,
+            objective,
+            PackingConfig(method="stream"),
+            seq_len=SEQ_LEN,
+            batch_size=config.blocks(SEQ_LEN),
+            seed=0,
+            device=ranks.device,
+            rank=ranks.rank,
+            ranks=ranks.count,
+        )
+        model = distributed(new_model, new_model, config, ranks)
+        shares = Shares(
+            parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
+            weight=lambda part: float(part.weight_BT.sum()),
+            ids=stream.ids,
+        )
+        where: dict[str, Any] = {"folder": folder, "device": ranks.device, "seed": 0, "title": "tiny"}
+        try:
+            train(model, loss, stream, config, **where, shares=shares, ranks=ranks)
+        except Again as again:
+            print(again)
+            return 75
+        state = whole_state(model)
+        if ranks.first:
+            save_weights(folder / "model.safetensors", state)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

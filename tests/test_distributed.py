@@ -1,0 +1,184 @@
+"""Several processes train as one does; checkpoints fit any number of them; a lost one ends the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cm3leon.training.checkpoint import checkpoints
+from cm3leon.training.distributed import Place, find_place
+
+WORKER = Path(__file__).parent / "rank_worker.py"
+NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
+
+
+def start(folder: Path, ranks: int | None, **options: Any) -> list[subprocess.Popen[str]]:
+    """Processes of a training; `ranks` None is one without a process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(WORKER), json.dumps({"folder": str(folder), **options})]
+    processes = []
+    for rank in range(ranks or 1):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)} if ranks else {}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent), **place}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Exit codes; what a process said is shown if the test fails."""
+    for process in processes:
+        print(process.communicate(timeout=240)[0])
+    return [process.returncode for process in processes]
+
+
+def trained(folder: Path, ranks: int | None, **options: Any) -> dict[str, torch.Tensor]:
+    """The weights in the end."""
+    assert set(finish(start(folder, ranks, **options))) == {0}
+    return load_file(folder / "model.safetensors")
+
+
+def figures(folder: Path) -> dict[int, list[float]]:
+    """Loss of each step, also by modality, and the gradient's norm."""
+    with (folder / "log.jsonl").open() as lines:
+        return {record["step"]: [record[name] for name in NAMES] for record in map(json.loads, lines)}
+
+
+def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
+    """To the rounding of float32."""
+    assert found.keys() == expected.keys() == set(range(1, 9))
+    for step, numbers in found.items():
+        assert numbers == pytest.approx(expected[step], rel=2e-5), step
+
+
+def wait_for(folder: Path, count: int) -> None:
+    limit = time.monotonic() + 120
+    while len(checkpoints(folder)) < count:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted training by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    trained(folder, None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fields"),
+    [
+        (None, {"micro_batch": 1}),
+        (None, {"micro_batch": 3, "batch_size": 32, "batch_tokens": 4 * 48}),
+        (1, {}),
+        (2, {}),
+        (2, {"micro_batch": 1, "activation_checkpointing": "full"}),
+        (4, {}),
+        (4, {"replicas": 2, "activation_checkpointing": "selective"}),
+    ],
+)
+def test_any_number_of_ranks_and_parts_gives_the_same_losses(
+    tmp_path: Path, alone: Path, ranks: int | None, fields: dict[str, Any]
+) -> None:
+    weights = trained(tmp_path, ranks, fields=fields)
+    assert_alike(figures(tmp_path), figures(alone))
+    for name, weight in load_file(alone / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(tmp_path: Path, alone: Path, ranks: int) -> None:
+    """One of two ranks is asked to stop; what follows is what would have followed."""
+    processes = start(tmp_path, 2, pause=0.2)
+    wait_for(tmp_path, 1)
+    processes[1].send_signal(signal.SIGUSR1)
+    assert finish(processes) == [75, 75]
+    assert 2 <= int(checkpoints(tmp_path)[-1].name[5:]) < 8
+    trained(tmp_path, ranks)
+    assert_alike(figures(tmp_path), figures(alone))
+
+
+def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", 2)
+    processes = start(tmp_path / "stopped", 2, pause=0.2)
+    wait_for(tmp_path / "stopped", 1)
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes) == [75, 75]
+    again = trained(tmp_path / "stopped", 2)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:
+    """kill -9 again and again, each time a little after another checkpoint, or while it is written."""
+    for delay in (0.0, 0.05, 0.1, 0.0):
+        before = {path.name for path in checkpoints(tmp_path)}
+        processes = start(tmp_path, None, pause=0.05)
+        limit = time.monotonic() + 60
+        while {path.name for path in checkpoints(tmp_path)} <= before and time.monotonic() < limit:
+            if processes[0].poll() is not None:
+                break
+            time.sleep(0.002)
+        time.sleep(delay)
+        processes[0].kill()
+        finish(processes)
+    weights = trained(tmp_path, None)
+    assert figures(tmp_path) == figures(alone)
+    assert all(torch.equal(weights[name], weight) for name, weight in load_file(alone / "model.safetensors").items())
+    assert not list(tmp_path.glob(".partial_*"))
+
+
+def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2, pause=0.2)
+    wait_for(tmp_path, 1)
+    processes[1].kill()
+    assert processes[0].wait(timeout=90) not in (0, 75)
+    finish(processes)
+    assert checkpoints(tmp_path)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2, fields={"batch_size": 3})
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert "training.batch_size is 3; it must be a multiple of the 2 ranks" in said[0]
+    assert 0 not in [process.returncode for process in processes]
+
+
+STEP_OF_SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu03",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "2",
+}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29401"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, None),
+        (TORCHRUN, Place(3, 4, 1, "node", 29401)),
+        (STEP_OF_SLURM, Place(5, 16, 1, "gpu03", 20_219)),
+    ],
+)
+def test_places_by_the_environment(environment: dict[str, str], place: Place | None) -> None:
+    """torchrun's, a SLURM step's; a batch script of SLURM is one process."""
+    assert find_place(environment) == place
