@@ -222,7 +222,7 @@ def test_a_packed_sample_has_the_logits_it_has_alone(rows: list[list[int]], seed
         start = 0
         for length in lengths:
             alone_TV = model(ids_BT[row : row + 1, start : start + length])[0]
-            assert_same(packed_BTV[row, start : start + length], alone_TV)
+            assert_same(packed_BTV[row, start : start + length], alone_TV, atol=3e-5)
             start += length
 
 

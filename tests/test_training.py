@@ -31,7 +31,7 @@ from cm3leon.training.device import autocast, best_device, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
-from cm3leon.training.trainer import train
+from cm3leon.training.trainer import Shares, train
 from cm3leon.types import UserError
 
 CPU = torch.device("cpu")
@@ -160,6 +160,8 @@ def run(
     module: nn.Module | None = None,
     loss: Any = loss,
     clipped: Sequence[nn.Module] = (),
+    shares: Shares = Shares(),  # noqa: B008
+    goes_on_from: Path | None = None,
     **fields: Any,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     module = module or Tiny()
@@ -174,6 +176,8 @@ def run(
         title="tiny",
         callback=callback,
         clipped=clipped,
+        shares=shares,
+        goes_on_from=goes_on_from,
     )
     return module, log
 
@@ -435,6 +439,43 @@ def test_a_gradient_that_is_no_number_is_skipped_too(tmp_path: Path) -> None:
     assert [(event["step"], event["event"]) for event in events(tmp_path)] == [(6, "step skipped")]
     assert math.isfinite(events(tmp_path)[0]["loss"])
     assert all(weight.isfinite().all() for weight in module.parameters())
+
+
+def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
+    def spiking(module: nn.Module, batch: Any) -> Any:
+        value, figures = loss(module, batch)
+        return (value * 1000 if batches.count == 50 else value), figures
+
+    batches = Numbers()
+    shares = Shares(ids=lambda: [f"document {batches.count}"])
+    run(tmp_path, batches=batches, loss=spiking, steps=60, clip=0.01, learning_rate=1e-3, shares=shares)
+    (event,) = events(tmp_path)
+    assert (event["step"], event["event"], event["documents"]) == (50, "loss spike", ["document 50"])
+    assert event["loss"] > event["mean_before"] + 6 * event["deviation_before"]
+
+
+def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Path) -> None:
+    """Weights, moments and data are those of the other's end: by hand, two schedules over one optimizer."""
+    run(tmp_path / "first", steps=20)
+    module, log = run(tmp_path / "second", steps=8, goes_on_from=tmp_path / "first")
+    by_hand, batches = Tiny().train(), Numbers()
+    optimizer = new_optimizer(by_hand, config())
+    for step in range(28):
+        torch.manual_seed(7 * 1_000_003 + step)
+        rate = learning_rate(step, config()) if step < 20 else learning_rate(step - 20, config(steps=8))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss(by_hand, batches.next())[0].backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), by_hand.parameters(), strict=True))
+    assert [record["step"] for record in log] == [22, 24, 26, 28]
+    again, log_again = run(tmp_path / "second", steps=8, goes_on_from=tmp_path / "first", batches=Numbers(fails_at=0))
+    assert log_again == log
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"has no checkpoint to go on from; set start_with=weights$"):
+        run(tmp_path / "third", goes_on_from=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("bad_at", [0, 5, 7, 8, 18])

@@ -71,7 +71,7 @@ class ImageStream:
             item = next(items[lane], None)
             if item is None:
                 fruitless += 1
-                if fruitless > 2 * len(self._parts) + len(lanes):
+                if fruitless > 2 * len(self._parts) * len(lanes) + len(lanes):  # each lane has come through all
                     raise UserError("data: the corpus has no image to train the image tokenizer on")
                 lanes[lane] = [next_part, 0]
                 items[lane] = self._items(next_part, 0)

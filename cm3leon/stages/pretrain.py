@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cm3leon.data.shuffle import shuffled
 from cm3leon.decoders.engine import generate
+from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
@@ -20,6 +21,7 @@ from cm3leon.stages.pipeline import append_line, write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights, save_weights
+from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.device import autocast
 from cm3leon.training.meter import Meter
 from cm3leon.training.parallel import distributed, whole_state
@@ -57,8 +59,10 @@ def make_pretraining(run: Run, folder: Path) -> None:
     model = distributed(lambda: first_weights(run), run.empty_model, config, ranks)
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        batch = batch.to(run.device)
-        return _loss(run, module, batch, z_loss=config.z_loss)
+        value, figures = _loss(run, module, batch.to(run.device), z_loss=config.z_loss)
+        if isinstance(model, Transformer):
+            figures = {**figures, "flops": model_flops(model.config, model.vocab_size, batch.sample_BT)}
+        return value, figures
 
     def callback(step: int, writer: Any) -> None:
         model.eval()
@@ -91,6 +95,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
         ),
         ranks=ranks,
         goes_on_from=config.start / "pretraining" if config.start and config.start_with == "everything" else None,
+        peak_flops=peak_flops(run.device, ranks.count),
     )
     state, figures = whole_state(model), validation_loss(run, model)
     if ranks.first:
