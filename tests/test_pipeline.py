@@ -483,3 +483,36 @@ def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(
     write_json(path, {"a": 3})
     assert json.loads(path.read_text()) == {"a": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+# ------------------------------------------------------------------------------------------------ dear work
+
+
+def dear(folder: Path, inputs: Any, *, stop: bool) -> None:
+    """A stage with a checkpoint, stopped in the middle or brought to its end."""
+
+    def make_dear(run: Fake, place: Path) -> None:
+        (place / "step_00000012").mkdir(exist_ok=True)
+        if stop:
+            raise KeyboardInterrupt
+        (place / "result").write_text("done")
+
+    run_stages([Stage("a", 1, lambda run: inputs, make_dear, dear=True)], Fake(), folder, lambda line: None)
+
+
+def test_unfinished_dear_work_is_not_set_aside_for_other_settings(tmp_path: Path) -> None:
+    settings = {"training": {"learning_rate": 0.1, "steps": 5}, "model": {"layers": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        dear(tmp_path, [settings, None], stop=True)
+    other = {**settings, "training": {"learning_rate": 0.2, "steps": 5, "clip": 1}}
+    with pytest.raises(UserError) as refusal:
+        dear(tmp_path, [other, None], stop=False)
+    assert str(refusal.value) == (
+        f"run: {tmp_path / 'a'} has come to step 12 with other settings (training.learning_rate was 0.1, is 0.2; "
+        f"training.clip was null, is 1); put them back, choose another run folder, or delete {tmp_path / 'a'} to begin "
+        "anew"
+    )
+    assert (tmp_path / "a" / "step_00000012").is_dir()
+    dear(tmp_path, [settings, None], stop=False)  # the settings are back
+    dear(tmp_path, [other, None], stop=False)  # finished work is set aside, as everywhere
+    assert [path.name[:2] for path in (tmp_path / "superseded").iterdir()] == ["a-"]

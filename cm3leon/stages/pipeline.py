@@ -36,7 +36,7 @@ class Stage(Generic[R]):
     `make(run, folder)` may find a part of its work there. `make_part(run, folder, part)` makes one worker's share of
     the shards, where the stage can be shared out. `needs` names the stages it depends on, None is the one before it;
     a stage that depends on files of others rather than on how they were made names none, and has their digests in its
-    inputs.
+    inputs. A `dear` one that has a checkpoint is not set aside for other inputs while it is unfinished.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Stage(Generic[R]):
     make: Callable[[R, Path], None]
     make_part: Callable[[R, Path, Part], None] | None = None
     needs: tuple[str, ...] | None = None
+    dear: bool = False
 
 
 def run_stages(
@@ -69,6 +70,8 @@ def run_stages(
             title = f"[{number}/{len(stages)}] {stage.name}"
             fingerprint = made[stage.name] = _stage_fingerprint(stage, run, made)
             place = folder / stage.name
+            if stage.dear:
+                _refuse_other_inputs(stage, run, place, fingerprint)
             _make_room(place, fingerprint)
             damaged = _damaged(place)
             for name in damaged:
@@ -159,7 +162,7 @@ def _read(marker: Path) -> dict[str, Any]:
 def _make(stage: Stage[R], run: R, place: Path, fingerprint: str) -> float:
     place.mkdir(parents=True, exist_ok=True)
     (place / MARKER).unlink(missing_ok=True)
-    write_json(place / STARTED, {"fingerprint": fingerprint})
+    write_json(place / STARTED, {"fingerprint": fingerprint, "inputs": stage.inputs(run)})
     start = time.perf_counter()
     stage.make(run, place)
     seconds = time.perf_counter() - start
@@ -174,6 +177,31 @@ def _results(place: Path) -> Iterator[Path]:
         inner = file.relative_to(place).parts[0]
         if file.is_file() and inner not in (MARKER, STARTED, "tensorboard") and not inner.startswith(("step_", ".")):
             yield file
+
+
+def _refuse_other_inputs(stage: Stage[R], run: R, place: Path, fingerprint: str) -> None:
+    """Raises UserError, naming what differs, where unfinished work with checkpoints was begun with other inputs."""
+    begun = _read(place / STARTED)
+    steps = sorted(place.glob("step_*"))
+    if not steps or not begun or _read(place / MARKER) or begun["fingerprint"] == fingerprint:
+        return
+    before, now = _flat(begun.get("inputs")), _flat(json.loads(json.dumps(stage.inputs(run))))
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    what = [f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}" for key in keys[:5]]
+    raise UserError(
+        f"run: {place} has come to step {int(steps[-1].name[5:])} with other settings "
+        f"({'; '.join(what) or 'the stages before it were made anew'}); put them back, choose another run folder, "
+        f"or delete {place} to begin anew"
+    )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping; numbers in lists do not show in the keys."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()}
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        return {k: v for inner in value for k, v in _flat(inner, key).items()}
+    return {key: value}
 
 
 def _make_room(place: Path, fingerprint: str) -> None:
@@ -222,12 +250,6 @@ def _digest(path: Path) -> str:
         return f"{path.stat().st_size} bytes"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def append_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Adds a line of JSON to a file."""
-    with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

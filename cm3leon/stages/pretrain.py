@@ -17,7 +17,7 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import BlockStream, collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.stages.artifacts import WEIGHTS, Run
-from cm3leon.stages.pipeline import append_line, write_json
+from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights, save_weights
@@ -64,19 +64,13 @@ def make_pretraining(run: Run, folder: Path) -> None:
             figures = {**figures, "flops": model_flops(model.config, model.vocab_size, batch.sample_BT)}
         return value, figures
 
-    def callback(step: int, writer: Any) -> None:
+    def callback(step: int, writer: Any) -> dict[str, float]:
         model.eval()
-        figures = validation_loss(run, model)
-        line = {"step": step, "epoch": stream.drawn / samples.epoch, **figures}
-        if not ranks.first:
-            return
-        append_line(folder / "validation.jsonl", line)
-        for name, value in figures.items():
-            writer.add_scalar(f"validation/{name}", value, step)
         if not ranks.joined:  # drawing reads the model token by token, which a sharded one does not offer
             images_BHWC, captions = draw_images(run, model)
             writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
             writer.add_text("prompts", "\n\n".join(captions), step)
+        return {"epoch": stream.drawn / samples.epoch, **validation_loss(run, model)}
 
     train(
         model,

@@ -90,7 +90,7 @@ def _neighbours(*needs: str) -> Stage[Run]:
 
 def _last(*needs: str) -> tuple[Stage[Run], ...]:
     return (
-        Stage("pretraining", 3, _pretraining_inputs, make_pretraining, needs=needs),
+        Stage("pretraining", 3, _pretraining_inputs, make_pretraining, needs=needs, dear=True),
         Stage(
             "generation",
             1,

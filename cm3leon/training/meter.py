@@ -73,7 +73,8 @@ def _total(values: list[Figure]) -> tuple[float, float]:
 
 
 class Book:
-    """The files of a training that people read: `log.jsonl`, `events.jsonl`, TensorBoard, and the progress bar.
+    """The files of a training that people read: `log.jsonl`, `events.jsonl`, `validation.jsonl`, TensorBoard,
+    and the progress bar.
 
     On all ranks but the first it writes nothing.
 
@@ -90,7 +91,8 @@ class Book:
             from torch.utils.tensorboard import SummaryWriter
 
             self.log = _cut(folder / "log.jsonl", step)
-            _cut(folder / "events.jsonl", step)
+            for name in ("events.jsonl", "validation.jsonl"):
+                _cut(folder / name, step)
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._progress = tqdm(
             total=last - first,
@@ -113,6 +115,13 @@ class Book:
                 self.writer.add_scalar(name, value, record["step"])
         if "loss" in record:
             self._progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+
+    def validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes down figures of documents that are not trained on."""
+        if self._writes and figures:
+            _append(self._folder / "validation.jsonl", {"step": step, **figures})
+            for name, value in figures.items():
+                self.writer.add_scalar(f"validation/{name}", value, step)
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Writes down what happened at a step, and says it above the progress bar."""

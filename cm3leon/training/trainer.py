@@ -64,7 +64,7 @@ def train(
     device: torch.device,
     seed: int,
     title: str,
-    callback: Callable[[int, Any], None] | None = None,
+    callback: Callable[[int, Any], dict[str, float] | None] | None = None,
     clipped: Sequence[nn.Module] = (),
     shares: Shares = Shares(),
     ranks: Ranks | None = None,
@@ -79,6 +79,7 @@ def train(
 
     Args:
         callback: called as (step, TensorBoard writer) now and then, on all ranks; the writer is None but on the first.
+            Figures that it returns go to `validation.jsonl` and TensorBoard.
         clipped: modules whose gradients are clipped by their own norms (networks with losses of their own); those of
             the whole module are if there is none.
         ranks: the processes that train together, each with its share of the batches; `module` is sharded already.
@@ -159,7 +160,7 @@ def train(
                 checkpoint(batches.state_dict(), wait=step == last)
             if callback and step % config.callback_every == 0:
                 with meter.paused():
-                    callback(step, book.writer)
+                    book.validation(step, callback(step, book.writer) or {})
                 module.train()
             saved.look()
             while warnings:
