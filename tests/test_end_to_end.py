@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,38 @@ def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_pat
     up_to_date = [line for line in done.stdout.splitlines() if line.endswith("up to date")]
     assert len(up_to_date) == len(STAGES) - 1
     assert (folder / "superseded").is_dir()
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cm3leon.run",
+    ]
+    return subprocess.run([*start, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
+    """The losses are those of one process up to bf16's rounding; the stages behind it are made by the first rank."""
+    folder = tmp_path / "digits_smoke"
+    shutil.copytree(finished, folder)
+    for stage in ("pretraining", "generation", "evaluation"):
+        shutil.rmtree(folder / stage)
+    (folder / "report.html").unlink()
+    done = torchrun("experiment=digits_smoke", f"run={folder}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip().endswith(f"report: {folder / 'report.html'}")
+    one, two = (results(each)["losses"]["pretraining"] for each in (finished, folder))  # type: ignore[index]
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=2e-3)
+    refused = torchrun("experiment=digits_smoke", f"run={folder}", "seed=1")
+    assert refused.returncode != 0
+    assert refused.stderr.count("cm3leon: stage image_tokenizer is not finished in") == 1
 
 
 @pytest.fixture
