@@ -172,12 +172,24 @@ IMAGE_TOKENIZERS: Registry[Any] = Registry("image tokenizer", "image tokenizers"
 RETRIEVERS: Registry[Any] = Registry("retriever", "retrievers")
 OBJECTIVES: Registry[Any] = Registry("objective", "objectives")
 MODELS: Registry[Any] = Registry("model", "models")
+ATTENTIONS: Registry[Any] = Registry("attention", "attentions")
 DECODERS: Registry[Any] = Registry("decoder", "decoders")
 TASKS: Registry[Any] = Registry("task", "tasks")
 METRICS: Registry[Any] = Registry("metric", "metrics")
 LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
 
-REGISTRIES = (SOURCES, IMAGE_TOKENIZERS, RETRIEVERS, OBJECTIVES, MODELS, DECODERS, TASKS, METRICS, LAUNCHERS)
+REGISTRIES = (
+    SOURCES,
+    IMAGE_TOKENIZERS,
+    RETRIEVERS,
+    OBJECTIVES,
+    MODELS,
+    ATTENTIONS,
+    DECODERS,
+    TASKS,
+    METRICS,
+    LAUNCHERS,
+)
 
 
 # ------------------------------------------------------------------------------------------------ discovery

@@ -182,6 +182,11 @@ def run(
     return module, log
 
 
+def draws(step: int, writer: Any) -> None:
+    """A callback that uses up random numbers."""
+    torch.rand(step)
+
+
 def without_rates(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.endswith("_per_second")} for record in log]
 
@@ -257,7 +262,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
 ) -> None:
     """Bit for bit: weights, buffers, their average, the optimizer, the place in the data, and the log."""
     fields = {"average_decay": average_decay}
-    whole, log = run(tmp_path / "whole", callback=lambda step, writer: torch.rand(step), **fields)
+    whole, log = run(tmp_path / "whole", callback=draws, **fields)
     folder, save = tmp_path / "stopped", Checkpoints.save
 
     for stop_at in steps:
@@ -280,7 +285,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             callback = stops if stop == "callback" else None
             with pytest.raises(Interrupted):
                 run(folder, batches=batches, callback=callback, callback_every=1, **fields)
-    again, log_again = run(folder, callback=lambda step, writer: torch.rand(step + 1), **fields)
+    again, log_again = run(folder, callback=draws, **fields)
     for (name, weight), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(weight, other), name
     assert without_rates(log_again) == without_rates(log) == without_rates(read_log(folder))

@@ -1,10 +1,43 @@
-"""Causal self-attention over packed samples, by torch's scaled_dot_product_attention."""
+"""Causal self-attention over packed samples, by one of several backends that compute the same."""
 
 from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cm3leon.config import choices
+from cm3leon.registry import ATTENTIONS
+from cm3leon.types import UserError
+
+
+class Attention(Protocol):
+    """What a backend offers: softmax attention, scaled by 1/sqrt(E), inside the samples of packed blocks."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str:
+        """What is missing to train with it on that device, in a few words; "" if nothing is."""
+        ...
+
+    def plan(self, sample_BT: Tensor) -> Any:
+        """What all layers need of the samples' places: computed once a forward pass."""
+        ...
+
+    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
+        """The values attended to, (B, A, T, E); `plan` None means one sample a row."""
+        ...
+
+
+@dataclass(kw_only=True)
+class _NoSettings:
+    """A backend has no settings."""
 
 
 def packed_mask(sample_BT: Tensor) -> Tensor:
@@ -28,6 +61,146 @@ def packed_mask(sample_BT: Tensor) -> Tensor:
     return ((sample_BT[:, :, None] == sample_BT[:, None, :]) & causal_TT)[:, None]
 
 
-def attend(q_BATE: Tensor, k_BASE: Tensor, v_BASE: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, scaled by 1/sqrt(E); `mask` None means plain causal. Returns (B, A, T, E)."""
-    return F.scaled_dot_product_attention(q_BATE, k_BASE, v_BASE, attn_mask=mask, is_causal=mask is None)
+def run_lengths(sample_BT: Tensor) -> list[int]:
+    """Lengths of the runs of equal numbers, row after row; none goes on into the next row.
+
+    >>> run_lengths(torch.tensor([[0, 0, 1, -1], [-1, 0, 0, 0]]))
+    [2, 1, 1, 1, 3]
+    """
+    starts_BT = torch.ones_like(sample_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = sample_BT[:, 1:] != sample_BT[:, :-1]
+    starts_N = starts_BT.flatten().nonzero()[:, 0]
+    return starts_N.diff(append=starts_N.new_tensor([sample_BT.numel()])).tolist()
+
+
+@ATTENTIONS.register("naive")
+class Naive:
+    """The formula, from a mask of all pairs of positions; in any precision, on any device."""
+
+    Config = _NoSettings
+
+    def __init__(self, config: Any = None) -> None:
+        pass
+
+    @staticmethod
+    def missing(device: torch.device) -> str:
+        return ""
+
+    def plan(self, sample_BT: Tensor) -> Tensor:
+        return packed_mask(sample_BT)
+
+    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None) -> Tensor:
+        mask = packed_mask(q_BATE.new_zeros(1, q_BATE.shape[2])) if plan is None else plan
+        scores_BATT = q_BATE @ k_BATE.transpose(2, 3) / math.sqrt(q_BATE.shape[3])
+        return scores_BATT.masked_fill(~mask, -math.inf).softmax(3) @ v_BATE
+
+
+@ATTENTIONS.register("sdpa")
+class Sdpa:
+    """torch's scaled_dot_product_attention, from a mask of all pairs of positions; what a cache is read with, too."""
+
+    Config = _NoSettings
+
+    def __init__(self, config: Any = None) -> None:
+        pass
+
+    @staticmethod
+    def missing(device: torch.device) -> str:
+        return ""
+
+    def plan(self, sample_BT: Tensor) -> Tensor:
+        return packed_mask(sample_BT)
+
+    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q_BATE, k_BATE, v_BATE, attn_mask=plan, is_causal=plan is None)
+
+
+@ATTENTIONS.register("flex")
+class Flex:
+    """torch's FlexAttention, which leaves out blocks of positions without a common sample; trains on CUDA only."""
+
+    Config = _NoSettings
+
+    def __init__(self, config: Any = None) -> None:
+        pass
+
+    @staticmethod
+    def missing(device: torch.device) -> str:
+        return "" if device.type == "cuda" else "a CUDA device: FlexAttention has no gradients elsewhere"
+
+    def plan(self, sample_BT: Tensor) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def same_and_earlier(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (sample_BT[b, q] == sample_BT[b, k])
+
+        B, T = sample_BT.shape
+        return create_block_mask(same_and_earlier, B, None, T, T, device=str(sample_BT.device))
+
+    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
+        if plan is None:
+            plan = self.plan(torch.zeros(len(q_BATE), q_BATE.shape[2], dtype=torch.int64, device=q_BATE.device))
+        return _flex_attention(q_BATE.device.type)(q_BATE, k_BATE, v_BATE, block_mask=plan)
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Tensor]:
+    """Compiled on CUDA, where it is slow otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]
+
+
+@ATTENTIONS.register("xformers")
+class Xformers:
+    """xformers' memory_efficient_attention, with all samples of the blocks as one row and a block-diagonal mask."""
+
+    Config = _NoSettings
+
+    def __init__(self, config: Any = None) -> None:
+        pass
+
+    @staticmethod
+    def missing(device: torch.device) -> str:
+        if device.type != "cuda":
+            return "a CUDA device: memory_efficient_attention has no operator elsewhere"
+        return "" if importlib.util.find_spec("xformers") else "the package xformers (pip install xformers)"
+
+    def plan(self, sample_BT: Tensor) -> Any:
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        return BlockDiagonalCausalMask.from_seqlens(run_lengths(sample_BT))
+
+    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
+        from xformers.ops import memory_efficient_attention
+
+        B, A, T, E = q_BATE.shape
+        if plan is None:
+            plan = self.plan(torch.zeros(B, T, dtype=torch.int64))
+        rows_1NAE = (x.transpose(1, 2).reshape(1, B * T, A, E) for x in (q_BATE, k_BATE, v_BATE))
+        return memory_efficient_attention(*rows_1NAE, attn_bias=plan).view(B, T, A, E).transpose(1, 2)
+
+
+PREFERRED = ("xformers", "flex", "sdpa")
+"""What `auto` takes: the first that can train on the device."""
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that is neither a backend nor `auto`."""
+    if name != "auto" and name not in ATTENTIONS.names():
+        raise UserError(f"attention is {name}, which is not known; {choices(name, ['auto', *ATTENTIONS.names()])}")
+
+
+@cache
+def choose(name: str, device: torch.device) -> tuple[str, Attention]:
+    """The backend of that name, or with `auto` the preferred one for the device, with its name.
+
+    Raises:
+        UserError: for a backend that cannot be used on the device.
+    """
+    if name == "auto":
+        name = next(each for each in PREFERRED if not ATTENTIONS.get(each).missing(device))
+    missing = ATTENTIONS.get(name).missing(device)
+    if missing:
+        raise UserError(f"model.attention is {name}, which lacks {missing}; take attention=auto")
+    return name, ATTENTIONS.build(name)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config import PositiveFloat, PositiveInt
-from cm3leon.models.attention import attend, packed_mask
+from cm3leon.models.attention import Attention, Sdpa, check_name, choose
 from cm3leon.models.cache import KVCache
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
@@ -41,7 +41,11 @@ class Transformer(nn.Module):
         position_init_std: PositiveFloat = 0.0002
         """Standard deviation of the position embedding at initialisation."""
 
+        attention: str = "auto"
+        """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
+
         def check(self) -> None:
+            check_name(self.attention)
             if self.width % self.head_size:
                 raise UserError(f"head_size {self.head_size} must divide width {self.width}")
 
@@ -102,16 +106,18 @@ class Transformer(nn.Module):
         asked = T if cache is None else cache.longest(T)
         if position_BT is None and asked > self.seq_len:
             raise ValueError(f"{asked} positions were asked for, the model has seq_len {self.seq_len}")
-        mask = None
+        attention: Attention = Sdpa()
+        plan = None
         if cache is not None:
-            position_BT, mask = cache.positions(T), cache.mask(T)
-        elif sample_BT is not None:
-            mask = packed_mask(sample_BT)
+            position_BT, plan = cache.positions(T), cache.mask(T)
+        else:
+            _, attention = choose(self.config.attention, ids_BT.device)
+            plan = None if sample_BT is None else attention.plan(sample_BT)
         if position_BT is None:
             position_BT = torch.arange(T, device=ids_BT.device)[None]
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, mask, partial(cache.append, layer) if cache else None)
+            x_BTD = block(x_BTD, attention, plan, partial(cache.append, layer) if cache else None)
         if cache is not None:
             cache.advance(T)
         return _norm(x_BTD)
@@ -152,7 +158,8 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Tensor | None,
+        attention: Attention,
+        plan: Any,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """The residual stream (B, T, D) after this layer; `remember` adds keys and values to a cache and gives all."""
@@ -161,7 +168,7 @@ class Block(nn.Module):
         q_BATE, k_BASE, v_BASE = qkv_3BATE.unbind()
         if remember is not None:
             k_BASE, v_BASE = remember(k_BASE, v_BASE)
-        attended_BATE = attend(q_BATE, k_BASE, v_BASE, mask)
+        attended_BATE = attention(q_BATE, k_BASE, v_BASE, plan)
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cm3leon.data.shuffle import shuffled
 from cm3leon.decoders.engine import generate
+from cm3leon.models.attention import choose
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import BlockStream, collate, fit, pack
@@ -57,6 +58,8 @@ def make_pretraining(run: Run, folder: Path) -> None:
         ranks=ranks.count,
     )
     model = distributed(lambda: first_weights(run), run.empty_model, config, ranks)
+    if ranks.first and isinstance(model, Transformer):
+        print(f"      attention: {choose(model.config.attention, run.device)[0]}", flush=True)
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         value, figures = _loss(run, module, batch.to(run.device), z_loss=config.z_loss)

@@ -14,8 +14,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,9 @@ from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
+
+# One process without a group is meant, not forgotten; torch says so in a thread of its own.
+warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")
 
 LAST_WAIT = 30.0
 """Seconds; longer than it takes to notice that another rank is lost."""
@@ -153,10 +155,9 @@ class _Writing:
         self._state, self._partial, self._final, self._owner = state, partial, final, owner
         self._future: Any = None
         try:
-            with _quiet():
-                self._future = dcp.async_save(
-                    dict(tensors), storage_writer=dcp.FileSystemWriter(partial), process_group=owner.group
-                )
+            self._future = dcp.async_save(
+                dict(tensors), storage_writer=dcp.FileSystemWriter(partial), process_group=owner.group
+            )
         except Exception as error:  # whatever the writer makes of a full disk
             self.error = error
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -211,8 +212,7 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
         UserError: for tensors that it lacks, or that have another shape there.
     """
     try:
-        with _quiet():
-            dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=ranks.count == 1)
+        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=ranks.count == 1)
     except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
 
@@ -334,11 +334,3 @@ def _reason(error: BaseException) -> str:
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is one process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")
-        yield

@@ -63,16 +63,6 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def keep_gathered(model: nn.Module, keep: bool) -> None:
-    """Whether layers stay gathered after a forward pass, as they should while tokens are drawn one by one."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_forward(not keep)
-        if not keep:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-
 def _prepare(model: nn.Module, config: DecoderTrainingConfig) -> None:
     recompute(model, config.activation_checkpointing)
     if config.compile:
