@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cm3leon.objectives import base
 from cm3leon.objectives.loss import linear_cross_entropy, plain_linear_cross_entropy
+from cm3leon.objectives.packing import collate, pack
+from cm3leon.registry import OBJECTIVES, discover
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Sample, TokenDocument, TokenSegment
 
+discover()
 D = 6
 
 
@@ -38,6 +48,24 @@ def by_formula(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: T
     return loss, nll.detach(), *torch.autograd.grad(loss, (hidden, head))
 
 
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, and the precision of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.products: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.mm:
+            self.products.append(result.dtype)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
 @given(tokens=st.integers(1, 40), vocabulary=st.integers(2, 30), rows=st.integers(1, 50), z=st.sampled_from([0.0, 0.1]))
 @settings(max_examples=60)
 def test_chunks_are_the_formula(tokens: int, vocabulary: int, rows: int, z: float) -> None:
@@ -48,33 +76,91 @@ def test_chunks_are_the_formula(tokens: int, vocabulary: int, rows: int, z: floa
     expected = by_formula(*given_tensors, z)
     for found, wanted in zip((loss, nll, 4 * hidden.grad, 4 * head.grad), expected, strict=True):
         torch.testing.assert_close(found.detach().double(), wanted.detach(), rtol=1e-4, atol=1e-5)
+    assert not hidden.grad[given_tensors[3] == 0].any()
 
 
-def test_one_chunk_is_bit_for_bit_the_plain_loss() -> None:
-    given_tensors = problem(20, 30)
+def test_logits_far_from_zero_neither_overflow_nor_vanish() -> None:
+    hidden, head, target, weight = problem(20, 30)
+    given_tensors = 100 * hidden, head, target, weight
+    loss, nll = linear_cross_entropy(*given_tensors, most_logits=90)
+    logits_NV = (given_tensors[0].double() @ head.double().T).numpy()
+    assert logits_NV.max() > 500  # exp of it is no float32
+    wanted_N = np.logaddexp.reduce(logits_NV, 1) - logits_NV[np.arange(20), target.numpy()]
+    np.testing.assert_allclose(nll.numpy(), wanted_N, rtol=1e-4, atol=1e-3)
+    assert loss.item() == pytest.approx((wanted_N * weight.numpy()).sum() / weight.sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+def test_one_chunk_is_bit_for_bit_what_these_operations_give(z: float) -> None:
+    hidden_ND, head_VD, target_N, weight_N = problem(20, 30)
+
+    def written_out(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, head).float()
+        nll = F.cross_entropy(logits, target_N, reduction="none")
+        total = nll + z * logits.logsumexp(-1).square() if z else nll
+        return (total * weight_N).sum() / weight_N.sum().clamp(min=1e-8), nll.detach()
+
     results = []
-    for function in (linear_cross_entropy, plain_linear_cross_entropy):
-        hidden, head = (tensor.clone().requires_grad_() for tensor in given_tensors[:2])
-        loss, nll = function(hidden, head, *given_tensors[2:])
+    for function in (
+        lambda *both: linear_cross_entropy(*both, target_N, weight_N, z_loss=z),
+        lambda *both: plain_linear_cross_entropy(*both, target_N, weight_N, z_loss=z),
+        written_out,
+    ):
+        hidden, head = (tensor.clone().requires_grad_() for tensor in (hidden_ND, head_VD))
+        loss, nll = function(hidden, head)
         loss.backward()
         results.append((loss, nll, hidden.grad, head.grad))
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    for ours in results[:2]:
+        assert all(torch.equal(one, other) for one, other in zip(ours, results[2], strict=True))
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
-def test_torch_has_the_same_loss() -> None:
-    hidden, head, target, _ = problem(20, 30)
-    loss, _ = linear_cross_entropy(hidden, head, target, torch.ones(20), most_logits=90)
-    torch.testing.assert_close(loss, F.linear_cross_entropy(hidden, head, target))
+def test_torch_has_the_same_loss_and_gradients() -> None:
+    given_tensors = problem(20, 30)[:2]
+    target = problem(20, 30)[2]
+    results = []
+    for function in (
+        lambda *both: linear_cross_entropy(*both, target, torch.ones(20), most_logits=90)[0],
+        lambda *both: F.linear_cross_entropy(*both, target),
+    ):
+        hidden, head = (tensor.clone().requires_grad_() for tensor in given_tensors)
+        loss = function(hidden, head)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, head.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_bf16_is_within_its_rounding_of_the_formula() -> None:
+def test_no_weight_is_no_loss_and_no_gradient() -> None:
+    hidden, head, target, weight = problem(20, 30)
+    loss, nll = linear_cross_entropy(
+        hidden.requires_grad_(), head.requires_grad_(), target, torch.zeros_like(weight), most_logits=90
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert (nll > 0).all()
+    assert not hidden.grad.any()
+    assert not head.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("of_hidden", "of_head", "autocast"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.bfloat16, torch.bfloat16, False),
+    ],
+)
+def test_bf16_is_within_its_rounding_of_the_formula(of_hidden: Any, of_head: Any, autocast: bool) -> None:
     given_tensors = problem(64, 50, width=32)
-    hidden, head = (tensor.clone().requires_grad_() for tensor in given_tensors[:2])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    hidden = given_tensors[0].to(of_hidden).requires_grad_()
+    head = given_tensors[1].to(of_head).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), Watch() as watch:
         loss, nll = linear_cross_entropy(hidden, head, *given_tensors[2:], most_logits=500)
     loss.backward()
-    assert (loss.dtype, nll.dtype, hidden.grad.dtype, head.grad.dtype) == (torch.float32,) * 4
+    assert watch.products == [torch.bfloat16] * 3 * 7  # 10 tokens a chunk
+    assert (loss.dtype, nll.dtype, hidden.grad.dtype, head.grad.dtype) == (*(torch.float32,) * 2, of_hidden, of_head)
     expected = by_formula(*given_tensors, 0.0)
     for found, wanted in zip((loss, hidden.grad, head.grad), (expected[0], *expected[2:]), strict=True):
         error = (found.detach().double() - wanted.detach()).abs().max() / wanted.detach().abs().max()
@@ -97,44 +183,104 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
         assert linear_cross_entropy(*given_tensors, most_logits=90)[0].item() == pytest.approx(loss.item())
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
+def test_gradients_are_scaled_once() -> None:
+    hidden, head, target, weight = problem(20, 30)
+    loss, _ = linear_cross_entropy(hidden.requires_grad_(), head, target, weight, most_logits=90)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
-def test_the_logits_of_all_tokens_are_never_held() -> None:
-    tokens, vocabulary, rows = 512, 300, 32
-    hidden, head, target, weight = problem(tokens, vocabulary)
-    for function, most in (
-        (linear_cross_entropy, rows * vocabulary),
-        (plain_linear_cross_entropy, tokens * vocabulary),
-    ):
-        options = {"most_logits": rows * vocabulary} if function is linear_cross_entropy else {}
-        with Largest() as largest:
-            loss, _ = function(hidden.requires_grad_(), head.requires_grad_(), target, weight, **options)
-            loss.backward()
-        assert largest.elements == most
+TOKENS, VOCABULARY, ROWS = 500, 300, 32
+CHUNKS = 16
+"""Of 32 tokens each, the last of 20."""
+
+
+def test_the_logits_of_all_tokens_are_never_held_and_no_product_is_taken_twice() -> None:
+    hidden, head, target, weight = problem(TOKENS, VOCABULARY)
+    hidden.requires_grad_(), head.requires_grad_()
+    with Watch() as chunked:
+        linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)[0].backward()
+    assert chunked.elements == ROWS * VOCABULARY
+    assert len(chunked.products) == 3 * CHUNKS
+    with Watch() as plain:
+        plain_linear_cross_entropy(hidden, head, target, weight)[0].backward()
+    assert plain.elements == TOKENS * VOCABULARY
+    assert len(plain.products) == 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_made_where_none_is_kept(mode: Any) -> None:
+    hidden, head, target, weight = problem(TOKENS, VOCABULARY)
+    hidden.requires_grad_(), head.requires_grad_()
+    with mode(), Watch() as watch:
+        loss, _ = linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)
+    assert len(watch.products) == CHUNKS
+    assert loss.item() == pytest.approx(by_formula(hidden.detach(), head.detach(), target, weight, 0.0)[0].item())
+
+
+VOCAB = Vocab(text_size=40, image_size=16, sentinels=4)
+
+
+@pytest.mark.parametrize("most_logits", [2**26, 5 * VOCAB.size])
+def test_modalities_are_counted_one_by_one_over_a_packed_batch(
+    monkeypatch: pytest.MonkeyPatch, most_logits: int
+) -> None:
+    chunked = functools.partial(linear_cross_entropy, most_logits=most_logits)
+    monkeypatch.setattr(base, "linear_cross_entropy", chunked)
+    rng = np.random.default_rng(0)
+    objective = OBJECTIVES.build("cm3", vocab=VOCAB)
+
+    def document(number: int) -> TokenDocument:
+        text_T = rng.integers(VOCAB.text_size - 10, VOCAB.text_size, 5)
+        image_T = rng.integers(VOCAB.image_start, VOCAB.image_start + 16, 9)
+        return TokenDocument(str(number), (TokenSegment("text", text_T), TokenSegment("image", image_T)))
+
+    samples = [objective.corrupt(lay_out(Sample(document(n)), VOCAB), rng, 30) for n in range(4)]
+    blocks = [pack(samples[:2], 64, VOCAB.pad), pack(samples[2:], 64, VOCAB.pad)]
+    batch = collate(blocks, torch.device("cpu"))
+    hidden_BTD = torch.randn(2, 64, D, generator=torch.Generator().manual_seed(0))
+    head = torch.nn.Linear(D, VOCAB.size, bias=False)
+    loss, figures = objective.loss(hidden_BTD, head, batch)
+
+    totals, counts, positions = Counter[str](), Counter[str](), 0
+    logits_BTV = (hidden_BTD.double() @ head.weight.detach().double().T).numpy()
+    for b, block in enumerate(blocks):
+        for t in range(64):
+            positions += block.sample_T[t] >= 0
+            if block.weight_T[t] == 0:
+                continue
+            target = int(block.target_T[t])
+            nll = np.log(np.exp(logits_BTV[b, t]).sum()) - logits_BTV[b, t, target]
+            modality = "text" if target < 40 else "image" if target < 56 else "other"
+            for kind in (modality, "all"):
+                totals[kind] += nll
+                counts[kind] += 1
+    assert min(counts["text"], counts["image"]) > 10
+    assert loss.item() == pytest.approx(totals["all"] / counts["all"], rel=1e-5)
+    assert figures["tokens"] == positions
+    for kind in ("text", "image"):
+        total, count = figures[f"loss_{kind}"]
+        assert (total.dtype, count.dtype, total.requires_grad) == (torch.float32, torch.float32, False)
+        assert total.item() == pytest.approx(totals[kind], rel=1e-5)
+        assert count.item() == counts[kind]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_peak_is_below_half_of_the_logits() -> None:
-    hidden, head, target, weight = (tensor.cuda() for tensor in problem(4096, 65_536, width=512))
+    hidden, head, target, weight = (tensor.cuda() for tensor in problem(4096, 65_536, width=64))
     hidden.requires_grad_(), head.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss, _ = linear_cross_entropy(hidden, head, target, weight)
+        loss, nll = linear_cross_entropy(hidden, head, target, weight, z_loss=1e-4)
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 4096 * 65_536 * 4 / 2
-    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-        plain, _ = plain_linear_cross_entropy(hidden, head, target, weight)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-3)
+    found = loss.detach(), nll, hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss, nll = plain_linear_cross_entropy(hidden, head, target, weight, z_loss=1e-4)
+    loss.backward()
+    for ours, reference in zip(found, (loss.detach(), nll, hidden.grad, head.grad), strict=True):
+        assert (ours - reference).abs().max() < 0.02 * reference.abs().max()  # bf16 has 8 bits

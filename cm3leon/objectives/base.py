@@ -1,4 +1,4 @@
-"""What an objective is: a corruption of samples, and a loss on logits."""
+"""What an objective is: a corruption of samples, and a loss on hidden states."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
         """Weighted mean negative log-likelihood in nats of the tokens after each position, with figures to record.
 
-        `loss_text` and `loss_image` are pairs (sum, count) over the targets of each modality that carry a loss: such
-        pairs are averaged over everything that is counted, micro-batches, ranks and steps. `tokens` is a count. An
-        objective of another kind overrides this; `head(hidden_BTD)` are the logits (B, T, V).
+        `head` is the output layer, without a bias. `loss_text` and `loss_image` are pairs (sum, count) over the targets
+        of each modality that carry a loss, float32 scalars: such pairs are averaged over everything that is counted,
+        micro-batches, ranks and steps. `tokens` counts the positions that are not padding. An objective of another kind
+        overrides this; `head(hidden_BTD)` are the logits (B, T, V).
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
         loss, nll_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss)
@@ -58,8 +59,8 @@ class Objective:
         image_N = counted_N & (target_N >= vocab.image_start) & (target_N < vocab.sentinel_start)
         text_N = counted_N & (target_N < vocab.text_size)
         return loss, {
-            "loss_text": (torch.where(text_N, nll_N, 0).sum(), text_N.sum()),
-            "loss_image": (torch.where(image_N, nll_N, 0).sum(), image_N.sum()),
+            "loss_text": (torch.where(text_N, nll_N, 0).sum(), text_N.sum(dtype=torch.float32)),
+            "loss_image": (torch.where(image_N, nll_N, 0).sum(), image_N.sum(dtype=torch.float32)),
             "tokens": float((batch.sample_BT >= 0).sum()),
         }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS = 2**26
 """Most float32 logits that are held at a time, 256 MiB: those of 1,024 tokens over the paper's vocabulary."""
@@ -25,9 +26,11 @@ def linear_cross_entropy(
 
     The second term is PaLM's (arXiv 2204.02311, section 5). Tokens are taken in chunks of at most `most_logits`
     logits. Where there are several, the gradients of both factors are made with the loss, in the forward pass, so that
-    no product is computed twice and no logits are kept; the backward pass scales them.
+    no product is computed twice and no logits are kept; the backward pass scales them, once.
 
     Args:
+        hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`, the layer's weight.
+        target_N: ids of the tokens to predict.
         weight_N: share of each token in the mean; a token of weight 0 has no gradient.
 
     Returns:
@@ -36,7 +39,10 @@ def linear_cross_entropy(
     rows = max(1, most_logits // len(head_VD))
     if len(hidden_ND) <= rows:
         return plain_linear_cross_entropy(hidden_ND, head_VD, target_N, weight_N, z_loss=z_loss)
-    return _Chunked.apply(hidden_ND, head_VD, target_N, weight_N, z_loss, rows)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, head_VD)]
+    if any(wanted):
+        return _Chunked.apply(hidden_ND, head_VD, target_N, weight_N, z_loss, rows)
+    return _by_chunks(hidden_ND, head_VD, target_N, weight_N, z_loss, rows, (False, False))[:2]
 
 
 def plain_linear_cross_entropy(
@@ -49,59 +55,82 @@ def plain_linear_cross_entropy(
     return (each_N * weight_N).sum() / weight_N.sum().clamp(min=1e-8), nll_N.detach()
 
 
+class _Results(NamedTuple):
+    loss: Tensor
+    nll_N: Tensor
+    d_hidden_ND: Tensor | None
+    d_head_VD: Tensor | None
+
+
 class _Chunked(torch.autograd.Function):
-    """Chunk by chunk: dloss/dlogits = w ((1 + 2 z lse) p - y) / sum w, p the softmax and y the target's indicator."""
+    """Scales, in the backward pass, the gradients that the forward pass has made."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        target_N: Tensor,
-        weight_N: Tensor,
-        z_loss: float,
-        rows: int,
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, z_loss: float, rows: int
     ) -> tuple[Tensor, Tensor]:
-        kind = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        whole = weight_N.sum().clamp(min=1e-8)
-        head = head_VD.to(dtype)
-        loss = torch.zeros((), device=hidden_ND.device)
-        nll_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
-        d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        d_head_VD = torch.zeros(head_VD.shape, device=head_VD.device) if wants_head else None
-        with torch.autocast(kind, enabled=False):
-            for start in range(0, len(hidden_ND), rows):
-                part = slice(start, start + rows)
-                hidden, target, weight = hidden_ND[part].to(dtype), target_N[part, None], weight_N[part] / whole
-                logits = (hidden @ head.T).float()
-                lse = logits.logsumexp(-1)
-                nll_N[part] = lse - logits.gather(1, target)[:, 0]
-                loss += ((nll_N[part] + z_loss * lse.square()) * weight).sum()
-                if not (wants_hidden or wants_head):
-                    continue
-                probabilities = logits.sub_(lse[:, None]).exp_()
-                gradient = probabilities.mul_((weight * (1 + 2 * z_loss * lse))[:, None])
-                gradient = gradient.scatter_add_(1, target, -weight[:, None]).to(dtype)
-                if d_hidden_ND is not None:
-                    d_hidden_ND[part] = (gradient @ head).to(d_hidden_ND.dtype)
-                if d_head_VD is not None:
-                    d_head_VD += gradient.T @ hidden
-        ctx.d_head, ctx.dtype = d_head_VD, head_VD.dtype
-        ctx.d_hidden = d_hidden_ND
+        loss, nll_N, *gradients = _by_chunks(
+            hidden_ND, head_VD, target_N, weight_N, z_loss, rows, ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden_ND.dtype, head_VD.dtype
         ctx.mark_non_differentiable(nll_N)
         return loss, nll_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        scale, d_hidden, d_head = gradients[0], ctx.d_hidden, ctx.d_head
-        ctx.d_hidden = ctx.d_head = None
-        return (
-            None if d_hidden is None else d_hidden.mul_(scale),
-            None if d_head is None else d_head.mul_(scale).to(ctx.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
+        # In place, as the head's gradient is as large as the head; torch then refuses a second backward pass.
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if d is None else d.mul_(scale).to(dtype) for d, dtype in gradients), None, None, None, None
+
+
+def _by_chunks(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    z_loss: float,
+    rows: int,
+    wanted: tuple[bool, bool],
+) -> _Results:
+    """Loss and, where wanted, gradients of hidden states and head, `rows` tokens at a time.
+
+    With p the softmax and y the indicator of the target, dloss/dlogits = w ((1 + 2 z lse) p - y) / sum w. Logits, p and
+    this stand in the same float32 memory one after the other. What goes through a matrix product is in the precision of
+    autocast, or of the hidden states without it; the head's gradient is added up in float32.
+    """
+    device, count = hidden_ND.device, len(hidden_ND)
+    on = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if on else hidden_ND.dtype
+    head = head_VD.to(dtype)
+    product_RV = torch.empty(rows, len(head), dtype=dtype, device=device)
+    float_RV = product_RV if dtype == torch.float32 else torch.empty_like(product_RV, dtype=torch.float32)
+    share_N = weight_N / weight_N.sum().clamp(min=1e-8)
+    loss = torch.zeros((), device=device)
+    nll_N = torch.empty(count, device=device)
+    d_hidden_ND = torch.empty_like(hidden_ND, dtype=dtype) if wanted[0] else None
+    d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wanted[1] else None
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            hidden, target, share = hidden_ND[part].to(dtype), target_N[part, None], share_N[part]
+            product, scores = product_RV[: len(hidden)], float_RV[: len(hidden)]
+            torch.mm(hidden, head.T, out=product)
+            if float_RV is not product_RV:
+                scores.copy_(product)
+            of_target, highest = scores.gather(1, target)[:, 0], scores.amax(1)
+            total = scores.sub_(highest[:, None]).exp_().sum(1)
+            lse = highest + total.log()
+            nll_N[part] = lse - of_target
+            loss += ((nll_N[part] + z_loss * lse.square()) * share).sum()
+            if not any(wanted):
+                continue
+            scores.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None]).scatter_add_(1, target, -share[:, None])
+            if float_RV is not product_RV:
+                product.copy_(scores)
+            if d_hidden_ND is not None:
+                torch.mm(product, head, out=d_hidden_ND[part])
+            if d_head_VD is not None:
+                d_head_VD += product.T @ hidden
+    return _Results(loss, nll_N, d_hidden_ND, d_head_VD)
