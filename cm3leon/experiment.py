@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ from cm3leon.config import (
     Component,
     NonNegativeFloat,
     NonNegativeInt,
+    Override,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -226,7 +227,8 @@ def load_experiment(name_or_path: str, overrides: Sequence[str] = (), shipped: P
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
     `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's overrides win over
-    those of experiments.yaml, which win over the file.
+    those of experiments.yaml, which win over the file. Among them, `overrides=smoke` stands for all the dotted keys in
+    `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own.
 
     Raises:
         UserError: for an unknown experiment, or a mistake in its file or the overrides.
@@ -237,7 +239,7 @@ def load_experiment(name_or_path: str, overrides: Sequence[str] = (), shipped: P
     mapping = _with_absolute_plugins(load_yaml(file), file.parent)
     mapping = apply_overrides(mapping, [(split_key(key), value) for key, value in listed.items()], sections)
     mapping = _with_absolute_plugins(mapping, shipped)
-    mapping = apply_overrides(mapping, map(parse_override, overrides), sections)
+    mapping = apply_overrides(mapping, _overrides(overrides, shipped), sections)
     mapping = _with_absolute_plugins(mapping, Path.cwd())
     discover(mapping.get("plugins", []))
     return from_mapping(Experiment, mapping)
@@ -252,6 +254,20 @@ def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
         raise UserError(f"experiment is {name_or_path}, which is not known; {choices(name_or_path, entries)}")
     entry = entries[name_or_path]
     return shipped / entry.file, entry.overrides
+
+
+def _overrides(words: Sequence[str], shipped: Path) -> Iterator[Override]:
+    """The overrides of a command line, with those of the files that it names."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if key != "overrides":
+            yield parse_override(word)
+            continue
+        names = sorted(file.stem for file in (shipped / "experiments" / "overrides").glob("*.yaml"))
+        if not _is_path(value) and value not in names:
+            raise UserError(f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml file")
+        file = Path(value).expanduser() if _is_path(value) else shipped / "experiments" / "overrides" / f"{value}.yaml"
+        yield from ((split_key(name), setting) for name, setting in load_yaml(file).items())
 
 
 def _is_path(name_or_path: str) -> bool:

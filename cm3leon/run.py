@@ -149,6 +149,10 @@ COMMANDS = {
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
     ),
+    "perplexity": Command(
+        "draw the paper's figure 3, validation perplexity against updates: runs=[DIR,DIR] out=perplexity.png",
+        _forwarded("cm3leon.perplexity", "main"),
+    ),
     "export": Command(
         "convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", _forwarded("cm3leon.export", "main")
     ),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cm3leon.models import attention
 from cm3leon.models.attention import Attention, choose, run_lengths
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import ATTENTIONS
@@ -72,6 +73,14 @@ def assert_is_the_formula(backend: Attention, sample_BT: Tensor) -> None:
 @settings(max_examples=25)
 def test_outputs_and_gradients_are_the_formulas(name: str, rows: list[list[int]]) -> None:
     assert_is_the_formula(ATTENTIONS.build(name), places(rows))
+
+
+def test_samples_one_by_one_are_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU in long blocks."""
+    monkeypatch.setattr(attention, "LONG", 8)
+    for rows in ([[8]], [[3, 5], [2]], [[1, 1, 1], [2, 6], [8]], [[4, 4], [4, 5]]):
+        assert isinstance(attention.Sdpa().plan(places(rows)), list)
+        assert_is_the_formula(attention.Sdpa(), places(rows))
 
 
 @pytest.mark.parametrize("name", ["naive", "sdpa"])

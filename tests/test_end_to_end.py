@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -187,6 +188,9 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     one, two = (results(each)["losses"]["pretraining"] for each in (finished, folder))  # type: ignore[index]
     assert [record["step"] for record in one] == [record["step"] for record in two]
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=2e-3)
+    for each in (finished, folder):  # drawn by both ranks from weights that both gathered
+        events = EventAccumulator(str(each / "pretraining" / "tensorboard")).Reload()
+        assert [image.step for image in events.Images("generated")] == [10, 20]
     refused = torchrun("experiment=digits_smoke", f"run={folder}", "seed=1")
     assert refused.returncode != 0
     assert refused.stderr.count("cm3leon: stage image_tokenizer is not finished in") == 1

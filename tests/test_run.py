@@ -38,7 +38,7 @@ def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
     sentence = "expert is not a known command; did you mean export? "
-    assert done.stderr == f"cm3leon: {sentence}(known: add, export, part, run, search, show, validate)\n"
+    assert done.stderr == f"cm3leon: {sentence}(known: add, export, part, perplexity, run, search, show, validate)\n"
     assert done.stdout == ""
 
 

@@ -169,8 +169,16 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
 
     run = tmp_path / "mixed"
     mixed = (*borrowed, f'shards.mix={{"{texts}": 0.5}}')
-    cm3leon(*arguments(tars, run, *mixed))
+    cm3leon(*arguments(tars, run, *mixed, "training.callback_every=2"))
     assert not (run / "vectors").exists()
+    by_source = [json.loads(line) for line in (run / "pretraining" / "validation.jsonl").read_text().splitlines()]
+    assert [figures["step"] for figures in by_source] == [2, 4]
+    for figures in by_source:
+        assert "loss_image/texts" not in figures
+        assert figures["loss_image"] == figures["loss_image/mixed"]
+        for name in ("loss", "loss_text"):
+            parts = sorted((figures[f"{name}/mixed"], figures[f"{name}/texts"]))
+            assert parts[0] < figures[name] < parts[1]
     assert [record["step"] for record in losses(run)] == [1, 2, 3, 4]
     assert losses(run) != losses(finished)
     assert (run / "report.html").is_file()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm3leon.decoders.decoders import Decoder
 from cm3leon.decoders.processors import draw, uniforms
@@ -104,7 +104,7 @@ def _generate(
     answer_BT = torch.full((len(prompts), steps), first.end, device=device)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(steps):
-        logits_RV = model.head(model.hidden(ids_RT, cache=cache)[:, -1])[:, allowed_V].float()
+        logits_RV = model(ids_RT, cache=cache, readout=_last_logits)[:, allowed_V].float()
         streams_BV = logits_RV.chunk(2) if guided else (logits_RV, None)
         token_B = allowed_V[draw(decoder.logits(*streams_BV), uniform_BT[:, step])]
         answer_BT[:, step] = torch.where(ended_B, first.end, token_B)
@@ -114,6 +114,10 @@ def _generate(
         ids_RT = token_B.repeat(2 if guided else 1)[:, None]
     for answer_T in answer_BT.cpu().numpy():
         yield answer_T[: np.argmax(answer_T == first.end)] if (answer_T == first.end).any() else answer_T
+
+
+def _last_logits(hidden_BTD: Tensor, head: nn.Linear) -> Tensor:
+    return head(hidden_BTD[:, -1])
 
 
 def _left_padded(streams: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 LOGITS = 2**26
 """Most float32 logits that are held at a time, 256 MiB: those of 1,024 tokens over the paper's vocabulary."""
+TOKENS, FEW_LOGITS = 1024, 2**22
+"""Tokens taken at a time with a smaller vocabulary, and logits so few that they are taken at once."""
 
 
 def linear_cross_entropy(
@@ -20,13 +22,14 @@ def linear_cross_entropy(
     weight_N: Tensor,
     *,
     z_loss: float = 0.0,
-    most_logits: int = LOGITS,
+    most_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean of -log softmax(hidden @ head.T)[target] + z_loss * logsumexp^2, in nats.
 
     The second term is PaLM's (arXiv 2204.02311, section 5). Tokens are taken in chunks of at most `most_logits`
-    logits. Where there are several, the gradients of both factors are made with the loss, in the forward pass, so that
-    no product is computed twice and no logits are kept; the backward pass scales them, once.
+    logits, by default of 1,024 tokens. Where there are several chunks, the gradients of both factors are made with the
+    loss, in the forward pass, so that no product is computed twice and no logits are kept; the backward pass scales
+    them, once.
 
     Args:
         hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`, the layer's weight.
@@ -36,6 +39,8 @@ def linear_cross_entropy(
     Returns:
         the scalar loss in float32, and the negative log-likelihood of each token (N,), which carries no gradient.
     """
+    if most_logits is None:
+        most_logits = min(LOGITS, max(FEW_LOGITS, TOKENS * len(head_VD)))
     rows = max(1, most_logits // len(head_VD))
     if len(hidden_ND) <= rows:
         return plain_linear_cross_entropy(hidden_ND, head_VD, target_N, weight_N, z_loss=z_loss)

@@ -101,8 +101,8 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
     task = _build_task(run, setting.task)
     rows = _rows(run, setting, at_least=run.experiment.generation.samples if task.asked_again else 0)
     documents = [run.token_documents[row] for row in rows]
-    found = _retrieved(run, setting, task, rows)
-    retrieved = [_that_fit(run, task, document, others) for document, others in zip(documents, found, strict=True)]
+    found = retrieved_rows(run, task, rows, documents=setting.documents, shuffled=setting.shuffled)
+    retrieved = [that_fit(run, task, document, others) for document, others in zip(documents, found, strict=True)]
     prompts = [_prompt(run, task, document, others) for document, others in zip(documents, retrieved, strict=True)]
     usual = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
     decoder = run.experiment.task_decoders.get(setting.task, usual)
@@ -128,7 +128,7 @@ def _prompt(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> 
     return task.prompt(query, [run.bank_document(row) for row in retrieved])
 
 
-def _that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
+def that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
     """Retrieved documents without those, from the left, that leave too little room for the longest answer."""
     while retrieved:
         prompt = _prompt(run, task, query, retrieved)
@@ -144,9 +144,15 @@ def _rows(run: Run, setting: Setting, at_least: int) -> list[int]:
     return rows * max(1, -(-at_least // len(rows)))
 
 
-def _retrieved(run: Run, setting: Setting, task: Any, rows: list[int]) -> list[list[int]]:
-    """Rows of the bank to put before each prompt, the most relevant last."""
-    if not setting.documents:
+def retrieved_rows(
+    run: Run, task: Any, rows: Sequence[int], *, documents: int, shuffled: bool = False
+) -> list[list[int]]:
+    """Rows of the bank to put before the prompt of each document, the most relevant last.
+
+    Args:
+        shuffled: whether each gets those of another one.
+    """
+    if not documents:
         return [[] for _ in rows]
     distinct = sorted(set(rows))
     by_text = task.retrieves_by == "text"
@@ -154,9 +160,9 @@ def _retrieved(run: Run, setting: Setting, task: Any, rows: list[int]) -> list[l
         [run.corpus.captions[row] for row in distinct] if by_text else None,
         None if by_text else run.corpus.images_BHWC[distinct],
     )
-    rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=setting.documents)
+    rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=documents)
     found = [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
-    if setting.shuffled:
+    if shuffled:
         found = [found[place] for place in np.random.default_rng(run.experiment.seed).permutation(len(found))]
     of_row = dict(zip(distinct, found, strict=True))
     return [of_row[row] for row in rows]

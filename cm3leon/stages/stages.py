@@ -77,7 +77,7 @@ FIRST = (
 )
 # These depend on the tokenizers and the encoder themselves, not on how they came to be: a terabyte of tokens stays
 # when the retriever changes.
-TOKENS = Stage("tokens", 1, tokens_inputs, make_tokens, make_tokens_part, needs=())
+TOKENS = Stage("tokens", 2, tokens_inputs, make_tokens, make_tokens_part, needs=())
 BANK = (
     Stage("vectors", 1, lambda run: run.encoder_header, make_vectors, make_vectors_part, needs=("tokens",)),
     Stage("index", 1, lambda run: run.section("index", "seed"), make_index, make_index_part),

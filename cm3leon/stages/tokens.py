@@ -21,6 +21,9 @@ from cm3leon.stages.sharing import batches, share_out, with_progress
 from cm3leon.tokenizers.document import token_count
 from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, TokenSegment, UserError
 
+VALIDATION = "validation.arrow"
+"""Token shard of the sample's validation documents, of any segments."""
+
 
 def split_in(run: Run, id_: str) -> Split:
     """The split of a document, by its id alone."""
@@ -65,7 +68,7 @@ def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
 
 
 def make_tokens(run: Run, folder: Path) -> None:
-    """Makes the shards that no worker has made, and the index of all.
+    """Makes the shards that no worker has made, the index of all, and the validation documents of the sample.
 
     Raises:
         UserError: if there is not one document to train on.
@@ -76,14 +79,18 @@ def make_tokens(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
         )
+    documents, _ = _tokenized(run, sample_documents(run), "validation")
+    write_token_shard(folder / VALIDATION, documents, run.made_by)
 
 
-def _tokenized(run: Run, items: Iterable[Document | Skipped]) -> tuple[list[TokenDocument], list[Skipped]]:
-    """The training documents among the items, as ids, and what was left out (not the other splits, which are)."""
+def _tokenized(
+    run: Run, items: Iterable[Document | Skipped], split: Split = "train"
+) -> tuple[list[TokenDocument], list[Skipped]]:
+    """The documents of a split among the items, as ids, and what was left out (not the other splits, which are)."""
     documents: list[TokenDocument] = []
     skipped: list[Skipped] = []
     room = _room(run)
-    for batch in batches(_training_documents(run, items, skipped)):
+    for batch in batches(_documents_of(run, items, split, skipped)):
         for document in token_documents(run, batch):
             length = token_count(document)
             if room is not None and length > room:
@@ -98,11 +105,13 @@ def _room(run: Run) -> int | None:
     return run.seq_len - 2 if run.experiment.packing.method == "whole" else None
 
 
-def _training_documents(run: Run, items: Iterable[Document | Skipped], skipped: list[Skipped]) -> Iterator[Document]:
+def _documents_of(
+    run: Run, items: Iterable[Document | Skipped], split: Split, skipped: list[Skipped]
+) -> Iterator[Document]:
     for item in items:
         if isinstance(item, Skipped):
             skipped.append(item)
-        elif split_in(run, item.id) == "train":
+        elif split_in(run, item.id) == split:
             yield item
 
 

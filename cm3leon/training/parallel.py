@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,22 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, FSDPModule):
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all weights of a sharded model, and its forward pass needs no other rank.
+
+    All ranks have to enter. Weights are in the precision of the forward pass: 14 GB for 7B in bf16.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)  # as fully_shard chose
+        part.reshard()
 
 
 def _prepare(model: nn.Module, config: DecoderTrainingConfig) -> None:

@@ -1,0 +1,302 @@
+"""A training step beside transformers' OPT of the same shape and weights; attention backends beside each other.
+
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py                       # all that this device can do
+    OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py steps --layers 4      # one part, another shape
+    python benchmarks/train.py mfu --preset cm3leon_760m --compile                  # on a GPU
+
+steps: forward, backward, clipping and fused AdamW under bf16 autocast on blocks that are one document each, in turn by
+both models; and on documents of mixed lengths, which ours packs whole into blocks and OPT pads to the longest of its
+batch. Useful tokens are those that are not padding; a batch has as many positions for both at most.
+memory: the most that such a step holds beyond weights, in a process of its own; all of its state included.
+attention: one layer's attention, forward and backward, over packed documents of about 1,100 tokens.
+mfu: our step alone, its model FLOPs as a share of the rate of a large bf16 matrix product measured in the same process.
+Seconds are medians after a first call that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.models.attention import choose
+from cm3leon.models.recompute import compile_blocks, recompute
+from cm3leon.models.transformer import Transformer
+from cm3leon.objectives.loss import linear_cross_entropy
+from cm3leon.registry import ATTENTIONS, MODELS, discover
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.costs import model_flops
+from cm3leon.training.optimizer import new_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PARTS = ("steps", "memory", "attention", "mfu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--length", type=int, default=512, help="positions of a block")
+    parser.add_argument("--rows", type=int, default=8, help="blocks of a batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--preset", help="mfu: a registered model instead of that shape, at its own length")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--one", choices=("ours", "opt"), help="memory: measure this one in this process, as JSON")
+    args = parser.parse_args()
+    discover()
+    if args.one:
+        print(json.dumps(peak(args)))
+        return
+    print(
+        f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, {torch.get_num_threads()} threads, ",
+        end="",
+    )
+    print(f"torch {torch.__version__}; {args}\n")
+    for part in [args.part] if args.part else PARTS:
+        print(f"## {part}\n")
+        {"steps": steps, "memory": memory, "attention": attention, "mfu": mfu}[part](args)
+        print(flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ models and batches
+
+
+def shape(args: argparse.Namespace) -> Transformer:
+    """Our decoder on the CPU, with random numbers in the head too: a zero head would make all gradients zero."""
+    torch.manual_seed(0)
+    settings = {"layers": args.layers, "width": args.width, "seq_len": args.length, "attention": args.attention}
+    if args.preset:
+        settings = {"attention": args.attention}
+    with torch.device(DEVICE):
+        model = MODELS.build({"name": args.preset or "cm3leon", **settings}, vocab_size=args.vocabulary)
+    nn.init.normal_(model.head.weight, std=0.02)
+    return model
+
+
+def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The decoder, and its mean loss of ids (B, T) with the number of the document at each position."""
+    model = shape(args)
+    recompute(model, args.checkpointing)
+    if args.compile:
+        compile_blocks(model)
+
+    def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
+        target_BT = ids_BT.roll(-1, 1)
+        weight_BT = ((sample_BT == sample_BT.roll(-1, 1)) & (sample_BT >= 0)).float()
+        weight_BT[:, -1] = 0
+        alone = bool((sample_BT == 0).all())
+        flat = (target_BT.flatten(), weight_BT.flatten())
+        return model(
+            ids_BT,
+            position_BT=None if alone else positions(sample_BT),
+            sample_BT=None if alone else sample_BT,
+            readout=lambda hidden_BTD, head: linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, *flat)[0],
+        )
+
+    return model, loss
+
+
+def opt(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The same weights in transformers' OPT, with its own loss; padding is masked, and in no target."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model = shape(args)
+    config = OPTConfig(**to_opt_config(model.config, model.vocab_size), use_cache=False)
+    other = OPTForCausalLM(config).to(DEVICE)
+    other.load_state_dict(to_opt_state(model.state_dict()), strict=False)
+
+    def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
+        real_BT = sample_BT >= 0
+        whole = bool(real_BT.all())
+        labels_BT = ids_BT if whole else ids_BT.masked_fill(~real_BT, -100)
+        return other(ids_BT, attention_mask=None if whole else real_BT.long(), labels=labels_BT).loss
+
+    return other.train(), loss
+
+
+def positions(sample_BT: Tensor) -> Tensor:
+    """Position numbers that begin anew in every document."""
+    at_T = torch.arange(sample_BT.shape[1], device=sample_BT.device)
+    begins_BT = torch.ones_like(sample_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = sample_BT[:, 1:] != sample_BT[:, :-1]
+    return at_T - torch.where(begins_BT, at_T, 0).cummax(1).values
+
+
+def lengths(count: int, longest: int) -> np.ndarray:
+    """Lengths of documents: log-normal about a third of the longest, as those of captions, pairs and texts mixed."""
+    drawn = np.random.default_rng(0).lognormal(np.log(longest / 3), 0.8, count)
+    return drawn.clip(8, longest).astype(int)
+
+
+def packed(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tensor]:
+    """Numbers of documents (B, T) in blocks: each whole, in the first block with room; -1 is padding."""
+    blocks: list[list[int]] = []
+    for length in documents:
+        place = next((block for block in blocks if sum(block) + length <= args.length), None)
+        if place is None:
+            blocks.append([length])
+        else:
+            place.append(length)
+    rows = [torch.tensor([n for n, length in enumerate(block) for _ in range(length)]) for block in blocks]
+    for start in range(0, len(rows) - args.rows + 1, args.rows):
+        yield torch.stack([F.pad(r, (0, args.length - len(r)), value=-1) for r in rows[start : start + args.rows]])
+
+
+def padded(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tensor]:
+    """One document a row, padded to the longest of the batch."""
+    for start in range(0, len(documents) - args.rows + 1, args.rows):
+        batch = documents[start : start + args.rows]
+        yield torch.stack([torch.where(torch.arange(max(batch)) < length, 0, -1) for length in batch])
+
+
+def stepper(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], args: argparse.Namespace
+) -> Callable[..., None]:
+    """One step on ids and document numbers."""
+    optimizer = new_optimizer(model, DecoderTrainingConfig(optimizer=args.optimizer, learning_rate=1e-4))
+
+    def step(sample_BT: Tensor) -> None:
+        ids_BT = torch.randint(8, args.vocabulary, sample_BT.shape, device=DEVICE)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            value = loss(ids_BT, sample_BT.to(DEVICE))
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def steps(args: argparse.Namespace) -> None:
+    """Ours beside OPT, one step of each in turn."""
+    ways = {name: stepper(*make(args), args) for name, make in (("ours", ours), ("opt", opt))}
+    whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(args.repeats + 1):
+        for name, step in ways.items():
+            taken = seconds(partial(step, whole_BT))
+            if repeat:
+                times[name].append(taken)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    print("| documents | model | s a step | useful tokens/s | useful share | ratio |\n|---|---|---|---|---|---|")
+    for name, value in middle.items():
+        rate, ratio = whole_BT.numel() / value, middle["opt"] / value
+        print(f"| one a block | {name} | {value:.3g} | {rate:,.0f} | 100 % | {ratio:.2f} |")
+    documents = lengths(4 * args.rows * args.repeats, args.length).tolist()
+    batches = {"ours": list(packed(documents, args)), "opt": list(padded(documents, args))[: 4 * args.repeats]}
+    rates = {}
+    for name, step in ways.items():
+        step(batches[name][0])
+    for name, step in ways.items():
+        taken = sum(seconds(partial(step, batch)) for batch in batches[name])
+        useful = sum(int((batch >= 0).sum()) for batch in batches[name])
+        positions_ = sum(batch.numel() for batch in batches[name])
+        rates[name] = (taken / len(batches[name]), useful / taken, useful / positions_)
+    for name, (value, rate, share) in rates.items():
+        print(f"| mixed | {name} | {value:.3g} | {rate:,.0f} | {share:.0%} | {rate / rates['opt'][1]:.2f} |")
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peaks of both, each in a process of its own."""
+    print("| model | GiB beyond weights |\n|---|---|")
+    for name in ("ours", "opt"):
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--one", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        print(f"| {name} | {json.loads(done.stdout.splitlines()[-1]) / 2**30:.2f} |", flush=True)
+
+
+def peak(args: argparse.Namespace) -> int:
+    """The most bytes that a process holds during three steps, beyond what it held before them."""
+    step = stepper(*(ours if args.one == "ours" else opt)(args), args)
+    whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
+    for _ in range(3):
+        step(whole_BT)
+    return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")) - before
+
+
+def of_process(name: str) -> int:
+    """A size in bytes from Linux's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def attention(args: argparse.Namespace) -> None:
+    """Every backend that the device has, over the same documents."""
+    B, A, T, E = 1, 16, 4096, 64
+    sample_BT = torch.arange(T, device=DEVICE)[None].expand(B, T) // 1100
+    dtype = torch.bfloat16
+    torch.manual_seed(0)
+    given = [torch.randn(B, A, T, E, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+    print(f"{A} heads of {E}, {T} positions, documents of 1,100 tokens, {dtype}\n")
+    print("| backend | ms | ratio to sdpa |\n|---|---|---|")
+    times = {}
+    for name in ATTENTIONS.names():
+        if ATTENTIONS.get(name).missing(DEVICE):
+            continue
+        backend: Any = choose(name, DEVICE)[1]
+        plan = backend.plan(sample_BT)
+
+        def call(backend: Any = backend, plan: Any = plan) -> None:
+            torch.autograd.grad(backend(*given, plan).float().sum(), given)
+
+        call()
+        times[name] = statistics.median(seconds(call) for _ in range(args.repeats))
+    for name, value in times.items():
+        print(f"| {name} | {1000 * value:.3g} | {times['sdpa'] / value:.2f} |")
+
+
+def mfu(args: argparse.Namespace) -> None:
+    """Our step's model FLOPs beside what a matrix product reaches on this device."""
+    if args.preset:
+        args.vocabulary, args.length = 65_536, 4096
+    side = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    matmul = 2 * side**3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))
+    model, loss = ours(args)
+    step = stepper(model, loss, args)
+    rows = args.rows if not args.preset else 1 if args.preset == "cm3leon_7b" else 4
+    sample_BT = (torch.arange(args.length) // (args.length // 3 + 1)).expand(rows, -1).contiguous()
+    for _ in range(2):
+        step(sample_BT)
+    taken = statistics.median(seconds(partial(step, sample_BT)) for _ in range(args.repeats))
+    rate = model_flops(model.config, model.vocab_size, sample_BT) / taken  # type: ignore[arg-type]
+    print("| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |\n|---|---|---|---|---|---|")
+    figures = (f"{sample_BT.numel():,}", f"{taken:.3g}", f"{sample_BT.numel() / taken:,.0f}")
+    print(f"| {' | '.join(figures)} | {rate / 1e12:.3g} | {matmul / 1e12:.3g} | {rate / matmul:.0%} |")
+    if DEVICE.type == "cuda":
+        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

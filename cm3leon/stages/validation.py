@@ -1,0 +1,195 @@
+"""What is looked at while the decoder trains: losses of validation documents, and images drawn for their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cm3leon.data.shards import open_shard
+from cm3leon.data.shuffle import shuffled
+from cm3leon.data.token_shards import TokenShard
+from cm3leon.decoders.engine import generate
+from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.packing import collate, fit, pack
+from cm3leon.registry import DECODERS, TASKS
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.generate import retrieved_rows, that_fit
+from cm3leon.stages.tokens import VALIDATION
+from cm3leon.tokenizers.document import lay_out, sample_length
+from cm3leon.training.device import autocast
+from cm3leon.training.meter import Meter
+from cm3leon.training.parallel import gathered
+from cm3leon.types import Batch, Sample, TokenDocument
+
+SHOWN = 16
+"""Images drawn for TensorBoard at a time."""
+
+
+def loss(run: Run, model: nn.Module, batch: Batch, *, z_loss: float = 0.0) -> tuple[Tensor, Any]:
+    """The objective's loss and figures; computed inside the model's forward pass, see `Transformer.forward`."""
+    return model(
+        batch.ids_BT,
+        position_BT=batch.position_BT,
+        sample_BT=batch.sample_BT,
+        readout=lambda hidden_BTD, head: run.objective.loss(hidden_BTD, head, batch, z_loss=z_loss),
+    )
+
+
+@torch.inference_mode()
+def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
+    """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
+
+    `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of them too. The ranks
+    share the documents; those that have fewer compute some twice, as all have to compute equally often.
+    """
+    sources = validation_documents(run)
+    batches = [(name, batch) for name, documents in sources.items() for batch in _batches(run, documents)]
+    ranks, meter = run.ranks, Meter(run.ranks)
+    for first in range(0, len(batches), ranks.count):
+        number = first + ranks.rank
+        source, batch = batches[number % len(batches)]
+        batch = batch.to(run.device)
+        with autocast(run.device, run.experiment.training.precision):
+            value, figures = loss(run, model, batch)
+        weight = batch.weight_BT.sum()
+        pairs = {"loss": (value * weight, weight)}
+        pairs |= {name: figure for name, figure in figures.items() if isinstance(figure, tuple)}
+        nothing = {name: (value * 0, value * 0) for name in pairs}
+        meter.add(pairs if number < len(batches) else nothing)
+        if len(sources) == 1:
+            continue
+        for name in sources:
+            counts = number < len(batches) and name == source
+            meter.add({f"{key}/{name}": pair for key, pair in (pairs if counts else nothing).items()})
+    return meter.read()
+
+
+def validation_documents(run: Run) -> dict[str, list[tuple[int, TokenDocument]]]:
+    """Validation documents that fit into a block, each with its number: those of this run, and of runs mixed into it.
+
+    Those of a corpus in shards are of any segments.
+    """
+    if run.experiment.shards is None:
+        documents = [(int(row), run.token_documents[row]) for row in run.corpus.rows("validation")]
+        return {run.folder.name: documents}
+    folders = [run.folder, *map(Path, run.experiment.shards.mix)]
+    names = [folder.name for folder in folders]
+    found = {}
+    for folder, name in zip(folders, names, strict=True):
+        shard = TokenShard(open_shard(folder / "tokens" / VALIDATION))
+        numbered = [(row, shard.document(row)) for row in range(len(shard))]
+        fitting = [(row, document) for row, document in numbered if sample_length(Sample(document)) <= run.seq_len]
+        if fitting:
+            found[name if names.count(name) == 1 else str(folder)] = fitting
+    return found
+
+
+def _batches(run: Run, documents: Sequence[tuple[int, TokenDocument]]) -> Iterator[Batch]:
+    """The documents packed whole; the number of each is the seed of its corruption."""
+    blocks: list[list[Corrupted]] = [[]]
+    for row, document in documents:
+        rng = np.random.default_rng([run.experiment.seed, 2, row])
+        laid_out = lay_out(fit(Sample(document), run.seq_len), run.vocab)
+        sample = run.objective.corrupt(laid_out, rng, run.seq_len)
+        if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
+            blocks.append([])
+        blocks[-1].append(sample)
+    config = run.experiment.training
+    size = config.micro_batch or max(1, config.blocks(run.seq_len) // run.ranks.count)
+    for start in range(0, len(blocks), size):
+        packed = [pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]]
+        yield collate(packed, torch.device("cpu"))
+
+
+class Drawing:
+    """Images for the captions of some validation documents, drawn now and then: without and with retrieved documents.
+
+    The ranks share the prompts.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._task = TASKS.build("text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2)
+        validation = run.corpus.rows("validation")
+        rows = [validation[shuffled(0, place, len(validation))] for place in range(min(SHOWN, len(validation)))]
+        self._rows = [int(row) for row in rows]
+
+    @cached_property
+    def _retrieved(self) -> list[list[int]]:
+        """Rows of the bank for each document, found once, by the first rank."""
+        run, found = self._run, None
+        if run.ranks.first:
+            count = run.experiment.retriever.config.max_documents
+            found = [
+                that_fit(run, self._task, run.token_documents[row], others)
+                for row, others in zip(
+                    self._rows, retrieved_rows(run, self._task, self._rows, documents=count), strict=True
+                )
+            ]
+        return run.ranks.gather(found)[0]
+
+    def write(self, model: nn.Module, writer: Any, step: int) -> None:
+        """Draws, and puts the images into TensorBoard (`writer`, on the first rank). All ranks have to call it.
+
+        `generated` has an image for each caption; in `generated_with_documents` those of the retrieved documents stand
+        before it.
+        """
+        run = self._run
+        captions = [run.corpus.captions[row] for row in self._rows]
+        none: list[list[int]] = [[] for _ in self._rows]
+        with gathered(model):
+            images_BHWC = self._draw(model, none)
+            beside_BHWC = self._draw(model, self._retrieved) if any(self._retrieved) else None
+        if writer is None:
+            return
+        writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
+        writer.add_text("prompts", "\n\n".join(captions), step)
+        if beside_BHWC is None:
+            return
+        pictures_BHWC, texts = self._with_documents(beside_BHWC)
+        writer.add_images("generated_with_documents", pictures_BHWC, step, dataformats="NHWC")
+        writer.add_text("prompts_with_documents", "\n\n".join(texts), step)
+
+    def _draw(self, model: nn.Module, retrieved: Sequence[Sequence[int]]) -> np.ndarray:
+        """An image (H, W, C) for each document, on the first rank."""
+        run, ranks = self._run, self._run.ranks
+        mine = range(ranks.rank, len(self._rows), ranks.count)
+        documents = [run.token_documents[self._rows[place]] for place in mine]
+        others = [[run.bank_document(row) for row in retrieved[place]] for place in mine]
+        with autocast(run.device, run.experiment.training.precision):
+            answers = generate(
+                model,
+                [self._task.prompt(document, found) for document, found in zip(documents, others, strict=True)],
+                DECODERS.build(run.experiment.decoder),
+                vocab=run.vocab,
+                seeds=list(mine),
+            )
+        codes = [run.tokenizer.codes(self._task.complete(*pair)) for pair in zip(documents, answers, strict=True)]
+        shares = ranks.gather(codes)
+        if not ranks.first:
+            return np.empty(0)
+        in_order = [shares[place % ranks.count][place // ranks.count] for place in range(len(self._rows))]
+        return run.image_tokenizer.decode(np.stack(in_order))
+
+    def _with_documents(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """The images with those of their retrieved documents before them, and the captions of all."""
+        run = self._run
+        most = max(map(len, self._retrieved))
+        B, H, W, C = images_BHWC.shape
+        pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
+        texts = []
+        for number, (row, found, image_HWC) in enumerate(zip(self._rows, self._retrieved, images_BHWC, strict=True)):
+            documents = [run.bank_document(other) for other in found]
+            with_image = [document for document in documents if document.segment("image")]
+            codes = [run.tokenizer.codes(document) for document in with_image]
+            decoded = run.image_tokenizer.decode(np.stack(codes)) if codes else []
+            for place, shown_HWC in enumerate([*decoded, image_HWC], start=most - len(codes)):
+                pictures_BHWC[number, :, place * (W + 2) : place * (W + 2) + W] = shown_HWC
+            texts.append(" | ".join([*map(run.tokenizer.caption, documents), f"**{run.corpus.captions[row]}**"]))
+        return pictures_BHWC, texts

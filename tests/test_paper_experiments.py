@@ -1,0 +1,103 @@
+"""The experiments of the paper's sizes: their settings are the paper's, and each runs a few steps when shrunken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cm3leon.experiment import list_experiments, load_experiment
+from cm3leon.run import main
+from cm3leon.stages.artifacts import Run
+from cm3leon.types import UserError
+
+PAPER = {
+    # layers, width, head size, tokens of a step, peak rate, warm-up, GPUs, tokens: Table 3, and Table 4 for sft
+    "pretrain_350m": (24, 1024, 64, 2**23, 6e-4, 1500, 256, 1.4e12),
+    "pretrain_760m": (24, 1536, 64, 2**23, 5e-4, 1500, 256, 1.9e12),
+    "pretrain_7b": (32, 4096, 128, 2**23, 1.2e-4, 1500, 512, 2.4e12),
+    "sft_760m": (24, 1536, 64, 2**21, 5e-5, 150, 64, 30e9),
+    "sft_7b": (32, 4096, 128, 2**21, 5e-5, 150, 128, 30e9),
+}
+PRETRAINING = [name for name in list_experiments() if name.startswith("pretrain_")]
+FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_")]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_are_the_papers(name: str) -> None:
+    experiment = load_experiment(name)
+    model, training = experiment.model.config, experiment.training
+    *settings, tokens = PAPER[name]
+    assert settings == [
+        model.layers,
+        model.width,
+        model.head_size,
+        training.batch_tokens,
+        training.learning_rate,
+        training.warmup_steps,
+        experiment.launcher.gpus,
+    ]
+    assert training.steps == round(tokens / training.batch_tokens)
+    assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (4096, 4, 0.006, 0.0002)
+    assert (training.optimizer, training.beta1, training.beta2) == ("adamw", 0.9, 0.95)
+    assert (training.weight_decay, training.clip, training.schedule, training.precision) == (0.1, 1.0, "linear", "bf16")
+    assert experiment.objective.name == "cm3"
+    pretraining = name.startswith("pretrain")
+    assert experiment.packing.method == ("stream" if pretraining else "whole")
+    retriever = experiment.retriever.config
+    assert retriever.max_documents == (3 if pretraining else 0)
+    assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (2, 0.2, "openai")
+    assert Run(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
+    blocks = training.blocks(model.seq_len)
+    assert blocks % (experiment.launcher.gpus * training.micro_batch) == 0
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a shrunken experiment up to its pretraining, which is the same for all."""
+    run = tmp_path_factory.mktemp("smoke") / "prepared"
+    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "until=neighbours"]) == 0
+    return run
+
+
+def smoke(name: str, prepared: Path, run: Path, *more: str) -> list[float]:
+    """Losses of the few steps of a shrunken experiment."""
+    shutil.copytree(prepared, run)
+    assert main([f"experiment={name}", "overrides=smoke", f"run={run}", *more]) == 0
+    assert (run / "pretraining" / "model.safetensors").is_file()
+    return [json.loads(line)["loss"] for line in (run / "pretraining" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Path) -> None:
+    losses = smoke(name, prepared, tmp_path / "run")
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    events = EventAccumulator(str(tmp_path / "run" / "pretraining" / "tensorboard")).Reload()
+    for tag, widths in (("generated", [32]), ("generated_with_documents", [34 * n + 32 for n in (1, 2, 3)])):
+        drawn = events.Images(tag)
+        assert [image.step for image in drawn] == [3, 6]
+        assert any(drawn[0].width % width == 0 for width in widths)  # some images in a row, with what stood before them
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_runs_when_shrunken(
+    name: str, prepared: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = tmp_path_factory.getbasetemp() / "pretrained_for_sft"
+    if not first.exists():
+        smoke("pretrain_760m", prepared, first)
+    losses = smoke(name, prepared, tmp_path / "run", f"training.start={first}")
+    assert len(losses) == 6
+
+
+def test_a_file_of_overrides_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("training.steps: 3000\nmodel.layers: 2\n")
+    experiment = load_experiment("pretrain_7b", [f"overrides={file}", "model.layers=3"])
+    assert (experiment.training.steps, experiment.model.config.layers) == (3000, 3)
+    with pytest.raises(UserError, match=r"overrides is smok, which is not known; did you mean smoke\? .*or a .yaml"):
+        load_experiment("pretrain_7b", ["overrides=smok"])
