@@ -14,7 +14,8 @@ from scipy.stats import chi2
 
 from cm3leon.config import from_mapping
 from cm3leon.decoders.decoders import ContrastiveK, Decoder, Greedy, TopP
-from cm3leon.decoders.engine import generate
+from cm3leon.decoders.engine import Answer
+from cm3leon.decoders.generate import generate
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
 from cm3leon.decoders.processors import draw, keep_top_p, uniforms
 from cm3leon.models.transformer import Transformer
@@ -136,9 +137,7 @@ def test_top_p_decoder_puts_its_parts_together() -> None:
     guided_BV = unconditional_BV + 2.5 * (conditional_BV - unconditional_BV)
     torch.testing.assert_close(decoder.logits(conditional_BV, unconditional_BV), keep_top_p(guided_BV / 0.7, 0.8))
     torch.testing.assert_close(decoder.logits(conditional_BV, None), keep_top_p(conditional_BV / 0.7, 0.8))
-    assert decoder.guided
-    assert built("top_p", cfg=0).guided
-    assert not built("top_p", cfg=1).guided
+    assert [built("top_p", cfg=weight).streams for weight in (2.5, 0, 1)] == [2, 2, 1]
 
 
 def test_cd_k_decoder_puts_its_parts_together() -> None:
@@ -260,10 +259,10 @@ class Recorder:
         self.steps: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
 
     @property
-    def guided(self) -> bool:
-        return self.inner.guided
+    def streams(self) -> int:
+        return self.inner.streams
 
-    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None) -> torch.Tensor:
         result_BV = self.inner.logits(conditional_BV, unconditional_BV)
         self.steps.append((conditional_BV.clone(), unconditional_BV if unconditional_BV is None
                            else unconditional_BV.clone(), result_BV.clone()))  # fmt: skip
@@ -289,13 +288,15 @@ def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> No
     allowed = [*([VOCAB.end_of_span] if modality == "text" else []), *range(low, high)]
     order = sorted(range(3), key=lambda row: len(asked[row].ids_T))  # as the engine lays the rows
     assert len(recorder.steps) == max(min(len(answer) + (modality == "text"), 10) for answer in answers)
-    for place, row in enumerate(order):
+    steps = [min(len(answers[row]) + (modality == "text"), 10) for row in range(3)]
+    for row in order:
         assert asked[row].unconditional_T is not None
         conditional_TV = alone(module, asked[row].ids_T, answers[row])[:, allowed]
         unconditional_TV = alone(module, asked[row].unconditional_T, answers[row])[:, allowed]
         assert len(answers[row]) > 2
         for step in range(len(answers[row])):
             given_BV, without_BV, result_BV = recorder.steps[step]
+            place = [other for other in order if steps[other] > step].index(row)  # a row that has ended leaves
             assert without_BV is not None
             torch.testing.assert_close(given_BV[place], conditional_TV[step], rtol=0, atol=1e-5)
             torch.testing.assert_close(without_BV[place], unconditional_TV[step], rtol=0, atol=1e-5)
@@ -367,15 +368,15 @@ def test_answers_keep_the_grammar(name: str, seed: int) -> None:
 
 
 class Fixed:
-    """A decoder that gives each row the columns of a script, one after the other."""
+    """A decoder that gives each row the columns of a script, one after the other; one that has had 0 leaves."""
 
-    guided = False
+    streams = 1
 
     def __init__(self, columns: Sequence[Sequence[int]]) -> None:
         self.columns, self.step = columns, 0
 
     def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
-        column_B1 = torch.tensor([row[self.step] for row in self.columns])[:, None]
+        column_B1 = torch.tensor([row[self.step] for row in self.columns if 0 not in row[: self.step]])[:, None]
         self.step += 1
         return torch.full_like(conditional_BV, -torch.inf).scatter(1, column_B1, 0.0)
 
@@ -411,12 +412,12 @@ def test_no_prompts_no_answers() -> None:
     assert generate(model(), [], built("top_p"), vocab=VOCAB, seeds=[]) == []
 
 
-def test_batches_are_announced_as_they_end() -> None:
-    told: list[int] = []
+def test_answers_are_announced_as_they_end() -> None:
+    told: list[Answer] = []
     asked = prompts()
-    generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=range(8), batch_size=2, on_batch=told.append)
-    assert sum(told) == len(asked)
-    assert max(told) <= 2
+    answers = generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=range(8), batch_size=2, on_answer=told.append)
+    assert sorted(answer.ticket for answer in told) == list(range(len(asked)))
+    assert sum(len(answer.tokens) for answer in told) >= sum(map(len, answers))
 
 
 def test_prompt_and_answer_may_fill_the_context() -> None:
@@ -438,7 +439,7 @@ def test_prompts_that_fit_alone_fit_together() -> None:
 class Endless:
     """A decoder that never ends a text: always column 1, the first text id."""
 
-    guided = False
+    streams = 1
 
     def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
         return torch.full_like(conditional_BV, -torch.inf).index_fill(1, torch.tensor([1]), 0.0)

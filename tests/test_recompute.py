@@ -85,8 +85,11 @@ def test_a_cache_still_works_and_names_stay(choice: Any) -> None:
     model, ids_BT = decoder().eval(), torch.arange(12)[None]
     names, expected_BTV = list(model.state_dict()), model(ids_BT)
     recompute(model, choice)
-    cache = model.new_cache(12, torch.zeros(1, dtype=torch.int64))
-    found_BTV = torch.cat([model(part, cache=cache) for part in ids_BT.split(5, 1)], 1)
+    cache = model.new_cache(groups=1, width=1, prefix=11, tail=1)
+    attend: Any = cache.prefix_pass(torch.tensor([0]), torch.tensor([11]))
+    parts = [model(ids_BT[:, :11], position_BT=attend.positions(11), attend=attend)]
+    attend = cache.step_pass(1, 11, 1)
+    found_BTV = torch.cat([*parts, model(ids_BT[:, 11:], position_BT=attend.positions(1), attend=attend)], 1)
     torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names
 

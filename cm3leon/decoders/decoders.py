@@ -2,69 +2,158 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 
-from cm3leon.config import NonNegativeFloat, NoSettings, PositiveFloat, PositiveInt, Probability
-from cm3leon.decoders.guidance import classifier_free, contrastive_k
-from cm3leon.decoders.processors import keep_top_p
+from cm3leon.config import (
+    Component,
+    NonNegativeFloat,
+    NonNegativeInt,
+    NoSettings,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
+from cm3leon.decoders.guidance import classifier_free, contrastive_k, two_conditions
+from cm3leon.decoders.processors import forbid_repeats, keep_top_k, keep_top_p, penalize
 from cm3leon.registry import DECODERS
+from cm3leon.types import UserError
 
 
 class Decoder(Protocol):
-    """How the next token is chosen. Registered in `DECODERS`, built as `cls(config)`."""
+    """How the next token is chosen. Registered in `DECODERS`, built as `cls(config)`.
+
+    More attributes are looked for. `looks_back = True`: `logits` is also given `past`, for each row the columns of the
+    tokens that its answer has so far. `of(number)`: the decoder of that sample of a prompt, in its place. `beams`: rows
+    of a sample that are searched together, by `score`.
+    """
 
     @property
-    def guided(self) -> bool:
-        """Whether it wants the unconditional stream, where a prompt has one."""
+    def streams(self) -> int:
+        """Streams that it looks at, where a prompt has them: 1 the prompt alone, 2 also the unconditional one, 3 also
+        that with a part of the conditions."""
 
     def __init__(self, config: Any) -> None: ...
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor) -> Tensor:
         """Logits (B, V) that the next token is drawn from; -inf is never drawn.
 
         Args:
             conditional_BV: the model's float32 logits of the tokens that the grammar allows.
             unconditional_BV: those of the unconditional stream; None without it.
+            others: those of a stream with a part of the conditions, where it asks for it and the prompt has one.
         """
 
 
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn from the guided logits."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the guided logits."""
+    top_p: Probability = 0.9
+    """Probability kept, of the most likely tokens; 1 keeps all."""
+    top_k: NonNegativeInt = 0
+    """Most likely tokens kept; 0 keeps all."""
+    repetition_penalty: PositiveFloat = 1.0
+    """For text: logits of tokens that the answer has already are divided by it where positive, and multiplied where
+    negative (CTRL, arXiv 1909.05858); 1 is none."""
+    no_repeat: NonNegativeInt = 0
+    """For text: no run of so many tokens occurs twice in an answer; 0 allows all."""
+
+
+class _Sampling:
+    """Draws from guided logits by temperature, top-k and top-p, with repetition control."""
+
+    config: SamplingConfig
+
+    @property
+    def looks_back(self) -> bool:
+        return self.config.repetition_penalty != 1 or self.config.no_repeat > 0
+
+    def _drawn_from(self, guided_BV: Tensor, past: Sequence[Sequence[int]]) -> Tensor:
+        config = self.config
+        if past:
+            guided_BV = forbid_repeats(penalize(guided_BV, past, config.repetition_penalty), past, config.no_repeat)
+        return keep_top_p(keep_top_k(guided_BV / config.temperature, config.top_k), config.top_p)
+
+
 @DECODERS.register("top_p")
-class TopP:
-    """Temperature and top-p sampling with classifier-free guidance."""
+class TopP(_Sampling):
+    """Temperature, top-k and top-p sampling with classifier-free guidance."""
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SamplingConfig):
         """The usual settings of text to image."""
 
         cfg: NonNegativeFloat = 3.0
         """Weight of classifier-free guidance; 1 is none."""
-        temperature: PositiveFloat = 1.0
-        """Divides the guided logits."""
-        top_p: Probability = 0.9
-        """Probability kept, of the most likely tokens; 1 keeps all."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     @property
-    def guided(self) -> bool:
-        return self.config.cfg != 1
+    def streams(self) -> int:
+        return 1 if self.config.cfg == 1 else 2
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:
-        logits_BV = conditional_BV
+    def logits(
+        self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *, past: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        guided_BV = conditional_BV
         if unconditional_BV is not None:
-            logits_BV = classifier_free(conditional_BV, unconditional_BV, self.config.cfg)
-        return keep_top_p(logits_BV / self.config.temperature, self.config.top_p)
+            guided_BV = classifier_free(conditional_BV, unconditional_BV, self.config.cfg)
+        return self._drawn_from(guided_BV, past)
+
+
+@DECODERS.register("edit")
+class Edit(_Sampling):
+    """Sampling with two weights of guidance, for an image and an instruction (InstructPix2Pix, paper section 4.2).
+
+    A prompt without a stream of the image alone is guided by the instruction's weight.
+    """
+
+    streams = 3
+
+    @dataclass(kw_only=True)
+    class Config(SamplingConfig):
+        """The paper's weights."""
+
+        image: NonNegativeFloat = 1.5
+        """Weight of the given image."""
+        text: NonNegativeFloat = 7.5
+        """Weight of the instruction."""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def logits(
+        self,
+        conditional_BV: Tensor,
+        unconditional_BV: Tensor | None = None,
+        image_BV: Tensor | None = None,
+        *,
+        past: Sequence[Sequence[int]] = (),
+    ) -> Tensor:
+        config, guided_BV = self.config, conditional_BV
+        if image_BV is not None and unconditional_BV is not None:
+            guided_BV = two_conditions(conditional_BV, image_BV, unconditional_BV, first=config.image, both=config.text)
+        elif unconditional_BV is not None:
+            guided_BV = classifier_free(conditional_BV, unconditional_BV, config.text)
+        return self._drawn_from(guided_BV, past)
 
 
 @DECODERS.register("cd_k")
 class ContrastiveK:
     """Contrastive decoding with the k-th largest probability as its threshold (CD-K, paper section 3.2)."""
 
-    guided = True
+    streams = 2
 
     @dataclass(kw_only=True)
     class Config:
@@ -80,7 +169,7 @@ class ContrastiveK:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         if unconditional_BV is None:
             return conditional_BV / self.config.temperature
         scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=self.config.alpha, k=self.config.k)
@@ -91,13 +180,84 @@ class ContrastiveK:
 class Greedy:
     """The most likely token."""
 
-    guided = False
+    streams = 1
 
     Config = NoSettings
 
     def __init__(self, config: NoSettings) -> None:
         self.config = config
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None) -> Tensor:
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         best_B1 = conditional_BV.argmax(-1, keepdim=True)
         return conditional_BV.new_full(conditional_BV.shape, float("-inf")).scatter(-1, best_B1, 0.0)
+
+
+@DECODERS.register("beam")
+class Beam:
+    """Beam search, for answers of text: the answer of the highest likelihood that so many beams find."""
+
+    streams = 1
+
+    @dataclass(kw_only=True)
+    class Config:
+        """As usual for captions."""
+
+        beams: PositiveInt = 4
+        """Beginnings that are followed side by side."""
+        length_penalty: NonNegativeFloat = 1.0
+        """The log-likelihood of an answer is divided by its length to this power; 0 favours short ones."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def beams(self) -> int:
+        """Rows of a sample."""
+        return self.config.beams
+
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
+        """The log-probabilities that beams add up."""
+        return conditional_BV.log_softmax(-1)
+
+    def score(self, log_likelihood: float, length: int) -> float:
+        """What finished answers are compared by."""
+        return log_likelihood / max(length, 1) ** self.config.length_penalty
+
+
+@DECODERS.register("mixture")
+class Mixture:
+    """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K, as in the paper's figure 4."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which ones."""
+
+        decoders: list[Annotated[Component, DECODERS]] = field(
+            default_factory=lambda: [DECODERS.check("top_p"), DECODERS.check("cd_k")]
+        )
+        """Sample i is drawn by number i of these, counted round and round."""
+
+        def check(self) -> None:
+            if not self.decoders:
+                raise UserError("decoders is empty, at least one is needed")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._decoders: list[Any] = [DECODERS.build(component) for component in config.decoders]
+
+    @property
+    def streams(self) -> int:
+        return max(decoder.streams for decoder in self._decoders)
+
+    def of(self, number: int) -> Any:
+        """The decoder of a sample."""
+        return self._decoders[number % len(self._decoders)]
+
+    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor) -> Tensor:
+        """By the first of them, for a prompt's only sample."""
+        return self._decoders[0].logits(conditional_BV, unconditional_BV, *others)
+
+
+def decoder_of(decoder: Any, number: int) -> Any:
+    """The decoder of a prompt's sample of that number."""
+    return decoder.of(number) if hasattr(decoder, "of") else decoder

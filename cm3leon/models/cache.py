@@ -1,67 +1,218 @@
-"""The key-value cache of the decoder: preallocated, and separate from the model."""
+"""The key-value cache of the decoder: preallocated, separate from the model, with prefixes that rows share."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BUCKET = 64
+"""Columns are read in multiples of this, so that few shapes occur."""
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for rows that may be padded on the left.
+    """Keys and values of G groups of W rows that decode together.
 
-    Rows of different prompt lengths are aligned at their last token, so that every step writes one column.
+    The rows of a group begin alike: what they have in common, the prefix, is computed and kept once. What follows is
+    each row's own, its tail. Three passes through the model fill them: `prefix_pass`, `tail_pass`, and `step_pass` for
+    one more token in every row. Each is given to the model as `attend`.
+
+        group 0   prefix  <eos> documents           rows 0, 1   tails  a red dog <break> I7 I2 ...
+                                                    rows 2, 3   tails  <mask:0> <break> I7 I2 ...
+        group 1   prefix  <eos>                     rows 4 ...
 
     Args:
         layers, heads, head_size: of the model.
-        capacity: columns, the longest prompt plus the tokens to generate.
-        padding_B: number of padding columns at the left of each row.
+        prefix, tail: columns of each prefix and of each tail.
         dtype: of keys and values.
     """
 
     def __init__(
-        self, *, layers: int, heads: int, head_size: int, capacity: int, padding_B: Tensor, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        heads: int,
+        head_size: int,
+        groups: int,
+        width: int,
+        prefix: int,
+        tail: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (layers, padding_B.shape[0], heads, capacity, head_size)
-        self._keys = torch.zeros(shape, dtype=dtype, device=padding_B.device)
-        self._values = torch.zeros(shape, dtype=dtype, device=padding_B.device)
-        self._padding_B = padding_B
-        self._least_padding = int(padding_B.min())
-        self.capacity = capacity
-        self.length = 0
+        self.groups, self.width, self.prefix, self.tail = groups, width, prefix, tail
+        shared = (layers, groups, heads, prefix, head_size)
+        own = (layers, groups * width, heads, tail, head_size)
+        self._prefix_k, self._prefix_v = (torch.zeros(shared, dtype=dtype, device=device) for _ in range(2))
+        self._tail_k, self._tail_v = (torch.zeros(own, dtype=dtype, device=device) for _ in range(2))
+        self.prefix_length_G = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.tail_length_R = torch.zeros(groups * width, dtype=torch.int64, device=device)
 
-    def mask(self, T: int) -> Tensor:
-        """Boolean mask (B, 1, T, length + T) for the next T columns: earlier columns that are not padding.
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self._tail_k.device
 
-        A padding column attends to itself: a softmax over nothing would be NaN. Its output is never used.
-        Raises ValueError when there is no room for T more.
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(each.nbytes for each in (self._prefix_k, self._prefix_v, self._tail_k, self._tail_v))
+
+    def prefix_pass(self, group_B: Tensor, length_B: Tensor) -> PrefixPass:
+        """For the prefixes of some groups, of these lengths, padded on the right."""
+        self.prefix_length_G[group_B] = length_B
+        return PrefixPass(self, group_B)
+
+    def tail_pass(self, group_B: Tensor, row_BCN: Tensor, length_BC: Tensor) -> TailPass:
+        """For C different tails in each of some groups, padded on the right, each kept for N rows."""
+        self.tail_length_R[row_BCN] = length_BC[:, :, None].expand_as(row_BCN)
+        return TailPass(self, group_B, row_BCN)
+
+    def step_pass(self, groups: int, prefix: int, tail: int) -> StepPass:
+        """For one token in every row of the first `groups` groups.
+
+        Args:
+            prefix, tail: the longest of each that is read, this token included.
         """
-        self._check_room(T)
-        columns_S = torch.arange(self.length + T, device=self._padding_B.device)
-        query_T1 = columns_S[self.length :, None]
-        causal_TS = columns_S <= query_T1
-        real_BS = columns_S >= self._padding_B[:, None]
-        return ((causal_TS & real_BS[:, None, :]) | (columns_S == query_T1))[:, None]
+        return StepPass(self, groups, _bucket(prefix, self.prefix), _bucket(tail, self.tail))
 
-    def longest(self, T: int) -> int:
-        """Positions of the longest row, padding not counted, after the next T columns."""
-        return self.length + T - self._least_padding
+    def reorder(self, row_N: Tensor, source_N: Tensor) -> None:
+        """Gives rows the tails of others of their group."""
+        for store in (self._tail_k, self._tail_v):
+            store[:, row_N] = store[:, source_N]
+        self.tail_length_R[row_N] = self.tail_length_R[source_N]
+
+
+def _bucket(columns: int, most: int) -> int:
+    return min(-(-columns // BUCKET) * BUCKET, most)
+
+
+class PrefixPass:
+    """Causal attention inside each prefix, whose keys and values are kept."""
+
+    def __init__(self, cache: KVCache, group_B: Tensor) -> None:
+        self._cache, self._group_B = cache, group_B
 
     def positions(self, T: int) -> Tensor:
-        """Position numbers (B, T) of the next T columns: 0 at each row's first token; padding has 0."""
-        columns_T = torch.arange(self.length, self.length + T, device=self._padding_B.device)
-        return (columns_T - self._padding_B[:, None]).clamp(min=0)
+        """Position numbers (1, T)."""
+        return torch.arange(T, device=self._group_B.device)[None]
 
-    def append(self, layer: int, k_BATE: Tensor, v_BATE: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values of the next T columns; returns all so far, (B, A, length + T, E) each."""
-        end = self.length + k_BATE.shape[2]
-        self._keys[layer, :, :, self.length : end] = k_BATE
-        self._values[layer, :, :, self.length : end] = v_BATE
-        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+    def __call__(self, layer: int, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
+        cache, T = self._cache, q_BATE.shape[2]
+        cache._prefix_k[layer, self._group_B, :, :T] = k_BATE.to(cache._prefix_k.dtype)
+        cache._prefix_v[layer, self._group_B, :, :T] = v_BATE.to(cache._prefix_v.dtype)
+        return F.scaled_dot_product_attention(q_BATE, k_BATE, v_BATE, is_causal=True)
 
-    def advance(self, T: int) -> None:
-        """Moves on by T columns, once all layers have appended theirs."""
-        self.length += T
 
-    def _check_room(self, T: int) -> None:
-        if self.length + T > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} columns, {self.length} + {T} were asked for")
+class TailPass:
+    """Attention of tails to their group's prefix and causally to themselves; keys and values are kept for all rows."""
+
+    def __init__(self, cache: KVCache, group_B: Tensor, row_BCN: Tensor) -> None:
+        self._cache, self._group_B = cache, group_B
+        self._row_QN = row_BCN.flatten(0, 1)
+        self._streams = row_BCN.shape[1]
+        self._length_B = cache.prefix_length_G[group_B]
+        self._prefix = _bucket(int(self._length_B.max()), cache.prefix)
+
+    def positions(self, T: int) -> Tensor:
+        """Position numbers (B * C, T)."""
+        first_Q = self._length_B.repeat_interleave(self._streams)
+        return first_Q[:, None] + torch.arange(T, device=first_Q.device)
+
+    def __call__(self, layer: int, q_QATE: Tensor, k_QATE: Tensor, v_QATE: Tensor) -> Tensor:
+        cache, T = self._cache, q_QATE.shape[2]
+        k_QATE, v_QATE = (each.to(cache._tail_k.dtype) for each in (k_QATE, v_QATE))
+        cache._tail_k[layer, self._row_QN, :, :T] = k_QATE[:, None]
+        cache._tail_v[layer, self._row_QN, :, :T] = v_QATE[:, None]
+        causal_TT = torch.ones(T, T, dtype=torch.bool, device=q_QATE.device).tril()
+        return shared_attention(
+            q_QATE,
+            cache._prefix_k[layer, self._group_B, :, : self._prefix],
+            cache._prefix_v[layer, self._group_B, :, : self._prefix],
+            k_QATE,
+            v_QATE,
+            _below(self._length_B, self._prefix),
+            causal_TT.expand(len(q_QATE), T, T),
+        )
+
+
+class StepPass:
+    """Attention of one new token in every row to its group's prefix and its own tail, which it becomes part of."""
+
+    def __init__(self, cache: KVCache, groups: int, prefix: int, tail: int) -> None:
+        self._cache, self._groups, self._prefix, self._tail = cache, groups, prefix, tail
+        rows = groups * cache.width
+        self._row_R = torch.arange(rows, device=cache.device)
+        self._column_R = cache.tail_length_R[:rows].clamp(max=cache.tail - 1)  # rows that nobody uses may be full
+        self._length_G = cache.prefix_length_G[:groups]
+        self._mask_GP = _below(self._length_G, prefix)
+        self._mask_R1S = _below(self._column_R + 1, tail)[:, None]
+
+    def positions(self, T: int) -> Tensor:
+        """Position numbers (R, 1)."""
+        return (self._length_G.repeat_interleave(self._cache.width) + self._column_R)[:, None]
+
+    def __call__(self, layer: int, q_RA1E: Tensor, k_RA1E: Tensor, v_RA1E: Tensor) -> Tensor:
+        cache, rows = self._cache, len(self._row_R)
+        cache._tail_k[layer, self._row_R, :, self._column_R] = k_RA1E[:, :, 0].to(cache._tail_k.dtype)
+        cache._tail_v[layer, self._row_R, :, self._column_R] = v_RA1E[:, :, 0].to(cache._tail_v.dtype)
+        return shared_attention(
+            q_RA1E,
+            cache._prefix_k[layer, : self._groups, :, : self._prefix],
+            cache._prefix_v[layer, : self._groups, :, : self._prefix],
+            cache._tail_k[layer, :rows, :, : self._tail],
+            cache._tail_v[layer, :rows, :, : self._tail],
+            self._mask_GP,
+            self._mask_R1S,
+        )
+
+
+def _below(length_N: Tensor, columns: int) -> Tensor:
+    """Mask (N, columns) of the first columns of each row."""
+    return torch.arange(columns, device=length_N.device) < length_N[:, None]
+
+
+def shared_attention(
+    q_RATE: Tensor,
+    prefix_k_GAPE: Tensor,
+    prefix_v_GAPE: Tensor,
+    k_RASE: Tensor,
+    v_RASE: Tensor,
+    mask_GP: Tensor,
+    mask_RTS: Tensor,
+) -> Tensor:
+    """Softmax attention to a group's prefix and the row's own columns together, scaled by 1/sqrt(E): (R, A, T, E).
+
+    All queries of a group read its prefix in one matrix product. Scores and softmax are float32.
+    """
+    R, _, T, E = q_RATE.shape
+    G, _, P, _ = prefix_k_GAPE.shape
+    W, dtype = R // G, k_RASE.dtype
+
+    def by_group(x_RATN: Tensor) -> Tensor:
+        return x_RATN.unflatten(0, (G, W)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(x_GAQN: Tensor) -> Tensor:
+        return x_GAQN.unflatten(2, (W, T)).transpose(1, 2).flatten(0, 1)
+
+    with torch.autocast(q_RATE.device.type, enabled=False):
+        scaled_RATE = q_RATE.to(dtype) / math.sqrt(E)
+        own_RATS = _float_product(scaled_RATE, k_RASE.transpose(2, 3)).masked_fill(~mask_RTS[:, None], -math.inf)
+        if not P:
+            return (own_RATS.softmax(-1).to(dtype) @ v_RASE).to(q_RATE.dtype)
+        prefix_GAQP = _float_product(by_group(scaled_RATE), prefix_k_GAPE.transpose(2, 3))
+        prefix_GAQP = prefix_GAQP.masked_fill(~mask_GP[:, None, None], -math.inf)
+        share_RATX = torch.cat([by_row(prefix_GAQP), own_RATS], -1).softmax(-1).to(dtype)
+        attended_RATE = by_row(by_group(share_RATX[..., :P]) @ prefix_v_GAPE) + share_RATX[..., P:] @ v_RASE
+    return attended_RATE.to(q_RATE.dtype)
+
+
+def _float_product(x_BAMK: Tensor, y_BAKN: Tensor) -> Tensor:
+    """The product, in float32 where the factors have 16 bits; on a GPU it is added up in that, too."""
+    if x_BAMK.dtype.itemsize >= 4:
+        return x_BAMK @ y_BAKN
+    if x_BAMK.device.type != "cuda":
+        return (x_BAMK @ y_BAKN).float()
+    product = torch.bmm(x_BAMK.flatten(0, 1), y_BAKN.flatten(0, 1), out_dtype=torch.float32)
+    return product.unflatten(0, x_BAMK.shape[:2])

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config import PositiveFloat, PositiveInt
-from cm3leon.models.attention import Attention, Sdpa, check_name, choose
+from cm3leon.models.attention import Attention, check_name, choose
 from cm3leon.models.cache import KVCache
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
 
 
 @MODELS.register("cm3leon")
@@ -72,7 +75,7 @@ class Transformer(nn.Module):
         *,
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        attend: Attend | None = None,
         readout: Callable[[Tensor, nn.Linear], Any] | None = None,
     ) -> Any:
         """Logits (B, T, V) of the token after each position; arguments as in `hidden`.
@@ -80,7 +83,7 @@ class Transformer(nn.Module):
         `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
         holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
         """
-        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, cache=cache)
+        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend)
         return self.head(hidden_BTD) if readout is None else readout(hidden_BTD, self.head)
 
     def hidden(
@@ -89,7 +92,7 @@ class Transformer(nn.Module):
         *,
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Normalised hidden states (B, T, D), the input of `head`.
 
@@ -97,29 +100,22 @@ class Transformer(nn.Module):
             ids_BT: token ids.
             position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
             sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
-            cache: earlier positions to attend to, extended by these; it also gives the positions.
+            attend: attention by other means, in every layer: a pass of a `KVCache`, which keeps keys and values.
 
         Raises:
-            ValueError: for more positions than `seq_len`, or than the cache has room for.
+            ValueError: for more positions than `seq_len`.
         """
         T = ids_BT.shape[1]
-        asked = T if cache is None else cache.longest(T)
-        if position_BT is None and asked > self.seq_len:
-            raise ValueError(f"{asked} positions were asked for, the model has seq_len {self.seq_len}")
-        attention: Attention = Sdpa()
-        plan = None
-        if cache is not None:
-            position_BT, plan = cache.positions(T), cache.mask(T)
-        else:
-            _, attention = choose(self.config.attention, ids_BT.device)
-            plan = None if sample_BT is None else attention.plan(sample_BT)
+        if position_BT is None and self.seq_len < T:
+            raise ValueError(f"{T} positions were asked for, the model has seq_len {self.seq_len}")
+        name = "sdpa" if attend else self.config.attention  # the one that runs everywhere, where none is asked
+        _, attention = choose(name, ids_BT.device)
+        plan = None if sample_BT is None else attention.plan(sample_BT)
         if position_BT is None:
             position_BT = torch.arange(T, device=ids_BT.device)[None]
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, attention, plan, partial(cache.append, layer) if cache else None)
-        if cache is not None:
-            cache.advance(T)
+            x_BTD = block(x_BTD, attention, plan, partial(attend, layer) if attend else None)
         return _norm(x_BTD)
 
     @property
@@ -127,20 +123,36 @@ class Transformer(nn.Module):
         """Most positions of a sequence."""
         return self.config.seq_len
 
-    def new_cache(self, capacity: int, padding_B: Tensor) -> KVCache:
-        """An empty cache for rows with `padding_B` padding columns at the left and `capacity` columns in all.
-
-        Keys and values are kept in the precision in which they are computed: autocast's where it is on.
-        """
-        device = padding_B.device.type
-        autocast = torch.is_autocast_enabled(device)
+    def new_cache(self, *, groups: int, width: int, prefix: int, tail: int) -> KVCache:
+        """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
+        weight = self.embedding.weight
+        heads = self.config.width // self.config.head_size
         return KVCache(
             layers=self.config.layers,
-            heads=self.config.width // self.config.head_size,
+            heads=heads,
             head_size=self.config.head_size,
-            capacity=capacity,
-            padding_B=padding_B,
-            dtype=torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype,
+            groups=groups,
+            width=width,
+            prefix=prefix,
+            tail=tail,
+            dtype=self._cache_dtype(),
+            device=weight.device,
+        )
+
+    def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
+        """Bytes of such a cache."""
+        columns = groups * (prefix + width * tail)
+        return 2 * self.config.layers * self.config.width * columns * self._cache_dtype().itemsize
+
+    def _cache_dtype(self) -> torch.dtype:
+        """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""
+        weight = self.embedding.weight
+        if weight.device.type == "cpu":
+            return torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
         )
 
 
@@ -160,15 +172,13 @@ class Block(nn.Module):
         x_BTD: Tensor,
         attention: Attention,
         plan: Any,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream (B, T, D) after this layer; `remember` adds keys and values to a cache and gives all."""
+        """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
         B, T, _ = x_BTD.shape
         qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
-        q_BATE, k_BASE, v_BASE = qkv_3BATE.unbind()
-        if remember is not None:
-            k_BASE, v_BASE = remember(k_BASE, v_BASE)
-        attended_BATE = attention(q_BATE, k_BASE, v_BASE, plan)
+        q_BATE, k_BATE, v_BATE = qkv_3BATE.unbind()
+        attended_BATE = attend(q_BATE, k_BATE, v_BATE) if attend else attention(q_BATE, k_BATE, v_BATE, plan)
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
-from cm3leon.decoders.engine import generate
+from cm3leon.decoders.generate import generate
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
@@ -117,7 +117,7 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
             vocab=run.vocab,
             seeds=[run.experiment.seed * 1_000_003 + number for number in range(len(rows))],
             batch_size=run.experiment.generation.batch_size,
-            on_batch=progress.update,
+            on_answer=lambda _: progress.update(),
         )
     for row, others, document, answer in zip(rows, retrieved, documents, answers, strict=True):
         completed = task.complete(document, answer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cm3leon.data.shards import open_shard
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShard
-from cm3leon.decoders.engine import generate
+from cm3leon.decoders.generate import generate
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS

@@ -21,7 +21,7 @@ class TopK:
     With k = 2, the logits `[1, 4, 3, 2]` become `[-inf, 4, 3, -inf]`.
     """
 
-    guided = False
+    streams = 1
 
     @dataclass(kw_only=True)
     class Config:

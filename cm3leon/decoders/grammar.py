@@ -1,0 +1,137 @@
+"""What may come next: grammars over modalities, as generators that are sent each token.
+
+A grammar yields what the next token may be, is sent that token, and returns where the answer ends. A model never closes
+an image early or puts codes into a text, because nothing else is ever drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.types import Modality
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The ids [low, high) without those in `closed`."""
+
+    low: int
+    high: int
+    closed: tuple[int, ...] = ()
+    modality: Modality = "text"
+    """Which decoder draws."""
+
+    @property
+    def forced(self) -> int | None:
+        """The one id that it can be, None where there is a choice."""
+        return self.low if self.high == self.low + 1 else None
+
+
+Grammar = Generator[Allowed, int, Any]
+NewGrammar = Callable[[], Grammar]
+
+
+def exactly(token: int) -> Allowed:
+    """That token alone."""
+    return Allowed(token, token + 1)
+
+
+def a_code(vocab: Vocab) -> Allowed:
+    """Any image code."""
+    return Allowed(*vocab.id_range("image"), modality="image")
+
+
+def text_or(vocab: Vocab, *ends: int) -> Allowed:
+    """Any piece of text, or one of the special tokens `ends`."""
+    return Allowed(0, vocab.text_size, tuple(token for token in range(len(SPECIALS)) if token not in ends))
+
+
+def one_of(*tokens: int) -> Allowed:
+    """Any of some special tokens."""
+    return Allowed(
+        min(tokens), max(tokens) + 1, tuple(token for token in range(min(tokens), max(tokens)) if token not in tokens)
+    )
+
+
+def image(vocab: Vocab, codes: int) -> Grammar:
+    """Exactly that many codes."""
+    for _ in range(codes):
+        yield a_code(vocab)
+
+
+def text(vocab: Vocab, most: int, *ends: int) -> Generator[Allowed, int, int | None]:
+    """At most that many tokens of text; one of `ends` ends it, is the last token then, and is returned."""
+    for _ in range(most):
+        token = yield text_or(vocab, *ends)
+        if token in ends:
+            return token
+    return None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A span that is asked for: exactly `length` codes, or at most `length` pieces of text."""
+
+    modality: Modality
+    length: int
+
+
+def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
+    """The spans one after the other, as the CM3 objective trains them.
+
+    Each ends in `<end_of_span>`, and the next one begins with its sentinel. The prompt ends with `<mask:0>`; behind the
+    last span of codes nothing is asked for.
+    """
+    for number, gap in enumerate(gaps):
+        if number:
+            yield exactly(vocab.sentinel(number))
+        if gap.modality == "image":
+            yield from image(vocab, gap.length)
+            ended = False
+        else:
+            ended = (yield from text(vocab, gap.length, vocab.end_of_span)) is not None
+        if not ended and number < len(gaps) - 1:
+            yield exactly(vocab.end_of_span)
+
+
+def interleaved(vocab: Vocab, *, first: Modality, codes: int, text_length: int, segments: int) -> Grammar:
+    """Text and images in turn, each image exactly `codes` codes, until `<eos>` or that many segments.
+
+    A text ends in `<break>`, and an image follows, or in `<eos>`; an image is followed by `<break>` and text, or by
+    `<eos>`.
+    """
+    modality = first
+    for number in range(segments):
+        last = number == segments - 1
+        if modality == "text":
+            ends = (vocab.eos,) if last else (vocab.brk, vocab.eos)
+            end = yield from text(vocab, text_length, *ends)
+            if end is None:
+                end = yield exactly(vocab.eos if last else vocab.brk)
+        else:
+            yield from image(vocab, codes)
+            end = yield exactly(vocab.eos) if last else one_of(vocab.eos, vocab.brk)
+        if end == vocab.eos:
+            return
+        modality = "image" if modality == "text" else "text"
+
+
+def segments_of(tokens: Sequence[int], vocab: Vocab) -> Iterator[tuple[Modality, list[int]]]:
+    """An answer as runs of text and of image codes; special tokens and sentinels part them and are left out."""
+    run: list[int] = []
+    current: Modality | None = None
+    for token in [*tokens, vocab.eos]:
+        modality: Modality | None = None
+        if len(SPECIALS) <= token < vocab.text_size:
+            modality = "text"
+        elif vocab.image_start <= token < vocab.sentinel_start:
+            modality = "image"
+        if modality != current or modality is None:
+            if current is not None and run:
+                yield current, run
+            run, current = [], modality
+        if modality is not None:
+            run.append(token)

@@ -1,0 +1,104 @@
+"""What is asked of the engine, and the room that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cm3leon.decoders.decoders import Decoder
+from cm3leon.decoders.grammar import NewGrammar
+from cm3leon.decoders.memory import free_memory
+from cm3leon.types import Modality, UserError
+
+WIDEST = 16
+"""Most rows of a group; more samples of a prompt take several groups."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Samples of one prompt."""
+
+    streams: tuple[np.ndarray, ...]
+    """Ids of the prompt, then of the unconditional one, then of one with a part of the conditions; none is empty."""
+    grammar: NewGrammar
+    """Begins the grammar of an answer."""
+    length: int
+    """Most tokens of an answer."""
+    decoders: Sequence[Mapping[Modality, Decoder]]
+    """How tokens of each modality are drawn, for each sample."""
+    seeds: Sequence[int]
+    """One for each sample, which depends on it alone (up to rounding), not on its neighbours."""
+
+    def used(self) -> tuple[np.ndarray, ...]:
+        """The streams that the decoders look at."""
+        return self.streams[: max(decoder.streams for of in self.decoders for decoder in of.values())]
+
+    def rows(self) -> int:
+        """Rows of a sample: its streams, or its beams."""
+        beams = max(getattr(decoder, "beams", 1) for of in self.decoders for decoder in of.values())
+        return max(beams, len(self.used()))
+
+    def shared(self) -> int:
+        """Tokens that all streams begin with; the last one of each is not counted."""
+        streams = self.used()
+        shortest = min(map(len, streams)) - 1
+        differ = np.zeros(shortest, bool)
+        for other in streams[1:]:
+            differ |= streams[0][:shortest] != other[:shortest]
+        return int(differ.argmax()) if differ.any() else shortest
+
+    def tail(self) -> int:
+        """Columns that a row needs behind what is shared."""
+        return max(map(len, self.used())) - self.shared() - 1 + self.length
+
+    def check(self, seq_len: int) -> None:
+        """Raises UserError for an answer that the model has no positions for."""
+        longest = max(map(len, self.used()))
+        if longest + self.length > seq_len:
+            raise UserError(
+                f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do not fit the "
+                f"model's {seq_len} positions; use fewer retrieved documents or a larger model.seq_len"
+            )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Room of an engine: groups of rows, each with a prefix, and tails; see `KVCache`."""
+
+    groups: int
+    width: int
+    prefix: int
+    tail: int
+
+
+def shape_for(model: Any, requests: Sequence[Request], *, samples: int = 256, memory: int | None = None) -> Shape:
+    """Room for these requests: for at most so many samples at a time, and bytes of keys and values.
+
+    Args:
+        memory: None = what the device has left, less a fifth.
+
+    Raises:
+        UserError: where not even one sample has room.
+    """
+    rows = max(request.rows() for request in requests)
+    prefix, tail = (max(method(request) for request in requests) for method in (Request.shared, Request.tail))
+    most = max(len(request.seeds) for request in requests)
+    at_once = max(1, min(most, samples, WIDEST // rows))
+    memory = memory or int(0.8 * free_memory(next(model.parameters()).device))
+    while True:
+        width = at_once * rows
+        pieces = sum(-(-len(request.seeds) // (width // request.rows())) for request in requests)
+        group = model.cache_bytes(groups=1, width=width, prefix=prefix, tail=tail)
+        groups = min(pieces, max(1, samples // at_once), memory // group)
+        if groups or at_once == 1:
+            break
+        at_once = -(-at_once // 2)
+    if not groups:
+        raise UserError(
+            f"one sample of {prefix + tail} tokens in {rows} rows takes {group / 1e9:.3g} GB of keys and values, "
+            f"{memory / 1e9:.3g} GB are free; use fewer retrieved documents, a smaller model, or another device"
+        )
+    return Shape(groups, width, prefix, tail)
