@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
 from cm3leon.models.attention import packed_mask
@@ -106,6 +107,34 @@ def test_the_stds_of_the_config_are_used_and_the_draw_depends_on_the_seed_alone(
     assert model.positions.weight.std().item() == pytest.approx(truncated_std(0.1, 3), rel=0.02)
     again = fresh(init_std=0.02, position_init_std=0.1)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_weights_are_distributed_as_a_truncated_normal() -> None:
+    """By a Kolmogorov-Smirnov test of every weight but the head, which is zero."""
+    for name, weight in fresh().named_parameters():
+        std = 0.0002 if name == "positions.weight" else 0.006
+        numbers = weight.detach().flatten()[:20_000].double().numpy() / std
+        if name != "head.weight":
+            assert kstest(numbers, truncnorm(-3, 3).cdf).pvalue > 1e-3, name
+
+
+def test_layers_may_begin_by_passing_on_their_input() -> None:
+    model, plain = fresh(zero_residual=True), fresh()
+    for (name, weight), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        zero = name.endswith((".out.weight", ".down.weight")) or name == "head.weight"
+        assert torch.equal(weight, torch.zeros_like(weight) if zero else other), name
+    ids_BT = torch.arange(20)[None]
+    embedded_BTD = model.embedding(ids_BT) + model.positions(ids_BT)
+    assert torch.equal(model.hidden(ids_BT), F.layer_norm(embedded_BTD, (256,)))
+
+
+def test_the_papers_first_loss_is_11_09() -> None:
+    torch.manual_seed(0)
+    model = MODELS.build({"name": "cm3leon_350m", "layers": 1, "width": 64, "seq_len": 64}, vocab_size=65_536)
+    ids_BT = torch.randint(65_536, (1, 64))
+    loss = F.cross_entropy(model(ids_BT)[0, :-1].double(), ids_BT[0, 1:])
+    assert loss.item() == pytest.approx(math.log(65_536), abs=1e-9)
+    assert loss.item() == pytest.approx(11.0904, abs=1e-4)
 
 
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary() -> None:

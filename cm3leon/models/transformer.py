@@ -43,7 +43,8 @@ class Transformer(nn.Module):
         """Standard deviation of the truncated normal initialisation, cut at three of them."""
         position_init_std: PositiveFloat = 0.0002
         """Standard deviation of the position embedding at initialisation."""
-
+        zero_residual: bool = False
+        """Whether the two output matrices of each layer begin at zero, so that it begins by passing on its input."""
         attention: str = "auto"
         """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
 
@@ -68,6 +69,10 @@ class Transformer(nn.Module):
             _truncated_normal(weight, self.config.init_std)
         _truncated_normal(self.positions.weight, self.config.position_init_std)
         nn.init.zeros_(self.head.weight)
+        if self.config.zero_residual:
+            for name, weight in self.named_parameters():
+                if name.endswith((".out.weight", ".down.weight")):
+                    nn.init.zeros_(weight)
 
     def forward(
         self,

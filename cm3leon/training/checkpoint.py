@@ -220,7 +220,10 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> dict[str, Any]:
-    """All tensors of a training by name: weights and buffers, the optimizer's moments, the average of the weights."""
+    """All tensors of a training by name: weights and buffers, the optimizer's moments, the average of the weights.
+
+    Frozen weights are not among them: they are those that the training starts with every time.
+    """
     if not optimizer.state:
         prime(optimizer)
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
@@ -228,7 +231,9 @@ def training_tensors(
         names[parameter]: {name: _plain(tensor) for name, tensor in state.items()}
         for parameter, state in optimizer.state.items()
     }
-    tensors: dict[str, Any] = {"model": module.state_dict(), "optimizer": moments}
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+    tensors: dict[str, Any] = {"model": state, "optimizer": moments}
     return {**tensors, "average": average.tensors()} if average else tensors
 
 

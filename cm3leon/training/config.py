@@ -107,6 +107,10 @@ class DecoderTrainingConfig(TrainingConfig):
     """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding)."""
     timeout_seconds: PositiveInt = 600
     """Time after which a rank that waits for the others gives up, and ends the job."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of the small matrices that are trained in place of the layers' weights (LoRA); 0 trains all weights."""
+    lora_alpha: PositiveFloat = 16.0
+    """LoRA: what the small matrices compute is multiplied by this over the rank."""
     start: Path | None = None
     """Run folder whose finished pretraining this training starts from; None starts from random weights."""
     start_with: Literal["weights", "everything"] = "weights"
@@ -127,3 +131,5 @@ class DecoderTrainingConfig(TrainingConfig):
         super().check()
         if self.start_with == "everything" and self.start is None:
             raise UserError("start_with is everything, but start names no run folder")
+        if self.lora_rank and (self.start is None or self.start_with == "everything"):
+            raise UserError("lora_rank adapts trained weights: set start to a run folder, and start_with=weights")

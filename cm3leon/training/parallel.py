@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from cm3leon.models.lora import add_lora, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
@@ -34,7 +35,8 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
     """
     mesh = ranks.mesh(config.replicas)
     if mesh is None:
-        model = whole().to(ranks.device)
+        frozen = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
+        model = _adapted(whole(), config, frozen_dtype=frozen).to(ranks.device)
         _prepare(model, config)
         return model
     if config.optimizer == "adamw_8bit":
@@ -42,7 +44,7 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
             "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one process, without torchrun"
         )
     with torch.device("meta"):
-        model = shape()
+        model = _adapted(shape(), config)
     _prepare(model, config)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None, reduce_dtype=torch.float32
@@ -52,16 +54,22 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state: dict[str, Any] = whole().state_dict() if ranks.first else {}
+    state: dict[str, Any] = _adapted(whole(), config).state_dict() if ranks.first else {}
     set_model_state_dict(model, state, options=options)
     return model
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """All weights by name on the CPU, on the first rank; empty on the others. All ranks have to call it."""
-    if not isinstance(model, FSDPModule):
-        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """All weights by name on the CPU, on the first rank; empty on the others. All ranks have to call it.
+
+    What adapters (LoRA) have learned is added into the weights.
+    """
+    if isinstance(model, FSDPModule):
+        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    scale = lora_scale(model)
+    return state if scale is None else merged(state, scale)
 
 
 @contextmanager
@@ -78,6 +86,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)  # as fully_shard chose
         part.reshard()
+
+
+def _adapted(model: Any, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None) -> Any:
+    """The model, with adapters if they are what is trained."""
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, frozen_dtype=frozen_dtype)
+    return model
 
 
 def _prepare(model: nn.Module, config: DecoderTrainingConfig) -> None:

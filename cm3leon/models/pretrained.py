@@ -1,0 +1,49 @@
+"""Trained decoders from their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cm3leon.registry import MODELS, discover
+from cm3leon.types import UserError
+from cm3leon.weights import check_fit, read_weights
+
+
+def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A trained decoder in evaluation mode, from `config.json` and `model.safetensors`.
+
+    Memory is taken once, for the weights as they are in the file, and nothing is drawn. Plugins that define the model
+    have to be discovered first.
+
+    Args:
+        folder: of the two files, or a run folder, which has them in `pretraining/`.
+        dtype: of the weights; None leaves them as they are, float32 after a training.
+
+    Raises:
+        UserError: for files that are missing or broken, a model that is not known, or weights that are not its own.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file() and (folder / "pretraining").is_dir():
+        folder = folder / "pretraining"
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        section, vocab_size = content["model"], content["vocab_size"]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no trained decoder, {file} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not the config.json of a decoder: it must hold model and vocab_size") from error
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise UserError(f"{file}: vocab_size is {vocab_size}; it must be a positive whole number")
+    discover()
+    component = MODELS.check(section, f"{file}: model")
+    with torch.device("meta"):
+        model: Any = MODELS.build(component, vocab_size=vocab_size)
+    weights = read_weights(folder / "model.safetensors")
+    check_fit(folder / "model.safetensors", weights, model.state_dict())
+    model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True)
+    return model.eval()

@@ -1,0 +1,118 @@
+"""Low-rank adaptation: the same function at first, small gradients only, and one with the weights in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import assert_alike, figures, finish, start, trained, wait_for
+
+from cm3leon.config import from_mapping
+from cm3leon.models.lora import add_lora, lora_scale, merged
+from cm3leon.models.recompute import recompute
+from cm3leon.models.transformer import Transformer
+from cm3leon.training.checkpoint import training_tensors
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.optimizer import new_optimizer
+from cm3leon.types import UserError
+
+
+def decoder() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(Transformer.Config(layers=2, width=32, head_size=16, seq_len=24, init_std=0.1), vocab_size=50)
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    return model
+
+
+IDS_BT = torch.arange(36).view(2, 18)
+
+
+def moved(model: Transformer) -> None:
+    """Gives the adapters something to do."""
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+
+
+def test_it_begins_as_the_same_function_and_trains_the_adapters_alone() -> None:
+    model = decoder()
+    expected_BTV = model(IDS_BT)
+    add_lora(model, 3, 12.0)
+    torch.testing.assert_close(model(IDS_BT), expected_BTV)
+    assert lora_scale(model) == 4.0
+    recompute(model, "full")  # the inputs of the first layer need no gradient
+    model(IDS_BT).square().mean().backward()
+    with_gradient = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert with_gradient == {
+        f"blocks.{layer}.{matrix}.lora_{which}" for layer in (0, 1) for matrix in ("qkv", "out", "up", "down")
+        for which in "ab"
+    }  # fmt: skip
+    assert model.blocks[1].up.lora_b.grad.abs().max() > 0
+
+
+def test_merged_weights_are_the_formula_under_the_old_names() -> None:
+    plain, model = decoder(), decoder()
+    add_lora(model, 3, 6.0)
+    moved(model)
+    state = merged(model.state_dict(), 2.0)
+    assert list(state) == list(plain.state_dict())
+    adapted = model.blocks[1].qkv
+    expected = plain.blocks[1].qkv.weight.double() + 2 * adapted.lora_b.double() @ adapted.lora_a.double()
+    torch.testing.assert_close(state["blocks.1.qkv.weight"].double(), expected, atol=1e-6, rtol=1e-6)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(IDS_BT), model(IDS_BT), atol=1e-5, rtol=1e-5)
+    assert lora_scale(plain) is None
+
+
+def test_frozen_layers_in_bf16_compute_the_same_up_to_its_rounding() -> None:
+    model, halved = decoder(), decoder()
+    for each, dtype in ((model, None), (halved, torch.bfloat16)):
+        torch.manual_seed(2)
+        add_lora(each, 3, 6.0, frozen_dtype=dtype)
+        moved(each)
+    assert {weight.dtype for name, weight in halved.named_parameters() if "lora" in name} == {torch.float32}
+    assert halved.blocks[0].up.weight.dtype == torch.bfloat16
+    assert halved.embedding.weight.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_BTV, expected_BTV = halved(IDS_BT), model(IDS_BT)
+    torch.testing.assert_close(found_BTV, expected_BTV, atol=0, rtol=0)  # autocast rounds the others just so
+    assert {weight.dtype for weight in merged(halved.state_dict(), 2.0).values()} == {torch.float32}
+
+
+def test_checkpoints_hold_what_is_trained() -> None:
+    model = decoder()
+    add_lora(model, 3, 6.0)
+    tensors = training_tensors(model, new_optimizer(model, DecoderTrainingConfig()))
+    assert len(tensors["model"]) == len(tensors["optimizer"]) == 2 * 4 * 2
+    assert all("lora" in name for name in tensors["model"])
+
+
+FIELDS = {"lora_rank": 4, "learning_rate": 0.1}
+
+
+def test_two_ranks_are_one_and_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    weights = trained(tmp_path / "alone", None, fields=FIELDS)
+    assert not any("lora" in name for name in weights)
+    together = trained(tmp_path / "together", 2, fields=FIELDS)
+    assert_alike(figures(tmp_path / "together"), figures(tmp_path / "alone"))
+    losses = [numbers[0] for numbers in figures(tmp_path / "alone").values()]
+    assert losses[-1] != losses[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(together[name], weight, atol=1e-4, rtol=1e-3)
+
+    processes = start(tmp_path / "stopped", None, pause=0.2, fields=FIELDS)
+    wait_for(tmp_path / "stopped", 1)
+    processes[0].terminate()
+    assert finish(processes) == [75]
+    again = trained(tmp_path / "stopped", None, fields=FIELDS)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "alone")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"start": "runs/x", "start_with": "everything"}])
+def test_there_must_be_weights_to_adapt(fields: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="lora_rank adapts trained weights: set start to a run folder"):
+        from_mapping(DecoderTrainingConfig, {"lora_rank": 8, **fields}, "training")
+    assert from_mapping(DecoderTrainingConfig, {"lora_rank": 8, "start": "runs/x"}, "training").lora_alpha == 16
