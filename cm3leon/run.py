@@ -46,6 +46,7 @@ examples:
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
   python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
+  python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
 FLAGS = ("--help", "--list", "--show", "--version")
@@ -102,6 +103,20 @@ def show_sample(arguments: Sequence[str]) -> None:
     show(experiment, _run_folder(named), named["sample"], epoch=named["epoch"], out=named["out"], again=again)
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Prints what a training takes."""
+    own = ("gpu", "mfu", "documents", "format")
+    named, overrides = _split(arguments, ("experiment", *own))
+    from cm3leon.config import from_mapping
+    from cm3leon.experiment import load_experiment
+
+    experiment = load_experiment(named["experiment"], overrides)
+    from cm3leon.plan import PlanConfig, main
+
+    words = [parse_override(f"{name}={named[name]}") for name in own if named[name]]
+    main(experiment, from_mapping(PlanConfig, apply_overrides({}, words)))
+
+
 def _run_folder(named: dict[str, str]) -> Path:
     from cm3leon.experiment import experiment_name
 
@@ -148,6 +163,9 @@ COMMANDS = {
     "add": Command(
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
+    ),
+    "plan": Command(
+        "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4", plan
     ),
     "perplexity": Command(
         "draw the paper's figure 3, validation perplexity against updates: runs=[DIR,DIR] out=perplexity.png",

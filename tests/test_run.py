@@ -38,7 +38,8 @@ def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
     sentence = "expert is not a known command; did you mean export? "
-    assert done.stderr == f"cm3leon: {sentence}(known: add, export, part, perplexity, run, search, show, validate)\n"
+    known = "add, export, part, perplexity, plan, run, search, show, validate"
+    assert done.stderr == f"cm3leon: {sentence}(known: {known})\n"
     assert done.stdout == ""
 
 

@@ -15,6 +15,11 @@ TOKENS, FEW_LOGITS = 1024, 2**22
 """Tokens taken at a time with a smaller vocabulary, and logits so few that they are taken at once."""
 
 
+def tokens_at_once(vocab_size: int, most_logits: int | None = None) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, (most_logits or min(LOGITS, max(FEW_LOGITS, TOKENS * vocab_size))) // vocab_size)
+
+
 def linear_cross_entropy(
     hidden_ND: Tensor,
     head_VD: Tensor,
@@ -39,9 +44,7 @@ def linear_cross_entropy(
     Returns:
         the scalar loss in float32, and the negative log-likelihood of each token (N,), which carries no gradient.
     """
-    if most_logits is None:
-        most_logits = min(LOGITS, max(FEW_LOGITS, TOKENS * len(head_VD)))
-    rows = max(1, most_logits // len(head_VD))
+    rows = tokens_at_once(len(head_VD), most_logits)
     if len(hidden_ND) <= rows:
         return plain_linear_cross_entropy(hidden_ND, head_VD, target_N, weight_N, z_loss=z_loss)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, head_VD)]

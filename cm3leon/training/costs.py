@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cm3leon.models.transformer import Transformer
 
-PEAKS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "L40S": 362.05e12,
-    "A10G": 70e12,
-    "L4": 121e12,
+
+class Gpu(NamedTuple):
+    """A device by its datasheet."""
+
+    words: str
+    """Words of its name by CUDA."""
+    memory: float
+    """Bytes."""
+    peak: float
+    """Dense bf16 FLOP/s, added up in float32."""
+
+
+GPUS = {
+    "a100_40": Gpu("A100 40GB", 40e9, 312e12),
+    "a100": Gpu("A100", 80e9, 312e12),
+    "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12),
+    "h100": Gpu("H100", 80e9, 989.4e12),
+    "h200": Gpu("H200", 141e9, 989.4e12),
+    "l40s": Gpu("L40S", 48e9, 362.05e12),
+    "a10g": Gpu("A10G", 24e9, 70e12),
+    "l4": Gpu("L4", 24e9, 121e12),
+    "rtx3090": Gpu("RTX 3090", 24e9, 71e12),
+    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12),
 }
-"""Dense bf16 FLOP/s by NVIDIA's datasheets, by words of the device's name; of two that fit, the longer one holds."""
+"""By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device, the longer one holds."""
 
 
 def matrix_weights(config: Transformer.Config, vocab_size: int) -> int:
@@ -40,10 +57,15 @@ def model_flops(config: Transformer.Config, vocab_size: int, sample_BT: Tensor) 
     return 6 * matrix_weights(config, vocab_size) * float(real_N.sum()) + attention
 
 
+def flops_per_token(config: Transformer.Config, vocab_size: int) -> float:
+    """Forward and backward FLOPs of a token of a block that is one sample; shorter samples take less for attention."""
+    return 6 * matrix_weights(config, vocab_size) + 6 * config.layers * config.width * config.seq_len
+
+
 def peak_flops(device: torch.device, ranks: int) -> float | None:
     """Peak of as many devices of this kind together; None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [word for word in PEAKS if all(part in name for part in word.split())]
-    return PEAKS[max(known, key=len)] * ranks if known else None
+    known = [gpu for gpu in GPUS.values() if all(part in name for part in gpu.words.split())]
+    return max(known, key=lambda gpu: len(gpu.words)).peak * ranks if known else None

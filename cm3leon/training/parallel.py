@@ -65,7 +65,9 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     What adapters (LoRA) have learned is added into the weights.
     """
     if isinstance(model, FSDPModule):
-        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
     else:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     scale = lora_scale(model)

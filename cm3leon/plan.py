@@ -1,0 +1,222 @@
+"""What a pretraining or fine-tuning takes: memory of each GPU, time, disk. Nothing is run, and no data need be there.
+
+    python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
+
+docs/planning.md has the arithmetic, and what it was checked against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from cm3leon.config import PositiveFloat, PositiveInt, choices
+from cm3leon.experiment import Experiment
+from cm3leon.models.transformer import Transformer
+from cm3leon.registry import MODELS
+from cm3leon.stages.artifacts import Run
+from cm3leon.training.config import ActivationCheckpointing
+from cm3leon.training.costs import GPUS, flops_per_token
+from cm3leon.training.memory import USABLE, Memory, lora_parameters, parameters, training_memory
+from cm3leon.types import UserError
+
+PAPER_TOKENS = {(24, 1024): 1.4e12, (24, 1536): 1.9e12, (32, 4096): 2.4e12}
+"""Training tokens of the paper's models (Table 3), by layers and width."""
+BYTES_PER_DOCUMENT = {"tokens": 2145, "vectors": 2048, "index": 72, "neighbours": 65}
+"""On disk, of a pair of a caption and 1,024 codes: docs/scale.md."""
+PAPER_DOCUMENTS = 340_000_000
+CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6}
+"""Bytes a trained weight: itself and its two moments."""
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """What the plan is for."""
+
+    gpu: str = "h100"
+    """Name of the GPU."""
+    mfu: PositiveFloat = 0.4
+    """Share of its peak that is counted on: model FLOPs utilisation."""
+    documents: PositiveInt = PAPER_DOCUMENTS
+    """Documents of the corpus, for the disk."""
+    format: Literal["text", "json"] = "text"
+    """For people, or for programs."""
+
+    def check(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"gpu is {self.gpu}, which is not known; {choices(self.gpu, GPUS)}")
+        if self.mfu > 1:
+            raise UserError(f"mfu is {self.mfu:g}; it is a share of the peak, from above 0 to 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a plan; bytes, seconds, and numbers of things."""
+
+    model: str
+    vocabulary: int
+    parameters: int
+    parameters_without_embeddings: int
+    trained_parameters: int
+    gpu: str
+    gpus: int
+    gpu_bytes: float
+    usable_bytes: float
+    blocks_per_step: int
+    micro_batch: int
+    activation_checkpointing: str
+    memory: Memory
+    fits: bool
+    largest_micro_batch: dict[str, int]
+    """By checkpointing choice; 0 where even one block does not fit."""
+    flops_per_token: float
+    mfu: float
+    tokens_per_second: float
+    steps: int
+    tokens: float
+    days: float
+    gpu_hours: float
+    paper_tokens: float | None
+    paper_days: float | None
+    paper_gpu_hours: float | None
+    checkpoint_bytes: float
+    checkpoints: int
+    """Kept at the end: the newest, and those kept for good."""
+    documents: int
+    data_bytes: dict[str, float]
+
+
+def plan(experiment: Experiment, config: PlanConfig) -> Plan:
+    """The plan of an experiment's training.
+
+    Raises:
+        UserError: for a model that is not this project's decoder, or settings that GPUs and batches do not divide into.
+    """
+    if MODELS.get(experiment.model.name) is not Transformer:
+        raise UserError(f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can")
+    shape: Transformer.Config = experiment.model.config
+    training, gpus = experiment.training, experiment.launcher.gpus
+    vocab_size = Run(experiment, Path(), torch.device("cpu")).vocab.size
+    gpu = GPUS[config.gpu]
+    if gpus % training.replicas:
+        raise UserError(f"launcher.gpus is {gpus}, which training.replicas {training.replicas} does not divide")
+    if gpus > 1 and training.optimizer == "adamw_8bit":
+        raise UserError("training.optimizer is adamw_8bit, which is for one GPU")
+    blocks = training.blocks(shape.seq_len)
+    if blocks % gpus:
+        raise UserError(
+            f"a step has {blocks} blocks of {shape.seq_len} tokens, which launcher.gpus {gpus} does not divide; "
+            "change training.batch_tokens"
+        )
+    share = blocks // gpus
+    micro_batch = min(training.micro_batch or share, share)
+
+    def memory(choice: ActivationCheckpointing, blocks_at_once: int) -> Memory:
+        settings = replace(training, activation_checkpointing=choice)
+        return training_memory(shape, vocab_size, settings, gpus=gpus, micro_batch=blocks_at_once)
+
+    held = memory(training.activation_checkpointing, micro_batch)
+    largest = {
+        choice: max((size for size in range(1, share + 1) if memory(choice, size).fits(gpu.memory)), default=0)
+        for choice in get_args(ActivationCheckpointing)
+    }
+    count = parameters(shape, vocab_size)
+    trained = lora_parameters(shape, training.lora_rank) if training.lora_rank else count.total
+    flops = flops_per_token(shape, vocab_size)
+    rate = gpus * gpu.peak * config.mfu / flops
+    tokens = float(training.steps) * blocks * shape.seq_len
+    paper = PAPER_TOKENS.get((shape.layers, shape.width)) if training.start is None else None
+    kept_for_good = training.steps // training.keep_every if training.keep_every else 0
+    return Plan(
+        model=experiment.model.name,
+        vocabulary=vocab_size,
+        parameters=count.total,
+        parameters_without_embeddings=count.blocks,
+        trained_parameters=trained,
+        gpu=config.gpu,
+        gpus=gpus,
+        gpu_bytes=gpu.memory,
+        usable_bytes=USABLE * gpu.memory,
+        blocks_per_step=blocks,
+        micro_batch=micro_batch,
+        activation_checkpointing=training.activation_checkpointing,
+        memory=held,
+        fits=held.fits(gpu.memory),
+        largest_micro_batch=largest,
+        flops_per_token=flops,
+        mfu=config.mfu,
+        tokens_per_second=rate,
+        steps=training.steps,
+        tokens=tokens,
+        days=tokens / rate / 86_400,
+        gpu_hours=gpus * tokens / rate / 3600,
+        paper_tokens=paper,
+        paper_days=paper and paper / rate / 86_400,
+        paper_gpu_hours=paper and gpus * paper / rate / 3600,
+        checkpoint_bytes=CHECKPOINT_BYTES[training.optimizer] * trained,
+        checkpoints=training.keep_checkpoints + kept_for_good,
+        documents=config.documents,
+        data_bytes={name: float(size * config.documents) for name, size in BYTES_PER_DOCUMENT.items()},
+    )
+
+
+def as_text(plan: Plan) -> Iterator[str]:
+    """Lines for a terminal."""
+    held = plan.memory
+    yield f"{plan.model}, vocabulary {plan.vocabulary:,}"
+    yield f"  parameters                {plan.parameters:,} ({plan.parameters_without_embeddings:,} without embeddings)"
+    if plan.trained_parameters != plan.parameters:
+        yield f"  trained                   {plan.trained_parameters:,} (LoRA)"
+    yield ""
+    gpus = f"each of {plan.gpus} {plan.gpu}" if plan.gpus > 1 else f"one {plan.gpu}"
+    at_a_time = f"{plan.micro_batch} block{'s' if plan.micro_batch > 1 else ''} at a time"
+    yield f"memory of {gpus}, {at_a_time}, activation checkpointing {plan.activation_checkpointing}"
+    for name, size in asdict(held).items():
+        if name != "total":
+            yield f"  {name:<24}  {_gb(size)}"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    usable = f"{_gb(plan.usable_bytes).strip()} of {_gb(plan.gpu_bytes).strip()} can be used"
+    yield f"  {'at the fullest moment':<24}  {_gb(held.total)}   {verdict}: {usable}"
+    sizes = ", ".join(f"{choice} {size or 'none'}" for choice, size in plan.largest_micro_batch.items())
+    share = plan.blocks_per_step // plan.gpus
+    yield f"  largest micro-batch       {sizes} (of {share} blocks that a GPU has in a step)"
+    if not plan.fits:
+        yield f"  {_advice(plan)}"
+    yield ""
+    yield f"time, at {plan.mfu:.0%} of the peak (a run writes down what it reaches, as mfu)"
+    yield f"  FLOPs a token             {plan.flops_per_token:.4g}"
+    yield f"  tokens a second           {plan.tokens_per_second:,.0f} ({plan.tokens_per_second / plan.gpus:,.0f} a GPU)"
+    yield f"  {plan.steps:,} steps".ljust(28) + f"{_span(plan.tokens, plan.days, plan.gpu_hours)}"
+    if plan.paper_tokens and plan.paper_days and plan.paper_gpu_hours:
+        yield f"  the paper's tokens        {_span(plan.paper_tokens, plan.paper_days, plan.paper_gpu_hours)}"
+    yield ""
+    yield "disk"
+    one, all_of_them = (_gb(count * plan.checkpoint_bytes).strip() for count in (1, plan.checkpoints))
+    yield f"  checkpoints               {one} each, {all_of_them} for the {plan.checkpoints} that are kept"
+    parts = ", ".join(f"{name} {_gb(size).strip()}" for name, size in plan.data_bytes.items())
+    yield f"  {plan.documents:,} pairs".ljust(28) + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
+
+
+def _advice(plan: Plan) -> str:
+    if any(plan.largest_micro_batch.values()):
+        return "take a smaller training.micro_batch, or another training.activation_checkpointing"
+    return "no micro-batch fits: take more GPUs, larger ones, or training.lora_rank"
+
+
+def _span(tokens: float, days: float, gpu_hours: float) -> str:
+    return f"{tokens / 1e9:,.1f}B tokens, {days:,.1f} days, {gpu_hours:,.0f} GPU-hours"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e12:8.2f} TB" if size >= 1e12 else f"{size / 1e9:8.2f} GB"
+
+
+def main(experiment: Experiment, config: PlanConfig) -> None:
+    """Prints the plan. Raises UserError as `plan` does."""
+    made = plan(experiment, config)
+    print(json.dumps(asdict(made), indent=2) if config.format == "json" else "\n".join(as_text(made)))

@@ -1,0 +1,146 @@
+"""Memory of a training, by arithmetic: what each GPU holds at its fullest, part by part.
+
+Per token and layer autograd keeps, in bytes for width D and an MLP of m widths: the inputs of both halves of the layer
+as the norm reads them (2 x 4 D), the normed inputs (2 x 2 D), q, k and v (6 D), what is attended to (2 D) and the MLP's
+hidden state (2 m D): 28 D for m = 4 under bf16 autocast. Three moments are looked at: the end of the forward pass, when
+all that is kept and the loss is computed; the beginning of the backward pass, when a layer is computed again and its
+gradients are on their way; and its end, when all gradients are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cm3leon.models.lora import ADAPTED
+from cm3leon.models.transformer import Transformer
+from cm3leon.objectives.loss import tokens_at_once
+from cm3leon.training.config import DecoderTrainingConfig
+
+USABLE = 0.92
+"""Share of a GPU's memory that tensors can have; CUDA's context, libraries and fragmentation take the rest."""
+IN_FLIGHT = 3
+"""Layers whose gathered weights are there at a time under FSDP: the one computed, the next one, and its buffer."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights, by part."""
+
+    embedding: int
+    positions: int
+    blocks: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.positions + self.blocks + self.head
+
+    @property
+    def root(self) -> int:
+        """Those outside the layers, which FSDP gathers together."""
+        return self.total - self.blocks
+
+
+def parameters(config: Transformer.Config, vocab_size: int) -> Parameters:
+    """Weights of a decoder of that shape."""
+    table = vocab_size * config.width
+    block = (4 + 2 * config.mlp_ratio) * config.width**2
+    return Parameters(table, config.seq_len * config.width, config.layers * block, table)
+
+
+def lora_parameters(config: Transformer.Config, rank: int) -> int:
+    """Weights of the adapters of all layers."""
+    D, hidden = config.width, config.mlp_ratio * config.width
+    sizes = {"qkv": D + 3 * D, "out": D + D, "up": D + hidden, "down": hidden + D}
+    return config.layers * rank * sum(sizes[name] for name in ADAPTED)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    weights: float
+    """Kept in float32, sharded; frozen ones in bf16 on one GPU."""
+    gradients: float
+    optimizer: float
+    """Moments, and the average of the weights where there is one."""
+    copies: float
+    """Weights in bf16: autocast's on one GPU, gathered ones under FSDP, with the gradients that are on their way."""
+    activations: float
+    output: float
+    """What the output layer and the loss hold beyond the weights."""
+    total: float
+    """The most that is held at a time, which the parts need not add up to."""
+
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether a GPU has room for it."""
+        return self.total <= USABLE * gpu_bytes
+
+
+def training_memory(
+    config: Transformer.Config, vocab_size: int, training: DecoderTrainingConfig, *, gpus: int, micro_batch: int
+) -> Memory:
+    """What each of `gpus` GPUs holds at its fullest, in bf16.
+
+    Args:
+        micro_batch: blocks that a GPU computes at a time.
+    """
+    count, shards = parameters(config, vocab_size), gpus // training.replicas
+    adapters = lora_parameters(config, training.lora_rank) if training.lora_rank else 0
+    trained = adapters or count.total
+    tokens = micro_batch * config.seq_len
+    weights: float = 4 * (count.total + adapters) / shards
+    if adapters and gpus == 1:
+        weights = 4 * (count.root + adapters) + 2 * count.blocks
+    gradients: float = 4 * trained / shards
+    moments: float = (8 if training.optimizer == "adamw" else 2 + 8 / 256) * trained / shards
+    if training.average_decay:
+        moments += 4 * trained / shards
+    layer = (count.blocks + adapters) / config.layers
+    if gpus == 1:
+        copies = 2.0 * (adapters or count.blocks)
+        late = 2 * layer
+        gradients_on_way = 0.0
+    else:
+        copies = 2 * count.root + IN_FLIGHT * 2 * layer
+        late = copies
+        root = 0 if adapters else count.root
+        gradients_on_way = (2 + 4) * max(root, adapters / config.layers if adapters else layer)
+    kept, again, on_way = _activations(config, training, tokens)
+    output = _output(config, vocab_size, tokens, trained_head=not adapters)
+    many = training.blocks(config.seq_len) > gpus * micro_batch
+    steady = weights + moments + (gradients if many else 0)
+    moment = max(
+        steady + copies + kept + output,
+        steady + copies + kept + again + on_way + gradients_on_way,
+        weights + moments + gradients + late + gradients_on_way + again + on_way,
+    )
+    return Memory(weights, gradients, moments, max(copies, late + gradients_on_way), kept, output, moment)
+
+
+def _activations(
+    config: Transformer.Config, training: DecoderTrainingConfig, tokens: int
+) -> tuple[float, float, float]:
+    """Bytes kept of all layers until the backward pass, computed again of one layer, and of gradients in it."""
+    D, m, heads = config.width, config.mlp_ratio, config.width // config.head_size
+    whole = (8 + 4 + 6 + 2 + 2 * m) * D + 16 + 4 * heads
+    kept = {
+        "none": whole,
+        "selective": (4 + 6 + 2 + 2 + 2 * m + 2) * D + 4 * heads,
+        "full": 4 * D,
+    }[training.activation_checkpointing]
+    if training.activation_checkpointing == "selective" and training.lora_rank:
+        kept += (6 + 2 + 2 * m + 2) * D  # the adapters' products beside those of the weights
+    of_final_norm = 4 * D
+    again = 0 if training.activation_checkpointing == "none" else max(0, whole - kept)
+    return tokens * (config.layers * kept + of_final_norm), tokens * again, tokens * 4 * m * D
+
+
+def _output(config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool) -> float:
+    """A chunk's logits in bf16 and float32; the head in bf16, its gradient and the chunk's share of that; hidden states
+    in float32 and bf16, and their gradient."""
+    rows, head = tokens_at_once(vocab_size), vocab_size * config.width
+    if tokens <= rows:
+        return tokens * (12 * vocab_size + 6 * config.width) + 2 * head
+    return rows * vocab_size * 6 + head * (8 if trained_head else 2) + tokens * 8 * config.width

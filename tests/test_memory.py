@@ -1,0 +1,163 @@
+"""The plan's arithmetic: weights of real modules, and bytes that a training really holds."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cm3leon.models.lora import add_lora
+from cm3leon.models.transformer import Transformer
+from cm3leon.objectives.loss import linear_cross_entropy
+from cm3leon.registry import MODELS, discover
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.distributed import Ranks
+from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
+from cm3leon.training.optimizer import new_optimizer
+from cm3leon.training.parallel import distributed
+
+discover()
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "cm3leon_tiny"])
+def test_weights_are_those_of_the_module(name: str) -> None:
+    with torch.device("meta"):
+        model: Any = MODELS.build(name, vocab_size=65_536)
+        count = parameters(model.config, 65_536)
+        for part in ("embedding", "positions", "blocks", "head"):
+            assert getattr(count, part) == sum(weight.numel() for weight in getattr(model, part).parameters()), part
+        assert count.total == sum(weight.numel() for weight in model.parameters())
+        assert count.root == count.total - count.blocks
+        add_lora(model, 8, 16.0)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        assert lora_parameters(model.config, 8) == trained
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak(
+    shape: Transformer.Config, vocab_size: int, config: DecoderTrainingConfig, micro_batch: int, parts: int
+) -> int:
+    """The most bytes held in a step after the first, with so many micro-batches."""
+    torch.manual_seed(0)
+
+    def new() -> Transformer:
+        return Transformer(shape, vocab_size=vocab_size)
+
+    with Live() as live:
+        model = distributed(new, new, config, Ranks(CPU))
+        optimizer = new_optimizer(model, config)
+        for _ in range(2):
+            live.peak = live.now
+            for _ in range(parts):
+                ids_BT = torch.randint(vocab_size, (micro_batch, shape.seq_len))
+                ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
+
+                def readout(
+                    hidden_BTD: Tensor, head: Any, ids_N: Tensor = ids_N, weight_N: Tensor = weight_N
+                ) -> Tensor:
+                    return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N)[0]
+
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = model(ids_BT, readout=readout)
+                loss.backward()
+                del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize(
+    ("width", "vocab_size", "micro_batch", "parts"),
+    [(256, 8192, 4, 2), (256, 8192, 4, 1), (512, 2048, 4, 2), (256, 1024, 12, 1)],
+)
+def test_a_training_holds_what_is_planned(
+    checkpointing: Any, lora: int, width: int, vocab_size: int, micro_batch: int, parts: int
+) -> None:
+    shape = Transformer.Config(layers=4, width=width, seq_len=256)
+    config = DecoderTrainingConfig(
+        precision="bf16", activation_checkpointing=checkpointing, lora_rank=lora, batch_size=micro_batch * parts
+    )
+    planned = training_memory(shape, vocab_size, config, gpus=1, micro_batch=micro_batch)
+    measured = peak(shape, vocab_size, config, micro_batch, parts)
+    assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+def test_shards_share_what_is_kept() -> None:
+    shape = Transformer.Config(layers=32, width=4096, head_size=128)
+    config = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full")
+    eight, many = (training_memory(shape, 65_536, config, gpus=gpus, micro_batch=1) for gpus in (8, 512))
+    total = parameters(shape, 65_536).total
+    assert (eight.weights, eight.gradients, eight.optimizer) == (4 * total / 8, 4 * total / 8, 8 * total / 8)
+    assert many.weights == eight.weights / 64
+    assert many.activations == eight.activations
+    two_copies = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full", replicas=2)
+    assert training_memory(shape, 65_536, two_copies, gpus=16, micro_batch=1) == eight
+    assert eight.fits(80e9)
+    assert not eight.fits(eight.total / USABLE - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
+    shape = Transformer.Config(layers=8, width=1024, seq_len=2048)
+    config = DecoderTrainingConfig(precision="bf16", activation_checkpointing=checkpointing, batch_size=8)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    def new() -> Transformer:
+        return Transformer(shape, vocab_size=32_768)
+
+    model = distributed(new, new, config, Ranks(torch.device("cuda")))
+    optimizer = new_optimizer(model, config)
+    for _ in range(2):
+        for _ in range(2):
+            ids_BT = torch.randint(32_768, (4, 2048), device="cuda")
+            ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel(), device="cuda")
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(
+                    ids_BT,
+                    readout=lambda hidden_BTD, head, ids_N=ids_N, weight_N=weight_N: linear_cross_entropy(
+                        hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
+                    )[0],
+                )
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    planned = training_memory(shape, 32_768, config, gpus=1, micro_batch=4)
+    assert planned.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)

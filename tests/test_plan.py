@@ -1,0 +1,111 @@
+"""The command `plan`: figures by hand, recipes that fit, and mistakes in a sentence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cm3leon.experiment import list_experiments, load_experiment
+from cm3leon.plan import Plan, PlanConfig, plan
+from cm3leon.run import main
+from cm3leon.training.costs import GPUS
+from cm3leon.types import UserError
+
+GPU_OF = {"24gb": "rtx4090", "80gb": "h100"}
+RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_"))]
+
+
+def planned(name: str, *overrides: str, **fields: Any) -> Plan:
+    return plan(load_experiment(name, overrides), PlanConfig(**fields))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_where_it_says(name: str) -> None:
+    gpu = next((gpu for suffix, gpu in GPU_OF.items() if name.endswith(suffix)), "a100")
+    made = planned(name, gpu=gpu)
+    assert made.fits
+    assert made.memory.total <= made.usable_bytes < made.gpu_bytes == GPUS[gpu].memory
+
+
+def test_the_7b_by_hand() -> None:
+    made = planned("pretrain_7b", "launcher.gpus=512", gpu="h200", mfu=0.4)
+    assert made.parameters == 6_996_099_072
+    assert made.parameters_without_embeddings == 6_442_450_944
+    flops = 6 * (6_442_450_944 + 65_536 * 4096) + 6 * 32 * 4096 * 4096
+    assert made.flops_per_token == flops
+    rate = 512 * 989.4e12 * 0.4 / flops
+    assert made.tokens_per_second == pytest.approx(rate)
+    assert made.tokens == 286_102 * 2**23
+    assert made.days == pytest.approx(286_102 * 2**23 / rate / 86_400)
+    assert made.gpu_hours == pytest.approx(24 * 512 * made.days)
+    assert made.paper_tokens == 2.4e12
+    assert made.paper_days == pytest.approx(2.4e12 / rate / 86_400)
+    assert made.memory.weights == pytest.approx(4 * 6_996_099_072 / 512)
+    assert made.memory.optimizer == 2 * made.memory.weights
+    assert made.checkpoint_bytes == 12 * 6_996_099_072
+    assert made.checkpoints == 2 + 286_102 // 20_000
+    assert made.data_bytes["tokens"] == pytest.approx(0.7293e12)
+
+
+def test_the_largest_micro_batch_is_the_largest() -> None:
+    found = planned("pretrain_7b_8x80gb").largest_micro_batch
+    assert 0 < found["none"] <= found["selective"] < found["full"]
+    for choice, size in found.items():
+        checkpointing = f"training.activation_checkpointing={choice}"
+        assert planned("pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size}").fits
+        assert not planned("pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size + 1}").fits
+    one = planned("sft_7b_24gb", "training.lora_rank=0", gpu="rtx4090")
+    assert set(one.largest_micro_batch.values()) == {0}
+    assert not one.fits
+
+
+def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=512", "gpu=h200", "format=json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["parameters"] == 6_996_099_072
+    assert content["memory"]["total"] == planned("pretrain_7b", "launcher.gpus=512", gpu="h200").memory.total
+    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=512", "gpu=h200", "documents=1000"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters                6,996,099,072 (6,442,450,944 without embeddings)" in said
+    assert "fits: 129.72 GB of 141.00 GB can be used" in said
+    assert "1,000 pairs               0.00 GB" in said
+    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=1", "gpu=l4"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["gpu=h20"], "gpu is h20, which is not known; did you mean h200?"),
+        (["mfu=1.5"], "mfu is 1.5; it is a share of the peak"),
+        (["mfu=0"], "mfu is 0"),
+        (["format=xml"], 'format is "xml"; it must be one of text, json'),
+        (["launcher.gpus=500"], "a step has 2048 blocks of 4096 tokens, which launcher.gpus 500 does not divide"),
+        (["training.replicas=3"], "launcher.gpus is 512, which training.replicas 3 does not divide"),
+        (["training.optimizer=adamw_8bit"], "training.optimizer is adamw_8bit, which is for one GPU"),
+        (["training.batch_tokens=5000"], "training.batch_tokens is 5000; it must be a multiple of model.seq_len 4096"),
+    ],
+)
+def test_mistakes_are_said(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=pretrain_7b", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_another_model_cannot_be_planned_for(registries: None) -> None:
+    from dataclasses import dataclass
+
+    from cm3leon.registry import MODELS
+
+    @MODELS.register("other")
+    class Other:
+        """Another model."""
+
+        @dataclass(kw_only=True)
+        class Config:
+            seq_len: int = 4096
+            """Positions."""
+
+    with pytest.raises(UserError, match="model other cannot be planned for; only cm3leon and its presets can"):
+        planned("pretrain_7b", "model=other")
