@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from cm3leon import export, run
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.decoders.decoders import Greedy
-from cm3leon.decoders.engine import generate
+from cm3leon.decoders.generate import generate
 from cm3leon.experiment import load_experiment
 from cm3leon.export import from_opt_config, from_opt_state, main, to_opt_config, to_opt_state
 from cm3leon.models.transformer import Transformer
