@@ -1,6 +1,7 @@
 """CM3Leon: retrieval-augmented, token-based, decoder-only modelling of text and images (arXiv 2309.02591)."""
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -10,3 +11,12 @@ __version__ = "0.1.0"
 _repository = Path(__file__).resolve().parent.parent
 if (_repository / "experiments.yaml").is_file():
     __path__.append(str(_repository))
+
+
+def __getattr__(name: str) -> Any:
+    """`CM3Leon`, which is imported when it is asked for: it brings torch."""
+    if name == "CM3Leon":
+        from cm3leon.api import CM3Leon
+
+        return CM3Leon
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

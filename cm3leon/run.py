@@ -46,6 +46,7 @@ examples:
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
   python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
+  python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
   python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
@@ -163,6 +164,10 @@ COMMANDS = {
     "add": Command(
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
+    ),
+    "generate": Command(
+        "draw images for a text, best by CLIP first: run=DIR prompt=TEXT or prompts=FILE, n=8 retrieve=2 out=DIR",
+        _forwarded("cm3leon.generate", "main"),
     ),
     "plan": Command(
         "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4", plan

@@ -12,7 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FOUNDATION = ("types", "weights", "config", "registry")
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
-TOP = ("experiment", "stages", "validate", "search", "show", "export", "plan", "perplexity", "launch", "run")
+TOP = (
+    "experiment",
+    "stages",
+    "validate",
+    "search",
+    "show",
+    "export",
+    "api",
+    "generate",
+    "plan",
+    "perplexity",
+    "launch",
+    "run",
+)
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")
 
 

@@ -35,7 +35,7 @@ class _Kind(NamedTuple):
     @property
     def beams(self) -> bool:
         """Whether its rows are beams, not streams."""
-        return getattr(self.decoder, "beams", 1) > 1 and self.allowed.forced is None
+        return hasattr(self.decoder, "beams") and self.allowed.forced is None
 
     @property
     def streams(self) -> int:
@@ -266,7 +266,7 @@ class Engine:
         for (kind, members), logits_CBV in zip(kinds.items(), logits, strict=True):
             if kind.beams:
                 finished |= {
-                    lane for place, lane in enumerate(members) if self._search(kind.decoder, lane, logits_CBV[:, place])
+                    lane for place, lane in enumerate(members) if self._search(kind, lane, logits_CBV[:, place])
                 }
             else:
                 drawn.append((members, self._draw(kind, members, logits_CBV)))

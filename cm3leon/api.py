@@ -1,0 +1,366 @@
+"""A finished run, to be asked from Python.
+
+from cm3leon import CM3Leon
+
+m = CM3Leon.load("runs/digits")
+best = m.generate("a handwritten seven", n=8, retrieve=2)[0]
+best.image.save("seven.png")
+m.caption(best.image)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cm3leon.config import Component
+from cm3leon.data.images import square
+from cm3leon.decoders import grammar
+from cm3leon.decoders.decoders import decoder_of
+from cm3leon.decoders.generate import answers, request_for
+from cm3leon.decoders.request import Request
+from cm3leon.decoders.score import log_likelihoods
+from cm3leon.experiment import load_experiment
+from cm3leon.registry import DECODERS, TASKS, discover
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.tasks.prompts import EDIT_TEMPLATE, AskedSpan, box_spans, edit_streams, fill, spans_prompt
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.training.device import Precision, autocast, best_device
+from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
+
+DecoderChoice = str | dict[str, Any] | Component | None
+"""A decoder by its name, by a section as in YAML, or None for the run's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class UsedDocument:
+    """A retrieved document that stood in a prompt."""
+
+    id: str
+    text: str
+    image: Image.Image | None
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A generated image."""
+
+    image: Image.Image
+    codes_N: np.ndarray
+    score: float
+    """Cosine of prompt and image by the run's own CLIP."""
+    seed: int
+    documents: tuple[UsedDocument, ...]
+    """What stood in the prompt, the closest last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """An image with its text, a part of which was made anew."""
+
+    image: Image.Image
+    text: str
+    codes_N: np.ndarray
+
+
+class CM3Leon:
+    """The tokenizers, the memory bank and the decoder of a finished run. Made by `load`.
+
+    Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
+    """
+
+    def __init__(self, run: Run, *, precision: Precision = "auto") -> None:
+        self.run = run
+        self._precision: Precision = precision
+        self._fresh = TokenSegment("image", np.empty(0, np.int64))
+
+    @classmethod
+    def load(cls, run: str | Path, *, device: str | None = None, precision: Precision = "auto") -> CM3Leon:
+        """The run of that folder, on a device (None = a GPU where there is one).
+
+        Raises:
+            UserError: for a folder without a finished pretraining.
+        """
+        folder = Path(run).expanduser()
+        for file in (folder / "config.yaml", folder / "pretraining" / WEIGHTS):
+            if not file.is_file():
+                raise UserError(f"{folder} is no run with a finished pretraining, {file} is missing")
+        discover()
+        return cls(
+            Run(
+                load_experiment(str(folder / "config.yaml")), folder, torch.device(device) if device else best_device()
+            ),
+            precision=precision,
+        )
+
+    # -------------------------------------------------------------------------------------------- asking
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int = 1,
+        retrieve: int = 0,
+        decoder: DecoderChoice = None,
+        seed: int = 0,
+    ) -> list[Any]:
+        """Images for a text: n of them, the best by CLIP first; for several texts, a list for each.
+
+        Args:
+            retrieve: documents to put before the prompt, fewer where the model has no room for as many.
+            decoder: how codes are drawn; `mixture` takes top-p and CD-K in turn, as the paper does before re-ranking.
+            seed: of the first sample; the others count on from it.
+
+        Returns:
+            `Picture`s.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        task = self._task("text_to_image")
+        documents = [TokenDocument(text, (self._text(text), self._fresh)) for text in texts]
+        found = self._retrieve(texts, None, "text", retrieve)
+        requests, used = [], []
+        for document, rows in zip(documents, found, strict=True):
+            asked, kept = self._fitting(task, document, rows)
+            used.append(kept)
+            requests.append(self._request(asked, decoder, range(seed, seed + n)))
+        results = []
+        for text, document, rows, drawn in zip(texts, documents, used, self._answers(requests), strict=True):
+            codes_BN = np.stack(
+                [self.run.tokenizer.codes(task.complete(document, np.array(tokens))) for tokens in drawn]
+            )
+            results.append(self._pictures(text, codes_BN, range(seed, seed + n), self._shown(rows)))
+        return results[0] if isinstance(prompt, str) else results
+
+    def caption(
+        self, image: Image.Image, *, retrieve: int = 0, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
+    ) -> str:
+        """A text for an image, of at most so many pieces."""
+        task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
+        pixels_HWC = self._pixels(image)
+        document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
+        (rows,) = self._retrieve(None, pixels_HWC[None], "image", retrieve)
+        prompt, _ = self._fitting(task, document, rows)
+        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
+        return self.run.text_tokenizer.decode(tokens)
+
+    def infill(
+        self,
+        image: Image.Image,
+        text: str,
+        *,
+        box: tuple[int, int, int, int] | None = None,
+        words: tuple[int, int] | None = None,
+        decoder: DecoderChoice = None,
+        seed: int = 0,
+        most: int = 64,
+    ) -> Filled:
+        """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
+
+        A box becomes a span of codes in each row that it touches, each with a sentinel of its own; the more there are,
+        the further it is from what the model was trained on, one span or two in most samples.
+
+        Args:
+            box: (left, top, right, bottom) in pixels of the image as the tokenizer has it (`image_size` squared).
+            words: characters [start, end) of the text, whose pieces are asked for.
+            most: pieces that the new text may have.
+        """
+        pixels_HWC = self._pixels(image)
+        spans: list[AskedSpan] = []
+        if words is not None:
+            before, asked, after = text[: words[0]], text[words[0] : words[1]], text[words[1] :]
+            if not asked:
+                raise UserError(f"words is {words}; it must be a part of the text of {len(text)} characters")
+            pieces = [self._text(part).ids_T for part in (before, asked, after)]
+            text_ids_T = np.concatenate(pieces)
+            spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
+        else:
+            text_ids_T = self._text(text).ids_T
+        tokenizer = self.run.image_tokenizer
+        if box is not None:
+            spans += box_spans(box, segment=1, grid=tokenizer.grid, downsampling=tokenizer.downsampling)
+        document = TokenDocument("infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC)))
+        ids_T = spans_prompt(document, spans, (), self.run.vocab)
+        gaps = [
+            grammar.Gap("text", most) if span.segment == 0 else grammar.Gap("image", span.end - span.start)
+            for span in spans
+        ]
+        length = sum(gap.length + 2 for gap in gaps)
+        new = partial(grammar.infilling, self.run.vocab, gaps)
+        of = self._of_each_modality(decoder, decoder)
+        ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+        completed = fill(document, spans, tokens, self.run.vocab)
+        codes_N = self.run.tokenizer.codes(completed)
+        return Filled(
+            Image.fromarray(tokenizer.decode(codes_N[None])[0]), self.run.tokenizer.caption(completed), codes_N
+        )
+
+    def edit(
+        self, image: Image.Image, instruction: str, *, n: int = 1, decoder: DecoderChoice = "edit", seed: int = 0
+    ) -> list[Picture]:
+        """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
+
+        It needs a model that was fine-tuned on such edits; the decoder `edit` has a weight for the image and one for
+        the instruction.
+        """
+        streams = edit_streams(
+            self._image(self._pixels(image)), self._text(instruction), self._text(EDIT_TEMPLATE), self.run.vocab
+        )
+        codes = self.run.image_tokenizer.grid**2
+        seeds = range(seed, seed + n)
+        of: list[Mapping[Modality, Any]] = [
+            {"image": decoder_of(self._decoder(decoder, "image"), number)} for number in range(n)
+        ]
+        request = Request(streams, partial(grammar.image, self.run.vocab, codes), codes, of, seeds)
+        (drawn,) = self._answers([request])
+        codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
+        return self._pictures(instruction, codes_BN, seeds, ())
+
+    def interleave(
+        self,
+        parts: Sequence[str | Image.Image],
+        *,
+        first: Modality = "text",
+        segments: int = 2,
+        most: int = 64,
+        decoder: DecoderChoice = None,
+        text_decoder: DecoderChoice = None,
+        seed: int = 0,
+    ) -> list[str | Image.Image]:
+        """What follows texts and images: at most so many more, in turn, the first of that modality.
+
+        Args:
+            most: pieces of each text.
+        """
+        given = tuple(self._text(part) if isinstance(part, str) else self._image(self._pixels(part)) for part in parts)
+        ids_T = lay_out(Sample(TokenDocument("begun", (*given, self._fresh))), self.run.vocab).ids_T[:-1]
+        codes = self.run.image_tokenizer.grid**2
+        new = partial(
+            grammar.interleaved, self.run.vocab, first=first, codes=codes, text_length=most, segments=segments
+        )
+        of = self._of_each_modality(decoder, text_decoder)
+        length = segments * (max(codes, most) + 1)
+        ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+        result: list[str | Image.Image] = []
+        for modality, ids in grammar.segments_of(tokens, self.run.vocab):
+            if modality == "text":
+                result.append(self.run.text_tokenizer.decode(ids))
+            else:
+                (pixels_HWC,) = self.run.image_tokenizer.decode(self.run.vocab.image_codes(np.array(ids))[None])
+                result.append(Image.fromarray(pixels_HWC))
+        return result
+
+    def score(
+        self,
+        *,
+        texts: Sequence[str] | None = None,
+        images: Sequence[Image.Image] | None = None,
+        image: Image.Image | None = None,
+        text: str | None = None,
+    ) -> list[float]:
+        """Log-likelihoods in nats: of each of some `texts` for an `image`, or of each of some `images` for a `text`.
+
+        A text counts with the `<end_of_span>` behind it. Divide by lengths as the use demands.
+        """
+        vocab = self.run.vocab
+        if texts is not None and image is not None and images is None and text is None:
+            document = TokenDocument("image", (self._text(""), self._image(self._pixels(image))))
+            ids_T = self._task("caption").prompt(document).ids_T
+            given = [np.append(self._text(each).ids_T, vocab.end_of_span) for each in texts]
+        elif images is not None and text is not None and texts is None and image is None:
+            document = TokenDocument(text, (self._text(text), self._fresh))
+            ids_T = self._task("text_to_image").prompt(document).ids_T
+            given = [self._image(self._pixels(each)).ids_T for each in images]
+        else:
+            raise UserError("give texts and the image that they are for, or images and the text that they are for")
+        with self._computing():
+            return log_likelihoods(self.run.model, [ids_T] * len(given), given)
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with autocast(self.run.device, self._precision):
+            yield
+
+    def _answers(self, requests: Sequence[Request]) -> list[list[list[int]]]:
+        with self._computing():
+            return answers(self.run.model, requests, vocab=self.run.vocab)
+
+    def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
+        built = self._decoder(decoder, prompt.modality)
+        return request_for(prompt, built, vocab=self.run.vocab, seeds=seeds, seq_len=self.run.seq_len)
+
+    def _decoder(self, choice: DecoderChoice, modality: Modality) -> Any:
+        usual = self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
+        return DECODERS.build(usual if choice is None else choice)
+
+    def _of_each_modality(self, image: DecoderChoice, text: DecoderChoice) -> Mapping[Modality, Any]:
+        """The decoders of a prompt's only sample."""
+        return {
+            "image": decoder_of(self._decoder(image, "image"), 0),
+            "text": decoder_of(self._decoder(text, "text"), 0),
+        }
+
+    def _task_arguments(self) -> dict[str, Any]:
+        return {"vocab": self.run.vocab, "image_codes": self.run.image_tokenizer.grid**2}
+
+    def _task(self, name: str) -> Any:
+        return TASKS.build(name, **self._task_arguments())
+
+    def _text(self, text: str) -> TokenSegment:
+        return TokenSegment("text", self.run.text_tokenizer.encode(text))
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size)
+
+    def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
+        return TokenSegment("image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0]))
+
+    def _retrieve(
+        self, texts: list[str] | None, images_BHWC: np.ndarray | None, by: Modality, count: int
+    ) -> list[list[int]]:
+        """Rows of the bank for each query, the closest last."""
+        if not count:
+            return [[] for _ in (texts if texts is not None else images_BHWC if images_BHWC is not None else ())]
+        queries = self.run.retriever.parts(texts, images_BHWC)
+        rows_QK, _ = self.run.retriever.retrieve(self.run.bank, queries, by, count=count)
+        return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
+
+    def _fitting(self, task: Any, document: TokenDocument, rows: list[int]) -> tuple[Any, list[int]]:
+        """The prompt with as many of the documents, the closest ones, as leave room for the answer."""
+        while True:
+            prompt = task.prompt(document, [self.run.bank_document(row) for row in rows])
+            if not rows or len(prompt.ids_T) + prompt.length <= self.run.seq_len:
+                return prompt, rows
+            rows = rows[1:]
+
+    def _shown(self, rows: Sequence[int]) -> tuple[UsedDocument, ...]:
+        shown = []
+        for document in map(self.run.bank_document, rows):
+            image = None
+            if document.segment("image"):
+                (pixels_HWC,) = self.run.image_tokenizer.decode(self.run.tokenizer.codes(document)[None])
+                image = Image.fromarray(pixels_HWC)
+            shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
+        return tuple(shown)
+
+    def _pictures(
+        self, text: str, codes_BN: np.ndarray, seeds: Sequence[int], documents: tuple[UsedDocument, ...]
+    ) -> list[Picture]:
+        images_BHWC = self.run.image_tokenizer.decode(codes_BN)
+        encoder = self.run.retriever.encoder
+        scores_B = encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+        pictures = [
+            Picture(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
+            for pixels_HWC, codes_N, score, seed in zip(images_BHWC, codes_BN, scores_B, seeds, strict=True)
+        ]
+        return sorted(pictures, key=lambda picture: -picture.score)

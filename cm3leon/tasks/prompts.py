@@ -1,0 +1,110 @@
+"""Prompts for what is asked of a model by hand: any spans of a document, edits of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from cm3leon.objectives.cm3 import rotate
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
+
+EDIT_TEMPLATE = "Edit first image following the instruction"
+"""The paper's words for InstructPix2Pix's data (Table 5)."""
+
+
+class AskedSpan(NamedTuple):
+    """Tokens [start, end) of the segment of that number, which are asked for."""
+
+    segment: int
+    start: int
+    end: int
+
+
+def spans_prompt(
+    query: TokenDocument, spans: Sequence[AskedSpan], retrieved: Sequence[TokenDocument], vocab: Vocab
+) -> np.ndarray:
+    """Asks for spans of a document by the form that the CM3 objective trains.
+
+    `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the spans "red" and I2 I9 asks
+    `<eos> a <mask:0> dog <break> I7 <mask:1> I4 <eos> <mask:0>`; `infilling` is the grammar of the answer.
+
+    Raises:
+        UserError: for no spans, more than there are sentinels, or spans that overlap or are not in order.
+    """
+    if not 0 < len(spans) <= vocab.sentinels:
+        raise UserError(f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a sentinel")
+    laid_out = lay_out(Sample(query, tuple(retrieved)), vocab)
+    own = [segment for segment in laid_out.segments if segment.is_query]
+    places = [(own[span.segment].start + span.start, own[span.segment].start + span.end) for span in spans]
+    if any(start >= end for start, end in places) or any(a[1] > b[0] for a, b in pairwise(places)):
+        raise UserError("spans must not be empty, and stand in order without overlap")
+    rotated_T, _ = rotate(laid_out.ids_T, places, vocab)
+    behind = sum(end - start + 2 for start, end in places)
+    return rotated_T[: len(rotated_T) - behind + 1]
+
+
+def fill(query: TokenDocument, spans: Sequence[AskedSpan], answer: Sequence[int], vocab: Vocab) -> TokenDocument:
+    """The document with the answer to `spans_prompt` put where the spans were."""
+    contents: list[list[int]] = [[]]
+    for token in answer:
+        if vocab.sentinel_start <= token < vocab.used:
+            contents.append([])
+        elif token != vocab.end_of_span:
+            contents[-1].append(token)
+    segments = list(query.segments)
+    for span, content in reversed(list(zip(spans, contents, strict=True))):
+        old = segments[span.segment]
+        ids_T = np.concatenate([old.ids_T[: span.start], np.array(content, np.int64), old.ids_T[span.end :]])
+        segments[span.segment] = TokenSegment(old.modality, ids_T)
+    return replace(query, segments=tuple(segments))
+
+
+def box_spans(box: tuple[int, int, int, int], *, segment: int, grid: int, downsampling: int) -> list[AskedSpan]:
+    """The codes of an image that a box of pixels touches, as spans: one for each row of codes, in order.
+
+    Codes run row by row, so that a box is a span in each of its rows; rows that it takes whole are one span together.
+
+    Args:
+        box: (left, top, right, bottom) in pixels of the tokenizer's image; right and bottom are outside.
+        grid: codes of a row, and rows.
+
+    Raises:
+        UserError: for a box that is empty or leaves the image.
+    """
+    left, top, right, bottom = box
+    size = grid * downsampling
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise UserError(
+            f"box is {box}; it must be (left, top, right, bottom) inside an image of {size} x {size} pixels"
+        )
+    first, last = left // downsampling, -(-right // downsampling)
+    rows = range(top // downsampling, -(-bottom // downsampling))
+    if (first, last) == (0, grid):
+        return [AskedSpan(segment, rows.start * grid, rows.stop * grid)]
+    return [AskedSpan(segment, row * grid + first, row * grid + last) for row in rows]
+
+
+def edit_streams(
+    image: TokenSegment, instruction: TokenSegment, template: TokenSegment, vocab: Vocab
+) -> tuple[np.ndarray, ...]:
+    """Prompts of the three streams of an edit: both conditions, neither, and the image alone.
+
+    What is left out is a masked segment, as in training: `<eos> Edit ... <break> I7 I2 <break> make it red <break>`,
+    `<eos> Edit ... <break> <mask:0> <break> <mask:1> <break>`, `<eos> Edit ... <break> I7 I2 <break> <mask:0> <break>`.
+    """
+
+    def ask(*segments: TokenSegment) -> np.ndarray:
+        empty = TokenSegment("image", np.empty(0, np.int64))
+        document = TokenDocument("edit", (template, *segments, empty))
+        return lay_out(Sample(document), vocab).ids_T[:-1]
+
+    def mask(number: int) -> TokenSegment:
+        return TokenSegment("text", np.array([vocab.sentinel(number)]))
+
+    return ask(image, instruction), ask(mask(0), mask(1)), ask(image, mask(0))

@@ -1,0 +1,170 @@
+"""A finished run asked from Python: what is given stays, what is asked for comes, and mistakes are said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cm3leon import CM3Leon
+from cm3leon.run import main
+from cm3leon.types import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CM3Leon:
+    """A shrunken run; its weights are made larger, so that what it draws depends on what it is given."""
+    run = tmp_path_factory.mktemp("api") / "run"
+    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]) == 0
+    loaded = CM3Leon.load(run, precision="float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in loaded.run.model.named_parameters():
+            weight.normal_(std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator)
+    return loaded
+
+
+def picture(number: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def test_images_are_ranked_and_depend_on_their_seeds_alone(model: CM3Leon) -> None:
+    drawn = model.generate("a handwritten seven", n=4, retrieve=2)
+    assert [p.score for p in drawn] == sorted((p.score for p in drawn), reverse=True)
+    assert sorted(p.seed for p in drawn) == [0, 1, 2, 3]
+    assert all(p.image.size == (32, 32) and p.codes_N.shape == (16,) for p in drawn)
+    assert len({p.codes_N.tobytes() for p in drawn}) == 4
+    assert 1 <= len(drawn[0].documents) <= 2
+    assert drawn[0].documents[0].text
+    (alone,) = model.generate("a handwritten seven", seed=2, retrieve=2)
+    assert np.array_equal(alone.codes_N, next(p.codes_N for p in drawn if p.seed == 2))
+    encoder = model.run.retriever.encoder
+    expected = encoder.encode_images(np.asarray(alone.image)[None]) @ encoder.encode_texts(["a handwritten seven"])[0]
+    assert alone.score == pytest.approx(float(expected[0]), abs=1e-6)
+
+
+def test_several_prompts_and_decoders(model: CM3Leon) -> None:
+    both = model.generate(["a seven", "a two"], n=2, decoder="mixture", seed=5)
+    assert [len(pictures) for pictures in both] == [2, 2]
+    of_top_p = model.generate("a seven", n=1, decoder={"name": "top_p"}, seed=5)[0]
+    of_cd_k = model.generate("a seven", n=1, decoder="cd_k", seed=6)[0]
+    found = {p.seed: p.codes_N.tolist() for p in both[0]}
+    assert found == {5: of_top_p.codes_N.tolist(), 6: of_cd_k.codes_N.tolist()}
+
+
+def test_captions_and_their_likelihoods(model: CM3Leon) -> None:
+    text = model.caption(picture(), retrieve=1, most=5)
+    assert isinstance(text, str)
+    searched = model.caption(picture(), decoder={"name": "beam", "beams": 3}, most=4)
+    texts = ["a seven", "two", searched]
+    scores = model.score(texts=texts, image=picture())
+    assert all(score < 0 for score in scores)
+    assert scores == model.score(texts=texts[:1], image=picture()) + model.score(texts=texts[1:], image=picture())
+    assert len(model.score(images=[picture(0), picture(1)], text="a seven")) == 2
+
+
+def test_an_infilled_box_leaves_the_other_codes(model: CM3Leon) -> None:
+    tokenizer = model.run.image_tokenizer
+    before_N = tokenizer.encode(np.asarray(picture())[None])[0]
+    filled = model.infill(picture(), "a seven", box=(8, 8, 24, 17))
+    assert filled.text == "a seven"
+    inside = np.zeros((4, 4), bool)
+    inside[1:3, 1:3] = True  # pixels 8 to 24 are the codes 1 and 2 of a row, 8 to 17 the rows 1 and 2
+    assert np.array_equal(filled.codes_N[~inside.ravel()], before_N[~inside.ravel()])
+    assert not np.array_equal(filled.codes_N, before_N)
+    assert np.array_equal(np.asarray(filled.image), tokenizer.decode(filled.codes_N[None])[0])
+
+
+def test_infilled_words_leave_the_others_and_the_image(model: CM3Leon) -> None:
+    before_N = model.run.image_tokenizer.encode(np.asarray(picture())[None])[0]
+    filled = model.infill(picture(), "a big seven", words=(2, 5), most=3)
+    assert filled.text.startswith("a ")
+    assert filled.text.endswith(" seven")
+    assert np.array_equal(filled.codes_N, before_N)
+    both = model.infill(picture(), "a big seven", words=(2, 5), box=(0, 0, 32, 8), most=3)
+    assert both.text.endswith(" seven")
+    assert np.array_equal(both.codes_N[4:], before_N[4:])
+
+
+def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
+    edited = model.edit(picture(), "make it red", n=3)
+    assert len(edited) == 3
+    assert edited[0].score >= edited[-1].score
+    by_text = model.edit(picture(1), "make it red", n=3)
+    assert any(not np.array_equal(a.codes_N, b.codes_N) for a, b in zip(edited, by_text, strict=True))
+    parts = model.interleave(["a seven", picture()], first="text", segments=3, most=4)
+    assert len(parts) <= 3
+    assert all(isinstance(part, (str, Image.Image)) for part in parts)
+    (image,) = model.interleave(["a seven"], first="image", segments=1)
+    assert isinstance(image, Image.Image)
+
+
+def test_mistakes_are_said(model: CM3Leon, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run with a finished pretraining, .*config.yaml is missing"):
+        CM3Leon.load(tmp_path)
+    with pytest.raises(UserError, match=r"box is \(8, 8, 40, 16\); it must be .* inside an image of 32 x 32 pixels"):
+        model.infill(picture(), "a", box=(8, 8, 40, 16))
+    with pytest.raises(UserError, match="0 spans are asked for; it must be from 1 to 512"):
+        model.infill(picture(), "a")
+    with pytest.raises(UserError, match=r"words is \(5, 9\); it must be a part of the text of 1 characters"):
+        model.infill(picture(), "a", words=(5, 9))
+    with pytest.raises(UserError, match="give texts and the image that they are for"):
+        model.score(texts=["a"])
+    with pytest.raises(UserError, match="topp, which is not a known decoder; did you mean top_p"):
+        model.generate("a", decoder="topp")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def listed(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_the_command_writes_images_and_goes_on(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = model.run.folder, tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("a seven\n\na two\nthree\n")
+    words = [f"run={run}", f"prompts={tmp_path}/prompts.txt", "n=3", "keep=2", "retrieve=1", f"out={out}"]
+    assert main(["generate", *words]) == 0
+    entries = listed(out)
+    assert [entry["prompt"] for entry in entries] == ["a seven", "a two", "three"]
+    assert sorted(path.name for path in out.glob("*.png")) == [f"{p:05d}_{i}.png" for p in range(3) for i in range(2)]
+    assert entries[0]["images"][0]["score"] >= entries[0]["images"][1]["score"]  # type: ignore[index]
+    assert entries[0]["documents"]
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    (out / "manifest.jsonl").write_text("\n".join([*lines[:2], lines[2][:20]]))  # as a kill may leave it
+    (out / "00002_0.png").unlink()
+    capsys.readouterr()
+    assert main(["generate", *words]) == 0
+    assert "2 of 3 prompts are done already" in capsys.readouterr().out
+    assert listed(out) == entries
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
+    assert main(["generate", *words[:-1], f"out={out}", "seed=1"]) == 2
+    assert "was made with other settings (seed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run={run}"], "prompt and prompts are both missing"),
+        (["run={run}", "prompt=a", "prompts=b"], "prompt and prompts are both given"),
+        (["run={run}", "prompts={run}/none.txt"], "none.txt cannot be read"),
+        (["run={run}/none", "prompt=a"], "is no run with a finished pretraining"),
+        (["run={run}", "prompt=a", "n=2", "keep=3"], "keep is 3, of n = 2 images"),
+        (["run={run}", "prompt=a", "decoder=topp"], "topp"),
+    ],
+)
+def test_mistakes_of_the_command_are_said(
+    model: CM3Leon, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = [word.format(run=model.run.folder) for word in words]
+    assert main(["generate", *given, f"out={tmp_path}/out"]) == 2
+    assert sentence in capsys.readouterr().err

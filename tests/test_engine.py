@@ -1,0 +1,361 @@
+"""The engine: searches, grammars, shares and queues as it says, against brute force and transformers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from test_decoders import SEQ_LEN, VOCAB, alone, model, prompt, prompts
+
+from cm3leon.decoders import grammar
+from cm3leon.decoders.decoders import decoder_of
+from cm3leon.decoders.engine import Answer, Engine
+from cm3leon.decoders.generate import answers, generate, request_for
+from cm3leon.decoders.guidance import classifier_free, two_conditions
+from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
+from cm3leon.decoders.request import Request, Shape, shape_for
+from cm3leon.decoders.score import log_likelihoods
+from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.registry import DECODERS
+from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
+from cm3leon.types import TokenDocument, TokenSegment, UserError
+
+
+def built(name: str, **fields: Any) -> Any:
+    return DECODERS.build({"name": name, **fields})
+
+
+def request(
+    ids: Sequence[int], decoder: Any, *, samples: int = 1, length: int = 6, modality: Any = "image", **fields: Any
+) -> Request:
+    """Samples of one prompt, answered by one segment."""
+    new = partial(grammar.image, VOCAB, length)
+    if modality == "text":
+        new = partial(grammar.text, VOCAB, length, VOCAB.end_of_span)
+    streams = (np.array(ids), *fields.get("others", ()))
+    of = [{modality: decoder_of(decoder, number)} for number in range(samples)]
+    return Request(streams, new, length, of, range(fields.get("seed", 0), fields.get("seed", 0) + samples))
+
+
+# ------------------------------------------------------------------------------------------------ search and sampling
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_many_beams_find_the_best_of_all_answers(penalty: float) -> None:
+    """As many beams as there are beginnings: every answer of up to three pieces is compared."""
+    module, ids_T = model(3), np.array([VOCAB.eos, 7, 9])
+    pieces = list(range(4, VOCAB.text_size))
+    beams = len(pieces) ** 2
+    (((found,),)) = [answers(module, [request(ids_T, built("beam", beams=beams, length_penalty=penalty), length=2,
+                                              modality="text")], vocab=VOCAB)[0]]  # fmt: skip
+    allowed = torch.tensor([VOCAB.end_of_span, *pieces])
+
+    def log_p(begun: tuple[int, ...]) -> torch.Tensor:
+        sequence_T = torch.from_numpy(np.concatenate([ids_T, np.array(begun, np.int64)]))
+        with torch.inference_mode():
+            return module(sequence_T[None])[0, -1, allowed].double().log_softmax(0)
+
+    scores: dict[tuple[int, ...], float] = {}
+    first = log_p(())
+    scores[(VOCAB.end_of_span,)] = first[0].item()
+    for place, piece in enumerate(pieces):
+        second = log_p((piece,))
+        for other, token in enumerate(allowed.tolist()):
+            scores[piece, token] = ((first[1 + place] + second[other]) / 2**penalty).item()
+    assert tuple(found) == max(scores, key=lambda tokens: scores[tokens])
+
+
+def test_one_beam_is_greedy() -> None:
+    asked = [one for one in prompts(guided=False) if one.modality == "text"]
+    greedy = generate(model(), asked, built("greedy"), vocab=VOCAB, seeds=range(len(asked)))
+    beam = generate(model(), asked, built("beam", beams=1), vocab=VOCAB, seeds=range(len(asked)))
+    assert [each.tolist() for each in greedy] == [each.tolist() for each in beam]
+
+
+def test_sampling_has_the_distribution_of_the_model() -> None:
+    """Two codes in a row, 4,000 times, against their exact joint probabilities."""
+    module, ids_T, count = model(1), np.array([VOCAB.eos, 5, VOCAB.brk]), 4000
+    (drawn,) = answers(module, [request(ids_T, built("top_p", cfg=1, top_p=1), samples=count, length=2)], vocab=VOCAB)
+    codes = list(range(*VOCAB.id_range("image")))
+    expected = {}
+    with torch.inference_mode():
+        first = module(torch.from_numpy(ids_T)[None])[0, -1, codes].double().softmax(0)
+        for one, p in zip(codes, first, strict=True):
+            second = module(torch.tensor([[*ids_T.tolist(), one]]))[0, -1, codes].double().softmax(0)
+            expected |= {(one, other): count * float(p * q) for other, q in zip(codes, second, strict=True)}
+    found = Counter(map(tuple, drawn))
+    common = [pair for pair, number in expected.items() if number >= 5]
+    rest = count - sum(expected[pair] for pair in common)
+    observed = [found[pair] for pair in common]
+    result = chisquare([*observed, count - sum(observed)], [*(expected[pair] for pair in common), rest])
+    assert len(common) > 10
+    assert result.pvalue > 1e-3
+
+
+def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
+    transformers = pytest.importorskip("transformers")
+    module = model(2)
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**to_opt_config(module.config, VOCAB.size))).eval()
+    opt.load_state_dict(to_opt_state(module.state_dict()), strict=False)
+    ids_T, other_T = np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]), np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk])
+    codes = list(range(*VOCAB.id_range("image")))
+    closed = [token for token in range(VOCAB.size) if token not in codes]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": closed, "eos_token_id": None}
+    for weight, fields in ((None, {"name": "greedy"}), (2.5, {"name": "top_p", "cfg": 2.5, "top_k": 1})):
+        guidance = {} if weight is None else {
+            "guidance_scale": weight, "negative_prompt_ids": torch.from_numpy(other_T)[None]
+        }  # fmt: skip
+        with torch.inference_mode():
+            expected = opt.generate(torch.from_numpy(ids_T)[None], **options, **guidance)[0, len(ids_T) :].tolist()
+        decoder = DECODERS.build(fields)
+        ((found,),) = answers(module, [request(ids_T, decoder, length=8, others=(other_T,))], vocab=VOCAB)
+        assert found == expected
+
+
+class Keeper:
+    """Keeps the streams that it is given; draws greedily."""
+
+    streams = 3
+
+    def __init__(self) -> None:
+        self.given: list[list[torch.Tensor]] = []
+
+    def logits(self, *streams: torch.Tensor) -> torch.Tensor:
+        self.given.append([each.clone() for each in streams])
+        best = streams[0].argmax(-1, keepdim=True)
+        return torch.full_like(streams[0], -torch.inf).scatter(-1, best, 0.0)
+
+
+def test_three_streams_are_three_separate_passes() -> None:
+    module, keeper = model(), Keeper()
+    both, neither, first = ([VOCAB.eos, 8, *rest] for rest in ([9, 30, VOCAB.brk], [5, VOCAB.brk], [9, 44, VOCAB.brk]))
+    one = request(both, keeper, samples=2, length=5, others=(np.array(neither), np.array(first)))
+    assert one.shared() == 2
+    (drawn,) = answers(module, [one], vocab=VOCAB)
+    assert drawn[0] == drawn[1]
+    codes = list(range(*VOCAB.id_range("image")))
+    for stream, ids in enumerate((both, neither, first)):
+        expected_TV = alone(module, np.array(ids), np.array(drawn[0]))[:, codes]
+        for step, given_ in enumerate(keeper.given):
+            for sample in (0, 1):
+                torch.testing.assert_close(given_[stream][sample], expected_TV[step], rtol=0, atol=1e-5)
+
+
+def test_two_conditions_by_the_formula_and_at_its_ends() -> None:
+    both, first, neither = torch.randn(3, 2, 7, dtype=torch.float64).unbind()
+    found = two_conditions(both, first, neither, first=1.5, both=7.5)
+    torch.testing.assert_close(found, neither + 1.5 * (first - neither) + 7.5 * (both - first))
+    torch.testing.assert_close(two_conditions(both, first, neither, first=1, both=1), both)
+    torch.testing.assert_close(two_conditions(both, neither, neither, first=1.5, both=3),
+                               classifier_free(both, neither, 3))  # fmt: skip
+
+
+def test_processors_by_hand() -> None:
+    logits_BV = torch.tensor([[3.0, 1.0, 2.0, -1.0], [1.0, 4.0, 4.0, 0.0]])
+    assert (keep_top_k(logits_BV, 2) > -torch.inf).int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0]]
+    assert torch.equal(keep_top_k(logits_BV, 0), logits_BV)
+    assert penalize(logits_BV, [[0, 3, 3], []], 2.0).tolist() == [[1.5, 1.0, 2.0, -2.0], [1.0, 4.0, 4.0, 0.0]]
+    forbidden = forbid_repeats(logits_BV, [[1, 2, 0, 1, 2], [0, 0]], 3) == -torch.inf
+    assert forbidden.int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    forbidden = forbid_repeats(logits_BV, [[1, 2], [3]], 1) == -torch.inf
+    assert forbidden.int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+@given(tokens=st.lists(st.integers(0, 3), max_size=12), size=st.integers(1, 4))
+@settings(max_examples=100)
+def test_what_is_forbidden_is_what_would_repeat(tokens: list[int], size: int) -> None:
+    forbidden = forbid_repeats(torch.zeros(1, 4), [tokens], size)[0] == -torch.inf
+    runs = {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
+    for token in range(4):
+        ending = tuple([*tokens, token][-size:])
+        assert bool(forbidden[token]) == (len(ending) == size and ending in runs)
+
+
+def test_text_does_not_repeat_itself() -> None:
+    asked = [prompt(np.random.default_rng(n), 4, "text", 40, False) for n in range(4)]
+    decoder = built("top_p", cfg=1, top_p=1, temperature=0.3, no_repeat=2, repetition_penalty=1.2)
+    for answer_T in generate(model(), asked, decoder, vocab=VOCAB, seeds=range(4)):
+        pairs = list(itertools.pairwise(answer_T.tolist()))
+        assert len(pairs) == len(set(pairs))
+
+
+def test_a_mixture_takes_its_decoders_in_turn() -> None:
+    ids, other = [VOCAB.eos, 9, VOCAB.brk], (np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),)
+    (mixed,) = answers(model(), [request(ids, built("mixture"), samples=4, others=other)], vocab=VOCAB)
+    for number, name in enumerate(("top_p", "cd_k", "top_p", "cd_k")):
+        ((one,),) = answers(model(), [request(ids, built(name), seed=number, others=other)], vocab=VOCAB)
+        assert one == mixed[number]
+
+
+# ------------------------------------------------------------------------------------------------ grammars
+
+
+def spoken(new: grammar.NewGrammar, rng: np.random.Generator) -> list[int]:
+    """An answer by a grammar, drawn evenly from what it allows."""
+    running, tokens = new(), []
+    allowed = next(running)
+    while True:
+        choices = [token for token in range(allowed.low, allowed.high) if token not in allowed.closed]
+        assert choices
+        tokens.append(int(rng.choice(choices)))
+        try:
+            allowed = running.send(tokens[-1])
+        except StopIteration:
+            return tokens
+
+
+@given(
+    first=st.sampled_from(["text", "image"]),
+    codes=st.integers(1, 5),
+    text=st.integers(1, 6),
+    segments=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100)
+def test_interleaved_answers_are_documents(first: Any, codes: int, text: int, segments: int, seed: int) -> None:
+    new = partial(grammar.interleaved, VOCAB, first=first, codes=codes, text_length=text, segments=segments)
+    tokens = spoken(new, np.random.default_rng(seed))
+    assert tokens[-1] == VOCAB.eos
+    assert tokens.count(VOCAB.eos) == 1
+    runs = "".join(
+        "i" if VOCAB.image_start <= token < VOCAB.sentinel_start else "|" if token < 4 else "t" for token in tokens
+    ).split("|")[:-1]
+    assert 1 <= len(runs) <= segments
+    for number, run in enumerate(runs):
+        is_image = (first == "image") == (number % 2 == 0)
+        assert run == "i" * codes if is_image else set(run) <= {"t"} and len(run) <= text
+    assert len(tokens) <= segments * (max(codes, text) + 1)
+    shown = list(grammar.segments_of(tokens, VOCAB))
+    assert [len(ids) for _, ids in shown] == [len(run) for run in runs if run]
+
+
+def test_any_spans_are_asked_for_and_filled() -> None:
+    """By the engine: two rows of a box and a word; what stands around them stays."""
+    codes = VOCAB.image_ids(np.arange(16))
+    query = TokenDocument("q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes)))
+    spans = [AskedSpan(0, 1, 3), *box_spans((1, 1, 3, 3), segment=1, grid=4, downsampling=1)]
+    assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
+    ids_T = spans_prompt(query, spans, (), VOCAB)
+    assert ids_T.tolist() == [
+        VOCAB.eos, 10, VOCAB.sentinel(0), 13, VOCAB.brk, *codes[:5], VOCAB.sentinel(1), *codes[7:9], VOCAB.sentinel(2),
+        *codes[11:], VOCAB.eos, VOCAB.sentinel(0),
+    ]  # fmt: skip
+    gaps = [grammar.Gap("text", 4), grammar.Gap("image", 2), grammar.Gap("image", 2)]
+    decoders = [{"text": built("top_p", cfg=1), "image": built("top_p", cfg=1)}]
+    asked = Request((ids_T,), partial(grammar.infilling, VOCAB, gaps), 14, decoders, [3])
+    ((tokens,),) = answers(model(), [asked], vocab=VOCAB)
+    assert [token for token in tokens if token >= VOCAB.sentinel_start] == [VOCAB.sentinel(1), VOCAB.sentinel(2)]
+    assert tokens.count(VOCAB.end_of_span) == 2
+    completed = fill(query, spans, tokens, VOCAB)
+    text_T, image_T = (segment.ids_T for segment in completed.segments)
+    assert (text_T[0], text_T[-1]) == (10, 13)
+    outside = np.delete(np.arange(16), [5, 6, 9, 10])
+    assert np.array_equal(image_T[outside], codes[outside])
+    assert VOCAB.is_image(image_T).all()
+    assert box_spans((0, 1, 4, 3), segment=1, grid=4, downsampling=1) == [AskedSpan(1, 4, 12)]
+    for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
+        with pytest.raises(UserError, match="spans"):
+            spans_prompt(query, wrong, (), VOCAB)
+
+
+# ------------------------------------------------------------------------------------------------ sharing and queueing
+
+
+def test_samples_of_a_prompt_are_those_of_the_prompt_alone() -> None:
+    """Shared prefix and stream tails, several groups: the same as each sample by itself."""
+    document = list(range(6, 26))
+    ids = [VOCAB.eos, *document, VOCAB.brk, 30, 31, VOCAB.brk]
+    other = (np.array([VOCAB.eos, *document, VOCAB.brk, VOCAB.sentinel(0), VOCAB.brk]),)
+    decoder = built("top_p", cfg=2, top_p=1.0)
+    one = request(ids, decoder, samples=19, others=other)
+    assert one.shared() == 22
+    (together,) = answers(model(), [one], vocab=VOCAB)
+    assert shape_for(model(), [one]).groups == 3
+    for seed, tokens in enumerate(together):
+        ((single,),) = answers(model(), [request(ids, decoder, seed=seed, others=other)], vocab=VOCAB)
+        assert single == tokens
+
+
+def run_all(engine: Engine, requests: Sequence[Request]) -> dict[int, list[int]]:
+    for each in requests:
+        engine.submit(each)
+    return {answer.ticket: answer.tokens for answer in engine.run()}
+
+
+def test_waiting_requests_enter_as_others_leave() -> None:
+    module, asked = model(), prompts(4)
+    requests = [
+        request_for(one, built("top_p", cfg=2), vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN)
+        for row, one in enumerate(asked)
+    ]
+    wide = shape_for(module, requests)
+    expected = run_all(Engine(module, VOCAB, wide), requests)
+    narrow = Engine(module, VOCAB, Shape(2, wide.width, wide.prefix, wide.tail))
+    tickets = [narrow.submit(each) for each in requests]
+    found: dict[int, list[int]] = {}
+    most = 0
+    while narrow.busy:
+        for answer in narrow.step():
+            found[answer.ticket] = answer.tokens
+        most = max(most, len(narrow._groups))
+    assert most == 2
+    assert found == {ticket: expected[ticket] for ticket in tickets}
+
+
+def test_a_cancelled_request_makes_room_at_once() -> None:
+    module = model()
+    decoder = built("greedy")
+    slow, fast = request([1, 2, 3], decoder, length=20), request([1, 2, 4], decoder, length=3)
+    engine = Engine(module, VOCAB, Shape(1, 1, 8, 24))
+    first, second, third = engine.submit(slow), engine.submit(fast), engine.submit(fast)
+    engine.step()
+    engine.cancel(first)
+    engine.cancel(third)
+    found = list(engine.run())
+    ((alone_,),) = answers(module, [fast], vocab=VOCAB)
+    assert found == [Answer(second, 0, alone_)]
+    assert not engine.busy
+
+
+def test_requests_without_room_are_refused_in_a_sentence() -> None:
+    module = model()
+    engine = Engine(module, VOCAB, Shape(1, 1, 4, 8))
+    with pytest.raises(UserError, match="a request of 2 rows, 1 shared and 7 own tokens does not fit"):
+        engine.submit(request([1, 5, 6], built("cd_k"), others=(np.array([1, 7, 8]),)))
+    long = request(range(1, 60), built("greedy"), length=5)
+    with pytest.raises(UserError, match=r"one sample of 63 tokens in 1 rows takes .* GB are free"):
+        shape_for(module, [long], memory=1000)
+    group = module.cache_bytes(groups=1, width=4, prefix=58, tail=5)
+    many = [request(range(1, 60), built("greedy"), samples=4, length=5, seed=n) for n in range(9)]
+    assert shape_for(module, many, memory=3 * group + 10).groups == 3
+    half = module.cache_bytes(groups=1, width=2, prefix=58, tail=5)
+    assert shape_for(module, many, memory=half) == Shape(1, 2, 58, 5)
+    assert shape_for(module, many).groups == 9
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def test_log_likelihoods_are_sums_of_log_probabilities() -> None:
+    module, rng = model(), np.random.default_rng(0)
+    asked = [np.concatenate([[1], rng.integers(3, VOCAB.used, size)]) for size in (0, 5, 12, 3)]
+    given_ = [rng.integers(3, VOCAB.used, size) for size in (4, 1, 0, 9)]
+    found = log_likelihoods(module, asked, given_)
+    for ids_T, answer_T, value in zip(asked, given_, found, strict=True):
+        expected = 0.0
+        if len(answer_T):
+            log_p_TV = alone(module, ids_T, answer_T).double().log_softmax(-1)
+            expected = log_p_TV[torch.arange(len(answer_T)), torch.from_numpy(answer_T)].sum().item()
+        assert value == pytest.approx(expected, abs=1e-4)
+    assert log_likelihoods(module, [], []) == []
+    with pytest.raises(UserError, match="take 70 tokens, the model has 64 positions"):
+        log_likelihoods(module, [np.ones(60, np.int64)], [np.ones(10, np.int64)])
