@@ -238,16 +238,20 @@ class CM3Leon:
         """What follows texts and images: at most so many more, in turn, the first of that modality.
 
         Args:
-            most: pieces of each text.
+            most: pieces that each text may have, fewer where the model has not as many positions.
         """
         given = tuple(self._text(part) if isinstance(part, str) else self._image(self._pixels(part)) for part in parts)
         ids_T = lay_out(Sample(TokenDocument("begun", (*given, self._fresh))), self.run.vocab).ids_T[:-1]
         codes = self.run.image_tokenizer.grid**2
+        images = (segments + (first == "image")) // 2
+        texts = segments - images
+        room = self.run.seq_len - len(ids_T) - images * codes - segments  # a break or an end behind each
+        most = min(most, room // texts) if texts else most
         new = partial(
             grammar.interleaved, self.run.vocab, first=first, codes=codes, text_length=most, segments=segments
         )
         of = self._of_each_modality(decoder, text_decoder)
-        length = segments * (max(codes, most) + 1)
+        length = images * codes + texts * max(most, 1) + segments
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
         result: list[str | Image.Image] = []
         for modality, ids in grammar.segments_of(tokens, self.run.vocab):
@@ -320,7 +324,7 @@ class CM3Leon:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        return square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size)
+        return np.array(square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size))
 
     def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
         return TokenSegment("image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0]))

@@ -99,6 +99,9 @@ def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
     parts = model.interleave(["a seven", picture()], first="text", segments=3, most=4)
     assert len(parts) <= 3
     assert all(isinstance(part, (str, Image.Image)) for part in parts)
+    assert model.interleave(["a seven"], first="image", segments=5, most=10_000)
+    with pytest.raises(UserError, match="do not fit the model's 256 positions"):
+        model.interleave(["a seven"], first="image", segments=40)
     (image,) = model.interleave(["a seven"], first="image", segments=1)
     assert isinstance(image, Image.Image)
 
