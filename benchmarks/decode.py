@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/decode.py --shape 350m --codes 16 --repeats 1
 
 Each image is `--codes` codes under guidance of weight 3 with top-p 0.9, drawn by ours and by OPTForCausalLM.generate in
-turn, bf16 under autocast for both. Prompts: one; eight different ones (transformers pads them to the left, in one
+turn, both with weights in bf16 (ours keeps embeddings and the residual stream in float32). Prompts: one; eight different ones (transformers pads them to the left, in one
 batch); and eight samples of one prompt that begins with a retrieved prefix, which transformers is given eight times.
 Images a second are the median over repeats after one that is not counted. Memory is the peak of a process of its own
 beyond the weights.
@@ -30,6 +30,7 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.request import Request
 from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.models.serving import Weights, keep_weights
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover
 from cm3leon.tokenizers.vocab import Vocab
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--prefix", type=int, default=1000, help="tokens of the retrieved prefix")
+    parser.add_argument("--weights", choices=("bf16", "int8", "fp8"), default="bf16", help="of ours")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=2, help="measure the memory of a case and a way in this process")
     args = parser.parse_args()
@@ -64,8 +66,8 @@ def main() -> None:
         "| case | ours, images/s | transformers, images/s | ratio | ours, MiB | transformers, MiB |\n"
         "|---|---|---|---|---|---|"
     )
-    model = decoder(args.shape)
-    other = opt(model)
+    model = decoder(args.shape, args.weights)
+    other = opt(args.shape)
     for case in CASES:
         prompts = prompts_of(case, args, vocab)
         ways: dict[str, Callable[[], object]] = {
@@ -89,23 +91,25 @@ def main() -> None:
         )
 
 
-def decoder(shape: str) -> Transformer:
+def decoder(shape: str, weights: Weights) -> Transformer:
     """A decoder with random weights, large enough to choose by."""
     vocab, fields = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = Transformer(Transformer.Config(**fields), vocab_size=vocab.size)
     torch.nn.init.normal_(model.head.weight, std=0.05)
+    keep_weights(model, weights)
     return model.eval()
 
 
-def opt(model: Transformer) -> Any:
-    """The same weights in transformers."""
+def opt(shape: str) -> Any:
+    """The same weights in transformers, all in bf16."""
     from transformers import OPTConfig, OPTForCausalLM
 
+    model = decoder(shape, "float32")
     other = OPTForCausalLM(OPTConfig(**to_opt_config(model.config, model.vocab_size))).to(DEVICE).eval()
     other.load_state_dict(to_opt_state(model.state_dict()), strict=False)
-    return other
+    return other.bfloat16()
 
 
 def prompts_of(case: str, args: argparse.Namespace, vocab: Vocab) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -150,21 +154,20 @@ def transformers_generate(model: Any, vocab: Vocab, codes: int, prompts: list[tu
         mask_BT = np.stack([np.arange(longest) >= longest - len(row) for row in rows])
         given[f"{name}ids"] = torch.from_numpy(ids_BT).to(DEVICE)
         given[f"{name}attention_mask"] = torch.from_numpy(mask_BT.astype(np.int64)).to(DEVICE)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        return model.generate(
-            given["ids"],
-            attention_mask=given["attention_mask"],
-            negative_prompt_ids=given["negative_prompt_ids"],
-            negative_prompt_attention_mask=given["negative_prompt_attention_mask"],
-            guidance_scale=WEIGHT,
-            do_sample=True,
-            top_p=TOP_P,
-            top_k=0,
-            max_new_tokens=codes,
-            min_new_tokens=codes,
-            eos_token_id=None,
-            suppress_tokens=closed,
-        )
+    return model.generate(
+        given["ids"],
+        attention_mask=given["attention_mask"],
+        negative_prompt_ids=given["negative_prompt_ids"],
+        negative_prompt_attention_mask=given["negative_prompt_attention_mask"],
+        guidance_scale=WEIGHT,
+        do_sample=True,
+        top_p=TOP_P,
+        top_k=0,
+        max_new_tokens=codes,
+        min_new_tokens=codes,
+        eos_token_id=None,
+        suppress_tokens=closed,
+    )
 
 
 def memory_of(case: str, way: str) -> int:
@@ -177,10 +180,8 @@ def memory_of(case: str, way: str) -> int:
 def measure_memory(args: argparse.Namespace, case: str, way: str) -> int:
     """The most bytes held while one batch is drawn, beyond what is held before."""
     vocab, _ = SHAPES[args.shape]
-    model: Any = decoder(args.shape)
-    function: Any = ours
-    if way == "opt":
-        model, function = opt(model), transformers_generate
+    function: Any = ours if way == "ours" else transformers_generate
+    model: Any = decoder(args.shape, args.weights) if way == "ours" else opt(args.shape)
     function(model, vocab, 2, prompts_of("one prompt", args, vocab))
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
     if DEVICE.type == "cuda":

@@ -29,12 +29,14 @@ from cm3leon.decoders.generate import answers, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.experiment import load_experiment
+from cm3leon.models.serving import Weights
 from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import WEIGHTS, Run
 from cm3leon.tasks.prompts import EDIT_TEMPLATE, AskedSpan, box_spans, edit_streams, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.device import Precision, autocast, best_device
+from cm3leon.training.distributed import Ranks
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
 DecoderChoice = str | dict[str, Any] | Component | None
@@ -84,11 +86,24 @@ class CM3Leon:
         self._fresh = TokenSegment("image", np.empty(0, np.int64))
 
     @classmethod
-    def load(cls, run: str | Path, *, device: str | None = None, precision: Precision = "auto") -> CM3Leon:
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        device: str | None = None,
+        precision: Precision = "auto",
+        weights: Weights | None = None,
+        ranks: Ranks | None = None,
+    ) -> CM3Leon:
         """The run of that folder, on a device (None = a GPU where there is one).
 
+        Args:
+            weights: what the decoder's matrices are kept in; None = the precision, which changes no result. int8 and
+                fp8 take half of bf16's memory, and change results a little.
+            ranks: processes that share the decoder; all of them have to ask the same.
+
         Raises:
-            UserError: for a folder without a finished pretraining.
+            UserError: for a folder without a finished pretraining, or weights that cannot be had here.
         """
         folder = Path(run).expanduser()
         for file in (folder / "config.yaml", folder / "pretraining" / WEIGHTS):

@@ -2,6 +2,7 @@
 
 python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
 python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 decoder=mixture out=drawn
+torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"      # four GPUs share it
 
 Each prompt's images are PNG files, the best by CLIP first, and a line of `manifest.jsonl`; a prompt that has its line
 is not drawn again.
@@ -19,13 +20,17 @@ from tqdm import tqdm
 
 from cm3leon.api import CM3Leon, Picture
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
+from cm3leon.models.serving import Weights
 from cm3leon.registry import DECODERS, discover
 from cm3leon.training.device import Precision
+from cm3leon.training.distributed import Ranks, find_place, joined
 from cm3leon.types import UserError
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 AT_ONCE = 16
 """Prompts that are drawn together, and written down together."""
+TIMEOUT = 600
+"""Seconds after which a rank that waits for the others gives up."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +57,8 @@ class GenerateOptions:
     """Seed of a prompt's first image; the others count on from it."""
     precision: Precision = "auto"
     """Of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
+    weights: Weights | None = None
+    """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
 
     def check(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
@@ -70,32 +77,41 @@ def main(mapping: Mapping[str, Any]) -> None:
     discover()
     options = from_mapping(GenerateOptions, mapping)
     texts = _texts(options)
-    model = CM3Leon.load(options.run, precision=options.precision)
+    with joined(find_place(), TIMEOUT) as ranks:
+        model = CM3Leon.load(
+            options.run, precision=options.precision, weights=options.weights, ranks=ranks if ranks.joined else None
+        )
+        left = ranks.gather(_left(options, texts) if ranks.first else None)[0]
+        with tqdm(
+            total=len(left), desc="generate", unit="prompt", dynamic_ncols=True, disable=not ranks.first
+        ) as progress:
+            for start in range(0, len(left), AT_ONCE):
+                _draw(model, options, {number: texts[number] for number in left[start : start + AT_ONCE]}, ranks)
+                progress.update(len(left[start : start + AT_ONCE]))
+        if ranks.first:
+            print(f"images: {options.out}")
+
+
+def _left(options: GenerateOptions, texts: list[str]) -> list[int]:
+    """Numbers of the prompts that are not drawn yet."""
     options.out.mkdir(parents=True, exist_ok=True)
     _check_settings(options)
     done = _done(options.out / MANIFEST, texts)
     if done:
         print(f"{len(done)} of {len(texts)} prompts are done already")
-    left = [number for number in range(len(texts)) if number not in done]
-    with (
-        (options.out / MANIFEST).open("a") as manifest,
-        tqdm(total=len(left), desc="generate", unit="prompt", dynamic_ncols=True) as progress,
-    ):
-        for start in range(0, len(left), AT_ONCE):
-            numbers = left[start : start + AT_ONCE]
-            drawn = model.generate(
-                [texts[number] for number in numbers],
-                n=options.n,
-                retrieve=options.retrieve,
-                decoder=options.decoder,
-                seed=options.seed,
-            )
-            for number, pictures in zip(numbers, drawn, strict=True):
-                entry = _write(options, number, texts[number], pictures)
-                manifest.write(json.dumps(entry) + "\n")
+    return [number for number in range(len(texts)) if number not in done]
+
+
+def _draw(model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ranks: Ranks) -> None:
+    """Draws some prompts, by their numbers: all ranks do, the first writes them down."""
+    drawn = model.generate(
+        list(texts.values()), n=options.n, retrieve=options.retrieve, decoder=options.decoder, seed=options.seed
+    )
+    if ranks.first:
+        with (options.out / MANIFEST).open("a") as manifest:
+            for (number, text), pictures in zip(texts.items(), drawn, strict=True):
+                manifest.write(json.dumps(_write(options, number, text, pictures)) + "\n")
                 manifest.flush()
-                progress.update()
-    print(f"images: {options.out}")
 
 
 def _texts(options: GenerateOptions) -> list[str]:
@@ -114,7 +130,8 @@ def _texts(options: GenerateOptions) -> list[str]:
 def _check_settings(options: GenerateOptions) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
-    settings = {name: to_mapping(options)[name] for name in ("n", "keep", "retrieve", "decoder", "seed", "precision")}
+    names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights")
+    settings = {name: to_mapping(options)[name] for name in names}
     settings["run"] = str(options.run.expanduser().resolve())
     if not file.is_file():
         file.write_text(json.dumps(settings, indent=2))

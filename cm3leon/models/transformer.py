@@ -57,6 +57,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.heads = config.width // config.head_size
+        """Heads of a layer; where ranks share them (`serving.share`), those of this one."""
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(config.seq_len, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -130,24 +132,23 @@ class Transformer(nn.Module):
 
     def new_cache(self, *, groups: int, width: int, prefix: int, tail: int) -> KVCache:
         """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
-        weight = self.embedding.weight
-        heads = self.config.width // self.config.head_size
         return KVCache(
             layers=self.config.layers,
-            heads=heads,
+            heads=self.heads,
             head_size=self.config.head_size,
             groups=groups,
             width=width,
             prefix=prefix,
             tail=tail,
             dtype=self._cache_dtype(),
-            device=weight.device,
+            device=self.embedding.weight.device,
         )
 
     def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
         """Bytes of such a cache."""
         columns = groups * (prefix + width * tail)
-        return 2 * self.config.layers * self.config.width * columns * self._cache_dtype().itemsize
+        width = self.heads * self.config.head_size
+        return 2 * self.config.layers * width * columns * self._cache_dtype().itemsize
 
     def _cache_dtype(self) -> torch.dtype:
         """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
 from cm3leon.decoders.generate import generate
+from cm3leon.models.serving import keep_weights
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
-from cm3leon.training.device import autocast
+from cm3leon.training.device import autocast, uses_bf16
 from cm3leon.types import Prompt, TokenDocument
 
 
@@ -55,6 +56,8 @@ class Generation:
 
 def make_generations(run: Run, folder: Path) -> None:
     """Generates all settings that have no file yet."""
+    if uses_bf16(run.device, run.experiment.training.precision):
+        keep_weights(run.model, "bf16")  # what autocast would do again at every token
     for setting in settings(run):
         if not (folder / setting.file).is_file():
             _write(folder / setting.file, setting, _generate(run, setting))

@@ -1,0 +1,122 @@
+"""Weights in fewer bits, and shared by ranks: the same answers, or as close as is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from share_worker import results
+from test_decoders import VOCAB, model, prompts
+
+from cm3leon.decoders.generate import generate
+from cm3leon.models.serving import keep_weights, share
+from cm3leon.models.transformer import Transformer
+from cm3leon.registry import DECODERS
+from cm3leon.types import UserError
+
+WORKER = Path(__file__).parent / "share_worker.py"
+
+
+def wide() -> Transformer:
+    torch.manual_seed(0)
+    module = Transformer(
+        Transformer.Config(layers=3, width=128, head_size=32, seq_len=96, init_std=0.08), vocab_size=300
+    )
+    torch.nn.init.normal_(module.head.weight, std=0.3)
+    return module.eval()
+
+
+IDS_BT = torch.randint(300, (4, 60), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def test_bf16_weights_are_what_autocast_makes_of_them() -> None:
+    module = wide()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected_BTV = module(IDS_BT)
+        keep_weights(module, "bf16")
+        assert module.blocks[0].up.weight.dtype == torch.bfloat16
+        assert module.embedding.weight.dtype == torch.float32
+        assert torch.equal(module(IDS_BT), expected_BTV)
+
+
+@torch.inference_mode()
+def test_bf16_weights_give_the_same_answers() -> None:
+    module, asked = model(), prompts()
+    decoder = DECODERS.build("top_p")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = generate(module, asked, decoder, vocab=VOCAB, seeds=range(8))
+        keep_weights(module, "bf16")
+        again = generate(module, asked, decoder, vocab=VOCAB, seeds=range(8))
+    assert [one.tolist() for one in first] == [one.tolist() for one in again]
+
+
+@torch.inference_mode()
+def test_int8_weights_are_close_and_small() -> None:
+    """Each weight is off by half a step of 1/127 of its output's largest at most."""
+    pytest.importorskip("torchao")
+    module, small = wide(), wide()
+    keep_weights(small, "int8")
+    for name, layer in small.blocks[1].named_children():
+        weight_OI = getattr(module.blocks[1], name).weight
+        step_O1 = weight_OI.abs().amax(1, keepdim=True) / 127
+        error_OI = (layer.weight.dequantize().float() - weight_OI).abs()
+        assert (error_OI <= 0.5 * step_O1 + 2**-7 * weight_OI.abs()).all(), name  # and bf16's rounding
+        stored = sum(getattr(layer.weight, part).nbytes for part in layer.weight.__tensor_flatten__()[0])
+        assert stored < 0.3 * weight_OI.nbytes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected_BTV, found_BTV = (each(IDS_BT).float().log_softmax(-1) for each in (module, small))
+    divergence_BT = (expected_BTV.exp() * (expected_BTV - found_BTV)).sum(-1)
+    assert 0 < divergence_BT.mean() < 0.01  # nats
+
+
+def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="weights are fp8, which cpu does not compute in"):
+        keep_weights(wide(), "fp8")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match="weights are int8, which needs the package torchao"):
+        keep_weights(wide(), "int8")
+    with pytest.raises(UserError, match="3 ranks cannot share the model's 4 heads; the number must divide them"):
+        share(wide(), rank=0, count=3)
+
+
+def test_three_ranks_answer_as_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(3):
+        place = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **place, "PYTHONPATH": str(WORKER.parent.parent)}
+        processes.append(
+            subprocess.Popen([sys.executable, str(WORKER)], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    found, alone = json.loads(said[0].splitlines()[-1]), model(5)
+    expected = results(alone)
+    assert found["answers"] == expected["answers"]
+    assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+    assert found["held"] == sum(weight.numel() for block in alone.blocks for weight in block.parameters()) / 3
+    assert found["cache"] == alone.cache_bytes(groups=1, width=1, prefix=1, tail=1) / 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@torch.inference_mode()
+def test_fewer_bits_on_a_gpu(kind: str) -> None:
+    if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a device with fp8")
+    module = wide().cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        expected_BTV = module(IDS_BT.cuda()).float().log_softmax(-1)
+        keep_weights(module, kind)  # type: ignore[arg-type]
+        found_BTV = module(IDS_BT.cuda()).float().log_softmax(-1)
+    assert 0 < (expected_BTV.exp() * (expected_BTV - found_BTV)).sum(-1).mean() < 0.02
