@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/decode.py --shape 350m --codes 16 --repeats 1
 
 Each image is `--codes` codes under guidance of weight 3 with top-p 0.9, drawn by ours and by OPTForCausalLM.generate in
-turn, both with weights in bf16 (ours keeps embeddings and the residual stream in float32). Prompts: one; eight different ones (transformers pads them to the left, in one
-batch); and eight samples of one prompt that begins with a retrieved prefix, which transformers is given eight times.
-Images a second are the median over repeats after one that is not counted. Memory is the peak of a process of its own
-beyond the weights.
+turn, both with weights in bf16 (ours keeps embeddings and residual stream in float32). Prompts: one; eight different
+ones (transformers pads them to the left, in one batch); and eight samples of one prompt that begins with a retrieved
+prefix, which transformers is given eight times. Images a second are the median over repeats after one that is not
+counted. Memory is the peak of a process of its own beyond the weights.
 """
 
 from __future__ import annotations

@@ -29,13 +29,14 @@ from cm3leon.decoders.generate import answers, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.experiment import load_experiment
-from cm3leon.models.serving import Weights
+from cm3leon.models.pretrained import load_model
+from cm3leon.models.serving import Weights, keep_weights, share
 from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import WEIGHTS, Run
 from cm3leon.tasks.prompts import EDIT_TEMPLATE, AskedSpan, box_spans, edit_streams, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.training.device import Precision, autocast, best_device
+from cm3leon.training.device import Precision, autocast, best_device, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
@@ -110,12 +111,16 @@ class CM3Leon:
             if not file.is_file():
                 raise UserError(f"{folder} is no run with a finished pretraining, {file} is missing")
         discover()
-        return cls(
-            Run(
-                load_experiment(str(folder / "config.yaml")), folder, torch.device(device) if device else best_device()
-            ),
-            precision=precision,
-        )
+        ranks = ranks or Ranks(torch.device(device) if device else best_device())
+        opened = Run(load_experiment(str(folder / "config.yaml")), folder, ranks.device)
+        model = load_model(folder)
+        if ranks.count > 1:
+            share(model, rank=ranks.rank, count=ranks.count)
+        kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")
+        keep_weights(model, "float32" if kind == "float32" else "bf16")  # before a GPU has to hold them
+        keep_weights(model.to(ranks.device), kind)
+        opened.__dict__["model"] = model  # takes the place of the one that the run would load
+        return cls(opened, precision=precision)
 
     # -------------------------------------------------------------------------------------------- asking
 

@@ -47,6 +47,17 @@ def test_images_are_ranked_and_depend_on_their_seeds_alone(model: CM3Leon) -> No
     assert alone.score == pytest.approx(float(expected[0]), abs=1e-6)
 
 
+def test_weights_are_kept_as_is_said(model: CM3Leon) -> None:
+    run = model.run.folder
+    for weights, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        loaded = CM3Leon.load(run, precision="bf16", weights=weights)
+        assert loaded.run.model.blocks[0].up.weight.dtype == dtype
+        assert loaded.run.model.embedding.weight.dtype == torch.float32
+    small = CM3Leon.load(run, precision="bf16", weights="int8").run.model.blocks[0].up.weight
+    assert type(small) is not torch.nn.Parameter
+    assert CM3Leon.load(run, precision="bf16").run.model.head.weight.dtype == torch.bfloat16
+
+
 def test_several_prompts_and_decoders(model: CM3Leon) -> None:
     both = model.generate(["a seven", "a two"], n=2, decoder="mixture", seed=5)
     assert [len(pictures) for pictures in both] == [2, 2]
@@ -164,6 +175,8 @@ def test_the_command_writes_images_and_goes_on(
         (["run={run}/none", "prompt=a"], "is no run with a finished pretraining"),
         (["run={run}", "prompt=a", "n=2", "keep=3"], "keep is 3, of n = 2 images"),
         (["run={run}", "prompt=a", "decoder=topp"], "topp"),
+        (["run={run}", "prompt=a", "weights=fp8"], "weights are fp8, which cpu does not compute in"),
+        (["run={run}", "prompt=a", "weights=int4"], 'weights is "int4"; it must be'),
     ],
 )
 def test_mistakes_of_the_command_are_said(
