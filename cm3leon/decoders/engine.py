@@ -111,10 +111,9 @@ class Engine:
 
     Args:
         model: from `MODELS`, in evaluation mode.
-        compiled: whether torch.compile makes one kernel graph of a step (CUDA graphs on a GPU).
     """
 
-    def __init__(self, model: Any, vocab: Vocab, shape: Shape, *, compiled: bool = False) -> None:
+    def __init__(self, model: Any, vocab: Vocab, shape: Shape) -> None:
         self.model, self.vocab, self.shape = model, vocab, shape
         self._cache = model.new_cache(groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail)
         self._device = self._cache.device
@@ -124,7 +123,6 @@ class Engine:
         self._tickets = 0
         self._next_R = torch.zeros(shape.groups * shape.width, dtype=torch.int64, device=self._device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._forward = torch.compile(model, mode="reduce-overhead") if compiled else model
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its ticket.
@@ -252,7 +250,7 @@ class Engine:
             max(group.tail for group in self._groups.values()) + 1,
         )
         rows = groups * self.shape.width
-        logits = self._forward(
+        logits = self.model(
             self._next_R[:rows, None],
             position_BT=attend.positions(1).clamp(max=self.model.seq_len - 1),
             attend=attend,
