@@ -31,7 +31,7 @@ BYTES_PER_DOCUMENT = {"tokens": 2145, "vectors": 2048, "index": 72, "neighbours"
 """On disk, of a pair of a caption and 1,024 codes: docs/scale.md."""
 PAPER_DOCUMENTS = 340_000_000
 CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6}
-"""Bytes a trained weight: itself and its two moments."""
+"""Bytes a trained weight: itself and its two moments. The average of the weights, where there is one, takes 4 more."""
 
 
 @dataclass(kw_only=True)
@@ -74,6 +74,8 @@ class Plan:
     fits: bool
     largest_micro_batch: dict[str, int]
     """By checkpointing choice; 0 where even one block does not fit."""
+    least_memory: float
+    """Bytes of one block at a time with full checkpointing."""
     flops_per_token: float
     mfu: float
     tokens_per_second: float
@@ -95,7 +97,8 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     """The plan of an experiment's training.
 
     Raises:
-        UserError: for a model that is not this project's decoder, or settings that GPUs and batches do not divide into.
+        UserError: for a model that is not this project's decoder, a training in float32, or settings that GPUs and
+            batches do not divide into.
     """
     if MODELS.get(experiment.model.name) is not Transformer:
         raise UserError(f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can")
@@ -105,6 +108,8 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     gpu = GPUS[config.gpu]
     if gpus % training.replicas:
         raise UserError(f"launcher.gpus is {gpus}, which training.replicas {training.replicas} does not divide")
+    if training.precision == "float32":
+        raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
     if gpus > 1 and training.optimizer == "adamw_8bit":
         raise UserError("training.optimizer is adamw_8bit, which is for one GPU")
     blocks = training.blocks(shape.seq_len)
@@ -148,6 +153,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         memory=held,
         fits=held.fits(gpu.memory),
         largest_micro_batch=largest,
+        least_memory=memory("full", 1).total,
         flops_per_token=flops,
         mfu=config.mfu,
         tokens_per_second=rate,
@@ -158,7 +164,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         paper_tokens=paper,
         paper_days=paper and paper / rate / 86_400,
         paper_gpu_hours=paper and gpus * paper / rate / 3600,
-        checkpoint_bytes=CHECKPOINT_BYTES[training.optimizer] * trained,
+        checkpoint_bytes=(CHECKPOINT_BYTES[training.optimizer] + (4 if training.average_decay else 0)) * trained,
         checkpoints=training.keep_checkpoints + kept_for_good,
         documents=config.documents,
         data_bytes={name: float(size * config.documents) for name, size in BYTES_PER_DOCUMENT.items()},
@@ -205,7 +211,11 @@ def as_text(plan: Plan) -> Iterator[str]:
 def _advice(plan: Plan) -> str:
     if any(plan.largest_micro_batch.values()):
         return "take a smaller training.micro_batch, or another training.activation_checkpointing"
-    return "no micro-batch fits: take more GPUs, larger ones, or training.lora_rank"
+    least, usable = _gb(plan.least_memory).strip(), _gb(plan.usable_bytes).strip()
+    return (
+        f"one block at a time with full checkpointing takes {least}, of {usable} that can be used: take more GPUs, "
+        "larger ones, or training.lora_rank"
+    )
 
 
 def _span(tokens: float, days: float, gpu_hours: float) -> str:

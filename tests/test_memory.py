@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3leon.models.lora import add_lora
+from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy
 from cm3leon.registry import MODELS, discover
@@ -114,6 +118,63 @@ def test_a_training_holds_what_is_planned(
     planned = training_memory(shape, vocab_size, config, gpus=1, micro_batch=micro_batch)
     measured = peak(shape, vocab_size, config, micro_batch, parts)
     assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+class Fused(torch.autograd.Function):
+    """What a fused attention keeps: its inputs, its output, and a float32 number a row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
+        attended_BATE = torch.empty_like(q_BATE.transpose(1, 2).contiguous()).transpose(1, 2)
+        sums_BAT = torch.empty(q_BATE.shape[:3], device=q_BATE.device)
+        ctx.save_for_backward(q_BATE, k_BATE, v_BATE, attended_BATE, sums_BAT)
+        return attended_BATE
+
+    @staticmethod
+    def backward(ctx: Any, d_BATE: Tensor) -> Any:
+        return d_BATE, d_BATE, d_BATE
+
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """bf16 autocast of CUDA, on a machine without a GPU too."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+    torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_what_autograd_keeps_on_cuda_is_counted(gpus: int, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors without contents, which have CUDA's precisions; under FSDP the gathered weights are bf16."""
+    monkeypatch.setattr(Transformer, "reset_parameters", lambda self: None)  # there are no contents to draw
+    shape = Transformer.Config(layers=4, width=256, seq_len=512)
+    kept: dict[int, Any] = {}
+    with FakeTensorMode(), torch.device("cuda"):
+        model = Transformer(shape, vocab_size=512)
+        if gpus > 1:
+            for module in model.modules():
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)))
+        recompute(model, checkpointing)
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with cuda_autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(torch.zeros(2, 512, dtype=torch.int64), attend=lambda layer, *qkv: Fused.apply(*qkv))
+    config = DecoderTrainingConfig(precision="bf16", activation_checkpointing=checkpointing, batch_size=16)
+    planned = training_memory(shape, 512, config, gpus=gpus, micro_batch=2)
+    copies = 2 * parameters(shape, 512).blocks if gpus == 1 and checkpointing == "none" else 0
+    assert planned.activations + copies == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=0.02)
 
 
 def test_shards_share_what_is_kept() -> None:

@@ -59,6 +59,12 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
     one = planned("sft_7b_24gb", "training.lora_rank=0", gpu="rtx4090")
     assert set(one.largest_micro_batch.values()) == {0}
     assert not one.fits
+    settings = ["training.lora_rank=0", "training.activation_checkpointing=full", "training.micro_batch=1"]
+    assert one.least_memory == planned("sft_7b_24gb", *settings, gpu="rtx4090").memory.total
+
+
+def test_checkpoints_hold_the_average_of_the_weights_too() -> None:
+    assert planned("pretrain_350m", "training.average_decay=0.999").checkpoint_bytes == 16 * 440_401_920
 
 
 def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +78,10 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
     assert "fits: 129.72 GB of 141.00 GB can be used" in said
     assert "1,000 pairs               0.00 GB" in said
     assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=1", "gpu=l4"]) == 0
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said
+    least = planned("pretrain_7b", "launcher.gpus=1", gpu="l4").least_memory / 1e9
+    assert f"one block at a time with full checkpointing takes {least:.2f} GB, of 22.08 GB that can be used" in said
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,7 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         (["launcher.gpus=500"], "a step has 2048 blocks of 4096 tokens, which launcher.gpus 500 does not divide"),
         (["training.replicas=3"], "launcher.gpus is 512, which training.replicas 3 does not divide"),
         (["training.optimizer=adamw_8bit"], "training.optimizer is adamw_8bit, which is for one GPU"),
+        (["training.precision=float32"], "training.precision is float32, which cannot be planned for; only bf16 can"),
         (["training.batch_tokens=5000"], "training.batch_tokens is 5000; it must be a multiple of model.seq_len 4096"),
     ],
 )

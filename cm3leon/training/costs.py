@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ GPUS = {
     "a100": Gpu("A100", 80e9, 312e12),
     "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12),
     "h100": Gpu("H100", 80e9, 989.4e12),
+    "h100_nvl": Gpu("H100 NVL", 94e9, 835.5e12),
     "h200": Gpu("H200", 141e9, 989.4e12),
+    "gh200": Gpu("GH200", 96e9, 989.4e12),
     "l40s": Gpu("L40S", 48e9, 362.05e12),
     "a10g": Gpu("A10G", 24e9, 70e12),
     "l4": Gpu("L4", 24e9, 121e12),
@@ -66,6 +69,6 @@ def peak_flops(device: torch.device, ranks: int) -> float | None:
     """Peak of as many devices of this kind together; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [gpu for gpu in GPUS.values() if all(part in name for part in gpu.words.split())]
+    words = re.split("[ -]", torch.cuda.get_device_name(device))  # whole words: an L40 is no L4
+    known = [gpu for gpu in GPUS.values() if set(gpu.words.split()).issubset(words)]
     return max(known, key=lambda gpu: len(gpu.words)).peak * ranks if known else None

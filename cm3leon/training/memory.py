@@ -2,9 +2,10 @@
 
 Per token and layer autograd keeps, in bytes for width D and an MLP of m widths: the inputs of both halves of the layer
 as the norm reads them (2 x 4 D), the normed inputs (2 x 2 D), q, k and v (6 D), what is attended to (2 D) and the MLP's
-hidden state (2 m D): 28 D for m = 4 under bf16 autocast. Three moments are looked at: the end of the forward pass, when
-all that is kept and the loss is computed; the beginning of the backward pass, when a layer is computed again and its
-gradients are on their way; and its end, when all gradients are there.
+hidden state (2 m D): 28 D for m = 4 under bf16 autocast. Under FSDP weights are gathered in bf16, and what layers hand
+on is bf16 too; on a GPU their norms read a float32 copy of it. Three moments are looked at: the end of the forward
+pass, when all that is kept and the loss is computed; the beginning of the backward pass, when a layer is computed again
+and its gradients are on their way; and its end, when all gradients are there.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def training_memory(
         late = copies
         root = 0 if adapters else count.root
         gradients_on_way = (2 + 4) * max(root, adapters / config.layers if adapters else layer)
-    kept, again, on_way = _activations(config, training, tokens)
-    output = _output(config, vocab_size, tokens, trained_head=not adapters)
+    kept, again, on_way = _activations(config, training, tokens, sharded=gpus > 1)
+    output = _output(config, vocab_size, tokens, trained_head=not adapters, sharded=gpus > 1)
     many = training.blocks(config.seq_len) > gpus * micro_batch
     steady = weights + moments + (gradients if many else 0)
     moment = max(
@@ -120,15 +121,16 @@ def training_memory(
 
 
 def _activations(
-    config: Transformer.Config, training: DecoderTrainingConfig, tokens: int
+    config: Transformer.Config, training: DecoderTrainingConfig, tokens: int, *, sharded: bool
 ) -> tuple[float, float, float]:
     """Bytes kept of all layers until the backward pass, computed again of one layer, and of gradients in it."""
     D, m, heads = config.width, config.mlp_ratio, config.width // config.head_size
     whole = (8 + 4 + 6 + 2 + 2 * m) * D + 16 + 4 * heads
+    handed_on = (2 if sharded else 4) * D
     kept = {
         "none": whole,
-        "selective": (4 + 6 + 2 + 2 + 2 * m + 2) * D + 4 * heads,
-        "full": 4 * D,
+        "selective": handed_on + (6 + 2 + 2 + 2 * m + 2) * D + 4 * heads,
+        "full": handed_on,
     }[training.activation_checkpointing]
     if training.activation_checkpointing == "selective" and training.lora_rank:
         kept += (6 + 2 + 2 * m + 2) * D  # the adapters' products beside those of the weights
@@ -137,10 +139,11 @@ def _activations(
     return tokens * (config.layers * kept + of_final_norm), tokens * again, tokens * 4 * m * D
 
 
-def _output(config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool) -> float:
-    """A chunk's logits in bf16 and float32; the head in bf16, its gradient and the chunk's share of that; hidden states
-    in float32 and bf16, and their gradient."""
+def _output(config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool, sharded: bool) -> float:
+    """A chunk's logits in bf16 and float32; the head in bf16, unless it was gathered so, its gradient and the chunk's
+    share of that; hidden states in float32 and bf16, and their gradient."""
     rows, head = tokens_at_once(vocab_size), vocab_size * config.width
+    copy = 0 if sharded else 2 * head
     if tokens <= rows:
-        return tokens * (12 * vocab_size + 6 * config.width) + 2 * head
-    return rows * vocab_size * 6 + head * (8 if trained_head else 2) + tokens * 8 * config.width
+        return tokens * (12 * vocab_size + 6 * config.width) + copy
+    return rows * vocab_size * 6 + copy + (6 * head if trained_head else 0) + tokens * 8 * config.width
