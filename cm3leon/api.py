@@ -25,9 +25,10 @@ from cm3leon.config import Component
 from cm3leon.data.images import square
 from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import decoder_of
-from cm3leon.decoders.generate import answers, request_for
+from cm3leon.decoders.generate import Answerer, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
+from cm3leon.decoders.steps import Way
 from cm3leon.experiment import load_experiment
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.serving import Weights, keep_weights, share
@@ -81,8 +82,11 @@ class CM3Leon:
     Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
     """
 
-    def __init__(self, run: Run, *, precision: Precision = "auto") -> None:
+    def __init__(
+        self, run: Run, *, precision: Precision = "auto", window: int | None = None, way: Way = "eager"
+    ) -> None:
         self.run = run
+        self._answerer = Answerer(run.model, run.vocab, window=window, way=way)
         self._precision: Precision = precision
         self._fresh = TokenSegment("image", np.empty(0, np.int64))
 
@@ -94,6 +98,8 @@ class CM3Leon:
         device: str | None = None,
         precision: Precision = "auto",
         weights: Weights | None = None,
+        window: int | None = None,
+        way: Way = "eager",
         ranks: Ranks | None = None,
     ) -> CM3Leon:
         """The run of that folder, on a device (None = a GPU where there is one).
@@ -101,6 +107,9 @@ class CM3Leon:
         Args:
             weights: what the decoder's matrices are kept in; None = the precision, which changes no result. int8 and
                 fp8 take half of bf16's memory, and change results a little.
+            window: image codes that a step computes, the next one and drafts behind it, which changes no result (up to
+                rounding); None = 4 for a single image, 1 for more.
+            way: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
             ranks: processes that share the decoder; all of them have to ask the same.
 
         Raises:
@@ -120,7 +129,7 @@ class CM3Leon:
         keep_weights(model, "float32" if kind == "float32" else "bf16")  # before a GPU has to hold them
         keep_weights(model.to(ranks.device), kind)
         opened.__dict__["model"] = model  # takes the place of the one that the run would load
-        return cls(opened, precision=precision)
+        return cls(opened, precision=precision, window=window, way=way)
 
     # -------------------------------------------------------------------------------------------- asking
 
@@ -317,7 +326,7 @@ class CM3Leon:
 
     def _answers(self, requests: Sequence[Request]) -> list[list[list[int]]]:
         with self._computing():
-            return answers(self.run.model, requests, vocab=self.run.vocab)
+            return self._answerer.answers(requests)
 
     def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
         built = self._decoder(decoder, prompt.modality)

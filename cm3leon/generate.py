@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cm3leon.api import CM3Leon, Picture
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
+from cm3leon.decoders.steps import Way
 from cm3leon.models.serving import Weights
 from cm3leon.registry import DECODERS, discover
 from cm3leon.training.device import Precision
@@ -59,6 +60,10 @@ class GenerateOptions:
     """Of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
     weights: Weights | None = None
     """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
+    window: PositiveInt | None = None
+    """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
+    way: Way = "eager"
+    """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
 
     def check(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
@@ -79,7 +84,12 @@ def main(mapping: Mapping[str, Any]) -> None:
     texts = _texts(options)
     with joined(find_place(), TIMEOUT) as ranks:
         model = CM3Leon.load(
-            options.run, precision=options.precision, weights=options.weights, ranks=ranks if ranks.joined else None
+            options.run,
+            precision=options.precision,
+            weights=options.weights,
+            window=options.window,
+            way=options.way,
+            ranks=ranks if ranks.joined else None,
         )
         left = ranks.gather(_left(options, texts) if ranks.first else None)[0]
         with tqdm(

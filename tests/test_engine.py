@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from test_decoders import SEQ_LEN, VOCAB, alone, model, prompt, prompts
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import decoder_of
 from cm3leon.decoders.engine import Answer, Engine
-from cm3leon.decoders.generate import answers, generate, request_for
+from cm3leon.decoders.generate import Answerer, answers, generate, request_for
 from cm3leon.decoders.guidance import classifier_free, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
 from cm3leon.decoders.request import Request, Shape, shape_for
@@ -309,6 +311,177 @@ def test_waiting_requests_enter_as_others_leave() -> None:
         most = max(most, len(narrow._groups))
     assert most == 2
     assert found == {ticket: expected[ticket] for ticket in tickets}
+
+
+# ------------------------------------------------------------------------------------------------ drafts, ways to step
+
+
+@given(window=st.integers(2, 9), seed=st.integers(0, 99), name=st.sampled_from(["top_p", "cd_k", "mixture", "edit"]))
+@settings(max_examples=15, deadline=None)
+def test_drafts_change_no_answer(window: int, seed: int, name: str) -> None:
+    """Images and texts, of different lengths, side by side, more of them than have room."""
+    module, asked = model(seed), prompts(4)
+    requests = [
+        request_for(one, built(name), vocab=VOCAB, seeds=[seed + row, row], seq_len=SEQ_LEN - 9)
+        for row, one in enumerate(asked)
+    ]
+    plain = answers(module, requests, vocab=VOCAB, samples=3)
+    assert answers(module, requests, vocab=VOCAB, samples=3, window=window) == plain
+
+
+def test_drafts_change_no_answer_of_several_segments() -> None:
+    new = partial(grammar.interleaved, VOCAB, first="image", codes=5, text_length=4, segments=5)
+    of = {"image": built("top_p", cfg=1), "text": built("top_p", cfg=1, no_repeat=2)}
+    one = Request((np.array([VOCAB.eos, 9, VOCAB.brk]),), new, 24, [of] * 8, range(8))
+    plain = answers(model(), [one], vocab=VOCAB)
+    assert len({len(tokens) for tokens in plain[0]}) > 1
+    assert answers(model(), [one], vocab=VOCAB, window=4) == plain
+
+
+@pytest.mark.parametrize(("window", "steps"), [(1, 20), (4, 6), (19, 2)])
+def test_right_drafts_save_steps(window: int, steps: int) -> None:
+    """Drafts are right where noise alone decides; the first step has none yet."""
+    module = model()
+    torch.nn.init.zeros_(module.head.weight)
+    one = request([VOCAB.eos, 3], built("top_p", cfg=1), length=20)
+    engine = Engine(module, VOCAB, shape_for(module, [one], window=window), window=window)
+    engine.submit(one)
+    list(engine.run())
+    assert engine.steps == steps
+
+
+def test_what_is_recorded_does_the_same_without_its_python() -> None:
+    """As a CUDA graph would: the operations of one step of each shape, repeated on the same tensors."""
+    shapes = 0
+
+    def recorder(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        nonlocal shapes
+        shapes += 1
+        recorded = make_fx(compute)()  # refuses what would read a number on the way
+        return partial(recorded)
+
+    module, asked = model(), prompts(4)
+    requests = [
+        request_for(one, built("top_p", cfg=2), vocab=VOCAB, seeds=[row, 7], seq_len=SEQ_LEN - 2)
+        for row, one in enumerate(asked)
+    ]
+    for window in (1, 3):
+        shape = shape_for(module, requests, window=window, samples=6)
+        engine = Engine(module, VOCAB, shape, window=window, way="graph", recorder=recorder)
+        eager = Engine(module, VOCAB, shape, window=window)
+        assert run_all(engine, requests) == run_all(eager, requests)
+    assert 2 <= shapes < engine.steps / 2
+
+
+def test_graphs_need_cuda() -> None:
+    with pytest.raises(UserError, match="needs CUDA"):
+        Engine(model(), VOCAB, Shape(1, 1, 8, 8), way="graph")
+
+
+def test_an_engine_that_took_time_to_make_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    module = model()
+    small, longer = (request([1, 2, *ids], built("top_p"), samples=2) for ids in ([3], range(3, 9)))
+    wide = request([1, 2], built("top_p"), samples=3)
+    keeper = Answerer(module, VOCAB, way="compiled")
+    engines = []
+    for one in (small, longer, wide, wide):
+        assert keeper.answers([one]) == answers(module, [one], vocab=VOCAB)
+        engines.append(keeper._kept)
+    assert engines[0] is engines[1] is not engines[2] is engines[3]
+
+
+def test_an_interrupted_answer_leaves_a_kept_engine_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    two = [request([1, 2, 3], built("top_p"), length=length) for length in (2, 9)]
+    keeper = Answerer(model(), VOCAB, way="compiled", window=1)
+
+    def stop(answer: Answer) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        keeper.answers(two, on_answer=stop)
+    assert keeper.answers(two) == answers(model(), two, vocab=VOCAB)
+
+
+@pytest.mark.parametrize("most", [1, 4, 9])
+def test_memory_that_runs_out_costs_time_alone(most: int) -> None:
+    """A model that has room for so many rows a pass, whatever was thought before."""
+    module, steps = model(), []
+    requests = [request([1, 2, 3 + n], built("top_p", cfg=1), samples=5, length=3 + n, seed=9 * n) for n in range(3)]
+
+    def limited(module: Any, args: tuple[Tensor]) -> None:
+        if len(args[0]) > most and steps.append(len(args[0])) is None and len(steps) % 3 == 0:
+            raise torch.OutOfMemoryError
+
+    expected = answers(module, requests, vocab=VOCAB)
+    module.register_forward_pre_hook(limited)
+    seen: list[tuple[int, int]] = []
+    found = answers(module, requests, vocab=VOCAB, on_answer=lambda answer: seen.append((answer.ticket, answer.number)))
+    assert found == expected
+    assert sorted(seen) == [(ticket, number) for ticket in range(3) for number in range(5)]
+
+
+def test_a_single_sample_without_memory_is_a_sentence() -> None:
+    module = model()
+
+    def never(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    module.register_forward_pre_hook(never)
+    with pytest.raises(UserError, match="single sample takes more memory"):
+        answers(module, [request([1, 2], built("greedy"), samples=9)], vocab=VOCAB)
+
+
+@given(
+    groups=st.integers(1, 3),
+    samples=st.integers(1, 40),
+    prefix=st.integers(1, 30),
+    length=st.integers(1, 20),
+    memory=st.integers(10_000, 3_000_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_keys_and_values_stay_within_the_memory_given(
+    groups: int, samples: int, prefix: int, length: int, memory: int
+) -> None:
+    module = model()
+    requests = [
+        request(range(4, 4 + prefix), built("top_p", cfg=1), samples=samples, length=length) for _ in range(groups)
+    ]
+    one = module.cache_bytes(groups=1, width=1, prefix=requests[0].shared(), tail=requests[0].tail())
+    if one > memory:
+        with pytest.raises(UserError, match="GB are free"):
+            shape_for(module, requests, memory=memory)
+        return
+    shape = shape_for(module, requests, memory=memory)
+    engine = Engine(module, VOCAB, shape)
+    assert engine._cache.nbytes() <= memory
+    for each in requests:
+        engine.submit(each)
+    assert len(list(engine.run())) == groups * samples
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["compiled", "graph", "compiled graph"])
+@pytest.mark.parametrize("window", [1, 4])
+def test_recorded_steps_on_a_gpu_are_those_from_python(way: Any, window: int) -> None:
+    module, asked = model().cuda(), prompts(4)
+    requests = [
+        request_for(one, built("top_p", cfg=2), vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN - 3)
+        for row, one in enumerate(asked)
+    ]
+    keeper = Answerer(module, VOCAB, window=window, way=way)
+    for _ in range(2):
+        assert keeper.answers(requests) == answers(module, requests, vocab=VOCAB, window=1)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_those_from_python() -> None:
+    module, asked = model(), prompts(4)
+    decoder = built("top_p", cfg=2)
+    requests = [request_for(one, decoder, vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN) for row, one in enumerate(asked)]
+    assert answers(module, requests, vocab=VOCAB, way="compiled") == answers(module, requests, vocab=VOCAB)
 
 
 def test_a_cancelled_request_makes_room_at_once() -> None:

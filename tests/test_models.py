@@ -321,7 +321,7 @@ def test_cached_equals_uncached(lengths: list[int], tails: list[int], steps: int
     for prefix_T, own, found in zip(prefixes, rows, cached(model, prefixes, rows, steps), strict=True):
         for row_T, found_TV in zip(own, found, strict=True):
             alone_TV = model(torch.cat([prefix_T, row_T])[None])[0, len(prefix_T) :]
-            assert_same(found_TV, alone_TV)
+            assert_same(found_TV, alone_TV, 3e-5)
 
 
 @torch.inference_mode()

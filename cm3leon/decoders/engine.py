@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from cm3leon.decoders.decoders import Decoder
 from cm3leon.decoders.grammar import Allowed, Grammar
-from cm3leon.decoders.processors import draw, uniforms
+from cm3leon.decoders.processors import draw, gumbel_noise, stream_key
 from cm3leon.decoders.request import Request, Shape
+from cm3leon.decoders.steps import Recorder, Steps, Way
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Modality, UserError
 
@@ -31,6 +31,10 @@ class _Kind(NamedTuple):
     allowed: Allowed
     decoder: Any
     rows: int
+    drafts: int
+    """Drafts of a lane that are looked at."""
+    ahead: int
+    """Tokens that are drawn for want of better drafts, all as if they were the next one."""
 
     @property
     def beams(self) -> bool:
@@ -61,19 +65,36 @@ class _Lane:
     decoders: Mapping[Modality, Decoder]
     grammar: Grammar
     allowed: Allowed
-    uniform_T: Tensor
-    drawn: int = 0
+    key: int
+    """The start of its random numbers."""
+    length: int
+    """Most tokens of its answer."""
     tokens: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
     search: _Search = field(default_factory=_Search)
+    finished: bool = False
 
-    def take(self, token: int) -> bool:
-        """Whether the answer is finished with that token."""
-        self.tokens.append(token)
-        try:
-            self.allowed = self.grammar.send(token)
-        except StopIteration:
-            return True
-        return False
+    @property
+    def grown(self) -> int:
+        """Tokens behind its prompt, in the making."""
+        return len(self.tokens) + (len(self.search.running[0][1]) if self.search.running else 0)
+
+    def take(self, drawn: Sequence[int], drafts: int) -> None:
+        """Takes the tokens that were drawn behind its last one and behind drafts, as far as those were right.
+
+        What was drawn beyond are the next drafts.
+        """
+        asked = self.allowed
+        for count, token in enumerate(drawn[: 1 + drafts], 1):
+            self.tokens.append(token)
+            try:
+                self.allowed = self.grammar.send(token)
+            except StopIteration:
+                self.finished = True
+                return
+            if self.allowed != asked or (count <= drafts and token != self.drafts[count - 1]):
+                break
+        self.drafts = [*drawn[count:]]
 
 
 @dataclass(eq=False)
@@ -92,6 +113,7 @@ class _Group:
     lanes: list[_Lane]
     prefix: int
     tail: int
+    """Columns of the longest tail when it started."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +133,32 @@ class Engine:
 
     Args:
         model: from `MODELS`, in evaluation mode.
+        window: image codes of a sample that a step computes: the next one, and behind it drafts that this step checks.
+            Answers are those of a window of one (up to rounding), steps are fewer.
+        way: how steps are run.
+        recorder: in the place of CUDA graphs.
     """
 
-    def __init__(self, model: Any, vocab: Vocab, shape: Shape) -> None:
-        self.model, self.vocab, self.shape = model, vocab, shape
+    def __init__(
+        self,
+        model: Any,
+        vocab: Vocab,
+        shape: Shape,
+        *,
+        window: int = 1,
+        way: Way = "eager",
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.model, self.vocab, self.shape, self.window = model, vocab, shape, window
+        self.steps = 0
+        """Passes over next tokens so far."""
         self._cache = model.new_cache(groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail)
+        self._steps = Steps(model, self._cache, window=window, way=way, recorder=recorder)
         self._device = self._cache.device
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Piece] = deque()
         self._answers: list[Answer] = []
         self._tickets = 0
-        self._next_R = torch.zeros(shape.groups * shape.width, dtype=torch.int64, device=self._device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def submit(self, request: Request) -> int:
@@ -131,10 +168,10 @@ class Engine:
             UserError: for a request that this engine has no room for, or the model no positions.
         """
         request.check(self.model.seq_len)
-        rows = request.rows()
-        if rows > self.shape.width or request.shared() > self.shape.prefix or request.tail() > self.shape.tail:
+        rows, tail = request.rows(), request.tail() + self.window - 1
+        if rows > self.shape.width or request.shared() > self.shape.prefix or tail > self.shape.tail:
             raise UserError(
-                f"a request of {rows} rows, {request.shared()} shared and {request.tail()} own tokens does not "
+                f"a request of {rows} rows, {request.shared()} shared and {tail} own tokens does not "
                 f"fit the engine's {self.shape}"
             )
         ticket, self._tickets = self._tickets, self._tickets + 1
@@ -216,23 +253,30 @@ class Engine:
             ids_BT[row, : len(ids_T)] = ids_T
         return torch.from_numpy(ids_BT).to(self._device), self._tensor([len(ids_T) for ids_T in rows])
 
-    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+    def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
     def _start(self, slot: int, piece: _Piece) -> None:
         request, streams = piece.request, piece.request.used()
         first = slot * self.shape.width
-        uniform_NT = uniforms([request.seeds[number] for number in piece.numbers], request.length)
         lanes = []
         for place, number in enumerate(piece.numbers):
             rows = [first + place * request.rows() + row for row in range(request.rows())]
             grammar = request.grammar()
-            lane = _Lane(
-                piece.ticket, number, rows, request.decoders[number], grammar, next(grammar), uniform_NT[place]
+            lanes.append(
+                _Lane(
+                    ticket=piece.ticket,
+                    number=number,
+                    rows=rows,
+                    decoders=request.decoders[number],
+                    grammar=grammar,
+                    allowed=next(grammar),
+                    key=stream_key(request.seeds[number]),
+                    length=request.length,
+                )
             )
-            lanes.append(lane)
         last = [int(ids_T[-1]) for ids_T in streams] * (len(lanes) * request.rows() // len(streams))
-        self._next_R[first : first + len(last)] = self._tensor(last)
+        self._steps.next_RW[first : first + len(last)] = self._tensor(last)[:, None]
         self._groups[slot] = _Group(lanes, request.shared(), max(map(len, streams)) - request.shared() - 1)
 
     # -------------------------------------------------------------------------------------------- steps
@@ -241,78 +285,84 @@ class Engine:
         lanes = [lane for group in self._groups.values() for lane in group.lanes]
         kinds: dict[_Kind, list[_Lane]] = {}
         for lane in lanes:
-            kind = _Kind(lane.allowed, lane.decoders[lane.allowed.modality], len(lane.rows))
-            kinds.setdefault(kind, []).append(lane)
-        groups = max(self._groups) + 1
-        attend = self._cache.step_pass(
-            groups,
-            max(group.prefix for group in self._groups.values()),
-            max(group.tail for group in self._groups.values()) + 1,
+            kinds.setdefault(self._kind(lane), []).append(lane)
+        tail = max(group.tail + max(lane.grown for lane in group.lanes) for group in self._groups.values())
+        hidden_RWD = self._steps(
+            max(self._groups) + 1, max(group.prefix for group in self._groups.values()), tail + self.window
         )
-        rows = groups * self.shape.width
-        logits = self.model(
-            self._next_R[:rows, None],
-            position_BT=attend.positions(1).clamp(max=self.model.seq_len - 1),
-            attend=attend,
-            readout=partial(self._logits, list(kinds.items())),
-        )
-        self._cache.tail_length_R[:rows] += 1
-        for group in self._groups.values():
-            group.tail += 1
-        finished: set[_Lane] = set()
-        drawn = []
-        for (kind, members), logits_CBV in zip(kinds.items(), logits, strict=True):
-            if kind.beams:
-                finished |= {
-                    lane for place, lane in enumerate(members) if self._search(kind, lane, logits_CBV[:, place])
-                }
-            else:
-                drawn.append((members, self._draw(kind, members, logits_CBV)))
-        tokens = torch.cat([token_B for _, token_B in drawn]).tolist() if drawn else []
-        for lane, token in zip((lane for members, _ in drawn for lane in members), tokens, strict=True):
-            if lane.take(token):
-                finished.add(lane)
-        self._answers += [Answer(lane.ticket, lane.number, lane.tokens) for lane in lanes if lane in finished]
-        if finished:
-            for slot, group in list(self._groups.items()):
-                self._keep(slot, [lane for lane in group.lanes if lane not in finished])
-
-    def _logits(
-        self, kinds: Sequence[tuple[_Kind, list[_Lane]]], hidden_R1D: Tensor, head: nn.Linear
-    ) -> list[Tensor | None]:
-        """Logits (C, B, V) of each kind of lanes, of the ids that are allowed; None where there is no choice."""
-        result: list[Tensor | None] = []
-        for kind, lanes in kinds:
+        self.steps += 1
+        before = {lane: lane.grown for lane in lanes}
+        drawn: list[tuple[_Kind, list[_Lane], Tensor]] = []
+        for kind, members in kinds.items():
             if kind.allowed.forced is not None:
-                result.append(None)
+                for lane in members:
+                    lane.take([kind.allowed.forced], 0)
                 continue
-            hidden_CBD = hidden_R1D[self._rows(lanes, kind.streams), 0]
-            logits_CBV = F.linear(hidden_CBD, head.weight[kind.allowed.low : kind.allowed.high]).float()
-            result.append(logits_CBV[:, :, self._columns(kind.allowed)] if kind.allowed.closed else logits_CBV)
-        return result
+            logits_CBWV = self._logits(kind, members, hidden_RWD)
+            if kind.beams:
+                for place, lane in enumerate(members):
+                    self._search(kind, lane, logits_CBWV[:, place, 0])
+            else:
+                drawn.append((kind, members, self._draw(kind, members, logits_CBWV)))
+        for kind, members, token_BN in drawn:  # read only now, when all of them are under way
+            for lane, tokens in zip(members, token_BN.tolist(), strict=True):
+                lane.take(tokens, kind.drafts)
+        self._advance([(lane, lane.grown - before[lane]) for lane in lanes if not lane.finished])
+        self._answers += [Answer(lane.ticket, lane.number, lane.tokens) for lane in lanes if lane.finished]
+        if any(lane.finished for lane in lanes):
+            for slot, group in list(self._groups.items()):
+                self._keep(slot, [lane for lane in group.lanes if not lane.finished])
 
-    def _draw(self, kind: _Kind, lanes: list[_Lane], logits_CBV: Tensor | None) -> Tensor:
-        """The next token (B,) of each lane, which is also put where the next step reads it."""
-        if logits_CBV is None:
-            token_B = self._tensor([kind.allowed.low] * len(lanes))
-        else:
-            column_V = self._columns(kind.allowed)
-            past: dict[str, Any] = {}
-            if getattr(kind.decoder, "looks_back", False):
-                place = {int(column) + kind.allowed.low: place for place, column in enumerate(column_V.tolist())}
-                past["past"] = [[place[token] for token in lane.tokens if token in place] for lane in lanes]
-            conditional_BV, *others = logits_CBV
-            logits_BV = kind.decoder.logits(conditional_BV, *(others or [None]), **past)
-            uniform_B = torch.stack([lane.uniform_T[lane.drawn] for lane in lanes]).to(self._device)
-            token_B = column_V[draw(logits_BV, uniform_B)] + kind.allowed.low
-            for lane in lanes:
-                lane.drawn += 1
-        row_CB = self._rows(lanes, kind.rows)
-        self._next_R[row_CB] = token_B.expand_as(row_CB)
-        return token_B
+    def _kind(self, lane: _Lane) -> _Kind:
+        decoder = lane.decoders[lane.allowed.modality]
+        drafted = lane.allowed.modality == "image" and not getattr(decoder, "looks_back", False)
+        most = self.window - 1 if drafted else 0
+        return _Kind(lane.allowed, decoder, len(lane.rows), min(len(lane.drafts), most), most)
 
-    def _search(self, kind: _Kind, lane: _Lane, logits_KV: Tensor) -> bool:
-        """A step of beam search; whether the lane is finished, with the best answer as its tokens."""
+    def _advance(self, lanes: Sequence[tuple[_Lane, int]]) -> None:
+        """Makes so many of the tokens that each lane was given a part of its rows' tails, and gives it the next ones.
+
+        Rows of beams have their tokens already.
+        """
+        rows = [(row, count, *self._given(lane, place)) for lane, count in lanes for place, row in enumerate(lane.rows)]
+        if rows:
+            row_R, count_R, *token_WR = self._tensor(rows).T
+            self._cache.tail_length_R[row_R] += count_R
+            self._steps.next_RW[row_R] = torch.stack(token_WR, 1)
+
+    def _given(self, lane: _Lane, row: int) -> list[int]:
+        """The last token of a row, and its drafts."""
+        if lane.search.running:
+            return [lane.search.running[row][1][-1]] * self.window
+        lane.drafts = lane.drafts[: self.window - 1]
+        return [lane.tokens[-1], *lane.drafts, *[0] * (self.window - 1 - len(lane.drafts))]
+
+    def _logits(self, kind: _Kind, lanes: list[_Lane], hidden_RWD: Tensor) -> Tensor:
+        """Logits (C, B, W, V) of lanes of a kind, of the ids that are allowed."""
+        allowed = kind.allowed
+        hidden_CBWD = hidden_RWD[self._rows(lanes, kind.streams), : 1 + kind.drafts]
+        logits_CBWV = F.linear(hidden_CBWD, self.model.head.weight[allowed.low : allowed.high]).float()
+        return logits_CBWV[..., self._columns(allowed)] if allowed.closed else logits_CBWV
+
+    def _draw(self, kind: _Kind, lanes: list[_Lane], logits_CBWV: Tensor) -> Tensor:
+        """The tokens (B, N) that follow each lane's last one and its drafts, and what is drawn ahead."""
+        B, W = logits_CBWV.shape[1:3]
+        column_V = self._columns(kind.allowed)
+        past: dict[str, Any] = {}
+        if getattr(kind.decoder, "looks_back", False):
+            place = {int(column) + kind.allowed.low: place for place, column in enumerate(column_V.tolist())}
+            past["past"] = [[place[token] for token in lane.tokens if token in place] for lane in lanes]
+        conditional, *others = logits_CBWV.flatten(1, 2)
+        logits_BWV = kind.decoder.logits(conditional, *(others or [None]), **past).view(B, W, -1)
+        logits_BNV = torch.cat([logits_BWV, logits_BWV[:, -1:].expand(B, kind.ahead, -1)], 1)
+        key_B, begin_B = self._tensor([(lane.key, len(lane.tokens)) for lane in lanes]).T
+        place_BN = begin_B[:, None] + torch.arange(W + kind.ahead, device=self._device)
+        id_V = column_V + kind.allowed.low
+        noise_BNV = gumbel_noise(key_B[:, None, None], place_BN[..., None] * self.vocab.size + id_V)
+        return id_V[draw(logits_BNV, noise_BNV)]
+
+    def _search(self, kind: _Kind, lane: _Lane, logits_KV: Tensor) -> None:
+        """A step of beam search; a finished lane has the best answer as its tokens."""
         K, V = logits_KV.shape
         decoder, search = kind.decoder, lane.search
         if not search.running:
@@ -338,12 +388,10 @@ class Engine:
         search.running = running
         row_K = self._tensor(lane.rows)
         self._cache.reorder(row_K, row_K[self._tensor(parents)])
-        self._next_R[row_K] = self._tensor([tokens[-1] for _, tokens in running])
-        if len(search.finished) < K and len(running[0][1]) < len(lane.uniform_T):
-            return False
+        if len(search.finished) < K and len(running[0][1]) < lane.length:
+            return
         search.finished += [(decoder.score(score, len(tokens)), tokens) for score, tokens in running]
-        lane.tokens = max(search.finished)[1]
-        return True
+        lane.tokens, lane.finished = max(search.finished)[1], True
 
     def _scores(self, running: Sequence[tuple[float, list[int]]]) -> Tensor:
         return torch.tensor([[score] for score, _ in running], device=self._device)

@@ -2,18 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import Decoder, decoder_of
 from cm3leon.decoders.engine import Answer, Engine
 from cm3leon.decoders.request import Request, shape_for
+from cm3leon.decoders.steps import Way
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Prompt
+from cm3leon.types import Prompt, UserError
+
+WINDOW = 4
+"""Window of the engine where a single image is asked for: more codes a step pay where few rows make it."""
+ROUNDING = 256
+"""Columns of an engine that is kept are a multiple of this, so that more requests fit it."""
+
+
+class Answerer:
+    """Answers requests, with an engine that is kept for later ones where preparing it takes time.
+
+    Args:
+        model: from `MODELS`, in evaluation mode.
+        window: see `Engine`; None = `WINDOW` for a single image, 1 for more.
+        way: see `Steps`; all but eager keep the engine, and its memory.
+    """
+
+    def __init__(self, model: Any, vocab: Vocab, *, window: int | None = None, way: Way = "eager") -> None:
+        self.model, self.vocab, self.window, self.way = model, vocab, window, way
+        self._kept: Engine | None = None
+
+    def answers(
+        self,
+        requests: Sequence[Request],
+        *,
+        samples: int = 256,
+        on_answer: Callable[[Answer], object] | None = None,
+    ) -> list[list[list[int]]]:
+        """Tokens of all samples of all requests.
+
+        Args:
+            samples: how many are in the making at a time, at most.
+            on_answer: called with each as it is finished; its ticket is the number of the request.
+
+        Raises:
+            UserError: for a request without room, in the model's positions or in memory.
+        """
+        for request in requests:
+            request.check(self.model.seq_len)
+        found: list[dict[int, list[int]]] = [{} for _ in requests]
+
+        def keep(answer: Answer) -> None:
+            found[answer.ticket][answer.number] = answer.tokens
+            if on_answer:
+                on_answer(answer)
+
+        while left := {
+            number: [sample for sample in range(len(request.seeds)) if sample not in found[number]]
+            for number, request in enumerate(requests)
+            if len(found[number]) < len(request.seeds)
+        }:
+            try:
+                self._run(requests, left, samples, keep)
+            except torch.OutOfMemoryError as error:  # more than was foreseen, or others took it
+                if samples == 1:
+                    raise UserError(
+                        "a single sample takes more memory than there is; use fewer retrieved documents, a smaller "
+                        "model, or another device"
+                    ) from error
+                self._kept = None
+                samples = max(1, min(samples, sum(map(len, left.values()))) // 2)
+        return [[of[sample] for sample in range(len(of))] for of in found]
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        left: Mapping[int, Sequence[int]],
+        samples: int,
+        keep: Callable[[Answer], None],
+    ) -> None:
+        """Gives `keep` those samples of requests; an answer's ticket is the number of the request."""
+        parts = {number: _part(requests[number], numbers) for number, numbers in left.items()}
+        engine = self._engine(list(parts.values()), samples)
+        tickets = {engine.submit(part): number for number, part in parts.items()}
+        try:
+            for answer in engine.run():
+                number = tickets[answer.ticket]
+                keep(replace(answer, ticket=number, number=left[number][answer.number]))
+        finally:
+            for ticket in tickets:  # those that an interruption left
+                engine.cancel(ticket)
+
+    def _engine(self, requests: Sequence[Request], samples: int) -> Engine:
+        single = sum(len(request.seeds) for request in requests) == 1 and "image" in requests[0].decoders[0]
+        window = self.window or (WINDOW if single else 1)
+        if self.way == "eager":
+            shape = shape_for(self.model, requests, samples=samples, window=window)
+            return Engine(self.model, self.vocab, shape, window=window)
+        wanted = shape_for(self.model, requests, samples=samples, window=window, memory=sys.maxsize)
+        kept = self._kept
+        if kept is None or kept.window != window or not kept.shape.holds(wanted):
+            kept = self._kept = None  # its memory is free for the new one
+            shape = shape_for(self.model, requests, samples=samples, window=window, multiple=ROUNDING)
+            kept = self._kept = Engine(self.model, self.vocab, shape, window=window, way=self.way)
+        return kept
+
+
+def _part(request: Request, numbers: Sequence[int]) -> Request:
+    """Some of the samples of a request."""
+    of = [request.decoders[number] for number in numbers]
+    return replace(request, decoders=of, seeds=[request.seeds[number] for number in numbers])
 
 
 def answers(
@@ -22,31 +126,12 @@ def answers(
     *,
     vocab: Vocab,
     samples: int = 256,
+    window: int | None = None,
+    way: Way = "eager",
     on_answer: Callable[[Answer], object] | None = None,
 ) -> list[list[list[int]]]:
-    """Tokens of all samples of all requests.
-
-    Args:
-        model: from `MODELS`, in evaluation mode.
-        samples: how many are in the making at a time, at most.
-        on_answer: called with each as it is finished; its ticket is the number of the request.
-
-    Raises:
-        UserError: for a request without room, in the model's positions or in memory.
-    """
-    for request in requests:
-        request.check(model.seq_len)
-    found: list[list[list[int]]] = [[[] for _ in request.seeds] for request in requests]
-    if not requests:
-        return found
-    engine = Engine(model, vocab, shape_for(model, requests, samples=samples))
-    for request in requests:
-        engine.submit(request)
-    for answer in engine.run():
-        found[answer.ticket][answer.number] = answer.tokens
-        if on_answer:
-            on_answer(answer)
-    return found
+    """Tokens of all samples of all requests, see `Answerer`."""
+    return Answerer(model, vocab, window=window, way=way).answers(requests, samples=samples, on_answer=on_answer)
 
 
 def generate(

@@ -58,13 +58,48 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     return logits_BV.masked_fill(removed_BV, -torch.inf)
 
 
-def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers (B, steps), a row from each seed alone: a row's draws do not depend on its neighbours."""
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(steps) for seed in seeds]))
+_GAMMA, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token (B,) from softmax(logits), by inverting the cumulative distribution at `uniform_B`."""
-    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
-    threshold_B1 = (uniform_B.to(cumulative_BV) * cumulative_BV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
+def stream_key(seed: int) -> int:
+    """The start of a seed's stream of random numbers, well apart from those of other seeds."""
+    return _signed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+
+
+def split_mix(key: Tensor, index: Tensor) -> Tensor:
+    """Numbers of SplitMix64's stream that starts at `key`, all 64 bits, as int64 of the shapes broadcast.
+
+    Any number is had without those before it, on any device, so that a draw depends on its place alone.
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014; int64 wraps as uint64 does.
+    """
+    z = key + (index + 1) * _signed(_GAMMA)
+    z = (z ^ _shifted(z, 30)) * _signed(_MIX[0])
+    z = (z ^ _shifted(z, 27)) * _signed(_MIX[1])
+    return z ^ _shifted(z, 31)
+
+
+def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
+    """Standard Gumbel numbers at places of streams of random numbers: float32, of the shapes broadcast.
+
+    The largest of logits + noise is drawn from softmax(logits).
+    """
+    # Half a step from 0, and rounded to float32 only here: small numbers, which make large noise, keep all their bits.
+    uniform = (_shifted(split_mix(key, index), 32) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+
+
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """A token from softmax(logits) over the last dimension, by Gumbel noise of the same shape.
+
+    The noise belongs to the tokens: distributions that are nearly the same nearly always give the same token under it.
+    """
+    return (logits + noise).argmax(-1)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Unsigned shift to the right."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -73,18 +73,34 @@ class Shape:
     prefix: int
     tail: int
 
+    def holds(self, other: Shape) -> bool:
+        """Whether it has all the room that another has, in groups as wide."""
+        fits = self.prefix >= other.prefix and self.tail >= other.tail
+        return fits and self.width == other.width and self.groups >= other.groups
 
-def shape_for(model: Any, requests: Sequence[Request], *, samples: int = 256, memory: int | None = None) -> Shape:
+
+def shape_for(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    samples: int = 256,
+    memory: int | None = None,
+    window: int = 1,
+    multiple: int = 1,
+) -> Shape:
     """Room for these requests: for at most so many samples at a time, and bytes of keys and values.
 
     Args:
         memory: None = what the device has left, less a fifth.
+        window: of the engine.
+        multiple: what columns are rounded up to.
 
     Raises:
         UserError: where not even one sample has room.
     """
     rows = max(request.rows() for request in requests)
     prefix, tail = (max(method(request) for request in requests) for method in (Request.shared, Request.tail))
+    prefix, tail = (-(-columns // multiple) * multiple for columns in (prefix, tail + window - 1))
     most = max(len(request.seeds) for request in requests)
     at_once = max(1, min(most, samples, WIDEST // rows))
     memory = memory or int(0.8 * free_memory(next(model.parameters()).device))

@@ -8,16 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUCKET = 64
-"""Columns are read in multiples of this, so that few shapes occur."""
-
 
 class KVCache:
     """Keys and values of G groups of W rows that decode together.
 
     The rows of a group begin alike: what they have in common, the prefix, is computed and kept once. What follows is
     each row's own, its tail. Three passes through the model fill them: `prefix_pass`, `tail_pass`, and `step_pass` for
-    one more token in every row. Each is given to the model as `attend`.
+    the next tokens of every row. Each is given to the model as `attend`.
 
         group 0   prefix  <eos> documents           rows 0, 1   tails  a red dog <break> I7 I2 ...
                                                     rows 2, 3   tails  <mask:0> <break> I7 I2 ...
@@ -69,23 +66,21 @@ class KVCache:
         self.tail_length_R[row_BCN] = length_BC[:, :, None].expand_as(row_BCN)
         return TailPass(self, group_B, row_BCN)
 
-    def step_pass(self, groups: int, prefix: int, tail: int) -> StepPass:
-        """For one token in every row of the first `groups` groups.
+    def step_pass(self, groups: int, prefix: int, tail: int, tokens: int = 1) -> StepPass:
+        """For the next tokens of every row of the first `groups` groups.
+
+        They become part of the tails for good when `tail_length_R` is raised; until then the next pass replaces them.
 
         Args:
-            prefix, tail: the longest of each that is read, this token included.
+            prefix, tail: columns of each that are read; these tokens' own are among the latter.
         """
-        return StepPass(self, groups, _bucket(prefix, self.prefix), _bucket(tail, self.tail))
+        return StepPass(self, groups, prefix, tail, tokens)
 
     def reorder(self, row_N: Tensor, source_N: Tensor) -> None:
         """Gives rows the tails of others of their group."""
         for store in (self._tail_k, self._tail_v):
             store[:, row_N] = store[:, source_N]
         self.tail_length_R[row_N] = self.tail_length_R[source_N]
-
-
-def _bucket(columns: int, most: int) -> int:
-    return min(-(-columns // BUCKET) * BUCKET, most)
 
 
 class PrefixPass:
@@ -113,7 +108,7 @@ class TailPass:
         self._row_QN = row_BCN.flatten(0, 1)
         self._streams = row_BCN.shape[1]
         self._length_B = cache.prefix_length_G[group_B]
-        self._prefix = _bucket(int(self._length_B.max()), cache.prefix)
+        self._prefix = int(self._length_B.max())
 
     def positions(self, T: int) -> Tensor:
         """Position numbers (B * C, T)."""
@@ -138,39 +133,40 @@ class TailPass:
 
 
 class StepPass:
-    """Attention of one new token in every row to its group's prefix and its own tail, which it becomes part of."""
+    """Attention of the next tokens of every row to its group's prefix, its own tail, and causally to themselves."""
 
-    def __init__(self, cache: KVCache, groups: int, prefix: int, tail: int) -> None:
+    def __init__(self, cache: KVCache, groups: int, prefix: int, tail: int, tokens: int) -> None:
         self._cache, self._groups, self._prefix, self._tail = cache, groups, prefix, tail
         rows = groups * cache.width
-        self._row_R = torch.arange(rows, device=cache.device)
-        self._column_R = cache.tail_length_R[:rows].clamp(max=cache.tail - 1)  # rows that nobody uses may be full
+        self._row_R1 = torch.arange(rows, device=cache.device)[:, None]
+        column_RT = cache.tail_length_R[:rows, None] + torch.arange(tokens, device=cache.device)
+        self._column_RT = column_RT.clamp(max=cache.tail - 1)  # rows that nobody uses may be full
         self._length_G = cache.prefix_length_G[:groups]
         self._mask_GP = _below(self._length_G, prefix)
-        self._mask_R1S = _below(self._column_R + 1, tail)[:, None]
+        self._mask_RTS = _below(self._column_RT + 1, tail)
 
     def positions(self, T: int) -> Tensor:
-        """Position numbers (R, 1)."""
-        return (self._length_G.repeat_interleave(self._cache.width) + self._column_R)[:, None]
+        """Position numbers (R, T)."""
+        return self._length_G.repeat_interleave(self._cache.width)[:, None] + self._column_RT
 
-    def __call__(self, layer: int, q_RA1E: Tensor, k_RA1E: Tensor, v_RA1E: Tensor) -> Tensor:
-        cache, rows = self._cache, len(self._row_R)
-        cache._tail_k[layer, self._row_R, :, self._column_R] = k_RA1E[:, :, 0].to(cache._tail_k.dtype)
-        cache._tail_v[layer, self._row_R, :, self._column_R] = v_RA1E[:, :, 0].to(cache._tail_v.dtype)
+    def __call__(self, layer: int, q_RATE: Tensor, k_RATE: Tensor, v_RATE: Tensor) -> Tensor:
+        cache, rows = self._cache, len(self._row_R1)
+        cache._tail_k[layer, self._row_R1, :, self._column_RT] = k_RATE.transpose(1, 2).to(cache._tail_k.dtype)
+        cache._tail_v[layer, self._row_R1, :, self._column_RT] = v_RATE.transpose(1, 2).to(cache._tail_v.dtype)
         return shared_attention(
-            q_RA1E,
+            q_RATE,
             cache._prefix_k[layer, : self._groups, :, : self._prefix],
             cache._prefix_v[layer, : self._groups, :, : self._prefix],
             cache._tail_k[layer, :rows, :, : self._tail],
             cache._tail_v[layer, :rows, :, : self._tail],
             self._mask_GP,
-            self._mask_R1S,
+            self._mask_RTS,
         )
 
 
 def _below(length_N: Tensor, columns: int) -> Tensor:
-    """Mask (N, columns) of the first columns of each row."""
-    return torch.arange(columns, device=length_N.device) < length_N[:, None]
+    """Mask (..., columns) of the first columns of each."""
+    return torch.arange(columns, device=length_N.device) < length_N[..., None]
 
 
 def shared_attention(

@@ -1,0 +1,96 @@
+"""The pass that every step makes: from Python, compiled, or as recorded CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cm3leon.types import UserError
+
+Way = Literal["eager", "compiled", "graph", "compiled graph"]
+"""How steps are run. A graph is recorded for each shape when it first occurs, and replayed from then on."""
+
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Runs a function of tensors that stay where they are, and returns what does the same again without its Python."""
+
+COLUMNS = {False: 64, True: 256}
+"""Columns of the cache are read in multiples of these, without and with graphs: fewer of them where shapes cost."""
+
+
+class Steps:
+    """Hidden states of the next tokens of all rows; the first is the last of the answer, others are drafts.
+
+    Args:
+        window: tokens of a row.
+        recorder: in the place of CUDA graphs.
+
+    Raises:
+        UserError: for CUDA graphs elsewhere.
+    """
+
+    def __init__(self, model: Any, cache: Any, *, window: int, way: Way, recorder: Recorder | None = None) -> None:
+        graph = way.endswith("graph")
+        if graph and recorder is None and cache.device.type != "cuda":
+            raise UserError(f"steps are {way}, which needs CUDA, not {cache.device.type}")
+        self._model, self._cache = model, cache
+        self._recorder = (recorder or cuda_graph) if graph else None
+        self._compute = torch.compile(self._eager) if way.startswith("compiled") else self._eager
+        self._recorded: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
+        self.next_RW = torch.zeros(cache.groups * cache.width, window, dtype=torch.int64, device=cache.device)
+
+    def __call__(self, groups: int, prefix: int, tail: int) -> Tensor:
+        """Hidden states (R, W, D) of the rows of the first `groups` groups; their keys and values are kept.
+
+        Args:
+            prefix, tail: the longest of each that is read, these tokens included.
+        """
+        cache, columns = self._cache, COLUMNS[self._recorder is not None]
+        if self._recorder:
+            groups = min(1 << (groups - 1).bit_length(), cache.groups)
+        shape = (groups, _rounded(prefix, columns, cache.prefix), _rounded(tail, columns, cache.tail))
+        if not self._recorder:
+            return self._compute(*shape)
+        if shape not in self._recorded:
+            self._recorded[shape] = self._recorder(partial(self._compute, *shape))
+        return self._recorded[shape]()
+
+    def _eager(self, groups: int, prefix: int, tail: int) -> Tensor:
+        next_RW = self.next_RW[: groups * self._cache.width]
+        attend = self._cache.step_pass(groups, prefix, tail, next_RW.shape[1])
+        # Drafts may stand beyond the model's positions.
+        position_RW = attend.positions(next_RW.shape[1]).clamp(max=self._model.seq_len - 1)
+        return self._model(next_RW, position_BT=position_RW, attend=attend, readout=_hidden)
+
+
+def _hidden(hidden_RWD: Tensor, head: nn.Linear) -> Tensor:
+    return hidden_RWD
+
+
+def _rounded(columns: int, multiple: int, most: int) -> int:
+    return min(-(-columns // multiple) * multiple, most)
+
+
+def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Records a function of tensors that stay where they are as a CUDA graph; see `Recorder`.
+
+    It runs on the way, as warm-up: a step may, since it writes the same keys and values to the same places again.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compute()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
