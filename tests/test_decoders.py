@@ -289,7 +289,7 @@ def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> No
     """What the decoder is given in a batch of both streams equals each stream of each prompt run by itself."""
     module, rng = model(), np.random.default_rng(1)
     asked = [prompt(rng, size, modality, 10, True) for size in (4, 11, 7)]
-    recorder = Recorder(built(name))
+    recorder = Recorder(built(name, **({"alpha": 0.1, "k": 32} if name == "cd_k" else {})))
     answers = generate(module, asked, recorder, vocab=VOCAB, seeds=[5, 6, 7])
     low, high = VOCAB.id_range(asked[0].modality)
     allowed = [*([VOCAB.end_of_span] if modality == "text" else []), *range(low, high)]

@@ -93,7 +93,7 @@ def _last(*needs: str) -> tuple[Stage[Run], ...]:
         Stage("pretraining", 3, _pretraining_inputs, make_pretraining, needs=needs, dear=True),
         Stage(
             "generation",
-            1,
+            2,
             lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed"),
             make_generations,
         ),

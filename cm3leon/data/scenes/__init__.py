@@ -1,0 +1,1 @@
+"""A world where the truth is known: scenes drawn by seed, their pictures, words about them, and a parser."""

@@ -1,0 +1,207 @@
+"""What scenes hold, and how one is drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from random import Random
+from typing import Literal, TypeVar
+
+from cm3leon.config import NonNegativeInt, PositiveInt, Probability
+from cm3leon.types import UserError
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (255, 143, 20),
+    "yellow": (247, 222, 52),
+    "green": (44, 160, 67),
+    "cyan": (64, 208, 214),
+    "blue": (38, 82, 214),
+    "purple": (136, 56, 190),
+    "pink": (250, 148, 196),
+}
+BACKGROUNDS = {"white": (246, 246, 246), "grey": (150, 150, 150), "black": (24, 24, 24)}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+SIZES = {"small": 0.19, "medium": 0.25, "large": 0.31}
+"""Sides of things, as shares of the picture's."""
+TEXTURES = ("plain", "striped", "dotted", "checked")
+WORDS = ("SUN", "CAT", "DOG", "TEA", "BUS", "MAP", "HAT", "ICE", "OWL", "JAM", "ZOO", "KEY")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
+LIMBS = ("left arm", "right arm", "left leg", "right leg")
+ANGLES = (20, 65, 110, 155)
+"""Of limbs, in degrees from straight down, outwards."""
+
+Kind = Literal["shape", "word", "figure", "entity"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing of a scene. What does not belong to its kind is empty."""
+
+    kind: Kind
+    colour: str
+    size: str
+    x: float
+    y: float
+    """Its middle, as shares of the picture's sides."""
+    shape: str = ""
+    texture: str = "plain"
+    word: str = ""
+    pose: tuple[int, ...] = ()
+    """Of a figure: the angle of each of `LIMBS`."""
+    entity: int = -1
+    """Of an entity: its number."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Row and column of the picture's nine places."""
+        return ROWS[min(int(3 * self.y), 2)], COLUMNS[min(int(3 * self.x), 2)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and things, from the farthest to the nearest."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+    def with_thing(self, number: int, **changes: object) -> Scene:
+        """With one thing changed."""
+        things = list(self.things)
+        things[number] = replace(things[number], **changes)  # type: ignore[arg-type]
+        return replace(self, things=tuple(things))
+
+
+@dataclass(kw_only=True)
+class World:
+    """Which scenes there are. The defaults are everything; the experiments take less."""
+
+    colours: list[str] = field(default_factory=lambda: list(COLOURS))
+    """Of things, of those in `COLOURS`."""
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES))
+    """Of those in `SHAPES`."""
+    sizes: list[str] = field(default_factory=lambda: list(SIZES))
+    """Of those in `SIZES`."""
+    textures: list[str] = field(default_factory=lambda: list(TEXTURES))
+    """Of those in `TEXTURES`."""
+    backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
+    """Of those in `BACKGROUNDS`."""
+    things: list[PositiveInt] = field(default_factory=lambda: [1, 2, 3, 4])
+    """How many things a scene may have; each number is as likely."""
+    jitter: Probability = 0.5
+    """How far a thing may stand from the middle of its place, as a share of the room there."""
+    overlap: Probability = 0.2
+    """Share of scenes of several things in which one hides a part of another."""
+    words: Probability = 0.1
+    """Share of things that are written words."""
+    figures: Probability = 0.1
+    """Share of things that are stick figures."""
+    entities: NonNegativeInt = 0
+    """Named entities that there are."""
+    entity_share: Probability = 0.0
+    """Share of scenes that show an entity, alone."""
+    entity_tail: Probability = 1.0
+    """Entity n is drawn in proportion to 1 / (n + 1) to this power."""
+
+    def check(self) -> None:
+        """Raises UserError for what does not exist."""
+        known = {"colours": COLOURS, "shapes": SHAPES, "sizes": SIZES, "textures": TEXTURES, "backgrounds": BACKGROUNDS}
+        for name, allowed in known.items():
+            chosen = getattr(self, name)
+            wrong = [each for each in chosen if each not in allowed]
+            if wrong or not chosen:
+                what = f"holds {wrong[0]!r}" if wrong else "is empty"
+                raise UserError(f"{name} {what}; it takes some of: {', '.join(allowed)}")
+        if not self.things or max(self.things) > 9:
+            raise UserError(f"things is {self.things}; a scene has from 1 to 9 of them")
+        if self.entity_share and not self.entities:
+            raise UserError("entity_share is above 0 while entities is 0; raise entities")
+
+    @cached_property
+    def entity_ends(self) -> list[float]:
+        """Cumulative shares of the entities."""
+        weights = [1 / (number + 1) ** self.entity_tail for number in range(self.entities)]
+        total = sum(weights)
+        return list(accumulate(weight / total for weight in weights))
+
+
+def draw_scene(world: World, seed: int) -> Scene:
+    """The scene of a seed."""
+    rng = Random(seed)
+    background = pick(rng, world.backgrounds)
+    if rng.random() < world.entity_share:
+        return Scene(background, (Thing("entity", "", "", 0.5, 0.5, entity=_below(rng, world.entity_ends)),))
+    places = list(range(9))
+    things: list[Thing] = []
+    for _ in range(pick(rng, world.things)):
+        place = places.pop(int(rng.random() * len(places)))
+        things.append(draw_thing(world, rng, place))
+    if len(things) > 1 and rng.random() < world.overlap:
+        things[1] = _in_front_of(things[0], things[1], rng)
+    return Scene(background, tuple(things))
+
+
+def draw_thing(world: World, rng: Random, place: int) -> Thing:
+    """A thing at one of the nine places."""
+    kind = rng.random()
+    colour, size = pick(rng, world.colours), pick(rng, world.sizes)
+    room = (1 / 3 - SIZES[size]) * world.jitter
+    x = (place % 3 + 0.5) / 3 + (rng.random() - 0.5) * room
+    y = (place // 3 + 0.5) / 3 + (rng.random() - 0.5) * room
+    if kind < world.words:
+        return Thing("word", colour, size, x, y, word=pick(rng, WORDS))
+    if kind < world.words + world.figures:
+        return Thing("figure", colour, "large", x, y, pose=tuple(pick(rng, ANGLES) for _ in LIMBS))
+    return Thing("shape", colour, size, x, y, shape=pick(rng, world.shapes), texture=pick(rng, world.textures))
+
+
+def _in_front_of(far: Thing, near: Thing, rng: Random) -> Thing:
+    """The near thing moved so that it hides a part of the far one, but not its middle."""
+    reach = 0.45 * (SIZES[far.size] + SIZES[near.size]) / 2 + 0.06
+    dx, dy = pick(rng, ((1, 0.4), (-1, 0.4), (0.4, 1), (0.4, -1)))
+    half = SIZES[near.size] / 2
+    return replace(
+        near,
+        x=min(max(far.x + dx * reach * (1 if far.x < 0.6 or dx < 0 else -1), half), 1 - half),
+        y=min(max(far.y + dy * reach * (1 if far.y < 0.6 or dy < 0 else -1), half), 1 - half),
+    )
+
+
+def pick(rng: Random, choices: Sequence[T]) -> T:
+    """One of the choices, by `random()` alone, whose numbers are promised to stay the same."""
+    return choices[int(rng.random() * len(choices))]
+
+
+def _below(rng: Random, ends: Sequence[float]) -> int:
+    from bisect import bisect_right
+
+    return min(bisect_right(ends, rng.random() * ends[-1]), len(ends) - 1)
+
+
+# ------------------------------------------------------------------------------------------------ entities
+
+CELLS = 4
+"""An entity is a square of so many cells a side, each of a colour or empty."""
+_SYLLABLES = ("ba", "do", "fi", "gu", "ka", "lo", "mi", "nu", "pa", "ro", "si", "tu", "ve", "wo", "xa", "zi")
+
+
+@lru_cache(maxsize=2**16)
+def entity_look(number: int) -> tuple[str | None, ...]:
+    """Colours of the cells of an entity, row by row; None shows the background. The corners are always empty."""
+    rng = Random(f"look {number}")
+    colours = [pick(rng, tuple(COLOURS)) for _ in range(CELLS**2)]
+    corners = (0, CELLS - 1, CELLS * (CELLS - 1), CELLS**2 - 1)
+    return tuple(None if cell in corners else colour for cell, colour in enumerate(colours))
+
+
+def entity_name(number: int) -> str:
+    """The name of an entity: three syllables or more, different for each."""
+    syllables: list[str] = []
+    number = (number * 1103 + 7) % 16**3 + number // 16**3 * 16**3  # neighbours in number are not so in name
+    while number or len(syllables) < 3:
+        number, digit = divmod(number, 16)
+        syllables.append(_SYLLABLES[digit])
+    return "".join(syllables)
