@@ -34,7 +34,7 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 discover()
 
-FILE_SOURCES = [name for name in CORPORA if name != "digits"]
+FILE_SOURCES = [name for name in CORPORA if name not in ("digits", "scenes")]
 
 
 def build(name: str, **fields: Any) -> Source:

@@ -40,7 +40,7 @@ def picture(scene: Scene, side: int) -> np.ndarray:
     canvas_HWC = np.empty((side, side, 3), np.float32)
     canvas_HWC[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
-        coloured_HWC, rest_HW1 = _stamp(*_look(thing), side)
+        coloured_HWC, rest_HW1 = stamp_of(thing, side)
         rows, columns, part = _region(thing, coloured_HWC.shape[0], side)
         canvas_HWC[rows, columns] *= rest_HW1[part]
         canvas_HWC[rows, columns] += coloured_HWC[part]
@@ -106,7 +106,12 @@ def edges(scene: Scene, side: int) -> np.ndarray:
 
 def covered(thing: Thing, side: int) -> np.ndarray:
     """Pixels of a thing's own square that it covers by half or more, bool."""
-    return _stamp(*_look(thing), side)[1][..., 0] <= 0.5
+    return stamp_of(thing, side)[1][..., 0] <= 0.5
+
+
+def stamp_of(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A thing's colours times its cover (S, S, 3), and the share of the ground that shows through (S, S, 1)."""
+    return _stamp(*_look(thing), side)
 
 
 def _look(thing: Thing) -> tuple[str, str, str, str]:
@@ -130,7 +135,6 @@ def _region(thing: Thing, size: int, side: int) -> tuple[slice, slice, tuple[sli
 
 @lru_cache(maxsize=_CACHED)
 def _stamp(kind: str, what: str, colour: str, size: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A thing's colours times its cover (S, S, 3), and the share of the ground that shows through (S, S, 1)."""
     if kind == "entity":
         return _entity_stamp(int(what), side)
     pixels = max(3, round(SIZES[size] * side))

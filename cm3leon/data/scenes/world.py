@@ -140,22 +140,37 @@ def draw_scene(world: World, seed: int) -> Scene:
         place = places.pop(int(rng.random() * len(places)))
         things.append(draw_thing(world, rng, place))
     if len(things) > 1 and rng.random() < world.overlap:
-        things[1] = _in_front_of(things[0], things[1], rng)
+        things[:2] = _overlapping(things[0], things[1], things[2:], rng)
     return Scene(background, tuple(things))
 
 
 def draw_thing(world: World, rng: Random, place: int) -> Thing:
     """A thing at one of the nine places."""
     kind = rng.random()
+    is_figure = world.words <= kind < world.words + world.figures
     colour, size = pick(rng, world.colours), pick(rng, world.sizes)
+    size = max(world.sizes, key=SIZES.__getitem__) if is_figure else size  # limbs are thin
     room = (1 / 3 - SIZES[size]) * world.jitter
     x = (place % 3 + 0.5) / 3 + (rng.random() - 0.5) * room
     y = (place // 3 + 0.5) / 3 + (rng.random() - 0.5) * room
     if kind < world.words:
         return Thing("word", colour, size, x, y, word=pick(rng, WORDS))
-    if kind < world.words + world.figures:
-        return Thing("figure", colour, "large", x, y, pose=tuple(pick(rng, ANGLES) for _ in LIMBS))
+    if is_figure:
+        return Thing("figure", colour, size, x, y, pose=tuple(pick(rng, ANGLES) for _ in LIMBS))
     return Thing("shape", colour, size, x, y, shape=pick(rng, world.shapes), texture=pick(rng, world.textures))
+
+
+def _overlapping(far: Thing, near: Thing, others: list[Thing], rng: Random) -> list[Thing]:
+    """The near thing moved in front of the far one; as they were where it could not be told from it or from others."""
+    moved = _in_front_of(far, near, rng)
+    apart = {far.kind, near.kind} == {"shape"} and far.colour != near.colour
+    return [far, moved if apart and not any(touches(moved, other) for other in others) else near]
+
+
+def touches(one: Thing, other: Thing) -> bool:
+    """Whether the squares of two things overlap."""
+    reach = (SIZES.get(one.size, 1.0) + SIZES.get(other.size, 1.0)) / 2
+    return abs(one.x - other.x) < reach and abs(one.y - other.y) < reach
 
 
 def _in_front_of(far: Thing, near: Thing, rng: Random) -> Thing:

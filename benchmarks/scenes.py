@@ -1,0 +1,72 @@
+"""How fast scenes are drawn, and how often the parser reads true pictures wrong.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scenes.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from cm3leon.data.scenes.parse import parse
+from cm3leon.data.scenes.render import picture
+from cm3leon.data.scenes.source import ScenesSource
+from cm3leon.data.scenes.world import Thing, World, draw_scene
+
+SMALL = World(
+    colours=["red", "green", "blue", "yellow", "purple", "cyan"],
+    shapes=["circle", "square", "triangle", "cross"],
+    sizes=["small", "large"],
+    textures=["plain"],
+    things=[1, 2],
+    jitter=0.3,
+    overlap=0,
+    words=0,
+    figures=0,
+)
+WORLDS = {
+    "small: one or two plain shapes": (SMALL, (32, 48, 64)),
+    "everything": (World(), (48, 64, 96, 128)),
+    "3,000 entities": (World(entities=3000, entity_share=1.0), (32, 64)),
+}
+SCENES = 1000
+DRAWN = 10_000
+
+
+def main() -> None:
+    print("| world | side | scenes with caption/s | scenes read right | things read right | of | scenes read/s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (world, sides) in WORLDS.items():
+        for side in sides:
+            source = ScenesSource(ScenesSource.Config(world=world, side=side))
+            start = time.perf_counter()
+            for seed in range(DRAWN):
+                source.document(seed)
+            drawn = DRAWN / (time.perf_counter() - start)
+            scenes = [draw_scene(world, seed) for seed in range(SCENES)]
+            pictures = [picture(scene, side) for scene in scenes]
+            start = time.perf_counter()
+            found = [parse(pixels_HWC, world) for pixels_HWC in pictures]
+            read = SCENES / (time.perf_counter() - start)
+            right = things = things_right = 0
+            for scene, seen in zip(scenes, found, strict=True):
+                expected, there = Counter(map(what, scene.things)), Counter(map(what, seen.things))
+                right += expected == there and scene.background == seen.background
+                things += len(scene.things)
+                things_right += sum((expected & there).values())
+            print(
+                f"| {name} | {side} | {drawn:,.0f} | {right / SCENES:.1%} | {things_right / things:.2%} | {things:,} | "
+                f"{read:,.0f} |",
+                flush=True,
+            )
+
+
+def what(thing: Thing) -> tuple[Any, ...]:
+    """All that is read of a thing; of where it stands, the place."""
+    looks = (thing.kind, thing.shape, thing.colour, thing.size, thing.texture, thing.word, thing.pose, thing.entity)
+    return (*looks, thing.place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Words about scenes: captions, questions with answers, reasoning, and edits with what they make of a scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+
+from cm3leon.data.scenes.world import (
+    COLUMNS,
+    ROWS,
+    SIZES,
+    Scene,
+    Thing,
+    World,
+    draw_thing,
+    entity_name,
+    pick,
+    touches,
+)
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, with the one right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """A question with options, after ScienceQA: the answer is the letter of one of them."""
+
+    text: str
+    context: str
+    options: tuple[str, ...]
+    answer: int
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction, and the scene after it."""
+
+    kind: str
+    instruction: str
+    after: Scene
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def place_name(thing: Thing) -> str:
+    """ "top left", "left", "center" ..."""
+    row, column = thing.place
+    if (row, column) == ("middle", "center"):
+        return "center"
+    return " ".join(word for word in (row, column) if word not in ("middle", "center"))
+
+
+def noun(thing: Thing) -> str:
+    """ "circle", "word CAT", "figure", or an entity's name."""
+    named = {"shape": thing.shape, "word": f"word {thing.word}", "figure": "figure"}
+    return named.get(thing.kind) or entity_name(thing.entity)
+
+
+def short_name(thing: Thing) -> str:
+    """ "red circle"."""
+    return noun(thing) if thing.kind == "entity" else f"{thing.colour} {noun(thing)}"
+
+
+def full_name(thing: Thing) -> str:
+    """ "small red striped circle"."""
+    if thing.kind != "shape":
+        return short_name(thing) if thing.kind != "word" else f"{thing.size} {short_name(thing)}"
+    texture = [] if thing.texture == "plain" else [thing.texture]
+    return " ".join([thing.size, thing.colour, *texture, thing.shape])
+
+
+def _an(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ------------------------------------------------------------------------------------------------ captions
+
+
+def caption(scene: Scene, rng: Random) -> str:
+    """A short caption that names all things; a single thing with its place."""
+    if scene.things[0].kind == "entity":
+        return f"{noun(scene.things[0])} on {scene.background}"
+    if len(scene.things) == 1:
+        (thing,) = scene.things
+        name, place = pick(rng, (short_name, full_name))(thing), place_name(thing)
+        return pick(rng, (f"{_an(name)} at the {place}", f"{name}, {place}", f"at the {place}: {_an(name)}"))
+    if len(scene.things) == 2 and rng.random() < 0.5:
+        relation = _relation(*scene.things)
+        if relation:
+            first, second = map(short_name, scene.things)
+            return f"{_an(first)} {relation} {_an(second)}"
+    if rng.random() < 0.5:
+        return _listed([f"{_an(short_name(thing))} at the {place_name(thing)}" for thing in scene.things])
+    return _listed(_counted([short_name(thing) for thing in scene.things]))
+
+
+def long_caption(scene: Scene) -> str:
+    """Everything: background, number, and each thing with size, texture, place and what it stands before."""
+    if scene.things[0].kind == "entity":
+        return f"The picture shows {noun(scene.things[0])} on a {scene.background} background."
+    count = len(scene.things)
+    sentences = [
+        f"There {'is one thing' if count == 1 else f'are {NUMBERS[count]} things'} on a {scene.background} background."
+    ]
+    for number, thing in enumerate(scene.things):
+        behind = [short_name(other) for other in scene.things[:number] if touches(other, thing)]
+        before = f", in front of the {_listed(behind)}" if behind else ""
+        sentences.append(f"{_an(full_name(thing)).replace('a', 'A', 1)} is at the {place_name(thing)}{before}.")
+    return " ".join(sentences)
+
+
+def _counted(names: list[str]) -> list[str]:
+    """Names with their numbers: "two red circles"."""
+    counts = {name: names.count(name) for name in names}
+    return [_an(name) if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in counts.items()]
+
+
+def _side(thing: Thing) -> float:
+    return SIZES.get(thing.size, 1.0)
+
+
+def _relation(one: Thing, other: Thing) -> str:
+    """Where one thing is, seen from another; empty where that is not clear."""
+    dx, dy = one.x - other.x, one.y - other.y
+    if max(abs(dx), abs(dy)) < 0.2 or 0.6 < abs(dx) / max(abs(dy), 1e-9) < 1.6:
+        return ""
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+
+def questions(scene: Scene, world: World, rng: Random) -> list[Question]:
+    """All questions that a scene has one right answer to; what is asked in vain is drawn."""
+    if scene.things[0].kind == "entity":
+        return [
+            Question("who", "who is this?", noun(scene.things[0])),
+            Question("background", "what color is the background?", scene.background),
+        ]
+    return [question for ask in _ASKERS for question in ask(scene, world, rng)]
+
+
+def _alone(scene: Scene, name: Callable[[Thing], str]) -> Iterator[tuple[str, Thing]]:
+    """Things that a name fits alone, with that name."""
+    names = [name(thing) for thing in scene.things]
+    return ((each, thing) for each, thing in zip(names, scene.things, strict=True) if names.count(each) == 1)
+
+
+def _about_one(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    for name, thing in _alone(scene, noun):
+        yield Question("color", f"what color is the {name}?", thing.colour)
+    for colour, thing in _alone(scene, lambda thing: thing.colour):
+        if thing.kind == "shape":
+            yield Question("shape", f"what shape is the {colour} thing?", thing.shape)
+        elif thing.kind == "word":
+            yield Question("word", f"what is written in {colour}?", thing.word)
+    for name, thing in _alone(scene, short_name):
+        yield Question("place", f"where is the {name}?", place_name(thing))
+        if thing.kind == "shape" and len(world.sizes) > 1:
+            yield Question("size", f"how big is the {name}?", thing.size)
+        if thing.kind == "shape" and len(world.textures) > 1:
+            yield Question("texture", f"what pattern has the {name}?", thing.texture)
+
+
+def _about_all(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    if len(world.backgrounds) > 1:
+        yield Question("background", "what color is the background?", scene.background)
+    if len(world.things) > 1:
+        yield Question("count", "how many things are there?", NUMBERS[len(scene.things)])
+        colour = pick(rng, [thing.colour for thing in scene.things])
+        number = sum(thing.colour == colour for thing in scene.things)
+        yield Question("count", f"how many {colour} things are there?", NUMBERS[number])
+
+
+def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    there = {(thing.colour, thing.shape) for thing in scene.things if thing.kind == "shape"}
+    if there:
+        yield Question("exists", f"is there {_an(' '.join(pick(rng, sorted(there))))}?", "yes")
+    absent = [(c, s) for c in world.colours for s in world.shapes if (c, s) not in there]
+    # As often what shares a word with the scene as anything.
+    near = [(c, s) for c, s in absent if any((c == colour) != (s == shape) for colour, shape in there)]
+    chosen = near if near and rng.random() < 0.5 else absent
+    if chosen:
+        yield Question("exists", f"is there {_an(' '.join(pick(rng, chosen)))}?", "no")
+
+
+def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    named = list(_alone(scene, short_name))
+    for name, thing in named:
+        for other_name, other in named:
+            relation = _relation(thing, other) if thing is not other else ""
+            if relation:
+                yield Question("relation", f"is the {name} {relation} the {other_name}?", "yes")
+                wrong = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+                yield Question("relation", f"is the {name} {wrong} the {other_name}?", "no")
+            before = scene.things.index(thing) > scene.things.index(other)
+            if thing is not other and before and touches(thing, other):
+                yield Question("depth", f"what is in front of the {other_name}?", name)
+
+
+_ASKERS = (_about_one, _about_all, _about_existence, _about_two)
+
+
+def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
+    """Which of two things is larger, higher or further left; None where none can be asked about."""
+    named = [(name, thing) for name, thing in _alone(scene, short_name) if thing.kind == "shape"]
+    asked: list[tuple[str, str, str, str]] = []
+    for name, thing in named:
+        for other_name, other in named:
+            places = f"The {name} is at the {place_name(thing)}, the {other_name} at the {place_name(other)}."
+            if SIZES[thing.size] > SIZES[other.size]:
+                sizes = f"The {name} is {thing.size}, the {other_name} {other.size}."
+                asked.append(("larger", name, other_name, sizes))
+            if ROWS.index(thing.place[0]) < ROWS.index(other.place[0]):
+                asked.append(("higher", name, other_name, places))
+            if COLUMNS.index(thing.place[1]) < COLUMNS.index(other.place[1]):
+                asked.append(("further left", name, other_name, places))
+    if not asked:
+        return None
+    what, right, wrong, why = pick(rng, asked)
+    options = (right, wrong) if rng.random() < 0.5 else (wrong, right)
+    number = NUMBERS[len(scene.things)]
+    context = f"The picture shows {number} thing{'s' * (len(scene.things) > 1)} on {scene.background}."
+    return Reasoning(f"Which is {what}?", context, options, options.index(right), why)
+
+
+# ------------------------------------------------------------------------------------------------ edits
+
+
+def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
+    """One edit of each kind that the scene allows; each names a thing that it fits alone."""
+    named = [(name, scene.things.index(thing)) for name, thing in _alone(scene, short_name) if thing.kind != "entity"]
+    result: list[Edit] = []
+    others = [background for background in world.backgrounds if background != scene.background]
+    if others:
+        new = pick(rng, others)
+        result.append(Edit("background", f"change the background to {new}", replace(scene, background=new)))
+    free = _free_places(scene)
+    if free and scene.things[0].kind != "entity" and len(scene.things) < max(world.things):
+        thing = draw_thing(world, rng, pick(rng, free))
+        result.append(
+            Edit(
+                "add",
+                f"add {_an(full_name(thing))} at the {place_name(thing)}",
+                replace(scene, things=(*scene.things, thing)),
+            )
+        )
+    if not named:
+        return result
+    name, number = pick(rng, named)
+    thing = scene.things[number]
+    colours = [colour for colour in world.colours if colour != thing.colour]
+    if colours:
+        new = pick(rng, colours)
+        result.append(Edit("recolour", f"make the {name} {new}", scene.with_thing(number, colour=new)))
+    if free:
+        moved = _moved(thing, pick(rng, free), world, rng)
+        after = scene.with_thing(number, x=moved.x, y=moved.y)
+        result.append(Edit("move", f"move the {name} to the {place_name(moved)}", after))
+    shapes = [shape for shape in world.shapes if shape != thing.shape]
+    if thing.kind == "shape" and shapes:
+        new = pick(rng, shapes)
+        result.append(Edit("replace", f"turn the {name} into a {new}", scene.with_thing(number, shape=new)))
+    if len(scene.things) > 1:
+        kept = tuple(other for other in scene.things if other is not thing)
+        result.append(Edit("remove", f"remove the {name}", replace(scene, things=kept)))
+    return result
+
+
+def _moved(thing: Thing, place: int, world: World, rng: Random) -> Thing:
+    room = (1 / 3 - SIZES[thing.size]) * world.jitter
+    return replace(
+        thing,
+        x=(place % 3 + 0.5) / 3 + (rng.random() - 0.5) * room,
+        y=(place // 3 + 0.5) / 3 + (rng.random() - 0.5) * room,
+    )
+
+
+def _free_places(scene: Scene) -> list[int]:
+    """Places that no thing reaches into."""
+    result = []
+    for place in range(9):
+        x, y = (place % 3 + 0.5) / 3, (place // 3 + 0.5) / 3
+        reach = [(_side(thing) + 1 / 3) / 2 - 0.005 for thing in scene.things]
+        if all(abs(thing.x - x) >= r or abs(thing.y - y) >= r for thing, r in zip(scene.things, reach, strict=True)):
+            result.append(place)
+    return result
+
+
+def place_of(name: str) -> tuple[str, str] | None:
+    """Row and column of a place's name, None for what is none."""
+    words = name.split()
+    rows, columns = [word for word in words if word in ROWS], [word for word in words if word in COLUMNS]
+    if not words or len(rows) + len(columns) != len(words) or len(rows) > 1 or len(columns) > 1:
+        return None
+    return (rows or ["middle"])[0], (columns or ["center"])[0]
