@@ -1,6 +1,6 @@
 """How fast scenes are drawn, and how often the parser reads true pictures wrong.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scenes.py
+OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scenes.py
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from PIL import Image
 
 from cm3leon.config import Component
 from cm3leon.data.images import square
+from cm3leon.data.instructions.templates import ROLES, TABLE_5
+from cm3leon.data.instructions.templates import fill as fill_template
 from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import decoder_of
 from cm3leon.decoders.generate import Answerer, request_for
@@ -35,11 +37,11 @@ from cm3leon.models.serving import Weights, keep_weights, share
 from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import WEIGHTS, Run
-from cm3leon.tasks.prompts import EDIT_TEMPLATE, AskedSpan, box_spans, edit_streams, fill, spans_prompt
+from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.device import Precision, autocast, best_device, uses_bf16
 from cm3leon.training.distributed import Ranks
-from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
+from cm3leon.types import Modality, Sample, TextSegment, TokenDocument, TokenSegment, UserError
 
 DecoderChoice = str | dict[str, Any] | Component | None
 """A decoder by its name, by a section as in YAML, or None for the run's own."""
@@ -240,18 +242,19 @@ class CM3Leon:
         It needs a model that was fine-tuned on such edits; the decoder `edit` has a weight for the image and one for
         the instruction.
         """
-        streams = edit_streams(
-            self._image(self._pixels(image)), self._text(instruction), self._text(EDIT_TEMPLATE), self.run.vocab
-        )
-        codes = self.run.image_tokenizer.grid**2
+        document = self._instruction("edit", image1=image, instruction=instruction, image2=None)
         seeds = range(seed, seed + n)
-        of: list[Mapping[Modality, Any]] = [
-            {"image": decoder_of(self._decoder(decoder, "image"), number)} for number in range(n)
-        ]
-        request = Request(streams, partial(grammar.image, self.run.vocab, codes), codes, of, seeds)
-        (drawn,) = self._answers([request])
+        (drawn,) = self._answers([self._request(self._task("instruction").prompt(document), decoder, seeds)])
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
         return self._pictures(instruction, codes_BN, seeds, ())
+
+    def answer(self, image: Image.Image, question: str, *, decoder: DecoderChoice = None, seed: int = 0) -> str:
+        """The answer to a question about an image. It needs a model that was fine-tuned on questions."""
+        document = self._instruction("vqa", image=image, question=question, answer="?")
+        prompt = self._task("instruction").prompt(document)
+        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
+        kept = tokens[:-1] if tokens and tokens[-1] == prompt.end else tokens
+        return self.run.text_tokenizer.decode(np.array(kept, np.int64)).strip()
 
     def interleave(
         self,
@@ -348,6 +351,19 @@ class CM3Leon:
 
     def _task(self, name: str) -> Any:
         return TASKS.build(name, **self._task_arguments())
+
+    def _instruction(self, task: str, **values: Image.Image | str | None) -> TokenDocument:
+        """The first template of a task, filled; None is an image that is asked for."""
+        segments: list[TokenSegment] = []
+        for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
+            if isinstance(segment, TextSegment):
+                ids_T = self.run.text_tokenizer.encode(segment.text)
+                segments.append(TokenSegment("text", ids_T, segment.role, segment.joined))
+            else:
+                given: Any = segment.content
+                image = self._fresh if given is None else self._image(self._pixels(given))
+                segments.append(replace(image, role=segment.role))
+        return TokenDocument(task, tuple(segments))
 
     def _text(self, text: str) -> TokenSegment:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))

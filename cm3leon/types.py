@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # the command line imports this module, and has to answer bef
     import torch
 
 Modality = Literal["text", "image"]
+Role = Literal["", "answer", "instruction", "condition"]
+"""What a segment of an instruction is: the text that is asked for, the instruction, an image that it is about. An image
+that is asked for has none: it comes last, and is never masked."""
 
 
 class UserError(ValueError):
@@ -35,9 +38,11 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class TextSegment:
-    """A run of text."""
+    """A run of text; a joined one goes on with the run before it, as the answer within its template does."""
 
     text: str
+    role: Role = ""
+    joined: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,7 @@ class ImageSegment:
     """One image: `pixels_HWC`, uint8 RGB."""
 
     pixels_HWC: np.ndarray
+    role: Role = ""
 
 
 Segment = TextSegment | ImageSegment
@@ -61,7 +67,14 @@ class Document:
     @property
     def text(self) -> str:
         """All text of the document, runs joined by a space."""
-        return " ".join(segment.text for segment in self.segments if isinstance(segment, TextSegment))
+        runs: list[str] = []
+        for segment in self.segments:
+            if isinstance(segment, TextSegment):
+                if segment.joined:
+                    runs[-1] += segment.text
+                else:
+                    runs.append(segment.text)
+        return " ".join(runs)
 
     @property
     def images(self) -> list[np.ndarray]:
@@ -80,6 +93,8 @@ class TokenSegment:
 
     modality: Modality
     ids_T: np.ndarray
+    role: Role = ""
+    joined: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +158,8 @@ class Prompt:
     """What the decoders are asked for: a continuation of `ids_T` by tokens of one modality.
 
     An image answer has exactly `length` codes; a text answer has at most `length` pieces and ends early at `end`.
-    `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by.
+    `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by;
+    `partial_T` that of the third one, with a part of the conditions.
     """
 
     ids_T: np.ndarray
@@ -151,3 +167,4 @@ class Prompt:
     length: int
     end: int
     unconditional_T: np.ndarray | None = None
+    partial_T: np.ndarray | None = None

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import CORPORA
+from corpora import CORPORA as CAPTIONED
+from instruction_corpora import INSTRUCTIONS
 from published import IMAGE_TOKENIZER_FILES
 
 from cm3leon import config
@@ -71,6 +72,7 @@ def test_unknown_key_is_refused_by_its_path(registry: Registry[Any], name: str) 
 
 # What each kind of component has to do. Components are built small: a size that a `Config` has is set to `SMALL`'s.
 
+CORPORA = CAPTIONED | INSTRUCTIONS
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 CODES = 4
 SMALL: dict[str, Any] = {

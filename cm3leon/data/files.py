@@ -17,13 +17,14 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from cm3leon.config import PositiveInt
 from cm3leon.data.images import UnusableImage, decode_image
 from cm3leon.data.source import Skipped, Source
-from cm3leon.types import Document, ImageSegment, Segment, TextSegment, UserError
+from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a damaged gzip file raises."""
@@ -220,6 +221,14 @@ def fingerprint(files: Iterable[File]) -> str:
 # ------------------------------------------------------------------------------------------------ records
 
 
+@dataclass(frozen=True, eq=False)
+class MarkedImage:
+    """An image with a role: pixels (H, W, C), or the function that gives its file."""
+
+    content: np.ndarray | Callable[[], bytes]
+    role: Role = ""
+
+
 @dataclass(frozen=True)
 class Record:
     """A document whose images are not decoded: runs of text, and for each image the function that gives its file.
@@ -228,7 +237,7 @@ class Record:
     """
 
     id: str
-    segments: tuple[str | Callable[[], bytes], ...]
+    segments: tuple[str | TextSegment | MarkedImage | Callable[[], bytes], ...]
     label: int | None = None
 
 
@@ -368,10 +377,17 @@ class FileSource(Source):
         name = PurePosixPath(record.id).name
         try:
             for segment in record.segments:
-                if isinstance(segment, str):
-                    segments.append(TextSegment(segment))
-                else:
-                    segments.append(ImageSegment(decode_image(segment(), self.config.max_pixels, name)))
+                if isinstance(segment, (str, TextSegment)):
+                    segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
+                    continue
+                image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)
+                content = image.content
+                pixels_HWC = (
+                    content
+                    if isinstance(content, np.ndarray)
+                    else decode_image(content(), self.config.max_pixels, name)
+                )
+                segments.append(ImageSegment(pixels_HWC, image.role))
         except UnusableImage as error:
             return Skipped(record.id, str(error))
         return Document(record.id, tuple(segments), record.label)

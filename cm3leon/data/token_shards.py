@@ -14,7 +14,10 @@ import pyarrow as pa
 
 from cm3leon.data.corpus import Split
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, read_plan, write_shard
-from cm3leon.types import TokenDocument, TokenSegment, UserError
+from cm3leon.types import Role, TokenDocument, TokenSegment, UserError
+
+JOINED, ROLE = 2, 4
+ROLES: tuple[Role, ...] = ("", "answer", "instruction", "condition")
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ def write_token_shard(path: Path, documents: Sequence[TokenDocument], tokenizers
     """Writes a shard of documents.
 
     Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of the segments), `image`
-    (1 for a segment of image codes) and `crc` (CRC-32 over the bytes of the four).
+    (1 for a segment of image codes, 2 added for a joined one, and 4 times the number of its role) and `crc` (CRC-32
+    over the bytes of the four).
     """
     ids = [_concatenated([s.ids_T for s in document.segments], tokenizers.dtype) for document in documents]
     lengths = [np.array([len(s.ids_T) for s in document.segments], np.uint32) for document in documents]
-    image = [np.array([s.modality == "image" for s in document.segments], np.uint8) for document in documents]
+    image = [np.array([_kind(s) for s in document.segments], np.uint8) for document in documents]
     names = [document.id.encode() for document in documents]
     crc = [_crc(*columns) for columns in zip(names, ids, lengths, image, strict=True)]
     columns = {
@@ -60,6 +64,10 @@ def write_token_shard(path: Path, documents: Sequence[TokenDocument], tokenizers
         "crc": pa.array(np.array(crc, np.uint32)),
     }
     write_shard(path, columns, asdict(tokenizers))
+
+
+def _kind(segment: TokenSegment) -> int:
+    return (segment.modality == "image") + JOINED * segment.joined + ROLE * ROLES.index(segment.role)
 
 
 def _concatenated(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
@@ -92,14 +100,23 @@ def finish_tokens(folder: Path, count: int) -> None:
 def _summary(shard: Shard) -> dict[str, int]:
     ids, ids_at = shard.lists("ids")
     lengths_at = shard.lists("lengths")[1]
-    counts = _token_counts(ids_at, lengths_at, np.arange(len(shard)))
+    counts = _token_counts(ids_at, lengths_at, _joined_before(shard), np.arange(len(shard)))
     return {"tokens": len(ids), "longest": int(counts.max(initial=0))}
 
 
-def _token_counts(ids_at: np.ndarray, lengths_at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _joined_before(shard: Shard) -> np.ndarray | None:
+    """How many of the segments before each place are joined ones; None where no segment is."""
+    joined = (shard.lists("image")[0] & JOINED) > 0
+    return np.concatenate([[0], np.cumsum(joined)]) if joined.any() else None
+
+
+def _token_counts(
+    ids_at: np.ndarray, lengths_at: np.ndarray, joined_before: np.ndarray | None, rows: np.ndarray
+) -> np.ndarray:
     """Tokens of documents, breaks included, by where their ids and their segments begin."""
-    segments = lengths_at[rows + 1] - lengths_at[rows]
-    return ids_at[rows + 1] - ids_at[rows] + np.maximum(segments - 1, 0)
+    first, last = lengths_at[rows], lengths_at[rows + 1]
+    apart = last - first if joined_before is None else last - first - joined_before[last] + joined_before[first]
+    return ids_at[rows + 1] - ids_at[rows] + np.maximum(apart - 1, 0)
 
 
 class TokenShard:
@@ -112,6 +129,7 @@ class TokenShard:
         self._lengths, self._lengths_at = shard.lists("lengths")
         self._image = shard.lists("image")[0]
         self._crc = shard.numbers("crc")
+        self._joined_before = _joined_before(shard)
 
     def __len__(self) -> int:
         return len(self._crc)
@@ -129,14 +147,19 @@ class TokenShard:
             )
         ends = np.cumsum(lengths)
         segments = tuple(
-            TokenSegment("image" if is_image else "text", ids_T[end - length : end].astype(np.int64))
-            for end, length, is_image in zip(ends.tolist(), lengths.tolist(), image.tolist(), strict=True)
+            TokenSegment(
+                "image" if kind & 1 else "text",
+                ids_T[end - length : end].astype(np.int64),
+                ROLES[kind // ROLE],
+                bool(kind & JOINED),
+            )
+            for end, length, kind in zip(ends.tolist(), lengths.tolist(), image.tolist(), strict=True)
         )
         return TokenDocument(id_.decode(), segments)
 
     def token_counts(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of documents, breaks between segments included; their ids are neither read nor checked."""
-        return _token_counts(self._ids_at, self._lengths_at, rows)
+        return _token_counts(self._ids_at, self._lengths_at, self._joined_before, rows)
 
 
 class TokenShards:

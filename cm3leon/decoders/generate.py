@@ -160,8 +160,8 @@ def generate(
     """
     same: dict[tuple[Any, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        other = None if prompt.unconditional_T is None else prompt.unconditional_T.tobytes()
-        key = (prompt.ids_T.tobytes(), other, prompt.modality, prompt.length, prompt.end)
+        others = [None if ids_T is None else ids_T.tobytes() for ids_T in (prompt.unconditional_T, prompt.partial_T)]
+        key = (prompt.ids_T.tobytes(), *others, prompt.modality, prompt.length, prompt.end)
         same.setdefault(key, []).append(number)
     # Like lengths side by side: their prompts are computed together.
     groups = sorted(same.values(), key=lambda numbers: (len(prompts[numbers[0]].ids_T), numbers))
@@ -180,7 +180,8 @@ def generate(
 
 def request_for(prompt: Prompt, decoder: Decoder, *, vocab: Vocab, seeds: Sequence[int], seq_len: int) -> Request:
     """Samples of a prompt, whose text answer ends at the latest where the model's positions do."""
-    streams = tuple(ids_T for ids_T in (prompt.ids_T, prompt.unconditional_T) if ids_T is not None)
+    of_prompt = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
+    streams = tuple(ids_T for ids_T in of_prompt if ids_T is not None)
     if prompt.modality == "image":
         length = prompt.length
         new: grammar.NewGrammar = partial(grammar.image, vocab, length)

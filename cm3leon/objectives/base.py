@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.objectives.loss import linear_cross_entropy
-from cm3leon.tokenizers.document import LaidOut, SegmentSpan
+from cm3leon.tokenizers.document import LaidOut
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Batch
 
@@ -68,7 +68,7 @@ class Objective:
 def cut(sample: LaidOut, start: int, end: int) -> LaidOut:
     """Positions [start, end) of a sample, with those parts of its segments that lie there."""
     segments = tuple(
-        SegmentSpan(max(s.start, start) - start, min(s.end, end) - start, s.modality, s.is_query)
+        replace(s, start=max(s.start, start) - start, end=min(s.end, end) - start)
         for s in sample.segments
         if s.start < end and start < s.end
     )

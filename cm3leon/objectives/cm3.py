@@ -79,16 +79,21 @@ class CM3(Objective):
         return sorted(spans)
 
     def _rotated(self, sample: LaidOut, spans: Sequence[Span]) -> Corrupted:
-        weight_T = np.ones(len(sample.ids_T), dtype=np.float32)
-        for segment in sample.segments:
-            if not segment.is_query:
-                weight_T[segment.start : segment.end] = self.config.retrieved_weight
+        weight_T = self._weights(sample)
         if not spans:
             return Corrupted(sample.ids_T, weight_T)
         ids_T, source_T = rotate(sample.ids_T, spans, self.vocab)
         weight_T = np.where(source_T >= 0, weight_T[source_T], np.float32(1))
         weight_T[self.vocab.is_sentinel(ids_T)] = 0
         return Corrupted(ids_T, weight_T)
+
+    def _weights(self, sample: LaidOut) -> np.ndarray:
+        """Weights (T,) of a sample's tokens in the loss."""
+        weight_T = np.ones(len(sample.ids_T), dtype=np.float32)
+        for segment in sample.segments:
+            if not segment.is_query:
+                weight_T[segment.start : segment.end] = self.config.retrieved_weight
+        return weight_T
 
     def _in_segment(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:
         query = [segment for segment in segments if segment.is_query]

@@ -126,9 +126,9 @@ def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDo
         yield TokenDocument(
             document.id,
             tuple(
-                TokenSegment("text", next(texts_ids))
+                TokenSegment("text", next(texts_ids), segment.role, segment.joined)
                 if isinstance(segment, TextSegment)
-                else TokenSegment("image", run.vocab.image_ids(next(codes)))
+                else TokenSegment("image", run.vocab.image_ids(next(codes)), segment.role)
                 for segment in document.segments
             ),
         )

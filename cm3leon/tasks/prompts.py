@@ -14,9 +14,6 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
-EDIT_TEMPLATE = "Edit first image following the instruction"
-"""The paper's words for InstructPix2Pix's data (Table 5)."""
-
 
 class AskedSpan(NamedTuple):
     """Tokens [start, end) of the segment of that number, which are asked for."""
@@ -88,23 +85,3 @@ def box_spans(box: tuple[int, int, int, int], *, segment: int, grid: int, downsa
     if (first, last) == (0, grid):
         return [AskedSpan(segment, rows.start * grid, rows.stop * grid)]
     return [AskedSpan(segment, row * grid + first, row * grid + last) for row in rows]
-
-
-def edit_streams(
-    image: TokenSegment, instruction: TokenSegment, template: TokenSegment, vocab: Vocab
-) -> tuple[np.ndarray, ...]:
-    """Prompts of the three streams of an edit: both conditions, neither, and the image alone.
-
-    What is left out is a masked segment, as in training: `<eos> Edit ... <break> I7 I2 <break> make it red <break>`,
-    `<eos> Edit ... <break> <mask:0> <break> <mask:1> <break>`, `<eos> Edit ... <break> I7 I2 <break> <mask:0> <break>`.
-    """
-
-    def ask(*segments: TokenSegment) -> np.ndarray:
-        empty = TokenSegment("image", np.empty(0, np.int64))
-        document = TokenDocument("edit", (template, *segments, empty))
-        return lay_out(Sample(document), vocab).ids_T[:-1]
-
-    def mask(number: int) -> TokenSegment:
-        return TokenSegment("text", np.array([vocab.sentinel(number)]))
-
-    return ask(image, instruction), ask(mask(0), mask(1)), ask(image, mask(0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment
+from cm3leon.types import Modality, Role, Sample, TokenDocument, TokenSegment
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class SegmentSpan:
     end: int
     modality: Modality
     is_query: bool
+    role: Role = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class LaidOut:
 def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
     """A sample as ids: `<eos>` opens and closes it, `<break>` stands between segments and between documents.
 
+    None stands before a joined segment.
+
     A retrieved document "a cat" + I4 I7 and the query "a dog" + I2 I9 make
     `<eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>`.
     """
@@ -41,11 +44,11 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
     position = 1
     for document in (*sample.retrieved, sample.query):
         for segment in document.segments:
-            if segments:
+            if segments and not segment.joined:
                 pieces.append(np.array([vocab.brk]))
                 position += 1
             end = position + len(segment.ids_T)
-            segments.append(SegmentSpan(position, end, segment.modality, document is sample.query))
+            segments.append(SegmentSpan(position, end, segment.modality, document is sample.query, segment.role))
             pieces.append(segment.ids_T)
             position = end
     pieces.append(np.array([vocab.eos]))
@@ -54,7 +57,8 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
 
 def token_count(document: TokenDocument) -> int:
     """Tokens of a document's segments and the breaks between them."""
-    return sum(len(segment.ids_T) for segment in document.segments) + len(document.segments) - 1
+    apart = sum(not segment.joined for segment in document.segments)
+    return sum(len(segment.ids_T) for segment in document.segments) + apart - 1
 
 
 def sample_length(sample: Sample) -> int:

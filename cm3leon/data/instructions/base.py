@@ -1,0 +1,139 @@
+"""What a source of instructions is: examples with slots, which templates turn into documents."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any
+
+from cm3leon.config import NonNegativeInt
+from cm3leon.data.files import (
+    CUT_STREAM,
+    BadRecord,
+    Files,
+    FilesConfig,
+    FileSource,
+    Record,
+    caption_text,
+    fingerprint,
+    page_text,
+)
+from cm3leon.data.images import UnusableImage
+from cm3leon.data.instructions.templates import ROLES, TABLE_5, check_templates, fill
+from cm3leon.data.source import Skipped
+from cm3leon.types import UserError
+
+CHUNK = 1000
+"""Examples of a part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Values of the slots of a task's templates: texts, and for images the functions that give their files."""
+
+    id: str
+    values: Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class InstructionConfig(FilesConfig):
+    """What all sources of instructions have."""
+
+    images: str = ""
+    """Folder of the images, local or a URL; empty = beside the file."""
+    templates: list[str] | None = None
+    """One of them is drawn for each example; null = the paper's."""
+    seed: NonNegativeInt = 0
+    """Seed of the draw of templates, and of what else is drawn."""
+
+
+class InstructionSource(FileSource):
+    """A published file, and the folder of its images, as documents by the templates of a task.
+
+    A subclass lists its entries and makes the example of one; parts are a thousand entries each.
+    """
+
+    task: str
+    """Which of `TABLE_5`."""
+    suffixes = (".json",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.templates = list(TABLE_5[self.task] if config.templates is None else config.templates)
+        check_templates(self.task, self.templates)
+        self._images = Files(config.images, "data.images") if config.images else self.files
+        self._entries: list[Any] | None = None
+
+    @abstractmethod
+    def entries(self) -> list[Any]:
+        """What the files list, in their order. Raises UserError for files of another form."""
+
+    @abstractmethod
+    def example(self, entry: Any, rng: Random) -> Example:
+        """The example of an entry. Raises BadRecord for one that is not usable."""
+
+    def parts(self) -> list[str]:
+        if self._entries is None:
+            self._entries = self.entries()
+        if not self._entries:
+            raise UserError(f"data.path: {self.config.path} lists no examples")
+        return [str(number) for number in range(-(-len(self._entries) // CHUNK))]
+
+    def fingerprint(self) -> str:
+        return f"{self.task} {json.dumps(self.templates)} {fingerprint(self._list())}"
+
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        self.parts()
+        first = int(part) * CHUNK
+        for number, entry in enumerate((self._entries or [])[first : first + CHUNK], first):
+            rng = Random(f"{self.config.seed} {number}")
+            try:
+                example = self.example(entry, rng)
+            except (BadRecord, UnusableImage) as error:
+                yield Skipped(f"{self.config.path}:{number}", str(error))
+                continue
+            template = self.templates[int(rng.random() * len(self.templates))]
+            yield Record(example.id, fill(template, example.values, ROLES[self.task]))
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def image(self, name: Any) -> Any:
+        """The function that reads an image's file. Raises BadRecord for what is no name of one."""
+        if not isinstance(name, str) or not name:
+            raise BadRecord(f"no name of an image: {name!r}")
+        return partial(self._images.image, name, self.config.max_file_bytes)
+
+    def words(self, text: Any, what: str) -> str:
+        """A text that is not empty, without spaces around it. Raises BadRecord for anything else."""
+        return caption_text(page_text(text, what), self.config.max_caption_bytes).strip()
+
+
+def read_json(files: Files, where: str) -> Any:
+    """The content of the one JSON file at a path. Raises UserError for anything else."""
+    listed = files.list((".json",))
+    if len(listed) != 1:
+        raise UserError(f"{where}: {files.path} is {len(listed)} files; give one JSON file")
+    try:
+        with files.open(listed[0].name) as file:
+            return json.load(file)
+    except (ValueError, RecursionError, *CUT_STREAM) as error:
+        raise UserError(f"{where}: {files.path} is not usable JSON: {error}") from error
+
+
+def listed(content: Any, key: str, path: str, what: str) -> list[Any]:
+    """The list under a key of a JSON object. Raises UserError, naming what the file should be."""
+    found = content.get(key) if isinstance(content, Mapping) else None
+    if not isinstance(found, list):
+        raise UserError(f"{path} has no list under {key}; give {what}")
+    return found
+
+
+def integer(value: Any, what: str) -> int:
+    """A whole number. Raises BadRecord for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise BadRecord(f"{what} is no whole number: {value!r}")
+    return value

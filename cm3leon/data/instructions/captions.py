@@ -1,0 +1,126 @@
+"""Images described in words: Karpathy's JSON (Flickr30k, COCO), Image Paragraph, Localized Narratives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+from cm3leon.data.files import BadRecord, Files, parse_object
+from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.registry import SOURCES
+from cm3leon.types import UserError
+
+
+@SOURCES.register("karpathy")
+class KarpathySource(InstructionSource):
+    """Karpathy's JSON: images with five sentences each, and their split. An example for every sentence."""
+
+    task = "caption"
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """Which of the file's splits."""
+
+        split: Literal["train", "val", "test", "restval"] = "train"
+        """Of Karpathy's; restval is COCO's rest of the validation images, which most train on."""
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        what = "Karpathy's JSON, such as dataset_flickr30k.json"
+        images = listed(read_json(self.files, "data.path"), "images", f"data.path: {self.config.path}", what)
+        of_split = [image for image in images if isinstance(image, Mapping) and image.get("split") == self.config.split]
+        if images and not of_split:
+            there = sorted({str(image.get("split")) for image in images if isinstance(image, Mapping)})
+            raise UserError(f"data.split is {self.config.split}, {self.config.path} has: {', '.join(there)}")
+        return [
+            (image, number, sentence)
+            for image in of_split
+            for number, sentence in enumerate(image.get("sentences") or [None])
+        ]
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        image, number, sentence = entry
+        folder, name = image.get("filepath"), image.get("filename")
+        if not isinstance(name, str):
+            raise BadRecord("the image has no filename")
+        raw = sentence.get("raw") if isinstance(sentence, Mapping) else None
+        file = f"{folder}/{name}" if folder else name
+        return Example(f"{name}-{number}", {"caption": self.words(raw, "the sentence"), "image": self.image(file)})
+
+
+@SOURCES.register("image_paragraph")
+class ImageParagraphSource(InstructionSource):
+    """Stanford's Image Paragraph: a list of image ids with paragraphs; images are `{image_id}.jpg`."""
+
+    task = "paragraph"
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """Which of the images."""
+
+        ids: str | None = None
+        """JSON list of the image ids of a split, such as train_split.json; null = all."""
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        content = read_json(self.files, "data.path")
+        if not isinstance(content, list):
+            raise UserError(f"data.path: {self.config.path} is no list; give paragraphs_v1.json")
+        if self.config.ids is None:
+            return content
+        ids = read_json(Files(self.config.ids, "data.ids"), "data.ids")
+        if not isinstance(ids, list):
+            raise UserError(f"data.ids: {self.config.ids} is no list of image ids")
+        chosen = set(map(str, ids))
+        return [entry for entry in content if isinstance(entry, Mapping) and str(entry.get("image_id")) in chosen]
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        if not isinstance(entry, Mapping) or entry.get("image_id") is None:
+            raise BadRecord("no image_id")
+        text = self.words(entry.get("paragraph"), "the paragraph")
+        id_ = entry["image_id"]
+        return Example(f"paragraph-{id_}", {"caption": text, "image": self.image(f"{id_}.jpg")})
+
+
+@SOURCES.register("localized_narratives")
+class LocalizedNarrativesSource(InstructionSource):
+    """Localized Narratives: JSON lines of image ids with what an annotator said; the mouse traces are not read."""
+
+    task = "narrative"
+    suffixes = (".jsonl",)
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """How images are named."""
+
+        image_name: str = "{image_id}.jpg"
+        """By {image_id}; COCO's are {image_id:0>12}.jpg."""
+
+        def check(self) -> None:
+            try:
+                self.image_name.format(image_id="1")
+            except (KeyError, ValueError, IndexError) as error:
+                raise UserError(f"image_name is {self.image_name!r}; its only slot is {{image_id}}") from error
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        lines: list[Any] = []
+        for file in self._list():
+            with self.files.open(file.name) as opened:
+                lines += [line for line in opened if line.strip()]
+        return lines
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        content = parse_object(entry, "the line")
+        image_id = content.get("image_id")
+        if not isinstance(image_id, str):
+            raise BadRecord("no image_id")
+        text = self.words(content.get("caption"), "the caption")
+        file = self.config.image_name.format(image_id=image_id)
+        who = content.get("annotator_id", "")
+        return Example(f"narrative-{image_id}-{who}", {"caption": text, "image": self.image(file)})

@@ -1,0 +1,192 @@
+"""Images with boxes of what is in them: COCO and Objects365 (one form), OpenImages."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from cm3leon.config import PositiveInt
+from cm3leon.data.files import BadRecord, Files
+from cm3leon.data.images import UnusableImage
+from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.registry import SOURCES
+from cm3leon.types import UserError
+
+GRID = 256
+"""Locations are counted on a picture of so many pixels a side."""
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) as shares of the image's width and height."""
+
+
+def location(box: Box) -> str:
+    """ "(x1, y1) -> (x2, y2)": the corners of a box on the grid."""
+    left, top, right, bottom = (min(max(round(edge * GRID), 0), GRID) for edge in box)
+    return f"({left}, {top}) -> ({right}, {bottom})"
+
+
+def objects_text(objects: Sequence[tuple[str, Box]]) -> str:
+    """ "dog at (0, 12) -> (90, 200), cat at ..."."""
+    return ", ".join(f"{name} at {location(box)}" for name, box in objects)
+
+
+def centred(box: Box, width: float, height: float) -> Box | None:
+    """A box after the image was cut to the square in its middle, as images are; None for one that is cut off whole."""
+    side = min(width, height)
+    left, top = (width - side) / 2 / side, (height - side) / 2 / side
+    scaled = (box[0] * width / side - left, box[1] * height / side - top,
+              box[2] * width / side - left, box[3] * height / side - top)  # fmt: skip
+    cut = (max(scaled[0], 0.0), max(scaled[1], 0.0), min(scaled[2], 1.0), min(scaled[3], 1.0))
+    return cut if cut[0] < cut[2] and cut[1] < cut[3] else None
+
+
+@dataclass(kw_only=True)
+class BoxesConfig(InstructionConfig):
+    """What of the boxes is used."""
+
+    most: PositiveInt = 8
+    """Objects of an image that are named, the largest."""
+
+
+class _Boxes(InstructionSource):
+    """What is said of an image with boxes."""
+
+    task = "grounded"
+    config: BoxesConfig
+
+    def _values(self, name: str, objects: Sequence[tuple[str, Box]], caption: str | None) -> dict[str, Any]:
+        if not objects:
+            raise BadRecord("no object is inside the square in the image's middle")
+        largest = sorted(objects, key=lambda each: -(each[1][2] - each[1][0]) * (each[1][3] - each[1][1]))
+        chosen = [each for each in objects if each in largest[: self.config.most]]
+        what = caption or " and ".join(dict.fromkeys(name for name, _ in chosen))
+        return {"caption": what, "objects": objects_text(chosen), "image": self.image(name)}
+
+
+@SOURCES.register("coco_boxes")
+class CocoBoxesSource(_Boxes):
+    """An instances JSON of COCO, or Objects365's, which has the same form. Crowds are left out."""
+
+    @dataclass(kw_only=True)
+    class Config(BoxesConfig):
+        """Which files."""
+
+        captions: str | None = None
+        """The captions JSON of the same images, of which the first caption is used; null = the objects' names."""
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        path, what = f"data.path: {self.config.path}", "an instances JSON of COCO or Objects365"
+        content = read_json(self.files, "data.path")
+        images = listed(content, "images", path, what)
+        names: dict[Any, str] = {}
+        for category in listed(content, "categories", path, what):
+            if isinstance(category, Mapping) and isinstance(category.get("name"), str):
+                names[category.get("id")] = category["name"].lower()
+        boxes: dict[Any, list[tuple[Any, Any]]] = {}
+        for annotation in listed(content, "annotations", path, what):
+            if isinstance(annotation, Mapping) and not annotation.get("iscrowd"):
+                name = names.get(annotation.get("category_id"))
+                boxes.setdefault(annotation.get("image_id"), []).append((name, annotation.get("bbox")))
+        captions: dict[Any, str] = {}
+        if self.config.captions:
+            where = f"data.captions: {self.config.captions}"
+            given = read_json(Files(self.config.captions, "data.captions"), "data.captions")
+            for annotation in listed(given, "annotations", where, "a captions JSON of COCO"):
+                if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
+                    captions.setdefault(annotation.get("image_id"), annotation["caption"].strip())
+        return [
+            (image, boxes.get(image.get("id"), []), captions.get(image.get("id")))
+            for image in images
+            if isinstance(image, Mapping)
+        ]
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        image, boxes, caption = entry
+        width, height = image.get("width"), image.get("height")
+        if not all(isinstance(size, (int, float)) and size > 0 for size in (width, height)):
+            raise BadRecord("the image has no width and height")
+        objects: list[tuple[str, Box]] = []
+        for name, box in boxes:
+            if name and isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box):
+                x, y, w, h = box
+                inside = centred((x / width, y / height, (x + w) / width, (y + h) / height), width, height)
+                if inside:
+                    objects.append((name, inside))
+        name = image.get("file_name")
+        if not isinstance(name, str):
+            raise BadRecord("the image has no file_name")
+        return Example(f"boxes-{image.get('id')}", self._values(name, objects, caption))
+
+
+@SOURCES.register("openimages_boxes")
+class OpenImagesBoxesSource(_Boxes):
+    """OpenImages' boxes CSV with its class descriptions; boxes of groups are left out.
+
+    Boxes are shares of an image whose size the CSV does not have: it is read from the image's file.
+    """
+
+    suffixes = (".csv",)
+
+    @dataclass(kw_only=True)
+    class Config(BoxesConfig):
+        """Which files."""
+
+        classes: str
+        """class-descriptions-boxable.csv: lines of a class's id and its name."""
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        names = dict(row[:2] for row in self._rows(Files(self.config.classes, "data.classes")) if len(row) >= 2)
+        rows = self._rows(self.files)
+        header: list[str] = next(rows, [])
+        needed = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
+        missing = [name for name in needed if name not in header]
+        if missing:
+            raise UserError(f"data.path: {self.config.path} has no column {missing[0]}; give OpenImages' boxes CSV")
+        images: dict[str, list[tuple[str, list[str]]]] = {}
+        for row in rows:
+            entry = dict(zip(header, row, strict=False))
+            if entry.get("IsGroupOf") != "1":
+                corners = [entry.get(key, "") for key in ("XMin", "YMin", "XMax", "YMax")]
+                images.setdefault(entry["ImageID"], []).append((names.get(entry.get("LabelName", ""), ""), corners))
+        return list(images.items())
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        id_, boxes = entry
+        width, height = self._size(f"{id_}.jpg")
+        objects: list[tuple[str, Box]] = []
+        for name, corners in boxes:
+            try:
+                left, top, right, bottom = map(float, corners)
+            except ValueError:
+                continue
+            if name and 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+                inside = centred((left, top, right, bottom), width, height)
+                if inside:
+                    objects.append((name.lower(), inside))
+        return Example(f"openimages-{id_}", self._values(f"{id_}.jpg", objects, None))
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """Width and height of an image, by its file's header."""
+        try:
+            with Image.open(io.BytesIO(self.image(name)())) as image:
+                return image.size
+        except (UnusableImage, OSError, Image.DecompressionBombError) as error:
+            raise BadRecord(str(error)) from error
+
+    @staticmethod
+    def _rows(files: Files) -> Any:
+        listed_files = files.list((".csv",))
+        if len(listed_files) != 1:
+            raise UserError(f"{files.path} is {len(listed_files)} files; give one CSV file")
+        with files.open(listed_files[0].name) as file:
+            yield from csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""))

@@ -1,0 +1,226 @@
+"""Every task of the paper's table on scenes, where the truth is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.data.files import MarkedImage
+from cm3leon.data.instructions.grounded import objects_text
+from cm3leon.data.instructions.reasoning import reasoning_slots
+from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
+from cm3leon.data.scenes import language, render
+from cm3leon.data.scenes.source import CHUNK
+from cm3leon.data.scenes.world import BACKGROUNDS, COLOURS, Scene, World, draw_scene, pick
+from cm3leon.data.source import Skipped, Source
+from cm3leon.registry import SOURCES
+from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+VERSION = 1
+"""Raised when the same seed starts to give another document."""
+
+Values = dict[str, Any]
+
+
+@SOURCES.register("scene_instructions")
+class SceneInstructionsSource(Source):
+    """Documents of one task about scenes drawn by seed; the scene of a document is that of `first` + its number."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which task, and about which scenes."""
+
+        task: str
+        """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of feature image."""
+        world: World = field(default_factory=World)
+        """What scenes hold."""
+        count: PositiveInt = 10_000
+        """Documents of the corpus; scenes that the task cannot be about are left out."""
+        first: NonNegativeInt = 0
+        """Seed of the first scene."""
+        side: PositiveInt = 64
+        """Pixels of a picture's side."""
+
+        def check(self) -> None:
+            self.world.check()
+            if self.task not in TASKS:
+                raise UserError(f"task is {self.task}; scenes have: {', '.join(TASKS)}")
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def parts(self) -> list[str]:
+        return [str(start) for start in range(0, self.config.count, CHUNK)]
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        first = int(part)
+        for number in range(first + start, min(first + CHUNK, self.config.count)):
+            yield self.document(self.config.first + number)
+
+    def document(self, seed: int) -> Document | Skipped:
+        """The document of a scene."""
+        config = self.config
+        scene, rng = draw_scene(config.world, seed), Random(f"{config.task} {seed}")
+        found = TASKS[config.task](scene, config.world, rng, config.side)
+        id_ = f"{config.task}-{seed:08d}"
+        if found is None:
+            return Skipped(id_, f"a scene that {config.task} cannot be about")
+        table, values = found
+        if not table:
+            return Document(id_, (TextSegment(values["caption"]), ImageSegment(values["image"])))
+        segments = fill(pick(rng, TABLE_5[table]), values, ROLES[table])
+        return Document(
+            id_,
+            tuple(
+                ImageSegment(np.asarray(segment.content), segment.role) if isinstance(segment, MarkedImage) else segment
+                for segment in segments
+            ),
+        )
+
+    def fingerprint(self) -> str:
+        settings = json.dumps([VERSION, asdict(self.config)], sort_keys=True)
+        return f"scene_instructions {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    return "", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}
+
+
+def _caption(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    return "caption", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}
+
+
+def _paragraph(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    return "paragraph", {"caption": language.long_caption(scene), "image": render.picture(scene, side)}
+
+
+def _vqa(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    asked = language.questions(scene, world, rng)
+    kind = pick(rng, sorted({question.kind for question in asked}))  # each kind as often, however many it has
+    question = pick(rng, [question for question in asked if question.kind == kind])
+    return "vqa", {"question": question.text, "answer": question.answer, "image": render.picture(scene, side)}
+
+
+def _reasoning(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    asked = language.reasoning(scene, rng)
+    if asked is None:
+        return None
+    slots = reasoning_slots(asked.text, asked.context, list(asked.options), asked.answer, asked.explanation)
+    return "reasoning", {**slots, "image": render.picture(scene, side)}
+
+
+def _edit(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    edits = language.edits(scene, world, rng)
+    if not edits:
+        return None
+    edit = pick(rng, edits)
+    before, after = render.picture(scene, side), render.picture(edit.after, side)
+    return "edit", {"instruction": edit.instruction, "image1": before, "image2": after}
+
+
+def _grounded(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    objects = []
+    for thing, box in zip(scene.things, render.boxes(scene, side), strict=True):
+        left, top, right, bottom = (edge / side for edge in box)
+        objects.append((language.short_name(thing), (left, top, right, bottom)))
+    names = [name for name, _ in objects]
+    caption = " and ".join(dict.fromkeys(names))
+    return "grounded", {"caption": caption, "objects": objects_text(objects), "image": render.picture(scene, side)}
+
+
+def _write(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+    words = [thing for thing in scene.things if thing.kind == "word"]
+    if not words:
+        return None
+    in_order = sorted(words, key=lambda thing: (thing.place[0] != "top", thing.place[0] == "bottom", thing.x))
+    text = " ".join(thing.word for thing in in_order)
+    return "write", {"text": text, "image": render.picture(scene, side)}
+
+
+def _feature(kind: str) -> Callable[[Scene, World, Random, int], tuple[str, Values] | None]:
+    def make(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+        if kind == "pose" and not any(thing.kind == "figure" for thing in scene.things):
+            return None
+        values = {
+            "feature": FEATURES[kind],
+            "feature_image": feature_image(kind, scene, side, rng),
+            "caption": language.caption(scene, rng),
+            "image": render.picture(scene, side),
+        }
+        return "features", values
+
+    return make
+
+
+TASKS: dict[str, Callable[[Scene, World, Random, int], tuple[str, Values] | None]] = {
+    "text_to_image": _text_to_image,
+    "caption": _caption,
+    "paragraph": _paragraph,
+    "vqa": _vqa,
+    "reasoning": _reasoning,
+    "edit": _edit,
+    "grounded": _grounded,
+    "write": _write,
+    **{kind: _feature(kind) for kind in FEATURES},
+}
+
+
+def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray:
+    """What an extractor of that kind would ideally see in the scene's picture: (side, side, 3), uint8."""
+    if kind == "segmentation":
+        palette = np.array([*COLOURS.values(), BACKGROUNDS["black"]], np.uint8)
+        return palette[render.owners(scene, side)]
+    if kind == "depth":
+        return _grey(255 * render.depth(scene, side))
+    if kind == "normals":
+        return ((render.normals(scene, side) + 1) * 127.5).round().astype(np.uint8)
+    if kind == "pose":
+        return _pose(scene, side)
+    edge_HW = render.edges(scene, side)
+    if kind == "hed":
+        from scipy.ndimage import gaussian_filter
+
+        soft_HW = gaussian_filter(edge_HW.astype(np.float32), side / 80)
+        return _grey(255 * soft_HW / max(float(soft_HW.max()), 1e-6))
+    if kind == "scribble":
+        from scipy.ndimage import map_coordinates
+
+        # A hand that is unsteady: the outlines, moved by a slow wave.
+        y, x = np.indices((side, side)).astype(np.float32)
+        phase = [rng.random() * 6.3 for _ in range(4)]
+        shift_y = 0.015 * side * np.sin(9 * x / side + phase[0]) + 0.01 * side * np.sin(17 * y / side + phase[1])
+        shift_x = 0.015 * side * np.sin(9 * y / side + phase[2]) + 0.01 * side * np.sin(17 * x / side + phase[3])
+        return _grey(255 * map_coordinates(edge_HW.astype(np.float32), [y + shift_y, x + shift_x], order=1))
+    return _grey(255 * edge_HW.astype(np.float32))
+
+
+def _grey(values_HW: np.ndarray) -> np.ndarray:
+    return np.repeat(values_HW.clip(0, 255).round().astype(np.uint8)[..., None], 3, -1)
+
+
+def _pose(scene: Scene, side: int) -> np.ndarray:
+    """Skeletons on black, each bone in a colour of its own, as OpenPose draws them."""
+    colours = np.array(list(COLOURS.values()), np.uint8)
+    result_HWC = np.zeros((side, side, 3), np.uint8)
+    y, x = (np.indices((side, side), np.float32) + 0.5) / side
+    for thing in scene.things:
+        if thing.kind == "figure":
+            half = render.SIZES[thing.size] / 2
+            joints = render.joints(thing.pose).items()
+            at = {name: (thing.x + jx * half, thing.y + jy * half) for name, (jx, jy) in joints}
+            for number, (first, second) in enumerate((("head", "neck"), *render.BONES)):
+                near_HW = render.segment_distance(x, y, at[first], at[second]) <= max(0.05 * half, 0.6 / side)
+                result_HWC[near_HW] = colours[number]
+    return result_HWC

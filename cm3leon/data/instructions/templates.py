@@ -1,0 +1,116 @@
+"""Templates of instructions, as the paper prints them, filled to segments with roles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cm3leon.data.files import MarkedImage
+from cm3leon.types import Role, TextSegment, UserError
+
+TABLE_5: dict[str, tuple[str, ...]] = {
+    "edit": ("Edit first image following the instruction | {image1} | {instruction} | {image2}",),
+    "write": ('draw "{text}" | {image}',),
+    "grounded": ("Generate high quality image of {caption} with segmentations {objects} | {image}",),
+    "features": ("Make high quality image from {feature} | {feature_image} | {caption} | {image}",),
+    "caption": ("{caption} | {image}", "Describe the given picture. {caption} | {image}"),
+    "paragraph": (
+        "Describe the given picture in very detail. {caption} | {image}",
+        "Describe all the objects in the given image in very detail. {caption} | {image}",
+        "Generate a long caption for the given image. {caption} | {image}",
+    ),
+    "narrative": (
+        "Describe the given picture in very detail. {caption} | {image}",
+        "Generate a long narration of what is happening in the given image. {caption} | {image}",
+        "Generate a long caption for the given image. {caption} | {image}",
+    ),
+    "vqa": (
+        "Question: {question} Answer: {answer}. | {image}",
+        "Question: {question}\n{answer} | {image}",
+        "Question: {question} The answer is {answer}. | {image}",
+    ),
+    "reasoning": (
+        "Question: {question}\nContext: {context}\nOptions: {options}\nAnswer: {answer}. | {image}",
+        "Question: {question}\nContext: {context}\nOptions: {options}\n"
+        "Answer: Let's think step-by-step: {steps} | {image}",
+    ),
+}
+"""Templates by task; ` | ` is a `<break>`, {name} a slot. {steps} is "{explanation} So the answer is {answer}."."""
+
+ROLES: dict[str, dict[str, Role]] = {
+    "edit": {"image1": "condition", "instruction": "instruction"},
+    "write": {"text": "instruction"},
+    "grounded": {"caption": "instruction"},
+    "features": {"feature_image": "condition", "caption": "instruction"},
+    "caption": {"caption": "answer"},
+    "paragraph": {"caption": "answer"},
+    "narrative": {"caption": "answer"},
+    "vqa": {"answer": "answer"},
+    "reasoning": {"answer": "answer", "steps": "answer"},
+}
+"""Roles of the slots, by task. A text with an instruction in it is one as a whole."""
+
+FEATURES = {
+    "canny": "canny edge features",
+    "segmentation": "a segmentation map",
+    "hed": "hed features",
+    "pose": "openpose features",
+    "depth": "depth features",
+    "normals": "3D norm features",
+    "scribble": "children's scribbles",
+}
+"""What the template calls each kind of feature image."""
+
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+def check_templates(task: str, templates: list[str], where: str = "data.templates") -> None:
+    """Raises UserError for a template with a slot that the task does not fill, or without what is asked for."""
+    known = {slot for template in TABLE_5[task] for slot in _SLOT.findall(template)}
+    if not templates:
+        raise UserError(f"{where} is empty, at least one template is needed")
+    for template in templates:
+        slots = _SLOT.findall(template)
+        wrong = [slot for slot in slots if slot not in known]
+        if wrong:
+            raise UserError(
+                f"{where} has {{{wrong[0]}}}, which {task} does not fill; it has: {', '.join(sorted(known))}"
+            )
+        answers = [slot for slot in slots if ROLES[task].get(slot) == "answer"]
+        if "answer" in ROLES[task].values() and len(answers) != 1:
+            raise UserError(f"{where} holds {template!r}, which must have one slot for the answer")
+
+
+def fill(template: str, values: Mapping[str, Any], roles: Mapping[str, Role]) -> tuple[TextSegment | MarkedImage, ...]:
+    """Segments of a template: texts, and images as they are among the values.
+
+    An answer within a text is a segment of its own, joined to what is before it, with the space between them. So it can
+    be rotated whole, and is read the same whether it is given or asked for.
+    """
+    segments: list[TextSegment | MarkedImage] = []
+    for piece in template.split(" | "):
+        slots = _SLOT.findall(piece)
+        if len(slots) == 1 and piece == f"{{{slots[0]}}}" and not isinstance(values[slots[0]], str):
+            segments.append(MarkedImage(values[slots[0]], roles.get(slots[0], "")))
+        else:
+            segments += _texts(piece, slots, values, roles)
+    return tuple(segments)
+
+
+def _texts(piece: str, slots: list[str], values: Mapping[str, Any], roles: Mapping[str, Role]) -> list[TextSegment]:
+    def filled(text: str) -> str:
+        return _SLOT.sub(lambda match: values[match[1]], text.replace("\n", "\n"))
+
+    answer = next((slot for slot in slots if roles.get(slot) == "answer"), None)
+    if answer is None:
+        is_instruction = any(roles.get(slot) == "instruction" for slot in slots)
+        return [TextSegment(filled(piece), "instruction" if is_instruction else "")]
+    before, after = map(filled, piece.split(f"{{{answer}}}"))
+    given = before.rstrip()
+    parts = [(given, ""), (before[len(given) :] + values[answer], "answer"), (after, "")]
+    texts: list[TextSegment] = []
+    for text, role in parts:
+        if text:
+            texts.append(TextSegment(text, "answer" if role else "", joined=bool(texts)))
+    return texts

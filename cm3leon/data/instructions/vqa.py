@@ -1,0 +1,109 @@
+"""Questions about images with short answers: VQA2 and OKVQA, and VizWiz, in their published forms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from cm3leon.data.files import BadRecord, Files
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    integer,
+    listed,
+    read_json,
+)
+from cm3leon.registry import SOURCES
+from cm3leon.types import UserError
+
+
+@SOURCES.register("vqa")
+class VqaSource(InstructionSource):
+    """VQA2 and OKVQA: a questions JSON, an annotations JSON with ten answers each, images named by their ids.
+
+    The answer of an example is the one that most of the ten gave.
+    """
+
+    task = "vqa"
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """Which files."""
+
+        annotations: str
+        """The annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the questions JSON."""
+        image_name: str = "COCO_train2014_{image_id:012d}.jpg"
+        """How images are named, by {image_id}."""
+
+        def check(self) -> None:
+            try:
+                self.image_name.format(image_id=1)
+            except (KeyError, ValueError, IndexError) as error:
+                raise UserError(f"image_name is {self.image_name!r}; its only slot is {{image_id}}") from error
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        what = "the questions JSON of VQA2 or OKVQA"
+        questions = listed(read_json(self.files, "data.path"), "questions", f"data.path: {self.config.path}", what)
+        path = f"data.annotations: {self.config.annotations}"
+        files = Files(self.config.annotations, "data.annotations")
+        annotations = listed(read_json(files, "data.annotations"), "annotations", path, "the annotations JSON")
+        by_question = {entry.get("question_id"): entry for entry in annotations if isinstance(entry, Mapping)}
+        ids = [entry.get("question_id") for entry in questions if isinstance(entry, Mapping)]
+        if ids and not any(id_ in by_question for id_ in ids):
+            raise UserError(f"{path} answers none of the questions of {self.config.path}; give those of the same split")
+        return [(entry, by_question.get(id_)) for entry, id_ in zip(questions, ids, strict=True)]
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        question, annotation = entry
+        if annotation is None:
+            raise BadRecord("the question has no annotation")
+        name = self.config.image_name.format(image_id=integer(question.get("image_id"), "the image_id"))
+        answer = majority(annotation.get("answers"), annotation.get("multiple_choice_answer"))
+        values = {
+            "question": self.words(question.get("question"), "the question"),
+            "answer": self.words(answer, "the answer"),
+            "image": self.image(name),
+        }
+        return Example(f"vqa-{question['question_id']}", values)
+
+
+@SOURCES.register("vizwiz")
+class VizWizSource(InstructionSource):
+    """VizWiz: one JSON list of images with a question and ten answers; `unanswerable` is an answer as any other."""
+
+    task = "vqa"
+
+    Config = InstructionConfig
+
+    def entries(self) -> list[Any]:
+        content = read_json(self.files, "data.path")
+        if not isinstance(content, list):
+            raise UserError(f"data.path: {self.config.path} is no list; give the annotations JSON of VizWiz")
+        return content
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        if not isinstance(entry, Mapping):
+            raise BadRecord("not an object")
+        values = {
+            "question": self.words(entry.get("question"), "the question"),
+            "answer": self.words(majority(entry.get("answers")), "the answer"),
+            "image": self.image(entry.get("image")),
+        }
+        return Example(f"vizwiz-{entry['image']}", values)
+
+
+def majority(answers: Any, chosen: Any = None) -> str:
+    """The answer that was given most often, of those the first; `chosen` where the file says which. May raise."""
+    if isinstance(chosen, str) and chosen.strip():
+        return chosen
+    given = [one.get("answer") for one in answers or () if isinstance(one, Mapping)]
+    texts = [text for text in given if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise BadRecord("the question has no answers")
+    return Counter(texts).most_common(1)[0][0]

@@ -1,0 +1,216 @@
+"""Small files of instruction data in the forms in which they are published, with the odd entries that those have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corpora import encoded, picture
+
+
+def images(folder: Path, names: list[str]) -> str:
+    """Images of those names, 32 by 24 pixels or so."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(picture(number), "png" if name.endswith("png") else "jpeg"))
+    return str(folder)
+
+
+def written(path: Path, content: Any) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def vqa(place: Path) -> dict[str, Any]:
+    """VQA2: six questions, one of an image that is missing, one without answers, one without an annotation."""
+    questions = [{"image_id": 1 + n // 2, "question": f"What is {n}?", "question_id": 10 + n} for n in range(6)]
+    questions += [
+        {"image_id": 99, "question": "Where?", "question_id": 16},
+        {"image_id": 1, "question": "Why?", "question_id": 17},
+        {"image_id": 1, "question": "Who?", "question_id": 18},
+        {"image_id": 1, "question": "  ", "question_id": 19},
+    ]
+    annotations: list[dict[str, Any]] = [
+        {
+            "question_id": 10 + n,
+            "image_id": 1 + n // 2,
+            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1}
+                        for i, a in enumerate(["café", "two", "two", "café", "two", "", "no", "no", "2", "two"])],
+        }
+        for n in range(7)
+    ]  # fmt: skip
+    annotations[0]["multiple_choice_answer"] = "pâté"
+    annotations += [{"question_id": 17, "answers": [{"answer": ""}]}, {"question_id": 19, "answers": [{"answer": "x"}]}]
+    return {
+        "path": written(place / "questions.json", {"info": {}, "task_type": "Open-Ended", "questions": questions}),
+        "annotations": written(place / "annotations.json", {"info": {}, "annotations": annotations}),
+        "images": images(place / "images", [f"COCO_train2014_{n:012d}.jpg" for n in (1, 2, 3)]),
+    }
+
+
+def vizwiz(place: Path) -> dict[str, Any]:
+    """VizWiz: an unanswerable question, an entry without an image, one without answers."""
+    entries: list[Any] = [
+        {"image": f"VizWiz_train_{n:08d}.jpg", "question": f"What is this {n}?",
+         "answers": [{"answer": "unanswerable" if n == 2 else "soup", "answer_confidence": "yes"}] * 10,
+         "answer_type": "other", "answerable": int(n != 2)}
+        for n in range(5)
+    ]  # fmt: skip
+    entries.append({"question": "Who?", "answers": [{"answer": "x"}]})
+    entries.append({"image": "x.jpg", "question": "What?", "answers": []})
+    return {
+        "path": written(place / "train.json", entries),
+        "images": images(place / "images", [f"VizWiz_train_{n:08d}.jpg" for n in range(5)]),
+    }
+
+
+def karpathy(place: Path) -> dict[str, Any]:
+    """Flickr30k: three images of the split, one of another, an empty sentence, an image without sentences."""
+    listed: list[dict[str, Any]] = [
+        {"filename": f"{n}.jpg", "imgid": n, "split": "test" if n == 3 else "train",
+         "sentences": [{"raw": f" A picture {n}, take {k}. ", "tokens": [], "sentid": 5 * n + k} for k in range(2)]}
+        for n in range(4)
+    ]  # fmt: skip
+    listed[1]["sentences"].append({"raw": ""})
+    listed.append({"filename": "5.jpg", "split": "train", "sentences": []})
+    return {
+        "path": written(place / "dataset_flickr30k.json", {"images": listed, "dataset": "flickr30k"}),
+        "images": images(place / "images", [f"{n}.jpg" for n in range(4)]),
+    }
+
+
+def image_paragraph(place: Path) -> dict[str, Any]:
+    """Image Paragraph: five of the split, one that is not in it, one without its text."""
+    entries = [{"image_id": 100 + n, "url": "u", "paragraph": f" The picture {n}. It is small. "} for n in range(6)]
+    entries.append({"image_id": 107, "url": "u", "paragraph": ""})
+    return {
+        "path": written(place / "paragraphs_v1.json", entries),
+        "ids": written(place / "train_split.json", [100, 101, 102, 103, 104, 107]),
+        "images": images(place / "images", [f"{100 + n}.jpg" for n in range(6)]),
+    }
+
+
+def localized_narratives(place: Path) -> dict[str, Any]:
+    """Localized Narratives: five lines, one that is not JSON, one without an image."""
+    lines = [
+        json.dumps({"dataset_id": "mscoco_train2017", "image_id": str(n), "annotator_id": 7,
+                    "caption": f"In this picture we can see {n}.", "timed_caption": [], "traces": []})
+        for n in range(5)
+    ]  # fmt: skip
+    (place / "narratives.jsonl").write_text("\n".join([*lines, "{", "", json.dumps({"caption": "what?"})]))
+    return {
+        "path": str(place / "narratives.jsonl"),
+        "images": images(place / "images", [f"{n:012d}.jpg" for n in range(5)]),
+        "image_name": "{image_id:0>12}.jpg",
+    }
+
+
+def scienceqa(place: Path) -> dict[str, Any]:
+    """ScienceQA: four with images, one without, one of another split, one whose answer is no choice."""
+    problems: dict[str, Any] = {
+        str(n): {"question": f"Which is {n}?", "choices": ["this", "that", "none"], "answer": n % 3,
+                 "hint": "" if n == 0 else "Look closely.", "image": "image.png", "split": "train",
+                 "lecture": "A lecture.", "solution": "Because." if n else "", "task": "closed choice"}
+        for n in range(4)
+    }  # fmt: skip
+    problems["4"] = {**problems["1"], "image": None}
+    problems["5"] = {**problems["1"], "split": "test"}
+    problems["6"] = {**problems["1"], "answer": 3}
+    return {
+        "path": written(place / "problems.json", problems),
+        "images": images(place / "images", [f"train/{n}/image.png" for n in range(4)]),
+    }
+
+
+def instruct_pix2pix(place: Path) -> dict[str, Any]:
+    """InstructPix2Pix: four folders of pairs, one without prompt.json, one without seeds."""
+    for n in range(4):
+        images(place, [f"000{n}/{seed}_{side}.jpg" for seed in ("17", "23") for side in (0, 1)])
+        written(place / f"000{n}/prompt.json", {"input": "a cat", "edit": f"make it {n}", "output": "a dog"})
+    (place / "0004").mkdir()
+    folders = [[f"000{n}", ["17", "23"]] for n in range(4)]
+    return {
+        "path": written(place / "seeds.json", [*folders, ["0004", ["1"]], ["0005", []]]),
+        "images": str(place),
+    }
+
+
+def coco_boxes(place: Path) -> dict[str, Any]:
+    """COCO's instances: four images, a crowd, a box without a category, an image without any box, one cut off whole."""
+    listed = [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 20} for n in range(6)]
+    boxes: list[dict[str, Any]] = [
+        {"id": n, "image_id": n, "category_id": 18, "bbox": [10, 5, 10, 10], "iscrowd": 0} for n in range(4)
+    ]
+    boxes += [
+        {"id": 10, "image_id": 0, "category_id": 1, "bbox": [0, 0, 40, 20], "iscrowd": 1},
+        {"id": 11, "image_id": 1, "category_id": 99, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+        {"id": 12, "image_id": 2, "category_id": 1, "bbox": [20, 0, 20, 20], "iscrowd": 0},
+        {"id": 13, "image_id": 5, "category_id": 1, "bbox": [0, 0, 5, 20], "iscrowd": 0},
+    ]
+    categories = [{"id": 1, "name": "Person"}, {"id": 18, "name": "dog"}]
+    captions = [{"id": 1, "image_id": 3, "caption": "A good dog. "}, {"id": 2, "image_id": 3, "caption": "Another."}]
+    return {
+        "path": written(place / "instances.json", {"images": listed, "annotations": boxes, "categories": categories}),
+        "captions": written(place / "captions.json", {"images": listed, "annotations": captions}),
+        "images": images(place / "images", [f"{n}.jpg" for n in range(6)]),
+    }
+
+
+def openimages_boxes(place: Path) -> dict[str, Any]:
+    """OpenImages: five boxes, one of a group, one of an unknown class, one that is no box."""
+    header = (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+    )
+    rows = [f"img{n},xclick,/m/0bt9lr,1,0.25,0.75,0.1,0.6,0,0,0,0" for n in range(4)]
+    rows += [
+        "img0,xclick,/m/01g317,1,0.3,0.5,0.3,0.9,0,0,1,0",
+        "img1,xclick,/m/none,1,0.3,0.5,0.3,0.9,0,0,0,0",
+        "img2,xclick,/m/01g317,1,0.5,0.3,0.3,0.9,0,0,0,0",
+        "missing,xclick,/m/01g317,1,0.3,0.5,0.3,0.9,0,0,0,0",
+    ]
+    (place / "boxes.csv").write_text("\n".join([header, *rows]))
+    (place / "classes.csv").write_text("/m/0bt9lr,Dog\n/m/01g317,Person\n")
+    return {
+        "path": str(place / "boxes.csv"),
+        "classes": str(place / "classes.csv"),
+        "images": images(place / "images", [f"img{n}.jpg" for n in range(4)]),
+    }
+
+
+def ocr(place: Path) -> dict[str, Any]:
+    """TextOCR: two lines of words, unreadable and small ones, an image with too many, one without any."""
+    listed = {f"i{n}": {"id": f"i{n}", "width": 100, "height": 100, "file_name": f"train/i{n}.jpg"} for n in range(6)}
+    words: dict[str, Any] = {}
+
+    def word(image: str, text: str, box: list[float]) -> None:
+        words[f"{image}_{len(words)}"] = {"image_id": image, "utf8_string": text, "bbox": box, "points": [], "area": 1}
+
+    for n in range(4):
+        word(f"i{n}", "CAFÉ", [50, 10, 40, 20])
+        word(f"i{n}", "OPEN", [5, 12, 40, 20])
+        word(f"i{n}", "late", [5, 60, 40, 20])
+        word(f"i{n}", ".", [5, 80, 40, 20])
+        word(f"i{n}", "tiny", [5, 80, 4, 2])
+    for n in range(12):
+        word("i4", f"w{n}", [5, 8 * n, 20, 6])
+    return {
+        "path": written(place / "TextOCR_train.json", {"imgs": listed, "anns": words, "imgToAnns": {}}),
+        "images": images(place, [f"train/i{n}.jpg" for n in range(6)]),
+    }
+
+
+INSTRUCTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "vqa": vqa,
+    "vizwiz": vizwiz,
+    "karpathy": karpathy,
+    "image_paragraph": image_paragraph,
+    "localized_narratives": localized_narratives,
+    "scienceqa": scienceqa,
+    "instruct_pix2pix": instruct_pix2pix,
+    "coco_boxes": coco_boxes,
+    "openimages_boxes": openimages_boxes,
+    "ocr": ocr,
+    "scene_instructions": lambda place: {"task": "edit", "count": 30, "side": 32},
+}

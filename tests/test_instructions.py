@@ -1,0 +1,414 @@
+"""Instruction data: published files to documents by the paper's templates, their roles through training and prompts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_corpora import INSTRUCTIONS
+
+from cm3leon.config import from_mapping
+from cm3leon.data.instructions.grounded import centred, location
+from cm3leon.data.instructions.scenes import TASKS as SCENE_TASKS
+from cm3leon.data.instructions.scenes import SceneInstructionsSource
+from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
+from cm3leon.data.instructions.write import in_reading_order
+from cm3leon.data.scenes.parse import parse
+from cm3leon.data.scenes.world import World, draw_scene
+from cm3leon.data.shards import shard_path, write_plan
+from cm3leon.data.source import Skipped
+from cm3leon.data.token_shards import Tokenizers, finish_tokens, write_token_shard
+from cm3leon.data.token_shards import TokenShards as Shards
+from cm3leon.objectives.cm3 import rotate
+from cm3leon.objectives.instruct import Instruct
+from cm3leon.registry import SOURCES, TASKS, discover
+from cm3leon.tasks.instruction import answer_place
+from cm3leon.tokenizers.document import lay_out, token_count
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Document, ImageSegment, Sample, TextSegment, TokenDocument, TokenSegment, UserError
+
+discover()
+VOCAB = Vocab(text_size=60, image_size=20, sentinels=8)
+CODES = 4
+
+
+def read(name: str, place: Path, **fields: Any) -> tuple[list[Document], list[Skipped]]:
+    """Documents and what is left out of a small corpus."""
+    items = list(SOURCES.build({"name": name, **INSTRUCTIONS[name](place), **fields}).documents())
+    return [item for item in items if isinstance(item, Document)], [item for item in items if isinstance(item, Skipped)]
+
+
+def empty(folder: Path) -> Path:
+    """A new folder."""
+    folder.mkdir()
+    return folder
+
+
+def shown(document: Document) -> str:
+    """A document as the template has it: segments by ` | `, an answer in brackets, images as their roles."""
+    pieces: list[str] = []
+    for segment in document.segments:
+        if isinstance(segment, ImageSegment):
+            pieces.append(f"<{segment.role or 'image'}>")
+            continue
+        text = f"[{segment.text}]" if segment.role == "answer" else segment.text
+        text = f"!{text}" if segment.role == "instruction" else text
+        if segment.joined:
+            pieces[-1] += text
+        else:
+            pieces.append(text)
+    return " | ".join(pieces)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+
+def test_the_paper_has_these_templates() -> None:
+    assert {task: len(templates) for task, templates in TABLE_5.items()} == {
+        "edit": 1, "write": 1, "grounded": 1, "features": 1, "caption": 2, "paragraph": 3, "narrative": 3, "vqa": 3,
+        "reasoning": 2,
+    }  # fmt: skip
+    assert set(FEATURES) == {"canny", "segmentation", "hed", "pose", "depth", "normals", "scribble"}
+
+
+def test_an_answer_is_a_segment_with_the_space_before_it() -> None:
+    values = {"question": "what {color}?", "answer": "red", "image": np.zeros(1)}
+    filled = [fill(template, values, ROLES["vqa"]) for template in TABLE_5["vqa"]]
+    expected = [
+        [("Question: what {color}? Answer:", "", False), (" red", "answer", True), (".", "", True)],
+        [("Question: what {color}?", "", False), ("\nred", "answer", True)],
+        [("Question: what {color}? The answer is", "", False), (" red", "answer", True), (".", "", True)],
+    ]
+    for segments, texts in zip(filled, expected, strict=True):
+        assert [(s.text, s.role, s.joined) for s in segments if isinstance(s, TextSegment)] == texts
+        assert not isinstance(segments[-1], TextSegment)
+    (only, _) = fill("{caption} | {image}", {"caption": "a dog", "image": np.zeros(1)}, ROLES["caption"])
+    assert only == TextSegment("a dog", "answer", joined=False)
+
+
+def test_joined_texts_are_one_run() -> None:
+    segments = fill(TABLE_5["vqa"][0], {"question": "q", "answer": "a", "image": np.zeros(1)}, ROLES["vqa"])
+    texts = tuple(segment for segment in segments if isinstance(segment, TextSegment))
+    assert Document("d", (*texts, TextSegment("more"))).text == "Question: q Answer: a. more"
+
+
+# ------------------------------------------------------------------------------------------------ published files
+
+
+def test_vqa2(tmp_path: Path) -> None:
+    documents, skipped = read("vqa", tmp_path, templates=[TABLE_5["vqa"][0]])
+    assert [shown(document) for document in documents] == [
+        f"Question: What is {n}? Answer:[ {'pâté' if n == 0 else 'two'}]. | <image>" for n in range(6)
+    ]
+    reasons = " ".join(item.reason for item in skipped)
+    assert len(skipped) == 4
+    assert all(reason in reasons for reason in ("COCO_train2014_000000000099", "no answers", "no annotation"))
+
+
+def test_vizwiz(tmp_path: Path) -> None:
+    documents, skipped = read("vizwiz", tmp_path, templates=[TABLE_5["vqa"][1]])
+    answers = ["soup", "soup", "unanswerable", "soup", "soup"]
+    assert [shown(document) for document in documents] == [
+        f"Question: What is this {number}?[\n{answer}] | <image>" for number, answer in enumerate(answers)
+    ]
+    assert len(skipped) == 2
+
+
+def test_flickr30k(tmp_path: Path) -> None:
+    documents, skipped = read("karpathy", tmp_path, templates=["{caption} | {image}"])
+    assert [shown(document) for document in documents] == [
+        f"[A picture {number}, take {take}.] | <image>" for number in range(3) for take in range(2)
+    ]
+    assert len(skipped) == 2
+    held_out, _ = read("karpathy", empty(tmp_path / "test"), templates=["{caption} | {image}"], split="test")
+    assert len(held_out) == 2
+
+
+def test_paragraphs_and_narratives(tmp_path: Path) -> None:
+    for name, folder in (("image_paragraph", "a"), ("localized_narratives", "b")):
+        empty(tmp_path / folder)
+        documents, skipped = read(name, tmp_path / folder)
+        text = "The picture {}. It is small." if folder == "a" else "In this picture we can see {}."
+        for number, document in enumerate(documents):
+            assert shown(document).endswith(f"[ {text.format(number)}] | <image>")
+        assert (len(documents), len(skipped)) == (5, {"a": 1, "b": 2}[folder])
+
+
+def test_scienceqa(tmp_path: Path) -> None:
+    documents, skipped = read("scienceqa", tmp_path, templates=[TABLE_5["reasoning"][1]])
+    assert shown(documents[1]) == (
+        "Question: Which is 1?\nContext: Look closely.\nOptions: (A) this (B) that (C) none\n"
+        "Answer: Let's think step-by-step:[ Because. So the answer is (B).] | <image>"
+    )
+    assert "Context: N/A" in shown(documents[0])
+    assert "A lecture. So the answer is (A)." in shown(documents[0])
+    assert len(documents) == 4
+    assert [item.reason for item in skipped] == ["the answer is 3, of 3 choices"]
+
+
+def test_instruct_pix2pix(tmp_path: Path) -> None:
+    documents, skipped = read("instruct_pix2pix", tmp_path)
+    assert [shown(document) for document in documents] == [
+        f"Edit first image following the instruction | <condition> | !make it {n} | <image>" for n in range(4)
+    ]
+    assert len({document.id.rsplit("-", 1)[1] for document in documents}) == 2  # either of the seeds
+    assert not np.array_equal(*documents[0].images)
+    assert len(skipped) == 2
+
+
+def test_boxes_of_coco(tmp_path: Path) -> None:
+    """Of 40x20 pixels the middle 20x20 are kept: x from 10 to 30."""
+    documents, skipped = read("coco_boxes", tmp_path)
+    start = "!Generate high quality image of"
+    assert [shown(document) for document in documents] == [
+        f"{start} dog with segmentations dog at (0, 64) -> (128, 192) | <image>",
+        f"{start} dog with segmentations dog at (0, 64) -> (128, 192) | <image>",
+        f"{start} dog and person with segmentations dog at (0, 64) -> (128, 192), person at (128, 0) -> (256, 256) | "
+        "<image>",
+        f"{start} A good dog. with segmentations dog at (0, 64) -> (128, 192) | <image>",
+    ]
+    assert len(skipped) == 2
+    alone, _ = read("coco_boxes", empty(tmp_path / "one"), most=1)
+    assert "dog" not in shown(alone[2])
+
+
+def test_boxes_of_openimages(tmp_path: Path) -> None:
+    documents, skipped = read("openimages_boxes", tmp_path)
+    assert [shown(document) for document in documents] == [
+        "!Generate high quality image of dog with segmentations dog at (64, 26) -> (192, 154) | <image>"
+    ] * 4
+    assert len(skipped) == 1
+
+
+def test_written_words(tmp_path: Path) -> None:
+    documents, skipped = read("ocr", tmp_path)
+    assert [shown(document) for document in documents] == ['!draw "OPEN CAFÉ late" | <image>'] * 4
+    assert [item.reason for item in skipped] == [
+        "12 readable words, from 1 to 8 are used", "0 readable words, from 1 to 8 are used"
+    ]  # fmt: skip
+    assert in_reading_order([([50, 0, 9, 9], "b"), ([0, 3, 9, 9], "a"), ([0, 30, 9, 9], "c")]) == ["a", "b", "c"]
+
+
+@given(
+    box=st.lists(st.floats(0, 1), min_size=4, max_size=4).map(
+        lambda b: (*map(min, b[:2], b[2:]), *map(max, b[:2], b[2:]))
+    ),
+    width=st.integers(8, 400),
+    height=st.integers(8, 400),
+)
+@settings(max_examples=100)
+def test_boxes_follow_the_cut_to_the_middle(box: Any, width: int, height: int) -> None:
+    """Against the pixels of a mask that is cut as images are."""
+    mask_HW = np.zeros((height, width), bool)
+    left, top, right, bottom = (round(edge * size) for edge, size in zip(box, (width, height) * 2, strict=True))
+    mask_HW[top:bottom, left:right] = True
+    side = min(width, height)
+    x0, y0 = (width - side) / 2, (height - side) / 2
+    found = centred((left / width, top / height, right / width, bottom / height), width, height)
+    expected = (max(left - x0, 0), max(top - y0, 0), min(right - x0, side), min(bottom - y0, side))
+    if not mask_HW.any() or expected[0] >= expected[2] or expected[1] >= expected[3]:
+        assert found is None
+    else:
+        assert found == pytest.approx([edge / side for edge in expected], abs=1e-9)
+        assert location(found).count(",") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("vqa", {"annotations": "questions"}, "no list under annotations"),
+        ("vqa", {"path": "annotations"}, "no list under questions"),
+        ("vqa", {"image_name": "{id}.jpg"}, "its only slot is"),
+        ("vqa", {"templates": ["Q: {question} | {image}"]}, "one slot for the answer"),
+        ("vqa", {"templates": ["{question} {reply} | {image}"]}, "{reply}, which vqa does not fill"),
+        ("vqa", {"templates": []}, "templates is empty|at least one"),
+        ("vizwiz", {"path": "object"}, "is no list"),
+        ("karpathy", {"split": "val"}, "split is val, .* has: test, train"),
+        ("scienceqa", {"path": "list"}, "is no object"),
+        ("instruct_pix2pix", {"path": "object"}, "is no list"),
+        ("openimages_boxes", {"path": "classes"}, "no column ImageID"),
+        ("ocr", {"path": "object"}, "no imgs and anns"),
+        ("scene_instructions", {"task": "sing"}, "task is sing; scenes have"),
+    ],
+)
+def test_files_of_another_kind_are_refused_in_a_sentence(
+    name: str, wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    fields = INSTRUCTIONS[name](tmp_path)
+    files = {
+        "questions": tmp_path / "questions.json", "annotations": tmp_path / "annotations.json",
+        "classes": tmp_path / "classes.csv", "object": tmp_path / "object.json", "list": tmp_path / "list.json",
+    }  # fmt: skip
+    files["object"].write_text("{}")
+    files["list"].write_text("[]")
+    fields |= {key: str(files.get(value, value)) if isinstance(value, str) else value for key, value in wrong.items()}
+    with pytest.raises(UserError, match=message):
+        list(SOURCES.build({"name": name, **fields}).documents())
+
+
+def test_annotations_of_another_split_are_refused(tmp_path: Path) -> None:
+    fields = INSTRUCTIONS["vqa"](tmp_path)
+    Path(fields["annotations"]).write_text(json.dumps({"annotations": [{"question_id": 999, "answers": []}]}))
+    with pytest.raises(UserError, match="answers none of the questions"):
+        SOURCES.build({"name": "vqa", **fields}).parts()
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+@pytest.mark.parametrize("task", SCENE_TASKS)
+def test_every_task_is_about_scenes_too(task: str) -> None:
+    config = from_mapping(SceneInstructionsSource.Config, {"task": task, "count": 60, "side": 48})
+    source = SceneInstructionsSource(config)
+    documents = [item for item in source.documents() if isinstance(item, Document)]
+    assert len(documents) >= 10
+    for document in documents:
+        assert document.images[-1].shape == (48, 48, 3)
+        roles = {segment.role for segment in document.segments}
+        is_answered = task in ("caption", "paragraph", "vqa", "reasoning")
+        assert ("answer" in roles) == is_answered
+        assert ("instruction" in roles) == (not is_answered and task != "text_to_image")
+        assert ("condition" in roles) == (task == "edit" or task in FEATURES)
+    texts = Counter(shown(document).split("[")[0] for document in documents)
+    assert len(texts) > 1 or task in ("text_to_image",)
+
+
+def test_the_image_of_an_edit_is_the_scene_after_it() -> None:
+    world = World(words=0, figures=0, textures=["plain"], overlap=0, things=[1, 2])
+    source = SceneInstructionsSource(SceneInstructionsSource.Config(task="edit", world=world, count=40))
+    for seed in range(40):
+        document = source.document(seed)
+        assert isinstance(document, Document)
+        before, after = (parse(image, world) for image in document.images)
+        assert len(before.things) == len(draw_scene(world, seed).things)
+        text = shown(document)
+        difference = len(after.things) - len(before.things)
+        assert difference == ("!add" in text) - ("!remove" in text)
+        assert (before.background != after.background) == ("!change the background" in text)
+
+
+# ------------------------------------------------------------------------------------------------ roles in training
+
+
+def instruction(kind: str) -> TokenDocument:
+    """A question about an image, or an edit of one, as ids."""
+    image = TokenSegment("image", np.arange(VOCAB.image_start, VOCAB.image_start + CODES))
+    if kind == "question":
+        texts = [([10, 11], "", False), ([12, 13], "answer", True), ([14], "", True)]
+        segments = [TokenSegment("text", np.array(ids), role, joined) for ids, role, joined in texts]  # type: ignore[arg-type]
+        return TokenDocument("question", (*segments, image))
+    before = TokenSegment("image", image.ids_T[::-1], "condition")
+    template = TokenSegment("text", np.array([20, 21]))
+    return TokenDocument("edit", (template, before, TokenSegment("text", np.array([22, 23, 24]), "instruction"), image))
+
+
+def test_no_break_stands_before_what_is_joined() -> None:
+    laid_out = lay_out(Sample(instruction("question")), VOCAB)
+    assert laid_out.ids_T.tolist() == [
+        VOCAB.eos, 10, 11, 12, 13, 14, VOCAB.brk, *range(VOCAB.image_start, VOCAB.image_start + CODES), VOCAB.eos
+    ]  # fmt: skip
+    assert token_count(instruction("question")) == len(laid_out.ids_T) - 2
+    assert [segment.role for segment in laid_out.segments] == ["", "answer", "", ""]
+
+
+def test_shards_keep_roles(tmp_path: Path) -> None:
+    text = TokenDocument("text", (TokenSegment("text", np.array([9])),))
+    documents = [instruction("question"), instruction("edit"), text]
+    made_by = Tokenizers("a", "b", 60, 20, 8)
+    write_plan(tmp_path, {"tokenizers": vars(made_by), "parts": 1})
+    write_token_shard(shard_path(tmp_path, 0, 1), documents, made_by)
+    finish_tokens(tmp_path, 1)
+    shards = Shards(tmp_path)
+    for number, document in enumerate(documents):
+        found = shards.document(number)
+        assert [(s.modality, s.role, s.joined, s.ids_T.tolist()) for s in found.segments] == [
+            (s.modality, s.role, s.joined, s.ids_T.tolist()) for s in document.segments
+        ]
+    assert shards.token_counts(np.array([2, 0, 1, 0])).tolist() == [
+        token_count(documents[number]) for number in (2, 0, 1, 0)
+    ]
+    assert shards.longest == max(map(token_count, documents))
+
+
+def drawn(kind: str, count: int = 4000, **fields: Any) -> Counter[tuple[str, ...]]:
+    """How often which roles are masked, by an objective."""
+    objective = Instruct(from_mapping(Instruct.Config, fields), vocab=VOCAB)
+    laid_out = lay_out(Sample(instruction(kind)), VOCAB)
+    of_span = {(segment.start, segment.end): segment.role for segment in laid_out.segments}
+    rng = np.random.default_rng(0)
+    return Counter(tuple(of_span[span] for span in objective.draw_spans(laid_out, rng, 100)) for _ in range(count))
+
+
+def test_answers_are_rotated_whole_as_often_as_asked() -> None:
+    counts = drawn("question")
+    assert set(counts) == {("answer",), ()}
+    assert counts["answer",] / 4000 == pytest.approx(0.8, abs=0.02)
+    assert set(drawn("question", rotate_answer=1.0)) == {("answer",)}
+
+
+def test_what_an_image_is_drawn_by_is_masked_at_times() -> None:
+    counts = drawn("edit")
+    assert set(counts) == {("condition", "instruction"), ("instruction",), ()}
+    assert counts["instruction",] / 4000 == pytest.approx(0.1, abs=0.02)
+    assert counts["condition", "instruction"] / 4000 == pytest.approx(0.05, abs=0.015)
+
+
+def test_samples_without_roles_are_those_of_cm3() -> None:
+    plain = TokenDocument("plain", tuple(TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments))
+    laid_out = lay_out(Sample(plain), VOCAB)
+    objective = Instruct(from_mapping(Instruct.Config, {"mean_spans": 2.0}), vocab=VOCAB)
+    rng = np.random.default_rng(0)
+    assert len({tuple(objective.draw_spans(laid_out, rng, 100)) for _ in range(200)}) > 20
+
+
+def test_a_rotated_sample_fits_or_stays_as_it_is() -> None:
+    objective = Instruct(from_mapping(Instruct.Config, {"rotate_answer": 1.0, "answer_weight": 3.0}), vocab=VOCAB)
+    laid_out = lay_out(Sample(instruction("question")), VOCAB)
+    length = len(laid_out.ids_T)
+    for room, expected in ((length + 3, length + 3), (length + 2, length)):
+        corrupted = objective.corrupt(laid_out, np.random.default_rng(0), room)
+        assert len(corrupted.ids_T) == expected
+    corrupted = objective.corrupt(laid_out, np.random.default_rng(0), 99)
+    weights = dict(zip(corrupted.ids_T.tolist(), corrupted.weight_T.tolist(), strict=True))
+    assert (weights[12], weights[13], weights[10], weights[VOCAB.end_of_span]) == (3.0, 3.0, 1.0, 1.0)
+    assert weights[VOCAB.sentinel(0)] == 0
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_are_beginnings_of_what_is_trained() -> None:
+    """A prompt, the answer, and what closes it are the sample that training makes, stream by stream."""
+    task = TASKS.build("instruction", vocab=VOCAB, image_codes=CODES)
+    question, edit = instruction("question"), instruction("edit")
+    prompt = task.prompt(question)
+    laid_out = lay_out(Sample(question), VOCAB)
+    rotated_T, _ = rotate(laid_out.ids_T, [(3, 5)], VOCAB)
+    assert [*prompt.ids_T, 12, 13, VOCAB.end_of_span] == rotated_T.tolist()
+    assert (prompt.modality, prompt.end) == ("text", VOCAB.end_of_span)
+    prompt = task.prompt(edit)
+    laid_out = lay_out(Sample(edit), VOCAB)
+    spans = {segment.role: (segment.start, segment.end) for segment in laid_out.segments}
+    image = edit.segments[-1].ids_T.tolist()
+    assert [*prompt.ids_T, *image, VOCAB.eos] == laid_out.ids_T.tolist()
+    for ids_T, masked in ((prompt.unconditional_T, ("condition", "instruction")), (prompt.partial_T, ("instruction",))):
+        rotated_T, _ = rotate(laid_out.ids_T, [spans[role] for role in masked], VOCAB)
+        assert [*ids_T, *image, VOCAB.eos] == rotated_T[: len(ids_T) + CODES + 1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["question", "edit"])
+def test_answers_stand_where_they_belong(kind: str) -> None:
+    task = TASKS.build("instruction", vocab=VOCAB, image_codes=CODES)
+    query = instruction(kind)
+    completed = task.complete(query, np.array([50, 51]))
+    assert completed.segments[answer_place(query)].ids_T.tolist() == [50, 51]
+    assert task.keeps_given(query, completed)
+    assert not task.keeps_given(query, instruction("edit" if kind == "question" else "question"))
+    with pytest.raises(UserError, match="asks for nothing"):
+        answer_place(TokenDocument("text", (TokenSegment("text", np.array([5])),)))
