@@ -65,6 +65,7 @@ setup(
             "soundfile",
         ],
         "hf": ["transformers"],
+        "eval": ["pycocoevalcap"],
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -78,6 +79,7 @@ setup(
             "lpips",
             "scikit-image",
             "pytorch-fid",
+            "pycocoevalcap",
             "torchao",
             "setuptools>=77",
         ],

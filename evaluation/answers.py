@@ -1,0 +1,104 @@
+"""Answers in words against those of people: VQA accuracy, options, and the ranking of candidates in VisDial."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's i'm isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
+    must've needn't not've o'clock oughtn't shan't she'd she'd've she's should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
+    wasn't we'd we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+"""
+
+
+def _without_apostrophes() -> dict[str, str]:
+    """The ways in which people leave apostrophes out, the first or the second; the official list has such pairs."""
+    table: dict[str, str] = {}
+    for word in _CONTRACTED.split():
+        places = [place for place, letter in enumerate(word) if letter == "'"]
+        table[word.replace("'", "", 1)] = word
+        if len(places) == 2:
+            table[word[: places[1]] + word[places[1] + 1 :]] = word
+    return table
+
+
+CONTRACTIONS = _without_apostrophes()
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
+ARTICLES = {"a", "an", "the"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+
+
+def normalized(answer: str) -> str:
+    """An answer without case, punctuation and articles, numbers as digits, contractions with their apostrophes.
+
+    Source: the evaluation tools of VQA (Antol et al. 2015), as they are: punctuation with a space beside it is dropped,
+    and becomes a space otherwise, unless a comma stands inside a number; a period stays before a digit only.
+    """
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    result = text
+    for mark in PUNCTUATION:
+        dropped = f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text)
+        result = result.replace(mark, "" if dropped else " ")
+    words = [NUMBERS.get(word, word) for word in _PERIOD.sub("", result).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
+    """Share of right: min(1, others that gave this answer / 3), averaged over leaving each person out.
+
+    As the official tools do, answers are normalised only where people disagree. VQA2, OKVQA and VizWiz use it.
+
+    Raises:
+        ValueError: without answers.
+    """
+    if not given:
+        raise ValueError("a question without answers has no accuracy")
+    said = [each.replace("\n", " ").replace("\t", " ").strip() for each in given]
+    mine = answer.replace("\n", " ").replace("\t", " ").strip()
+    if len(set(said)) > 1:
+        said, mine = [normalized(each) for each in said], normalized(mine)
+    equal = [each == mine for each in said]
+    return float(np.mean([min(1.0, (sum(equal) - one) / 3) for one in equal]))
+
+
+def option_of(answer: str, options: Sequence[str]) -> int | None:
+    """Number of the option that an answer names: its letter behind "answer is", any letter in brackets, or its text."""
+    letters = [chr(ord("A") + number) for number in range(len(options))]
+    allowed = "".join(letters)
+    for pattern in (rf"answer is \(?([{allowed}])\b", rf"\(([{allowed}])\)", rf"^\s*([{allowed}])[.):]?\s*$"):
+        found = re.findall(pattern, answer)
+        if found:
+            return letters.index(found[-1])
+    same = [number for number, option in enumerate(options) if option.strip().lower() == answer.strip(" .").lower()]
+    return same[0] if len(same) == 1 else None
+
+
+def ndcg(scores_K: Sequence[float], relevance_K: Sequence[float]) -> float:
+    """VisDial's NDCG: of the first k candidates by score, k being how many have any relevance; 0 where none has.
+
+    Source: Visual Dialog challenge: gains are the relevances, discounts 1 / log2(rank + 1).
+
+    Raises:
+        ValueError: where there are not as many scores as relevances.
+    """
+    if len(scores_K) != len(relevance_K):
+        raise ValueError(f"{len(scores_K)} scores for {len(relevance_K)} candidates")
+    relevance = np.asarray(relevance_K, np.float64)
+    k = int((relevance > 0).sum())
+    if not k:
+        return 0.0
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    order = np.argsort(-np.asarray(scores_K, np.float64), kind="stable")
+    ideal = np.sort(relevance)[::-1]
+    return float((relevance[order[:k]] * discount).sum() / (ideal[:k] * discount).sum())
