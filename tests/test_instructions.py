@@ -380,6 +380,21 @@ def test_a_rotated_sample_fits_or_stays_as_it_is() -> None:
     assert weights[VOCAB.sentinel(0)] == 0
 
 
+@pytest.mark.parametrize("kind", ["question", "edit"])
+def test_pieces_of_a_sample_are_the_whole_of_it(kind: str) -> None:
+    """In stream packing: every token once, pieces within their room."""
+    objective = Instruct(from_mapping(Instruct.Config, {"rotate_answer": 1.0, "mask_all": 1.0}), vocab=VOCAB)
+    laid_out = lay_out(Sample(instruction(kind)), VOCAB)
+    for room in (5, 8, 13, 40):
+        start, seen = 0, []
+        while start < len(laid_out.ids_T):
+            piece, start = objective.take(laid_out, start, room, np.random.default_rng(0))
+            assert len(piece.ids_T) <= room
+            seen += [token for token in piece.ids_T.tolist() if token < VOCAB.sentinel_start]
+        rest = Counter(seen) - Counter({VOCAB.end_of_span: 9})
+        assert rest == Counter(laid_out.ids_T.tolist())
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 

@@ -44,8 +44,8 @@ def test_settings_are_the_papers(name: str) -> None:
     assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (4096, 4, 0.006, 0.0002)
     assert (training.optimizer, training.beta1, training.beta2) == ("adamw", 0.9, 0.95)
     assert (training.weight_decay, training.clip, training.schedule, training.precision) == (0.1, 1.0, "linear", "bf16")
-    assert experiment.objective.name == "cm3"
     pretraining = name.startswith("pretrain")
+    assert experiment.objective.name == ("cm3" if pretraining else "instruct")
     assert experiment.packing.method == ("stream" if pretraining else "whole")
     retriever = experiment.retriever.config
     assert retriever.max_documents == (3 if pretraining else 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cm3leon.config import NonNegativeFloat, Probability
+from cm3leon.objectives.base import Corrupted, Objective
 from cm3leon.objectives.cm3 import CM3, EXTRA, Span
 from cm3leon.registry import OBJECTIVES
 from cm3leon.tokenizers.document import LaidOut
@@ -37,6 +38,11 @@ class Instruct(CM3):
         """Weight of an answer's tokens in the loss."""
 
     config: Config
+
+    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+        if any(segment.role for segment in sample.segments):
+            return Objective.take(self, sample, start, room, rng)  # masks where the rest of a sample has room for them
+        return super().take(sample, start, room, rng)
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
         roles = {segment.role for segment in sample.segments}
