@@ -35,7 +35,7 @@ class Steps:
     def __init__(self, model: Any, cache: Any, *, window: int, way: Way, recorder: Recorder | None = None) -> None:
         graph = way.endswith("graph")
         if graph and recorder is None and cache.device.type != "cuda":
-            raise UserError(f"steps are {way}, which needs CUDA, not {cache.device.type}")
+            raise UserError(f"way is {way}, which needs CUDA, not {cache.device.type}")
         self._model, self._cache = model, cache
         self._recorder = (recorder or cuda_graph) if graph else None
         self._compute = torch.compile(self._eager) if way.startswith("compiled") else self._eager
