@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cm3leon.experiment import list_experiments, load_experiment
 from cm3leon.run import main
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
+from cm3leon.stages.pretrain import check_tokenizers
 from cm3leon.types import UserError
 
 PAPER = {
@@ -92,6 +95,22 @@ def test_fine_tuning_runs_when_shrunken(
         smoke("pretrain_760m", prepared, first)
     losses = smoke(name, prepared, tmp_path / "run", f"training.start={first}")
     assert len(losses) == 6
+
+
+def test_fine_tuning_refuses_another_vocabulary(tmp_path: Path) -> None:
+    """The same sizes, but ids that mean something else."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("the same")
+    run: Any = SimpleNamespace(folder=ours)
+    check_tokenizers(run, theirs)
+    for file, name in ((TEXT_TOKENIZER, "text"), (IMAGE_TOKENIZER, "image")):
+        (theirs / file).write_text("another")
+        with pytest.raises(UserError, match=f"trained with another {name} tokenizer"):
+            check_tokenizers(run, theirs)
+        (theirs / file).write_text("the same")
 
 
 def test_a_file_of_overrides_of_ones_own(tmp_path: Path) -> None:

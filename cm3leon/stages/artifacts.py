@@ -99,7 +99,7 @@ class Run:
         """Changes with a file that is taken over, None where nothing is."""
         if self.borrowed is None or (name == ENCODER and not self.borrows_encoder):
             return None
-        return _sha256(self.borrowed_file(name))
+        return sha256(self.borrowed_file(name))
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -148,8 +148,8 @@ class Run:
     def made_by(self) -> Tokenizers:
         """What token shards say of the tokenizers that make them."""
         return Tokenizers(
-            text=_sha256(self.folder / TEXT_TOKENIZER),
-            image=_sha256(self.folder / IMAGE_TOKENIZER),
+            text=sha256(self.folder / TEXT_TOKENIZER),
+            image=sha256(self.folder / IMAGE_TOKENIZER),
             text_size=self.vocab.text_size,
             image_size=self.vocab.image_size,
             sentinels=self.vocab.sentinels,
@@ -175,7 +175,7 @@ class Run:
     @cached_property
     def encoder_header(self) -> dict[str, Any]:
         """What vector shards say of the encoder that makes them."""
-        return {"encoder": _sha256(self.folder / ENCODER), "width": self.retriever.encoder.embed_dim}
+        return {"encoder": sha256(self.folder / ENCODER), "width": self.retriever.encoder.embed_dim}
 
     @cached_property
     def tokens(self) -> TokenShards:
@@ -272,6 +272,7 @@ class Run:
         return {name: mapping[name] for name in names}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

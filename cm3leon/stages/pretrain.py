@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cm3leon.models.attention import choose
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream
-from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, sha256
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, loss, validation_loss
@@ -93,9 +93,22 @@ def first_weights(run: Run) -> nn.Module:
     """The decoder before its training: with random weights, or those of the run that it starts from.
 
     Raises:
-        UserError: for a run to start from that has no weights, or those of another model.
+        UserError: for a run to start from that has no weights, those of another model, or another vocabulary.
     """
     model, start = run.new_model(), run.experiment.training.start
+    if start:
+        check_tokenizers(run, start)
     if start and run.experiment.training.start_with == "weights":
         load_weights(start / "pretraining" / WEIGHTS, model)
     return model
+
+
+def check_tokenizers(run: Run, start: Path) -> None:
+    """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
+    for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):
+        theirs, ours = start / file, run.folder / file
+        if theirs.is_file() and ours.is_file() and sha256(theirs) != sha256(ours):
+            raise UserError(
+                f"training.start: {start} was trained with another {name} tokenizer than this run's; "
+                f"take its tokenizers over with shards.tokenizers={start}"
+            )
