@@ -66,6 +66,7 @@ setup(
         ],
         "hf": ["transformers"],
         "eval": ["pycocoevalcap"],
+        "features": ["scikit-image", "transformers"],
         "dev": [
             "pytest",
             "pytest-xdist",

@@ -176,6 +176,7 @@ ATTENTIONS: Registry[Any] = Registry("attention", "attentions")
 DECODERS: Registry[Any] = Registry("decoder", "decoders")
 TASKS: Registry[Any] = Registry("task", "tasks")
 METRICS: Registry[Any] = Registry("metric", "metrics")
+EXTRACTORS: Registry[Any] = Registry("extractor", "extractors")
 LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
 
 REGISTRIES = (
@@ -188,6 +189,7 @@ REGISTRIES = (
     DECODERS,
     TASKS,
     METRICS,
+    EXTRACTORS,
     LAUNCHERS,
 )
 

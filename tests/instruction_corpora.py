@@ -201,6 +201,17 @@ def ocr(place: Path) -> dict[str, Any]:
     }
 
 
+def features(place: Path) -> dict[str, Any]:
+    """COCO's captions: four images, one that is missing, one without a caption."""
+    listed = [{"id": n, "file_name": f"{n}.jpg"} for n in range(6)]
+    annotations = [{"id": n, "image_id": n, "caption": f" A picture {n}."} for n in range(5)]
+    return {
+        "path": written(place / "captions.json", {"images": listed, "annotations": annotations}),
+        "images": images(place / "images", [f"{n}.jpg" for n in range(4)]),
+        "extractor": "grey",
+    }
+
+
 INSTRUCTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "vqa": vqa,
     "vizwiz": vizwiz,
@@ -212,5 +223,6 @@ INSTRUCTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "coco_boxes": coco_boxes,
     "openimages_boxes": openimages_boxes,
     "ocr": ocr,
+    "features": features,
     "scene_instructions": lambda place: {"task": "edit", "count": 30, "side": 32},
 }

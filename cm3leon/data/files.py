@@ -223,9 +223,9 @@ def fingerprint(files: Iterable[File]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class MarkedImage:
-    """An image with a role: pixels (H, W, C), or the function that gives its file."""
+    """An image with a role: pixels (H, W, C), or the function that gives them or its file."""
 
-    content: np.ndarray | Callable[[], bytes]
+    content: np.ndarray | Callable[[], bytes | np.ndarray]
     role: Role = ""
 
 
@@ -381,13 +381,10 @@ class FileSource(Source):
                     segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
                     continue
                 image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)
-                content = image.content
-                pixels_HWC = (
-                    content
-                    if isinstance(content, np.ndarray)
-                    else decode_image(content(), self.config.max_pixels, name)
-                )
-                segments.append(ImageSegment(pixels_HWC, image.role))
+                content = image.content if isinstance(image.content, np.ndarray) else image.content()
+                if not isinstance(content, np.ndarray):
+                    content = decode_image(content, self.config.max_pixels, name)
+                segments.append(ImageSegment(content, image.role))
         except UnusableImage as error:
             return Skipped(record.id, str(error))
         return Document(record.id, tuple(segments), record.label)

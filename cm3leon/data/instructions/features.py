@@ -1,0 +1,98 @@
+"""Images drawn by what is seen in them: edges, depth, poses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+
+from cm3leon.config import Component
+from cm3leon.data.files import Files
+from cm3leon.data.images import decode_image, square
+from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.data.instructions.templates import FEATURES
+from cm3leon.registry import EXTRACTORS, SOURCES
+from cm3leon.types import UserError
+
+
+@SOURCES.register("features")
+class FeaturesSource(InstructionSource):
+    """A captions JSON of COCO with feature images: made by an extractor, or from a folder where they lie already.
+
+    In a folder the feature image of `a/b.jpg` is `a/b.png` or `a/b.jpg`; images without one are left out.
+    """
+
+    task = "features"
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """Which features."""
+
+        extractor: Annotated[Component, EXTRACTORS] | None = None
+        """Makes the feature images, each when it is read; null = they are in `folder`."""
+        folder: str | None = None
+        """Folder of feature images, local or a URL."""
+        kind: str | None = None
+        """What the feature images of `folder` are: canny, segmentation, hed, pose, depth, normals or scribble."""
+
+        def check(self) -> None:
+            if (self.extractor is None) == (self.folder is None):
+                raise UserError(f"extractor and folder are both {'null' if self.folder is None else 'given'}; give one")
+            if self.folder is not None and self.kind not in FEATURES:
+                raise UserError(f"kind is {self.kind}; feature images of a folder are one of: {', '.join(FEATURES)}")
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        path, what = f"data.path: {self.config.path}", "a captions JSON of COCO"
+        content = read_json(self.files, "data.path")
+        captions: dict[Any, str] = {}
+        for annotation in listed(content, "annotations", path, what):
+            if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
+                captions.setdefault(annotation.get("image_id"), annotation["caption"])
+        images = [image for image in listed(content, "images", path, what) if isinstance(image, Mapping)]
+        return [(image, captions.get(image.get("id"))) for image in images]
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        image, caption = entry
+        load = self.image(image.get("file_name"))
+        name = image["file_name"]
+        extractor, kind = self._extractor, self.config.kind
+
+        def feature() -> np.ndarray | bytes:
+            if extractor is None:
+                return self._precomputed(name)
+            pixels_HWC = decode_image(load(), self.config.max_pixels, name)
+            return extractor(square(pixels_HWC, min(pixels_HWC.shape[:2])))
+
+        values = {
+            "feature": FEATURES[extractor.kind if extractor else str(kind)],
+            "feature_image": feature,
+            "caption": self.words(caption, "the caption"),
+            "image": load,
+        }
+        return Example(f"features-{image.get('id')}", values)
+
+    @cached_property
+    def _extractor(self) -> Any:
+        return EXTRACTORS.build(self.config.extractor) if self.config.extractor else None
+
+    @cached_property
+    def _folder(self) -> Files:
+        return Files(str(self.config.folder), "data.folder")
+
+    @cached_property
+    def _there(self) -> set[str]:
+        return {file.name for file in self._folder.list((".png", ".jpg"))}
+
+    def _precomputed(self, name: str) -> bytes:
+        for ending in (".png", ".jpg"):
+            file = str(PurePosixPath(name).with_suffix(ending))
+            if file in self._there:
+                return self._folder.image(file, self.config.max_file_bytes)
+        return self._folder.image(name, self.config.max_file_bytes)  # which says that it is missing
