@@ -359,6 +359,13 @@ def test_what_an_image_is_drawn_by_is_masked_at_times() -> None:
     assert counts["condition", "instruction"] / 4000 == pytest.approx(0.05, abs=0.015)
 
 
+def test_answers_of_retrieved_documents_stay() -> None:
+    objective = Instruct(from_mapping(Instruct.Config, {"rotate_answer": 1.0}), vocab=VOCAB)
+    laid_out = lay_out(Sample(instruction("question"), (instruction("question"),)), VOCAB)
+    own = next(s for s in laid_out.segments if s.is_query and s.role == "answer")
+    assert objective.draw_spans(laid_out, np.random.default_rng(0), 200) == [(own.start, own.end)]
+
+
 def test_samples_without_roles_are_those_of_cm3() -> None:
     plain = TokenDocument("plain", tuple(TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments))
     laid_out = lay_out(Sample(plain), VOCAB)

@@ -45,8 +45,9 @@ class Instruct(CM3):
         return super().take(sample, start, room, rng)
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
-        roles = {segment.role for segment in sample.segments}
-        if roles == {""}:
+        own = [segment for segment in sample.segments if segment.is_query]  # retrieved documents stay as they are
+        roles = {segment.role for segment in own}
+        if roles <= {""}:
             return super().draw_spans(sample, rng, max_tokens)
         masked: set[Role] = set()
         chance = rng.random()
@@ -56,7 +57,7 @@ class Instruct(CM3):
             masked = {"instruction", "condition"}
         elif chance < self.config.mask_all + self.config.mask_instruction:
             masked = {"instruction"}
-        spans = [(segment.start, segment.end) for segment in sample.segments if segment.role in masked]
+        spans = [(segment.start, segment.end) for segment in own if segment.role in masked]
         fits = len(sample.ids_T) + EXTRA * len(spans) <= max_tokens and len(spans) < self.vocab.sentinels
         return [span for span in spans if span[0] < span[1]] if fits else []
 
