@@ -6,14 +6,14 @@ OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scenes.py
 from __future__ import annotations
 
 import time
-from collections import Counter
-from typing import Any
 
 from cm3leon.data.scenes.parse import parse
 from cm3leon.data.scenes.render import picture
 from cm3leon.data.scenes.source import ScenesSource
-from cm3leon.data.scenes.world import Thing, World, draw_scene
+from cm3leon.data.scenes.world import World, draw_scene
+from cm3leon.evaluation.scenes import Field, counted
 
+FIELDS: tuple[Field, ...] = ("kind", "shape", "colour", "size", "texture", "word", "pose", "entity", "place")
 SMALL = World(
     colours=["red", "green", "blue", "yellow", "purple", "cyan"],
     shapes=["circle", "square", "triangle", "cross"],
@@ -51,7 +51,7 @@ def main() -> None:
             read = SCENES / (time.perf_counter() - start)
             right = things = things_right = 0
             for scene, seen in zip(scenes, found, strict=True):
-                expected, there = Counter(map(what, scene.things)), Counter(map(what, seen.things))
+                expected, there = counted(scene, FIELDS), counted(seen, FIELDS)
                 right += expected == there and scene.background == seen.background
                 things += len(scene.things)
                 things_right += sum((expected & there).values())
@@ -60,12 +60,6 @@ def main() -> None:
                 f"{read:,.0f} |",
                 flush=True,
             )
-
-
-def what(thing: Thing) -> tuple[Any, ...]:
-    """All that is read of a thing; of where it stands, the place."""
-    looks = (thing.kind, thing.shape, thing.colour, thing.size, thing.texture, thing.word, thing.pose, thing.entity)
-    return (*looks, thing.place)
 
 
 if __name__ == "__main__":

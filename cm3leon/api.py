@@ -37,6 +37,7 @@ from cm3leon.models.serving import Weights, keep_weights, share
 from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import WEIGHTS, Run
+from cm3leon.stages.pipeline import MARKER
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.device import Precision, autocast, best_device, uses_bf16
@@ -103,6 +104,7 @@ class CM3Leon:
         window: int | None = None,
         way: Way = "eager",
         ranks: Ranks | None = None,
+        bank: Path | None = None,
     ) -> CM3Leon:
         """The run of that folder, on a device (None = a GPU where there is one).
 
@@ -113,6 +115,7 @@ class CM3Leon:
                 rounding); None = 4 for a single image, 1 for more.
             way: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
             ranks: processes that share the decoder; all of them have to ask the same.
+            bank: run folder whose documents are the memory bank; None = the run's own.
 
         Raises:
             UserError: for a folder without a finished pretraining, or weights that cannot be had here.
@@ -123,7 +126,13 @@ class CM3Leon:
                 raise UserError(f"{folder} is no run with a finished pretraining, {file} is missing")
         discover()
         ranks = ranks or Ranks(torch.device(device) if device else best_device())
-        opened = Run(load_experiment(str(folder / "config.yaml")), folder, ranks.device)
+        experiment = load_experiment(str(folder / "config.yaml"))
+        if bank is not None:
+            if experiment.shards is None or not (bank / "index" / MARKER).is_file():
+                why = f"{bank} has no finished index" if experiment.shards else f"the corpus of {folder} is in memory"
+                raise UserError(f"bank: {why}; a memory bank is a run in shards made with until=index")
+            experiment = replace(experiment, shards=replace(experiment.shards, bank=bank))
+        opened = Run(experiment, folder, ranks.device)
         model = load_model(folder)
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
@@ -157,7 +166,7 @@ class CM3Leon:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         task = self._task("text_to_image")
         documents = [TokenDocument(text, (self._text(text), self._fresh)) for text in texts]
-        found = self._retrieve(texts, None, "text", retrieve)
+        found = self.retrieved(texts, None, "text", retrieve)
         requests, used = [], []
         for document, rows in zip(documents, found, strict=True):
             asked, kept = self._fitting(task, document, rows)
@@ -171,6 +180,41 @@ class CM3Leon:
             results.append(self._pictures(text, codes_BN, range(seed, seed + n), self._shown(rows)))
         return results[0] if isinstance(prompt, str) else results
 
+    def ask(
+        self,
+        task: str,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[int]],
+        *,
+        samples: range,
+        seeds: Sequence[int],
+        decoder: DecoderChoice = None,
+        most: int = 64,
+    ) -> list[list[TokenDocument]]:
+        """Some of the samples of a registered task's answers: for each document, the completed ones.
+
+        Sample n of a document is the same whichever others are asked for, up to rounding.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
+            samples: their numbers.
+            seeds: of the first sample of each document; the others count on from it.
+            most: pieces of an answer in text.
+        """
+        room = {"max_tokens": most} if hasattr(TASKS.config_class(task), "max_tokens") else {}
+        section = {"name": task, **room}
+        built = TASKS.build(section, **self._task_arguments())
+        requests = []
+        for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
+            prompt, _ = self._fitting(built, document, list(rows))
+            request = self._request(prompt, decoder, range(seed, seed + samples.stop))
+            requests.append(request.part(samples))
+        ends = self.run.vocab.end_of_span
+        return [
+            [built.complete(document, np.array([t for t in tokens if t != ends], np.int64)) for tokens in drawn]
+            for document, drawn in zip(documents, self._answers(requests), strict=True)
+        ]
+
     def caption(
         self, image: Image.Image, *, retrieve: int = 0, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
     ) -> str:
@@ -178,7 +222,7 @@ class CM3Leon:
         task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
         pixels_HWC = self._pixels(image)
         document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
-        (rows,) = self._retrieve(None, pixels_HWC[None], "image", retrieve)
+        (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
         prompt, _ = self._fitting(task, document, rows)
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
         return self.run.text_tokenizer.decode(tokens)
@@ -374,7 +418,7 @@ class CM3Leon:
     def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
         return TokenSegment("image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0]))
 
-    def _retrieve(
+    def retrieved(
         self, texts: list[str] | None, images_BHWC: np.ndarray | None, by: Modality, count: int
     ) -> list[list[int]]:
         """Rows of the bank for each query, the closest last."""
@@ -402,12 +446,17 @@ class CM3Leon:
             shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
         return tuple(shown)
 
+    def clip_scores(self, text: str, codes_BN: np.ndarray) -> np.ndarray:
+        """Cosine (B,) of each image and a text, by the run's own CLIP."""
+        encoder = self.run.retriever.encoder
+        images_BHWC = self.run.image_tokenizer.decode(np.asarray(codes_BN, np.int64))
+        return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+
     def _pictures(
         self, text: str, codes_BN: np.ndarray, seeds: Sequence[int], documents: tuple[UsedDocument, ...]
     ) -> list[Picture]:
         images_BHWC = self.run.image_tokenizer.decode(codes_BN)
-        encoder = self.run.retriever.encoder
-        scores_B = encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+        scores_B = self.clip_scores(text, codes_BN)
         pictures = [
             Picture(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
             for pixels_HWC, codes_N, score, seed in zip(images_BHWC, codes_BN, scores_B, seeds, strict=True)

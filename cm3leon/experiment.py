@@ -42,6 +42,9 @@ from cm3leon.tokenizers.text import TextTokenizerConfig
 from cm3leon.training.config import DecoderTrainingConfig, TrainingConfig
 from cm3leon.types import UserError
 
+STUDY = frozenset({"runs", "evaluations"})
+"""Sections that a study has, and an experiment has not."""
+
 
 @dataclass(kw_only=True)
 class SplitConfig:
@@ -236,26 +239,51 @@ def experiment_name(name_or_path: str) -> str:
     return Path(name_or_path).stem if _is_path(name_or_path) else name_or_path
 
 
-def load_experiment(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> Experiment:
+def load_experiment(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    shipped: Path = SHIPPED,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
     `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's overrides win over
     those of experiments.yaml, which win over the file. Among them, `overrides=smoke` stands for all the dotted keys in
-    `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own.
+    `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
+    dotted keys with their values, for a caller that has no command line.
 
     Raises:
         UserError: for an unknown experiment, or a mistake in its file or the overrides.
         PluginError: for a plugin that fails to import.
+    """
+    given = [(split_key(key), value) for key, value in (settings or {}).items()]
+    _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
+    if STUDY & mapping.keys():
+        raise UserError(f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them")
+    mapping = _with_absolute_plugins(mapping, Path.cwd())
+    discover(mapping.get("plugins", []))
+    return from_mapping(Experiment, mapping)
+
+
+def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
+    """Whether an experiment is made of several runs, see `cm3leon.study`. Raises UserError where there is none."""
+    file, _ = _find(name_or_path, shipped)
+    return bool(STUDY & load_yaml(file).keys())
+
+
+def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override]) -> tuple[Path, dict[str, Any]]:
+    """The file of an experiment, and what it says with the overrides of experiments.yaml, then with those given.
+
+    Raises:
+        UserError: for an unknown experiment, or overrides that lead nowhere.
     """
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
     mapping = _with_absolute_plugins(load_yaml(file), file.parent)
     mapping = apply_overrides(mapping, [(split_key(key), value) for key, value in listed.items()], sections)
     mapping = _with_absolute_plugins(mapping, shipped)
-    mapping = apply_overrides(mapping, _overrides(overrides, shipped), sections)
-    mapping = _with_absolute_plugins(mapping, Path.cwd())
-    discover(mapping.get("plugins", []))
-    return from_mapping(Experiment, mapping)
+    return file, apply_overrides(mapping, overrides, sections)
 
 
 def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -176,6 +176,7 @@ ATTENTIONS: Registry[Any] = Registry("attention", "attentions")
 DECODERS: Registry[Any] = Registry("decoder", "decoders")
 TASKS: Registry[Any] = Registry("task", "tasks")
 METRICS: Registry[Any] = Registry("metric", "metrics")
+PROTOCOLS: Registry[Any] = Registry("protocol", "protocols")
 EXTRACTORS: Registry[Any] = Registry("extractor", "extractors")
 LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
 
@@ -189,6 +190,7 @@ REGISTRIES = (
     DECODERS,
     TASKS,
     METRICS,
+    PROTOCOLS,
     EXTRACTORS,
     LAUNCHERS,
 )

@@ -69,8 +69,13 @@ class Command:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs the stages of an experiment that are not done yet."""
+    """Runs the stages of an experiment that are not done yet; of a study, those of its runs, and its evaluations."""
     named, overrides = _split(arguments, ("experiment", "run", "until"))
+    if _is_study(named):
+        from cm3leon.study import load_study, run_study
+
+        folder = _run_folder(named)
+        return run_study(load_study(named["experiment"], overrides, folder), folder, until=named["until"] or None)
     from cm3leon.experiment import load_experiment
 
     experiment = load_experiment(named["experiment"], overrides)
@@ -83,6 +88,11 @@ def part(arguments: Sequence[str]) -> None:
     """Makes one worker's share of the shards of a stage."""
     named, overrides = _split(arguments, ("experiment", "run", "stage", "part"))
     share = _share(named["part"])
+    if _is_study(named):
+        from cm3leon.study import load_study, run_study
+
+        folder = _run_folder(named)
+        return run_study(load_study(named["experiment"], overrides, folder), folder, asked=share)
     from cm3leon.experiment import load_experiment
 
     experiment = load_experiment(named["experiment"], overrides)
@@ -116,6 +126,12 @@ def plan(arguments: Sequence[str]) -> None:
 
     words = [parse_override(f"{name}={named[name]}") for name in own if named[name]]
     main(experiment, from_mapping(PlanConfig, apply_overrides({}, words)))
+
+
+def _is_study(named: dict[str, str]) -> bool:
+    from cm3leon.experiment import is_study
+
+    return is_study(named["experiment"])
 
 
 def _run_folder(named: dict[str, str]) -> Path:
@@ -190,6 +206,10 @@ def usage() -> str:
 def resolved(arguments: Sequence[str]) -> str:
     """The resolved experiment as YAML."""
     named, overrides = _split(arguments, ("experiment", "run", "until"))
+    if _is_study(named):
+        from cm3leon.study import load_study
+
+        return dump_yaml(to_mapping(load_study(named["experiment"], overrides, _run_folder(named))))
     from cm3leon.experiment import load_experiment
 
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))

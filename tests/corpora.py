@@ -121,6 +121,7 @@ def coco(place: Path) -> dict[str, Any]:
 CORPORA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "digits": lambda place: {},
     "scenes": lambda place: {"count": 1012, "side": 32},
+    "scene_entities": lambda place: {"count": 12, "backgrounds": ["white", "black"], "side": 32},
     "folder": folder,
     "jsonl": jsonl,
     "text_jsonl": text_jsonl,

@@ -252,6 +252,24 @@ def test_files_of_another_kind_are_refused_in_a_sentence(
         list(SOURCES.build({"name": name, **fields}).documents())
 
 
+def test_a_question_that_is_no_object_is_left_out(tmp_path: Path) -> None:
+    fields = INSTRUCTIONS["vqa"](tmp_path)
+    content = json.loads(Path(fields["path"]).read_text())
+    content["questions"].insert(0, "what?")
+    Path(fields["path"]).write_text(json.dumps(content))
+    items = list(SOURCES.build({"name": "vqa", **fields}).documents())
+    assert isinstance(items[0], Skipped)
+    assert sum(isinstance(item, Document) for item in items) == 6
+
+
+def test_a_corpus_changes_with_all_its_files(tmp_path: Path) -> None:
+    fields = INSTRUCTIONS["vqa"](tmp_path)
+    before = SOURCES.build({"name": "vqa", **fields}).fingerprint()
+    annotations = Path(fields["annotations"])
+    annotations.write_text(annotations.read_text() + "\n")
+    assert SOURCES.build({"name": "vqa", **fields}).fingerprint() != before
+
+
 def test_annotations_of_another_split_are_refused(tmp_path: Path) -> None:
     fields = INSTRUCTIONS["vqa"](tmp_path)
     Path(fields["annotations"]).write_text(json.dumps({"annotations": [{"question_id": 999, "answers": []}]}))

@@ -23,6 +23,7 @@ TOP = (
     "generate",
     "plan",
     "perplexity",
+    "study",
     "launch",
     "run",
 )

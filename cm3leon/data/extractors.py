@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cm3leon.config import NonNegativeFloat, NoSettings, PositiveFloat, PositiveInt
+from cm3leon.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from cm3leon.registry import EXTRACTORS
 from cm3leon.types import UserError
 
@@ -128,11 +128,11 @@ class Regions:
         return palette()[segment(pixels_HWC, scale=self.config.scale, min_size=least) % 256]
 
 
-@EXTRACTORS.register("depth")
-class Depth:
-    """Depth by a model in transformers' format on disk (DPT, Depth Anything): near is bright."""
+class _Learned:
+    """Base of the extractors by a model in transformers' format on disk, which is loaded when it is first used."""
 
-    kind = "depth"
+    loads: str
+    """Which of transformers' classes."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -141,13 +141,27 @@ class Depth:
         path: Path
         """Folder of the model, with its preprocessor_config.json."""
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         self.config = config
-        _check_folder(config.path)
+        if not (config.path / "config.json").is_file():
+            raise UserError(
+                f"path is {config.path}, which holds no model in transformers' format: config.json is missing"
+            )
 
     @cached_property
     def _model(self) -> Any:
-        return _transformers(self.config.path, "AutoModelForDepthEstimation")
+        return _transformers(self.config.path, self.loads)
+
+
+@EXTRACTORS.register("depth")
+class Depth(_Learned):
+    """Depth by a model in transformers' format on disk (DPT, Depth Anything): near is bright."""
+
+    kind = "depth"
+
+    loads = "AutoModelForDepthEstimation"
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         return _grey(self.depth(pixels_HWC))
@@ -193,25 +207,12 @@ class Normals:
 
 
 @EXTRACTORS.register("classes")
-class Classes:
+class Classes(_Learned):
     """Semantic segments by a model in transformers' format on disk (SegFormer, Mask2Former's semantic heads)."""
 
     kind = "segmentation"
 
-    @dataclass(kw_only=True)
-    class Config:
-        """Which model."""
-
-        path: Path
-        """Folder of the model, with its preprocessor_config.json."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        _check_folder(config.path)
-
-    @cached_property
-    def _model(self) -> Any:
-        return _transformers(self.config.path, "AutoModelForSemanticSegmentation")
+    loads = "AutoModelForSemanticSegmentation"
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         import torch
@@ -222,21 +223,6 @@ class Classes:
             logits_1Khw = model(**processor(images=pixels_HWC, return_tensors="pt")).logits
         class_HW = F.interpolate(logits_1Khw, pixels_HWC.shape[:2], mode="bilinear")[0].argmax(0).numpy()
         return palette()[class_HW % 256]
-
-
-@EXTRACTORS.register("grey")
-class Grey:
-    """The image without its colours: a feature for trying things out."""
-
-    kind = "hed"
-
-    Config = NoSettings
-
-    def __init__(self, config: NoSettings) -> None:
-        self.config = config
-
-    def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        return _grey(_luma(pixels_HWC))
 
 
 def palette() -> np.ndarray:
@@ -268,11 +254,6 @@ def _scikit_image(module: str) -> Any:
         return importlib.import_module(f"skimage.{module}")
     except ImportError as error:
         raise UserError("this feature needs the package scikit-image (pip install scikit-image)") from error
-
-
-def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise UserError(f"path is {path}, which holds no model in transformers' format: config.json is missing")
 
 
 def _transformers(path: Path, kind: str) -> tuple[Any, Any]:

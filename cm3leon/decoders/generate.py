@@ -88,7 +88,7 @@ class Answerer:
         keep: Callable[[Answer], None],
     ) -> None:
         """Gives `keep` those samples of requests; an answer's ticket is the number of the request."""
-        parts = {number: _part(requests[number], numbers) for number, numbers in left.items()}
+        parts = {number: requests[number].part(numbers) for number, numbers in left.items()}
         engine = self._engine(list(parts.values()), samples)
         tickets = {engine.submit(part): number for number, part in parts.items()}
         try:
@@ -112,12 +112,6 @@ class Answerer:
             shape = shape_for(self.model, requests, samples=samples, window=window, multiple=ROUNDING)
             kept = self._kept = Engine(self.model, self.vocab, shape, window=window, way=self.way)
         return kept
-
-
-def _part(request: Request, numbers: Sequence[int]) -> Request:
-    """Some of the samples of a request."""
-    of = [request.decoders[number] for number in numbers]
-    return replace(request, decoders=of, seeds=[request.seeds[number] for number in numbers])
 
 
 def answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ class Request:
     """How tokens of each modality are drawn, for each sample."""
     seeds: Sequence[int]
     """One for each sample, which depends on it alone (up to rounding), not on its neighbours."""
+
+    def part(self, numbers: Sequence[int]) -> Request:
+        """Some of its samples."""
+        of = [self.decoders[number] for number in numbers]
+        return replace(self, decoders=of, seeds=[self.seeds[number] for number in numbers])
 
     def used(self) -> tuple[np.ndarray, ...]:
         """The streams that the decoders look at."""

@@ -114,7 +114,12 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     bank = Bank(run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False)
 
     def make(number: int) -> None:
-        found = [np.zeros((config.dropout_variants, 0, 2 * config.per_modality), np.int64)]
+        width = 2 * config.per_modality
+        if not config.max_documents:  # training will draw none, so nothing is looked for
+            none_VBK = np.full((config.dropout_variants, int(run.tokens.rows[number]), width), NONE)
+            write_neighbour_shard(shard_path(folder, number, len(parts)), none_VBK, {"verdicts": {}})
+            return
+        found = [np.zeros((config.dropout_variants, 0, width), np.int64)]
         verdicts: Counter[str] = Counter()
         first = int(first_rows[number])
         for batch in shard_documents(run, parts, number):

@@ -25,7 +25,7 @@ from cm3leon.data.files import (
 from cm3leon.data.images import UnusableImage
 from cm3leon.data.instructions.templates import ROLES, TABLE_5, check_templates, fill
 from cm3leon.data.source import Skipped
-from cm3leon.types import UserError
+from cm3leon.types import Document, UserError
 
 CHUNK = 1000
 """Examples of a part."""
@@ -37,6 +37,10 @@ class Example:
 
     id: str
     values: Mapping[str, Any]
+    truth: tuple[str, ...] = ()
+    """For evaluation: all answers or captions that people gave, or the options that there are."""
+    group: str = ""
+    """Examples of one group are asked about once; empty = alone."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +64,8 @@ class InstructionSource(FileSource):
     task: str
     """Which of `TABLE_5`."""
     suffixes = (".json",)
+    more_files: tuple[str, ...] = ()
+    """Fields of the config that name further files of what is listed."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -84,12 +90,33 @@ class InstructionSource(FileSource):
         return [str(number) for number in range(-(-len(self._entries) // CHUNK))]
 
     def fingerprint(self) -> str:
-        return f"{self.task} {json.dumps(self.templates)} {fingerprint(self._list())}"
+        given = [(name, getattr(self.config, name)) for name in self.more_files]
+        more = [file for name, path in given if path for file in Files(path, f"data.{name}").list((".json", ".csv"))]
+        return f"{self.task} {json.dumps(self.templates)} {fingerprint([*self._list(), *more])}"
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        for found in self._examples(int(part) * CHUNK, CHUNK):
+            yield found if isinstance(found, Skipped) else found[0]
+
+    def asked(self) -> Iterator[tuple[Document, Example] | Skipped]:
+        """One document of each group, with its example: what an evaluation asks about."""
         self.parts()
-        first = int(part) * CHUNK
-        for number, entry in enumerate((self._entries or [])[first : first + CHUNK], first):
+        known: set[str] = set()
+        for found in self._examples(0, len(self._entries or [])):
+            if isinstance(found, Skipped):
+                yield found
+                continue
+            record, example = found
+            if (example.group or example.id) in known:
+                continue
+            document = self._decoded(record)
+            if isinstance(document, Document):
+                known.add(example.group or example.id)
+            yield document if isinstance(document, Skipped) else (document, example)
+
+    def _examples(self, first: int, count: int) -> Iterator[tuple[Record, Example] | Skipped]:
+        self.parts()
+        for number, entry in enumerate((self._entries or [])[first : first + count], first):
             rng = Random(f"{self.config.seed} {number}")
             try:
                 example = self.example(entry, rng)
@@ -97,7 +124,7 @@ class InstructionSource(FileSource):
                 yield Skipped(f"{self.config.path}:{number}", str(error))
                 continue
             template = self.templates[int(rng.random() * len(self.templates))]
-            yield Record(example.id, fill(template, example.values, ROLES[self.task]))
+            yield Record(example.id, fill(template, example.values, ROLES[self.task])), example
 
     # -------------------------------------------------------------------------------------------- parts
 
@@ -130,6 +157,14 @@ def listed(content: Any, key: str, path: str, what: str) -> list[Any]:
     if not isinstance(found, list):
         raise UserError(f"{path} has no list under {key}; give {what}")
     return found
+
+
+def check_image_name(template: str, image_id: int | str) -> None:
+    """Raises UserError for a template of images' names with other slots than {image_id}."""
+    try:
+        template.format(image_id=image_id)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"image_name is {template!r}; its only slot is {{image_id}}") from error
 
 
 def integer(value: Any, what: str) -> int:

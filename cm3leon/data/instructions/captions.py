@@ -8,7 +8,14 @@ from random import Random
 from typing import Any, Literal
 
 from cm3leon.data.files import BadRecord, Files, parse_object
-from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    check_image_name,
+    listed,
+    read_json,
+)
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
@@ -48,7 +55,10 @@ class KarpathySource(InstructionSource):
             raise BadRecord("the image has no filename")
         raw = sentence.get("raw") if isinstance(sentence, Mapping) else None
         file = f"{folder}/{name}" if folder else name
-        return Example(f"{name}-{number}", {"caption": self.words(raw, "the sentence"), "image": self.image(file)})
+        values = {"caption": self.words(raw, "the sentence"), "image": self.image(file)}
+        every = [one.get("raw") for one in image["sentences"] if isinstance(one, Mapping)]
+        truth = tuple(text.strip() for text in every if isinstance(text, str) and text.strip())
+        return Example(f"{name}-{number}", values, truth, group=file)
 
 
 @SOURCES.register("image_paragraph")
@@ -56,6 +66,7 @@ class ImageParagraphSource(InstructionSource):
     """Stanford's Image Paragraph: a list of image ids with paragraphs; images are `{image_id}.jpg`."""
 
     task = "paragraph"
+    more_files = ("ids",)
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
@@ -83,7 +94,7 @@ class ImageParagraphSource(InstructionSource):
             raise BadRecord("no image_id")
         text = self.words(entry.get("paragraph"), "the paragraph")
         id_ = entry["image_id"]
-        return Example(f"paragraph-{id_}", {"caption": text, "image": self.image(f"{id_}.jpg")})
+        return Example(f"paragraph-{id_}", {"caption": text, "image": self.image(f"{id_}.jpg")}, (text,))
 
 
 @SOURCES.register("localized_narratives")
@@ -101,10 +112,7 @@ class LocalizedNarrativesSource(InstructionSource):
         """By {image_id}; COCO's are {image_id:0>12}.jpg."""
 
         def check(self) -> None:
-            try:
-                self.image_name.format(image_id="1")
-            except (KeyError, ValueError, IndexError) as error:
-                raise UserError(f"image_name is {self.image_name!r}; its only slot is {{image_id}}") from error
+            check_image_name(self.image_name, "1")
 
     config: Config
 
@@ -123,4 +131,4 @@ class LocalizedNarrativesSource(InstructionSource):
         text = self.words(content.get("caption"), "the caption")
         file = self.config.image_name.format(image_id=image_id)
         who = content.get("annotator_id", "")
-        return Example(f"narrative-{image_id}-{who}", {"caption": text, "image": self.image(file)})
+        return Example(f"narrative-{image_id}-{who}", {"caption": text, "image": self.image(file)}, (text,))

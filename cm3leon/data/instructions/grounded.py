@@ -13,7 +13,7 @@ from PIL import Image
 
 from cm3leon.config import PositiveInt
 from cm3leon.data.files import BadRecord, Files
-from cm3leon.data.images import UnusableImage
+from cm3leon.data.images import FORMATS, UnusableImage
 from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
@@ -72,6 +72,8 @@ class _Boxes(InstructionSource):
 @SOURCES.register("coco_boxes")
 class CocoBoxesSource(_Boxes):
     """An instances JSON of COCO, or Objects365's, which has the same form. Crowds are left out."""
+
+    more_files = ("captions",)
 
     @dataclass(kw_only=True)
     class Config(BoxesConfig):
@@ -134,6 +136,7 @@ class OpenImagesBoxesSource(_Boxes):
     """
 
     suffixes = (".csv",)
+    more_files = ("classes",)
 
     @dataclass(kw_only=True)
     class Config(BoxesConfig):
@@ -178,7 +181,7 @@ class OpenImagesBoxesSource(_Boxes):
     def _size(self, name: str) -> tuple[int, int]:
         """Width and height of an image, by its file's header."""
         try:
-            with Image.open(io.BytesIO(self.image(name)())) as image:
+            with Image.open(io.BytesIO(self.image(name)()), formats=FORMATS) as image:
                 return image.size
         except (UnusableImage, OSError, Image.DecompressionBombError) as error:
             raise BadRecord(str(error)) from error

@@ -52,6 +52,7 @@ class ScienceQaSource(InstructionSource):
         return Example(
             f"scienceqa-{id_}",
             {**reasoning_slots(question, str(problem.get("hint") or ""), choices, number, explanation), "image": image},
+            (choices[number], *choices),
         )
 
 

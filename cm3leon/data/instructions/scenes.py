@@ -2,155 +2,156 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from cm3leon.config import NonNegativeInt, PositiveInt
 from cm3leon.data.files import MarkedImage
 from cm3leon.data.instructions.grounded import objects_text
 from cm3leon.data.instructions.reasoning import reasoning_slots
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.data.scenes import language, render
-from cm3leon.data.scenes.source import CHUNK
-from cm3leon.data.scenes.world import BACKGROUNDS, COLOURS, Scene, World, draw_scene, pick
-from cm3leon.data.source import Skipped, Source
+from cm3leon.data.scenes.source import DrawnConfig, DrawnSource
+from cm3leon.data.scenes.world import BACKGROUNDS, COLOURS, ROWS, Scene, World, draw_scene, pick
+from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
-
-VERSION = 1
-"""Raised when the same seed starts to give another document."""
 
 Values = dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class SceneExample:
+    """What a task asks about a scene."""
+
+    table: str
+    """Whose templates; empty = none, a caption and its image."""
+    values: Values
+    """Of their slots."""
+    shows: Scene
+    """What the image that is asked for shows; for tasks that answer in text, the image that is given."""
+    kind: str = ""
+    """Of the question or of the edit."""
+
+
 @SOURCES.register("scene_instructions")
-class SceneInstructionsSource(Source):
-    """Documents of one task about scenes drawn by seed; the scene of a document is that of `first` + its number."""
+class SceneInstructionsSource(DrawnSource):
+    """Documents of one task about scenes drawn by seed; scenes that the task cannot be about are left out."""
+
+    version = 1
 
     @dataclass(kw_only=True)
-    class Config:
-        """Which task, and about which scenes."""
+    class Config(DrawnConfig):
+        """Which task."""
 
         task: str
         """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of feature image."""
-        world: World = field(default_factory=World)
-        """What scenes hold."""
-        count: PositiveInt = 10_000
-        """Documents of the corpus; scenes that the task cannot be about are left out."""
-        first: NonNegativeInt = 0
-        """Seed of the first scene."""
-        side: PositiveInt = 64
-        """Pixels of a picture's side."""
 
         def check(self) -> None:
-            self.world.check()
+            DrawnConfig.check(self)
             if self.task not in TASKS:
                 raise UserError(f"task is {self.task}; scenes have: {', '.join(TASKS)}")
 
     config: Config
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def parts(self) -> list[str]:
-        return [str(start) for start in range(0, self.config.count, CHUNK)]
-
-    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
-        first = int(part)
-        for number in range(first + start, min(first + CHUNK, self.config.count)):
-            yield self.document(self.config.first + number)
-
     def document(self, seed: int) -> Document | Skipped:
         """The document of a scene."""
+        found = self.example(seed)
+        return found if isinstance(found, Skipped) else found[0]
+
+    def example(self, seed: int) -> tuple[Document, SceneExample] | Skipped:
+        """The document of a scene, and what it asks."""
         config = self.config
         scene, rng = draw_scene(config.world, seed), Random(f"{config.task} {seed}")
-        found = TASKS[config.task](scene, config.world, rng, config.side)
+        example = TASKS[config.task](scene, config.world, rng, config.side)
         id_ = f"{config.task}-{seed:08d}"
-        if found is None:
+        if example is None:
             return Skipped(id_, f"a scene that {config.task} cannot be about")
-        table, values = found
+        table, values = example.table, example.values
         if not table:
-            return Document(id_, (TextSegment(values["caption"]), ImageSegment(values["image"])))
+            return Document(id_, (TextSegment(values["caption"]), ImageSegment(values["image"]))), example
         segments = fill(pick(rng, TABLE_5[table]), values, ROLES[table])
-        return Document(
+        document = Document(
             id_,
             tuple(
                 ImageSegment(np.asarray(segment.content), segment.role) if isinstance(segment, MarkedImage) else segment
                 for segment in segments
             ),
         )
-
-    def fingerprint(self) -> str:
-        settings = json.dumps([VERSION, asdict(self.config)], sort_keys=True)
-        return f"scene_instructions {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        return document, example
 
 
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
-    return "", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}
+def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
+    return SceneExample("", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}, scene)
 
 
-def _caption(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
-    return "caption", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}
+def _caption(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
+    return SceneExample(
+        "caption", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}, scene
+    )
 
 
-def _paragraph(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
-    return "paragraph", {"caption": language.long_caption(scene), "image": render.picture(scene, side)}
+def _paragraph(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
+    return SceneExample(
+        "paragraph", {"caption": language.long_caption(scene), "image": render.picture(scene, side)}, scene
+    )
 
 
-def _vqa(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _vqa(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     asked = language.questions(scene, world, rng)
     kind = pick(rng, sorted({question.kind for question in asked}))  # each kind as often, however many it has
     question = pick(rng, [question for question in asked if question.kind == kind])
-    return "vqa", {"question": question.text, "answer": question.answer, "image": render.picture(scene, side)}
+    values = {"question": question.text, "answer": question.answer, "image": render.picture(scene, side)}
+    return SceneExample("vqa", values, scene, question.kind)
 
 
-def _reasoning(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _reasoning(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     asked = language.reasoning(scene, rng)
     if asked is None:
         return None
     slots = reasoning_slots(asked.text, asked.context, list(asked.options), asked.answer, asked.explanation)
-    return "reasoning", {**slots, "image": render.picture(scene, side)}
+    return SceneExample("reasoning", {**slots, "image": render.picture(scene, side)}, scene)
 
 
-def _edit(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _edit(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     edits = language.edits(scene, world, rng)
     if not edits:
         return None
     edit = pick(rng, edits)
     before, after = render.picture(scene, side), render.picture(edit.after, side)
-    return "edit", {"instruction": edit.instruction, "image1": before, "image2": after}
+    values = {"instruction": edit.instruction, "image1": before, "image2": after}
+    return SceneExample("edit", values, edit.after, edit.kind)
 
 
-def _grounded(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _grounded(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     objects = []
     for thing, box in zip(scene.things, render.boxes(scene, side), strict=True):
         left, top, right, bottom = (edge / side for edge in box)
         objects.append((language.short_name(thing), (left, top, right, bottom)))
     names = [name for name, _ in objects]
     caption = " and ".join(dict.fromkeys(names))
-    return "grounded", {"caption": caption, "objects": objects_text(objects), "image": render.picture(scene, side)}
+    return SceneExample(
+        "grounded", {"caption": caption, "objects": objects_text(objects), "image": render.picture(scene, side)}, scene
+    )
 
 
-def _write(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _write(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     words = [thing for thing in scene.things if thing.kind == "word"]
     if not words:
         return None
-    in_order = sorted(words, key=lambda thing: (thing.place[0] != "top", thing.place[0] == "bottom", thing.x))
+    in_order = sorted(words, key=lambda thing: (ROWS.index(thing.place[0]), thing.x))
     text = " ".join(thing.word for thing in in_order)
-    return "write", {"text": text, "image": render.picture(scene, side)}
+    return SceneExample("write", {"text": text, "image": render.picture(scene, side)}, scene)
 
 
-def _feature(kind: str) -> Callable[[Scene, World, Random, int], tuple[str, Values] | None]:
-    def make(scene: Scene, world: World, rng: Random, side: int) -> tuple[str, Values] | None:
+def _feature(kind: str) -> Callable[[Scene, World, Random, int], SceneExample | None]:
+    def make(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
         if kind == "pose" and not any(thing.kind == "figure" for thing in scene.things):
             return None
         values = {
@@ -159,12 +160,12 @@ def _feature(kind: str) -> Callable[[Scene, World, Random, int], tuple[str, Valu
             "caption": language.caption(scene, rng),
             "image": render.picture(scene, side),
         }
-        return "features", values
+        return SceneExample("features", values, scene)
 
     return make
 
 
-TASKS: dict[str, Callable[[Scene, World, Random, int], tuple[str, Values] | None]] = {
+TASKS: dict[str, Callable[[Scene, World, Random, int], SceneExample | None]] = {
     "text_to_image": _text_to_image,
     "caption": _caption,
     "paragraph": _paragraph,

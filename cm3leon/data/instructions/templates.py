@@ -100,7 +100,7 @@ def fill(template: str, values: Mapping[str, Any], roles: Mapping[str, Role]) ->
 
 def _texts(piece: str, slots: list[str], values: Mapping[str, Any], roles: Mapping[str, Role]) -> list[TextSegment]:
     def filled(text: str) -> str:
-        return _SLOT.sub(lambda match: values[match[1]], text.replace("\n", "\n"))
+        return _SLOT.sub(lambda match: values[match[1]], text)
 
     answer = next((slot for slot in slots if roles.get(slot) == "answer"), None)
     if answer is None:
@@ -108,9 +108,6 @@ def _texts(piece: str, slots: list[str], values: Mapping[str, Any], roles: Mappi
         return [TextSegment(filled(piece), "instruction" if is_instruction else "")]
     before, after = map(filled, piece.split(f"{{{answer}}}"))
     given = before.rstrip()
-    parts = [(given, ""), (before[len(given) :] + values[answer], "answer"), (after, "")]
-    texts: list[TextSegment] = []
-    for text, role in parts:
-        if text:
-            texts.append(TextSegment(text, "answer" if role else "", joined=bool(texts)))
-    return texts
+    answer_text = TextSegment(before[len(given) :] + values[answer], "answer", joined=bool(given))
+    parts = (TextSegment(given), answer_text, TextSegment(after, joined=True))
+    return [part for part in parts if part.text]

@@ -13,6 +13,7 @@ from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,
     InstructionSource,
+    check_image_name,
     integer,
     listed,
     read_json,
@@ -29,6 +30,7 @@ class VqaSource(InstructionSource):
     """
 
     task = "vqa"
+    more_files = ("annotations",)
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
@@ -40,21 +42,19 @@ class VqaSource(InstructionSource):
         """How images are named, by {image_id}."""
 
         def check(self) -> None:
-            try:
-                self.image_name.format(image_id=1)
-            except (KeyError, ValueError, IndexError) as error:
-                raise UserError(f"image_name is {self.image_name!r}; its only slot is {{image_id}}") from error
+            check_image_name(self.image_name, 1)
 
     config: Config
 
     def entries(self) -> list[Any]:
         what = "the questions JSON of VQA2 or OKVQA"
         questions = listed(read_json(self.files, "data.path"), "questions", f"data.path: {self.config.path}", what)
+        questions = [entry if isinstance(entry, Mapping) else {} for entry in questions]
         path = f"data.annotations: {self.config.annotations}"
         files = Files(self.config.annotations, "data.annotations")
         annotations = listed(read_json(files, "data.annotations"), "annotations", path, "the annotations JSON")
         by_question = {entry.get("question_id"): entry for entry in annotations if isinstance(entry, Mapping)}
-        ids = [entry.get("question_id") for entry in questions if isinstance(entry, Mapping)]
+        ids = [entry.get("question_id") for entry in questions]
         if ids and not any(id_ in by_question for id_ in ids):
             raise UserError(f"{path} answers none of the questions of {self.config.path}; give those of the same split")
         return [(entry, by_question.get(id_)) for entry, id_ in zip(questions, ids, strict=True)]
@@ -70,7 +70,7 @@ class VqaSource(InstructionSource):
             "answer": self.words(answer, "the answer"),
             "image": self.image(name),
         }
-        return Example(f"vqa-{question['question_id']}", values)
+        return Example(f"vqa-{question['question_id']}", values, given_answers(annotation.get("answers")) or (answer,))
 
 
 @SOURCES.register("vizwiz")
@@ -95,15 +95,20 @@ class VizWizSource(InstructionSource):
             "answer": self.words(majority(entry.get("answers")), "the answer"),
             "image": self.image(entry.get("image")),
         }
-        return Example(f"vizwiz-{entry['image']}", values)
+        return Example(f"vizwiz-{entry['image']}", values, given_answers(entry.get("answers")))
 
 
 def majority(answers: Any, chosen: Any = None) -> str:
     """The answer that was given most often, of those the first; `chosen` where the file says which. May raise."""
     if isinstance(chosen, str) and chosen.strip():
         return chosen
-    given = [one.get("answer") for one in answers or () if isinstance(one, Mapping)]
-    texts = [text for text in given if isinstance(text, str) and text.strip()]
+    texts = given_answers(answers)
     if not texts:
         raise BadRecord("the question has no answers")
     return Counter(texts).most_common(1)[0][0]
+
+
+def given_answers(answers: Any) -> tuple[str, ...]:
+    """The answers that people gave, without empty ones."""
+    given = [one.get("answer") for one in answers or () if isinstance(one, Mapping)]
+    return tuple(text for text in given if isinstance(text, str) and text.strip())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from cm3leon.data.scenes.render import covered, picture, stamp_of
+from cm3leon.data.scenes.render import DARK, covered, picture, stamp_of
 from cm3leon.data.scenes.world import (
     ANGLES,
     BACKGROUNDS,
@@ -101,7 +101,7 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
     joined_HW = ndimage.binary_dilation(thing_HW, np.ones((2 * near + 1,) * 2))  # letters of a word are one blob
     labels_HW, count = ndimage.label(joined_HW)
     names = tuple(world.colours)
-    tones = np.concatenate([_colours(names, COLOURS), 0.55 * _colours(names, COLOURS)])
+    tones = np.concatenate([_colours(names, COLOURS), DARK * _colours(names, COLOURS)])
     tone_HW, distance_HW = _which(pixels_HWC, tones)
     colour_HW = tone_HW % len(names)
     least = _least(side)
@@ -281,8 +281,9 @@ def _from_back_to_front(things: list[Thing], pixels_HWC: np.ndarray, side: int) 
         if both_HW.sum() < 3:
             continue
         tones = [np.array(COLOURS[thing.colour], np.float32) for thing in (first, second)]
+        shades = (1, (1 + DARK) / 2, DARK)
         errors = [
-            min(np.linalg.norm(pixels_HWC[both_HW] - tone * shade, axis=-1).mean() for shade in (1, 0.775, 0.55))
+            min(np.linalg.norm(pixels_HWC[both_HW] - tone * shade, axis=-1).mean() for shade in shades)
             for tone in tones
         ]
         nearer, farther = (first, second) if errors[0] < errors[1] else (second, first)

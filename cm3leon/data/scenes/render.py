@@ -206,7 +206,7 @@ def _inside(shape: str, size: int) -> np.ndarray:
 def _second_tone(texture: str, size: int) -> np.ndarray:
     x, y = _grid(size)
     if texture == "striped":
-        return (np.floor((x + y) * 2.5) % 2 == 0) & (x < 9)
+        return np.floor((x + y) * 2.5) % 2 == 0
     if texture == "checked":
         return (np.floor(x * 2.5 + 0.5) + np.floor(y * 2.5 + 0.5)) % 2 == 0
     if texture == "dotted":

@@ -4,56 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from cm3leon.config import NonNegativeInt, PositiveInt
 from cm3leon.data.scenes.language import caption, long_caption
 from cm3leon.data.scenes.render import picture
-from cm3leon.data.scenes.world import World, draw_scene
+from cm3leon.data.scenes.world import BACKGROUNDS, Scene, Thing, World, draw_scene
 from cm3leon.data.source import Skipped, Source
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
-VERSION = 1
-"""Raised when the same seed starts to give another picture or caption."""
 CHUNK = 1000
 """Scenes of a part."""
 
 
-@SOURCES.register("scenes")
-class ScenesSource(Source):
-    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with captions that are true.
+@dataclass(kw_only=True)
+class DrawnConfig:
+    """Which scenes a corpus is about."""
 
-    Scene n of a corpus is that of the seed `first` + n, whatever is drawn besides it.
-    """
+    world: World = field(default_factory=World)
+    """What scenes hold."""
+    count: PositiveInt = 10_000
+    """Scenes of the corpus."""
+    first: NonNegativeInt = 0
+    """Seed of the first one."""
+    side: PositiveInt = 64
+    """Pixels of a picture's side."""
 
-    @dataclass(kw_only=True)
-    class Config:
-        """Which scenes, and how they are captioned."""
+    def check(self) -> None:
+        self.world.check()
+        if self.side < 24:
+            raise UserError(f"side is {self.side}; things are told apart from 24 pixels on")
 
-        world: World = field(default_factory=World)
-        """What scenes hold."""
-        count: PositiveInt = 10_000
-        """Scenes of the corpus."""
-        first: NonNegativeInt = 0
-        """Seed of the first one."""
-        side: PositiveInt = 64
-        """Pixels of a picture's side."""
-        captions: Literal["short", "long", "both"] = "short"
-        """short: what is there, a single thing with its place. long: everything. both: half each."""
 
-        def check(self) -> None:
-            self.world.check()
-            if self.side < 24:
-                raise UserError(f"side is {self.side}; things are told apart from 24 pixels on")
+class DrawnSource(Source):
+    """Base of the sources about scenes: document n is about the scene of the seed `first` + n."""
 
-    config: Config
+    version: int
+    """Raised when the same seed starts to give another document."""
+    config: Any
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
+
+    @abstractmethod
+    def document(self, seed: int) -> Document | Skipped:
+        """The document about the scene of a seed."""
 
     def parts(self) -> list[str]:
         return [str(start) for start in range(0, self.config.count, CHUNK)]
@@ -63,6 +63,26 @@ class ScenesSource(Source):
         for number in range(first + start, min(first + CHUNK, self.config.count)):
             yield self.document(self.config.first + number)
 
+    def fingerprint(self) -> str:
+        settings = json.dumps([type(self).__name__, self.version, asdict(self.config)], sort_keys=True)
+        return f"scenes {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+
+
+@SOURCES.register("scenes")
+class ScenesSource(DrawnSource):
+    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with captions that are true."""
+
+    version = 1
+
+    @dataclass(kw_only=True)
+    class Config(DrawnConfig):
+        """How scenes are captioned."""
+
+        captions: Literal["short", "long", "both"] = "short"
+        """short: what is there, a single thing with its place. long: everything. both: half each."""
+
+    config: Config
+
     def document(self, seed: int) -> Document:
         """The scene of a seed: its caption, then its picture."""
         scene, rng = draw_scene(self.config.world, seed), Random(f"caption {seed}")
@@ -71,6 +91,56 @@ class ScenesSource(Source):
         text = long_caption(scene) if is_long else caption(scene, rng)
         return Document(f"scene-{seed:08d}", (TextSegment(text), ImageSegment(picture(scene, self.config.side))))
 
+
+@SOURCES.register("scene_entities")
+class SceneEntitiesSource(Source):
+    """Every one of some named entities on every one of some backgrounds, once: a memory bank."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which entities."""
+
+        first: NonNegativeInt = 0
+        """Number of the first."""
+        count: PositiveInt = 1000
+        """How many."""
+        backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
+        """Each entity is shown on each of them."""
+        side: PositiveInt = 32
+        """Pixels of a picture's side."""
+
+        def check(self) -> None:
+            World(backgrounds=self.backgrounds).check()
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def parts(self) -> list[str]:
+        return [str(start) for start in range(0, self._documents, CHUNK)]
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        first, backgrounds = int(part), self.config.backgrounds
+        for number in range(first + start, min(first + CHUNK, self._documents)):
+            entity, background = divmod(number, len(backgrounds))
+            yield entity_document(self.config.first + entity, backgrounds[background], self.config.side)
+
     def fingerprint(self) -> str:
-        settings = json.dumps([VERSION, asdict(self.config)], sort_keys=True)
-        return f"scenes {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        return f"scene_entities 1 {json.dumps(asdict(self.config), sort_keys=True)}"
+
+    @property
+    def _documents(self) -> int:
+        return self.config.count * len(self.config.backgrounds)
+
+
+def entity_scene(entity: int, background: str) -> Scene:
+    """An entity alone on a background."""
+    return Scene(background, (Thing("entity", "", "", 0.5, 0.5, entity=entity),))
+
+
+def entity_document(entity: int, background: str, side: int) -> Document:
+    """An entity on a background: its caption, then its picture."""
+    scene = entity_scene(entity, background)
+    text = caption(scene, Random(0))  # nothing of it is drawn
+    return Document(f"entity-{entity}-{background}", (TextSegment(text), ImageSegment(picture(scene, side))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -191,8 +192,6 @@ def pick(rng: Random, choices: Sequence[T]) -> T:
 
 
 def _below(rng: Random, ends: Sequence[float]) -> int:
-    from bisect import bisect_right
-
     return min(bisect_right(ends, rng.random() * ends[-1]), len(ends) - 1)
 
 

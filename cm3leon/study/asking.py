@@ -1,0 +1,320 @@
+"""Answers of a model to a protocol's items, under a setting: shared out, gone on with after a kill, and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon.api import CM3Leon
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, to_mapping
+from cm3leon.data.images import square
+from cm3leon.evaluation.metrics import Measured
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, asked, given_image, true_answer
+from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
+from cm3leon.stages.pipeline import MARKER, write_json
+from cm3leon.stages.tokens import token_documents
+from cm3leon.types import Document, ImageSegment, Segment, TextSegment, UserError
+
+VERSION = 1
+"""Raised when the same setting starts to give other answers."""
+SHARD = 128
+"""Items of a file of answers; a kill loses at most what one of them takes."""
+SHOWN = 12
+"""Items that a result has pictures of."""
+SEEDS = 65_536
+"""Seeds from one item's to the next one's: the most samples there may be."""
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """How a model is asked."""
+
+    documents: NonNegativeInt = 0
+    """Retrieved documents before the prompt."""
+    samples: PositiveInt = 1
+    """Answers drawn for an item; the best by the run's own CLIP is the one that counts."""
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the model's own experiment says."""
+    bank: Path | None = None
+    """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
+    seed: NonNegativeInt = 0
+    """Of the first sample of the first item."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a result: a model under a setting."""
+
+    name: str
+    model: str
+    folder: Path
+    """Run folder of the model."""
+    setting: Setting
+    point: dict[str, Any]
+    """The swept keys and their values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An item with its answer, as a report shows it."""
+
+    text: str
+    given_HWC: np.ndarray | None
+    answer: Answer
+    right: bool | None
+
+
+class Asking:
+    """The items of a protocol, put to one model after the other. `folder` holds the answers of all."""
+
+    def __init__(self, protocol: Component, folder: Path) -> None:
+        self.component, self.folder = protocol, folder
+        self.protocol: Protocol = PROTOCOLS.build(protocol)
+        self.items: list[Item] = self.protocol.items()
+        if not self.items:
+            raise UserError("protocol: it has no items to ask")
+        self._opened: tuple[tuple[Path, Path | None], CM3Leon] | None = None
+
+    @property
+    def shards(self) -> int:
+        """Files of answers that a row has."""
+        return -(-len(self.items) // SHARD)
+
+    def answer(self, row: Row, numbers: Sequence[int]) -> None:
+        """Makes those of the row's files of answers that are missing, or have too few samples.
+
+        Raises:
+            UserError: for a folder that is no finished run, or a setting that the model has no room for.
+        """
+        place = self.place(row)
+        missing = [number for number in numbers if _samples_of(_file(place, number)) < row.setting.samples]
+        if not missing:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "setting.json").is_file():
+            write_json(place / "setting.json", self.identity(row))
+        model = self.model(row)
+        asked = sum(len(self._of_shard(number)) for number in missing) * row.setting.samples
+        bar = tqdm(total=asked, desc=row.name, unit="answer", mininterval=2.0, dynamic_ncols=True)
+        with bar as progress:
+            for number in missing:
+                self._make(model, row.setting, _file(place, number), number)
+                progress.update(len(self._of_shard(number)) * row.setting.samples)
+
+    def is_answered(self, row: Row) -> bool:
+        """Whether all the row's answers are there."""
+        place = self.place(row)
+        return all(_samples_of(_file(place, number)) >= row.setting.samples for number in range(self.shards))
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """The figures of a row whose answers are all there, the ceiling and the chance level where they are known."""
+        place = self.place(row)
+        done = place / f"result-{row.setting.samples}.json"
+        if not done.is_file():
+            answers = self.answers(row)
+            seconds = sum(float(_read(_file(place, number))["seconds"].sum()) for number in range(self.shards))
+            result: dict[str, Any] = {
+                "metrics": _figures(self.protocol.score(self.items, answers)),
+                "items": len(self.items),
+                "seconds": seconds,
+                "notes": self.protocol.notes(self.items),
+            }
+            if self.protocol.has_truth:
+                truths = self._rebuilt_truths(row)
+                result["ceiling"] = _figures(self.protocol.score(self.items, truths))
+                others = [*truths[1:], truths[0]]
+                result["chance"] = _figures(self.protocol.score(self.items, others))
+            write_json(done, result)
+        return json.loads(done.read_text())
+
+    def answers(self, row: Row) -> list[Answer]:
+        """The best answer to each item."""
+        found: list[Answer] = []
+        model = self.model(row)
+        for number in range(self.shards):
+            held = _read(_file(self.place(row), number))
+            if self.protocol.answers_in == "text":
+                found += [Answer(text=str(texts[0])) for texts in held["texts"]]
+                continue
+            clip_In = held["clip"][:, : row.setting.samples]
+            best_I = clip_In.argmax(axis=1)
+            codes_IN = held["codes"][np.arange(len(best_I)), best_I]
+            images_BHWC = model.run.image_tokenizer.decode(codes_IN.astype(np.int64))
+            scores = clip_In[np.arange(len(best_I)), best_I]
+            found += [
+                Answer(image_HWC=image, clip=float(clip)) for image, clip in zip(images_BHWC, scores, strict=True)
+            ]
+        return found
+
+    def shown(self, row: Row) -> list[Example]:
+        """Some items of each kind with the row's answers."""
+        answers = self.answers(row)
+        kinds = list(dict.fromkeys(item.kind for item in self.items))
+        places: list[int] = []
+        for kind in kinds:
+            own = [place for place, item in enumerate(self.items) if item.kind == kind]
+            places += own[: max(1, SHOWN // len(kinds))]
+        return [
+            Example(asked(item), given_image(item), answer, self.protocol.right(item, answer))
+            for item, answer in ((self.items[place], answers[place]) for place in places)
+        ]
+
+    def place(self, row: Row) -> Path:
+        """The folder of the row's answers: another for everything that they depend on, but the number of samples."""
+        identity = json.dumps(self.identity(row), sort_keys=True)
+        return self.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def identity(self, row: Row) -> dict[str, Any]:
+        """All that a row's answers depend on but the number of samples."""
+        setting = {name: value for name, value in to_mapping(row.setting).items() if name not in ("samples", "bank")}
+        return {
+            "version": VERSION,
+            "protocol": to_mapping(self.component),
+            "files": self.protocol.fingerprint(),
+            "model": _fingerprint(row.folder, "pretraining", "models"),
+            "setting": setting,
+            "bank": _fingerprint(row.setting.bank, "index", "setting.bank") if row.setting.bank else None,
+        }
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def model(self, row: Row) -> CM3Leon:
+        """The row's model, kept until another one is asked for."""
+        key = (row.folder, row.setting.bank)
+        if self._opened is None or self._opened[0] != key:
+            self._opened = None  # its memory is free for the next one
+            self._opened = (key, CM3Leon.load(row.folder, bank=row.setting.bank))
+        return self._opened[1]
+
+    def _of_shard(self, number: int) -> list[Item]:
+        return self.items[number * SHARD : (number + 1) * SHARD]
+
+    def _make(self, model: CM3Leon, setting: Setting, file: Path, number: int) -> None:
+        """Draws the samples that the file has not, and writes it with all."""
+        items, begun = self._of_shard(number), time.perf_counter()
+        held = _read(file) if file.is_file() else {}
+        samples = range(_samples_of(file), setting.samples)
+        wants_image = self.protocol.answers_in == "image"
+        size = model.run.image_tokenizer.image_size
+        documents = list(token_documents(model.run, [_sized(item.document, size, wants_image) for item in items]))
+        drawn: list[list[Any]] = [[] for _ in items]
+        for task in dict.fromkeys(item.task for item in items):
+            places = [place for place, item in enumerate(items) if item.task == task]
+            found = model.ask(
+                task,
+                [documents[place] for place in places],
+                self._retrieved(model, task, [items[place] for place in places], setting.documents),
+                samples=samples,
+                seeds=[(setting.seed + number * SHARD + place) * SEEDS for place in places],
+                decoder=setting.decoder,
+            )
+            for place, completed in zip(places, found, strict=True):
+                drawn[place] = completed
+        made: dict[str, np.ndarray] = {}
+        if wants_image:
+            made["codes"] = np.array([[_last_codes(model, each) for each in of] for of in drawn]).astype(np.int32)
+            made["clip"] = np.stack(
+                [
+                    model.clip_scores(item.document.text, codes_nN)
+                    for item, codes_nN in zip(items, made["codes"], strict=True)
+                ]
+            )
+        else:
+            made["texts"] = np.array([[_answered_text(model, each) for each in of] for of in drawn])
+        for name in made:
+            if name in held:
+                made[name] = np.concatenate([held[name], made[name]], axis=1)
+        spent = np.array([time.perf_counter() - begun])
+        made["seconds"] = np.concatenate([held["seconds"], spent]) if held else spent
+        partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
+        np.savez_compressed(partial, allow_pickle=False, **made)  # type: ignore[arg-type]
+        os.replace(partial, file)
+
+    def _retrieved(self, model: CM3Leon, task: str, items: Sequence[Item], count: int) -> list[list[int]]:
+        if not count:
+            return [[] for _ in items]
+        by = TASKS.get(task).retrieves_by
+        if by == "text":
+            return model.retrieved([item.document.text for item in items], None, by, count)
+        size = model.run.image_tokenizer.image_size
+        images = [item.document.image for item in items]
+        return model.retrieved(
+            None, np.stack([square(image, size) for image in images if image is not None]), by, count
+        )
+
+    def _rebuilt_truths(self, row: Row) -> list[Answer]:
+        """The true answers as the model could at best give them: images through its tokenizer and back."""
+        truths = [true_answer(item, self.protocol.answers_in) for item in self.items]
+        if self.protocol.answers_in == "text":
+            return truths
+        tokenizer = self.model(row).run.image_tokenizer
+        rebuilt: list[Answer] = []
+        for first in range(0, len(truths), SHARD):
+            images = [square(t.image_HWC, tokenizer.image_size) for t in truths[first : first + SHARD]
+                      if t.image_HWC is not None]  # fmt: skip
+            decoded_BHWC = tokenizer.decode(tokenizer.encode(np.stack(images)))
+            rebuilt += [Answer(image_HWC=image_HWC) for image_HWC in decoded_BHWC]
+        return rebuilt
+
+
+def _sized(document: Document, size: int, wants_image: bool) -> Document:
+    """The document with all its images in the tokenizer's size, and an empty one to be asked for where it has none."""
+    segments: list[Segment] = [
+        ImageSegment(square(segment.pixels_HWC, size), segment.role) if isinstance(segment, ImageSegment) else segment
+        for segment in document.segments
+    ]
+    if wants_image and isinstance(segments[-1], TextSegment):
+        segments.append(ImageSegment(np.zeros((size, size, 3), np.uint8)))
+    return replace(document, segments=tuple(segments))
+
+
+def _last_codes(model: CM3Leon, document: Any) -> np.ndarray:
+    image = next(segment for segment in reversed(document.segments) if segment.modality == "image")
+    return model.run.vocab.image_codes(image.ids_T)
+
+
+def _answered_text(model: CM3Leon, document: Any) -> str:
+    answers = [segment for segment in document.segments if segment.role == "answer"]
+    if answers:
+        return model.run.text_tokenizer.decode(answers[0].ids_T).strip()
+    return model.run.tokenizer.caption(document)
+
+
+def _file(place: Path, number: int) -> Path:
+    return place / f"{number:05d}.npz"
+
+
+def _samples_of(file: Path) -> int:
+    """Samples that a file of answers has; 0 for one that is not there."""
+    if not file.is_file():
+        return 0
+    held = _read(file)
+    return next(len(held[name][0]) for name in ("clip", "texts") if name in held)
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            return dict(held)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged; remove it, and the same command makes it again") from error
+
+
+def _fingerprint(folder: Path, stage: str, where: str) -> str:
+    try:
+        return json.loads((folder / stage / MARKER).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: {folder} is no run with a finished {stage}") from error
+
+
+def _figures(measured: dict[str, Measured]) -> dict[str, Any]:
+    return {name: asdict(value) for name, value in measured.items()}

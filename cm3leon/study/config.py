@@ -1,0 +1,200 @@
+"""What a study is: runs, evaluations of their models, and aims."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cm3leon.config import (
+    SHIPPED,
+    Component,
+    apply_overrides,
+    choices,
+    component_sections,
+    from_mapping,
+    parse_override,
+    split_key,
+)
+from cm3leon.experiment import Experiment, load_experiment, load_listed
+from cm3leon.registry import PROTOCOLS, discover
+from cm3leon.study.asking import Row, Setting
+from cm3leon.types import UserError
+
+HERE = "{run}"
+"""Stands for the study's folder in paths."""
+
+
+@dataclass(kw_only=True)
+class StudyRun:
+    """One run of a study; its folder is `{run}/NAME`."""
+
+    experiment: str
+    """Name of an experiment, or the path of its file, relative to the study's."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys and the values they replace in it."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Dotted keys and the values they take; there is a run for each combination, named NAME-VALUE-VALUE."""
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """A protocol put to models under settings."""
+
+    title: str
+    """What the report calls it."""
+    protocol: Annotated[Component, PROTOCOLS]
+    """What is asked, and how the answers are measured."""
+    models: dict[str, Path]
+    """Run folders with a finished pretraining, by the names that the result gives them."""
+    setting: dict[str, Any] = field(default_factory=dict)
+    """How they are asked: documents, samples, decoder, bank, seed."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Dotted keys of the setting and the values they take; there is a row for each model and combination."""
+    plot: str | None = None
+    """The metric that is drawn against the first swept key; null = a table alone."""
+
+    def check(self) -> None:
+        if not self.models:
+            raise UserError("models is empty; give at least one run folder by a name")
+        if self.plot and not self.sweep:
+            raise UserError("plot is against the first key of sweep, which is empty")
+
+
+@dataclass(kw_only=True)
+class Aim:
+    """What a figure should reach, shown at the top of the report."""
+
+    label: str
+    """What it is called there."""
+    evaluation: str
+    """Name of the evaluation."""
+    row: str
+    """Name of its row: the model, and the swept values behind it."""
+    metric: str
+    """Name of the figure."""
+    at_least: float | None = None
+    """What it should reach; null = nothing."""
+    at_most: float | None = None
+    """What it should not exceed; null = nothing."""
+
+
+@dataclass(kw_only=True)
+class Study:
+    """Runs, made in their order, then evaluations of their models, or of those of other runs."""
+
+    title: str
+    """Heading of the report."""
+    about: str = ""
+    """What is below it."""
+    runs: dict[str, StudyRun] = field(default_factory=dict)
+    """By their names."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """By their names."""
+    aims: list[Aim] = field(default_factory=list)
+    """Figures for the top of the report."""
+
+    def check(self) -> None:
+        if not (self.runs or self.evaluations):
+            raise UserError("runs and evaluations are both empty; a study has some of either")
+        for aim in self.aims:
+            if aim.evaluation not in self.evaluations:
+                raise UserError(f"aims: evaluation is {aim.evaluation}; {choices(aim.evaluation, self.evaluations)}")
+
+
+def load_study(name_or_path: str, words: Sequence[str], folder: Path, shipped: Path = SHIPPED) -> Study:
+    """Finds a study, applies `key=value` words, and checks it with every experiment of its runs.
+
+    `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in that of each.
+    `{run}` in it stands for the folder.
+
+    Raises:
+        UserError: for a mistake in its file, in the words, or in one of its experiments.
+        PluginError: for a plugin that fails to import.
+    """
+    overrides = [parse_override(word) for word in words]
+    discover()
+    file, mapping = load_listed(name_or_path, shipped, [override for override in overrides if not _of_run(override)])
+    mapping = _with_folder(mapping, folder)
+    study = from_mapping(Study, mapping)
+    of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
+    for (name, *_), _ in of_runs:
+        if name not in (*study.runs, "*"):
+            raise UserError(f"runs.{name} is not a run of this study; {choices(name, study.runs)}")
+    study.runs = {name: run for first, plan in study.runs.items() for name, run in _swept_runs(first, plan, of_runs)}
+    for run in study.runs.values():
+        if run.experiment.endswith((".yaml", ".yml")):
+            run.experiment = str(file.parent / run.experiment)
+    for name in study.runs:
+        load_run(study, name)
+    named = {name: [row.name for row in rows(name, each)] for name, each in study.evaluations.items()}
+    for aim in study.aims:
+        if aim.row not in named[aim.evaluation]:
+            raise UserError(
+                f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
+                f"{choices(aim.row, named[aim.evaluation])}"
+            )
+    return study
+
+
+def load_run(study: Study, name: str) -> Experiment:
+    """The experiment of a run."""
+    run = study.runs[name]
+    try:
+        return load_experiment(run.experiment, settings=run.overrides)
+    except UserError as error:
+        raise UserError(f"runs.{name}: {error}") from error
+
+
+def rows(name: str, evaluation: Evaluation) -> list[Row]:
+    """The rows of an evaluation: each model under each combination of what is swept."""
+    sections = component_sections(Setting)
+    result = []
+    for model, folder in evaluation.models.items():
+        for point in combinations(evaluation.sweep):
+            mapping = apply_overrides(evaluation.setting, [(split_key(key), v) for key, v in point.items()], sections)
+            setting = from_mapping(Setting, mapping, f"evaluations.{name}.setting")
+            named = ", ".join([model, *(f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items())])
+            result.append(Row(named, model, folder, setting, point))
+    return result
+
+
+def combinations(sweep: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of some keys; one, of none, where there are no keys."""
+    for values in itertools.product(*sweep.values()):
+        yield dict(zip(sweep, values, strict=True))
+
+
+def shown(value: Any) -> str:
+    """A value of a sweep as the name of a row has it."""
+    if isinstance(value, Mapping):
+        return " ".join(
+            [str(value.get("name", "")), *(f"{k} {shown(v)}" for k, v in value.items() if k != "name")]
+        ).strip()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _of_run(override: tuple[Any, Any]) -> bool:
+    return override[0][0] == "runs" and len(override[0]) > 2
+
+
+def _swept_runs(first: str, plan: StudyRun, overrides: Sequence[Any]) -> Iterator[tuple[str, StudyRun]]:
+    """The runs of a plan, with what the command line says of it, or of all."""
+    said = {".".join(path[1:]): value for path, value in overrides if path[0] in (first, "*")}
+    for point in combinations(plan.sweep):
+        name = "-".join([first, *map(shown, point.values())])
+        yield name, StudyRun(experiment=plan.experiment, overrides={**plan.overrides, **point, **said})
+
+
+def _with_folder(content: Any, folder: Path) -> Any:
+    """The content with the study's folder in all its paths."""
+    if isinstance(content, str):
+        return content.replace(HERE, str(folder))
+    if isinstance(content, Mapping):
+        return {_with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()}
+    return [_with_folder(each, folder) for each in content] if isinstance(content, list) else content

@@ -1,0 +1,160 @@
+"""The page of a study: aims, a table and a plot for each evaluation, and some of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.evaluation.report import (
+    Card,
+    Content,
+    Curves,
+    Fact,
+    Gallery,
+    Picture,
+    Report,
+    Section,
+    Series,
+    Status,
+    Table,
+    write_report,
+)
+from cm3leon.study.asking import Example
+from cm3leon.study.config import Aim, Evaluation, Study
+
+NOTE = "In brackets the interval of 95 %."
+CEILING = (
+    "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
+    "items."
+)
+
+
+def study_report(
+    path: Path, study: Study, results: Mapping[str, Any], shown: Mapping[str, Sequence[Sequence[Example]]]
+) -> None:
+    """Writes the page. `shown` has, for each evaluation, examples of each of its rows."""
+    evaluations = results["evaluations"]
+    sections = [_section(study.evaluations[name], found, shown[name]) for name, found in evaluations.items()]
+    write_report(
+        path,
+        Report(
+            title=study.title,
+            subtitle=study.about,
+            facts=[_fact(aim, evaluations) for aim in study.aims if aim.evaluation in evaluations],
+            sections=[*sections, *_losses(results["validation"]), *_times(results["seconds"])],
+            footer="All figures and settings are in results.json; the same command makes only what is missing.",
+        ),
+    )
+
+
+def _fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
+    row = next((row for row in evaluations[aim.evaluation] if row["row"] == aim.row), None)
+    found = row["metrics"].get(aim.metric) if row else None
+    if found is None:
+        return Fact(aim.label, "–", f"no figure {aim.metric} of {aim.row}")
+    value, notes, status = found["value"], [_interval(found)], "plain"
+    met = True
+    for text, bound, holds in (
+        ("at least", aim.at_least, aim.at_least is None or value >= aim.at_least),
+        ("at most", aim.at_most, aim.at_most is None or value <= aim.at_most),
+    ):
+        if bound is not None:
+            notes.append(f"aim {text} {_number(bound)}")
+            met, status = met and holds, "good"
+    kind: Status = "plain" if status == "plain" else "good" if met else "bad"
+    for level in ("ceiling", "chance"):
+        if row and level in row:
+            notes.append(f"{level} {_number(row[level][aim.metric]['value'])}")
+    return Fact(aim.label, _number(value), "; ".join(note for note in notes if note), kind)
+
+
+def _section(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], shown: Sequence[Sequence[Example]]) -> Section:
+    metrics = list(rows[0]["metrics"])
+    table = [[row["row"], *(_cell(row["metrics"].get(metric)) for metric in metrics), row["items"]] for row in rows]
+    for level in ("ceiling", "chance"):
+        if level in rows[0]:
+            table.append([level, *(_cell(rows[0][level].get(metric)) for metric in metrics), rows[0]["items"]])
+    blocks: list[Content] = [
+        Table(["", *metrics, "items"], table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))
+    ]
+    if evaluation.plot:
+        blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
+    for row, examples in zip(rows[:_PICTURED], shown[:_PICTURED], strict=True):
+        blocks.append(Gallery([_card(example) for example in examples], caption=row["row"]))
+    return Section(evaluation.title, blocks=blocks)
+
+
+_PICTURED = 4
+"""Rows of an evaluation that have their answers shown."""
+
+
+def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
+    """The metric against the first swept key, a line for each model and combination of the other keys."""
+    key, *others = evaluation.sweep
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = ", ".join([row["model"], *(f"{other.split('.')[-1]} {row['point'][other]}" for other in others)])
+        lines.setdefault(name, []).append(row)
+    series = [
+        Series(
+            name,
+            [float(row["point"][key]) for row in of],
+            *([row["metrics"][metric][part] for row in of] for part in ("value", "low", "high")),
+        )
+        for name, of in lines.items()
+    ]
+    return Curves(series, x_label=key.split(".")[-1], y_label=metric)
+
+
+def _card(example: Example) -> Card:
+    images = [image for image in (example.given_HWC, example.answer.image_HWC) if image is not None]
+    status = None if example.right is None else "good" if example.right else "bad"
+    return Card(
+        [Picture(np.asarray(image)) for image in images],
+        title=example.answer.text,
+        caption=example.text,
+        status=status,  # type: ignore[arg-type]
+    )
+
+
+def _losses(validation: Mapping[str, Mapping[str, float]]) -> list[Section]:
+    """What the runs that trained came to, the lowest loss marked."""
+    trained = {name: losses for name, losses in validation.items() if losses}
+    if not trained:
+        return []
+    columns = list(dict.fromkeys(column for losses in trained.values() for column in losses))
+    rows = [[name, *(losses.get(column) for column in columns)] for name, losses in trained.items()]
+    best = min(range(len(rows)), key=lambda row: list(trained.values())[row]["loss"])
+    note = "In nats a token, without retrieved documents; runs of other documents or objectives do not compare."
+    table = Table(["run", *columns], rows, note, frozenset({best} if len(rows) > 1 else ()))
+    return [Section("Validation losses", blocks=[table])]
+
+
+def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
+    if not seconds:
+        return []
+    rows = [[name, " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items()), round(sum(of.values()))]
+            for name, of in seconds.items()]  # fmt: skip
+    total = sum(sum(of.values()) for of in seconds.values())
+    return [
+        Section(
+            "Time",
+            f"All runs together took {total / 60:.1f} minutes.",
+            [Table(["run", "stages, in seconds", "seconds"], rows)],
+        )
+    ]
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"{_number(found['value'])} {_interval(found)}".strip()
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return f"[{_number(found['low'])}, {_number(found['high'])}]" if found["low"] < found["high"] else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

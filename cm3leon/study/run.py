@@ -1,0 +1,93 @@
+"""A study is run: what is missing of its runs and answers is made, then measured, and one page shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import choices, dump_yaml, to_mapping
+from cm3leon.stages import run_experiment
+from cm3leon.stages.pipeline import MARKER, locked, write_json
+from cm3leon.study.asking import Asking
+from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
+from cm3leon.study.report import study_report
+from cm3leon.training.distributed import find_place, joined
+from cm3leon.types import UserError
+
+RESULTS = "results.json"
+STUDY_FILE = "study.yaml"
+WAIT = 24 * 3600
+"""Seconds that a rank waits for those that have more to answer."""
+
+
+def run_study(study: Study, folder: Path, *, until: str | None = None, asked: tuple[int, int] | None = None) -> None:
+    """Makes the runs that are not finished, then the evaluations, and says where the report is.
+
+    Args:
+        until: name of a run or evaluation after which it ends.
+        asked: (k, n): only share k of n of the answers is made, and nothing measured.
+
+    Raises:
+        UserError: for an unknown `until`, and whatever a run or an evaluation finds wrong.
+    """
+    names = [*study.runs, *study.evaluations]
+    if until is not None and until not in names:
+        raise UserError(f"until is {until}, which is no part of this study; {choices(until, names)}")
+    wanted = names[: names.index(until) + 1] if until else names
+    folder.mkdir(parents=True, exist_ok=True)
+    if asked is None:
+        for number, name in enumerate((name for name in wanted if name in study.runs), 1):
+            print(f"run {number} of {len(study.runs)}: {name}", flush=True)
+            run_experiment(load_run(study, name), folder / name)
+    with joined(find_place(), WAIT) as ranks:
+        share = asked or (ranks.rank, ranks.count)
+        found = {}
+        for name in (name for name in wanted if name in study.evaluations):
+            evaluation = study.evaluations[name]
+            asking = Asking(evaluation.protocol, folder / "answers")
+            for row in rows(name, evaluation):
+                asking.answer(row, range(share[0], asking.shards, share[1]))
+            ranks.barrier()
+            if asked is None and ranks.first:
+                found[name] = measured(asking, name, evaluation)
+        if asked is not None or not ranks.first or until is not None:
+            return
+        results = {
+            "again": f"python -m cm3leon.run experiment={folder / STUDY_FILE} run={folder}",
+            "study": to_mapping(study),
+            "seconds": {name: _seconds(folder / name) for name in study.runs},
+            "validation": {name: _validation(folder / name) for name in study.runs},
+            "evaluations": {name: result for name, (result, _) in found.items()},
+        }
+        with locked(folder):
+            (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
+            write_json(folder / RESULTS, results)
+            study_report(folder / "report.html", study, results, {name: shown for name, (_, shown) in found.items()})
+    print(f"report: {folder / 'report.html'}")
+
+
+def measured(asking: Asking, name: str, evaluation: Evaluation) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The result of each row of an evaluation, and for each what is shown of it."""
+    results, pictures = [], []
+    for row in rows(name, evaluation):
+        result = asking.measure(row)
+        results.append(
+            {"row": row.name, "model": row.model, "point": row.point, "identity": asking.identity(row), **result}
+        )
+        line = ", ".join(f"{metric} {shown(round(value['value'], 4))}" for metric, value in result["metrics"].items())
+        print(f"      {name} | {row.name}: {line}", flush=True)
+        pictures.append(asking.shown(row))
+    return results, pictures
+
+
+def _validation(folder: Path) -> dict[str, float]:
+    """The losses of a run's validation documents after its training; empty for one that did not train."""
+    file = folder / "pretraining" / "validation.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """How long each stage of a run took."""
+    markers = {file.parent.name: json.loads(file.read_text()) for file in folder.glob(f"*/{MARKER}")}
+    return {name: marker["seconds"] for name, marker in sorted(markers.items())}

@@ -1,0 +1,1 @@
+"""Protocols: fixed prompts, what their answers are compared with, and the figures that come of it."""

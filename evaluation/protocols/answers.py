@@ -1,0 +1,91 @@
+"""Questions and images of published data sets, answered in text (the paper's table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from cm3leon.config import Component, PositiveInt, Probability
+from cm3leon.data.instructions.base import InstructionSource
+from cm3leon.data.source import Skipped
+from cm3leon.evaluation.answers import option_of, vqa_accuracy
+from cm3leon.evaluation.captions import caption_scores
+from cm3leon.evaluation.metrics import Measured, average, proportion
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing
+from cm3leon.registry import PROTOCOLS, SOURCES
+from cm3leon.types import UserError
+
+
+@PROTOCOLS.register("answers")
+class Answers(Protocol):
+    """Answers in text, each image or question of a source once, by the rule that its data set is measured by."""
+
+    answers_in = "text"
+    has_truth = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which data set, and how it is measured."""
+
+        data: Annotated[Component, SOURCES]
+        """A source of instructions in its evaluation split."""
+        measure: Literal["vqa", "options", "captions"]
+        """vqa: the official accuracy over ten answers. options: the one that an answer names (ScienceQA). captions:
+        CIDEr and others against all captions of an image."""
+        count: PositiveInt | None = None
+        """Items, the first ones; null = all."""
+        missing: Probability = 0.01
+        """Share of the items that may be unusable, such as those whose image is missing."""
+
+        def check(self) -> None:
+            if not issubclass(SOURCES.get(self.data.name), InstructionSource):
+                raise UserError(f"data.name is {self.data.name}, which has no instructions with known answers")
+
+    config: Config
+
+    def items(self) -> list[Item]:
+        config = self.config
+        source: InstructionSource = SOURCES.build(config.data)
+        items: list[Item] = []
+        skipped = 0
+        for found in source.asked():
+            if isinstance(found, Skipped):
+                skipped += 1
+                continue
+            document, example = found
+            items.append(Item(document.id, "instruction", document, example.truth))
+            if len(items) == config.count:
+                break
+        check_missing(skipped, len(items), config.missing)
+        return items
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        texts = [answer.text for answer in answers]
+        if self.config.measure == "captions":
+            found = caption_scores(texts, [item.truth for item in items])
+            figures = {"CIDEr": found.cider, "BLEU-4": found.bleu[3], "ROUGE-L": found.rouge_l, "METEOR": found.meteor}
+            return {
+                f"{name} ({found.tokenizer})": Measured(value, value, value, len(items))
+                for name, value in figures.items()
+                if value is not None
+            }
+        if self.config.measure == "options":
+            right = [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
+            return {"accuracy": proportion(np.array(right))}
+        values = [vqa_accuracy(text, item.truth) for text, item in zip(texts, items, strict=True)]
+        return {"VQA accuracy": average(np.array(values))}
+
+    def right(self, item: Item, answer: Answer) -> bool | None:
+        if self.config.measure == "captions":
+            return None
+        if self.config.measure == "options":
+            chosen, *options = item.truth
+            named = option_of(answer.text, options)
+            return named is not None and options[named] == chosen
+        return vqa_accuracy(answer.text, item.truth) > 0
+
+    def fingerprint(self) -> str:
+        return SOURCES.build(self.config.data).fingerprint()

@@ -1,0 +1,108 @@
+"""What a protocol is: items that are asked, and the figures of their answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cm3leon.evaluation.metrics import Measured
+from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One prompt: the registered task that asks for an answer, and the document with the true one."""
+
+    id: str
+    task: str
+    document: Document
+    truth: Any = None
+    """What else the answer is compared with."""
+    kind: str = ""
+    """Figures of each kind are given beside those of all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score."""
+
+    text: str = ""
+    image_HWC: np.ndarray | None = None
+    clip: float = float("nan")
+
+
+class Protocol(ABC):
+    """Registered in `PROTOCOLS`, built as `cls(config)`; the same config gives the same items everywhere."""
+
+    answers_in: Modality
+    """The modality of the answers."""
+    has_truth: bool = True
+    """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def items(self) -> list[Item]:
+        """What is asked, in a fixed order.
+
+        Raises:
+            UserError: for data that is missing or of another form, or too few items for the figures.
+        """
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        """Figures of the answers, by name."""
+
+    def right(self, item: Item, answer: Answer) -> bool | None:
+        """Whether one answer is right; None where that cannot be said of one alone."""
+        return None
+
+    def notes(self, items: Sequence[Item]) -> dict[str, str]:
+        """What else a result has to say of how it came about."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Changes with files that the items come from."""
+        return ""
+
+
+def check_missing(skipped: int, usable: int, share: float) -> None:
+    """Raises UserError where more than that share of a data set's items cannot be used: it is not what it should be."""
+    if skipped > share * (skipped + usable):
+        raise UserError(
+            f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken entries), more than "
+            f"protocol.missing={share:g} allows; complete the data set, or raise it"
+        )
+
+
+def asked(item: Item) -> str:
+    """The text of an item without its answer, as a reader is shown it."""
+    runs: list[str] = []
+    for segment in item.document.segments:
+        if isinstance(segment, TextSegment):
+            text = " …" if segment.role == "answer" else segment.text
+            runs = [*runs[:-1], runs[-1] + text] if segment.joined and runs else [*runs, text.strip()]
+    return " | ".join(runs) if item.task != "caption" else ""
+
+
+def given_image(item: Item) -> np.ndarray | None:
+    """The image (H, W, C) that is given with an item, None without one."""
+    images = [segment for segment in item.document.segments if isinstance(segment, ImageSegment)]
+    if any(getattr(segment, "role", "") == "answer" for segment in item.document.segments) or item.task == "caption":
+        return images[0].pixels_HWC if images else None
+    return images[0].pixels_HWC if len(images) > 1 else None
+
+
+def true_answer(item: Item, modality: Modality) -> Answer:
+    """The answer that the document of an item holds."""
+    if modality == "image":
+        return Answer(image_HWC=item.document.images[-1])
+    for segment in item.document.segments:
+        if isinstance(segment, TextSegment) and segment.role == "answer":
+            return Answer(text=segment.text.strip())
+    return Answer(text=item.document.text)

@@ -1,0 +1,217 @@
+"""Protocols on scenes, whose truth is known (docs/scenes.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.data.instructions.scenes import SceneExample, SceneInstructionsSource
+from cm3leon.data.instructions.templates import FEATURES
+from cm3leon.data.scenes.language import short_name
+from cm3leon.data.scenes.parse import parse
+from cm3leon.data.scenes.render import boxes
+from cm3leon.data.scenes.source import DrawnConfig, entity_document, entity_scene
+from cm3leon.data.scenes.world import BACKGROUNDS, Scene, World
+from cm3leon.data.source import Skipped
+from cm3leon.evaluation.metrics import Measured, proportion
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
+from cm3leon.evaluation.scenes import TAGS, boxes_met, caption_right, composition_score, compositions, edited, shows
+from cm3leon.registry import PROTOCOLS
+from cm3leon.types import Document, TextSegment, UserError
+
+FIRST = 100_000_000
+"""Seed of the first scene that is asked about, far from those of training."""
+NUMBER = ("no object", "one object", "two objects", "three objects", "four objects")
+TEXT_TASKS = ("caption", "paragraph", "vqa", "reasoning")
+
+
+@PROTOCOLS.register("scene_task")
+class SceneTask(Protocol):
+    """A task about scenes: whether each answer is right, over all of them and by kind."""
+
+    @dataclass(kw_only=True)
+    class Config(DrawnConfig):
+        """Which task, and how many scenes."""
+
+        task: str
+        """As in the source scene_instructions."""
+        count: PositiveInt = 500
+        """Items."""
+        first: NonNegativeInt = FIRST
+        """Seed of the first scene."""
+
+        def check(self) -> None:
+            SceneInstructionsSource.Config(world=self.world, side=self.side, task=self.task).check()
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.answers_in = "text" if config.task in TEXT_TASKS else "image"
+
+    def items(self) -> list[Item]:
+        config = self.config
+        source = SceneInstructionsSource(
+            SceneInstructionsSource.Config(world=config.world, side=config.side, task=config.task)
+        )
+        items: list[Item] = []
+        for tried in count():
+            if len(items) == config.count:
+                return items
+            if tried == 100 * config.count:
+                raise UserError(f"protocol.task: hardly a scene of this world is one that {config.task} can be about")
+            found = source.example(config.first + tried)
+            if not isinstance(found, Skipped):
+                document, example = found
+                task = "instruction" if example.table else "text_to_image"
+                kind = example.kind or NUMBER[min(len(example.shows.things), len(NUMBER) - 1)]
+                items.append(Item(document.id, task, document, example, kind))
+        raise AssertionError
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        right_B = np.array([self.right(item, answer) for item, answer in zip(items, answers, strict=True)])
+        kinds = sorted({item.kind for item in items})
+        result = {"right": proportion(right_B)}
+        if len(kinds) > 1:
+            for kind in kinds:
+                result[kind] = proportion(right_B[np.array([item.kind == kind for item in items])])
+        return result
+
+    def right(self, item: Item, answer: Answer) -> bool:
+        example: SceneExample = item.truth
+        if self.answers_in == "text":
+            return self._text_right(example, answer.text)
+        assert answer.image_HWC is not None
+        found = parse(answer.image_HWC, self.config.world)
+        return self._image_right(example, found, answer.image_HWC.shape[0])
+
+    def _text_right(self, example: SceneExample, text: str) -> bool:
+        if self.config.task in ("caption", "paragraph"):
+            return caption_right(text, example.shows)
+        wanted = str(example.values["answer"])
+        if self.config.task == "reasoning":  # a letter, or steps that end in "the answer is (B)"
+            return text.rstrip(". ").endswith(wanted.rstrip(". "))
+        return text.strip(" .").lower() == wanted.lower()
+
+    def _image_right(self, example: SceneExample, found: Scene, side: int) -> bool:
+        task, shown = self.config.task, example.shows
+        if task == "edit":
+            return edited(shown, found)
+        if task == "write":
+            return [t.word for t in found.things if t.kind == "word"] == example.values["text"].split()
+        if task == "grounded":
+            asked, seen = _boxes(shown, side), _boxes(found, side)
+            return len(asked) == len(seen) and all(boxes_met(asked, seen))
+        # A caption of several things does not say where each is; a feature image does.
+        placed = task in FEATURES or len(shown.things) == 1
+        return shows(shown, found, ("colour", "shape", "place") if placed else ("colour", "shape"))
+
+
+def _boxes(scene: Scene, side: int) -> list[tuple[str, tuple[float, float, float, float]]]:
+    return [(short_name(thing), box) for thing, box in zip(scene.things, boxes(scene, side), strict=True)]
+
+
+@PROTOCOLS.register("scene_compositions")
+class SceneCompositions(Protocol):
+    """Prompts of GenEval's six kinds about shapes, and the mean of their shares of right images."""
+
+    answers_in = "image"
+    has_truth = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The world, and how many prompts."""
+
+        world: World = field(default_factory=World)
+        """What scenes hold."""
+        count: PositiveInt = 100
+        """Prompts of each kind."""
+        seed: NonNegativeInt = 0
+        """Of their draw."""
+
+    def items(self) -> list[Item]:
+        config = self.config
+        return [
+            Item(
+                f"{tag}-{number}",
+                "text_to_image",
+                Document(f"{tag}-{number}", (TextSegment(prompt.text),)),
+                prompt.right,
+                tag,
+            )
+            for tag in TAGS
+            for number, prompt in enumerate(compositions(config.world, tag, config.count, config.seed))
+        ]
+
+    def right(self, item: Item, answer: Answer) -> bool:
+        ask: Callable[[Scene], bool] = item.truth
+        assert answer.image_HWC is not None
+        return ask(parse(answer.image_HWC, self.config.world))
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        right_B = np.array([self.right(item, answer) for item, answer in zip(items, answers, strict=True)])
+        of = {tag: right_B[np.array([item.kind == tag for item in items])] for tag in TAGS}
+        mean = composition_score({tag: list(right) for tag, right in of.items()})
+        # Six independent shares of equal weight: the variance of their mean is a 36th of the sum of theirs.
+        half = 1.96 * float(np.sqrt(sum(right.var() / len(right) for right in of.values()))) / 6
+        whole = Measured(mean, max(0.0, mean - half), min(1.0, mean + half), len(items))
+        return {"mean of six kinds": whole, **{tag: proportion(right) for tag, right in of.items()}}
+
+
+@PROTOCOLS.register("scene_entities")
+class SceneEntities(Protocol):
+    """Named entities by number, asked for on backgrounds: whether the image shows the one that was named."""
+
+    answers_in = "image"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which entities."""
+
+        first: NonNegativeInt = 0
+        """Number of the first."""
+        count: PositiveInt = 200
+        """How many, each asked for once."""
+        known: PositiveInt
+        """Entities of the whole world, among which the one that an image shows is looked for."""
+        backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
+        """On which they are asked for, in turn."""
+        side: PositiveInt = 32
+        """Pixels of a picture's side."""
+
+        def check(self) -> None:
+            World(backgrounds=self.backgrounds).check()
+            if self.first + self.count > self.known:
+                raise UserError(f"protocol.known is {self.known}; it must be at least first + count")
+
+    config: Config
+
+    def items(self) -> list[Item]:
+        config = self.config
+        items = []
+        for number in range(config.first, config.first + config.count):
+            background = config.backgrounds[number % len(config.backgrounds)]
+            document = entity_document(number, background, config.side)
+            items.append(Item(document.id, "text_to_image", document, entity_scene(number, background)))
+        return items
+
+    def right(self, item: Item, answer: Answer) -> bool:
+        """Whether the entity is the one asked for; the background is counted apart."""
+        return self._found(answer).things == item.truth.things
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        found = [self._found(answer) for answer in answers]
+        truths: list[Scene] = [item.truth for item in items]
+        pairs = list(zip(truths, found, strict=True))
+        return {
+            "recognised": proportion(np.array([asked.things == seen.things for asked, seen in pairs])),
+            "background": proportion(np.array([asked.background == seen.background for asked, seen in pairs])),
+        }
+
+    def _found(self, answer: Answer) -> Scene:
+        assert answer.image_HWC is not None
+        return parse(answer.image_HWC, World(entities=self.config.known, entity_share=1.0))

@@ -1,0 +1,286 @@
+"""Protocols on scenes: true answers are right, others are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from instruction_corpora import INSTRUCTIONS
+
+from cm3leon.config import from_mapping
+from cm3leon.data.scenes.world import World
+from cm3leon.evaluation.answers import vqa_accuracy
+from cm3leon.evaluation.images import cell_features, precision_recall
+from cm3leon.evaluation.protocols.base import Answer, asked, given_image, true_answer
+from cm3leon.evaluation.protocols.scenes import SceneCompositions, SceneEntities, SceneTask
+from cm3leon.registry import PROTOCOLS, SOURCES, discover
+from cm3leon.types import UserError
+
+discover()
+
+SMALL = {
+    "colours": ["red", "green", "blue", "yellow"],
+    "shapes": ["circle", "square", "triangle", "cross"],
+    "sizes": ["large"],
+    "textures": ["plain"],
+    "backgrounds": ["white", "black"],
+    "things": [1, 2],
+    "jitter": 0.0,
+    "overlap": 0.0,
+    "words": 0.0,
+    "figures": 0.0,
+}
+TASKS = ("text_to_image", "caption", "vqa", "reasoning", "edit", "grounded", "segmentation", "canny", "depth")
+
+
+def protocol(task: str, count: int = 60, **world: object) -> SceneTask:
+    config = {"task": task, "count": count, "side": 48, "world": {**SMALL, **world}}
+    return SceneTask(from_mapping(SceneTask.Config, config))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_true_answers_are_right_and_those_to_other_items_hardly_ever(task):
+    asking = protocol(task)
+    items = asking.items()
+    truths = [true_answer(item, asking.answers_in) for item in items]
+    figures = asking.score(items, truths)
+    assert {name: measured.value for name, measured in figures.items()} == dict.fromkeys(figures, 1.0)
+    others = asking.score(items, [*truths[1:], truths[0]])
+    assert others["right"].value < (0.7 if task in ("vqa", "reasoning") else 0.2)
+    assert others["right"].n == len(items) == 60
+
+
+def test_written_words_are_read_in_their_order():
+    asking = protocol("write", 20, words=1.0, things=[1, 2])
+    items = asking.items()
+    assert asking.score(items, [true_answer(item, "image") for item in items])["right"].value >= 0.9
+
+
+def test_items_are_the_same_again_and_those_of_a_longer_list_begin_with_them():
+    short, long = protocol("edit", 10).items(), protocol("edit", 25).items()
+    assert [item.id for item in short] == [item.id for item in long[:10]]
+    for one, other in zip(short, long, strict=False):
+        assert asked(one) == asked(other)
+        assert (one.document.images[1] == other.document.images[1]).all()
+
+
+def test_what_is_asked_is_shown_without_its_answer():
+    question = protocol("vqa", 5).items()[0]
+    assert question.truth.values["question"] in asked(question)
+    assert "…" in asked(question)
+    assert given_image(question) is question.document.images[0]
+    edit = protocol("edit", 5).items()[0]
+    assert edit.truth.values["instruction"] in asked(edit)
+    assert given_image(edit) is edit.document.images[0]
+    assert given_image(protocol("text_to_image", 5).items()[0]) is None
+
+
+def test_figures_of_each_kind_add_up_to_those_of_all():
+    asking = protocol("edit")
+    items = asking.items()
+    figures = asking.score(items, [true_answer(item, "image") for item in items])
+    kinds = {name: measured for name, measured in figures.items() if name != "right"}
+    assert set(kinds) == {item.kind for item in items}
+    assert sum(measured.n for measured in kinds.values()) == figures["right"].n
+
+
+def test_a_task_that_a_world_has_no_scenes_for_is_refused():
+    with pytest.raises(UserError, match="hardly a scene of this world is one that write can be about"):
+        protocol("write", 2).items()
+
+
+def test_entities_are_recognised_among_all():
+    config = {"first": 40, "count": 30, "known": 100, "backgrounds": ["white", "black"]}
+    asking = SceneEntities(from_mapping(SceneEntities.Config, config))
+    items = asking.items()
+    truths = [true_answer(item, "image") for item in items]
+    right = asking.score(items, truths)
+    assert (right["recognised"].value, right["background"].value, right["recognised"].n) == (1, 1, 30)
+    shifted = asking.score(items, [*truths[1:], truths[0]])
+    assert (shifted["recognised"].value, shifted["background"].value) == (0, 0)
+
+
+def test_entities_beyond_the_world_are_refused():
+    with pytest.raises(UserError, match="known is 100; it must be at least first"):
+        PROTOCOLS.build({"name": "scene_entities", "first": 90, "count": 30, "known": 100})
+
+
+def test_compositions_have_six_kinds_and_their_mean():
+    asking = SceneCompositions(SceneCompositions.Config(world=from_mapping(World, SMALL), count=8))
+    items = asking.items()
+    picture = true_answer(protocol("text_to_image", 1).items()[0], "image")
+    figures = asking.score(items, [picture for _ in items])
+    assert len(items) == 48
+    assert len(figures) == 7
+    mean = sum(measured.value for name, measured in figures.items() if name != "mean of six kinds") / 6
+    assert figures["mean of six kinds"].value == pytest.approx(mean)
+    assert figures["mean of six kinds"].low <= mean <= figures["mean of six kinds"].high
+
+
+def test_a_caption_is_right_by_its_things():
+    asking = protocol("caption", 10)
+    item = asking.items()[0]
+    thing = item.truth.shows.things[0]
+    assert not asking.right(item, Answer(text=""))
+    only = f"a {thing.colour} {thing.shape}"
+    assert asking.right(item, Answer(text=only)) == (len(item.truth.shows.things) == 1)
+
+
+# ------------------------------------------------------------------------------------------------ images and data sets
+
+
+def captioned(count: int, **data: object) -> Any:
+    return PROTOCOLS.build(
+        {
+            "name": "captioned_images",
+            "data": {"name": "scenes", "count": 150, "side": 48, "world": SMALL, **data},
+            "count": count,
+            "size": 48,
+        }
+    )
+
+
+def test_images_are_compared_with_those_that_were_captioned():
+    asking = captioned(130)
+    items = asking.items()
+    source = SOURCES.build(asking.config.data)
+    images = {found.id: found.image for found in source.documents()}
+    answers = [Answer(image_HWC=images[item.id], clip=0.25) for item in items]
+    same = asking.score(items, answers)
+    assert same["Fréchet distance of cells"].value == pytest.approx(0, abs=1e-3)
+    assert (same["precision"].value, same["recall"].value) == (1, 1)
+    assert same["CLIP score"].value == pytest.approx(0.25)
+    grey = asking.score(items, [Answer(image_HWC=np.full((48, 48, 3), 90, np.uint8), clip=0.0) for _ in items])
+    assert grey["Fréchet distance of cells"].value > 1000
+    assert grey["recall"].value == 0
+
+
+def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash():
+    one, other = captioned(120), captioned(120)
+    items = one.items()
+    assert [item.id for item in items] == [item.id for item in other.items()]
+    assert all(item.document.images == [] for item in items)
+    notes = one.notes(items)
+    assert notes == other.notes(other.items())
+    assert notes["prompts"] != captioned(121).notes(captioned(121).items())["prompts"]
+    assert notes["reference"] != captioned(120, first=7).notes(captioned(120, first=7).items())["reference"]
+
+
+@pytest.mark.parametrize(("count", "sentence"), [(60, "needs 110 images or more"), (151, "151 captions are asked for")])
+def test_too_few_images_for_a_covariance_are_refused(count, sentence):
+    with pytest.raises(UserError, match=sentence):
+        captioned(count).items()
+
+
+def test_precision_and_recall_are_their_definition():
+    rng = np.random.default_rng(3)
+    real_MD, made_ND = rng.normal(size=(40, 5)), rng.normal(0.4, 1.2, size=(33, 5))
+
+    def inside(points: np.ndarray, of: np.ndarray) -> float:
+        hits = 0
+        for point in points:
+            for centre in of:
+                radius = sorted(np.linalg.norm(centre - other) for other in of)[3]
+                if np.linalg.norm(point - centre) <= radius:
+                    hits += 1
+                    break
+        return hits / len(points)
+
+    assert precision_recall(real_MD, made_ND) == pytest.approx((inside(made_ND, real_MD), inside(real_MD, made_ND)))
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(real_MD[:3], made_ND)
+
+
+def test_cells_are_mean_colours():
+    images = np.random.default_rng(0).integers(0, 256, (3, 13, 20, 3), dtype=np.uint8)
+    found = cell_features(images, cells=3).reshape(3, 3, 3, 3)
+    assert found[1, 2, 0] == pytest.approx(images[1, 8:13, 0:6].reshape(-1, 3).mean(0))
+    assert found[2, 1, 2] == pytest.approx(images[2, 4:8, 13:20].reshape(-1, 3).mean(0))
+
+
+def answering(name: str, place: Path, measure: str, missing: float = 0.9, **more: object) -> Any:
+    return PROTOCOLS.build(
+        {
+            "name": "answers",
+            "data": {"name": name, **INSTRUCTIONS[name](place), **more},
+            "measure": measure,
+            "missing": missing,
+        }
+    )
+
+
+def test_questions_are_measured_against_all_that_people_answered(tmp_path):
+    asking = answering("vqa", tmp_path, "vqa")
+    items = asking.items()
+    assert len(items) == 6
+    assert items[0].truth.count("two") == 4
+    figures = asking.score(items, [Answer(text="two"), *[Answer(text="no") for _ in items[1:]]])
+    expected = [vqa_accuracy("two", items[0].truth), *[vqa_accuracy("no", item.truth) for item in items[1:]]]
+    assert figures["VQA accuracy"].value == pytest.approx(np.mean(expected))
+    assert asking.right(items[0], Answer(text="Two."))
+
+
+def test_an_image_is_captioned_once_and_measured_against_all_its_captions(tmp_path):
+    asking = answering("karpathy", tmp_path, "captions")
+    items = asking.items()
+    assert len(items) == 3
+    assert all(len(item.truth) == 2 for item in items)
+    figures = asking.score(items, [Answer(text=item.truth[0]) for item in items])
+    cider = next(measured.value for name, measured in figures.items() if name.startswith("CIDEr"))
+    wrong = asking.score(items, [Answer(text="nothing at all here") for _ in items])
+    assert cider > next(measured.value for name, measured in wrong.items() if name.startswith("CIDEr"))
+
+
+def test_options_are_told_by_letter_or_text(tmp_path):
+    asking = answering("scienceqa", tmp_path, "options")
+    items = asking.items()
+    letters = []
+    for item in items:
+        chosen, *options = item.truth
+        letters.append(Answer(text=f"({'ABCDE'[options.index(chosen)]})"))
+    assert asking.score(items, letters)["accuracy"].value == 1
+    assert asking.score(items, [Answer(text=item.truth[0]) for item in items])["accuracy"].value == 1
+    assert asking.score(items, [Answer(text="no idea") for _ in items])["accuracy"].value == 0
+
+
+def test_too_many_missing_images_are_fatal(tmp_path):
+    with pytest.raises(UserError, match=r"items cannot be used .* more than protocol.missing=0.01 allows"):
+        answering("vqa", tmp_path, "vqa", missing=0.01).items()
+
+
+def test_a_source_without_known_answers_is_refused():
+    with pytest.raises(UserError, match=r"data\.name is scenes, which has no instructions"):
+        PROTOCOLS.build({"name": "answers", "data": {"name": "scenes"}, "measure": "vqa"})
+
+
+# ------------------------------------------------------------------------------------------------ contract
+
+
+def contract(name: str, place: Path) -> dict[str, Any]:
+    """A small protocol of each registered name."""
+    return {
+        "scene_task": {"task": "edit", "count": 12, "side": 48, "world": SMALL},
+        "scene_compositions": {"world": SMALL, "count": 2},
+        "scene_entities": {"count": 12, "known": 40},
+        "captioned_images": {"data": {"name": "scenes", "count": 120, "side": 48}, "count": 112, "size": 48},
+        "answers": {"data": {"name": "vqa", **INSTRUCTIONS["vqa"](place)}, "measure": "vqa", "missing": 0.5},
+    }[name]
+
+
+@pytest.mark.parametrize("name", sorted(PROTOCOLS.names()))
+def test_every_protocol_keeps_the_contract(name, tmp_path):
+    section = {"name": name, **contract(name, tmp_path)}
+    one, other = PROTOCOLS.build(section), PROTOCOLS.build(section)
+    items = one.items()
+    assert [item.id for item in items] == [item.id for item in other.items()]
+    assert len({item.id for item in items}) == len(items) > 0
+    assert one.fingerprint() == other.fingerprint()
+    picture_HWC = np.full((48, 48, 3), 200, np.uint8)
+    answers = [Answer(text="two") if one.answers_in == "text" else Answer(image_HWC=picture_HWC, clip=0.1)] * len(items)
+    for figure in one.score(items, answers).values():
+        assert figure.low - 1e-9 <= figure.value <= figure.high + 1e-9
+        assert 0 < figure.n <= len(items)
+    assert one.right(items[0], answers[0]) in (True, False, None)
+    assert all(isinstance(asked(item), str) for item in items)

@@ -1,0 +1,293 @@
+"""Studies: runs in their order, evaluations that go on where they stopped, one result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cm3leon.config import SHIPPED
+from cm3leon.experiment import is_study, list_experiments
+from cm3leon.run import main
+from cm3leon.study import asking, load_study, run_study
+from cm3leon.study.config import combinations, rows, shown
+from cm3leon.types import UserError
+
+MODEL = SHIPPED / "experiments" / "scenes" / "model.yaml"
+TINY = {
+    "data.count": 300,
+    "shards.sample": 300,
+    "split.validation": 0.05,
+    "split.held_out": 0.05,
+    "text_tokenizer.vocab_size": 320,
+    "image_tokenizer.codebook_size": 32,
+    "image_tokenizer.channels": 8,
+    "image_tokenizer_training.steps": 3,
+    "image_tokenizer_training.batch_size": 8,
+    "image_tokenizer_training.warmup_steps": 1,
+    "retriever_training.steps": 3,
+    "retriever_training.batch_size": 8,
+    "retriever_training.warmup_steps": 1,
+    "retriever.encoder.layers": 1,
+    "model.layers": 1,
+    "model.width": 32,
+    "model.head_size": 16,
+    "training.steps": 2,
+    "training.batch_size": 2,
+    "training.warmup_steps": 1,
+    "training.callback_every": 2,
+}
+WORLD = yaml.safe_load(MODEL.read_text())["data"]["world"]
+
+
+def section(task: str, count: int) -> dict:
+    return {"name": "scene_task", "task": task, "count": count, "side": 48, "world": WORLD}
+
+
+def study_file(folder: Path) -> Path:
+    """A study of two runs, the second on instructions, and two evaluations."""
+    borrowed = {"shards.tokenizers": "{run}/first", "shards.bank": "{run}/first", "retriever.max_documents": 0}
+    tuned = {
+        "data.name": "scene_instructions",
+        "data.task": "vqa",
+        "objective": {"name": "instruct"},
+        "training.start": "{run}/first",
+    }
+    content = {
+        "title": "Two runs",
+        "runs": {
+            "first": {"experiment": str(MODEL), "overrides": TINY},
+            "tuned": {"experiment": str(MODEL), "overrides": {**TINY, **borrowed, **tuned}},
+        },
+        "evaluations": {
+            "images": {
+                "title": "Text to image",
+                "protocol": section("text_to_image", 12),
+                "models": {"first": "{run}/first", "tuned": "{run}/tuned"},
+                "setting": {"decoder": {"name": "top_p"}},
+                "sweep": {"decoder.cfg": [1.0, 2.0]},
+                "plot": "right",
+            },
+            "questions": {
+                "title": "Questions",
+                "protocol": section("vqa", 10),
+                "models": {"tuned": "{run}/tuned"},
+            },
+        },
+        "aims": [
+            {"label": "right", "evaluation": "images", "row": "first, cfg 1", "metric": "right", "at_least": 0.0},
+            {"label": "never", "evaluation": "questions", "row": "tuned", "metric": "right", "at_least": 1.0},
+        ],
+    }
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files():
+    """A file of answers has few items, so that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "SHARD", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path]:
+    """The file of the study, and its folder after a run."""
+    folder = tmp_path_factory.mktemp("study")
+    file = study_file(folder)
+    run_study(load_study(str(file), (), folder / "run"), folder / "run")
+    return file, folder / "run"
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_have_every_row_with_ceiling_and_chance(made):
+    _, folder = made
+    found = results(folder)["evaluations"]
+    assert [row["row"] for row in found["images"]] == ["first, cfg 1", "first, cfg 2", "tuned, cfg 1", "tuned, cfg 2"]
+    assert [row["row"] for row in found["questions"]] == ["tuned"]
+    for row in [*found["images"], *found["questions"]]:
+        assert {"right"} <= set(row["metrics"]) == set(row["ceiling"]) == set(row["chance"])
+    assert found["questions"][0]["ceiling"]["right"]["value"] == 1.0
+    assert found["images"][0]["model"] == "first"
+    assert found["images"][1]["identity"]["setting"]["decoder"]["cfg"] == 2.0
+    assert set(results(folder)["seconds"]) == {"first", "tuned"}
+
+
+def test_the_report_shows_aims_tables_and_pictures(made):
+    page = (made[1] / "report.html").read_text()
+    assert "Two runs" in page
+    assert "aim at least 1.000" in page
+    assert "ceiling" in page
+    assert page.count("<img") >= 12
+    assert "<svg" in page
+
+
+def test_again_only_what_is_missing_is_made(made, capsys):
+    file, folder = made
+    before = results(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    lost = sorted(path for path in times if path.name == "00001.npz")[0]
+    lost.unlink()
+    study = load_study(str(file), (), folder)
+    run_study(study, folder)
+    assert {path: path.stat().st_mtime_ns for path in times if path != lost} == {
+        path: time for path, time in times.items() if path != lost
+    }
+    assert lost.is_file()
+    assert results(folder)["evaluations"] == before["evaluations"]
+    assert "[9/9]" not in capsys.readouterr().out.replace("up to date", "")
+
+
+def answers(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for path in sorted((folder / "answers").rglob("*.npz")):
+        with np.load(path) as held:
+            found[str(path.relative_to(folder))] = {name: held[name] for name in held if name != "seconds"}
+    return found
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[file][name], other[file][name])
+        if one[file][name].dtype.kind != "f"
+        else np.allclose(one[file][name], other[file][name], atol=1e-5)
+        for file in one
+        for name in one[file]
+    )
+
+
+def test_shares_of_two_workers_are_the_whole(made, capsys):
+    file, folder = made
+    whole = answers(folder)
+    (folder / "answers").rename(folder / "whole")
+    try:
+        for number in range(2):
+            words = [f"experiment={file}", f"run={folder}", f"part={number}/2"]
+            assert main(["part", *words]) == 0
+            assert len(answers(folder)) < len(whole) or number == 1
+        assert same(answers(folder), whole)
+    finally:
+        shutil.rmtree(folder / "answers")
+        (folder / "whole").rename(folder / "answers")
+
+
+def test_more_samples_add_to_those_that_are_there(made, tmp_path):
+    file, folder = made
+    base = yaml.safe_load(file.read_text())
+    asked = base["evaluations"]["images"]
+    content = {
+        "title": "Samples",
+        "evaluations": {
+            "images": {
+                **asked,
+                "protocol": section("text_to_image", 6),
+                "models": {"first": str(folder / "first")},
+                "sweep": {"samples": [1, 3]},
+            }
+        },
+    }
+    alone = {**content, "evaluations": {"images": {**content["evaluations"]["images"], "sweep": {"samples": [3]}}}}
+    found = []
+    for name, each in (("swept", content), ("alone", alone)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(each))
+        run_study(load_study(str(tmp_path / f"{name}.yaml"), (), tmp_path / name), tmp_path / name)
+        found.append(answers(tmp_path / name))
+    assert same(*found)
+    (held,) = found[0].values()
+    assert held["codes"].shape == (6, 3, 36)
+    assert held["clip"].shape == (6, 3)
+    one, three = results(tmp_path / "swept")["evaluations"]["images"]
+    assert (one["row"], three["row"]) == ("first, samples 1", "first, samples 3")
+
+
+def test_another_bank_gives_other_documents(made):
+    _, folder = made
+    study = load_study(str(made[0]), (), folder)
+    evaluation = study.evaluations["images"]
+    evaluation.sweep, evaluation.setting = {"documents": [2]}, {"bank": str(folder / "none")}
+    evaluation.models = {"first": folder / "first"}
+    with pytest.raises(UserError, match=r"setting\.bank: .*none is no run with a finished index"):
+        run_study(study, folder, until="images")
+
+
+# ------------------------------------------------------------------------------------------------ what it says
+
+
+def test_sweeps_of_runs_are_runs_of_their_own(tmp_path):
+    study = load_study("scenes", ["runs.tuned.training.steps=700", "runs.*.seed=3"], tmp_path)
+    assert {"task-caption", "task-edit", "tuned"} <= set(study.runs)
+    assert study.runs["task-edit"].overrides["data.task"] == "edit"
+    assert study.runs["tuned"].overrides["training.steps"] == 700
+    assert {run.overrides["seed"] for run in study.runs.values()} == {3}
+    assert study.runs["tuned"].overrides["training.start"] == f"{tmp_path}/pretrain"
+
+
+def test_combinations_are_the_product():
+    assert list(combinations({})) == [{}]
+    assert list(combinations({"a": [1, 2], "b": ["x"]})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+    assert (shown(3.0), shown("cd_k"), shown({"name": "cd_k", "cfg": 2.5})) == ("3", "cd_k", "cd_k cfg 2.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["evaluations.images.protocol.task=dance"], "task is dance; scenes have: text_to_image"),
+        (["evaluations.images.protocol=vqax"], "vqax"),
+        (["evaluations.images.sweep.documents=[-1]"], "documents is -1"),
+        (["evaluations.images.models={}"], "models is empty"),
+        (["runs.first.training.steps=many"], "runs.first: training.steps is"),
+        (["runs.fist.training.steps=9"], "runs.fist is not a run of this study; did you mean first"),
+        (["aims.0.row=first"], "aims: right: row is first, which images has not"),
+        (["aims.0.evaluation=image"], "evaluation is image; did you mean images"),
+        (["until=later"], "until is later, which is no part of this study"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_runs(made, words, sentence, capsys):
+    file, folder = made
+    assert main([f"experiment={file}", f"run={folder.parent / 'not'}", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (folder.parent / "not").exists()
+
+
+def test_a_study_is_no_experiment_for_the_other_commands(made, capsys):
+    assert main(["plan", f"experiment={made[0]}"]) == 2
+    assert "is a study of several runs" in capsys.readouterr().err
+    assert main([f"experiment={made[0]}", "--show"]) == 0
+    assert "evaluations:" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_named(made, tmp_path):
+    study = load_study(str(made[0]), (), tmp_path)
+    study.runs = {}
+    with pytest.raises(UserError, match="is no run with a finished pretraining"):
+        run_study(study, tmp_path)
+
+
+def test_a_damaged_file_of_answers_is_named(made):
+    _, folder = made
+    file = sorted(folder.rglob("*.npz"))[0]
+    kept = file.read_bytes()
+    file.write_bytes(b"PK")
+    try:
+        study = load_study(str(made[0]), (), folder)
+        with pytest.raises(UserError, match="is damaged; remove it"):
+            run_study(study, folder)
+    finally:
+        file.write_bytes(kept)
+
+
+def test_every_shipped_study_loads(tmp_path):
+    for name in filter(is_study, list_experiments()):
+        study = load_study(name, (), tmp_path)
+        assert all(rows(key, evaluation) for key, evaluation in study.evaluations.items())
