@@ -40,6 +40,7 @@ from cm3leon.stages.artifacts import WEIGHTS, Run
 from cm3leon.stages.pipeline import MARKER
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
+from cm3leon.training.checkpoint import load_weights_at
 from cm3leon.training.device import Precision, autocast, best_device, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import Modality, Sample, TextSegment, TokenDocument, TokenSegment, UserError
@@ -105,6 +106,7 @@ class CM3Leon:
         way: Way = "eager",
         ranks: Ranks | None = None,
         bank: Path | None = None,
+        checkpoint: int | None = None,
     ) -> CM3Leon:
         """The run of that folder, on a device (None = a GPU where there is one).
 
@@ -116,6 +118,7 @@ class CM3Leon:
             way: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
             ranks: processes that share the decoder; all of them have to ask the same.
             bank: run folder whose documents are the memory bank; None = the run's own.
+            checkpoint: step of the pretraining whose weights are taken; None = the last.
 
         Raises:
             UserError: for a folder without a finished pretraining, or weights that cannot be had here.
@@ -134,6 +137,9 @@ class CM3Leon:
             experiment = replace(experiment, shards=replace(experiment.shards, bank=bank))
         opened = Run(experiment, folder, ranks.device)
         model = load_model(folder)
+        if checkpoint is not None:
+            averaged = experiment.training.average_decay is not None
+            load_weights_at(folder / "pretraining", checkpoint, model, averaged=averaged)
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")

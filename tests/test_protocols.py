@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from instruction_corpora import INSTRUCTIONS
+from PIL import Image
 
 from cm3leon.config import from_mapping
 from cm3leon.data.scenes.world import World
@@ -255,6 +256,70 @@ def test_a_source_without_known_answers_is_refused():
         PROTOCOLS.build({"name": "answers", "data": {"name": "scenes"}, "measure": "vqa"})
 
 
+# ------------------------------------------------------------------------------------------------ showcase
+
+
+def picture_file(place: Path) -> str:
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(place / "red.png")
+    return str(place / "red.png")
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "shown", "gives"),
+    [
+        ("text_to_image", {"text": "a red circle"}, "a red circle", False),
+        ("edit", {"image1": "FILE", "instruction": "make it blue"}, "make it blue", True),
+        (
+            "grounded",
+            {"caption": "a cat", "objects": "cat at 1 2 3 4"},
+            "a cat with segmentations cat at 1 2 3 4",
+            False,
+        ),
+        ("features", {"feature": "depth", "feature_image": "FILE", "caption": "a cat"}, "from depth features", True),
+        ("write", {"text": "SUN"}, 'draw "SUN"', False),
+        ("caption", {"image": "FILE"}, "…", True),
+        ("vqa", {"image": "FILE", "question": "What colour?"}, "Question: What colour? Answer: …", True),
+    ],
+)
+def test_a_showcase_asks_each_task_with_what_is_given(task, prompt, shown, gives, tmp_path):
+    filled = {slot: picture_file(tmp_path) if value == "FILE" else value for slot, value in prompt.items()}
+    built = PROTOCOLS.build({"name": "showcase", "task": task, "prompts": [filled]})
+    (item,) = built.items()
+    assert shown in asked(item)
+    given = given_image(item)
+    assert (given is not None) == gives
+    if given is not None:
+        assert given.shape == (30, 40, 3)
+        assert tuple(given[0, 0]) == (200, 30, 30)
+    texts = ("caption", "paragraph", "vqa")
+    assert built.answers_in == ("text" if task in texts else "image")
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"task": "dance", "prompts": [{"text": "a"}]}, "task is dance"),
+        ({"task": "edit", "prompts": []}, "prompts is empty"),
+        ({"task": "edit", "prompts": [{"text": "a"}]}, "prompts.0 has text; edit takes image1, instruction"),
+        (
+            {"task": "features", "prompts": [{"feature": "heat", "feature_image": "a.png", "caption": "a"}]},
+            "prompts.0.feature",
+        ),
+    ],
+)
+def test_a_showcase_without_what_its_task_takes_is_refused(section, sentence):
+    with pytest.raises(UserError, match=sentence):
+        PROTOCOLS.build({"name": "showcase", **section})
+
+
+def test_a_showcase_names_images_that_are_not_there_or_broken(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for name, sentence in (("none.png", "there is no image"), ("text.png", "is no image that can be read")):
+        section = {"name": "showcase", "task": "caption", "prompts": [{"image": str(tmp_path / name)}]}
+        with pytest.raises(UserError, match=sentence):
+            PROTOCOLS.build(section).items()
+
+
 # ------------------------------------------------------------------------------------------------ contract
 
 
@@ -266,6 +331,7 @@ def contract(name: str, place: Path) -> dict[str, Any]:
         "scene_entities": {"count": 12, "known": 40},
         "captioned_images": {"data": {"name": "scenes", "count": 120, "side": 48}, "count": 112, "size": 48},
         "answers": {"data": {"name": "vqa", **INSTRUCTIONS["vqa"](place)}, "measure": "vqa", "missing": 0.5},
+        "showcase": {"task": "text_to_image", "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}]},
     }[name]
 
 

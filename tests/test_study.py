@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from cm3leon.api import CM3Leon
 from cm3leon.config import SHIPPED
 from cm3leon.experiment import is_study, list_experiments
 from cm3leon.run import main
@@ -40,6 +42,9 @@ TINY = {
     "training.batch_size": 2,
     "training.warmup_steps": 1,
     "training.callback_every": 2,
+    "training.log_every": 1,
+    "training.checkpoint_every": 1,
+    "training.keep_every": 1,
 }
 WORLD = yaml.safe_load(MODEL.read_text())["data"]["world"]
 
@@ -217,6 +222,45 @@ def test_another_bank_gives_other_documents(made):
     evaluation.models = {"first": folder / "first"}
     with pytest.raises(UserError, match=r"setting\.bank: .*none is no run with a finished index"):
         run_study(study, folder, until="images")
+
+
+def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path):
+    file, folder = made
+    asked = yaml.safe_load(file.read_text())["evaluations"]["images"]
+    content = {
+        "title": "Compute",
+        "evaluations": {
+            "images": {
+                **asked,
+                "protocol": section("text_to_image", 6),
+                "models": {"first": str(folder / "first"), "tuned": str(folder / "tuned")},
+                "sweep": {"checkpoint": [1, 2]},
+                "against": "compute",
+            }
+        },
+    }
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump(content))
+    study = load_study(str(tmp_path / "compute.yaml"), (), tmp_path / "run")
+    run_study(study, tmp_path / "run")
+    found = {row["row"]: row["training_flops"] for row in results(tmp_path / "run")["evaluations"]["images"]}
+    assert list(found) == ["first, checkpoint 1", "first, checkpoint 2", "tuned, checkpoint 1", "tuned, checkpoint 2"]
+    log = [json.loads(line) for line in (folder / "first" / "pretraining" / "log.jsonl").read_text().splitlines()]
+    steps = [2 * 256 * line["flops_per_second"] / line["tokens_per_second"] for line in log]
+    assert found["first, checkpoint 1"] == pytest.approx(steps[0])
+    assert found["first, checkpoint 2"] == pytest.approx(sum(steps))
+    assert found["tuned, checkpoint 1"] > found["first, checkpoint 2"]  # it has that of the run that it started from
+    assert "FLOPs of training" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_weights_of_a_checkpoint_are_those_of_the_step(made):
+    folder = made[1] / "first"
+    last = CM3Leon.load(folder).run.model.state_dict()
+    same_step = CM3Leon.load(folder, checkpoint=2).run.model.state_dict()
+    before = CM3Leon.load(folder, checkpoint=1).run.model.state_dict()
+    assert all(torch.equal(last[name], same_step[name]) for name in last)
+    assert not all(torch.equal(last[name], before[name]) for name in last)
+    with pytest.raises(UserError, match=r"checkpoint is 3, which .* does not have; it has 1, 2"):
+        CM3Leon.load(folder, checkpoint=3)
 
 
 # ------------------------------------------------------------------------------------------------ what it says

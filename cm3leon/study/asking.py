@@ -46,6 +46,8 @@ class Setting:
     """How tokens are drawn; null = as the model's own experiment says."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
+    checkpoint: PositiveInt | None = None
+    """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
     seed: NonNegativeInt = 0
     """Of the first sample of the first item."""
 
@@ -82,7 +84,7 @@ class Asking:
         self.items: list[Item] = self.protocol.items()
         if not self.items:
             raise UserError("protocol: it has no items to ask")
-        self._opened: tuple[tuple[Path, Path | None], CM3Leon] | None = None
+        self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
 
     @property
     def shards(self) -> int:
@@ -175,7 +177,8 @@ class Asking:
 
     def identity(self, row: Row) -> dict[str, Any]:
         """All that a row's answers depend on but the number of samples."""
-        setting = {name: value for name, value in to_mapping(row.setting).items() if name not in ("samples", "bank")}
+        left_out = {"samples", "bank"} | ({"checkpoint"} if row.setting.checkpoint is None else set())
+        setting = {name: value for name, value in to_mapping(row.setting).items() if name not in left_out}
         return {
             "version": VERSION,
             "protocol": to_mapping(self.component),
@@ -189,10 +192,11 @@ class Asking:
 
     def model(self, row: Row) -> CM3Leon:
         """The row's model, kept until another one is asked for."""
-        key = (row.folder, row.setting.bank)
+        key = (row.folder, row.setting.bank, row.setting.checkpoint)
         if self._opened is None or self._opened[0] != key:
             self._opened = None  # its memory is free for the next one
-            self._opened = (key, CM3Leon.load(row.folder, bank=row.setting.bank))
+            model = CM3Leon.load(row.folder, bank=row.setting.bank, checkpoint=row.setting.checkpoint)
+            self._opened = (key, model)
         return self._opened[1]
 
     def _of_shard(self, number: int) -> list[Item]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cm3leon.config import (
     SHIPPED,
@@ -54,12 +54,14 @@ class Evaluation:
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     """Dotted keys of the setting and the values they take; there is a row for each model and combination."""
     plot: str | None = None
-    """The metric that is drawn against the first swept key; null = a table alone."""
+    """The metric that is drawn; null = a table alone."""
+    against: Literal["sweep", "compute"] = "sweep"
+    """What it is drawn against: the first swept key, or the FLOPs that the model was trained with."""
 
     def check(self) -> None:
         if not self.models:
             raise UserError("models is empty; give at least one run folder by a name")
-        if self.plot and not self.sweep:
+        if self.plot and not self.sweep and self.against == "sweep":
             raise UserError("plot is against the first key of sweep, which is empty")
 
 

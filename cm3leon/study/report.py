@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,16 @@ def _fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
 def _section(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], shown: Sequence[Sequence[Example]]) -> Section:
     metrics = list(rows[0]["metrics"])
     table = [[row["row"], *(_cell(row["metrics"].get(metric)) for metric in metrics), row["items"]] for row in rows]
+    columns = ["", *metrics, "items"]
     for level in ("ceiling", "chance"):
         if level in rows[0]:
             table.append([level, *(_cell(rows[0][level].get(metric)) for metric in metrics), rows[0]["items"]])
-    blocks: list[Content] = [
-        Table(["", *metrics, "items"], table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))
-    ]
+    if "training_flops" in rows[0]:
+        columns.append("FLOPs of training")
+        table = [[*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)] + [
+            [*line, ""] for line in table[len(rows) :]
+        ]
+    blocks: list[Content] = [Table(columns, table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))]
     if evaluation.plot:
         blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
     for row, examples in zip(rows[:_PICTURED], shown[:_PICTURED], strict=True):
@@ -92,8 +97,13 @@ _PICTURED = 4
 
 
 def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
-    """The metric against the first swept key, a line for each model and combination of the other keys."""
-    key, *others = evaluation.sweep
+    """The metric against the first swept key, a line for each model and combination of the other keys; or against
+    the FLOPs of training, a line for each model and combination of all keys but the checkpoint's."""
+    by_compute = evaluation.against == "compute"
+    others = [key for key in evaluation.sweep if key != "checkpoint"] if by_compute else list(evaluation.sweep)[1:]
+    key = "" if by_compute else next(iter(evaluation.sweep))
+    most = max(row["training_flops"] for row in rows) if by_compute else 1.0
+    power = 3 * (math.floor(math.log10(most)) // 3)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         name = ", ".join([row["model"], *(f"{other.split('.')[-1]} {row['point'][other]}" for other in others)])
@@ -101,12 +111,13 @@ def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any
     series = [
         Series(
             name,
-            [float(row["point"][key]) for row in of],
+            [row["training_flops"] / 10**power if by_compute else float(row["point"][key]) for row in of],
             *([row["metrics"][metric][part] for row in of] for part in ("value", "low", "high")),
         )
         for name, of in lines.items()
     ]
-    return Curves(series, x_label=key.split(".")[-1], y_label=metric)
+    label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
+    return Curves(series, x_label=label, y_label=metric)
 
 
 def _card(example: Example) -> Card:

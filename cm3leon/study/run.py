@@ -10,6 +10,7 @@ from cm3leon.config import choices, dump_yaml, to_mapping
 from cm3leon.stages import run_experiment
 from cm3leon.stages.pipeline import MARKER, locked, write_json
 from cm3leon.study.asking import Asking
+from cm3leon.study.compute import training_flops
 from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
 from cm3leon.study.report import study_report
 from cm3leon.training.distributed import find_place, joined
@@ -72,6 +73,8 @@ def measured(asking: Asking, name: str, evaluation: Evaluation) -> tuple[list[di
     results, pictures = [], []
     for row in rows(name, evaluation):
         result = asking.measure(row)
+        if evaluation.against == "compute":
+            result["training_flops"] = training_flops(row.folder, row.setting.checkpoint)
         results.append(
             {"row": row.name, "model": row.model, "point": row.point, "identity": asking.identity(row), **result}
         )

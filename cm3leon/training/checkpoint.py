@@ -217,6 +217,27 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
         raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
 
 
+def load_weights_at(folder: Path, step: int, module: nn.Module, *, averaged: bool) -> None:
+    """Reads the weights that a training in `folder` had at a step, if its checkpoint is still there.
+
+    Args:
+        averaged: whether the training averages its weights; the average is what is read then.
+
+    Raises:
+        UserError: for a step whose checkpoint is not there, or one of another module.
+    """
+    path = folder / f"step_{step:08d}"
+    if not path.is_dir():
+        kept = ", ".join(str(int(each.name[5:])) for each in checkpoints(folder)) or "none"
+        raise UserError(
+            f"checkpoint is {step}, which {folder} does not have; it has {kept} (training.keep_every keeps more)"
+        )
+    alone = Ranks(torch.device("cpu"))
+    read_tensors(path, {"model": module.state_dict()}, alone)
+    if averaged:
+        read_tensors(path, {"average": {name: each.detach() for name, each in module.named_parameters()}}, alone)
+
+
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> dict[str, Any]:

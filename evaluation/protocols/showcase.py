@@ -1,0 +1,123 @@
+"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7 and 12 to 16, and appendix A)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.config import PositiveInt, choices
+from cm3leon.data.files import MarkedImage
+from cm3leon.data.images import UnusableImage, read_image
+from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
+from cm3leon.evaluation.metrics import Measured, average
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
+from cm3leon.registry import PROTOCOLS
+from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+SLOTS = {
+    "text_to_image": ("text",),
+    "edit": ("image1", "instruction"),
+    "write": ("text",),
+    "grounded": ("caption", "objects"),
+    "features": ("feature", "feature_image", "caption"),
+    "caption": ("image",),
+    "paragraph": ("image",),
+    "vqa": ("image", "question"),
+}
+"""What is given, by task."""
+IN_TEXT = ("caption", "paragraph", "vqa")
+IMAGES = ("image", "image1", "feature_image")
+"""Slots that are given as paths of images."""
+
+
+@PROTOCOLS.register("showcase")
+class Showcase(Protocol):
+    """Prompts of one task, each with what is given for it; there are no true answers, its result is to be looked at.
+
+    Its figures are the CLIP score of images, and the words of texts.
+    """
+
+    has_truth = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The task and its prompts."""
+
+        task: str
+        """text_to_image, edit, write, grounded, features, caption, paragraph or vqa."""
+        prompts: list[dict[str, str]]
+        """The slots of the task's template, each a text or the path of an image: {text: ...}, {image1: PATH,
+        instruction: ...}, {feature: depth, feature_image: PATH, caption: ...}."""
+        max_pixels: PositiveInt = 64 * 1024 * 1024
+        """Of an image that is given."""
+
+        def check(self) -> None:
+            if self.task not in SLOTS:
+                raise UserError(f"task is {self.task}; {choices(self.task, SLOTS)}")
+            if not self.prompts:
+                raise UserError("prompts is empty")
+            for number, prompt in enumerate(self.prompts):
+                if set(prompt) != set(SLOTS[self.task]):
+                    has, takes = ", ".join(sorted(prompt)) or "nothing", ", ".join(SLOTS[self.task])
+                    raise UserError(f"prompts.{number} has {has}; {self.task} takes {takes}")
+                if prompt.get("feature", "depth") not in FEATURES:
+                    raise UserError(f"prompts.{number}.feature: {choices(prompt['feature'], FEATURES)}")
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.answers_in = "text" if config.task in IN_TEXT else "image"
+
+    def items(self) -> list[Item]:
+        return [self._item(number, prompt) for number, prompt in enumerate(self.config.prompts)]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        if self.answers_in == "text":
+            return {"words": average(np.array([len(answer.text.split()) for answer in answers], float))}
+        return {"CLIP score": average(np.array([answer.clip for answer in answers]))}
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.config.prompts:
+            for path in (prompt[slot] for slot in SLOTS[self.config.task] if slot in IMAGES):
+                digest.update(_existing(path).read_bytes())
+        return digest.hexdigest()
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def _item(self, number: int, prompt: Mapping[str, str]) -> Item:
+        task, id_ = self.config.task, f"{self.config.task}-{number}"
+        if task == "text_to_image":
+            return Item(id_, task, Document(id_, (TextSegment(prompt["text"]),)))
+        blank_HWC = np.zeros((1, 1, 3), np.uint8)  # stands where the answer is asked for
+        values: dict[str, Any] = {"answer": "?", "caption": "?", "image": blank_HWC, "image2": blank_HWC}
+        for slot, value in prompt.items():
+            values[slot] = self._image(value) if slot in IMAGES else FEATURES[value] if slot == "feature" else value
+        segments = fill(TABLE_5[task][0], values, ROLES[task])
+        document = Document(
+            id_,
+            tuple(
+                ImageSegment(np.asarray(segment.content), segment.role) if isinstance(segment, MarkedImage) else segment
+                for segment in segments
+            ),
+        )
+        return Item(id_, "instruction", document)
+
+    def _image(self, path: str) -> np.ndarray:
+        try:
+            return read_image(_existing(path), self.config.max_pixels)
+        except UnusableImage as error:
+            raise UserError(f"prompts: {path} is no image that can be read: {error}") from error
+
+
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"prompts: there is no image {path}")
+    return file
