@@ -221,6 +221,27 @@ class CM3Leon:
             for document, drawn in zip(documents, self._answers(requests), strict=True)
         ]
 
+    def rank(
+        self,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[int]],
+        options: Sequence[Sequence[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Log-likelihoods (K,) in nats of the candidates for each document's answer, all of them in text.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
+            options: ids (T,) of each document's candidates; the `<end_of_span>` behind each counts with it.
+        """
+        task, end = self._task("instruction"), self.run.vocab.end_of_span
+        result = []
+        for document, rows, candidates in zip(documents, retrieved, options, strict=True):
+            prompt, _ = self._fitting(task, document, list(rows))
+            given = [np.append(ids_T, end) for ids_T in candidates]
+            with self._computing():
+                result.append(np.array(log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given)))
+        return result
+
     def caption(
         self, image: Image.Image, *, retrieve: int = 0, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
     ) -> str:

@@ -212,9 +212,39 @@ def features(place: Path) -> dict[str, Any]:
     }
 
 
+def visdial(place: Path) -> dict[str, Any]:
+    """VisDial 1.0: three dialogues of two rounds; an answer that is not listed, an image that is missing."""
+    questions = ["is it big", "what colour is it?", "é?"]
+    answers = ["yes", "no", "red", "it is blue", "can't tell"]
+
+    def turn(question: int, answer: int) -> dict[str, Any]:
+        return {"question": question, "answer": answer, "answer_options": [0, 1, 2, 3, 4], "gt_index": answer}
+
+    dialogs = [
+        {"image_id": 1, "caption": "a dog by a tree", "dialog": [turn(0, 0), turn(1, 2)]},
+        {"image_id": 2, "caption": "a cat.", "dialog": [turn(2, 1), turn(1, 77)]},
+        {"image_id": 9, "caption": "nothing", "dialog": [turn(0, 0), turn(1, 2)]},
+    ]
+    data = {"dialogs": dialogs, "questions": questions, "answers": answers}
+    return {
+        "path": written(place / "visdial.json", {"version": "1.0", "split": "val2018", "data": data}),
+        "images": images(place / "images", [f"VisualDialog_val2018_{n:012d}.jpg" for n in (1, 2)]),
+    }
+
+
+def dense_annotations(place: Path) -> str:
+    """Relevances of one round of each of VisDial's dialogues."""
+    rated = [
+        {"image_id": 1, "round_id": 2, "gt_relevance": [0.0, 0.0, 1.0, 0.5, 0.0]},
+        {"image_id": 2, "round_id": 1, "gt_relevance": [0.2, 0.8, 0.0, 0.0, 0.4]},
+    ]
+    return written(place / "dense.json", rated)
+
+
 INSTRUCTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "vqa": vqa,
     "vizwiz": vizwiz,
+    "visdial": visdial,
     "karpathy": karpathy,
     "image_paragraph": image_paragraph,
     "localized_narratives": localized_narratives,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_corpora import INSTRUCTIONS
+from instruction_corpora import INSTRUCTIONS, dense_annotations
 
 from cm3leon.config import from_mapping
 from cm3leon.data.instructions.grounded import centred, location
@@ -152,6 +152,19 @@ def test_scienceqa(tmp_path: Path) -> None:
     assert [item.reason for item in skipped] == ["the answer is 3, of 3 choices"]
 
 
+def test_visdial(tmp_path: Path) -> None:
+    documents, skipped = read("visdial", tmp_path, templates=[TABLE_5["vqa"][0]])
+    assert [shown(document) for document in documents] == [
+        "Question: a dog by a tree. is it big? Answer:[ yes]. | <image>",
+        "Question: a dog by a tree. is it big? yes. what colour is it? Answer:[ red]. | <image>",
+        "Question: a cat. é? Answer:[ no]. | <image>",
+    ]
+    assert skipped[0].reason == "answer 77 is not listed"
+    assert len(skipped) == 3
+    rated, _ = read("visdial", empty(tmp_path / "rated"), relevance=dense_annotations(tmp_path))
+    assert [document.id for document in rated] == ["visdial-1-2", "visdial-2-1"]
+
+
 def test_instruct_pix2pix(tmp_path: Path) -> None:
     documents, skipped = read("instruct_pix2pix", tmp_path)
     assert [shown(document) for document in documents] == [
@@ -231,6 +244,11 @@ def test_boxes_follow_the_cut_to_the_middle(box: Any, width: int, height: int) -
         ("vizwiz", {"path": "object"}, "is no list"),
         ("karpathy", {"split": "val"}, "split is val, .* has: test, train"),
         ("scienceqa", {"path": "list"}, "is no object"),
+        ("visdial", {"path": "list"}, "no list under dialogs"),
+        ("visdial", {"path": "version"}, "is of version 0.9"),
+        ("visdial", {"relevance": "object"}, "give VisDial's dense annotations"),
+        ("visdial", {"relevance": "numbers"}, "give VisDial's dense annotations"),
+        ("visdial", {"relevance": "others"}, "rates none of the rounds"),
         ("instruct_pix2pix", {"path": "object"}, "is no list"),
         ("openimages_boxes", {"path": "classes"}, "no column ImageID"),
         ("ocr", {"path": "object"}, "no imgs and anns"),
@@ -243,10 +261,14 @@ def test_files_of_another_kind_are_refused_in_a_sentence(
     fields = INSTRUCTIONS[name](tmp_path)
     files = {
         "questions": tmp_path / "questions.json", "annotations": tmp_path / "annotations.json",
+        "version": tmp_path / "version.json", "numbers": tmp_path / "numbers.json", "others": tmp_path / "others.json",
         "classes": tmp_path / "classes.csv", "object": tmp_path / "object.json", "list": tmp_path / "list.json",
     }  # fmt: skip
     files["object"].write_text("{}")
     files["list"].write_text("[]")
+    files["version"].write_text('{"version": "0.9", "data": {"dialogs": [], "questions": [], "answers": []}}')
+    files["numbers"].write_text("[1, 2]")
+    files["others"].write_text('[{"image_id": 5, "round_id": 1, "gt_relevance": [1.0]}]')
     fields |= {key: str(files.get(value, value)) if isinstance(value, str) else value for key, value in wrong.items()}
     with pytest.raises(UserError, match=message):
         list(SOURCES.build({"name": name, **fields}).documents())

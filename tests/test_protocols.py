@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from instruction_corpora import INSTRUCTIONS
+from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
 from cm3leon.config import from_mapping
@@ -256,6 +256,29 @@ def test_a_source_without_known_answers_is_refused():
         PROTOCOLS.build({"name": "answers", "data": {"name": "scenes"}, "measure": "vqa"})
 
 
+def ranking(place: Path) -> dict[str, Any]:
+    data = {"name": "visdial", **INSTRUCTIONS["visdial"](place), "relevance": dense_annotations(place)}
+    return {"data": data, "missing": 0.5}
+
+
+def test_candidates_are_measured_by_their_ranks(tmp_path):
+    asking = PROTOCOLS.build({"name": "ranked_answers", **ranking(tmp_path)})
+    items = asking.items()
+    assert items[0].options == ("yes", "no", "red", "it is blue", "can't tell")
+    best = [Answer(scores_K=np.array(item.truth)) for item in items]
+    assert asking.score(items, best)["NDCG"].value == pytest.approx(1)
+    # Red and blue are relevant (1 and 0.5): with blue first, DCG is 0.5 + 1 / log2(3), at best 1 + 0.5 / log2(3).
+    swapped = [Answer(scores_K=np.array([0.0, 0.0, 1.0, 2.0, 0.0])), best[1]]
+    expected = (0.5 + 1 / np.log2(3)) / (1 + 0.5 / np.log2(3))
+    assert asking.score(items, swapped)["NDCG"].value == pytest.approx((expected + 1) / 2)
+
+
+def test_candidates_without_ratings_are_refused(tmp_path):
+    section = {"name": "ranked_answers", "data": {"name": "visdial", **INSTRUCTIONS["visdial"](tmp_path)}}
+    with pytest.raises(UserError, match=r"dense annotations as data\.relevance"):
+        PROTOCOLS.build(section)
+
+
 # ------------------------------------------------------------------------------------------------ showcase
 
 
@@ -331,6 +354,7 @@ def contract(name: str, place: Path) -> dict[str, Any]:
         "scene_entities": {"count": 12, "known": 40},
         "captioned_images": {"data": {"name": "scenes", "count": 120, "side": 48}, "count": 112, "size": 48},
         "answers": {"data": {"name": "vqa", **INSTRUCTIONS["vqa"](place)}, "measure": "vqa", "missing": 0.5},
+        "ranked_answers": ranking(place),
         "showcase": {"task": "text_to_image", "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}]},
     }[name]
 
@@ -344,7 +368,12 @@ def test_every_protocol_keeps_the_contract(name, tmp_path):
     assert len({item.id for item in items}) == len(items) > 0
     assert one.fingerprint() == other.fingerprint()
     picture_HWC = np.full((48, 48, 3), 200, np.uint8)
-    answers = [Answer(text="two") if one.answers_in == "text" else Answer(image_HWC=picture_HWC, clip=0.1)] * len(items)
+    answers = [
+        Answer(text="two", scores_K=np.arange(len(item.options)))
+        if one.answers_in == "text"
+        else Answer(image_HWC=picture_HWC, clip=0.1)
+        for item in items
+    ]
     for figure in one.score(items, answers).values():
         assert figure.low - 1e-9 <= figure.value <= figure.high + 1e-9
         assert 0 < figure.n <= len(items)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from instruction_corpora import dense_annotations, visdial
 
 from cm3leon.api import CM3Leon
 from cm3leon.config import SHIPPED
+from cm3leon.data.instructions.templates import TABLE_5
 from cm3leon.experiment import is_study, list_experiments
+from cm3leon.registry import SOURCES
 from cm3leon.run import main
+from cm3leon.stages.tokens import token_documents
 from cm3leon.study import asking, load_study, run_study
 from cm3leon.study.config import combinations, rows, shown
 from cm3leon.types import UserError
@@ -250,6 +255,50 @@ def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path
     assert found["first, checkpoint 2"] == pytest.approx(sum(steps))
     assert found["tuned, checkpoint 1"] > found["first, checkpoint 2"]  # it has that of the run that it started from
     assert "FLOPs of training" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_path):
+    data = {
+        "name": "visdial",
+        "templates": [TABLE_5["vqa"][0]],
+        "relevance": dense_annotations(tmp_path),
+        **visdial(tmp_path),
+    }
+    content = {
+        "title": "Dialogues",
+        "evaluations": {
+            "dialogues": {
+                "title": "VisDial",
+                "protocol": {"name": "ranked_answers", "data": data},
+                "models": {"first": str(made[1] / "first")},
+            }
+        },
+    }
+    (tmp_path / "dialogues.yaml").write_text(yaml.safe_dump(content))
+    run_study(load_study(str(tmp_path / "dialogues.yaml"), (), tmp_path / "run"), tmp_path / "run")
+    (row,) = results(tmp_path / "run")["evaluations"]["dialogues"]
+    assert 0 <= row["metrics"]["NDCG"]["value"] <= 1
+    (held,) = answers(tmp_path / "run").values()
+    assert held["scores"].shape == (2, 1, 5)
+
+    # The first item's candidates once more, each in a document of its own that is laid out whole.
+    m, source = CM3Leon.load(made[1] / "first", precision="float32"), SOURCES.build(data)
+    document = next(document for document, _ in source.asked())
+    for number, option in enumerate(["yes", "no", "red"]):
+        segments = tuple(
+            replace(s, text=f" {option}") if getattr(s, "role", "") == "answer" else s for s in document.segments
+        )
+        sized = asking._sized(replace(document, segments=segments), m.run.image_tokenizer.image_size, False)
+        (tokens,) = token_documents(m.run, [sized])
+        prompt = m._task("instruction").prompt(tokens).ids_T
+        answer = next(s for s in tokens.segments if s.role == "answer").ids_T
+        ids_T = torch.from_numpy(np.concatenate([prompt, answer, [m.run.vocab.end_of_span]]))
+        with torch.inference_mode():
+            logits_TV = m.run.model(ids_T[None]).double()[0]
+        logp_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids_T[1:, None])[len(prompt) - 1 :]
+        ((alone,),) = m.rank([tokens], [[]], [[answer]])
+        assert alone == pytest.approx(float(logp_T.sum()), rel=1e-4)
+        assert held["scores"][0, 0, number] == pytest.approx(float(logp_T.sum()), rel=0.03)  # in bf16 maybe
 
 
 def test_weights_of_a_checkpoint_are_those_of_the_step(made):

@@ -22,7 +22,7 @@ from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, asked, giv
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
 from cm3leon.stages.pipeline import MARKER, write_json
 from cm3leon.stages.tokens import token_documents
-from cm3leon.types import Document, ImageSegment, Segment, TextSegment, UserError
+from cm3leon.types import Document, ImageSegment, Segment, TextSegment, TokenDocument, UserError
 
 VERSION = 1
 """Raised when the same setting starts to give other answers."""
@@ -97,6 +97,8 @@ class Asking:
         Raises:
             UserError: for a folder that is no finished run, or a setting that the model has no room for.
         """
+        if self.protocol.ranks and row.setting.samples > 1:
+            raise UserError(f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be 1")
         place = self.place(row)
         missing = [number for number in numbers if _samples_of(_file(place, number)) < row.setting.samples]
         if not missing:
@@ -144,6 +146,9 @@ class Asking:
         model = self.model(row)
         for number in range(self.shards):
             held = _read(_file(self.place(row), number))
+            if self.protocol.ranks:
+                found += [_ranked(*each) for each in zip(self._of_shard(number), held["scores"][:, 0], strict=True)]
+                continue
             if self.protocol.answers_in == "text":
                 found += [Answer(text=str(texts[0])) for texts in held["texts"]]
                 continue
@@ -211,7 +216,11 @@ class Asking:
         size = model.run.image_tokenizer.image_size
         documents = list(token_documents(model.run, [_sized(item.document, size, wants_image) for item in items]))
         drawn: list[list[Any]] = [[] for _ in items]
-        for task in dict.fromkeys(item.task for item in items):
+        made: dict[str, np.ndarray] = {}
+        if self.protocol.ranks:
+            made["scores"] = self._ranks(model, setting, items, documents)[:, None]
+            samples = range(0)
+        for task in dict.fromkeys(item.task for item in items if samples):
             places = [place for place, item in enumerate(items) if item.task == task]
             found = model.ask(
                 task,
@@ -223,7 +232,6 @@ class Asking:
             )
             for place, completed in zip(places, found, strict=True):
                 drawn[place] = completed
-        made: dict[str, np.ndarray] = {}
         if wants_image:
             made["codes"] = np.array([[_last_codes(model, each) for each in of] for of in drawn]).astype(np.int32)
             made["clip"] = np.stack(
@@ -232,7 +240,7 @@ class Asking:
                     for item, codes_nN in zip(items, made["codes"], strict=True)
                 ]
             )
-        else:
+        elif not self.protocol.ranks:
             made["texts"] = np.array([[_answered_text(model, each) for each in of] for of in drawn])
         for name in made:
             if name in held:
@@ -242,6 +250,19 @@ class Asking:
         partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
         np.savez_compressed(partial, allow_pickle=False, **made)  # type: ignore[arg-type]
         os.replace(partial, file)
+
+    def _ranks(
+        self, model: CM3Leon, setting: Setting, items: Sequence[Item], documents: Sequence[TokenDocument]
+    ) -> np.ndarray:
+        """Log-likelihoods (items, K) of the candidates, NaN where an item has fewer."""
+        retrieved = self._retrieved(model, "instruction", items, setting.documents)
+        encode = model.run.text_tokenizer.encode
+        # A candidate stands where the answer does in the template, with the space before it.
+        options = [[encode(_answer_space(item) + option) for option in item.options] for item in items]
+        scores_NK = np.full((len(items), max(len(item.options) for item in items)), np.nan)
+        for place, scores_K in enumerate(model.rank(documents, retrieved, options)):
+            scores_NK[place, : len(scores_K)] = scores_K
+        return scores_NK
 
     def _retrieved(self, model: CM3Leon, task: str, items: Sequence[Item], count: int) -> list[list[int]]:
         if not count:
@@ -281,6 +302,16 @@ def _sized(document: Document, size: int, wants_image: bool) -> Document:
     return replace(document, segments=tuple(segments))
 
 
+def _answer_space(item: Item) -> str:
+    answer = next(s for s in item.document.segments if isinstance(s, TextSegment) and s.role == "answer")
+    return answer.text[: len(answer.text) - len(answer.text.lstrip())]
+
+
+def _ranked(item: Item, scores_K: np.ndarray) -> Answer:
+    scores_K = scores_K[: len(item.options)]
+    return Answer(text=item.options[int(scores_K.argmax())], scores_K=scores_K)
+
+
 def _last_codes(model: CM3Leon, document: Any) -> np.ndarray:
     image = next(segment for segment in reversed(document.segments) if segment.modality == "image")
     return model.run.vocab.image_codes(image.ids_T)
@@ -302,7 +333,7 @@ def _samples_of(file: Path) -> int:
     if not file.is_file():
         return 0
     held = _read(file)
-    return next(len(held[name][0]) for name in ("clip", "texts") if name in held)
+    return next(len(held[name][0]) for name in ("clip", "texts", "scores") if name in held)
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

@@ -4,19 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from cm3leon.config import Component, PositiveInt, Probability
 from cm3leon.data.instructions.base import InstructionSource
 from cm3leon.data.source import Skipped
-from cm3leon.evaluation.answers import option_of, vqa_accuracy
+from cm3leon.evaluation.answers import ndcg, option_of, vqa_accuracy
 from cm3leon.evaluation.captions import caption_scores
 from cm3leon.evaluation.metrics import Measured, average, proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing
 from cm3leon.registry import PROTOCOLS, SOURCES
-from cm3leon.types import UserError
+from cm3leon.types import Document, UserError
+
+
+@PROTOCOLS.register("ranked_answers")
+class RankedAnswers(Protocol):
+    """Candidates ranked by their log-likelihoods, as VisDial's NDCG over its dense annotations is measured."""
+
+    answers_in = "text"
+    ranks = True
+    has_truth = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which data set."""
+
+        data: Annotated[Component, SOURCES]
+        """A source of rated candidates: visdial with `relevance`."""
+        count: PositiveInt | None = None
+        """Items, the first ones; null = all."""
+        missing: Probability = 0.01
+        """Share of the items that may be unusable, such as those whose image is missing."""
+
+        def check(self) -> None:
+            if self.data.name != "visdial" or not self.data.config.relevance:
+                raise UserError("data must be visdial, with the file of its dense annotations as data.relevance")
+
+    config: Config
+
+    def items(self) -> list[Item]:
+        found = asked_items(self.config.data, self.config.count, self.config.missing)
+        return [
+            Item(document.id, "instruction", document, example.relevance, options=example.options)
+            for document, example in found
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        values = [ndcg(list(_scores(answer)), item.truth) for item, answer in zip(items, answers, strict=True)]
+        return {"NDCG": average(np.array(values))}
+
+    def fingerprint(self) -> str:
+        return SOURCES.build(self.config.data).fingerprint()
 
 
 @PROTOCOLS.register("answers")
@@ -47,20 +87,8 @@ class Answers(Protocol):
     config: Config
 
     def items(self) -> list[Item]:
-        config = self.config
-        source: InstructionSource = SOURCES.build(config.data)
-        items: list[Item] = []
-        skipped = 0
-        for found in source.asked():
-            if isinstance(found, Skipped):
-                skipped += 1
-                continue
-            document, example = found
-            items.append(Item(document.id, "instruction", document, example.truth))
-            if len(items) == config.count:
-                break
-        check_missing(skipped, len(items), config.missing)
-        return items
+        found = asked_items(self.config.data, self.config.count, self.config.missing)
+        return [Item(document.id, "instruction", document, example.truth) for document, example in found]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         texts = [answer.text for answer in answers]
@@ -89,3 +117,28 @@ class Answers(Protocol):
 
     def fingerprint(self) -> str:
         return SOURCES.build(self.config.data).fingerprint()
+
+
+def asked_items(data: Component, count: int | None, missing: float) -> list[tuple[Document, Any]]:
+    """What a source of instructions asks about, at most so many items, each with its example.
+
+    Raises:
+        UserError: where more than the share `missing` of them cannot be used.
+    """
+    source: InstructionSource = SOURCES.build(data)
+    items: list[tuple[Document, Any]] = []
+    skipped = 0
+    for found in source.asked():
+        if isinstance(found, Skipped):
+            skipped += 1
+            continue
+        items.append(found)
+        if len(items) == count:
+            break
+    check_missing(skipped, len(items), missing)
+    return items
+
+
+def _scores(answer: Answer) -> np.ndarray:
+    assert answer.scores_K is not None
+    return answer.scores_K

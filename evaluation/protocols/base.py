@@ -24,15 +24,19 @@ class Item:
     """What else the answer is compared with."""
     kind: str = ""
     """Figures of each kind are given beside those of all."""
+    options: tuple[str, ...] = ()
+    """Candidates that are to be ranked, where the protocol `ranks`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score."""
+    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score, or scores of the candidates."""
 
     text: str = ""
     image_HWC: np.ndarray | None = None
     clip: float = float("nan")
+    scores_K: np.ndarray | None = None
+    """Log-likelihood of each candidate in nats; `text` is the likeliest one then."""
 
 
 class Protocol(ABC):
@@ -40,6 +44,8 @@ class Protocol(ABC):
 
     answers_in: Modality
     """The modality of the answers."""
+    ranks: bool = False
+    """Whether the items' `options` are scored, instead of an answer being made; in text only."""
     has_truth: bool = True
     """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
 

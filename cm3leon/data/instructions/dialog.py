@@ -1,0 +1,144 @@
+"""Dialogues about images: VisDial, in its published form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from cm3leon.data.files import BadRecord, Files
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    check_image_name,
+    integer,
+    listed,
+    read_json,
+)
+from cm3leon.registry import SOURCES
+from cm3leon.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class RankedExample(Example):
+    """A question with candidates for its answer."""
+
+    options: tuple[str, ...] = ()
+    relevance: tuple[float, ...] = ()
+    """Of each candidate, as people rated it; empty where nobody has."""
+
+
+@SOURCES.register("visdial")
+class VisDialSource(InstructionSource):
+    """VisDial 1.0: a caption and up to ten rounds about an image; questions and answers are listed once, by number.
+
+    A document is one round: the caption and the rounds before it stand before its question.
+    """
+
+    task = "vqa"
+    more_files = ("relevance",)
+
+    @dataclass(kw_only=True)
+    class Config(InstructionConfig):
+        """Which files."""
+
+        image_name: str = "VisualDialog_val2018_{image_id:012d}.jpg"
+        """How images are named, by {image_id}."""
+        relevance: str | None = None
+        """The dense annotations JSON, such as visdial_1.0_val_dense_annotations.json: only the rounds that it has are
+        taken, with their candidates; null = every round."""
+
+        def check(self) -> None:
+            check_image_name(self.image_name, 1)
+
+    config: Config
+
+    def entries(self) -> list[Any]:
+        content = read_json(self.files, "data.path")
+        path, what = f"data.path: {self.config.path}", "the JSON of VisDial 1.0, such as visdial_1.0_val.json"
+        if isinstance(content, Mapping) and content.get("version") not in (None, "1.0"):
+            raise UserError(f"{path} is of version {content['version']}; give {what}")
+        data = content.get("data") if isinstance(content, Mapping) else None
+        dialogs = [dialog for dialog in listed(data, "dialogs", path, what) if isinstance(dialog, Mapping)]
+        self._questions = listed(data, "questions", path, what)
+        self._answers = listed(data, "answers", path, what)
+        rated = self._rated()
+        found = [
+            (dialog, number, None if rated is None else rated[dialog.get("image_id"), number])
+            for dialog in dialogs
+            for number in range(len(dialog.get("dialog") or ()))
+            if rated is None or (dialog.get("image_id"), number) in rated
+        ]
+        if rated and not found:
+            raise UserError(
+                f"data.relevance: {self.config.relevance} rates none of the rounds of {self.config.path}; give that of "
+                f"the same split"
+            )
+        return found
+
+    def example(self, entry: Any, rng: Random) -> Example:
+        dialog, number, relevance = entry
+        image_id = integer(dialog.get("image_id"), "the image_id")
+        rounds = [turn if isinstance(turn, Mapping) else {} for turn in dialog["dialog"]]
+        said = [self._sentence(self.words(dialog.get("caption"), "the caption"))]
+        for turn in rounds[:number]:
+            said.append(self._question(turn))
+            said.append(self._sentence(self._answer(turn.get("answer"))))
+        turn = rounds[number]
+        options = tuple(self._answer(option) for option in turn.get("answer_options") or ())
+        if relevance is not None and len(relevance) != len(options):
+            raise BadRecord(f"{len(relevance)} relevances for {len(options)} candidates")
+        values = {
+            "question": " ".join([*said, self._question(turn)]),
+            "answer": self._answer(turn.get("answer")) if "answer" in turn else "",
+            "image": self.image(self.config.image_name.format(image_id=image_id)),
+        }
+        if not values["answer"]:
+            raise BadRecord("the round has no answer")
+        truth = (values["answer"],)
+        return RankedExample(
+            f"visdial-{image_id}-{number + 1}", values, truth, options=options, relevance=tuple(relevance or ())
+        )
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def _rated(self) -> dict[tuple[Any, int], list[float]] | None:
+        """Relevances by image and round (from 0)."""
+        if self.config.relevance is None:
+            return None
+        content = read_json(Files(self.config.relevance, "data.relevance"), "data.relevance")
+        wrong = UserError(
+            f"data.relevance: {self.config.relevance} is no list of image_id, round_id and gt_relevance; give VisDial's "
+            f"dense annotations"
+        )
+        if not isinstance(content, list):
+            raise wrong
+        try:
+            # The annotations of training call it `relevance`, those of validation `gt_relevance`.
+            return {
+                (each["image_id"], each["round_id"] - 1): [
+                    float(value) for value in each.get("gt_relevance", each.get("relevance"))
+                ]
+                for each in content
+            }
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise wrong from error
+
+    def _question(self, turn: Mapping[str, Any]) -> str:
+        text = self._of(self._questions, turn.get("question"), "question")
+        return text if text.endswith("?") else f"{text}?"
+
+    def _answer(self, number: Any) -> str:
+        return self._of(self._answers, number, "answer")
+
+    def _of(self, texts: list[Any], number: Any, what: str) -> str:
+        place = integer(number, f"the number of the {what}")
+        if not 0 <= place < len(texts):
+            raise BadRecord(f"{what} {place} is not listed")
+        return self.words(texts[place], f"the {what}")
+
+    @staticmethod
+    def _sentence(text: str) -> str:
+        return text if text[-1] in ".!?" else f"{text}."
