@@ -35,6 +35,7 @@ setup(
     ],
     package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
     cmdclass={"build_py": BuildWithExperiments},
+    entry_points={"lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"]},
     install_requires=[
         "torch>=2.9",
         "torchvision",
@@ -66,6 +67,7 @@ setup(
         ],
         "hf": ["transformers"],
         "eval": ["pycocoevalcap"],
+        "lmms": ["lmms-eval>=0.7"],
         "features": ["scikit-image", "transformers"],
         "dev": [
             "pytest",

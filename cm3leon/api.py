@@ -319,10 +319,14 @@ class CM3Leon:
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
         return self._pictures(instruction, codes_BN, seeds, ())
 
-    def answer(self, image: Image.Image, question: str, *, decoder: DecoderChoice = None, seed: int = 0) -> str:
-        """The answer to a question about an image. It needs a model that was fine-tuned on questions."""
+    def answer(
+        self, image: Image.Image, question: str, *, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
+    ) -> str:
+        """The answer to a question about an image, of at most so many pieces. It needs a model that was fine-tuned on
+        questions."""
         document = self._instruction("vqa", image=image, question=question, answer="?")
-        prompt = self._task("instruction").prompt(document)
+        task = TASKS.build({"name": "instruction", "max_tokens": most}, **self._task_arguments())
+        prompt = task.prompt(document)
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
         kept = tokens[:-1] if tokens and tokens[-1] == prompt.end else tokens
         return self.run.text_tokenizer.decode(np.array(kept, np.int64)).strip()
@@ -372,13 +376,23 @@ class CM3Leon:
         images: Sequence[Image.Image] | None = None,
         image: Image.Image | None = None,
         text: str | None = None,
+        question: str | None = None,
     ) -> list[float]:
         """Log-likelihoods in nats: of each of some `texts` for an `image`, or of each of some `images` for a `text`.
 
-        A text counts with the `<end_of_span>` behind it. Divide by lengths as the use demands.
+        With a `question` about the image the texts are answers to it, else captions. A text counts with the
+        `<end_of_span>` behind it. Divide by lengths as the use demands.
         """
         vocab = self.run.vocab
-        if texts is not None and image is not None and images is None and text is None:
+        of_an_image = texts is not None and image is not None and images is None and text is None
+        if question is not None:
+            if texts is None or image is None or not of_an_image:
+                raise UserError("a question is asked about an image: give image, and texts that may answer it")
+            document = self._instruction("vqa", image=image, question=question, answer="?")
+            encode = self.run.text_tokenizer.encode
+            (found_K,) = self.rank([document], [[]], [[encode(f" {each}") for each in texts]])  # behind "Answer:"
+            return [float(score) for score in found_K]
+        if texts is not None and image is not None and of_an_image:
             document = TokenDocument("image", (self._text(""), self._image(self._pixels(image))))
             ids_T = self._task("caption").prompt(document).ids_T
             given = [np.append(self._text(each).ids_T, vocab.end_of_span) for each in texts]

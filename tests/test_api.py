@@ -79,6 +79,17 @@ def test_captions_and_their_likelihoods(model: CM3Leon) -> None:
     assert len(model.score(images=[picture(0), picture(1)], text="a seven")) == 2
 
 
+def test_answers_to_a_question_are_scored_as_they_are_asked_for(model: CM3Leon) -> None:
+    texts, question = ["yes", "a seven"], "What is it?"
+    scores = model.score(texts=texts, image=picture(), question=question)
+    assert scores == pytest.approx(
+        [model.score(texts=[text], image=picture(), question=question)[0] for text in texts], rel=1e-4
+    )
+    assert scores != pytest.approx(model.score(texts=texts, image=picture(), question="Where is it?"), rel=1e-4)
+    with pytest.raises(UserError, match="a question is asked about an image"):
+        model.score(images=[picture()], text="a seven", question=question)
+
+
 def test_an_infilled_box_leaves_the_other_codes(model: CM3Leon) -> None:
     tokenizer = model.run.image_tokenizer
     before_N = tokenizer.encode(np.asarray(picture())[None])[0]

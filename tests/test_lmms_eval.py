@@ -1,0 +1,116 @@
+"""The plugin for lmms-eval: a local task is measured with a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from cm3leon.api import CM3Leon
+from cm3leon.plugins.lmms_eval import CM3LeonModel, _until
+from cm3leon.run import main
+from cm3leon.types import UserError
+
+
+def test_an_answer_ends_before_the_first_stop() -> None:
+    assert _until("two. Three\nFour", ["\n", "."]) == "two"
+    assert _until(" two ", "") == "two"
+
+
+class Request:
+    """As lmms-eval's Instance, as far as the plugin reads it."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lmms") / "run"
+    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={folder}", "until=pretraining"]) == 0
+    return folder
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (40, 32), (40 * number, 100, 200 - 30 * number))
+
+
+def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
+    model = CM3LeonModel.__new__(CM3LeonModel)  # lmms-eval, which its constructor needs, may not be installed
+    model._model, model.task_dict, model._rank = CM3Leon.load(run, precision="float32"), {}, 0
+    if not hasattr(CM3LeonModel, "rank"):
+        model.rank = 0
+    model.task_dict = {"colours": {"test": [{"image": picture(n)} for n in range(3)]}}
+
+    def visual(doc: Any) -> list[Any]:
+        return [doc["image"]]
+
+    asked = [Request("What is it?", {"max_new_tokens": 4}, visual, n, "colours", "test") for n in range(3)]
+    assert model.generate_until(asked) == [
+        _until(model._model.answer(picture(n), "What is it?", most=4), ()) for n in range(3)
+    ]
+    scored = [Request("What is it?", lambda doc: " red", visual, n, "colours", "test") for n in range(2)]
+    found = model.loglikelihood(scored)
+    for number, (score, greedy) in enumerate(found):
+        (expected,) = model._model.score(texts=["red"], image=picture(number), question="What is it?")
+        assert score == pytest.approx(expected)
+        assert isinstance(greedy, bool)
+    for images, sentence in ((lambda doc: [], "has 0 images"), (lambda doc: [picture(0)] * 2, "has 2 images")):
+        with pytest.raises(UserError, match=sentence):
+            model.generate_until([Request("What?", {}, images, 0, "colours", "test")])
+    with pytest.raises(UserError, match="several rounds"):
+        model.generate_until_multi_round([])
+
+
+def test_lmms_eval_measures_a_local_task(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lmms_eval", reason="the extra lmms is not installed")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import list_available_models
+    from lmms_eval.tasks import TaskManager
+
+    assert "cm3leon" in list_available_models()
+    lines = []
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+        lines.append({"image": str(tmp_path / f"{number}.png"), "question": "What is it?", "answer": "red"})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "utils.py").write_text(
+        "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n\n\n"
+        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
+    )
+    task = {
+        "task": "colours_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_visual": "FUNCTION utils.visual",
+        "doc_to_text": "FUNCTION utils.text",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"max_new_tokens": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    written = yaml.safe_dump(task, sort_keys=False).replace("FUNCTION", "!function")
+    written = written.replace("'!function utils.visual'", "!function utils.visual")
+    (tasks / "colours_local.yaml").write_text(written)
+    found = simple_evaluate(
+        model="cm3leon",
+        model_args=f"pretrained={run}",
+        tasks=["colours_local"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=1,
+        log_samples=True,
+    )
+    samples = found["samples"]["colours_local"]
+    model = CM3Leon.load(run)
+    answers = [_until(model.answer(picture(n), "What is it?", most=4), ()) for n in range(4)]
+    assert [sample["filtered_resps"][0] for sample in samples] == answers
+    assert found["results"]["colours_local"]["exact_match,none"] == sum(a == "red" for a in answers) / 4
