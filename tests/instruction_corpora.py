@@ -213,7 +213,7 @@ def features(place: Path) -> dict[str, Any]:
 
 
 def visdial(place: Path) -> dict[str, Any]:
-    """VisDial 1.0: three dialogues of two rounds; an answer that is not listed, an image that is missing."""
+    """VisDial 1.0: three dialogues of two or three rounds; an answer that is not listed, an image that is missing."""
     questions = ["is it big", "what colour is it?", "é?"]
     answers = ["yes", "no", "red", "it is blue", "can't tell"]
 
@@ -221,7 +221,7 @@ def visdial(place: Path) -> dict[str, Any]:
         return {"question": question, "answer": answer, "answer_options": [0, 1, 2, 3, 4], "gt_index": answer}
 
     dialogs = [
-        {"image_id": 1, "caption": "a dog by a tree", "dialog": [turn(0, 0), turn(1, 2)]},
+        {"image_id": 1, "caption": "a dog by a tree", "dialog": [turn(0, 0), turn(1, 2), turn(2, 4)]},
         {"image_id": 2, "caption": "a cat.", "dialog": [turn(2, 1), turn(1, 77)]},
         {"image_id": 9, "caption": "nothing", "dialog": [turn(0, 0), turn(1, 2)]},
     ]

@@ -157,6 +157,7 @@ def test_visdial(tmp_path: Path) -> None:
     assert [shown(document) for document in documents] == [
         "Question: a dog by a tree. is it big? Answer:[ yes]. | <image>",
         "Question: a dog by a tree. is it big? yes. what colour is it? Answer:[ red]. | <image>",
+        "Question: a dog by a tree. is it big? yes. what colour is it? red. é? Answer:[ can't tell]. | <image>",
         "Question: a cat. é? Answer:[ no]. | <image>",
     ]
     assert skipped[0].reason == "answer 77 is not listed"

@@ -34,7 +34,7 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 discover()
 
-FILE_SOURCES = [name for name in CORPORA if name not in ("digits", "scenes")]
+FILE_SOURCES = [name for name in CORPORA if name not in ("digits", "scenes", "scene_entities")]
 
 
 def build(name: str, **fields: Any) -> Source:
