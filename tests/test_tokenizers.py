@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cm3leon.registry import IMAGE_TOKENIZERS, discover
 from cm3leon.tokenizers.document import DocumentTokenizer, lay_out, sample_length, token_count
+from cm3leon.tokenizers.image.base import to_signal
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
@@ -321,6 +322,17 @@ def test_dead_codes_are_moved_onto_vectors_of_the_batch() -> None:
     assert len(each.eval().lookup(z_ND).unique()) == 4
 
 
+def test_codes_revived_far_go_to_what_no_code_is_near() -> None:
+    """Of 200 vectors 198 lie on a code, two do not: dead codes are moved onto those two."""
+    torch.manual_seed(0)
+    each = quantizer(size=4, dim=2, decay=0.0, revive_below=0.01, revive_far=True).train()
+    each.initialized.fill_(True)
+    each.codebook_VD.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0], [60.0, 60.0], [70.0, 70.0]]))
+    z_ND = torch.cat([torch.zeros(198, 2), torch.tensor([[9.0, 9.0], [9.0, 9.0]])])
+    each(z_ND)
+    assert [each.codebook_VD[v].tolist() for v in (1, 2, 3)] == [[9.0, 9.0]] * 3
+
+
 def test_gradient_of_the_codes_goes_straight_to_the_vectors() -> None:
     torch.manual_seed(0)
     each = quantizer().train()
@@ -397,6 +409,23 @@ def test_the_default_geometry_is_the_papers() -> None:
     config = IMAGE_TOKENIZERS.check("vq").config
     assert (config.image_size // config.downsampling) ** 2 == 1024
     assert config.codebook_size == 8192
+
+
+def test_a_patch_has_the_same_code_wherever_it_stands() -> None:
+    torch.manual_seed(0)
+    section = {"name": "patches", "image_size": 16, "downsampling": 4, "codebook_size": 32, "code_dim": 8, "width": 16}
+    patches = IMAGE_TOKENIZERS.build(section).ready()
+    images_BHWC = pictures(3)
+    z_BDHW = patches.encoder(to_signal(torch.from_numpy(images_BHWC)))
+    patches.quantizer.codebook_VD.copy_(z_BDHW.permute(0, 2, 3, 1).reshape(-1, 8)[:32])
+    codes_BHW = patches.encode(images_BHWC).reshape(3, 4, 4)
+    moved_BHW = patches.encode(np.roll(images_BHWC, (4, 8), (1, 2))).reshape(3, 4, 4)
+    assert np.array_equal(moved_BHW, np.roll(codes_BHW, (1, 2), (1, 2)))
+    assert len(np.unique(codes_BHW)) > 3
+    decoded_BHWC = patches.decode(np.array([[5] * 16]))[0].reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, 4, 4, 3)
+    assert (decoded_BHWC == decoded_BHWC[0]).all()
+    with pytest.raises(UserError, match="must divide image_size 16"):
+        IMAGE_TOKENIZERS.build({**section, "downsampling": 5})
 
 
 def test_codes_are_row_by_row(vq: Any) -> None:

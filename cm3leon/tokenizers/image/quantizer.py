@@ -102,13 +102,25 @@ class EMAQuantizer(Quantizer):
         revive_below: a code is dead, and is moved onto a random vector of the batch, when its moving count falls
             below this share of what even use would give it.
         commitment: weight of the pull of the vectors to their codes.
+        revive_far: vectors for codes to be moved onto are drawn by their squared distances to their codes (k-means++,
+            Arthur and Vassilvitskii 2007) instead of evenly, so that what is rare gets codes too.
     """
 
-    def __init__(self, *, size: int, dim: int, decay: float, revive_below: float, commitment: float) -> None:
+    def __init__(
+        self,
+        *,
+        size: int,
+        dim: int,
+        decay: float,
+        revive_below: float,
+        commitment: float,
+        revive_far: bool = False,
+    ) -> None:
         super().__init__()
         self.commitment = commitment
         self.decay = decay
         self.revive_below = revive_below
+        self.revive_far = revive_far
         self.codebook_VD: Tensor
         self.count_V: Tensor
         self.sum_VD: Tensor
@@ -122,13 +134,13 @@ class EMAQuantizer(Quantizer):
         with torch.autocast(z_ND.device.type, enabled=False):  # distances and averages need float32
             z_ND = z_ND.float()
             if self.training and not self.initialized:
-                self._move(torch.arange(len(self.codebook_VD), device=z_ND.device), z_ND.detach())
+                self._move(torch.arange(len(self.codebook_VD), device=z_ND.device), z_ND.detach(), None)
                 self.initialized.fill_(True)
             codes_N = self.lookup(z_ND)
             quantized_ND = self.codebook_VD[codes_N]
             pull = self.commitment * F.mse_loss(z_ND, quantized_ND)
             if self.training:
-                self._learn(z_ND.detach(), codes_N)
+                self._learn(z_ND.detach(), codes_N, (z_ND - quantized_ND).detach().pow(2).sum(1))
             return z_ND + (quantized_ND - z_ND).detach(), codes_N, pull
 
     def lookup(self, z_ND: Tensor) -> Tensor:
@@ -138,7 +150,7 @@ class EMAQuantizer(Quantizer):
         return self.codebook_VD[codes]
 
     @torch.no_grad()
-    def _learn(self, z_ND: Tensor, codes_N: Tensor) -> None:
+    def _learn(self, z_ND: Tensor, codes_N: Tensor, distance_N: Tensor) -> None:
         rows = _rows_at_once(self.codebook_VD)
         count_V, sum_VD = torch.zeros_like(self.count_V), torch.zeros_like(self.sum_VD)
         for z, codes in zip(z_ND.split(rows), codes_N.split(rows), strict=True):
@@ -149,12 +161,16 @@ class EMAQuantizer(Quantizer):
         self.sum_VD.lerp_(sum_VD, 1 - self.decay)
         self.codebook_VD.copy_(self.sum_VD / self.count_V.clamp(min=1e-5)[:, None])
         even_use = len(z_ND) / len(self.codebook_VD)
-        self._move((self.count_V < self.revive_below * even_use).nonzero()[:, 0], z_ND)
+        dead_M = (self.count_V < self.revive_below * even_use).nonzero()[:, 0]
+        self._move(dead_M, z_ND, distance_N if self.revive_far else None)
 
     @torch.no_grad()
-    def _move(self, dead_M: Tensor, z_ND: Tensor) -> None:
-        """Moves codes onto random vectors of the batch, as if each had had even use."""
-        chosen_M = torch.randint(len(z_ND), (len(dead_M),), device=z_ND.device)
+    def _move(self, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
+        """Moves codes onto random vectors of the batch, drawn by weight, as if each had had even use."""
+        if weight_N is None:
+            chosen_M = torch.randint(len(z_ND), (len(dead_M),), device=z_ND.device)
+        else:
+            chosen_M = torch.multinomial(weight_N + 1e-12, len(dead_M), replacement=True) if len(dead_M) else dead_M
         even_use = len(z_ND) / len(self.codebook_VD)
         self.codebook_VD[dead_M] = z_ND[chosen_M]
         self.sum_VD[dead_M] = z_ND[chosen_M] * even_use

@@ -17,57 +17,50 @@ from cm3leon.types import UserError
 GROUPS = 8
 
 
-@IMAGE_TOKENIZERS.register("vq")
-class VQAutoencoder(ImageTokenizer, TokenizerTraining):
-    """Convolutional autoencoder with an EMA codebook; squared error, no perceptual or adversarial part."""
+@dataclass(kw_only=True)
+class CodebookConfig:
+    """The default geometry is the paper's: 256x256 pixels to 32x32 codes of 8192."""
 
-    @dataclass(kw_only=True)
-    class Config:
-        """The default geometry is the paper's: 256x256 pixels to 32x32 codes of 8192."""
+    image_size: PositiveInt = 256
+    """Height and width of the images, in pixels."""
+    downsampling: PositiveInt = 8
+    """Pixels of a code's side; it divides the image size, and is a power of two where there are convolutions."""
+    codebook_size: PositiveInt = 8192
+    """Number of codes."""
+    code_dim: PositiveInt = 32
+    """Size of a code's vector."""
+    commitment: NonNegativeFloat = 0.25
+    """Weight of the distance between the encoder's vectors and their codes."""
+    decay: Probability = 0.99
+    """Decay of the codebook's moving averages."""
+    revive_below: Probability = 0.03
+    """A code used less than this share of even use is moved onto a vector of the batch."""
+    revive_far: bool = False
+    """Whether that vector is drawn by its squared distance to its code, so that rare patches get codes of their own;
+    evenly otherwise."""
 
-        image_size: PositiveInt = 256
-        """Height and width of the images, in pixels."""
-        downsampling: PositiveInt = 8
-        """Pixels of a code's side; a power of two that divides the image size."""
-        codebook_size: PositiveInt = 8192
-        """Number of codes."""
-        code_dim: PositiveInt = 32
-        """Size of a code's vector."""
-        channels: PositiveInt = 64
-        """Channels at full resolution, a multiple of 8; each halving of it doubles them, up to four times as many."""
-        residual_blocks: PositiveInt = 1
-        """Residual blocks at each resolution of the encoder, and of the decoder."""
-        commitment: NonNegativeFloat = 0.25
-        """Weight of the distance between the encoder's vectors and their codes."""
-        decay: Probability = 0.99
-        """Decay of the codebook's moving averages."""
-        revive_below: Probability = 0.03
-        """A code used less than this share of even use is moved onto a vector of the batch."""
 
-        def check(self) -> None:
-            if self.channels % GROUPS:
-                raise UserError(f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms")
-            if self.downsampling & (self.downsampling - 1) or self.image_size % self.downsampling:
-                raise UserError(
-                    f"downsampling {self.downsampling} must be a power of two that divides image_size {self.image_size}"
-                )
+class Autoencoder(ImageTokenizer, TokenizerTraining):
+    """Base of autoencoders with an EMA codebook; squared error, no perceptual or adversarial part.
 
-    def __init__(self, config: Config) -> None:
+    A subclass has an `encoder` of signals to vectors (B, D, H, W), and a `decoder` of those.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
-        self.config = config
         self.image_size, self.codebook_size = config.image_size, config.codebook_size
         self.downsampling = config.downsampling
-        halvings = config.downsampling.bit_length() - 1
-        widths = [config.channels * min(2**level, 4) for level in range(halvings + 1)]
-        self.encoder = _encoder(widths, config)
         self.quantizer = EMAQuantizer(
             size=config.codebook_size,
             dim=config.code_dim,
             decay=config.decay,
             revive_below=config.revive_below,
             commitment=config.commitment,
+            revive_far=config.revive_far,
         )
-        self.decoder = _decoder(widths[::-1], config)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (reconstruction (B, C, H, W), codes (B, N), the quantizer's loss). Pixels are in [-1, 1]."""
@@ -95,6 +88,36 @@ class VQAutoencoder(ImageTokenizer, TokenizerTraining):
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
         return self.decoder(self.quantizer.vectors(codes_BHW).permute(0, 3, 1, 2))
+
+
+@IMAGE_TOKENIZERS.register("vq")
+class VQAutoencoder(Autoencoder):
+    """Convolutional autoencoder with an EMA codebook; squared error, no perceptual or adversarial part."""
+
+    @dataclass(kw_only=True)
+    class Config(CodebookConfig):
+        """Its convolutions."""
+
+        channels: PositiveInt = 64
+        """Channels at full resolution, a multiple of 8; each halving of it doubles them, up to four times as many."""
+        residual_blocks: PositiveInt = 1
+        """Residual blocks at each resolution of the encoder, and of the decoder."""
+
+        def check(self) -> None:
+            if self.channels % GROUPS:
+                raise UserError(f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms")
+            if self.downsampling & (self.downsampling - 1) or self.image_size % self.downsampling:
+                raise UserError(
+                    f"downsampling {self.downsampling} must be a power of two that divides image_size {self.image_size}"
+                )
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+        halvings = config.downsampling.bit_length() - 1
+        widths = [config.channels * min(2**level, 4) for level in range(halvings + 1)]
+        self.encoder = _encoder(widths, config)
+        self.decoder = _decoder(widths[::-1], config)
 
 
 def _encoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
