@@ -14,7 +14,7 @@ from cm3leon.registry import DECODERS
 class MinP:
     """Samples among the tokens that are not much less likely than the most likely one.
 
-    Of the probabilities 0.6, 0.3, 0.06 and 0.04, min_p = 0.1 keeps the first three.
+    Of the probabilities 0.6, 0.3, 0.07 and 0.03, min_p = 0.1 keeps the first three.
     """
 
     streams = 1
