@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import digit_tars
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import VOCAB, document, documents
@@ -142,19 +143,21 @@ def test_min_p_keeps_what_is_likely_beside_the_likeliest(min_p: float, kept: int
 # ------------------------------------------------------------------------------------------------ experiment
 
 
-def test_its_experiment_runs_through_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
+    digit_tars(tmp_path, count=1, per_tar=60)  # in place of all 1,797
+    data = f"data={{name: webdataset, path: {tmp_path}}}"
     short = [
         f"{section}.{key}={value}"
         for section in ("image_tokenizer_training", "retriever_training", "training")
-        for key, value in {"steps": 2, "warmup_steps": 1, "batch_size": 4}.items()
+        for key, value in {"steps": 2, "warmup_steps": 1, "batch_size": 4, "callback_every": 2}.items()
     ]
-    small = ["model.layers=1", "generation.documents=[0]", "generation.shuffled_documents=0", "split.held_out=0.01"]
-    assert main(["experiment=fill_in_the_middle", f"run={tmp_path}", *short, *small]) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    (infilled,) = metrics["infill_accuracy"]
-    assert (infilled["task"], infilled["n"], infilled["given_kept"]) == ("infill_middle", 18, 1.0)
+    run = tmp_path / "run"
+    assert main(["experiment=fill_in_the_middle", f"run={run}", data, *short]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    for infilled in metrics["infill_accuracy"]:
+        assert (infilled["task"], infilled["n"], infilled["given_kept"]) == ("infill_middle", 12, 1.0)
     assert metrics["t2i_accuracy"][0]["cfg"] is None
-    assert "infill_middle: The caption, the top and the bottom" in (tmp_path / "report.html").read_text()
+    assert "infill_middle: The caption, the top and the bottom" in (run / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("registries")
