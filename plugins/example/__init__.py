@@ -1,4 +1,4 @@
-"""A plugin that teaches: an objective, a task, a decoder and an experiment of its own; docs/plugins.md walks through it.
+"""A plugin that teaches: an objective, a task, a decoder and an experiment; docs/plugins.md walks through it.
 
     objective.py      fill_in_the_middle   what the model learns: another order of the same tokens
     task.py           infill_middle        what it is asked for, in the form that the objective trains
