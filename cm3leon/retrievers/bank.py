@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cm3leon.retrievers.mips import Searcher, import_faiss
-from cm3leon.types import Modality, UserError
+from cm3leon.types import Modality
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Maximum inner product search by FAISS: on GPUs where it was built for them and a driver exists, on the CPU elsewhere.
 
-What a GPU has no room for, or cannot do, is done on the CPU, with the same results up to the order of ties: exact search
-is exact on both, and candidates found by codes are ordered by their vectors.
+What a GPU has no room for, or cannot do, is done on the CPU, with the same results up to ties: exact search is exact on
+both, and candidates that codes find are ordered by their vectors.
 """
 
 from __future__ import annotations
