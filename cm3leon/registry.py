@@ -308,5 +308,5 @@ def _plugin(module: str, origin: str) -> Iterator[str]:
     _origins.setdefault(module, origin)
     try:
         yield module
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a plugin that exits would end the run as if all were done
         raise PluginError(f"plugin {origin} failed to import: {type(error).__name__}: {error}") from error

@@ -138,7 +138,11 @@ def assert_best(parts: Parts, queries_QD: np.ndarray, found_QK: np.ndarray) -> N
     assert all(len(set(rows_K)) == len(rows_K) for rows_K in found_QK.tolist())
 
 
-def test_exact_search_through_all_shards_is_brute_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [7, 2**18])
+def test_exact_search_through_all_shards_is_brute_force(
+    tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "PIECE", piece)
     parts, queries = clustered(0, 200), clustered(1, 20).text_BD
     vectors = VectorShards(write(tmp_path / "vectors", parts))
     assert_best(parts, queries, exact_search(vectors, queries, 7))

@@ -1,7 +1,9 @@
-"""Discovery of plugins: the folder, entry points, paths, and failures."""
+"""Discovery of plugins: the folder, entry points, paths, and failures; a package of somebody else, installed by pip."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,9 +46,8 @@ def clone(tmp_path: Path) -> Path:
     for name in ("__init__.py", "types.py", "config.py", "registry.py"):
         shutil.copy(ROOT / "cm3leon" / name, clone / "cm3leon")
     (clone / "experiments.yaml").write_text("")
-    for name in ("plugins", "evaluation"):  # without the second, an editable installation would lend its own
-        (clone / name).mkdir()
-        (clone / name / "__init__.py").write_text("")
+    (clone / "plugins").mkdir()
+    (clone / "plugins/__init__.py").write_text("")
     return clone
 
 
@@ -61,7 +62,13 @@ for name in METRICS.names():
 def discovered(clone: Path, *path: Path, code: str = PRINT_ORIGINS) -> subprocess.CompletedProcess[str]:
     """Runs code in a process of its own, the clone and more folders being on its path."""
     folders = [str(folder) for folder in (clone, *path)]
-    code = f"import sys\nsys.path[:0] = {folders}\nfrom cm3leon.registry import METRICS, discover\n{code}"
+    code = f"""
+import sys
+sys.path[:0] = {folders}
+# An editable installation would lend the modules that the clone lacks.
+sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+from cm3leon.registry import METRICS, discover
+{code}"""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=clone.parent)
 
 
@@ -132,24 +139,130 @@ def test_entry_point(clone: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["theirs: entry point them (their-dist 1.2)"], done.stderr
 
 
-def test_example_plugin_also_where_the_experiment_names_it(clone: Path) -> None:
-    shutil.copytree(ROOT / "plugins/example", clone / "plugins/example")
-    code = """
-discover(["clone/plugins/example"])
-
-import torch
-from cm3leon.registry import DECODERS
-
-decoder = DECODERS.build({"name": "top_k", "k": 2})
-print(DECODERS.origin("top_k"), decoder.logits(torch.tensor([[1.0, 4, 3, 2]]), None).tolist())
-"""
-    done = discovered(clone, code=code)
-    assert done.stdout == "plugins/example [[-inf, 4.0, 3.0, -inf]]\n", done.stderr
-
-
 def test_failing_plugin_shows_its_own_traceback(clone: Path) -> None:
     write_plugin(clone / "plugins/broken.py", "x").write_text("def f():\n    return 1 / 0\n\n\nf()\n")
     done = discovered(clone)
     assert done.returncode == 1
     assert "return 1 / 0" in done.stderr
     assert "PluginError: plugin plugins/broken failed to import: ZeroDivisionError" in done.stderr
+
+
+def test_a_plugin_that_would_end_the_process_is_a_failure(clone: Path) -> None:
+    write_plugin(clone / "plugins/quits.py", "x").write_text("raise SystemExit(0)\n")
+    done = discovered(clone)
+    assert done.returncode == 1
+    assert "PluginError: plugin plugins/quits failed to import: SystemExit: 0" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ a package by pip
+
+PROJECT = """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "acme-cm3leon"
+version = "0.3"
+
+[project.entry-points."cm3leon.plugins"]
+acme = "acme_cm3leon"
+"""
+SOURCE = '''
+"""Where Acme keeps its documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cm3leon.config import PositiveInt
+from cm3leon.data.source import Source
+from cm3leon.registry import SOURCES
+from cm3leon.types import Document, ImageSegment, TextSegment
+
+
+@SOURCES.register("acme_greys")
+class Greys(Source):
+    """Images of one grey each."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        count: PositiveInt = 10
+        """Documents."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def parts(self) -> list[str]:
+        return ["all"]
+
+    def read(self, part: str, start: int = 0) -> Iterator[Document]:
+        for grey in range(start, self.config.count):
+            pixels_HWC = np.full((8, 8, 3), grey, np.uint8)
+            yield Document(f"grey-{grey}", (TextSegment(f"grey {grey}"), ImageSegment(pixels_HWC)))
+
+    def fingerprint(self) -> str:
+        return f"greys {self.config.count}"
+'''
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed a package with an entry point, built from its project."""
+    project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
+    (project / "acme_cm3leon").mkdir()
+    (project / "pyproject.toml").write_text(PROJECT)
+    (project / "acme_cm3leon/__init__.py").write_text('"""Components of Acme, in the modules beside this one."""\n')
+    (project / "acme_cm3leon/source.py").write_text(SOURCE)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, *offline, "--target", site, project], check=True, cwd=project)
+    return site
+
+
+def job(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python in another folder, as a task of SLURM starts it: with its variables, and none of the shell's."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(map(str, (site, ROOT))),
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NODELIST": "node1",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_an_installed_package_is_listed_and_works_in_a_job(site: Path, tmp_path: Path) -> None:
+    code = """
+from cm3leon.run import main
+main(["--list"])
+print("RESOLVED")
+main(["experiment=digits", "data=acme_greys", "data.count=12", "--show"])
+"""
+    listing, _, experiment = job(site, tmp_path, "-c", code).stdout.partition("RESOLVED\n")
+    assert "\n  acme_greys  (entry point acme (acme-cm3leon 0.3))\n    Images of one grey each.\n" in listing
+    resolved, run = tmp_path / "resolved.yaml", tmp_path / "run"
+    resolved.write_text(experiment)
+    words = (f"experiment={resolved}", f"run={run}", "until=documents")
+    done = job(site, Path("/"), "-m", "cm3leon.run", *words)
+    assert done.returncode == 0, done.stderr
+    ids = [json.loads(line)["id"] for line in (run / "documents/documents.jsonl").read_text().splitlines()]
+    assert ids == [f"grey-{number}" for number in range(12)]
+
+
+def test_an_installed_package_that_fails_to_import_stops_the_job(site: Path, tmp_path: Path) -> None:
+    broken, run = tmp_path / "site", tmp_path / "run"
+    shutil.copytree(site, broken)
+    (broken / "acme_cm3leon/source.py").write_text("import acme_that_nobody_installed\n")
+    done = job(broken, tmp_path, "-m", "cm3leon.run", "experiment=digits", f"run={run}", "until=documents")
+    assert done.returncode == 1
+    assert f'File "{broken}/acme_cm3leon/source.py", line 1, in <module>' in done.stderr
+    cause = "ModuleNotFoundError: No module named 'acme_that_nobody_installed'"
+    failure = f"plugin entry point acme (acme-cm3leon 0.3) failed to import: {cause}"
+    assert done.stderr.splitlines()[-1] == f"cm3leon.registry.PluginError: {failure}"
+    assert not run.exists()

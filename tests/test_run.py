@@ -115,8 +115,8 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
 
     assert run.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "\n  top_k  (plugins/example)\n    Samples among the k most likely tokens." in text
-    assert "\n      k: int >= 1 = 50\n          Number of tokens kept" in text
+    assert "\n  min_p  (plugins/example)\n    Samples among the tokens that are not much less likely" in text
+    assert "\n      min_p: 0 <= float <= 1 = 0.1\n          A token stays if its probability" in text
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())
     for name, entry in list_experiments().items():

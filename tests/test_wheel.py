@@ -55,7 +55,7 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
 
 def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
     text = call(sys.executable, "-m", "cm3leon.run", "--list", cwd=elsewhere, PYTHONPATH=str(installed))
-    assert "top_k  (plugins/example)" in text
+    assert "min_p  (plugins/example)" in text
     assert "EXPERIMENTS" in text
 
 

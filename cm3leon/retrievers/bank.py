@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cm3leon.types import Modality, UserError
+from cm3leon.retrievers.mips import Searcher, import_faiss
+from cm3leon.types import Modality
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +74,17 @@ class MemoryBank:
         return index
 
     @cached_property
+    def _searcher(self) -> Searcher:
+        return Searcher(self.index)
+
+    @cached_property
     def row_of(self) -> dict[str, int]:
         """Row of each id."""
         return {id_: row for row, id_ in enumerate(self.ids)}
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Rows (Q, count) of the best documents by inner product, the best first."""
-        return self.index.search(np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids)))[1]
+        return self._searcher.search(np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids)))
 
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
@@ -102,12 +107,3 @@ class MemoryBank:
             bank = cls(json.loads((folder / "ids.json").read_text()), Parts(vectors["text"], vectors["image"]))
         bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
         return bank
-
-
-def import_faiss() -> Any:
-    """The library. Raises UserError where it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)") from error
-    return faiss

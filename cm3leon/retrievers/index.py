@@ -28,7 +28,8 @@ import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
-from cm3leon.retrievers.bank import Parts, import_faiss
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
 from cm3leon.types import UserError
@@ -38,6 +39,8 @@ HNSW_FROM = 16_384
 """Lists from which on the list of a vector is itself looked up in a graph."""
 PQ_CODES = 256
 """Codes of a subspace, one byte each."""
+PIECE = 2**18
+"""Vectors that are compared with queries at a time, in exact search through all shards."""
 RECALL_AT = (2, 10)
 
 
@@ -89,9 +92,7 @@ def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
     wanted = min(len(vectors), max(64 * lists, 2**18))  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
     index.cp.seed = index.pq.cp.seed = seed + 1
-    if _gpus():
-        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
-    index.train(np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)]))
+    train_index(index, np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)]))
     _write(index, folder / TRAINED)
 
 
@@ -100,13 +101,10 @@ def add_shard(vectors: VectorShards, number: int, folder: Path, config: IndexCon
     path = _piece(folder, number)
     if is_exact(len(vectors), config) or path.is_file():
         return
-    faiss = import_faiss()
-    trained = faiss.read_index(str(folder / TRAINED))
-    index = _on_gpu(trained)
-    parts = vectors.shard(number)
+    trained = import_faiss().read_index(str(folder / TRAINED))
+    vectors_BD = vectors.shard(number).mean()
     first = vectors.first(number)
-    index.add_with_ids(parts.mean(), np.arange(first, first + len(parts.text_BD)))
-    _write(index if index is trained else faiss.index_gpu_to_cpu(index), path)
+    _write(with_vectors(trained, vectors_BD, np.arange(first, first + len(vectors_BD))), path)
 
 
 def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -> None:
@@ -180,21 +178,6 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _gpus() -> int:
-    return getattr(import_faiss(), "get_num_gpus", lambda: 0)()
-
-
-def _on_gpu(index: Any) -> Any:
-    """The index on the first GPU that FAISS sees, itself without one."""
-    if not _gpus():
-        return index
-    faiss = import_faiss()
-    options = faiss.GpuClonerOptions()
-    options.useFloat16 = True
-    options.allowCpuCoarseQuantizer = True
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
-
-
 # ------------------------------------------------------------------------------------------------ recall
 
 
@@ -202,11 +185,10 @@ def _tuned(vectors: VectorShards, index: Any, config: IndexConfig, seed: int) ->
     """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`."""
     queries_QD = _queries(vectors, config.recall_queries, seed)
     exact_QK = exact_search(vectors, queries_QD, max(RECALL_AT))
-    lists = index.nlist
+    searcher, lists = Searcher(index), index.nlist
     nprobe = 1
     while True:
-        index.nprobe = nprobe
-        found_QK = _rescored(index, vectors, queries_QD, max(RECALL_AT), config.rescored)
+        found_QK = _rescored(searcher, nprobe, vectors, queries_QD, max(RECALL_AT), config.rescored)
         recall = {k: recall_at(exact_QK, found_QK, k) for k in RECALL_AT}
         if recall[RECALL_AT[0]] >= config.recall_target or nprobe >= lists:
             return nprobe, recall
@@ -227,15 +209,19 @@ def recall_at(exact_QK: np.ndarray, found_QK: np.ndarray, k: int) -> float:
 
 
 def exact_search(vectors: VectorShards, queries_QD: np.ndarray, count: int) -> np.ndarray:
-    """Rows (Q, count) of the best documents by inner product, going once through all shards."""
+    """Rows (Q, count) of the best documents by inner product, going once through all shards, piece by piece."""
     best_QK = np.full((len(queries_QD), count), NONE, np.int64)
     scores_QK = np.full((len(queries_QD), count), -np.inf, np.float32)
     for number in range(vectors.count):
-        scores_QM = queries_QD @ vectors.shard(number).mean().T
-        rows_QM = np.broadcast_to(np.arange(scores_QM.shape[1]) + vectors.first(number), scores_QM.shape)
-        scores_QK, best_QK = _best(
-            np.concatenate([scores_QK, scores_QM], axis=1), np.concatenate([best_QK, rows_QM], axis=1), count
-        )
+        vectors_MD, first = vectors.shard(number).mean(), vectors.first(number)
+        for start in range(0, len(vectors_MD), PIECE):
+            piece_MD = vectors_MD[start : start + PIECE]
+            scores_QM, rows_QM = largest(queries_QD, piece_MD, min(count, len(piece_MD)))
+            scores_QK, best_QK = _best(
+                np.concatenate([scores_QK, scores_QM], axis=1),
+                np.concatenate([best_QK, rows_QM + first + start], axis=1),
+                count,
+            )
     return best_QK
 
 
@@ -248,9 +234,11 @@ def _best(scores_QM: np.ndarray, rows_QM: np.ndarray, count: int) -> tuple[np.nd
     return np.take_along_axis(scores_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)
 
 
-def _rescored(index: Any, vectors: VectorShards, queries_QD: np.ndarray, count: int, rescored: int) -> np.ndarray:
+def _rescored(
+    searcher: Searcher, nprobe: int, vectors: VectorShards, queries_QD: np.ndarray, count: int, rescored: int
+) -> np.ndarray:
     """The best of `rescored` candidates by code, ordered by their vectors; -1 where there are fewer."""
-    candidates_QM = index.search(queries_QD, max(count, rescored))[1]
+    candidates_QM = searcher.search(queries_QD, max(count, rescored), nprobe=nprobe)
     scores_QM = np.einsum("qmd,qd->qm", vectors.parts(candidates_QM).mean(), queries_QD)
     return _best(np.where(candidates_QM == NONE, -np.inf, scores_QM), candidates_QM, count)[1]
 
@@ -286,12 +274,9 @@ class Bank:
                 "make the index again"
             )
         self._rescored = int(figures["config"]["rescored"])
-        if figures["kind"] == "exact":
-            self._index = _flat(self.vectors)
-        else:
-            self._index = _on_gpu(_read(index))
-            self._index.nprobe = figures["nprobe"]
         self._exact = figures["kind"] == "exact"
+        self._nprobe = 0 if self._exact else int(figures["nprobe"])
+        self._searcher = Searcher(_flat(self.vectors) if self._exact else _read(index))
         self.added_ids: list[str] = []
         self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
         if with_added and (index / ADDED).is_file():
@@ -301,6 +286,11 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.vectors) + len(self.added_ids)
+
+    @property
+    def place(self) -> str:
+        """Where it is searched, see `Searcher`."""
+        return self._searcher.place
 
     def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
         """Adds documents, and returns their rows; `save_added` keeps them for the next time."""
@@ -318,9 +308,9 @@ class Bank:
         """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if self._exact:
-            found_QK = self._index.search(query_QD, count)[1]
+            found_QK = self._searcher.search(query_QD, count)
         else:
-            found_QK = _rescored(self._index, self.vectors, query_QD, count, self._rescored)
+            found_QK = _rescored(self._searcher, self._nprobe, self.vectors, query_QD, count, self._rescored)
         if not self.added_ids:
             return found_QK
         scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)

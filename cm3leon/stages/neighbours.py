@@ -112,6 +112,8 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
     # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
     bank = Bank(run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False)
+    if part[0] == 0:
+        print(f"      memory bank: {bank.place}", flush=True)
 
     def make(number: int) -> None:
         width = 2 * config.per_modality

@@ -204,7 +204,8 @@ class _Page:
                 continue
             cards = [self._image_card(entry, generation) for generation in self._some(entry, 18)]
             text = "without documents" if not documents else f"with {documents} retrieved, most relevant last"
-            blocks.append(Gallery(cards, caption=f"Text to image {text}; guidance weight {entry['cfg']:g}."))
+            guidance = "" if entry["cfg"] is None else f"; guidance weight {entry['cfg']:g}"
+            blocks.append(Gallery(cards, caption=f"Text to image {text}{guidance}."))
         return Section(
             "Text to image",
             "Captions of held-out documents as prompts, not selected. The small images are the retrieved documents "

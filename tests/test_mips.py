@@ -1,0 +1,289 @@
+"""FAISS on GPUs: what is moved there, what stays and why, by a stand-in for GPUs; and the same on real ones.
+
+The stand-in has the functions of FAISS 1.15's Python interface that are called, with their limits: results and probes
+up to 2048, codes of some lengths alone. Its indexes are divided as FAISS divides them, and searched on the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import faiss
+import faiss.contrib.ondisk
+import numpy as np
+import pytest
+import torch
+from test_index import SMALL_IVF, build, clustered
+
+from cm3leon.retrievers import mips
+from cm3leon.retrievers.bank import MemoryBank
+from cm3leon.retrievers.index import Bank
+from cm3leon.types import UserError
+
+DOCUMENTS = 2000
+QUERIES_QD = clustered(1, 30).text_BD
+
+
+class GpuIndex:
+    """An index on GPUs; its vectors are divided by their row modulo the number of GPUs."""
+
+    def __init__(self, gpus: Gpus, index: Any, shards: int) -> None:
+        self._gpus = gpus
+        self.parts = [self._share(index, shards, number) for number in range(shards)]
+        self._all = faiss.IndexShards(index.d, False, False)
+        for part in self.parts:
+            self._all.add_shard(part)
+
+    @staticmethod
+    def _share(index: Any, shards: int, number: int) -> Any:
+        if not hasattr(index, "nlist"):
+            return faiss.clone_index(index)
+        part = faiss.IndexIVFPQ(index.quantizer, index.d, index.nlist, index.pq.M, 8, index.metric_type)
+        part.pq, part.is_trained, part.referenced_objects = index.pq, True, [index]
+        index.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, shards, number)
+        return part
+
+    def add_with_ids(self, vectors_BD: np.ndarray, rows_B: np.ndarray) -> None:
+        self._all.add_with_ids(vectors_BD, rows_B)
+
+    def search(self, queries_QD: np.ndarray, count: int, *, params: Any = None) -> Any:
+        self._gpus.calls.append("search")
+        if count > 2048 or (params is not None and params.nprobe > 2048):
+            raise RuntimeError("Error: GPU index only supports min/max-K selection up to 2048")
+        return self._all.search(queries_QD, count, params=params)
+
+
+class Gpus(ModuleType):
+    """The module `faiss` as a build for GPUs is; `free` is the memory of each of them, in bytes."""
+
+    GpuMultipleClonerOptions = StandardGpuResources = SimpleNamespace
+    code_lengths = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+
+    def __init__(self, free: Sequence[int]) -> None:
+        super().__init__("faiss")
+        self.free = list(free)
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(faiss, name)
+
+    def get_num_gpus(self) -> int:
+        return len(self.free)
+
+    def index_cpu_to_gpu_multiple_py(self, resources: list[Any], index: Any, co: Any, gpus: Sequence[int]) -> Any:
+        assert len(resources) == len(gpus)
+        if not hasattr(index, "nlist"):
+            self.calls.append(f"flat on {list(gpus)}")
+            assert not co.useFloat16  # it would be rounded, and search no longer exact
+            return faiss.clone_index(index) if not co.shard else GpuIndex(self, index, 1)
+        self.calls.append(f"lists on {list(gpus)}")
+        assert co.shard
+        if index.pq.M not in self.code_lengths:
+            raise RuntimeError(f"Error in verifyPQSettings_: Error: 'x' failed: a code of {index.pq.M} bytes")
+        return GpuIndex(self, index, len(gpus))
+
+    def index_gpu_to_cpu(self, index: GpuIndex) -> Any:
+        self.calls.append("back")
+        whole, *others = index.parts
+        for part in others:
+            whole.merge_from(part, 0)
+        return whole
+
+    def knn_gpu(self, resources: Any, queries: Any, vectors: Any, count: int, *, metric: int, device: int) -> Any:
+        self.calls.append(f"knn on {device}")
+        assert count <= min(2048, len(vectors))
+        return faiss.knn(queries, vectors, count, metric=metric)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
+    """One GPU with 80 GB left."""
+    stand_in = Gpus([80 * 10**9])
+    monkeypatch.setitem(sys.modules, "faiss", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (stand_in.free[gpu], 80 * 10**9))
+    mips._resources.cache_clear()
+    yield stand_in
+    mips._resources.cache_clear()
+
+
+def left_for(vectors: int) -> int:
+    """Free memory of a GPU that has room for the index of so many vectors, and no more."""
+    index_bytes = vectors * (SMALL_IVF["code_bytes"] + mips.ID_BYTES) + 2 * SMALL_IVF["lists"] * 16 * 4
+    return int((index_bytes + mips.SCRATCH) / mips.SHARE) + 1
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Path, Path], np.ndarray]:
+    """A bank that is searched exactly, and what is found on the CPU."""
+    made = build(tmp_path_factory.mktemp("exact"), clustered(0, DOCUMENTS))
+    return made, Bank(*made).search(QUERIES_QD, 8)
+
+
+@pytest.fixture(scope="module")
+def inverted(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Path, Path], np.ndarray]:
+    """A bank of inverted lists, and what is found on the CPU."""
+    made = build(tmp_path_factory.mktemp("inverted"), clustered(0, DOCUMENTS), **SMALL_IVF)
+    bank = Bank(*made)
+    assert bank.place == "CPU"
+    return made, bank.search(QUERIES_QD, 8)
+
+
+# ------------------------------------------------------------------------------------------------ where it is searched
+
+
+@pytest.mark.parametrize("kind", ["exact", "inverted"])
+def test_a_bank_is_searched_on_the_gpu(kind: str, gpus: Gpus, request: pytest.FixtureRequest) -> None:
+    made, expected_QK = request.getfixturevalue(kind)
+    bank = Bank(*made)
+    assert bank.place == "GPU 0"
+    assert np.array_equal(bank.search(QUERIES_QD, 8), expected_QK)
+    assert gpus.calls == [f"{'flat' if kind == 'exact' else 'lists'} on [0]", "search"]
+
+
+def test_a_bank_in_memory_is_searched_on_the_gpu(gpus: Gpus) -> None:
+    parts = clustered(0, 50)
+    found_QK = MemoryBank([str(row) for row in range(50)], parts).search(QUERIES_QD, 4)
+    assert gpus.calls == ["flat on [0]", "search"]
+    assert np.array_equal(found_QK, np.argsort(-(QUERIES_QD @ parts.mean().T), axis=1, kind="stable")[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "place"),
+    [
+        ([DOCUMENTS], "GPU 0"),
+        ([DOCUMENTS - 1, DOCUMENTS], "GPU 1"),
+        ([DOCUMENTS - 1, DOCUMENTS // 2, DOCUMENTS // 4], "GPU 0, 1"),
+        ([DOCUMENTS // 2 - 1, DOCUMENTS, DOCUMENTS + 1], "GPU 2"),
+        ([DOCUMENTS // 2 - 1] * 3, "GPU 0, 1, 2"),
+        ([DOCUMENTS - 1], "CPU, as 1 GPUs would have to hold 3.3e-05 GB each, which they have not left"),
+        ([0, DOCUMENTS // 2 - 1], "CPU, as 2 GPUs would have to hold 1.7e-05 GB each, which they have not left"),
+    ],
+)
+def test_the_fewest_gpus_that_hold_it_share_it(
+    vectors: list[int], place: str, gpus: Gpus, inverted: tuple[tuple[Path, Path], np.ndarray]
+) -> None:
+    made, expected_QK = inverted
+    gpus.free = [left_for(count) for count in vectors]
+    bank = Bank(*made)
+    assert bank.place == place
+    assert np.array_equal(bank.search(QUERIES_QD, 8), expected_QK)
+    assert ("search" in gpus.calls) == place.startswith("GPU")
+
+
+def test_one_of_several_processes_has_its_own_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, gpus: Gpus, inverted: tuple[tuple[Path, Path], np.ndarray]
+) -> None:
+    gpus.free = [80 * 10**9, left_for(DOCUMENTS)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Bank(*inverted[0]).place == "GPU 1"
+    gpus.free[1] -= 1000
+    assert Bank(*inverted[0]).place.startswith("CPU, as 1 GPUs would")
+
+
+def test_what_faiss_refuses_stays_on_the_cpu(gpus: Gpus, inverted: tuple[tuple[Path, Path], np.ndarray]) -> None:
+    gpus.code_lengths = (64,)
+    bank = Bank(*inverted[0])
+    assert bank.place == "CPU, as FAISS refuses the GPU: 'x' failed: a code of 8 bytes"
+    assert np.array_equal(bank.search(QUERIES_QD, 8), inverted[1])
+
+
+@pytest.mark.parametrize(("count", "nprobe", "on_gpu"), [(2048, 2048, True), (2049, 1, False), (5, 2049, False)])
+def test_what_a_gpu_cannot_do_is_done_on_the_cpu(count: int, nprobe: int, on_gpu: bool, gpus: Gpus) -> None:
+    index = faiss.index_factory(16, "IVF8,PQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(clustered(0, 300).mean())
+    searcher = mips.Searcher(index)
+    gpus.calls.clear()
+    assert searcher.search(QUERIES_QD, count, nprobe=nprobe).shape == (30, count)
+    assert gpus.calls == (["search"] if on_gpu else [])
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize("free", [[80 * 10**9], [left_for(DOCUMENTS // 3)] * 2], ids=["one", "two"])
+def test_an_index_is_built_on_gpus(
+    free: list[int], tmp_path: Path, gpus: Gpus, inverted: tuple[tuple[Path, Path], np.ndarray]
+) -> None:
+    gpus.free = free
+    vectors, folder = build(tmp_path, clustered(0, DOCUMENTS), **SMALL_IVF)
+    every, shards = str(list(range(len(free)))), [call for call in gpus.calls if call.startswith("lists")]
+    assert gpus.calls[0] == f"flat on {every}"  # k-means
+    assert gpus.calls.count("back") == 3
+    assert f"lists on {every}" in shards
+    assert "knn on 0" in gpus.calls
+    assert np.array_equal(Bank(vectors, folder).search(QUERIES_QD, 8), inverted[1])
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+def test_both_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mips, "version", lambda package: "1.15.1")
+    mips._check_packages.cache_clear()
+    with pytest.raises(UserError, match="faiss-cpu and faiss-gpu are both installed and overwrite each other"):
+        mips.import_faiss()
+    monkeypatch.undo()
+    mips.import_faiss()
+
+
+def test_missing_libraries_of_cuda_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faiss.py").write_text("raise RuntimeError('nvidia-cublas-cu12 is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss")
+    with pytest.raises(UserError, match="faiss cannot be loaded: nvidia-cublas-cu12 is missing"):
+        mips.import_faiss()
+
+
+# ------------------------------------------------------------------------------------------------ on GPUs
+
+needs_gpu = pytest.mark.skipif(not faiss.get_num_gpus(), reason="needs a GPU and FAISS built for GPUs")
+
+
+@pytest.fixture
+def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No GPU is used until this is undone."""
+    monkeypatch.setattr(mips, "_gpus", tuple)
+    return monkeypatch
+
+
+def same_up_to_ties(found_QK: np.ndarray, expected_QK: np.ndarray, vectors_MD: np.ndarray) -> float:
+    """Share of results that are as near to their query as those expected."""
+    scores_QM = QUERIES_QD.astype(np.float64) @ vectors_MD.T
+    found, expected = (np.take_along_axis(scores_QM, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK))
+    return float((np.abs(found - expected) < 1e-5).mean())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("fields", "least"), [({}, 1.0), (SMALL_IVF, 0.95)], ids=["exact", "inverted"])
+def test_a_gpu_finds_what_a_cpu_finds(
+    fields: dict[str, Any], least: float, tmp_path: Path, cpu_alone: pytest.MonkeyPatch
+) -> None:
+    parts = clustered(0, DOCUMENTS)
+    made = build(tmp_path, parts, **fields)
+    expected_QK = Bank(*made).search(QUERIES_QD, 8)
+    cpu_alone.undo()
+    bank = Bank(*made)
+    assert bank.place.startswith("GPU")
+    assert same_up_to_ties(bank.search(QUERIES_QD, 8), expected_QK, parts.mean()) >= least
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_an_index_built_on_a_gpu_finds_what_one_built_on_a_cpu_finds(
+    tmp_path: Path, cpu_alone: pytest.MonkeyPatch
+) -> None:
+    parts, all_lists = clustered(0, DOCUMENTS), {**SMALL_IVF, "recall_target": 1.0, "rescored": 500}
+    for name in ("cpu", "gpu"):
+        (tmp_path / name).mkdir()
+    expected_QK = Bank(*build(tmp_path / "cpu", parts, **all_lists)).search(QUERIES_QD, 8)
+    cpu_alone.undo()
+    bank = Bank(*build(tmp_path / "gpu", parts, **all_lists))
+    assert bank.place.startswith("GPU")
+    assert same_up_to_ties(bank.search(QUERIES_QD, 8), expected_QK, parts.mean()) >= 0.95
