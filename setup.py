@@ -35,7 +35,10 @@ setup(
     ],
     package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
     cmdclass={"build_py": BuildWithExperiments},
-    entry_points={"lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"]},
+    entry_points={
+        "lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"],
+        "fairseq2.extension": ["cm3leon = cm3leon.plugins.fairseq2_cm3leon.extension:register"],
+    },
     install_requires=[
         "torch>=2.9",
         "torchvision",
