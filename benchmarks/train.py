@@ -263,7 +263,7 @@ def attention(args: argparse.Namespace) -> None:
     for name in ATTENTIONS.names():
         if ATTENTIONS.get(name).missing(DEVICE):
             continue
-        backend: Any = choose(name, DEVICE)[1]
+        backend: Any = choose(name, DEVICE).attention
         plan = backend.plan(sample_BT)
 
         def call(backend: Any = backend, plan: Any = plan) -> None:

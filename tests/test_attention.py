@@ -184,11 +184,11 @@ def test_the_whole_model_is_the_same_with_each(attention: str, monkeypatch: pyte
 
 def test_auto_takes_what_the_device_can_train_with(monkeypatch: pytest.MonkeyPatch) -> None:
     choose.cache_clear()
-    assert choose("auto", CPU)[0] == "sdpa"
+    assert choose("auto", CPU).name == "sdpa"
     for there, expected in ((True, "xformers"), (False, "flex")):
         choose.cache_clear()
         monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there or None)
-        assert choose("auto", CUDA)[0] == expected
+        assert choose("auto", CUDA).name == expected
     choose.cache_clear()
 
 
