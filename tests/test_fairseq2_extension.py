@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -76,7 +75,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     words = [f"training.{name}={json.dumps(value)}" for name, value in training.items()]
     named = ["experiment=corpus", f"data.path={folder}/*.tar", f"run={folder / 'run'}"]
-    assert main([*named, *SETTINGS, "model.init_std=0.05", "objective.retrieved_weight=0.5", *words, "until=pretraining"]) == 0
+    assert (
+        main([*named, *SETTINGS, "model.init_std=0.05", "objective.retrieved_weight=0.5", *words, "until=pretraining"])
+        == 0
+    )
     return folder / "run"
 
 
@@ -138,9 +140,7 @@ def test_a_checkpoint_loads_through_the_hub(run: Path, families: None) -> None:
     for model in (extension.get_cm3leon_model_hub().load_model(card), load_any_model(card)):
         model.eval()
         with torch.inference_mode():
-            torch.testing.assert_close(
-                model(ids_BT, BatchLayout.of(ids_BT)), ours(ids_BT), atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(model(ids_BT, BatchLayout.of(ids_BT)), ours(ids_BT), atol=1e-5, rtol=1e-5)
 
 
 @needs_fairseq2
@@ -271,12 +271,12 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
     blocks = open_blocks(BlocksConfig(run=run))
     with pytest.raises(UserError, match=r"a batch has 4 blocks; 1 ranks with .*num_batches=3 cannot share"):
         blocks.create_reader(gangs_of(0, 1), num_accumulate=3)
-    with pytest.raises(UserError, match="run is missing; set dataset.config_overrides.run"):
+    with pytest.raises(UserError, match=r"run is missing; set dataset.config_overrides.run"):
         open_blocks(BlocksConfig())
     with pytest.raises(UserError, match="is no run folder"):
         open_blocks(BlocksConfig(run=tmp_path))
     shutil.copy(run / "config.yaml", tmp_path)
-    with pytest.raises(UserError, match="stage retriever of .* is not finished; run it with until=neighbours"):
+    with pytest.raises(UserError, match=r"stage retriever of .* is not finished; run it with until=neighbours"):
         open_blocks(BlocksConfig(run=tmp_path))
 
 
@@ -312,9 +312,7 @@ def pretrain(out: Path, recipe: Path, *overrides: str, ranks: int = 1) -> subpro
     if ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     changed = ["--config", *overrides] if overrides else []
-    return subprocess.run(
-        [*python, *module, *changed], env=environment(), capture_output=True, text=True, timeout=240
-    )
+    return subprocess.run([*python, *module, *changed], env=environment(), capture_output=True, text=True, timeout=240)
 
 
 def losses(out: Path) -> dict[int, list[float]]:
@@ -409,7 +407,8 @@ def test_mistakes_in_a_recipe_end_in_a_sentence(run: Path, recipe: Path, tmp_pat
 
 @needs_fairseq2
 @pytest.mark.parametrize(
-    ("name", "value"), [("average_decay", 0.9), ("lora_rank", 4), ("optimizer", "adamw_8bit"), ("start_with", "everything")]
+    ("name", "value"),
+    [("average_decay", 0.9), ("lora_rank", 4), ("optimizer", "adamw_8bit"), ("start_with", "everything")],
 )
 def test_what_its_trainer_cannot_do_is_refused(run: Path, name: str, value: Any) -> None:
     guard.load()

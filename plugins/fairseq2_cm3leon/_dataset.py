@@ -1,8 +1,7 @@
-"""The blocks that a run trains on, as a dataset of fairseq2: the same batches as our trainer's, on any number of ranks."""
+"""The blocks that a run trains on, as a dataset of fairseq2: the batches of our trainer, on any number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,15 @@ def open_blocks(config: BlocksConfig) -> Blocks:
     if config.run is None:
         raise UserError("dataset: run is missing; set dataset.config_overrides.run to a run folder")
     from cm3leon.search import open_run
+    from cm3leon.stages.pipeline import MARKER
+    from cm3leon.stages.stages import stages_of
 
-    return Blocks(open_run(config.run.expanduser()))
+    run = open_run(config.run.expanduser())
+    (pretraining,) = (stage for stage in stages_of(run.experiment) if stage.name == "pretraining")
+    for name in pretraining.needs:
+        if not (run.folder / name / MARKER).is_file():
+            raise UserError(f"stage {name} of {run.folder} is not finished; run it with until={pretraining.needs[-1]}")
+    return Blocks(run)
 
 
 class Blocks:

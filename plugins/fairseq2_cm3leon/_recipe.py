@@ -94,9 +94,7 @@ class PretrainConfig:
     z_loss: float = 0.0
     """Weight of the mean squared log of the softmax's denominator in the loss."""
     gang: GangSection = field(default_factory=GangSection)
-    trainer: TrainerSection = field(
-        default_factory=lambda: TrainerSection(data_parallelism="fsdp", max_grad_norm=1.0)
-    )
+    trainer: TrainerSection = field(default_factory=lambda: TrainerSection(data_parallelism="fsdp", max_grad_norm=1.0))
     optimizer: OptimizerSection = field(default_factory=_optimizer)
     lr_scheduler: LRSchedulerSection = field(
         default_factory=lambda: LRSchedulerSection(name=FAMILY, config=ScheduleConfig())

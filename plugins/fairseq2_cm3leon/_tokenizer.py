@@ -93,7 +93,9 @@ class TextTokenizerAdapter(Tokenizer):
 
 
 class _Encoder(TokenEncoder):
-    def __init__(self, text: TextTokenizer, before: str, after: str, *, device: torch.device | None, pin_memory: bool) -> None:
+    def __init__(
+        self, text: TextTokenizer, before: str, after: str, *, device: torch.device | None, pin_memory: bool
+    ) -> None:
         self._text = text
         self._before, self._after = ([name] if name else [] for name in (before, after))
         self._device = device
