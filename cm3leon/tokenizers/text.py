@@ -127,8 +127,12 @@ class TextTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids by their names in `tokenizer.json`: pieces, spelled in its alphabet of bytes, and special tokens."""
-        return [self._tokenizer.id_to_token(int(i)) for i in ids]
+        """Names of the ids in `tokenizer.json`: pieces, spelled in its alphabet of bytes, and special tokens.
+
+        Ids without a piece are left out.
+        """
+        names = (self._tokenizer.id_to_token(int(i)) for i in ids)
+        return [name for name in names if name is not None]
 
     def ids(self, tokens: Sequence[str]) -> np.ndarray:
         """Inverse of `tokens`, shape (T,), int64. Raises UserError for a name that there is none of."""

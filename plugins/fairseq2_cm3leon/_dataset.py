@@ -40,10 +40,10 @@ def open_blocks(config: BlocksConfig) -> Blocks:
     from cm3leon.stages.stages import stages_of
 
     run = open_run(config.run.expanduser())
-    (pretraining,) = (stage for stage in stages_of(run.experiment) if stage.name == "pretraining")
-    for name in pretraining.needs:
+    (needed,) = (stage.needs or () for stage in stages_of(run.experiment) if stage.name == "pretraining")
+    for name in needed:
         if not (run.folder / name / MARKER).is_file():
-            raise UserError(f"stage {name} of {run.folder} is not finished; run it with until={pretraining.needs[-1]}")
+            raise UserError(f"stage {name} of {run.folder} is not finished; run it with until={needed[-1]}")
     return Blocks(run)
 
 

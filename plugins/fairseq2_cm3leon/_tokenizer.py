@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from fairseq2.data.tokenizers import TokenDecoder, TokenEncoder, Tokenizer, VocabularyInfo
 from torch import Tensor
@@ -116,7 +117,7 @@ class _Encoder(TokenEncoder):
     def suffix_indices(self) -> Tensor | None:
         return self._tensor(self._text.ids(self._after)) if self._after else None
 
-    def _tensor(self, ids: Sequence[int]) -> Tensor:
+    def _tensor(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self._device, pin_memory=self._pin_memory)
 
 
