@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import types
 from typing import Any
@@ -185,11 +186,57 @@ def test_the_whole_model_is_the_same_with_each(attention: str, monkeypatch: pyte
 def test_auto_takes_what_the_device_can_train_with(monkeypatch: pytest.MonkeyPatch) -> None:
     choose.cache_clear()
     assert choose("auto", CPU).name == "sdpa"
-    for there, expected in ((True, "xformers"), (False, "flex")):
+    for missing, expected in (("", "xformers"), ("the package xformers", "flex (xformers lacks the package xformers)")):
         choose.cache_clear()
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there or None)
-        assert choose("auto", CUDA).name == expected
+        monkeypatch.setattr(attention, "_missing_of_xformers", lambda missing=missing: missing)
+        assert str(choose("auto", CUDA)) == expected
     choose.cache_clear()
+
+
+def test_the_choice_says_why_others_were_not_taken() -> None:
+    assert str(choose("auto", CPU)) == (
+        "sdpa (xformers lacks a CUDA device: memory_efficient_attention has no operator elsewhere; "
+        "flex lacks a CUDA device: FlexAttention has no gradients elsewhere)"
+    )
+    assert str(choose("naive", CPU)) == "naive"
+
+
+class Operator:
+    """Stands for an operator of xformers, loaded or not."""
+
+    def __init__(self, loaded: bool) -> None:
+        self.is_available = lambda: loaded
+
+
+@pytest.mark.usefixtures("xformers")
+@pytest.mark.parametrize(
+    ("forward", "backward", "sentence"),
+    [
+        ([False, True], [True], ""),
+        ([False, False], [True], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
+        ([True], [False], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
+    ],
+)
+def test_xformers_is_there_if_operators_of_both_passes_load(
+    forward: list[bool], backward: list[bool], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
+    fmha = sys.modules["xformers.ops.fmha"]
+    fmha.ALL_FW_OPS, fmha.ALL_BW_OPS = map(Operator, forward), map(Operator, backward)  # type: ignore[attr-defined]
+    assert re.fullmatch(sentence, attention._missing_of_xformers.__wrapped__())
+
+
+def test_xformers_that_does_not_import_is_answered_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    found = attention._missing_of_xformers.__wrapped__()
+    assert re.fullmatch(r"an xformers that imports with torch \d.* \(ModuleNotFoundError: .*\)", found)
+
+
+def test_xformers_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert attention._missing_of_xformers.__wrapped__() == "the package xformers (pip install xformers)"
 
 
 @pytest.mark.parametrize(

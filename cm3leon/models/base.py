@@ -1,4 +1,4 @@
-"""What a decoder is: hidden states of ids, an output layer, and the cache that its passes may fill."""
+"""What a model is: hidden states of ids, an output layer, and the cache that its passes may fill."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
 
 
-class Decoder(nn.Module):
-    """Base of the decoders: ids to logits. No loss, no task, no tokenizer."""
+class Model(nn.Module):
+    """Base of the models: ids to logits. No loss, no task, no tokenizer."""
 
     config: Any
     """Has at least `layers`, `head_size` and `seq_len`."""

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from cm3leon.config import PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
-from cm3leon.models.base import Attend, Decoder
+from cm3leon.models.base import Attend, Model
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
 
 
 @MODELS.register("cm3leon")
-class Transformer(Decoder):
-    """Decoder-only transformer: ids to logits. No loss, no task, no tokenizer."""
+class Transformer(Model):
+    """Model-only transformer: ids to logits. No loss, no task, no tokenizer."""
 
     @dataclass(kw_only=True)
     class Config:

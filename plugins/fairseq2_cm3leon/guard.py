@@ -18,16 +18,16 @@ from cm3leon.types import UserError
 INSTALL = "pip install -r requirements/cluster.lock"
 
 
-def missing(running: str = torch.__version__) -> str:
+def missing(running: str | None = None) -> str:
     """What keeps fairseq2 from being used, in a few words; "" if nothing does. Nothing of it is loaded.
 
     Args:
-        running: version of torch.
+        running: version of torch; None = this one's.
     """
     for package in ("fairseq2", "fairseq2n", "soundfile"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} ({INSTALL})"
-    built_for = torch_of_fairseq2n()
+    running, built_for = running or str(torch.__version__), torch_of_fairseq2n()
     if _base(built_for) != _base(running):
         return f"a fairseq2n built for torch {running}: the one installed was built for {built_for} ({INSTALL})"
     return ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cm3leon.config import choices
 from cm3leon.models.attention import run_lengths
-from cm3leon.models.base import Attend, Decoder
+from cm3leon.models.base import Attend, Model
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon import guard
 from cm3leon.registry import ATTENTIONS, MODELS
@@ -21,7 +21,7 @@ ATTENTION = ("auto", "sdpa", "naive")
 
 
 @MODELS.register("fairseq2_cm3leon")
-class Fairseq2Transformer(Decoder):
+class Fairseq2Transformer(Model):
     """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs `requirements/cluster.lock`.
 
     Its weights are named as in a TransformerLM; `convert.py` gives them the names of `model=cm3leon`, and back. From
