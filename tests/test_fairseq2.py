@@ -21,6 +21,7 @@ from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import Corrupted, collate, pack
 from cm3leon.plugins.fairseq2_cm3leon import guard
+from cm3leon.plugins.fairseq2_cm3leon.attention import use_xformers
 from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2, to_fairseq2
 from cm3leon.registry import ATTENTIONS, DECODERS, MODELS, OBJECTIVES, discover
 from cm3leon.training.checkpoint import save_weights
@@ -35,6 +36,9 @@ if not guard.missing():
         CausalAttentionBias,
         IdentityBias,
         TorchSDPA,
+        create_default_sdpa,
+        get_default_sdpa_factory,
+        set_default_sdpa_factory,
     )
     from fairseq2.models.transformer.attention_bias import materialize_attention_bias
     from fairseq2.nn import BatchLayout, IncrementalStateBag
@@ -366,6 +370,15 @@ def test_what_xformers_does_not_have_is_torchs(
             found = XformersSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0]
     assert torch.equal(found, TorchSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0])
     assert caplog.text.count(f"Attention is computed by TorchSDPA, not by xformers: {reason}") == 1
+
+
+def test_it_can_be_the_attention_of_all_of_fairseq2s_models() -> None:
+    before = get_default_sdpa_factory()
+    try:
+        use_xformers()
+        assert isinstance(create_default_sdpa(CausalAttentionBias()), XformersSDPA)
+    finally:
+        set_default_sdpa_factory(before)
 
 
 def test_the_reason_on_a_cpu_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

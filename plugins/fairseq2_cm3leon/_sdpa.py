@@ -34,8 +34,6 @@ class XformersSDPA(SDPA):
             a b .   ->   a b | . | c | . .                      a b c .   ->   a b | c | .
             c . .
 
-    Set it as the default of models that are made from then on with `set_default_sdpa_factory(XformersSDPA)`.
-
     Args:
         bias: what may be attended to.
         dropout_p: of the shares of attention, in training.

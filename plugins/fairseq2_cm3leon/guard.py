@@ -1,7 +1,7 @@
 """fairseq2 is imported here, or refused in a sentence.
 
 Its native part, fairseq2n, is built for one version of torch. With another one fairseq2's own check refuses only where
-the CUDA versions differ too; what it lets through ends the process in the data pipeline, without a traceback.
+the CUDA versions differ too; what it lets through may end the process in the data pipeline, without a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from cm3leon.types import UserError
 
-INSTALL = "pip install -r requirements/cluster.lock"
+INSTALL = "pip install 'cm3leon[cluster]'"
 
 
 def missing(running: str | None = None) -> str:

@@ -22,7 +22,7 @@ ATTENTION = ("auto", "sdpa", "naive")
 
 @MODELS.register("fairseq2_cm3leon")
 class Fairseq2Transformer(Model):
-    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs `requirements/cluster.lock`.
+    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs the extra `cluster`.
 
     Its weights are named as in a TransformerLM; `convert.py` gives them the names of `model=cm3leon`, and back. From
     the same seed both begin with the same weights.
