@@ -202,7 +202,11 @@ def _new_schedule(resolver: DependencyResolver, config: ScheduleConfig) -> LRSch
         learning_rate=1.0,
     )
     shape.check()
-    return LambdaLR(resolver.resolve(Optimizer), lambda step: learning_rate(step, shape))
+    return ScheduleLR(resolver.resolve(Optimizer), lambda step: learning_rate(step, shape))
+
+
+class ScheduleLR(LambdaLR, LRScheduler):
+    """A LambdaLR that is also of torch's former base class, by which fairseq2 knows its schedulers."""
 
 
 def _say(error: Exception) -> int:
