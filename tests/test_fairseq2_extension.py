@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from test_shard_stages import SETTINGS
 
 from cm3leon.models.pretrained import load_model
 from cm3leon.plugins.fairseq2_cm3leon import extension, guard
+from cm3leon.plugins.fairseq2_cm3leon.__main__ import main as main_of_plugin
 from cm3leon.run import main
 from cm3leon.search import open_run
 from cm3leon.stages.artifacts import Run
@@ -28,13 +30,15 @@ from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = "cm3leon.plugins.fairseq2_cm3leon"
 STEPS = 10
+SECRET = "do-not-log-me"
 needs_fairseq2 = pytest.mark.skipif(bool(guard.missing()), reason=f"fairseq2 is not here: {guard.missing()}")
 
 
 def environment(*paths: Path) -> dict[str, str]:
-    path = os.pathsep.join(map(str, (*paths, ROOT)))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "A_SECRET": "do-not-log-me"}
+    path = os.pathsep.join(map(str, (*paths, ROOT, *filter(None, [os.environ.get("PYTHONPATH")]))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "A_SECRET": SECRET}
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +148,23 @@ def test_a_checkpoint_loads_through_the_hub(run: Path, families: None) -> None:
 
 
 @needs_fairseq2
-def test_a_card_is_read_from_a_file(run: Path, families: None, tmp_path: Path) -> None:
-    """As the command writes it; a recipe's `common.assets.extra_paths` names its folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cm3leon.plugins.fairseq2_cm3leon", "card", str(run)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    card = yaml.safe_load(done.stdout)
+def test_card_and_recipe_are_printed_as_files(run: Path, families: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The card goes into a folder of fairseq2's asset store, the recipe to --config-file."""
+    from cm3leon.plugins.fairseq2_cm3leon._recipe import PretrainConfig
+
+    assert main_of_plugin(["card", str(run)]) == 0
+    card = yaml.safe_load(capsys.readouterr().out)
     assert card.pop("name") == "run"
     assert card == extension.asset_card(run).metadata
     assert card["checkpoint"] == str(run.resolve() / "pretraining" / "model.safetensors")
+    assert main_of_plugin(["recipe", str(run)]) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert list(recipe) == [field.name for field in dataclasses.fields(PretrainConfig)]
+    assert recipe["optimizer"]["config"]["lr"] == 0.01
+    assert recipe["dataset"]["config_overrides"] == {"run": str(run.resolve())}
+    (spared,) = recipe["optimizer"]["config"]["groups"]
+    assert spared["params"] == [r"decoder_frontend\.embed\.weight"]
+    assert spared["weight_decay"] == 0.0
 
 
 @needs_fairseq2
@@ -284,39 +291,38 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
 
 
 @pytest.fixture(scope="module")
-def recipe(run: Path) -> Path:
-    """The run's pretraining as a recipe's file, from the weights that our own began with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cm3leon.plugins.fairseq2_cm3leon", "recipe", str(run)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    content = yaml.safe_load(done.stdout)
+def recipe(run: Path, families: None) -> Any:
+    """The run's pretraining as a recipe, from the weights that our own began with; all checkpoints are kept."""
+    from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
+
+    opened = open_run(run)
     first = run.parent / "first"
     first.mkdir()
-    opened = open_run(run)
     save_weights(first / "model.safetensors", first_weights(Run(opened.experiment, run, opened.device)).state_dict())
-    content["model"]["path"] = str(first)
-    content["regime"]["keep_last_n_checkpoints"] = None
-    file = run.parent / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
+    recipe = recipe_of(opened)
+    recipe.model.path = first
+    recipe.regime.keep_last_n_checkpoints = None
+    return recipe
 
 
-def pretrain(out: Path, recipe: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    module = ["-m", "cm3leon.plugins.fairseq2_cm3leon", "pretrain", str(out), "--no-rich", "--config-file", str(recipe)]
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    changed = ["--config", *overrides] if overrides else []
-    return subprocess.run([*python, *module, *changed], env=environment(), capture_output=True, text=True, timeout=240)
+def pretrain(recipe: Any, out: Path) -> Path:
+    from fairseq2.recipe.run import run
+
+    from cm3leon.plugins.fairseq2_cm3leon._recipe import PretrainRecipe
+
+    run(PretrainRecipe(), recipe, out, no_rich=True)
+    return out
+
+
+def forget(out: Path, last: int) -> None:
+    """What is left when a training is killed after the checkpoint of a step."""
+    for step in range(last + 2, STEPS + 1, 2):
+        shutil.rmtree(out / "checkpoints" / f"step_{step}")
+    shutil.rmtree(out / "metrics")
 
 
 def losses(out: Path) -> dict[int, list[float]]:
-    """Loss, loss by modality and norm of the gradient of each step; of a step that was done again, the last."""
+    """Loss, loss by modality and norm of the gradient of each step."""
     names = ("NLL Loss", "NLL Loss (text)", "NLL Loss (image)", "Gradient Norm")
     lines = map(json.loads, (out / "metrics" / "train.jsonl").read_text().splitlines())
     return {line["Step"]: [line[name] for name in names] for line in lines}
@@ -335,13 +341,11 @@ def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]
 
 
 @pytest.fixture(scope="module")
-def alone(run: Path, recipe: Path) -> Path:
+def alone(run: Path, recipe: Any) -> Path:
     """The output of an uninterrupted training by one process."""
-    out = run.parent / "alone"
-    done = pretrain(out, recipe)
-    assert done.returncode == 0, done.stderr
-    assert "do-not-log-me" not in done.stdout + done.stderr
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("A_SECRET", SECRET)
+        return pretrain(recipe, run.parent / "alone")
 
 
 @needs_fairseq2
@@ -353,23 +357,18 @@ def test_its_trainer_reaches_the_losses_of_ours(run: Path, alone: Path) -> None:
 
 @needs_fairseq2
 def test_the_environment_is_written_nowhere(alone: Path) -> None:
-    files = [file for file in alone.rglob("*") if file.is_file()]
-    assert any(file.suffix == ".log" and file.stat().st_size for file in files)
-    assert [file for file in files if b"do-not-log-me" in file.read_bytes()] == []
+    files = {file: file.read_bytes() for file in alone.rglob("*") if file.is_file()}
+    assert b"End of training reached at step 10" in files[alone / "logs" / "rank_0.log"]
+    assert [file for file, content in files.items() if SECRET.encode() in content] == []
 
 
 @needs_fairseq2
-def test_a_stopped_training_goes_on_bit_for_bit(recipe: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_stopped_training_goes_on_bit_for_bit(recipe: Any, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     shutil.copytree(alone, out)
-    shutil.rmtree(out / "metrics")
-    for step in range(6, STEPS + 1, 2):
-        shutil.rmtree(out / "checkpoints" / f"step_{step}")
-    done = pretrain(out, recipe)
-    assert done.returncode == 0, done.stderr
-    again = losses(out)
-    assert again.keys() == set(range(5, STEPS + 1))
-    assert again == {step: losses(alone)[step] for step in again}
+    forget(out, 4)
+    again = losses(pretrain(recipe, out))
+    assert again == {step: losses(alone)[step] for step in range(5, STEPS + 1)}
     ends = [
         torch.load(each / f"checkpoints/step_{STEPS}/model/pp_00/tp_00/sdp_00.pt", weights_only=True)
         for each in (out, alone)
@@ -378,31 +377,66 @@ def test_a_stopped_training_goes_on_bit_for_bit(recipe: Path, alone: Path, tmp_p
 
 
 @needs_fairseq2
-def test_two_processes_reach_the_same_losses_and_go_on(run: Path, recipe: Path, tmp_path: Path) -> None:
-    """FSDP2 over gloo, the gradients of two parts added up; then from its middle again."""
-    out = tmp_path / "two"
-    done = pretrain(out, recipe, "trainer.grad_accumulation.num_batches=2", ranks=2)
+def test_its_weights_become_files_of_ours(run: Path, alone: Path, tmp_path: Path) -> None:
+    """They are those that our training ends with, up to rounding; an output without any is refused."""
+    export = (sys.executable, "-m", PLUGIN, "export")
+    done = subprocess.run([*export, str(alone), str(tmp_path / "ours")], env=environment(), capture_output=True)
     assert done.returncode == 0, done.stderr
-    whole = losses(out)
-    assert_alike(whole, our_losses(run))
-    assert {file.name for file in (out / f"checkpoints/step_{STEPS}/model/pp_00/tp_00").iterdir()} == {
-        "sdp_00.pt",
-        "sdp_01.pt",
-    }
-    for step in range(6, STEPS + 1, 2):
-        shutil.rmtree(out / "checkpoints" / f"step_{step}")
-    shutil.rmtree(out / "metrics")
-    done = pretrain(out, recipe, "trainer.grad_accumulation.num_batches=2", ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert losses(out) == {step: numbers for step, numbers in whole.items() if step > 4}
+    found, expected = load_model(tmp_path / "ours"), load_model(run)
+    assert (found.config.width, found.vocab_size) == (expected.config.width, expected.vocab_size)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, atol=1e-4, rtol=1e-3)
+    assert main_of_plugin(["export", str(tmp_path), str(tmp_path / "none")]) == 2
 
 
 @needs_fairseq2
-def test_mistakes_in_a_recipe_end_in_a_sentence(run: Path, recipe: Path, tmp_path: Path) -> None:
-    done = pretrain(tmp_path / "small", recipe, "model.config_overrides.seq_len=32", "model.path=null")
-    assert done.returncode == 2
-    assert "it has 32 positions, the blocks of" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_two_processes_reach_the_same_losses_and_go_on(run: Path, recipe: Any, tmp_path: Path) -> None:
+    """FSDP2 over gloo, the gradients of two parts added up; then from the middle again. By the command line."""
+    from fairseq2.utils.structured import StandardValueConverter
+
+    file, out = tmp_path / "recipe.yaml", tmp_path / "two"
+    file.write_text(yaml.safe_dump(StandardValueConverter().unstructure(recipe)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    parts = ["--config", "trainer.grad_accumulation.num_batches=2"]
+    command = [*torchrun, "-m", PLUGIN, "pretrain", str(out), "--no-rich", "--config-file", str(file), *parts]
+
+    def train() -> dict[int, list[float]]:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert SECRET not in done.stdout + done.stderr
+        return losses(out)
+
+    whole = train()
+    assert_alike(whole, our_losses(run))
+    shards = out / f"checkpoints/step_{STEPS}/model/pp_00/tp_00"
+    assert {shard.name for shard in shards.iterdir()} == {"sdp_00.pt", "sdp_01.pt"}
+    forget(out, 4)
+    assert train() == {step: numbers for step, numbers in whole.items() if step > 4}
+
+
+@needs_fairseq2
+def test_mistakes_on_the_command_line_end_in_a_sentence(
+    run: Path, families: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    for changes, sentence in (
+        (
+            {"dataset.config_overrides.run": run, "model.config_overrides.seq_len": 32},
+            "it has 32 positions, the blocks",
+        ),
+        ({"dataset.config_overrides.run": tmp_path}, "is no run folder"),
+    ):
+        small = {"model.arch": "cm3leon_tiny", **changes}
+        words = [f"{name}={value}" for name, value in small.items()]
+        with pytest.raises(SystemExit) as ended:
+            main_of_plugin(["pretrain", str(tmp_path / "out"), "--no-rich", "--config", *words])
+        assert ended.value.code == 2
+        log = (tmp_path / "out" / "logs" / "rank_0.log").read_text()
+        assert sentence in log
+        assert "Traceback" not in log
+    assert main_of_plugin(["card", str(tmp_path)]) == 2
+    assert main_of_plugin(["recipe"]) == 2
+    assert main_of_plugin(["--help"]) == 0
 
 
 @needs_fairseq2
@@ -410,8 +444,7 @@ def test_mistakes_in_a_recipe_end_in_a_sentence(run: Path, recipe: Path, tmp_pat
     ("name", "value"),
     [("average_decay", 0.9), ("lora_rank", 4), ("optimizer", "adamw_8bit"), ("start_with", "everything")],
 )
-def test_what_its_trainer_cannot_do_is_refused(run: Path, name: str, value: Any) -> None:
-    guard.load()
+def test_what_its_trainer_cannot_do_is_refused(run: Path, families: None, name: str, value: Any) -> None:
     from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
 
     opened = open_run(run)

@@ -46,6 +46,7 @@ from cm3leon.data.shards import DamagedShard
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon._dataset import Blocks, PackedBlocks
 from cm3leon.plugins.fairseq2_cm3leon._families import FAMILY, register_families
+from cm3leon.plugins.fairseq2_cm3leon._sdpa import XformersSDPA
 from cm3leon.plugins.fairseq2_cm3leon.convert import to_fairseq2
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import best_device, uses_bf16
@@ -121,6 +122,13 @@ class PretrainRecipe(Recipe):
         for modality in MODALITIES:
             descriptor = MetricDescriptor(f"nll_loss_{modality}", f"NLL Loss ({modality})", 101, format_as_float)
             container.collection.register_instance(MetricDescriptor, descriptor)
+
+    def setup_model(self, context: RecipeContext, model: TransformerLM, newly_initialized: bool) -> TransformerLM:
+        """xformers in the place of fairseq2's default, which masks all tokens of a batch by all for packed samples."""
+        if context.get_config_as(PretrainConfig).common.torch.default_sdpa == "torch":
+            for layer in model.decoder.layers:
+                layer.self_attn.sdpa = XformersSDPA(layer.self_attn.sdpa.bias)
+        return model
 
     def create_task(self, context: RecipeContext) -> Task:
         config = context.get_config_as(PretrainConfig)
