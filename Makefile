@@ -1,14 +1,18 @@
-# make demo   train and evaluate the small experiment, then name its report
-# make test   run the tests
-# make lint   check style and types
-# All three install into .venv first, once: again only when setup.py or pyproject.toml has changed.
+# make demo          train and evaluate the small experiment, then name its report
+# make test          run the tests
+# make test-cluster  run them, and those of fairseq2 and xformers, with the versions of requirements/cluster.lock
+# make lint          check style and types
+# Each installs first, into .venv or .venv-cluster, once: again only when what it installs has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLUSTER_VENV ?= .venv-cluster
+CLUSTER_BIN := $(CLUSTER_VENV)/bin
+CLUSTER_INSTALLED := $(CLUSTER_VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test test-cluster lint
 
 demo: $(INSTALLED)
 	$(BIN)/python -m cm3leon.run experiment=digits
@@ -16,6 +20,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-cluster: $(CLUSTER_INSTALLED)
+	CM3LEON_CLUSTER=1 $(CLUSTER_BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,4 +32,10 @@ lint: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[cpu,dev]'
+	touch $@
+
+$(CLUSTER_INSTALLED): requirements/cluster.lock setup.py pyproject.toml
+	test -x $(CLUSTER_BIN)/python || $(PYTHON) -m venv $(CLUSTER_VENV)
+	$(CLUSTER_BIN)/python -m pip install -r requirements/cluster.lock
+	$(CLUSTER_BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@

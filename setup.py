@@ -11,6 +11,22 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cm3leon/__init__.py").read_text()).group(1)
 
 
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "transformers",
+    "diffusers",
+    "lpips",
+    "scikit-image",
+    "pytorch-fid",
+    "pycocoevalcap",
+    "torchao",
+    "setuptools>=77",
+]
+"""What the tests import beside the package itself."""
+
+
 class BuildWithExperiments(build_py):
     """Copies experiments.yaml and experiments/ into the package; a clone reads them where they lie."""
 
@@ -36,7 +52,10 @@ setup(
     package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
     package_data={"cm3leon.plugins": ["**/*.yaml"]},
     cmdclass={"build_py": BuildWithExperiments},
-    entry_points={"lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"]},
+    entry_points={
+        "lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"],
+        "fairseq2.extension": ["cm3leon = cm3leon.plugins.fairseq2_cm3leon.extension:register"],
+    },
     install_requires=[
         "torch>=2.9",
         "torchvision",
@@ -59,33 +78,21 @@ setup(
     extras_require={
         # One extra cannot replace the faiss of another, so the core names neither.
         "cpu": ["faiss-cpu"],
+        # What fairseq2 0.8.1 was built for, torch 2.9.1, and what goes with it: requirements/cluster.lock is all of it.
         "cluster": [
             "fairseq2==0.8.1",
+            "torch==2.9.1",
             "xformers==0.0.33.post2",
             "torchvision==0.24.1",
             "faiss-gpu==1.15.1",
+            "torchao==0.15.0",
             "soundfile",
         ],
         "hf": ["transformers"],
         "eval": ["pycocoevalcap"],
         "lmms": ["lmms-eval>=0.7"],
         "features": ["scikit-image", "transformers"],
-        "dev": [
-            "pytest",
-            "pytest-xdist",
-            "hypothesis",
-            "ruff>=0.17,<0.18",
-            "mypy>=2.4,<3",
-            "types-PyYAML",
-            "types-tqdm",
-            "transformers",
-            "diffusers",
-            "lpips",
-            "scikit-image",
-            "pytorch-fid",
-            "pycocoevalcap",
-            "torchao",
-            "setuptools>=77",
-        ],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-tqdm"],
     },
 )

@@ -1,4 +1,4 @@
-"""A training step beside transformers' OPT of the same shape and weights; attention backends beside each other.
+"""A training step beside transformers' OPT of the same shape and weights.
 
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py                       # all that this device can do
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/train.py steps --layers 4      # one part, another shape
@@ -8,7 +8,6 @@ steps: forward, backward, clipping and fused AdamW under bf16 autocast on blocks
 both models; and on documents of mixed lengths, which ours packs whole into blocks and OPT pads to the longest of its
 batch. Useful tokens are those that are not padding; a batch has as many positions for both at most.
 memory: the most that such a step holds beyond weights, in a process of its own; all of its state included.
-attention: one layer's attention, forward and backward, over packed documents of about 1,100 tokens.
 mfu: our step alone, its model FLOPs as a share of the rate of a large bf16 matrix product measured in the same process.
 Seconds are medians after a first call that is not counted.
 """
@@ -24,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.export import to_opt_config, to_opt_state
-from cm3leon.models.attention import choose
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy
-from cm3leon.registry import ATTENTIONS, MODELS, discover
+from cm3leon.registry import MODELS, discover
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.costs import model_flops
 from cm3leon.training.optimizer import new_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PARTS = ("steps", "memory", "attention", "mfu")
+PARTS = ("steps", "memory", "mfu")
 
 
 def main() -> None:
@@ -72,7 +69,7 @@ def main() -> None:
     print(f"torch {torch.__version__}; {args}\n")
     for part in [args.part] if args.part else PARTS:
         print(f"## {part}\n")
-        {"steps": steps, "memory": memory, "attention": attention, "mfu": mfu}[part](args)
+        {"steps": steps, "memory": memory, "mfu": mfu}[part](args)
         print(flush=True)
 
 
@@ -248,31 +245,6 @@ def of_process(name: str) -> int:
     """A size in bytes from Linux's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def attention(args: argparse.Namespace) -> None:
-    """Every backend that the device has, over the same documents."""
-    B, A, T, E = 1, 16, 4096, 64
-    sample_BT = torch.arange(T, device=DEVICE)[None].expand(B, T) // 1100
-    dtype = torch.bfloat16
-    torch.manual_seed(0)
-    given = [torch.randn(B, A, T, E, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
-    print(f"{A} heads of {E}, {T} positions, documents of 1,100 tokens, {dtype}\n")
-    print("| backend | ms | ratio to sdpa |\n|---|---|---|")
-    times = {}
-    for name in ATTENTIONS.names():
-        if ATTENTIONS.get(name).missing(DEVICE):
-            continue
-        backend: Any = choose(name, DEVICE)[1]
-        plan = backend.plan(sample_BT)
-
-        def call(backend: Any = backend, plan: Any = plan) -> None:
-            torch.autograd.grad(backend(*given, plan).float().sum(), given)
-
-        call()
-        times[name] = statistics.median(seconds(call) for _ in range(args.repeats))
-    for name, value in times.items():
-        print(f"| {name} | {1000 * value:.3g} | {times['sdpa'] / value:.2f} |")
 
 
 def mfu(args: argparse.Namespace) -> None:

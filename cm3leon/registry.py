@@ -241,10 +241,13 @@ def discover(plugins: Sequence[str | Path] = ()) -> None:
 
 
 def _import_all(name: str) -> None:
-    """Imports a module and, if it is a package, all modules below it that are not tests."""
+    """Imports a module and, if it is a package, all modules below it but tests and those whose name begins with `_`.
+
+    A plugin keeps there what needs a package that is not always installed.
+    """
     module = importlib.import_module(name)
     for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if not info.name.startswith(("test_", "__")) and info.name != "tests":
+        if not info.name.startswith(("test_", "_")) and info.name != "tests":
             _import_all(f"{name}.{info.name}")
 
 

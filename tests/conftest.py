@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -22,6 +23,16 @@ LAST = ("test_wheel.py", "test_end_to_end.py", "test_digits.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: those that build a wheel or run whole experiments come at the end."""
     items.sort(key=lambda item: LAST.index(item.path.name) if item.path.name in LAST else -1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where the stack of the cluster was installed for its tests, one that is skipped has failed."""
+    report = yield
+    must_run = item.get_closest_marker("cluster") and not item.get_closest_marker("gpu")
+    if os.environ.get("CM3LEON_CLUSTER") == "1" and must_run and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped where it must run: {report.longrepr}"
+    return report
 
 
 @pytest.fixture

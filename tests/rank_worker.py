@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream, PackingConfig
-from cm3leon.registry import OBJECTIVES, discover
+from cm3leon.registry import MODELS, OBJECTIVES, discover
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
@@ -44,10 +43,10 @@ def main(options: dict[str, Any]) -> int:
     config = DecoderTrainingConfig(**{**fields, **options.get("fields", {})})
     objective: Any = OBJECTIVES.build("cm3", vocab=VOCAB)
 
-    def new_model() -> Transformer:
+    def new_model() -> Any:
         torch.manual_seed(1)
-        shape = Transformer.Config(layers=2, width=32, head_size=16, seq_len=SEQ_LEN, init_std=0.05)
-        return Transformer(shape, vocab_size=VOCAB.size)
+        shape = {"layers": 2, "width": 32, "head_size": 16, "seq_len": SEQ_LEN, "init_std": 0.05}
+        return MODELS.build({"name": options.get("model", "cm3leon"), **shape}, vocab_size=VOCAB.size)
 
     def loss(model: Any, batch: Any) -> Any:
         time.sleep(options.get("pause", 0))

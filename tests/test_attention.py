@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import types
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cm3leon.models import attention
-from cm3leon.models.attention import Attention, choose, run_lengths
+from cm3leon.models.attention import Attention, choose, packed_mask, run_lengths
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
@@ -146,6 +148,23 @@ def test_xformers_is_given_the_samples_as_one_row(rows: list[list[int]]) -> None
     assert_is_the_formula(ATTENTIONS.build("xformers"), places(rows))
 
 
+@pytest.mark.cluster
+@pytest.mark.skipif(find_spec("xformers") is None, reason="needs xformers")
+class TestInstalledXformers:
+    """What can be seen of the real one without a GPU."""
+
+    def test_its_operators_load(self) -> None:
+        assert attention._missing_of_xformers() == ""
+
+    @pytest.mark.parametrize("rows", [[[5]], [[3, 4], [2]], [[1, 1, 1], [2, 6], [8]]])
+    def test_its_mask_is_that_of_the_samples(self, rows: list[list[int]]) -> None:
+        sample_BT = places(rows)
+        mask_NN = attention.Xformers().plan(sample_BT).materialize((sample_BT.numel(),) * 2)
+        expected_NN = torch.block_diag(*packed_mask(sample_BT)[:, 0].int()) == 1
+        assert torch.equal(mask_NN == 0, expected_NN)
+        assert torch.equal(mask_NN == -math.inf, ~expected_NN)
+
+
 @given(rows=packed)
 def test_run_lengths_are_the_samples_and_the_padding(rows: list[list[int]]) -> None:
     T = max(map(sum, rows))
@@ -184,12 +203,58 @@ def test_the_whole_model_is_the_same_with_each(attention: str, monkeypatch: pyte
 
 def test_auto_takes_what_the_device_can_train_with(monkeypatch: pytest.MonkeyPatch) -> None:
     choose.cache_clear()
-    assert choose("auto", CPU)[0] == "sdpa"
-    for there, expected in ((True, "xformers"), (False, "flex")):
+    assert choose("auto", CPU).name == "sdpa"
+    for missing, expected in (("", "xformers"), ("the package xformers", "flex (xformers lacks the package xformers)")):
         choose.cache_clear()
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there or None)
-        assert choose("auto", CUDA)[0] == expected
+        monkeypatch.setattr(attention, "_missing_of_xformers", lambda missing=missing: missing)
+        assert str(choose("auto", CUDA)) == expected
     choose.cache_clear()
+
+
+def test_the_choice_says_why_others_were_not_taken() -> None:
+    assert str(choose("auto", CPU)) == (
+        "sdpa (xformers lacks a CUDA device: memory_efficient_attention has no operator elsewhere; "
+        "flex lacks a CUDA device: FlexAttention has no gradients elsewhere)"
+    )
+    assert str(choose("naive", CPU)) == "naive"
+
+
+class Operator:
+    """Stands for an operator of xformers, loaded or not."""
+
+    def __init__(self, loaded: bool) -> None:
+        self.is_available = lambda: loaded
+
+
+@pytest.mark.usefixtures("xformers")
+@pytest.mark.parametrize(
+    ("forward", "backward", "sentence"),
+    [
+        ([False, True], [True], ""),
+        ([False, False], [True], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
+        ([True], [False], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
+    ],
+)
+def test_xformers_is_there_if_operators_of_both_passes_load(
+    forward: list[bool], backward: list[bool], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
+    fmha = sys.modules["xformers.ops.fmha"]
+    fmha.ALL_FW_OPS, fmha.ALL_BW_OPS = map(Operator, forward), map(Operator, backward)  # type: ignore[attr-defined]
+    assert re.fullmatch(sentence, attention._missing_of_xformers.__wrapped__())
+
+
+def test_xformers_that_does_not_import_is_answered_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    found = attention._missing_of_xformers.__wrapped__()
+    assert re.fullmatch(r"an xformers that imports with torch \d.* \(ModuleNotFoundError: .*\)", found)
+
+
+def test_xformers_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert attention._missing_of_xformers.__wrapped__() == "the package xformers (pip install xformers)"
 
 
 @pytest.mark.parametrize(
@@ -225,3 +290,23 @@ def test_outputs_and_gradients_on_a_gpu(name: str) -> None:
     naive = ATTENTIONS.build("naive")
     for one, other in zip(found, with_gradients(lambda *qkv: naive(*qkv, naive.plan(sample_BT)), exact), strict=True):
         torch.testing.assert_close(one.double(), other, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_xformers_and_another_agree_on_a_gpu(name: str, head_size: int) -> None:
+    """In bf16, over packed documents and padding."""
+    if missing := ATTENTIONS.get("xformers").missing(CUDA):
+        pytest.skip(f"needs {missing}")
+    sample_BT = places([[600, 1, 423], [300, 500]]).cuda()
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, sample_BT.shape[1], head_size)
+    inputs = [torch.randn(*shape, generator=generator).bfloat16().cuda().requires_grad_() for _ in range(3)]
+    results = []
+    for backend in (ATTENTIONS.build("xformers"), ATTENTIONS.build(name)):
+        plan = backend.plan(sample_BT)
+        results.append(with_gradients(lambda *qkv, backend=backend, plan=plan: backend(*qkv, plan), inputs))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,7 +40,12 @@ discover()
 def every(*registries: Registry[Any]) -> pytest.MarkDecorator:
     """Parametrises a test over `(registry, name)` of every component in the registries."""
     pairs: Iterable[Any] = (
-        pytest.param(registry, name, id=f"{registry.kind.replace(' ', '_')}-{name}")
+        pytest.param(
+            registry,
+            name,
+            id=f"{registry.kind.replace(' ', '_')}-{name}",
+            marks=pytest.mark.cluster if registry is MODELS and hasattr(registry.get(name), "missing") else (),
+        )
         for registry in registries
         for name in registry.names()
     )
@@ -106,6 +112,11 @@ def document(name: str = "query", first_code: int = 0) -> TokenDocument:
 @every(MODELS)
 def test_model_gives_logits_and_the_same_from_its_cache(registry: Registry[Any], name: str) -> None:
     torch.manual_seed(0)
+    missing = getattr(registry.get(name), "missing", str)()
+    if missing:
+        with pytest.raises(UserError, match=re.escape(missing)):
+            registry.build(small(registry, name), vocab_size=VOCAB.size)
+        pytest.skip(f"needs {missing}")
     model = registry.build(small(registry, name), vocab_size=VOCAB.size)
     ids_BT = torch.randint(VOCAB.used, (2, 9))
     for parameter in model.parameters():

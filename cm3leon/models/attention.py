@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,7 @@ class Xformers:
     def missing(device: torch.device) -> str:
         if device.type != "cuda":
             return "a CUDA device: memory_efficient_attention has no operator elsewhere"
-        return "" if importlib.util.find_spec("xformers") else "the package xformers (pip install xformers)"
+        return _missing_of_xformers()
 
     def plan(self, sample_BT: Tensor) -> Any:
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
@@ -197,8 +198,34 @@ class Xformers:
         return memory_efficient_attention(*rows_1NAE, attn_bias=plan).view(B, T, A, E).transpose(1, 2)
 
 
+@cache
+def _missing_of_xformers() -> str:
+    """What keeps xformers' operators from training here, "" if nothing does: each wheel is built for some torch."""
+    if importlib.util.find_spec("xformers") is None:
+        return "the package xformers (pip install xformers)"
+    try:
+        from xformers.ops import fmha
+    except Exception as error:  # what an extension built for another torch raises is anybody's guess
+        return f"an xformers that imports with torch {torch.__version__} ({type(error).__name__}: {error})"
+    if all(any(operator.is_available() for operator in each) for each in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS)):
+        return ""
+    installed = importlib.metadata.version("xformers")
+    return f"an xformers whose operators load with torch {torch.__version__}: those of {installed} do not"
+
+
 PREFERRED = ("xformers", "flex", "sdpa")
 """What `auto` takes: the first that can train on the device."""
+
+
+class Choice(NamedTuple):
+    """The backend that is used, and why `auto` did not take those it prefers; printed as a line for a log."""
+
+    name: str
+    attention: Attention
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'; '.join(self.passed_over)})" if self.passed_over else self.name
 
 
 def check_name(name: str) -> None:
@@ -208,15 +235,21 @@ def check_name(name: str) -> None:
 
 
 @cache
-def choose(name: str, device: torch.device) -> tuple[str, Attention]:
-    """The backend of that name, or with `auto` the preferred one for the device, with its name.
+def choose(name: str, device: torch.device) -> Choice:
+    """The backend of that name, or with `auto` the preferred one for the device.
 
     Raises:
         UserError: for a backend that cannot be used on the device.
     """
-    if name == "auto":
-        name = next(each for each in PREFERRED if not ATTENTIONS.get(each).missing(device))
-    missing = ATTENTIONS.get(name).missing(device)
-    if missing:
-        raise UserError(f"model.attention is {name}, which lacks {missing}; take attention=auto")
-    return name, ATTENTIONS.build(name)
+    if name != "auto":
+        missing = ATTENTIONS.get(name).missing(device)
+        if missing:
+            raise UserError(f"model.attention is {name}, which lacks {missing}; take attention=auto")
+        return Choice(name, ATTENTIONS.build(name))
+    passed_over = []
+    for each in PREFERRED:
+        missing = ATTENTIONS.get(each).missing(device)
+        if not missing:
+            return Choice(each, ATTENTIONS.build(each), tuple(passed_over))
+        passed_over.append(f"{each} lacks {missing}")
+    raise AssertionError(f"{PREFERRED[-1]} runs everywhere")

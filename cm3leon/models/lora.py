@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.models.transformer import Transformer
+from cm3leon.types import UserError
+
 ADAPTED = ("qkv", "out", "up", "down")
 """Matrices of a layer that are adapted: all of them."""
 
@@ -40,7 +43,14 @@ def add_lora(model: Any, rank: int, alpha: float, *, frozen_dtype: torch.dtype |
     Args:
         frozen_dtype: precision that the layers' frozen weights are kept in from now on; None leaves it. Embeddings and
             head keep theirs, so that the residual stream does.
+
+    Raises:
+        UserError: for a decoder whose layers do not have these matrices.
     """
+    if not isinstance(model, Transformer):
+        raise UserError(
+            "training.lora_rank adapts the matrices of model.name=cm3leon; another model's weights are trained whole"
+        )
     model.requires_grad_(False)
     for block in model.blocks:
         for name in ADAPTED:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.models.transformer import Transformer
 from cm3leon.types import UserError
 
 Weights = Literal["float32", "bf16", "int8", "fp8"]
@@ -23,10 +24,12 @@ def keep_weights(model: Any, kind: Weights) -> None:
     only, by torchao's weight-only quantization with a scale for each output, the head in bf16.
 
     Raises:
-        UserError: for int8 or fp8 without torchao, or fp8 on a device that does not have it.
+        UserError: for int8 or fp8 without torchao or of another model, or fp8 on a device that does not have it.
     """
     if kind == "float32":
         return
+    if kind != "bf16" and not isinstance(model, Transformer):
+        raise UserError(f"weights are {kind}, which is for model.name=cm3leon; take float32 or bf16")
     for module in (*model.blocks, model.head):
         module.to(torch.bfloat16)
     if kind == "bf16":
@@ -61,8 +64,10 @@ def share(model: Any, *, rank: int, count: int) -> None:
     results, up to the rounding of sums. Call it before `keep_weights`.
 
     Raises:
-        UserError: for a number of ranks that does not divide the heads.
+        UserError: for a number of ranks that does not divide the heads, or another model.
     """
+    if not isinstance(model, Transformer):
+        raise UserError("only the layers of model.name=cm3leon can be shared by several ranks")
     head_size, width, heads = model.config.head_size, model.config.width, model.heads
     if heads % count:
         raise UserError(f"{count} ranks cannot share the model's {heads} heads; the number must divide them")

@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 from cm3leon.config import PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
-from cm3leon.models.cache import KVCache
+from cm3leon.models.base import Attend, Model
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
-
 
 @MODELS.register("cm3leon")
-class Transformer(nn.Module):
-    """Decoder-only transformer: ids to logits. No loss, no task, no tokenizer."""
+class Transformer(Model):
+    """Model-only transformer: ids to logits. No loss, no task, no tokenizer."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -58,7 +55,6 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.heads = config.width // config.head_size
-        """Heads of a layer; where ranks share them (`serving.share`), those of this one."""
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(config.seq_len, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -76,23 +72,6 @@ class Transformer(nn.Module):
                 if name.endswith((".out.weight", ".down.weight")):
                     nn.init.zeros_(weight)
 
-    def forward(
-        self,
-        ids_BT: Tensor,
-        *,
-        position_BT: Tensor | None = None,
-        sample_BT: Tensor | None = None,
-        attend: Attend | None = None,
-        readout: Callable[[Tensor, nn.Linear], Any] | None = None,
-    ) -> Any:
-        """Logits (B, T, V) of the token after each position; arguments as in `hidden`.
-
-        `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
-        holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
-        """
-        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend)
-        return self.head(hidden_BTD) if readout is None else readout(hidden_BTD, self.head)
-
     def hidden(
         self,
         ids_BT: Tensor,
@@ -101,65 +80,18 @@ class Transformer(nn.Module):
         sample_BT: Tensor | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
-        """Normalised hidden states (B, T, D), the input of `head`.
-
-        Args:
-            ids_BT: token ids.
-            position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
-            sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
-            attend: attention by other means, in every layer: a pass of a `KVCache`, which keeps keys and values.
-
-        Raises:
-            ValueError: for more positions than `seq_len`.
-        """
-        T = ids_BT.shape[1]
-        if position_BT is None and self.seq_len < T:
-            raise ValueError(f"{T} positions were asked for, the model has seq_len {self.seq_len}")
         name = "sdpa" if attend else self.config.attention  # the one that runs everywhere, where none is asked
-        _, attention = choose(name, ids_BT.device)
+        attention = choose(name, ids_BT.device).attention
         plan = None if sample_BT is None else attention.plan(sample_BT)
         if position_BT is None:
-            position_BT = torch.arange(T, device=ids_BT.device)[None]
+            position_BT = self.default_positions(ids_BT)
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, attention, plan, partial(attend, layer) if attend else None)
         return _norm(x_BTD)
 
-    @property
-    def seq_len(self) -> int:
-        """Most positions of a sequence."""
-        return self.config.seq_len
-
-    def new_cache(self, *, groups: int, width: int, prefix: int, tail: int) -> KVCache:
-        """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
-        return KVCache(
-            layers=self.config.layers,
-            heads=self.heads,
-            head_size=self.config.head_size,
-            groups=groups,
-            width=width,
-            prefix=prefix,
-            tail=tail,
-            dtype=self._cache_dtype(),
-            device=self.embedding.weight.device,
-        )
-
-    def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
-        """Bytes of such a cache."""
-        columns = groups * (prefix + width * tail)
-        width = self.heads * self.config.head_size
-        return 2 * self.config.layers * width * columns * self._cache_dtype().itemsize
-
-    def _cache_dtype(self) -> torch.dtype:
-        """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""
-        weight = self.embedding.weight
-        if weight.device.type == "cpu":
-            return torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return (
-            torch.get_autocast_dtype(weight.device.type)
-            if torch.is_autocast_enabled(weight.device.type)
-            else weight.dtype
-        )
+    def attention_on(self, device: torch.device) -> str:
+        return str(choose(self.config.attention, device))
 
 
 class Block(nn.Module):

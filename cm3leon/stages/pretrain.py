@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm3leon.models.attention import choose
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, sha256
@@ -47,13 +46,13 @@ def make_pretraining(run: Run, folder: Path) -> None:
         ranks=ranks.count,
     )
     model = distributed(lambda: first_weights(run), run.empty_model, config, ranks)
-    if ranks.first and isinstance(model, Transformer):
-        print(f"      attention: {choose(model.config.attention, run.device)[0]}", flush=True)
+    if ranks.first:
+        print(f"      attention: {model.attention_on(run.device)}", flush=True)
     drawing = Drawing(run)
 
     def micro_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         value, figures = loss(run, module, batch.to(run.device), z_loss=config.z_loss)
-        if isinstance(model, Transformer):
+        if isinstance(model.config, Transformer.Config):
             figures = {**figures, "flops": model_flops(model.config, model.vocab_size, batch.sample_BT)}
         return value, figures
 

@@ -126,6 +126,21 @@ class TextTokenizer:
         kept = [int(i) for i in ids if len(SPECIALS) <= i < self.pieces]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Names of the ids in `tokenizer.json`: pieces, spelled in its alphabet of bytes, and special tokens.
+
+        Ids without a piece are left out.
+        """
+        names = (self._tokenizer.id_to_token(int(i)) for i in ids)
+        return [name for name in names if name is not None]
+
+    def ids(self, tokens: Sequence[str]) -> np.ndarray:
+        """Inverse of `tokens`, shape (T,), int64. Raises UserError for a name that there is none of."""
+        ids = [self._tokenizer.token_to_id(token) for token in tokens]
+        if None in ids:
+            raise UserError(f"{tokens[ids.index(None)]!r} is no token of this tokenizer")
+        return np.asarray(ids, dtype=np.int64)
+
 
 def unicode_text(text: str) -> str:
     """The text as UTF-8 can hold it: surrogates in pairs become their character, lone ones U+FFFD."""

@@ -1,0 +1,119 @@
+"""What a model is: hidden states of ids, an output layer, and the cache that its passes may fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm3leon.models.cache import KVCache
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
+
+
+class Model(nn.Module):
+    """Base of the models: ids to logits. No loss, no task, no tokenizer."""
+
+    config: Any
+    """Has at least `layers`, `head_size` and `seq_len`."""
+    vocab_size: int
+    heads: int
+    """Heads of a layer; where ranks share them (`serving.share`), those of this one."""
+    embedding: Any
+    """Table of the tokens; its `weight` says where the decoder is, and in what precision."""
+    blocks: Any
+    """The layers: what is recomputed, compiled and sharded as one."""
+    head: Any
+    """The output layer, linear, without bias."""
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """Normalised hidden states (B, T, D), the input of `head`.
+
+        Args:
+            ids_BT: token ids.
+            position_BT: position numbers below `seq_len`; None = 0, 1, 2 ...
+            sample_BT: the sample each position belongs to; attention stays inside it. None = one sample a row.
+            attend: attention by other means, in every layer: a pass of a `KVCache`, which keeps keys and values.
+
+        Raises:
+            ValueError: for more positions than `seq_len`.
+        """
+        raise NotImplementedError
+
+    def attention_on(self, device: torch.device) -> str:
+        """What attention is computed with in a training on that device, and why not with what is preferred."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        attend: Attend | None = None,
+        readout: Callable[[Tensor, nn.Linear], Any] | None = None,
+    ) -> Any:
+        """Logits (B, T, V) of the token after each position; arguments as in `hidden`.
+
+        `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
+        holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
+        """
+        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend)
+        return self.head(hidden_BTD) if readout is None else readout(hidden_BTD, self.head)
+
+    @property
+    def seq_len(self) -> int:
+        """Most positions of a sequence."""
+        return self.config.seq_len
+
+    def default_positions(self, ids_BT: Tensor) -> Tensor:
+        """Position numbers (1, T) of ids that none were given for.
+
+        Raises:
+            ValueError: for more positions than `seq_len`.
+        """
+        T = ids_BT.shape[1]
+        if self.seq_len < T:
+            raise ValueError(f"{T} positions were asked for, the model has seq_len {self.seq_len}")
+        return torch.arange(T, device=ids_BT.device)[None]
+
+    def new_cache(self, *, groups: int, width: int, prefix: int, tail: int) -> KVCache:
+        """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
+        return KVCache(
+            layers=self.config.layers,
+            heads=self.heads,
+            head_size=self.config.head_size,
+            groups=groups,
+            width=width,
+            prefix=prefix,
+            tail=tail,
+            dtype=self._cache_dtype(),
+            device=self.embedding.weight.device,
+        )
+
+    def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
+        """Bytes of such a cache."""
+        columns = groups * (prefix + width * tail)
+        width = self.heads * self.config.head_size
+        return 2 * self.config.layers * width * columns * self._cache_dtype().itemsize
+
+    def _cache_dtype(self) -> torch.dtype:
+        """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""
+        weight = self.embedding.weight
+        if weight.device.type == "cpu":
+            return torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )

@@ -1,0 +1,87 @@
+"""To and fro between the files of a run and of fairseq2: asset cards of what a run has made, and weights back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq2 import init_fairseq2
+from fairseq2.assets import AssetCard
+from fairseq2.composition import register_checkpoint_models
+from fairseq2.runtime.dependency import DependencyContainer
+
+from cm3leon.models.transformer import Transformer
+from cm3leon.plugins.fairseq2_cm3leon._families import FAMILY, CM3LeonConfig, model_hub, register_families
+from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2
+from cm3leon.registry import MODELS
+from cm3leon.search import open_run
+from cm3leon.stages.artifacts import WEIGHTS
+from cm3leon.stages.pipeline import write_json
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.types import UserError
+
+
+def asset_card(folder: Path) -> AssetCard:
+    """The card of a run, named as its folder is."""
+    entries = card_entries(folder)
+    return AssetCard(entries.pop("name"), entries)
+
+
+def card_entries(folder: Path) -> dict[str, Any]:
+    """What the card says, as it is written in a YAML file of fairseq2's asset store.
+
+    Raises:
+        UserError: for a folder that is no run, or whose model is not of this family.
+    """
+    run = open_run(folder)
+    folder = folder.resolve()
+    vocab = run.vocab
+    entries: dict[str, Any] = {
+        "name": folder.name,
+        "tokenizer_family": FAMILY,
+        "tokenizer": str(folder / "text_tokenizer"),
+        "tokenizer_config": {
+            "text_size": vocab.text_size,
+            "image_size": vocab.image_size,
+            "sentinels": vocab.sentinels,
+        },
+        "dataset_family": FAMILY,
+        "dataset_config": {"run": str(folder)},
+    }
+    trained = folder / "pretraining" / "config.json"
+    if trained.is_file():
+        content = json.loads(trained.read_text())
+        name = content["model"]["name"]
+        if not issubclass(MODELS.config_class(name), Transformer.Config):
+            raise UserError(f"{trained}: the model {name} is not of the family {FAMILY}")
+        given = {**content["model"], "vocab_size": content["vocab_size"]}
+        entries["model_family"] = FAMILY
+        entries["model_config"] = {field.name: given[field.name] for field in fields(CM3LeonConfig)}
+        entries["checkpoint"] = str(trained.with_name(WEIGHTS))
+    return entries
+
+
+def export(output: Path, folder: Path) -> None:
+    """Writes the last checkpoint of fairseq2's trainer as `config.json` and `model.safetensors`, our own files.
+
+    Raises:
+        UserError: for an output of fairseq2's trainer without a checkpoint of a model of this family.
+    """
+    checkpoints = output / "checkpoints"
+    if not (checkpoints / "model.yaml").is_file() or not any(checkpoints.glob("step_*/model")):
+        raise UserError(f"{output} holds no checkpoint of fairseq2's trainer")
+
+    def extras(container: DependencyContainer) -> None:
+        register_families(container)
+        register_checkpoint_models(container, checkpoints)
+
+    init_fairseq2(extras=extras, no_progress=True)
+    config = model_hub().get_model_config("last_checkpoint")
+    state = from_fairseq2(model_hub().load_model("last_checkpoint", device=torch.device("cpu")).state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS, state)
+    shape = {name: getattr(config, name) for name in vars(Transformer.Config())}
+    write_json(folder / "config.json", {"model": {"name": "cm3leon", **shape}, "vocab_size": config.vocab_size})

@@ -1,0 +1,170 @@
+"""The blocks that a run trains on, as a dataset of fairseq2: the batches of our trainer, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairseq2.datasets import DataReader
+from fairseq2.device import SupportsDeviceTransfer
+from fairseq2.gang import Gangs, all_sum
+from fairseq2.nn import BatchLayout
+
+from cm3leon.objectives.packing import BlockStream
+from cm3leon.types import Batch, UserError
+
+if TYPE_CHECKING:
+    from cm3leon.stages.artifacts import Run
+
+
+@dataclass(kw_only=True)
+class BlocksConfig:
+    """Whose blocks."""
+
+    run: Path | None = None
+    """Run folder whose corpus is ready to be trained on: tokens and neighbours in shards, or a corpus in memory."""
+
+
+def open_blocks(config: BlocksConfig) -> Blocks:
+    """Opens the training data of a run.
+
+    Raises:
+        UserError: where no run is named, or its data are not ready.
+    """
+    if config.run is None:
+        raise UserError("dataset: run is missing; set dataset.config_overrides.run to a run folder")
+    from cm3leon.search import open_run
+    from cm3leon.stages.pipeline import MARKER
+    from cm3leon.stages.stages import stages_of
+
+    run = open_run(config.run.expanduser())
+    (needed,) = (stage.needs or () for stage in stages_of(run.experiment) if stage.name == "pretraining")
+    for name in needed:
+        if not (run.folder / name / MARKER).is_file():
+            raise UserError(f"stage {name} of {run.folder} is not finished; run it with until={needed[-1]}")
+    return Blocks(run)
+
+
+class Blocks:
+    """The endless stream of training samples of a run, corrupted by its objective and packed into blocks.
+
+    Objective, vocabulary, packing, retrieved documents, mixture of corpora and seed are the run's.
+    """
+
+    def __init__(self, run: Run) -> None:
+        from cm3leon.stages.training_data import training_samples
+
+        self.run = run
+        self.samples = training_samples(run)
+
+    @property
+    def seq_len(self) -> int:
+        """Positions of a block."""
+        return self.run.seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids."""
+        return self.run.vocab.size
+
+    def create_reader(self, gangs: Gangs, *, batch_size: int | None = None, num_accumulate: int = 1) -> BlockReader:
+        """Reads the part of each batch that falls to this rank.
+
+        Args:
+            batch_size: blocks of an optimizer step, of all ranks together; None = the run's.
+            num_accumulate: parts in which a rank computes its share of them.
+
+        Raises:
+            UserError: for a batch that ranks and parts cannot share evenly.
+        """
+        experiment = self.run.experiment
+        batch_size = batch_size or experiment.training.blocks(self.seq_len)
+        if batch_size % (gangs.dp.size * num_accumulate):
+            raise UserError(
+                f"a batch has {batch_size} blocks; {gangs.dp.size} ranks with "
+                f"trainer.grad_accumulation.num_batches={num_accumulate} cannot share them evenly"
+            )
+        stream = BlockStream(
+            self.samples,
+            self.run.objective,
+            experiment.packing,
+            seq_len=self.seq_len,
+            batch_size=batch_size,
+            seed=experiment.seed,
+            device=torch.device("cpu"),
+            rank=gangs.dp.rank,
+            ranks=gangs.dp.size,
+        )
+        return BlockReader(stream, gangs, num_accumulate)
+
+
+class PackedBlocks(SupportsDeviceTransfer):
+    """Blocks as fairseq2's models take them: sample after sample in one row, without padding.
+
+    Args:
+        batch: blocks (B, T).
+        share: what the mean loss of these blocks weighs in the mean over ranks and parts that fairseq2's trainer takes.
+    """
+
+    def __init__(self, batch: Batch, share: float) -> None:
+        kept_BT = batch.sample_BT >= 0
+        B, T = kept_BT.shape
+        samples_N = (batch.sample_BT + T * torch.arange(B)[:, None])[kept_BT]
+        self.batch = Batch(*(getattr(batch, field.name)[kept_BT][None] for field in fields(batch)))
+        """The same as one block (1, N)."""
+        self.seq_lens: list[int] = samples_N.unique_consecutive(return_counts=True)[1].tolist()
+        """Tokens of each sample."""
+        self.num_examples = len(self.seq_lens)
+        self.num_elements = len(samples_N)
+        self.num_target_elements = int((batch.weight_BT > 0).sum())
+        self.padding = B * T - len(samples_N)
+        self.weight = float(batch.weight_BT.sum())
+        """Of all targets in the loss."""
+        self.share = share
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
+        self.batch = self.batch.to(device)
+
+    def as_input(self) -> tuple[torch.Tensor, BatchLayout]:
+        """Ids (N,) and their layout."""
+        ids_N, position_N = self.batch.ids_BT[0], self.batch.position_BT[0]
+        layout = BatchLayout.of(ids_N, self.seq_lens, packed=True)
+        # It counts from 0 in each sample; positions of pieces of samples run on through the block.
+        layout._position_indices = position_N
+        return ids_N, layout
+
+
+class BlockReader(DataReader[PackedBlocks]):
+    """Hands the parts of each batch to fairseq2's trainer; goes on exactly from its state, on as many ranks."""
+
+    def __init__(self, stream: BlockStream, gangs: Gangs, num_accumulate: int) -> None:
+        self._stream = stream
+        self._gangs = gangs
+        self._num_accumulate = num_accumulate
+        self._start = stream.state_dict()
+
+    def __iter__(self) -> BlockReader:
+        return self
+
+    def __next__(self) -> list[PackedBlocks]:
+        batch = self._stream.next()
+        parts = batch.split(len(batch.ids_BT) // self._num_accumulate)
+        weights = [float(part.weight_BT.sum()) for part in parts]
+        whole = float(all_sum(self._gangs.dp, sum(weights)))
+        count = len(parts) * self._gangs.dp.size
+        return [PackedBlocks(part, weight * count / whole) for part, weight in zip(parts, weights, strict=True)]
+
+    def reset(self) -> None:
+        self._stream.load_state_dict(self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state_dict)
+
+    @property
+    def num_accumulate(self) -> int:
+        return self._num_accumulate

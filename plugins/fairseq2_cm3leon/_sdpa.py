@@ -1,0 +1,202 @@
+"""Attention at fairseq2's plug point: by xformers, or by a pass of our cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from fairseq2.logging import log
+from fairseq2.models.transformer import (
+    SDPA,
+    AttentionBias,
+    AttentionBiasCache,
+    CausalAttentionBias,
+    IdentityBias,
+    NaiveSDPA,
+    TorchSDPA,
+)
+from fairseq2.nn import BatchLayout
+from torch import Tensor
+
+from cm3leon.models.base import Attend
+from cm3leon.registry import ATTENTIONS
+
+
+class XformersSDPA(SDPA):
+    """xformers' memory_efficient_attention on CUDA; elsewhere, and for what it does not have, fairseq2's TorchSDPA.
+
+    Why it fell back is logged once. All sequences become one row with a block-diagonal mask: those of a packed batch
+    as they lie, those of a padded batch each with its padding as a sequence of its own.
+
+        seq_lens [2, 1] of a padded batch of width 3        seq_lens [2, 1] of a packed batch of width 4
+            a b .   ->   a b | . | c | . .                      a b c .   ->   a b | c | .
+            c . .
+
+    Args:
+        bias: what may be attended to.
+        dropout_p: of the shares of attention, in training.
+        scale: of the scores; None = 1/sqrt(K).
+    """
+
+    def __init__(self, bias: AttentionBias, *, dropout_p: float = 0.0, scale: float | None = None) -> None:
+        super().__init__()
+        self.bias, self.dropout_p, self.scale = bias, dropout_p, scale
+        self._torch = TorchSDPA(bias, dropout_p=dropout_p, scale=scale)
+
+    def forward(
+        self,
+        q: Tensor,
+        q_layout: BatchLayout,
+        k: Tensor,
+        k_layout: BatchLayout,
+        v: Tensor,
+        bias_cache: AttentionBiasCache,
+        *,
+        needs_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Values attended to, of q's shape: (N, S, H, K) of a padded batch, (S, H, K) of a packed one.
+
+        Raises:
+            NotSupportedError: where weights are asked for, which neither xformers nor TorchSDPA gives.
+        """
+        reason = "it gives no weights of attention" if needs_weights else self._why_not(q, q_layout, k_layout)
+        if reason:
+            _log_fallback(reason)
+            return self._fall_back(q, q_layout, k, k_layout, v, bias_cache, needs_weights)
+        from xformers.ops import memory_efficient_attention
+
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            q, k, v = (each.to(torch.get_autocast_dtype(device)) for each in (q, k, v))
+        attended = memory_efficient_attention(
+            *(each.reshape(1, -1, *each.shape[-2:]) for each in (q, k, v)),
+            attn_bias=self._mask(q_layout, k_layout, bias_cache),
+            p=self.dropout_p if self.training else 0.0,
+            scale=self.scale,
+        )
+        return attended.view(*q.shape[:-1], v.shape[-1]), None
+
+    def _why_not(self, q: Tensor, q_layout: BatchLayout, k_layout: BatchLayout) -> str:
+        """Why xformers cannot do it, "" if it can."""
+        if missing := ATTENTIONS.get("xformers").missing(q.device):
+            return f"it lacks {missing}"
+        if q.dtype == torch.float64:
+            return "it has no float64"
+        if not isinstance(self.bias, IdentityBias | CausalAttentionBias):
+            return f"it has no mask for {self.bias}"
+        if q_layout is k_layout:
+            return ""
+        if _is_padded(q_layout) != _is_padded(k_layout):
+            return "it has no mask for padding among queries or keys alone"
+        if getattr(self.bias, "attn_window_len", None) and _lengths(q_layout) != _lengths(k_layout):
+            return "it has no mask for a window over more keys than queries"
+        return ""
+
+    def _fall_back(
+        self,
+        q: Tensor,
+        q_layout: BatchLayout,
+        k: Tensor,
+        k_layout: BatchLayout,
+        v: Tensor,
+        bias_cache: AttentionBiasCache,
+        needs_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """By TorchSDPA; a packed batch sequence by sequence, since its mask there has a row for every position."""
+        if not q_layout.packed or q_layout is not k_layout or needs_weights:
+            return self._torch(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
+        lengths = _lengths(q_layout)
+        pieces = []
+        for piece in zip(*(each.split(lengths) for each in (q, k, v)), strict=True):
+            one_q, one_k, one_v = (each[None] for each in piece)
+            layout = BatchLayout.of(one_q)
+            pieces.append(self._torch(one_q, layout, one_k, layout, one_v, AttentionBiasCache())[0][0])
+        return torch.cat(pieces), None
+
+    @torch.compiler.disable
+    def _mask(self, q_layout: BatchLayout, k_layout: BatchLayout, bias_cache: AttentionBiasCache) -> Any:
+        """xformers' bias, made once for all layers of a pass."""
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        mask = bias_cache.maybe_get(self.bias, "xformers", BlockDiagonalMask)
+        if mask is None:
+            mask = xformers_mask(self.bias, _lengths(q_layout), _lengths(k_layout))
+            bias_cache.set(self.bias, "xformers", mask)
+        return mask
+
+    def extra_repr(self) -> str:
+        return f"bias={self.bias}, dropout_p={self.dropout_p:G}"
+
+
+def xformers_mask(bias: AttentionBias, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Any:
+    """The block-diagonal mask of xformers that says what `bias` says of each sequence.
+
+    Where there are more keys than queries, the last query is as late as the last key, as fairseq2 has it.
+    """
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(q_lengths, k_lengths)
+    if isinstance(bias, IdentityBias):
+        return mask
+    if q_lengths != k_lengths:
+        return mask.make_causal_from_bottomright()
+    if bias.attn_window_len is None:
+        return mask.make_causal()
+    return mask.make_local_attention(bias.attn_window_len)
+
+
+def _lengths(layout: BatchLayout) -> list[int]:
+    """Lengths of the sequences of a batch in the order of memory, its padding being sequences too."""
+    if layout.packed:
+        padding = layout.width - sum(layout.seq_lens)
+        return [*layout.seq_lens, *([padding] if padding else [])]
+    pairs = ((length, layout.width - length) for length in layout.seq_lens)
+    return [length for pair in pairs for length in pair if length]
+
+
+def _is_padded(layout: BatchLayout) -> list[bool]:
+    """Whether there is padding behind each row, a packed batch being one."""
+    ends = [sum(layout.seq_lens)] if layout.packed else layout.seq_lens
+    return [end < layout.width for end in ends]
+
+
+@cache
+def _log_fallback(reason: str) -> None:
+    log.info("Attention is computed by TorchSDPA, not by xformers: {}.", reason)
+
+
+SDPAS = {"auto": XformersSDPA, "sdpa": TorchSDPA, "naive": NaiveSDPA}
+"""What makes the attention of a layer, by the name of `model.attention`."""
+
+
+class Pass:
+    """Stands where a BatchLayout does in a pass whose attention is done by our cache."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+
+class CacheableSDPA(SDPA):
+    """Attention of one layer: by the pass that stands in the place of the layout, or by another SDPA."""
+
+    def __init__(self, layer: int, sdpa: SDPA) -> None:
+        super().__init__()
+        self.layer, self.sdpa = layer, sdpa
+
+    def forward(
+        self,
+        q: Tensor,
+        q_layout: BatchLayout | Pass,
+        k: Tensor,
+        k_layout: BatchLayout | Pass,
+        v: Tensor,
+        bias_cache: AttentionBiasCache,
+        *,
+        needs_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(q_layout, Pass):
+            return self.sdpa(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
+        q_BATE, k_BATE, v_BATE = (each.transpose(1, 2) for each in (q, k, v))
+        return q_layout.attend(self.layer, q_BATE, k_BATE, v_BATE).transpose(1, 2), None

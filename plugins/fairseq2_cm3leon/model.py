@@ -1,0 +1,99 @@
+"""The decoder built of fairseq2's modules, as a component: `model.name=fairseq2_cm3leon`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cm3leon.config import choices
+from cm3leon.models.attention import run_lengths
+from cm3leon.models.base import Attend, Model
+from cm3leon.models.transformer import Transformer
+from cm3leon.plugins.fairseq2_cm3leon import guard
+from cm3leon.registry import ATTENTIONS, MODELS
+from cm3leon.types import UserError
+
+ATTENTION = ("auto", "sdpa", "naive")
+
+
+@MODELS.register("fairseq2_cm3leon")
+class Fairseq2Transformer(Model):
+    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs the extra `cluster`.
+
+    Its weights are named as in a TransformerLM; `convert.py` gives them the names of `model=cm3leon`, and back. From
+    the same seed both begin with the same weights.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Transformer.Config):
+        """The shape is that of `cm3leon`."""
+
+        attention: str = "auto"
+        """Attention in training: auto (xformers on CUDA, else torch's), or fairseq2's own, sdpa (torch's) and naive."""
+
+        def check(self) -> None:
+            if self.attention not in ATTENTION:
+                raise UserError(f"attention is {self.attention}; {choices(self.attention, ATTENTION)}")
+            if self.width % self.head_size:
+                raise UserError(f"head_size {self.head_size} must divide width {self.width}")
+
+    missing = staticmethod(guard.missing)
+
+    def __init__(self, config: Config, *, vocab_size: int) -> None:
+        guard.load("model.name is fairseq2_cm3leon, which")
+        from cm3leon.plugins.fairseq2_cm3leon._network import create_transformer_lm
+        from cm3leon.plugins.fairseq2_cm3leon._sdpa import SDPAS, CacheableSDPA
+
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.heads = config.width // config.head_size
+        model = create_transformer_lm(config, vocab_size, SDPAS[config.attention])
+        for layer, block in enumerate(model.decoder.layers):
+            block.self_attn.sdpa = CacheableSDPA(layer, block.self_attn.sdpa)
+        # The parts, not the whole: so the names of the weights are those of a TransformerLM.
+        self.decoder_frontend, self.decoder, self.final_proj = model.decoder_frontend, model.decoder, model.final_proj
+
+    @property
+    def embedding(self) -> Any:  # type: ignore[override]
+        return self.decoder_frontend.embed
+
+    @property
+    def blocks(self) -> Any:  # type: ignore[override]
+        return self.decoder.layers
+
+    @property
+    def head(self) -> Any:  # type: ignore[override]
+        return self.final_proj
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        from cm3leon.plugins.fairseq2_cm3leon._sdpa import BatchLayout, Pass
+
+        if position_BT is None:
+            position_BT = self.default_positions(ids_BT)
+        # By the encoder's table, past its forward pass, which takes positions from lengths only: those of a cache, or
+        # of a document that goes on from another block, begin elsewhere. Its first row is for padding.
+        place_BTD = F.embedding(position_BT + 1, self.decoder_frontend.pos_encoder.weight)
+        x_BTD = self.embedding(ids_BT) + place_BTD
+        if attend:
+            return self.decoder(x_BTD, Pass(attend))
+        if sample_BT is None:
+            return self.decoder(x_BTD, BatchLayout.of(ids_BT))
+        layout = BatchLayout((ids_BT.numel(),), run_lengths(sample_BT), packed=True, device=ids_BT.device)
+        return self.decoder(x_BTD.flatten(0, 1), layout).view_as(x_BTD)
+
+    def attention_on(self, device: torch.device) -> str:
+        if self.config.attention != "auto":
+            return f"{self.config.attention} of fairseq2"
+        missing = ATTENTIONS.get("xformers").missing(device)
+        return f"sdpa of fairseq2 (xformers lacks {missing})" if missing else "xformers"
