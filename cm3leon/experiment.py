@@ -29,6 +29,7 @@ from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
+    LAUNCHERS,
     METRICS,
     MODELS,
     OBJECTIVES,
@@ -106,16 +107,6 @@ class GenerationConfig:
 
 
 @dataclass(kw_only=True)
-class LauncherConfig:
-    """What a job is given; a training takes the ranks that it is started on, `plan` counts with these."""
-
-    gpus: PositiveInt = 1
-    """GPUs of the job, on all nodes together."""
-    gpus_per_node: PositiveInt = 8
-    """GPUs of a node."""
-
-
-@dataclass(kw_only=True)
 class Experiment:
     """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the run."""
 
@@ -176,8 +167,8 @@ class Experiment:
     training: DecoderTrainingConfig
     """Pretraining."""
 
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    """What the job is given."""
+    launcher: Annotated[Component, LAUNCHERS] = field(default_factory=lambda: LAUNCHERS.check("here"))
+    """Where it runs, and what its jobs are given."""
 
     tasks: list[Annotated[Component, TASKS]]
     """Tasks that are generated and evaluated."""

@@ -47,7 +47,7 @@ examples:
   python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
   python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
-  python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
+  python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
 FLAGS = ("--help", "--list", "--show", "--version")
