@@ -1,14 +1,15 @@
 # make demo   train and evaluate the small experiment, then name its report
 # make test   run the tests
+# make test-slurm   run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
 # make lint   check style and types
-# All three install into .venv first, once: again only when setup.py or pyproject.toml has changed.
+# All of them install into .venv first, once: again only when setup.py or pyproject.toml has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test test-slurm lint
 
 demo: $(INSTALLED)
 	$(BIN)/python -m cm3leon.run experiment=digits
@@ -16,6 +17,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
