@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,6 +45,8 @@ from cm3leon.types import UserError
 
 STUDY = frozenset({"runs", "evaluations"})
 """Sections that a study has, and an experiment has not."""
+SWEEP = "sweep"
+"""Section of dotted keys and the values that they take in turn, which makes an experiment a sweep."""
 
 
 @dataclass(kw_only=True)
@@ -245,16 +247,30 @@ def load_experiment(
     dotted keys with their values, for a caller that has no command line.
 
     Raises:
-        UserError: for an unknown experiment, or a mistake in its file or the overrides.
+        UserError: for an unknown experiment, one that is a sweep, or a mistake in its file or the overrides.
         PluginError: for a plugin that fails to import.
     """
+    mapping = load_mapping(name_or_path, overrides, shipped, settings=settings)
+    if SWEEP in mapping:
+        raise UserError(f"experiment: {name_or_path} is a sweep, which only run takes; its points have runs of their own")
+    return from_mapping(Experiment, mapping)
+
+
+def load_mapping(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    shipped: Path = SHIPPED,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
     if STUDY & mapping.keys():
         raise UserError(f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them")
     mapping = _with_absolute_plugins(mapping, Path.cwd())
     discover(mapping.get("plugins", []))
-    return from_mapping(Experiment, mapping)
+    return mapping
 
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
@@ -272,9 +288,15 @@ def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override])
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
     mapping = _with_absolute_plugins(load_yaml(file), file.parent)
-    mapping = apply_overrides(mapping, [(split_key(key), value) for key, value in listed.items()], sections)
+    mapping = apply_overrides(mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections)
     mapping = _with_absolute_plugins(mapping, shipped)
-    return file, apply_overrides(mapping, overrides, sections)
+    return file, apply_overrides(mapping, _of_sweep(overrides), sections)
+
+
+def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
+    """The overrides with what is behind `sweep` in one piece: a dotted key of the experiment, which is a key there."""
+    for path, value in overrides:
+        yield (SWEEP, ".".join(path[1:])) if path[0] == SWEEP and len(path) > 1 else path, value
 
 
 def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
