@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cm3leon.training.device import best_device
-from cm3leon.types import UserError
+from cm3leon.types import Again, UserError
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,27 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all ranks."""
         self.sum([0.0])
+
+    def after_first(self, action: Callable[[], None]) -> None:
+        """The first rank does something, and the others wait for it, a week at most.
+
+        Raises:
+            UserError, Again: on all ranks, if the action does.
+        """
+        if self.count == 1:
+            return action()
+        # The time that a collective may take elsewhere is not enough for a stage.
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        raised: list[UserError | Again | None] = [None]
+        if self.first:
+            try:
+                action()
+            except (UserError, Again) as error:
+                raised = [error]
+        dist.broadcast_object_list(raised, src=0, group=group)
+        dist.destroy_process_group(group)
+        if raised[0]:
+            raise raised[0]
 
     def mesh(self, replicas: int) -> DeviceMesh | None:
         """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a process group.
