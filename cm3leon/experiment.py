@@ -252,7 +252,9 @@ def load_experiment(
     """
     mapping = load_mapping(name_or_path, overrides, shipped, settings=settings)
     if SWEEP in mapping:
-        raise UserError(f"experiment: {name_or_path} is a sweep, which only run takes; its points have runs of their own")
+        raise UserError(
+            f"experiment: {name_or_path} is a sweep, which only the command run takes; give that of one of its points"
+        )
     return from_mapping(Experiment, mapping)
 
 
@@ -277,6 +279,11 @@ def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is made of several runs, see `cm3leon.study`. Raises UserError where there is none."""
     file, _ = _find(name_or_path, shipped)
     return bool(STUDY & load_yaml(file).keys())
+
+
+def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
+    """Whether an experiment is run at several points, see `cm3leon.sweep`."""
+    return not is_study(name_or_path, shipped) and SWEEP in load_mapping(name_or_path, overrides, shipped)
 
 
 def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override]) -> tuple[Path, dict[str, Any]]:

@@ -33,6 +33,7 @@ options of run:
   until=STAGE        stop after that stage
   section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
   section=name       picks another component: decoder=cd_k
+  sweep.KEY=VALUES   a run at each value: 1e-4,3e-4 or range(3); at sweep_trials=N draws: uniform(a,b), loguniform(a,b)
   launcher=NAME      where it runs: here, torchrun, local (a job of this machine), slurm
 
 flags:
@@ -46,6 +47,7 @@ examples:
   python -m cm3leon.run experiment=digits run=runs/short training.steps=100
   python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4 launcher.gpus_per_node=8
   python -m cm3leon.run logs run=runs/corpus follow=true
+  python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3 'sweep.seed=range(3)'
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
   python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
@@ -88,8 +90,13 @@ def run(arguments: Sequence[str]) -> int | None:
 
             return launch_study(study, folder, until=until)
         return run_study(study, folder, until=until)
-    from cm3leon.experiment import load_experiment
+    from cm3leon.experiment import is_sweep, load_experiment
 
+    if is_sweep(named["experiment"], overrides):
+        from cm3leon.sweep import load_sweep, run_sweep
+
+        run_sweep(load_sweep(named["experiment"], overrides, folder, until=until))
+        return None
     experiment = load_experiment(named["experiment"], overrides)
     if _is_launched(experiment.launcher):
         from cm3leon.launch.runs import launch_experiment
@@ -207,6 +214,10 @@ COMMANDS = {
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
     ),
+    "point": Command("run a point of a sweep, as its jobs do: run=DIR/POINT", _forwarded("cm3leon.sweep", "point")),
+    "collect": Command(
+        "make the table of a sweep of the points that are finished: run=DIR", _forwarded("cm3leon.sweep", "collect")
+    ),
     "status": Command("where the jobs of a run stand: run=DIR", _forwarded("cm3leon.launch.follow", "status")),
     "cancel": Command(
         "end the jobs of a run, which goes on later from its checkpoints: run=DIR",
@@ -245,8 +256,13 @@ def resolved(arguments: Sequence[str]) -> str:
         from cm3leon.study import load_study
 
         return dump_yaml(to_mapping(load_study(named["experiment"], overrides, _run_folder(named))))
-    from cm3leon.experiment import load_experiment
+    from cm3leon.experiment import is_sweep, load_experiment
 
+    if is_sweep(named["experiment"], overrides):
+        from cm3leon.sweep import load_sweep
+
+        sweep = load_sweep(named["experiment"], overrides, _run_folder(named), until=named["until"] or None)
+        return dump_yaml(sweep.mapping) + "".join(f"# {name}\n" for name in sweep.points)
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
 

@@ -227,7 +227,7 @@ class Slurm:
 
 
 def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> list[Submitted]:
-    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded."""
+    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded, or just ended."""
     executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**_sbatch(job, config, launch, after))
     work = [Work(command, launch.journal(job.name, number)) for number, command in enumerate(job.commands)]
@@ -245,7 +245,7 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
         "gpus_per_node": config.gpus_per_node or None,
         "cpus_per_task": config.cpus_per_task,
         "mem": config.mem_gb and f"{round(config.mem_gb * 1000)}M",
-        "dependency": f"afterok:{':'.join(after)}" if after else None,
+        "dependency": f"{'afterany' if job.always else 'afterok'}:{':'.join(after)}" if after else None,
     }
     # Since 22.05, srun does not take over the CPUs of a task from sbatch.
     cpus = [f"--cpus-per-task={config.cpus_per_task}"] if config.cpus_per_task else []

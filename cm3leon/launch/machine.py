@@ -60,7 +60,7 @@ class Machine:
         succeeded: set[str] = set()
         with ThreadPoolExecutor(self.parallel) as pool:
             for job in jobs:
-                if self.stopping or not succeeded.issuperset(job.after):
+                if self.stopping or not (job.always or succeeded.issuperset(job.after)):
                     continue
                 done = list(pool.map(look_after, [job] * len(job.commands), range(len(job.commands))))
                 ended += done
@@ -86,12 +86,13 @@ class Machine:
 
     def _look_after(self, job: Job, number: int, slot: int) -> Submitted:
         command, journal = job.commands[number], self.launch.journal(job.name, number)
+        max_deaths = job.resources.get("max_deaths", self.max_deaths)
         log = self.log(job, number)
         code, event = 0, "died"
         while event == "died" and not self.stopping:
             write_event(journal, "started", at=progress(command))
             code = self._call(command, log, slot, together=job.together)
-            event, details = outcome(code, progress(command), read_events(journal), self.max_deaths)
+            event, details = outcome(code, progress(command), read_events(journal), max_deaths)
             write_event(journal, event, **details)
         return Submitted(job.name, number, str(os.getpid()), log, code)
 

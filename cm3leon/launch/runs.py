@@ -26,13 +26,13 @@ def launch_experiment(experiment: Experiment, folder: Path, *, until: str | None
         UserError: for an unknown `until`, or what the launcher can know to be impossible.
     """
     folder = folder.absolute()
-    return _launched(experiment_jobs(experiment, folder, until=until), folder, experiment.launcher)
+    return launched(experiment_jobs(experiment, folder, until=until), folder, experiment.launcher)
 
 
 def launch_study(study: Study, folder: Path, *, until: str | None = None) -> int:
     """The same for a study."""
     folder = folder.absolute()
-    return _launched(study_jobs(study, folder, until=until), folder, study.launcher)
+    return launched(study_jobs(study, folder, until=until), folder, study.launcher)
 
 
 def experiment_jobs(experiment: Experiment, folder: Path, *, until: str | None = None, name: str = "") -> list[Job]:
@@ -95,7 +95,8 @@ def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[
     return jobs
 
 
-def _launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
+def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
+    """Gives jobs to a launcher. Says how to follow them where it does not wait; returns the first exit code but 0."""
     submitted = submit(jobs, folder, launcher)
     if not LAUNCHERS.get(launcher.name).detached:
         return next((each.code for each in submitted if each.code), 0)

@@ -32,7 +32,7 @@ def sweep_report(path: Path, title: str, results: Sequence[Result], wanted: str,
                 Section("Points", blocks=[_table(results, column, winner)]),
                 *_failures(results),
             ],
-            footer="sweep.csv has all figures; each point is a run folder beside it, with a report of its own if it came so far.",
+            footer="sweep.csv has all figures. Each point is a run folder beside it, with a report once evaluated.",
         ),
     )
 

@@ -14,6 +14,7 @@ from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
+from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import MARKER, number_of, write_json
@@ -98,11 +99,12 @@ def run_sweep(sweep: Sweep) -> None:
         return
     if missing:
         launched(jobs, sweep.folder, sweep.launcher)
-    results = collect(sweep)
+    results = make_table(sweep)
     failed = [result.name for result in results if result.state != "finished"]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(results)} points did not finish: {'; '.join(failed)}; the same command tries them again"
+            f"{len(failed)} of {len(results)} points did not finish, {'; '.join(failed)}; "
+            "the same command tries them again"
         )
 
 
@@ -121,6 +123,7 @@ def run_point(folder: Path, shared: Path | None) -> None:
             write_json(folder / OUTCOME, {"state": state, "config": _digest(config), "error": error})
 
     if first:
+        record(folder)
         (folder / OUTCOME).unlink(missing_ok=True)
         for marker in sorted(shared.glob(f"*/{MARKER}")) if shared else ():
             stage = folder / marker.parent.name
@@ -137,7 +140,7 @@ def run_point(folder: Path, shared: Path | None) -> None:
     end("finished")
 
 
-def collect(sweep: Sweep) -> list[Result]:
+def make_table(sweep: Sweep) -> list[Result]:
     """Writes `sweep.csv` and `report.html` of the points as they stand, and prints the best and what is missing.
 
     Raises:
@@ -167,6 +170,39 @@ def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
     sections = {key: key.partition(".")[0] for key in keys}
     pretraining = not any(section in LATE - LAST for section in sections.values())
     return pretraining, [key for key in keys if sections[key] not in (LAST if pretraining else LATE)]
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@dataclass(kw_only=True)
+class PointOptions:
+    """What `python -m cm3leon.run point` takes."""
+
+    run: Path
+    """Folder of the point."""
+    shared: Path | None = None
+    """Folder of what it shares with other points; null = nothing."""
+
+
+@dataclass(kw_only=True)
+class CollectOptions:
+    """What `python -m cm3leon.run collect` takes."""
+
+    run: Path
+    """Folder of the sweep."""
+
+
+def point(options: Mapping[str, Any]) -> None:
+    """Runs a point of a sweep, which stands ready in its folder."""
+    given = from_mapping(PointOptions, options)
+    run_point(given.run, given.shared)
+
+
+def collect(options: Mapping[str, Any]) -> None:
+    """Makes the table and the report of a sweep from the points as they stand."""
+    folder = from_mapping(CollectOptions, options).run
+    make_table(load_sweep(str(folder / SWEEP_FILE), (), folder))
 
 
 # ------------------------------------------------------------------------------------------------ parts
