@@ -72,7 +72,7 @@ def check_fits(*, nodes: int, gpus_per_node: int, partition: str | None, known: 
 
 
 def check_account(account: str | None) -> None:
-    """Raises UserError for an account that accounting knows not to be the user's; nothing where there is none to ask."""
+    """Raises UserError for an account that accounting, where there is any, knows not to be the user's."""
     if account is None:
         return
     answer = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account")
@@ -81,14 +81,17 @@ def check_account(account: str | None) -> None:
         raise UserError(f"launcher.account is {account}, which is not one of yours; {choices(account, known)}")
 
 
-def states(ids: Sequence[str]) -> dict[str, dict[str, str]]:
+def states(ids: Sequence[str]) -> dict[str, dict[str, str]] | None:
     """What SLURM still knows of jobs: `state`, `reason`, `nodes` and `code` by id, an array's elements each by its own.
 
-    Ended jobs are known for a while only (MinJobAge, 300 s by default); those are left out.
+    Ended jobs are known for a while only (MinJobAge, 300 s by default), and left out later. None if it does not answer.
     """
     found = {}
     for id_ in sorted({id_.partition("_")[0] for id_ in ids}):
-        for line in ask("scontrol", "show", "job", "-o", id_).splitlines():
+        lines = ask("scontrol", "show", "job", "-o", id_).splitlines()
+        if not lines and not ask("scontrol", "ping"):
+            return None
+        for line in lines:
             known = dict(re.findall(r"(\w+)=(\S*)", line))
             element = known.get("ArrayTaskId", "")
             about = {
@@ -96,7 +99,6 @@ def states(ids: Sequence[str]) -> dict[str, dict[str, str]]:
                 "reason": known.get("Reason", ""),
                 "nodes": known.get("NodeList", ""),
                 "code": known.get("ExitCode", ""),
-                "dependency": known.get("Dependency", ""),
             }
             for number in _numbers(element):
                 found[id_ if number is None else f"{id_}_{number}"] = about

@@ -39,7 +39,7 @@ def states(launch: Launch) -> list[tuple[Submitted, State]]:
     content = launch.read()
     submitted: list[Submitted] = content["submitted"]
     by_slurm = content["launcher"] == "slurm"
-    known = cluster.states([each.id for each in submitted]) if by_slurm else {}
+    known = cluster.states([each.id for each in submitted]) if by_slurm else None
     found = []
     for each in submitted:
         events = read_events(launch.journal(each.job, each.number))
@@ -47,7 +47,12 @@ def states(launch: Launch) -> list[tuple[Submitted, State]]:
         if state is None:
             at = progress(content["commands"][each.job][each.number])
             after = content["after"][each.job]
-            state = _by_slurm(known.get(each.id), events, at, after) if by_slurm else _here(each, events, at, launch)
+            if not by_slurm:
+                state = _here(each, events, at, launch)
+            elif known is None:
+                state = State("unknown", f"SLURM does not answer; it came to {at}")
+            else:
+                state = _by_slurm(known.get(each.id), events, at, after)
         found.append((each, state))
     return found
 
@@ -186,10 +191,9 @@ def logs(options: Mapping[str, Any]) -> None:
     launch = newest_launch(config.run.expanduser().absolute())
     found = states(launch)
     each = _chosen(found, config)
-    if each.log is None or not each.log.is_file():
-        if not config.follow:
-            state = dict(found)[each]
-            raise UserError(f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip())
+    if not config.follow and not (each.log and each.log.is_file()):
+        state = dict(found)[each]
+        raise UserError(f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip())
     for text in followed(each, launch, config.lines) if config.follow else _end(each, config.lines):
         print(text, end="", flush=True)
 

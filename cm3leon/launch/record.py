@@ -1,4 +1,4 @@
-"""What a run was made by: the version of the code, the environment, and a copy of the code for jobs that start later."""
+"""What a run was made by: version of the code, environment, and a copy of the code for jobs that start later."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def record(folder: Path) -> None:
 
 
 def write_code(folder: Path) -> None:
-    """Writes `code.json`: version, commit, whether files differ from it, and where they do, the difference beside it."""
+    """Writes `code.json`: version, commit, whether files differ from it, and if so the difference beside it."""
     version, difference = code_version()
     _write(folder / CODE, version)
     (folder / DIFF).unlink(missing_ok=True)

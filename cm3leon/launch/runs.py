@@ -15,6 +15,7 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
+from cm3leon.training.checkpoint import check_format
 
 ANSWERS, MEASURING = "answers", "measuring"
 
@@ -68,7 +69,7 @@ def experiment_jobs(experiment: Experiment, folder: Path, *, until: str | None =
 
 
 def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[Job]:
-    """The jobs of a study: its runs one after the other, then the answers as an array, then what is measured of them."""
+    """The jobs of a study: its runs one after the other, then the answers as an array, then what is measured."""
     runs = list(study.runs)
     wanted = runs[: runs.index(until) + 1] if until in runs else runs
     jobs: list[Job] = []
@@ -96,7 +97,13 @@ def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[
 
 
 def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
-    """Gives jobs to a launcher. Says how to follow them where it does not wait; returns the first exit code but 0."""
+    """Gives jobs to a launcher. Says how to follow them where it does not wait; returns the first exit code but 0.
+
+    Raises:
+        UserError: for what can be known to be impossible, such as checkpoints of an older format to go on from.
+    """
+    for path in sorted(folder.glob("*/step_*")):
+        check_format(path)
     submitted = submit(jobs, folder, launcher)
     if not LAUNCHERS.get(launcher.name).detached:
         return next((each.code for each in submitted if each.code), 0)

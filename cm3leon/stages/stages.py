@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,25 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         UserError: for a user's mistake that only a stage can see, such as a corpus without documents; on several
             ranks, if the stages before pretraining are not finished.
     """
-    until = until or experiment.until
-    with joined(find_place(), experiment.training.timeout_seconds) as ranks:
+    until, stages = until or experiment.until, stages_of(experiment)
+    place = find_place()
+    if place and not _reaches_pretraining(stages, until):
+        if place.rank > 0:
+            return
+        place = None
+
+    def before() -> None:
+        """Those of a corpus in shards take long, and are for jobs of one process."""
+        if experiment.shards is None:
+            run_stages(stages, _open(experiment, folder), folder, _say, until="retriever")
+
+    with joined(place, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
-            _pretrain_together(experiment, folder, ranks, until)
+            _pretrain_together(experiment, folder, ranks)
     if ranks.joined and (not ranks.first or until == "pretraining"):
         return
     run = _open(experiment, folder)
-    seconds = run_stages(stages_of(experiment), run, folder, _say, until=until)
+    seconds = run_stages(stages, run, folder, _say, until=until)
     if "evaluation" in seconds:
         publish(run, seconds)
         print(f"report: {folder / 'report.html'}")
@@ -132,21 +143,16 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         print(f"report: {folder / 'reconstruction' / 'report.html'}")
 
 
-def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks, until: str | None) -> None:
-    """Brings the pretraining up to date, on all ranks; the first of them looks after the run folder.
+def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> bool:
+    return until is None or number_of(stages, until, "until") >= number_of(stages, "pretraining", "until")
 
-    What comes before it is made by the first rank while the others wait, unless the corpus is in shards: that takes
-    long, and is for jobs of one process.
-    """
+
+def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> None:
+    """Brings the pretraining up to date, on all ranks; the first of them looks after the run folder."""
     run = Run(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
     number = number_of(stages, "pretraining", "until")
     before = stages[:number]
-    if until is not None and number_of(stages, until, "until") < number:
-        return
-    if experiment.shards is None:
-        last = before[-1].name
-        ranks.after_first(lambda: _bring_up(experiment, folder, last))
     missing, needed = None, False
     if ranks.first:
         _write_config(experiment, folder)
@@ -171,10 +177,6 @@ def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part)
         UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
     """
     run_part(stages_of(experiment), stage, Run(experiment, folder, best_device()), folder, part)
-
-
-def _bring_up(experiment: Experiment, folder: Path, until: str) -> None:
-    run_stages(stages_of(experiment), _open(experiment, folder), folder, _say, until=until)
 
 
 def _open(experiment: Experiment, folder: Path) -> Run:
