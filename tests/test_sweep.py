@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cm3leon.config import NoSettings
+from cm3leon.config import NoSettings, dump_yaml, to_mapping
 from cm3leon.experiment import Experiment, is_study, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
 from cm3leon.registry import LAUNCHERS
@@ -277,6 +277,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
         if until:  # what points share
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.write_text("{}")
+            (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
         else:
             finished_run(folder, 3.0 - 100 * rate)
 
@@ -307,7 +308,7 @@ def test_points_run_in_their_folders_with_what_they_share(ran: list[str], tmp_pa
     assert ran == [
         "shared,seed=0",
         "shared,seed=1",
-        *(f"learning_rate={rate},seed={seed}" for seed in (0, 1) for rate in (0.001, 0.002)),
+        *(f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)),
     ]
     point = tmp_path / "learning_rate=0.002,seed=1"
     assert (point / "retriever").resolve() == tmp_path / "shared,seed=1" / "retriever"

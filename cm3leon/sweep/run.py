@@ -211,11 +211,12 @@ def collect(options: Mapping[str, Any]) -> None:
 def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
     """What several of the missing points share, once, and behind it an array of the points."""
     commands, after = {}, []
-    for number, (shared, names) in enumerate(_groups(sweep, missing).items()):
-        if len(names) > 1 and (jobs := _shared_jobs(sweep, names[0], shared, f"shared{number}")):
-            yield from jobs
-            after.append(jobs[-1].name)
-        for name in names:
+    for number, (shared, names) in enumerate(_groups(sweep).items()):
+        wanted = [name for name in names if name in missing]
+        jobs = _shared_jobs(sweep, names[0], shared, f"shared{number}") if len(wanted) > 1 else []
+        yield from jobs
+        after += [job.name for job in jobs[-1:]]
+        for name in wanted:
             folder = sweep.folder / name
             folder.mkdir(exist_ok=True)
             (folder / CONFIG).write_text(_config(sweep.experiments[name]))
@@ -225,14 +226,15 @@ def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
     yield Job("points", tuple(commands[name] for name in missing), tries, tuple(after), always=True)
 
 
-def _groups(sweep: Sweep, missing: Sequence[str]) -> dict[Path, list[str]]:
-    """The missing points by the folder of what they share with others."""
+def _groups(sweep: Sweep) -> dict[Path, list[str]]:
+    """The points by the folder of what they share with others."""
     keys = list(sweep.config.sweep)
     _, apart = what_is_shared(keys)
-    short, groups = short_names(keys), {}
-    for name in missing:
-        point = {key: sweep.points[name][key] for key in apart}
-        groups.setdefault(sweep.folder / ",".join(filter(None, ["shared", point_name(point, short)])), []).append(name)
+    short = short_names(keys)
+    groups: dict[Path, list[str]] = {}
+    for name, point in sweep.points.items():
+        own = point_name({key: point[key] for key in apart}, short)
+        groups.setdefault(sweep.folder / ",".join(filter(None, ["shared", own])), []).append(name)
     return groups
 
 
