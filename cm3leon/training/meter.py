@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -76,10 +77,8 @@ class Meter:
         else:
             # The first rank takes over everything; the others have to have the same figures.
             counted = float(self._ranks.first)
-            each = {name: [state["sums"][name] for state in states] for name in states[0]["sums"]}
-            sums = {
-                name: [counted * sum(column) for column in zip(*pairs, strict=True)] for name, pairs in each.items()
-            }
+            whole = {name: np.sum([state["sums"][name] for state in states], axis=0) for name in states[0]["sums"]}
+            sums = {name: (counted * pair).tolist() for name, pair in whole.items()}
         self._values = {name: [(total, count)] for name, (total, count) in sums.items()}
 
     @contextmanager
