@@ -282,8 +282,10 @@ def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
 
 
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
-    """Whether an experiment is run at several points, see `cm3leon.sweep`."""
-    return not is_study(name_or_path, shipped) and SWEEP in load_mapping(name_or_path, overrides, shipped)
+    """Whether an experiment is run at several points, see `cm3leon.sweep`. Raises UserError where there is none."""
+    file, listed = _find(name_or_path, shipped)
+    sections = [key.partition(".")[0] for key in listed] + [path[0] for path, _ in _overrides(overrides, shipped)]
+    return SWEEP in sections or SWEEP in load_yaml(file)
 
 
 def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override]) -> tuple[Path, dict[str, Any]]:

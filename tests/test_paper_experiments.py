@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cm3leon.experiment import is_study, list_experiments, load_experiment
+from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
@@ -27,7 +27,7 @@ PAPER = {
     "sft_7b": (32, 4096, 128, 2**21, 5e-5, 150, 128, 30e9),
 }
 PRETRAINING = [name for name in list_experiments() if name.startswith("pretrain_")]
-FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_") and not is_study(name)]
+FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_") and not is_sweep(name)]
 
 
 @pytest.mark.parametrize("name", PAPER)

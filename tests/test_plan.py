@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cm3leon.experiment import is_study, list_experiments, load_experiment
+from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.plan import Plan, PlanConfig, plan
 from cm3leon.run import main
 from cm3leon.training.costs import GPUS
 from cm3leon.types import UserError
 
 GPU_OF = {"24gb": "rtx4090", "80gb": "h100"}
-RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_")) and not is_study(name)]
+RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_")) and not is_sweep(name)]
 
 
 def planned(name: str, *overrides: str, **fields: Any) -> Plan:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3leon.config import NoSettings, dump_yaml, to_mapping
-from cm3leon.experiment import Experiment, is_study, is_sweep, list_experiments
+from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
@@ -168,7 +168,7 @@ def test_other_commands_want_one_of_its_points(capsys: pytest.CaptureFixture[str
     assert "is a sweep, which only the command run takes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in list_experiments() if not is_study(name) and is_sweep(name)])
+@pytest.mark.parametrize("name", [name for name in list_experiments() if is_sweep(name)])
 def test_every_sweep_that_is_shipped_has_points(name: str) -> None:
     assert len(load_sweep(name, (), Path("none")).points) > 1
 
