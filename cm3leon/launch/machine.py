@@ -40,6 +40,7 @@ class Machine:
     parallel: int = 1
     max_deaths: int = 1
     to_terminal: bool = False
+    says: bool = False
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     stopping: bool = False
 
@@ -88,12 +89,17 @@ class Machine:
         command, journal = job.commands[number], self.launch.journal(job.name, number)
         max_deaths = job.resources.get("max_deaths", self.max_deaths)
         log = self.log(job, number)
+        title = f"{job.name} {number + 1}/{len(job.commands)}"
+        if self.says:
+            print(f"{title}: log {log}", flush=True)
         code, event = 0, "died"
         while event == "died" and not self.stopping:
             write_event(journal, "started", at=progress(command))
             code = self._call(command, log, slot, together=job.together)
             event, details = outcome(code, progress(command), read_events(journal), max_deaths)
             write_event(journal, event, **details)
+        if self.says:
+            print(f"{title}: {event}", flush=True)
         return Submitted(job.name, number, str(os.getpid()), log, code)
 
     def _call(self, command: Command, log: Path | None, slot: int, *, together: bool) -> int:

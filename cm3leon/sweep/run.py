@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
+from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
@@ -148,8 +149,8 @@ def make_table(sweep: Sweep) -> list[Result]:
     """
     results = [_result(sweep, name) for name in sweep.points]
     winner = best(results, sweep.config.sweep_best)
-    (sweep.folder / TABLE).write_text(as_csv(results, list(sweep.config.sweep), winner))
     sweep_report(sweep.folder / REPORT, sweep.folder.name, results, sweep.config.sweep_best, winner)
+    write_page(sweep.folder / TABLE, as_csv(results, list(sweep.config.sweep), winner))
     for result in results:
         if result.state != "finished":
             print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A small real SLURM on one machine, for the tests marked slurm and for whoever wants to try: virtual nodes with more
-# CPUs than there are and fake GPUs, three partitions of rising priority, no accounting. Debian or Ubuntu, as root.
+# CPUs than there are and fake GPUs, no accounting, four partitions: low is preempted by all others, high is served before
+# main, which is the default, and short has a limit of two minutes. Debian or Ubuntu, as root.
 #
 #   cluster.sh start    installs what is missing, brings the cluster up; does nothing where it is up
 #   eval "$(cluster.sh env)"   makes sbatch and the rest speak to it
