@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,23 @@ def test_the_best_is_the_lowest_or_the_highest_of_the_finished_ones() -> None:
     check_best(found, "highest loss")
     with pytest.raises(UserError, match="points have no figure losses; did you mean loss"):
         check_best(found, "lowest losses")
+
+
+@given(st.lists(st.none() | st.floats(), min_size=1), st.sampled_from(["lowest", "highest"]))
+def test_no_finished_point_is_better_than_the_best(losses: list[float | None], direction: str) -> None:
+    found = results(**{str(number): loss for number, loss in enumerate(losses)})
+    winner = best(found, f"{direction} loss")
+    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    better = {"lowest": min, "highest": max}[direction]
+    assert (winner and winner.figures["loss"]) == (better(finite) if finite else None)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("xyz"), st.floats(allow_nan=False)), min_size=1))
+def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, float]]) -> None:
+    found = [Result(str(number), {"seed": number}, "finished", each) for number, each in enumerate(figures)]
+    lines = csv.DictReader(as_csv(found, ["seed"], None).splitlines())
+    read = [{key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines]
+    assert read == figures
 
 
 def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def _run_to_the_end(
     launch = begin_launch(folder)
     launch.write(name, jobs)
     alone = sum(len(job.commands) for job in jobs) == 1
-    machine = Machine(launch, devices, processes, to_terminal=alone, says=not alone)
+    machine = Machine(launch, devices, processes, to_terminal=alone)
     before = signal.signal(signal.SIGTERM, machine.stop)
     try:
         submitted = machine.run(jobs)

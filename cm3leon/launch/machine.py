@@ -40,7 +40,6 @@ class Machine:
     parallel: int = 1
     max_deaths: int = 1
     to_terminal: bool = False
-    says: bool = False
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     stopping: bool = False
 
@@ -90,7 +89,7 @@ class Machine:
         max_deaths = job.resources.get("max_deaths", self.max_deaths)
         log = self.log(job, number)
         title = f"{job.name} {number + 1}/{len(job.commands)}"
-        if self.says:
+        if log:
             print(f"{title}: log {log}", flush=True)
         code, event = 0, "died"
         while event == "died" and not self.stopping:
@@ -98,7 +97,7 @@ class Machine:
             code = self._call(command, log, slot, together=job.together)
             event, details = outcome(code, progress(command), read_events(journal), max_deaths)
             write_event(journal, event, **details)
-        if self.says:
+        if log:
             print(f"{title}: {event}", flush=True)
         return Submitted(job.name, number, str(os.getpid()), log, code)
 
