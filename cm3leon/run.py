@@ -87,7 +87,8 @@ def run(arguments: Sequence[str]) -> int | None:
             from cm3leon.launch.runs import launch_study
 
             return launch_study(study, folder, until=until)
-        return run_study(study, folder, until=until)
+        run_study(study, folder, until=until)
+        return None
     from cm3leon.experiment import load_experiment
 
     experiment = load_experiment(named["experiment"], overrides)
