@@ -47,7 +47,7 @@ class Work:
             raise SystemExit(STOPPED) from error
         if code == 0 and first:
             write_event(self.journal, "done")
-        elif first:
+        elif code and (first or code != AGAIN):  # of those that make room, only the first one's end counts
             raise SystemExit(code)
 
     def queue_again(self) -> None:
@@ -67,7 +67,7 @@ class Work:
 
 
 def run(command: tuple[str, ...]) -> int:
-    """Exit code of `python -m cm3leon.run` with these arguments, in this process; 1 after a traceback."""
+    """Exit code of `python -m cm3leon.run` with these arguments, in this process; raises what that lets through."""
     before, sys.argv = sys.argv, ["cm3leon.run", *command]
     try:
         runpy.run_module("cm3leon.run", run_name="__main__", alter_sys=True)
