@@ -89,7 +89,8 @@ def run(arguments: Sequence[str]) -> int | None:
             from cm3leon.launch.runs import launch_study
 
             return launch_study(study, folder, until=until)
-        return run_study(study, folder, until=until)
+        run_study(study, folder, until=until)
+        return None
     from cm3leon.experiment import is_sweep, load_experiment
 
     if is_sweep(named["experiment"], overrides):

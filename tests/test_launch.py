@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
-from cm3leon.config import Component
+from cm3leon.config import Component, to_mapping
 from cm3leon.experiment import load_experiment
 from cm3leon.launch import Job, follow, jobs, record, submit, work
 from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
 from cm3leon.launch.machine import Machine
-from cm3leon.launch.runs import experiment_jobs
+from cm3leon.launch.runs import experiment_jobs, study_jobs
 from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.run import main
+from cm3leon.study.config import load_run, load_study
 from cm3leon.types import UserError
 
 discover()
@@ -183,6 +184,23 @@ def test_stages_in_shards_are_arrays_between_jobs_of_one_process(tmp_path: Path)
         "tokens",
         "tokens_end",
     ]
+
+
+def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(tmp_path: Path) -> None:
+    study = load_study("scenes", ["launcher=slurm", "launcher.parts=1", "launcher.stages.answers.parts=3"], tmp_path)
+    found = study_jobs(study, tmp_path)
+    *runs, answers, measuring = found
+    assert [each.after for each in found[1:]] == [(each.name,) for each in found[:-1]]
+    assert list(dict.fromkeys(each.name.partition(".")[0] for each in runs)) == list(study.runs)
+    assert (answers.name, len(answers.commands), answers.commands[2][:2]) == ("answers", 3, ("part", "part=2/3"))
+    assert measuring.name == "measuring"
+    frozen = load_study(measuring.commands[0][0].removeprefix("experiment="), ["launcher=here"], tmp_path)
+    for name in study.runs:
+        assert to_mapping(load_run(frozen, name)) == {
+            **to_mapping(load_run(study, name)),
+            "launcher": to_mapping(study.launcher),
+        }
+    assert [each.name for each in study_jobs(study, tmp_path, until="pretrain")][-1] == "pretrain.pretraining"
 
 
 # ------------------------------------------------------------------------------------------------ this machine

@@ -37,33 +37,28 @@ class Work:
         first = JobEnvironment().global_rank == 0
         if first:
             write_event(self.journal, "started", at=progress(self.command), job=job_id())
-        code = run(self.command)
-        if not first:
-            return
-        if code == 0:
+        try:
+            code = run(self.command)
+            if code == AGAIN and first:
+                self.queue_again()
+        except UncompletedJobError as error:  # submitit's handler, wherever its signal came, has refused to requeue
+            why = str(error).partition("because: ")[2].rstrip(".").replace("timed-out", "reached its time limit")
+            write_event(self.journal, "stopped", at=progress(self.command), why=f"it {why}")
+            raise SystemExit(STOPPED) from error
+        if code == 0 and first:
             write_event(self.journal, "done")
-        elif code == AGAIN:
-            self.queue_again()
-        else:
+        elif code and (first or code != AGAIN):  # of those that make room, only the first one's end counts
             raise SystemExit(code)
 
     def queue_again(self) -> None:
-        """Hands over to submitit's handler of its signal, unless SLURM is ending the job and will do it, or is not to.
+        """Hands over to submitit's handler of its signal, which ends the process, if SLURM means the job to go on.
 
-        Raises:
-            SystemExit: in any case.
+        It does not where the job is cancelled or over its time, or where SLURM puts it back into the queue itself.
         """
-        at = progress(self.command)
-        if not is_running(job_id()):
-            write_event(self.journal, "again", at=at)
-            raise SystemExit(AGAIN)
-        number = JobEnvironment._usr_sig()
-        try:
+        if is_running(job_id()):
+            number = JobEnvironment._usr_sig()
             signal.getsignal(number)(number, None)  # type: ignore[operator, misc, arg-type]
-        except UncompletedJobError as error:
-            why = str(error).partition("because: ")[2].rstrip(".") or str(error)
-            write_event(self.journal, "stopped", at=at, why=f"it {why.replace('timed-out', 'reached its time limit')}")
-            raise SystemExit(STOPPED) from error
+        write_event(self.journal, "again", at=progress(self.command))
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit starts next time: the same, which goes on from what it finds in the run folder."""
@@ -72,7 +67,7 @@ class Work:
 
 
 def run(command: tuple[str, ...]) -> int:
-    """Exit code of `python -m cm3leon.run` with these arguments, in this process; 1 after a traceback."""
+    """Exit code of `python -m cm3leon.run` with these arguments, in this process; raises what that lets through."""
     before, sys.argv = sys.argv, ["cm3leon.run", *command]
     try:
         runpy.run_module("cm3leon.run", run_name="__main__", alter_sys=True)
