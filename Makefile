@@ -1,6 +1,7 @@
 # make demo          train and evaluate the small experiment, then name its report
 # make test          run the tests
-# make test-cluster  run them, and those of fairseq2 and xformers, with the versions of requirements/cluster.lock
+# make test-slurm    run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
+# make test-cluster  run the tests with the versions of requirements/cluster.lock, those of fairseq2 and xformers too
 # make lint          check style and types
 # Each installs first, into .venv or .venv-cluster, once: again only when what it installs has changed.
 
@@ -12,7 +13,7 @@ CLUSTER_VENV ?= .venv-cluster
 CLUSTER_BIN := $(CLUSTER_VENV)/bin
 CLUSTER_INSTALLED := $(CLUSTER_VENV)/.installed
 
-.PHONY: demo test test-cluster lint
+.PHONY: demo test test-slurm test-cluster lint
 
 demo: $(INSTALLED)
 	$(BIN)/python -m cm3leon.run experiment=digits
@@ -20,6 +21,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -m slurm
 
 test-cluster: $(CLUSTER_INSTALLED)
 	CM3LEON_CLUSTER=1 $(CLUSTER_BIN)/python -m pytest

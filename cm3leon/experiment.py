@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,7 @@ from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
+    LAUNCHERS,
     METRICS,
     MODELS,
     OBJECTIVES,
@@ -44,6 +45,8 @@ from cm3leon.types import UserError
 
 STUDY = frozenset({"runs", "evaluations"})
 """Sections that a study has, and an experiment has not."""
+SWEEP = "sweep"
+"""Section of dotted keys and the values that they take in turn, which makes an experiment a sweep."""
 
 
 @dataclass(kw_only=True)
@@ -103,16 +106,6 @@ class GenerationConfig:
     """Guidance weights, each a setting; the best is chosen on the validation split without documents."""
     batch_size: PositiveInt = 256
     """Prompts that run together."""
-
-
-@dataclass(kw_only=True)
-class LauncherConfig:
-    """What a job is given; a training takes the ranks that it is started on, `plan` counts with these."""
-
-    gpus: PositiveInt = 1
-    """GPUs of the job, on all nodes together."""
-    gpus_per_node: PositiveInt = 8
-    """GPUs of a node."""
 
 
 @dataclass(kw_only=True)
@@ -176,8 +169,8 @@ class Experiment:
     training: DecoderTrainingConfig
     """Pretraining."""
 
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    """What the job is given."""
+    launcher: Annotated[Component, LAUNCHERS] = field(default_factory=lambda: LAUNCHERS.check("here"))
+    """Where it runs, and what its jobs are given."""
 
     tasks: list[Annotated[Component, TASKS]]
     """Tasks that are generated and evaluated."""
@@ -254,22 +247,45 @@ def load_experiment(
     dotted keys with their values, for a caller that has no command line.
 
     Raises:
-        UserError: for an unknown experiment, or a mistake in its file or the overrides.
+        UserError: for an unknown experiment, one that is a sweep, or a mistake in its file or the overrides.
         PluginError: for a plugin that fails to import.
     """
+    mapping = load_mapping(name_or_path, overrides, shipped, settings=settings)
+    if SWEEP in mapping:
+        raise UserError(
+            f"experiment: {name_or_path} is a sweep, which only the command run takes; give that of one of its points"
+        )
+    return from_mapping(Experiment, mapping)
+
+
+def load_mapping(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    shipped: Path = SHIPPED,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
     if STUDY & mapping.keys():
         raise UserError(f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them")
     mapping = _with_absolute_plugins(mapping, Path.cwd())
     discover(mapping.get("plugins", []))
-    return from_mapping(Experiment, mapping)
+    return mapping
 
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is made of several runs, see `cm3leon.study`. Raises UserError where there is none."""
     file, _ = _find(name_or_path, shipped)
     return bool(STUDY & load_yaml(file).keys())
+
+
+def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
+    """Whether an experiment is run at several points, see `cm3leon.sweep`. Raises UserError where there is none."""
+    file, listed = _find(name_or_path, shipped)
+    sections = [key.partition(".")[0] for key in listed] + [path[0] for path, _ in _overrides(overrides, shipped)]
+    return SWEEP in sections or SWEEP in load_yaml(file)
 
 
 def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override]) -> tuple[Path, dict[str, Any]]:
@@ -281,9 +297,15 @@ def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override])
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
     mapping = _with_absolute_plugins(load_yaml(file), file.parent)
-    mapping = apply_overrides(mapping, [(split_key(key), value) for key, value in listed.items()], sections)
+    mapping = apply_overrides(mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections)
     mapping = _with_absolute_plugins(mapping, shipped)
-    return file, apply_overrides(mapping, overrides, sections)
+    return file, apply_overrides(mapping, _of_sweep(overrides), sections)
+
+
+def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
+    """The overrides with what is behind `sweep` in one piece: a dotted key of the experiment, which is a key there."""
+    for path, value in overrides:
+        yield (SWEEP, ".".join(path[1:])) if path[0] == SWEEP and len(path) > 1 else path, value
 
 
 def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """What a pretraining or fine-tuning takes: memory of each GPU, time, disk. Nothing is run, and no data need be there.
 
-    python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
+    python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
 
 docs/planning.md has the arithmetic, and what it was checked against.
 """
@@ -18,7 +18,7 @@ import torch
 from cm3leon.config import PositiveFloat, PositiveInt, choices
 from cm3leon.experiment import Experiment
 from cm3leon.models.transformer import Transformer
-from cm3leon.registry import MODELS
+from cm3leon.registry import LAUNCHERS, MODELS
 from cm3leon.stages.artifacts import Run
 from cm3leon.training.config import ActivationCheckpointing
 from cm3leon.training.costs import GPUS, flops_per_token
@@ -103,11 +103,11 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     if MODELS.get(experiment.model.name) is not Transformer:
         raise UserError(f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can")
     shape: Transformer.Config = experiment.model.config
-    training, gpus = experiment.training, experiment.launcher.gpus
+    training, gpus = experiment.training, LAUNCHERS.build(experiment.launcher).gpus
     vocab_size = Run(experiment, Path(), torch.device("cpu")).vocab.size
     gpu = GPUS[config.gpu]
     if gpus % training.replicas:
-        raise UserError(f"launcher.gpus is {gpus}, which training.replicas {training.replicas} does not divide")
+        raise UserError(f"launcher has {gpus} GPUs, which training.replicas {training.replicas} does not divide")
     if training.precision == "float32":
         raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
     if gpus > 1 and training.optimizer == "adamw_8bit":
@@ -115,7 +115,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     blocks = training.blocks(shape.seq_len)
     if blocks % gpus:
         raise UserError(
-            f"a step has {blocks} blocks of {shape.seq_len} tokens, which launcher.gpus {gpus} does not divide; "
+            f"a step has {blocks} blocks of {shape.seq_len} tokens, which the {gpus} GPUs of launcher do not divide; "
             "change training.batch_tokens"
         )
     share = blocks // gpus

@@ -33,6 +33,8 @@ options of run:
   until=STAGE        stop after that stage
   section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
   section=name       picks another component: decoder=cd_k
+  sweep.KEY=VALUES   a run at each value: 1e-4,3e-4 or range(3); at sweep_trials=N draws: uniform(a,b), loguniform(a,b)
+  launcher=NAME      where it runs: here, torchrun, local (a job of this machine), slurm
 
 flags:
   --show             print the experiment with every default filled in, and stop
@@ -43,11 +45,14 @@ flags:
 examples:
   python -m cm3leon.run experiment=digits
   python -m cm3leon.run experiment=digits run=runs/short training.steps=100
+  python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4 launcher.gpus_per_node=8
+  python -m cm3leon.run logs run=runs/corpus follow=true
+  python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3 'sweep.seed=range(3)'
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
   python -m cm3leon.run show sample=17 experiment=digits
   python -m cm3leon.run validate data.path=tars
   python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
-  python -m cm3leon.run plan experiment=pretrain_7b launcher.gpus=512 gpu=h200
+  python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
   python -m cm3leon.run export to=hf run=runs/digits out=exported
 """
 FLAGS = ("--help", "--list", "--show", "--version")
@@ -65,23 +70,52 @@ class Command:
     """A word of the command line: what it does, and the function that takes the arguments after it."""
 
     summary: str
-    function: Callable[[Sequence[str]], None]
+    function: Callable[[Sequence[str]], int | None]
+    """Returns an exit code, where it may be another one than 0."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs the stages of an experiment that are not done yet; of a study, those of its runs, and its evaluations."""
+def run(arguments: Sequence[str]) -> int | None:
+    """Runs the stages of an experiment that are not done yet; of a study, those of its runs, and its evaluations.
+
+    A launcher other than `here` is given them as jobs, unless this process is one of those that train together already.
+    """
     named, overrides = _split(arguments, ("experiment", "run", "until"))
+    folder, until = _run_folder(named), named["until"] or None
     if _is_study(named):
         from cm3leon.study import load_study, run_study
 
-        folder = _run_folder(named)
-        return run_study(load_study(named["experiment"], overrides, folder), folder, until=named["until"] or None)
-    from cm3leon.experiment import load_experiment
+        study = load_study(named["experiment"], overrides, folder)
+        if _is_launched(study.launcher):
+            from cm3leon.launch.runs import launch_study
 
+            return launch_study(study, folder, until=until)
+        run_study(study, folder, until=until)
+        return None
+    from cm3leon.experiment import is_sweep, load_experiment
+
+    if is_sweep(named["experiment"], overrides):
+        from cm3leon.sweep import load_sweep, run_sweep
+
+        run_sweep(load_sweep(named["experiment"], overrides, folder, until=until))
+        return None
     experiment = load_experiment(named["experiment"], overrides)
-    from cm3leon.stages import run_experiment
+    if _is_launched(experiment.launcher):
+        from cm3leon.launch.runs import launch_experiment
 
-    run_experiment(experiment, _run_folder(named), until=named["until"] or None)
+        return launch_experiment(experiment, folder, until=until)
+    from cm3leon.launch.record import record
+    from cm3leon.stages.stages import run_experiment
+
+    if _is_first():
+        record(folder)
+    run_experiment(experiment, folder, until=until)
+    return None
+
+
+def _is_launched(launcher: Any) -> bool:
+    from cm3leon.training.distributed import find_place
+
+    return launcher.name != "here" and find_place() is None
 
 
 def part(arguments: Sequence[str]) -> None:
@@ -96,7 +130,7 @@ def part(arguments: Sequence[str]) -> None:
     from cm3leon.experiment import load_experiment
 
     experiment = load_experiment(named["experiment"], overrides)
-    from cm3leon.stages import run_stage_part
+    from cm3leon.stages.stages import run_stage_part
 
     run_stage_part(experiment, _run_folder(named), named["stage"], share)
 
@@ -181,6 +215,19 @@ COMMANDS = {
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
     ),
+    "point": Command("run a point of a sweep, as its jobs do: run=DIR/POINT", _forwarded("cm3leon.sweep", "point")),
+    "collect": Command(
+        "make the table of a sweep of the points that are finished: run=DIR", _forwarded("cm3leon.sweep", "collect")
+    ),
+    "status": Command("where the jobs of a run stand: run=DIR", _forwarded("cm3leon.launch.follow", "status")),
+    "cancel": Command(
+        "end the jobs of a run, which goes on later from its checkpoints: run=DIR",
+        _forwarded("cm3leon.launch.follow", "cancel"),
+    ),
+    "logs": Command(
+        "print what a job of a run printed: run=DIR job=NAME lines=40 follow=true",
+        _forwarded("cm3leon.launch.follow", "logs"),
+    ),
     "generate": Command(
         "draw images for a text, best by CLIP first: run=DIR prompt=TEXT or prompts=FILE, n=8 retrieve=2 out=DIR",
         _forwarded("cm3leon.generate", "main"),
@@ -210,8 +257,13 @@ def resolved(arguments: Sequence[str]) -> str:
         from cm3leon.study import load_study
 
         return dump_yaml(to_mapping(load_study(named["experiment"], overrides, _run_folder(named))))
-    from cm3leon.experiment import load_experiment
+    from cm3leon.experiment import is_sweep, load_experiment
 
+    if is_sweep(named["experiment"], overrides):
+        from cm3leon.sweep import load_sweep
+
+        sweep = load_sweep(named["experiment"], overrides, _run_folder(named), until=named["until"] or None)
+        return dump_yaml(sweep.mapping) + "".join(f"# {name}\n" for name in sweep.points)
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
 
@@ -263,8 +315,8 @@ def _split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
     return named, overrides
 
 
-def dispatch(arguments: Sequence[str]) -> None:
-    """Does what the command line says.
+def dispatch(arguments: Sequence[str]) -> int:
+    """Does what the command line says, and returns the exit code.
 
     Raises:
         UserError: for an unknown command or flag, or a mistake in what it is given.
@@ -289,14 +341,16 @@ def dispatch(arguments: Sequence[str]) -> None:
     elif "--show" in flags:
         print(resolved(words), end="")
     else:
-        COMMANDS[command].function(words)
+        return COMMANDS[command].function(words) or 0
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again"."""
     try:
-        dispatch(sys.argv[1:] if arguments is None else arguments)
+        code = dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
+        return code
     except UserError as error:
         return _complain(str(error), 2)
     except Again as error:
@@ -313,11 +367,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in MACHINE_ERRORS:
             raise
         return _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on from there", 2)
-    return 0
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _complain(sentence: str, code: int) -> int:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not _is_first():
         return code  # the first rank says it
     print(f"cm3leon: {' '.join(sentence.split())}", file=sys.stderr)
     return code

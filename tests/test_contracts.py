@@ -20,6 +20,7 @@ from cm3leon.objectives.packing import collate, pack
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
+    LAUNCHERS,
     METRICS,
     MODELS,
     OBJECTIVES,
@@ -254,6 +255,14 @@ def test_source_goes_on_from_every_item(registry: Registry[Any], name: str, tmp_
             rest = list(source.read(part, start))
             assert len(rest) == max(0, len(items) - start)
             assert all(_same_item(a, b) for a, b in zip(items[start:], rest, strict=True))
+
+
+@every(LAUNCHERS)
+def test_launcher_counts_gpus_and_says_whether_it_waits(registry: Registry[Any], name: str) -> None:
+    launcher = registry.build(name)
+    assert launcher.gpus >= 1
+    assert launcher.detached in (True, False)
+    assert callable(launcher.launch)
 
 
 @every(METRICS)

@@ -191,9 +191,9 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     for each in (finished, folder):  # drawn by both ranks from weights that both gathered
         events = EventAccumulator(str(each / "pretraining" / "tensorboard")).Reload()
         assert [image.step for image in events.Images("generated")] == [10, 20]
-    refused = torchrun("experiment=digits_smoke", f"run={folder}", "seed=1")
+    refused = torchrun("experiment=pretrain_350m", "overrides=smoke", f"run={tmp_path / 'shards'}")
     assert refused.returncode != 0
-    assert refused.stderr.count("cm3leon: stage image_tokenizer is not finished in") == 1
+    assert refused.stderr.count("cm3leon: stage documents is not finished in") == 1
 
 
 @pytest.fixture

@@ -143,7 +143,12 @@ def test_experiment_name() -> None:
     assert experiment.experiment_name("mine/digits.yaml") == "digits"
 
 
-@pytest.mark.parametrize("name", [name for name in experiment.list_experiments() if not experiment.is_study(name)])
+SINGLE = [
+    name for name in experiment.list_experiments() if not (experiment.is_study(name) or experiment.is_sweep(name))
+]
+
+
+@pytest.mark.parametrize("name", SINGLE)
 def test_shipped_experiments_resolve(name: str) -> None:
     try:
         loaded = experiment.load_experiment(name)

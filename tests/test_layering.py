@@ -25,6 +25,7 @@ TOP = (
     "perplexity",
     "study",
     "launch",
+    "sweep",
     "run",
 )
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cm3leon.experiment import is_study, list_experiments, load_experiment
+from cm3leon.experiment import is_sweep, list_experiments, load_experiment
+from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.pretrain import check_tokenizers
@@ -26,7 +27,7 @@ PAPER = {
     "sft_7b": (32, 4096, 128, 2**21, 5e-5, 150, 128, 30e9),
 }
 PRETRAINING = [name for name in list_experiments() if name.startswith("pretrain_")]
-FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_") and not is_study(name)]
+FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_") and not is_sweep(name)]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -41,7 +42,7 @@ def test_settings_are_the_papers(name: str) -> None:
         training.batch_tokens,
         training.learning_rate,
         training.warmup_steps,
-        experiment.launcher.gpus,
+        LAUNCHERS.build(experiment.launcher).gpus,
     ]
     assert training.steps == round(tokens / training.batch_tokens)
     assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (4096, 4, 0.006, 0.0002)
@@ -55,7 +56,7 @@ def test_settings_are_the_papers(name: str) -> None:
     assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (2, 0.2, "openai")
     assert Run(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
     blocks = training.blocks(model.seq_len)
-    assert blocks % (experiment.launcher.gpus * training.micro_batch) == 0
+    assert blocks % (LAUNCHERS.build(experiment.launcher).gpus * training.micro_batch) == 0
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cm3leon.experiment import is_study, list_experiments, load_experiment
+from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.plan import Plan, PlanConfig, plan
 from cm3leon.run import main
 from cm3leon.training.costs import GPUS
 from cm3leon.types import UserError
 
 GPU_OF = {"24gb": "rtx4090", "80gb": "h100"}
-RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_")) and not is_study(name)]
+RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_")) and not is_sweep(name)]
 
 
 def planned(name: str, *overrides: str, **fields: Any) -> Plan:
@@ -30,7 +30,7 @@ def test_every_recipe_fits_where_it_says(name: str) -> None:
 
 
 def test_the_7b_by_hand() -> None:
-    made = planned("pretrain_7b", "launcher.gpus=512", gpu="h200", mfu=0.4)
+    made = planned("pretrain_7b", "launcher.nodes=64", gpu="h200", mfu=0.4)
     assert made.parameters == 6_996_099_072
     assert made.parameters_without_embeddings == 6_442_450_944
     flops = 6 * (6_442_450_944 + 65_536 * 4096) + 6 * 32 * 4096 * 4096
@@ -68,19 +68,19 @@ def test_checkpoints_hold_the_average_of_the_weights_too() -> None:
 
 
 def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=512", "gpu=h200", "format=json"]) == 0
+    assert main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "format=json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["parameters"] == 6_996_099_072
-    assert content["memory"]["total"] == planned("pretrain_7b", "launcher.gpus=512", gpu="h200").memory.total
-    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=512", "gpu=h200", "documents=1000"]) == 0
+    assert content["memory"]["total"] == planned("pretrain_7b", "launcher.nodes=64", gpu="h200").memory.total
+    assert main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "documents=1000"]) == 0
     said = capsys.readouterr().out
     assert "parameters                6,996,099,072 (6,442,450,944 without embeddings)" in said
     assert "fits: 129.72 GB of 141.00 GB can be used" in said
     assert "1,000 pairs               0.00 GB" in said
-    assert main(["plan", "experiment=pretrain_7b", "launcher.gpus=1", "gpu=l4"]) == 0
+    assert main(["plan", "experiment=pretrain_7b", "launcher=here", "gpu=l4"]) == 0
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
-    least = planned("pretrain_7b", "launcher.gpus=1", gpu="l4").least_memory / 1e9
+    least = planned("pretrain_7b", "launcher=here", gpu="l4").least_memory / 1e9
     assert f"one block at a time with full checkpointing takes {least:.2f} GB, of 22.08 GB that can be used" in said
 
 
@@ -91,8 +91,8 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         (["mfu=1.5"], "mfu is 1.5; it is a share of the peak"),
         (["mfu=0"], "mfu is 0"),
         (["format=xml"], 'format is "xml"; it must be one of text, json'),
-        (["launcher.gpus=500"], "a step has 2048 blocks of 4096 tokens, which launcher.gpus 500 does not divide"),
-        (["training.replicas=3"], "launcher.gpus is 512, which training.replicas 3 does not divide"),
+        (["launcher.nodes=60"], "a step has 2048 blocks of 4096 tokens, which the 480 GPUs of launcher do not divide"),
+        (["training.replicas=3"], "launcher has 512 GPUs, which training.replicas 3 does not divide"),
         (["training.optimizer=adamw_8bit"], "training.optimizer is adamw_8bit, which is for one GPU"),
         (["training.precision=float32"], "training.precision is float32, which cannot be planned for; only bf16 can"),
         (["training.batch_tokens=5000"], "training.batch_tokens is 5000; it must be a multiple of model.seq_len 4096"),

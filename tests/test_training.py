@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from cm3leon.training.checkpoint import (
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast, best_device, uses_bf16
 from cm3leon.training.distributed import Ranks
+from cm3leon.training.meter import Meter
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.trainer import Shares, train
-from cm3leon.types import UserError
+from cm3leon.types import Again, UserError
 
 CPU = torch.device("cpu")
 
@@ -191,6 +194,12 @@ def without_rates(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.endswith("_per_second")} for record in log]
 
 
+def without_seconds(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint but for the time that its record has taken so far."""
+    state = json.loads((path / "state.json").read_text())
+    return {**state, "meter": [each["sums"] for each in state["meter"]]}
+
+
 def tensors_of(path: Path, average_decay: float | None = None) -> dict[str, Tensor]:
     """What a checkpoint of the tiny problem holds, by its full name."""
     module = Tiny()
@@ -291,7 +300,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert without_rates(log_again) == without_rates(log) == without_rates(read_log(folder))
     assert names(folder) == names(tmp_path / "whole")
     for path, other_path in zip(checkpoints(folder), checkpoints(tmp_path / "whole"), strict=True):
-        assert (path / "state.json").read_bytes() == (other_path / "state.json").read_bytes()
+        assert without_seconds(path) == without_seconds(other_path)
         one, other = tensors_of(path, average_decay), tensors_of(other_path, average_decay)
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -516,6 +525,39 @@ def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> N
     assert [record.get("now_and_then") for record in log] == [1.0, None, 6.0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal comes within a step of two micro-batches, which is made again as a whole."""
+    halves = Shares(parts=lambda batch: list(zip(*(each.tensor_split(2) for each in batch), strict=True)))
+    calls = iter(range(1000))
+
+    def interrupted(module: nn.Module, batch: Any) -> Any:
+        if next(calls) in (2, 9, 16):
+            os.kill(os.getpid(), number)
+        return loss(module, batch)
+
+    fields = {"steps": 10, "log_every": 5, "checkpoint_every": 10, "shares": halves}
+    _, whole = run(tmp_path / "whole", **fields)
+    for _ in range(3):
+        with pytest.raises(Again):
+            run(tmp_path / "cut", loss=interrupted, **fields)
+    _, log = run(tmp_path / "cut", loss=interrupted, **fields)
+    assert without_rates(log) == without_rates(whole)
+    assert [set(record) for record in log] == [set(record) for record in whole]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_record_goes_on_from_the_states_of_other_ranks(ranks: int) -> None:
+    two = [{"seconds": 5.0, "sums": {"loss": [3.0, 2.0], "tokens": [8.0, 2.0]}}] * 2
+    found = []
+    for rank in range(ranks):
+        meter = Meter(Ranks(CPU, rank, ranks))
+        meter.load(two)
+        found.append(meter.state()["sums"])
+    assert [sum(each["loss"][0] for each in found), sum(each["loss"][1] for each in found)] == [6.0, 4.0]
+    assert sum(each["tokens"][0] for each in found) == 16.0
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -611,6 +653,17 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: st
     assert Checkpoints(tmp_path, Ranks(CPU), keep=2, tell=told.append).newest() == tmp_path / "step_00000010"
     (sentence,) = told
     assert sentence.startswith(f"{tmp_path / 'step_00000020'} is passed over: ")
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 3)
+    state = tmp_path / "step_00000003" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 7}))
+    with pytest.raises(UserError, match="step_00000003 is a checkpoint of format 7, and this version reads format 1"):
+        Checkpoints(tmp_path, Ranks(CPU), keep=2).newest()
+    (tmp_path / "step_00000004").write_bytes(b"a single file")
+    with pytest.raises(UserError, match="step_00000004 is a checkpoint of format 0"):
+        Checkpoints(tmp_path, Ranks(CPU), keep=2).newest()
 
 
 def test_the_index_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:

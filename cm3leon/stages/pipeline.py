@@ -61,7 +61,7 @@ def run_stages(
             or there is no stage `until`.
     """
     if until is not None:
-        stages = stages[: _number(stages, until, "until") + 1]
+        stages = stages[: number_of(stages, until, "until") + 1]
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     with locked(folder):
@@ -98,7 +98,7 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
     Raises:
         UserError: for a stage that is unknown or cannot be shared out, or if a stage before it is not finished.
     """
-    number = _number(stages, name, "stage")
+    number = number_of(stages, name, "stage")
     stage, place = stages[number], folder / name
     if stage.make_part is None:
         shared = ", ".join(other.name for other in stages if other.make_part)
@@ -137,7 +137,7 @@ def is_finished(stage: Stage[R], before: Sequence[Stage[R]], run: R, folder: Pat
     return missing is None and not _damaged(folder / stage.name)
 
 
-def _number(stages: Sequence[Stage[R]], name: str, where: str) -> int:
+def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
     names = [stage.name for stage in stages]
     if name not in names:
         raise UserError(f"{where} is {name}, which is not a stage of this experiment; {choices(name, names)}")

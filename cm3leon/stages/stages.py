@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cm3leon.stages.neighbours import (
     make_vectors_part,
     neighbours_inputs,
 )
-from cm3leon.stages.pipeline import Part, Stage, first_unfinished, is_finished, run_part, run_stages
+from cm3leon.stages.pipeline import Part, Stage, first_unfinished, is_finished, number_of, run_part, run_stages
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.reconstruction import make_reconstruction
@@ -117,14 +117,25 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         UserError: for a user's mistake that only a stage can see, such as a corpus without documents; on several
             ranks, if the stages before pretraining are not finished.
     """
-    until = until or experiment.until
-    with joined(find_place(), experiment.training.timeout_seconds) as ranks:
+    until, stages = until or experiment.until, stages_of(experiment)
+    place = find_place()
+    if place and not _reaches_pretraining(stages, until):
+        if place.rank > 0:
+            return
+        place = None
+
+    def before() -> None:
+        """Those of a corpus in shards take long, and are for jobs of one process."""
+        if experiment.shards is None:
+            run_stages(stages, _open(experiment, folder), folder, _say, until="retriever")
+
+    with joined(place, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
             _pretrain_together(experiment, folder, ranks)
     if ranks.joined and (not ranks.first or until == "pretraining"):
         return
     run = _open(experiment, folder)
-    seconds = run_stages(stages_of(experiment), run, folder, lambda line: print(line, flush=True), until=until)
+    seconds = run_stages(stages, run, folder, _say, until=until)
     if "evaluation" in seconds:
         publish(run, seconds)
         print(f"report: {folder / 'report.html'}")
@@ -132,25 +143,29 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         print(f"report: {folder / 'reconstruction' / 'report.html'}")
 
 
+def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> bool:
+    return until is None or number_of(stages, until, "until") >= number_of(stages, "pretraining", "until")
+
+
 def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> None:
     """Brings the pretraining up to date, on all ranks; the first of them looks after the run folder."""
     run = Run(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
-    number = [stage.name for stage in stages].index("pretraining")
+    number = number_of(stages, "pretraining", "until")
+    before = stages[:number]
     missing, needed = None, False
     if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
-        missing, _ = first_unfinished(stages[:number], run, folder)
-        needed = not missing and not is_finished(stages[number], stages[:number], run, folder)
+        _write_config(experiment, folder)
+        missing, _ = first_unfinished(before, run, folder)
+        needed = not missing and not is_finished(stages[number], before, run, folder)
     missing, needed = ranks.gather((missing, needed))[0]
     if missing:
         raise UserError(
             f"stage {missing} is not finished in {folder} with these settings, and one process makes it: "
-            f"run the same command once without torchrun or srun, with until={stages[number - 1].name}"
+            f"run the same command once without torchrun or srun, with until={before[-1].name}"
         )
     if ranks.first:
-        run_stages(stages, run, folder, lambda line: print(line, flush=True), until="pretraining")
+        run_stages(stages, run, folder, _say, until="pretraining")
     elif needed:
         make_pretraining(run, folder / "pretraining")
 
@@ -165,6 +180,14 @@ def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part)
 
 
 def _open(experiment: Experiment, folder: Path) -> Run:
+    _write_config(experiment, folder)
+    return Run(experiment, folder, best_device())
+
+
+def _write_config(experiment: Experiment, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
-    return Run(experiment, folder, best_device())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -19,7 +19,7 @@ from cm3leon.config import (
     split_key,
 )
 from cm3leon.experiment import Experiment, load_experiment, load_listed
-from cm3leon.registry import PROTOCOLS, discover
+from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
 from cm3leon.study.asking import Row, Setting
 from cm3leon.types import UserError
 
@@ -97,6 +97,8 @@ class Study:
     """By their names."""
     aims: list[Aim] = field(default_factory=list)
     """Figures for the top of the report."""
+    launcher: Annotated[Component, LAUNCHERS] = field(default_factory=lambda: LAUNCHERS.check("here"))
+    """Where its runs and evaluations are made."""
 
     def check(self) -> None:
         if not (self.runs or self.evaluations):

@@ -39,6 +39,8 @@ warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|loa
 LAST_WAIT = 30.0
 """Seconds; longer than it takes to notice that another rank is lost."""
 
+FORMAT = 1
+"""Of the files in a checkpoint's folder; raised when an older version could not read them, or this one not its."""
 STATE = "state.json"
 MANIFEST = "manifest.json"
 
@@ -94,7 +96,7 @@ class Checkpoints:
         if self.ranks.first:
             self._attempt(lambda: _empty(partial))
         self.ranks.barrier()
-        self._writing = _Writing(tensors, {**state, "ranks": self.ranks.count}, partial, final, self)
+        self._writing = _Writing(tensors, {**state, "ranks": self.ranks.count, "format": FORMAT}, partial, final, self)
         if wait:
             self.finish()
 
@@ -122,8 +124,12 @@ class Checkpoints:
         """The newest checkpoint whose files are as they were written; damaged ones are told about and passed over.
 
         The ranks share the work of reading all files, and agree.
+
+        Raises:
+            UserError: for one of a format that this version does not read.
         """
         for path in reversed(checkpoints(self._folder)):
+            check_format(path)
             damaged = [name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names]
             if not damaged:
                 return path
@@ -198,6 +204,21 @@ class _Writing:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, the oldest first."""
     return sorted(folder.glob("step_*"))
+
+
+def check_format(path: Path) -> None:
+    """Raises UserError for a checkpoint that another version of the code wrote in a way that this one does not read."""
+    try:
+        found = read_state(path).get("format", 1)
+    except NotADirectoryError:
+        found = 0  # a single file, before there were sharded checkpoints
+    except (OSError, ValueError):
+        return  # damaged, which is for others to say
+    if found != FORMAT:
+        raise UserError(
+            f"{path} is a checkpoint of format {found}, and this version reads format {FORMAT}; go on with the version "
+            f"that wrote it, or delete {path.parent} to begin anew"
+        )
 
 
 def read_state(path: Path) -> dict[str, Any]:

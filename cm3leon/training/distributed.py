@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cm3leon.training.device import best_device
-from cm3leon.types import UserError
+from cm3leon.types import Again, UserError
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,17 @@ class Ranks:
 
 
 @contextmanager
-def joined(place: Place | None, timeout_seconds: int) -> Iterator[Ranks]:
+def joined(place: Place | None, timeout_seconds: int, *, before: Callable[[], None] | None = None) -> Iterator[Ranks]:
     """The ranks of this training, with a process group for as long as the context lasts where there are several.
+
+    What is to be done `before` is done by the first of several ranks, without a process group, while the others wait.
 
     Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the timeout raises, and so
     does one whose peer has died: the job ends, it does not hang.
 
     Raises:
         UserError: if a rank has no GPU of its own on a machine with GPUs.
+        UserError, Again: on all ranks, if `before` does.
     """
     device = best_device()
     if place is None:
@@ -143,14 +146,33 @@ def joined(place: Place | None, timeout_seconds: int) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=place.rank,
-        world_size=place.count,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    url = f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
+    timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(dist.rendezvous(url, place.rank, place.count, timeout=timeout))
+    if before:
+        _first_alone(store, place, before)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=timeout)
     try:
         yield Ranks(device, place.rank, place.count, joined=True)
     finally:
         dist.destroy_process_group()
+
+
+def _first_alone(store: dist.Store, place: Place, action: Callable[[], None]) -> None:
+    """The first rank acts, and the others wait for a week at most; what stops it is raised on all of them."""
+    kinds = {kind.__name__: kind for kind in (UserError, Again)}
+    if place.rank == 0:
+        try:
+            action()
+        except (UserError, Again) as error:
+            store.set("first", f"{type(error).__name__}:{error}")
+            store.wait([f"heard {rank}" for rank in range(1, place.count)], timedelta(seconds=30))
+            raise
+        store.set("first", "")
+        return
+    store.wait(["first"], timedelta(days=7))
+    name, _, sentence = store.get("first").decode().partition(":")
+    store.set(f"heard {place.rank}", "")
+    if name:
+        raise kinds[name](sentence)

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WINDOW, LEAST = 100, 20
 """Losses that a spike is compared with, and how many there have to be."""
 
 
 class Signals:
-    """A context that notes SIGTERM and SIGUSR1 instead of dying of them; elsewhere than in the main thread it does not.
+    """A context that notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them, in the main thread alone.
 
     `received` is the signal's name, "" if there was none.
     """

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cm3leon.training.distributed import Ranks
 
-Figure = Tensor | float | tuple[Tensor, Tensor]
+Figure = Tensor | float | tuple[Tensor | float, Tensor | float]
 """What is recorded of a micro-batch: a number, or (total, count), averaged over everything that is counted."""
 
 Record = dict[str, Any]
+
+MeterState = dict[str, Any]
+"""`seconds`, and `sums` with the total and count of each figure, of one rank; JSON."""
 
 COUNTS = ("tokens", "images", "flops")
 """Figures that are recorded as a rate a second of all ranks together."""
@@ -57,6 +61,26 @@ class Meter:
         self._start = time.perf_counter()
         return result
 
+    def state(self) -> MeterState:
+        """Sums and time since the last reading, for a meter of a later process; waits for the device."""
+        self._values = {name: [_total(values)] for name, values in self._values.items()}
+        seconds = time.perf_counter() - self._start
+        return {"seconds": seconds, "sums": {name: values[0] for name, values in self._values.items()}}
+
+    def load(self, states: Sequence[MeterState]) -> None:
+        """Goes on from the states of all ranks, the same for all, on as many ranks or another number of them."""
+        if not states:
+            return
+        self._start = time.perf_counter() - states[0]["seconds"]
+        if len(states) == self._ranks.count:
+            sums = states[self._ranks.rank]["sums"]
+        else:
+            # The first rank takes over everything; the others have to have the same figures.
+            counted = float(self._ranks.first)
+            whole = {name: np.sum([state["sums"][name] for state in states], axis=0) for name in states[0]["sums"]}
+            sums = {name: (counted * pair).tolist() for name, pair in whole.items()}
+        self._values = {name: [(total, count)] for name, (total, count) in sums.items()}
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The time inside is not counted in rates."""
@@ -68,8 +92,12 @@ class Meter:
 def _total(values: list[Figure]) -> tuple[float, float]:
     """Sum and count of the values that are finite."""
     pairs = [(float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for v in values]
-    known = [(total, count) for total, count in pairs if math.isfinite(total)]
-    return sum(total for total, _ in known), sum(count for _, count in known)
+    totals = counts = 0.0
+    for total, count in pairs:
+        # One after the other, so that a sum that goes on from a state is the same to the last bit.
+        if math.isfinite(total):
+            totals, counts = totals + total, counts + count
+    return totals, counts
 
 
 class Book:

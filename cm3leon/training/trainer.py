@@ -91,7 +91,7 @@ def train(
 
     Raises:
         FloatingPointError: after too many skipped steps in a row; the last checkpoint is left as it is.
-        Again: after SIGTERM or SIGUSR1, once a checkpoint is written.
+        Again: after SIGTERM, SIGUSR1 or SIGUSR2, once a checkpoint is written.
         UserError: for a checkpoint that does not fit.
     """
     ranks = ranks or Ranks(device)
@@ -109,12 +109,14 @@ def train(
 
     def checkpoint(data: dict[str, Any], *, wait: bool) -> None:
         place = {"step": step, "first": first, "in_row": in_row, "losses": spikes.state(), "seed": seed}
+        place["meter"] = ranks.gather(meter.state())
         states = ranks.gather(data)
         saved.save(tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait)
 
     book = Book(folder, ranks, title=title, step=step, first=first, last=last)
+    meter = Meter(ranks)
+    meter.load(start["meter"])
     with closing(saved), closing(book), Signals() as signals:
-        meter = Meter(ranks)
         while step < last:
             torch.manual_seed(seed * 1_000_003 + step)
             set_rate(optimizer, rate := learning_rate(step - first, config))
@@ -123,6 +125,7 @@ def train(
             weights = [shares.weight(part) for part in parts]
             whole = ranks.sum([sum(weights)])[0]
             value = torch.zeros((), device=device)
+            measured = []
             for part, weight in zip(parts, weights, strict=True):
                 if ranks.any(bool(signals.received)):
                     checkpoint(before, wait=True)
@@ -132,6 +135,9 @@ def train(
                 # FSDP takes the mean of the ranks' gradients; the sum is what is wanted.
                 (part_loss * (weight * ranks.count / whole)).backward()
                 value = value + part_loss.detach() * (weight / whole)
+                measured.append(figures)
+            # Not before the step is complete: one that a signal cuts short is made again.
+            for figures in measured:
                 meter.add(figures)
             norm = _clip(clipped or (module,), config.clip)
             step_loss, odd = ranks.sum([float(value), float(not math.isfinite(float(value) + norm))])
@@ -189,13 +195,13 @@ def _resume(
         if not others:
             raise UserError(f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights")
         path = others[-1]
-        state = {**read_state(path), "in_row": 0, "losses": []}
+        state = {**read_state(path), "in_row": 0, "losses": [], "meter": []}
         state["first"] = state["step"]
     if path is None or state is None:
-        return {"step": 0, "first": 0, "in_row": 0, "losses": []}
+        return {"step": 0, "first": 0, "in_row": 0, "losses": [], "meter": []}
     read_tensors(path, tensors, ranks)
     batches.load_state_dict(state["data"])
-    return state
+    return {"meter": [], **state}  # checkpoints did not always have it
 
 
 def _clip(modules: Sequence[nn.Module], most: float) -> float:

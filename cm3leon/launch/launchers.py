@@ -1,0 +1,321 @@
+"""Where commands run: in this process, in several of this machine, in a job of this machine, or on a SLURM cluster."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import submitit
+from submitit.core.utils import FailedSubmissionError, UncompletedJobError
+
+from cm3leon.config import NonNegativeInt, PositiveFloat, PositiveInt, from_mapping, to_mapping
+from cm3leon.launch import cluster
+from cm3leon.launch.follow import refuse_twice
+from cm3leon.launch.jobs import Job, Launch, Submitted, begin_launch
+from cm3leon.launch.machine import Machine, gpus
+from cm3leon.launch.work import Work
+from cm3leon.registry import LAUNCHERS
+from cm3leon.types import UserError
+
+YEAR = 365 * 24 * 60
+"""Minutes; jobs of this machine have no time limit, and submitit wants one."""
+UNSEEN = 66
+"""Exit code of a job one of whose nodes does not see the run folder (EX_NOINPUT of sysexits.h)."""
+
+
+class Launcher(Protocol):
+    """What a registered launcher offers."""
+
+    detached: bool
+    """Whether `launch` returns at once, and the jobs go on without it."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a training, on all nodes together; 1 where none are asked for."""
+
+    def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+        """See `cm3leon.launch.submit`."""
+
+
+@LAUNCHERS.register("here")
+class Here:
+    """In this process, or as a rank of torchrun or srun; several commands run one after the other."""
+
+    detached = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        gpus: PositiveInt = 1
+        """GPUs that `plan` counts with, on all nodes together; the training takes the ranks that it is started on."""
+        gpus_per_node: PositiveInt = 8
+        """GPUs of a node, in the files of older runs; nothing depends on it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def gpus(self) -> int:
+        return self.config.gpus
+
+    def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+        return _run_to_the_end("here", jobs, folder, devices=gpus(), processes=1)
+
+
+@LAUNCHERS.register("torchrun")
+class Torchrun:
+    """On this machine, in several processes that torchrun starts; several commands run one after the other."""
+
+    detached = False
+
+    @dataclass(kw_only=True)
+    class Config:
+        processes: PositiveInt | None = None
+        """Processes of a training; null = one a GPU, or a single one without a GPU."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def gpus(self) -> int:
+        return self.config.processes or 1
+
+    def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+        return _run_to_the_end("torchrun", jobs, folder, devices=gpus(), processes=self.config.processes)
+
+
+@LAUNCHERS.register("local")
+class Local:
+    """A job of this machine (submitit's local executor) that goes on when the terminal is closed."""
+
+    detached = True
+
+    @dataclass(kw_only=True)
+    class Config:
+        processes: PositiveInt | None = None
+        """Processes of a training; null = one a GPU, or a single one without a GPU."""
+        array_parallelism: PositiveInt = 1
+        """Commands of a job that run at the same time, at most; the GPUs are shared out among them."""
+        parts: PositiveInt = 1
+        """Commands that make a stage in shards, or a study's answers."""
+        max_deaths: PositiveInt = 3
+        """Times that a command may die at the same step before it ends for good; until then it is started again."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def gpus(self) -> int:
+        return self.config.processes or 1
+
+    def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+        refuse_twice(folder)
+        launch = begin_launch(folder)
+        launch.write("local", jobs)
+        parallel, deaths = self.config.array_parallelism, self.config.max_deaths
+        machine = Machine(launch, gpus(), self.config.processes, parallel, deaths)
+        executor = submitit.LocalExecutor(launch.logs)
+        executor.update_parameters(timeout_min=YEAR, gpus_per_node=len(machine.devices), stderr_to_stdout=True)
+        with _detached():
+            process = executor.submit(machine.run_detached, jobs).job_id
+        submitted = [
+            Submitted(job.name, number, process, machine.log(job, number))
+            for job in jobs
+            for number in range(len(job.commands))
+        ]
+        launch.write("local", jobs, submitted)
+        return submitted
+
+
+@LAUNCHERS.register("slurm")
+class Slurm:
+    """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays; they requeue themselves."""
+
+    detached = True
+
+    @dataclass(kw_only=True)
+    class Config:
+        nodes: PositiveInt = 1
+        """Nodes of a job."""
+        gpus_per_node: NonNegativeInt = 0
+        """GPUs of each node; 0 asks for none."""
+        tasks_per_node: PositiveInt | None = None
+        """Processes on each node; null = one a GPU, or a single one without GPUs."""
+        cpus_per_task: PositiveInt | None = None
+        """CPUs of each process; null = the cluster's default."""
+        mem_gb: PositiveFloat | None = None
+        """Memory of each node in GB; null = the cluster's default."""
+        partition: str | None = None
+        """Where the jobs queue; null = the cluster's default."""
+        account: str | None = None
+        """What is charged; null = the user's default."""
+        qos: str | None = None
+        """Quality of service; null = the default."""
+        constraint: str | None = None
+        """Features that the nodes must have; null = none."""
+        timeout_min: PositiveInt = 1440
+        """Time limit; a job that reaches it writes a checkpoint and queues itself again."""
+        signal_delay_s: PositiveInt = 120
+        """Seconds before the time limit at which it is asked to; longer than a step and a checkpoint take."""
+        max_timeouts: NonNegativeInt = 100
+        """Times that a job may reach its limit before it ends for good."""
+        max_deaths: PositiveInt = 3
+        """Times that a job may die at the same step before it ends for good; until then it is queued again."""
+        array_parallelism: PositiveInt = 64
+        """Elements of an array that run at the same time, at most."""
+        parts: PositiveInt = 8
+        """Elements of the arrays that make stages in shards, or a study's answers."""
+        setup: list[str] = field(default_factory=list)
+        """Shell lines at the beginning of each job: modules, environment variables."""
+        sbatch: dict[str, Any] = field(default_factory=dict)
+        """Further parameters of sbatch, without the dashes: {exclusive: true, reservation: name}."""
+        stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+        """Settings of single jobs, by the name of the stage: {tokens: {parts: 256, gpus_per_node: 1}}."""
+
+        def check(self) -> None:
+            for name, given in self.stages.items():
+                from_mapping(Slurm.Config, given, f"stages.{name}")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def gpus(self) -> int:
+        return self.config.nodes * max(1, self.config.gpus_per_node)
+
+    def of(self, job: Job) -> Config:
+        """The settings of one job."""
+        given = {**to_mapping(self.config), "stages": {}, **job.resources}
+        if not job.together:
+            given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, given["gpus_per_node"])}
+        return from_mapping(Slurm.Config, given, "launcher")
+
+    def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+        cluster.check_commands()
+        settings = {job.name: self.of(job) for job in jobs}
+        known = cluster.partitions()
+        for each in settings.values():
+            cluster.check_fits(
+                nodes=each.nodes, gpus_per_node=each.gpus_per_node, partition=each.partition, known=known
+            )
+        for account in dict.fromkeys(each.account for each in settings.values()):
+            cluster.check_account(account)
+        refuse_twice(folder)
+        launch = begin_launch(folder)
+        launch.write("slurm", jobs)
+        ids: dict[str, str] = {}
+        submitted: list[Submitted] = []
+        for job in jobs:
+            try:
+                queued = _queue(job, settings[job.name], launch, [ids[name] for name in job.after])
+            except (FailedSubmissionError, UncompletedJobError) as error:
+                cluster.cancel(list(ids.values()))
+                shutil.rmtree(launch.folder)
+                said = str(error).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+                raise UserError(f"sbatch refused the job {job.name}, and nothing is queued: {said}") from error
+            ids[job.name] = queued[0].id.partition("_")[0]
+            submitted += queued
+        launch.write("slurm", jobs, submitted)
+        return submitted
+
+
+def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> list[Submitted]:
+    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded, or just ended."""
+    executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
+    executor.update_parameters(**_sbatch(job, config, launch, after))
+    work = [Work(command, launch.journal(job.name, number)) for number, command in enumerate(job.commands)]
+    queued = executor.submit_array(work)
+    return [Submitted(job.name, number, each.job_id, each.paths.stdout) for number, each in enumerate(queued)]
+
+
+def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> dict[str, Any]:
+    """What submitit's Slurm executor is given for a job."""
+    given = {
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "gpus_per_node": config.gpus_per_node or None,
+        "cpus_per_task": config.cpus_per_task,
+        "mem": config.mem_gb and f"{round(config.mem_gb * 1000)}M",
+        "dependency": f"{'afterany' if job.always else 'afterok'}:{':'.join(after)}" if after else None,
+    }
+    # Since 22.05, srun does not take over the CPUs of a task from sbatch.
+    cpus = [f"--cpus-per-task={config.cpus_per_task}"] if config.cpus_per_task else []
+    return {
+        **{name: value for name, value in given.items() if value is not None},
+        "job_name": f"{launch.folder.parent.parent.name}.{job.name}",
+        "time": config.timeout_min,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.tasks_per_node or max(1, config.gpus_per_node),
+        "signal_delay_s": config.signal_delay_s,
+        "array_parallelism": config.array_parallelism,
+        "stderr_to_stdout": True,
+        "srun_args": ["--kill-on-bad-exit=1", *cpus],
+        "setup": [*config.setup, *_before(job, config, launch)],
+        "teardown": _after(job, config, launch),
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **config.sbatch},
+    }
+
+
+def _before(job: Job, config: Slurm.Config, launch: Launch) -> Iterator[str]:
+    """Shell lines before the step: the copied code goes first, and all nodes have to see the run folder."""
+    yield f"export PYTHONPATH={shlex.quote(str(launch.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    # The working folder stays as it is, for relative paths, but is not where Python looks for the code.
+    yield "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"
+    if config.nodes > 1:
+        journal = shlex.quote(str(launch.journal(job.name, "NUMBER"))).replace("NUMBER", "${SLURM_ARRAY_TASK_ID:-0}")
+        event = """printf '{"time": %d, "event": "unseen", "host": "%s"}\\n' "$(date +%s)" "$SLURM_JOB_NODELIST\""""
+        look = f"srun --nodes={config.nodes} --ntasks={config.nodes} --ntasks-per-node=1 test -d"
+        yield f"{look} {shlex.quote(str(launch.code))} || {{ {event} >>{journal}; exit {UNSEEN}; }}"
+
+
+def _after(job: Job, config: Slurm.Config, launch: Launch) -> list[str]:
+    """Shell lines after the step, see `work.look_back`."""
+    words = [sys.executable, "-m", "cm3leon.launch.work", str(launch.folder), job.name]
+    look_back = f"{shlex.join(words)} ${{SLURM_ARRAY_TASK_ID:-0}} {config.max_deaths}"
+    return ["code=$?", f"[ $code = 0 ] || exec {look_back} $code"]
+
+
+def _run_to_the_end(
+    name: str, jobs: Sequence[Job], folder: Path, *, devices: tuple[str, ...], processes: int | None
+) -> list[Submitted]:
+    """Runs jobs in processes of this machine while this one waits; a single command prints to the terminal."""
+    launch = begin_launch(folder)
+    launch.write(name, jobs)
+    alone = sum(len(job.commands) for job in jobs) == 1
+    machine = Machine(launch, devices, processes, to_terminal=alone)
+    before = signal.signal(signal.SIGTERM, machine.stop)
+    try:
+        submitted = machine.run(jobs)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    launch.write(name, jobs, submitted)
+    return submitted
+
+
+@contextmanager
+def _detached() -> Iterator[None]:
+    """What is started inside outlives the terminal, and holds none of it open."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in range(3)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for number in range(3):
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nothing)
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,123 @@
+"""What a run was made by: version of the code, environment, and a copy of the code for jobs that start later."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cm3leon import __version__
+from cm3leon.config import SHIPPED
+
+CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
+
+FOLDERS = ("cm3leon", "evaluation", "plugins", "experiments", "experiments.yaml")
+"""What the code is made of in a clone; in an installed package all of it lies in the first."""
+
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_SOCKET_IFNAME",
+    "OMP_NUM_THREADS",
+    "PYTHONPATH",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ACCOUNT",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_JOB_QOS",
+    "SLURM_NTASKS",
+    "SLURM_RESTART_COUNT",
+    "TORCH_CUDA_ARCH_LIST",
+    "VIRTUAL_ENV",
+    "WORLD_SIZE",
+)
+"""Environment variables that are written down; all others may hold secrets."""
+
+
+def record(folder: Path) -> None:
+    """Writes down the code's version and the environment in a run folder, over those of an earlier start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_code(folder)
+    _write(folder / ENVIRONMENT, environment())
+
+
+def write_code(folder: Path) -> None:
+    """Writes `code.json`: version, commit, whether files differ from it, and if so the difference beside it."""
+    version, difference = code_version()
+    _write(folder / CODE, version)
+    (folder / DIFF).unlink(missing_ok=True)
+    if difference:
+        (folder / DIFF).write_text(difference)
+
+
+def code_version() -> tuple[dict[str, Any], str]:
+    """Version, commit and new files of the code that runs, and what its files differ by from that commit.
+
+    A copy made by `snapshot` has what was true of the code that it is a copy of.
+    """
+    root = SHIPPED.parent if SHIPPED.name == "cm3leon" else SHIPPED
+    if (root / CODE).is_file():
+        difference = (root / DIFF).read_text() if (root / DIFF).is_file() else ""
+        return json.loads((root / CODE).read_text()), difference
+    commit, difference, new = None, "", []
+    if (SHIPPED / ".git").exists():
+        commit = _git("rev-parse", "HEAD").strip() or None
+        difference = _git("diff", "HEAD")
+        new = _git("ls-files", "--others", "--exclude-standard").splitlines()
+    return {"version": __version__, "commit": commit, "differs": bool(difference or new), "new_files": new}, difference
+
+
+def _git(*words: str) -> str:
+    """What git says of the repository; nothing where there is no git, or none that may look."""
+    try:
+        return subprocess.run(["git", "-C", str(SHIPPED), *words], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """Python, the machine, versions of all packages, and the variables that matter to a training."""
+    packages = {each.name: each.version for each in importlib.metadata.distributions() if each.name}
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "system": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "packages": dict(sorted(packages.items(), key=lambda pair: pair[0].lower())),
+    }
+
+
+def snapshot(folder: Path) -> None:
+    """Copies the code that runs into a folder, so that a job that waits runs it, whatever becomes of the original.
+
+    The folder goes first on the path of the job's Python. Plugins elsewhere stay where they are.
+    """
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    folder.mkdir(parents=True)
+    write_code(folder)
+    if SHIPPED.name == "cm3leon":
+        shutil.copytree(SHIPPED, folder / "cm3leon", ignore=ignore)
+        return
+    for name in FOLDERS:
+        source = SHIPPED / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore)
+        elif source.is_file():
+            shutil.copy2(source, folder / name)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

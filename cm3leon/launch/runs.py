@@ -1,0 +1,149 @@
+"""An experiment or a study as jobs: its stages, each with its own resources, after those that it needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import Component, dump_yaml, to_mapping
+from cm3leon.experiment import Experiment
+from cm3leon.launch.jobs import Command, Job, Submitted, submit
+from cm3leon.registry import LAUNCHERS
+from cm3leon.stages.pipeline import number_of
+from cm3leon.stages.stages import stages_of
+from cm3leon.study.config import Study, StudyRun, load_run
+from cm3leon.training.checkpoint import check_format
+
+ANSWERS, MEASURING = "answers", "measuring"
+
+
+def launch_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> int:
+    """Gives an experiment to its launcher, and says how to follow it. Returns an exit code, 0 where none is known yet.
+
+    Raises:
+        UserError: for an unknown `until`, or what the launcher can know to be impossible.
+    """
+    folder = folder.absolute()
+    return launched(experiment_jobs(experiment, folder, until=until), folder, experiment.launcher)
+
+
+def launch_study(study: Study, folder: Path, *, until: str | None = None) -> int:
+    """The same for a study."""
+    folder = folder.absolute()
+    return launched(study_jobs(study, folder, until=until), folder, study.launcher)
+
+
+def experiment_jobs(experiment: Experiment, folder: Path, *, until: str | None = None, name: str = "") -> list[Job]:
+    """The jobs of an experiment in a run folder: one, or several for a corpus in shards.
+
+    There, each stage that workers share is an array, and what one process makes is a job before, between and behind
+    them; the pretraining has a job of its own. `name` goes before the names of the jobs.
+    """
+    until = until or experiment.until
+    stages = stages_of(experiment)
+    if until is not None:
+        stages = stages[: number_of(stages, until, "until") + 1]
+    words = ("experiment=" + str(_frozen(experiment, folder)), f"run={folder}", "launcher=here")
+    if experiment.shards is None:
+        return [Job(name or "run", (_until(words, until),))]
+    jobs: list[Job] = []
+
+    def add(stage: str, *commands: Command, together: bool = False) -> None:
+        title = f"{name}.{stage}" if name else stage
+        resources = _of_stage(experiment.launcher, stage)
+        jobs.append(Job(title, commands, resources, (jobs[-1].name,) if jobs else (), together))
+
+    parts = {stage.name: _parts(experiment.launcher, stage.name) if stage.make_part else 1 for stage in stages}
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        count = parts[stage.name]
+        if count > 1:
+            add(stage.name, *(("part", f"stage={stage.name}", f"part={k}/{count}", *words) for k in range(count)))
+        if stage.name == "pretraining":
+            add(stage.name, _until(words, stage.name), together=True)
+        elif following is None or following.name == "pretraining" or parts[following.name] > 1:
+            add(stage.name if count == 1 else f"{stage.name}_end", _until(words, stage.name))
+    return jobs
+
+
+def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[Job]:
+    """The jobs of a study: its runs one after the other, then the answers as an array, then what is measured."""
+    runs = list(study.runs)
+    wanted = runs[: runs.index(until) + 1] if until in runs else runs
+    jobs: list[Job] = []
+    frozen = {}
+    for name in runs:
+        experiment = replace(load_run(study, name), launcher=study.launcher)
+        frozen[name] = StudyRun(experiment=str(_frozen(experiment, folder / name)))
+        if name in wanted:
+            added = experiment_jobs(experiment, folder / name, name=name)
+            jobs += [replace(added[0], after=(jobs[-1].name,)) if jobs else added[0], *added[1:]]
+    if until in runs or not study.evaluations:
+        return jobs
+    file = _frozen(replace(study, runs=frozen), folder)
+    words = (f"experiment={file}", f"run={folder}", "launcher=here")
+    parts = _parts(study.launcher, ANSWERS)
+    if parts > 1:
+        after = (jobs[-1].name,) if jobs else ()
+        commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
+        jobs.append(Job(ANSWERS, commands, _of_stage(study.launcher, ANSWERS), after, together=False))
+    after = (jobs[-1].name,) if jobs else ()
+    jobs.append(
+        Job(MEASURING, (_until(words, until),), _of_stage(study.launcher, MEASURING), after, together=parts == 1)
+    )
+    return jobs
+
+
+def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
+    """Gives jobs to a launcher. Says how to follow them where it does not wait; returns the first exit code but 0.
+
+    Raises:
+        UserError: for what can be known to be impossible, such as checkpoints of an older format to go on from.
+    """
+    for path in sorted(folder.glob("*/step_*")):
+        check_format(path)
+    submitted = submit(jobs, folder, launcher)
+    if not LAUNCHERS.get(launcher.name).detached:
+        return next((each.code for each in submitted if each.code), 0)
+    for job in jobs:
+        of_job = [each for each in submitted if each.job == job.name]
+        after = f", after {', '.join(job.after)}" if job.after else ""
+        print(f"{job.name}: {_shown(of_job)}{after}, log {of_job[0].log}")
+    print(f"follow with: python -m cm3leon.run logs run={folder} follow=true")
+    print(f"or: python -m cm3leon.run status run={folder}, and cancel run={folder}")
+    return 0
+
+
+def _shown(submitted: list[Submitted]) -> str:
+    if len(submitted) == 1:
+        return f"job {submitted[0].id}"
+    return (
+        f"jobs {submitted[0].id} to {submitted[-1].id}"
+        if submitted[0].id != submitted[-1].id
+        else (f"{len(submitted)} commands of job {submitted[0].id}")
+    )
+
+
+def _frozen(config: Experiment | Study, folder: Path) -> Path:
+    """A file of the resolved configuration that nothing writes to later, for jobs that read it when they start."""
+    text = dump_yaml(to_mapping(config))
+    file = folder / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def _until(words: Command, until: str | None) -> Command:
+    return (*words, f"until={until}") if until else words
+
+
+def _of_stage(launcher: Component, stage: str) -> Mapping[str, Any]:
+    """What the launcher's section says of one stage."""
+    return getattr(launcher.config, "stages", {}).get(stage, {})
+
+
+def _parts(launcher: Component, stage: str) -> int:
+    """How many workers share what can be shared."""
+    return _of_stage(launcher, stage).get("parts", getattr(launcher.config, "parts", 1))

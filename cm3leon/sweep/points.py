@@ -1,0 +1,133 @@
+"""The points of a sweep: every combination of the values of its keys, or some drawn at random, each with its name."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cm3leon.config import NonNegativeInt, PositiveInt, apply_overrides, component_sections, from_mapping, split_key
+from cm3leon.experiment import Experiment
+from cm3leon.study.config import combinations, shown
+from cm3leon.sweep.values import LEGEND, Choice, Interval, parse_values
+from cm3leon.types import UserError
+
+MAX_POINTS = 1000
+"""Points of a sweep: SLURM's arrays have no more elements, unless a cluster says otherwise."""
+MAX_NAME = 200
+"""Letters of a point's name, which is a folder's."""
+_FIXED = ("launcher", "plugins", "until")
+_DRAWS = 100
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """What an experiment says of its sweep, beside the sections of an experiment."""
+
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
+    `loguniform(1e-5,1e-3)`."""
+    sweep_trials: PositiveInt | None = None
+    """Points drawn at random; null = every combination of the values."""
+    sweep_seed: NonNegativeInt = 0
+    """Seed of those draws; more trials with the same seed are the same points and further ones."""
+    sweep_retries: NonNegativeInt = 1
+    """Times that a failed point is tried again."""
+    sweep_best: str = "lowest loss"
+    """Column of the table whose best is marked, behind `lowest` or `highest`."""
+
+    def check(self) -> None:
+        if not self.sweep:
+            raise UserError(f"sweep is empty; give sweep.KEY=VALUES with a key of the experiment; {LEGEND}")
+        if not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
+            raise UserError(
+                f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a column of sweep.csv"
+            )
+        for key in self.sweep:
+            if key.partition(".")[0] in _FIXED:
+                raise UserError(f"sweep.{key} cannot be swept; {', '.join(_FIXED)} are the same for all points")
+
+
+Point = Mapping[str, Any]
+"""Dotted keys and the values they have there."""
+
+
+def named_points(config: SweepConfig) -> dict[str, Point]:
+    """The points by their names, `learning_rate=0.001,seed=2`, in the order of the keys and their values.
+
+    Raises:
+        UserError: for values that are not understood or have no end, too many points, or two of one name.
+    """
+    values = {key: parse_values(key, given) for key, given in config.sweep.items()}
+    points = list(_drawn(config, values) if config.sweep_trials else _grid(config, values))
+    short = short_names(list(values))
+    named: dict[str, Point] = {}
+    for point in points:
+        name = point_name(point, short)
+        if name in named:
+            raise UserError(f"sweep: two points are named {name}; the values of a key must differ in what they show")
+        if len(name) > MAX_NAME:
+            raise UserError(f"sweep: the name {name[:40]}... has more than {MAX_NAME} letters; sweep fewer keys")
+        named[name] = point
+    return named
+
+
+def point_name(point: Point, short: Mapping[str, str]) -> str:
+    """`learning_rate=0.001,seed=2`, of letters that folders, shells and SLURM take as they are."""
+    return ",".join(f"{short[key]}={_safe(shown(value))}" for key, value in point.items())
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """For each dotted key its last part, with those before it where others end alike.
+
+    `["training.steps", "retriever_training.steps", "seed"]` have `training.steps`, `retriever_training.steps`, `seed`.
+    """
+    parts = {key: key.split(".") for key in keys}
+    short = {}
+    for key in keys:
+        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key]) + 1))
+        alone = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in keys if other != key))
+        short[key] = next(alone, key)
+    return short
+
+
+def experiment_at(mapping: Mapping[str, Any], name: str, point: Point) -> Experiment:
+    """The experiment at a point. Raises UserError for a key that it does not have, or a value that it refuses."""
+    overrides = [(split_key(key), value) for key, value in point.items()]
+    try:
+        return from_mapping(Experiment, apply_overrides(mapping, overrides, component_sections(Experiment)))
+    except UserError as error:
+        raise UserError(f"sweep, point {name}: {error}") from error
+
+
+def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Iterator[Point]:
+    lists = {}
+    for key, of in values.items():
+        if isinstance(of, Interval):
+            raise UserError(f"sweep.{key} is {config.sweep[key]}, which has no end of values; give sweep_trials=N")
+        lists[key] = of.values
+    count = math.prod(map(len, lists.values()))
+    if count > MAX_POINTS:
+        raise UserError(f"sweep has {count:,} points; it must have at most {MAX_POINTS:,}, or sweep_trials=N of them")
+    return combinations(lists)
+
+
+def _drawn(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> list[Point]:
+    """Different points, the first of them the same for any number of trials."""
+    trials = config.sweep_trials or 0
+    if trials > MAX_POINTS:
+        raise UserError(f"sweep_trials is {trials:,}; it must be at most {MAX_POINTS:,}")
+    source, different = random.Random(config.sweep_seed), {}
+    for _ in range(_DRAWS * trials):
+        point = {key: of.draw(source) for key, of in values.items()}
+        different.setdefault(str(point), point)
+        if len(different) == trials:
+            return list(different.values())
+    raise UserError(f"sweep_trials is {trials}, but only {len(different)} different points were found; ask for fewer")
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)

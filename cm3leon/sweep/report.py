@@ -1,0 +1,107 @@
+"""The page of a sweep: its best point, every point in a table, the figure that counts as curves, the failures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from cm3leon.evaluation.report import Cell, Curves, Fact, Report, Section, Series, Table, write_report
+from cm3leon.study.config import shown
+from cm3leon.sweep.results import Result, columns
+
+COLUMNS = 12
+"""Figures of the table, the one that counts first; sweep.csv has all."""
+
+
+def sweep_report(path: Path, title: str, results: Sequence[Result], wanted: str, winner: Result | None) -> None:
+    """Writes the page; `wanted` is what the `winner` is best by, `lowest loss`."""
+    column = wanted.partition(" ")[2]
+    done = [result for result in results if result.state == "finished"]
+    facts = [Fact("points finished", f"{len(done)} of {len(results)}")]
+    if winner:
+        facts.insert(0, Fact(wanted, f"{winner.figures[column]:.4g}", winner.name))
+    write_report(
+        path,
+        Report(
+            title=title,
+            facts=facts,
+            sections=[
+                *([Section("Curves", blocks=curves)] if (curves := list(_curves(done, column))) else []),
+                Section("Points", blocks=[_table(results, column, winner)]),
+                *_failures(results),
+            ],
+            footer="sweep.csv has all figures. Each point is a run folder beside it, with a report once evaluated.",
+        ),
+    )
+
+
+def _table(results: Sequence[Result], column: str, winner: Result | None) -> Table:
+    keys = list(results[0].point)
+    named = columns(results)
+    names = [*(name for name in named if name == column), *(name for name in named if name != column)][:COLUMNS]
+    rows: list[list[Cell]] = [
+        [*(shown(result.point[key]) for key in keys), result.state, *(result.figures.get(name) for name in names)]
+        for result in results
+    ]
+    marked = frozenset(index for index, result in enumerate(results) if result is winner)
+    caption = f"The best by {column} is marked." if winner else ""
+    return Table([*keys, "state", *names], rows, caption, marked)
+
+
+def _curves(done: Sequence[Result], column: str) -> list[Curves]:
+    """The figure against each swept key that has numbers, a line for each combination of the others.
+
+    Seeds are no line of their own: where there are several, the line is their mean, and a band from lowest to highest.
+    """
+    able = [result for result in done if math.isfinite(result.figures.get(column, math.nan))]
+    return [chart for key in _numeric_keys(able) if (chart := _curve(able, key, column)).series]
+
+
+def _numeric_keys(results: Sequence[Result]) -> list[str]:
+    """Swept keys, but seeds, that have two or more numbers and nothing else."""
+    found = []
+    for key in results[0].point if results else ():
+        values = [result.point[key] for result in results]
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        if numbers and len(set(values)) > 1 and not _is_seed(key):
+            found.append(key)
+    return found
+
+
+def _curve(results: Sequence[Result], key: str, column: str) -> Curves:
+    xs = [result.point[key] for result in results]
+    logarithmic = min(xs) > 0 and max(xs) >= 10 * min(xs)
+    lines: dict[str, dict[float, list[float]]] = {}
+    for result in results:
+        others = ", ".join(
+            f"{other.split('.')[-1]} {shown(value)}"
+            for other, value in result.point.items()
+            if other != key and not _is_seed(other)
+        )
+        lines.setdefault(others or column, {}).setdefault(result.point[key], []).append(result.figures[column])
+    series = []
+    for name, at in lines.items():
+        ordered = sorted(at)
+        series.append(
+            Series(
+                name,
+                [math.log10(x) if logarithmic else x for x in ordered],
+                *([of(at[x]) for x in ordered] for of in (statistics.fmean, min, max)),
+            )
+        )
+    return Curves(series, x_label=f"log10 of {key}" if logarithmic else key, y_label=column)
+
+
+def _is_seed(key: str) -> bool:
+    return key.split(".")[-1] == "seed"
+
+
+def _failures(results: Sequence[Result]) -> list[Section]:
+    failed = [result for result in results if result.state != "finished"]
+    if not failed:
+        return []
+    rows = [[result.name, result.state, result.error] for result in failed]
+    text = "The command of the sweep, given again, tries these and no others."
+    return [Section("Not finished", text, [Table(["point", "state", "reason"], rows)])]

@@ -1,0 +1,276 @@
+"""A sweep is run: what its points share, then the points that are not finished, then the table of their figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
+from cm3leon.evaluation.report import write_page
+from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
+from cm3leon.launch.follow import refuse_twice
+from cm3leon.launch.jobs import Job
+from cm3leon.launch.record import record
+from cm3leon.launch.runs import experiment_jobs, launched
+from cm3leon.registry import LAUNCHERS
+from cm3leon.stages.pipeline import MARKER, number_of, write_json
+from cm3leon.stages.stages import run_experiment, stages_of
+from cm3leon.sweep.points import Point, SweepConfig, experiment_at, named_points, point_name, short_names
+from cm3leon.sweep.report import sweep_report
+from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
+from cm3leon.training.distributed import find_place
+from cm3leon.types import Again, UserError
+
+SWEEP_FILE, TABLE, REPORT = "sweep.yaml", "sweep.csv", "report.html"
+CONFIG = "config.yaml"
+OUTCOME = "outcome.json"
+"""In the folder of a point whose run has ended: its `state`, the digest of the `config` it ran with, the `error`."""
+
+LAST = frozenset({"tasks", "text_decoder", "task_decoders", "generation", "metrics"})
+"""Sections that no stage up to pretraining depends on."""
+LATE = LAST | {"training", "model", "objective", "packing", "decoder"}
+"""Sections that no stage before pretraining depends on."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose every point has been checked."""
+
+    folder: Path
+    config: SweepConfig
+    mapping: Mapping[str, Any]
+    """The sections as they are written, from which the same sweep can be loaded again."""
+    points: Mapping[str, Point]
+    experiments: Mapping[str, Experiment]
+    """Those of the points, each to be run where it is started."""
+    launcher: Component
+
+
+def load_sweep(name_or_path: str, words: Sequence[str], folder: Path, *, until: str | None = None) -> Sweep:
+    """Finds a sweep, applies `key=value` words, and checks each of its points.
+
+    Raises:
+        UserError: for a mistake in its file, in the words, in the values, or at a point.
+    """
+    mapping = load_mapping(name_or_path, words)
+    if until:
+        mapping["until"] = until
+    config = from_mapping(SweepConfig, {key: value for key, value in mapping.items() if key.startswith(SWEEP)})
+    sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
+    points = named_points(config)
+    experiments = {name: experiment_at(sections, name, point) for name, point in points.items()}
+    first, here = next(iter(experiments.values())), LAUNCHERS.check("here", "launcher")
+    if first.until:
+        number_of(stages_of(first), first.until, "until")
+    return Sweep(
+        folder.absolute(),
+        config,
+        mapping,
+        points,
+        {name: replace(experiment, launcher=here) for name, experiment in experiments.items()},
+        first.launcher,
+    )
+
+
+def run_sweep(sweep: Sweep) -> None:
+    """Runs the points that are not finished, each in a folder of its name, and makes `sweep.csv` and `report.html`.
+
+    A launcher that does not wait is given the jobs, the last of which makes both.
+
+    Raises:
+        UserError: for what a launcher can know to be impossible, for a run of this sweep that is under way, and, from
+            a launcher that waits, for points that failed.
+    """
+    refuse_twice(sweep.folder)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    (sweep.folder / SWEEP_FILE).write_text(dump_yaml(sweep.mapping))
+    missing = [name for name in sweep.points if _outcome(sweep, name).get("state") != "finished"]
+    print(f"{len(sweep.points)} points in {sweep.folder}, {len(missing)} to run", flush=True)
+    jobs = list(_jobs(sweep, missing)) if missing else []
+    if missing and LAUNCHERS.get(sweep.launcher.name).detached:
+        collecting = Job(
+            "collect", (("collect", f"run={sweep.folder}"),), after=("points",), always=True, together=False
+        )
+        launched([*jobs, collecting], sweep.folder, sweep.launcher)
+        return
+    if missing:
+        launched(jobs, sweep.folder, sweep.launcher)
+    results = make_table(sweep)
+    failed = [result.name for result in results if result.state != "finished"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(results)} points did not finish, {'; '.join(failed)}; "
+            "the same command tries them again"
+        )
+
+
+def run_point(folder: Path, shared: Path | None) -> None:
+    """Runs the experiment of a point in its folder, which has its `config.yaml`, and writes down how it ended.
+
+    Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
+    in place of the link.
+    """
+    place = find_place()
+    first = place is None or place.rank == 0
+    config = (folder / CONFIG).read_text()
+
+    def end(state: str, error: str = "") -> None:
+        if first:
+            write_json(folder / OUTCOME, {"state": state, "config": _digest(config), "error": error})
+
+    if first:
+        record(folder)
+        (folder / OUTCOME).unlink(missing_ok=True)
+        for marker in sorted(shared.glob(f"*/{MARKER}")) if shared else ():
+            stage = folder / marker.parent.name
+            if not stage.exists():
+                stage.unlink(missing_ok=True)
+                stage.symlink_to(os.path.relpath(marker.parent, folder))
+    try:
+        run_experiment(load_experiment(str(folder / CONFIG)), folder)
+    except Again:
+        raise
+    except Exception as error:
+        end("failed", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    end("finished")
+
+
+def make_table(sweep: Sweep) -> list[Result]:
+    """Writes `sweep.csv` and `report.html` of the points as they stand, and prints the best and what is missing.
+
+    Raises:
+        UserError: where no point has the figure of `sweep_best`, when both are written.
+    """
+    results = [_result(sweep, name) for name in sweep.points]
+    winner = best(results, sweep.config.sweep_best)
+    sweep_report(sweep.folder / REPORT, sweep.folder.name, results, sweep.config.sweep_best, winner)
+    write_page(sweep.folder / TABLE, as_csv(results, list(sweep.config.sweep), winner))
+    for result in results:
+        if result.state != "finished":
+            print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")
+    if winner:
+        column = sweep.config.sweep_best.partition(" ")[2]
+        print(f"{sweep.config.sweep_best}: {winner.figures[column]:.6g} at {winner.name}")
+    print(f"table: {sweep.folder / TABLE}")
+    print(f"report: {sweep.folder / REPORT}", flush=True)
+    check_best(results, sweep.config.sweep_best)
+    return results
+
+
+def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether points of a sweep of these keys share their pretraining too, and the keys of which they share nothing.
+
+    Points that differ in nothing but the others are made of the same tokenizers, tokens, vectors and neighbours.
+    """
+    sections = {key: key.partition(".")[0] for key in keys}
+    pretraining = not any(section in LATE - LAST for section in sections.values())
+    return pretraining, [key for key in keys if sections[key] not in (LAST if pretraining else LATE)]
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@dataclass(kw_only=True)
+class PointOptions:
+    """What `python -m cm3leon.run point` takes."""
+
+    run: Path
+    """Folder of the point."""
+    shared: Path | None = None
+    """Folder of what it shares with other points; null = nothing."""
+
+
+@dataclass(kw_only=True)
+class CollectOptions:
+    """What `python -m cm3leon.run collect` takes."""
+
+    run: Path
+    """Folder of the sweep."""
+
+
+def point(options: Mapping[str, Any]) -> None:
+    """Runs a point of a sweep, which stands ready in its folder."""
+    given = from_mapping(PointOptions, options)
+    run_point(given.run, given.shared)
+
+
+def collect(options: Mapping[str, Any]) -> None:
+    """Makes the table and the report of a sweep from the points as they stand."""
+    folder = from_mapping(CollectOptions, options).run
+    make_table(load_sweep(str(folder / SWEEP_FILE), (), folder))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
+    """What several of the missing points share, once, and behind it an array of the points."""
+    commands, after = {}, []
+    for number, (shared, names) in enumerate(_groups(sweep).items()):
+        wanted = [name for name in names if name in missing]
+        jobs = _shared_jobs(sweep, names[0], shared, f"shared{number}") if len(wanted) > 1 else []
+        yield from jobs
+        after += [job.name for job in jobs[-1:]]
+        for name in wanted:
+            folder = sweep.folder / name
+            folder.mkdir(exist_ok=True)
+            (folder / CONFIG).write_text(_config(sweep.experiments[name]))
+            commands[name] = ("point", f"run={folder}", f"shared={shared}")
+    # A point can make what it would have shared: it says what is wrong with that, too.
+    tries = {"max_deaths": 1 + sweep.config.sweep_retries}
+    yield Job("points", tuple(commands[name] for name in missing), tries, tuple(after), always=True)
+
+
+def _groups(sweep: Sweep) -> dict[Path, list[str]]:
+    """The points by the folder of what they share with others."""
+    keys = list(sweep.config.sweep)
+    _, apart = what_is_shared(keys)
+    short = short_names(keys)
+    groups: dict[Path, list[str]] = {}
+    for name, point in sweep.points.items():
+        own = point_name({key: point[key] for key in apart}, short)
+        groups.setdefault(sweep.folder / ",".join(filter(None, ["shared", own])), []).append(name)
+    return groups
+
+
+def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str) -> list[Job]:
+    """The jobs of the stages that a point shares with others; none where they are made, or the point ends before."""
+    experiment = sweep.experiments[name]
+    stages = [stage.name for stage in stages_of(experiment)]
+    pretraining, _ = what_is_shared(list(sweep.config.sweep))
+    last = stages.index("pretraining") - (not pretraining)
+    if experiment.until and stages.index(experiment.until) <= last:
+        return []
+    made = (folder / stages[last] / MARKER).is_file()
+    if made and (folder / CONFIG).read_text() == _config(experiment):
+        return []
+    jobs = experiment_jobs(replace(experiment, launcher=sweep.launcher), folder, until=stages[last], name=title)
+    return jobs if pretraining else [replace(job, together=False) for job in jobs]
+
+
+def _config(experiment: Experiment) -> str:
+    return dump_yaml(to_mapping(experiment))
+
+
+def _digest(config: str) -> str:
+    return hashlib.sha256(config.encode()).hexdigest()
+
+
+def _outcome(sweep: Sweep, name: str) -> dict[str, Any]:
+    """How the last run of a point ended; empty where none has, or it was one with other settings."""
+    file = sweep.folder / name / OUTCOME
+    outcome = json.loads(file.read_text()) if file.is_file() else {}
+    return outcome if outcome.get("config") == _digest(_config(sweep.experiments[name])) else {}
+
+
+def _result(sweep: Sweep, name: str) -> Result:
+    outcome = _outcome(sweep, name)
+    figures = read_figures(sweep.folder / name) if outcome.get("state") == "finished" else {}
+    error = outcome.get("error", "")
+    return Result(name, sweep.points[name], outcome.get("state", "missing"), figures, error)

@@ -1,0 +1,470 @@
+"""Launching without SLURM: jobs of experiments, journals, jobs of this machine, and what sbatch would be given."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cm3leon.config import Component, to_mapping
+from cm3leon.experiment import load_experiment
+from cm3leon.launch import Job, follow, jobs, record, submit, work
+from cm3leon.launch.jobs import newest_launch
+from cm3leon.launch.journal import outcome, progress, read_events, write_event
+from cm3leon.launch.machine import Machine
+from cm3leon.launch.runs import experiment_jobs, study_jobs
+from cm3leon.registry import LAUNCHERS, discover
+from cm3leon.run import main
+from cm3leon.study.config import load_run, load_study
+from cm3leon.types import UserError
+
+discover()
+
+COMMANDS = '''
+"""Stands in for the command line: `sleep=SECONDS code=CODE`, and it dies of the signal in `kill=`."""
+import os, signal, sys, time
+words = dict(word.split("=") for word in sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("says", words, os.environ.get("RANK"), flush=True)
+time.sleep(float(words.get("sleep", 0)))
+if "kill" in words:
+    os.kill(os.getpid(), int(words["kill"]))
+sys.exit(int(words.get("code", 0)))
+'''
+
+
+@pytest.fixture
+def small_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the command line, jobs run one of ten lines, which starts at once."""
+
+    def copy(folder: Path) -> None:
+        record.snapshot(folder)
+        (folder / "cm3leon" / "run.py").write_text(COMMANDS)
+
+    monkeypatch.setattr(jobs, "snapshot", copy)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+def job(name: str, folder: Path, *commands: str, **rest: Any) -> Job:
+    """A job of commands written as `sleep=1 code=0`."""
+    return Job(name, tuple((*command.split(), f"run={folder}") for command in commands), **rest)
+
+
+def launcher(name: str, **fields: Any) -> Component:
+    return LAUNCHERS.check({"name": name, **fields})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def words(folder: Path) -> list[str]:
+    """Where each command of the newest submission stands."""
+    return [state.word for _, state in follow.states(newest_launch(folder))]
+
+
+# ------------------------------------------------------------------------------------------------ journals
+
+
+def test_outcomes_by_exit_code() -> None:
+    assert outcome(0, "here", [], 3) == ("done", {})
+    assert outcome(75, "here", [], 3) == ("again", {"at": "here"})
+    assert outcome(2, "here", [], 3) == ("refused", {"code": 2})
+    died = {"event": "died", "at": "step 5", "code": 137}
+    assert outcome(137, "step 5", [died], 3)[0] == "died"
+    event, details = outcome(137, "step 5", [died, {"event": "started"}, died], 3)
+    assert (event, details["why"]) == ("stopped", "it died 3 times at step 5, exit code 137")
+    assert outcome(137, "step 6", [died, died], 3)[0] == "died"
+    assert outcome(1, "step 6", [], 1)[1]["why"] == "it died once at step 6, exit code 1"
+
+
+def test_progress_is_the_stage_that_is_being_made(tmp_path: Path) -> None:
+    command = ("experiment=x", f"run={tmp_path}")
+    assert progress(command) == "the beginning"
+    for name, marker in (("documents", "stage.json"), ("documents", "started.json"), ("pretraining", "started.json")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / marker).touch()
+    assert progress(command) == "pretraining"
+    for step in (5, 120):
+        (tmp_path / "pretraining" / f"step_{step:08d}").mkdir()
+    assert progress(command) == "pretraining, step 120"
+    assert progress(("part", "stage=tokens", "part=3/8", *command)) == "part 3/8 of tokens"
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    write_event(tmp_path / "j", "started", at="x")
+    with (tmp_path / "j").open("a") as file:
+        file.write('{"event": "di')
+    assert [event["event"] for event in read_events(tmp_path / "j")] == ["started"]
+
+
+# ------------------------------------------------------------------------------------------------ what made a run
+
+
+def test_what_made_a_run_is_written_down_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JWT", "hidden-token")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-token")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    record.record(tmp_path)
+    found = json.loads((tmp_path / record.ENVIRONMENT).read_text())
+    assert found["variables"]["SLURM_JOB_ID"] == "77"
+    assert "torch" in found["packages"]
+    assert "hidden-token" not in (tmp_path / record.ENVIRONMENT).read_text()
+    assert json.loads((tmp_path / record.CODE).read_text())["version"] == record.__version__
+
+
+def test_a_snapshot_runs_by_itself_and_says_of_what_it_is_a_copy(tmp_path: Path) -> None:
+    copy = tmp_path / "code"
+    record.snapshot(copy)
+    said = json.loads((copy / record.CODE).read_text())
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    script = (
+        "import cm3leon, cm3leon.evaluation; from cm3leon.launch import record; from pathlib import Path;"
+        f"record.write_code(Path({str(tmp_path)!r})); print(cm3leon.__file__, cm3leon.evaluation.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(copy / "cm3leon/__init__.py"), str(copy / "evaluation/__init__.py")]
+    assert json.loads((tmp_path / record.CODE).read_text()) == said
+    assert (copy / "experiments/digits.yaml").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ an experiment as jobs
+
+
+def shown(found: list[Job]) -> dict[str, tuple[tuple[str, ...], int, bool]]:
+    return {each.name: (each.after, len(each.commands), each.together) for each in found}
+
+
+def test_an_experiment_in_memory_is_one_job_that_reads_a_frozen_file(tmp_path: Path) -> None:
+    experiment = load_experiment("digits_smoke", ["seed=3", "launcher=slurm", "launcher.nodes=2"])
+    [only] = experiment_jobs(experiment, tmp_path, until="pretraining")
+    [command] = only.commands
+    file, run, *rest = command
+    assert (run, rest) == (f"run={tmp_path}", ["launcher=here", "until=pretraining"])
+    assert load_experiment(file.removeprefix("experiment=")) == experiment
+    assert only.together
+
+
+def test_stages_in_shards_are_arrays_between_jobs_of_one_process(tmp_path: Path) -> None:
+    fields = ["launcher=slurm", "launcher.nodes=2", "launcher.parts=4", "launcher.stages.index.parts=1"]
+    experiment = load_experiment("pretrain_350m", ["overrides=smoke", *fields, "launcher.stages.tokens.timeout_min=9"])
+    found = experiment_jobs(experiment, tmp_path, until="evaluation")
+    assert shown(found) == {
+        "retriever": ((), 1, False),
+        "tokens": (("retriever",), 4, False),
+        "tokens_end": (("tokens",), 1, False),
+        "vectors": (("tokens_end",), 4, False),
+        "index": (("vectors",), 1, False),
+        "neighbours": (("index",), 4, False),
+        "neighbours_end": (("neighbours",), 1, False),
+        "pretraining": (("neighbours_end",), 1, True),
+        "evaluation": (("pretraining",), 1, False),
+    }
+    by_name = {each.name: each for each in found}
+    assert by_name["vectors"].commands[3][:3] == ("part", "stage=vectors", "part=3/4")
+    assert by_name["index"].commands[0][-1] == "until=index"
+    slurm = LAUNCHERS.build(experiment.launcher)
+    tokens, pretraining = slurm.of(by_name["tokens"]), slurm.of(by_name["pretraining"])
+    assert (tokens.nodes, tokens.timeout_min) == (1, 9)
+    assert (pretraining.nodes, pretraining.timeout_min) == (2, 1440)
+    assert [each.name for each in experiment_jobs(experiment, tmp_path, until="tokens")] == [
+        "retriever",
+        "tokens",
+        "tokens_end",
+    ]
+
+
+def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(tmp_path: Path) -> None:
+    study = load_study("scenes", ["launcher=slurm", "launcher.parts=1", "launcher.stages.answers.parts=3"], tmp_path)
+    found = study_jobs(study, tmp_path)
+    *runs, answers, measuring = found
+    assert [each.after for each in found[1:]] == [(each.name,) for each in found[:-1]]
+    assert list(dict.fromkeys(each.name.partition(".")[0] for each in runs)) == list(study.runs)
+    assert (answers.name, len(answers.commands), answers.commands[2][:2]) == ("answers", 3, ("part", "part=2/3"))
+    assert measuring.name == "measuring"
+    frozen = load_study(measuring.commands[0][0].removeprefix("experiment="), ["launcher=here"], tmp_path)
+    for name in study.runs:
+        assert to_mapping(load_run(frozen, name)) == {
+            **to_mapping(load_run(study, name)),
+            "launcher": to_mapping(study.launcher),
+        }
+    assert [each.name for each in study_jobs(study, tmp_path, until="pretrain")][-1] == "pretrain.pretraining"
+
+
+# ------------------------------------------------------------------------------------------------ this machine
+
+
+def test_jobs_run_in_order_and_not_behind_one_that_failed(tmp_path: Path, small_code: None) -> None:
+    asked = [
+        job("a", tmp_path, "code=0", "code=1"),
+        job("b", tmp_path, "code=0", after=("a",)),
+        job("c", tmp_path, "code=0"),
+    ]
+    found = submit(asked, tmp_path, launcher("here"))
+    assert [(each.job, each.number, each.code) for each in found] == [("a", 0, 0), ("a", 1, 1), ("c", 0, 0)]
+    launch = newest_launch(tmp_path)
+    assert (launch.logs / "a-1.log").read_text().startswith("says {'code': '1'")
+    assert [event["event"] for event in read_events(launch.journal("a", 1))] == ["started", "stopped"]
+
+
+def test_torchrun_starts_ranks_and_keeps_their_exit_code(tmp_path: Path, small_code: None, capfd: Any) -> None:
+    [done] = submit([job("a", tmp_path, "code=75")], tmp_path, launcher("torchrun", processes=2))
+    assert done.code == 75
+    said = capfd.readouterr().out
+    assert "} 0\n" in said
+    assert "} 1\n" in said
+
+
+def test_a_detached_job_is_followed_and_ends(tmp_path: Path, small_code: None, capsys: Any) -> None:
+    asked = [
+        job("a", tmp_path, "sleep=1"),
+        job("b", tmp_path, "kill=9", after=("a",)),
+        job("c", tmp_path, "", after=("b",)),
+    ]
+    submit(asked, tmp_path, launcher("local", max_deaths=2))
+    with pytest.raises(UserError, match=r"job a \(\d+\) is (queued|running) in .* already"):
+        submit(asked, tmp_path, launcher("local"))
+    wait_for(lambda: words(tmp_path) == ["done", "stopped", "failed"])
+    assert main(["status", f"run={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "stopped    it died 2 times at the beginning, exit code 137" in said
+    assert "failed     not started, as a job before it did not succeed" in said
+    assert main(["logs", f"run={tmp_path}", "job=b", "follow=true"]) == 0
+    assert capsys.readouterr().out.count("says {'kill': '9'") == 2
+    assert main(["logs", f"run={tmp_path}", "job=d"]) == 2
+    assert "job is d, which was not launched; known: a, b, c" in capsys.readouterr().err
+
+
+def test_a_detached_job_that_is_cancelled_writes_a_checkpoint(tmp_path: Path, small_code: None, capsys: Any) -> None:
+    submit([job("a", tmp_path, "sleep=60"), job("b", tmp_path, "")], tmp_path, launcher("local"))
+    log = newest_launch(tmp_path).logs / "a-0.log"
+    wait_for(lambda: log.is_file() and "says" in log.read_text())
+    assert words(tmp_path) == ["running", "queued"]
+    assert main(["cancel", f"run={tmp_path}"]) == 0
+    wait_for(lambda: words(tmp_path) == ["cancelled", "failed"])
+    assert [event["event"] for event in read_events(newest_launch(tmp_path).journal("a", 0))] == ["started", "again"]
+    submit([job("a", tmp_path, "")], tmp_path, launcher("local"))
+    assert newest_launch(tmp_path).number == 2
+    wait_for(lambda: words(tmp_path) == ["done"])
+
+
+def test_gpus_are_shared_out_among_commands_side_by_side(
+    tmp_path: Path, small_code: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = jobs.begin_launch(tmp_path)
+    (launch.code / "cm3leon" / "run.py").write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    asked = [job("a", tmp_path, "", "", "", together=False)]
+    Machine(launch, devices=("4", "5", "6", "7"), parallel=2).run(asked)
+    seen = {(launch.logs / f"a-{number}.log").read_text().strip() for number in range(3)}
+    assert seen <= {"4,5", "6,7"}
+
+
+# ------------------------------------------------------------------------------------------------ SLURM
+
+
+SBATCH = """#!/bin/bash
+cp "$1" {folder}/script-$(ls {folder} | grep -c script).sh
+grep -q 'account=broke' "$1" && {{ echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1; }}
+echo Submitted batch job $((100 + $(ls {folder} | grep -c script)))
+"""
+SINFO = """#!/bin/bash
+echo 'main*|4|gpu:a100:8(S:0-1)'; echo 'main*|2|(null)'; echo 'cpu|16|(null)'
+"""
+
+
+SCONTROL = """#!/bin/bash
+case $1 in
+  ping) echo UP ;;
+  show) grep "JobId=$4 " {folder}/known ;;
+  requeue) touch {folder}/requeued ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, small_code: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands that pretend to be SLURM's: sbatch keeps what it is given there, scontrol says `known`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "sbatch": SBATCH.format(folder=folder),
+        "sinfo": SINFO,
+        "srun": "#!/bin/bash\n",
+        "scontrol": SCONTROL.format(folder=folder),
+        "scancel": f'#!/bin/bash\necho "$@" >>{folder}/cancelled\n',
+        "sacctmgr": "#!/bin/bash\necho physics; echo biology; echo broke\n",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "known").touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_sbatch_is_given_resources_arrays_and_dependencies(tmp_path: Path, slurm: Path) -> None:
+    fields = {"nodes": 2, "gpus_per_node": 8, "partition": "main", "account": "physics", "mem_gb": 1.5}
+    config = launcher("slurm", **fields, cpus_per_task=3, setup=["module load x"], sbatch={"exclusive": True})
+    asked = [
+        job("tokens", tmp_path / "r", "", "", "", together=False, resources={"timeout_min": 7, "gpus_per_node": 0}),
+        job("pretraining", tmp_path / "r", "", after=("tokens",)),
+    ]
+    found = submit(asked, tmp_path / "r", config)
+    assert [each.id for each in found] == ["101_0", "101_1", "101_2", "102"]
+    assert found[1].log == tmp_path / "r/launch/1/jobs/101_1_0_log.out"
+    tokens, pretraining = ((slurm / f"script-{number}.sh").read_text() for number in range(2))
+    for line in ("array=0-2%3", "nodes=1", "ntasks-per-node=1", "time=7", "mem=1500M", "requeue", "account=physics"):
+        assert f"#SBATCH --{line}\n" in tokens
+    assert "gpus" not in tokens
+    for line in (
+        "dependency=afterok:101",
+        "gpus-per-node=8",
+        "ntasks-per-node=8",
+        "signal=USR2@120",
+        "exclusive",
+        "kill-on-invalid-dep=yes",
+        "job-name=r.pretraining",
+    ):
+        assert f"#SBATCH --{line}\n" in pretraining
+    assert "\nmodule load x\n" in pretraining
+    assert "--kill-on-bad-exit=1 --cpus-per-task=3" in pretraining
+    assert f"PYTHONPATH={tmp_path}/r/launch/1/code" in pretraining
+    assert subprocess.run(["bash", "-n", slurm / "script-1.sh"], check=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"partition": "mian"}, "launcher.partition is mian, which the cluster does not have; did you mean main?"),
+        ({"nodes": 17, "partition": "cpu"}, "launcher.nodes is 17; partition cpu has 16 such nodes"),
+        ({"gpus_per_node": 1, "partition": "cpu"}, "nodes of partition cpu have no GPUs"),
+        ({"gpus_per_node": 9}, "launcher.gpus_per_node is 9; nodes of partition main have 8 GPUs"),
+        ({"gpus_per_node": 4, "nodes": 5}, "launcher.nodes is 5; partition main has 4 such nodes"),
+        ({"account": "fysics"}, "launcher.account is fysics, which is not one of yours; did you mean physics?"),
+        ({"account": "broke"}, "sbatch refused the job b, and nothing is queued: .*Invalid account"),
+    ],
+)
+def test_what_cannot_be_had_is_said_before_anything_is_queued(
+    tmp_path: Path, slurm: Path, fields: dict[str, Any], sentence: str
+) -> None:
+    late = {"account": fields.pop("account")} if fields.get("account") == "broke" else {}
+    asked = [job("a", tmp_path / "r", ""), job("b", tmp_path / "r", "", after=("a",), resources=late)]
+    with pytest.raises(UserError, match=sentence):
+        submit(asked, tmp_path / "r", launcher("slurm", **fields))
+    assert not list((tmp_path / "r").glob("launch/*"))
+    assert (slurm / "cancelled").exists() == bool(late)
+
+
+def test_without_sbatch_one_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["experiment=digits_smoke", "launcher=slurm", f"run={tmp_path / 'r'}"]) == 2
+    assert "launcher is slurm, and sbatch is not on the PATH" in capsys.readouterr().err
+
+
+def test_a_full_disk_or_an_old_checkpoint_is_said_before_anything_is_queued(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked = ["experiment=digits_smoke", "launcher=slurm", f"run={tmp_path / 'r'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5e6))
+        assert main(asked) == 2
+    assert "is full, 5 MB are left" in capsys.readouterr().err
+    old = tmp_path / "r/pretraining/step_00000005"
+    old.mkdir(parents=True)
+    (old / "state.json").write_text('{"step": 5, "format": 0}')
+    assert main(asked) == 2
+    assert "step_00000005 is a checkpoint of format 0, and this version reads format 1" in capsys.readouterr().err
+    assert not list(slurm.glob("script*"))
+
+
+def slurm_says(folder: Path, *lines: str) -> None:
+    (folder / "known").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_status_is_put_together_from_scontrol_and_journals(tmp_path: Path, slurm: Path, capsys: Any) -> None:
+    run = tmp_path / "r"
+    asked = [job("tokens", run, *[""] * 6, together=False), job("pretraining", run, "", after=("tokens",))]
+    submit(asked, run, launcher("slurm"))
+    launch = newest_launch(run)
+    slurm_says(
+        slurm,
+        "JobId=101 ArrayJobId=101 ArrayTaskId=3-5 JobState=PENDING Reason=Resources NodeList= ",
+        "JobId=105 ArrayJobId=101 ArrayTaskId=2 JobState=RUNNING Reason=None NodeList=node7 ExitCode=0:0 ",
+        "JobId=104 ArrayJobId=101 ArrayTaskId=1 JobState=FAILED Reason=x NodeList=node8 ExitCode=0:53 ",
+        "JobId=102 JobState=PENDING Reason=Dependency NodeList= ",
+    )
+    write_event(launch.journal("tokens", 0), "done")
+    write_event(launch.journal("tokens", 2), "started", at="x")
+    assert words(run) == ["done", "failed", "running", "queued", "queued", "queued", "queued"]
+    assert main(["status", f"run={run}"]) == 0
+    said = capsys.readouterr().out
+    assert "FAILED before its first line: see that node8 can write into the run folder" in said
+    assert "3 of 6       queued     Resources" in said
+    assert "queued     after tokens" in said
+    slurm_says(slurm, "JobId=102 JobState=CANCELLED Reason=Dependency NodeList= ")
+    assert words(run) == ["done", "unknown", "gone", "unknown", "unknown", "unknown", "failed"]
+    assert main(["cancel", f"run={run}"]) == 0
+    assert "nothing runs or waits" in capsys.readouterr().out
+    (slurm / "scontrol").unlink()
+    assert words(run)[1] == "unknown"
+
+
+def test_a_job_that_never_saw_its_folder_on_a_node_says_so(tmp_path: Path, slurm: Path) -> None:
+    submit([job("a", tmp_path / "r", "")], tmp_path / "r", launcher("slurm", nodes=2))
+    script = (slurm / "script-0.sh").read_text().replace("srun --nodes=2", "false")
+    environment = {**os.environ, "SLURM_JOB_NODELIST": "node[1-2]"}
+    assert subprocess.run(["bash", "-c", script], env=environment, check=False).returncode == 66
+    [(_, state)] = follow.states(newest_launch(tmp_path / "r"))
+    assert (state.word, state.more.startswith("the run folder is not visible on all of node[1-2]")) == ("failed", True)
+
+
+# ------------------------------------------------------------------------------------------------ inside a job
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "event", "requeued"),
+    [
+        (["started"], 137, "died", True),
+        (["started", "died", "started", "died", "started"], 137, "stopped", False),
+        (["started"], 2, "refused", False),
+        (["started", "again"], 255, "again", False),
+        ([], 66, "died", True),
+    ],
+)
+def test_the_batch_script_looks_back(
+    tmp_path: Path,
+    slurm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[str],
+    code: int,
+    event: str,
+    requeued: bool,
+) -> None:
+    submit([job("a", tmp_path / "r", "")], tmp_path / "r", launcher("slurm"))
+    launch = newest_launch(tmp_path / "r")
+    for name in before:
+        write_event(launch.journal("a", 0), name, at="the beginning")
+    slurm_says(slurm, "JobId=101 JobState=RUNNING ")
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    assert work.look_back(launch, "a", 0, 3, code) == code
+    assert read_events(launch.journal("a", 0))[-1]["event"] == event
+    assert (slurm / "requeued").exists() == requeued
+
+
+def test_names_and_order_of_jobs_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="job a/b: its name must be"):
+        submit([Job("a/b", (("x",),))], tmp_path, launcher("here"))
+    with pytest.raises(UserError, match="job a is after b, which is no job before it"):
+        submit([Job("a", (("x",),), after=("b",))], tmp_path, launcher("here"))

@@ -1,0 +1,398 @@
+"""Sweeps: values, points, names, figures, and that only what is missing is run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cm3leon.config import NoSettings, dump_yaml, to_mapping
+from cm3leon.experiment import Experiment, is_sweep, list_experiments
+from cm3leon.launch import Job, Submitted
+from cm3leon.registry import LAUNCHERS
+from cm3leon.run import main
+from cm3leon.sweep import load_sweep
+from cm3leon.sweep import run as sweep_run
+from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names
+from cm3leon.sweep.report import sweep_report
+from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
+from cm3leon.sweep.run import what_is_shared
+from cm3leon.sweep.values import Choice, Interval, parse_values
+from cm3leon.types import UserError
+
+NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
+KEYS = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(".".join), min_size=1, unique=True)
+
+
+def points(trials: int | None = None, **sweep: Any) -> dict[str, Any]:
+    return dict(named_points(SweepConfig(sweep=sweep, sweep_trials=trials)))
+
+
+# ---------------------------------------------------------------------------------------------------- values
+
+
+@given(st.lists(NUMBERS, min_size=1))
+def test_numbers_between_commas_are_read_as_they_were_written(values: list[float]) -> None:
+    parsed = parse_values("key", ",".join(map(repr, values)))
+    assert isinstance(parsed, Choice)
+    assert list(parsed.values) == values
+    assert list(map(type, parsed.values)) == list(map(type, values))
+
+
+@given(st.integers(-50, 50), st.integers(-50, 50), st.integers(-5, 5).filter(bool))
+def test_ranges_are_pythons(start: int, stop: int, step: int) -> None:
+    text = f"range({start}, {stop}, {step})"
+    if not range(start, stop, step):
+        with pytest.raises(UserError, match="has no values"):
+            parse_values("key", text)
+    else:
+        assert parse_values("key", text) == Choice(range(start, stop, step))
+
+
+@given(st.floats(1e-8, 1e8), st.floats(1.001, 1e6), st.booleans(), st.integers())
+def test_draws_lie_within_the_bounds(low: float, factor: float, logarithmic: bool, seed: int) -> None:
+    name = "loguniform" if logarithmic else "uniform"
+    interval = parse_values("key", f"{name}({low!r},{low * factor!r})")
+    assert interval == Interval(low, low * factor, logarithmic)
+    assert all(low <= interval.draw(random.Random(seed + number)) <= low * factor for number in range(20))
+
+
+def test_draws_are_even_on_their_scale() -> None:
+    source = random.Random(0)
+    drawn = [Interval(1e-4, 1e-2, True).draw(source) for _ in range(2000)]
+    assert 0.45 < sum(value < 1e-3 for value in drawn) / 2000 < 0.55
+    drawn = [Interval(0, 1, False).draw(source) for _ in range(2000)]
+    assert 0.45 < sum(value < 0.5 for value in drawn) / 2000 < 0.55
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ([1, [2, 3]], [1, [2, 3]]),
+        (5, [5]),
+        (None, [None]),
+        ("adamw,adamw_8bit", ["adamw", "adamw_8bit"]),
+        ("{name: top_p, cfg: 1.0},greedy", [{"name": "top_p", "cfg": 1.0}, "greedy"]),
+        ("[1, 2],[3]", [[1, 2], [3]]),
+        ("true,null", [True, None]),
+    ],
+)
+def test_values_may_be_of_any_type(given: Any, values: list[Any]) -> None:
+    parsed = parse_values("key", given)
+    assert isinstance(parsed, Choice)
+    assert list(parsed.values) == values
+
+
+# ---------------------------------------------------------------------------------------------------- points
+
+
+@given(KEYS)
+def test_short_names_are_ends_that_tell_keys_apart(keys: list[str]) -> None:
+    short = short_names(keys)
+    assert len(set(short.values())) == len(keys)
+    assert all(f".{key}".endswith(f".{short[key]}") for key in keys)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(), min_size=1, max_size=4, unique=True), min_size=1)
+)
+def test_a_grid_has_every_combination_once(sweep: dict[str, list[int]]) -> None:
+    named = points(**sweep)
+    count = 1
+    for values in sweep.values():
+        count *= len(values)
+    assert len(named) == count == len({str(point) for point in named.values()})
+    assert all(point[key] in sweep[key] for point in named.values() for key in sweep)
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_more_trials_are_the_same_points_and_further_ones(few: int, more: int) -> None:
+    sweep = {"lr": "loguniform(1e-5,1e-2)", "steps": "range(100)"}
+    first, then = points(few, **sweep), points(few + more, **sweep)
+    assert list(then)[:few] == list(first)
+    assert len(then) == few + more
+
+
+def test_names_tell_the_point() -> None:
+    named = points(**{"training.learning_rate": "1e-3,3e-3", "seed": "range(2)", "decoder": [{"name": "cd_k", "k": 2}]})
+    assert list(named)[:2] == [
+        "learning_rate=0.001,seed=0,decoder=cd_k-k-2",
+        "learning_rate=0.001,seed=1,decoder=cd_k-k-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sweep.training.learnin_rate=1e-3"], "training.learnin_rate is not a known key; did you mean learning_rate?"),
+        (["sweep.training.steps=10,0"], "sweep, point steps=0: training.steps is 0; it must be int >= 1"),
+        (["sweep.seed=range(0)"], "sweep.seed is range(0), which has no values; write values as"),
+        (["sweep.seed=range(1,2,0)"], "sweep.seed is range(1,2,0), which is not understood; write values as"),
+        (["sweep.seed=__import__(os)"], "which is not understood"),
+        (["sweep.seed=uniform(2,1)"], "it must be uniform(low,high) with numbers, low < high"),
+        (["sweep.seed=loguniform(0,1)"], "it must be loguniform(low,high) with numbers, 0 < low < high"),
+        (["sweep.seed=loguniform(a,b)"], "it must be loguniform(low,high) with numbers"),
+        (["sweep.model.dropout=uniform(0,1)"], "has no end of values; give sweep_trials=N"),
+        (["sweep.seed=1,1"], "sweep: two points are named seed=1"),
+        (["sweep.seed=range(2000)"], f"sweep has 2,000 points; it must have at most {MAX_POINTS:,}"),
+        (["sweep.seed=range(3)", "sweep_trials=4"], "only 3 different points were found"),
+        (["sweep.seed=range(3)", "sweep_trials=4000"], "sweep_trials is 4,000; it must be at most"),
+        (["sweep.launcher=here,slurm"], "sweep.launcher cannot be swept; launcher, plugins, until are the same"),
+        (["sweep.seed=1,2", "sweep_best=loss"], "sweep_best is loss; it must be lowest or highest"),
+        (["sweep.seed=1,2", "sweep_trial=2"], "sweep_trial is not a known key; did you mean sweep_trials?"),
+        (["sweep.seed=1,2", "until=nothing"], "until is nothing, which is not a stage"),
+        (["sweep={}"], "sweep is empty; give sweep.KEY=VALUES"),
+        (["sweep.metrics.0.name=[" + "x" * 300 + "]"], "has more than 200 letters"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_run(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["experiment=digits_smoke", f"run={tmp_path / 'run'}", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_want_one_of_its_points(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=digits_smoke", "sweep.seed=1,2"]) == 2
+    assert "is a sweep, which only the command run takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in list_experiments() if is_sweep(name)])
+def test_every_sweep_that_is_shipped_has_points(name: str) -> None:
+    assert len(load_sweep(name, (), Path("none")).points) > 1
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+def finished_run(folder: Path, loss: float) -> None:
+    """The files of a run that went to its end, as far as the table reads them."""
+    setting = {"task": "text_to_image", "documents": 1, "shuffled": True, "cfg": 2.0, "n": 9}
+    files = {
+        "pretraining/validation.json": json.dumps({"loss": loss, "loss_text": 2.0}),
+        "pretraining/log.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 4.0}\n',
+        "pretraining/stage.json": json.dumps({"seconds": 3.0}),
+        "reconstruction/figures.json": json.dumps({"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}),
+        "metrics.json": json.dumps(
+            {
+                "t2i_accuracy": [{**setting, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}],
+                "wall_seconds": {"total": 7.0},
+            }
+        ),
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_figures_are_those_of_the_stages_that_are_there(tmp_path: Path) -> None:
+    assert read_figures(tmp_path) == {}
+    finished_run(tmp_path, 3.5)
+    assert read_figures(tmp_path) == {
+        "loss": 3.5,
+        "loss_text": 2.0,
+        "train.step": 2,
+        "train.loss": 4.0,
+        "reconstruction.psnr_db": 12.5,
+        "text_to_image-1-shuffled-cfg2.accuracy": 0.5,
+        "seconds": 7.0,
+    }
+
+
+def results(**losses: float | None) -> list[Result]:
+    return [
+        Result(name, {"seed": number}, "finished", {"loss": loss})
+        if loss is not None
+        else Result(name, {"seed": number}, "failed", {}, "no room")
+        for number, (name, loss) in enumerate(losses.items())
+    ]
+
+
+def test_the_best_is_the_lowest_or_the_highest_of_the_finished_ones() -> None:
+    found = results(a=2.0, b=1.0, c=None, d=float("nan"), e=3.0)
+    assert best(found, "lowest loss") is found[1]
+    assert best(found, "highest loss") is found[4]
+    assert best(found, "lowest accuracy") is None
+    check_best(found, "highest loss")
+    with pytest.raises(UserError, match="points have no figure losses; did you mean loss"):
+        check_best(found, "lowest losses")
+
+
+@given(st.lists(st.none() | st.floats(), min_size=1), st.sampled_from(["lowest", "highest"]))
+def test_no_finished_point_is_better_than_the_best(losses: list[float | None], direction: str) -> None:
+    found = results(**{str(number): loss for number, loss in enumerate(losses)})
+    winner = best(found, f"{direction} loss")
+    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    better = {"lowest": min, "highest": max}[direction]
+    assert (winner and winner.figures["loss"]) == (better(finite) if finite else None)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("xyz"), st.floats(allow_nan=False)), min_size=1))
+def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, float]]) -> None:
+    found = [Result(str(number), {"seed": number}, "finished", each) for number, each in enumerate(figures)]
+    lines = csv.DictReader(as_csv(found, ["seed"], None).splitlines())
+    read = [{key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines]
+    assert read == figures
+
+
+def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) -> None:
+    found = results(a=2.0, b=1.0, c=None)
+    lines = list(csv.DictReader(as_csv(found, ["seed"], found[1]).splitlines()))
+    assert [(line["point"], line["seed"], line["state"], line["best"], line["loss"]) for line in lines] == [
+        ("a", "0", "finished", "", "2.0"),
+        ("b", "1", "finished", "best", "1.0"),
+        ("c", "2", "failed", "", ""),
+    ]
+    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="highlight"') == 1
+    assert "no room" in page
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("keys", "pretraining", "apart"),
+    [
+        (["training.learning_rate"], False, []),
+        (["training.learning_rate", "seed"], False, ["seed"]),
+        (["generation.cfg"], True, []),
+        (["generation.cfg", "training.steps"], False, []),
+        (["generation.cfg", "seed"], True, ["seed"]),
+        (["text_tokenizer.vocab_size"], True, ["text_tokenizer.vocab_size"]),
+    ],
+)
+def test_what_points_share_depends_on_their_keys(keys: list[str], pretraining: bool, apart: list[str]) -> None:
+    assert what_is_shared(keys) == (pretraining, apart)
+
+
+SWEPT = ["experiment=digits_smoke", "sweep.training.learning_rate=1e-3,2e-3", "sweep.seed=0,1", "launcher=inline"]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
+    """Names of the folders whose experiment was run; a launcher `inline` runs the commands of jobs in this process."""
+    names: list[str] = []
+
+    def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
+        names.append(folder.name)
+        rate, marker = experiment.training.learning_rate, folder / (until or "pretraining") / "stage.json"
+        if rate == 0.5:
+            raise RuntimeError("the weights\nhave gone")
+        if until:  # what points share
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text("{}")
+            (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
+        else:
+            finished_run(folder, 3.0 - 100 * rate)
+
+    monkeypatch.setattr(sweep_run, "run_experiment", run_experiment)
+    monkeypatch.setattr("cm3leon.stages.stages.run_experiment", run_experiment)
+
+    @LAUNCHERS.register("inline")
+    class Inline:
+        """One command after the other, in this process."""
+
+        detached = False
+        Config = NoSettings
+
+        def __init__(self, config: NoSettings) -> None:
+            pass
+
+        def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+            for command in (command for job in jobs for command in job.commands):
+                with contextlib.suppress(RuntimeError):
+                    main(command)
+            return []
+
+    return names
+
+
+def test_points_run_in_their_folders_with_what_they_share(ran: list[str], tmp_path: Path) -> None:
+    assert main([*SWEPT, f"run={tmp_path}"]) == 0
+    assert ran == [
+        "shared,seed=0",
+        "shared,seed=1",
+        *(f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)),
+    ]
+    point = tmp_path / "learning_rate=0.002,seed=1"
+    assert (point / "retriever").resolve() == tmp_path / "shared,seed=1" / "retriever"
+    lines = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    assert [line["loss"] for line in lines] == ["2.9", "2.9", "2.8", "2.8"]
+    assert [line["best"] for line in lines] == ["", "", "best", ""]
+    assert "learning_rate=0.002,seed=0" in (tmp_path / "report.html").read_text()
+
+
+def test_a_second_start_runs_only_what_is_missing(ran: list[str], tmp_path: Path) -> None:
+    words = [*SWEPT[:1], "launcher=inline", f"run={tmp_path}"]
+    assert main([*words, "sweep.training.learning_rate=1e-3,2e-3"]) == 0
+    assert main([*words, "sweep.training.learning_rate=1e-3,2e-3,4e-3"]) == 0
+    assert ran == ["shared", "learning_rate=0.001", "learning_rate=0.002", "learning_rate=0.004"]
+    assert main([*words, "sweep.training.learning_rate=1e-3,2e-3", "training.steps=30"]) == 0
+    assert ran[4:] == ["shared", "learning_rate=0.001", "learning_rate=0.002"]
+    assert main([f"experiment={tmp_path / 'sweep.yaml'}", f"run={tmp_path}"]) == 0
+    assert len(ran) == 7
+
+
+def test_failures_are_listed_and_tried_again_by_the_same_command(
+    ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=digits_smoke", "launcher=inline", f"run={tmp_path}", "sweep.training.learning_rate=1e-3,0.5"]
+    for times in (1, 2):
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert "failed: learning_rate=0.5, the weights have gone" in said.out
+        assert "1 of 2 points did not finish, learning_rate=0.5; the same command tries them again" in said.err
+        assert ran.count("learning_rate=0.5") == times
+    assert ran.count("learning_rate=0.001") == 1
+    assert "the weights have gone" in (tmp_path / "report.html").read_text()
+
+
+def test_figures_of_a_point_that_runs_again_are_not_those_of_before(ran: list[str], tmp_path: Path) -> None:
+    assert main([*SWEPT, f"run={tmp_path}"]) == 0
+    sweep = load_sweep("digits_smoke", [*SWEPT[1:3], "training.steps=30"], tmp_path)
+    assert {result.state for result in sweep_run.make_table(sweep)} == {"missing"}
+
+
+def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_path: Path) -> None:
+    seen: list[Job] = []
+
+    @LAUNCHERS.register("kept")
+    class Kept:
+        """Keeps the jobs."""
+
+        detached = True
+        Config = NoSettings
+
+        def __init__(self, config: NoSettings) -> None:
+            pass
+
+        def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
+            seen.extend(jobs)
+            return [Submitted(job.name, 0, "1", folder / "log") for job in jobs]
+
+    words = ["experiment=digits_smoke", f"run={tmp_path}", "sweep.training.learning_rate=1e-3,2e-3", "launcher=kept"]
+    assert main([*words, "sweep_retries=2"]) == 0
+    shared, points, collect = seen
+    assert (shared.after, points.after, collect.after) == ((), ("shared0",), ("points",))
+    assert (points.always, collect.always) == (True, True)
+    assert (shared.together, points.together, collect.together) == (False, True, False)
+    assert points.resources == {"max_deaths": 3}
+    assert [command[:2] for command in points.commands] == [
+        ("point", f"run={tmp_path / 'learning_rate=0.001'}"),
+        ("point", f"run={tmp_path / 'learning_rate=0.002'}"),
+    ]
+    assert collect.commands == (("collect", f"run={tmp_path}"),)
