@@ -77,9 +77,10 @@ class Searcher:
         Args:
             nprobe: inverted lists that are looked through, of an index that has them.
         """
-        on_gpu = self._copy is not None and max(count, nprobe or 0) <= MOST
+        within = max(count, nprobe or 0) <= MOST
+        index = self._copy if within and self._copy is not None else self._index
         parameters = None if nprobe is None else import_faiss().SearchParametersIVF(nprobe=nprobe)
-        return (self._copy if on_gpu else self._index).search(queries_QD, count, params=parameters)[1]
+        return index.search(queries_QD, count, params=parameters)[1]
 
 
 def largest(queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
