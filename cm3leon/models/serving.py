@@ -41,7 +41,7 @@ def keep_weights(model: Any, kind: Weights) -> None:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise UserError(f"weights are {kind}, which needs the package torchao (pip install torchao)") from error
-    quantize_(model.blocks, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+    quantize_(model.blocks, Int8WeightOnlyConfig(version=2) if kind == "int8" else Float8WeightOnlyConfig())
 
 
 class _Summed(nn.Module):
