@@ -105,7 +105,7 @@ import json, sys
 import soundfile
 from fairseq2 import init_fairseq2
 init_fairseq2()
-heavy = [name for name in ("cm3leon.stages", "cm3leon.search", "open_clip", "sklearn", "faiss") if name in sys.modules]
+heavy = [name for name in ("cm3leon.stages", "cm3leon.search", "open_clip", "faiss") if name in sys.modules]
 from cm3leon.plugins.fairseq2_cm3leon.extension import get_cm3leon_model_hub
 hub = get_cm3leon_model_hub()
 shapes = {name: vars(hub.get_arch_config(name)) for name in hub.get_archs()}
