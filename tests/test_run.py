@@ -38,7 +38,7 @@ def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
     sentence = "expert is not a known command; did you mean export? "
-    known = "add, export, generate, part, perplexity, plan, run, search, show, validate"
+    known = ", ".join(sorted(run.COMMANDS))
     assert done.stderr == f"cm3leon: {sentence}(known: {known})\n"
     assert done.stdout == ""
 

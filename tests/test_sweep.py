@@ -361,6 +361,16 @@ def test_failures_are_listed_and_tried_again_by_the_same_command(
     assert "the weights have gone" in (tmp_path / "report.html").read_text()
 
 
+def test_ranks_do_not_each_start_a_sweep(
+    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*SWEPT, f"run={tmp_path / 'run'}"]) == 2
+    assert "a sweep starts the processes of its points itself" in capsys.readouterr().err
+    assert ran == []
+
+
 def test_figures_of_a_point_that_runs_again_are_not_those_of_before(ran: list[str], tmp_path: Path) -> None:
     assert main([*SWEPT, f"run={tmp_path}"]) == 0
     sweep = load_sweep("digits_smoke", [*SWEPT[1:3], "training.steps=30"], tmp_path)

@@ -100,7 +100,11 @@ def _here(each: Submitted, events: Sequence[Event], at: str, launch: Launch) -> 
     """The state of a command of this machine that has not said that it ended."""
     alive = is_alive(int(each.id), launch)
     if not events:
-        return State("queued") if alive else State("failed", "not started, as a job before it did not succeed")
+        return (
+            State("queued")
+            if alive
+            else State("failed", "not started, as a job before it did not succeed, or was cancelled")
+        )
     if events[-1]["event"] == "again":
         return State("cancelled", f"it came to {at}; the same command goes on from there")
     return State("running", at) if alive else State("gone", f"its process is not there any more; it came to {at}")

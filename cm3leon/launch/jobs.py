@@ -35,10 +35,10 @@ class Job:
     """Settings of the launcher that are other ones for this job: `{"timeout_min": 60}`."""
     after: tuple[str, ...] = ()
     """Names of jobs that have to succeed before this one starts."""
-    always: bool = False
-    """Whether it starts when those have ended, however they did."""
     together: bool = True
     """Whether a command runs on all processes that the launcher starts, as one training; else it is one process."""
+    always: bool = False
+    """Whether it starts when those before it have ended, however they did."""
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,8 @@ def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
 
 
 def _shown(submitted: list[Submitted]) -> str:
-    if len(submitted) == 1:
-        return f"job {submitted[0].id}"
-    return (
-        f"jobs {submitted[0].id} to {submitted[-1].id}"
-        if submitted[0].id != submitted[-1].id
-        else (f"{len(submitted)} commands of job {submitted[0].id}")
-    )
+    first, last = submitted[0].id, submitted[-1].id
+    return f"job {first}" if first == last else f"jobs {first} to {last}"
 
 
 def _frozen(config: Experiment | Study, folder: Path) -> Path:

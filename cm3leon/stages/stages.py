@@ -125,7 +125,7 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
         place = None
 
     def before() -> None:
-        """Those of a corpus in shards take long, and are for jobs of one process."""
+        # Those of a corpus in shards take long, and are for jobs of one process.
         if experiment.shards is None:
             run_stages(stages, _open(experiment, folder), folder, _say, until="retriever")
 

@@ -120,7 +120,8 @@ def _drawn(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> list
     trials = config.sweep_trials or 0
     if trials > MAX_POINTS:
         raise UserError(f"sweep_trials is {trials:,}; it must be at most {MAX_POINTS:,}")
-    source, different = random.Random(config.sweep_seed), {}
+    source = random.Random(config.sweep_seed)
+    different: dict[str, Point] = {}
     for _ in range(_DRAWS * trials):
         point = {key: of.draw(source) for key, of in values.items()}
         different.setdefault(str(point), point)

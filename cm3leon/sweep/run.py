@@ -83,9 +83,13 @@ def run_sweep(sweep: Sweep) -> None:
     A launcher that does not wait is given the jobs, the last of which makes both.
 
     Raises:
-        UserError: for what a launcher can know to be impossible, for a run of this sweep that is under way, and, from
-            a launcher that waits, for points that failed.
+        UserError: for what a launcher can know to be impossible, for a run of this sweep that is under way, for a start
+            as one of several ranks, and, from a launcher that waits, for points that failed.
     """
+    if find_place():
+        raise UserError(
+            "a sweep starts the processes of its points itself; run it once, with launcher=torchrun or launcher=slurm"
+        )
     refuse_twice(sweep.folder)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     (sweep.folder / SWEEP_FILE).write_text(dump_yaml(sweep.mapping))

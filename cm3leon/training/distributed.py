@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,17 +148,27 @@ def joined(place: Place | None, timeout_seconds: int, *, before: Callable[[], No
             )
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    url = f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
-    timeout = timedelta(seconds=timeout_seconds)
-    store, _, _ = next(dist.rendezvous(url, place.rank, place.count, timeout=timeout))
+    # Each time that this process joins the others has names of its own there.
+    store = dist.PrefixStore(f"joined {next(_times)}", _store(place))
     if before:
         _first_alone(store, place, before)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=timeout)
     try:
         yield Ranks(device, place.rank, place.count, joined=True)
     finally:
         dist.destroy_process_group()
+
+
+_times = itertools.count()
+
+
+@functools.cache
+def _store(place: Place) -> dist.Store:
+    """Where the ranks find each other; kept for as long as the process is there, since the first of them serves it."""
+    url = f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
+    return next(dist.rendezvous(url, place.rank, place.count))[0]
 
 
 def _first_alone(store: dist.Store, place: Place, action: Callable[[], None]) -> None:
