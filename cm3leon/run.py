@@ -89,6 +89,7 @@ def run(arguments: Sequence[str]) -> int | None:
             from cm3leon.launch.runs import launch_study
 
             return launch_study(study, folder, until=until)
+        _record(folder)
         run_study(study, folder, until=until)
         return None
     from cm3leon.experiment import is_sweep, load_experiment
@@ -103,13 +104,19 @@ def run(arguments: Sequence[str]) -> int | None:
         from cm3leon.launch.runs import launch_experiment
 
         return launch_experiment(experiment, folder, until=until)
-    from cm3leon.launch.record import record
     from cm3leon.stages.stages import run_experiment
+
+    _record(folder)
+    run_experiment(experiment, folder, until=until)
+    return None
+
+
+def _record(folder: Path) -> None:
+    """Writes down in the run folder what runs, once for all processes."""
+    from cm3leon.launch.record import record
 
     if _is_first():
         record(folder)
-    run_experiment(experiment, folder, until=until)
-    return None
 
 
 def _is_launched(launcher: Any) -> bool:
