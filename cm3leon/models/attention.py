@@ -246,7 +246,7 @@ def choose(name: str, device: torch.device) -> Choice:
         if missing:
             raise UserError(f"model.attention is {name}, which lacks {missing}; take attention=auto")
         return Choice(name, ATTENTIONS.build(name))
-    passed_over = []
+    passed_over: list[str] = []
     for each in PREFERRED:
         missing = ATTENTIONS.get(each).missing(device)
         if not missing:
