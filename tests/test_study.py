@@ -32,7 +32,7 @@ TINY = {
     "split.held_out": 0.05,
     "text_tokenizer.vocab_size": 320,
     "image_tokenizer.codebook_size": 32,
-    "image_tokenizer.channels": 8,
+    "image_tokenizer.width": 8,
     "image_tokenizer_training.steps": 3,
     "image_tokenizer_training.batch_size": 8,
     "image_tokenizer_training.warmup_steps": 1,
