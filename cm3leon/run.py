@@ -83,12 +83,14 @@ def run(arguments: Sequence[str]) -> int | None:
     folder, until = _run_folder(named), named["until"] or None
     if _is_study(named):
         from cm3leon.study import load_study, run_study
+        from cm3leon.study.run import check_until
 
         study = load_study(named["experiment"], overrides, folder)
         if _is_launched(study.launcher):
             from cm3leon.launch.runs import launch_study
 
             return launch_study(study, folder, until=until)
+        check_until(study, until)
         _record(folder)
         run_study(study, folder, until=until)
         return None
@@ -104,8 +106,11 @@ def run(arguments: Sequence[str]) -> int | None:
         from cm3leon.launch.runs import launch_experiment
 
         return launch_experiment(experiment, folder, until=until)
-    from cm3leon.stages.stages import run_experiment
+    from cm3leon.stages.pipeline import number_of
+    from cm3leon.stages.stages import run_experiment, stages_of
 
+    if until:
+        number_of(stages_of(experiment), until, "until")
     _record(folder)
     run_experiment(experiment, folder, until=until)
     return None

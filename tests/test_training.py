@@ -580,7 +580,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     module, tensors = saved(tmp_path, 12)
     path = Checkpoints(tmp_path, Ranks(CPU), keep=2).newest()
     assert path == tmp_path / "step_00000012"
-    assert read_state(path) == {"step": 12, "data": {"at": 12}, "ranks": 1}
+    assert read_state(path) == {"step": 12, "data": {"at": 12}, "ranks": 1, "format": 1}
     found = tensors_of(path)
     assert all(torch.equal(found[f".model.{name}"], tensor) for name, tensor in module.state_dict().items())
     for name, moments in tensors["optimizer"].items():

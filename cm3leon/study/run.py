@@ -32,9 +32,7 @@ def run_study(study: Study, folder: Path, *, until: str | None = None, asked: tu
     Raises:
         UserError: for an unknown `until`, and whatever a run or an evaluation finds wrong.
     """
-    names = [*study.runs, *study.evaluations]
-    if until is not None and until not in names:
-        raise UserError(f"until is {until}, which is no part of this study; {choices(until, names)}")
+    names = check_until(study, until)
     wanted = names[: names.index(until) + 1] if until else names
     folder.mkdir(parents=True, exist_ok=True)
     if asked is None:
@@ -66,6 +64,14 @@ def run_study(study: Study, folder: Path, *, until: str | None = None, asked: tu
             write_json(folder / RESULTS, results)
             study_report(folder / "report.html", study, results, {name: shown for name, (_, shown) in found.items()})
     print(f"report: {folder / 'report.html'}")
+
+
+def check_until(study: Study, until: str | None) -> list[str]:
+    """The names of all parts of a study. Raises UserError for an `until` that is none of them."""
+    names = [*study.runs, *study.evaluations]
+    if until is not None and until not in names:
+        raise UserError(f"until is {until}, which is no part of this study; {choices(until, names)}")
+    return names
 
 
 def measured(asking: Asking, name: str, evaluation: Evaluation) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -41,25 +41,25 @@ class InfillMiddle(Task):
         sample = lay_out(Sample(query, tuple(retrieved)), self.vocab)
         own = [segment for segment in sample.segments if segment.is_query]
         image = next(segment for segment in own if segment.modality == "image")
-        start, end = self.middle
+        start, end = self.span
         middle = image.start + start, image.start + end
         ids_T = rearrange(sample.ids_T, (own[0].start, own[-1].end), middle, self.vocab)
         asked_T = ids_T[: len(ids_T) - (end - start) - 1]  # without the answer and the <eos> behind it
         return Prompt(asked_T, "image", end - start, self.vocab.eos)
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
-        start, end = self.middle
+        start, end = self.span
         ids_T = required(query, "image").ids_T.copy()
         ids_T[start:end] = answer_T
         return with_segment(query, "image", ids_T)
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
-        start, end = self.middle
+        start, end = self.span
         before_T, after_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
         return super().keeps_given(query, completed) and np.array_equal(before_T, after_T)
 
     @property
-    def middle(self) -> Range:
+    def span(self) -> Range:
         """Codes [start, end) that are missing; codes run row by row."""
         missing = max(1, round(self.config.share * self.image_codes))
         start = (self.image_codes - missing) // 2
