@@ -114,9 +114,11 @@ def is_alive(process: int, launch: Launch) -> bool:
     """Whether the process that looks after a submission on this machine is there, and not another one of that id."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes()
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return str(launch.folder).encode() in words
+    # One that is only just being started has no words yet; nor has one that has ended, and nobody has waited for.
+    return state not in "ZX" and (not words or str(launch.folder).encode() in words)
 
 
 def refuse_twice(folder: Path) -> None:
