@@ -15,7 +15,7 @@ from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
-from cm3leon.types import Again, UserError
+from cm3leon.types import AGAIN, REFUSED, Again, UserError
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
@@ -59,10 +59,6 @@ FLAGS = ("--help", "--list", "--show", "--version")
 
 # The ones that are a matter of the machine, not of the code: no room, no permission, no such device.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOTDIR)
-
-
-AGAIN = 75
-"""Exit code of a run that was asked to make room (EX_TEMPFAIL of sysexits.h): it is to be started again."""
 
 
 @dataclass(frozen=True)
@@ -364,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _complain(str(error), 2)
+        return _complain(str(error), REFUSED)
     except Again as error:
         return _complain(f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN)
     except FloatingPointError as error:

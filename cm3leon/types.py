@@ -36,6 +36,10 @@ class Again(Exception):
     """A run was asked to make room: its progress is saved, and the same command goes on from there."""
 
 
+AGAIN, REFUSED = 75, 2
+"""Exit codes of `python -m cm3leon.run`: to be started again (EX_TEMPFAIL of sysexits.h), and a user's mistake."""
+
+
 @dataclass(frozen=True)
 class TextSegment:
     """A run of text; a joined one goes on with the run before it, as the answer within its template does."""

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cm3leon.launch.journal import AGAIN
+from cm3leon.types import AGAIN
 
 
 def run(count: int, command: list[str]) -> int:

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.stages.pipeline import MARKER, STARTED, SUPERSEDED
-
-AGAIN, REFUSED = 75, 2
-"""Exit codes of `python -m cm3leon.run`: to be started again, and a user's mistake."""
+from cm3leon.types import AGAIN, REFUSED
 
 ENDED = ("done", "refused", "stopped", "unseen")
 """Events after which a command is not started again."""
@@ -92,9 +90,3 @@ def progress(command: Sequence[str]) -> str:
     steps = [int(path.name[5:]) for path in place.glob("step_*")]
     stage = place.relative_to(folder).as_posix()
     return f"{stage}, step {max(steps)}" if steps else stage
-
-
-def last_event(journal: Path) -> str:
-    """Name of the last event of a journal; "" for one that has none."""
-    events = read_events(journal)
-    return events[-1]["event"] if events else ""

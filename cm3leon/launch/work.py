@@ -15,7 +15,8 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from cm3leon.launch.jobs import Launch
-from cm3leon.launch.journal import AGAIN, ENDED, outcome, progress, read_events, write_event
+from cm3leon.launch.journal import ENDED, outcome, progress, read_events, write_event
+from cm3leon.types import AGAIN
 
 STOPPED = 1
 """Exit code of a job that is not started again."""

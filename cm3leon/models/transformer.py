@@ -20,7 +20,7 @@ from cm3leon.types import UserError
 
 @MODELS.register("cm3leon")
 class Transformer(Model):
-    """Model-only transformer: ids to logits. No loss, no task, no tokenizer."""
+    """Decoder-only transformer: ids to logits. No loss, no task, no tokenizer."""
 
     @dataclass(kw_only=True)
     class Config:

@@ -14,12 +14,32 @@ from cm3leon.tasks.base import Task, infilling_prompt, required, with_segment
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument
 
 
-@TASKS.register("infill")
-class Infill(Task):
-    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays."""
+class Infilling(Task):
+    """Base of the tasks that ask for some codes of an image, by the caption and the other codes."""
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"
+
+    @property
+    def span(self) -> Span:
+        """Codes [start, end) that are asked for; codes run row by row."""
+        raise NotImplementedError
+
+    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
+        start, end = self.span
+        ids_T = required(query, "image").ids_T.copy()
+        ids_T[start:end] = answer_T
+        return with_segment(query, "image", ids_T)
+
+    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
+        start, end = self.span
+        old_T, new_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
+        return super().keeps_given(query, completed) and np.array_equal(old_T, new_T)
+
+
+@TASKS.register("infill")
+class Infill(Infilling):
+    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -36,20 +56,8 @@ class Infill(Task):
         span = self.span
         return infilling_prompt(Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0])
 
-    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
-        start, end = self.span
-        ids_T = required(query, "image").ids_T.copy()
-        ids_T[start:end] = answer_T
-        return with_segment(query, "image", ids_T)
-
-    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
-        start, end = self.span
-        old_T, new_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
-        return super().keeps_given(query, completed) and np.array_equal(old_T, new_T)
-
     @property
     def span(self) -> Span:
-        """Codes [start, end) of the missing half; codes run row by row."""
         middle = self.image_codes // 2
         return (0, middle) if self.config.half == "top" else (middle, self.image_codes)
 

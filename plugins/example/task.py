@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cm3leon.config import Probability
 from cm3leon.registry import TASKS
-from cm3leon.tasks.base import Task, required, with_segment
+from cm3leon.tasks.base import required
+from cm3leon.tasks.infill import Infilling
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.types import Modality, Prompt, Sample, TokenDocument
+from cm3leon.types import Prompt, Sample, TokenDocument
 
 from .objective import Range, rearrange
 
 
 @TASKS.register("infill_middle")
-class InfillMiddle(Task):
+class InfillMiddle(Infilling):
     """The caption, the top and the bottom of the image are given, the codes between are asked for; what is given stays.
 
     `<eos> [documents] <mask:0> caption <break> top <mask:1> bottom <mask:2>`, then the middle.
     """
-
-    retrieves_by: Modality = "text"
-    answers_in: Modality = "image"
 
     @dataclass(kw_only=True)
     class Config:
@@ -47,20 +43,8 @@ class InfillMiddle(Task):
         asked_T = ids_T[: len(ids_T) - (end - start) - 1]  # without the answer and the <eos> behind it
         return Prompt(asked_T, "image", end - start, self.vocab.eos)
 
-    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
-        start, end = self.span
-        ids_T = required(query, "image").ids_T.copy()
-        ids_T[start:end] = answer_T
-        return with_segment(query, "image", ids_T)
-
-    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
-        start, end = self.span
-        before_T, after_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
-        return super().keeps_given(query, completed) and np.array_equal(before_T, after_T)
-
     @property
     def span(self) -> Range:
-        """Codes [start, end) that are missing; codes run row by row."""
         missing = max(1, round(self.config.share * self.image_codes))
         start = (self.image_codes - missing) // 2
         return start, start + missing

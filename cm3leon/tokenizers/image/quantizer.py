@@ -140,7 +140,8 @@ class EMAQuantizer(Quantizer):
             quantized_ND = self.codebook_VD[codes_N]
             pull = self.commitment * F.mse_loss(z_ND, quantized_ND)
             if self.training:
-                self._learn(z_ND.detach(), codes_N, (z_ND - quantized_ND).detach().pow(2).sum(1))
+                far_N = (z_ND - quantized_ND).detach().pow(2).sum(1) if self.revive_far else None
+                self._learn(z_ND.detach(), codes_N, far_N)
             return z_ND + (quantized_ND - z_ND).detach(), codes_N, pull
 
     def lookup(self, z_ND: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class EMAQuantizer(Quantizer):
         return self.codebook_VD[codes]
 
     @torch.no_grad()
-    def _learn(self, z_ND: Tensor, codes_N: Tensor, distance_N: Tensor) -> None:
+    def _learn(self, z_ND: Tensor, codes_N: Tensor, far_N: Tensor | None) -> None:
         rows = _rows_at_once(self.codebook_VD)
         count_V, sum_VD = torch.zeros_like(self.count_V), torch.zeros_like(self.sum_VD)
         for z, codes in zip(z_ND.split(rows), codes_N.split(rows), strict=True):
@@ -162,15 +163,16 @@ class EMAQuantizer(Quantizer):
         self.codebook_VD.copy_(self.sum_VD / self.count_V.clamp(min=1e-5)[:, None])
         even_use = len(z_ND) / len(self.codebook_VD)
         dead_M = (self.count_V < self.revive_below * even_use).nonzero()[:, 0]
-        self._move(dead_M, z_ND, distance_N if self.revive_far else None)
+        if len(dead_M):
+            self._move(dead_M, z_ND, far_N)
 
     @torch.no_grad()
     def _move(self, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
-        """Moves codes onto random vectors of the batch, drawn by weight, as if each had had even use."""
+        """Moves codes onto vectors of the batch, drawn by weight or else evenly, as if each had had even use."""
         if weight_N is None:
             chosen_M = torch.randint(len(z_ND), (len(dead_M),), device=z_ND.device)
         else:
-            chosen_M = torch.multinomial(weight_N + 1e-12, len(dead_M), replacement=True) if len(dead_M) else dead_M
+            chosen_M = torch.multinomial(weight_N + 1e-12, len(dead_M), replacement=True)
         even_use = len(z_ND) / len(self.codebook_VD)
         self.codebook_VD[dead_M] = z_ND[chosen_M]
         self.sum_VD[dead_M] = z_ND[chosen_M] * even_use
