@@ -29,7 +29,7 @@ import torch
 from cm3leon.decoders import grammar
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.request import Request
-from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.export import to_opt
 from cm3leon.models.serving import Weights, keep_weights
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover
@@ -104,12 +104,7 @@ def decoder(shape: str, weights: Weights) -> Transformer:
 
 def opt(shape: str) -> Any:
     """The same weights in transformers, all in bf16."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    model = decoder(shape, "float32")
-    other = OPTForCausalLM(OPTConfig(**to_opt_config(model.config, model.vocab_size))).to(DEVICE).eval()
-    other.load_state_dict(to_opt_state(model.state_dict()), strict=False)
-    return other.bfloat16()
+    return to_opt(decoder(shape, "float32")).to(DEVICE, torch.bfloat16)
 
 
 def prompts_of(case: str, args: argparse.Namespace, vocab: Vocab) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.export import to_opt
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy
@@ -113,12 +113,7 @@ def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor]
 
 def opt(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The same weights in transformers' OPT, with its own loss; padding is masked, and in no target."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    model = shape(args)
-    config = OPTConfig(**to_opt_config(model.config, model.vocab_size), use_cache=False)
-    other = OPTForCausalLM(config).to(DEVICE)
-    other.load_state_dict(to_opt_state(model.state_dict()), strict=False)
+    other = to_opt(shape(args), use_cache=False).to(DEVICE)
 
     def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
         real_BT = sample_BT >= 0

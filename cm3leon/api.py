@@ -488,8 +488,19 @@ class CM3Leon:
         return tuple(shown)
 
     def clip_scores(self, text: str, codes_BN: np.ndarray) -> np.ndarray:
-        """Cosine (B,) of each image and a text, by the run's own CLIP."""
+        """Cosine (B,) of each image and a text, by the run's own CLIP; NaN where its retriever has none.
+
+        Raises:
+            UserError: for several images, which the scores would rank, where there is no CLIP.
+        """
         encoder = self.run.retriever.encoder
+        if not encoder.joint:
+            if len(codes_BN) > 1:
+                name = self.run.experiment.retriever.name
+                raise UserError(
+                    f"samples are ranked by CLIP, and the retriever {name} of this run has none; ask for one"
+                )
+            return np.full(len(codes_BN), np.nan)
         images_BHWC = self.run.image_tokenizer.decode(np.asarray(codes_BN, np.int64))
         return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
 

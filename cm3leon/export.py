@@ -168,7 +168,7 @@ def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: for an OPT of another shape, naming the key and its allowed value.
     """
-    width, heads, hidden = opt["hidden_size"], opt["num_attention_heads"], opt["ffn_dim"]
+    width, heads, hidden = (_whole(opt, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim"))
     for key, allowed in {**FIXED, "word_embed_proj_dim": width}.items():
         if opt[key] != allowed:
             raise UserError(f"{key} is {json.dumps(opt[key])}; it must be {json.dumps(allowed)}")
@@ -177,13 +177,19 @@ def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
     if hidden % width:
         raise UserError(f"ffn_dim is {hidden}; it must be a multiple of hidden_size {width}")
     return {
-        "layers": opt["num_hidden_layers"],
+        "layers": _whole(opt, "num_hidden_layers"),
         "width": width,
         "head_size": width // heads,
         "mlp_ratio": hidden // width,
-        "seq_len": opt["max_position_embeddings"],
+        "seq_len": _whole(opt, "max_position_embeddings"),
         "init_std": opt["init_std"],
     }
+
+
+def _whole(opt: Mapping[str, Any], key: str) -> int:
+    if type(opt[key]) is not int:
+        raise UserError(f"{key} is {json.dumps(opt[key])}; it must be a whole number")
+    return opt[key]
 
 
 def _opt_name(layer: int | str, name: str) -> str:
@@ -191,6 +197,17 @@ def _opt_name(layer: int | str, name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ run -> hf
+
+
+def to_opt(model: Transformer, **config: Any) -> Any:
+    """The decoder as an `OPTForCausalLM` in evaluation mode; `config` goes to `OPTConfig`.
+
+    Loaded, not built: below version 5, transformers fails to initialise norms without weights.
+    """
+    transformers = _transformers()
+    opt_config = transformers.OPTConfig(**to_opt_config(model.config, model.vocab_size), **config)
+    state = to_opt_state(model.state_dict())
+    return transformers.OPTForCausalLM.from_pretrained(None, config=opt_config, state_dict=state).eval()
 
 
 def export_to_hf(run_folder: Path, out: Path) -> None:
@@ -202,15 +219,10 @@ def export_to_hf(run_folder: Path, out: Path) -> None:
         UserError: for a run without a finished pretraining, another class of model, or a folder `out` that is taken.
         RuntimeError: if the OPT's logits differ.
     """
-    transformers = _transformers()
+    _transformers()
     run, model = _finished(run_folder)
-    config = transformers.OPTConfig(**to_opt_config(model.config, model.vocab_size))
-    with torch.device("meta"):  # no memory, no initialisation: the weights are there already
-        opt = transformers.OPTForCausalLM(config)
-    opt.load_state_dict(to_opt_state(model.state_dict()), assign=True)
     with _new_folder(out) as folder:
-        opt.save_pretrained(folder)
-        del opt
+        to_opt(model).save_pretrained(folder)
         shutil.copyfile(run.folder / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
         # The plain class runs tokenizer.json as it is; the one that OPT names would replace its pipeline.
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})

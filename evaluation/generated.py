@@ -25,7 +25,7 @@ class Generated:
     names; -1 where there is none. `codes_BN` and `texts`: the answer with what was given. `given_texts`: captions of
     the documents that were asked for. `training_MN`: codes of the training images and of their varied versions;
     `retrieved`: codes of the documents in each prompt, (K, N). `clip_B`: cosine of text and image by the run's own
-    retriever, which is no independent judge. `exact_B`: whether what the task has to leave as it was is so.
+    retriever, which is no independent judge; None where that is no CLIP. `exact_B`: whether what the task has to leave as it was is so.
     """
 
     modality: Modality
@@ -36,7 +36,7 @@ class Generated:
     given_texts: Sequence[str]
     training_MN: np.ndarray
     retrieved: Sequence[np.ndarray]
-    clip_B: np.ndarray
+    clip_B: np.ndarray | None
     exact_B: np.ndarray
 
 
@@ -81,7 +81,7 @@ class ClipScore(Metric):
     """Mean cosine of text and image by the run's own retriever, which is not independent of the run."""
 
     def __call__(self, generated: Generated) -> Measured | None:
-        return average(generated.clip_B)
+        return None if generated.clip_B is None else average(generated.clip_B)
 
 
 @METRICS.register("distinct")

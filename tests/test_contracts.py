@@ -92,6 +92,7 @@ SMALL: dict[str, Any] = {
     "code_dim": 8,
     "channels": 32,
     "discriminator_layers": 1,
+    "encoder": {"architecture": None, "width": 16, "layers": 1, "embed_dim": 16},
 }
 
 
@@ -207,9 +208,7 @@ def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: s
 @every(RETRIEVERS)
 def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name: str) -> None:
     torch.manual_seed(0)
-    retriever = registry.build(
-        {"name": name, "encoder": {"architecture": None, "width": 16, "layers": 1, "embed_dim": 16}, "threshold": 2.0}
-    )
+    retriever = registry.build({**small(registry, name), "threshold": 2.0})
     retriever.encoder.eval()
     images_BHWC = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     ids, texts = [f"document {n}" for n in range(6)], [f"text {n}" for n in range(6)]

@@ -26,7 +26,7 @@ from cm3leon.decoders.guidance import classifier_free, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
 from cm3leon.decoders.request import Request, Shape, shape_for
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.export import to_opt_config, to_opt_state
+from cm3leon.export import to_opt
 from cm3leon.registry import DECODERS
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.types import TokenDocument, TokenSegment, UserError
@@ -104,10 +104,9 @@ def test_sampling_has_the_distribution_of_the_model() -> None:
 
 
 def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     module = model(2)
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**to_opt_config(module.config, VOCAB.size))).eval()
-    opt.load_state_dict(to_opt_state(module.state_dict()), strict=False)
+    opt = to_opt(module)
     ids_T, other_T = np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]), np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk])
     codes = list(range(*VOCAB.id_range("image")))
     closed = [token for token in range(VOCAB.size) if token not in codes]

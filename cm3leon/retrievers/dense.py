@@ -2,98 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.registry import RETRIEVERS
-from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
+from cm3leon.retrievers.base import Retriever, StrategyConfig
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.strategy import NONE, Rules, select
-from cm3leon.types import Modality
 
 
 @RETRIEVERS.register("dense")
-class DenseRetriever:
+class DenseRetriever(Retriever):
     """CLIP bi-encoder, FAISS inner-product search; relevance, modality, diversity, query dropout."""
 
     @dataclass(kw_only=True)
-    class Config:
-        """The strategy of the paper's section 2.2."""
+    class Config(StrategyConfig):
+        """The strategy of the paper's section 2.2, and the encoder."""
 
         encoder: EncoderConfig = field(default_factory=EncoderConfig)
         """The CLIP model."""
-        threshold: float = 0.9
-        """A candidate whose cosine to the query, or to a document already taken, is above this is skipped."""
-        both_modalities: bool = True
-        """Take only documents that have both text and image."""
-        candidates: PositiveInt = 64
-        """Candidates that the search hands to the strategy."""
-        per_modality: PositiveInt = 2
-        """Documents retrieved by the text as query, and as many by the image, for each training document."""
-        max_documents: NonNegativeInt = 3
-        """Most of those drawn for a training sample."""
-        random_count: bool = True
-        """Draw how many are used uniformly from 0 to max_documents (RA-CM3), so that the model works without any."""
-        query_dropout: Probability = 0.2
-        """Share of the query's tokens (BPE pieces, image patches) dropped before encoding, in training only."""
-        dropout_variants: PositiveInt = 4
-        """Differently dropped-out queries a training document has; one is drawn in each epoch."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.encoder = ClipEncoder(config.encoder)
-        self.rules = Rules(config.threshold, config.both_modalities)
-
-    def parts(
-        self, texts: Sequence[str] | None, images_BHWC: np.ndarray | None, *, dropout: float = 0.0, seed: int = 0
-    ) -> Parts:
-        """Vectors of documents' or queries' parts; a part that is None is a zero row in every document."""
-        text_BD = None if texts is None else self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
-        image_BD = None if images_BHWC is None else self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
-        if text_BD is None:
-            if image_BD is None:
-                raise ValueError("a query needs texts or images")
-            text_BD = np.zeros_like(image_BD)
-        return Parts(text_BD, np.zeros_like(text_BD) if image_BD is None else image_BD)
-
-    def bank(self, ids: Sequence[str], texts: Sequence[str], images_BHWC: np.ndarray) -> MemoryBank:
-        """A memory bank of documents with a text and an image each."""
-        return MemoryBank(list(ids), self.parts(texts, images_BHWC))
-
-    def retrieve(
-        self,
-        bank: SearchableBank,
-        queries: Parts,
-        by: Modality,
-        *,
-        count: int,
-        exclude_Q: np.ndarray | None = None,
-        like: Parts | None = None,
-    ) -> tuple[np.ndarray, Counter[str]]:
-        """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
-
-        Args:
-            queries: parts of the queries; `by` names the one that is searched with. For a query without it nothing is
-                found.
-            exclude_Q: row of each query's own document, -1 for one that is not in the bank; None = none is.
-            like: parts of the documents whose copies are not to be found; None = the queries'. A query that lost
-                tokens to dropout no longer tells its own document's copies.
-
-        Returns:
-            rows (Q, count), filled up with -1, and the verdicts.
-        """
-        vectors_QD = queries.text_BD if by == "text" else queries.image_BD
-        candidates_QK = bank.search(vectors_QD, self.config.candidates)
-        candidates_QK[~queries.has(by)] = NONE
-        return select(
-            candidates_QK,
-            bank.parts_of(candidates_QK),
-            queries if like is None else like,
-            exclude_Q=np.full(len(candidates_QK), NONE) if exclude_Q is None else exclude_Q,
-            count=count,
-            rules=self.rules,
-        )

@@ -52,6 +52,8 @@ _HEAD = 16
 class ClipEncoder(nn.Module):
     """An open_clip model with its tokenizer and pixel normalisation. Raises UserError for an unknown architecture."""
 
+    joint = True
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
-from cm3leon.retrievers.dense import DenseRetriever
+from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.types import Modality
 
@@ -58,7 +58,7 @@ class Neighbours:
 
 
 def find_neighbours(
-    retriever: DenseRetriever,
+    retriever: Retriever,
     bank: MemoryBank,
     *,
     ids: Sequence[str],
@@ -78,7 +78,7 @@ def find_neighbours(
 
 
 def neighbours_of(
-    retriever: DenseRetriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray, *, like: Parts
+    retriever: Retriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray, *, like: Parts
 ) -> tuple[np.ndarray, Counter[str]]:
     """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
 

@@ -144,7 +144,7 @@ class Evaluator:
             given_texts=[run.corpus.captions[row] for row in rows],
             training_MN=run.varied_codes_VBN.reshape(-1, codes_BN.shape[1]),
             retrieved=[self._codes(generation.retrieved) for generation in generations],
-            clip_B=(parts.text_BD * parts.image_BD).sum(axis=1),
+            clip_B=(parts.text_BD * parts.image_BD).sum(axis=1) if run.retriever.encoder.joint else None,
             exact_B=self._given_is_kept(setting, generations),
         )
 

@@ -20,6 +20,8 @@ from cm3leon.config import (
 )
 from cm3leon.experiment import Experiment, load_experiment, load_listed
 from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
+from cm3leon.stages.pipeline import number_of
+from cm3leon.stages.stages import stages_of
 from cm3leon.study.asking import Row, Setting
 from cm3leon.types import UserError
 
@@ -144,10 +146,13 @@ def load_study(name_or_path: str, words: Sequence[str], folder: Path, shipped: P
 
 
 def load_run(study: Study, name: str) -> Experiment:
-    """The experiment of a run."""
+    """The experiment of a run. Raises UserError for one that is not valid, or whose `until` is none of its stages."""
     run = study.runs[name]
     try:
-        return load_experiment(run.experiment, settings=run.overrides)
+        experiment = load_experiment(run.experiment, settings=run.overrides)
+        if experiment.until:
+            number_of(stages_of(experiment), experiment.until, "until")
+        return experiment
     except UserError as error:
         raise UserError(f"runs.{name}: {error}") from error
 

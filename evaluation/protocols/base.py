@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.evaluation.metrics import Measured
+from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
 
 
@@ -35,8 +35,15 @@ class Answer:
     text: str = ""
     image_HWC: np.ndarray | None = None
     clip: float = float("nan")
+    """NaN where the run's retriever has no CLIP."""
     scores_K: np.ndarray | None = None
     """Log-likelihood of each candidate in nats; `text` is the likeliest one then."""
+
+
+def clip_score(answers: Sequence[Answer]) -> dict[str, Measured]:
+    """The mean score of images, by name; no figure where the run's retriever has no CLIP."""
+    scores = np.array([answer.clip for answer in answers])
+    return {} if np.isnan(scores).any() else {"CLIP score": average(scores)}
 
 
 class Protocol(ABC):

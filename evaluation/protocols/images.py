@@ -14,8 +14,8 @@ from cm3leon.config import Component, NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.images import Extractor, FeatureStatistics, Inception, cell_features, features, precision_recall
-from cm3leon.evaluation.metrics import Measured, average
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing
+from cm3leon.evaluation.metrics import Measured
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing, clip_score
 from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.types import Document, TextSegment, UserError
 
@@ -86,7 +86,7 @@ class CaptionedImages(Protocol):
         name = "FID" if self.config.inception_file else "Fréchet distance of cells"
         found = {name: distances[0].frechet(distances[1]), "precision": precision, "recall": recall}
         figures = {key: Measured(value, value, value, len(items)) for key, value in found.items()}
-        return {**figures, "CLIP score": average(np.array([answer.clip for answer in answers]))}
+        return {**figures, **clip_score(answers)}
 
     def fingerprint(self) -> str:
         return self._source().fingerprint()

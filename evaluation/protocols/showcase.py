@@ -15,7 +15,7 @@ from cm3leon.data.files import MarkedImage
 from cm3leon.data.images import UnusableImage, read_image
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.evaluation.metrics import Measured, average
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, clip_score
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -80,7 +80,7 @@ class Showcase(Protocol):
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         if self.answers_in == "text":
             return {"words": average(np.array([len(answer.text.split()) for answer in answers], float))}
-        return {"CLIP score": average(np.array([answer.clip for answer in answers]))}
+        return clip_score(answers)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
