@@ -25,7 +25,8 @@ class Generated:
     names; -1 where there is none. `codes_BN` and `texts`: the answer with what was given. `given_texts`: captions of
     the documents that were asked for. `training_MN`: codes of the training images and of their varied versions;
     `retrieved`: codes of the documents in each prompt, (K, N). `clip_B`: cosine of text and image by the run's own
-    retriever, which is no independent judge; None where that is no CLIP. `exact_B`: whether what the task has to leave as it was is so.
+    retriever, which is no independent judge; None where that is no CLIP. `exact_B`: whether what the task has to leave
+    as it was is so.
     """
 
     modality: Modality

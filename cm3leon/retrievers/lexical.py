@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,13 +58,12 @@ class LexicalEncoder(nn.Module):
         self.register_buffer("documents", torch.zeros(()))
         self.register_buffer("documents_with_H", torch.zeros(BUCKETS))
 
-    def fit(self, texts: Iterable[str]) -> None:
+    def fit(self, texts: Sequence[str]) -> None:
         """Counts the documents that each word is in."""
         counts_H = np.zeros(BUCKETS, np.float32)
-        number = 0
-        for number, text in enumerate(texts, 1):
-            counts_H[[_bucket(word) for word in set(_words(text))]] += 1
-        self.documents.fill_(number)
+        for text in texts:
+            counts_H[list({_bucket(word) for word in _words(text)})] += 1
+        self.documents.fill_(len(texts))
         self.documents_with_H.copy_(torch.from_numpy(counts_H))
 
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -80,7 +79,7 @@ class LexicalEncoder(nn.Module):
             for word in words:
                 # Smoothed as scikit-learn's TfidfTransformer has it: of a word in every document something is left.
                 idf = 1 + np.log((1 + total) / (1 + with_H[_bucket(word)]))
-                vector_D[:TEXT_DIM] += idf * _direction(word)
+                vector_D[:TEXT_DIM] += idf * direction(word)
         return _unit(vectors_BD)
 
     def encode_images(self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -106,7 +105,7 @@ def _bucket(word: str) -> int:
 
 
 @lru_cache(maxsize=1 << 16)
-def _direction(word: str) -> np.ndarray:
+def direction(word: str) -> np.ndarray:
     """A word's own direction, of expected length 1: normal numbers seeded by the word."""
     seed = list(word.encode())
     return np.random.default_rng(seed).standard_normal(TEXT_DIM, np.float32) / np.float32(np.sqrt(TEXT_DIM))
