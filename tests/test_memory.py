@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3leon.models.lora import add_lora
@@ -147,6 +148,10 @@ def cuda_autocast() -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 10) and not torch.cuda.is_available(),
+    reason="torch 2.9 asks the driver even about tensors without contents",
+)
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_what_autograd_keeps_on_cuda_is_counted(gpus: int, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
