@@ -41,7 +41,8 @@ def keep_weights(model: Any, kind: Weights) -> None:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise UserError(f"weights are {kind}, which needs the package torchao (pip install torchao)") from error
-    quantize_(model.blocks, Int8WeightOnlyConfig(version=2) if kind == "int8" else Float8WeightOnlyConfig())
+    # By the library's own default of `version`: torchao 0.15 has a second one that rounds small scales up to 2^-7.
+    quantize_(model.blocks, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
 class _Summed(nn.Module):
