@@ -1,7 +1,7 @@
 # make demo          train and evaluate the small experiment, then name its report
 # make test          run the tests
 # make test-slurm    run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
-# make test-cluster  run the tests of fairseq2 and xformers, with the versions of requirements/cluster.lock
+# make test-cluster  run the tests with the versions of requirements/cluster.lock, those of fairseq2 and xformers too
 # make lint          check style and types
 # Each installs first, into .venv or .venv-cluster, once: again only when what it installs has changed.
 
@@ -26,7 +26,7 @@ test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -m slurm
 
 test-cluster: $(CLUSTER_INSTALLED)
-	CM3LEON_CLUSTER=1 $(CLUSTER_BIN)/python -m pytest -m 'cluster and not gpu'
+	CM3LEON_CLUSTER=1 $(CLUSTER_BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

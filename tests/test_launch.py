@@ -220,7 +220,8 @@ def test_jobs_run_in_order_and_not_behind_one_that_failed(tmp_path: Path, small_
 
 
 def test_torchrun_starts_ranks_and_keeps_their_exit_code(tmp_path: Path, small_code: None, capfd: Any) -> None:
-    [done] = submit([job("a", tmp_path, "code=75")], tmp_path, launcher("torchrun", processes=2))
+    # The first rank to end takes the others with it: both have time to speak.
+    [done] = submit([job("a", tmp_path, "sleep=5 code=75")], tmp_path, launcher("torchrun", processes=2))
     assert done.code == 75
     said = capfd.readouterr().out
     assert "} 0\n" in said

@@ -234,7 +234,7 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
     """
     try:
         dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=ranks.count == 1)
-    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+    except (*_UNREADABLE, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
 
 
@@ -306,12 +306,23 @@ def load_weights(path: Path, module: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ reading safely
 
 
+_UNREADABLE = (OSError, EOFError, pickle.UnpicklingError)
+"""What is raised for an index that is missing, cut or something else."""
+
+
 class _Reader(dcp.FileSystemReader):
-    """Reads the index of the shards without running what a pickle might hold."""
+    """Reads the index of the shards without running what a pickle might hold.
+
+    At once: torch 2.9 passes over what goes wrong when it asks for the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with (path / ".metadata").open("rb") as file:
+            self._index = _Unpickler(file).load()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
+        metadata = self._index
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
