@@ -338,6 +338,7 @@ def test_combinations_are_the_product():
         (["evaluations.images.sweep.documents=[-1]"], "documents is -1"),
         (["evaluations.images.models={}"], "models is empty"),
         (["runs.first.training.steps=many"], "runs.first: training.steps is"),
+        (["runs.first.until=later"], "runs.first: until is later, which is not a stage of this experiment"),
         (["runs.fist.training.steps=9"], "runs.fist is not a run of this study; did you mean first"),
         (["aims.0.row=first"], "aims: right: row is first, which images has not"),
         (["aims.0.evaluation=image"], "evaluation is image; did you mean images"),
