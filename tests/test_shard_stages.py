@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import cm3leon
 from corpora import digit_tars
 from PIL import Image
 
@@ -62,14 +63,6 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(tars: Path, run: Path, *more: str) -> list[str]:
     return ["experiment=corpus", f"data.path={tars}/*.tar", f"run={run}", *SETTINGS, *more]
-
-
-def cm3leon(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cm3leon.run", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
 
 
 def losses(run: Path) -> list[dict[str, float]]:

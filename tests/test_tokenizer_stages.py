@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import cm3leon
 from corpora import digit_tars
 from metric_weights import inception_weights, vgg_weights, write_inception, write_vgg
 from published import IMAGE_TOKENIZER_FILES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {
     "steps": 8,
     "warmup_steps": 1,
@@ -43,14 +41,6 @@ SETTINGS = (
     "image_tokenizer.adversarial_start=3",
     *(f"image_tokenizer_training.{key}={value}" for key, value in TRAINING.items()),
 )
-
-
-def cm3leon(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cm3leon.run", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
 
 
 def arguments(tars: Path, run: Path, *more: str) -> list[str]:
