@@ -25,8 +25,7 @@ from cm3leon.data.files import Files
 from cm3leon.data.images import SUFFIXES, counted_modes
 from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment, load_experiment
-from cm3leon.registry import IMAGE_TOKENIZERS, SOURCES, discover
-from cm3leon.retrievers.encoder import EncoderConfig
+from cm3leon.registry import IMAGE_TOKENIZERS, RETRIEVERS, SOURCES, discover
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.device import best_device
 from cm3leon.types import Document, ImageSegment, UserError
@@ -293,7 +292,7 @@ class Cost:
             whose="the experiment's",
             codes=tokenizer.grid**2,
             token_bytes=2 if vocab.used <= 1 << 16 else 4,
-            width=_vector_width(getattr(experiment.retriever.config, "encoder", None)),
+            width=RETRIEVERS.get(experiment.retriever.name).vector_width(experiment.retriever.config),
             rate=_images_per_second(tokenizer),
         )
 
@@ -319,17 +318,6 @@ def cost(seen: Seen, experiment: Experiment | None) -> list[str]:
             f"           encoding images: {each.rate:,.0f} images/s on this machine's {_device()}, {took} in all"
         )
     return lines
-
-
-def _vector_width(config: Any) -> int:
-    """Width of an encoder's vectors, CLIP ViT-B/32's for a retriever that does not say."""
-    if not isinstance(config, EncoderConfig):
-        return CLIP_WIDTH
-    if config.architecture is None:
-        return config.embed_dim
-    from open_clip import get_model_config
-
-    return int((get_model_config(config.architecture) or {}).get("embed_dim", CLIP_WIDTH))
 
 
 def _images_per_second(tokenizer: Any) -> float:

@@ -210,6 +210,7 @@ def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name:
     torch.manual_seed(0)
     retriever = registry.build({**small(registry, name), "threshold": 2.0})
     retriever.encoder.eval()
+    assert retriever.vector_width(retriever.config) == retriever.encoder.embed_dim
     images_BHWC = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     ids, texts = [f"document {n}" for n in range(6)], [f"text {n}" for n in range(6)]
     bank = retriever.bank(ids, texts, images_BHWC)

@@ -62,6 +62,11 @@ class Retriever:
         self.config = config
         self.rules = Rules(config.threshold, config.both_modalities)
 
+    @classmethod
+    def vector_width(cls, config: Any) -> int:
+        """The width of its encoder's vectors."""
+        return cls(config).encoder.embed_dim
+
     def parts(
         self, texts: Sequence[str] | None, images_BHWC: np.ndarray | None, *, dropout: float = 0.0, seed: int = 0
     ) -> Parts:

@@ -23,3 +23,14 @@ class DenseRetriever(Retriever):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.encoder = ClipEncoder(config.encoder)
+
+    @classmethod
+    def vector_width(cls, config: Config) -> int:
+        """The width of its encoder's vectors, which is known without building a large CLIP."""
+        if config.encoder.architecture is None:
+            return config.encoder.embed_dim
+        from open_clip import get_model_config
+
+        if (known := get_model_config(config.encoder.architecture)) is None:
+            return super().vector_width(config)  # says that there is no such model
+        return int(known["embed_dim"])
