@@ -328,6 +328,8 @@ def test_combinations_are_the_product():
     assert list(combinations({})) == [{}]
     assert list(combinations({"a": [1, 2], "b": ["x"]})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
     assert (shown(3.0), shown("cd_k"), shown({"name": "cd_k", "cfg": 2.5})) == ("3", "cd_k", "cd_k cfg 2.5")
+    mixture = {"name": "mixture", "decoders": [{"name": "top_p", "cfg": 1.0}, "cd_k"]}
+    assert shown(mixture) == "mixture decoders top_p cfg 1 and cd_k"
 
 
 @pytest.mark.parametrize(

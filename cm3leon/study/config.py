@@ -182,6 +182,8 @@ def shown(value: Any) -> str:
         return " ".join(
             [str(value.get("name", "")), *(f"{k} {shown(v)}" for k, v in value.items() if k != "name")]
         ).strip()
+    if isinstance(value, list):
+        return " and ".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -24,7 +24,7 @@ from cm3leon.evaluation.report import (
     write_report,
 )
 from cm3leon.study.asking import Example
-from cm3leon.study.config import Aim, Evaluation, Study
+from cm3leon.study.config import Aim, Evaluation, Study, shown
 
 NOTE = "In brackets the interval of 95 %."
 CEILING = (
@@ -34,11 +34,11 @@ CEILING = (
 
 
 def study_report(
-    path: Path, study: Study, results: Mapping[str, Any], shown: Mapping[str, Sequence[Sequence[Example]]]
+    path: Path, study: Study, results: Mapping[str, Any], examples: Mapping[str, Sequence[Sequence[Example]]]
 ) -> None:
-    """Writes the page. `shown` has, for each evaluation, examples of each of its rows."""
+    """Writes the page. `examples` has, for each evaluation, those of each of its rows."""
     evaluations = results["evaluations"]
-    sections = [_section(study.evaluations[name], found, shown[name]) for name, found in evaluations.items()]
+    sections = [_section(study.evaluations[name], found, examples[name]) for name, found in evaluations.items()]
     write_report(
         path,
         Report(
@@ -72,7 +72,9 @@ def _fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
     return Fact(aim.label, _number(value), "; ".join(note for note in notes if note), kind)
 
 
-def _section(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], shown: Sequence[Sequence[Example]]) -> Section:
+def _section(
+    evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], examples: Sequence[Sequence[Example]]
+) -> Section:
     metrics = list(rows[0]["metrics"])
     table = [[row["row"], *(_cell(row["metrics"].get(metric)) for metric in metrics), row["items"]] for row in rows]
     columns = ["", *metrics, "items"]
@@ -87,8 +89,8 @@ def _section(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], shown: S
     blocks: list[Content] = [Table(columns, table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))]
     if evaluation.plot:
         blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
-    for row, examples in zip(rows[:_PICTURED], shown[:_PICTURED], strict=True):
-        blocks.append(Gallery([_card(example) for example in examples], caption=row["row"]))
+    for row, few in zip(rows[:_PICTURED], examples[:_PICTURED], strict=True):
+        blocks.append(Gallery([_card(example) for example in few], caption=row["row"]))
     return Section(evaluation.title, blocks=blocks)
 
 
@@ -106,7 +108,7 @@ def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any
     power = 3 * (math.floor(math.log10(most)) // 3)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        name = ", ".join([row["model"], *(f"{other.split('.')[-1]} {row['point'][other]}" for other in others)])
+        name = ", ".join([row["model"], *(f"{other.split('.')[-1]} {shown(row['point'][other])}" for other in others)])
         lines.setdefault(name, []).append(row)
     series = [
         Series(
