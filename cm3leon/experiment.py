@@ -194,6 +194,10 @@ class Experiment:
     """Stage after which a run of this experiment ends, if the command line names none; None = the last one."""
 
     def check(self) -> None:
+        if self.retriever_training and not RETRIEVERS.get(self.retriever.name).trained:
+            raise UserError(
+                f"retriever_training is set, and the retriever {self.retriever.name} has nothing to train; make it null"
+            )
         tasks = [task.name for task in self.tasks]
         for name in self.task_decoders:
             if name not in tasks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,20 +13,6 @@ from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.strategy import NONE, Rules, select
 from cm3leon.types import Modality
-
-
-class TextImageEncoder(Protocol):
-    """A module that turns texts and images into unit vectors of one width; see `ClipEncoder` and `LexicalEncoder`."""
-
-    embed_dim: int
-    joint: bool
-    """Whether the inner product of a text and an image says how well they fit; else it is zero."""
-
-    def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Unit vectors (B, D), float32. `dropout` is the share of each text that is left out."""
-
-    def encode_images(self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of each image that is left out."""
 
 
 @dataclass(kw_only=True)
@@ -54,9 +40,11 @@ class StrategyConfig:
 class Retriever:
     """Maximum inner product search by an encoder's vectors; relevance, modality, diversity, query dropout."""
 
+    trained: ClassVar[bool] = True
+    """Whether the encoder is trained by gradient, by its method `loss`; else its method `fit(texts)` is called once."""
     encoder: Any
-    """A `TextImageEncoder` that is a `torch.nn.Module`. One with a method `fit(texts)` is fitted to the training
-    documents by it; any other is trained by gradient, where the experiment says how, and has a method `loss`."""
+    """A `torch.nn.Module` with `embed_dim`, `encode_texts` and `encode_images` as `ClipEncoder` has them, and `joint`:
+    whether the inner product of a text and an image says how well they fit."""
 
     def __init__(self, config: StrategyConfig) -> None:
         self.config = config

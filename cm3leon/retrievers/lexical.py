@@ -31,6 +31,8 @@ BUCKETS = 1 << 18
 class LexicalRetriever(Retriever):
     """TF-IDF of words and mean colours of cells; finds names that no encoder was trained on."""
 
+    trained = False
+
     @dataclass(kw_only=True)
     class Config(StrategyConfig):
         """The strategy of the paper's section 2.2."""

@@ -18,7 +18,6 @@ from cm3leon.stages.artifacts import ENCODER, WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.trainer import train
-from cm3leon.types import UserError
 
 STRATEGY = "strategy.json"
 """What the strategy did to the candidates, in the folder of the stage that found the neighbours."""
@@ -38,10 +37,7 @@ def make_retriever(run: Run, folder: Path) -> None:
     config = run.experiment.retriever_training
     if run.borrows_encoder:
         load_weights(run.borrowed_file(ENCODER), encoder)
-    elif hasattr(encoder, "fit"):
-        if config is not None:
-            name = run.experiment.retriever.name
-            raise UserError(f"retriever_training: the retriever {name} has nothing to train; leave it out, or null")
+    elif not retriever.trained:
         encoder.fit(captions)
     elif config is not None:
         varied_BHWC = run.varied_images
