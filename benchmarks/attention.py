@@ -27,17 +27,26 @@ GPU = DEVICE.type == "cuda"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sizes = ["cm3leon_350m", "cm3leon_760m", "cm3leon_7b"]
     parser.add_argument("--sizes", nargs="+", default=sizes if GPU else sizes[:1])
-    parser.add_argument("--length", type=int, default=4096 if GPU else 1024, help="positions of the block")
+    parser.add_argument(
+        "--length", type=int, default=4096 if GPU else 1024, help="positions of the block"
+    )
     parser.add_argument("--dtype", default="bfloat16" if GPU else "float32")
     parser.add_argument("--repeats", type=int, default=20 if GPU else 5)
     args = parser.parse_args()
     discover()
-    print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} threads, ", end="")
+    print(
+        f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} threads, ",
+        end="",
+    )
     print(f"torch {torch.__version__}; {args}\n\nauto takes {choose('auto', DEVICE)}\n")
-    print("| size | documents | backend | ms | TFLOP/s | MiB | error |\n|---|---|---|---|---|---|---|")
+    print(
+        "| size | documents | backend | ms | TFLOP/s | MiB | error |\n|---|---|---|---|---|---|---|"
+    )
     for size in args.sizes:
         config = MODELS.check(size).config
         for length in (args.length, 1100 * args.length // 4096):
@@ -77,7 +86,9 @@ def compare(title: str, A: int, E: int, sample_1T: Tensor, args: argparse.Namesp
         )
         memory = f"{peak(call) / 2**20:.0f}" if GPU else ""
         taken = statistics.median(seconds(call) for _ in range(args.repeats))
-        print(f"{title} {name} | {1000 * taken:.3g} | {flops / taken / 1e12:.3g} | {memory} | {error:.1e} |")
+        print(
+            f"{title} {name} | {1000 * taken:.3g} | {flops / taken / 1e12:.3g} | {memory} | {error:.1e} |"
+        )
 
 
 def seconds(call: Callable[[], object]) -> float:

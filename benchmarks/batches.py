@@ -90,7 +90,9 @@ class OnDisk:
         shards = np.array_split(np.arange(documents), max(1, documents // 4096))
         for number, rows in enumerate(shards):
             write_token_shard(
-                shard_path(tokens, number, len(shards)), [corpus.pair(row) for row in rows.tolist()], made_by
+                shard_path(tokens, number, len(shards)),
+                [corpus.pair(row) for row in rows.tolist()],
+                made_by,
             )
             found_VBK = rng.integers(documents, size=(4, len(rows), 4))
             write_neighbour_shard(shard_path(neighbours, number, len(shards)), found_VBK, {})
@@ -102,7 +104,9 @@ class OnDisk:
         """A pair with up to three of its neighbours."""
         row = shuffled(0, position, len(self._tokens))
         rows = self._neighbours.draw(row, most=3, random_count=True, rng=rng)
-        return Sample(self._tokens.document(row), tuple(self._tokens.document(other) for other in rows))
+        return Sample(
+            self._tokens.document(row), tuple(self._tokens.document(other) for other in rows)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ ours
@@ -112,7 +116,9 @@ def stream_at(start: int, draw: Draw, packing: PackingConfig) -> BlockStream:
     """The stream of batches from a position on."""
     objective = OBJECTIVES.build("cm3", vocab=VOCAB)
     cpu = torch.device("cpu")
-    stream = BlockStream(draw, objective, packing, seq_len=SEQ_LEN, batch_size=LANES, seed=0, device=cpu)
+    stream = BlockStream(
+        draw, objective, packing, seq_len=SEQ_LEN, batch_size=LANES, seed=0, device=cpu
+    )
     state = stream.state_dict()
     for lane in state["lanes"].values():
         lane["next" if packing.method == "whole" else "position"] += start
@@ -202,7 +208,12 @@ def padded(documents: list[np.ndarray]) -> torch.Tensor:
         blocks[-1].append(torch.from_numpy(ids_T))
         room -= len(ids_T)
     joined = [torch.cat(block) for block in blocks]
-    return torch.stack([torch.nn.functional.pad(ids_T, (0, SEQ_LEN - len(ids_T)), value=VOCAB.pad) for ids_T in joined])
+    return torch.stack(
+        [
+            torch.nn.functional.pad(ids_T, (0, SEQ_LEN - len(ids_T)), value=VOCAB.pad)
+            for ids_T in joined
+        ]
+    )
 
 
 def thousands(corpus: Corpus, count: int) -> Iterator[list[np.ndarray]]:
@@ -225,32 +236,54 @@ def measure_peer(make: Callable[[list], torch.Tensor], batches: Iterator[list]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=10_000_000, help="documents of the simulated corpus")
-    parser.add_argument("--places", type=int, default=5, help="places of an epoch at which the stream is entered")
-    parser.add_argument("--batches", type=int, default=200, help="batches that are timed at each place")
-    parser.add_argument("--on-disk", type=int, default=24_576, help="documents of the corpus that is read from shards")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--documents", type=int, default=10_000_000, help="documents of the simulated corpus"
+    )
+    parser.add_argument(
+        "--places", type=int, default=5, help="places of an epoch at which the stream is entered"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=200, help="batches that are timed at each place"
+    )
+    parser.add_argument(
+        "--on-disk",
+        type=int,
+        default=24_576,
+        help="documents of the corpus that is read from shards",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     discover()
     corpus = Corpus(arguments.documents)
-    print(f"{arguments.documents:,} documents, blocks of {SEQ_LEN:,}, {LANES} blocks a batch, one core\n")
+    print(
+        f"{arguments.documents:,} documents, blocks of {SEQ_LEN:,}, {LANES} blocks a batch, one core\n"
+    )
     print("| batches | tokens/s | fill | best fill | resume, s | memory, MB |")
     print("|---|---|---|---|---|---|")
     for name, draw in (("pairs", corpus.draw_pairs), ("pairs and text", corpus.draw_mixed)):
         for packing in (PackingConfig(method="stream"), PackingConfig(), PackingConfig(window=256)):
             window = f", window {packing.window}" if packing.method == "whole" else ""
-            columns = measure(draw, packing, arguments.documents, arguments.places, arguments.batches)
+            columns = measure(
+                draw, packing, arguments.documents, arguments.places, arguments.batches
+            )
             print(f"| {name}, CM3, {packing.method}{window} | {columns} |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         draw = OnDisk(corpus, arguments.on_disk, Path(folder)).draw
         for packing in (PackingConfig(method="stream"), PackingConfig()):
             columns = measure(draw, packing, arguments.on_disk, arguments.places, arguments.batches)
-            print(f"| {arguments.on_disk:,} pairs in shards on disk, CM3, {packing.method} | {columns} |", flush=True)
+            print(
+                f"| {arguments.on_disk:,} pairs in shards on disk, CM3, {packing.method} | {columns} |",
+                flush=True,
+            )
     lists = ([ids_T.tolist() for ids_T in documents] for documents in thousands(corpus, 5000))
     print(f"| peer: group_texts, lists | {measure_peer(group_texts, lists)} |")
     print(f"| peer: group_texts, numpy | {measure_peer(group_arrays, thousands(corpus, 5000))} |")
-    print(f"| peer: whole documents in order, padded | {measure_peer(padded, thousands(corpus, 5000))} |")
+    print(
+        f"| peer: whole documents in order, padded | {measure_peer(padded, thousands(corpus, 5000))} |"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from cm3leon.types import TokenDocument
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.01, 0.1, 0.3, 1.0])
@@ -39,24 +41,37 @@ def main() -> None:
     rows = np.repeat(corpus.rows("validation"), args.samples)
     labels_N = np.array([corpus.labels[row] for row in rows])
     task: Any = m._task("text_to_image")
-    prompts = [task.prompt(TokenDocument("q", (required(m.run.token_documents[row], "text"),))) for row in rows]
-    settings: list[dict[str, Any]] = [{"name": "top_p", "cfg": cfg, "top_p": 0.9} for cfg in (1, 2, 3)]
+    prompts = [
+        task.prompt(TokenDocument("q", (required(m.run.token_documents[row], "text"),)))
+        for row in rows
+    ]
+    settings: list[dict[str, Any]] = [
+        {"name": "top_p", "cfg": cfg, "top_p": 0.9} for cfg in (1, 2, 3)
+    ]
     settings += [
         {"name": "cd_k", "alpha": alpha, "k": k, "temperature": temperature}
         for temperature in args.temperature
         for k in args.k
         for alpha in args.alpha
     ]
-    print(f"{len(rows)} images a setting\n\n| setting | read right | Fréchet distance |\n|---|---|---|")
+    print(
+        f"{len(rows)} images a setting\n\n| setting | read right | Fréchet distance |\n|---|---|---|"
+    )
     for setting in settings:
         with m._computing():
             codes = generate(
-                m.run.model, prompts, DECODERS.build(setting), vocab=m.run.vocab, seeds=range(len(prompts))
+                m.run.model,
+                prompts,
+                DECODERS.build(setting),
+                vocab=m.run.vocab,
+                seeds=range(len(prompts)),
             )
         images_NHWC = tokenizer.decode(np.stack(codes) - m.run.vocab.image_start)
         right = (judge.read(images_NHWC) == labels_N).mean()
         distance = frechet_distance(judge._features(images_NHWC), real_NF)
-        name = ", ".join(f"{key} {value}" if key != "name" else value for key, value in setting.items())
+        name = ", ".join(
+            f"{key} {value}" if key != "name" else value for key, value in setting.items()
+        )
         print(f"| {name} | {right:.1%} | {distance:.4f} |", flush=True)
 
 

@@ -45,23 +45,38 @@ WEIGHT, TOP_P = 3.0, 0.9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="digits")
     parser.add_argument("--codes", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--prefix", type=int, default=1000, help="tokens of the retrieved prefix")
-    parser.add_argument("--weights", choices=("bf16", "int8", "fp8"), default="bf16", help="of ours")
+    parser.add_argument(
+        "--weights", choices=("bf16", "int8", "fp8"), default="bf16", help="of ours"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=2, help="measure the memory of a case and a way in this process")
+    parser.add_argument(
+        "--one", nargs=2, help="measure the memory of a case and a way in this process"
+    )
     args = parser.parse_args()
     discover()
     vocab, fields = SHAPES[args.shape]
     if args.one:
         print(measure_memory(args, *args.one))
         return
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}; {fields['layers']} layers, width {fields['width']}, ", end="")
-    print(f"vocabulary {vocab.size:,}, prompts of {args.prompt} tokens, {args.codes} codes an image\n")
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{device}, torch {torch.__version__}; {fields['layers']} layers, width {fields['width']}, ",
+        end="",
+    )
+    print(
+        f"vocabulary {vocab.size:,}, prompts of {args.prompt} tokens, {args.codes} codes an image\n"
+    )
     print(
         "| case | ours, images/s | transformers, images/s | ratio | ours, MiB | transformers, MiB |\n"
         "|---|---|---|---|---|---|"
@@ -107,10 +122,16 @@ def opt(shape: str) -> Any:
     return to_opt(decoder(shape, "float32")).to(DEVICE, torch.bfloat16)
 
 
-def prompts_of(case: str, args: argparse.Namespace, vocab: Vocab) -> list[tuple[np.ndarray, np.ndarray]]:
+def prompts_of(
+    case: str, args: argparse.Namespace, vocab: Vocab
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Conditional and unconditional prompts."""
     rng = np.random.default_rng(0)
-    prefix_T = rng.integers(4, vocab.text_size, args.prefix) if case == "8 samples" else np.empty(0, np.int64)
+    prefix_T = (
+        rng.integers(4, vocab.text_size, args.prefix)
+        if case == "8 samples"
+        else np.empty(0, np.int64)
+    )
 
     def one(length: int) -> tuple[np.ndarray, np.ndarray]:
         caption_T = rng.integers(4, vocab.text_size, length - 2)
@@ -125,19 +146,25 @@ def prompts_of(case: str, args: argparse.Namespace, vocab: Vocab) -> list[tuple[
     return [one(args.prompt - 2 * number) for number in range(1 if case == "one prompt" else 8)]
 
 
-def ours(model: Transformer, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+def ours(
+    model: Transformer, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]
+) -> Any:
     """Equal prompts as samples of one request."""
     image = DECODERS.build({"name": "top_p", "cfg": WEIGHT, "top_p": TOP_P})
     new = partial(grammar.image, vocab, codes)
     same = prompts[0] is prompts[-1]
     sizes = [(prompts[0], len(prompts))] if same else [(each, 1) for each in prompts]
-    requests = [Request(streams, new, codes, [{"image": image}] * n, range(n)) for streams, n in sizes]
+    requests = [
+        Request(streams, new, codes, [{"image": image}] * n, range(n)) for streams, n in sizes
+    ]
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         return answers(model, requests, vocab=vocab)
 
 
 @torch.inference_mode()
-def transformers_generate(model: Any, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+def transformers_generate(
+    model: Any, vocab: Vocab, codes: int, prompts: list[tuple[np.ndarray, np.ndarray]]
+) -> Any:
     """A batch padded to the left, with transformers' guidance and only codes allowed."""
     low, high = vocab.id_range("image")
     closed = [token for token in range(vocab.size) if not low <= token < high]
@@ -184,7 +211,9 @@ def measure_memory(args: argparse.Namespace, case: str, way: str) -> int:
     else:
         Path("/proc/self/clear_refs").write_text("5")
     function(model, vocab, args.codes, prompts_of(case, args, vocab))
-    return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")) - before
+    return (
+        torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")
+    ) - before
 
 
 def of_process(name: str) -> int:

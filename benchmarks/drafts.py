@@ -26,7 +26,9 @@ from cm3leon.types import TokenDocument
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--images", type=int, default=360)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 8])
@@ -39,12 +41,19 @@ def main() -> None:
     run = m.run
     rows = np.resize(run.corpus.rows("held_out"), args.images)
     task: Any = m._task("text_to_image")
-    prompts = [task.prompt(TokenDocument("q", (required(run.token_documents[row], "text"),))) for row in rows]
+    prompts = [
+        task.prompt(TokenDocument("q", (required(run.token_documents[row], "text"),)))
+        for row in rows
+    ]
     train = run.corpus.rows("train")
-    judge = Judge(run.corpus.images_BHWC[train], np.array([run.corpus.labels[row] for row in train]))
+    judge = Judge(
+        run.corpus.images_BHWC[train], np.array([run.corpus.labels[row] for row in train])
+    )
     labels = np.array([run.corpus.labels[row] for row in rows])
     codes = run.image_tokenizer.grid**2
-    print(f"{args.images} images of {codes} codes, guidance {args.cfg:g}, top-p {args.top_p:g}, {args.precision}\n")
+    print(
+        f"{args.images} images of {codes} codes, guidance {args.cfg:g}, top-p {args.top_p:g}, {args.precision}\n"
+    )
     print(
         "| at once | window | steps | codes a step | images/s | the same | read right |\n|---|---|---|---|---|---|---|"
     )
@@ -61,7 +70,8 @@ def main() -> None:
             right = (judge.read(run.image_tokenizer.decode(ids_BN)) == labels).mean()
             a_step = codes * len(images) / at_once / steps
             print(
-                f"| {at_once} | {window} | {steps} | {a_step:.2f} | {rate:.1f} | {same:.1%} | {right:.1%} |", flush=True
+                f"| {at_once} | {window} | {steps} | {a_step:.2f} | {rate:.1f} | {same:.1%} | {right:.1%} |",
+                flush=True,
             )
 
 
@@ -74,14 +84,23 @@ def draw(
     steps = 0
     for first in range(0, len(prompts), at_once):
         requests = [
-            request_for(prompt, decoder, vocab=m.run.vocab, seeds=[first + place], seq_len=m.run.seq_len)
+            request_for(
+                prompt, decoder, vocab=m.run.vocab, seeds=[first + place], seq_len=m.run.seq_len
+            )
             for place, prompt in enumerate(prompts[first : first + at_once])
         ]
         with m._computing():
-            engine = Engine(m.run.model, m.run.vocab, shape_for(m.run.model, requests, window=window), window=window)
+            engine = Engine(
+                m.run.model,
+                m.run.vocab,
+                shape_for(m.run.model, requests, window=window),
+                window=window,
+            )
             for request in requests:
                 engine.submit(request)
-            images += [answer.tokens for answer in sorted(engine.run(), key=lambda answer: answer.ticket)]
+            images += [
+                answer.tokens for answer in sorted(engine.run(), key=lambda answer: answer.ticket)
+            ]
         steps += engine.steps
     return images, steps
 

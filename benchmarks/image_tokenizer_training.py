@@ -28,7 +28,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         vgg = Path(folder) / "vgg16.pth"
         torch.save(torchvision.models.vgg16(weights=None).state_dict(), vgg)
-        print("| precision | perceptual | kept for an image, GB | forward, s | backward, s | batch of 32, GB |")
+        print(
+            "| precision | perceptual | kept for an image, GB | forward, s | backward, s | batch of 32, GB |"
+        )
         print("|---|---|---|---|---|---|")
         for file in (None, vgg):
             for bf16 in (False, True):
@@ -37,9 +39,15 @@ def main() -> None:
 
 def measure(perceptual_file: Path | None, bf16: bool) -> None:
     """Prints a row."""
-    settings = {"name": "vqgan", "adversarial_start": 0, "perceptual_file": perceptual_file and str(perceptual_file)}
+    settings = {
+        "name": "vqgan",
+        "adversarial_start": 0,
+        "perceptual_file": perceptual_file and str(perceptual_file),
+    }
     module = IMAGE_TOKENIZERS.build(settings).training_module().train()
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    fixed = {
+        tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())
+    }
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,13 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometries", nargs="+", choices=MAKERS, default=list(MAKERS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["eager"], help="of ours")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["eager"], help="of ours"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -64,7 +68,10 @@ def main() -> None:
                 torch.manual_seed(0)
                 pair = MAKERS[geometry](Path(folder), device)
                 print(f"\n{agreement(pair, device)}; {torch.get_num_threads()} CPU threads\n")
-                print("| device | geometry | who | what | batch | images/s |\n|---|---|---|---|---|---|", flush=True)
+                print(
+                    "| device | geometry | who | what | batch | images/s |\n|---|---|---|---|---|---|",
+                    flush=True,
+                )
                 for row in measure(pair, device, args.variants, args.batches, args.repeats):
                     print(
                         f"| {row.device} | {row.geometry} | {row.who} | {row.what} | {row.batch} "
@@ -104,7 +111,9 @@ def taming_f8(folder: Path, device: str) -> Pair:
     theirs.to(device)
     return Pair(
         "f8 (diffusers VQModel)",
-        lambda signal_BCHW: theirs.quantize(theirs.encode(signal_BCHW).latents)[2][2].view(len(signal_BCHW), -1),
+        lambda signal_BCHW: theirs.quantize(theirs.encode(signal_BCHW).latents)[2][2].view(
+            len(signal_BCHW), -1
+        ),
         lambda codes_BHW: theirs.decoder(
             theirs.post_quant_conv(theirs.quantize.embedding(codes_BHW).permute(0, 3, 1, 2))
         ),
@@ -118,17 +127,26 @@ MAKERS = {"ds16": llamagen_ds16, "f8": taming_f8}
 def agreement(pair: Pair, device: str) -> str:
     """How far ours and theirs agree on one image, and on the way back from the same codes."""
     signal_BCHW, codes_BHW = inputs(pair, 1, device)
-    same = (pair.ours.codes_of(signal_BCHW).flatten(1) == pair.their_codes(signal_BCHW)).float().mean().item()
+    same = (
+        (pair.ours.codes_of(signal_BCHW).flatten(1) == pair.their_codes(signal_BCHW))
+        .float()
+        .mean()
+        .item()
+    )
     apart = (pair.ours.signal_of(codes_BHW) - pair.their_signal(codes_BHW)).abs().max().item()
     return f"{device}, {pair.name}: {same:.1%} of the codes are the same; reconstructions differ by {apart:.1e} at most"
 
 
-def measure(pair: Pair, device: str, variants: list[str], batches: list[int], repeats: int) -> Iterator[Row]:
+def measure(
+    pair: Pair, device: str, variants: list[str], batches: list[int], repeats: int
+) -> Iterator[Row]:
     """Times theirs and every variant of ours in turn."""
     models = {"theirs": (pair.their_codes, pair.their_signal)}
     models |= {f"ours, {variant}": functions(pair.ours, variant) for variant in variants}
     for batch in batches:
-        for number, (what, given) in enumerate(zip(("encode", "decode"), inputs(pair, batch, device), strict=True)):
+        for number, (what, given) in enumerate(
+            zip(("encode", "decode"), inputs(pair, batch, device), strict=True)
+        ):
             seconds: dict[str, list[float]] = {who: [] for who in models}
             for _ in range(1 + repeats):
                 for who, both in models.items():
@@ -137,7 +155,9 @@ def measure(pair: Pair, device: str, variants: list[str], batches: list[int], re
                 yield Row(device, pair.name, who, what, batch, batch / statistics.median(times[1:]))
 
 
-def functions(tokenizer: PublishedVQ, variant: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def functions(
+    tokenizer: PublishedVQ, variant: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Images to codes, and codes to images, in one of the variants."""
     if variant.endswith("channels_last"):
         tokenizer = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)

@@ -23,7 +23,15 @@ import torch
 
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank, IndexConfig, add_shard, exact_search, merge, recall_at, train
+from cm3leon.retrievers.index import (
+    Bank,
+    IndexConfig,
+    add_shard,
+    exact_search,
+    merge,
+    recall_at,
+    train,
+)
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 
 WIDTH, LATENT, CENTRES, SHARD, QUERIES = 512, 64, 2_000, 50_000, 1024
@@ -44,16 +52,22 @@ def write_vectors(folder: Path, documents: int) -> VectorShards:
     for number in range(count):
         rng = np.random.default_rng([1, number])
         rows = min(SHARD, documents - number * SHARD)
-        points = centres[rng.integers(CENTRES, size=rows)] + 0.7 * rng.standard_normal((rows, LATENT), dtype=np.float32)
+        points = centres[rng.integers(CENTRES, size=rows)] + 0.7 * rng.standard_normal(
+            (rows, LATENT), dtype=np.float32
+        )
         near = unit(points @ turn)
-        text, image = (unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32)) for _ in range(2))
+        text, image = (
+            unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32)) for _ in range(2)
+        )
         ids = [str(number * SHARD + row) for row in range(rows)]
         write_vector_shard(shard_path(folder, number, count), ids, Parts(text, image), HEADER)
     finish_vectors(folder, count)
     return VectorShards(folder, HEADER)
 
 
-def rate(search: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, batch: int) -> tuple[np.ndarray, float]:
+def rate(
+    search: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, batch: int
+) -> tuple[np.ndarray, float]:
     """What is found, and queries a second."""
     search(queries[:batch])
     start = time.perf_counter()
@@ -61,15 +75,22 @@ def rate(search: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, batch:
     return np.concatenate(found), len(queries) / (time.perf_counter() - start)
 
 
-def row(name: str, build: float, size: float, search: Callable, queries: np.ndarray, exact: np.ndarray) -> None:
+def row(
+    name: str, build: float, size: float, search: Callable, queries: np.ndarray, exact: np.ndarray
+) -> None:
     found, batched = rate(search, queries, 64)
     _, single = rate(search, queries[:64], 1)
     recalls = " | ".join(f"{recall_at(exact, found, k):.3f}" for k in (2, 10))
-    print(f"| {name} | {build:,.0f} | {size:,.0f} | {batched:,.0f} | {single:,.0f} | {recalls} |", flush=True)
+    print(
+        f"| {name} | {build:,.0f} | {size:,.0f} | {batched:,.0f} | {single:,.0f} | {recalls} |",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -85,9 +106,15 @@ def main() -> None:
         queries = unit(texts + 0.02 * rng.standard_normal(texts.shape, dtype=np.float32))
         start = time.perf_counter()
         exact = exact_search(vectors, queries, 10)
-        print(f"{options.documents:,} documents of {WIDTH} dimensions, {QUERIES} queries, {options.threads} threads; ")
-        print(f"exact search through the shards on disk: {QUERIES / (time.perf_counter() - start):,.0f} queries/s\n")
-        print("| index | build, s | bytes a document | queries/s, 64 at once | one by one | recall@2 | recall@10 |")
+        print(
+            f"{options.documents:,} documents of {WIDTH} dimensions, {QUERIES} queries, {options.threads} threads; "
+        )
+        print(
+            f"exact search through the shards on disk: {QUERIES / (time.perf_counter() - start):,.0f} queries/s\n"
+        )
+        print(
+            "| index | build, s | bytes a document | queries/s, 64 at once | one by one | recall@2 | recall@10 |"
+        )
         print("|---|---|---|---|---|---|---|", flush=True)
         means = np.concatenate([vectors.shard(number).mean() for number in range(vectors.count)])
         matrix = torch.from_numpy(means)
@@ -118,10 +145,23 @@ def ours(vectors: VectorShards, place: Path, queries: np.ndarray, exact: np.ndar
         f"ours: IVF{figures['lists']},PQ{config.code_bytes}, nprobe {figures['nprobe']}, {config.rescored} rescored "
         f"(train {trained:.0f} s, add {added:.0f} s, merge and recall {built - trained - added:.0f} s)"
     )
-    row(name, built, figures["bytes_per_document"], lambda some: bank.search(some, 10), queries, exact)
+    row(
+        name,
+        built,
+        figures["bytes_per_document"],
+        lambda some: bank.search(some, 10),
+        queries,
+        exact,
+    )
 
 
-def peers(means: np.ndarray, place: Path, options: argparse.Namespace, queries: np.ndarray, exact: np.ndarray) -> None:
+def peers(
+    means: np.ndarray,
+    place: Path,
+    options: argparse.Namespace,
+    queries: np.ndarray,
+    exact: np.ndarray,
+) -> None:
     try:
         from autofaiss import build_index
     except ImportError:
@@ -146,7 +186,9 @@ def peers(means: np.ndarray, place: Path, options: argparse.Namespace, queries: 
     built = time.perf_counter() - start
     path = place / "autofaiss.index"
     faiss.write_index(index, str(path))
-    name = f"autofaiss, at most {memory // options.documents} bytes a document: {infos['index_key']}"
+    name = (
+        f"autofaiss, at most {memory // options.documents} bytes a document: {infos['index_key']}"
+    )
     size = path.stat().st_size / options.documents
     row(name, built, size, lambda some: index.search(some, 10)[1], queries, exact)
 

@@ -33,19 +33,36 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=65_536)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=ways(), help="measure this one in this process, and print it as JSON")
+    parser.add_argument(
+        "--way", choices=ways(), help="measure this one in this process, and print it as JSON"
+    )
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(measure(ways()[args.way], args.tokens, args.vocabulary, args.width, args.repeats)))
+        print(
+            json.dumps(
+                measure(ways()[args.way], args.tokens, args.vocabulary, args.width, args.repeats)
+            )
+        )
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, torch {torch.__version__}, {args.tokens:,} tokens, vocabulary {args.vocabulary:,}, ", end="")
-    print(f"width {args.width:,}; all logits in float32 are {args.tokens * args.vocabulary / 2**18:,.0f} MiB\n")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{device}, torch {torch.__version__}, {args.tokens:,} tokens, vocabulary {args.vocabulary:,}, ",
+        end="",
+    )
+    print(
+        f"width {args.width:,}; all logits in float32 are {args.tokens * args.vocabulary / 2**18:,.0f} MiB\n"
+    )
     print("| way | seconds | memory, MiB | error |\n|---|---|---|---|", flush=True)
     for way in ways():
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--way", way]
@@ -56,7 +73,10 @@ def main() -> None:
 
 def ways() -> dict[str, Loss]:
     """What is compared, by name: losses of hidden states (N, D), a head (V, D) and targets (N,)."""
-    found: dict[str, Loss] = {f"ours, at most 2^{LOGITS.bit_length() - 1} logits at a time": ours, "ours, plain": plain}
+    found: dict[str, Loss] = {
+        f"ours, at most 2^{LOGITS.bit_length() - 1} logits at a time": ours,
+        "ours, plain": plain,
+    }
     if hasattr(F, "linear_cross_entropy"):
         found["torch F.linear_cross_entropy"] = lambda hidden, head, target: F.linear_cross_entropy(
             hidden.bfloat16(), head.bfloat16(), target
@@ -64,8 +84,10 @@ def ways() -> dict[str, Loss]:
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         for policy in ("accurate", "compact"):
             options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
-            found[f"torch F.linear_cross_entropy, chunks, {policy}"] = lambda hidden, head, target, options=options: (
-                F.linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), target, options=options)
+            found[f"torch F.linear_cross_entropy, chunks, {policy}"] = (
+                lambda hidden, head, target, options=options: F.linear_cross_entropy(
+                    hidden.bfloat16(), head.bfloat16(), target, options=options
+                )
             )
     if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -79,7 +101,9 @@ def ways() -> dict[str, Loss]:
 
 def ours(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
     with torch.autocast(hidden_ND.device.type, dtype=torch.bfloat16):
-        return linear_cross_entropy(hidden_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32))[0]
+        return linear_cross_entropy(
+            hidden_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32)
+        )[0]
 
 
 def plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
@@ -88,7 +112,9 @@ def plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
         return plain_linear_cross_entropy(hidden_ND, head_VD, target_N, weight_N)[0]
 
 
-def measure(loss: Loss, tokens: int, vocabulary: int, width: int, repeats: int) -> tuple[float, int, float]:
+def measure(
+    loss: Loss, tokens: int, vocabulary: int, width: int, repeats: int
+) -> tuple[float, int, float]:
     """Seconds of a call, bytes held at most during the calls, and the error of the head's gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

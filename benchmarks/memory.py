@@ -32,7 +32,9 @@ from cm3leon.training.parallel import distributed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -44,7 +46,9 @@ def main() -> None:
     if args.one:
         rank(args, json.loads(args.one))
         return
-    print("| ranks | checkpointing | LoRA | planned, MiB | peak, MiB | planned / peak |\n|---|---|---|---|---|---|")
+    print(
+        "| ranks | checkpointing | LoRA | planned, MiB | peak, MiB | planned / peak |\n|---|---|---|---|---|---|"
+    )
     for ranks in args.ranks:
         for checkpointing in ("none", "selective", "full"):
             for lora in (0, 16):
@@ -56,10 +60,22 @@ def main() -> None:
 
 def run(args: argparse.Namespace, ranks: int, fields: dict[str, Any]) -> tuple[int, float]:
     """Peak of the fullest rank, and what was planned."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "width", "vocabulary", "length")]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
+    shape = [
+        f"--{name}={getattr(args, name)}" for name in ("layers", "width", "vocabulary", "length")
+    ]
     shape.append(f"--micro-batch={args.micro_batch}")
-    command = [sys.executable, *launcher, str(Path(__file__).resolve()), *shape, f"--one={json.dumps(fields)}"]
+    command = [
+        sys.executable,
+        *launcher,
+        str(Path(__file__).resolve()),
+        *shape,
+        f"--one={json.dumps(fields)}",
+    ]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if not done.stdout.startswith("["):
@@ -73,8 +89,12 @@ def rank(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     place = find_place()
     count = place.count if place else 1
     blocks = 2 * args.micro_batch * count
-    config = DecoderTrainingConfig(precision="bf16", batch_size=blocks, micro_batch=args.micro_batch, **fields)
-    planned = training_memory(shape, args.vocabulary, config, gpus=count, micro_batch=args.micro_batch).total
+    config = DecoderTrainingConfig(
+        precision="bf16", batch_size=blocks, micro_batch=args.micro_batch, **fields
+    )
+    planned = training_memory(
+        shape, args.vocabulary, config, gpus=count, micro_batch=args.micro_batch
+    ).total
 
     def train(shape: Transformer.Config, ranks: Ranks) -> None:
         def new() -> Transformer:
@@ -85,12 +105,19 @@ def rank(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         optimizer = new_optimizer(model, config)
         for _ in range(2):
             for _ in range(2):
-                step(model, torch.randint(args.vocabulary, (args.micro_batch, shape.seq_len), device=ranks.device))
+                step(
+                    model,
+                    torch.randint(
+                        args.vocabulary, (args.micro_batch, shape.seq_len), device=ranks.device
+                    ),
+                )
             optimizer.step()
             optimizer.zero_grad()
 
     with joined(place, config.timeout_seconds) as ranks:
-        train(Transformer.Config(layers=1, width=64, seq_len=8), ranks)  # libraries and threads are there after it
+        train(
+            Transformer.Config(layers=1, width=64, seq_len=8), ranks
+        )  # libraries and threads are there after it
         gc.collect()
         before = held(ranks.device)
         train(shape, ranks)
@@ -104,7 +131,9 @@ def step(model: Any, ids_BT: Tensor) -> None:
     weight_N = torch.ones(ids_BT.numel(), device=ids_BT.device)
 
     def readout(hidden_BTD: Tensor, head: Any) -> Tensor:
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, ids_BT.flatten(), weight_N)[0]
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), head.weight, ids_BT.flatten(), weight_N
+        )[0]
 
     with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16):
         loss = model(ids_BT, readout=readout)

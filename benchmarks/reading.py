@@ -31,7 +31,9 @@ def photograph(rng: np.random.Generator, side: int = 256) -> bytes:
     image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
     noise = rng.normal(0, 8, (side, side, 3))
     file = io.BytesIO()
-    Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)).save(file, "jpeg", quality=85)
+    Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)).save(
+        file, "jpeg", quality=85
+    )
     return file.getvalue()
 
 
@@ -39,7 +41,10 @@ def write(folder: Path, documents: int) -> float:
     """One tar and one parquet file of the same documents; bytes of an image."""
     rng = np.random.default_rng(0)
     images = [photograph(rng) for _ in range(documents)]
-    captions = [f"a photograph of thing number {number} in some place, seen from afar" for number in range(documents)]
+    captions = [
+        f"a photograph of thing number {number} in some place, seen from afar"
+        for number in range(documents)
+    ]
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             for suffix, content in (("jpg", image), ("txt", caption.encode())):
@@ -47,7 +52,9 @@ def write(folder: Path, documents: int) -> float:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     structs = [{"bytes": image, "path": None} for image in images]
-    pq.write_table(pa.table({"image": structs, "caption": captions}), folder / "a.parquet", row_group_size=500)
+    pq.write_table(
+        pa.table({"image": structs, "caption": captions}), folder / "a.parquet", row_group_size=500
+    )
     return sum(map(len, images)) / documents
 
 
@@ -70,13 +77,17 @@ def webdataset(folder: Path) -> Iterable[Any]:
 def datasets(folder: Path) -> Iterable[Any]:
     import datasets as hf
 
-    files = hf.load_dataset("parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True)
+    files = hf.load_dataset(
+        "parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True
+    )
     for item in files.cast_column("image", hf.Image()):
         yield np.asarray(item["image"].convert("RGB"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=2000)
     options = parser.parse_args()
     discover()
@@ -89,7 +100,11 @@ def main() -> None:
         for files, name, read in (
             ("tar", "ours", ours(name="webdataset", path=str(folder / "00000.tar"))),
             ("tar", "webdataset", lambda: webdataset(folder)),
-            ("parquet", "ours", ours(name="parquet", path=str(folder / "a.parquet"), image_column="image")),
+            (
+                "parquet",
+                "ours",
+                ours(name="parquet", path=str(folder / "a.parquet"), image_column="image"),
+            ),
             ("parquet", "datasets, streaming", lambda: datasets(folder)),
         ):
             best = 0.0

@@ -56,10 +56,16 @@ def flops(act: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=340_000_000)
-    parser.add_argument("--search", type=float, default=0.0, help="queries/s of one core, from benchmarks/index.py")
-    parser.add_argument("--add", type=float, default=0.0, help="vectors added a second and core, from there")
+    parser.add_argument(
+        "--search", type=float, default=0.0, help="queries/s of one core, from benchmarks/index.py"
+    )
+    parser.add_argument(
+        "--add", type=float, default=0.0, help="vectors added a second and core, from there"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random
@@ -76,10 +82,19 @@ def main() -> None:
     texts = ["a photograph of a thing in some place, seen from not too far away"] * 8
     clip_image = seconds(lambda: encoder.encode_images(images)) / 8
     clip_text = seconds(lambda: encoder.encode_texts(texts)) / 8
-    clip_flops = (flops(lambda: encoder.encode_images(images)) + flops(lambda: encoder.encode_texts(texts))) / 8
+    clip_flops = (
+        flops(lambda: encoder.encode_images(images)) + flops(lambda: encoder.encode_texts(texts))
+    ) / 8
 
     tokenizer = IMAGE_TOKENIZERS.build(
-        {"name": "vq", "image_size": 256, "downsampling": 8, "codebook_size": 8192, "code_dim": 256, "channels": 128}
+        {
+            "name": "vq",
+            "image_size": 256,
+            "downsampling": 8,
+            "codebook_size": 8192,
+            "code_dim": 256,
+            "channels": 128,
+        }
     ).eval()
     codes = seconds(lambda: tokenizer.encode(images[:2]), 1) / 2
     codes_flops = flops(lambda: tokenizer.encode(images[:1]))
@@ -107,7 +122,9 @@ def main() -> None:
         read = seconds(lambda: [shards.document(row) for row in range(count)]) / count
     digest = seconds(lambda: hashlib.sha256(bytes(10**8))) / 1e8
 
-    vectors = Parts(*(unit(rng.standard_normal((20_000, WIDTH), dtype=np.float32)) for _ in range(2)))
+    vectors = Parts(
+        *(unit(rng.standard_normal((20_000, WIDTH), dtype=np.float32)) for _ in range(2))
+    )
     bank = MemoryBank([str(row) for row in range(20_000)], vectors)
     queries = vectors.rows(slice(0, 256))
     search = seconds(lambda: bank.search(queries.text_BD, retriever.config.candidates)) / 256
@@ -115,11 +132,16 @@ def main() -> None:
     strategy = both / 256 - 2 * search
 
     lists = lists_for(n, IndexConfig())
-    per_query, per_vector = (1 / rate if rate else float("nan") for rate in (options.search, options.add))
+    per_query, per_vector = (
+        1 / rate if rate else float("nan") for rate in (options.search, options.add)
+    )
     print("| constant | measured, one core |\n|---|---|")
     for name, value in (
         ("JPEG to 256 x 256 pixels", f"{1 / decode:,.0f} images/s"),
-        ("image tokenizer, encoding", f"{1 / codes:,.2f} images/s, {codes_flops / 1e9:,.0f} GFLOP each"),
+        (
+            "image tokenizer, encoding",
+            f"{1 / codes:,.2f} images/s, {codes_flops / 1e9:,.0f} GFLOP each",
+        ),
         (
             "CLIP ViT-B/32, image and text",
             f"{1 / (clip_image + clip_text):,.1f} /s, {clip_flops / 1e9:,.1f} GFLOP each",
@@ -132,14 +154,25 @@ def main() -> None:
         print(f"| {name} | {value} |")
 
     hour = 3600
-    print(f"\n| {n:,} documents | disk | CPU core hours | GPU hours at {UTILISATION:.0%} of an A100's peak |")
+    print(
+        f"\n| {n:,} documents | disk | CPU core hours | GPU hours at {UTILISATION:.0%} of an A100's peak |"
+    )
     print("|---|---|---|---|")
     gpu = A100_BF16 * UTILISATION * hour
-    vector_bytes, code_bytes, neighbour_bytes = 4 * WIDTH, IndexConfig().code_bytes + 8, 4 * 4 * VARIANTS
+    vector_bytes, code_bytes, neighbour_bytes = (
+        4 * WIDTH,
+        IndexConfig().code_bytes + 8,
+        4 * 4 * VARIANTS,
+    )
     variants = 1 + VARIANTS
     for name, disk, cpu, accelerator in (
         ("tokens", size * n, n * (decode + write + digest * size) / hour, n * codes_flops / gpu),
-        ("vectors", vector_bytes * n, n * (decode + digest * vector_bytes) / hour, n * clip_flops / gpu),
+        (
+            "vectors",
+            vector_bytes * n,
+            n * (decode + digest * vector_bytes) / hour,
+            n * clip_flops / gpu,
+        ),
         (f"index ({lists:,} lists)", code_bytes * n, n * per_vector / hour, 0),
         (
             "neighbours",

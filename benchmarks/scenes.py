@@ -13,7 +13,17 @@ from cm3leon.data.scenes.source import ScenesSource
 from cm3leon.data.scenes.world import World, draw_scene
 from cm3leon.evaluation.scenes import Field, counted
 
-FIELDS: tuple[Field, ...] = ("kind", "shape", "colour", "size", "texture", "word", "pose", "entity", "place")
+FIELDS: tuple[Field, ...] = (
+    "kind",
+    "shape",
+    "colour",
+    "size",
+    "texture",
+    "word",
+    "pose",
+    "entity",
+    "place",
+)
 SMALL = World(
     colours=["red", "green", "blue", "yellow", "purple", "cyan"],
     shapes=["circle", "square", "triangle", "cross"],
@@ -35,7 +45,9 @@ DRAWN = 10_000
 
 
 def main() -> None:
-    print("| world | side | scenes with caption/s | scenes read right | things read right | of | scenes read/s |")
+    print(
+        "| world | side | scenes with caption/s | scenes read right | things read right | of | scenes read/s |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, (world, sides) in WORLDS.items():
         for side in sides:

@@ -29,7 +29,9 @@ from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, write_token_shard
 from cm3leon.types import TokenDocument, TokenSegment
 
-TOKENIZERS = Tokenizers(text="text", image="image", text_size=56_320, image_size=8_192, sentinels=512)
+TOKENIZERS = Tokenizers(
+    text="text", image="image", text_size=56_320, image_size=8_192, sentinels=512
+)
 SHARD = 4096
 
 
@@ -51,7 +53,9 @@ def write_ours(folder: Path, documents: list[np.ndarray]) -> None:
     count = -(-len(documents) // SHARD)
     for number in range(count):
         shard = [
-            TokenDocument(str(place), (TokenSegment("text", ids[:16]), TokenSegment("image", ids[16:])))
+            TokenDocument(
+                str(place), (TokenSegment("text", ids[:16]), TokenSegment("image", ids[16:]))
+            )
             for place, ids in enumerate(documents[number * SHARD : (number + 1) * SHARD])
         ]
         write_token_shard(shard_path(folder, number, count), shard, TOKENIZERS)
@@ -132,7 +136,9 @@ def datasets_at(folder: Path, places: np.ndarray | None) -> Iterator[np.ndarray]
 FORMATS = (
     Format("ours", write_ours, ours_in_order, ours_at, "by position"),
     Format("numpy", write_memmap, lambda f: memmap_at(f, None), memmap_at, "by position"),
-    Format("litdata", write_litdata, lambda f: litdata_at(f, None), litdata_at, "by its loader's state"),
+    Format(
+        "litdata", write_litdata, lambda f: litdata_at(f, None), litdata_at, "by its loader's state"
+    ),
     Format("webdataset", write_webdataset, webdataset_in_order, None, "no"),
     Format("datasets", write_datasets, lambda f: datasets_at(f, None), datasets_at, "by position"),
 )
@@ -187,7 +193,9 @@ def what_a_flipped_bit_does(format_: Format, folder: Path, intact: int) -> str:
         return "named" if path.name in str(error) else f"an error ({type(error).__name__})"
 
 
-def row(format_: Format, folder: Path, documents: list[np.ndarray], places: np.ndarray) -> list[str]:
+def row(
+    format_: Format, folder: Path, documents: list[np.ndarray], places: np.ndarray
+) -> list[str]:
     """The figures of a format as cells of the table."""
     tokens, intact = tokens_in(documents), digest(documents)
     writing = best_seconds(lambda: write_to_disk(format_, folder, documents))
@@ -223,7 +231,9 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=24_576)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -232,7 +242,9 @@ def main() -> None:
     lengths = rng.integers(1030, 1061, options.documents)
     documents = [rng.integers(0, 64_512, length, dtype=np.uint16) for length in lengths]
     places = rng.permutation(options.documents)
-    print(f"{options.documents:,} documents, {lengths.sum():,} tokens of {2 * lengths.mean():.0f} bytes a document\n")
+    print(
+        f"{options.documents:,} documents, {lengths.sum():,} tokens of {2 * lengths.mean():.0f} bytes a document\n"
+    )
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for format_ in FORMATS:
         version = "" if format_.name == "ours" else _version(format_.name)

@@ -81,7 +81,9 @@ def train_plain(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
     learner.save(str(folder / "tokenizer.json"))
 
 
-def train(method: Callable[..., None], place: Path, limit: int, vocab_size: int, folder: Path) -> Trained:
+def train(
+    method: Callable[..., None], place: Path, limit: int, vocab_size: int, folder: Path
+) -> Trained:
     count = size = 0
     read = 0.0
     start = time.perf_counter()
@@ -95,20 +97,28 @@ def train(method: Callable[..., None], place: Path, limit: int, vocab_size: int,
 
     method(texts(), vocab_size, folder)
     seconds = time.perf_counter() - start
-    return Trained(count, size, read, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return Trained(
+        count, size, read, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
 
 
-def encode_ours(folder: Path, vocab_size: int) -> tuple[int, Callable[[str], Any], Callable[[list[str]], Any]]:
+def encode_ours(
+    folder: Path, vocab_size: int
+) -> tuple[int, Callable[[str], Any], Callable[[list[str]], Any]]:
     tokenizer = TextTokenizer.load(folder, TextTokenizerConfig(vocab_size=vocab_size))
     return tokenizer.pieces, tokenizer.encode, tokenizer.encode_all
 
 
-def encode_plain(folder: Path, _: int) -> tuple[int, Callable[[str], Any], Callable[[list[str]], Any]]:
+def encode_plain(
+    folder: Path, _: int
+) -> tuple[int, Callable[[str], Any], Callable[[list[str]], Any]]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return (
         tokenizer.get_vocab_size(),
         lambda text: np.asarray(tokenizer.encode(text).ids, dtype=np.int64),
-        lambda texts: [np.asarray(each.ids, dtype=np.int64) for each in tokenizer.encode_batch_fast(texts)],
+        lambda texts: [
+            np.asarray(each.ids, dtype=np.int64) for each in tokenizer.encode_batch_fast(texts)
+        ],
     )
 
 
@@ -135,7 +145,9 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--bytes", type=int, default=1_000_000_000)
     parser.add_argument("--vocab-size", type=int, default=56_320)

@@ -31,7 +31,9 @@ PROMPT = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="cm3leon_7b")
     parser.add_argument("--weights", nargs="+", default=["bf16"])
     parser.add_argument("--way", default="eager")
@@ -41,7 +43,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     discover()
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     speed = bandwidth()
     print(f"{device}, torch {torch.__version__}: reads {speed / 1e9:,.1f} GB/s")
     print(f"{args.preset}, {args.codes} codes an image, steps {args.way}, window {args.window}\n")
@@ -84,7 +90,9 @@ def read_bytes(model: Any) -> int:
 
 def bandwidth() -> float:
     """Bytes a second that the sum of a large tensor reads; the best of five."""
-    numbers = torch.ones(2**30 if DEVICE.type == "cuda" else 2**27, dtype=torch.float32, device=DEVICE)
+    numbers = torch.ones(
+        2**30 if DEVICE.type == "cuda" else 2**27, dtype=torch.float32, device=DEVICE
+    )
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -100,9 +108,13 @@ def requests_of(batch: int, codes: int) -> list[Request]:
     new = partial(grammar.image, VOCAB, codes)
     other_T = np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk])
     streams = [
-        (np.array([VOCAB.eos, *rng.integers(4, VOCAB.text_size, PROMPT - 2), VOCAB.brk]), other_T) for _ in range(batch)
+        (np.array([VOCAB.eos, *rng.integers(4, VOCAB.text_size, PROMPT - 2), VOCAB.brk]), other_T)
+        for _ in range(batch)
     ]
-    return [Request(each, new, codes, [{"image": image}], [number]) for number, each in enumerate(streams)]
+    return [
+        Request(each, new, codes, [{"image": image}], [number])
+        for number, each in enumerate(streams)
+    ]
 
 
 def run(answerer: Answerer, requests: list[Request]) -> float:

@@ -43,7 +43,9 @@ PARTS = ("steps", "memory", "mfu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", nargs="?", choices=PARTS)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
@@ -51,12 +53,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="positions of a block")
     parser.add_argument("--rows", type=int, default=8, help="blocks of a batch")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--preset", help="mfu: a registered model instead of that shape, at its own length")
+    parser.add_argument(
+        "--preset", help="mfu: a registered model instead of that shape, at its own length"
+    )
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--one", choices=("ours", "opt"), help="memory: measure this one in this process, as JSON")
+    parser.add_argument(
+        "--one", choices=("ours", "opt"), help="memory: measure this one in this process, as JSON"
+    )
     args = parser.parse_args()
     discover()
     if args.one:
@@ -79,11 +85,18 @@ def main() -> None:
 def shape(args: argparse.Namespace) -> Transformer:
     """Our decoder on the CPU, with random numbers in the head too: a zero head would make all gradients zero."""
     torch.manual_seed(0)
-    settings = {"layers": args.layers, "width": args.width, "seq_len": args.length, "attention": args.attention}
+    settings = {
+        "layers": args.layers,
+        "width": args.width,
+        "seq_len": args.length,
+        "attention": args.attention,
+    }
     if args.preset:
         settings = {"attention": args.attention}
     with torch.device(DEVICE):
-        model = MODELS.build({"name": args.preset or "cm3leon", **settings}, vocab_size=args.vocabulary)
+        model = MODELS.build(
+            {"name": args.preset or "cm3leon", **settings}, vocab_size=args.vocabulary
+        )
     nn.init.normal_(model.head.weight, std=0.02)
     return model
 
@@ -105,7 +118,9 @@ def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor]
             ids_BT,
             position_BT=None if alone else positions(sample_BT),
             sample_BT=None if alone else sample_BT,
-            readout=lambda hidden_BTD, head: linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, *flat)[0],
+            readout=lambda hidden_BTD, head: linear_cross_entropy(
+                hidden_BTD.flatten(0, 1), head.weight, *flat
+            )[0],
         )
 
     return model, loss
@@ -119,7 +134,9 @@ def opt(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor],
         real_BT = sample_BT >= 0
         whole = bool(real_BT.all())
         labels_BT = ids_BT if whole else ids_BT.masked_fill(~real_BT, -100)
-        return other(ids_BT, attention_mask=None if whole else real_BT.long(), labels=labels_BT).loss
+        return other(
+            ids_BT, attention_mask=None if whole else real_BT.long(), labels=labels_BT
+        ).loss
 
     return other.train(), loss
 
@@ -147,23 +164,32 @@ def packed(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tenso
             blocks.append([length])
         else:
             place.append(length)
-    rows = [torch.tensor([n for n, length in enumerate(block) for _ in range(length)]) for block in blocks]
+    rows = [
+        torch.tensor([n for n, length in enumerate(block) for _ in range(length)])
+        for block in blocks
+    ]
     for start in range(0, len(rows) - args.rows + 1, args.rows):
-        yield torch.stack([F.pad(r, (0, args.length - len(r)), value=-1) for r in rows[start : start + args.rows]])
+        yield torch.stack(
+            [F.pad(r, (0, args.length - len(r)), value=-1) for r in rows[start : start + args.rows]]
+        )
 
 
 def padded(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tensor]:
     """One document a row, padded to the longest of the batch."""
     for start in range(0, len(documents) - args.rows + 1, args.rows):
         batch = documents[start : start + args.rows]
-        yield torch.stack([torch.where(torch.arange(max(batch)) < length, 0, -1) for length in batch])
+        yield torch.stack(
+            [torch.where(torch.arange(max(batch)) < length, 0, -1) for length in batch]
+        )
 
 
 def stepper(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], args: argparse.Namespace
 ) -> Callable[..., None]:
     """One step on ids and document numbers."""
-    optimizer = new_optimizer(model, DecoderTrainingConfig(optimizer=args.optimizer, learning_rate=1e-4))
+    optimizer = new_optimizer(
+        model, DecoderTrainingConfig(optimizer=args.optimizer, learning_rate=1e-4)
+    )
 
     def step(sample_BT: Tensor) -> None:
         ids_BT = torch.randint(8, args.vocabulary, sample_BT.shape, device=DEVICE)
@@ -199,12 +225,17 @@ def steps(args: argparse.Namespace) -> None:
             if repeat:
                 times[name].append(taken)
     middle = {name: statistics.median(values) for name, values in times.items()}
-    print("| documents | model | s a step | useful tokens/s | useful share | ratio |\n|---|---|---|---|---|---|")
+    print(
+        "| documents | model | s a step | useful tokens/s | useful share | ratio |\n|---|---|---|---|---|---|"
+    )
     for name, value in middle.items():
         rate, ratio = whole_BT.numel() / value, middle["opt"] / value
         print(f"| one a block | {name} | {value:.3g} | {rate:,.0f} | 100 % | {ratio:.2f} |")
     documents = lengths(4 * args.rows * args.repeats, args.length).tolist()
-    batches = {"ours": list(packed(documents, args)), "opt": list(padded(documents, args))[: 4 * args.repeats]}
+    batches = {
+        "ours": list(packed(documents, args)),
+        "opt": list(padded(documents, args))[: 4 * args.repeats],
+    }
     rates = {}
     for name, step in ways.items():
         step(batches[name][0])
@@ -214,7 +245,9 @@ def steps(args: argparse.Namespace) -> None:
         positions_ = sum(batch.numel() for batch in batches[name])
         rates[name] = (taken / len(batches[name]), useful / taken, useful / positions_)
     for name, (value, rate, share) in rates.items():
-        print(f"| mixed | {name} | {value:.3g} | {rate:,.0f} | {share:.0%} | {rate / rates['opt'][1]:.2f} |")
+        print(
+            f"| mixed | {name} | {value:.3g} | {rate:,.0f} | {share:.0%} | {rate / rates['opt'][1]:.2f} |"
+        )
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -233,7 +266,9 @@ def peak(args: argparse.Namespace) -> int:
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
     for _ in range(3):
         step(whole_BT)
-    return (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")) - before
+    return (
+        torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else of_process("VmHWM")
+    ) - before
 
 
 def of_process(name: str) -> int:
@@ -258,9 +293,13 @@ def mfu(args: argparse.Namespace) -> None:
         step(sample_BT)
     taken = statistics.median(seconds(partial(step, sample_BT)) for _ in range(args.repeats))
     rate = model_flops(model.config, model.vocab_size, sample_BT) / taken  # type: ignore[arg-type]
-    print("| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |\n|---|---|---|---|---|---|")
+    print(
+        "| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |\n|---|---|---|---|---|---|"
+    )
     figures = (f"{sample_BT.numel():,}", f"{taken:.3g}", f"{sample_BT.numel() / taken:,.0f}")
-    print(f"| {' | '.join(figures)} | {rate / 1e12:.3g} | {matmul / 1e12:.3g} | {rate / matmul:.0%} |")
+    print(
+        f"| {' | '.join(figures)} | {rate / 1e12:.3g} | {matmul / 1e12:.3g} | {rate / matmul:.0%} |"
+    )
     if DEVICE.type == "cuda":
         print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -87,7 +87,12 @@ class CM3Leon:
     """
 
     def __init__(
-        self, run: Run, *, precision: Precision = "auto", window: int | None = None, way: Way = "eager"
+        self,
+        run: Run,
+        *,
+        precision: Precision = "auto",
+        window: int | None = None,
+        way: Way = "eager",
     ) -> None:
         self.run = run
         self._answerer = Answerer(run.model, run.vocab, window=window, way=way)
@@ -126,14 +131,22 @@ class CM3Leon:
         folder = Path(run).expanduser()
         for file in (folder / "config.yaml", folder / "pretraining" / WEIGHTS):
             if not file.is_file():
-                raise UserError(f"{folder} is no run with a finished pretraining, {file} is missing")
+                raise UserError(
+                    f"{folder} is no run with a finished pretraining, {file} is missing"
+                )
         discover()
         ranks = ranks or Ranks(torch.device(device) if device else best_device())
         experiment = load_experiment(str(folder / "config.yaml"))
         if bank is not None:
             if experiment.shards is None or not (bank / "index" / MARKER).is_file():
-                why = f"{bank} has no finished index" if experiment.shards else f"the corpus of {folder} is in memory"
-                raise UserError(f"bank: {why}; a memory bank is a run in shards made with until=index")
+                why = (
+                    f"{bank} has no finished index"
+                    if experiment.shards
+                    else f"the corpus of {folder} is in memory"
+                )
+                raise UserError(
+                    f"bank: {why}; a memory bank is a run in shards made with until=index"
+                )
             experiment = replace(experiment, shards=replace(experiment.shards, bank=bank))
         opened = Run(experiment, folder, ranks.device)
         model = load_model(folder)
@@ -143,7 +156,9 @@ class CM3Leon:
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")
-        keep_weights(model, "float32" if kind == "float32" else "bf16")  # before a GPU has to hold them
+        keep_weights(
+            model, "float32" if kind == "float32" else "bf16"
+        )  # before a GPU has to hold them
         keep_weights(model.to(ranks.device), kind)
         opened.__dict__["model"] = model  # takes the place of the one that the run would load
         return cls(opened, precision=precision, window=window, way=way)
@@ -179,9 +194,14 @@ class CM3Leon:
             used.append(kept)
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
         results = []
-        for text, document, rows, drawn in zip(texts, documents, used, self._answers(requests), strict=True):
+        for text, document, rows, drawn in zip(
+            texts, documents, used, self._answers(requests), strict=True
+        ):
             codes_BN = np.stack(
-                [self.run.tokenizer.codes(task.complete(document, np.array(tokens))) for tokens in drawn]
+                [
+                    self.run.tokenizer.codes(task.complete(document, np.array(tokens)))
+                    for tokens in drawn
+                ]
             )
             results.append(self._pictures(text, codes_BN, range(seed, seed + n), self._shown(rows)))
         return results[0] if isinstance(prompt, str) else results
@@ -217,7 +237,10 @@ class CM3Leon:
             requests.append(request.part(samples))
         ends = self.run.vocab.end_of_span
         return [
-            [built.complete(document, np.array([t for t in tokens if t != ends], np.int64)) for tokens in drawn]
+            [
+                built.complete(document, np.array([t for t in tokens if t != ends], np.int64))
+                for tokens in drawn
+            ]
             for document, drawn in zip(documents, self._answers(requests), strict=True)
         ]
 
@@ -239,11 +262,19 @@ class CM3Leon:
             prompt, _ = self._fitting(task, document, list(rows))
             given = [np.append(ids_T, end) for ids_T in candidates]
             with self._computing():
-                result.append(np.array(log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given)))
+                result.append(
+                    np.array(log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given))
+                )
         return result
 
     def caption(
-        self, image: Image.Image, *, retrieve: int = 0, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
+        self,
+        image: Image.Image,
+        *,
+        retrieve: int = 0,
+        decoder: DecoderChoice = None,
+        seed: int = 0,
+        most: int = 64,
     ) -> str:
         """A text for an image, of at most so many pieces."""
         task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
@@ -280,7 +311,9 @@ class CM3Leon:
         if words is not None:
             before, asked, after = text[: words[0]], text[words[0] : words[1]], text[words[1] :]
             if not asked:
-                raise UserError(f"words is {words}; it must be a part of the text of {len(text)} characters")
+                raise UserError(
+                    f"words is {words}; it must be a part of the text of {len(text)} characters"
+                )
             pieces = [self._text(part).ids_T for part in (before, asked, after)]
             text_ids_T = np.concatenate(pieces)
             spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
@@ -288,11 +321,17 @@ class CM3Leon:
             text_ids_T = self._text(text).ids_T
         tokenizer = self.run.image_tokenizer
         if box is not None:
-            spans += box_spans(box, segment=1, grid=tokenizer.grid, downsampling=tokenizer.downsampling)
-        document = TokenDocument("infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC)))
+            spans += box_spans(
+                box, segment=1, grid=tokenizer.grid, downsampling=tokenizer.downsampling
+            )
+        document = TokenDocument(
+            "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
+        )
         ids_T = spans_prompt(document, spans, (), self.run.vocab)
         gaps = [
-            grammar.Gap("text", most) if span.segment == 0 else grammar.Gap("image", span.end - span.start)
+            grammar.Gap("text", most)
+            if span.segment == 0
+            else grammar.Gap("image", span.end - span.start)
             for span in spans
         ]
         length = sum(gap.length + 2 for gap in gaps)
@@ -302,11 +341,19 @@ class CM3Leon:
         completed = fill(document, spans, tokens, self.run.vocab)
         codes_N = self.run.tokenizer.codes(completed)
         return Filled(
-            Image.fromarray(tokenizer.decode(codes_N[None])[0]), self.run.tokenizer.caption(completed), codes_N
+            Image.fromarray(tokenizer.decode(codes_N[None])[0]),
+            self.run.tokenizer.caption(completed),
+            codes_N,
         )
 
     def edit(
-        self, image: Image.Image, instruction: str, *, n: int = 1, decoder: DecoderChoice = "edit", seed: int = 0
+        self,
+        image: Image.Image,
+        instruction: str,
+        *,
+        n: int = 1,
+        decoder: DecoderChoice = "edit",
+        seed: int = 0,
     ) -> list[Picture]:
         """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
 
@@ -315,12 +362,20 @@ class CM3Leon:
         """
         document = self._instruction("edit", image1=image, instruction=instruction, image2=None)
         seeds = range(seed, seed + n)
-        (drawn,) = self._answers([self._request(self._task("instruction").prompt(document), decoder, seeds)])
+        (drawn,) = self._answers(
+            [self._request(self._task("instruction").prompt(document), decoder, seeds)]
+        )
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
         return self._pictures(instruction, codes_BN, seeds, ())
 
     def answer(
-        self, image: Image.Image, question: str, *, decoder: DecoderChoice = None, seed: int = 0, most: int = 64
+        self,
+        image: Image.Image,
+        question: str,
+        *,
+        decoder: DecoderChoice = None,
+        seed: int = 0,
+        most: int = 64,
     ) -> str:
         """The answer to a question about an image, of at most so many pieces. It needs a model that was fine-tuned on
         questions."""
@@ -347,15 +402,27 @@ class CM3Leon:
         Args:
             most: pieces that each text may have, fewer where the model has not as many positions.
         """
-        given = tuple(self._text(part) if isinstance(part, str) else self._image(self._pixels(part)) for part in parts)
-        ids_T = lay_out(Sample(TokenDocument("begun", (*given, self._fresh))), self.run.vocab).ids_T[:-1]
+        given = tuple(
+            self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
+            for part in parts
+        )
+        ids_T = lay_out(
+            Sample(TokenDocument("begun", (*given, self._fresh))), self.run.vocab
+        ).ids_T[:-1]
         codes = self.run.image_tokenizer.grid**2
         images = (segments + (first == "image")) // 2
         texts = segments - images
-        room = self.run.seq_len - len(ids_T) - images * codes - segments  # a break or an end behind each
+        room = (
+            self.run.seq_len - len(ids_T) - images * codes - segments
+        )  # a break or an end behind each
         most = min(most, room // texts) if texts else most
         new = partial(
-            grammar.interleaved, self.run.vocab, first=first, codes=codes, text_length=most, segments=segments
+            grammar.interleaved,
+            self.run.vocab,
+            first=first,
+            codes=codes,
+            text_length=most,
+            segments=segments,
         )
         of = self._of_each_modality(decoder, text_decoder)
         length = images * codes + texts * max(most, 1) + segments
@@ -365,7 +432,9 @@ class CM3Leon:
             if modality == "text":
                 result.append(self.run.text_tokenizer.decode(ids))
             else:
-                (pixels_HWC,) = self.run.image_tokenizer.decode(self.run.vocab.image_codes(np.array(ids))[None])
+                (pixels_HWC,) = self.run.image_tokenizer.decode(
+                    self.run.vocab.image_codes(np.array(ids))[None]
+                )
                 result.append(Image.fromarray(pixels_HWC))
         return result
 
@@ -387,10 +456,14 @@ class CM3Leon:
         of_an_image = texts is not None and image is not None and images is None and text is None
         if question is not None:
             if texts is None or image is None or not of_an_image:
-                raise UserError("a question is asked about an image: give image, and texts that may answer it")
+                raise UserError(
+                    "a question is asked about an image: give image, and texts that may answer it"
+                )
             document = self._instruction("vqa", image=image, question=question, answer="?")
             encode = self.run.text_tokenizer.encode
-            (found_K,) = self.rank([document], [[]], [[encode(f" {each}") for each in texts]])  # behind "Answer:"
+            (found_K,) = self.rank(
+                [document], [[]], [[encode(f" {each}") for each in texts]]
+            )  # behind "Answer:"
             return [float(score) for score in found_K]
         if texts is not None and image is not None and of_an_image:
             document = TokenDocument("image", (self._text(""), self._image(self._pixels(image))))
@@ -401,7 +474,9 @@ class CM3Leon:
             ids_T = self._task("text_to_image").prompt(document).ids_T
             given = [self._image(self._pixels(each)).ids_T for each in images]
         else:
-            raise UserError("give texts and the image that they are for, or images and the text that they are for")
+            raise UserError(
+                "give texts and the image that they are for, or images and the text that they are for"
+            )
         with self._computing():
             return log_likelihoods(self.run.model, [ids_T] * len(given), given)
 
@@ -418,13 +493,19 @@ class CM3Leon:
 
     def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
         built = self._decoder(decoder, prompt.modality)
-        return request_for(prompt, built, vocab=self.run.vocab, seeds=seeds, seq_len=self.run.seq_len)
+        return request_for(
+            prompt, built, vocab=self.run.vocab, seeds=seeds, seq_len=self.run.seq_len
+        )
 
     def _decoder(self, choice: DecoderChoice, modality: Modality) -> Any:
-        usual = self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
+        usual = (
+            self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
+        )
         return DECODERS.build(usual if choice is None else choice)
 
-    def _of_each_modality(self, image: DecoderChoice, text: DecoderChoice) -> Mapping[Modality, Any]:
+    def _of_each_modality(
+        self, image: DecoderChoice, text: DecoderChoice
+    ) -> Mapping[Modality, Any]:
         """The decoders of a prompt's only sample."""
         return {
             "image": decoder_of(self._decoder(image, "image"), 0),
@@ -454,22 +535,33 @@ class CM3Leon:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        return np.array(square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size))
+        return np.array(
+            square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size)
+        )
 
     def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
-        return TokenSegment("image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0]))
+        return TokenSegment(
+            "image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0])
+        )
 
     def retrieved(
         self, texts: list[str] | None, images_BHWC: np.ndarray | None, by: Modality, count: int
     ) -> list[list[int]]:
         """Rows of the bank for each query, the closest last."""
         if not count:
-            return [[] for _ in (texts if texts is not None else images_BHWC if images_BHWC is not None else ())]
+            return [
+                []
+                for _ in (
+                    texts if texts is not None else images_BHWC if images_BHWC is not None else ()
+                )
+            ]
         queries = self.run.retriever.parts(texts, images_BHWC)
         rows_QK, _ = self.run.retriever.retrieve(self.run.bank, queries, by, count=count)
         return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
 
-    def _fitting(self, task: Any, document: TokenDocument, rows: list[int]) -> tuple[Any, list[int]]:
+    def _fitting(
+        self, task: Any, document: TokenDocument, rows: list[int]
+    ) -> tuple[Any, list[int]]:
         """The prompt with as many of the documents, the closest ones, as leave room for the answer."""
         while True:
             prompt = task.prompt(document, [self.run.bank_document(row) for row in rows])
@@ -482,7 +574,9 @@ class CM3Leon:
         for document in map(self.run.bank_document, rows):
             image = None
             if document.segment("image"):
-                (pixels_HWC,) = self.run.image_tokenizer.decode(self.run.tokenizer.codes(document)[None])
+                (pixels_HWC,) = self.run.image_tokenizer.decode(
+                    self.run.tokenizer.codes(document)[None]
+                )
                 image = Image.fromarray(pixels_HWC)
             shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
         return tuple(shown)
@@ -505,12 +599,18 @@ class CM3Leon:
         return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
 
     def _pictures(
-        self, text: str, codes_BN: np.ndarray, seeds: Sequence[int], documents: tuple[UsedDocument, ...]
+        self,
+        text: str,
+        codes_BN: np.ndarray,
+        seeds: Sequence[int],
+        documents: tuple[UsedDocument, ...],
     ) -> list[Picture]:
         images_BHWC = self.run.image_tokenizer.decode(codes_BN)
         scores_B = self.clip_scores(text, codes_BN)
         pictures = [
             Picture(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
-            for pixels_HWC, codes_N, score, seed in zip(images_BHWC, codes_BN, scores_B, seeds, strict=True)
+            for pixels_HWC, codes_N, score, seed in zip(
+                images_BHWC, codes_BN, scores_B, seeds, strict=True
+            )
         ]
         return sorted(pictures, key=lambda picture: -picture.score)

@@ -27,7 +27,17 @@ import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import yaml
 
@@ -64,8 +74,20 @@ class Range:
 
     def text(self, base: str) -> str:
         """The bounds around the name of a type: `int >= 1`, `0 <= float <= 1`."""
-        lower = f"{self.ge} <= " if self.ge is not None else f"{self.gt} < " if self.gt is not None else ""
-        upper = f" <= {self.le}" if self.le is not None else f" < {self.lt}" if self.lt is not None else ""
+        lower = (
+            f"{self.ge} <= "
+            if self.ge is not None
+            else f"{self.gt} < "
+            if self.gt is not None
+            else ""
+        )
+        upper = (
+            f" <= {self.le}"
+            if self.le is not None
+            else f" < {self.lt}"
+            if self.lt is not None
+            else ""
+        )
         if lower and not upper:
             return f"{base} >= {self.ge}" if self.ge is not None else f"{base} > {self.gt}"
         return f"{lower}{base}{upper}"
@@ -176,9 +198,14 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(value)
         if len(args) == len(value):
-            return tuple(_convert(args[index], item, _join(where, index)) for index, item in enumerate(value))
+            return tuple(
+                _convert(args[index], item, _join(where, index)) for index, item in enumerate(value)
+            )
     if origin is dict and isinstance(value, Mapping):
-        return dict((_convert(args[0], key, where), _convert(args[1], value[key], _join(where, key))) for key in value)
+        return dict(
+            (_convert(args[0], key, where), _convert(args[1], value[key], _join(where, key)))
+            for key in value
+        )
     if origin is Literal and any(value == arg and type(value) is type(arg) for arg in args):
         return value
     return _convert_scalar(annotation, value, where)
@@ -244,7 +271,10 @@ def to_mapping(config: Any) -> Any:
     if isinstance(config, Component):
         return {"name": config.name, **to_mapping(config.config)}
     if dataclasses.is_dataclass(config):
-        return {field.name: to_mapping(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {
+            field.name: to_mapping(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+        }
     if isinstance(config, Mapping):
         return {key: to_mapping(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -292,9 +322,13 @@ def check_config_class(cls: type) -> None:
     hints, sentences = _hints(cls), _sentences(cls)
     for field in dataclasses.fields(cls):
         if not field.kw_only:
-            raise TypeError(f"{cls.__qualname__}.{field.name} must be keyword-only: use @dataclass(kw_only=True)")
+            raise TypeError(
+                f"{cls.__qualname__}.{field.name} must be keyword-only: use @dataclass(kw_only=True)"
+            )
         if not sentences.get(field.name):
-            raise TypeError(f"{cls.__qualname__}.{field.name} needs one sentence (a string) under it")
+            raise TypeError(
+                f"{cls.__qualname__}.{field.name} needs one sentence (a string) under it"
+            )
         type_text(hints[field.name])
         nested = _nested_dataclass(hints[field.name])
         if nested:
@@ -315,7 +349,14 @@ def component_sections(cls: type) -> frozenset[str]:
     return frozenset(paths)
 
 
-_NAMES = {bool: "true or false", int: "int", float: "float", str: "str", Path: "path", Any: "anything"}
+_NAMES = {
+    bool: "true or false",
+    int: "int",
+    float: "float",
+    str: "str",
+    Path: "path",
+    Any: "anything",
+}
 
 
 def type_text(annotation: Any) -> str:
@@ -368,7 +409,9 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 def _shown(value: Any) -> str:
     """A value as YAML would write it, cut where it is long."""
-    return textwrap.shorten(json.dumps(value, default=str, ensure_ascii=False), 100, placeholder=" ...")
+    return textwrap.shorten(
+        json.dumps(value, default=str, ensure_ascii=False), 100, placeholder=" ..."
+    )
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -376,7 +419,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _is_union(annotation: Any) -> bool:
@@ -428,7 +473,9 @@ def _sentences(cls: type) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------ YAML
 
-_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_FLOAT = re.compile(
+    r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+)
 _INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
 
 
@@ -445,7 +492,9 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"the key {key.value} is given twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=problem, problem_mark=key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -533,7 +582,9 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def apply_overrides(
-    mapping: Mapping[str, Any], overrides: Iterable[Override], component_sections: Collection[str] = ()
+    mapping: Mapping[str, Any],
+    overrides: Iterable[Override],
+    component_sections: Collection[str] = (),
 ) -> dict[str, Any]:
     """A copy of the mapping with the overrides applied in order.
 
@@ -576,7 +627,9 @@ def _key(parent: Any, path: tuple[str, ...]) -> Any:
     if isinstance(parent, dict):
         return key
     if not key.isdecimal() or int(key) >= len(parent):
-        raise UserError(f"{'.'.join(path)} does not exist; {'.'.join(path[:-1])} is a list of {len(parent)}, from 0")
+        raise UserError(
+            f"{'.'.join(path)} does not exist; {'.'.join(path[:-1])} is a list of {len(parent)}, from 0"
+        )
     return int(key)
 
 

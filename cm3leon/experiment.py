@@ -169,7 +169,9 @@ class Experiment:
     training: DecoderTrainingConfig
     """Pretraining."""
 
-    launcher: Annotated[Component, LAUNCHERS] = field(default_factory=lambda: LAUNCHERS.check("here"))
+    launcher: Annotated[Component, LAUNCHERS] = field(
+        default_factory=lambda: LAUNCHERS.check("here")
+    )
     """Where it runs, and what its jobs are given."""
 
     tasks: list[Annotated[Component, TASKS]]
@@ -201,7 +203,9 @@ class Experiment:
         tasks = [task.name for task in self.tasks]
         for name in self.task_decoders:
             if name not in tasks:
-                raise UserError(f"task_decoders.{name} is for a task that is not in tasks; {choices(name, tasks)}")
+                raise UserError(
+                    f"task_decoders.{name} is for a task that is not in tasks; {choices(name, tasks)}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -228,7 +232,10 @@ def list_experiments(shipped: Path = SHIPPED) -> dict[str, Entry]:
         UserError: for a broken experiments.yaml.
     """
     entries = load_yaml(shipped / "experiments.yaml")
-    return {name: from_mapping(Entry, entry, f"experiments.yaml: {name}") for name, entry in entries.items()}
+    return {
+        name: from_mapping(Entry, entry, f"experiments.yaml: {name}")
+        for name, entry in entries.items()
+    }
 
 
 def experiment_name(name_or_path: str) -> str:
@@ -273,7 +280,9 @@ def load_mapping(
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
     if STUDY & mapping.keys():
-        raise UserError(f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them")
+        raise UserError(
+            f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
+        )
     mapping = _with_absolute_plugins(mapping, Path.cwd())
     discover(mapping.get("plugins", []))
     return mapping
@@ -288,11 +297,15 @@ def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is run at several points, see `cm3leon.sweep`. Raises UserError where there is none."""
     file, listed = _find(name_or_path, shipped)
-    sections = [key.partition(".")[0] for key in listed] + [path[0] for path, _ in _overrides(overrides, shipped)]
+    sections = [key.partition(".")[0] for key in listed] + [
+        path[0] for path, _ in _overrides(overrides, shipped)
+    ]
     return SWEEP in sections or SWEEP in load_yaml(file)
 
 
-def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override]) -> tuple[Path, dict[str, Any]]:
+def load_listed(
+    name_or_path: str, shipped: Path, overrides: Sequence[Override]
+) -> tuple[Path, dict[str, Any]]:
     """The file of an experiment, and what it says with the overrides of experiments.yaml, then with those given.
 
     Raises:
@@ -301,7 +314,9 @@ def load_listed(name_or_path: str, shipped: Path, overrides: Sequence[Override])
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
     mapping = _with_absolute_plugins(load_yaml(file), file.parent)
-    mapping = apply_overrides(mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections)
+    mapping = apply_overrides(
+        mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections
+    )
     mapping = _with_absolute_plugins(mapping, shipped)
     return file, apply_overrides(mapping, _of_sweep(overrides), sections)
 
@@ -318,7 +333,9 @@ def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
         return Path(name_or_path).expanduser(), {}
     entries = list_experiments(shipped)
     if name_or_path not in entries:
-        raise UserError(f"experiment is {name_or_path}, which is not known; {choices(name_or_path, entries)}")
+        raise UserError(
+            f"experiment is {name_or_path}, which is not known; {choices(name_or_path, entries)}"
+        )
     entry = entries[name_or_path]
     return shipped / entry.file, entry.overrides
 
@@ -332,8 +349,14 @@ def _overrides(words: Sequence[str], shipped: Path) -> Iterator[Override]:
             continue
         names = sorted(file.stem for file in (shipped / "experiments" / "overrides").glob("*.yaml"))
         if not _is_path(value) and value not in names:
-            raise UserError(f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml file")
-        file = Path(value).expanduser() if _is_path(value) else shipped / "experiments" / "overrides" / f"{value}.yaml"
+            raise UserError(
+                f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml file"
+            )
+        file = (
+            Path(value).expanduser()
+            if _is_path(value)
+            else shipped / "experiments" / "overrides" / f"{value}.yaml"
+        )
         yield from ((split_key(name), setting) for name, setting in load_yaml(file).items())
 
 
@@ -346,7 +369,10 @@ def _with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, A
     if "plugins" not in mapping:
         return mapping
     plugins = from_mapping(_Plugins, {"plugins": mapping["plugins"]}).plugins
-    return {**mapping, "plugins": [str((folder / Path(path).expanduser()).resolve()) for path in plugins]}
+    return {
+        **mapping,
+        "plugins": [str((folder / Path(path).expanduser()).resolve()) for path in plugins],
+    }
 
 
 @dataclass(kw_only=True)

@@ -75,7 +75,9 @@ def main(options: Mapping[str, Any]) -> None:
     if "to" not in options:
         raise UserError("to is missing; write to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR")
     if options["to"] not in list(DIRECTIONS):
-        raise UserError(f"to is {options['to']}, which is not known; {choices(str(options['to']), DIRECTIONS)}")
+        raise UserError(
+            f"to is {options['to']}, which is not known; {choices(str(options['to']), DIRECTIONS)}"
+        )
     config = from_mapping(DIRECTIONS[options["to"]], options)
     if isinstance(config, ToHf):
         export_to_hf(config.run, config.out)
@@ -119,7 +121,9 @@ def to_opt_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     opt = {theirs: state[ours] for ours, theirs in OUTER.items()}
     positions_TD = state[POSITIONS[0]]
-    opt[POSITIONS[1]] = torch.cat([positions_TD.new_zeros(POSITION_OFFSET, positions_TD.shape[1]), positions_TD])
+    opt[POSITIONS[1]] = torch.cat(
+        [positions_TD.new_zeros(POSITION_OFFSET, positions_TD.shape[1]), positions_TD]
+    )
     for name, weight in state.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.weight", name):
             layer, names = match[1], INNER[match[2]]
@@ -135,14 +139,20 @@ def from_opt_state(opt: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     for layer in range(layers):
         for ours, names in INNER.items():
             parts = [opt[_opt_name(layer, theirs)] for theirs in names]
-            state[f"blocks.{layer}.{ours}.weight"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            state[f"blocks.{layer}.{ours}.weight"] = (
+                torch.cat(parts) if len(parts) > 1 else parts[0]
+            )
     return state
 
 
 def to_opt_config(config: Transformer.Config, vocab_size: int) -> dict[str, Any]:
     """Arguments of `OPTConfig` for a decoder of that shape."""
     return {
-        **{key: value for key, value in FIXED.items() if key not in ("model_type", "_remove_final_layer_norm")},
+        **{
+            key: value
+            for key, value in FIXED.items()
+            if key not in ("model_type", "_remove_final_layer_norm")
+        },
         "vocab_size": vocab_size,
         "hidden_size": config.width,
         "word_embed_proj_dim": config.width,
@@ -168,7 +178,9 @@ def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: for an OPT of another shape, naming the key and its allowed value.
     """
-    width, heads, hidden = (_whole(opt, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim"))
+    width, heads, hidden = (
+        _whole(opt, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim")
+    )
     for key, allowed in {**FIXED, "word_embed_proj_dim": width}.items():
         if opt[key] != allowed:
             raise UserError(f"{key} is {json.dumps(opt[key])}; it must be {json.dumps(allowed)}")
@@ -207,7 +219,9 @@ def to_opt(model: Transformer, **config: Any) -> Any:
     transformers = _transformers()
     opt_config = transformers.OPTConfig(**to_opt_config(model.config, model.vocab_size), **config)
     state = to_opt_state(model.state_dict())
-    return transformers.OPTForCausalLM.from_pretrained(None, config=opt_config, state_dict=state).eval()
+    return transformers.OPTForCausalLM.from_pretrained(
+        None, config=opt_config, state_dict=state
+    ).eval()
 
 
 def export_to_hf(run_folder: Path, out: Path) -> None:
@@ -237,7 +251,9 @@ def export_to_hf(run_folder: Path, out: Path) -> None:
         (folder / "README.md").write_text(_readme(run.vocab, model.config.seq_len))
         written = _load_opt(folder)
         returned = from_opt_state(written.state_dict(), model.config.layers)
-        if not all(torch.equal(weight, returned[name]) for name, weight in model.state_dict().items()):
+        if not all(
+            torch.equal(weight, returned[name]) for name, weight in model.state_dict().items()
+        ):
             raise RuntimeError("the exported weights are not those of the run")
         _verify(model, written)
 
@@ -259,9 +275,15 @@ def id_ranges(vocab: Vocab) -> dict[str, Any]:
 def _finished(folder: Path) -> tuple[Run, Transformer]:
     """A run and its trained decoder, in evaluation mode on the CPU."""
     pretraining = folder / "pretraining"
-    for path in (folder / "config.yaml", folder / "text_tokenizer" / "tokenizer.json", pretraining / MARKER):
+    for path in (
+        folder / "config.yaml",
+        folder / "text_tokenizer" / "tokenizer.json",
+        pretraining / MARKER,
+    ):
         if not path.is_file():
-            raise UserError(f"run: {path} does not exist; run is the folder of a run whose pretraining is finished")
+            raise UserError(
+                f"run: {path} does not exist; run is the folder of a run whose pretraining is finished"
+            )
     run = Run(load_experiment(str(folder / "config.yaml")), folder, torch.device("cpu"))
     made = json.loads((pretraining / "config.json").read_text())
     if made != {**run.section("model"), "vocab_size": run.vocab.size}:
@@ -277,7 +299,9 @@ def _finished(folder: Path) -> tuple[Run, Transformer]:
 
 def _readme(vocab: Vocab, seq_len: int) -> str:
     rows = "\n".join(
-        f"| `{name}` | {ids[0]} to {ids[1] - 1} |" if isinstance(ids, list) else f"| `{name}` | {ids} |"
+        f"| `{name}` | {ids[0]} to {ids[1] - 1} |"
+        if isinstance(ids, list)
+        else f"| `{name}` | {ids} |"
         for name, ids in id_ranges(vocab).items()
         if not isinstance(ids, list) or ids[0] < ids[1]
     )
@@ -332,7 +356,9 @@ def _model_section(hf: Path) -> dict[str, Any]:
         raise UserError(f"hf: {file} does not exist; hf is the folder of an OPTForCausalLM")
     given = _read_json(file)
     if given.get("model_type") != FIXED["model_type"]:
-        raise UserError(f'hf: {file}: model_type is {json.dumps(given.get("model_type"))}; it must be "opt"')
+        raise UserError(
+            f'hf: {file}: model_type is {json.dumps(given.get("model_type"))}; it must be "opt"'
+        )
     try:
         full = _transformers().OPTConfig.from_dict(given).to_dict()
     except Exception as error:  # whatever the library's own checks of the values raise
@@ -343,7 +369,9 @@ def _model_section(hf: Path) -> dict[str, Any]:
         raise UserError(f"hf: {file}: {error}") from error
     kept = _read_json(hf / EXTRAS).get("model", {}) if (hf / EXTRAS).is_file() else {}
     discover()  # the kept name may be that of a preset
-    return to_mapping(MODELS.check({"name": "cm3leon", **kept, **shape}, f"hf: {hf / EXTRAS}: model"))
+    return to_mapping(
+        MODELS.check({"name": "cm3leon", **kept, **shape}, f"hf: {hf / EXTRAS}: model")
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -369,7 +397,9 @@ def _verify(model: Transformer, opt: Any) -> None:
     difference = float((ours_BTV - theirs_BTV).abs().max())
     allowed = TOLERANCE * max(1.0, float(ours_BTV.abs().max()))
     if not difference <= allowed:  # so that NaN does not pass
-        raise RuntimeError(f"the logits of the two forms differ by {difference:.2g}, {allowed:.2g} is allowed")
+        raise RuntimeError(
+            f"the logits of the two forms differ by {difference:.2g}, {allowed:.2g} is allowed"
+        )
 
 
 def _load_opt(folder: Path) -> Any:
@@ -382,7 +412,9 @@ def _load_opt(folder: Path) -> Any:
         raise UserError(f"hf: the weights in {folder} cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # the library fills them with random numbers
-        raise UserError(f"hf: the weights in {folder} lack {', '.join(missing[:5])}{', ...' if missing[5:] else ''}")
+        raise UserError(
+            f"hf: the weights in {folder} lack {', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
+        )
     return opt.float().eval()
 
 
@@ -407,5 +439,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("export needs the package transformers; install it with: pip install transformers") from error
+        raise UserError(
+            "export needs the package transformers; install it with: pip install transformers"
+        ) from error
     return transformers

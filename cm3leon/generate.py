@@ -93,10 +93,19 @@ def main(mapping: Mapping[str, Any]) -> None:
         )
         left = ranks.gather(_left(options, texts) if ranks.first else None)[0]
         with tqdm(
-            total=len(left), desc="generate", unit="prompt", dynamic_ncols=True, disable=not ranks.first
+            total=len(left),
+            desc="generate",
+            unit="prompt",
+            dynamic_ncols=True,
+            disable=not ranks.first,
         ) as progress:
             for start in range(0, len(left), AT_ONCE):
-                _draw(model, options, {number: texts[number] for number in left[start : start + AT_ONCE]}, ranks)
+                _draw(
+                    model,
+                    options,
+                    {number: texts[number] for number in left[start : start + AT_ONCE]},
+                    ranks,
+                )
                 progress.update(len(left[start : start + AT_ONCE]))
         if ranks.first:
             print(f"images: {options.out}")
@@ -115,7 +124,11 @@ def _left(options: GenerateOptions, texts: list[str]) -> list[int]:
 def _draw(model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ranks: Ranks) -> None:
     """Draws some prompts, by their numbers: all ranks do, the first writes them down."""
     drawn = model.generate(
-        list(texts.values()), n=options.n, retrieve=options.retrieve, decoder=options.decoder, seed=options.seed
+        list(texts.values()),
+        n=options.n,
+        retrieve=options.retrieve,
+        decoder=options.decoder,
+        seed=options.seed,
     )
     if ranks.first:
         with (options.out / MANIFEST).open("a") as manifest:
@@ -169,7 +182,9 @@ def _done(file: Path, texts: list[str]) -> set[int]:
     return {entry["number"] for entry in entries}
 
 
-def _write(options: GenerateOptions, number: int, text: str, pictures: list[Picture]) -> dict[str, Any]:
+def _write(
+    options: GenerateOptions, number: int, text: str, pictures: list[Picture]
+) -> dict[str, Any]:
     """Writes the images of a prompt; returns its line of the manifest."""
     images = []
     for place, picture in enumerate(pictures[: options.keep]):

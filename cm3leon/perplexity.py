@@ -64,7 +64,11 @@ class Curve:
 
     def epoch_ends(self) -> Iterator[tuple[Point, Point]]:
         """The points around the end of the first epoch, and of every one after it."""
-        return ((one, other) for one, other in pairwise(self.points) if math.floor(other.epochs) > one.epochs // 1)
+        return (
+            (one, other)
+            for one, other in pairwise(self.points)
+            if math.floor(other.epochs) > one.epochs // 1
+        )
 
 
 def main(options: Mapping[str, Any]) -> None:
@@ -73,7 +77,9 @@ def main(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: for runs without validation figures, or a mistake in the options.
     """
-    options = {**options, "runs": [options["runs"]]} if isinstance(options.get("runs"), str) else options
+    options = (
+        {**options, "runs": [options["runs"]]} if isinstance(options.get("runs"), str) else options
+    )
     config = from_mapping(PerplexityConfig, options)
     curves = curves_of([Path(run).expanduser() for run in config.runs], config.of)
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +90,21 @@ def main(options: Mapping[str, Any]) -> None:
         writer.writerow(["curve", "run", "updates", "tokens", "epochs", "perplexity"])
         for curve in curves:
             writer.writerows(
-                [curve.name, point.run, point.updates, point.tokens, f"{point.epochs:.4f}", point.perplexity]
+                [
+                    curve.name,
+                    point.run,
+                    point.updates,
+                    point.tokens,
+                    f"{point.epochs:.4f}",
+                    point.perplexity,
+                ]
                 for point in curve.points
             )
     for curve in curves:
         last = curve.points[-1]
-        print(f"{curve.name}: {last.perplexity:.4g} after {last.updates:,} updates, {last.epochs:.3g} epochs")
+        print(
+            f"{curve.name}: {last.perplexity:.4g} after {last.updates:,} updates, {last.epochs:.3g} epochs"
+        )
     print(f"picture: {config.out}\nnumbers: {numbers}")
 
 
@@ -102,7 +117,11 @@ def curves_of(folders: Sequence[Path], of: str) -> list[Curve]:
     chains = [_chain(folder) for folder in folders]
     earlier = {folder.resolve() for chain in chains for folder in chain[:-1]}
     names = _names(folders)
-    return [Curve(names[chain[-1]], _points(chain, of)) for chain in chains if chain[-1].resolve() not in earlier]
+    return [
+        Curve(names[chain[-1]], _points(chain, of))
+        for chain in chains
+        if chain[-1].resolve() not in earlier
+    ]
 
 
 def _chain(folder: Path) -> list[Path]:
@@ -121,7 +140,10 @@ def _goes_on_from(folder: Path) -> Path | None:
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
     """The folders' names, or their whole paths where two have the same."""
     last = [folder.resolve().name for folder in folders]
-    return {folder: name if last.count(name) == 1 else str(folder) for folder, name in zip(folders, last, strict=True)}
+    return {
+        folder: name if last.count(name) == 1 else str(folder)
+        for folder, name in zip(folders, last, strict=True)
+    }
 
 
 def _points(chain: Sequence[Path], of: str) -> tuple[Point, ...]:
@@ -132,7 +154,9 @@ def _points(chain: Sequence[Path], of: str) -> tuple[Point, ...]:
         for line in _validations(folder, of):
             tokens += (line["step"] - updates) * of_a_step
             updates = line["step"]
-            points.append(Point(str(folder), updates, tokens, line["epoch"], math.exp(min(line[of], 700))))
+            points.append(
+                Point(str(folder), updates, tokens, line["epoch"], math.exp(min(line[of], 700)))
+            )
     return tuple(points)
 
 
@@ -140,7 +164,9 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
     file = _existing(folder / "pretraining" / "validation.jsonl", folder)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if not lines:
-        raise UserError(f"runs: {file} is empty; the first validation is at step training.callback_every")
+        raise UserError(
+            f"runs: {file} is empty; the first validation is at step training.callback_every"
+        )
     found = [line for line in lines if of in line]
     if not found:
         known = [name for name in lines[0] if name.startswith("loss")]
@@ -150,12 +176,17 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
 
 def _tokens_of_a_step(folder: Path) -> int:
     config = load_yaml(_existing(folder / "config.yaml", folder))
-    return config["training"]["batch_tokens"] or config["training"]["batch_size"] * config["model"]["seq_len"]
+    return (
+        config["training"]["batch_tokens"]
+        or config["training"]["batch_size"] * config["model"]["seq_len"]
+    )
 
 
 def _existing(file: Path, folder: Path) -> Path:
     if not file.is_file():
-        raise UserError(f"runs: {folder} is no run folder with validation figures, {file} is missing")
+        raise UserError(
+            f"runs: {folder} is no run folder with validation figures, {file} is missing"
+        )
     return file
 
 
@@ -166,11 +197,19 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(config.width / 100, config.width / 160), dpi=100, layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(config.width / 100, config.width / 160), dpi=100, layout="constrained"
+    )
     for number, curve in enumerate(curves):
         color = f"C{number % 10}"
         at = [getattr(point, config.by) for point in curve.points]
-        axes.plot(at, [point.perplexity for point in curve.points], color=color, label=curve.name, linewidth=1.6)
+        axes.plot(
+            at,
+            [point.perplexity for point in curve.points],
+            color=color,
+            label=curve.name,
+            linewidth=1.6,
+        )
         for _, point in curve.epoch_ends():
             x = getattr(point, config.by)
             axes.axvline(x, color=color, linestyle=":", linewidth=1)
@@ -185,17 +224,37 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
                 fontsize=8,
             )
         for _, point in curve.junctions():
-            axes.plot(getattr(point, config.by), point.perplexity, "|", color=color, markersize=14, markeredgewidth=1.6)
+            axes.plot(
+                getattr(point, config.by),
+                point.perplexity,
+                "|",
+                color=color,
+                markersize=14,
+                markeredgewidth=1.6,
+            )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.8), labelOnlyBase=False))
-    axes.set_xlabel({"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}[config.by])
-    of = {"loss": "", "loss_text": " of text", "loss_image": " of images"}.get(config.of, f", {config.of}")
+    axes.yaxis.set_minor_formatter(
+        mpl.ticker.LogFormatter(minor_thresholds=(2, 0.8), labelOnlyBase=False)
+    )
+    axes.set_xlabel(
+        {"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}[config.by]
+    )
+    of = {"loss": "", "loss_text": " of text", "loss_image": " of images"}.get(
+        config.of, f", {config.of}"
+    )
     axes.set_ylabel(f"validation perplexity{of}")
     axes.grid(which="both", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if any(list(curve.junctions()) for curve in curves):
-        axes.plot([], [], "|", color="gray", markersize=10, label="continued, with the learning rate raised again")
+        axes.plot(
+            [],
+            [],
+            "|",
+            color="gray",
+            markersize=10,
+            label="continued, with the learning rate raised again",
+        )
     axes.legend(framealpha=0.9, edgecolor="none")
     figure.savefig(config.out)
     plt.close(figure)

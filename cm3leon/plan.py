@@ -101,13 +101,17 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
             batches do not divide into.
     """
     if MODELS.get(experiment.model.name) is not Transformer:
-        raise UserError(f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can")
+        raise UserError(
+            f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can"
+        )
     shape: Transformer.Config = experiment.model.config
     training, gpus = experiment.training, LAUNCHERS.build(experiment.launcher).gpus
     vocab_size = Run(experiment, Path(), torch.device("cpu")).vocab.size
     gpu = GPUS[config.gpu]
     if gpus % training.replicas:
-        raise UserError(f"launcher has {gpus} GPUs, which training.replicas {training.replicas} does not divide")
+        raise UserError(
+            f"launcher has {gpus} GPUs, which training.replicas {training.replicas} does not divide"
+        )
     if training.precision == "float32":
         raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
     if gpus > 1 and training.optimizer == "adamw_8bit":
@@ -127,7 +131,10 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
 
     held = memory(training.activation_checkpointing, micro_batch)
     largest = {
-        choice: max((size for size in range(1, share + 1) if memory(choice, size).fits(gpu.memory)), default=0)
+        choice: max(
+            (size for size in range(1, share + 1) if memory(choice, size).fits(gpu.memory)),
+            default=0,
+        )
         for choice in get_args(ActivationCheckpointing)
     }
     count = parameters(shape, vocab_size)
@@ -164,10 +171,15 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         paper_tokens=paper,
         paper_days=paper and paper / rate / 86_400,
         paper_gpu_hours=paper and gpus * paper / rate / 3600,
-        checkpoint_bytes=(CHECKPOINT_BYTES[training.optimizer] + (4 if training.average_decay else 0)) * trained,
+        checkpoint_bytes=(
+            CHECKPOINT_BYTES[training.optimizer] + (4 if training.average_decay else 0)
+        )
+        * trained,
         checkpoints=training.keep_checkpoints + kept_for_good,
         documents=config.documents,
-        data_bytes={name: float(size * config.documents) for name, size in BYTES_PER_DOCUMENT.items()},
+        data_bytes={
+            name: float(size * config.documents) for name, size in BYTES_PER_DOCUMENT.items()
+        },
     )
 
 
@@ -188,7 +200,9 @@ def as_text(plan: Plan) -> Iterator[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     usable = f"{_gb(plan.usable_bytes).strip()} of {_gb(plan.gpu_bytes).strip()} can be used"
     yield f"  {'at the fullest moment':<24}  {_gb(held.total)}   {verdict}: {usable}"
-    sizes = ", ".join(f"{choice} {size or 'none'}" for choice, size in plan.largest_micro_batch.items())
+    sizes = ", ".join(
+        f"{choice} {size or 'none'}" for choice, size in plan.largest_micro_batch.items()
+    )
     share = plan.blocks_per_step // plan.gpus
     yield f"  largest micro-batch       {sizes} (of {share} blocks that a GPU has in a step)"
     if not plan.fits:
@@ -202,10 +216,15 @@ def as_text(plan: Plan) -> Iterator[str]:
         yield f"  the paper's tokens        {_span(plan.paper_tokens, plan.paper_days, plan.paper_gpu_hours)}"
     yield ""
     yield "disk"
-    one, all_of_them = (_gb(count * plan.checkpoint_bytes).strip() for count in (1, plan.checkpoints))
+    one, all_of_them = (
+        _gb(count * plan.checkpoint_bytes).strip() for count in (1, plan.checkpoints)
+    )
     yield f"  checkpoints               {one} each, {all_of_them} for the {plan.checkpoints} that are kept"
     parts = ", ".join(f"{name} {_gb(size).strip()}" for name, size in plan.data_bytes.items())
-    yield f"  {plan.documents:,} pairs".ljust(28) + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
+    yield (
+        f"  {plan.documents:,} pairs".ljust(28)
+        + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
+    )
 
 
 def _advice(plan: Plan) -> str:
@@ -229,4 +248,6 @@ def _gb(size: float) -> str:
 def main(experiment: Experiment, config: PlanConfig) -> None:
     """Prints the plan. Raises UserError as `plan` does."""
     made = plan(experiment, config)
-    print(json.dumps(asdict(made), indent=2) if config.format == "json" else "\n".join(as_text(made)))
+    print(
+        json.dumps(asdict(made), indent=2) if config.format == "json" else "\n".join(as_text(made))
+    )

@@ -68,10 +68,14 @@ class Registry(Generic[T]):
         def add(cls: C) -> C:
             config_class = getattr(cls, "Config", None)
             if config_class is None:
-                raise TypeError(f"{cls.__qualname__} needs a nested dataclass Config to be registered as {name}")
+                raise TypeError(
+                    f"{cls.__qualname__} needs a nested dataclass Config to be registered as {name}"
+                )
             check_config_class(config_class)
             if "name" in (field.name for field in fields(config_class)):
-                raise TypeError(f"{cls.__qualname__}.Config.name: that key holds the component's name; choose another")
+                raise TypeError(
+                    f"{cls.__qualname__}.Config.name: that key holds the component's name; choose another"
+                )
             self._add(name, _Entry(cls, cls.__module__, {}, None))
             return cls
 
@@ -87,20 +91,28 @@ class Registry(Generic[T]):
         known = [field.name for field in fields(base.cls.Config)]
         for key in defaults:
             if key not in known:
-                raise TypeError(f"preset {name}: {key} is not a field of {of}; {choices(key, known)}")
+                raise TypeError(
+                    f"preset {name}: {key} is not a field of {of}; {choices(key, known)}"
+                )
         caller = sys._getframe(1).f_globals["__name__"]
         self._add(name, _Entry(base.cls, caller, _merged(base.defaults, defaults), of))
 
     def _add(self, name: str, entry: _Entry) -> None:
         if name in self._entries:
-            taken = f"{_origin(self._entries[name].module)}; the second is from {_origin(entry.module)}"
-            raise TypeError(f"the {self.kind} {name} is registered twice: the first is from {taken}")
+            taken = (
+                f"{_origin(self._entries[name].module)}; the second is from {_origin(entry.module)}"
+            )
+            raise TypeError(
+                f"the {self.kind} {name} is registered twice: the first is from {taken}"
+            )
         self._entries[name] = entry
 
     def _entry(self, name: str, where: str) -> _Entry:
         if name not in self._entries:
             what = f"{where} is {name}, which" if where else str(name)
-            raise UserError(f"{what} is not a known {self.kind}; {choices(str(name), self._entries)}")
+            raise UserError(
+                f"{what} is not a known {self.kind}; {choices(str(name), self._entries)}"
+            )
         return self._entries[name]
 
     def get(self, name: str) -> Any:
@@ -121,11 +133,15 @@ class Registry(Generic[T]):
         section = {"name": section} if isinstance(section, str) else section
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
             given = "has no name" if isinstance(section, Mapping) else "is not a section"
-            raise UserError(f"{where} {given}; it must name one {self.kind} (known: {', '.join(self.names())})")
+            raise UserError(
+                f"{where} {given}; it must name one {self.kind} (known: {', '.join(self.names())})"
+            )
         name = section["name"]
         entry = self._entry(name, f"{where}.name")
         given_fields = {key: value for key, value in section.items() if key != "name"}
-        return Component(name, from_mapping(entry.cls.Config, _merged(entry.defaults, given_fields), where))
+        return Component(
+            name, from_mapping(entry.cls.Config, _merged(entry.defaults, given_fields), where)
+        )
 
     def build(self, section: Component | Mapping[str, Any] | str, **runtime: Any) -> T:
         """Builds a component; `runtime` holds what no config can: vocabulary, device, other components.
@@ -257,7 +273,9 @@ def _load_plugins_folder() -> None:
     package = importlib.import_module("cm3leon.plugins")
     for folder in sorted(_folder_of(package).iterdir()):
         if folder.is_dir() and any(folder.glob("*.py")) and not (folder / "__init__.py").is_file():
-            raise UserError(f"plugins/{folder.name} holds Python files but no __init__.py; add one, it may be empty")
+            raise UserError(
+                f"plugins/{folder.name} holds Python files but no __init__.py; add one, it may be empty"
+            )
     for info in pkgutil.iter_modules(package.__path__):
         if not info.name.startswith("test_") and info.name != "tests":
             with _plugin(f"cm3leon.plugins.{info.name}", f"plugins/{info.name}") as name:
@@ -265,7 +283,9 @@ def _load_plugins_folder() -> None:
 
 
 def _load_entry_point(entry_point: importlib.metadata.EntryPoint) -> None:
-    distribution = f" ({entry_point.dist.name} {entry_point.dist.version})" if entry_point.dist else ""
+    distribution = (
+        f" ({entry_point.dist.name} {entry_point.dist.version})" if entry_point.dist else ""
+    )
     with _plugin(entry_point.module, f"entry point {entry_point.name}{distribution}") as name:
         _import_all(name)
 
@@ -277,11 +297,15 @@ def _load_path(path: Path) -> None:
     if path.is_dir() != package_file.is_file() or (path.is_file() and path.suffix != ".py"):
         raise UserError(f"the plugin {path} must be a .py file or a folder with an __init__.py")
     plugins = importlib.util.find_spec("cm3leon.plugins")
-    if plugins and any(path.is_relative_to(folder) for folder in plugins.submodule_search_locations or ()):
+    if plugins and any(
+        path.is_relative_to(folder) for folder in plugins.submodule_search_locations or ()
+    ):
         return  # in the plugins folder, so already loaded
     # Two plugins in different folders may share a file name, so the whole path makes the module's name.
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    with _plugin(f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}", str(path)) as name:
+    with _plugin(
+        f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}", str(path)
+    ) as name:
         if name not in sys.modules:
             _import_file(name, package_file if path.is_dir() else path)
         _import_all(name)
@@ -311,5 +335,10 @@ def _plugin(module: str, origin: str) -> Iterator[str]:
     _origins.setdefault(module, origin)
     try:
         yield module
-    except (Exception, SystemExit) as error:  # a plugin that exits would end the run as if all were done
-        raise PluginError(f"plugin {origin} failed to import: {type(error).__name__}: {error}") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a plugin that exits would end the run as if all were done
+        raise PluginError(
+            f"plugin {origin} failed to import: {type(error).__name__}: {error}"
+        ) from error

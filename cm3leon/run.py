@@ -58,7 +58,15 @@ examples:
 FLAGS = ("--help", "--list", "--show", "--version")
 
 # The ones that are a matter of the machine, not of the code: no room, no permission, no such device.
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOTDIR)
+MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENOTDIR,
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,14 @@ def show_sample(arguments: Sequence[str]) -> None:
 
     own = ("sample=", "epoch=", "out=")
     again = [word for word in arguments if not word.startswith(own)]
-    show(experiment, _run_folder(named), named["sample"], epoch=named["epoch"], out=named["out"], again=again)
+    show(
+        experiment,
+        _run_folder(named),
+        named["sample"],
+        epoch=named["epoch"],
+        out=named["out"],
+        again=again,
+    )
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -185,7 +200,9 @@ def _run_folder(named: dict[str, str]) -> Path:
 def _share(text: str) -> tuple[int, int]:
     """`k/n` as numbers; in a job of a SLURM array, its place there if nothing is said."""
     if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
-        number, first, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
+        number, first, count = (
+            int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT")
+        )
         text = f"{number - first}/{count}"
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
@@ -207,27 +224,39 @@ def _forwarded(module: str, function: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS = {
-    "run": Command("run the stages of an experiment, the default; stages already done are skipped", run),
-    "part": Command("a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part),
+    "run": Command(
+        "run the stages of an experiment, the default; stages already done are skipped", run
+    ),
+    "part": Command(
+        "a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part
+    ),
     "show": Command(
-        "print a training sample and make a page of it: sample=N epoch=0 experiment=NAME run=DIR", show_sample
+        "print a training sample and make a page of it: sample=N epoch=0 experiment=NAME run=DIR",
+        show_sample,
     ),
     "validate": Command(
         "read a corpus, say what it holds, what is broken and what it costs: data.path=PATH",
         _forwarded("cm3leon.validate", "main"),
     ),
     "search": Command(
-        "ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5", _forwarded("cm3leon.search", "search")
+        "ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5",
+        _forwarded("cm3leon.search", "search"),
     ),
     "add": Command(
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
         _forwarded("cm3leon.search", "add"),
     ),
-    "point": Command("run a point of a sweep, as its jobs do: run=DIR/POINT", _forwarded("cm3leon.sweep", "point")),
-    "collect": Command(
-        "make the table of a sweep of the points that are finished: run=DIR", _forwarded("cm3leon.sweep", "collect")
+    "point": Command(
+        "run a point of a sweep, as its jobs do: run=DIR/POINT",
+        _forwarded("cm3leon.sweep", "point"),
     ),
-    "status": Command("where the jobs of a run stand: run=DIR", _forwarded("cm3leon.launch.follow", "status")),
+    "collect": Command(
+        "make the table of a sweep of the points that are finished: run=DIR",
+        _forwarded("cm3leon.sweep", "collect"),
+    ),
+    "status": Command(
+        "where the jobs of a run stand: run=DIR", _forwarded("cm3leon.launch.follow", "status")
+    ),
     "cancel": Command(
         "end the jobs of a run, which goes on later from its checkpoints: run=DIR",
         _forwarded("cm3leon.launch.follow", "cancel"),
@@ -241,21 +270,25 @@ COMMANDS = {
         _forwarded("cm3leon.generate", "main"),
     ),
     "plan": Command(
-        "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4", plan
+        "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4",
+        plan,
     ),
     "perplexity": Command(
         "draw the paper's figure 3, validation perplexity against updates: runs=[DIR,DIR] out=perplexity.png",
         _forwarded("cm3leon.perplexity", "main"),
     ),
     "export": Command(
-        "convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR", _forwarded("cm3leon.export", "main")
+        "convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR",
+        _forwarded("cm3leon.export", "main"),
     ),
 }
 
 
 def usage() -> str:
     """The text of --help."""
-    return USAGE.format(commands="\n".join(f"  {name:<17}  {command.summary}" for name, command in COMMANDS.items()))
+    return USAGE.format(
+        commands="\n".join(f"  {name:<17}  {command.summary}" for name, command in COMMANDS.items())
+    )
 
 
 def resolved(arguments: Sequence[str]) -> str:
@@ -270,7 +303,9 @@ def resolved(arguments: Sequence[str]) -> str:
     if is_sweep(named["experiment"], overrides):
         from cm3leon.sweep import load_sweep
 
-        sweep = load_sweep(named["experiment"], overrides, _run_folder(named), until=named["until"] or None)
+        sweep = load_sweep(
+            named["experiment"], overrides, _run_folder(named), until=named["until"] or None
+        )
         return dump_yaml(sweep.mapping) + "".join(f"# {name}\n" for name in sweep.points)
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
@@ -294,11 +329,21 @@ def listing() -> str:
 def _component_lines(registry: Any, name: str) -> Iterator[str]:
     yield f"  {name}  ({registry.origin(name)})"
     base = registry.preset_of(name)
-    about = f"{base} with other defaults:" if base else (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+    about = (
+        f"{base} with other defaults:"
+        if base
+        else (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+    )
     yield from _wrapped(about, 4)
     known = registry.describe(base) if base else []
     for doc in (doc for doc in registry.describe(name) if doc not in known):
-        default = ", required" if doc.default == "required" else f" = {doc.default}" if doc.default else ""
+        default = (
+            ", required"
+            if doc.default == "required"
+            else f" = {doc.default}"
+            if doc.default
+            else ""
+        )
         yield from _wrapped(f"{doc.name}: {doc.type}{default}", 6)
         yield from _wrapped(doc.sentence, 10)
 
@@ -319,7 +364,9 @@ def _split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
         else:
             overrides.append(argument)
     if not named["experiment"]:
-        raise UserError("experiment is missing; write experiment=NAME with a name that --list shows, or a .yaml file")
+        raise UserError(
+            "experiment is missing; write experiment=NAME with a name that --list shows, or a .yaml file"
+        )
     return named, overrides
 
 
@@ -339,7 +386,9 @@ def dispatch(arguments: Sequence[str]) -> int:
         raise UserError(f"{command} is not a known command; {choices(command, COMMANDS)}")
     for word in words:
         if "=" not in word:
-            raise UserError(f"{word} follows the command {command}; everything after it must be key=value")
+            raise UserError(
+                f"{word} follows the command {command}; everything after it must be key=value"
+            )
     if "--help" in flags:
         print(usage(), end="")
     elif "--version" in flags:
@@ -362,11 +411,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), REFUSED)
     except Again as error:
-        return _complain(f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN)
+        return _complain(
+            f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN
+        )
     except FloatingPointError as error:
-        return _complain(f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1)
+        return _complain(
+            f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1
+        )
     except KeyboardInterrupt:
-        return _complain("stopped; the progress is kept, and the same command goes on from there", 130)
+        return _complain(
+            "stopped; the progress is kept, and the same command goes on from there", 130
+        )
     except BrokenPipeError:
         # The reader of `--list | head` has gone: nothing to say, and nothing left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -374,7 +429,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        return _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on from there", 2)
+        return _complain(
+            f"{error.filename or 'a file'}: {error.strerror}; the same command goes on from there",
+            2,
+        )
 
 
 def _is_first() -> bool:

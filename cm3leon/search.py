@@ -118,7 +118,9 @@ def add(mapping: Mapping[str, Any]) -> None:
 
     def usable() -> Iterator[Document]:
         nonlocal skipped
-        for item in tqdm(SOURCES.build(options.data).documents(), desc="add", unit="document", dynamic_ncols=True):
+        for item in tqdm(
+            SOURCES.build(options.data).documents(), desc="add", unit="document", dynamic_ncols=True
+        ):
             if isinstance(item, Skipped) or item.id in known:
                 skipped += 1
             else:

@@ -48,7 +48,12 @@ from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
 from cm3leon.stages.stages import stages_of
-from cm3leon.stages.training_data import CorpusInMemory, ShardedCorpus, TrainingSamples, training_samples
+from cm3leon.stages.training_data import (
+    CorpusInMemory,
+    ShardedCorpus,
+    TrainingSamples,
+    training_samples,
+)
 from cm3leon.tokenizers.document import LaidOut, lay_out
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
@@ -61,7 +66,13 @@ SPECIAL_LOOK = re.compile(rf"{'|'.join(SPECIALS)}|<mask:\d+>")
 
 
 def show(
-    experiment: Experiment, folder: Path, sample: str, *, epoch: str = "", out: str = "", again: Sequence[str] = ()
+    experiment: Experiment,
+    folder: Path,
+    sample: str,
+    *,
+    epoch: str = "",
+    out: str = "",
+    again: Sequence[str] = (),
 ) -> None:
     """Prints a training sample, and writes its page to `out`, `show/sample-N.html` in the run folder by default.
 
@@ -82,7 +93,11 @@ def show(
     position = epoch_number * samples.epoch + number
     shown = shown_sample(run, samples, position)
     facts = facts_of(run, samples, position, shown)
-    name = f"sample-{number}.html" if epoch_number == 0 else f"sample-{number}-epoch-{epoch_number}.html"
+    name = (
+        f"sample-{number}.html"
+        if epoch_number == 0
+        else f"sample-{number}-epoch-{epoch_number}.html"
+    )
     path = Path(out).expanduser() if out else folder / "show" / name
     print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
     try:
@@ -108,7 +123,9 @@ def _number(name: str, text: str, last: int | None) -> int:
     if text.isascii() and text.isdecimal() and (last is None or int(text) <= last):
         return int(text)
     allowed = "from 0 on" if last is None else f"from 0 to {last}"
-    raise UserError(f"{name} is {text or 'missing'}; write {name}=N with a whole number N {allowed}")
+    raise UserError(
+        f"{name} is {text or 'missing'}; write {name}=N with a whole number N {allowed}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what training does
@@ -166,11 +183,15 @@ def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSamp
     )
 
 
-def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int, laid_out_T: np.ndarray) -> Iterator[ShownPiece]:
+def _pieces(
+    run: Run, traced: TracedSamples, epoch: int, position: int, laid_out_T: np.ndarray
+) -> Iterator[ShownPiece]:
     """The pieces of a sample. Its lane is made from the start: what a block has room for depends on those before."""
     packing, lanes = run.experiment.packing, run.experiment.training.batch_size
     lane = new_lane(traced, packing, position % lanes, lanes)
-    for step in tqdm(count(1), desc="blocks before it", unit="block", delay=2, leave=False, dynamic_ncols=True):
+    for step in tqdm(
+        count(1), desc="blocks before it", unit="block", delay=2, leave=False, dynamic_ncols=True
+    ):
         made = lane.next()
         origins = [traced.made[corrupted] for corrupted in made]
         for number, (origin, start, end) in enumerate(origins):
@@ -186,7 +207,11 @@ def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int, laid_out
                 block=pack(made, run.seq_len, run.vocab.pad, run_on=packing.run_on),
                 number=number,
                 samples=[
-                    Companion(_name(other, epoch, position), traced.drawn(other).query.id, len(corrupted.ids_T))
+                    Companion(
+                        _name(other, epoch, position),
+                        traced.drawn(other).query.id,
+                        len(corrupted.ids_T),
+                    )
                     for (other, _, _), corrupted in zip(origins, made, strict=True)
                 ],
                 spans=None if moved is None else [(start + s, start + e) for s, e in moved[0]],
@@ -198,13 +223,20 @@ def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int, laid_out
 
 def _name(position: int, epoch: int, beside: int) -> str:
     """The number of a sample, with its epoch where that is not the shown sample's."""
-    return f"{position % epoch}" + (f" of epoch {position // epoch}" if position // epoch != beside // epoch else "")
+    return f"{position % epoch}" + (
+        f" of epoch {position // epoch}" if position // epoch != beside // epoch else ""
+    )
 
 
-def moved_spans(ids_T: np.ndarray, laid_out_T: np.ndarray, vocab: Vocab) -> tuple[list[Span], np.ndarray] | None:
+def moved_spans(
+    ids_T: np.ndarray, laid_out_T: np.ndarray, vocab: Vocab
+) -> tuple[list[Span], np.ndarray] | None:
     """The spans that make the trained ids of the laid-out ones, and `source_T` of `rotate`; None if none do."""
     sentinels = np.flatnonzero(vocab.is_sentinel(ids_T)).tolist()
-    places, tails = sentinels[: len(sentinels) // 2], [*sentinels[len(sentinels) // 2 :], len(ids_T)]
+    places, tails = (
+        sentinels[: len(sentinels) // 2],
+        [*sentinels[len(sentinels) // 2 :], len(ids_T)],
+    )
     spans: list[Span] = []
     before = 0  # tokens of earlier spans, each of which one sentinel stands for
     for number, place in enumerate(places):
@@ -214,14 +246,18 @@ def moved_spans(ids_T: np.ndarray, laid_out_T: np.ndarray, vocab: Vocab) -> tupl
             return None
         spans.append((start, start + length))
         before += length
-    rotated_T, source_T = rotate(laid_out_T, spans, vocab) if spans else (laid_out_T, np.arange(len(laid_out_T)))
+    rotated_T, source_T = (
+        rotate(laid_out_T, spans, vocab) if spans else (laid_out_T, np.arange(len(laid_out_T)))
+    )
     return (spans, source_T) if np.array_equal(rotated_T, ids_T) else None
 
 
 # ------------------------------------------------------------------------------------------------ retrieval
 
 
-def _how_found(run: Run, samples: TrainingSamples, traced: TracedSamples, position: int) -> list[str]:
+def _how_found(
+    run: Run, samples: TrainingSamples, traced: TracedSamples, position: int
+) -> list[str]:
     """For each retrieved document of a sample, by which part of the query it was found, and its score."""
     source, row = samples.at(position)
     corpus = samples.corpora[source]
@@ -234,19 +270,31 @@ def _how_found(run: Run, samples: TrainingSamples, traced: TracedSamples, positi
     notes = []
     for variant, k in (divmod(place, rows_VK.shape[1]) for place in drawn):
         halves_2K = rows_VK[variant].reshape(len(MODALITIES), -1)
-        found_by = [m for m, half_K in zip(MODALITIES, halves_2K, strict=True) if rows_VK[variant, k] in half_K]
-        scores = [_score(parts_of, row, int(rows_VK[variant, k]), modality) for modality in found_by]
-        notes.append("found by " + " and ".join(f"its {m}{s}" for m, s in zip(found_by, scores, strict=True)))
+        found_by = [
+            m
+            for m, half_K in zip(MODALITIES, halves_2K, strict=True)
+            if rows_VK[variant, k] in half_K
+        ]
+        scores = [
+            _score(parts_of, row, int(rows_VK[variant, k]), modality) for modality in found_by
+        ]
+        notes.append(
+            "found by " + " and ".join(f"its {m}{s}" for m, s in zip(found_by, scores, strict=True))
+        )
     return [note.replace("its", "the query's", 1) for note in notes]
 
 
 def _places(rows_VK: np.ndarray) -> np.ndarray:
     """The place of each row in the array, counted through; -1 for what `draw` leaves out: no row, or one once more."""
     repeated_VK = np.triu(rows_VK[:, :, None] == rows_VK[:, None, :], k=1).any(axis=1)
-    return np.where((rows_VK == NONE) | repeated_VK, NONE, np.arange(rows_VK.size).reshape(rows_VK.shape))
+    return np.where(
+        (rows_VK == NONE) | repeated_VK, NONE, np.arange(rows_VK.size).reshape(rows_VK.shape)
+    )
 
 
-def _vectors(run: Run, corpus: CorpusInMemory | ShardedCorpus) -> Callable[[np.ndarray], Parts] | None:
+def _vectors(
+    run: Run, corpus: CorpusInMemory | ShardedCorpus
+) -> Callable[[np.ndarray], Parts] | None:
     """Rows of the bank -> their vectors; None where the query itself has none there."""
     if isinstance(corpus, CorpusInMemory):
         return run.bank.parts_of
@@ -254,11 +302,15 @@ def _vectors(run: Run, corpus: CorpusInMemory | ShardedCorpus) -> Callable[[np.n
         return None
     try:
         return VectorShards(corpus.folder / "vectors", run.encoder_header).parts
-    except UserError:  # they are not needed any more once the neighbours are found, and may have been deleted
+    except (
+        UserError
+    ):  # they are not needed any more once the neighbours are found, and may have been deleted
         return None
 
 
-def _score(parts_of: Callable[[np.ndarray], Parts] | None, row: int, other: int, modality: Modality) -> str:
+def _score(
+    parts_of: Callable[[np.ndarray], Parts] | None, row: int, other: int, modality: Modality
+) -> str:
     """What the search ranks by, but of the query without dropout, as ` (score 0.83)`."""
     if parts_of is None:
         return ""
@@ -270,17 +322,26 @@ def _score(parts_of: Callable[[np.ndarray], Parts] | None, row: int, other: int,
 # ------------------------------------------------------------------------------------------------ documents
 
 
-def _documents(run: Run, sample: Sample, laid_out: LaidOut, notes: Sequence[str]) -> list[ShownDocument]:
+def _documents(
+    run: Run, sample: Sample, laid_out: LaidOut, notes: Sequence[str]
+) -> list[ShownDocument]:
     spans = iter(laid_out.segments)
     shown = []
     roles = [*(f"retrieved {number}" for number in range(1, len(sample.retrieved) + 1)), "query"]
-    for role, note, document in zip(roles, [*notes, ""], (*sample.retrieved, sample.query), strict=True):
-        segments = [ShownSegment(next(spans), _pictures(run, document, segment)) for segment in document.segments]
+    for role, note, document in zip(
+        roles, [*notes, ""], (*sample.retrieved, sample.query), strict=True
+    ):
+        segments = [
+            ShownSegment(next(spans), _pictures(run, document, segment))
+            for segment in document.segments
+        ]
         shown.append(ShownDocument(role, document.id, note, segments))
     return shown
 
 
-def _pictures(run: Run, document: TokenDocument, segment: TokenSegment) -> list[tuple[str, np.ndarray]]:
+def _pictures(
+    run: Run, document: TokenDocument, segment: TokenSegment
+) -> list[tuple[str, np.ndarray]]:
     """An image as decoded from its codes; for a corpus in memory also what was encoded, and what that was made of."""
     if segment.modality == "text":
         return []
@@ -291,7 +352,12 @@ def _pictures(run: Run, document: TokenDocument, segment: TokenSegment) -> list[
         versions = np.flatnonzero((run.varied_codes_VBN[:, row] == codes_N).all(axis=1))
         if versions[0]:
             varied_HWC = run.varied_images[versions[0] * len(run.bank.ids) + row]
-            pictures.append((f"encoded: variation {versions[0]} of {run.experiment.augment.versions}", varied_HWC))
+            pictures.append(
+                (
+                    f"encoded: variation {versions[0]} of {run.experiment.augment.versions}",
+                    varied_HWC,
+                )
+            )
         pictures.append(("original", run.corpus.images_BHWC[run.bank_rows[row]]))
     return pictures
 
@@ -299,12 +365,16 @@ def _pictures(run: Run, document: TokenDocument, segment: TokenSegment) -> list[
 def _names(run: Run) -> Names:
     tokenizer = Tokenizer.from_file(str(run.folder / TEXT_TOKENIZER))
     # All bytes that UTF-8 has, and the characters that byte-level BPE writes for them.
-    probe = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)]))
+    probe = "".join(
+        map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])
+    )
     [(written, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(probe)
     byte_of = dict(zip(written, probe.encode(), strict=True))
 
     def piece(id_: int) -> str:
-        return bytes(byte_of[c] for c in tokenizer.id_to_token(id_) or "").decode("utf-8", "backslashreplace")
+        return bytes(byte_of[c] for c in tokenizer.id_to_token(id_) or "").decode(
+            "utf-8", "backslashreplace"
+        )
 
     return Names(run.vocab, run.text_tokenizer.decode, piece)
 
@@ -312,11 +382,15 @@ def _names(run: Run) -> Names:
 # ------------------------------------------------------------------------------------------------ words
 
 
-def facts_of(run: Run, samples: TrainingSamples, position: int, shown: ShownSample) -> list[tuple[str, str]]:
+def facts_of(
+    run: Run, samples: TrainingSamples, position: int, shown: ShownSample
+) -> list[tuple[str, str]]:
     """What there is to say of a sample, by what it is about."""
     source, row = samples.at(position)
     corpus = samples.corpora[source]
-    mixed_in = f", mixed in from {corpus.folder}" if source and isinstance(corpus, ShardedCorpus) else ""
+    mixed_in = (
+        f", mixed in from {corpus.folder}" if source and isinstance(corpus, ShardedCorpus) else ""
+    )
     *retrieved, query = shown.documents
     trained = sum(len(piece.ids_T) for piece in shown.pieces)
     spans = [(name, _span(shown, span)) for name, span in shown.spans]
@@ -334,7 +408,10 @@ def facts_of(run: Run, samples: TrainingSamples, position: int, shown: ShownSamp
         ("query", visible(query.id) + mixed_in),
         ("retrieved", _retrieved(corpus.neighbours_VK(row), len(retrieved) + len(shown.left_out))),
         *((document.role, f"{visible(document.id)}, {document.note}") for document in retrieved),
-        *(("left out", f"{visible(document)}, as it does not fit the block") for document in shown.left_out),
+        *(
+            ("left out", f"{visible(document)}, as it does not fit the block")
+            for document in shown.left_out
+        ),
         ("tokens", f"{len(shown.laid_out.ids_T):,} as laid out, {trained:,} as trained on"),
         *spans,
         ("loss", _loss(shown)),
@@ -360,7 +437,11 @@ def _span(shown: ShownSample, span: Span) -> str:
     role = shown.document_at(start)
     document = "the query" if role == "query" else role
     where = f"{share} of the {segment.modality} of {document}, {_tokens(start, end)}"
-    return where if unit == "codes" else f"{where}: {_shortened(shown.names.run(shown.laid_out.ids_T[start:end]))!r}"
+    return (
+        where
+        if unit == "codes"
+        else f"{where}: {_shortened(shown.names.run(shown.laid_out.ids_T[start:end]))!r}"
+    )
 
 
 def _tokens(start: int, end: int) -> str:
@@ -370,8 +451,12 @@ def _tokens(start: int, end: int) -> str:
 def _loss(shown: ShownSample) -> str:
     loss_T = np.concatenate([piece.loss_T for piece in shown.pieces])
     weights, counts = np.unique(loss_T[loss_T > 0], return_counts=True)
-    shares = " and ".join(f"{n:,} with weight {w:g}" for w, n in zip(weights.tolist(), counts.tolist(), strict=True))
-    return f"on {np.count_nonzero(loss_T):,} of {len(loss_T):,} tokens" + (f", {shares}" if shares else "")
+    shares = " and ".join(
+        f"{n:,} with weight {w:g}" for w, n in zip(weights.tolist(), counts.tolist(), strict=True)
+    )
+    return f"on {np.count_nonzero(loss_T):,} of {len(loss_T):,} tokens" + (
+        f", {shares}" if shares else ""
+    )
 
 
 def _block(run: Run, piece: ShownPiece) -> str:
@@ -395,12 +480,18 @@ def printed(shown: ShownSample, facts: Sequence[tuple[str, str]], width: int) ->
     for number, piece in enumerate(shown.pieces, 1):
         part = "" if len(shown.pieces) == 1 else f", piece {number} of {len(shown.pieces)}"
         words = _sequence(shown.names, piece.ids_T, piece.loss_T > 0)
-        lines += ["", f"trained on{part} (no loss on what is in parentheses)", *_wrapped(words, width)]
+        lines += [
+            "",
+            f"trained on{part} (no loss on what is in parentheses)",
+            *_wrapped(words, width),
+        ]
     return lines
 
 
 def _wrapped(text: str, width: int, first: str = "  ", others: str = "  ") -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+    )
 
 
 def _sequence(names: Names, ids_T: np.ndarray, has_loss_T: np.ndarray | None = None) -> str:
@@ -419,4 +510,8 @@ def _sequence(names: Names, ids_T: np.ndarray, has_loss_T: np.ndarray | None = N
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONG_TEXT else f"{text[: LONG_TEXT // 2]} ... {text[-LONG_TEXT // 2 :]}"
+    return (
+        text
+        if len(text) <= LONG_TEXT
+        else f"{text[: LONG_TEXT // 2]} ... {text[-LONG_TEXT // 2 :]}"
+    )

@@ -83,7 +83,9 @@ class Document:
     @property
     def images(self) -> list[np.ndarray]:
         """Pixels (H, W, C) of each image."""
-        return [segment.pixels_HWC for segment in self.segments if isinstance(segment, ImageSegment)]
+        return [
+            segment.pixels_HWC for segment in self.segments if isinstance(segment, ImageSegment)
+        ]
 
     @property
     def image(self) -> np.ndarray | None:
@@ -149,12 +151,16 @@ class Batch:
 
     def split(self, blocks: int) -> list[Batch]:
         """The batch in parts of that many blocks, the last one with what is left."""
-        parts = zip(*(getattr(self, field.name).split(blocks) for field in fields(self)), strict=True)
+        parts = zip(
+            *(getattr(self, field.name).split(blocks) for field in fields(self)), strict=True
+        )
         return [Batch(*part) for part in parts]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(
+            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        )
 
 
 @dataclass(frozen=True, eq=False)

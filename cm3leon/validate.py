@@ -99,7 +99,9 @@ def _overrides(data: Any) -> Iterator[str]:
     settings = {"name": data} if isinstance(data, str) else dict(data or {})
     if "name" in settings:
         yield f"data={settings.pop('name')}"
-    yield from (f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
+    yield from (
+        f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()
+    )
 
 
 def with_source_name(data: Any) -> Any:
@@ -116,7 +118,9 @@ def source_name(path: str) -> str:
         if any(file.name.lower().endswith(endings) for file in files.list(endings)):
             return name
     known = ", ".join(ending for endings in FORMATS.values() for ending in endings)
-    raise UserError(f"data.path: {path} holds no files that end in {known}; say what it is with data.name=NAME")
+    raise UserError(
+        f"data.path: {path} holds no files that end in {known}; say what it is with data.name=NAME"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -185,13 +189,17 @@ class Seen:
     def report(self) -> list[str]:
         """The report's lines."""
         share = self.skipped / max(1, self.skipped + self.documents)
-        lines = [f"documents  {self.documents:,} usable, {self.skipped:,} items left out ({share:.1%})"]
+        lines = [
+            f"documents  {self.documents:,} usable, {self.skipped:,} items left out ({share:.1%})"
+        ]
         lines += [f"           {count:,} {kind}" for kind, count in self.kinds.most_common()]
         if self.characters:
             lines.append(f"text       characters a document: {_spread(self.characters)}")
         if self.sides:
             modes = ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
-            lines.append(f"images     {self.images:,}" + (f" ({modes} in their files)" if modes else ""))
+            lines.append(
+                f"images     {self.images:,}" + (f" ({modes} in their files)" if modes else "")
+            )
             lines.append(f"           shorter side in pixels: {_spread(self.sides)}")
             lines.append(f"           pixels: {_spread(self.pixels)}")
         for what, hashes in (("an id", self.ids), ("the text and the images", self.contents)):
@@ -210,7 +218,11 @@ def _kind(document: Document, images: int) -> str:
         return "of text alone"
     if len(document.segments) == 1:
         return "of an image alone"
-    return "of a caption and its image" if len(document.segments) == 2 and images == 1 else "pages of text and images"
+    return (
+        "of a caption and its image"
+        if len(document.segments) == 2 and images == 1
+        else "pages of text and images"
+    )
 
 
 def _without_particulars(reason: str) -> str:
@@ -224,7 +236,9 @@ _PARTICULARS = re.compile(r"""'(?:\\.|[^'\\])*'|"[^"]*'[^"]*"|0x[0-9a-f]+|\d[\dx
 def _content_hash(document: Document) -> int:
     return hash(
         tuple(
-            (segment.pixels_HWC.shape, segment.pixels_HWC.tobytes()) if isinstance(segment, ImageSegment) else segment
+            (segment.pixels_HWC.shape, segment.pixels_HWC.tobytes())
+            if isinstance(segment, ImageSegment)
+            else segment
             for segment in document.segments
         )
     )
@@ -251,7 +265,10 @@ def read(source: Source, seen: Seen) -> bool:
     """Reads all parts of a corpus, showing how many are left; False if Ctrl-C ended it."""
     start = shown = time.perf_counter()
     try:
-        with counted_modes() as seen.modes, tqdm(desc="validate", unit="part", dynamic_ncols=True) as bar:
+        with (
+            counted_modes() as seen.modes,
+            tqdm(desc="validate", unit="part", dynamic_ncols=True) as bar,
+        ):
             parts = source.parts()
             bar.total = len(parts)
             for part in parts:
@@ -287,12 +304,16 @@ class Cost:
     def of(cls, experiment: Experiment) -> Cost:
         """The cost with an experiment's tokenizers and encoder; its image tokenizer is timed on this machine."""
         tokenizer = IMAGE_TOKENIZERS.build(experiment.image_tokenizer).to(best_device()).ready()
-        vocab = Vocab(experiment.text_tokenizer.vocab_size, tokenizer.codebook_size, experiment.sentinels)
+        vocab = Vocab(
+            experiment.text_tokenizer.vocab_size, tokenizer.codebook_size, experiment.sentinels
+        )
         return cls(
             whose="the experiment's",
             codes=tokenizer.grid**2,
             token_bytes=2 if vocab.used <= 1 << 16 else 4,
-            width=RETRIEVERS.get(experiment.retriever.name).vector_width(experiment.retriever.config),
+            width=RETRIEVERS.get(experiment.retriever.name).vector_width(
+                experiment.retriever.config
+            ),
             rate=_images_per_second(tokenizer),
         )
 
@@ -311,7 +332,9 @@ def cost(seen: Seen, experiment: Experiment | None) -> list[str]:
         f"{seen.documents / max(seen.seconds, 1e-9):,.0f} documents/s",
     ]
     if each.rate is None:
-        lines.append("           encoding images is not timed; give experiment=NAME to time its image tokenizer here")
+        lines.append(
+            "           encoding images is not timed; give experiment=NAME to time its image tokenizer here"
+        )
     else:
         took = _duration(seen.images / each.rate)
         lines.append(

@@ -22,10 +22,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"there are no weights at {path}")
     safe = path.suffix == ".safetensors"
     try:
-        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has many kinds for files that are cut off, or not its own
-        raise UserError(f"{path} cannot be read as {'safetensors' if safe else 'weights saved by PyTorch'}") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        weights = (
+            load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        Exception
+    ) as error:  # torch.load has many kinds for files that are cut off, or not its own
+        raise UserError(
+            f"{path} cannot be read as {'safetensors' if safe else 'weights saved by PyTorch'}"
+        ) from error
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(weight, Tensor) for weight in weights.values()
+    ):
         raise UserError(f"{path} must hold tensors by their names, and nothing else")
     return dict(weights)
 
@@ -35,7 +43,12 @@ def check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
     for what, names in (
         ("lacks", wanted.keys() - given.keys()),
         ("has the unknown", given.keys() - wanted.keys()),
-        ("has another shape for", {n for n in given.keys() & wanted.keys() if given[n].shape != wanted[n].shape}),
+        (
+            "has another shape for",
+            {n for n in given.keys() & wanted.keys() if given[n].shape != wanted[n].shape},
+        ),
     ):
         if names:
-            raise UserError(f"{path} {what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}")
+            raise UserError(
+                f"{path} {what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+            )

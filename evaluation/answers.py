@@ -31,7 +31,19 @@ def _without_apostrophes() -> dict[str, str]:
 
 
 CONTRACTIONS = _without_apostrophes()
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+)
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -76,11 +88,19 @@ def option_of(answer: str, options: Sequence[str]) -> int | None:
     """Number of the option that an answer names: its letter behind "answer is", any letter in brackets, or its text."""
     letters = [chr(ord("A") + number) for number in range(len(options))]
     allowed = "".join(letters)
-    for pattern in (rf"answer is \(?([{allowed}])\b", rf"\(([{allowed}])\)", rf"^\s*([{allowed}])[.):]?\s*$"):
+    for pattern in (
+        rf"answer is \(?([{allowed}])\b",
+        rf"\(([{allowed}])\)",
+        rf"^\s*([{allowed}])[.):]?\s*$",
+    ):
         found = re.findall(pattern, answer)
         if found:
             return letters.index(found[-1])
-    same = [number for number, option in enumerate(options) if option.strip().lower() == answer.strip(" .").lower()]
+    same = [
+        number
+        for number, option in enumerate(options)
+        if option.strip().lower() == answer.strip(" .").lower()
+    ]
     return same[0] if len(same) == 1 else None
 
 

@@ -49,7 +49,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         from pycocoevalcap.meteor.meteor import Meteor
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise UserError("captions are scored by the package pycocoevalcap (pip install pycocoevalcap)") from error
+        raise UserError(
+            "captions are scored by the package pycocoevalcap (pip install pycocoevalcap)"
+        ) from error
     has_java = shutil.which("java") is not None
     cut = _penn_treebank if has_java else _words
     given = cut({number: [caption] for number, caption in enumerate(captions)})
@@ -71,7 +73,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 def _penn_treebank(texts: dict[int, list[str]]) -> dict[int, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize({key: [{"caption": text} for text in of_key] for key, of_key in texts.items()})
+    return PTBTokenizer().tokenize(
+        {key: [{"caption": text} for text in of_key] for key, of_key in texts.items()}
+    )
 
 
 def _words(texts: dict[int, list[str]]) -> dict[int, list[str]]:

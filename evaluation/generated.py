@@ -73,7 +73,10 @@ class Copies(Metric):
             return None
         copied_B = equal_to_any(generated.codes_BN, generated.training_MN)
         for row, retrieved_KN in enumerate(generated.retrieved):
-            copied_B[row] |= bool(len(retrieved_KN)) and (retrieved_KN == generated.codes_BN[row]).all(axis=1).any()
+            copied_B[row] |= (
+                bool(len(retrieved_KN))
+                and (retrieved_KN == generated.codes_BN[row]).all(axis=1).any()
+            )
         return proportion(copied_B)
 
 
@@ -92,7 +95,9 @@ class Distinct(Metric):
     def __call__(self, generated: Generated) -> Measured | None:
         if generated.modality != "image":
             return None
-        _, first, of_row = np.unique(generated.codes_BN, axis=0, return_index=True, return_inverse=True)
+        _, first, of_row = np.unique(
+            generated.codes_BN, axis=0, return_index=True, return_inverse=True
+        )
         return proportion(first[of_row.ravel()] == np.arange(len(generated.codes_BN)))
 
 

@@ -43,8 +43,12 @@ def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
     """
     H, W = images_BHWC.shape[1:3]
     if min(H, W) < WINDOW:
-        raise ValueError(f"structural similarity needs sides of at least {WINDOW} pixels, got {H}x{W}")
-    return np.array([_ssim_of_one(*pair) for pair in zip(images_BHWC, reconstructed_BHWC, strict=True)])
+        raise ValueError(
+            f"structural similarity needs sides of at least {WINDOW} pixels, got {H}x{W}"
+        )
+    return np.array(
+        [_ssim_of_one(*pair) for pair in zip(images_BHWC, reconstructed_BHWC, strict=True)]
+    )
 
 
 def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
@@ -62,11 +66,16 @@ def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
 def _in_windows(values_HWC: np.ndarray) -> np.ndarray:
     """Weighted mean of every window that lies within the image, (H - 10, W - 10, C)."""
     border = WINDOW // 2
-    return gaussian_filter(values_HWC, sigma=1.5, radius=border, axes=(0, 1))[border:-border, border:-border]
+    return gaussian_filter(values_HWC, sigma=1.5, radius=border, axes=(0, 1))[
+        border:-border, border:-border
+    ]
 
 
 def lpips(
-    perceptual: Perceptual, images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray, batch_size: int = 16
+    perceptual: Perceptual,
+    images_BHWC: np.ndarray,
+    reconstructed_BHWC: np.ndarray,
+    batch_size: int = 16,
 ) -> np.ndarray:
     """Perceptual distance (LPIPS, VGG16) of each image, (B,), 0 where nothing differs."""
     device = perceptual.mean_C11.device
@@ -88,7 +97,10 @@ def lpips(
 def features(extractor: Extractor, images_BHWC: np.ndarray, batch_size: int = 32) -> np.ndarray:
     """Features (B, D) of at least one image, `batch_size` images at a time."""
     return np.concatenate(
-        [extractor(images_BHWC[start : start + batch_size]) for start in range(0, len(images_BHWC), batch_size)]
+        [
+            extractor(images_BHWC[start : start + batch_size])
+            for start in range(0, len(images_BHWC), batch_size)
+        ]
     )
 
 
@@ -116,7 +128,9 @@ class FeatureStatistics:
         step_D = mean_D - self.mean_D
         total = self.count + len(features_BD)
         between = self.count * len(features_BD) / total
-        self._scatter_DD = self._scatter_DD + centred_BD.T @ centred_BD + between * np.outer(step_D, step_D)
+        self._scatter_DD = (
+            self._scatter_DD + centred_BD.T @ centred_BD + between * np.outer(step_D, step_D)
+        )
         self.mean_D = self.mean_D + step_D * (len(features_BD) / total)
         self.count = total
 
@@ -124,7 +138,9 @@ class FeatureStatistics:
     def covariance_DD(self) -> np.ndarray:
         """Unbiased, as in pytorch-fid. Raises ValueError for fewer than two images."""
         if self.count < 2:
-            raise ValueError(f"the covariance of the features of {self.count} images is undefined, it needs two")
+            raise ValueError(
+                f"the covariance of the features of {self.count} images is undefined, it needs two"
+            )
         return self._scatter_DD / (self.count - 1)
 
     def frechet(self, other: FeatureStatistics) -> float:
@@ -138,7 +154,9 @@ class FeatureStatistics:
             ValueError: for fewer than two images, or features of another size.
         """
         if self.mean_D.shape != other.mean_D.shape:
-            raise ValueError(f"features of {self.mean_D.size} and {other.mean_D.size} numbers have no distance")
+            raise ValueError(
+                f"features of {self.mean_D.size} and {other.mean_D.size} numbers have no distance"
+            )
         covariances = self.covariance_DD, other.covariance_DD
         left, right = (_root(covariance_DD) for covariance_DD in covariances)
         common = np.linalg.svd(left.T @ right, compute_uv=False).sum()
@@ -158,7 +176,9 @@ def frechet_distance(features_MD: np.ndarray, other_ND: np.ndarray) -> float:
     return statistics[0].frechet(statistics[1])
 
 
-def precision_recall(real_MD: np.ndarray, generated_ND: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    real_MD: np.ndarray, generated_ND: np.ndarray, neighbours: int = 3
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
     Precision is the share of generated features within the hyperspheres of the real ones, each as wide as the distance
@@ -169,20 +189,31 @@ def precision_recall(real_MD: np.ndarray, generated_ND: np.ndarray, neighbours: 
     """
     if min(len(real_MD), len(generated_ND)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images of each kind")
-    return _share_inside(generated_ND, real_MD, neighbours), _share_inside(real_MD, generated_ND, neighbours)
+    return _share_inside(generated_ND, real_MD, neighbours), _share_inside(
+        real_MD, generated_ND, neighbours
+    )
 
 
-def _share_inside(points_ND: np.ndarray, of_MD: np.ndarray, neighbours: int, rows: int = 1024) -> float:
+def _share_inside(
+    points_ND: np.ndarray, of_MD: np.ndarray, neighbours: int, rows: int = 1024
+) -> float:
     """Share of the points that lie in the hypersphere of at least one of the others."""
 
     def from_each(given_ND: np.ndarray) -> Iterator[np.ndarray]:
-        return (_distances(given_ND[first : first + rows], of_MD) for first in range(0, len(given_ND), rows))
+        return (
+            _distances(given_ND[first : first + rows], of_MD)
+            for first in range(0, len(given_ND), rows)
+        )
 
     # The nearest one of a feature is itself.
     radius_M = np.concatenate(
         [np.partition(each_AM, neighbours, axis=1)[:, neighbours] for each_AM in from_each(of_MD)]
     )
-    return float(np.concatenate([(each_AM <= radius_M).any(axis=1) for each_AM in from_each(points_ND)]).mean())
+    return float(
+        np.concatenate(
+            [(each_AM <= radius_M).any(axis=1) for each_AM in from_each(points_ND)]
+        ).mean()
+    )
 
 
 def _distances(one_AD: np.ndarray, other_BD: np.ndarray) -> np.ndarray:
@@ -231,7 +262,9 @@ class Inception:
         Raises:
             UserError: for a file that is missing, cannot be read, or does not hold this network's weights.
         """
-        with torch.device("meta"):  # the file's weights take the place of these, which so cost nothing
+        with torch.device(
+            "meta"
+        ):  # the file's weights take the place of these, which so cost nothing
             network = _network()
         fit_weights(network, read_weights(path), path)
         network.fc = nn.Identity()
@@ -240,8 +273,12 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray) -> np.ndarray:
         """Features (B, 2048), float32, of uint8 RGB images of any size."""
-        images_BCHW = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 255
-        resized_BCHW = F.interpolate(images_BCHW, size=(299, 299), mode="bilinear", align_corners=False)
+        images_BCHW = (
+            torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 255
+        )
+        resized_BCHW = F.interpolate(
+            images_BCHW, size=(299, 299), mode="bilinear", align_corners=False
+        )
         return self._network(2 * resized_BCHW - 1).cpu().numpy()
 
 
@@ -249,13 +286,26 @@ def _network() -> nn.Module:
     from torchvision.models import inception  # type: ignore[import-untyped]  # takes seconds, see `perceptual.py`
 
     averaged = [
-        _pooled(block, _average) for block in (inception.InceptionA, inception.InceptionC, inception.InceptionE)
+        _pooled(block, _average)
+        for block in (inception.InceptionA, inception.InceptionC, inception.InceptionE)
     ]
-    blocks = [inception.BasicConv2d, averaged[0], inception.InceptionB, averaged[1], inception.InceptionD, averaged[2]]
+    blocks = [
+        inception.BasicConv2d,
+        averaged[0],
+        inception.InceptionB,
+        averaged[1],
+        inception.InceptionD,
+        averaged[2],
+    ]
     network = inception.Inception3(
-        1008, aux_logits=False, inception_blocks=[*blocks, inception.InceptionAux], init_weights=False
+        1008,
+        aux_logits=False,
+        inception_blocks=[*blocks, inception.InceptionAux],
+        init_weights=False,
     )
-    network.Mixed_7c = _pooled(inception.InceptionE, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))(2048)
+    network.Mixed_7c = _pooled(
+        inception.InceptionE, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+    )(2048)
     return network
 
 

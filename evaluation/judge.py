@@ -26,7 +26,9 @@ class Judge:
         varied = [vary(images_BHWC, AugmentConfig(), seed) for seed in range(self.versions)]
         features_BF = self._features(np.concatenate([images_BHWC, *varied]))
         gamma = 2 / (features_BF.shape[1] * features_BF.var())  # twice scikit-learn's "scale"
-        self._classifier = SVC(C=10, gamma=gamma).fit(features_BF, np.tile(labels_B, 1 + self.versions))
+        self._classifier = SVC(C=10, gamma=gamma).fit(
+            features_BF, np.tile(labels_B, 1 + self.versions)
+        )
 
     def read(self, images_BHWC: np.ndarray) -> np.ndarray:
         """The class (B,) that each image shows."""
@@ -36,6 +38,8 @@ class Judge:
         """Mean grey of each of the 8x8 cells of an image, (B, 64), in [0, 1]."""
         B, H, W, C = images_BHWC.shape
         if H % self.side or W % self.side:
-            raise ValueError(f"the judge needs sides that are multiples of {self.side}, got {H}x{W}")
+            raise ValueError(
+                f"the judge needs sides that are multiples of {self.side}, got {H}x{W}"
+            )
         cells = images_BHWC.reshape(B, self.side, H // self.side, self.side, W // self.side, C)
         return cells.mean(axis=(2, 4, 5)).reshape(B, -1) / 255

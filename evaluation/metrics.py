@@ -58,4 +58,7 @@ def codebook_use(codes_BN: np.ndarray, codebook_size: int) -> tuple[float, float
 def equal_to_any(codes_BN: np.ndarray, known_MN: np.ndarray) -> np.ndarray:
     """Which rows of `codes_BN` occur as rows of `known_MN`, boolean (B,)."""
     known = {row.tobytes() for row in np.ascontiguousarray(known_MN, dtype=np.int64)}
-    return np.array([row.tobytes() in known for row in np.ascontiguousarray(codes_BN, dtype=np.int64)], dtype=bool)
+    return np.array(
+        [row.tobytes() in known for row in np.ascontiguousarray(codes_BN, dtype=np.int64)],
+        dtype=bool,
+    )

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.evaluation.images import WINDOW, Extractor, features, frechet_distance, lpips, psnr_each, ssim
+from cm3leon.evaluation.images import (
+    WINDOW,
+    Extractor,
+    features,
+    frechet_distance,
+    lpips,
+    psnr_each,
+    ssim,
+)
 from cm3leon.evaluation.metrics import average, codebook_use, psnr
 from cm3leon.tokenizers.image.perceptual import SMALLEST, Perceptual
 
@@ -17,7 +25,11 @@ def averages(
 ) -> dict[str, float]:
     """Figures that are cheap enough to be looked at during training."""
     use, perplexity = codebook_use(codes_BN, codebook_size)
-    return {"psnr_db": psnr(images_BHWC, rebuilt_BHWC), "codebook_use": use, "codebook_perplexity": perplexity}
+    return {
+        "psnr_db": psnr(images_BHWC, rebuilt_BHWC),
+        "codebook_use": use,
+        "codebook_perplexity": perplexity,
+    }
 
 
 def reconstruction_figures(

@@ -190,7 +190,9 @@ def write_page(path: str | Path, page: str) -> None:
 
 def render(report: Report) -> str:
     """The page as HTML."""
-    sections = "\n".join(_section(number, section) for number, section in enumerate(report.sections, start=1))
+    sections = "\n".join(
+        _section(number, section) for number, section in enumerate(report.sections, start=1)
+    )
     return html_page(
         report.title,
         f"""<header>
@@ -232,7 +234,9 @@ def _optional(tag: str, name: str, text: str) -> str:
 
 def _paragraphs(text: str) -> str:
     """One `<p>` for each run of text between blank lines."""
-    return "\n".join(f"<p>{escape(part.strip())}</p>" for part in re.split(r"\n\s*\n", text) if part.strip())
+    return "\n".join(
+        f"<p>{escape(part.strip())}</p>" for part in re.split(r"\n\s*\n", text) if part.strip()
+    )
 
 
 def _mark(status: Status | None) -> str:
@@ -270,7 +274,9 @@ def _footer(text: str) -> str:
 
 
 def _section(number: int, section: Section) -> str:
-    blocks = "\n".join(_block(block, f"{number}-{index}") for index, block in enumerate(section.blocks, start=1))
+    blocks = "\n".join(
+        _block(block, f"{number}-{index}") for index, block in enumerate(section.blocks, start=1)
+    )
     return f"""<section id="section-{number}" aria-labelledby="heading-{number}">
 <h2 id="heading-{number}">{escape(section.title)}</h2>
 {_paragraphs(section.text)}
@@ -311,7 +317,9 @@ _NUMERIC = re.compile(r"nan|\u2212?inf|[\d\s.,%e/()\[\]+\-\u00b1\u00d7\u2013\u22
 def _table(table: Table) -> str:
     for row in table.rows:
         if len(row) != len(table.columns):
-            raise ValueError(f"a row of the table has {len(row)} cells, for {len(table.columns)} columns: {row!r}")
+            raise ValueError(
+                f"a row of the table has {len(row)} cells, for {len(table.columns)} columns: {row!r}"
+            )
     columns = [_column([row[index] for row in table.rows]) for index in range(len(table.columns))]
     numeric = [_is_numeric(column) for column in columns]
     head = "".join(
@@ -343,7 +351,9 @@ def _number_class(is_number: bool) -> str:
 
 def _column(cells: Sequence[Cell]) -> list[str]:
     """A column as text, its floats lined up at the decimal point."""
-    decimals = max((_decimals(cell) for cell in cells if isinstance(cell, float | np.floating)), default=0)
+    decimals = max(
+        (_decimals(cell) for cell in cells if isinstance(cell, float | np.floating)), default=0
+    )
     return [_cell(cell, decimals) for cell in cells]
 
 
@@ -380,7 +390,9 @@ def _is_numeric(cells: Sequence[str]) -> bool:
 def _picture(picture: Picture, height: int, alt: str) -> str:
     """An `<img>` at most `height` pixels tall (see `Picture`)."""
     width, height = _drawn_size(picture, height)
-    style = ' class="pixelated"' if picture.pixelated and height % len(picture.pixels_HWC) == 0 else ""
+    style = (
+        ' class="pixelated"' if picture.pixelated and height % len(picture.pixels_HWC) == 0 else ""
+    )
     return (
         f'<img{style} src="{png_uri(picture.pixels_HWC)}" width="{width}" height="{height}" '
         f'alt="{escape(picture.label or alt)}">'
@@ -400,7 +412,9 @@ def png_uri(pixels_HWC: np.ndarray) -> str:
     from PIL import Image
 
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3, 4):
-        raise ValueError(f"a picture is uint8 (H, W, 1, 3 or 4), not {pixels_HWC.dtype} {pixels_HWC.shape}")
+        raise ValueError(
+            f"a picture is uint8 (H, W, 1, 3 or 4), not {pixels_HWC.dtype} {pixels_HWC.shape}"
+        )
     pixels = pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
@@ -444,7 +458,9 @@ def _card(card: Card) -> str:
 
 def _card_text(card: Card) -> str:
     """Title and caption, the mark of the status before whichever comes first."""
-    lines = [(name, text) for name, text in (("title", card.title), ("prompt", card.caption)) if text]
+    lines = [
+        (name, text) for name, text in (("title", card.title), ("prompt", card.caption)) if text
+    ]
     if not lines:
         return f"<p>{_mark(card.status)}</p>" if card.status else ""
     return "".join(
@@ -468,17 +484,25 @@ def _retrieved(pictures: Sequence[Picture]) -> str:
 def _strip(strip: Strip) -> str:
     rows = "\n".join(
         f'<tr><th scope="row">{escape(title)}</th>'
-        + "".join(f"<td>{_labelled(picture, picture.height, title or 'image')}</td>" for picture in pictures)
+        + "".join(
+            f"<td>{_labelled(picture, picture.height, title or 'image')}</td>"
+            for picture in pictures
+        )
         + "</tr>"
         for title, pictures in strip.rows
     )
-    content = _scroll(strip.caption or "Pictures in rows", f"<table><tbody>\n{rows}\n</tbody></table>")
+    content = _scroll(
+        strip.caption or "Pictures in rows", f"<table><tbody>\n{rows}\n</tbody></table>"
+    )
     return _captioned("strip", content, strip.caption)
 
 
 # Curves
 
-_CHART_SIZE = (704, 290)  # width and height of a chart in units of its own, which are CSS pixels at full width
+_CHART_SIZE = (
+    704,
+    290,
+)  # width and height of a chart in units of its own, which are CSS pixels at full width
 _MAX_POINTS = 500
 _MARKED_POINTS = 24  # a line of at most this many points shows each of them
 _SERIES_COLOURS = 6
@@ -506,7 +530,9 @@ def _curves(curves: Curves, key: str) -> str:
     lines = [_line(series, curves.log_y) for series in curves.series]
     title = curves.title or f"{curves.y_label} by {curves.x_label}"
     names = ", ".join(series.name for series in curves.series)
-    chart = _inline_svg(_draw(curves, lines), f"chart-{key}-", f"{title}: {names}" if names else title)
+    chart = _inline_svg(
+        _draw(curves, lines), f"chart-{key}-", f"{title}: {names}" if names else title
+    )
     return (
         f'<figure class="chart">{_optional("p", "title", curves.title)}{_legend(curves, lines)}'
         f'<p class="axis">{escape(curves.y_label)}</p>{chart}<p class="axis x">{escape(curves.x_label)}</p></figure>'
@@ -520,7 +546,10 @@ def _legend(curves: Curves, lines: Sequence[_Line]) -> str:
         f"</span>{escape(series.name)}{'' if len(line.x) else ' (no points)'}</li>"
         for index, (series, line) in enumerate(zip(curves.series, lines, strict=True))
     ]
-    items += [f'<li><span class="stroke reference"></span>{escape(line.name)}</li>' for line in curves.references]
+    items += [
+        f'<li><span class="stroke reference"></span>{escape(line.name)}</li>'
+        for line in curves.references
+    ]
     return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
 
 
@@ -551,7 +580,9 @@ def _thinned(line: _Line) -> _Line:
     if len(line.y) <= _MAX_POINTS:
         return line
     stretches = np.array_split(np.arange(len(line.y)), _MAX_POINTS // 2)
-    extremes = [stretch[pick(line.y[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax)]
+    extremes = [
+        stretch[pick(line.y[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax)
+    ]
     return line.at(np.unique(extremes))
 
 
@@ -563,17 +594,23 @@ def _draw(curves: Curves, lines: Sequence[_Line]) -> str:
 
     width, height = _CHART_SIZE
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none", "font.size": 12.0}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "report", "svg.fonttype": "none", "font.size": 12.0}
+    ):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         for index, line in enumerate(lines):
-            _draw_line(axes, line, curves.smooth, _SERIES_INKS[index % _SERIES_COLOURS], _dash(index))
+            _draw_line(
+                axes, line, curves.smooth, _SERIES_INKS[index % _SERIES_COLOURS], _dash(index)
+            )
         for reference in curves.references:
             axes.axhline(reference.y, color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_yscale("log" if curves.log_y else "linear")
         low, high = axes.get_ylim()
         subs = (1, 2, 3, 5) if high < 100 * low else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs) if curves.log_y else MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=subs) if curves.log_y else MaxNLocator(5, steps=_STEPS)
+        )
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         for axis in (axes.xaxis, axes.yaxis):
@@ -596,7 +633,9 @@ def _draw_line(axes: Axes, line: _Line, smooth: int, ink: str, dash: str) -> Non
     if smooth > 1 and len(line.x) > 1:
         axes.plot(thin.x, thin.y, color=ink, alpha=0.25, linewidth=1)
         thin = _thinned(_Line(line.x, _moving_mean(line.y, smooth), None))
-    axes.plot(thin.x, thin.y, color=ink, linewidth=1.75, linestyle=dash, marker=marker, markersize=4.5)
+    axes.plot(
+        thin.x, thin.y, color=ink, linewidth=1.75, linestyle=dash, marker=marker, markersize=4.5
+    )
 
 
 def _tick(value: float, _: int | None = None) -> str:
@@ -610,7 +649,9 @@ def _inline_svg(svg: str, prefix: str, label: str) -> str:
     """Matplotlib's file as an element of the page: colours and fonts from the style sheet, ids under `prefix`."""
     width, height = _CHART_SIZE
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL
+    )
     body = re.sub(r' d="[^"]*"', lambda match: re.sub(r"\.(\d)\d+", r".\1", match[0]), body)
     body = re.sub(r"font(-size|-family)?: [^;\"]*;? ?", "", body)
     body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", body)
@@ -618,7 +659,9 @@ def _inline_svg(svg: str, prefix: str, label: str) -> str:
     for index, ink in enumerate(_SERIES_INKS, start=1):
         body = body.replace(ink, f"var(--series-{index})")
     body = body.replace(_INK, "currentColor")
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )
 
 
 _STYLE = """

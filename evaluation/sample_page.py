@@ -207,7 +207,10 @@ class ShownSample:
     def document_at(self, position: int) -> str:
         """The role of the document that a position of the laid-out sample belongs to, empty between documents."""
         for document in self.documents:
-            if document.segments and document.segments[0].span.start <= position < document.segments[-1].span.end:
+            if (
+                document.segments
+                and document.segments[0].span.start <= position < document.segments[-1].span.end
+            ):
                 return document.role
         return ""
 
@@ -259,7 +262,10 @@ def write_sample_page(path: Path, sample: ShownSample, facts: Sequence[tuple[str
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    rows = "\n".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in facts)
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
+        for key, value in facts
+    )
     return f'<figure class="table summary"><table><tbody>\n{rows}\n</tbody></table></figure>'
 
 
@@ -275,7 +281,9 @@ LEGEND: tuple[tuple[Kind, str], ...] = (
 
 
 def _legend() -> str:
-    items = "".join(f'<li><span class="chip {kind}">{escape(name)}</span></li>' for kind, name in LEGEND)
+    items = "".join(
+        f'<li><span class="chip {kind}">{escape(name)}</span></li>' for kind, name in LEGEND
+    )
     moved = '<li><span class="chip moved c0">moved span</span></li><li><span class="chip text off">no loss</span></li>'
     return f'<ul class="key">{items}{moved}</ul>'
 
@@ -291,7 +299,10 @@ def _strip(sample: ShownSample) -> str:
         parts += [_chip(sample.names, int(id_)) for id_ in ids_T[position:first]]
         boxes = []
         for segment in document.segments:
-            boxes += [_chip(sample.names, int(id_)) for id_ in ids_T[max(position, first) : segment.span.start]]
+            boxes += [
+                _chip(sample.names, int(id_))
+                for id_ in ids_T[max(position, first) : segment.span.start]
+            ]
             boxes.append(_box(sample, segment))
             position = segment.span.end
         parts.append(
@@ -311,7 +322,11 @@ def _chip(names: Names, id_: int, mark: str = "") -> str:
 def _box(sample: ShownSample, segment: ShownSegment) -> str:
     span = segment.span
     count = span.end - span.start
-    share = _codes(count) if span.modality == "image" else f"{count:,} {'piece' if count == 1 else 'pieces'}"
+    share = (
+        _codes(count)
+        if span.modality == "image"
+        else f"{count:,} {'piece' if count == 1 else 'pieces'}"
+    )
     where = f"{share}, {'token' if count == 1 else 'tokens'} {_range(span.start, span.end)}"
     content = _text_box(sample, span) if span.modality == "text" else _image_box(sample, segment)
     return f'<figure class="box {span.modality}">{content}<figcaption class="label">{where}</figcaption></figure>'
@@ -324,7 +339,9 @@ def _text_box(sample: ShownSample, span: SegmentSpan) -> str:
     words = []
     for start, end in runs(ids_T, sample.names, number_T):
         text, number = escape(sample.names.run(ids_T[start:end])), int(number_T[start])
-        words.append(text if number < 0 else f"<mark{_colour(number)}>{_tag(spans[number][0])}{text}</mark>")
+        words.append(
+            text if number < 0 else f"<mark{_colour(number)}>{_tag(spans[number][0])}{text}</mark>"
+        )
     return f'<p class="words">{"".join(words)}</p>'
 
 
@@ -344,7 +361,11 @@ def _image_box(sample: ShownSample, segment: ShownSegment) -> str:
         f"<mark{_colour(number)}>{_tag(spans[number][0])}{_codes(int((number_T == number).sum()))}</mark> "
         for number in np.unique(number_T[number_T >= 0]).tolist()
     )
-    codes = escape(sample.names.run(sample.laid_out.ids_T[span.start : span.end])) if len(number_T) else ""
+    codes = (
+        escape(sample.names.run(sample.laid_out.ids_T[span.start : span.end]))
+        if len(number_T)
+        else ""
+    )
     return f'<div class="pictures">{"".join(pictures)}</div><p class="codes">{codes}</p><p class="codes">{tags}</p>'
 
 
@@ -355,14 +376,22 @@ def _overlay(number_T: np.ndarray, grid: int) -> str:
         for row in range(start // grid, (end - 1) // grid + 1):
             left, right = max(start, row * grid), min(end, (row + 1) * grid)
             x = left - row * grid
-            cells.append(f'<rect{_colour(int(number_T[start]))} x="{x}" y="{row}" width="{right - left}" height="1"/>')
-    return f'<svg viewBox="0 0 {grid} {grid}" aria-hidden="true">{"".join(cells)}</svg>' if cells else ""
+            cells.append(
+                f'<rect{_colour(int(number_T[start]))} x="{x}" y="{row}" width="{right - left}" height="1"/>'
+            )
+    return (
+        f'<svg viewBox="0 0 {grid} {grid}" aria-hidden="true">{"".join(cells)}</svg>'
+        if cells
+        else ""
+    )
 
 
 def _stretches(number_T: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs [start, end) of one span each."""
     borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
-    return ((start, end) for start, end in pairwise(borders) if start < end and number_T[start] >= 0)
+    return (
+        (start, end) for start, end in pairwise(borders) if start < end and number_T[start] >= 0
+    )
 
 
 def _codes(count: int) -> str:
@@ -384,9 +413,15 @@ def _range(start: int, end: int) -> str:
 # A piece of it in its block
 
 
-def _piece_section(sample: ShownSample, piece: ShownPiece, number: int) -> tuple[str, str, list[str]]:
+def _piece_section(
+    sample: ShownSample, piece: ShownPiece, number: int
+) -> tuple[str, str, list[str]]:
     whole = len(sample.pieces) == 1
-    title = "As it is trained on" if whole else f"Piece {number} of {len(sample.pieces)}, as it is trained on"
+    title = (
+        "As it is trained on"
+        if whole
+        else f"Piece {number} of {len(sample.pieces)}, as it is trained on"
+    )
     part = "" if whole else f"Tokens {_range(piece.start, piece.end)} of the sample. "
     if piece.spans is None:
         moved = "The objective changed the sample otherwise than by moving spans."
@@ -424,7 +459,9 @@ def _bars(names: Names, ids_T: np.ndarray, span_T: np.ndarray, *keys_T: np.ndarr
     for start, end in runs(ids_T, names, span_T, *keys_T):
         kind = names.kind(int(ids_T[start]))
         text = names.run(ids_T[start:end])
-        label = _codes(end - start) if kind == "image" else text if len(text) <= 17 else f"{text[:16]}…"
+        label = (
+            _codes(end - start) if kind == "image" else text if len(text) <= 17 else f"{text[:16]}…"
+        )
         right = left + max(LETTER * len(label) + 10, 3 * (end - start) ** 0.5)
         bars.append(_Bar(start, end, left, right, label, kind, int(span_T[start])))
         left = right + GAP
@@ -436,16 +473,24 @@ def _rotation(sample: ShownSample, piece: ShownPiece) -> str:
     start, end, tail = piece.start, piece.end, piece.tail
     role_T = np.array([sample.document_at(position) for position in range(start, end)])
     moved_T, has_loss_T = sample.moved(piece), piece.loss_T > 0
-    above = _bars(sample.names, sample.laid_out.ids_T[start:end], sample.span_numbers[start:end], role_T)
+    above = _bars(
+        sample.names, sample.laid_out.ids_T[start:end], sample.span_numbers[start:end], role_T
+    )
     stays = _bars(sample.names, piece.ids_T[:tail], moved_T[:tail], has_loss_T[:tail])
     behind = _bars(sample.names, piece.ids_T[tail:], moved_T[tail:], has_loss_T[tail:])
-    shapes = [_bracket(role, [bar for bar in above if role_T[bar.start] == role]) for role in _in_order(role_T) if role]
+    shapes = [
+        _bracket(role, [bar for bar in above if role_T[bar.start] == role])
+        for role in _in_order(role_T)
+        if role
+    ]
     for span in _in_order(bar.span for bar in above if bar.span >= 0):
         shapes.append(_band(above, stays, span, ROWS[0]) + _band(stays, behind, span, ROWS[1]))
     shapes += [_bar(bar, ROWS[0]) for bar in above]
     if behind:
         shapes += [_bar(bar, ROWS[1], has_loss=bool(has_loss_T[bar.start])) for bar in stays]
-        shapes += [_bar(bar, ROWS[2], has_loss=bool(has_loss_T[tail + bar.start])) for bar in behind]
+        shapes += [
+            _bar(bar, ROWS[2], has_loss=bool(has_loss_T[tail + bar.start])) for bar in behind
+        ]
     width = max(bars[-1].right for bars in (above, stays, behind) if bars) + 2
     height = ROWS[2 if behind else 0] + TALL + 2
     return (
@@ -462,7 +507,11 @@ def _in_order(items: Iterable[T]) -> list[T]:
 
 def _bar(bar: _Bar, top: int, *, has_loss: bool = True) -> str:
     """A run as a box with its label."""
-    names = [bar.kind, *([f"moved c{bar.span % COLOURS}"] if bar.span >= 0 else []), *([] if has_loss else ["off"])]
+    names = [
+        bar.kind,
+        *([f"moved c{bar.span % COLOURS}"] if bar.span >= 0 else []),
+        *([] if has_loss else ["off"]),
+    ]
     middle = (bar.left + bar.right) / 2
     return (
         f'<g class="{" ".join(names)}"><rect x="{bar.left:.1f}" y="{top}" width="{bar.right - bar.left:.1f}" '
@@ -475,7 +524,8 @@ def _band(upper: Sequence[_Bar], lower: Sequence[_Bar], span: int, row: int) -> 
     top, bottom = row + TALL, row + ROWS[1] - ROWS[0]
     middle = (top + bottom) / 2
     (a, b), (c, d) = (
-        (bars[0].left, bars[-1].right) for bars in ([x for x in y if x.span == span] for y in (upper, lower))
+        (bars[0].left, bars[-1].right)
+        for bars in ([x for x in y if x.span == span] for y in (upper, lower))
     )
     return (
         f'<path class="band c{span % COLOURS}" d="M{a:.1f} {top}C{a:.1f} {middle} {c:.1f} {middle} {c:.1f} {bottom}'
@@ -505,7 +555,9 @@ def _block(piece: ShownPiece) -> str:
         name = "this sample" if number == piece.number else f"sample {companion.name}"
         tokens, where = companion.tokens, _range(start, start + companion.tokens)
         mine = ' class="mine"' if number == piece.number else ""
-        bars.append(f'<div{mine} style="flex:{tokens}" title="{escape(name)}: {where}">{escape(companion.name)}</div>')
+        bars.append(
+            f'<div{mine} style="flex:{tokens}" title="{escape(name)}: {where}">{escape(companion.name)}</div>'
+        )
         rows.append(
             f'<tr{mine}><th scope="row">{number}</th><td>{escape(name)}</td>'
             f"<td><code>{escape(visible(companion.query))}</code></td>"
@@ -518,7 +570,10 @@ def _block(piece: ShownPiece) -> str:
             f'<tr><th scope="row">–</th><td>padding</td><td></td><td class="number">{seq_len - start:,}</td>'
             f'<td class="number">{_range(start, seq_len)}</td></tr>'
         )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("in block", "sample", "query", "tokens", "positions"))
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("in block", "sample", "query", "tokens", "positions")
+    )
     return (
         f"<h3>Its block: row {piece.lane} of the batch of step {piece.step:,}</h3>"
         f'<div class="block" aria-hidden="true">{"".join(bars)}</div>'
@@ -551,7 +606,9 @@ def _tokens(sample: ShownSample, piece: ShownPiece) -> str:
         table = f'<table class="tokens">{_COLGROUP}<tbody>\n{rows}\n</tbody></table>'
         if folded:
             free = "" if loss_T[start] > 0 else ", no loss"
-            span = f"<mark{_colour(int(moved_T[start]))}>moved</mark> " if moved_T[start] >= 0 else ""
+            span = (
+                f"<mark{_colour(int(moved_T[start]))}>moved</mark> " if moved_T[start] >= 0 else ""
+            )
             words = escape(sample.names.run(ids_T[start:end]))
             where = _range(piece.first + start, piece.first + end)
             table = (
@@ -567,7 +624,11 @@ def _tokens(sample: ShownSample, piece: ShownPiece) -> str:
     )
 
 
-_COLGROUP = "<colgroup>" + "".join(f'<col class="k{number}"/>' for number in range(len(COLUMNS))) + "</colgroup>"
+_COLGROUP = (
+    "<colgroup>"
+    + "".join(f'<col class="k{number}"/>' for number in range(len(COLUMNS)))
+    + "</colgroup>"
+)
 
 
 def _folds(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple[int, int, bool]]:

@@ -25,13 +25,17 @@ def counted(scene: Scene, fields: Sequence[Field]) -> Counter[tuple[object, ...]
     return Counter(tuple(getattr(thing, name) for name in fields) for thing in scene.things)
 
 
-def shows(asked: Scene, found: Scene, fields: Sequence[Field] = ("colour", "shape", "place")) -> bool:
+def shows(
+    asked: Scene, found: Scene, fields: Sequence[Field] = ("colour", "shape", "place")
+) -> bool:
     """Whether what is found has the things that were asked for, by some of what they are, and no others."""
     return counted(asked, fields) == counted(found, fields)
 
 
 def edited(
-    after: Scene, found: Scene, fields: Sequence[Field] = ("kind", "shape", "word", "colour", "size", "place")
+    after: Scene,
+    found: Scene,
+    fields: Sequence[Field] = ("kind", "shape", "word", "colour", "size", "place"),
 ) -> bool:
     """Whether what is found is the scene after an edit: what was to change did, and the rest did not."""
     return found.background == after.background and shows(after, found, fields)
@@ -66,7 +70,9 @@ def iou(one: Box, other: Box) -> float:
     return both / union if union > 0 else 0.0
 
 
-def boxes_met(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], at_least: float = 0.5) -> list[bool]:
+def boxes_met(
+    asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], at_least: float = 0.5
+) -> list[bool]:
     """Whether each thing asked for is found in its box: one of its name with that intersection over union.
 
     A found thing counts for one that was asked for only, the closest pairs first.
@@ -87,7 +93,14 @@ def boxes_met(asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]]
 # ------------------------------------------------------------------------------------------------ composition
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-TAGS: tuple[Tag, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TAGS: tuple[Tag, ...] = (
+    "single_object",
+    "two_object",
+    "counting",
+    "colors",
+    "position",
+    "color_attr",
+)
 """GenEval's six kinds of prompts (Ghosh et al. 2023, arXiv 2310.11513)."""
 _MARGIN = 0.1
 """Share of the picture by which one thing has to be further than another."""
@@ -121,7 +134,9 @@ def composition_score(right_by_tag: dict[Tag, Sequence[bool]]) -> float:
 
 
 def _of(scene: Scene, shape: str, colour: str | None = None) -> list[Thing]:
-    return [thing for thing in scene.things if thing.shape == shape and colour in (None, thing.colour)]
+    return [
+        thing for thing in scene.things if thing.shape == shape and colour in (None, thing.colour)
+    ]
 
 
 def _two_shapes(world: World, rng: Random) -> tuple[str, str]:
@@ -137,20 +152,29 @@ def _single(world: World, rng: Random) -> Composition:
 def _two(world: World, rng: Random) -> Composition:
     one, other = _two_shapes(world, rng)
     return Composition(
-        "two_object", f"a {one} and a {other}", lambda scene: bool(_of(scene, one) and _of(scene, other))
+        "two_object",
+        f"a {one} and a {other}",
+        lambda scene: bool(_of(scene, one) and _of(scene, other)),
     )
 
 
 def _counting(world: World, rng: Random) -> Composition:
-    shape, number = pick(rng, world.shapes), pick(rng, [each for each in world.things if each > 1] or [2])
+    shape, number = (
+        pick(rng, world.shapes),
+        pick(rng, [each for each in world.things if each > 1] or [2]),
+    )
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
-    return Composition("counting", f"{NUMBERS[number]} {plural}", lambda scene: len(_of(scene, shape)) == number)
+    return Composition(
+        "counting", f"{NUMBERS[number]} {plural}", lambda scene: len(_of(scene, shape)) == number
+    )
 
 
 def _colors(world: World, rng: Random) -> Composition:
     colour, shape = pick(rng, world.colours), pick(rng, world.shapes)
     article = "an" if colour[0] in "aeiou" else "a"
-    return Composition("colors", f"{article} {colour} {shape}", lambda scene: bool(_of(scene, shape, colour)))
+    return Composition(
+        "colors", f"{article} {colour} {shape}", lambda scene: bool(_of(scene, shape, colour))
+    )
 
 
 def _position(world: World, rng: Random) -> Composition:

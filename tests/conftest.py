@@ -26,11 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Where the stack of the cluster was installed for its tests, one that is skipped has failed."""
     report = yield
     must_run = item.get_closest_marker("cluster") and not item.get_closest_marker("gpu")
-    if os.environ.get("CM3LEON_CLUSTER") == "1" and must_run and report.skipped and not hasattr(report, "wasxfail"):
+    if (
+        os.environ.get("CM3LEON_CLUSTER") == "1"
+        and must_run
+        and report.skipped
+        and not hasattr(report, "wasxfail")
+    ):
         report.outcome, report.longrepr = "failed", f"skipped where it must run: {report.longrepr}"
     return report
 

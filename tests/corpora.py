@@ -28,7 +28,9 @@ def encoded(pixels: np.ndarray, format_: str = "png", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def write_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w") -> Path:
+def write_tar(
+    path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w"
+) -> Path:
     """A tar of files, given by name or by a whole header."""
     with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
         for name, content in members:
@@ -52,7 +54,10 @@ def folder(place: Path) -> dict[str, Any]:
         (place / "sub" / f"{number}.png").write_bytes(encoded(picture(number)))
         if number % 2:
             (place / "sub" / f"{number}.txt").write_text(f"picture {number}")
-    write_lines(place / "captions.jsonl", [{"file": f"sub/{n}.png", "caption": f"picture {n}"} for n in range(0, 6, 2)])
+    write_lines(
+        place / "captions.jsonl",
+        [{"file": f"sub/{n}.png", "caption": f"picture {n}"} for n in range(0, 6, 2)],
+    )
     return {"path": str(place)}
 
 
@@ -60,7 +65,10 @@ def jsonl(place: Path) -> dict[str, Any]:
     """Two files: captioned images, an image, a text, and a page."""
     for number in range(6):
         (place / f"{number}.png").write_bytes(encoded(picture(number)))
-    write_lines(place / "a.jsonl", [{"id": str(n), "text": f"picture {n}", "image": f"{n}.png"} for n in range(4)])
+    write_lines(
+        place / "a.jsonl",
+        [{"id": str(n), "text": f"picture {n}", "image": f"{n}.png"} for n in range(4)],
+    )
     page = [{"text": "before"}, {"image": "4.png"}, {"text": "between"}, {"image": "5.png"}]
     write_lines(place / "b.jsonl", [{"text": "only text"}, {"image": "0.png"}, {"segments": page}])
     return {"path": str(place)}
@@ -69,7 +77,9 @@ def jsonl(place: Path) -> dict[str, Any]:
 def text_jsonl(place: Path) -> dict[str, Any]:
     """Two files of texts."""
     for name in "ab":
-        write_lines(place / f"{name}.jsonl", [{"text": f"text {name} {number}"} for number in range(4)])
+        write_lines(
+            place / f"{name}.jsonl", [{"text": f"text {name} {number}"} for number in range(4)]
+        )
     return {"path": str(place)}
 
 
@@ -78,7 +88,9 @@ def webdataset(place: Path) -> dict[str, Any]:
     members: list[tuple[str | tarfile.TarInfo, bytes]] = []
     for number in range(4):
         members.append((f"{number:05d}.jpg", encoded(picture(number), "jpeg")))
-        members.append((f"{number:05d}.json", json.dumps({"caption": f"json {number}", "sha": "x"}).encode()))
+        members.append(
+            (f"{number:05d}.json", json.dumps({"caption": f"json {number}", "sha": "x"}).encode())
+        )
         if number % 2:
             members.append((f"{number:05d}.txt", f"picture {number}".encode()))
     write_tar(place / "00000.tar", members)
@@ -92,9 +104,13 @@ def parquet(place: Path) -> dict[str, Any]:
     """Two files of several row groups, one with bytes and one with the struct of HF datasets."""
     images = [encoded(picture(number)) for number in range(8)]
     captions = [f"picture {number}" for number in range(8)]
-    pq.write_table(pa.table({"jpg": images, "caption": captions}), place / "a.parquet", row_group_size=3)
+    pq.write_table(
+        pa.table({"jpg": images, "caption": captions}), place / "a.parquet", row_group_size=3
+    )
     structs = [{"bytes": image, "path": None} for image in images]
-    pq.write_table(pa.table({"jpg": structs, "caption": captions}), place / "b.parquet", row_group_size=5)
+    pq.write_table(
+        pa.table({"jpg": structs, "caption": captions}), place / "b.parquet", row_group_size=5
+    )
     return {"path": str(place)}
 
 
@@ -106,11 +122,20 @@ def coco(place: Path) -> dict[str, Any]:
         (place / "images" / f"{number:012d}.jpg").write_bytes(encoded(picture(number), "jpeg"))
         images.append({"id": number, "file_name": f"{number:012d}.jpg"})
         text = "a dog in the grass" if number == 0 else f"picture {number}"
-        captions += [{"id": 10 * number + k, "image_id": number, "caption": f"{text} {'.' * k}"} for k in range(2)]
+        captions += [
+            {"id": 10 * number + k, "image_id": number, "caption": f"{text} {'.' * k}"}
+            for k in range(2)
+        ]
         instances.append({"id": number, "image_id": number, "category_id": 18})
-    categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 60, "name": "hot dog"}]
+    categories = [
+        {"id": 1, "name": "person"},
+        {"id": 18, "name": "dog"},
+        {"id": 60, "name": "hot dog"},
+    ]
     (place / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    (place / "instances.json").write_text(json.dumps({"annotations": instances, "categories": categories}))
+    (place / "instances.json").write_text(
+        json.dumps({"annotations": instances, "categories": categories})
+    )
     return {
         "path": str(place / "captions.json"),
         "images": str(place / "images"),
@@ -132,7 +157,9 @@ CORPORA: dict[str, Callable[[Path], dict[str, Any]]] = {
 """Name of a source -> function that writes a corpus into an empty folder and returns the source's settings."""
 
 
-def digit_tars(place: Path, count: int, per_tar: int, broken: tuple[int, int] | None = None) -> None:
+def digit_tars(
+    place: Path, count: int, per_tar: int, broken: tuple[int, int] | None = None
+) -> None:
     """Scans of digits in tars as img2dataset writes them; `broken` is a tar and the item whose image ends too early."""
     scans = load_digits()
     for number in range(count):

@@ -14,7 +14,9 @@ def images(folder: Path, names: list[str]) -> str:
     """Images of those names, 32 by 24 pixels or so."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(encoded(picture(number), "png" if name.endswith("png") else "jpeg"))
+        (folder / name).write_bytes(
+            encoded(picture(number), "png" if name.endswith("png") else "jpeg")
+        )
     return str(folder)
 
 
@@ -25,7 +27,10 @@ def written(path: Path, content: Any) -> str:
 
 def vqa(place: Path) -> dict[str, Any]:
     """VQA2: six questions, one of an image that is missing, one without answers, one without an annotation."""
-    questions = [{"image_id": 1 + n // 2, "question": f"What is {n}?", "question_id": 10 + n} for n in range(6)]
+    questions = [
+        {"image_id": 1 + n // 2, "question": f"What is {n}?", "question_id": 10 + n}
+        for n in range(6)
+    ]
     questions += [
         {"image_id": 99, "question": "Where?", "question_id": 16},
         {"image_id": 1, "question": "Why?", "question_id": 17},
@@ -42,10 +47,18 @@ def vqa(place: Path) -> dict[str, Any]:
         for n in range(7)
     ]  # fmt: skip
     annotations[0]["multiple_choice_answer"] = "pâté"
-    annotations += [{"question_id": 17, "answers": [{"answer": ""}]}, {"question_id": 19, "answers": [{"answer": "x"}]}]
+    annotations += [
+        {"question_id": 17, "answers": [{"answer": ""}]},
+        {"question_id": 19, "answers": [{"answer": "x"}]},
+    ]
     return {
-        "path": written(place / "questions.json", {"info": {}, "task_type": "Open-Ended", "questions": questions}),
-        "annotations": written(place / "annotations.json", {"info": {}, "annotations": annotations}),
+        "path": written(
+            place / "questions.json",
+            {"info": {}, "task_type": "Open-Ended", "questions": questions},
+        ),
+        "annotations": written(
+            place / "annotations.json", {"info": {}, "annotations": annotations}
+        ),
         "images": images(place / "images", [f"COCO_train2014_{n:012d}.jpg" for n in (1, 2, 3)]),
     }
 
@@ -76,14 +89,19 @@ def karpathy(place: Path) -> dict[str, Any]:
     listed[1]["sentences"].append({"raw": ""})
     listed.append({"filename": "5.jpg", "split": "train", "sentences": []})
     return {
-        "path": written(place / "dataset_flickr30k.json", {"images": listed, "dataset": "flickr30k"}),
+        "path": written(
+            place / "dataset_flickr30k.json", {"images": listed, "dataset": "flickr30k"}
+        ),
         "images": images(place / "images", [f"{n}.jpg" for n in range(4)]),
     }
 
 
 def image_paragraph(place: Path) -> dict[str, Any]:
     """Image Paragraph: five of the split, one that is not in it, one without its text."""
-    entries = [{"image_id": 100 + n, "url": "u", "paragraph": f" The picture {n}. It is small. "} for n in range(6)]
+    entries = [
+        {"image_id": 100 + n, "url": "u", "paragraph": f" The picture {n}. It is small. "}
+        for n in range(6)
+    ]
     entries.append({"image_id": 107, "url": "u", "paragraph": ""})
     return {
         "path": written(place / "paragraphs_v1.json", entries),
@@ -99,7 +117,9 @@ def localized_narratives(place: Path) -> dict[str, Any]:
                     "caption": f"In this picture we can see {n}.", "timed_caption": [], "traces": []})
         for n in range(5)
     ]  # fmt: skip
-    (place / "narratives.jsonl").write_text("\n".join([*lines, "{", "", json.dumps({"caption": "what?"})]))
+    (place / "narratives.jsonl").write_text(
+        "\n".join([*lines, "{", "", json.dumps({"caption": "what?"})])
+    )
     return {
         "path": str(place / "narratives.jsonl"),
         "images": images(place / "images", [f"{n:012d}.jpg" for n in range(5)]),
@@ -128,7 +148,10 @@ def instruct_pix2pix(place: Path) -> dict[str, Any]:
     """InstructPix2Pix: four folders of pairs, one without prompt.json, one without seeds."""
     for n in range(4):
         images(place, [f"000{n}/{seed}_{side}.jpg" for seed in ("17", "23") for side in (0, 1)])
-        written(place / f"000{n}/prompt.json", {"input": "a cat", "edit": f"make it {n}", "output": "a dog"})
+        written(
+            place / f"000{n}/prompt.json",
+            {"input": "a cat", "edit": f"make it {n}", "output": "a dog"},
+        )
     (place / "0004").mkdir()
     folders = [[f"000{n}", ["17", "23"]] for n in range(4)]
     return {
@@ -141,7 +164,8 @@ def coco_boxes(place: Path) -> dict[str, Any]:
     """COCO's instances: four images, a crowd, a box without a category, an image without any box, one cut off whole."""
     listed = [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 20} for n in range(6)]
     boxes: list[dict[str, Any]] = [
-        {"id": n, "image_id": n, "category_id": 18, "bbox": [10, 5, 10, 10], "iscrowd": 0} for n in range(4)
+        {"id": n, "image_id": n, "category_id": 18, "bbox": [10, 5, 10, 10], "iscrowd": 0}
+        for n in range(4)
     ]
     boxes += [
         {"id": 10, "image_id": 0, "category_id": 1, "bbox": [0, 0, 40, 20], "iscrowd": 1},
@@ -150,9 +174,15 @@ def coco_boxes(place: Path) -> dict[str, Any]:
         {"id": 13, "image_id": 5, "category_id": 1, "bbox": [0, 0, 5, 20], "iscrowd": 0},
     ]
     categories = [{"id": 1, "name": "Person"}, {"id": 18, "name": "dog"}]
-    captions = [{"id": 1, "image_id": 3, "caption": "A good dog. "}, {"id": 2, "image_id": 3, "caption": "Another."}]
+    captions = [
+        {"id": 1, "image_id": 3, "caption": "A good dog. "},
+        {"id": 2, "image_id": 3, "caption": "Another."},
+    ]
     return {
-        "path": written(place / "instances.json", {"images": listed, "annotations": boxes, "categories": categories}),
+        "path": written(
+            place / "instances.json",
+            {"images": listed, "annotations": boxes, "categories": categories},
+        ),
         "captions": written(place / "captions.json", {"images": listed, "annotations": captions}),
         "images": images(place / "images", [f"{n}.jpg" for n in range(6)]),
     }
@@ -160,9 +190,7 @@ def coco_boxes(place: Path) -> dict[str, Any]:
 
 def openimages_boxes(place: Path) -> dict[str, Any]:
     """OpenImages: five boxes, one of a group, one of an unknown class, one that is no box."""
-    header = (
-        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
-    )
+    header = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
     rows = [f"img{n},xclick,/m/0bt9lr,1,0.25,0.75,0.1,0.6,0,0,0,0" for n in range(4)]
     rows += [
         "img0,xclick,/m/01g317,1,0.3,0.5,0.3,0.9,0,0,1,0",
@@ -181,11 +209,20 @@ def openimages_boxes(place: Path) -> dict[str, Any]:
 
 def ocr(place: Path) -> dict[str, Any]:
     """TextOCR: two lines of words, unreadable and small ones, an image with too many, one without any."""
-    listed = {f"i{n}": {"id": f"i{n}", "width": 100, "height": 100, "file_name": f"train/i{n}.jpg"} for n in range(6)}
+    listed = {
+        f"i{n}": {"id": f"i{n}", "width": 100, "height": 100, "file_name": f"train/i{n}.jpg"}
+        for n in range(6)
+    }
     words: dict[str, Any] = {}
 
     def word(image: str, text: str, box: list[float]) -> None:
-        words[f"{image}_{len(words)}"] = {"image_id": image, "utf8_string": text, "bbox": box, "points": [], "area": 1}
+        words[f"{image}_{len(words)}"] = {
+            "image_id": image,
+            "utf8_string": text,
+            "bbox": box,
+            "points": [],
+            "area": 1,
+        }
 
     for n in range(4):
         word(f"i{n}", "CAFÉ", [50, 10, 40, 20])
@@ -196,7 +233,9 @@ def ocr(place: Path) -> dict[str, Any]:
     for n in range(12):
         word("i4", f"w{n}", [5, 8 * n, 20, 6])
     return {
-        "path": written(place / "TextOCR_train.json", {"imgs": listed, "anns": words, "imgToAnns": {}}),
+        "path": written(
+            place / "TextOCR_train.json", {"imgs": listed, "anns": words, "imgToAnns": {}}
+        ),
         "images": images(place, [f"train/i{n}.jpg" for n in range(6)]),
     }
 
@@ -218,16 +257,27 @@ def visdial(place: Path) -> dict[str, Any]:
     answers = ["yes", "no", "red", "it is blue", "can't tell"]
 
     def turn(question: int, answer: int) -> dict[str, Any]:
-        return {"question": question, "answer": answer, "answer_options": [0, 1, 2, 3, 4], "gt_index": answer}
+        return {
+            "question": question,
+            "answer": answer,
+            "answer_options": [0, 1, 2, 3, 4],
+            "gt_index": answer,
+        }
 
     dialogs = [
-        {"image_id": 1, "caption": "a dog by a tree", "dialog": [turn(0, 0), turn(1, 2), turn(2, 4)]},
+        {
+            "image_id": 1,
+            "caption": "a dog by a tree",
+            "dialog": [turn(0, 0), turn(1, 2), turn(2, 4)],
+        },
         {"image_id": 2, "caption": "a cat.", "dialog": [turn(2, 1), turn(1, 77)]},
         {"image_id": 9, "caption": "nothing", "dialog": [turn(0, 0), turn(1, 2)]},
     ]
     data = {"dialogs": dialogs, "questions": questions, "answers": answers}
     return {
-        "path": written(place / "visdial.json", {"version": "1.0", "split": "val2018", "data": data}),
+        "path": written(
+            place / "visdial.json", {"version": "1.0", "split": "val2018", "data": data}
+        ),
         "images": images(place / "images", [f"VisualDialog_val2018_{n:012d}.jpg" for n in (1, 2)]),
     }
 

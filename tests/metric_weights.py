@@ -16,7 +16,8 @@ def vgg_weights() -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = torchvision.models.vgg16(weights=None).features.state_dict()
     return {
-        f"features.{name}": torch.randn(w.shape) * (math.sqrt(2 / w[0].numel()) if w.dim() > 1 else 0.1)
+        f"features.{name}": torch.randn(w.shape)
+        * (math.sqrt(2 / w[0].numel()) if w.dim() > 1 else 0.1)
         for name, w in shapes.items()
     }
 
@@ -24,7 +25,11 @@ def vgg_weights() -> dict[str, Tensor]:
 def write_vgg(path: Path, weights: dict[str, Tensor]) -> Path:
     """The published files are older than PyTorch's present format."""
     parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
-    torch.save({**parameters, "classifier.0.bias": torch.zeros(4096)}, path, _use_new_zipfile_serialization=False)
+    torch.save(
+        {**parameters, "classifier.0.bias": torch.zeros(4096)},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
     return path
 
 

@@ -103,7 +103,9 @@ def _network(
         before = {down: widths[level - 1] if level else channels, up: widths[min(level + 1, last)]}
         for place, count in ((down, residual_blocks), (up, residual_blocks + 1)):
             for number in range(count):
-                yield from _block(f"{place}.{words['block']}.{number}", width if number else before[place], width)
+                yield from _block(
+                    f"{place}.{words['block']}.{number}", width if number else before[place], width
+                )
                 if level in attention_levels:
                     yield from _attention(f"{place}.attn.{number}", width)
         if level < last:
@@ -117,9 +119,18 @@ def _projections(z_channels: int, code_dim: int) -> Iterator[tuple[str, tuple[in
     yield from _conv("post_quant_conv", z_channels, code_dim, 1)
 
 
-def taming_shapes(*, code_dim: int, codebook_size: int, gumbel: bool = False, **network: Any) -> dict[str, Any]:
+def taming_shapes(
+    *, code_dim: int, codebook_size: int, gumbel: bool = False, **network: Any
+) -> dict[str, Any]:
     """Names and shapes of CompVis/taming-transformers, whose decoder's level 0 is full resolution."""
-    words = {"down": "down", "up": "up", "block": "block", "0": "block_1", "1": "attn_1", "2": "block_2"}
+    words = {
+        "down": "down",
+        "up": "up",
+        "block": "block",
+        "0": "block_1",
+        "1": "attn_1",
+        "2": "block_2",
+    }
     shapes = dict(_network(words, finest_first=True, **network))
     shapes.update(_projections(network["z_channels"], code_dim))
     if gumbel:
@@ -133,7 +144,11 @@ def llamagen_shapes(*, code_dim: int, codebook_size: int, **network: Any) -> dic
     words = {"down": "conv_blocks", "up": "conv_blocks", "block": "res"}
     shapes = dict(_network(words, finest_first=False, **network))
     shapes.update(_projections(network["z_channels"], code_dim))
-    return {**shapes, "quantize.embedding.weight": (codebook_size, code_dim), "quantize.codebook_used": (65536,)}
+    return {
+        **shapes,
+        "quantize.embedding.weight": (codebook_size, code_dim),
+        "quantize.codebook_used": (65536,),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -145,8 +160,21 @@ def write_taming(file: Path, tensors: Mapping[str, Tensor]) -> Path:
         "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
         "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 4, 1, 1),
     }
-    optimizer = [{"state": {0: {"step": 1, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}]
-    torch.save({"epoch": 1, "global_step": 2, "state_dict": {**tensors, **loss}, "optimizer_states": optimizer}, file)
+    optimizer = [
+        {
+            "state": {0: {"step": 1, "exp_avg": torch.zeros(3)}},
+            "param_groups": [{"lr": 1e-4, "params": [0]}],
+        }
+    ]
+    torch.save(
+        {
+            "epoch": 1,
+            "global_step": 2,
+            "state_dict": {**tensors, **loss},
+            "optimizer_states": optimizer,
+        },
+        file,
+    )
     return file
 
 
@@ -157,7 +185,10 @@ def write_llamagen(file: Path, tensors: Mapping[str, Tensor], under: str = "mode
 
 
 def write_folder(
-    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "model.safetensors"
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    name: str = "model.safetensors",
 ) -> Path:
     """A Hugging Face folder with its weights in one file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +201,9 @@ def write_folder(
     return folder
 
 
-def split_in_two(folder: Path, tensors: Mapping[str, Tensor], name: str = "model.safetensors") -> Path:
+def split_in_two(
+    folder: Path, tensors: Mapping[str, Tensor], name: str = "model.safetensors"
+) -> Path:
     """Replaces a folder's file of weights by two parts and an index."""
     (folder / name).unlink()
     keys = sorted(tensors)

@@ -46,7 +46,9 @@ def main(options: dict[str, Any]) -> int:
     def new_model() -> Any:
         torch.manual_seed(1)
         shape = {"layers": 2, "width": 32, "head_size": 16, "seq_len": SEQ_LEN, "init_std": 0.05}
-        return MODELS.build({"name": options.get("model", "cm3leon"), **shape}, vocab_size=VOCAB.size)
+        return MODELS.build(
+            {"name": options.get("model", "cm3leon"), **shape}, vocab_size=VOCAB.size
+        )
 
     def loss(model: Any, batch: Any) -> Any:
         time.sleep(options.get("pause", 0))
@@ -54,7 +56,9 @@ def main(options: dict[str, Any]) -> int:
             batch.ids_BT,
             position_BT=batch.position_BT,
             sample_BT=batch.sample_BT,
-            readout=lambda hidden_BTD, head: objective.loss(hidden_BTD, head, batch, z_loss=config.z_loss),
+            readout=lambda hidden_BTD, head: objective.loss(
+                hidden_BTD, head, batch, z_loss=config.z_loss
+            ),
         )
 
     with joined(find_place(), config.timeout_seconds) as ranks:
@@ -75,7 +79,12 @@ def main(options: dict[str, Any]) -> int:
             weight=lambda part: float(part.weight_BT.sum()),
             ids=stream.ids,
         )
-        where: dict[str, Any] = {"folder": folder, "device": ranks.device, "seed": 0, "title": "tiny"}
+        where: dict[str, Any] = {
+            "folder": folder,
+            "device": ranks.device,
+            "seed": 0,
+            "title": "tiny",
+        }
         try:
             train(model, loss, stream, config, **where, shares=shares, ranks=ranks)
         except Again as again:

@@ -21,8 +21,12 @@ def segment(modality: Any, length: int) -> TokenSegment:
 
 def document(*lengths: int, name: str = "document") -> TokenDocument:
     """Segments of these lengths, text and image in turn."""
-    return TokenDocument(name, tuple(segment(("text", "image")[k % 2], n) for k, n in enumerate(lengths)))
+    return TokenDocument(
+        name, tuple(segment(("text", "image")[k % 2], n) for k, n in enumerate(lengths))
+    )
 
 
 segments = st.builds(segment, st.sampled_from(["text", "image"]), st.integers(0, 9))
-documents = st.lists(segments, min_size=1, max_size=4).map(lambda parts: TokenDocument("any", tuple(parts)))
+documents = st.lists(segments, min_size=1, max_size=4).map(
+    lambda parts: TokenDocument("any", tuple(parts))
+)

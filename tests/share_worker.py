@@ -20,7 +20,13 @@ from cm3leon.training.distributed import find_place, joined
 def results(module: Any) -> dict[str, Any]:
     """What a decoder answers, alone or shared."""
     asked = prompts(2)
-    answers = generate(module, asked, DECODERS.build({"name": "top_p", "cfg": 2}), vocab=VOCAB, seeds=range(len(asked)))
+    answers = generate(
+        module,
+        asked,
+        DECODERS.build({"name": "top_p", "cfg": 2}),
+        vocab=VOCAB,
+        seeds=range(len(asked)),
+    )
     scores = log_likelihoods(module, [one.ids_T for one in asked], [np.arange(5, 9)] * len(asked))
     return {"answers": [answer.tolist() for answer in answers], "scores": scores}
 
@@ -33,7 +39,15 @@ def main() -> None:
         found = results(module)
         held = sum(weight.numel() for block in module.blocks for weight in block.parameters())
         if ranks.first:
-            print(json.dumps({**found, "held": held, "cache": module.cache_bytes(groups=1, width=1, prefix=1, tail=1)}))
+            print(
+                json.dumps(
+                    {
+                        **found,
+                        "held": held,
+                        "cache": module.cache_bytes(groups=1, width=1, prefix=1, tail=1),
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

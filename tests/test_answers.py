@@ -38,7 +38,12 @@ def test_answers_are_normalised_as_the_official_tools_do(answer: str, expected: 
 
 def test_contractions_are_those_of_the_official_list() -> None:
     assert len(CONTRACTIONS) > 110
-    for short, full in (("shouldnt've", "shouldn't've"), ("yalld've", "y'all'd've"), ("twas", "'twas"), ("im", "i'm")):
+    for short, full in (
+        ("shouldnt've", "shouldn't've"),
+        ("yalld've", "y'all'd've"),
+        ("twas", "'twas"),
+        ("im", "i'm"),
+    ):
         assert CONTRACTIONS.get(short, full) == full
     assert "well" not in CONTRACTIONS.values()
 
@@ -69,10 +74,13 @@ def test_options_are_read_from_answers() -> None:
 
 
 @given(
-    relevance=st.lists(st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]), min_size=2, max_size=20), seed=st.integers(0, 999)
+    relevance=st.lists(st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]), min_size=2, max_size=20),
+    seed=st.integers(0, 999),
 )
 @settings(max_examples=60)
-def test_ndcg_is_scikit_learns_at_as_many_as_are_relevant(relevance: list[float], seed: int) -> None:
+def test_ndcg_is_scikit_learns_at_as_many_as_are_relevant(
+    relevance: list[float], seed: int
+) -> None:
     scores = np.random.default_rng(seed).random(len(relevance))
     k = sum(value > 0 for value in relevance)
     expected = ndcg_score([relevance], [scores], k=k) if k else 0.0

@@ -19,17 +19,24 @@ from cm3leon.types import UserError
 def model(tmp_path_factory: pytest.TempPathFactory) -> CM3Leon:
     """A shrunken run; its weights are made larger, so that what it draws depends on what it is given."""
     run = tmp_path_factory.mktemp("api") / "run"
-    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]) == 0
+    assert (
+        main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"])
+        == 0
+    )
     loaded = CM3Leon.load(run, precision="float32")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in loaded.run.model.named_parameters():
-            weight.normal_(std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator)
+            weight.normal_(
+                std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator
+            )
     return loaded
 
 
 def picture(number: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    )
 
 
 def test_images_are_ranked_and_depend_on_their_seeds_alone(model: CM3Leon) -> None:
@@ -43,7 +50,10 @@ def test_images_are_ranked_and_depend_on_their_seeds_alone(model: CM3Leon) -> No
     (alone,) = model.generate("a handwritten seven", seed=2, retrieve=2)
     assert np.array_equal(alone.codes_N, next(p.codes_N for p in drawn if p.seed == 2))
     encoder = model.run.retriever.encoder
-    expected = encoder.encode_images(np.asarray(alone.image)[None]) @ encoder.encode_texts(["a handwritten seven"])[0]
+    expected = (
+        encoder.encode_images(np.asarray(alone.image)[None])
+        @ encoder.encode_texts(["a handwritten seven"])[0]
+    )
     assert alone.score == pytest.approx(float(expected[0]), abs=1e-6)
 
 
@@ -83,9 +93,12 @@ def test_answers_to_a_question_are_scored_as_they_are_asked_for(model: CM3Leon) 
     texts, question = ["yes", "a seven"], "What is it?"
     scores = model.score(texts=texts, image=picture(), question=question)
     assert scores == pytest.approx(
-        [model.score(texts=[text], image=picture(), question=question)[0] for text in texts], rel=1e-4
+        [model.score(texts=[text], image=picture(), question=question)[0] for text in texts],
+        rel=1e-4,
     )
-    assert scores != pytest.approx(model.score(texts=texts, image=picture(), question="Where is it?"), rel=1e-4)
+    assert scores != pytest.approx(
+        model.score(texts=texts, image=picture(), question="Where is it?"), rel=1e-4
+    )
     with pytest.raises(UserError, match="a question is asked about an image"):
         model.score(images=[picture()], text="a seven", question=question)
 
@@ -96,7 +109,9 @@ def test_an_infilled_box_leaves_the_other_codes(model: CM3Leon) -> None:
     filled = model.infill(picture(), "a seven", box=(8, 8, 24, 17))
     assert filled.text == "a seven"
     inside = np.zeros((4, 4), bool)
-    inside[1:3, 1:3] = True  # pixels 8 to 24 are the codes 1 and 2 of a row, 8 to 17 the rows 1 and 2
+    inside[1:3, 1:3] = (
+        True  # pixels 8 to 24 are the codes 1 and 2 of a row, 8 to 17 the rows 1 and 2
+    )
     assert np.array_equal(filled.codes_N[~inside.ravel()], before_N[~inside.ravel()])
     assert not np.array_equal(filled.codes_N, before_N)
     assert np.array_equal(np.asarray(filled.image), tokenizer.decode(filled.codes_N[None])[0])
@@ -118,7 +133,9 @@ def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
     assert len(edited) == 3
     assert edited[0].score >= edited[-1].score
     by_text = model.edit(picture(1), "make it red", n=3)
-    assert any(not np.array_equal(a.codes_N, b.codes_N) for a, b in zip(edited, by_text, strict=True))
+    assert any(
+        not np.array_equal(a.codes_N, b.codes_N) for a, b in zip(edited, by_text, strict=True)
+    )
     parts = model.interleave(["a seven", picture()], first="text", segments=3, most=4)
     assert len(parts) <= 3
     assert all(isinstance(part, (str, Image.Image)) for part in parts)
@@ -130,13 +147,19 @@ def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
 
 
 def test_mistakes_are_said(model: CM3Leon, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run with a finished pretraining, .*config.yaml is missing"):
+    with pytest.raises(
+        UserError, match=r"is no run with a finished pretraining, .*config.yaml is missing"
+    ):
         CM3Leon.load(tmp_path)
-    with pytest.raises(UserError, match=r"box is \(8, 8, 40, 16\); it must be .* inside an image of 32 x 32 pixels"):
+    with pytest.raises(
+        UserError, match=r"box is \(8, 8, 40, 16\); it must be .* inside an image of 32 x 32 pixels"
+    ):
         model.infill(picture(), "a", box=(8, 8, 40, 16))
     with pytest.raises(UserError, match="0 spans are asked for; it must be from 1 to 512"):
         model.infill(picture(), "a")
-    with pytest.raises(UserError, match=r"words is \(5, 9\); it must be a part of the text of 1 characters"):
+    with pytest.raises(
+        UserError, match=r"words is \(5, 9\); it must be a part of the text of 1 characters"
+    ):
         model.infill(picture(), "a", words=(5, 9))
     with pytest.raises(UserError, match="give texts and the image that they are for"):
         model.score(texts=["a"])
@@ -156,17 +179,28 @@ def test_the_command_writes_images_and_goes_on(
 ) -> None:
     run, out = model.run.folder, tmp_path / "out"
     (tmp_path / "prompts.txt").write_text("a seven\n\na two\nthree\n")
-    words = [f"run={run}", f"prompts={tmp_path}/prompts.txt", "n=3", "keep=2", "retrieve=1", f"out={out}"]
+    words = [
+        f"run={run}",
+        f"prompts={tmp_path}/prompts.txt",
+        "n=3",
+        "keep=2",
+        "retrieve=1",
+        f"out={out}",
+    ]
     assert main(["generate", *words]) == 0
     entries = listed(out)
     assert [entry["prompt"] for entry in entries] == ["a seven", "a two", "three"]
-    assert sorted(path.name for path in out.glob("*.png")) == [f"{p:05d}_{i}.png" for p in range(3) for i in range(2)]
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        f"{p:05d}_{i}.png" for p in range(3) for i in range(2)
+    ]
     assert entries[0]["images"][0]["score"] >= entries[0]["images"][1]["score"]  # type: ignore[index]
     assert entries[0]["documents"]
     before = {path.name: path.read_bytes() for path in out.glob("*.png")}
 
     lines = (out / "manifest.jsonl").read_text().splitlines()
-    (out / "manifest.jsonl").write_text("\n".join([*lines[:2], lines[2][:20]]))  # as a kill may leave it
+    (out / "manifest.jsonl").write_text(
+        "\n".join([*lines[:2], lines[2][:20]])
+    )  # as a kill may leave it
     (out / "00002_0.png").unlink()
     capsys.readouterr()
     assert main(["generate", *words]) == 0
@@ -186,12 +220,19 @@ def test_the_command_writes_images_and_goes_on(
         (["run={run}/none", "prompt=a"], "is no run with a finished pretraining"),
         (["run={run}", "prompt=a", "n=2", "keep=3"], "keep is 3, of n = 2 images"),
         (["run={run}", "prompt=a", "decoder=topp"], "topp"),
-        (["run={run}", "prompt=a", "weights=fp8"], "weights are fp8, which cpu does not compute in"),
+        (
+            ["run={run}", "prompt=a", "weights=fp8"],
+            "weights are fp8, which cpu does not compute in",
+        ),
         (["run={run}", "prompt=a", "weights=int4"], 'weights is "int4"; it must be'),
     ],
 )
 def test_mistakes_of_the_command_are_said(
-    model: CM3Leon, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    model: CM3Leon,
+    words: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     given = [word.format(run=model.run.folder) for word in words]
     assert main(["generate", *given, f"out={tmp_path}/out"]) == 2

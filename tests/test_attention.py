@@ -38,9 +38,14 @@ def places(rows: list[list[int]]) -> Tensor:
     return sample_BT
 
 
-def tensors(B: int, T: int, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> list[Tensor]:
+def tensors(
+    B: int, T: int, dtype: torch.dtype = torch.float64, device: torch.device = CPU
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(B, A, T, E, generator=generator, dtype=dtype).to(device).requires_grad_() for _ in range(3)]
+    return [
+        torch.randn(B, A, T, E, generator=generator, dtype=dtype).to(device).requires_grad_()
+        for _ in range(3)
+    ]
 
 
 def by_formula(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, sample_BT: Tensor) -> Tensor:
@@ -59,14 +64,18 @@ def by_formula(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, sample_BT: Tensor
 
 def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
     output = function(*inputs)
-    weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).view_as(output).sin()
+    weights = (
+        torch.arange(output.numel(), dtype=output.dtype, device=output.device).view_as(output).sin()
+    )
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
 
 
 def assert_is_the_formula(backend: Attention, sample_BT: Tensor) -> None:
     inputs = tensors(*sample_BT.shape)
     found = with_gradients(lambda *qkv: backend(*qkv, backend.plan(sample_BT)), inputs)
-    for one, other in zip(found, with_gradients(lambda *qkv: by_formula(*qkv, sample_BT), inputs), strict=True):
+    for one, other in zip(
+        found, with_gradients(lambda *qkv: by_formula(*qkv, sample_BT), inputs), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
@@ -101,7 +110,9 @@ def test_flex_has_the_same_outputs(rows: list[list[int]]) -> None:
     backend, sample_BT = ATTENTIONS.build("flex"), places(rows)
     inputs = [tensor.detach().float() for tensor in tensors(*sample_BT.shape)]
     expected = by_formula(*inputs, sample_BT)
-    torch.testing.assert_close(backend(*inputs, backend.plan(sample_BT)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        backend(*inputs, backend.plan(sample_BT)), expected, atol=1e-5, rtol=1e-5
+    )
     alone = by_formula(*inputs, torch.zeros_like(sample_BT))
     torch.testing.assert_close(backend(*inputs, None), alone, atol=1e-5, rtol=1e-5)
 
@@ -127,14 +138,18 @@ def stand_in(query: Tensor, key: Tensor, value: Tensor, attn_bias: Mask) -> Tens
     for q, k, v in zip(*(x[0].split(attn_bias.lengths) for x in (query, key, value)), strict=True):
         scores_ATT = torch.einsum("tae,sae->ats", q, k) / math.sqrt(query.shape[3])
         hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        pieces.append(torch.einsum("ats,sae->tae", scores_ATT.masked_fill(hidden, -math.inf).softmax(-1), v))
+        pieces.append(
+            torch.einsum("ats,sae->tae", scores_ATT.masked_fill(hidden, -math.inf).softmax(-1), v)
+        )
     return torch.cat(pieces)[None]
 
 
 @pytest.fixture
 def xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module xformers that computes the formulas of the real one's documentation on any device."""
-    modules = {name: types.ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha")}
+    modules = {
+        name: types.ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha")
+    }
     modules["xformers.ops.fmha.attn_bias"] = bias = types.ModuleType("xformers.ops.fmha.attn_bias")
     bias.BlockDiagonalCausalMask = Mask  # type: ignore[attr-defined]
     modules["xformers.ops"].memory_efficient_attention = stand_in  # type: ignore[attr-defined]
@@ -168,7 +183,9 @@ class TestInstalledXformers:
 @given(rows=packed)
 def test_run_lengths_are_the_samples_and_the_padding(rows: list[list[int]]) -> None:
     T = max(map(sum, rows))
-    expected = [n for lengths in rows for n in [*lengths, *([T - sum(lengths)] if sum(lengths) < T else [])]]
+    expected = [
+        n for lengths in rows for n in [*lengths, *([T - sum(lengths)] if sum(lengths) < T else [])]
+    ]
     assert run_lengths(places(rows)) == expected
 
 
@@ -177,7 +194,9 @@ def test_run_lengths_are_the_samples_and_the_padding(rows: list[list[int]]) -> N
 
 def decoder(attention: str) -> Transformer:
     torch.manual_seed(0)
-    config = Transformer.Config(layers=2, width=32, head_size=8, seq_len=32, init_std=0.3, attention=attention)
+    config = Transformer.Config(
+        layers=2, width=32, head_size=8, seq_len=32, init_std=0.3, attention=attention
+    )
     model = Transformer(config, vocab_size=20)
     torch.nn.init.normal_(model.head.weight, std=0.3)
     return model.double()
@@ -188,15 +207,22 @@ def logits_and_gradients(attention: str) -> list[Tensor]:
     ids_BT = torch.arange(sample_BT.numel()).view_as(sample_BT) % 20
     logits_BTV = model(ids_BT, sample_BT=sample_BT)
     logits_BTV.sin().sum().backward()
-    return [logits_BTV.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)]
+    return [
+        logits_BTV.detach(),
+        *(weight.grad for weight in model.parameters() if weight.grad is not None),
+    ]
 
 
 @pytest.mark.usefixtures("xformers")
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "xformers"])
-def test_the_whole_model_is_the_same_with_each(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_model_is_the_same_with_each(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ATTENTIONS.get("xformers"), "missing", staticmethod(lambda device: ""))
     choose.cache_clear()
-    for one, other in zip(logits_and_gradients(attention), logits_and_gradients("naive"), strict=True):
+    for one, other in zip(
+        logits_and_gradients(attention), logits_and_gradients("naive"), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
     choose.cache_clear()
 
@@ -204,7 +230,10 @@ def test_the_whole_model_is_the_same_with_each(attention: str, monkeypatch: pyte
 def test_auto_takes_what_the_device_can_train_with(monkeypatch: pytest.MonkeyPatch) -> None:
     choose.cache_clear()
     assert choose("auto", CPU).name == "sdpa"
-    for missing, expected in (("", "xformers"), ("the package xformers", "flex (xformers lacks the package xformers)")):
+    for missing, expected in (
+        ("", "xformers"),
+        ("the package xformers", "flex (xformers lacks the package xformers)"),
+    ):
         choose.cache_clear()
         monkeypatch.setattr(attention, "_missing_of_xformers", lambda missing=missing: missing)
         assert str(choose("auto", CUDA)) == expected
@@ -231,8 +260,16 @@ class Operator:
     ("forward", "backward", "sentence"),
     [
         ([False, True], [True], ""),
-        ([False, False], [True], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
-        ([True], [False], r"an xformers whose operators load with torch \d.*: those of 9\.9 do not"),
+        (
+            [False, False],
+            [True],
+            r"an xformers whose operators load with torch \d.*: those of 9\.9 do not",
+        ),
+        (
+            [True],
+            [False],
+            r"an xformers whose operators load with torch \d.*: those of 9\.9 do not",
+        ),
     ],
 )
 def test_xformers_is_there_if_operators_of_both_passes_load(
@@ -245,33 +282,52 @@ def test_xformers_is_there_if_operators_of_both_passes_load(
     assert re.fullmatch(sentence, attention._missing_of_xformers.__wrapped__())
 
 
-def test_xformers_that_does_not_import_is_answered_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_that_does_not_import_is_answered_with_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     found = attention._missing_of_xformers.__wrapped__()
-    assert re.fullmatch(r"an xformers that imports with torch \d.* \(ModuleNotFoundError: .*\)", found)
+    assert re.fullmatch(
+        r"an xformers that imports with torch \d.* \(ModuleNotFoundError: .*\)", found
+    )
 
 
 def test_xformers_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert attention._missing_of_xformers.__wrapped__() == "the package xformers (pip install xformers)"
+    assert (
+        attention._missing_of_xformers.__wrapped__()
+        == "the package xformers (pip install xformers)"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "device", "sentence"),
     [
-        ("xformers", CPU, "model.attention is xformers, which lacks a CUDA device: memory_efficient_attention has no"),
-        ("flex", CPU, "model.attention is flex, which lacks a CUDA device: FlexAttention has no gradients elsewhere"),
+        (
+            "xformers",
+            CPU,
+            "model.attention is xformers, which lacks a CUDA device: memory_efficient_attention has no",
+        ),
+        (
+            "flex",
+            CPU,
+            "model.attention is flex, which lacks a CUDA device: FlexAttention has no gradients elsewhere",
+        ),
     ],
 )
-def test_a_backend_that_cannot_run_is_refused(name: str, device: torch.device, sentence: str) -> None:
+def test_a_backend_that_cannot_run_is_refused(
+    name: str, device: torch.device, sentence: str
+) -> None:
     with pytest.raises(UserError) as refusal:
         choose(name, device)
     assert str(refusal.value).startswith(sentence)
 
 
 def test_an_unknown_backend_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"^attention is xformer, which is not known; did you mean xformers\?"):
+    with pytest.raises(
+        UserError, match=r"^attention is xformer, which is not known; did you mean xformers\?"
+    ):
         Transformer.Config(attention="xformer").check()
 
 
@@ -284,11 +340,18 @@ def test_outputs_and_gradients_on_a_gpu(name: str) -> None:
         pytest.skip(f"needs {backend.missing(CUDA)}")
     sample_BT = places([[100, 156], [90, 30, 60]]).cuda()
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 2, 256, 64, generator=generator).bfloat16().cuda().requires_grad_() for _ in range(3)]
-    found = with_gradients(lambda *qkv: ATTENTIONS.build(name)(*qkv, ATTENTIONS.build(name).plan(sample_BT)), inputs)
+    inputs = [
+        torch.randn(2, 2, 256, 64, generator=generator).bfloat16().cuda().requires_grad_()
+        for _ in range(3)
+    ]
+    found = with_gradients(
+        lambda *qkv: ATTENTIONS.build(name)(*qkv, ATTENTIONS.build(name).plan(sample_BT)), inputs
+    )
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     naive = ATTENTIONS.build("naive")
-    for one, other in zip(found, with_gradients(lambda *qkv: naive(*qkv, naive.plan(sample_BT)), exact), strict=True):
+    for one, other in zip(
+        found, with_gradients(lambda *qkv: naive(*qkv, naive.plan(sample_BT)), exact), strict=True
+    ):
         torch.testing.assert_close(one.double(), other, atol=0.05, rtol=0.05)
 
 
@@ -303,10 +366,15 @@ def test_xformers_and_another_agree_on_a_gpu(name: str, head_size: int) -> None:
     sample_BT = places([[600, 1, 423], [300, 500]]).cuda()
     generator = torch.Generator().manual_seed(0)
     shape = (2, 4, sample_BT.shape[1], head_size)
-    inputs = [torch.randn(*shape, generator=generator).bfloat16().cuda().requires_grad_() for _ in range(3)]
+    inputs = [
+        torch.randn(*shape, generator=generator).bfloat16().cuda().requires_grad_()
+        for _ in range(3)
+    ]
     results = []
     for backend in (ATTENTIONS.build("xformers"), ATTENTIONS.build(name)):
         plan = backend.plan(sample_BT)
-        results.append(with_gradients(lambda *qkv, backend=backend, plan=plan: backend(*qkv, plan), inputs))
+        results.append(
+            with_gradients(lambda *qkv, backend=backend, plan=plan: backend(*qkv, plan), inputs)
+        )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)

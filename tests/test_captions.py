@@ -37,14 +37,20 @@ def test_captions_equal_to_all_their_references_have_ten() -> None:
 def test_cider_is_its_formula() -> None:
     """Vedantam et al. 2015, CIDEr-D: clipped tf-idf cosines of n-grams with a length penalty, times ten."""
     given = ["a red circle left", "the blue square is at the top", "a cross"]
-    references = [["a red circle at the left", "red circle"], ["a blue square at the top"], ["green cross", "a cross"]]
+    references = [
+        ["a red circle at the left", "red circle"],
+        ["a blue square at the top"],
+        ["green cross", "a cross"],
+    ]
     expected = []
     for order in range(1, 5):
         grams = [[_grams(text, order) for text in of_image] for of_image in references]
         frequency = Counter(gram for of_image in grams for gram in set().union(*of_image))
 
         def weights(counts: Grams, frequency: Grams = frequency) -> dict[tuple[str, ...], float]:
-            return {g: n * (math.log(3) - math.log(max(1, frequency[g]))) for g, n in counts.items()}
+            return {
+                g: n * (math.log(3) - math.log(max(1, frequency[g]))) for g, n in counts.items()
+            }
 
         row = []
         for text, of_image, texts in zip(given, grams, references, strict=True):
@@ -52,13 +58,17 @@ def test_cider_is_its_formula() -> None:
             total = 0.0
             for counts, other in zip(of_image, texts, strict=True):
                 theirs = weights(counts)
-                norm = math.sqrt(sum(v * v for v in mine.values())) * math.sqrt(sum(v * v for v in theirs.values()))
+                norm = math.sqrt(sum(v * v for v in mine.values())) * math.sqrt(
+                    sum(v * v for v in theirs.values())
+                )
                 dot = sum(min(mine[g], theirs.get(g, 0)) * theirs.get(g, 0) for g in mine)
                 apart = sum(_grams(text, 2).values()) - sum(_grams(other, 2).values())
                 total += (dot / norm if norm else 0) * math.exp(-(apart**2) / (2 * 6**2))
             row.append(10 * total / len(of_image))
         expected.append(row)
-    assert caption_scores(given, references).cider == pytest.approx(sum(map(sum, expected)) / 4 / 3, rel=1e-6)
+    assert caption_scores(given, references).cider == pytest.approx(
+        sum(map(sum, expected)) / 4 / 3, rel=1e-6
+    )
 
 
 def _grams(text: str, order: int) -> Grams:
@@ -83,6 +93,8 @@ def test_what_stands_in_for_java_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         (["a"], [], "1 captions for 0"),
     ],
 )
-def test_too_little_to_score_is_a_sentence(given: list[str], references: list[list[str]], message: str) -> None:
+def test_too_little_to_score_is_a_sentence(
+    given: list[str], references: list[list[str]], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         caption_scores(given, references)

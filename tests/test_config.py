@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3leon import config
-from cm3leon.config import Component, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, Range
+from cm3leon.config import (
+    Component,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Probability,
+    Range,
+)
 from cm3leon.types import UserError
 
 
@@ -111,9 +118,12 @@ class Outer:
 floats = st.floats(min_value=0, allow_nan=False)
 # PyYAML turns the rare line breaks (U+0085, U+2028, U+2029) into spaces.
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), max_size=5)
-inners = st.builds(Inner, rate=st.floats(0, 1, exclude_min=True, exclude_max=True), note=st.none() | texts)
+inners = st.builds(
+    Inner, rate=st.floats(0, 1, exclude_min=True, exclude_max=True), note=st.none() | texts
+)
 squares = st.builds(
-    lambda side: Component("square", Shapes.Config(side=side)), st.integers(min_value=1, max_value=10**20)
+    lambda side: Component("square", Shapes.Config(side=side)),
+    st.integers(min_value=1, max_value=10**20),
 )
 outers = st.builds(
     Outer,
@@ -168,9 +178,15 @@ def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> No
         ({"steps": 1, "limit": "some"}, 'run.limit is "some"; it must be int or all or null'),
         ({"steps": 1, "inner": 3}, "run.inner is 3; it must be a section of key: value"),
         ({"steps": 1, "inner": {"rate": 1}}, "run.inner.rate is 1; it must be 0 < float < 1"),
-        ({"steps": 1, "inners": [{}, {"rat": 1}]}, "run.inners.1.rat is not a known key; did you mean rate?"),
+        (
+            {"steps": 1, "inners": [{}, {"rat": 1}]},
+            "run.inners.1.rat is not a known key; did you mean rate?",
+        ),
         ({"steps": 1, "shape": "circle"}, "run.shape.name is circle"),
-        ({"steps": 1, "shapes": [{"name": "square", "side": 0}]}, "run.shapes.0.side is 0; it must be int >= 1"),
+        (
+            {"steps": 1, "shapes": [{"name": "square", "side": 0}]},
+            "run.shapes.0.side is 0; it must be int >= 1",
+        ),
         ([1], "run is [1]; it must be a section of key: value"),
     ],
 )
@@ -200,7 +216,10 @@ def test_describe_reads_types_defaults_and_sentences() -> None:
         "inner.rate", "0 < float < 1", "0.5", "Rate of something, over two lines."
     )
     assert docs["shapes"].type == "list of shape (name or section)"
-    preset = {doc.name: doc.default for doc in config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})}
+    preset = {
+        doc.name: doc.default
+        for doc in config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})
+    }
     assert (preset["steps"], preset["inner.rate"]) == ("7", "0.1")
 
 
@@ -299,7 +318,9 @@ def test_overrides(overrides: list[str], expected: dict[str, Any]) -> None:
 )
 def test_overrides_that_lead_nowhere(override: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
-        config.apply_overrides({"seed": 0, "tasks": ["vqa"]}, [config.parse_override(override)], SECTIONS)
+        config.apply_overrides(
+            {"seed": 0, "tasks": ["vqa"]}, [config.parse_override(override)], SECTIONS
+        )
 
 
 def test_component_sections_of_a_class() -> None:

@@ -45,7 +45,9 @@ def every(*registries: Registry[Any]) -> pytest.MarkDecorator:
             registry,
             name,
             id=f"{registry.kind.replace(' ', '_')}-{name}",
-            marks=pytest.mark.cluster if registry is MODELS and hasattr(registry.get(name), "missing") else (),
+            marks=pytest.mark.cluster
+            if registry is MODELS and hasattr(registry.get(name), "missing")
+            else (),
         )
         for registry in registries
         for name in registry.names()
@@ -61,7 +63,9 @@ def test_says_what_it_is_and_documents_every_field(registry: Registry[Any], name
 
 
 @every(*REGISTRIES)
-def test_defaults_are_valid_or_only_required_fields_are_missing(registry: Registry[Any], name: str) -> None:
+def test_defaults_are_valid_or_only_required_fields_are_missing(
+    registry: Registry[Any], name: str
+) -> None:
     required = [doc.name for doc in registry.describe(name) if doc.default == "required"]
     if required:
         with pytest.raises(UserError, match="is missing; it must be"):
@@ -108,7 +112,9 @@ def corpus(name: str, place: Any) -> dict[str, Any]:
 
 def document(name: str = "query", first_code: int = 0) -> TokenDocument:
     codes = VOCAB.image_ids(np.arange(first_code, first_code + CODES))
-    return TokenDocument(name, (TokenSegment("text", np.array([10, 11, 12])), TokenSegment("image", codes)))
+    return TokenDocument(
+        name, (TokenSegment("text", np.array([10, 11, 12])), TokenSegment("image", codes))
+    )
 
 
 @every(MODELS)
@@ -148,7 +154,9 @@ def test_objective_keeps_every_token_within_the_limit(registry: Registry[Any], n
         assert len(corrupted.weight_T) == len(corrupted.ids_T) <= 30
         assert not (set(sample.ids_T.tolist()) - set(corrupted.ids_T.tolist()))
     batch = collate([pack([corrupted], 32, VOCAB.pad)], torch.device("cpu"))
-    loss, figures = objective.loss(torch.zeros(1, 32, 8), torch.nn.Linear(8, VOCAB.size, bias=False), batch)
+    loss, figures = objective.loss(
+        torch.zeros(1, 32, 8), torch.nn.Linear(8, VOCAB.size, bias=False), batch
+    )
     assert loss.item() == pytest.approx(np.log(VOCAB.size), abs=1e-5)
     assert figures["tokens"] == len(corrupted.ids_T)
 
@@ -183,7 +191,9 @@ def test_task_asks_and_reads_back(registry: Registry[Any], name: str) -> None:
 
 
 @every(IMAGE_TOKENIZERS)
-def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: str, tmp_path: Any) -> None:
+def test_image_tokenizer_gives_codes_and_images(
+    registry: Registry[Any], name: str, tmp_path: Any
+) -> None:
     torch.manual_seed(0)
     files = IMAGE_TOKENIZER_FILES[name](tmp_path) if name in IMAGE_TOKENIZER_FILES else {}
     tokenizer = registry.build(small(registry, name, **files))
@@ -192,7 +202,9 @@ def test_image_tokenizer_gives_codes_and_images(registry: Registry[Any], name: s
     if tokenizer.pretrained:
         with pytest.raises(UserError, match="used as it is"):
             tokenizer.training_module()
-        assert tokenizer.fingerprint() == registry.build(small(registry, name, **files)).fingerprint()
+        assert (
+            tokenizer.fingerprint() == registry.build(small(registry, name, **files)).fingerprint()
+        )
     else:
         loss, figures = tokenizer.training_module().train().loss(torch.from_numpy(images_BHWC))
         loss.backward()
@@ -218,11 +230,15 @@ def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name:
         results, _ = retriever.retrieve(
             bank, retriever.parts(texts, images_BHWC), modality, exclude_Q=np.arange(6), count=3
         )
-        assert all(len(set(rows)) == 3 and own not in rows for own, rows in enumerate(results.tolist()))
+        assert all(
+            len(set(rows)) == 3 and own not in rows for own, rows in enumerate(results.tolist())
+        )
 
 
 @every(SOURCES)
-def test_source_yields_documents_in_a_fixed_order(registry: Registry[Any], name: str, tmp_path: Any) -> None:
+def test_source_yields_documents_in_a_fixed_order(
+    registry: Registry[Any], name: str, tmp_path: Any
+) -> None:
     settings = small(registry, name, **corpus(name, tmp_path))
     source = registry.build(settings)
     first, second = list(source.documents()), list(source.documents())
@@ -267,7 +283,9 @@ def test_launcher_counts_gpus_and_says_whether_it_waits(registry: Registry[Any],
 
 @every(METRICS)
 @pytest.mark.parametrize("modality", ["text", "image"])
-def test_metric_is_a_figure_with_its_interval_or_none(registry: Registry[Any], name: str, modality: Any) -> None:
+def test_metric_is_a_figure_with_its_interval_or_none(
+    registry: Registry[Any], name: str, modality: Any
+) -> None:
     rng = np.random.default_rng(0)
     generated = Generated(
         modality=modality,

@@ -15,7 +15,9 @@ CONFIG = Transformer.Config(layers=3, width=64, head_size=16, seq_len=32)
 def test_matrix_weights_are_those_of_the_module() -> None:
     model = Transformer(CONFIG, vocab_size=128)
     tables = model.embedding.weight.numel() + model.positions.weight.numel()
-    assert matrix_weights(CONFIG, 128) == sum(weight.numel() for weight in model.parameters()) - tables
+    assert (
+        matrix_weights(CONFIG, 128) == sum(weight.numel() for weight in model.parameters()) - tables
+    )
 
 
 def test_flops_of_a_whole_block_as_torch_counts_them() -> None:
@@ -52,7 +54,9 @@ def test_samples_are_counted_alone_and_padding_not_at_all() -> None:
         ("Something else", None),
     ],
 )
-def test_peaks_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+def test_peaks_by_the_name_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), 2) == (peak and 2 * peak)
     assert peak_flops(torch.device("cpu"), 2) is None

@@ -45,7 +45,9 @@ def picture(width: int = 12, height: int = 8) -> Image.Image:
 
 
 def noise_image(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
@@ -63,16 +65,22 @@ def read(folder: Path, **fields: Any) -> tuple[dict[str, Document], dict[str, st
     documents = {item.id: item for item in items if isinstance(item, Document)}
     skipped = {item.file: item.reason for item in items if isinstance(item, Skipped)}
     assert len(documents) + len(skipped) == len(items)  # nothing is told twice
-    assert all(reason and "\n" not in reason and str(folder) not in reason for reason in skipped.values())
+    assert all(
+        reason and "\n" not in reason and str(folder) not in reason for reason in skipped.values()
+    )
     return documents, skipped
 
 
-def write(folder: Path, name: str, content: bytes, caption: str | bytes | None = "a caption") -> Path:
+def write(
+    folder: Path, name: str, content: bytes, caption: str | bytes | None = "a caption"
+) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     if caption is not None:
-        path.with_suffix(".txt").write_bytes(caption.encode() if isinstance(caption, str) else caption)
+        path.with_suffix(".txt").write_bytes(
+            caption.encode() if isinstance(caption, str) else caption
+        )
     return path
 
 
@@ -95,7 +103,9 @@ def good(tmp_path: Path) -> Path:
         ("a png that is a.jpg", encoded(picture(), "PNG"), 0),
     ],
 )
-def test_images_are_read_with_their_captions(tmp_path: Path, name: str, content: bytes, tolerance: int) -> None:
+def test_images_are_read_with_their_captions(
+    tmp_path: Path, name: str, content: bytes, tolerance: int
+) -> None:
     write(tmp_path, name, content, "  a caption – with ünïcode\n")
     documents, skipped = read(tmp_path)
     assert not skipped
@@ -113,7 +123,10 @@ def test_captions_from_one_file_go_before_those_beside_the_images(tmp_path: Path
     write(tmp_path, "b.png", PNG, "beside b")
     write(tmp_path, "sub/c.png", PNG, None)
     write(tmp_path, "sub/d.png", PNG, None)
-    lines = [{"file": "a.png", "caption": "from the file"}, {"file": "./sub/c.png", "caption": "c, ünïcode", "more": 1}]
+    lines = [
+        {"file": "a.png", "caption": "from the file"},
+        {"file": "./sub/c.png", "caption": "c, ünïcode", "more": 1},
+    ]
     text = "\n".join(json.dumps(line, ensure_ascii=number > 0) for number, line in enumerate(lines))
     (tmp_path / "captions.jsonl").write_text("\n" + text + "\r\n  \n")
     documents, skipped = read(tmp_path)
@@ -129,10 +142,20 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises that many pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 BAD_IMAGES = {
@@ -175,7 +198,9 @@ def test_a_large_image_is_not_decoded(good: Path, monkeypatch: pytest.MonkeyPatc
     write(good, "large.png", encoded(picture(30, 10), "PNG"))
     loaded = []
     load = Image.Image.load
-    monkeypatch.setattr(Image.Image, "load", lambda image: (loaded.append(image.size), load(image))[1])
+    monkeypatch.setattr(
+        Image.Image, "load", lambda image: (loaded.append(image.size), load(image))[1]
+    )
     documents, skipped = read(good, max_pixels=299)
     assert skipped == {"large.png": "too large: 30x10 pixels"}
     assert set(documents) == {"good.png"}
@@ -191,16 +216,25 @@ def orientations() -> list[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
         (3, lambda p: p[::-1, ::-1]),
         (4, lambda p: p[::-1]),
         (5, lambda p: p.transpose(1, 0, 2)),
-        (6, lambda p: p.transpose(1, 0, 2)[:, ::-1]),  # stored top is the right-hand side: a clockwise quarter turn
+        (
+            6,
+            lambda p: p.transpose(1, 0, 2)[:, ::-1],
+        ),  # stored top is the right-hand side: a clockwise quarter turn
         (7, lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
         (8, lambda p: p.transpose(1, 0, 2)[::-1]),
     ]
 
 
 @pytest.mark.parametrize(("orientation", "upright"), orientations())
-@pytest.mark.parametrize(("format_", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
+@pytest.mark.parametrize(
+    ("format_", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})]
+)
 def test_exif_orientation_is_applied(
-    tmp_path: Path, orientation: int, upright: Callable[..., np.ndarray], format_: str, options: dict[str, Any]
+    tmp_path: Path,
+    orientation: int,
+    upright: Callable[..., np.ndarray],
+    format_: str,
+    options: dict[str, Any],
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -241,9 +275,16 @@ def test_colour_modes_become_rgb(tmp_path: Path) -> None:
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     for format_, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
-        half = Image.new("RGBA", (4, 4), (200, 0, 100, 51))  # a fifth of the colour, four fifths of white
-        assert colour(path, encoded(half, format_, **options)) == pytest.approx([244, 204, 224], abs=1)
-        assert colour(path, encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), format_, **options)) == [255] * 3
+        half = Image.new(
+            "RGBA", (4, 4), (200, 0, 100, 51)
+        )  # a fifth of the colour, four fifths of white
+        assert colour(path, encoded(half, format_, **options)) == pytest.approx(
+            [244, 204, 224], abs=1
+        )
+        assert (
+            colour(path, encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), format_, **options))
+            == [255] * 3
+        )
     assert colour(path, encoded(Image.new("LA", (4, 4), (0, 0)), "PNG")) == [255] * 3
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
@@ -252,7 +293,9 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    frames = [
+        Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+    ]
     for format_ in ("WEBP", "PNG"):
         content = encoded(
             frames[0],
@@ -278,7 +321,9 @@ def test_no_damage_to_an_image_is_fatal(tmp_path: Path) -> None:
     for number in range(1200):
         content = bytearray(images[number % len(images)])
         for _ in range(rng.randint(1, 6)):
-            content[rng.randrange(min(len(content), 300))] = rng.choice([0, 255, rng.randrange(256)])
+            content[rng.randrange(min(len(content), 300))] = rng.choice(
+                [0, 255, rng.randrange(256)]
+            )
         path.write_bytes(content)
         try:
             assert read_image(path, 10**6).shape[2] == 3
@@ -289,7 +334,9 @@ def test_no_damage_to_an_image_is_fatal(tmp_path: Path) -> None:
 
 
 def test_a_broken_exif_block_does_not_end_a_run(good: Path) -> None:
-    for number, block in enumerate((b"Exif\0\0", b"Exif\0\0MM\0*", b"Exif\0\0nonsense nonsense", b"\xff" * 40)):
+    for number, block in enumerate(
+        (b"Exif\0\0", b"Exif\0\0MM\0*", b"Exif\0\0nonsense nonsense", b"\xff" * 40)
+    ):
         write(good, f"{number}.jpg", encoded(picture(), "JPEG", exif=block))
     documents, skipped = read(good)
     assert "good.png" in documents
@@ -307,7 +354,9 @@ def test_a_broken_exif_block_does_not_end_a_run(good: Path) -> None:
         (b"\xff\xfea\x00b\x00", "unusable caption: 'utf-8' codec can't decode byte"),
     ],
 )
-def test_bad_captions_are_skipped_with_a_reason(good: Path, caption: str | bytes | None, reason: str) -> None:
+def test_bad_captions_are_skipped_with_a_reason(
+    good: Path, caption: str | bytes | None, reason: str
+) -> None:
     write(good, "image.png", PNG, caption)
     documents, skipped = read(good, max_caption_bytes=100)
     assert set(documents) == {"good.png"}
@@ -338,8 +387,14 @@ def test_a_caption_of_just_the_allowed_length_is_kept(tmp_path: Path) -> None:
             b'{"file": "image.png", "caption": "' + b"x" * 101 + b'"}',
             "unusable line: the caption is longer than 100 bytes",
         ),
-        (b'{"file": "image.png", "caption": "\\ud800"}', "unusable line: 'utf-8' codec can't encode"),
-        (b'{"file": "image.png", "caption": "caf\xe9"}', "unusable line: 'utf-8' codec can't decode"),
+        (
+            b'{"file": "image.png", "caption": "\\ud800"}',
+            "unusable line: 'utf-8' codec can't encode",
+        ),
+        (
+            b'{"file": "image.png", "caption": "caf\xe9"}',
+            "unusable line: 'utf-8' codec can't decode",
+        ),
         pytest.param(
             b"[" * 200_000,
             "unusable line: ",
@@ -347,9 +402,13 @@ def test_a_caption_of_just_the_allowed_length_is_kept(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_broken_lines_of_the_captions_file_are_skipped(good: Path, line: bytes, reason: str) -> None:
+def test_broken_lines_of_the_captions_file_are_skipped(
+    good: Path, line: bytes, reason: str
+) -> None:
     write(good, "image.png", PNG, None)
-    (good / "captions.jsonl").write_bytes(b'{"file": "good.png", "caption": "from the file"}\n' + line + b"\n")
+    (good / "captions.jsonl").write_bytes(
+        b'{"file": "good.png", "caption": "from the file"}\n' + line + b"\n"
+    )
     documents, skipped = read(good, max_caption_bytes=100)
     assert documents["good.png"].text == "from the file"
     assert set(documents) == {"good.png"}
@@ -358,7 +417,8 @@ def test_broken_lines_of_the_captions_file_are_skipped(good: Path, line: bytes, 
 
 
 @pytest.mark.parametrize(
-    "name", ["missing.png", "../outside.png", "ABSOLUTE", "sub/../../outside.png", "sub", "", "a\0.png"]
+    "name",
+    ["missing.png", "../outside.png", "ABSOLUTE", "sub/../../outside.png", "sub", "", "a\0.png"],
 )
 def test_names_without_an_image_in_the_folder_are_skipped(good: Path, name: str) -> None:
     """A name that leaves the folder is one of them: no file outside is read."""
@@ -396,7 +456,10 @@ def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path, what: str) -> Non
         path.write_text("")
     with pytest.raises(UserError) as refusal:
         SOURCES.build({"name": "folder", "path": str(path)})
-    assert str(refusal.value) == f"data.path: {path} is not a folder; give the folder that holds the images"
+    assert (
+        str(refusal.value)
+        == f"data.path: {path} is not a folder; give the folder that holds the images"
+    )
 
 
 def test_an_empty_folder_and_other_files_give_nothing(tmp_path: Path) -> None:
@@ -455,7 +518,8 @@ def test_every_caption_names_its_digit() -> None:
     drawn: collections.Counter[str] = collections.Counter()
     for document in documents:
         captions = {
-            template.format(word=WORDS[document.label], number=document.label): template for template in TEMPLATES
+            template.format(word=WORDS[document.label], number=document.label): template
+            for template in TEMPLATES
         }
         drawn[captions[document.text]] += 1
     assert set(drawn) == set(TEMPLATES)
@@ -464,7 +528,9 @@ def test_every_caption_names_its_digit() -> None:
 
 
 def test_captions_are_fixed_by_their_seed() -> None:
-    texts = [[document.text for document in digits(caption_seed=seed).documents()] for seed in (0, 0, 1)]
+    texts = [
+        [document.text for document in digits(caption_seed=seed).documents()] for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert digits().fingerprint() == digits().fingerprint()
     only = [document.text for document in digits(templates=["number {number}!"]).documents()]
@@ -514,7 +580,10 @@ def test_no_templates_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------ corpus, splits
 
 unique_ids = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=3, max_size=60, unique=True
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    min_size=3,
+    max_size=60,
+    unique=True,
 )
 shares = st.floats(0, 0.33)  # two rounded shares of this size leave at least one of three documents
 
@@ -584,7 +653,11 @@ def test_corpus_is_saved_and_read_back(tmp_path: Path) -> None:
     )
     assert np.array_equal(loaded.images_BHWC, corpus.images_BHWC)
     assert len(loaded) == 3
-    assert [loaded.rows(split).tolist() for split in ("train", "validation", "held_out")] == [[0], [1], [2]]
+    assert [loaded.rows(split).tolist() for split in ("train", "validation", "held_out")] == [
+        [0],
+        [1],
+        [2],
+    ]
     document = loaded.document(1)
     assert (document.id, document.text, document.label) == ("y", texts[1], 3)
     assert np.array_equal(document.image, corpus.images_BHWC[1])
@@ -604,7 +677,10 @@ def test_square_has_the_asked_size(width: int, height: int, size: int) -> None:
 @pytest.mark.parametrize(("width", "height"), [(60, 20), (20, 60), (20, 20)])
 def test_square_is_the_middle_of_the_image(width: int, height: int) -> None:
     pixels_HWC = np.zeros((height, width, 3), np.uint8)
-    middle = slice((height - 20) // 2, (height + 20) // 2), slice((width - 20) // 2, (width + 20) // 2)
+    middle = (
+        slice((height - 20) // 2, (height + 20) // 2),
+        slice((width - 20) // 2, (width + 20) // 2),
+    )
     pixels_HWC[middle] = np.random.default_rng(0).integers(0, 256, (20, 20, 3))
     assert np.array_equal(square(pixels_HWC, 20), pixels_HWC[middle])
     small = square(pixels_HWC, 10).astype(float)
@@ -634,15 +710,22 @@ def test_square_agrees_with_a_crop_done_by_hand() -> None:
 
 
 def test_varied_images_are_fixed_by_their_seed_and_still_look_alike() -> None:
-    images_BHWC = np.stack([document.image for document, _ in zip(digits().documents(), range(40), strict=False)])
+    images_BHWC = np.stack(
+        [document.image for document, _ in zip(digits().documents(), range(40), strict=False)]
+    )
     first, again, other = (vary(images_BHWC, AugmentConfig(), seed) for seed in (0, 0, 1))
     assert first.shape == images_BHWC.shape
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)
     assert (first != other).mean() > 0.2
-    alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images_BHWC, first, strict=True)]
+    alike = [
+        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images_BHWC, first, strict=True)
+    ]
     assert np.mean(alike) > 0.8
-    unrelated = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images_BHWC, first[::-1], strict=True)]
+    unrelated = [
+        np.corrcoef(a.ravel(), b.ravel())[0, 1]
+        for a, b in zip(images_BHWC, first[::-1], strict=True)
+    ]
     assert np.mean(unrelated) < np.mean(alike) - 0.2
 
 
@@ -672,7 +755,9 @@ def test_every_epoch_is_a_permutation(seed: int, count: int, epoch: int) -> None
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = {
-        tuple(shuffled(seed, epoch * 30 + place, 30) for place in range(30)) for seed in range(5) for epoch in range(5)
+        tuple(shuffled(seed, epoch * 30 + place, 30) for place in range(30))
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(orders) == 25
 

@@ -31,7 +31,9 @@ SEQ_LEN = 64
 
 
 def normal(*shape: int, seed: int, scale: float = 2.0) -> torch.Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def kept(logits_BV: torch.Tensor) -> list[set[int]]:
@@ -41,9 +43,16 @@ def kept(logits_BV: torch.Tensor) -> list[set[int]]:
 # ------------------------------------------------------------------------------------------------ top-p
 
 
-@given(size=st.integers(1, 40), seed=st.integers(0, 999), top_p=st.floats(0.001, 0.999), scale=st.floats(0, 8))
+@given(
+    size=st.integers(1, 40),
+    seed=st.integers(0, 999),
+    top_p=st.floats(0.001, 0.999),
+    scale=st.floats(0, 8),
+)
 @settings(max_examples=150)
-def test_top_p_keeps_the_fewest_likeliest_tokens(size: int, seed: int, top_p: float, scale: float) -> None:
+def test_top_p_keeps_the_fewest_likeliest_tokens(
+    size: int, seed: int, top_p: float, scale: float
+) -> None:
     logits_BV = normal(3, size, seed=seed, scale=scale)
     result_BV = keep_top_p(logits_BV, top_p)
     for row, stay in enumerate(kept(result_BV)):
@@ -54,7 +63,9 @@ def test_top_p_keeps_the_fewest_likeliest_tokens(size: int, seed: int, top_p: fl
         # Where a sum meets top_p but for rounding, either count is right.
         assert sums[len(stay) - 1] >= top_p - 1e-12
         assert len(stay) == 1 or sums[len(stay) - 2] < top_p + 1e-12
-        assert min(p_V[list(stay)]) >= max([p for v, p in enumerate(p_V) if v not in stay], default=0)
+        assert min(p_V[list(stay)]) >= max(
+            [p for v, p in enumerate(p_V) if v not in stay], default=0
+        )
         assert torch.equal(result_BV[row, list(stay)], logits_BV[row, list(stay)])
 
 
@@ -63,7 +74,10 @@ def test_top_p_by_hand() -> None:
     assert kept(keep_top_p(logits_BV, 0.45))[0] == {1}
     assert kept(keep_top_p(logits_BV, 0.6))[0] == {1, 3}
     assert kept(keep_top_p(logits_BV, 0.8))[0] == {1, 2, 3}
-    assert [len(stay) for stay in kept(keep_top_p(logits_BV, 0.7))] == [2, 3]  # of equals, as many as it takes
+    assert [len(stay) for stay in kept(keep_top_p(logits_BV, 0.7))] == [
+        2,
+        3,
+    ]  # of equals, as many as it takes
     assert torch.equal(keep_top_p(logits_BV, 1.0), logits_BV)
 
 
@@ -75,7 +89,10 @@ def test_the_smallest_top_p_keeps_the_likeliest(top_p: float) -> None:
 def test_top_p_in_float32_over_a_large_vocabulary() -> None:
     logits_BV = normal(4, 8192, seed=0)
     for top_p in (0.1, 0.9, 0.99):
-        single, double = kept(keep_top_p(logits_BV.float(), top_p)), kept(keep_top_p(logits_BV, top_p))
+        single, double = (
+            kept(keep_top_p(logits_BV.float(), top_p)),
+            kept(keep_top_p(logits_BV, top_p)),
+        )
         for one, other in zip(single, double, strict=True):
             assert len(one ^ other) <= 3
 
@@ -102,7 +119,9 @@ def test_cd_k_is_equation_3(size: int, seed: int, alpha: float, k: int) -> None:
     conditional_BV, unconditional_BV = normal(2, size, seed=seed), normal(2, size, seed=seed + 1000)
     scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=alpha, k=k).numpy()
     for row in range(2):
-        c_V, u_V = (np.exp(logits_BV[row].numpy()) for logits_BV in (conditional_BV, unconditional_BV))
+        c_V, u_V = (
+            np.exp(logits_BV[row].numpy()) for logits_BV in (conditional_BV, unconditional_BV)
+        )
         c_V, u_V = c_V / c_V.sum(), u_V / u_V.sum()
         threshold = alpha * sorted(c_V, reverse=True)[min(k, size) - 1]
         for v in range(size):
@@ -116,8 +135,12 @@ def test_cd_k_with_k_1_is_contrastive_decoding() -> None:
     """Li et al. 2023: log p - log q over the tokens with p >= alpha * max p."""
     conditional_BV, unconditional_BV = normal(3, 20, seed=3), normal(3, 20, seed=4)
     p_BV, q_BV = conditional_BV.softmax(-1), unconditional_BV.softmax(-1)
-    expected_BV = (p_BV / q_BV).log().masked_fill(p_BV < 0.2 * p_BV.amax(-1, keepdim=True), -torch.inf)
-    torch.testing.assert_close(contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=1), expected_BV)
+    expected_BV = (
+        (p_BV / q_BV).log().masked_fill(p_BV < 0.2 * p_BV.amax(-1, keepdim=True), -torch.inf)
+    )
+    torch.testing.assert_close(
+        contrastive_k(conditional_BV, unconditional_BV, alpha=0.2, k=1), expected_BV
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3, 1 / 3, 0.7])
@@ -125,7 +148,9 @@ def test_the_threshold_of_cd_k_is_as_exact_as_the_logits(alpha: float) -> None:
     """A token a little above or below alpha times the largest probability, by far less than float32 can tell."""
     for factor, stays in ((1 + 1e-10, True), (1 - 1e-10, False)):
         logits_BV = torch.tensor([[1.0, alpha * factor, 0.01]], dtype=torch.float64).log()
-        assert (1 in kept(contrastive_k(logits_BV, torch.zeros_like(logits_BV), alpha=alpha, k=1))[0]) is stays
+        assert (
+            1 in kept(contrastive_k(logits_BV, torch.zeros_like(logits_BV), alpha=alpha, k=1))[0]
+        ) is stays
 
 
 def built(name: str, **fields: Any) -> Any:
@@ -136,8 +161,12 @@ def test_top_p_decoder_puts_its_parts_together() -> None:
     conditional_BV, unconditional_BV = normal(2, 30, seed=5), normal(2, 30, seed=6)
     decoder = built("top_p", cfg=2.5, temperature=0.7, top_p=0.8)
     guided_BV = unconditional_BV + 2.5 * (conditional_BV - unconditional_BV)
-    torch.testing.assert_close(decoder.logits(conditional_BV, unconditional_BV), keep_top_p(guided_BV / 0.7, 0.8))
-    torch.testing.assert_close(decoder.logits(conditional_BV, None), keep_top_p(conditional_BV / 0.7, 0.8))
+    torch.testing.assert_close(
+        decoder.logits(conditional_BV, unconditional_BV), keep_top_p(guided_BV / 0.7, 0.8)
+    )
+    torch.testing.assert_close(
+        decoder.logits(conditional_BV, None), keep_top_p(conditional_BV / 0.7, 0.8)
+    )
     assert [built("top_p", cfg=weight).streams for weight in (2.5, 0, 1)] == [2, 2, 1]
 
 
@@ -151,7 +180,9 @@ def test_cd_k_decoder_puts_its_parts_together() -> None:
 
 def test_greedy_keeps_the_likeliest_alone() -> None:
     logits_BV = normal(5, 12, seed=7)
-    assert kept(built("greedy").logits(logits_BV, None)) == [{int(best)} for best in logits_BV.argmax(-1)]
+    assert kept(built("greedy").logits(logits_BV, None)) == [
+        {int(best)} for best in logits_BV.argmax(-1)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ draw
@@ -176,7 +207,11 @@ def test_noise_is_gumbels_and_each_place_its_own() -> None:
     assert noise_KN.dtype == torch.float32
     for noise_N in noise_KN:
         assert kstest(noise_N.numpy(), "gumbel_r").pvalue > 1e-3
-    neighbours = [(noise_KN[0], noise_KN[1]), (noise_KN[0], noise_KN[2]), (noise_KN[0, 1:], noise_KN[0, :-1])]
+    neighbours = [
+        (noise_KN[0], noise_KN[1]),
+        (noise_KN[0], noise_KN[2]),
+        (noise_KN[0, 1:], noise_KN[0, :-1]),
+    ]
     for one_N, other_N in neighbours:
         assert abs(np.corrcoef(one_N, other_N)[0, 1]) < 0.01
     alone = gumbel_noise(torch.tensor(keys[1]), torch.tensor(77))
@@ -191,7 +226,9 @@ def test_draws_have_the_distribution() -> None:
     possible = p_V > 0
     assert counts_V[~possible].sum() == 0
     expected_V = 50_000 * p_V[possible]
-    assert ((counts_V[possible] - expected_V) ** 2 / expected_V).sum() < chi2.ppf(0.999, possible.sum() - 1)
+    assert ((counts_V[possible] - expected_V) ** 2 / expected_V).sum() < chi2.ppf(
+        0.999, possible.sum() - 1
+    )
 
 
 @given(
@@ -202,12 +239,16 @@ def test_draws_have_the_distribution() -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=200)
-def test_what_cannot_be_is_never_drawn(size: int, seed: int, bits: int, scale: float, dtype: torch.dtype) -> None:
+def test_what_cannot_be_is_never_drawn(
+    size: int, seed: int, bits: int, scale: float, dtype: torch.dtype
+) -> None:
     """With the noise of both ends of the numbers too, and impossible tokens first, last, and everywhere but one."""
     generator = torch.Generator().manual_seed(seed)
     logits_BV = normal(4, size, seed=seed, scale=scale).to(dtype)
     gone_BV = torch.rand(4, size, generator=generator) < torch.tensor([0.0, 0.3, 0.9, 1.0])[:, None]
-    gone_BV.scatter_(1, torch.randint(size, (4, 1), generator=generator), False)  # at least one token may be drawn
+    gone_BV.scatter_(
+        1, torch.randint(size, (4, 1), generator=generator), False
+    )  # at least one token may be drawn
     logits_BV = logits_BV.masked_fill(gone_BV, -torch.inf)
     numbers_BV = torch.full((4, size), bits, dtype=torch.int64) << 32
     with patch("cm3leon.decoders.processors.split_mix", lambda key, index: numbers_BV):
@@ -269,7 +310,9 @@ class Recorder:
     def streams(self) -> int:
         return self.inner.streams
 
-    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
+    ) -> torch.Tensor:
         result_BV = self.inner.logits(conditional_BV, unconditional_BV)
         self.steps.append((conditional_BV.clone(), unconditional_BV if unconditional_BV is None
                            else unconditional_BV.clone(), result_BV.clone()))  # fmt: skip
@@ -294,7 +337,9 @@ def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> No
     low, high = VOCAB.id_range(asked[0].modality)
     allowed = [*([VOCAB.end_of_span] if modality == "text" else []), *range(low, high)]
     order = sorted(range(3), key=lambda row: len(asked[row].ids_T))  # as the engine lays the rows
-    assert len(recorder.steps) == max(min(len(answer) + (modality == "text"), 10) for answer in answers)
+    assert len(recorder.steps) == max(
+        min(len(answer) + (modality == "text"), 10) for answer in answers
+    )
     steps = [min(len(answers[row]) + (modality == "text"), 10) for row in range(3)]
     for row in order:
         assert asked[row].unconditional_T is not None
@@ -303,7 +348,9 @@ def test_batched_guidance_is_two_separate_passes(modality: str, name: str) -> No
         assert len(answers[row]) > 2
         for step in range(len(answers[row])):
             given_BV, without_BV, result_BV = recorder.steps[step]
-            place = [other for other in order if steps[other] > step].index(row)  # a row that has ended leaves
+            place = [other for other in order if steps[other] > step].index(
+                row
+            )  # a row that has ended leaves
             assert without_BV is not None
             torch.testing.assert_close(given_BV[place], conditional_TV[step], rtol=0, atol=1e-5)
             torch.testing.assert_close(without_BV[place], unconditional_TV[step], rtol=0, atol=1e-5)
@@ -319,7 +366,9 @@ def test_a_batch_gives_what_each_prompt_gives_alone(fields: dict[str, Any], seed
     module, decoder, asked = model(), DECODERS.build(fields), prompts(seed)
     seeds = [100 + row for row in range(len(asked))]
     together = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
-    in_small_batches = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds, batch_size=2))
+    in_small_batches = lists(
+        generate(module, asked, decoder, vocab=VOCAB, seeds=seeds, batch_size=2)
+    )
     each = [
         generate(module, [one], decoder, vocab=VOCAB, seeds=[seed])[0].tolist()
         for one, seed in zip(asked, seeds, strict=True)
@@ -335,7 +384,10 @@ def test_same_seeds_same_answers_and_others_others() -> None:
     first = lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds))
     torch.manual_seed(123)  # no global state takes part
     assert lists(generate(module, asked, decoder, vocab=VOCAB, seeds=seeds)) == first
-    assert lists(generate(module, asked, decoder, vocab=VOCAB, seeds=[seed + 50 for seed in seeds])) != first
+    assert (
+        lists(generate(module, asked, decoder, vocab=VOCAB, seeds=[seed + 50 for seed in seeds]))
+        != first
+    )
     assert lists(generate(model(1), asked, decoder, vocab=VOCAB, seeds=seeds)) != first
 
 
@@ -345,12 +397,18 @@ def test_greedy_and_an_unguided_weight_do_not_look_at_the_second_stream() -> Non
         answers = generate(module, prompts(guided=True), decoder, vocab=VOCAB, seeds=range(8))
         without = generate(module, prompts(guided=True)[:1], decoder, vocab=VOCAB, seeds=[0])
         bare = Prompt(prompts()[0].ids_T, "image", 16, VOCAB.eos)
-        assert lists(generate(module, [bare], decoder, vocab=VOCAB, seeds=[0])) == lists(without) == lists(answers[:1])
+        assert (
+            lists(generate(module, [bare], decoder, vocab=VOCAB, seeds=[0]))
+            == lists(without)
+            == lists(answers[:1])
+        )
 
 
 def test_greedy_answers_are_the_likeliest_tokens() -> None:
     module, asked = model(), prompts()
-    for one, answer_T in zip(asked, generate(module, asked, built("greedy"), vocab=VOCAB, seeds=range(8)), strict=True):
+    for one, answer_T in zip(
+        asked, generate(module, asked, built("greedy"), vocab=VOCAB, seeds=range(8)), strict=True
+    ):
         low, high = VOCAB.id_range(one.modality)
         ended = one.modality == "text" and len(answer_T) < one.length
         full_T = np.append(answer_T, VOCAB.end_of_span) if ended else answer_T
@@ -363,7 +421,9 @@ def test_greedy_answers_are_the_likeliest_tokens() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_answers_keep_the_grammar(name: str, seed: int) -> None:
     asked = prompts(seed)
-    answers = generate(model(seed), asked, built(name), vocab=VOCAB, seeds=range(seed, seed + len(asked)))
+    answers = generate(
+        model(seed), asked, built(name), vocab=VOCAB, seeds=range(seed, seed + len(asked))
+    )
     for one, answer_T in zip(asked, answers, strict=True):
         low, high = VOCAB.id_range(one.modality)
         assert ((answer_T >= low) & (answer_T < high)).all()
@@ -382,8 +442,12 @@ class Fixed:
     def __init__(self, columns: Sequence[Sequence[int]]) -> None:
         self.columns, self.step = columns, 0
 
-    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
-        column_B1 = torch.tensor([row[self.step] for row in self.columns if 0 not in row[: self.step]])[:, None]
+    def logits(
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+    ) -> torch.Tensor:
+        column_B1 = torch.tensor(
+            [row[self.step] for row in self.columns if 0 not in row[: self.step]]
+        )[:, None]
         self.step += 1
         return torch.full_like(conditional_BV, -torch.inf).scatter(1, column_B1, 0.0)
 
@@ -391,7 +455,10 @@ class Fixed:
 def test_text_stops_at_its_end_or_at_its_length() -> None:
     """Column 0 of text is `<end_of_span>`, column 1 the first text id, 4."""
     rng = np.random.default_rng(0)
-    asked = [prompt(rng, size, "text", length, False) for size, length in ((2, 5), (3, 5), (4, 5), (5, 5))]
+    asked = [
+        prompt(rng, size, "text", length, False)
+        for size, length in ((2, 5), (3, 5), (4, 5), (5, 5))
+    ]
     decoder = Fixed([[2, 3, 0, 1, 1], [0, 1, 1, 1, 1], [1, 2, 3, 4, 5], [1, 1, 1, 1, 0]])
     answers = generate(model(), asked, decoder, vocab=VOCAB, seeds=range(4))
     assert lists(answers) == [[5, 6], [], [4, 5, 6, 7, 8], [4, 4, 4, 4]]
@@ -422,7 +489,15 @@ def test_no_prompts_no_answers() -> None:
 def test_answers_are_announced_as_they_end() -> None:
     told: list[Answer] = []
     asked = prompts()
-    answers = generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=range(8), batch_size=2, on_answer=told.append)
+    answers = generate(
+        model(),
+        asked,
+        built("top_p"),
+        vocab=VOCAB,
+        seeds=range(8),
+        batch_size=2,
+        on_answer=told.append,
+    )
     assert sorted(answer.ticket for answer in told) == list(range(len(asked)))
     assert sum(len(answer.tokens) for answer in told) >= sum(map(len, answers))
 
@@ -448,28 +523,43 @@ class Endless:
 
     streams = 1
 
-    def logits(self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None) -> torch.Tensor:
+    def logits(
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+    ) -> torch.Tensor:
         return torch.full_like(conditional_BV, -torch.inf).index_fill(1, torch.tensor([1]), 0.0)
 
 
 def test_text_is_cut_where_the_positions_end_for_each_prompt_by_itself() -> None:
     rng = np.random.default_rng(0)
-    asked = [prompt(rng, size, "text", 30, False) for size in (5, SEQ_LEN - 4, 20, SEQ_LEN - 1, SEQ_LEN - 30)]
+    asked = [
+        prompt(rng, size, "text", 30, False)
+        for size in (5, SEQ_LEN - 4, 20, SEQ_LEN - 1, SEQ_LEN - 30)
+    ]
     answers = generate(model(), asked, Endless(), vocab=VOCAB, seeds=range(5))
     assert [len(answer_T) for answer_T in answers] == [30, 4, 30, 1, 30]
 
 
-@pytest.mark.parametrize(("size", "modality", "length"), [(SEQ_LEN - 4, "image", 16), (SEQ_LEN, "text", 5)])
-def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence(size: int, modality: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "modality", "length"), [(SEQ_LEN - 4, "image", 16), (SEQ_LEN, "text", 5)]
+)
+def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence(
+    size: int, modality: str, length: int
+) -> None:
     asked = [prompt(np.random.default_rng(0), size, modality, length, False)]
     with pytest.raises(
-        UserError, match=rf"^model.seq_len: a prompt of {size} tokens .* the model's {SEQ_LEN} positions"
+        UserError,
+        match=rf"^model.seq_len: a prompt of {size} tokens .* the model's {SEQ_LEN} positions",
     ):
         generate(model(), asked, built("top_p"), vocab=VOCAB, seeds=[0])
 
 
 def test_configs_are_checked() -> None:
-    for cls, fields in ((TopP, {"temperature": 0}), (TopP, {"cfg": -1}), (ContrastiveK, {"k": 0}), (Greedy, {"x": 1})):
+    for cls, fields in (
+        (TopP, {"temperature": 0}),
+        (TopP, {"cfg": -1}),
+        (ContrastiveK, {"k": 0}),
+        (Greedy, {"x": 1}),
+    ):
         with pytest.raises(ValueError, match=r"^d\."):
             from_mapping(cls.Config, fields, "d")
 
@@ -482,4 +572,7 @@ def test_configs_are_checked() -> None:
 def test_a_gpu_gives_the_same_greedy_answers() -> None:
     asked = prompts()
     expected = lists(generate(model(), asked, built("greedy"), vocab=VOCAB, seeds=range(8)))
-    assert lists(generate(model().cuda(), asked, built("greedy"), vocab=VOCAB, seeds=range(8))) == expected
+    assert (
+        lists(generate(model().cuda(), asked, built("greedy"), vocab=VOCAB, seeds=range(8)))
+        == expected
+    )

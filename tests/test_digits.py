@@ -18,13 +18,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cm3leon.run", "experiment=digits", f"run={tmp_path / 'digits'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "cm3leon.run",
+        "experiment=digits",
+        f"run={tmp_path / 'digits'}",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=3600)
     metrics = json.loads((tmp_path / "digits" / "metrics.json").read_text())
 
     def accuracy(key: str, task: str) -> float:
-        entries = [entry for entry in metrics[key] if entry["task"] == task and entry["documents"] == 0]
-        return max(entry["accuracy"] for entry in entries if entry["cfg"] in (None, metrics["chosen_cfg"]))
+        entries = [
+            entry for entry in metrics[key] if entry["task"] == task and entry["documents"] == 0
+        ]
+        return max(
+            entry["accuracy"] for entry in entries if entry["cfg"] in (None, metrics["chosen_cfg"])
+        )
 
     assert metrics["judge_accuracy_real"] > 0.97
     assert metrics["judge_accuracy_reconstructed"] > 0.96

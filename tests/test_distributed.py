@@ -31,10 +31,23 @@ def start(folder: Path, ranks: int | None, **options: Any) -> list[subprocess.Po
     command = [sys.executable, str(WORKER), json.dumps({"folder": str(folder), **options})]
     processes = []
     for rank in range(ranks or 1):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)} if ranks else {}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent), **place}
+        place = (
+            {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)} if ranks else {}
+        )
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(WORKER.parent.parent),
+            **place,
+        }
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     return processes
 
@@ -55,7 +68,9 @@ def trained(folder: Path, ranks: int | None, **options: Any) -> dict[str, torch.
 def figures(folder: Path) -> dict[int, list[float]]:
     """Loss of each step, also by modality, and the gradient's norm."""
     with (folder / "log.jsonl").open() as lines:
-        return {record["step"]: [record[name] for name in NAMES] for record in map(json.loads, lines)}
+        return {
+            record["step"]: [record[name] for name in NAMES] for record in map(json.loads, lines)
+        }
 
 
 def assert_alike(found: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
@@ -102,7 +117,9 @@ def test_any_number_of_ranks_and_parts_gives_the_same_losses(
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(tmp_path: Path, alone: Path, ranks: int) -> None:
+def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(
+    tmp_path: Path, alone: Path, ranks: int
+) -> None:
     """One of two ranks is asked to stop; what follows is what would have followed."""
     processes = start(tmp_path, 2, pause=0.2)
     wait_for(tmp_path, 1)
@@ -139,7 +156,10 @@ def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> Non
         finish(processes)
     weights = trained(tmp_path, None)
     assert figures(tmp_path) == figures(alone)
-    assert all(torch.equal(weights[name], weight) for name, weight in load_file(alone / "model.safetensors").items())
+    assert all(
+        torch.equal(weights[name], weight)
+        for name, weight in load_file(alone / "model.safetensors").items()
+    )
     assert not list(tmp_path.glob(".partial_*"))
 
 
@@ -167,7 +187,13 @@ STEP_OF_SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_ID": "2",
 }
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29401"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node",
+    "MASTER_PORT": "29401",
+}
 
 
 @pytest.mark.parametrize(

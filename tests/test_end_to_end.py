@@ -37,7 +37,13 @@ TINY = (
 SHORT = tuple(
     f"{section}.{key}={value}"
     for section in ("image_tokenizer_training", "retriever_training", "training")
-    for key, value in (("steps", 4), ("warmup_steps", 1), ("log_every", 2), ("checkpoint_every", 2), ("batch_size", 4))
+    for key, value in (
+        ("steps", 4),
+        ("warmup_steps", 1),
+        ("log_every", 2),
+        ("checkpoint_every", 2),
+        ("batch_size", 4),
+    )
 )
 
 
@@ -46,7 +52,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -86,14 +94,26 @@ def test_metrics_and_report_are_complete(finished: Path) -> None:
     }  # fmt: skip
     held_out = metrics["documents"]["held_out"]
     assert sum(metrics["documents"].values()) == 1797
-    for entry in (*metrics["t2i_accuracy"], *metrics["caption_accuracy"], *metrics["infill_accuracy"]):
+    for entry in (
+        *metrics["t2i_accuracy"],
+        *metrics["caption_accuracy"],
+        *metrics["infill_accuracy"],
+    ):
         assert entry["n"] == held_out
-        assert 0 <= entry["accuracy_interval"][0] <= entry["accuracy"] <= entry["accuracy_interval"][1] <= 1
+        assert (
+            0
+            <= entry["accuracy_interval"][0]
+            <= entry["accuracy"]
+            <= entry["accuracy_interval"][1]
+            <= 1
+        )
         assert entry["given_kept"] == 1
     assert set(metrics["wall_seconds"]) == {*STAGES, "total"}
     assert metrics["to_run_again"]["config"]["training"]["steps"] == 20
     page = (finished / "report.html").read_text()
-    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page), "the report must not fetch anything"
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page), (
+        "the report must not fetch anything"
+    )
     assert page.count("<img") > 50
 
 
@@ -106,12 +126,17 @@ def test_generated_images_have_exactly_their_number_of_codes(finished: Path) -> 
 
 
 def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) -> None:
-    documents = [json.loads(line) for line in (finished / "documents" / "documents.jsonl").read_text().splitlines()]
+    documents = [
+        json.loads(line)
+        for line in (finished / "documents" / "documents.jsonl").read_text().splitlines()
+    ]
     training = {document["id"] for document in documents if document["split"] == "train"}
     ids = json.loads((finished / "retriever" / "ids.json").read_text())
     assert set(ids) == training
     rows_VBK = np.load(finished / "retriever" / "neighbours.npy")
-    assert not (rows_VBK == np.arange(len(ids))[None, :, None]).any(), "a query never retrieves itself"
+    assert not (rows_VBK == np.arange(len(ids))[None, :, None]).any(), (
+        "a query never retrieves itself"
+    )
     for file in (finished / "generation").glob("*.jsonl"):
         for line in file.read_text().splitlines()[1:]:
             assert all(documents[row]["split"] == "train" for row in json.loads(line)["retrieved"])
@@ -120,7 +145,9 @@ def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) 
 def test_a_second_run_makes_nothing_again(finished: Path) -> None:
     before = results(finished)
     done = run("experiment=digits_smoke", f"run={finished}")
-    assert [line.partition("] ")[2] for line in done.stdout.splitlines()[:-1]] == [f"{s}: up to date" for s in STAGES]
+    assert [line.partition("] ")[2] for line in done.stdout.splitlines()[:-1]] == [
+        f"{s}: up to date" for s in STAGES
+    ]
     assert results(finished) == before
 
 
@@ -172,7 +199,9 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         "-m",
         "cm3leon.run",
     ]
-    return subprocess.run([*start, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [*start, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
 
 
 def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
@@ -187,7 +216,9 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     assert done.stdout.rstrip().endswith(f"report: {folder / 'report.html'}")
     one, two = (results(each)["losses"]["pretraining"] for each in (finished, folder))  # type: ignore[index]
     assert [record["step"] for record in one] == [record["step"] for record in two]
-    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=2e-3)
+    assert [record["loss"] for record in two] == pytest.approx(
+        [record["loss"] for record in one], rel=2e-3
+    )
     for each in (finished, folder):  # drawn by both ranks from weights that both gathered
         events = EventAccumulator(str(each / "pretraining" / "tensorboard")).Reload()
         assert [image.step for image in events.Images("generated")] == [10, 20]
@@ -211,12 +242,20 @@ def images(tmp_path: Path) -> Path:
         if number < 12:
             (folder / f"{name}.txt").write_text(f"noise number {number}")
         else:
-            lines.append(json.dumps({"file": f"{name}.{suffix}", "caption": f"nöise {number} <break> <mask:0>"}))
+            lines.append(
+                json.dumps(
+                    {"file": f"{name}.{suffix}", "caption": f"nöise {number} <break> <mask:0>"}
+                )
+            )
     (folder / "captions.jsonl").write_text(
         "\n".join([*lines, "{broken", json.dumps({"file": "no.png", "caption": "x"})])
     )
     whole = (folder / "0.jpg").read_bytes()
-    for name, content in (("cut.jpg", whole[: len(whole) // 2]), ("text.png", b"no image"), ("alone.png", None)):
+    for name, content in (
+        ("cut.jpg", whole[: len(whole) // 2]),
+        ("text.png", b"no image"),
+        ("alone.png", None),
+    ):
         if content is None:
             Image.new("RGB", (9, 9)).save(folder / name)
         else:
@@ -228,12 +267,24 @@ def images(tmp_path: Path) -> Path:
 def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run("experiment=folder", f"data.path={images}", f"run={folder}", *TINY, *SHORT)
-    skipped = [json.loads(line) for line in (folder / "documents" / "skipped.jsonl").read_text().splitlines()]
-    assert {item["file"] for item in skipped} == {"cut.jpg", "text.png", "alone.png", "captions.jsonl:13", "no.png"}
+    skipped = [
+        json.loads(line)
+        for line in (folder / "documents" / "skipped.jsonl").read_text().splitlines()
+    ]
+    assert {item["file"] for item in skipped} == {
+        "cut.jpg",
+        "text.png",
+        "alone.png",
+        "captions.jsonl:13",
+        "no.png",
+    }
     assert "5 of 29 items skipped" in done.stdout
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["judge_accuracy_real"] is None
-    assert all(entry["accuracy"] is None and entry["clip_score"] is not None for entry in metrics["t2i_accuracy"])
+    assert all(
+        entry["accuracy"] is None and entry["clip_score"] is not None
+        for entry in metrics["t2i_accuracy"]
+    )
     assert (folder / "report.html").is_file()
 
 
@@ -243,14 +294,22 @@ def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
         (("experiment=folder",), "data.path"),
         (("experiment=folder", "data.path=/no/such/folder"), "/no/such/folder is not a folder"),
         (("experiment=digit",), "digits"),
-        (("experiment=digits", "training.step=5"), "training.step is not a known key; did you mean steps?"),
+        (
+            ("experiment=digits", "training.step=5"),
+            "training.step is not a known key; did you mean steps?",
+        ),
         (("experiment=digits", "training.steps=many"), "training.steps"),
         (("experiment=digits", "retriever.query_dropout=1.5"), "retriever.query_dropout"),
         (("experiment=digits", "decoder=topp"), "top_p"),
-        (("experiment=digits", "training.warmup_steps=5000"), "warmup_steps 5000 must be below steps"),
+        (
+            ("experiment=digits", "training.warmup_steps=5000"),
+            "warmup_steps 5000 must be below steps",
+        ),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_sentence(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
     done = run(*arguments, f"run={tmp_path / 'run'}", check=False)
     assert done.returncode == 2
     assert sentence in done.stderr
@@ -260,7 +319,12 @@ def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], sentence: str, tm
 
 def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    done = run("experiment=folder", f"data.path={tmp_path / 'empty'}", f"run={tmp_path / 'run'}", check=False)
+    done = run(
+        "experiment=folder",
+        f"data.path={tmp_path / 'empty'}",
+        f"run={tmp_path / 'run'}",
+        check=False,
+    )
     assert done.returncode == 2
     assert "no usable documents" in done.stderr
     assert "Traceback" not in done.stderr

@@ -37,7 +37,13 @@ def built(name: str, **fields: Any) -> Any:
 
 
 def request(
-    ids: Sequence[int], decoder: Any, *, samples: int = 1, length: int = 6, modality: Any = "image", **fields: Any
+    ids: Sequence[int],
+    decoder: Any,
+    *,
+    samples: int = 1,
+    length: int = 6,
+    modality: Any = "image",
+    **fields: Any,
 ) -> Request:
     """Samples of one prompt, answered by one segment."""
     new = partial(grammar.image, VOCAB, length)
@@ -45,7 +51,9 @@ def request(
         new = partial(grammar.text, VOCAB, length, VOCAB.end_of_span)
     streams = (np.array(ids), *fields.get("others", ()))
     of = [{modality: decoder_of(decoder, number)} for number in range(samples)]
-    return Request(streams, new, length, of, range(fields.get("seed", 0), fields.get("seed", 0) + samples))
+    return Request(
+        streams, new, length, of, range(fields.get("seed", 0), fields.get("seed", 0) + samples)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ search and sampling
@@ -86,19 +94,29 @@ def test_one_beam_is_greedy() -> None:
 def test_sampling_has_the_distribution_of_the_model() -> None:
     """Two codes in a row, 4,000 times, against their exact joint probabilities."""
     module, ids_T, count = model(1), np.array([VOCAB.eos, 5, VOCAB.brk]), 4000
-    (drawn,) = answers(module, [request(ids_T, built("top_p", cfg=1, top_p=1), samples=count, length=2)], vocab=VOCAB)
+    (drawn,) = answers(
+        module,
+        [request(ids_T, built("top_p", cfg=1, top_p=1), samples=count, length=2)],
+        vocab=VOCAB,
+    )
     codes = list(range(*VOCAB.id_range("image")))
     expected = {}
     with torch.inference_mode():
         first = module(torch.from_numpy(ids_T)[None])[0, -1, codes].double().softmax(0)
         for one, p in zip(codes, first, strict=True):
-            second = module(torch.tensor([[*ids_T.tolist(), one]]))[0, -1, codes].double().softmax(0)
-            expected |= {(one, other): count * float(p * q) for other, q in zip(codes, second, strict=True)}
+            second = (
+                module(torch.tensor([[*ids_T.tolist(), one]]))[0, -1, codes].double().softmax(0)
+            )
+            expected |= {
+                (one, other): count * float(p * q) for other, q in zip(codes, second, strict=True)
+            }
     found = Counter(map(tuple, drawn))
     common = [pair for pair, number in expected.items() if number >= 5]
     rest = count - sum(expected[pair] for pair in common)
     observed = [found[pair] for pair in common]
-    result = chisquare([*observed, count - sum(observed)], [*(expected[pair] for pair in common), rest])
+    result = chisquare(
+        [*observed, count - sum(observed)], [*(expected[pair] for pair in common), rest]
+    )
     assert len(common) > 10
     assert result.pvalue > 1e-3
 
@@ -107,18 +125,33 @@ def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
     pytest.importorskip("transformers")
     module = model(2)
     opt = to_opt(module)
-    ids_T, other_T = np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]), np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk])
+    ids_T, other_T = (
+        np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]),
+        np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),
+    )
     codes = list(range(*VOCAB.id_range("image")))
     closed = [token for token in range(VOCAB.size) if token not in codes]
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": closed, "eos_token_id": None}
-    for weight, fields in ((None, {"name": "greedy"}), (2.5, {"name": "top_p", "cfg": 2.5, "top_k": 1})):
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "suppress_tokens": closed,
+        "eos_token_id": None,
+    }
+    for weight, fields in (
+        (None, {"name": "greedy"}),
+        (2.5, {"name": "top_p", "cfg": 2.5, "top_k": 1}),
+    ):
         guidance = {} if weight is None else {
             "guidance_scale": weight, "negative_prompt_ids": torch.from_numpy(other_T)[None]
         }  # fmt: skip
         with torch.inference_mode():
-            expected = opt.generate(torch.from_numpy(ids_T)[None], **options, **guidance)[0, len(ids_T) :].tolist()
+            expected = opt.generate(torch.from_numpy(ids_T)[None], **options, **guidance)[
+                0, len(ids_T) :
+            ].tolist()
         decoder = DECODERS.build(fields)
-        ((found,),) = answers(module, [request(ids_T, decoder, length=8, others=(other_T,))], vocab=VOCAB)
+        ((found,),) = answers(
+            module, [request(ids_T, decoder, length=8, others=(other_T,))], vocab=VOCAB
+        )
         assert found == expected
 
 
@@ -138,7 +171,9 @@ class Keeper:
 
 def test_three_streams_are_three_separate_passes() -> None:
     module, keeper = model(), Keeper()
-    both, neither, first = ([VOCAB.eos, 8, *rest] for rest in ([9, 30, VOCAB.brk], [5, VOCAB.brk], [9, 44, VOCAB.brk]))
+    both, neither, first = (
+        [VOCAB.eos, 8, *rest] for rest in ([9, 30, VOCAB.brk], [5, VOCAB.brk], [9, 44, VOCAB.brk])
+    )
     one = request(both, keeper, samples=2, length=5, others=(np.array(neither), np.array(first)))
     assert one.shared() == 2
     (drawn,) = answers(module, [one], vocab=VOCAB)
@@ -148,7 +183,9 @@ def test_three_streams_are_three_separate_passes() -> None:
         expected_TV = alone(module, np.array(ids), np.array(drawn[0]))[:, codes]
         for step, given_ in enumerate(keeper.given):
             for sample in (0, 1):
-                torch.testing.assert_close(given_[stream][sample], expected_TV[step], rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    given_[stream][sample], expected_TV[step], rtol=0, atol=1e-5
+                )
 
 
 def test_two_conditions_by_the_formula_and_at_its_ends() -> None:
@@ -164,7 +201,10 @@ def test_processors_by_hand() -> None:
     logits_BV = torch.tensor([[3.0, 1.0, 2.0, -1.0], [1.0, 4.0, 4.0, 0.0]])
     assert (keep_top_k(logits_BV, 2) > -torch.inf).int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0]]
     assert torch.equal(keep_top_k(logits_BV, 0), logits_BV)
-    assert penalize(logits_BV, [[0, 3, 3], []], 2.0).tolist() == [[1.5, 1.0, 2.0, -2.0], [1.0, 4.0, 4.0, 0.0]]
+    assert penalize(logits_BV, [[0, 3, 3], []], 2.0).tolist() == [
+        [1.5, 1.0, 2.0, -2.0],
+        [1.0, 4.0, 4.0, 0.0],
+    ]
     forbidden = forbid_repeats(logits_BV, [[1, 2, 0, 1, 2], [0, 0]], 3) == -torch.inf
     assert forbidden.int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
     forbidden = forbid_repeats(logits_BV, [[1, 2], [3]], 1) == -torch.inf
@@ -191,9 +231,13 @@ def test_text_does_not_repeat_itself() -> None:
 
 def test_a_mixture_takes_its_decoders_in_turn() -> None:
     ids, other = [VOCAB.eos, 9, VOCAB.brk], (np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),)
-    (mixed,) = answers(model(), [request(ids, built("mixture"), samples=4, others=other)], vocab=VOCAB)
+    (mixed,) = answers(
+        model(), [request(ids, built("mixture"), samples=4, others=other)], vocab=VOCAB
+    )
     for number, name in enumerate(("top_p", "cd_k", "top_p", "cd_k")):
-        ((one,),) = answers(model(), [request(ids, built(name), seed=number, others=other)], vocab=VOCAB)
+        ((one,),) = answers(
+            model(), [request(ids, built(name), seed=number, others=other)], vocab=VOCAB
+        )
         assert one == mixed[number]
 
 
@@ -205,7 +249,9 @@ def spoken(new: grammar.NewGrammar, rng: np.random.Generator) -> list[int]:
     running, tokens = new(), []
     allowed = next(running)
     while True:
-        choices = [token for token in range(allowed.low, allowed.high) if token not in allowed.closed]
+        choices = [
+            token for token in range(allowed.low, allowed.high) if token not in allowed.closed
+        ]
         assert choices
         tokens.append(int(rng.choice(choices)))
         try:
@@ -222,13 +268,18 @@ def spoken(new: grammar.NewGrammar, rng: np.random.Generator) -> list[int]:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=100)
-def test_interleaved_answers_are_documents(first: Any, codes: int, text: int, segments: int, seed: int) -> None:
-    new = partial(grammar.interleaved, VOCAB, first=first, codes=codes, text_length=text, segments=segments)
+def test_interleaved_answers_are_documents(
+    first: Any, codes: int, text: int, segments: int, seed: int
+) -> None:
+    new = partial(
+        grammar.interleaved, VOCAB, first=first, codes=codes, text_length=text, segments=segments
+    )
     tokens = spoken(new, np.random.default_rng(seed))
     assert tokens[-1] == VOCAB.eos
     assert tokens.count(VOCAB.eos) == 1
     runs = "".join(
-        "i" if VOCAB.image_start <= token < VOCAB.sentinel_start else "|" if token < 4 else "t" for token in tokens
+        "i" if VOCAB.image_start <= token < VOCAB.sentinel_start else "|" if token < 4 else "t"
+        for token in tokens
     ).split("|")[:-1]
     assert 1 <= len(runs) <= segments
     for number, run in enumerate(runs):
@@ -242,7 +293,9 @@ def test_interleaved_answers_are_documents(first: Any, codes: int, text: int, se
 def test_any_spans_are_asked_for_and_filled() -> None:
     """By the engine: two rows of a box and a word; what stands around them stays."""
     codes = VOCAB.image_ids(np.arange(16))
-    query = TokenDocument("q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes)))
+    query = TokenDocument(
+        "q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes))
+    )
     spans = [AskedSpan(0, 1, 3), *box_spans((1, 1, 3, 3), segment=1, grid=4, downsampling=1)]
     assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
     ids_T = spans_prompt(query, spans, (), VOCAB)
@@ -254,7 +307,10 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     decoders = [{"text": built("top_p", cfg=1), "image": built("top_p", cfg=1)}]
     asked = Request((ids_T,), partial(grammar.infilling, VOCAB, gaps), 14, decoders, [3])
     ((tokens,),) = answers(model(), [asked], vocab=VOCAB)
-    assert [token for token in tokens if token >= VOCAB.sentinel_start] == [VOCAB.sentinel(1), VOCAB.sentinel(2)]
+    assert [token for token in tokens if token >= VOCAB.sentinel_start] == [
+        VOCAB.sentinel(1),
+        VOCAB.sentinel(2),
+    ]
     assert tokens.count(VOCAB.end_of_span) == 2
     completed = fill(query, spans, tokens, VOCAB)
     text_T, image_T = (segment.ids_T for segment in completed.segments)
@@ -282,7 +338,9 @@ def test_samples_of_a_prompt_are_those_of_the_prompt_alone() -> None:
     (together,) = answers(model(), [one], vocab=VOCAB)
     assert shape_for(model(), [one]).groups == 3
     for seed, tokens in enumerate(together):
-        ((single,),) = answers(model(), [request(ids, decoder, seed=seed, others=other)], vocab=VOCAB)
+        ((single,),) = answers(
+            model(), [request(ids, decoder, seed=seed, others=other)], vocab=VOCAB
+        )
         assert single == tokens
 
 
@@ -315,7 +373,11 @@ def test_waiting_requests_enter_as_others_leave() -> None:
 # ------------------------------------------------------------------------------------------------ drafts, ways to step
 
 
-@given(window=st.integers(2, 9), seed=st.integers(0, 99), name=st.sampled_from(["top_p", "cd_k", "mixture", "edit"]))
+@given(
+    window=st.integers(2, 9),
+    seed=st.integers(0, 99),
+    name=st.sampled_from(["top_p", "cd_k", "mixture", "edit"]),
+)
 @settings(max_examples=15, deadline=None)
 def test_drafts_change_no_answer(window: int, seed: int, name: str) -> None:
     """Images and texts, of different lengths, side by side, more of them than have room."""
@@ -407,7 +469,10 @@ def test_an_interrupted_answer_leaves_a_kept_engine_free(monkeypatch: pytest.Mon
 def test_memory_that_runs_out_costs_time_alone(most: int) -> None:
     """A model that has room for so many rows a pass, whatever was thought before."""
     module, steps = model(), []
-    requests = [request([1, 2, 3 + n], built("top_p", cfg=1), samples=5, length=3 + n, seed=9 * n) for n in range(3)]
+    requests = [
+        request([1, 2, 3 + n], built("top_p", cfg=1), samples=5, length=3 + n, seed=9 * n)
+        for n in range(3)
+    ]
 
     def limited(module: Any, args: tuple[Tensor]) -> None:
         if len(args[0]) > most and steps.append(len(args[0])) is None and len(steps) % 3 == 0:
@@ -416,7 +481,12 @@ def test_memory_that_runs_out_costs_time_alone(most: int) -> None:
     expected = answers(module, requests, vocab=VOCAB)
     module.register_forward_pre_hook(limited)
     seen: list[tuple[int, int]] = []
-    found = answers(module, requests, vocab=VOCAB, on_answer=lambda answer: seen.append((answer.ticket, answer.number)))
+    found = answers(
+        module,
+        requests,
+        vocab=VOCAB,
+        on_answer=lambda answer: seen.append((answer.ticket, answer.number)),
+    )
     assert found == expected
     assert sorted(seen) == [(ticket, number) for ticket in range(3) for number in range(5)]
 
@@ -445,9 +515,12 @@ def test_keys_and_values_stay_within_the_memory_given(
 ) -> None:
     module = model()
     requests = [
-        request(range(4, 4 + prefix), built("top_p", cfg=1), samples=samples, length=length) for _ in range(groups)
+        request(range(4, 4 + prefix), built("top_p", cfg=1), samples=samples, length=length)
+        for _ in range(groups)
     ]
-    one = module.cache_bytes(groups=1, width=1, prefix=requests[0].shared(), tail=requests[0].tail())
+    one = module.cache_bytes(
+        groups=1, width=1, prefix=requests[0].shared(), tail=requests[0].tail()
+    )
     if one > memory:
         with pytest.raises(UserError, match="GB are free"):
             shape_for(module, requests, memory=memory)
@@ -479,8 +552,13 @@ def test_recorded_steps_on_a_gpu_are_those_from_python(way: Any, window: int) ->
 def test_compiled_steps_are_those_from_python() -> None:
     module, asked = model(), prompts(4)
     decoder = built("top_p", cfg=2)
-    requests = [request_for(one, decoder, vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN) for row, one in enumerate(asked)]
-    assert answers(module, requests, vocab=VOCAB, way="compiled") == answers(module, requests, vocab=VOCAB)
+    requests = [
+        request_for(one, decoder, vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN)
+        for row, one in enumerate(asked)
+    ]
+    assert answers(module, requests, vocab=VOCAB, way="compiled") == answers(
+        module, requests, vocab=VOCAB
+    )
 
 
 def test_a_cancelled_request_makes_room_at_once() -> None:
@@ -501,7 +579,9 @@ def test_a_cancelled_request_makes_room_at_once() -> None:
 def test_requests_without_room_are_refused_in_a_sentence() -> None:
     module = model()
     engine = Engine(module, VOCAB, Shape(1, 1, 4, 8))
-    with pytest.raises(UserError, match="a request of 2 rows, 1 shared and 7 own tokens does not fit"):
+    with pytest.raises(
+        UserError, match="a request of 2 rows, 1 shared and 7 own tokens does not fit"
+    ):
         engine.submit(request([1, 5, 6], built("cd_k"), others=(np.array([1, 7, 8]),)))
     long = request(range(1, 60), built("greedy"), length=5)
     with pytest.raises(UserError, match=r"one sample of 63 tokens in 1 rows takes .* GB are free"):
@@ -526,7 +606,9 @@ def test_log_likelihoods_are_sums_of_log_probabilities() -> None:
         expected = 0.0
         if len(answer_T):
             log_p_TV = alone(module, ids_T, answer_T).double().log_softmax(-1)
-            expected = log_p_TV[torch.arange(len(answer_T)), torch.from_numpy(answer_T)].sum().item()
+            expected = (
+                log_p_TV[torch.arange(len(answer_T)), torch.from_numpy(answer_T)].sum().item()
+            )
         assert value == pytest.approx(expected, abs=1e-4)
     assert log_likelihoods(module, [], []) == []
     with pytest.raises(UserError, match="take 70 tokens, the model has 64 positions"):

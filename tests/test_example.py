@@ -30,9 +30,13 @@ discover()
 EXAMPLE = SHIPPED / "plugins/example"
 CODES = 8
 WORDS = {"a": 10, "red": 11, "dog": 12, "<eos>": VOCAB.eos, "<break>": VOCAB.brk}
-WORDS |= {f"<mask:{n}>": VOCAB.sentinel(n) for n in range(3)} | {f"I{n}": VOCAB.image_start + n for n in range(10)}
+WORDS |= {f"<mask:{n}>": VOCAB.sentinel(n) for n in range(3)} | {
+    f"I{n}": VOCAB.image_start + n for n in range(10)
+}
 
-laid_out = st.builds(Sample, documents, st.lists(documents, max_size=2).map(tuple)).map(lambda s: lay_out(s, VOCAB))
+laid_out = st.builds(Sample, documents, st.lists(documents, max_size=2).map(tuple)).map(
+    lambda s: lay_out(s, VOCAB)
+)
 
 
 def objective(**fields: Any) -> Any:
@@ -55,12 +59,19 @@ def ids(words: str) -> np.ndarray:
 )
 def test_the_two_orders_literally(suffix_first: bool, rearranged: str) -> None:
     sample_T = ids("<eos> a red dog <break> I7 I2 I9 I4 <eos>")
-    assert rearrange(sample_T, (1, 9), (3, 6), VOCAB, suffix_first=suffix_first).tolist() == ids(rearranged).tolist()
+    assert (
+        rearrange(sample_T, (1, 9), (3, 6), VOCAB, suffix_first=suffix_first).tolist()
+        == ids(rearranged).tolist()
+    )
 
 
 @given(laid_out, st.integers(0, 2**32))
-def test_every_token_stays_and_retrieved_documents_stay_in_place(sample: LaidOut, seed: int) -> None:
-    corrupted = objective(rate=1.0).corrupt(sample, np.random.default_rng(seed), len(sample.ids_T) + EXTRA)
+def test_every_token_stays_and_retrieved_documents_stay_in_place(
+    sample: LaidOut, seed: int
+) -> None:
+    corrupted = objective(rate=1.0).corrupt(
+        sample, np.random.default_rng(seed), len(sample.ids_T) + EXTRA
+    )
     added_T = VOCAB.is_sentinel(corrupted.ids_T)
     assert sorted(corrupted.ids_T[~added_T]) == sorted(sample.ids_T)
     assert corrupted.ids_T[added_T].tolist() == [VOCAB.sentinel(number) for number in range(3)]
@@ -72,18 +83,25 @@ def test_every_token_stays_and_retrieved_documents_stay_in_place(sample: LaidOut
 
 def test_rates_are_kept_and_every_cut_is_as_likely() -> None:
     sample = lay_out(Sample(document(3, 4)), VOCAB)  # eight tokens between the two <eos>
-    drawn = [objective(rate=0.6).corrupt(sample, np.random.default_rng(seed), 99).ids_T for seed in range(3000)]
+    drawn = [
+        objective(rate=0.6).corrupt(sample, np.random.default_rng(seed), 99).ids_T
+        for seed in range(3000)
+    ]
     rearranged = [ids_T for ids_T in drawn if len(ids_T) == len(sample.ids_T) + EXTRA]
     assert len(rearranged) / 3000 == pytest.approx(0.6, abs=0.03)
     suffix_first = [ids_T for ids_T in rearranged if ids_T[2] == VOCAB.sentinel(1)]
     # A prefix that is empty looks the same in both orders: 17 of the 81 pairs of cuts have one.
     assert len(suffix_first) / len(rearranged) == pytest.approx(0.5 + 0.5 * 17 / 81, abs=0.04)
     room = len(sample.ids_T) + EXTRA - 1
-    assert (objective(rate=1.0).corrupt(sample, np.random.default_rng(0), room).ids_T == sample.ids_T).all()
+    assert (
+        objective(rate=1.0).corrupt(sample, np.random.default_rng(0), room).ids_T == sample.ids_T
+    ).all()
 
 
 @given(laid_out, st.integers(1, 12), st.sampled_from([0.0, 1.0]), st.integers(0, 2**32))
-def test_pieces_fit_their_room_and_are_the_whole_sample(sample: LaidOut, room: int, rate: float, seed: int) -> None:
+def test_pieces_fit_their_room_and_are_the_whole_sample(
+    sample: LaidOut, room: int, rate: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     start, seen = 0, []
     while start < len(sample.ids_T):
@@ -99,7 +117,9 @@ def test_pieces_fit_their_room_and_are_the_whole_sample(sample: LaidOut, room: i
 
 def test_too_few_sentinels_are_one_sentence() -> None:
     with pytest.raises(UserError, match="sentinels is 2; the objective fill_in_the_middle needs 3"):
-        OBJECTIVES.build("fill_in_the_middle", vocab=Vocab(text_size=40, image_size=16, sentinels=2))
+        OBJECTIVES.build(
+            "fill_in_the_middle", vocab=Vocab(text_size=40, image_size=16, sentinels=2)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ task, decoder
@@ -149,13 +169,22 @@ def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
     short = [
         f"{section}.{key}={value}"
         for section in ("image_tokenizer_training", "retriever_training", "training")
-        for key, value in {"steps": 2, "warmup_steps": 1, "batch_size": 4, "callback_every": 2}.items()
+        for key, value in {
+            "steps": 2,
+            "warmup_steps": 1,
+            "batch_size": 4,
+            "callback_every": 2,
+        }.items()
     ]
     run = tmp_path / "run"
     assert main(["experiment=fill_in_the_middle", f"run={run}", data, *short]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     for infilled in metrics["infill_accuracy"]:
-        assert (infilled["task"], infilled["n"], infilled["given_kept"]) == ("infill_middle", 12, 1.0)
+        assert (infilled["task"], infilled["n"], infilled["given_kept"]) == (
+            "infill_middle",
+            12,
+            1.0,
+        )
     assert metrics["t2i_accuracy"][0]["cfg"] is None
     assert "infill_middle: The caption, the top and the bottom" in (run / "report.html").read_text()
 
@@ -163,7 +192,9 @@ def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registries")
 def test_it_is_loaded_once_where_an_experiment_names_it_too() -> None:
     discover([EXAMPLE, EXAMPLE / "decoder.py"])
-    assert {r.origin(n) for r, n in ((OBJECTIVES, "fill_in_the_middle"), (DECODERS, "min_p"))} == {"plugins/example"}
+    assert {r.origin(n) for r, n in ((OBJECTIVES, "fill_in_the_middle"), (DECODERS, "min_p"))} == {
+        "plugins/example"
+    }
 
 
 @pytest.mark.usefixtures("registries")

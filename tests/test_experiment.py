@@ -55,14 +55,20 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -
     """A folder with experiments.yaml, one experiment, and one plugin with the metrics `alpha` and `beta`."""
     monkeypatch.setattr(experiment, "Experiment", Small)
     (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/plugin.py").write_text(METRIC.format(name="alpha") + METRIC.format(name="beta"))
+    (tmp_path / "experiments/plugin.py").write_text(
+        METRIC.format(name="alpha") + METRIC.format(name="beta")
+    )
     (tmp_path / "experiments/base.yaml").write_text(
         "seed: 1\nplugins: [plugin.py]\nmetric: {name: alpha, scale: 2, alpha_only: 5}\n"
     )
     (tmp_path / "experiments.yaml").write_text(
         dump_yaml(
             {
-                "plain": {"file": "experiments/base.yaml", "cost": "1 CPU core, 1 s", "expect": "nothing"},
+                "plain": {
+                    "file": "experiments/base.yaml",
+                    "cost": "1 CPU core, 1 s",
+                    "expect": "nothing",
+                },
                 "other": {
                     "file": "experiments/base.yaml",
                     "cost": "1 CPU core, 1 s",
@@ -88,7 +94,11 @@ def test_command_line_wins_over_entry_wins_over_file(shipped: Path) -> None:
 
 
 def test_another_component_takes_no_keys_of_the_old_one(shipped: Path) -> None:
-    assert to_mapping(load("plain", [], shipped).metric) == {"name": "alpha", "scale": 2.0, "alpha_only": 5}
+    assert to_mapping(load("plain", [], shipped).metric) == {
+        "name": "alpha",
+        "scale": 2.0,
+        "alpha_only": 5,
+    }
     assert to_mapping(load("other", ["metric.scale=3"], shipped).metric) == {
         "name": "beta",
         "scale": 3.0,
@@ -112,22 +122,34 @@ def test_plugins_of_the_command_line_are_relative_to_the_working_folder(
     monkeypatch.chdir(shipped / "experiments")
     bare = shipped / "bare.yaml"
     bare.write_text("metric: alpha\n")
-    assert load(str(bare), ["plugins=[plugin.py]"], shipped).plugins == [str(shipped / "experiments/plugin.py")]
+    assert load(str(bare), ["plugins=[plugin.py]"], shipped).plugins == [
+        str(shipped / "experiments/plugin.py")
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "sentence"),
     [
-        ("plane", [], "experiment is plane, which is not known; did you mean plain? (known: other, plain)"),
+        (
+            "plane",
+            [],
+            "experiment is plane, which is not known; did you mean plain? (known: other, plain)",
+        ),
         ("no/such.yaml", [], "no/such.yaml is not a file"),
         ("plain", ["sed=1"], "sed is not a known key; did you mean seed?"),
         ("plain", ["metric.scale=big"], 'metric.scale is "big"; it must be float'),
-        ("plain", ["metric=alhpa"], "metric.name is alhpa, which is not a known metric; did you mean alpha?"),
+        (
+            "plain",
+            ["metric=alhpa"],
+            "metric.name is alhpa, which is not a known metric; did you mean alpha?",
+        ),
         ("plain", ["plugins=[3]"], "plugins.0 is 3; it must be str"),
         ("plain", ["plugins=[gone.py]"], "gone.py does not exist"),
     ],
 )
-def test_each_mistake_has_its_sentence(shipped: Path, name: str, overrides: list[str], sentence: str) -> None:
+def test_each_mistake_has_its_sentence(
+    shipped: Path, name: str, overrides: list[str], sentence: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         load(name, overrides, shipped)
 
@@ -144,7 +166,9 @@ def test_experiment_name() -> None:
 
 
 SINGLE = [
-    name for name in experiment.list_experiments() if not (experiment.is_study(name) or experiment.is_sweep(name))
+    name
+    for name in experiment.list_experiments()
+    if not (experiment.is_study(name) or experiment.is_sweep(name))
 ]
 
 
@@ -152,7 +176,9 @@ SINGLE = [
 def test_shipped_experiments_resolve(name: str) -> None:
     try:
         loaded = experiment.load_experiment(name)
-    except UserError as error:  # an experiment may leave to the user what only the user has, such as a folder
+    except (
+        UserError
+    ) as error:  # an experiment may leave to the user what only the user has, such as a folder
         if not re.match(r"data\.\w+ is missing", str(error)):
             raise
         return
@@ -166,4 +192,6 @@ def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert asked.vocab.size == 512
     asked.new_image_tokenizer()
     weights = [run.new_model().state_dict() for run in (fresh, asked, asked)]
-    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
+    assert all(
+        torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other
+    )

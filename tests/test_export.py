@@ -23,7 +23,14 @@ from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.decoders.decoders import Greedy
 from cm3leon.decoders.generate import generate
 from cm3leon.experiment import load_experiment
-from cm3leon.export import from_opt_config, from_opt_state, main, to_opt, to_opt_config, to_opt_state
+from cm3leon.export import (
+    from_opt_config,
+    from_opt_state,
+    main,
+    to_opt,
+    to_opt_config,
+    to_opt_state,
+)
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import MODELS
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
@@ -31,7 +38,9 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Prompt, UserError
 
-transformers = pytest.importorskip("transformers", reason="the export needs transformers: pip install transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="the export needs transformers: pip install transformers"
+)
 
 VOCAB = Vocab(text_size=300, image_size=16, sentinels=4)
 CAPTIONS = ["a red dog", "a photo of 12 cats", "a red cat and a dog"] * 3
@@ -43,7 +52,9 @@ def randomised(config: Transformer.Config, vocab_size: int, seed: int = 0) -> Tr
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            std = {"embedding": 1.0, "positions": 1.0, "head": config.width**-0.5}.get(name.split(".")[0])
+            std = {"embedding": 1.0, "positions": 1.0, "head": config.width**-0.5}.get(
+                name.split(".")[0]
+            )
             weight.normal_(std=2 * config.width**-0.5 if std is None else std, generator=generator)
     return model.eval()
 
@@ -57,18 +68,32 @@ def random_ids(*shape: int, below: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("layers", "width", "head_size", "mlp_ratio", "seq_len"),
-    [(1, 16, 16, 4, 7), (2, 48, 16, 1, 33), (3, 64, 8, 3, 20), (2, 128, 64, 4, 50), (1, 6, 3, 2, 1)],
+    [
+        (1, 16, 16, 4, 7),
+        (2, 48, 16, 1, 33),
+        (3, 64, 8, 3, 20),
+        (2, 128, 64, 4, 50),
+        (1, 6, 3, 2, 1),
+    ],
 )
-def test_logits_are_the_same(layers: int, width: int, head_size: int, mlp_ratio: int, seq_len: int) -> None:
-    config = Transformer.Config(layers=layers, width=width, head_size=head_size, mlp_ratio=mlp_ratio, seq_len=seq_len)
+def test_logits_are_the_same(
+    layers: int, width: int, head_size: int, mlp_ratio: int, seq_len: int
+) -> None:
+    config = Transformer.Config(
+        layers=layers, width=width, head_size=head_size, mlp_ratio=mlp_ratio, seq_len=seq_len
+    )
     model = randomised(config, VOCAB.size)
     ids_BT = random_ids(3, seq_len, below=VOCAB.size)
     opt, mask_BT = to_opt(model), torch.ones_like(ids_BT)
     with torch.inference_mode():
         logits_BTV = model(ids_BT)
-        torch.testing.assert_close(opt(ids_BT, attention_mask=mask_BT).logits, logits_BTV, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            opt(ids_BT, attention_mask=mask_BT).logits, logits_BTV, rtol=0, atol=1e-5
+        )
         exact_BTV = model.double()(ids_BT)
-        torch.testing.assert_close(opt.double()(ids_BT, attention_mask=mask_BT).logits, exact_BTV, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            opt.double()(ids_BT, attention_mask=mask_BT).logits, exact_BTV, rtol=0, atol=1e-12
+        )
     assert logits_BTV.std() > 0.5  # else the comparison would say nothing
 
 
@@ -85,7 +110,12 @@ def test_state_and_shape_come_back(
     layers: int, heads: int, head_size: int, mlp_ratio: int, seq_len: int, seed: int
 ) -> None:
     config = Transformer.Config(
-        layers=layers, width=heads * head_size, head_size=head_size, mlp_ratio=mlp_ratio, seq_len=seq_len, init_std=0.5
+        layers=layers,
+        width=heads * head_size,
+        head_size=head_size,
+        mlp_ratio=mlp_ratio,
+        seq_len=seq_len,
+        init_std=0.5,
     )
     state = randomised(config, 11, seed).state_dict()
     returned = from_opt_state(to_opt_state(state), layers)
@@ -97,12 +127,18 @@ def test_state_and_shape_come_back(
 
 def test_the_config_has_our_special_ids_and_no_dropout() -> None:
     config = transformers.OPTConfig(**to_opt_config(Transformer.Config(), VOCAB.size))
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (VOCAB.eos, VOCAB.eos, VOCAB.pad)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
+        VOCAB.eos,
+        VOCAB.eos,
+        VOCAB.pad,
+    )
     assert config.dropout == config.attention_dropout == config.layerdrop == 0
     assert config.to_dict().items() >= export.FIXED.items()
 
 
-def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_library_the_message_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     for options in ({"to": "hf", "run": "x", "out": "y"}, {"to": "cm3leon", "hf": "x", "out": "y"}):
         with pytest.raises(UserError, match=r"pip install transformers$"):
@@ -128,7 +164,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run" / "pretraining").mkdir(parents=True)
     (folder / "run" / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
     (folder / "run" / "text_tokenizer").mkdir()
-    TextTokenizer.train(TextTokenizerConfig(vocab_size=300), CAPTIONS).save(folder / "run" / "text_tokenizer")
+    TextTokenizer.train(TextTokenizerConfig(vocab_size=300), CAPTIONS).save(
+        folder / "run" / "text_tokenizer"
+    )
     pretraining = folder / "run" / "pretraining"
     save_weights(pretraining / "model.safetensors", randomised(experiment.model.config, VOCAB.size))
     made_of = {"model": to_mapping(experiment.model), "vocab_size": VOCAB.size}
@@ -158,7 +196,9 @@ def test_a_fresh_load_gives_the_same_logits(made: Path) -> None:
 
 def test_the_export_holds_the_tokenizer_the_ranges_and_the_experiment(made: Path) -> None:
     run_folder, hf = made / "run", made / "hf"
-    assert (hf / "tokenizer.json").read_bytes() == (run_folder / "text_tokenizer" / "tokenizer.json").read_bytes()
+    assert (hf / "tokenizer.json").read_bytes() == (
+        run_folder / "text_tokenizer" / "tokenizer.json"
+    ).read_bytes()
     extras = json.loads((hf / "cm3leon.json").read_text())
     assert extras["experiment"] == to_mapping(load_experiment(str(run_folder / "config.yaml")))
     assert extras["ids"] == {
@@ -180,7 +220,10 @@ def test_the_library_reads_the_tokenizer_as_it_is(made: Path) -> None:
 def test_the_way_back_is_exact(made: Path, tmp_path: Path) -> None:
     main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(tmp_path / "back")})
     pretraining = made / "run" / "pretraining"
-    assert sorted(file.name for file in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "back").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     for name in ("model.safetensors", "config.json"):
         back, before = (tmp_path / "back" / name), pretraining / name
         if name == "config.json":
@@ -190,7 +233,9 @@ def test_the_way_back_is_exact(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_opt_that_never_was_ours_comes_in_half_precision(tmp_path: Path) -> None:
-    model = randomised(Transformer.Config(layers=1, width=32, head_size=8, seq_len=20, init_std=0.25), 100)
+    model = randomised(
+        Transformer.Config(layers=1, width=32, head_size=8, seq_len=20, init_std=0.25), 100
+    )
     to_opt(model).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "back")})
     back = decoder(tmp_path / "back")
@@ -199,7 +244,9 @@ def test_an_opt_that_never_was_ours_comes_in_half_precision(tmp_path: Path) -> N
         assert torch.equal(back.state_dict()[name], weight.bfloat16().float())
 
 
-def test_an_out_folder_that_is_empty_is_used_and_one_in_a_new_folder_is_made(made: Path, tmp_path: Path) -> None:
+def test_an_out_folder_that_is_empty_is_used_and_one_in_a_new_folder_is_made(
+    made: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
         main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(out)})
@@ -208,7 +255,9 @@ def test_an_out_folder_that_is_empty_is_used_and_one_in_a_new_folder_is_made(mad
 
 
 @pytest.mark.parametrize("to", ["hf", "cm3leon"])
-def test_a_failure_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+def test_a_failure_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("differ")
 
@@ -229,7 +278,10 @@ def test_a_wrong_conversion_is_noticed(
     def with_keys_and_queries_exchanged(state: Any) -> dict[str, torch.Tensor]:
         swap = {"q_proj": "k_proj", "k_proj": "q_proj"}
         parts = {name: name.split(".") for name in to_opt_state(state)}
-        return {".".join(swap.get(p, p) for p in parts[name]): weight for name, weight in to_opt_state(state).items()}
+        return {
+            ".".join(swap.get(p, p) for p in parts[name]): weight
+            for name, weight in to_opt_state(state).items()
+        }
 
     if damage == "model":
         monkeypatch.setattr(export, "to_opt_config", with_other_activation)
@@ -256,7 +308,9 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         seeds=range(len(prompts)),
     )
     longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[VOCAB.pad] * (longest - len(ids_T)) + ids_T.tolist() for ids_T in prompts])
+    ids_BT = torch.tensor(
+        [[VOCAB.pad] * (longest - len(ids_T)) + ids_T.tolist() for ids_T in prompts]
+    )
     mask_BT = torch.tensor([[0] * (longest - len(ids_T)) + [1] * len(ids_T) for ids_T in prompts])
     allowed = [VOCAB.end_of_span, *range(*VOCAB.id_range("text"))]
     outputs_BT = opt.generate(
@@ -280,15 +334,27 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
     ("options", "sentence"),
     [
         ({}, r"^to is missing; write to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR$"),
-        ({"to": "hff"}, r"^to is hff, which is not known; did you mean hf\? \(known: cm3leon, hf\)$"),
+        (
+            {"to": "hff"},
+            r"^to is hff, which is not known; did you mean hf\? \(known: cm3leon, hf\)$",
+        ),
         ({"to": {"hf": 1}}, r"^to is \{'hf': 1\}, which is not known"),
         ({"to": "hf", "out": "x"}, r"^run is missing; it must be path$"),
         ({"to": "cm3leon", "hf": "x"}, r"^out is missing; it must be path$"),
         ({"to": "hf", "runn": "x", "out": "y"}, r"^runn is not a known key; did you mean run\?"),
-        ({"to": "cm3leon", "run": "x", "out": "y"}, r"^run is not a known key; known: hf, out, to$"),
+        (
+            {"to": "cm3leon", "run": "x", "out": "y"},
+            r"^run is not a known key; known: hf, out, to$",
+        ),
         ({"to": "hf", "run": 7, "out": "y"}, r"^run is 7; it must be path$"),
-        ({"to": "hf", "run": "no/such", "out": "y"}, r"^run: no/such/config.yaml does not exist; run is the folder"),
-        ({"to": "cm3leon", "hf": "no/such", "out": "y"}, r"^hf: no/such/config.json does not exist; hf is the folder"),
+        (
+            {"to": "hf", "run": "no/such", "out": "y"},
+            r"^run: no/such/config.yaml does not exist; run is the folder",
+        ),
+        (
+            {"to": "cm3leon", "hf": "no/such", "out": "y"},
+            r"^hf: no/such/config.json does not exist; hf is the folder",
+        ),
     ],
 )
 def test_unfit_options_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -306,7 +372,9 @@ def test_an_out_that_is_taken_is_refused(made: Path, tmp_path: Path, to: str, ta
     else:
         out.write_text("mine")
     source = {"hf": {"run": str(made / "run")}, "cm3leon": {"hf": str(made / "hf")}}[to]
-    with pytest.raises(UserError, match=r"^out: .*/out exists already; out must be a new or empty folder$"):
+    with pytest.raises(
+        UserError, match=r"^out: .*/out exists already; out must be a new or empty folder$"
+    ):
         main({"to": to, **source, "out": str(out)})
     assert list(tmp_path.iterdir()) == [out]
 
@@ -321,7 +389,9 @@ def without_tokenizer(folder: Path) -> None:
 
 def with_more_layers(folder: Path) -> None:
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("layers: 2\n  width: 32", "layers: 3\n  width: 32"))
+    config.write_text(
+        config.read_text().replace("layers: 2\n  width: 32", "layers: 3\n  width: 32")
+    )
 
 
 def with_more_sentinels(folder: Path) -> None:
@@ -337,8 +407,14 @@ def with_more_sentinels(folder: Path) -> None:
             r"^run: .*/stage.json does not exist; run is the folder of a run whose pretraining is finished",
         ),
         (without_tokenizer, r"^run: .*/text_tokenizer/tokenizer.json does not exist"),
-        (with_more_layers, r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$"),
-        (with_more_sentinels, r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$"),
+        (
+            with_more_layers,
+            r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$",
+        ),
+        (
+            with_more_sentinels,
+            r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$",
+        ),
     ],
 )
 def test_runs_that_are_not_finished_are_refused(
@@ -355,9 +431,15 @@ def test_runs_that_are_not_finished_are_refused(
 def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None:
     MODELS.register("other")(type("Other", (Transformer,), {}))
     shutil.copytree(made / "run", tmp_path / "run")
-    for file in (tmp_path / "run" / "config.yaml", tmp_path / "run" / "pretraining" / "config.json"):
+    for file in (
+        tmp_path / "run" / "config.yaml",
+        tmp_path / "run" / "pretraining" / "config.json",
+    ):
         file.write_text(file.read_text().replace("cm3leon_tiny", "other"))
-    with pytest.raises(UserError, match=r"^run: the model other has no form in hf; only cm3leon and its presets do$"):
+    with pytest.raises(
+        UserError,
+        match=r"^run: the model other has no form in hf; only cm3leon and its presets do$",
+    ):
         main({"to": "hf", "run": str(tmp_path / "run"), "out": str(tmp_path / "out")})
 
 
@@ -365,9 +447,15 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
     ("change", "sentence"),
     [
         ({"enable_bias": True}, r"enable_bias is true; it must be false$"),
-        ({"layer_norm_elementwise_affine": True}, r"layer_norm_elementwise_affine is true; it must be false$"),
+        (
+            {"layer_norm_elementwise_affine": True},
+            r"layer_norm_elementwise_affine is true; it must be false$",
+        ),
         ({"do_layer_norm_before": False}, r"do_layer_norm_before is false; it must be true$"),
-        ({"_remove_final_layer_norm": True}, r"_remove_final_layer_norm is true; it must be false$"),
+        (
+            {"_remove_final_layer_norm": True},
+            r"_remove_final_layer_norm is true; it must be false$",
+        ),
         ({"activation_function": "gelu"}, r'activation_function is "gelu"; it must be "relu"$'),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is true; it must be false$"),
         ({"word_embed_proj_dim": 16}, r"word_embed_proj_dim is 16; it must be 32$"),
@@ -377,7 +465,10 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
         ({"num_attention_heads": 0}, r"num_attention_heads is 0; it must divide hidden_size 32$"),
         ({"num_hidden_layers": 0}, r"model.layers is 0; it must be int >= 1$"),
         # The library itself looks at the types from its version 5 on.
-        ({"hidden_size": "wide"}, r'hidden_size is "wide"; it must be a whole number$|is not the config of an OPT: '),
+        (
+            {"hidden_size": "wide"},
+            r'hidden_size is "wide"; it must be a whole number$|is not the config of an OPT: ',
+        ),
     ],
 )
 def test_an_opt_that_is_not_this_decoder_is_refused(
@@ -437,7 +528,9 @@ def with_another_config(folder: Path) -> None:
         (with_another_config, r"config.json must hold a JSON object$"),
     ],
 )
-def test_damaged_folders_are_refused(made: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str) -> None:
+def test_damaged_folders_are_refused(
+    made: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str
+) -> None:
     shutil.copytree(made / "hf", tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(UserError, match=sentence):
@@ -450,7 +543,15 @@ def test_damaged_folders_are_refused(made: Path, tmp_path: Path, damage: Callabl
 
 def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cm3leon.run", "export", "to=hf", f"run={made / 'run'}", f"out={tmp_path / 'hf'}"],
+        [
+            sys.executable,
+            "-m",
+            "cm3leon.run",
+            "export",
+            "to=hf",
+            f"run={made / 'run'}",
+            f"out={tmp_path / 'hf'}",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -463,4 +564,7 @@ def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["export", "to=hff"]) == 2
-    assert capsys.readouterr().err == "cm3leon: to is hff, which is not known; did you mean hf? (known: cm3leon, hf)\n"
+    assert (
+        capsys.readouterr().err
+        == "cm3leon: to is hff, which is not known; did you mean hf? (known: cm3leon, hf)\n"
+    )

@@ -23,7 +23,10 @@ discover()
 SIDE = 96
 SCENE = Scene(
     "white",
-    (Thing("shape", "red", "large", 0.3, 0.3, "square"), Thing("shape", "blue", "large", 0.7, 0.7, "circle")),
+    (
+        Thing("shape", "red", "large", 0.3, 0.3, "square"),
+        Thing("shape", "blue", "large", 0.7, 0.7, "circle"),
+    ),
 )
 PIXELS = render.picture(SCENE, SIDE)
 
@@ -72,7 +75,13 @@ def test_regions_are_the_things() -> None:
 
 def test_the_palette_is_that_of_pascal_voc() -> None:
     """Its first classes, as the VOC development kit prints them."""
-    assert palette()[:5].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+    assert palette()[:5].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [128, 128, 0],
+        [0, 0, 128],
+    ]
     assert palette()[[9, 20]].tolist() == [[192, 0, 0], [0, 64, 128]]
     assert len({tuple(colour) for colour in palette().tolist()}) == 256
 
@@ -88,10 +97,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small: dict[str, Any] = {
         "depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8
     }  # fmt: skip
-    segmentation = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=5, **small))
+    segmentation = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(num_labels=5, **small)
+    )
     depth = transformers.GLPNForDepthEstimation(transformers.GLPNConfig(**small))
     for name, model, processor in (
-        ("classes", segmentation, transformers.SegformerImageProcessor(size={"height": 64, "width": 64})),
+        (
+            "classes",
+            segmentation,
+            transformers.SegformerImageProcessor(size={"height": 64, "width": 64}),
+        ),
         ("depth", depth, transformers.GLPNImageProcessor(size_divisor=32)),
     ):
         model.save_pretrained(folder / name)
@@ -114,7 +129,9 @@ def test_learned_features_come_from_a_folder(models: Path) -> None:
 
 def test_normals_lean_away_from_what_rises(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = EXTRACTORS.build({"name": "normals", "path": str(models / "depth")})
-    monkeypatch.setattr(extractor._depth, "depth", lambda pixels: np.tile(np.linspace(0, 1, 32), (32, 1)))
+    monkeypatch.setattr(
+        extractor._depth, "depth", lambda pixels: np.tile(np.linspace(0, 1, 32), (32, 1))
+    )
     normal_HWC = extractor(np.zeros((32, 32, 3), np.uint8)).astype(float) / 127.5 - 1
     assert normal_HWC[..., 0].max() < -0.5
     assert abs(normal_HWC[..., 1]).max() < 0.01
@@ -129,7 +146,9 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
 
 def documents(**fields: Any) -> tuple[list[Document], list[Skipped]]:
     items = list(SOURCES.build({"name": "features", **fields}).documents())
-    return [item for item in items if isinstance(item, Document)], [item for item in items if isinstance(item, Skipped)]
+    return [item for item in items if isinstance(item, Document)], [
+        item for item in items if isinstance(item, Skipped)
+    ]
 
 
 def test_documents_of_an_extractor(tmp_path: Path) -> None:
@@ -145,7 +164,11 @@ def test_documents_of_an_extractor(tmp_path: Path) -> None:
 
 
 def test_documents_of_a_folder(tmp_path: Path) -> None:
-    given = features(tmp_path) | {"extractor": None, "kind": "pose", "folder": str(tmp_path / "poses")}
+    given = features(tmp_path) | {
+        "extractor": None,
+        "kind": "pose",
+        "folder": str(tmp_path / "poses"),
+    }
     images(tmp_path / "poses", ["0.png", "2.jpg"])
     found, skipped = documents(**given)
     assert [document.id for document in found] == ["features-0", "features-2"]
@@ -161,6 +184,8 @@ def test_documents_of_a_folder(tmp_path: Path) -> None:
         ({"extractor": None, "folder": "x", "kind": "heat"}, "kind is heat; .* one of: canny"),
     ],
 )
-def test_features_of_nothing_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_features_of_nothing_are_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=message):
         documents(**(features(tmp_path) | fields))

@@ -26,7 +26,10 @@ from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2, to_fairseq2
 from cm3leon.registry import ATTENTIONS, DECODERS, MODELS, OBJECTIVES, discover
 from cm3leon.training.checkpoint import save_weights
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}"),
+]
 
 if not guard.missing():
     guard.load()
@@ -53,7 +56,11 @@ discover()
 def twin(ours: Transformer, attention: str = "auto") -> Any:
     """The decoder of fairseq2's blocks with the same weights, in their precision."""
     sizes = ("layers", "width", "head_size", "mlp_ratio", "seq_len")
-    section = {"name": "fairseq2_cm3leon", "attention": attention, **{key: getattr(ours.config, key) for key in sizes}}
+    section = {
+        "name": "fairseq2_cm3leon",
+        "attention": attention,
+        **{key: getattr(ours.config, key) for key in sizes},
+    }
     theirs = MODELS.build(section, vocab_size=ours.vocab_size).to(ours.embedding.weight.dtype)
     theirs.load_state_dict(to_fairseq2(ours.state_dict()))
     return theirs.train(ours.training)
@@ -67,7 +74,9 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
 def packed() -> dict[str, Tensor]:
     """Two rows of documents, one that goes on from another block, and padding."""
     sample_BT = torch.tensor([[0] * 5 + [1] * 9 + [-1] * 2, [0] * 3 + [1] * 3 + [2] * 10])
-    position_BT = torch.tensor([[*range(5), *range(9), 0, 0], [*range(20, 23), *range(3), *range(10)]])
+    position_BT = torch.tensor(
+        [[*range(5), *range(9), 0, 0], [*range(20, 23), *range(3), *range(10)]]
+    )
     return {"sample_BT": sample_BT, "position_BT": position_BT}
 
 
@@ -81,7 +90,9 @@ def test_it_begins_with_the_same_weights_under_the_names_of_a_transformer_lm() -
     torch.manual_seed(3)
     fields = {"layers": 2, "width": 24, "head_size": 8, "seq_len": 16, "zero_residual": True}
     model = MODELS.build({"name": "fairseq2_cm3leon", **fields}, vocab_size=30)
-    assert list(model.state_dict()) == list(create_transformer_lm(config, 30, TorchSDPA).state_dict())
+    assert list(model.state_dict()) == list(
+        create_transformer_lm(config, 30, TorchSDPA).state_dict()
+    )
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     assert all(weight.requires_grad for weight in model.parameters())
@@ -133,7 +144,10 @@ def test_cached_steps_are_ours() -> None:
     """Prefixes and tails of different lengths, then token by token, also against one pass over all."""
     ours = decoder().double()
     prefixes = [random_ids(length, seed=length) for length in (7, 3)]
-    rows = [[random_ids(tail + 4, seed=9 * tail + len(prefix)) for tail in (2, 5)] for prefix in prefixes]
+    rows = [
+        [random_ids(tail + 4, seed=9 * tail + len(prefix)) for tail in (2, 5)]
+        for prefix in prefixes
+    ]
     theirs = twin(ours)
     found, expected = cached(theirs, prefixes, rows, 4), cached(ours, prefixes, rows, 4)
     for prefix_T, own, one, other in zip(prefixes, rows, found, expected, strict=True):
@@ -147,7 +161,8 @@ def test_the_engine_answers_alike(name: str) -> None:
     ours, asked = small_decoder(), prompts()
     seeds = range(len(asked))
     found, expected = (
-        generate(model, asked, DECODERS.build(name), vocab=VOCAB, seeds=seeds) for model in (twin(ours), ours)
+        generate(model, asked, DECODERS.build(name), vocab=VOCAB, seeds=seeds)
+        for model in (twin(ours), ours)
     )
     assert [answer_T.tolist() for answer_T in found] == [answer_T.tolist() for answer_T in expected]
 
@@ -159,8 +174,12 @@ def test_more_positions_than_it_has_are_refused() -> None:
 
 def test_a_trained_one_is_read_from_its_files(tmp_path: Any) -> None:
     theirs, ids_BT = twin(decoder()), random_ids(1, 9)
-    section = '{"name": "fairseq2_cm3leon", "layers": 2, "width": 24, "head_size": 8, "seq_len": 32}'
-    (tmp_path / "config.json").write_text(f'{{"model": {section}, "vocab_size": {theirs.vocab_size}}}')
+    section = (
+        '{"name": "fairseq2_cm3leon", "layers": 2, "width": 24, "head_size": 8, "seq_len": 32}'
+    )
+    (tmp_path / "config.json").write_text(
+        f'{{"model": {section}, "vocab_size": {theirs.vocab_size}}}'
+    )
     save_weights(tmp_path / "model.safetensors", theirs.state_dict())
     assert torch.equal(load_model(tmp_path)(ids_BT), theirs(ids_BT))
 
@@ -196,7 +215,9 @@ def test_the_converted_weights_are_a_transformer_lm_of_the_same_function() -> No
     assert_equal(torch.cat(steps, 1), ours(ids_BT))
 
 
-def test_the_environment_is_not_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_environment_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from fairseq2.device import CPU
     from fairseq2.recipe.internal.log import _StandardLogHelper
     from fairseq2.utils.structured import StandardValueConverter
@@ -226,7 +247,13 @@ def layout(shape: Sequence[int], lengths: list[int] | None) -> Any:
     return BatchLayout(tuple(shape), lengths, packed=len(shape) == 1)
 
 
-LAYOUTS: list[Any] = [((2, 5), None), ((3, 6), [6, 2, 5]), ((9,), [4, 3, 2]), ((11,), [4, 3, 2]), ((5,), None)]
+LAYOUTS: list[Any] = [
+    ((2, 5), None),
+    ((3, 6), [6, 2, 5]),
+    ((9,), [4, 3, 2]),
+    ((11,), [4, 3, 2]),
+    ((5,), None),
+]
 """Full, padded, packed, packed and padded, one sequence."""
 
 
@@ -237,7 +264,9 @@ def real(shape: Sequence[int], lengths: list[int] | None) -> Tensor:
 
 def tensors(shape: Sequence[int], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, H, K, generator=generator).double().requires_grad_() for _ in range(3)]
+    return [
+        torch.randn(*shape, H, K, generator=generator).double().requires_grad_() for _ in range(3)
+    ]
 
 
 def block_diagonal(shape: Sequence[int], lengths: list[int] | None, bias: Any) -> Tensor:
@@ -260,15 +289,25 @@ def test_xformers_mask_is_fairseq2s(shape: Any, lengths: Any, bias: str) -> None
     mask = _sdpa.xformers_mask(bias_of(bias), _sdpa._lengths(place), _sdpa._lengths(place))
     P = math.prod(shape)
     found_PP = mask.materialize((P, P), torch.float64)[real(shape, lengths)]
-    assert torch.equal(found_PP, block_diagonal(shape, lengths, bias_of(bias))[real(shape, lengths)])
+    assert torch.equal(
+        found_PP, block_diagonal(shape, lengths, bias_of(bias))[real(shape, lengths)]
+    )
 
 
 def test_the_last_query_is_as_late_as_the_last_key() -> None:
-    mask = _sdpa.xformers_mask(CausalAttentionBias(), [2, 1], [4, 3]).materialize((3, 7)).exp().int().tolist()
+    mask = (
+        _sdpa.xformers_mask(CausalAttentionBias(), [2, 1], [4, 3])
+        .materialize((3, 7))
+        .exp()
+        .int()
+        .tolist()
+    )
     assert mask == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]
 
 
-def by_mask(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: float | None) -> Tensor:
+def by_mask(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: float | None
+) -> Tensor:
     """memory_efficient_attention by the formula of its documentation, on any device."""
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
@@ -283,7 +322,9 @@ def xformers_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     masks: list[Any] = []
 
-    def operator(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: Any) -> Tensor:
+    def operator(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: Any
+    ) -> Tensor:
         assert query.shape[0] == key.shape[0] == value.shape[0] == 1
         masks.append(attn_bias)
         return by_mask(query, key, value, attn_bias, p, scale)
@@ -312,13 +353,17 @@ def attended(sdpa: Any, inputs: list[Tensor], place: Any, keep_P: Tensor) -> lis
 def assert_is_torchs(shape: Any, lengths: Any, bias: Any, **settings: Any) -> None:
     place, inputs, keep_P = layout(shape, lengths), tensors(shape), real(shape, lengths)
     expected = attended(TorchSDPA(bias, **settings), inputs, place, keep_P)
-    for one, other in zip(attended(XformersSDPA(bias, **settings), inputs, place, keep_P), expected, strict=True):
+    for one, other in zip(
+        attended(XformersSDPA(bias, **settings), inputs, place, keep_P), expected, strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize(("shape", "lengths"), LAYOUTS)
-def test_by_xformers_it_is_torchs(shape: Any, lengths: Any, bias: str, xformers_everywhere: list[Any]) -> None:
+def test_by_xformers_it_is_torchs(
+    shape: Any, lengths: Any, bias: str, xformers_everywhere: list[Any]
+) -> None:
     assert_is_torchs(shape, lengths, bias_of(bias))
     assert_is_torchs(shape, lengths, bias_of(bias), scale=0.3)
     assert len(xformers_everywhere) == 2
@@ -331,7 +376,11 @@ def test_on_a_cpu_it_is_torchs(shape: Any, lengths: Any, bias: str) -> None:
 
 
 def test_all_layers_share_a_mask(xformers_everywhere: list[Any]) -> None:
-    sdpa, cache, place = XformersSDPA(CausalAttentionBias()), AttentionBiasCache(), layout((9,), [4, 5])
+    sdpa, cache, place = (
+        XformersSDPA(CausalAttentionBias()),
+        AttentionBiasCache(),
+        layout((9,), [4, 5]),
+    )
     for _ in range(3):
         q, k, v = tensors((9,))
         sdpa(q, place, k, place, v, cache)
@@ -340,7 +389,11 @@ def test_all_layers_share_a_mask(xformers_everywhere: list[Any]) -> None:
 
 @pytest.mark.usefixtures("xformers_everywhere")
 def test_dropout_is_for_training() -> None:
-    sdpa, place, (q, k, v) = XformersSDPA(CausalAttentionBias(), dropout_p=0.9), layout((2, 5), None), tensors((2, 5))
+    sdpa, place, (q, k, v) = (
+        XformersSDPA(CausalAttentionBias(), dropout_p=0.9),
+        layout((2, 5), None),
+        tensors((2, 5)),
+    )
 
     def output() -> Tensor:
         return sdpa(q, place, k, place, v, AttentionBiasCache())[0]
@@ -354,8 +407,18 @@ def test_dropout_is_for_training() -> None:
     ("bias", "q_place", "k_place", "reason"),
     [
         ("alibi", ((2, 4), None), ((2, 4), None), "it has no mask for ALiBiAttentionBias"),
-        ("identity", ((2, 4), [4, 2]), ((2, 5), None), "it has no mask for padding among queries or keys alone"),
-        ("window", ((2, 4), None), ((2, 5), None), "it has no mask for a window over more keys than queries"),
+        (
+            "identity",
+            ((2, 4), [4, 2]),
+            ((2, 5), None),
+            "it has no mask for padding among queries or keys alone",
+        ),
+        (
+            "window",
+            ((2, 4), None),
+            ((2, 5), None),
+            "it has no mask for a window over more keys than queries",
+        ),
     ],
 )
 @pytest.mark.usefixtures("xformers_everywhere")
@@ -363,12 +426,18 @@ def test_what_xformers_does_not_have_is_torchs(
     bias: str, q_place: Any, k_place: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     bias_ = ALiBiAttentionBias(H) if bias == "alibi" else bias_of(bias)
-    places, (q, _, _), (_, k, v) = [layout(*q_place), layout(*k_place)], tensors(q_place[0]), tensors(k_place[0], 1)
+    places, (q, _, _), (_, k, v) = (
+        [layout(*q_place), layout(*k_place)],
+        tensors(q_place[0]),
+        tensors(k_place[0], 1),
+    )
     _sdpa._log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, logger="fairseq2"):
         for _ in range(2):
             found = XformersSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0]
-    assert torch.equal(found, TorchSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0])
+    assert torch.equal(
+        found, TorchSDPA(bias_)(q, places[0], k, places[1], v, AttentionBiasCache())[0]
+    )
     assert caplog.text.count(f"Attention is computed by TorchSDPA, not by xformers: {reason}") == 1
 
 
@@ -387,13 +456,19 @@ def test_the_reason_on_a_cpu_is_logged_once(caplog: pytest.LogCaptureFixture) ->
         for _ in range(2):
             assert_is_torchs((2, 5), None, CausalAttentionBias())
     assert caplog.text.count("not by xformers: it lacks a CUDA device") == 1
-    assert twin(decoder()).attention_on(torch.device("cpu")).startswith("sdpa of fairseq2 (xformers lacks a CUDA")
+    assert (
+        twin(decoder())
+        .attention_on(torch.device("cpu"))
+        .startswith("sdpa of fairseq2 (xformers lacks a CUDA")
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize(("shape", "lengths"), [((2, 128), None), ((3, 96), [96, 30, 70]), ((250,), [100, 90, 40])])
+@pytest.mark.parametrize(
+    ("shape", "lengths"), [((2, 128), None), ((3, 96), [96, 30, 70]), ((250,), [100, 90, 40])]
+)
 def test_on_a_gpu_it_is_torchs_in_bf16(shape: Any, lengths: Any, bias: str) -> None:
     place = BatchLayout(tuple(shape), lengths, packed=len(shape) == 1, device=torch.device("cuda"))
     generator, keep_P = torch.Generator().manual_seed(0), real(shape, lengths)
@@ -401,7 +476,9 @@ def test_on_a_gpu_it_is_torchs_in_bf16(shape: Any, lengths: Any, bias: str) -> N
     results = []
     for sdpa, dtype in ((XformersSDPA, torch.bfloat16), (TorchSDPA, torch.float32)):
         inputs = [each.to(dtype).requires_grad_() for each in given]
-        output = sdpa(bias_of(bias))(inputs[0], place, inputs[1], place, inputs[2], AttentionBiasCache())[0]
+        output = sdpa(bias_of(bias))(
+            inputs[0], place, inputs[1], place, inputs[2], AttentionBiasCache()
+        )[0]
         output_PHK = output.reshape(-1, 2, 64)[keep_P.cuda()].float()
         results.append([output_PHK, *torch.autograd.grad(output_PHK.sin().sum(), inputs)])
     for one, other in zip(*results, strict=True):

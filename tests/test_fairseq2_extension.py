@@ -36,13 +36,21 @@ SECRET = "do-not-log-me"
 
 
 def needs_fairseq2(test: Any) -> Any:
-    return pytest.mark.cluster(pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}")(test))
+    return pytest.mark.cluster(
+        pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}")(test)
+    )
 
 
 def environment(*paths: Path) -> dict[str, str]:
     """Of processes on the CPU, one thread each, that are to find us in this clone."""
     path = os.pathsep.join(map(str, (*paths, ROOT, *filter(None, [os.environ.get("PYTHONPATH")]))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "A_SECRET": SECRET}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "A_SECRET": SECRET,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,10 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_setup_declares_the_extension(distribution: Path) -> None:
     """By its name alone, and importing it needs no fairseq2."""
     declared = (distribution / "cm3leon.egg-info" / "entry_points.txt").read_text()
-    assert f"[fairseq2.extension]\ncm3leon = {extension.__name__}:{extension.register.__name__}\n" in declared
+    assert (
+        f"[fairseq2.extension]\ncm3leon = {extension.__name__}:{extension.register.__name__}\n"
+        in declared
+    )
     said = "import sys; sys.modules['fairseq2'] = None; import " + extension.__name__
     subprocess.run([sys.executable, "-c", said], env=environment(), check=True, timeout=600)
 
@@ -84,7 +95,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [f"training.{name}={json.dumps(value)}" for name, value in training.items()]
     named = ["experiment=corpus", f"data.path={folder}/*.tar", f"run={folder / 'run'}"]
     assert (
-        main([*named, *SETTINGS, "model.init_std=0.05", "objective.retrieved_weight=0.5", *words, "until=pretraining"])
+        main(
+            [
+                *named,
+                *SETTINGS,
+                "model.init_std=0.05",
+                "objective.retrieved_weight=0.5",
+                *words,
+                "until=pretraining",
+            ]
+        )
         == 0
     )
     return folder / "run"
@@ -127,7 +147,10 @@ def test_fairseq2_finds_the_families_by_entry_point(distribution: Path, tmp_path
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["heavy"] == []
-    sizes = {name: (shape["layers"], shape["width"], shape["head_size"]) for name, shape in found["shapes"].items()}
+    sizes = {
+        name: (shape["layers"], shape["width"], shape["head_size"])
+        for name, shape in found["shapes"].items()
+    }
     assert sizes == {
         "cm3leon_350m": (24, 1024, 64),
         "cm3leon_760m": (24, 1536, 64),
@@ -148,11 +171,15 @@ def test_a_checkpoint_loads_through_the_hub(run: Path, families: None) -> None:
     for model in (extension.get_cm3leon_model_hub().load_model(card), load_any_model(card)):
         model.eval()
         with torch.inference_mode():
-            torch.testing.assert_close(model(ids_BT, BatchLayout.of(ids_BT)), ours(ids_BT), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                model(ids_BT, BatchLayout.of(ids_BT)), ours(ids_BT), atol=1e-5, rtol=1e-5
+            )
 
 
 @needs_fairseq2
-def test_card_and_recipe_are_printed_as_files(run: Path, families: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_card_and_recipe_are_printed_as_files(
+    run: Path, families: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The card goes into a folder of fairseq2's asset store, the recipe to --config-file."""
     from cm3leon.plugins.fairseq2_cm3leon._recipe import PretrainConfig
 
@@ -204,14 +231,23 @@ def test_ids_are_those_of_our_documents(run: Path, families: None) -> None:
     assert tokenizer.create_encoder(mode="prompt")(text).tolist() == document[:-1].tolist()
     drawn = tokenizer.create_encoder(mode="text_to_image")
     assert drawn(text).tolist() == [*document[:-1], vocab.brk]
-    assert (drawn.prefix_indices.tolist(), drawn.suffix_indices.tolist()) == ([vocab.eos], [vocab.brk])
+    assert (drawn.prefix_indices.tolist(), drawn.suffix_indices.tolist()) == (
+        [vocab.eos],
+        [vocab.brk],
+    )
     encoder, shown = tokenizer.create_encoder(), tokenizer.create_decoder()
     with_image = torch.tensor([*document, vocab.image_start])
     assert shown(with_image) == f"<eos>{text}<eos>"
     assert tokenizer.create_decoder(skip_special_tokens=True)(with_image) == text
     assert shown.decode_from_tokens(encoder.encode_as_tokens(text)) == f"<eos>{text}<eos>"
     info = tokenizer.vocab_info
-    assert (info.size, info.bos_idx, info.eos_idx, info.pad_idx, info.unk_idx) == (vocab.size, 1, 1, 0, None)
+    assert (info.size, info.bos_idx, info.eos_idx, info.pad_idx, info.unk_idx) == (
+        vocab.size,
+        1,
+        1,
+        0,
+        None,
+    )
     with pytest.raises(UserError, match="has the modes prompt, text_to_image, as_is"):
         tokenizer.create_encoder(mode="source")
     with pytest.raises(UserError, match="'no token' is no token"):
@@ -234,7 +270,9 @@ def tokens(parts: list[Any]) -> list[list[int]]:
 
 @needs_fairseq2
 @pytest.mark.parametrize("method", ["whole", "stream"])
-def test_ranks_and_parts_read_the_blocks_of_our_trainer(run: Path, families: None, method: str) -> None:
+def test_ranks_and_parts_read_the_blocks_of_our_trainer(
+    run: Path, families: None, method: str
+) -> None:
     from cm3leon.objectives.packing import BlockStream
     from cm3leon.stages.training_data import training_samples
 
@@ -280,14 +318,18 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
     from cm3leon.plugins.fairseq2_cm3leon._dataset import BlocksConfig, open_blocks
 
     blocks = open_blocks(BlocksConfig(run=run))
-    with pytest.raises(UserError, match=r"a batch has 4 blocks; 1 ranks with .*num_batches=3 cannot share"):
+    with pytest.raises(
+        UserError, match=r"a batch has 4 blocks; 1 ranks with .*num_batches=3 cannot share"
+    ):
         blocks.create_reader(gangs_of(0, 1), num_accumulate=3)
     with pytest.raises(UserError, match=r"run is missing; set dataset.config_overrides.run"):
         open_blocks(BlocksConfig())
     with pytest.raises(UserError, match="is no run folder"):
         open_blocks(BlocksConfig(run=tmp_path))
     shutil.copy(run / "config.yaml", tmp_path)
-    with pytest.raises(UserError, match=r"stage retriever of .* is not finished; run it with until=neighbours"):
+    with pytest.raises(
+        UserError, match=r"stage retriever of .* is not finished; run it with until=neighbours"
+    ):
         open_blocks(BlocksConfig(run=tmp_path))
 
 
@@ -305,7 +347,10 @@ def recipe(run: Path, families: None) -> Any:
     opened = open_run(run)
     first = run.parent / "first"
     first.mkdir()
-    save_weights(first / "model.safetensors", first_weights(Run(opened.experiment, run, opened.device)).state_dict())
+    save_weights(
+        first / "model.safetensors",
+        first_weights(Run(opened.experiment, run, opened.device)).state_dict(),
+    )
     recipe = recipe_of(opened)
     recipe.model.path = first
     recipe.regime.keep_last_n_checkpoints = None
@@ -380,7 +425,9 @@ def test_a_stopped_training_goes_on_bit_for_bit(recipe: Any, alone: Path, tmp_pa
     again = losses(pretrain(recipe, out))
     assert again == {step: losses(alone)[step] for step in range(5, STEPS + 1)}
     ends = [
-        torch.load(each / f"checkpoints/step_{STEPS}/model/pp_00/tp_00/sdp_00.pt", weights_only=True)
+        torch.load(
+            each / f"checkpoints/step_{STEPS}/model/pp_00/tp_00/sdp_00.pt", weights_only=True
+        )
         for each in (out, alone)
     ]
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
@@ -390,7 +437,9 @@ def test_a_stopped_training_goes_on_bit_for_bit(recipe: Any, alone: Path, tmp_pa
 def test_its_weights_become_files_of_ours(run: Path, alone: Path, tmp_path: Path) -> None:
     """They are those that our training ends with, up to rounding; an output without any is refused."""
     export = (sys.executable, "-m", PLUGIN, "export")
-    done = subprocess.run([*export, str(alone), str(tmp_path / "ours")], env=environment(), capture_output=True)
+    done = subprocess.run(
+        [*export, str(alone), str(tmp_path / "ours")], env=environment(), capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     found, expected = load_model(tmp_path / "ours"), load_model(run)
     assert (found.config.width, found.vocab_size) == (expected.config.width, expected.vocab_size)
@@ -400,7 +449,9 @@ def test_its_weights_become_files_of_ours(run: Path, alone: Path, tmp_path: Path
 
 
 @needs_fairseq2
-def test_two_processes_reach_the_same_losses_and_go_on(run: Path, recipe: Any, tmp_path: Path) -> None:
+def test_two_processes_reach_the_same_losses_and_go_on(
+    run: Path, recipe: Any, tmp_path: Path
+) -> None:
     """FSDP2 over gloo, the gradients of two parts added up; then from the middle again. By the command line."""
     from fairseq2.utils.structured import StandardValueConverter
 
@@ -408,10 +459,22 @@ def test_two_processes_reach_the_same_losses_and_go_on(run: Path, recipe: Any, t
     file.write_text(yaml.safe_dump(StandardValueConverter().unstructure(recipe)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     parts = ["--config", "trainer.grad_accumulation.num_batches=2"]
-    command = [*torchrun, "-m", PLUGIN, "pretrain", str(out), "--no-rich", "--config-file", str(file), *parts]
+    command = [
+        *torchrun,
+        "-m",
+        PLUGIN,
+        "pretrain",
+        str(out),
+        "--no-rich",
+        "--config-file",
+        str(file),
+        *parts,
+    ]
 
     def train() -> dict[int, list[float]]:
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         assert SECRET not in done.stdout + done.stderr
         return losses(out)
@@ -428,7 +491,11 @@ def test_two_processes_reach_the_same_losses_and_go_on(run: Path, recipe: Any, t
 
 @needs_fairseq2
 def test_mistakes_on_the_command_line_end_in_a_sentence(
-    run: Path, families: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Path,
+    families: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     for changes, sentence in (
@@ -454,12 +521,21 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(
 @needs_fairseq2
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("average_decay", 0.9), ("lora_rank", 4), ("optimizer", "adamw_8bit"), ("start_with", "everything")],
+    [
+        ("average_decay", 0.9),
+        ("lora_rank", 4),
+        ("optimizer", "adamw_8bit"),
+        ("start_with", "everything"),
+    ],
 )
-def test_what_its_trainer_cannot_do_is_refused(run: Path, families: None, name: str, value: Any) -> None:
+def test_what_its_trainer_cannot_do_is_refused(
+    run: Path, families: None, name: str, value: Any
+) -> None:
     from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
 
     opened = open_run(run)
     setattr(opened.experiment.training, name, value)
-    with pytest.raises(UserError, match=f"training.{name} is {value}, which fairseq2's trainer cannot do"):
+    with pytest.raises(
+        UserError, match=f"training.{name} is {value}, which fairseq2's trainer cannot do"
+    ):
         recipe_of(opened)

@@ -54,8 +54,12 @@ def test_another_version_is_refused_in_a_sentence_and_nothing_is_loaded(
 
 
 @pytest.mark.parametrize("name", ["fairseq2", "fairseq2n", "soundfile"])
-def test_a_package_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: None if package == name else object())
+def test_a_package_that_is_not_installed_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda package: None if package == name else object()
+    )
     with pytest.raises(UserError, match=rf"^this lacks the package {name} \(pip install 'cm3leon"):
         guard.load()
 

@@ -47,7 +47,9 @@ def pair_of_images(count: int, height: int, width: int) -> tuple[np.ndarray, np.
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, -(-height // 8), -(-width // 8), 3))
     images = coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
-    noisy = images + rng.normal(0, 20, images.shape) * np.linspace(0.2, 2, count)[:, None, None, None]
+    noisy = (
+        images + rng.normal(0, 20, images.shape) * np.linspace(0.2, 2, count)[:, None, None, None]
+    )
     return images.astype(np.uint8), noisy.clip(0, 255).astype(np.uint8)
 
 
@@ -83,20 +85,31 @@ def test_lpips_is_that_of_its_authors(
     distance_B = perceptual(x_BCHW, y_BCHW)
     assert distance_B.shape == (3,)
     assert distance_B.min() > 0.01
-    torch.testing.assert_close(distance_B, published(x_BCHW, y_BCHW).flatten(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        distance_B, published(x_BCHW, y_BCHW).flatten(), rtol=1e-5, atol=1e-6
+    )
     assert perceptual(x_BCHW, x_BCHW).tolist() == [0, 0, 0]
 
 
-def test_lpips_has_the_gradient_of_its_authors(perceptual: Perceptual, published: published_lpips.LPIPS) -> None:
+def test_lpips_has_the_gradient_of_its_authors(
+    perceptual: Perceptual, published: published_lpips.LPIPS
+) -> None:
     x_BCHW, y_BCHW = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     y_BCHW.requires_grad_()
-    gradients = [torch.autograd.grad(d(x_BCHW, y_BCHW).sum(), y_BCHW)[0] for d in (perceptual, published)]
+    gradients = [
+        torch.autograd.grad(d(x_BCHW, y_BCHW).sum(), y_BCHW)[0] for d in (perceptual, published)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_of_lpips_is_finite_where_there_are_no_features(vgg: dict[str, Tensor], tmp_path: Path) -> None:
+def test_gradient_of_lpips_is_finite_where_there_are_no_features(
+    vgg: dict[str, Tensor], tmp_path: Path
+) -> None:
     path = tmp_path / "vgg.safetensors"
-    save_file({name: torch.full_like(w, -1) if name.endswith("bias") else w for name, w in vgg.items()}, path)
+    save_file(
+        {name: torch.full_like(w, -1) if name.endswith("bias") else w for name, w in vgg.items()},
+        path,
+    )
     # An image of the mean colour is 0 after normalisation, so every convolution gives its bias, which is negative.
     y_BCHW = torch.tensor(MEAN)[:, None, None].repeat(1, 1, 16, 16).requires_grad_()
     distance_B = Perceptual.load(path)(torch.rand(1, 3, 16, 16), y_BCHW)
@@ -167,10 +180,15 @@ def test_images_too_small_for_lpips(perceptual: Perceptual) -> None:
         perceptual(*torch.zeros(2, 1, 3, 15, 40))
 
 
-def test_lpips_of_arrays_in_batches(perceptual: Perceptual, published: published_lpips.LPIPS) -> None:
+def test_lpips_of_arrays_in_batches(
+    perceptual: Perceptual, published: published_lpips.LPIPS
+) -> None:
     images, noisy = pair_of_images(3, 24, 24)
     distance_B = lpips(perceptual, images, noisy, batch_size=2)
-    x, y = (torch.from_numpy(a).permute(0, 3, 1, 2).double().div(127.5).sub(1).float() for a in (images, noisy))
+    x, y = (
+        torch.from_numpy(a).permute(0, 3, 1, 2).double().div(127.5).sub(1).float()
+        for a in (images, noisy)
+    )
     np.testing.assert_allclose(distance_B, published(x, y).flatten().detach(), rtol=1e-5)
     assert np.all(np.diff(distance_B) > 0)  # more noise
     assert lpips(perceptual, images[:0], noisy[:0]).shape == (0,)
@@ -179,7 +197,9 @@ def test_lpips_of_arrays_in_batches(perceptual: Perceptual, published: published
 # ------------------------------------------------------------------------------------------------ discriminator
 
 
-@pytest.mark.parametrize(("layers", "pixels", "logits"), [(3, 256, 30), (3, 24, 1), (2, 64, 14), (1, 32, 14)])
+@pytest.mark.parametrize(
+    ("layers", "pixels", "logits"), [(3, 256, 30), (3, 24, 1), (2, 64, 14), (1, 32, 14)]
+)
 def test_shape_of_the_verdict(layers: int, pixels: int, logits: int) -> None:
     discriminator = PatchDiscriminator(channels=32, layers=layers)
     assert discriminator(torch.zeros(2, 3, pixels, pixels)).shape == (2, 1, logits, logits)
@@ -191,13 +211,17 @@ def test_discriminator_has_the_published_size_and_beginning() -> None:
     # pix2pix: C64-C128-C256-C512, 4x4 kernels, then one logit; biases in the first, the last, and the norms
     widths = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1)]
     kernels = sum(16 * before * after for before, after in widths)
-    assert sum(p.numel() for p in discriminator.parameters()) == kernels + 64 + 1 + 2 * (128 + 256 + 512)
+    assert sum(p.numel() for p in discriminator.parameters()) == kernels + 64 + 1 + 2 * (
+        128 + 256 + 512
+    )
     for name, weight in discriminator.named_parameters():
         if weight.dim() == 4:
             assert weight.mean().item() == pytest.approx(0, abs=0.001)
             assert weight.std().item() == pytest.approx(0.02, rel=0.05)
         else:
-            assert weight.mean().item() == pytest.approx(0 if name.endswith("bias") else 1, abs=0.01)
+            assert weight.mean().item() == pytest.approx(
+                0 if name.endswith("bias") else 1, abs=0.01
+            )
 
 
 @pytest.mark.parametrize(("layers", "field"), [(3, 70), (2, 34), (1, 16)])
@@ -256,7 +280,10 @@ def test_psnr_of_each_image() -> None:
     images, noisy = pair_of_images(4, 9, 14)
     noisy[2] = images[2]
     with np.errstate(divide="ignore"):
-        expected = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(images, noisy, strict=True)]
+        expected = [
+            peak_signal_noise_ratio(a, b, data_range=255)
+            for a, b in zip(images, noisy, strict=True)
+        ]
     assert expected[2] == math.inf
     np.testing.assert_allclose(psnr_each(images, noisy), expected, rtol=1e-12)
     assert psnr_each(images[:1], noisy[:1])[0] == pytest.approx(psnr(images[:1], noisy[:1]))
@@ -269,7 +296,13 @@ def test_ssim_is_that_of_scikit_image(size: tuple[int, int]) -> None:
     noisy[2] = images[2]
     expected = [
         structural_similarity(
-            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=2, data_range=255
+            a,
+            b,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            channel_axis=2,
+            data_range=255,
         )
         for a, b in zip(images, noisy, strict=True)
     ]
@@ -327,7 +360,10 @@ def test_frechet_distance_is_that_of_torchmetrics() -> None:
 def test_frechet_distance_of_fewer_images_than_features() -> None:
     """The covariances are singular; the trace of the root is the nuclear norm of the product of centred features."""
     rng = np.random.default_rng(5)
-    x, y = rng.normal(size=(2, 200)) @ np.diag(np.geomspace(1e-4, 10, 200)), rng.normal(3, 2, (7, 200))
+    x, y = (
+        rng.normal(size=(2, 200)) @ np.diag(np.geomspace(1e-4, 10, 200)),
+        rng.normal(3, 2, (7, 200)),
+    )
     a, b = ((each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (x, y))
     common = np.linalg.norm(a @ b.T, ord="nuc")
     expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.sum(a**2) + np.sum(b**2) - 2 * common
@@ -352,14 +388,18 @@ def test_statistics_in_parts_are_those_of_the_whole() -> None:
         statistics.add(part)
     assert statistics.count == 101
     np.testing.assert_allclose(statistics.mean_D, x.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(statistics.covariance_DD, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        statistics.covariance_DD, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_statistics_of_float32_are_in_float64() -> None:
     x = np.random.default_rng(8).normal(100, 1, (500, 4)).astype(np.float32)
     statistics = FeatureStatistics()
     statistics.add(x)
-    np.testing.assert_allclose(statistics.covariance_DD, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.covariance_DD, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12
+    )
 
 
 def test_what_has_no_frechet_distance() -> None:
@@ -379,7 +419,9 @@ def inception_weights() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def inception_file(inception_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inception_file(
+    inception_weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
     return write_inception(path, inception_weights)
 
@@ -387,13 +429,17 @@ def inception_file(inception_weights: dict[str, Tensor], tmp_path_factory: pytes
 def test_inception_is_that_of_pytorch_fid(
     inception_weights: dict[str, Tensor], inception_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(published_inception, "load_state_dict_from_url", lambda *_, **__: inception_weights)
+    monkeypatch.setattr(
+        published_inception, "load_state_dict_from_url", lambda *_, **__: inception_weights
+    )
     theirs = published_inception.InceptionV3().eval()
     ours = Inception.load(inception_file)
     for size in ((32, 48), (310, 400)):  # enlarged, reduced
         images, _ = pair_of_images(2, *size)
         with torch.no_grad():
-            (expected,) = theirs(torch.stack([torchvision.transforms.functional.to_tensor(i) for i in images]))
+            (expected,) = theirs(
+                torch.stack([torchvision.transforms.functional.to_tensor(i) for i in images])
+            )
         found = features(ours, images, batch_size=1)
         assert found.shape == (2, 2048)
         assert found.dtype == np.float32
@@ -401,11 +447,18 @@ def test_inception_is_that_of_pytorch_fid(
         np.testing.assert_allclose(found, expected.flatten(1).numpy(), rtol=1e-4, atol=5e-5)
 
 
-def test_wrong_inception_weights_are_named(inception_weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_wrong_inception_weights_are_named(
+    inception_weights: dict[str, Tensor], tmp_path: Path
+) -> None:
     path = tmp_path / "inception.safetensors"
     # torchvision's own weights, which are not those of the FID
-    save_file({**inception_weights, "fc.bias": torch.zeros(1000), "fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(UserError, match=r"inception\.safetensors has another shape for fc\.bias, fc\.weight$"):
+    save_file(
+        {**inception_weights, "fc.bias": torch.zeros(1000), "fc.weight": torch.zeros(1000, 2048)},
+        path,
+    )
+    with pytest.raises(
+        UserError, match=r"inception\.safetensors has another shape for fc\.bias, fc\.weight$"
+    ):
         Inception.load(path)
 
 

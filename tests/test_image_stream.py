@@ -35,14 +35,24 @@ class Numbered(Source):
     def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
         first = sum(self.sizes[: int(part)])
         for number in range(first + start, first + self.sizes[int(part)]):
-            yield Skipped(str(number), "broken") if number % 5 == 4 else document(number, number % 7 and 1 + number % 3)
+            yield (
+                Skipped(str(number), "broken")
+                if number % 5 == 4
+                else document(number, number % 7 and 1 + number % 3)
+            )
 
     def fingerprint(self) -> str:
         return ""
 
 
 def stream(*sizes: int, **settings: Any) -> ImageStream:
-    defaults: dict[str, Any] = {"keep": lambda id_: id_ != "2", "size": 4, "batch_size": 3, "seed": 5, "lanes": 2}
+    defaults: dict[str, Any] = {
+        "keep": lambda id_: id_ != "2",
+        "size": 4,
+        "batch_size": 3,
+        "seed": 5,
+        "lanes": 2,
+    }
     return ImageStream(Numbered(*sizes), **{**defaults, **settings})
 
 
@@ -59,7 +69,9 @@ def test_every_image_to_train_on_comes_once_in_an_epoch() -> None:
         assert batch_BHWC.dtype == np.uint8
         counts = Counter(drawn(batch_BHWC))
         assert set(counts) <= set(usable)
-        assert max(counts.values()) <= 2  # parts of the next epoch begin while others of this one last
+        assert (
+            max(counts.values()) <= 2
+        )  # parts of the next epoch begin while others of this one last
 
 
 def test_a_batch_has_images_of_many_parts() -> None:
@@ -73,8 +85,15 @@ def test_all_images_of_a_page_are_drawn_at_times() -> None:
     assert seen == {0, 1, 2}
 
 
-@given(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 4))
-def test_a_stream_goes_on_exactly(before: int, sizes: list[int], batch_size: int, lanes: int) -> None:
+@given(
+    st.integers(0, 9),
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.integers(1, 7),
+    st.integers(1, 4),
+)
+def test_a_stream_goes_on_exactly(
+    before: int, sizes: list[int], batch_size: int, lanes: int
+) -> None:
     settings = {"batch_size": batch_size, "lanes": lanes}
     one = stream(8, *sizes, **settings)
     for _ in range(before):
@@ -92,9 +111,13 @@ def test_seeds_differ() -> None:
     assert not np.array_equal(stream(40, 40, 40, seed=1).next(), stream(40, 40, 40, seed=2).next())
 
 
-@pytest.mark.parametrize("settings", [{"sizes": (0, 0)}, {"sizes": (9,), "keep": lambda id_: False}])
+@pytest.mark.parametrize(
+    "settings", [{"sizes": (0, 0)}, {"sizes": (9,), "keep": lambda id_: False}]
+)
 def test_a_corpus_without_images_is_a_sentence(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^data: the corpus has no image to train the image tokenizer on$"):
+    with pytest.raises(
+        UserError, match=r"^data: the corpus has no image to train the image tokenizer on$"
+    ):
         stream(*settings.pop("sizes"), **settings).next()
 
 
@@ -107,9 +130,14 @@ def test_squares_of_any_shape(height: int, width: int, size: int, seed: int) -> 
     side = min(height, width)
     columns = random_square(pixels_HWC, side, np.random.default_rng(seed))[0, :, 0].astype(int) // 5
     first = min(columns)
-    assert columns.tolist() in (list(range(first, first + side)), list(range(first, first + side))[::-1])
+    assert columns.tolist() in (
+        list(range(first, first + side)),
+        list(range(first, first + side))[::-1],
+    )
 
 
 def test_an_image_of_extreme_aspect_takes_no_more_memory_than_its_square() -> None:
-    pixels_HWC = np.zeros((1, 200_000, 3), np.uint8)  # resized before it is cut, it would take 39 GB
+    pixels_HWC = np.zeros(
+        (1, 200_000, 3), np.uint8
+    )  # resized before it is cut, it would take 39 GB
     assert random_square(pixels_HWC, 256, np.random.default_rng(0)).shape == (256, 256, 3)

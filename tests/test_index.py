@@ -18,7 +18,16 @@ from cm3leon.data.shards import DamagedShard, shard_path, write_plan
 from cm3leon.retrievers import index as index_module
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.dense import DenseRetriever
-from cm3leon.retrievers.index import Bank, IndexConfig, add_shard, exact_search, lists_for, merge, recall_at, train
+from cm3leon.retrievers.index import (
+    Bank,
+    IndexConfig,
+    add_shard,
+    exact_search,
+    lists_for,
+    merge,
+    recall_at,
+    train,
+)
 from cm3leon.retrievers.neighbours import (
     Neighbours,
     NeighbourShards,
@@ -42,7 +51,9 @@ def clustered(seed: int, rows: int) -> Parts:
 
     def around() -> np.ndarray:
         vectors_BD = centres[rng.integers(12, size=rows)] + 0.4 * rng.normal(size=(rows, WIDTH))
-        unit_BD = (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(np.float16)
+        unit_BD = (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(
+            np.float16
+        )
         return unit_BD.astype(np.float32)  # as they are stored
 
     parts = Parts(around(), around())
@@ -97,7 +108,11 @@ def test_rows_in_any_order_are_those_that_were_written(rows: list[int]) -> None:
         assert (len(vectors), vectors.count, vectors.width) == (60, 3, WIDTH)
         got = vectors.parts(np.array(rows, np.int64))
         for place, row in enumerate(rows):
-            expected = (np.zeros(WIDTH), np.zeros(WIDTH)) if row < 0 else (parts.text_BD[row], parts.image_BD[row])
+            expected = (
+                (np.zeros(WIDTH), np.zeros(WIDTH))
+                if row < 0
+                else (parts.text_BD[row], parts.image_BD[row])
+            )
             assert np.array_equal(got.text_BD[place], expected[0])
             assert np.array_equal(got.image_BD[place], expected[1])
             assert row < 0 or vectors.id(row) == f"document {row}"
@@ -105,7 +120,9 @@ def test_rows_in_any_order_are_those_that_were_written(rows: list[int]) -> None:
 
 def test_another_encoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = write(tmp_path / "vectors", clustered(0, 9))
-    with pytest.raises(UserError, match="was made by another encoder: encoder is abc there and xyz here; use that"):
+    with pytest.raises(
+        UserError, match="was made by another encoder: encoder is abc there and xyz here; use that"
+    ):
         VectorShards(folder, {**HEADER, "encoder": "xyz"})
     (folder / "index.json").unlink()
     with pytest.raises(UserError, match="is no finished folder of shards"):
@@ -126,14 +143,18 @@ def test_damaged_vectors_are_named(tmp_path: Path) -> None:
 
 
 def brute_force(parts: Parts, queries_QD: np.ndarray, count: int) -> np.ndarray:
-    return np.argsort(-(queries_QD.astype(np.float64) @ parts.mean().T), axis=1, kind="stable")[:, :count]
+    return np.argsort(-(queries_QD.astype(np.float64) @ parts.mean().T), axis=1, kind="stable")[
+        :, :count
+    ]
 
 
 def assert_best(parts: Parts, queries_QD: np.ndarray, found_QK: np.ndarray) -> None:
     """The rows found have the largest inner products, in falling order; ties may come in any order."""
     expected_QK = brute_force(parts, queries_QD, found_QK.shape[1])
     scores_QB = queries_QD.astype(np.float64) @ parts.mean().T
-    got, best = (np.take_along_axis(scores_QB, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK))
+    got, best = (
+        np.take_along_axis(scores_QB, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK)
+    )
     np.testing.assert_allclose(got, best, atol=1e-6)
     assert all(len(set(rows_K)) == len(rows_K) for rows_K in found_QK.tolist())
 
@@ -154,7 +175,11 @@ def test_a_small_bank_is_searched_exactly(tmp_path: Path) -> None:
     vectors, folder = build(tmp_path, parts)
     assert sorted(file.name for file in folder.iterdir()) == ["index.json"]
     figures = json.loads((folder / "index.json").read_text())
-    assert (figures["kind"], figures["documents"], figures["recall"]) == ("exact", 200, {"2": 1.0, "10": 1.0})
+    assert (figures["kind"], figures["documents"], figures["recall"]) == (
+        "exact",
+        200,
+        {"2": 1.0, "10": 1.0},
+    )
     bank = Bank(vectors, folder, HEADER)
     assert_best(parts, queries, bank.search(queries, 5))
 
@@ -177,7 +202,9 @@ def test_the_recall_that_is_written_is_that_of_a_search(tmp_path: Path) -> None:
 
 def test_found_documents_are_ordered_by_their_vectors_not_their_codes(tmp_path: Path) -> None:
     parts = clustered(0, 2000)
-    vectors, folder = build(tmp_path, parts, **{**SMALL_IVF, "recall_target": 1.0, "rescored": 2000})
+    vectors, folder = build(
+        tmp_path, parts, **{**SMALL_IVF, "recall_target": 1.0, "rescored": 2000}
+    )
     queries_QD = clustered(1, 50).text_BD
     # With all lists probed and all candidates ordered by their vectors, it is exact search.
     assert_best(parts, queries_QD, Bank(vectors, folder).search(queries_QD, 10))
@@ -191,7 +218,11 @@ def test_recall_by_hand() -> None:
 
 
 def test_lists_grow_with_the_square_root() -> None:
-    assert [lists_for(n, IndexConfig()) for n in (200_000, 1_000_000, 340_000_000)] == [2048, 4096, 65_536]
+    assert [lists_for(n, IndexConfig()) for n in (200_000, 1_000_000, 340_000_000)] == [
+        2048,
+        4096,
+        65_536,
+    ]
     assert lists_for(10, IndexConfig(lists=3)) == 3
 
 
@@ -205,7 +236,9 @@ def test_pieces_are_made_once_and_the_missing_one_again(tmp_path: Path) -> None:
     make(vectors, folder, from_mapping(IndexConfig, SMALL_IVF, "index"))
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
     timed = ("index.json",)  # holds seconds
-    assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
+    assert {k: v for k, v in after.items() if k not in timed} == {
+        k: v for k, v in before.items() if k not in timed
+    }
     changed = [name for name, time in times.items() if (folder / name).stat().st_mtime_ns != time]
     assert changed == ["piece-00002.faiss"]
 
@@ -216,15 +249,23 @@ def test_workers_share_the_pieces_of_an_index(tmp_path: Path) -> None:
     folder.mkdir()
     experiment = SimpleNamespace(index=from_mapping(IndexConfig, SMALL_IVF, "index"), seed=0)
     run: Any = SimpleNamespace(
-        vectors=VectorShards(vectors), experiment=experiment, shards=SimpleNamespace(workers=1), folder=tmp_path
+        vectors=VectorShards(vectors),
+        experiment=experiment,
+        shards=SimpleNamespace(workers=1),
+        folder=tmp_path,
     )
     make_index_part(run, folder, (1, 2))
-    assert sorted(file.name for file in folder.glob("*.faiss")) == ["piece-00001.faiss", "trained.faiss"]
+    assert sorted(file.name for file in folder.glob("*.faiss")) == [
+        "piece-00001.faiss",
+        "trained.faiss",
+    ]
     make_index_part(run, folder, (0, 2))
     assert len(list(folder.glob("piece-*.faiss"))) == 3
     make_index(run, folder)
     queries_QD = clustered(1, 20).image_BD
-    assert np.array_equal(Bank(vectors, folder).search(queries_QD, 5), Bank(vectors, alone).search(queries_QD, 5))
+    assert np.array_equal(
+        Bank(vectors, folder).search(queries_QD, 5), Bank(vectors, alone).search(queries_QD, 5)
+    )
 
 
 def test_few_documents_are_searched_exactly_whatever_is_asked_for(tmp_path: Path) -> None:
@@ -245,11 +286,20 @@ def test_the_folder_can_be_moved(tmp_path: Path) -> None:
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     write(tmp_path / "enough", clustered(0, 300))
-    with pytest.raises(UserError, match=r"index\.code_bytes is 5; it must divide the vectors' width, 16"):
-        train(VectorShards(tmp_path / "enough"), tmp_path, IndexConfig(exact_below=0, code_bytes=5), seed=0)
+    with pytest.raises(
+        UserError, match=r"index\.code_bytes is 5; it must divide the vectors' width, 16"
+    ):
+        train(
+            VectorShards(tmp_path / "enough"),
+            tmp_path,
+            IndexConfig(exact_below=0, code_bytes=5),
+            seed=0,
+        )
     vectors, folder = build(tmp_path, clustered(0, 60))
     write(tmp_path / "more", clustered(0, 90))
-    with pytest.raises(UserError, match=r"is the index of 60 documents, .* has 90; make the index again"):
+    with pytest.raises(
+        UserError, match=r"is the index of 60 documents, .* has 90; make the index again"
+    ):
         Bank(tmp_path / "more", folder)
     (folder / "index.json").unlink()
     with pytest.raises(UserError, match="holds no finished index"):
@@ -264,8 +314,12 @@ def test_documents_are_added_without_a_rebuild(tmp_path: Path, fields: dict[str,
     parts, more = clustered(0, 2000), clustered(2, 30)
     vectors, folder = build(tmp_path, parts, **fields)
     bank = Bank(vectors, folder)
-    assert bank.add([f"new {n}" for n in range(20)], more.rows(slice(0, 20))).tolist() == list(range(2000, 2020))
-    assert bank.add([f"new {n}" for n in range(20, 30)], more.rows(slice(20, 30))).tolist() == list(range(2020, 2030))
+    assert bank.add([f"new {n}" for n in range(20)], more.rows(slice(0, 20))).tolist() == list(
+        range(2000, 2020)
+    )
+    assert bank.add([f"new {n}" for n in range(20, 30)], more.rows(slice(20, 30))).tolist() == list(
+        range(2020, 2030)
+    )
     every = Parts.concatenate([parts, more])
     for by in ("text_BD", "image_BD"):
         queries_QD = getattr(more, by)[[2, 4]]  # documents with both parts
@@ -299,11 +353,20 @@ def retriever() -> Any:
     from cm3leon.registry import RETRIEVERS, discover
 
     discover()
-    encoder = {"architecture": None, "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "embed_dim": WIDTH}
+    encoder = {
+        "architecture": None,
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 16,
+        "layers": 1,
+        "embed_dim": WIDTH,
+    }
     return RETRIEVERS.build({"name": "dense", "encoder": encoder, "candidates": 12})
 
 
-def test_a_bank_on_disk_retrieves_as_one_in_memory(tmp_path: Path, retriever: DenseRetriever) -> None:
+def test_a_bank_on_disk_retrieves_as_one_in_memory(
+    tmp_path: Path, retriever: DenseRetriever
+) -> None:
     parts = clustered(0, 300)
     vectors, folder = build(tmp_path, parts)
     in_memory = MemoryBank([str(n) for n in range(300)], parts)
@@ -325,7 +388,9 @@ def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
     rows_VBK = rng.integers(-1, 50, (4, 30, 4))
     write_plan(tmp_path, {"bank": ".."})
     for number, chosen in enumerate((slice(0, 11), slice(11, 11), slice(11, 30))):
-        write_neighbour_shard(shard_path(tmp_path, number, 3), rows_VBK[:, chosen], {"verdicts": {}})
+        write_neighbour_shard(
+            shard_path(tmp_path, number, 3), rows_VBK[:, chosen], {"verdicts": {}}
+        )
     with pytest.raises(UserError, match="is no finished folder"):
         NeighbourShards(tmp_path)
     finish_neighbours(tmp_path, 3)

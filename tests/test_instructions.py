@@ -31,7 +31,15 @@ from cm3leon.registry import SOURCES, TASKS, discover
 from cm3leon.tasks.instruction import answer_place
 from cm3leon.tokenizers.document import lay_out, token_count
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Document, ImageSegment, Sample, TextSegment, TokenDocument, TokenSegment, UserError
+from cm3leon.types import (
+    Document,
+    ImageSegment,
+    Sample,
+    TextSegment,
+    TokenDocument,
+    TokenSegment,
+    UserError,
+)
 
 discover()
 VOCAB = Vocab(text_size=60, image_size=20, sentinels=8)
@@ -41,7 +49,9 @@ CODES = 4
 def read(name: str, place: Path, **fields: Any) -> tuple[list[Document], list[Skipped]]:
     """Documents and what is left out of a small corpus."""
     items = list(SOURCES.build({"name": name, **INSTRUCTIONS[name](place), **fields}).documents())
-    return [item for item in items if isinstance(item, Document)], [item for item in items if isinstance(item, Skipped)]
+    return [item for item in items if isinstance(item, Document)], [
+        item for item in items if isinstance(item, Skipped)
+    ]
 
 
 def empty(folder: Path) -> Path:
@@ -83,17 +93,25 @@ def test_an_answer_is_a_segment_with_the_space_before_it() -> None:
     expected = [
         [("Question: what {color}? Answer:", "", False), (" red", "answer", True), (".", "", True)],
         [("Question: what {color}?", "", False), ("\nred", "answer", True)],
-        [("Question: what {color}? The answer is", "", False), (" red", "answer", True), (".", "", True)],
+        [
+            ("Question: what {color}? The answer is", "", False),
+            (" red", "answer", True),
+            (".", "", True),
+        ],
     ]
     for segments, texts in zip(filled, expected, strict=True):
         assert [(s.text, s.role, s.joined) for s in segments if isinstance(s, TextSegment)] == texts
         assert not isinstance(segments[-1], TextSegment)
-    (only, _) = fill("{caption} | {image}", {"caption": "a dog", "image": np.zeros(1)}, ROLES["caption"])
+    (only, _) = fill(
+        "{caption} | {image}", {"caption": "a dog", "image": np.zeros(1)}, ROLES["caption"]
+    )
     assert only == TextSegment("a dog", "answer", joined=False)
 
 
 def test_joined_texts_are_one_run() -> None:
-    segments = fill(TABLE_5["vqa"][0], {"question": "q", "answer": "a", "image": np.zeros(1)}, ROLES["vqa"])
+    segments = fill(
+        TABLE_5["vqa"][0], {"question": "q", "answer": "a", "image": np.zeros(1)}, ROLES["vqa"]
+    )
     texts = tuple(segment for segment in segments if isinstance(segment, TextSegment))
     assert Document("d", (*texts, TextSegment("more"))).text == "Question: q Answer: a. more"
 
@@ -104,18 +122,23 @@ def test_joined_texts_are_one_run() -> None:
 def test_vqa2(tmp_path: Path) -> None:
     documents, skipped = read("vqa", tmp_path, templates=[TABLE_5["vqa"][0]])
     assert [shown(document) for document in documents] == [
-        f"Question: What is {n}? Answer:[ {'pâté' if n == 0 else 'two'}]. | <image>" for n in range(6)
+        f"Question: What is {n}? Answer:[ {'pâté' if n == 0 else 'two'}]. | <image>"
+        for n in range(6)
     ]
     reasons = " ".join(item.reason for item in skipped)
     assert len(skipped) == 4
-    assert all(reason in reasons for reason in ("COCO_train2014_000000000099", "no answers", "no annotation"))
+    assert all(
+        reason in reasons
+        for reason in ("COCO_train2014_000000000099", "no answers", "no annotation")
+    )
 
 
 def test_vizwiz(tmp_path: Path) -> None:
     documents, skipped = read("vizwiz", tmp_path, templates=[TABLE_5["vqa"][1]])
     answers = ["soup", "soup", "unanswerable", "soup", "soup"]
     assert [shown(document) for document in documents] == [
-        f"Question: What is this {number}?[\n{answer}] | <image>" for number, answer in enumerate(answers)
+        f"Question: What is this {number}?[\n{answer}] | <image>"
+        for number, answer in enumerate(answers)
     ]
     assert len(skipped) == 2
 
@@ -126,7 +149,9 @@ def test_flickr30k(tmp_path: Path) -> None:
         f"[A picture {number}, take {take}.] | <image>" for number in range(3) for take in range(2)
     ]
     assert len(skipped) == 2
-    held_out, _ = read("karpathy", empty(tmp_path / "test"), templates=["{caption} | {image}"], split="test")
+    held_out, _ = read(
+        "karpathy", empty(tmp_path / "test"), templates=["{caption} | {image}"], split="test"
+    )
     assert len(held_out) == 2
 
 
@@ -169,9 +194,12 @@ def test_visdial(tmp_path: Path) -> None:
 def test_instruct_pix2pix(tmp_path: Path) -> None:
     documents, skipped = read("instruct_pix2pix", tmp_path)
     assert [shown(document) for document in documents] == [
-        f"Edit first image following the instruction | <condition> | !make it {n} | <image>" for n in range(4)
+        f"Edit first image following the instruction | <condition> | !make it {n} | <image>"
+        for n in range(4)
     ]
-    assert len({document.id.rsplit("-", 1)[1] for document in documents}) == 2  # either of the seeds
+    assert (
+        len({document.id.rsplit("-", 1)[1] for document in documents}) == 2
+    )  # either of the seeds
     assert not np.array_equal(*documents[0].images)
     assert len(skipped) == 2
 
@@ -206,7 +234,11 @@ def test_written_words(tmp_path: Path) -> None:
     assert [item.reason for item in skipped] == [
         "12 readable words, from 1 to 8 are used", "0 readable words, from 1 to 8 are used"
     ]  # fmt: skip
-    assert in_reading_order([([50, 0, 9, 9], "b"), ([0, 3, 9, 9], "a"), ([0, 30, 9, 9], "c")]) == ["a", "b", "c"]
+    assert in_reading_order([([50, 0, 9, 9], "b"), ([0, 3, 9, 9], "a"), ([0, 30, 9, 9], "c")]) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 @given(
@@ -220,7 +252,9 @@ def test_written_words(tmp_path: Path) -> None:
 def test_boxes_follow_the_cut_to_the_middle(box: Any, width: int, height: int) -> None:
     """Against the pixels of a mask that is cut as images are."""
     mask_HW = np.zeros((height, width), bool)
-    left, top, right, bottom = (round(edge * size) for edge, size in zip(box, (width, height) * 2, strict=True))
+    left, top, right, bottom = (
+        round(edge * size) for edge, size in zip(box, (width, height) * 2, strict=True)
+    )
     mask_HW[top:bottom, left:right] = True
     side = min(width, height)
     x0, y0 = (width - side) / 2, (height - side) / 2
@@ -240,7 +274,11 @@ def test_boxes_follow_the_cut_to_the_middle(box: Any, width: int, height: int) -
         ("vqa", {"path": "annotations"}, "no list under questions"),
         ("vqa", {"image_name": "{id}.jpg"}, "its only slot is"),
         ("vqa", {"templates": ["Q: {question} | {image}"]}, "one slot for the answer"),
-        ("vqa", {"templates": ["{question} {reply} | {image}"]}, "{reply}, which vqa does not fill"),
+        (
+            "vqa",
+            {"templates": ["{question} {reply} | {image}"]},
+            "{reply}, which vqa does not fill",
+        ),
         ("vqa", {"templates": []}, "templates is empty|at least one"),
         ("vizwiz", {"path": "object"}, "is no list"),
         ("karpathy", {"split": "val"}, "split is val, .* has: test, train"),
@@ -267,10 +305,15 @@ def test_files_of_another_kind_are_refused_in_a_sentence(
     }  # fmt: skip
     files["object"].write_text("{}")
     files["list"].write_text("[]")
-    files["version"].write_text('{"version": "0.9", "data": {"dialogs": [], "questions": [], "answers": []}}')
+    files["version"].write_text(
+        '{"version": "0.9", "data": {"dialogs": [], "questions": [], "answers": []}}'
+    )
     files["numbers"].write_text("[1, 2]")
     files["others"].write_text('[{"image_id": 5, "round_id": 1, "gt_relevance": [1.0]}]')
-    fields |= {key: str(files.get(value, value)) if isinstance(value, str) else value for key, value in wrong.items()}
+    fields |= {
+        key: str(files.get(value, value)) if isinstance(value, str) else value
+        for key, value in wrong.items()
+    }
     with pytest.raises(UserError, match=message):
         list(SOURCES.build({"name": name, **fields}).documents())
 
@@ -295,7 +338,9 @@ def test_a_corpus_changes_with_all_its_files(tmp_path: Path) -> None:
 
 def test_annotations_of_another_split_are_refused(tmp_path: Path) -> None:
     fields = INSTRUCTIONS["vqa"](tmp_path)
-    Path(fields["annotations"]).write_text(json.dumps({"annotations": [{"question_id": 999, "answers": []}]}))
+    Path(fields["annotations"]).write_text(
+        json.dumps({"annotations": [{"question_id": 999, "answers": []}]})
+    )
     with pytest.raises(UserError, match="answers none of the questions"):
         SOURCES.build({"name": "vqa", **fields}).parts()
 
@@ -322,7 +367,9 @@ def test_every_task_is_about_scenes_too(task: str) -> None:
 
 def test_the_image_of_an_edit_is_the_scene_after_it() -> None:
     world = World(words=0, figures=0, textures=["plain"], overlap=0, things=[1, 2])
-    source = SceneInstructionsSource(SceneInstructionsSource.Config(task="edit", world=world, count=40))
+    source = SceneInstructionsSource(
+        SceneInstructionsSource.Config(task="edit", world=world, count=40)
+    )
     for seed in range(40):
         document = source.document(seed)
         assert isinstance(document, Document)
@@ -342,11 +389,16 @@ def instruction(kind: str) -> TokenDocument:
     image = TokenSegment("image", np.arange(VOCAB.image_start, VOCAB.image_start + CODES))
     if kind == "question":
         texts = [([10, 11], "", False), ([12, 13], "answer", True), ([14], "", True)]
-        segments = [TokenSegment("text", np.array(ids), role, joined) for ids, role, joined in texts]  # type: ignore[arg-type]
+        segments = [
+            TokenSegment("text", np.array(ids), role, joined) for ids, role, joined in texts
+        ]  # type: ignore[arg-type]
         return TokenDocument("question", (*segments, image))
     before = TokenSegment("image", image.ids_T[::-1], "condition")
     template = TokenSegment("text", np.array([20, 21]))
-    return TokenDocument("edit", (template, before, TokenSegment("text", np.array([22, 23, 24]), "instruction"), image))
+    return TokenDocument(
+        "edit",
+        (template, before, TokenSegment("text", np.array([22, 23, 24]), "instruction"), image),
+    )
 
 
 def test_no_break_stands_before_what_is_joined() -> None:
@@ -383,7 +435,10 @@ def drawn(kind: str, count: int = 4000, **fields: Any) -> Counter[tuple[str, ...
     laid_out = lay_out(Sample(instruction(kind)), VOCAB)
     of_span = {(segment.start, segment.end): segment.role for segment in laid_out.segments}
     rng = np.random.default_rng(0)
-    return Counter(tuple(of_span[span] for span in objective.draw_spans(laid_out, rng, 100)) for _ in range(count))
+    return Counter(
+        tuple(of_span[span] for span in objective.draw_spans(laid_out, rng, 100))
+        for _ in range(count)
+    )
 
 
 def test_answers_are_rotated_whole_as_often_as_asked() -> None:
@@ -408,7 +463,9 @@ def test_answers_of_retrieved_documents_stay() -> None:
 
 
 def test_samples_without_roles_are_those_of_cm3() -> None:
-    plain = TokenDocument("plain", tuple(TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments))
+    plain = TokenDocument(
+        "plain", tuple(TokenSegment(s.modality, s.ids_T) for s in instruction("edit").segments)
+    )
     laid_out = lay_out(Sample(plain), VOCAB)
     objective = Instruct(from_mapping(Instruct.Config, {"mean_spans": 2.0}), vocab=VOCAB)
     rng = np.random.default_rng(0)
@@ -416,7 +473,9 @@ def test_samples_without_roles_are_those_of_cm3() -> None:
 
 
 def test_a_rotated_sample_fits_or_stays_as_it_is() -> None:
-    objective = Instruct(from_mapping(Instruct.Config, {"rotate_answer": 1.0, "answer_weight": 3.0}), vocab=VOCAB)
+    objective = Instruct(
+        from_mapping(Instruct.Config, {"rotate_answer": 1.0, "answer_weight": 3.0}), vocab=VOCAB
+    )
     laid_out = lay_out(Sample(instruction("question")), VOCAB)
     length = len(laid_out.ids_T)
     for room, expected in ((length + 3, length + 3), (length + 2, length)):
@@ -424,14 +483,21 @@ def test_a_rotated_sample_fits_or_stays_as_it_is() -> None:
         assert len(corrupted.ids_T) == expected
     corrupted = objective.corrupt(laid_out, np.random.default_rng(0), 99)
     weights = dict(zip(corrupted.ids_T.tolist(), corrupted.weight_T.tolist(), strict=True))
-    assert (weights[12], weights[13], weights[10], weights[VOCAB.end_of_span]) == (3.0, 3.0, 1.0, 1.0)
+    assert (weights[12], weights[13], weights[10], weights[VOCAB.end_of_span]) == (
+        3.0,
+        3.0,
+        1.0,
+        1.0,
+    )
     assert weights[VOCAB.sentinel(0)] == 0
 
 
 @pytest.mark.parametrize("kind", ["question", "edit"])
 def test_pieces_of_a_sample_are_the_whole_of_it(kind: str) -> None:
     """In stream packing: every token once, pieces within their room."""
-    objective = Instruct(from_mapping(Instruct.Config, {"rotate_answer": 1.0, "mask_all": 1.0}), vocab=VOCAB)
+    objective = Instruct(
+        from_mapping(Instruct.Config, {"rotate_answer": 1.0, "mask_all": 1.0}), vocab=VOCAB
+    )
     laid_out = lay_out(Sample(instruction(kind)), VOCAB)
     for room in (5, 8, 13, 40):
         start, seen = 0, []
@@ -460,7 +526,10 @@ def test_prompts_are_beginnings_of_what_is_trained() -> None:
     spans = {segment.role: (segment.start, segment.end) for segment in laid_out.segments}
     image = edit.segments[-1].ids_T.tolist()
     assert [*prompt.ids_T, *image, VOCAB.eos] == laid_out.ids_T.tolist()
-    for ids_T, masked in ((prompt.unconditional_T, ("condition", "instruction")), (prompt.partial_T, ("instruction",))):
+    for ids_T, masked in (
+        (prompt.unconditional_T, ("condition", "instruction")),
+        (prompt.partial_T, ("instruction",)),
+    ):
         rotated_T, _ = rotate(laid_out.ids_T, [spans[role] for role in masked], VOCAB)
         assert [*ids_T, *image, VOCAB.eos] == rotated_T[: len(ids_T) + CODES + 1].tolist()
 

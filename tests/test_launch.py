@@ -93,7 +93,11 @@ def test_outcomes_by_exit_code() -> None:
 def test_progress_is_the_stage_that_is_being_made(tmp_path: Path) -> None:
     command = ("experiment=x", f"run={tmp_path}")
     assert progress(command) == "the beginning"
-    for name, marker in (("documents", "stage.json"), ("documents", "started.json"), ("pretraining", "started.json")):
+    for name, marker in (
+        ("documents", "stage.json"),
+        ("documents", "started.json"),
+        ("pretraining", "started.json"),
+    ):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / marker).touch()
     assert progress(command) == "pretraining"
@@ -113,7 +117,9 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what made a run
 
 
-def test_what_made_a_run_is_written_down_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_made_a_run_is_written_down_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JWT", "hidden-token")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-token")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -134,8 +140,13 @@ def test_a_snapshot_runs_by_itself_and_says_of_what_it_is_a_copy(tmp_path: Path)
         "import cm3leon, cm3leon.evaluation; from cm3leon.launch import record; from pathlib import Path;"
         f"record.write_code(Path({str(tmp_path)!r})); print(cm3leon.__file__, cm3leon.evaluation.__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(copy / "cm3leon/__init__.py"), str(copy / "evaluation/__init__.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        str(copy / "cm3leon/__init__.py"),
+        str(copy / "evaluation/__init__.py"),
+    ]
     assert json.loads((tmp_path / record.CODE).read_text()) == said
     assert (copy / "experiments/digits.yaml").is_file()
 
@@ -158,8 +169,15 @@ def test_an_experiment_in_memory_is_one_job_that_reads_a_frozen_file(tmp_path: P
 
 
 def test_stages_in_shards_are_arrays_between_jobs_of_one_process(tmp_path: Path) -> None:
-    fields = ["launcher=slurm", "launcher.nodes=2", "launcher.parts=4", "launcher.stages.index.parts=1"]
-    experiment = load_experiment("pretrain_350m", ["overrides=smoke", *fields, "launcher.stages.tokens.timeout_min=9"])
+    fields = [
+        "launcher=slurm",
+        "launcher.nodes=2",
+        "launcher.parts=4",
+        "launcher.stages.index.parts=1",
+    ]
+    experiment = load_experiment(
+        "pretrain_350m", ["overrides=smoke", *fields, "launcher.stages.tokens.timeout_min=9"]
+    )
     found = experiment_jobs(experiment, tmp_path, until="evaluation")
     assert shown(found) == {
         "retriever": ((), 1, False),
@@ -186,21 +204,35 @@ def test_stages_in_shards_are_arrays_between_jobs_of_one_process(tmp_path: Path)
     ]
 
 
-def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(tmp_path: Path) -> None:
-    study = load_study("scenes", ["launcher=slurm", "launcher.parts=1", "launcher.stages.answers.parts=3"], tmp_path)
+def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(
+    tmp_path: Path,
+) -> None:
+    study = load_study(
+        "scenes",
+        ["launcher=slurm", "launcher.parts=1", "launcher.stages.answers.parts=3"],
+        tmp_path,
+    )
     found = study_jobs(study, tmp_path)
     *runs, answers, measuring = found
     assert [each.after for each in found[1:]] == [(each.name,) for each in found[:-1]]
     assert list(dict.fromkeys(each.name.partition(".")[0] for each in runs)) == list(study.runs)
-    assert (answers.name, len(answers.commands), answers.commands[2][:2]) == ("answers", 3, ("part", "part=2/3"))
+    assert (answers.name, len(answers.commands), answers.commands[2][:2]) == (
+        "answers",
+        3,
+        ("part", "part=2/3"),
+    )
     assert measuring.name == "measuring"
-    frozen = load_study(measuring.commands[0][0].removeprefix("experiment="), ["launcher=here"], tmp_path)
+    frozen = load_study(
+        measuring.commands[0][0].removeprefix("experiment="), ["launcher=here"], tmp_path
+    )
     for name in study.runs:
         assert to_mapping(load_run(frozen, name)) == {
             **to_mapping(load_run(study, name)),
             "launcher": to_mapping(study.launcher),
         }
-    assert [each.name for each in study_jobs(study, tmp_path, until="pretrain")][-1] == "pretrain.pretraining"
+    assert [each.name for each in study_jobs(study, tmp_path, until="pretrain")][
+        -1
+    ] == "pretrain.pretraining"
 
 
 # ------------------------------------------------------------------------------------------------ this machine
@@ -213,15 +245,26 @@ def test_jobs_run_in_order_and_not_behind_one_that_failed(tmp_path: Path, small_
         job("c", tmp_path, "code=0"),
     ]
     found = submit(asked, tmp_path, launcher("here"))
-    assert [(each.job, each.number, each.code) for each in found] == [("a", 0, 0), ("a", 1, 1), ("c", 0, 0)]
+    assert [(each.job, each.number, each.code) for each in found] == [
+        ("a", 0, 0),
+        ("a", 1, 1),
+        ("c", 0, 0),
+    ]
     launch = newest_launch(tmp_path)
     assert (launch.logs / "a-1.log").read_text().startswith("says {'code': '1'")
-    assert [event["event"] for event in read_events(launch.journal("a", 1))] == ["started", "stopped"]
+    assert [event["event"] for event in read_events(launch.journal("a", 1))] == [
+        "started",
+        "stopped",
+    ]
 
 
-def test_torchrun_starts_ranks_and_keeps_their_exit_code(tmp_path: Path, small_code: None, capfd: Any) -> None:
+def test_torchrun_starts_ranks_and_keeps_their_exit_code(
+    tmp_path: Path, small_code: None, capfd: Any
+) -> None:
     # The first rank to end takes the others with it: both have time to speak.
-    [done] = submit([job("a", tmp_path, "sleep=5 code=75")], tmp_path, launcher("torchrun", processes=2))
+    [done] = submit(
+        [job("a", tmp_path, "sleep=5 code=75")], tmp_path, launcher("torchrun", processes=2)
+    )
     assert done.code == 75
     said = capfd.readouterr().out
     assert "} 0\n" in said
@@ -248,14 +291,19 @@ def test_a_detached_job_is_followed_and_ends(tmp_path: Path, small_code: None, c
     assert "job is d, which was not launched; known: a, b, c" in capsys.readouterr().err
 
 
-def test_a_detached_job_that_is_cancelled_writes_a_checkpoint(tmp_path: Path, small_code: None, capsys: Any) -> None:
+def test_a_detached_job_that_is_cancelled_writes_a_checkpoint(
+    tmp_path: Path, small_code: None, capsys: Any
+) -> None:
     submit([job("a", tmp_path, "sleep=60"), job("b", tmp_path, "")], tmp_path, launcher("local"))
     log = newest_launch(tmp_path).logs / "a-0.log"
     wait_for(lambda: log.is_file() and "says" in log.read_text())
     assert words(tmp_path) == ["running", "queued"]
     assert main(["cancel", f"run={tmp_path}"]) == 0
     wait_for(lambda: words(tmp_path) == ["cancelled", "failed"])
-    assert [event["event"] for event in read_events(newest_launch(tmp_path).journal("a", 0))] == ["started", "again"]
+    assert [event["event"] for event in read_events(newest_launch(tmp_path).journal("a", 0))] == [
+        "started",
+        "again",
+    ]
     submit([job("a", tmp_path, "")], tmp_path, launcher("local"))
     assert newest_launch(tmp_path).number == 2
     wait_for(lambda: words(tmp_path) == ["done"])
@@ -265,7 +313,9 @@ def test_gpus_are_shared_out_among_commands_side_by_side(
     tmp_path: Path, small_code: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = jobs.begin_launch(tmp_path)
-    (launch.code / "cm3leon" / "run.py").write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    (launch.code / "cm3leon" / "run.py").write_text(
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
     asked = [job("a", tmp_path, "", "", "", together=False)]
     Machine(launch, devices=("4", "5", "6", "7"), parallel=2).run(asked)
     seen = {(launch.logs / f"a-{number}.log").read_text().strip() for number in range(3)}
@@ -316,17 +366,41 @@ def slurm(tmp_path: Path, small_code: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sbatch_is_given_resources_arrays_and_dependencies(tmp_path: Path, slurm: Path) -> None:
-    fields = {"nodes": 2, "gpus_per_node": 8, "partition": "main", "account": "physics", "mem_gb": 1.5}
-    config = launcher("slurm", **fields, cpus_per_task=3, setup=["module load x"], sbatch={"exclusive": True})
+    fields = {
+        "nodes": 2,
+        "gpus_per_node": 8,
+        "partition": "main",
+        "account": "physics",
+        "mem_gb": 1.5,
+    }
+    config = launcher(
+        "slurm", **fields, cpus_per_task=3, setup=["module load x"], sbatch={"exclusive": True}
+    )
     asked = [
-        job("tokens", tmp_path / "r", "", "", "", together=False, resources={"timeout_min": 7, "gpus_per_node": 0}),
+        job(
+            "tokens",
+            tmp_path / "r",
+            "",
+            "",
+            "",
+            together=False,
+            resources={"timeout_min": 7, "gpus_per_node": 0},
+        ),
         job("pretraining", tmp_path / "r", "", after=("tokens",)),
     ]
     found = submit(asked, tmp_path / "r", config)
     assert [each.id for each in found] == ["101_0", "101_1", "101_2", "102"]
     assert found[1].log == tmp_path / "r/launch/1/jobs/101_1_0_log.out"
     tokens, pretraining = ((slurm / f"script-{number}.sh").read_text() for number in range(2))
-    for line in ("array=0-2%3", "nodes=1", "ntasks-per-node=1", "time=7", "mem=1500M", "requeue", "account=physics"):
+    for line in (
+        "array=0-2%3",
+        "nodes=1",
+        "ntasks-per-node=1",
+        "time=7",
+        "mem=1500M",
+        "requeue",
+        "account=physics",
+    ):
         assert f"#SBATCH --{line}\n" in tokens
     assert "gpus" not in tokens
     for line in (
@@ -348,27 +422,44 @@ def test_sbatch_is_given_resources_arrays_and_dependencies(tmp_path: Path, slurm
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"partition": "mian"}, "launcher.partition is mian, which the cluster does not have; did you mean main?"),
-        ({"nodes": 17, "partition": "cpu"}, "launcher.nodes is 17; partition cpu has 16 such nodes"),
+        (
+            {"partition": "mian"},
+            "launcher.partition is mian, which the cluster does not have; did you mean main?",
+        ),
+        (
+            {"nodes": 17, "partition": "cpu"},
+            "launcher.nodes is 17; partition cpu has 16 such nodes",
+        ),
         ({"gpus_per_node": 1, "partition": "cpu"}, "nodes of partition cpu have no GPUs"),
         ({"gpus_per_node": 9}, "launcher.gpus_per_node is 9; nodes of partition main have 8 GPUs"),
         ({"gpus_per_node": 4, "nodes": 5}, "launcher.nodes is 5; partition main has 4 such nodes"),
-        ({"account": "fysics"}, "launcher.account is fysics, which is not one of yours; did you mean physics?"),
-        ({"account": "broke"}, "sbatch refused the job b, and nothing is queued: .*Invalid account"),
+        (
+            {"account": "fysics"},
+            "launcher.account is fysics, which is not one of yours; did you mean physics?",
+        ),
+        (
+            {"account": "broke"},
+            "sbatch refused the job b, and nothing is queued: .*Invalid account",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_said_before_anything_is_queued(
     tmp_path: Path, slurm: Path, fields: dict[str, Any], sentence: str
 ) -> None:
     late = {"account": fields.pop("account")} if fields.get("account") == "broke" else {}
-    asked = [job("a", tmp_path / "r", ""), job("b", tmp_path / "r", "", after=("a",), resources=late)]
+    asked = [
+        job("a", tmp_path / "r", ""),
+        job("b", tmp_path / "r", "", after=("a",), resources=late),
+    ]
     with pytest.raises(UserError, match=sentence):
         submit(asked, tmp_path / "r", launcher("slurm", **fields))
     assert not list((tmp_path / "r").glob("launch/*"))
     assert (slurm / "cancelled").exists() == bool(late)
 
 
-def test_without_sbatch_one_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_sbatch_one_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["experiment=digits_smoke", "launcher=slurm", f"run={tmp_path / 'r'}"]) == 2
     assert "launcher is slurm, and sbatch is not on the PATH" in capsys.readouterr().err
@@ -386,7 +477,10 @@ def test_a_full_disk_or_an_old_checkpoint_is_said_before_anything_is_queued(
     old.mkdir(parents=True)
     (old / "state.json").write_text('{"step": 5, "format": 0}')
     assert main(asked) == 2
-    assert "step_00000005 is a checkpoint of format 0, and this version reads format 1" in capsys.readouterr().err
+    assert (
+        "step_00000005 is a checkpoint of format 0, and this version reads format 1"
+        in capsys.readouterr().err
+    )
     assert not list(slurm.glob("script*"))
 
 
@@ -394,9 +488,14 @@ def slurm_says(folder: Path, *lines: str) -> None:
     (folder / "known").write_text("".join(f"{line}\n" for line in lines))
 
 
-def test_status_is_put_together_from_scontrol_and_journals(tmp_path: Path, slurm: Path, capsys: Any) -> None:
+def test_status_is_put_together_from_scontrol_and_journals(
+    tmp_path: Path, slurm: Path, capsys: Any
+) -> None:
     run = tmp_path / "r"
-    asked = [job("tokens", run, *[""] * 6, together=False), job("pretraining", run, "", after=("tokens",))]
+    asked = [
+        job("tokens", run, *[""] * 6, together=False),
+        job("pretraining", run, "", after=("tokens",)),
+    ]
     submit(asked, run, launcher("slurm"))
     launch = newest_launch(run)
     slurm_says(
@@ -428,7 +527,10 @@ def test_a_job_that_never_saw_its_folder_on_a_node_says_so(tmp_path: Path, slurm
     environment = {**os.environ, "SLURM_JOB_NODELIST": "node[1-2]"}
     assert subprocess.run(["bash", "-c", script], env=environment, check=False).returncode == 66
     [(_, state)] = follow.states(newest_launch(tmp_path / "r"))
-    assert (state.word, state.more.startswith("the run folder is not visible on all of node[1-2]")) == ("failed", True)
+    assert (
+        state.word,
+        state.more.startswith("the run folder is not visible on all of node[1-2]"),
+    ) == ("failed", True)
 
 
 # ------------------------------------------------------------------------------------------------ inside a job

@@ -86,7 +86,9 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-@pytest.mark.parametrize(("module", "file"), [pytest.param(*each, id=each[0]) for each in modules()])
+@pytest.mark.parametrize(
+    ("module", "file"), [pytest.param(*each, id=each[0]) for each in modules()]
+)
 def test_imports_go_one_way(module: str, file: Path) -> None:
     assert violations(file.read_text(), module, file.name == "__init__.py") == []
 
@@ -123,7 +125,10 @@ def test_a_backward_import_is_caught(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("cm3leon.training.trainer", "from cm3leon.models import Transformer\nfrom .schedule import linear"),
+        (
+            "cm3leon.training.trainer",
+            "from cm3leon.models import Transformer\nfrom .schedule import linear",
+        ),
         ("cm3leon.evaluation.report", "from cm3leon.training import trainer"),
         ("cm3leon.run", "from cm3leon.stages import run_experiment"),
         ("cm3leon.run", "from cm3leon import __version__"),

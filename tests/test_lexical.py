@@ -23,7 +23,9 @@ from cm3leon.types import UserError
 discover()
 
 WORDS = ["red", "blue", "dog", "cat", "a", "the", "photo", "7", "naïve"]
-TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join), min_size=2, max_size=12)
+TEXTS = st.lists(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join), min_size=2, max_size=12
+)
 
 
 def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -36,7 +38,9 @@ def test_texts_are_tf_idf_vectors_projected(texts: list[str]) -> None:
     encoder.fit(texts)
     reference = TfidfVectorizer(token_pattern=r"\w+")
     tf_idf_BV = reference.fit_transform(texts).toarray()
-    projected_BD = tf_idf_BV @ np.stack([direction(word) for word in reference.get_feature_names_out()])
+    projected_BD = tf_idf_BV @ np.stack(
+        [direction(word) for word in reference.get_feature_names_out()]
+    )
     expected_BD = projected_BD / np.linalg.norm(projected_BD, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.encode_texts(texts)[:, :TEXT_DIM], expected_BD, atol=1e-5)
 
@@ -51,25 +55,35 @@ def test_different_words_are_nearly_orthogonal() -> None:
 
 def test_names_that_were_not_fitted_are_found() -> None:
     retriever = RETRIEVERS.build({"name": "lexical", "threshold": 0.99})
-    retriever.encoder.fit([f"{entity_name(n)} on {ground}" for n in range(300) for ground in ("white", "grey")])
+    retriever.encoder.fit(
+        [f"{entity_name(n)} on {ground}" for n in range(300) for ground in ("white", "grey")]
+    )
     new = [entity_name(n) for n in range(300, 900)]
     texts = [f"{name} on {ground}" for name in new for ground in ("grey", "black")]
     bank = retriever.bank([str(n) for n in range(len(texts))], texts, pictures(len(texts)))
-    rows_QK, _ = retriever.retrieve(bank, retriever.parts([f"{n} on white" for n in new], None), "text", count=2)
+    rows_QK, _ = retriever.retrieve(
+        bank, retriever.parts([f"{n} on white" for n in new], None), "text", count=2
+    )
     assert np.array_equal(rows_QK // 2, np.repeat(np.arange(len(new))[:, None], 2, axis=1))
 
 
 def test_images_are_compared_by_the_colours_of_their_cells() -> None:
     encoder = LexicalEncoder()
     images_BHWC = pictures(3, side=CELLS)
-    shown_BHWC = np.concatenate([images_BHWC.repeat(4, axis=1).repeat(4, axis=2)[:2], np.full((1, 32, 32, 3), 7, "u1")])
+    shown_BHWC = np.concatenate(
+        [images_BHWC.repeat(4, axis=1).repeat(4, axis=2)[:2], np.full((1, 32, 32, 3), 7, "u1")]
+    )
     vectors_BD = encoder.encode_images(shown_BHWC)
     cells_BCN = images_BHWC[:2].reshape(2, -1, 3).transpose(0, 2, 1) / 255
     centred_BD = (cells_BCN - cells_BCN.mean(2, keepdims=True)).reshape(2, -1)
     expected = centred_BD[0] @ centred_BD[1] + 0.1**2
-    expected /= np.sqrt((centred_BD[0] @ centred_BD[0] + 0.1**2) * (centred_BD[1] @ centred_BD[1] + 0.1**2))
+    expected /= np.sqrt(
+        (centred_BD[0] @ centred_BD[0] + 0.1**2) * (centred_BD[1] @ centred_BD[1] + 0.1**2)
+    )
     assert vectors_BD[0] @ vectors_BD[1] == pytest.approx(expected, abs=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5)  # of one colour, too
+    np.testing.assert_allclose(
+        np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5
+    )  # of one colour, too
     larger_BD = encoder.encode_images(shown_BHWC.repeat(2, axis=1).repeat(2, axis=2))
     np.testing.assert_allclose(larger_BD, vectors_BD, atol=1e-5)
 
@@ -91,10 +105,14 @@ def test_query_dropout_leaves_out_that_share(dropout: float) -> None:
     left_BW = np.linalg.lstsq(singles_BD.T, dropped_BD.T, rcond=None)[0].T > 1e-3
     assert set(left_BW.sum(axis=1)) == {max(1, 8 - round(8 * dropout))}
     assert len(np.unique(left_BW, axis=0)) > 1
-    assert np.array_equal(dropped_BD, encoder.encode_texts([" ".join(words)] * 20, dropout=dropout, seed=3))
+    assert np.array_equal(
+        dropped_BD, encoder.encode_texts([" ".join(words)] * 20, dropout=dropout, seed=3)
+    )
     assert np.abs(dropped_BD[0] - whole_D).max() > 0.01
     cells_BD = encoder.encode_images(pictures(5), dropout=dropout, seed=3)[:, TEXT_DIM:-1]
-    assert ((cells_BD.reshape(5, 3, -1) == 0).all(axis=1).sum(axis=1) == round(dropout * CELLS**2)).all()
+    assert (
+        (cells_BD.reshape(5, 3, -1) == 0).all(axis=1).sum(axis=1) == round(dropout * CELLS**2)
+    ).all()
 
 
 def test_a_text_without_words_is_none() -> None:
@@ -119,14 +137,21 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     captions = [run.corpus.captions[row] for row in run.corpus.rows("train")]
     fitted = LexicalEncoder()
     fitted.fit(captions)
-    assert np.array_equal(run.retriever.encoder.encode_texts(captions[:5]), fitted.encode_texts(captions[:5]))
+    assert np.array_equal(
+        run.retriever.encoder.encode_texts(captions[:5]), fitted.encode_texts(captions[:5])
+    )
     assert run.neighbours.rows_VBK.max() > 0
     model = CM3Leon.load(tmp_path)
     assert np.isnan(model.clip_scores(captions[0], run.codes_MN[:1])).all()
-    with pytest.raises(UserError, match="samples are ranked by CLIP, and the retriever lexical of this run has none"):
+    with pytest.raises(
+        UserError,
+        match="samples are ranked by CLIP, and the retriever lexical of this run has none",
+    ):
         model.clip_scores(captions[0], run.codes_MN[:2])
 
 
 def test_there_is_nothing_to_train() -> None:
-    with pytest.raises(UserError, match="retriever_training is set, and the retriever lexical has nothing to train"):
+    with pytest.raises(
+        UserError, match="retriever_training is set, and the retriever lexical has nothing to train"
+    ):
         load_experiment("digits_smoke", settings={"retriever": {"name": "lexical"}})

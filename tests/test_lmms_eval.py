@@ -31,7 +31,10 @@ class Request:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lmms") / "run"
-    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={folder}", "until=pretraining"]) == 0
+    assert (
+        main(["experiment=pretrain_350m", "overrides=smoke", f"run={folder}", "until=pretraining"])
+        == 0
+    )
     return folder
 
 
@@ -40,7 +43,9 @@ def picture(number: int) -> Image.Image:
 
 
 def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
-    model = CM3LeonModel.__new__(CM3LeonModel)  # lmms-eval, which its constructor needs, may not be installed
+    model = CM3LeonModel.__new__(
+        CM3LeonModel
+    )  # lmms-eval, which its constructor needs, may not be installed
     model._model, model.task_dict, model._rank = CM3Leon.load(run, precision="float32"), {}, 0
     if not hasattr(CM3LeonModel, "rank"):
         model.rank = 0
@@ -49,24 +54,36 @@ def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
     def visual(doc: Any) -> list[Any]:
         return [doc["image"]]
 
-    asked = [Request("What is it?", {"max_new_tokens": 4}, visual, n, "colours", "test") for n in range(3)]
+    asked = [
+        Request("What is it?", {"max_new_tokens": 4}, visual, n, "colours", "test")
+        for n in range(3)
+    ]
     assert model.generate_until(asked) == [
         _until(model._model.answer(picture(n), "What is it?", most=4), ()) for n in range(3)
     ]
-    scored = [Request("What is it?", lambda doc: " red", visual, n, "colours", "test") for n in range(2)]
+    scored = [
+        Request("What is it?", lambda doc: " red", visual, n, "colours", "test") for n in range(2)
+    ]
     found = model.loglikelihood(scored)
     for number, (score, greedy) in enumerate(found):
-        (expected,) = model._model.score(texts=["red"], image=picture(number), question="What is it?")
+        (expected,) = model._model.score(
+            texts=["red"], image=picture(number), question="What is it?"
+        )
         assert score == pytest.approx(expected)
         assert isinstance(greedy, bool)
-    for images, sentence in ((lambda doc: [], "has 0 images"), (lambda doc: [picture(0)] * 2, "has 2 images")):
+    for images, sentence in (
+        (lambda doc: [], "has 0 images"),
+        (lambda doc: [picture(0)] * 2, "has 2 images"),
+    ):
         with pytest.raises(UserError, match=sentence):
             model.generate_until([Request("What?", {}, images, 0, "colours", "test")])
     with pytest.raises(UserError, match="several rounds"):
         model.generate_until_multi_round([])
 
 
-def test_lmms_eval_measures_a_local_task(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmms_eval_measures_a_local_task(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lmms_eval", reason="the extra lmms is not installed")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -78,7 +95,9 @@ def test_lmms_eval_measures_a_local_task(run: Path, tmp_path: Path, monkeypatch:
     lines = []
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")
-        lines.append({"image": str(tmp_path / f"{number}.png"), "question": "What is it?", "answer": "red"})
+        lines.append(
+            {"image": str(tmp_path / f"{number}.png"), "question": "What is it?", "answer": "red"}
+        )
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -113,4 +132,7 @@ def test_lmms_eval_measures_a_local_task(run: Path, tmp_path: Path, monkeypatch:
     model = CM3Leon.load(run)
     answers = [_until(model.answer(picture(n), "What is it?", most=4), ()) for n in range(4)]
     assert [sample["filtered_resps"][0] for sample in samples] == answers
-    assert found["results"]["colours_local"]["exact_match,none"] == sum(a == "red" for a in answers) / 4
+    assert (
+        found["results"]["colours_local"]["exact_match,none"]
+        == sum(a == "red" for a in answers) / 4
+    )

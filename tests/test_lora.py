@@ -20,7 +20,10 @@ from cm3leon.types import UserError
 
 def decoder() -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(Transformer.Config(layers=2, width=32, head_size=16, seq_len=24, init_std=0.1), vocab_size=50)
+    model = Transformer(
+        Transformer.Config(layers=2, width=32, head_size=16, seq_len=24, init_std=0.1),
+        vocab_size=50,
+    )
     torch.nn.init.normal_(model.head.weight, std=0.2)
     return model
 
@@ -59,8 +62,12 @@ def test_merged_weights_are_the_formula_under_the_old_names() -> None:
     state = merged(model.state_dict(), 2.0)
     assert list(state) == list(plain.state_dict())
     adapted = model.blocks[1].qkv
-    expected = plain.blocks[1].qkv.weight.double() + 2 * adapted.lora_b.double() @ adapted.lora_a.double()
-    torch.testing.assert_close(state["blocks.1.qkv.weight"].double(), expected, atol=1e-6, rtol=1e-6)
+    expected = (
+        plain.blocks[1].qkv.weight.double() + 2 * adapted.lora_b.double() @ adapted.lora_a.double()
+    )
+    torch.testing.assert_close(
+        state["blocks.1.qkv.weight"].double(), expected, atol=1e-6, rtol=1e-6
+    )
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(IDS_BT), model(IDS_BT), atol=1e-5, rtol=1e-5)
     assert lora_scale(plain) is None
@@ -72,12 +79,16 @@ def test_frozen_layers_in_bf16_compute_the_same_up_to_its_rounding() -> None:
         torch.manual_seed(2)
         add_lora(each, 3, 6.0, frozen_dtype=dtype)
         moved(each)
-    assert {weight.dtype for name, weight in halved.named_parameters() if "lora" in name} == {torch.float32}
+    assert {weight.dtype for name, weight in halved.named_parameters() if "lora" in name} == {
+        torch.float32
+    }
     assert halved.blocks[0].up.weight.dtype == torch.bfloat16
     assert halved.embedding.weight.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found_BTV, expected_BTV = halved(IDS_BT), model(IDS_BT)
-    torch.testing.assert_close(found_BTV, expected_BTV, atol=0, rtol=0)  # autocast rounds the others just so
+    torch.testing.assert_close(
+        found_BTV, expected_BTV, atol=0, rtol=0
+    )  # autocast rounds the others just so
     assert {weight.dtype for weight in merged(halved.state_dict(), 2.0).values()} == {torch.float32}
 
 
@@ -113,6 +124,13 @@ def test_two_ranks_are_one_and_a_stopped_training_goes_on_bit_for_bit(tmp_path: 
 
 @pytest.mark.parametrize("fields", [{}, {"start": "runs/x", "start_with": "everything"}])
 def test_there_must_be_weights_to_adapt(fields: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="lora_rank adapts trained weights: set start to a run folder"):
+    with pytest.raises(
+        UserError, match="lora_rank adapts trained weights: set start to a run folder"
+    ):
         from_mapping(DecoderTrainingConfig, {"lora_rank": 8, **fields}, "training")
-    assert from_mapping(DecoderTrainingConfig, {"lora_rank": 8, "start": "runs/x"}, "training").lora_alpha == 16
+    assert (
+        from_mapping(
+            DecoderTrainingConfig, {"lora_rank": 8, "start": "runs/x"}, "training"
+        ).lora_alpha
+        == 16
+    )

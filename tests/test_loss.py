@@ -27,7 +27,9 @@ discover()
 D = 6
 
 
-def problem(tokens: int, vocabulary: int, seed: int = 0, width: int = D) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(
+    tokens: int, vocabulary: int, seed: int = 0, width: int = D
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, head, targets and weights, some of them 0."""
     generator = torch.Generator().manual_seed(seed)
     hidden_ND = torch.randn(tokens, width, generator=generator)
@@ -38,7 +40,9 @@ def problem(tokens: int, vocabulary: int, seed: int = 0, width: int = D) -> tupl
     return hidden_ND, head_VD, target_N, weight_N
 
 
-def by_formula(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, z: float) -> tuple[Any, ...]:
+def by_formula(
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, z: float
+) -> tuple[Any, ...]:
     """Loss, losses of the tokens, and both gradients, in float64."""
     hidden, head = hidden_ND.double().requires_grad_(), head_VD.double().requires_grad_()
     logits = hidden @ head.T
@@ -56,7 +60,9 @@ class Watch(TorchDispatchMode):
         self.elements = 0
         self.products: list[torch.dtype] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket is torch.ops.aten.mm:
             self.products.append(result.dtype)
@@ -66,12 +72,19 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@given(tokens=st.integers(1, 40), vocabulary=st.integers(2, 30), rows=st.integers(1, 50), z=st.sampled_from([0.0, 0.1]))
+@given(
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(2, 30),
+    rows=st.integers(1, 50),
+    z=st.sampled_from([0.0, 0.1]),
+)
 @settings(max_examples=60)
 def test_chunks_are_the_formula(tokens: int, vocabulary: int, rows: int, z: float) -> None:
     given_tensors = problem(tokens, vocabulary)
     hidden, head = (tensor.clone().requires_grad_() for tensor in given_tensors[:2])
-    loss, nll = linear_cross_entropy(hidden, head, *given_tensors[2:], z_loss=z, most_logits=rows * vocabulary)
+    loss, nll = linear_cross_entropy(
+        hidden, head, *given_tensors[2:], z_loss=z, most_logits=rows * vocabulary
+    )
     (0.25 * loss).backward()
     expected = by_formula(*given_tensors, z)
     for found, wanted in zip((loss, nll, 4 * hidden.grad, 4 * head.grad), expected, strict=True):
@@ -87,7 +100,9 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish() -> None:
     assert logits_NV.max() > 500  # exp of it is no float32
     wanted_N = np.logaddexp.reduce(logits_NV, 1) - logits_NV[np.arange(20), target.numpy()]
     np.testing.assert_allclose(nll.numpy(), wanted_N, rtol=1e-4, atol=1e-3)
-    assert loss.item() == pytest.approx((wanted_N * weight.numpy()).sum() / weight.sum().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        (wanted_N * weight.numpy()).sum() / weight.sum().item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("z", [0.0, 1e-2])
@@ -114,7 +129,9 @@ def test_one_chunk_is_bit_for_bit_what_these_operations_give(z: float) -> None:
         assert all(torch.equal(one, other) for one, other in zip(ours, results[2], strict=True))
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
+)
 def test_torch_has_the_same_loss_and_gradients() -> None:
     given_tensors = problem(20, 30)[:2]
     target = problem(20, 30)[2]
@@ -134,7 +151,11 @@ def test_torch_has_the_same_loss_and_gradients() -> None:
 def test_no_weight_is_no_loss_and_no_gradient() -> None:
     hidden, head, target, weight = problem(20, 30)
     loss, nll = linear_cross_entropy(
-        hidden.requires_grad_(), head.requires_grad_(), target, torch.zeros_like(weight), most_logits=90
+        hidden.requires_grad_(),
+        head.requires_grad_(),
+        target,
+        torch.zeros_like(weight),
+        most_logits=90,
     )
     loss.backward()
     assert loss.item() == 0
@@ -152,7 +173,9 @@ def test_no_weight_is_no_loss_and_no_gradient() -> None:
         (torch.bfloat16, torch.bfloat16, False),
     ],
 )
-def test_bf16_is_within_its_rounding_of_the_formula(of_hidden: Any, of_head: Any, autocast: bool) -> None:
+def test_bf16_is_within_its_rounding_of_the_formula(
+    of_hidden: Any, of_head: Any, autocast: bool
+) -> None:
     given_tensors = problem(64, 50, width=32)
     hidden = given_tensors[0].to(of_hidden).requires_grad_()
     head = given_tensors[1].to(of_head).requires_grad_()
@@ -160,10 +183,18 @@ def test_bf16_is_within_its_rounding_of_the_formula(of_hidden: Any, of_head: Any
         loss, nll = linear_cross_entropy(hidden, head, *given_tensors[2:], most_logits=500)
     loss.backward()
     assert watch.products == [torch.bfloat16] * 3 * 7  # 10 tokens a chunk
-    assert (loss.dtype, nll.dtype, hidden.grad.dtype, head.grad.dtype) == (*(torch.float32,) * 2, of_hidden, of_head)
+    assert (loss.dtype, nll.dtype, hidden.grad.dtype, head.grad.dtype) == (
+        *(torch.float32,) * 2,
+        of_hidden,
+        of_head,
+    )
     expected = by_formula(*given_tensors, 0.0)
-    for found, wanted in zip((loss, hidden.grad, head.grad), (expected[0], *expected[2:]), strict=True):
-        error = (found.detach().double() - wanted.detach()).abs().max() / wanted.detach().abs().max()
+    for found, wanted in zip(
+        (loss, hidden.grad, head.grad), (expected[0], *expected[2:]), strict=True
+    ):
+        error = (
+            found.detach().double() - wanted.detach()
+        ).abs().max() / wanted.detach().abs().max()
         assert error < 0.02  # bf16 has 8 bits
 
 
@@ -180,7 +211,9 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     assert (hidden.grad is None) == (frozen != "head")
     assert (head.grad is None) == (frozen != "hidden")
     with torch.inference_mode():
-        assert linear_cross_entropy(*given_tensors, most_logits=90)[0].item() == pytest.approx(loss.item())
+        assert linear_cross_entropy(*given_tensors, most_logits=90)[0].item() == pytest.approx(
+            loss.item()
+        )
 
 
 def test_gradients_are_scaled_once() -> None:
@@ -200,7 +233,9 @@ def test_the_logits_of_all_tokens_are_never_held_and_no_product_is_taken_twice()
     hidden, head, target, weight = problem(TOKENS, VOCABULARY)
     hidden.requires_grad_(), head.requires_grad_()
     with Watch() as chunked:
-        linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)[0].backward()
+        linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)[
+            0
+        ].backward()
     assert chunked.elements == ROWS * VOCABULARY
     assert len(chunked.products) == 3 * CHUNKS
     with Watch() as plain:
@@ -216,7 +251,9 @@ def test_no_gradient_is_made_where_none_is_kept(mode: Any) -> None:
     with mode(), Watch() as watch:
         loss, _ = linear_cross_entropy(hidden, head, target, weight, most_logits=ROWS * VOCABULARY)
     assert len(watch.products) == CHUNKS
-    assert loss.item() == pytest.approx(by_formula(hidden.detach(), head.detach(), target, weight, 0.0)[0].item())
+    assert loss.item() == pytest.approx(
+        by_formula(hidden.detach(), head.detach(), target, weight, 0.0)[0].item()
+    )
 
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=4)
@@ -234,7 +271,9 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
     def document(number: int) -> TokenDocument:
         text_T = rng.integers(VOCAB.text_size - 10, VOCAB.text_size, 5)
         image_T = rng.integers(VOCAB.image_start, VOCAB.image_start + 16, 9)
-        return TokenDocument(str(number), (TokenSegment("text", text_T), TokenSegment("image", image_T)))
+        return TokenDocument(
+            str(number), (TokenSegment("text", text_T), TokenSegment("image", image_T))
+        )
 
     samples = [objective.corrupt(lay_out(Sample(document(n)), VOCAB), rng, 30) for n in range(4)]
     blocks = [pack(samples[:2], 64, VOCAB.pad), pack(samples[2:], 64, VOCAB.pad)]
@@ -261,7 +300,11 @@ def test_modalities_are_counted_one_by_one_over_a_packed_batch(
     assert figures["tokens"] == positions
     for kind in ("text", "image"):
         total, count = figures[f"loss_{kind}"]
-        assert (total.dtype, count.dtype, total.requires_grad) == (torch.float32, torch.float32, False)
+        assert (total.dtype, count.dtype, total.requires_grad) == (
+            torch.float32,
+            torch.float32,
+            False,
+        )
         assert total.item() == pytest.approx(totals[kind], rel=1e-5)
         assert count.item() == counts[kind]
 

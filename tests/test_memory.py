@@ -35,7 +35,9 @@ def test_weights_are_those_of_the_module(name: str) -> None:
         model: Any = MODELS.build(name, vocab_size=65_536)
         count = parameters(model.config, 65_536)
         for part in ("embedding", "positions", "blocks", "head"):
-            assert getattr(count, part) == sum(weight.numel() for weight in getattr(model, part).parameters()), part
+            assert getattr(count, part) == sum(
+                weight.numel() for weight in getattr(model, part).parameters()
+            ), part
         assert count.total == sum(weight.numel() for weight in model.parameters())
         assert count.root == count.total - count.blocks
         add_lora(model, 8, 16.0)
@@ -51,7 +53,9 @@ class Live(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor):
@@ -72,7 +76,11 @@ class Live(TorchDispatchMode):
 
 
 def peak(
-    shape: Transformer.Config, vocab_size: int, config: DecoderTrainingConfig, micro_batch: int, parts: int
+    shape: Transformer.Config,
+    vocab_size: int,
+    config: DecoderTrainingConfig,
+    micro_batch: int,
+    parts: int,
 ) -> int:
     """The most bytes held in a step after the first, with so many micro-batches."""
     torch.manual_seed(0)
@@ -90,9 +98,14 @@ def peak(
                 ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
 
                 def readout(
-                    hidden_BTD: Tensor, head: Any, ids_N: Tensor = ids_N, weight_N: Tensor = weight_N
+                    hidden_BTD: Tensor,
+                    head: Any,
+                    ids_N: Tensor = ids_N,
+                    weight_N: Tensor = weight_N,
                 ) -> Tensor:
-                    return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N)[0]
+                    return linear_cross_entropy(
+                        hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
+                    )[0]
 
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = model(ids_BT, readout=readout)
@@ -114,7 +127,10 @@ def test_a_training_holds_what_is_planned(
 ) -> None:
     shape = Transformer.Config(layers=4, width=width, seq_len=256)
     config = DecoderTrainingConfig(
-        precision="bf16", activation_checkpointing=checkpointing, lora_rank=lora, batch_size=micro_batch * parts
+        precision="bf16",
+        activation_checkpointing=checkpointing,
+        lora_rank=lora,
+        batch_size=micro_batch * parts,
     )
     planned = training_memory(shape, vocab_size, config, gpus=1, micro_batch=micro_batch)
     measured = peak(shape, vocab_size, config, micro_batch, parts)
@@ -154,9 +170,13 @@ def cuda_autocast() -> Iterator[None]:
 )
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_what_autograd_keeps_on_cuda_is_counted(gpus: int, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_autograd_keeps_on_cuda_is_counted(
+    gpus: int, checkpointing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of tensors without contents, which have CUDA's precisions; under FSDP the gathered weights are bf16."""
-    monkeypatch.setattr(Transformer, "reset_parameters", lambda self: None)  # there are no contents to draw
+    monkeypatch.setattr(
+        Transformer, "reset_parameters", lambda self: None
+    )  # there are no contents to draw
     shape = Transformer.Config(layers=4, width=256, seq_len=512)
     kept: dict[int, Any] = {}
     with FakeTensorMode(), torch.device("cuda"):
@@ -164,7 +184,11 @@ def test_what_autograd_keeps_on_cuda_is_counted(gpus: int, checkpointing: Any, m
         if gpus > 1:
             for module in model.modules():
                 for name, weight in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, torch.nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)))
+                    setattr(
+                        module,
+                        name,
+                        torch.nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)),
+                    )
         recompute(model, checkpointing)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
 
@@ -175,19 +199,31 @@ def test_what_autograd_keeps_on_cuda_is_counted(gpus: int, checkpointing: Any, m
             return tensor
 
         with cuda_autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.hidden(torch.zeros(2, 512, dtype=torch.int64), attend=lambda layer, *qkv: Fused.apply(*qkv))
-    config = DecoderTrainingConfig(precision="bf16", activation_checkpointing=checkpointing, batch_size=16)
+            model.hidden(
+                torch.zeros(2, 512, dtype=torch.int64), attend=lambda layer, *qkv: Fused.apply(*qkv)
+            )
+    config = DecoderTrainingConfig(
+        precision="bf16", activation_checkpointing=checkpointing, batch_size=16
+    )
     planned = training_memory(shape, 512, config, gpus=gpus, micro_batch=2)
     copies = 2 * parameters(shape, 512).blocks if gpus == 1 and checkpointing == "none" else 0
-    assert planned.activations + copies == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=0.02)
+    assert planned.activations + copies == pytest.approx(
+        sum(each.nbytes() for each in kept.values()), rel=0.02
+    )
 
 
 def test_shards_share_what_is_kept() -> None:
     shape = Transformer.Config(layers=32, width=4096, head_size=128)
     config = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full")
-    eight, many = (training_memory(shape, 65_536, config, gpus=gpus, micro_batch=1) for gpus in (8, 512))
+    eight, many = (
+        training_memory(shape, 65_536, config, gpus=gpus, micro_batch=1) for gpus in (8, 512)
+    )
     total = parameters(shape, 65_536).total
-    assert (eight.weights, eight.gradients, eight.optimizer) == (4 * total / 8, 4 * total / 8, 8 * total / 8)
+    assert (eight.weights, eight.gradients, eight.optimizer) == (
+        4 * total / 8,
+        4 * total / 8,
+        8 * total / 8,
+    )
     assert many.weights == eight.weights / 64
     assert many.activations == eight.activations
     two_copies = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full", replicas=2)
@@ -201,7 +237,9 @@ def test_shards_share_what_is_kept() -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
     shape = Transformer.Config(layers=8, width=1024, seq_len=2048)
-    config = DecoderTrainingConfig(precision="bf16", activation_checkpointing=checkpointing, batch_size=8)
+    config = DecoderTrainingConfig(
+        precision="bf16", activation_checkpointing=checkpointing, batch_size=8
+    )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -218,9 +256,11 @@ def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = model(
                     ids_BT,
-                    readout=lambda hidden_BTD, head, ids_N=ids_N, weight_N=weight_N: linear_cross_entropy(
-                        hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
-                    )[0],
+                    readout=lambda hidden_BTD, head, ids_N=ids_N, weight_N=weight_N: (
+                        linear_cross_entropy(
+                            hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
+                        )[0]
+                    ),
                 )
             loss.backward()
         optimizer.step()

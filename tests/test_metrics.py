@@ -56,7 +56,9 @@ def test_quantile_of_the_intervals() -> None:
 def test_average_has_the_interval_of_its_standard_error(values: list[float]) -> None:
     measured = average(np.array(values))
     error = np.std(values, ddof=1) / math.sqrt(len(values))
-    low, high = stats.norm.interval(0.95, np.mean(values), error) if error else (np.mean(values),) * 2
+    low, high = (
+        stats.norm.interval(0.95, np.mean(values), error) if error else (np.mean(values),) * 2
+    )
     assert measured.value == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
     assert (measured.low, measured.high) == pytest.approx((low, high), abs=1e-6)
     assert measured.n == len(values)
@@ -78,7 +80,9 @@ def test_psnr_is_that_of_all_images_together(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
     squares = [(float(x) - float(y)) ** 2 for x, y in zip(a.ravel(), b.ravel(), strict=True)]
-    assert psnr(a, b) == pytest.approx(20 * math.log10(255) - 10 * math.log10(math.fsum(squares) / len(squares)))
+    assert psnr(a, b) == pytest.approx(
+        20 * math.log10(255) - 10 * math.log10(math.fsum(squares) / len(squares))
+    )
 
 
 def test_psnr_of_known_images() -> None:
@@ -189,7 +193,11 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     documents = list(SOURCES.build("digits").documents())
     splits = split_of([document.id for document in documents], validation=0.1, held_out=0.2)
     images_BHWC = np.stack([document.image for document in documents])
-    return images_BHWC, np.array([document.label for document in documents]), np.array(splits) == "held_out"
+    return (
+        images_BHWC,
+        np.array([document.label for document in documents]),
+        np.array(splits) == "held_out",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +206,9 @@ def judge(digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Judge:
     return Judge(images_BHWC[~held_out_B], labels_B[~held_out_B])
 
 
-def test_judge_reads_held_out_digits(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_judge_reads_held_out_digits(
+    judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
     images_BHWC, labels_B, held_out_B = digits
     read_B = judge.read(images_BHWC[held_out_B])
     assert read_B.shape == (359,)
@@ -208,13 +218,17 @@ def test_judge_reads_held_out_digits(judge: Judge, digits: tuple[np.ndarray, np.
         assert np.mean(read_B[chosen_B] == label) > 0.9
 
 
-def test_judge_reads_larger_images_alike(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_judge_reads_larger_images_alike(
+    judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
     images_BHWC = digits[0][:100]
     larger_BHWC = images_BHWC.repeat(4, axis=1).repeat(4, axis=2)
     assert np.array_equal(judge.read(larger_BHWC), judge.read(images_BHWC))
 
 
-def test_judge_is_the_same_every_time(judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_judge_is_the_same_every_time(
+    judge: Judge, digits: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
     images_BHWC, labels_B, _ = digits
     twice = [Judge(images_BHWC[:300], labels_B[:300]).read(images_BHWC[300:600]) for _ in range(2)]
     assert np.array_equal(*twice)

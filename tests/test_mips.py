@@ -44,7 +44,9 @@ class GpuIndex:
     def _share(index: Any, shards: int, number: int) -> Any:
         if not hasattr(index, "nlist"):
             return faiss.clone_index(index)
-        part = faiss.IndexIVFPQ(index.quantizer, index.d, index.nlist, index.pq.M, 8, index.metric_type)
+        part = faiss.IndexIVFPQ(
+            index.quantizer, index.d, index.nlist, index.pq.M, 8, index.metric_type
+        )
         part.pq, part.is_trained, part.referenced_objects = index.pq, True, [index]
         index.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, shards, number)
         return part
@@ -76,7 +78,9 @@ class Gpus(ModuleType):
     def get_num_gpus(self) -> int:
         return len(self.free)
 
-    def index_cpu_to_gpu_multiple_py(self, resources: list[Any], index: Any, co: Any, gpus: Sequence[int]) -> Any:
+    def index_cpu_to_gpu_multiple_py(
+        self, resources: list[Any], index: Any, co: Any, gpus: Sequence[int]
+    ) -> Any:
         assert len(resources) == len(gpus)
         if not hasattr(index, "nlist"):
             self.calls.append(f"flat on {list(gpus)}")
@@ -85,7 +89,9 @@ class Gpus(ModuleType):
         self.calls.append(f"lists on {list(gpus)}")
         assert co.shard
         if index.pq.M not in self.code_lengths:
-            raise RuntimeError(f"Error in verifyPQSettings_: Error: 'x' failed: a code of {index.pq.M} bytes")
+            raise RuntimeError(
+                f"Error in verifyPQSettings_: Error: 'x' failed: a code of {index.pq.M} bytes"
+            )
         return GpuIndex(self, index, len(gpus))
 
     def index_gpu_to_cpu(self, index: GpuIndex) -> Any:
@@ -95,7 +101,9 @@ class Gpus(ModuleType):
             whole.merge_from(part, 0)
         return whole
 
-    def knn_gpu(self, resources: Any, queries: Any, vectors: Any, count: int, *, metric: int, device: int) -> Any:
+    def knn_gpu(
+        self, resources: Any, queries: Any, vectors: Any, count: int, *, metric: int, device: int
+    ) -> Any:
         self.calls.append(f"knn on {device}")
         assert count <= min(2048, len(vectors))
         return faiss.knn(queries, vectors, count, metric=metric)
@@ -115,7 +123,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
 
 def left_for(vectors: int) -> int:
     """Free memory of a GPU that has room for the index of so many vectors, and no more."""
-    index_bytes = vectors * (SMALL_IVF["code_bytes"] + mips.ID_BYTES) + 2 * SMALL_IVF["lists"] * 16 * 4
+    index_bytes = (
+        vectors * (SMALL_IVF["code_bytes"] + mips.ID_BYTES) + 2 * SMALL_IVF["lists"] * 16 * 4
+    )
     return int((index_bytes + mips.SCRATCH) / mips.SHARE) + 1
 
 
@@ -151,7 +161,9 @@ def test_a_bank_in_memory_is_searched_on_the_gpu(gpus: Gpus) -> None:
     parts = clustered(0, 50)
     found_QK = MemoryBank([str(row) for row in range(50)], parts).search(QUERIES_QD, 4)
     assert gpus.calls == ["flat on [0]", "search"]
-    assert np.array_equal(found_QK, np.argsort(-(QUERIES_QD @ parts.mean().T), axis=1, kind="stable")[:, :4])
+    assert np.array_equal(
+        found_QK, np.argsort(-(QUERIES_QD @ parts.mean().T), axis=1, kind="stable")[:, :4]
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,11 +174,19 @@ def test_a_bank_in_memory_is_searched_on_the_gpu(gpus: Gpus) -> None:
         ([DOCUMENTS - 1, DOCUMENTS // 2, DOCUMENTS // 4], "GPU 0, 1"),
         ([DOCUMENTS // 2 - 1, DOCUMENTS, DOCUMENTS + 1], "GPU 2"),
         ([DOCUMENTS // 2 - 1] * 3, "GPU 0, 1, 2"),
-        ([DOCUMENTS - 1], "CPU, as 1 GPUs would have to hold 3.3e-05 GB each, which they have not left"),
-        ([0, DOCUMENTS // 2 - 1], "CPU, as 2 GPUs would have to hold 1.7e-05 GB each, which they have not left"),
+        (
+            [DOCUMENTS - 1],
+            "CPU, as 1 GPUs would have to hold 3.3e-05 GB each, which they have not left",
+        ),
+        (
+            [0, DOCUMENTS // 2 - 1],
+            "CPU, as 2 GPUs would have to hold 1.7e-05 GB each, which they have not left",
+        ),
     ],
 )
-def test_the_fewest_gpus_that_hold_it_share_it(vectors: list[int], place: str, gpus: Gpus, inverted: Made) -> None:
+def test_the_fewest_gpus_that_hold_it_share_it(
+    vectors: list[int], place: str, gpus: Gpus, inverted: Made
+) -> None:
     made, expected_QK = inverted
     gpus.free = [left_for(count) for count in vectors]
     bank = Bank(*made)
@@ -193,7 +213,9 @@ def test_what_faiss_refuses_stays_on_the_cpu(gpus: Gpus, inverted: Made) -> None
     assert np.array_equal(bank.search(QUERIES_QD, 8), inverted[1])
 
 
-@pytest.mark.parametrize(("count", "nprobe", "on_gpu"), [(2048, 2048, True), (2049, 1, False), (5, 2049, False)])
+@pytest.mark.parametrize(
+    ("count", "nprobe", "on_gpu"), [(2048, 2048, True), (2049, 1, False), (5, 2049, False)]
+)
 def test_what_a_gpu_cannot_do_is_done_on_the_cpu(
     count: int, nprobe: int, on_gpu: bool, inverted: Made, gpus: Gpus
 ) -> None:
@@ -206,8 +228,12 @@ def test_what_a_gpu_cannot_do_is_done_on_the_cpu(
 # ------------------------------------------------------------------------------------------------ building
 
 
-@pytest.mark.parametrize("free", [[80 * 10**9], [left_for(DOCUMENTS // 3 + 1)] * 2], ids=["one", "two"])
-def test_an_index_is_built_on_gpus(free: list[int], tmp_path: Path, gpus: Gpus, inverted: Made) -> None:
+@pytest.mark.parametrize(
+    "free", [[80 * 10**9], [left_for(DOCUMENTS // 3 + 1)] * 2], ids=["one", "two"]
+)
+def test_an_index_is_built_on_gpus(
+    free: list[int], tmp_path: Path, gpus: Gpus, inverted: Made
+) -> None:
     gpus.free = free
     vectors, folder = build(tmp_path, clustered(0, DOCUMENTS), **SMALL_IVF)
     every = list(range(len(free)))
@@ -224,13 +250,17 @@ def test_an_index_is_built_on_gpus(free: list[int], tmp_path: Path, gpus: Gpus, 
 def test_both_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mips, "version", lambda package: "1.15.1")
     mips._check_packages.cache_clear()
-    with pytest.raises(UserError, match="faiss-cpu and faiss-gpu are both installed and overwrite each other"):
+    with pytest.raises(
+        UserError, match="faiss-cpu and faiss-gpu are both installed and overwrite each other"
+    ):
         mips.import_faiss()
     monkeypatch.undo()
     mips.import_faiss()
 
 
-def test_missing_libraries_of_cuda_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_of_cuda_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "faiss.py").write_text("raise RuntimeError('nvidia-cublas-cu12 is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "faiss")
@@ -240,7 +270,9 @@ def test_missing_libraries_of_cuda_are_one_sentence(tmp_path: Path, monkeypatch:
 
 # ------------------------------------------------------------------------------------------------ on GPUs
 
-needs_gpu = pytest.mark.skipif(not faiss.get_num_gpus(), reason="needs a GPU and FAISS built for GPUs")
+needs_gpu = pytest.mark.skipif(
+    not faiss.get_num_gpus(), reason="needs a GPU and FAISS built for GPUs"
+)
 
 
 @pytest.fixture
@@ -253,13 +285,17 @@ def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def same_up_to_ties(found_QK: np.ndarray, expected_QK: np.ndarray, vectors_MD: np.ndarray) -> float:
     """Share of results that are as near to their query as those expected."""
     scores_QM = QUERIES_QD.astype(np.float64) @ vectors_MD.T
-    found, expected = (np.take_along_axis(scores_QM, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK))
+    found, expected = (
+        np.take_along_axis(scores_QM, rows_QK, axis=1) for rows_QK in (found_QK, expected_QK)
+    )
     return float((np.abs(found - expected) < 1e-5).mean())
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("fields", "least"), [({}, 1.0), (SMALL_IVF, 0.95)], ids=["exact", "inverted"])
+@pytest.mark.parametrize(
+    ("fields", "least"), [({}, 1.0), (SMALL_IVF, 0.95)], ids=["exact", "inverted"]
+)
 def test_a_gpu_finds_what_a_cpu_finds(
     fields: dict[str, Any], least: float, tmp_path: Path, cpu_alone: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,9 @@ def test_neighbours_land_anywhere_from_each_other() -> None:
 
 
 def test_mixed_seeds_differ_by_numbers_and_their_order() -> None:
-    found = {mixed(*numbers) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0, 0)]}
+    found = {
+        mixed(*numbers) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 0, 0)]
+    }
     assert len(found) == 8
 
 
@@ -95,7 +97,9 @@ def test_rates_by_the_papers_rule() -> None:
     assert sampling_rates([100, 900], None) == [1.0, 1.0]
     assert sampling_rates([100, 900], [100, 900]) == [1.0, 1.0]
     assert sampling_rates([100, 900], [1, 1]) == pytest.approx([3.0, 500 / 900])  # not 5 times
-    assert sampling_rates([100, 900], [0.9, 0.1]) == pytest.approx([3.0, 0.3])  # not 9 times, and 0.11 times
+    assert sampling_rates([100, 900], [0.9, 0.1]) == pytest.approx(
+        [3.0, 0.3]
+    )  # not 9 times, and 0.11 times
     assert sampling_rates([100, 900], [1, 1], most=6.0, least=0.6) == pytest.approx([5.0, 0.6])
     assert sampling_rates([50, 50, 100], [2, 1, 1]) == pytest.approx([2.0, 1.0, 0.5])
 
@@ -130,14 +134,16 @@ def test_mistakes_are_one_sentence() -> None:
             Mixture(counts, [0.3] * len(counts), 0)
 
 
-mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.3, 3.0)), min_size=1, max_size=4).filter(
-    lambda sources: sum(round(count * rate) for count, rate in sources) > 0
-)
+mixtures = st.lists(
+    st.tuples(st.integers(1, 30), st.floats(0.3, 3.0)), min_size=1, max_size=4
+).filter(lambda sources: sum(round(count * rate) for count, rate in sources) > 0)
 
 
 @given(mixtures, seeds, st.integers(1, 4))
 @settings(max_examples=60)
-def test_mixture_against_brute_force(sources: list[tuple[int, float]], seed: int, epochs: int) -> None:
+def test_mixture_against_brute_force(
+    sources: list[tuple[int, float]], seed: int, epochs: int
+) -> None:
     counts, rates = [list(column) for column in zip(*sources, strict=True)]
     mixture = Mixture(counts, rates, seed)
     places = [round(count * rate) for count, rate in sources]
@@ -145,11 +151,18 @@ def test_mixture_against_brute_force(sources: list[tuple[int, float]], seed: int
     found = [mixture.at(position) for position in range(epochs * len(mixture))]
     for epoch in range(epochs):  # exactly so many of each source in every epoch
         of_epoch = found[epoch * len(mixture) : (epoch + 1) * len(mixture)]
-        assert [sum(source == number for source, _, _ in of_epoch) for number in range(len(counts))] == places
+        assert [
+            sum(source == number for source, _, _ in of_epoch) for number in range(len(counts))
+        ] == places
     for number, count in enumerate(counts):
         drawn = Counter(row for source, row, _ in found if source == number)
-        whole, more = divmod(epochs * places[number], count)  # floor or ceil, and how many have one more
-        assert sorted(drawn[row] for row in range(count)) == [whole] * (count - more) + [whole + 1] * more
+        whole, more = divmod(
+            epochs * places[number], count
+        )  # floor or ceil, and how many have one more
+        assert (
+            sorted(drawn[row] for row in range(count))
+            == [whole] * (count - more) + [whole + 1] * more
+        )
         passes = Counter((row, epoch) for source, row, epoch in found if source == number)
         assert set(passes.values()) <= {1}
         assert set(passes) >= {(row, epoch) for row in range(count) for epoch in range(whole)}
@@ -164,7 +177,9 @@ def test_one_position_of_a_mixture_is_as_many(
     mixture = Mixture(*[list(column) for column in zip(*sources, strict=True)], seed)
     columns = mixture.at_array(np.array(positions))
     assert all(column.dtype == np.int64 for column in columns)
-    assert list(zip(*(column.tolist() for column in columns), strict=True)) == [mixture.at(p) for p in positions]
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == [
+        mixture.at(p) for p in positions
+    ]
 
 
 def test_each_source_has_an_order_of_its_own() -> None:

@@ -25,11 +25,21 @@ V = 50
 
 
 def decoder(
-    *, layers: int = 2, heads: int = 3, head_size: int = 8, mlp_ratio: int = 4, seq_len: int = 32, seed: int = 0
+    *,
+    layers: int = 2,
+    heads: int = 3,
+    head_size: int = 8,
+    mlp_ratio: int = 4,
+    seq_len: int = 32,
+    seed: int = 0,
 ) -> Transformer:
     """A decoder whose every weight is large enough to show in the logits, which are of order 1."""
     config = Transformer.Config(
-        layers=layers, width=heads * head_size, head_size=head_size, mlp_ratio=mlp_ratio, seq_len=seq_len
+        layers=layers,
+        width=heads * head_size,
+        head_size=head_size,
+        mlp_ratio=mlp_ratio,
+        seq_len=seq_len,
     )
     model = Transformer(config, vocab_size=V)
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +88,9 @@ def test_nothing_but_matrices() -> None:
 
 def fresh(name: str = "cm3leon", **fields: Any) -> Transformer:
     torch.manual_seed(0)
-    return MODELS.build({"name": name, "layers": 2, "width": 256, "seq_len": 512, **fields}, vocab_size=1000)
+    return MODELS.build(
+        {"name": name, "layers": 2, "width": 256, "seq_len": 512, **fields}, vocab_size=1000
+    )
 
 
 def truncated_std(std: float, cut: float) -> float:
@@ -103,10 +115,15 @@ def test_the_papers_initialisation() -> None:
 
 def test_the_stds_of_the_config_are_used_and_the_draw_depends_on_the_seed_alone() -> None:
     model = fresh(init_std=0.02, position_init_std=0.1)
-    assert model.blocks[1].down.weight.std().item() == pytest.approx(truncated_std(0.02, 3), rel=0.02)
+    assert model.blocks[1].down.weight.std().item() == pytest.approx(
+        truncated_std(0.02, 3), rel=0.02
+    )
     assert model.positions.weight.std().item() == pytest.approx(truncated_std(0.1, 3), rel=0.02)
     again = fresh(init_std=0.02, position_init_std=0.1)
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_the_weights_are_distributed_as_a_truncated_normal() -> None:
@@ -130,7 +147,9 @@ def test_layers_may_begin_by_passing_on_their_input() -> None:
 
 def test_the_papers_first_loss_is_11_09() -> None:
     torch.manual_seed(0)
-    model = MODELS.build({"name": "cm3leon_350m", "layers": 1, "width": 64, "seq_len": 64}, vocab_size=65_536)
+    model = MODELS.build(
+        {"name": "cm3leon_350m", "layers": 1, "width": 64, "seq_len": 64}, vocab_size=65_536
+    )
     ids_BT = torch.randint(65_536, (1, 64))
     loss = F.cross_entropy(model(ids_BT)[0, :-1].double(), ids_BT[0, 1:])
     assert loss.item() == pytest.approx(math.log(65_536), abs=1e-9)
@@ -154,24 +173,34 @@ def test_heads_must_divide_the_width() -> None:
 
 def reference(model: Transformer, ids_T: np.ndarray) -> np.ndarray:
     """Logits (T, V) of one sample in float64 numpy, written from the paper: one head, one query at a time."""
-    weights = {name: weight.detach().double().numpy() for name, weight in model.state_dict().items()}
+    weights = {
+        name: weight.detach().double().numpy() for name, weight in model.state_dict().items()
+    }
     config, T = model.config, len(ids_T)
 
     def norm(x_D: np.ndarray) -> np.ndarray:
         return (x_D - x_D.mean()) / np.sqrt(((x_D - x_D.mean()) ** 2).mean() + 1e-5)
 
     x_TD = np.stack(
-        [weights["embedding.weight"][token] + weights["positions.weight"][t] for t, token in enumerate(ids_T)]
+        [
+            weights["embedding.weight"][token] + weights["positions.weight"][t]
+            for t, token in enumerate(ids_T)
+        ]
     )
     for layer in range(config.layers):
-        matrix = {name: weights[f"blocks.{layer}.{name}.weight"] for name in ("qkv", "out", "up", "down")}
+        matrix = {
+            name: weights[f"blocks.{layer}.{name}.weight"] for name in ("qkv", "out", "up", "down")
+        }
         normed_TD = np.stack([norm(x_D) for x_D in x_TD])
         query, key, value = (normed_TD @ part.T for part in np.split(matrix["qkv"], 3))
         for t in range(T):
             attended = []
             for head in range(config.width // config.head_size):
                 columns = slice(head * config.head_size, (head + 1) * config.head_size)
-                scores = [query[t, columns] @ key[s, columns] / math.sqrt(config.head_size) for s in range(t + 1)]
+                scores = [
+                    query[t, columns] @ key[s, columns] / math.sqrt(config.head_size)
+                    for s in range(t + 1)
+                ]
                 shares = np.exp(scores) / np.sum(np.exp(scores))
                 attended.append(sum(share * value[s, columns] for s, share in enumerate(shares)))
             x_TD[t] = x_TD[t] + matrix["out"] @ np.concatenate(attended)
@@ -181,9 +210,12 @@ def reference(model: Transformer, ids_T: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("layers", "heads", "head_size", "mlp_ratio"), [(1, 1, 8, 4), (2, 3, 8, 4), (3, 2, 5, 1), (2, 1, 16, 3)]
+    ("layers", "heads", "head_size", "mlp_ratio"),
+    [(1, 1, 8, 4), (2, 3, 8, 4), (3, 2, 5, 1), (2, 1, 16, 3)],
 )
-def test_equals_a_naive_implementation(layers: int, heads: int, head_size: int, mlp_ratio: int) -> None:
+def test_equals_a_naive_implementation(
+    layers: int, heads: int, head_size: int, mlp_ratio: int
+) -> None:
     model = decoder(layers=layers, heads=heads, head_size=head_size, mlp_ratio=mlp_ratio).double()
     ids_BT = random_ids(2, 32)
     with torch.inference_mode():
@@ -209,7 +241,9 @@ def test_a_token_changes_nothing_before_it(length: int, changed: int, seed: int)
     other_BT[0, changed] = (ids_BT[0, changed] + 1) % V
     before, after = model(ids_BT)[0], model(other_BT)[0]
     assert_same(after[:changed], before[:changed], atol=1e-6)
-    assert (after[changed:] - before[changed:]).abs().amax(-1).min() > 1e-4  # and something in every later place
+    assert (after[changed:] - before[changed:]).abs().amax(
+        -1
+    ).min() > 1e-4  # and something in every later place
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -268,24 +302,33 @@ def test_no_gradient_crosses_from_sample_to_sample() -> None:
 # ------------------------------------------------------------------------------------------------ cache
 
 
-def cached(model: Transformer, prefixes: list[Tensor], tails: list[list[Tensor]], steps: int) -> list[list[Tensor]]:
+def cached(
+    model: Transformer, prefixes: list[Tensor], tails: list[list[Tensor]], steps: int
+) -> list[list[Tensor]]:
     """Logits of what comes behind each prefix, by its rows, from a cache: W tails a prefix, then token by token."""
     G, W = len(prefixes), len(tails[0])
     longest = [max(len(row_T) - steps for rows in tails for row_T in rows), max(map(len, prefixes))]
     cache = model.new_cache(groups=G + 1, width=W, prefix=longest[1] + 2, tail=longest[0] + steps)
-    device, group_G = cache.device, torch.arange(1, G + 1).flip(0)  # not in order, and one group stays empty
+    device, group_G = (
+        cache.device,
+        torch.arange(1, G + 1).flip(0),
+    )  # not in order, and one group stays empty
     group_G = group_G.to(device)
 
     def padded(rows: list[Tensor]) -> Tensor:
         T = max(map(len, rows))
-        return torch.stack([F.pad(row_T, (0, T - len(row_T)), value=7) for row_T in rows]).to(device)
+        return torch.stack([F.pad(row_T, (0, T - len(row_T)), value=7) for row_T in rows]).to(
+            device
+        )
 
     attend = cache.prefix_pass(group_G, torch.tensor(list(map(len, prefixes)), device=device))
     ids_GT = padded(prefixes)
     model(ids_GT, position_BT=attend.positions(ids_GT.shape[1]), attend=attend)
     row_GW1 = (group_G[:, None] * W + torch.arange(W, device=device))[:, :, None]
     begun = [row_T[: len(row_T) - steps] for rows in tails for row_T in rows]
-    tail_pass = cache.tail_pass(group_G, row_GW1, torch.tensor(list(map(len, begun)), device=device).view(G, W))
+    tail_pass = cache.tail_pass(
+        group_G, row_GW1, torch.tensor(list(map(len, begun)), device=device).view(G, W)
+    )
     ids_QT = padded(begun)
     found_QTV = model(ids_QT, position_BT=tail_pass.positions(ids_QT.shape[1]), attend=tail_pass)
     found = [[found_QTV[g * W + w, : len(begun[g * W + w])] for w in range(W)] for g in range(G)]
@@ -311,14 +354,19 @@ def cached(model: Transformer, prefixes: list[Tensor], tails: list[list[Tensor]]
 )
 @settings(max_examples=40)
 @torch.inference_mode()
-def test_cached_equals_uncached(lengths: list[int], tails: list[int], steps: int, seed: int) -> None:
+def test_cached_equals_uncached(
+    lengths: list[int], tails: list[int], steps: int, seed: int
+) -> None:
     """Rows that share prefixes of different lengths, with tails of different lengths, then token by token."""
     model = decoder()
     prefixes = [random_ids(length, seed=seed + place) for place, length in enumerate(lengths)]
     rows = [
-        [random_ids(tail + steps, seed=20 * seed + 7 * w + len(p)) for w, tail in enumerate(tails)] for p in prefixes
+        [random_ids(tail + steps, seed=20 * seed + 7 * w + len(p)) for w, tail in enumerate(tails)]
+        for p in prefixes
     ]
-    for prefix_T, own, found in zip(prefixes, rows, cached(model, prefixes, rows, steps), strict=True):
+    for prefix_T, own, found in zip(
+        prefixes, rows, cached(model, prefixes, rows, steps), strict=True
+    ):
         for row_T, found_TV in zip(own, found, strict=True):
             alone_TV = model(torch.cat([prefix_T, row_T])[None])[0, len(prefix_T) :]
             assert_same(found_TV, alone_TV, 3e-5)
@@ -345,7 +393,9 @@ def test_tails_are_kept_for_several_rows_and_may_change_places() -> None:
     cache.reorder(torch.tensor([0, 1, 2]), torch.tensor([2, 0, 0]))
     found_RV = step(torch.tensor([9, 9, 11]), 5)
     for row, (source, last) in enumerate(((2, 9), (0, 9), (0, 11))):
-        sequence_T = torch.cat([prefix_T, tail_T, next_R[source : source + 1], torch.tensor([last])])
+        sequence_T = torch.cat(
+            [prefix_T, tail_T, next_R[source : source + 1], torch.tensor([last])]
+        )
         assert_same(found_RV[row], model(sequence_T[None])[0, -1])
 
 

@@ -29,7 +29,9 @@ def cm3(vocab: Vocab = VOCAB, **fields: Any) -> Any:
     return OBJECTIVES.build({"name": "cm3", **fields}, vocab=vocab)
 
 
-laid_out = st.builds(Sample, documents, st.lists(documents, max_size=3).map(tuple)).map(lambda s: lay_out(s, VOCAB))
+laid_out = st.builds(Sample, documents, st.lists(documents, max_size=3).map(tuple)).map(
+    lambda s: lay_out(s, VOCAB)
+)
 settings_of_cm3 = st.fixed_dictionaries(
     {
         "mean_spans": st.sampled_from([0.0, 1.0, 4.0, 30.0]),
@@ -53,8 +55,17 @@ def ids_and_spans(draw: st.DrawFn) -> tuple[np.ndarray, list[Span]]:
 
 
 def test_the_papers_example_literally() -> None:
-    words = {"a": 10, "red": 11, "dog": 12, "<eos>": VOCAB.eos, "<break>": VOCAB.brk, "<mask:0>": VOCAB.sentinel(0)}
-    words |= {f"I{n}": VOCAB.image_start + n for n in range(16)} | {"<end_of_span>": VOCAB.end_of_span}
+    words = {
+        "a": 10,
+        "red": 11,
+        "dog": 12,
+        "<eos>": VOCAB.eos,
+        "<break>": VOCAB.brk,
+        "<mask:0>": VOCAB.sentinel(0),
+    }
+    words |= {f"I{n}": VOCAB.image_start + n for n in range(16)} | {
+        "<end_of_span>": VOCAB.end_of_span
+    }
     sample = "<eos> a red dog <break> I7 I2 I9 I4 <eos>"
     rotated = "<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0> red dog <end_of_span>"
     ids_T = np.array([words[word] for word in sample.split()])
@@ -95,11 +106,15 @@ def test_any_ids_come_back_from_their_rotation(drawn: tuple[np.ndarray, list[Spa
 def test_any_corrupted_sample_is_whole_and_fits(
     sample: LaidOut, fields: dict[str, Any], seed: int, more_room: int
 ) -> None:
-    corrupted = cm3(**fields).corrupt(sample, np.random.default_rng(seed), len(sample.ids_T) + more_room)
+    corrupted = cm3(**fields).corrupt(
+        sample, np.random.default_rng(seed), len(sample.ids_T) + more_room
+    )
     assert len(corrupted.ids_T) == len(corrupted.weight_T) <= len(sample.ids_T) + more_room
     assert unrotate(corrupted.ids_T, VOCAB).tolist() == sample.ids_T.tolist()
     assert corrupted.weight_T.dtype == np.float32
-    again = cm3(**fields).corrupt(sample, np.random.default_rng(seed), len(sample.ids_T) + more_room)
+    again = cm3(**fields).corrupt(
+        sample, np.random.default_rng(seed), len(sample.ids_T) + more_room
+    )
     assert again.ids_T.tolist() == corrupted.ids_T.tolist()
 
 
@@ -122,7 +137,9 @@ def test_what_no_rotation_made_is_refused(ids: list[int], sentence: str) -> None
 
 @given(laid_out, settings_of_cm3, seeds)
 @settings(max_examples=300)
-def test_spans_are_in_order_apart_and_inside_one_segment(sample: LaidOut, fields: dict[str, Any], seed: int) -> None:
+def test_spans_are_in_order_apart_and_inside_one_segment(
+    sample: LaidOut, fields: dict[str, Any], seed: int
+) -> None:
     spans = cm3(**fields).draw_spans(sample, np.random.default_rng(seed), 10_000)
     assert len(spans) <= VOCAB.sentinels - 1
     position = 0
@@ -148,9 +165,18 @@ MANY_SEGMENTS = lay_out(Sample(document(*[1] * 400)), VOCAB)
 
 @pytest.mark.parametrize(
     ("sentinels", "room", "mean", "most"),
-    [(8, 100, 1.0, 7), (8, 9, 1.0, 3), (8, 11, 1.0, 3), (3, 100, 1.0, 2), (8, 100, 3.0, 7), (1, 100, 1.0, 0)],
+    [
+        (8, 100, 1.0, 7),
+        (8, 9, 1.0, 3),
+        (8, 11, 1.0, 3),
+        (3, 100, 1.0, 2),
+        (8, 100, 3.0, 7),
+        (1, 100, 1.0, 0),
+    ],
 )
-def test_number_of_spans_is_poisson_clamped(sentinels: int, room: int, mean: float, most: int) -> None:
+def test_number_of_spans_is_poisson_clamped(
+    sentinels: int, room: int, mean: float, most: int
+) -> None:
     objective = cm3(Vocab(40, 16, sentinels), mean_spans=mean, whole_segment=1.0)
     rng = np.random.default_rng(0)
     limit = len(MANY_SEGMENTS.ids_T) + room
@@ -180,7 +206,8 @@ def test_half_the_spans_are_the_querys_and_its_segments_are_even() -> None:
     sample = lay_out(Sample(document(20, 20), (document(20, 20), document(20, 20, 20))), VOCAB)
     spans = spans_of(sample, 6000, mean_spans=0.5)
     owner = Counter(
-        next(n for n, s in enumerate(sample.segments) if s.start <= start and end <= s.end) for start, end in spans
+        next(n for n, s in enumerate(sample.segments) if s.start <= start and end <= s.end)
+        for start, end in spans
     )
     query, retrieved = [5, 6], [0, 1, 2, 3, 4]
     assert near(sum(owner[n] for n in query), len(spans), 0.5)
@@ -203,7 +230,9 @@ def test_share_of_whole_segments_and_ends_of_the_others() -> None:
     whole = sum(span == (1, 1 + length) for span in spans)
     assert near(whole, len(spans), 0.3 + 0.7 / pairs)
     parts = [(start - 1, end - 1) for start, end in spans if (start, end) != (1, 1 + length)]
-    for end in range(length + 1):  # every end is as likely as every other, up to the one pair left out
+    for end in range(
+        length + 1
+    ):  # every end is as likely as every other, up to the one pair left out
         share = (length - (end in (0, length))) / (pairs - 1)
         assert near(sum(end in span for span in parts), len(parts), share), end
     assert min(e - s for s, e in parts) == 1
@@ -232,7 +261,9 @@ def test_literal_placement_hardly_ever_masks_a_caption() -> None:
 
 
 @given(laid_out, st.data())
-def test_a_cut_keeps_the_parts_of_segments_that_lie_in_it(sample: LaidOut, data: st.DataObject) -> None:
+def test_a_cut_keeps_the_parts_of_segments_that_lie_in_it(
+    sample: LaidOut, data: st.DataObject
+) -> None:
     start = data.draw(st.integers(0, len(sample.ids_T)))
     end = data.draw(st.integers(start, len(sample.ids_T)))
     piece = cut(sample, start, end)
@@ -286,7 +317,9 @@ def test_weights_of_a_piece_are_those_of_its_tokens() -> None:
         kept_T = piece.weight_T[: tail[spans]] if spans else piece.weight_T
         moved_T = piece.weight_T[tail[spans] :] if spans else piece.weight_T[:0]
         expected = [0.25 if p in retrieved else 1.0 for p in range(start, end)]
-        assert sorted([*kept_T, *moved_T]) == sorted([*expected, *[0.0] * 2 * spans, *[1.0] * spans])
+        assert sorted([*kept_T, *moved_T]) == sorted(
+            [*expected, *[0.0] * 2 * spans, *[1.0] * spans]
+        )
 
 
 def test_number_of_spans_of_a_piece_is_poisson_clamped() -> None:
@@ -299,7 +332,9 @@ def test_number_of_spans_of_a_piece_is_poisson_clamped() -> None:
         assert end == 5 + room - EXTRA * spans
         counts[spans] += 1
     for count, share in enumerate(stats.poisson(1.0).pmf(np.arange(5))):
-        assert abs(counts[count] - draws * share) <= 4 * (draws * share * (1 - share)) ** 0.5 + 1, count
+        assert abs(counts[count] - draws * share) <= 4 * (draws * share * (1 - share)) ** 0.5 + 1, (
+            count
+        )
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -323,7 +358,9 @@ def test_weights(sample: LaidOut, fields: dict[str, Any], seed: int) -> None:
 def test_causal_leaves_the_sample_as_it_is() -> None:
     sample = lay_out(Sample(document(5, 4), (document(2, 4),)), VOCAB)
     for seed in range(20):
-        corrupted = OBJECTIVES.build("causal", vocab=VOCAB).corrupt(sample, np.random.default_rng(seed), 100)
+        corrupted = OBJECTIVES.build("causal", vocab=VOCAB).corrupt(
+            sample, np.random.default_rng(seed), 100
+        )
         assert corrupted.ids_T.tolist() == sample.ids_T.tolist()
         assert (corrupted.weight_T == 1).all()
 
@@ -354,7 +391,10 @@ def test_loss_against_its_formula_in_float64(name: str, seed: int) -> None:
     weight_BT = rng.choice([0.0, 0.1, 1.0], size=(3, 11))
     sample_BT = rng.integers(-1, 3, size=(3, 11))
     logits_BTV = rng.normal(size=(3, 11, VOCAB.size)) * 5
-    nll_BT = np.log(np.exp(logits_BTV).sum(2)) - np.take_along_axis(logits_BTV, target_BT[..., None], 2)[..., 0]
+    nll_BT = (
+        np.log(np.exp(logits_BTV).sum(2))
+        - np.take_along_axis(logits_BTV, target_BT[..., None], 2)[..., 0]
+    )
     objective = OBJECTIVES.build(name, vocab=VOCAB)
     logits = torch.from_numpy(logits_BTV).float().requires_grad_()
     loss, figures = objective.loss(logits, LOGITS, batch_of(target_BT, weight_BT, sample_BT))
@@ -379,5 +419,9 @@ def test_a_modality_without_targets_counts_none_and_no_weight_is_no_loss() -> No
     assert figures["loss_image"][1] == 0
     only_image = batch_of(np.array([[41, 41, 41]]), np.array([[1, 1, 0]]), np.zeros((1, 3), int))
     assert cm3().loss(logits_BTV, LOGITS, only_image)[1]["loss_text"][1] == 0
-    loss, _ = cm3().loss(logits_BTV, LOGITS, batch_of(np.array([[5, 6, 41]]), np.zeros((1, 3)), np.zeros((1, 3), int)))
+    loss, _ = cm3().loss(
+        logits_BTV,
+        LOGITS,
+        batch_of(np.array([[5, 6, 41]]), np.zeros((1, 3)), np.zeros((1, 3), int)),
+    )
     assert loss.item() == 0

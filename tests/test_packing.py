@@ -19,7 +19,15 @@ from cm3leon.config import from_mapping
 from cm3leon.data.shuffle import shuffled
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.cm3 import unrotate
-from cm3leon.objectives.packing import BlockStream, PackingConfig, choose, collate, fit, merge_states, pack
+from cm3leon.objectives.packing import (
+    BlockStream,
+    PackingConfig,
+    choose,
+    collate,
+    fit,
+    merge_states,
+    pack,
+)
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError
@@ -32,14 +40,19 @@ METHODS = ["stream", "whole"]
 # ------------------------------------------------------------------------------------------------ one block
 
 packable = st.lists(st.integers(1, 9), max_size=6).flatmap(
-    lambda lengths: st.tuples(st.just(lengths), st.integers(sum(lengths), sum(lengths) + 7).filter(bool))
+    lambda lengths: st.tuples(
+        st.just(lengths), st.integers(sum(lengths), sum(lengths) + 7).filter(bool)
+    )
 )
 
 
 @given(packable, st.booleans())
 def test_packing(drawn: tuple[list[int], int], run_on: bool) -> None:
     lengths, seq_len = drawn
-    samples = [Corrupted(np.arange(n) + 100 * k, (np.arange(n) + 1.0) / 8 + k) for k, n in enumerate(lengths)]
+    samples = [
+        Corrupted(np.arange(n) + 100 * k, (np.arange(n) + 1.0) / 8 + k)
+        for k, n in enumerate(lengths)
+    ]
     block = pack(samples, seq_len, pad=77, run_on=run_on)
     for array in (block.ids_T, block.target_T, block.weight_T, block.sample_T, block.position_T):
         assert array.shape == (seq_len,)
@@ -81,10 +94,15 @@ def test_fit_drops_retrieved_documents_from_the_left(
     fitted = fit(sample, seq_len)
     assert fitted.query is query
     kept = len(fitted.retrieved)
-    assert all(a is b for a, b in zip(fitted.retrieved, retrieved[len(retrieved) - kept :], strict=True))
+    assert all(
+        a is b for a, b in zip(fitted.retrieved, retrieved[len(retrieved) - kept :], strict=True)
+    )
     assert len(lay_out(fitted, VOCAB).ids_T) <= seq_len
     if kept < len(retrieved):  # one more would not fit
-        assert len(lay_out(Sample(query, retrieved[len(retrieved) - kept - 1 :]), VOCAB).ids_T) > seq_len
+        assert (
+            len(lay_out(Sample(query, retrieved[len(retrieved) - kept - 1 :]), VOCAB).ids_T)
+            > seq_len
+        )
 
 
 def test_a_query_that_does_not_fit_is_one_sentence() -> None:
@@ -133,7 +151,9 @@ def stream(
     )
 
 
-def laid_out(position: int, seed: int = 0, draw: Any = numbered, seq_len: int | None = None) -> list[int]:
+def laid_out(
+    position: int, seed: int = 0, draw: Any = numbered, seq_len: int | None = None
+) -> list[int]:
     """The sample at a position of the stream, as ids."""
     sample = draw(position, np.random.default_rng([seed, 1, position]))
     return lay_out(sample if seq_len is None else fit(sample, seq_len), VOCAB).ids_T.tolist()
@@ -158,7 +178,8 @@ def same(a: Batch, b: Batch) -> bool:
 def interleaved(batches: list[Batch]) -> Batch:
     """The batch of which each rank has every so many blocks."""
     fields = {
-        name: torch.stack([getattr(batch, name) for batch in batches], 1).flatten(0, 1) for name in vars(batches[0])
+        name: torch.stack([getattr(batch, name) for batch in batches], 1).flatten(0, 1)
+        for name in vars(batches[0])
     }
     return Batch(**fields)
 
@@ -173,7 +194,9 @@ def test_deterministic_and_seeds_differ(method: str) -> None:
 
 @pytest.mark.parametrize("objective", ["cm3", "causal", {"name": "cm3", "mean_spans": 5.0}])
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 40), (3, 40), (4, 64), (2, 9), (2, 200)])
-def test_stream_lanes_are_their_samples_end_to_end(batch_size: int, seq_len: int, objective: Any) -> None:
+def test_stream_lanes_are_their_samples_end_to_end(
+    batch_size: int, seq_len: int, objective: Any
+) -> None:
     """The pieces of a lane's blocks, put together, are the samples at its positions; every position is filled."""
     blocks = stream("stream", batch_size=batch_size, seq_len=seq_len, objective=objective)
     lanes: list[list[int]] = [[] for _ in range(batch_size)]
@@ -221,13 +244,18 @@ def test_stream_has_every_token_of_an_epoch_once() -> None:
     for lane in lanes:
         ends = np.flatnonzero(np.array(lane) == VOCAB.eos)
         found += [tuple(lane[ends[k] : ends[k + 1] + 1]) for k in range(0, 20, 2)]
-    documents_ = [lay_out(numbered(number, np.random.default_rng(0)), VOCAB).ids_T.tolist() for number in range(count)]
+    documents_ = [
+        lay_out(numbered(number, np.random.default_rng(0)), VOCAB).ids_T.tolist()
+        for number in range(count)
+    ]
     assert sorted(found) == sorted(map(tuple, documents_))
 
 
 @pytest.mark.parametrize("objective", ["cm3", "causal"])
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 40), (3, 40), (4, 64), (2, 200)])
-def test_whole_has_each_sample_once_and_uncut(batch_size: int, seq_len: int, objective: str) -> None:
+def test_whole_has_each_sample_once_and_uncut(
+    batch_size: int, seq_len: int, objective: str
+) -> None:
     blocks = stream("whole", batch_size=batch_size, seq_len=seq_len, objective=objective)
     seen: list[list[int]] = [[] for _ in range(batch_size)]
     for _ in range(2400 // seq_len // batch_size):
@@ -248,14 +276,19 @@ def lengths_draw(lengths: np.ndarray) -> Any:
 
 
 def blocks_of_lengths(batch: Batch) -> list[list[int]]:
-    return [[len(part) for part in pieces(*block)] for block in zip(batch.ids_BT, batch.sample_BT, strict=True)]
+    return [
+        [len(part) for part in pieces(*block)]
+        for block in zip(batch.ids_BT, batch.sample_BT, strict=True)
+    ]
 
 
 @given(st.lists(st.integers(1, 30), max_size=9), st.integers(0, 40), st.integers(0, 5))
 @settings(max_examples=200)
 def test_choice_against_all_choices(lengths: list[int], room: int, tolerance: int) -> None:
     chosen = choose(lengths, room, tolerance)
-    subsets = itertools.chain.from_iterable(itertools.combinations(lengths, n) for n in range(len(lengths) + 1))
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(lengths, n) for n in range(len(lengths) + 1)
+    )
     best = max(total for total in map(sum, subsets) if total <= room)
     assert len(set(chosen)) == len(chosen)
     assert best - tolerance <= sum(lengths[k] for k in chosen) <= best
@@ -277,7 +310,9 @@ def test_choice_of_the_longest_and_of_the_first_of_equals() -> None:
 @given(st.lists(st.integers(2, 64), min_size=1, max_size=40), st.integers(1, 12))
 @settings(max_examples=30)
 def test_whole_starts_with_the_oldest_of_its_pool(lengths: list[int], window: int) -> None:
-    blocks = stream(draw=lengths_draw(np.array(lengths)), objective="causal", batch_size=1, window=window)
+    blocks = stream(
+        draw=lengths_draw(np.array(lengths)), objective="causal", batch_size=1, window=window
+    )
     pool: list[int] = []
     position = 0
     for _ in range(10):
@@ -317,7 +352,10 @@ def test_whole_fills_blocks_at_least_as_first_fit_does(low: int, high: int, seed
 
 @pytest.mark.parametrize("method", METHODS)
 def test_positions_as_configured(method: str) -> None:
-    run_on, restart = stream(method, positions="run_on").next(), stream(method, positions="restart").next()
+    run_on, restart = (
+        stream(method, positions="run_on").next(),
+        stream(method, positions="restart").next(),
+    )
     auto = stream(method).next()
     assert same(auto, run_on if method == "stream" else restart)
     used_BT = run_on.sample_BT >= 0
@@ -336,7 +374,9 @@ def test_targets_are_the_next_tokens_of_the_same_piece(method: str) -> None:
     for _ in range(10):
         batch = blocks.next()
         followed_BT = torch.zeros_like(batch.ids_BT, dtype=torch.bool)
-        followed_BT[:, :-1] = (batch.sample_BT[:, 1:] == batch.sample_BT[:, :-1]) & (batch.sample_BT[:, 1:] >= 0)
+        followed_BT[:, :-1] = (batch.sample_BT[:, 1:] == batch.sample_BT[:, :-1]) & (
+            batch.sample_BT[:, 1:] >= 0
+        )
         next_BT = batch.ids_BT.roll(-1, 1)
         assert torch.equal(batch.target_BT[followed_BT], next_BT[followed_BT])
         sentinel_BT = torch.from_numpy(VOCAB.is_sentinel(next_BT.numpy()))
@@ -430,6 +470,9 @@ def test_a_document_that_does_not_fit_is_one_sentence_in_whole_and_cut_in_stream
     def draw(position: int, rng: np.random.Generator) -> Sample:
         return Sample(document(8, 16, name="photo 7"))
 
-    with pytest.raises(UserError, match=r"^model\.seq_len: document photo 7 takes 27 tokens, a block holds 20; raise"):
+    with pytest.raises(
+        UserError,
+        match=r"^model\.seq_len: document photo 7 takes 27 tokens, a block holds 20; raise",
+    ):
         stream("whole", draw=draw, seq_len=20).next()
     assert (stream("stream", draw=draw, seq_len=20).next().sample_BT >= 0).all()

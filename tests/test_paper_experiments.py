@@ -27,7 +27,9 @@ PAPER = {
     "sft_7b": (32, 4096, 128, 2**21, 5e-5, 150, 128, 30e9),
 }
 PRETRAINING = [name for name in list_experiments() if name.startswith("pretrain_")]
-FINE_TUNING = [name for name in list_experiments() if name.startswith("sft_") and not is_sweep(name)]
+FINE_TUNING = [
+    name for name in list_experiments() if name.startswith("sft_") and not is_sweep(name)
+]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -45,15 +47,29 @@ def test_settings_are_the_papers(name: str) -> None:
         LAUNCHERS.build(experiment.launcher).gpus,
     ]
     assert training.steps == round(tokens / training.batch_tokens)
-    assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (4096, 4, 0.006, 0.0002)
+    assert (model.seq_len, model.mlp_ratio, model.init_std, model.position_init_std) == (
+        4096,
+        4,
+        0.006,
+        0.0002,
+    )
     assert (training.optimizer, training.beta1, training.beta2) == ("adamw", 0.9, 0.95)
-    assert (training.weight_decay, training.clip, training.schedule, training.precision) == (0.1, 1.0, "linear", "bf16")
+    assert (training.weight_decay, training.clip, training.schedule, training.precision) == (
+        0.1,
+        1.0,
+        "linear",
+        "bf16",
+    )
     pretraining = name.startswith("pretrain")
     assert experiment.objective.name == ("cm3" if pretraining else "instruct")
     assert experiment.packing.method == ("stream" if pretraining else "whole")
     retriever = experiment.retriever.config
     assert retriever.max_documents == (3 if pretraining else 0)
-    assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (2, 0.2, "openai")
+    assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (
+        2,
+        0.2,
+        "openai",
+    )
     assert Run(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
     blocks = training.blocks(model.seq_len)
     assert blocks % (LAUNCHERS.build(experiment.launcher).gpus * training.micro_batch) == 0
@@ -63,7 +79,9 @@ def test_settings_are_the_papers(name: str) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a shrunken experiment up to its pretraining, which is the same for all."""
     run = tmp_path_factory.mktemp("smoke") / "prepared"
-    assert main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "until=neighbours"]) == 0
+    assert (
+        main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "until=neighbours"]) == 0
+    )
     return run
 
 
@@ -72,7 +90,10 @@ def smoke(name: str, prepared: Path, run: Path, *more: str) -> list[float]:
     shutil.copytree(prepared, run)
     assert main([f"experiment={name}", "overrides=smoke", f"run={run}", *more]) == 0
     assert (run / "pretraining" / "model.safetensors").is_file()
-    return [json.loads(line)["loss"] for line in (run / "pretraining" / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"]
+        for line in (run / "pretraining" / "log.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -81,10 +102,15 @@ def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Pat
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     events = EventAccumulator(str(tmp_path / "run" / "pretraining" / "tensorboard")).Reload()
-    for tag, widths in (("generated", [32]), ("generated_with_documents", [34 * n + 32 for n in (1, 2, 3)])):
+    for tag, widths in (
+        ("generated", [32]),
+        ("generated_with_documents", [34 * n + 32 for n in (1, 2, 3)]),
+    ):
         drawn = events.Images(tag)
         assert [image.step for image in drawn] == [3, 6]
-        assert any(drawn[0].width % width == 0 for width in widths)  # some images in a row, with what stood before them
+        assert any(
+            drawn[0].width % width == 0 for width in widths
+        )  # some images in a row, with what stood before them
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
@@ -119,5 +145,7 @@ def test_a_file_of_overrides_of_ones_own(tmp_path: Path) -> None:
     file.write_text("training.steps: 3000\nmodel.layers: 2\n")
     experiment = load_experiment("pretrain_7b", [f"overrides={file}", "model.layers=3"])
     assert (experiment.training.steps, experiment.model.config.layers) == (3000, 3)
-    with pytest.raises(UserError, match=r"overrides is smok, which is not known; did you mean smoke\? .*or a .yaml"):
+    with pytest.raises(
+        UserError, match=r"overrides is smok, which is not known; did you mean smoke\? .*or a .yaml"
+    ):
         load_experiment("pretrain_7b", ["overrides=smok"])

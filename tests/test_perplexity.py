@@ -17,7 +17,12 @@ from cm3leon.types import UserError
 
 
 def write_run(
-    folder: Path, steps: range, *, epoch: int = 100, batch_tokens: int | None = 512, start: Path | None = None
+    folder: Path,
+    steps: range,
+    *,
+    epoch: int = 100,
+    batch_tokens: int | None = 512,
+    start: Path | None = None,
 ) -> Path:
     """A run folder whose loss at step s is 8 - log10(s), and half of that for images; an epoch has `epoch` steps."""
     (folder / "pretraining").mkdir(parents=True)
@@ -25,24 +30,38 @@ def write_run(
     training["start_with"] = "everything" if start else "weights"
     (folder / "config.yaml").write_text(dump_yaml({"training": training, "model": {"seq_len": 64}}))
     lines = [
-        {"step": s, "epoch": s / epoch, "loss": 8 - math.log10(s), "loss_image": 4 - math.log10(s) / 2} for s in steps
+        {
+            "step": s,
+            "epoch": s / epoch,
+            "loss": 8 - math.log10(s),
+            "loss_image": 4 - math.log10(s) / 2,
+        }
+        for s in steps
     ]
-    (folder / "pretraining" / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "pretraining" / "validation.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     return folder
 
 
 def test_numbers_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [
-        write_run(tmp_path / name, range(20, 201, 20), batch_tokens=b) for name, b in (("small", 512), ("big", None))
+        write_run(tmp_path / name, range(20, 201, 20), batch_tokens=b)
+        for name, b in (("small", 512), ("big", None))
     ]
     out = tmp_path / "figures" / "p.png"
     main({"runs": [str(run) for run in runs], "out": str(out), "of": "loss_image", "width": 500})
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["curve"], int(row["updates"])) for row in rows[9:11]] == [("small", 200), ("big", 20)]
+    assert [(row["curve"], int(row["updates"])) for row in rows[9:11]] == [
+        ("small", 200),
+        ("big", 20),
+    ]
     assert [float(row["tokens"]) for row in (rows[1], rows[11])] == [40 * 512, 40 * 4 * 64]
     for row in rows:
-        assert float(row["perplexity"]) == pytest.approx(math.exp(4) * int(row["updates"]) ** (-0.5 / math.log(10)))
+        assert float(row["perplexity"]) == pytest.approx(
+            math.exp(4) * int(row["updates"]) ** (-0.5 / math.log(10))
+        )
     with Image.open(out) as picture:
         assert picture.width == 500
     assert "big: 17.28 after 200 updates, 2 epochs" in capsys.readouterr().out
@@ -56,7 +75,10 @@ def test_a_continued_run_is_one_curve_with_its_epochs(tmp_path: Path) -> None:
     assert [point.updates for point in curve.points] == list(range(20, 221, 20))
     assert curve.points[-1].tokens == 120 * 512 + 100 * 1024
     assert [(one.updates, other.updates) for one, other in curve.junctions()] == [(120, 140)]
-    assert [(one.updates, other.updates) for one, other in curve.epoch_ends()] == [(80, 100), (180, 200)]
+    assert [(one.updates, other.updates) for one, other in curve.epoch_ends()] == [
+        (80, 100),
+        (180, 200),
+    ]
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -76,14 +98,23 @@ def test_other_formats(tmp_path: Path, suffix: str) -> None:
     [
         ({"runs": []}, "runs is empty"),
         ({"runs": ["{run}"], "out": "p.doc"}, "must end in one of .png, .svg, .pdf"),
-        ({"runs": ["{run}/none"]}, "none is no run folder with validation figures, .*config.yaml is missing"),
-        ({"runs": ["{run}"], "of": "loss_txt"}, "of is loss_txt, which .* does not have; it has loss, loss_image"),
+        (
+            {"runs": ["{run}/none"]},
+            "none is no run folder with validation figures, .*config.yaml is missing",
+        ),
+        (
+            {"runs": ["{run}"], "of": "loss_txt"},
+            "of is loss_txt, which .* does not have; it has loss, loss_image",
+        ),
         ({"runs": ["{run}"], "by": "hours"}, "by is .hours.; it must be one of"),
         ({"runs": ["{empty}"]}, "the first validation is at step"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
-    folders = {"run": write_run(tmp_path / "run", range(1, 3)), "empty": write_run(tmp_path / "empty", range(0))}
+    folders = {
+        "run": write_run(tmp_path / "run", range(1, 3)),
+        "empty": write_run(tmp_path / "empty", range(0)),
+    }
     options["runs"] = [run.format(**folders) for run in options["runs"]]
     with pytest.raises(UserError, match=sentence):
         main(options)

@@ -98,8 +98,12 @@ def test_what_is_said_and_the_seconds_of_the_making(folder: Path) -> None:
     assert run_stages(stages(), Fake(), folder, print) == seconds
 
 
-@pytest.mark.parametrize(("changed", "expected"), [("a", ["a", "b", "c"]), ("b", ["b", "c"]), ("c", ["c"])])
-def test_a_change_makes_its_stage_and_those_after_it_again(folder: Path, changed: str, expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("changed", "expected"), [("a", ["a", "b", "c"]), ("b", ["b", "c"]), ("c", ["c"])]
+)
+def test_a_change_makes_its_stage_and_those_after_it_again(
+    folder: Path, changed: str, expected: list[str]
+) -> None:
     go(folder)
     assert go(folder, **{changed: 2}).made == expected
     assert content(folder)[f"{changed}/first.txt"] == f"{changed} first 2"
@@ -128,7 +132,9 @@ def test_earlier_results_are_kept_and_come_back(folder: Path) -> None:
     assert sorted(attic.values()) == sorted(text for name, text in first.items() if name[0] in "bc")
     go(folder, b=3)
     assert go(folder).made == []
-    live = {name: text for name, text in content(folder).items() if not name.startswith("superseded/")}
+    live = {
+        name: text for name, text in content(folder).items() if not name.startswith("superseded/")
+    }
     assert live == first
     assert go(folder, b=2).made == []
     assert go(folder, b=3).made == []
@@ -183,7 +189,9 @@ def test_a_damaged_marker_is_noticed_and_made_again(folder: Path, marker: str, t
     (folder / "b" / marker).write_text(text)
     run = go(folder)
     assert run.made == (["b"] if marker == "stage.json" else [])
-    live = {name: text for name, text in content(folder).items() if not name.startswith("superseded/")}
+    live = {
+        name: text for name, text in content(folder).items() if not name.startswith("superseded/")
+    }
     assert live == before
 
 
@@ -303,7 +311,10 @@ def test_a_second_process_is_refused_and_a_kill_loses_nothing(folder: Path) -> N
     second = start(folder, "second")
     output, errors = second.communicate(timeout=60)
     assert second.returncode == 0, errors
-    assert output.splitlines()[:2] == ["[1/2] before: up to date", "[2/2] long: going on where it stopped"]
+    assert output.splitlines()[:2] == [
+        "[1/2] before: up to date",
+        "[2/2] long: going on where it stopped",
+    ]
     made_by = [(folder / "long" / f"step {number}.txt").read_text() for number in range(5)]
     assert made_by == ["made by first"] * 3 + ["made by second"] * 2
 
@@ -342,7 +353,9 @@ def shared_stages(*, needs: tuple[str, ...] | None = None) -> list[Stage[Fake]]:
 
     return [
         Stage("a", 1, lambda run: run.a, make("a")),
-        Stage("b", 1, lambda run: run.b, lambda run, place: make_part(run, place, (0, 1)), make_part),
+        Stage(
+            "b", 1, lambda run: run.b, lambda run, place: make_part(run, place, (0, 1)), make_part
+        ),
         Stage("c", 1, lambda run: run.c, make("c"), needs=needs),
     ]
 
@@ -406,7 +419,9 @@ def test_workers_exclude_a_run_but_not_each_other(folder: Path) -> None:
             run_stages(shared_stages(), Fake(), folder, print)
 
     plain = shared_stages()
-    stage = Stage("b", 1, lambda run: run.b, plain[1].make, lambda run, place, part: inside("b", place))
+    stage = Stage(
+        "b", 1, lambda run: run.b, plain[1].make, lambda run, place, part: inside("b", place)
+    )
     run_part([plain[0], stage], "b", Fake(), folder, (0, 2))
     assert sorted(file.name for file in (folder / "b").glob("*.txt")) == ["1.txt", "3.txt", "5.txt"]
 
@@ -497,7 +512,9 @@ def dear(folder: Path, inputs: Any, *, stop: bool) -> None:
             raise KeyboardInterrupt
         (place / "result").write_text("done")
 
-    run_stages([Stage("a", 1, lambda run: inputs, make_dear, dear=True)], Fake(), folder, lambda line: None)
+    run_stages(
+        [Stage("a", 1, lambda run: inputs, make_dear, dear=True)], Fake(), folder, lambda line: None
+    )
 
 
 def test_unfinished_dear_work_is_not_set_aside_for_other_settings(tmp_path: Path) -> None:

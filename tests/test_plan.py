@@ -14,7 +14,11 @@ from cm3leon.training.costs import GPUS
 from cm3leon.types import UserError
 
 GPU_OF = {"24gb": "rtx4090", "80gb": "h100"}
-RECIPES = [name for name in list_experiments() if name.startswith(("pretrain_", "sft_")) and not is_sweep(name)]
+RECIPES = [
+    name
+    for name in list_experiments()
+    if name.startswith(("pretrain_", "sft_")) and not is_sweep(name)
+]
 
 
 def planned(name: str, *overrides: str, **fields: Any) -> Plan:
@@ -55,24 +59,42 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
     for choice, size in found.items():
         checkpointing = f"training.activation_checkpointing={choice}"
         assert planned("pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size}").fits
-        assert not planned("pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size + 1}").fits
+        assert not planned(
+            "pretrain_7b_8x80gb", checkpointing, f"training.micro_batch={size + 1}"
+        ).fits
     one = planned("sft_7b_24gb", "training.lora_rank=0", gpu="rtx4090")
     assert set(one.largest_micro_batch.values()) == {0}
     assert not one.fits
-    settings = ["training.lora_rank=0", "training.activation_checkpointing=full", "training.micro_batch=1"]
+    settings = [
+        "training.lora_rank=0",
+        "training.activation_checkpointing=full",
+        "training.micro_batch=1",
+    ]
     assert one.least_memory == planned("sft_7b_24gb", *settings, gpu="rtx4090").memory.total
 
 
 def test_checkpoints_hold_the_average_of_the_weights_too() -> None:
-    assert planned("pretrain_350m", "training.average_decay=0.999").checkpoint_bytes == 16 * 440_401_920
+    assert (
+        planned("pretrain_350m", "training.average_decay=0.999").checkpoint_bytes
+        == 16 * 440_401_920
+    )
 
 
 def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "format=json"]) == 0
+    assert (
+        main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "format=json"])
+        == 0
+    )
     content = json.loads(capsys.readouterr().out)
     assert content["parameters"] == 6_996_099_072
-    assert content["memory"]["total"] == planned("pretrain_7b", "launcher.nodes=64", gpu="h200").memory.total
-    assert main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "documents=1000"]) == 0
+    assert (
+        content["memory"]["total"]
+        == planned("pretrain_7b", "launcher.nodes=64", gpu="h200").memory.total
+    )
+    assert (
+        main(["plan", "experiment=pretrain_7b", "launcher.nodes=64", "gpu=h200", "documents=1000"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "parameters                6,996,099,072 (6,442,450,944 without embeddings)" in said
     assert "fits: 129.72 GB of 141.00 GB can be used" in said
@@ -81,7 +103,10 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said
     least = planned("pretrain_7b", "launcher=here", gpu="l4").least_memory / 1e9
-    assert f"one block at a time with full checkpointing takes {least:.2f} GB, of 22.08 GB that can be used" in said
+    assert (
+        f"one block at a time with full checkpointing takes {least:.2f} GB, of 22.08 GB that can be used"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,14 +116,31 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         (["mfu=1.5"], "mfu is 1.5; it is a share of the peak"),
         (["mfu=0"], "mfu is 0"),
         (["format=xml"], 'format is "xml"; it must be one of text, json'),
-        (["launcher.nodes=60"], "a step has 2048 blocks of 4096 tokens, which the 480 GPUs of launcher do not divide"),
-        (["training.replicas=3"], "launcher has 512 GPUs, which training.replicas 3 does not divide"),
-        (["training.optimizer=adamw_8bit"], "training.optimizer is adamw_8bit, which is for one GPU"),
-        (["training.precision=float32"], "training.precision is float32, which cannot be planned for; only bf16 can"),
-        (["training.batch_tokens=5000"], "training.batch_tokens is 5000; it must be a multiple of model.seq_len 4096"),
+        (
+            ["launcher.nodes=60"],
+            "a step has 2048 blocks of 4096 tokens, which the 480 GPUs of launcher do not divide",
+        ),
+        (
+            ["training.replicas=3"],
+            "launcher has 512 GPUs, which training.replicas 3 does not divide",
+        ),
+        (
+            ["training.optimizer=adamw_8bit"],
+            "training.optimizer is adamw_8bit, which is for one GPU",
+        ),
+        (
+            ["training.precision=float32"],
+            "training.precision is float32, which cannot be planned for; only bf16 can",
+        ),
+        (
+            ["training.batch_tokens=5000"],
+            "training.batch_tokens is 5000; it must be a multiple of model.seq_len 4096",
+        ),
     ],
 )
-def test_mistakes_are_said(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_said(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "experiment=pretrain_7b", *words]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -117,5 +159,7 @@ def test_another_model_cannot_be_planned_for(registries: None) -> None:
             seq_len: int = 4096
             """Positions."""
 
-    with pytest.raises(UserError, match="model other cannot be planned for; only cm3leon and its presets can"):
+    with pytest.raises(
+        UserError, match="model other cannot be planned for; only cm3leon and its presets can"
+    ):
         planned("pretrain_7b", "model=other")

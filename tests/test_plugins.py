@@ -59,7 +59,9 @@ for name in METRICS.names():
 """
 
 
-def discovered(clone: Path, *path: Path, code: str = PRINT_ORIGINS) -> subprocess.CompletedProcess[str]:
+def discovered(
+    clone: Path, *path: Path, code: str = PRINT_ORIGINS
+) -> subprocess.CompletedProcess[str]:
     """Runs code in a process of its own, the clone and more folders being on its path."""
     folders = [str(folder) for folder in (clone, *path)]
     code = f"""
@@ -69,7 +71,9 @@ sys.path[:0] = {folders}
 sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 from cm3leon.registry import METRICS, discover
 {code}"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=clone.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=clone.parent
+    )
 
 
 @pytest.mark.usefixtures("registries")
@@ -92,7 +96,9 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
 def test_path_that_is_no_plugin(tmp_path: Path, name: str, registries: None) -> None:
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=rf"the plugin .*{name} (does not exist|must be a \.py file or a folder)"):
+    with pytest.raises(
+        UserError, match=rf"the plugin .*{name} (does not exist|must be a \.py file or a folder)"
+    ):
         discover([tmp_path / name])
 
 
@@ -101,7 +107,9 @@ def test_failing_import_names_the_plugin_and_keeps_the_cause(tmp_path: Path) -> 
     file = tmp_path / "broken.py"
     file.write_text("import no_such_module\n")
     for _ in range(2):
-        with pytest.raises(PluginError, match=r"plugin .*broken\.py failed to import: ModuleNotFoundError") as caught:
+        with pytest.raises(
+            PluginError, match=r"plugin .*broken\.py failed to import: ModuleNotFoundError"
+        ) as caught:
             discover([file])
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -110,7 +118,9 @@ def test_failing_import_names_the_plugin_and_keeps_the_cause(tmp_path: Path) -> 
 def test_name_taken_by_another_plugin_names_both(tmp_path: Path) -> None:
     first = write_plugin(tmp_path / "first.py", "taken")
     second = write_plugin(tmp_path / "second.py", "taken")
-    with pytest.raises(PluginError, match=f"the first is from {first}; the second is from {second}"):
+    with pytest.raises(
+        PluginError, match=f"the first is from {first}; the second is from {second}"
+    ):
         discover([first, second])
 
 
@@ -120,7 +130,9 @@ def test_plugins_folder(clone: Path) -> None:
     write_plugin(clone / "plugins/single.py", "single")
     write_plugin(clone / "plugins/test_single.py", "test")
     done = discovered(clone)
-    assert done.stdout.splitlines() == ["reached: plugins/mine", "single: plugins/single"], done.stderr
+    assert done.stdout.splitlines() == ["reached: plugins/mine", "single: plugins/single"], (
+        done.stderr
+    )
 
 
 def test_plugins_folder_with_a_folder_that_is_no_package(clone: Path) -> None:
@@ -140,7 +152,9 @@ def test_entry_point(clone: Path, tmp_path: Path) -> None:
 
 
 def test_failing_plugin_shows_its_own_traceback(clone: Path) -> None:
-    write_plugin(clone / "plugins/broken.py", "x").write_text("def f():\n    return 1 / 0\n\n\nf()\n")
+    write_plugin(clone / "plugins/broken.py", "x").write_text(
+        "def f():\n    return 1 / 0\n\n\nf()\n"
+    )
     done = discovered(clone)
     assert done.returncode == 1
     assert "return 1 / 0" in done.stderr
@@ -215,7 +229,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
     (project / "acme_cm3leon").mkdir()
     (project / "pyproject.toml").write_text(PROJECT)
-    (project / "acme_cm3leon/__init__.py").write_text('"""Components of Acme, in the modules beside this one."""\n')
+    (project / "acme_cm3leon/__init__.py").write_text(
+        '"""Components of Acme, in the modules beside this one."""\n'
+    )
     (project / "acme_cm3leon/source.py").write_text(SOURCE)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     offline = ["--no-deps", "--no-build-isolation", "--no-index"]
@@ -234,7 +250,9 @@ def job(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[st
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
     }
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_an_installed_package_is_listed_and_works_in_a_job(site: Path, tmp_path: Path) -> None:
@@ -245,21 +263,31 @@ print("RESOLVED")
 main(["experiment=digits", "data=acme_greys", "data.count=12", "--show"])
 """
     listing, _, experiment = job(site, tmp_path, "-c", code).stdout.partition("RESOLVED\n")
-    assert "\n  acme_greys  (entry point acme (acme-cm3leon 0.3))\n    Images of one grey each.\n" in listing
+    assert (
+        "\n  acme_greys  (entry point acme (acme-cm3leon 0.3))\n    Images of one grey each.\n"
+        in listing
+    )
     resolved, run = tmp_path / "resolved.yaml", tmp_path / "run"
     resolved.write_text(experiment)
     words = (f"experiment={resolved}", f"run={run}", "until=documents")
     done = job(site, Path("/"), "-m", "cm3leon.run", *words)
     assert done.returncode == 0, done.stderr
-    ids = [json.loads(line)["id"] for line in (run / "documents/documents.jsonl").read_text().splitlines()]
+    ids = [
+        json.loads(line)["id"]
+        for line in (run / "documents/documents.jsonl").read_text().splitlines()
+    ]
     assert ids == [f"grey-{number}" for number in range(12)]
 
 
-def test_an_installed_package_that_fails_to_import_stops_the_job(site: Path, tmp_path: Path) -> None:
+def test_an_installed_package_that_fails_to_import_stops_the_job(
+    site: Path, tmp_path: Path
+) -> None:
     broken, run = tmp_path / "site", tmp_path / "run"
     shutil.copytree(site, broken)
     (broken / "acme_cm3leon/source.py").write_text("import acme_that_nobody_installed\n")
-    done = job(broken, tmp_path, "-m", "cm3leon.run", "experiment=digits", f"run={run}", "until=documents")
+    done = job(
+        broken, tmp_path, "-m", "cm3leon.run", "experiment=digits", f"run={run}", "until=documents"
+    )
     assert done.returncode == 1
     assert f'File "{broken}/acme_cm3leon/source.py", line 1, in <module>' in done.stderr
     cause = "ModuleNotFoundError: No module named 'acme_that_nobody_installed'"

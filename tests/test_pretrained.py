@@ -21,7 +21,9 @@ SECTION = {"name": "cm3leon_tiny", "layers": 2, "width": 32, "head_size": 16, "s
 def saved(tmp_path: Path) -> tuple[Path, Transformer]:
     """A run folder with a decoder in it, and the decoder."""
     torch.manual_seed(0)
-    model = Transformer(Transformer.Config(layers=2, width=32, head_size=16, seq_len=24), vocab_size=50)
+    model = Transformer(
+        Transformer.Config(layers=2, width=32, head_size=16, seq_len=24), vocab_size=50
+    )
     torch.nn.init.normal_(model.head.weight)
     folder = tmp_path / "run" / "pretraining"
     folder.mkdir(parents=True)
@@ -56,10 +58,22 @@ def test_mistakes_are_said(saved: tuple[Path, Transformer], tmp_path: Path) -> N
     for content, sentence in (
         ("{", "is not the config.json of a decoder"),
         ("[]", "is not the config.json of a decoder"),
-        (json.dumps({"model": SECTION, "vocab_size": -1}), "vocab_size is -1; it must be a positive whole number"),
-        (json.dumps({"model": {"name": "cm3leom"}, "vocab_size": 50}), "cm3leom, which is not a known model; did you"),
-        (json.dumps({"model": {**SECTION, "layers": 3}, "vocab_size": 50}), "model.safetensors lacks blocks.2."),
-        (json.dumps({"model": SECTION, "vocab_size": 51}), "has another shape for embedding.weight, head.weight"),
+        (
+            json.dumps({"model": SECTION, "vocab_size": -1}),
+            "vocab_size is -1; it must be a positive whole number",
+        ),
+        (
+            json.dumps({"model": {"name": "cm3leom"}, "vocab_size": 50}),
+            "cm3leom, which is not a known model; did you",
+        ),
+        (
+            json.dumps({"model": {**SECTION, "layers": 3}, "vocab_size": 50}),
+            "model.safetensors lacks blocks.2.",
+        ),
+        (
+            json.dumps({"model": SECTION, "vocab_size": 51}),
+            "has another shape for embedding.weight, head.weight",
+        ),
     ):
         (folder / "config.json").write_text(content)
         refused(sentence)

@@ -33,7 +33,17 @@ SMALL = {
     "words": 0.0,
     "figures": 0.0,
 }
-TASKS = ("text_to_image", "caption", "vqa", "reasoning", "edit", "grounded", "segmentation", "canny", "depth")
+TASKS = (
+    "text_to_image",
+    "caption",
+    "vqa",
+    "reasoning",
+    "edit",
+    "grounded",
+    "segmentation",
+    "canny",
+    "depth",
+)
 
 
 def protocol(task: str, count: int = 60, **world: object) -> SceneTask:
@@ -47,7 +57,9 @@ def test_true_answers_are_right_and_those_to_other_items_hardly_ever(task):
     items = asking.items()
     truths = [true_answer(item, asking.answers_in) for item in items]
     figures = asking.score(items, truths)
-    assert {name: measured.value for name, measured in figures.items()} == dict.fromkeys(figures, 1.0)
+    assert {name: measured.value for name, measured in figures.items()} == dict.fromkeys(
+        figures, 1.0
+    )
     others = asking.score(items, [*truths[1:], truths[0]])
     assert others["right"].value < (0.7 if task in ("vqa", "reasoning") else 0.2)
     assert others["right"].n == len(items) == 60
@@ -88,7 +100,9 @@ def test_figures_of_each_kind_add_up_to_those_of_all():
 
 
 def test_a_task_that_a_world_has_no_scenes_for_is_refused():
-    with pytest.raises(UserError, match="hardly a scene of this world is one that write can be about"):
+    with pytest.raises(
+        UserError, match="hardly a scene of this world is one that write can be about"
+    ):
         protocol("write", 2).items()
 
 
@@ -98,7 +112,11 @@ def test_entities_are_recognised_among_all():
     items = asking.items()
     truths = [true_answer(item, "image") for item in items]
     right = asking.score(items, truths)
-    assert (right["recognised"].value, right["background"].value, right["recognised"].n) == (1, 1, 30)
+    assert (right["recognised"].value, right["background"].value, right["recognised"].n) == (
+        1,
+        1,
+        30,
+    )
     shifted = asking.score(items, [*truths[1:], truths[0]])
     assert (shifted["recognised"].value, shifted["background"].value) == (0, 0)
 
@@ -115,7 +133,9 @@ def test_compositions_have_six_kinds_and_their_mean():
     figures = asking.score(items, [picture for _ in items])
     assert len(items) == 48
     assert len(figures) == 7
-    mean = sum(measured.value for name, measured in figures.items() if name != "mean of six kinds") / 6
+    mean = (
+        sum(measured.value for name, measured in figures.items() if name != "mean of six kinds") / 6
+    )
     assert figures["mean of six kinds"].value == pytest.approx(mean)
     assert figures["mean of six kinds"].low <= mean <= figures["mean of six kinds"].high
 
@@ -153,7 +173,9 @@ def test_images_are_compared_with_those_that_were_captioned():
     assert same["Fréchet distance of cells"].value == pytest.approx(0, abs=1e-3)
     assert (same["precision"].value, same["recall"].value) == (1, 1)
     assert same["CLIP score"].value == pytest.approx(0.25)
-    grey = asking.score(items, [Answer(image_HWC=np.full((48, 48, 3), 90, np.uint8), clip=0.0) for _ in items])
+    grey = asking.score(
+        items, [Answer(image_HWC=np.full((48, 48, 3), 90, np.uint8), clip=0.0) for _ in items]
+    )
     assert grey["Fréchet distance of cells"].value > 1000
     assert grey["recall"].value == 0
 
@@ -166,10 +188,15 @@ def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash(
     notes = one.notes(items)
     assert notes == other.notes(other.items())
     assert notes["prompts"] != captioned(121).notes(captioned(121).items())["prompts"]
-    assert notes["reference"] != captioned(120, first=7).notes(captioned(120, first=7).items())["reference"]
+    assert (
+        notes["reference"]
+        != captioned(120, first=7).notes(captioned(120, first=7).items())["reference"]
+    )
 
 
-@pytest.mark.parametrize(("count", "sentence"), [(60, "needs 110 images or more"), (151, "151 captions are asked for")])
+@pytest.mark.parametrize(
+    ("count", "sentence"), [(60, "needs 110 images or more"), (151, "151 captions are asked for")]
+)
 def test_too_few_images_for_a_covariance_are_refused(count, sentence):
     with pytest.raises(UserError, match=sentence):
         captioned(count).items()
@@ -189,7 +216,9 @@ def test_precision_and_recall_are_their_definition():
                     break
         return hits / len(points)
 
-    assert precision_recall(real_MD, made_ND) == pytest.approx((inside(made_ND, real_MD), inside(real_MD, made_ND)))
+    assert precision_recall(real_MD, made_ND) == pytest.approx(
+        (inside(made_ND, real_MD), inside(real_MD, made_ND))
+    )
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(real_MD[:3], made_ND)
 
@@ -218,7 +247,10 @@ def test_questions_are_measured_against_all_that_people_answered(tmp_path):
     assert len(items) == 6
     assert items[0].truth.count("two") == 4
     figures = asking.score(items, [Answer(text="two"), *[Answer(text="no") for _ in items[1:]]])
-    expected = [vqa_accuracy("two", items[0].truth), *[vqa_accuracy("no", item.truth) for item in items[1:]]]
+    expected = [
+        vqa_accuracy("two", items[0].truth),
+        *[vqa_accuracy("no", item.truth) for item in items[1:]],
+    ]
     assert figures["VQA accuracy"].value == pytest.approx(np.mean(expected))
     assert asking.right(items[0], Answer(text="Two."))
 
@@ -231,7 +263,9 @@ def test_an_image_is_captioned_once_and_measured_against_all_its_captions(tmp_pa
     figures = asking.score(items, [Answer(text=item.truth[0]) for item in items])
     cider = next(measured.value for name, measured in figures.items() if name.startswith("CIDEr"))
     wrong = asking.score(items, [Answer(text="nothing at all here") for _ in items])
-    assert cider > next(measured.value for name, measured in wrong.items() if name.startswith("CIDEr"))
+    assert cider > next(
+        measured.value for name, measured in wrong.items() if name.startswith("CIDEr")
+    )
 
 
 def test_options_are_told_by_letter_or_text(tmp_path):
@@ -242,12 +276,16 @@ def test_options_are_told_by_letter_or_text(tmp_path):
         chosen, *options = item.truth
         letters.append(Answer(text=f"({'ABCDE'[options.index(chosen)]})"))
     assert asking.score(items, letters)["accuracy"].value == 1
-    assert asking.score(items, [Answer(text=item.truth[0]) for item in items])["accuracy"].value == 1
+    assert (
+        asking.score(items, [Answer(text=item.truth[0]) for item in items])["accuracy"].value == 1
+    )
     assert asking.score(items, [Answer(text="no idea") for _ in items])["accuracy"].value == 0
 
 
 def test_too_many_missing_images_are_fatal(tmp_path):
-    with pytest.raises(UserError, match=r"items cannot be used .* more than protocol.missing=0.01 allows"):
+    with pytest.raises(
+        UserError, match=r"items cannot be used .* more than protocol.missing=0.01 allows"
+    ):
         answering("vqa", tmp_path, "vqa", missing=0.01).items()
 
 
@@ -257,7 +295,11 @@ def test_a_source_without_known_answers_is_refused():
 
 
 def ranking(place: Path) -> dict[str, Any]:
-    data = {"name": "visdial", **INSTRUCTIONS["visdial"](place), "relevance": dense_annotations(place)}
+    data = {
+        "name": "visdial",
+        **INSTRUCTIONS["visdial"](place),
+        "relevance": dense_annotations(place),
+    }
     return {"data": data, "missing": 0.5}
 
 
@@ -274,7 +316,10 @@ def test_candidates_are_measured_by_their_ranks(tmp_path):
 
 
 def test_candidates_without_ratings_are_refused(tmp_path):
-    section = {"name": "ranked_answers", "data": {"name": "visdial", **INSTRUCTIONS["visdial"](tmp_path)}}
+    section = {
+        "name": "ranked_answers",
+        "data": {"name": "visdial", **INSTRUCTIONS["visdial"](tmp_path)},
+    }
     with pytest.raises(UserError, match=r"dense annotations as data\.relevance"):
         PROTOCOLS.build(section)
 
@@ -298,14 +343,26 @@ def picture_file(place: Path) -> str:
             "a cat with segmentations cat at 1 2 3 4",
             False,
         ),
-        ("features", {"feature": "depth", "feature_image": "FILE", "caption": "a cat"}, "from depth features", True),
+        (
+            "features",
+            {"feature": "depth", "feature_image": "FILE", "caption": "a cat"},
+            "from depth features",
+            True,
+        ),
         ("write", {"text": "SUN"}, 'draw "SUN"', False),
         ("caption", {"image": "FILE"}, "…", True),
-        ("vqa", {"image": "FILE", "question": "What colour?"}, "Question: What colour? Answer: …", True),
+        (
+            "vqa",
+            {"image": "FILE", "question": "What colour?"},
+            "Question: What colour? Answer: …",
+            True,
+        ),
     ],
 )
 def test_a_showcase_asks_each_task_with_what_is_given(task, prompt, shown, gives, tmp_path):
-    filled = {slot: picture_file(tmp_path) if value == "FILE" else value for slot, value in prompt.items()}
+    filled = {
+        slot: picture_file(tmp_path) if value == "FILE" else value for slot, value in prompt.items()
+    }
     built = PROTOCOLS.build({"name": "showcase", "task": task, "prompts": [filled]})
     (item,) = built.items()
     assert shown in asked(item)
@@ -323,9 +380,15 @@ def test_a_showcase_asks_each_task_with_what_is_given(task, prompt, shown, gives
     [
         ({"task": "dance", "prompts": [{"text": "a"}]}, "task is dance"),
         ({"task": "edit", "prompts": []}, "prompts is empty"),
-        ({"task": "edit", "prompts": [{"text": "a"}]}, "prompts.0 has text; edit takes image1, instruction"),
         (
-            {"task": "features", "prompts": [{"feature": "heat", "feature_image": "a.png", "caption": "a"}]},
+            {"task": "edit", "prompts": [{"text": "a"}]},
+            "prompts.0 has text; edit takes image1, instruction",
+        ),
+        (
+            {
+                "task": "features",
+                "prompts": [{"feature": "heat", "feature_image": "a.png", "caption": "a"}],
+            },
             "prompts.0.feature",
         ),
     ],
@@ -337,8 +400,15 @@ def test_a_showcase_without_what_its_task_takes_is_refused(section, sentence):
 
 def test_a_showcase_names_images_that_are_not_there_or_broken(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    for name, sentence in (("none.png", "there is no image"), ("text.png", "is no image that can be read")):
-        section = {"name": "showcase", "task": "caption", "prompts": [{"image": str(tmp_path / name)}]}
+    for name, sentence in (
+        ("none.png", "there is no image"),
+        ("text.png", "is no image that can be read"),
+    ):
+        section = {
+            "name": "showcase",
+            "task": "caption",
+            "prompts": [{"image": str(tmp_path / name)}],
+        }
         with pytest.raises(UserError, match=sentence):
             PROTOCOLS.build(section).items()
 
@@ -352,10 +422,21 @@ def contract(name: str, place: Path) -> dict[str, Any]:
         "scene_task": {"task": "edit", "count": 12, "side": 48, "world": SMALL},
         "scene_compositions": {"world": SMALL, "count": 2},
         "scene_entities": {"count": 12, "known": 40},
-        "captioned_images": {"data": {"name": "scenes", "count": 120, "side": 48}, "count": 112, "size": 48},
-        "answers": {"data": {"name": "vqa", **INSTRUCTIONS["vqa"](place)}, "measure": "vqa", "missing": 0.5},
+        "captioned_images": {
+            "data": {"name": "scenes", "count": 120, "side": 48},
+            "count": 112,
+            "size": 48,
+        },
+        "answers": {
+            "data": {"name": "vqa", **INSTRUCTIONS["vqa"](place)},
+            "measure": "vqa",
+            "missing": 0.5,
+        },
         "ranked_answers": ranking(place),
-        "showcase": {"task": "text_to_image", "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}]},
+        "showcase": {
+            "task": "text_to_image",
+            "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}],
+        },
     }[name]
 
 

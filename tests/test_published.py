@@ -75,7 +75,9 @@ def same(
         assert codes_BN.ravel().tolist() == codes_of(signal_BCHW).flatten().tolist()
         if signal_of:
             codes_BHW = torch.from_numpy(codes_BN).unflatten(1, (tokenizer.grid, -1))
-            torch.testing.assert_close(tokenizer.signal_of(codes_BHW), signal_of(codes_BHW), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                tokenizer.signal_of(codes_BHW), signal_of(codes_BHW), atol=1e-4, rtol=1e-4
+            )
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -109,15 +111,21 @@ def chameleon() -> Any:
 def transformers_codes(model: Any) -> Callable[[Tensor], Tensor]:
     def codes_of(signal_BCHW: Tensor) -> Tensor:
         found = model.encode(signal_BCHW)
-        return found[2] if isinstance(found, tuple) else found.image_tokens  # below and from version 5 of the library
+        return (
+            found[2] if isinstance(found, tuple) else found.image_tokens
+        )  # below and from version 5 of the library
 
     return codes_of
 
 
-def diffusers_model(levels: int = 3, *, attention: bool = True, size: int = 64, dim: int = 8, z: int = 32) -> Any:
+def diffusers_model(
+    levels: int = 3, *, attention: bool = True, size: int = 64, dim: int = 8, z: int = 32
+) -> Any:
     diffusers = pytest.importorskip("diffusers")
     last_down, last_up = (
-        ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D") if attention else ("DownEncoderBlock2D", "UpDecoderBlock2D")
+        ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
+        if attention
+        else ("DownEncoderBlock2D", "UpDecoderBlock2D")
     )
     model = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + (last_down,),
@@ -179,7 +187,9 @@ def as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("levels", "attention"), [(4, True), (3, False)])
-def test_taming_is_diffusers_model_under_other_names(tmp_path: Path, levels: int, attention: bool) -> None:
+def test_taming_is_diffusers_model_under_other_names(
+    tmp_path: Path, levels: int, attention: bool
+) -> None:
     model = diffusers_model(levels, attention=attention)
     file = write_taming(tmp_path / "last.ckpt", as_taming(model.state_dict(), levels))
     tokenizer = build(file, image_size=SIDE)
@@ -191,7 +201,10 @@ def test_taming_is_diffusers_model_under_other_names(tmp_path: Path, levels: int
 def test_taming_codebook_by_moving_averages_is_read_too(tmp_path: Path) -> None:
     tensors = random_tensors(taming_shapes(**GEOMETRY))
     plain = build(write_taming(tmp_path / "a.ckpt", tensors), image_size=SIDE)
-    averages = {"quantize.embedding.cluster_size": torch.ones(64), "quantize.embedding.embed_avg": torch.ones(64, 8)}
+    averages = {
+        "quantize.embedding.cluster_size": torch.ones(64),
+        "quantize.embedding.embed_avg": torch.ones(64, 8),
+    }
     other = build(write_taming(tmp_path / "b.ckpt", tensors | averages), image_size=SIDE)
     assert np.array_equal(plain.encode(pixels()), other.encode(pixels()))
 
@@ -205,7 +218,9 @@ def test_gumbel_takes_the_most_likely_code(tmp_path: Path) -> None:
 
     def codes_of(signal_BCHW: Tensor) -> Tensor:
         logits_BVHW = torch.nn.functional.conv2d(
-            model.encode(signal_BCHW).latents, extra["quantize.proj.weight"], extra["quantize.proj.bias"]
+            model.encode(signal_BCHW).latents,
+            extra["quantize.proj.weight"],
+            extra["quantize.proj.bias"],
         )
         return logits_BVHW.argmax(1)
 
@@ -242,7 +257,9 @@ def test_taming_itself_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("under", ["model", "ema"])
 def test_llamagen_is_transformers_janus_under_other_names(tmp_path: Path, under: str) -> None:
     model = janus()
-    tokenizer = build(write_llamagen(tmp_path / "vq.pt", as_llamagen(model.state_dict()), under), image_size=SIDE)
+    tokenizer = build(
+        write_llamagen(tmp_path / "vq.pt", as_llamagen(model.state_dict()), under), image_size=SIDE
+    )
     assert tokenizer.layout == "llamagen"
     same(
         tokenizer,
@@ -302,7 +319,9 @@ def test_chameleon_file_has_a_decoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_tokenizer_within_a_bigger_model_in_parts(tmp_path: Path, prefix: str, parts: int) -> None:
     model = chameleon()
-    state = {f"{prefix}{key}": tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()}
+    state = {
+        f"{prefix}{key}": tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()
+    }
     state["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(4, 4)
     folder = write_folder(tmp_path / "chameleon", {"vq_config": {"resolution": SIDE}}, state)
     if parts == 2:
@@ -316,22 +335,31 @@ def test_tokenizer_within_a_bigger_model_in_parts(tmp_path: Path, prefix: str, p
 
 def test_whole_janus_says_its_size_in_patches(tmp_path: Path) -> None:
     tensors = {f"model.vqmodel.{key}": tensor for key, tensor in janus().state_dict().items()}
-    settings = {"vision_config": {"image_size": 384, "patch_size": 16}, "vq_config": {"num_patches": 32}}
+    settings = {
+        "vision_config": {"image_size": 384, "patch_size": 16},
+        "vq_config": {"num_patches": 32},
+    }
     tokenizer = build(write_folder(tmp_path / "janus", settings, tensors))
     assert (tokenizer.grid, tokenizer.image_size) == (24, 24 * 4)
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+)
 def test_diffusers_folder(tmp_path: Path, early: bool, name: str) -> None:
     model = diffusers_model()
-    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if early else {}
+    words = (
+        {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if early else {}
+    )
     state = {}
     for key, tensor in model.state_dict().items():
         for now, then in words.items():
             key = key.replace(now, then)
         state[key] = tensor
-    tokenizer = build(write_folder(tmp_path / "vqvae", dict(model.config), state, name), image_size=SIDE)
+    tokenizer = build(
+        write_folder(tmp_path / "vqvae", dict(model.config), state, name), image_size=SIDE
+    )
     assert tokenizer.layout == "diffusers"
     same(tokenizer, diffusers_codes(model), diffusers_signal(model))
 
@@ -349,8 +377,20 @@ def test_diffusers_model_of_another_kind_is_named_by_what_it_lacks(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------ published sizes
 
 FULL = {"channels": 128, "residual_blocks": 2, "z_channels": 256}
-F8 = {**FULL, "multipliers": (1, 1, 2, 4), "attention_levels": (3,), "code_dim": 256, "codebook_size": 8192}
-F16 = {**FULL, "multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,), "code_dim": 256, "codebook_size": 16384}
+F8 = {
+    **FULL,
+    "multipliers": (1, 1, 2, 4),
+    "attention_levels": (3,),
+    "code_dim": 256,
+    "codebook_size": 8192,
+}
+F16 = {
+    **FULL,
+    "multipliers": (1, 1, 2, 2, 4),
+    "attention_levels": (4,),
+    "code_dim": 256,
+    "codebook_size": 16384,
+}
 CHAMELEON = {**F16, "attention_levels": (), "codebook_size": 8192}
 LLAMAGEN_16 = {**F16, "code_dim": 8}
 LLAMAGEN_8 = {**LLAMAGEN_16, "multipliers": (1, 2, 2, 4), "attention_levels": (3,)}
@@ -370,13 +410,18 @@ def test_published_geometry_is_inferred_without_memory(
     tmp_path: Path, shapes: Mapping[str, Any], image_size: int, grid: int, codes: int, millions: int
 ) -> None:
     file = tmp_path / "weights.ckpt"
-    torch.save({"state_dict": {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}}, file)
+    torch.save(
+        {"state_dict": {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}},
+        file,
+    )
     with torch.device("meta"):
         tokenizer = build(file, image_size=image_size)
     assert all(tensor.is_meta for tensor in tokenizer.state_dict().values())
     assert (tokenizer.grid, tokenizer.codebook_size) == (grid, codes)
     count = sum(parameter.numel() for parameter in tokenizer.parameters())
-    assert count == sum(np.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used")
+    assert count == sum(
+        np.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used"
+    )
     if millions:  # as the README of FoundationVision/LlamaGen says
         assert round(count / 1e6) == millions
 
@@ -385,9 +430,14 @@ def test_published_geometry_is_inferred_without_memory(
 
 
 def test_weights_are_saved_and_read_by_our_names(tmp_path: Path) -> None:
-    tokenizer = build(write_taming(tmp_path / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))), image_size=16)
+    tokenizer = build(
+        write_taming(tmp_path / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))), image_size=16
+    )
     save_weights(tmp_path / "model.safetensors", tokenizer)
-    other = build(write_taming(tmp_path / "b.ckpt", random_tensors(taming_shapes(**SMALL), seed=1)), image_size=16)
+    other = build(
+        write_taming(tmp_path / "b.ckpt", random_tensors(taming_shapes(**SMALL), seed=1)),
+        image_size=16,
+    )
     images_BHWC = pixels(side=16)
     assert not np.array_equal(tokenizer.encode(images_BHWC), other.encode(images_BHWC))
     load_weights(tmp_path / "model.safetensors", other)
@@ -424,7 +474,9 @@ def test_it_is_not_trained_and_the_file_may_go(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_class_of_lightning_in_a_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_of_lightning_in_a_checkpoint_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its checkpoints have the classes of callbacks as keys; Lightning need not be there to read them."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
@@ -432,7 +484,9 @@ def test_class_of_lightning_in_a_checkpoint_is_passed_over(tmp_path: Path, monke
     callback = type("ModelCheckpoint", (), {"__module__": name})
     monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
     tensors = random_tensors(taming_shapes(**SMALL))
-    torch.save({"state_dict": tensors, "callbacks": {callback: {"best": 1.0}}}, tmp_path / "last.ckpt")
+    torch.save(
+        {"state_dict": tensors, "callbacks": {callback: {"best": 1.0}}}, tmp_path / "last.ckpt"
+    )
     monkeypatch.undo()
     assert build(tmp_path / "last.ckpt", image_size=16).layout == "taming"
 
@@ -443,7 +497,9 @@ class Code:
 
 
 @pytest.mark.parametrize("as_zip", [True, False], ids=["today", "before_torch_1.6"])
-def test_pickle_with_code_is_not_opened(tmp_path: Path, as_zip: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickle_with_code_is_not_opened(
+    tmp_path: Path, as_zip: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, content = tmp_path / "last.ckpt", {"state_dict": random_tensors(taming_shapes(**SMALL))}
     torch.save(content, file, _use_new_zipfile_serialization=as_zip)
     assert build(file).layout == "taming"
@@ -471,7 +527,9 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name} holds no tensors by name"):
             build(tmp_path / name)
     torch.save({"model": {"layers.0.weight": torch.zeros(3)}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"is in none of the known layouts .*: it has the keys layers\.0\.weight"):
+    with pytest.raises(
+        UserError, match=r"is in none of the known layouts .*: it has the keys layers\.0\.weight"
+    ):
         build(tmp_path / "other.pt")
 
 
@@ -494,10 +552,14 @@ def test_folders(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     split_in_two(folder, tensors)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names model-00002-of-00002\.safetensors, which is no file beside"):
+    with pytest.raises(
+        UserError, match=r"names model-00002-of-00002\.safetensors, which is no file beside"
+    ):
         build(folder)
     index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("model-00002-of-00002.safetensors", "../config.json"))
+    index.write_text(
+        index.read_text().replace("model-00002-of-00002.safetensors", "../config.json")
+    )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"names \.\./config\.json, which is no file beside"):
         build(folder)
@@ -510,13 +572,19 @@ def test_keys_and_shapes_that_do_not_fit(tmp_path: Path) -> None:
     tensors, file = random_tensors(taming_shapes(**SMALL)), tmp_path / "vqgan.ckpt"
 
     def sentence(changed: Mapping[str, Tensor | None], **settings: Any) -> str:
-        write_taming(file, {key: tensor for key, tensor in (tensors | changed).items() if tensor is not None})
+        write_taming(
+            file, {key: tensor for key, tensor in (tensors | changed).items() if tensor is not None}
+        )
         with pytest.raises(UserError) as error:
             build(file, **settings)
         return str(error.value)
 
-    assert sentence({"decoder.mid.attn_1.q.bias": None}) == f"{file} lacks decoder.mid.attn_1.q.bias"
-    assert sentence({"quantize.embedding.weight": None}) == f"{file} lacks quantize.embedding.weight"
+    assert (
+        sentence({"decoder.mid.attn_1.q.bias": None}) == f"{file} lacks decoder.mid.attn_1.q.bias"
+    )
+    assert (
+        sentence({"quantize.embedding.weight": None}) == f"{file} lacks quantize.embedding.weight"
+    )
     assert sentence({"encoder.conv_in.weight": None}) == f"{file} lacks encoder.conv_in.weight"
     assert sentence({"quantize.used": torch.zeros(3)}) == f"{file} has the unknown quantize.used"
     assert sentence({"encoder.conv_out.bias": torch.zeros(5)}) == (

@@ -15,7 +15,10 @@ from cm3leon.models.transformer import Transformer
 
 def decoder() -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(Transformer.Config(layers=3, width=32, head_size=16, seq_len=64, init_std=0.2), vocab_size=50)
+    model = Transformer(
+        Transformer.Config(layers=3, width=32, head_size=16, seq_len=64, init_std=0.2),
+        vocab_size=50,
+    )
     torch.nn.init.normal_(model.head.weight, std=0.2)
     return model.train()
 
@@ -35,7 +38,11 @@ def step(model: Transformer) -> tuple[Tensor, dict[str, Tensor], int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(ids_BT, sample_BT=sample_BT).logsumexp(-1).mean()
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return loss.detach(), gradients, sum(kept.values())
 
 
@@ -44,7 +51,9 @@ class Products(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.count += function is torch.ops.aten.mm.default
         return function(*args, **(kwargs or {}))
 
@@ -70,7 +79,9 @@ def test_full_keeps_less_and_selective_computes_no_product_twice() -> None:
         products[choice] = counted.count
     assert kept["full"] < 0.5 * kept["none"]
     assert products["selective"] == products["none"]
-    assert products["full"] == products["none"] + 3 * 3  # of four products in a layer, all but the last are needed
+    assert (
+        products["full"] == products["none"] + 3 * 3
+    )  # of four products in a layer, all but the last are needed
 
 
 def test_nothing_changes_without_it() -> None:
@@ -89,13 +100,17 @@ def test_a_cache_still_works_and_names_stay(choice: Any) -> None:
     attend: Any = cache.prefix_pass(torch.tensor([0]), torch.tensor([11]))
     parts = [model(ids_BT[:, :11], position_BT=attend.positions(11), attend=attend)]
     attend = cache.step_pass(1, 11, 1)
-    found_BTV = torch.cat([*parts, model(ids_BT[:, 11:], position_BT=attend.positions(1), attend=attend)], 1)
+    found_BTV = torch.cat(
+        [*parts, model(ids_BT[:, 11:], position_BT=attend.positions(1), attend=attend)], 1
+    )
     torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names
 
 
 def test_readout_stands_in_for_the_logits() -> None:
     model, ids_BT = decoder(), torch.arange(12)[None]
-    found = model(ids_BT, readout=lambda hidden_BTD, head: (head(hidden_BTD[:, -1]), hidden_BTD.shape))
+    found = model(
+        ids_BT, readout=lambda hidden_BTD, head: (head(hidden_BTD[:, -1]), hidden_BTD.shape)
+    )
     torch.testing.assert_close(found[0], model(ids_BT)[:, -1])
     assert found[1] == (1, 12, 32)

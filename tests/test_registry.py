@@ -69,14 +69,22 @@ def test_preset_changes_defaults_only(engines: Registry[Engine]) -> None:
 @pytest.mark.parametrize(
     ("section", "sentence"),
     [
-        ("plan", "engine.name is plan, which is not a known engine; did you mean plain? (known: large, plain)"),
+        (
+            "plan",
+            "engine.name is plan, which is not a known engine; did you mean plain? (known: large, plain)",
+        ),
         ({"layers": 2}, "engine has no name; it must name one engine (known: large, plain)"),
         (7, "engine is not a section; it must name one engine"),
         ({"name": "plain"}, "engine.head is missing"),
-        ({"name": "plain", "head": {"cont": 1}}, "engine.head.cont is not a known key; did you mean count?"),
+        (
+            {"name": "plain", "head": {"cont": 1}},
+            "engine.head.cont is not a known key; did you mean count?",
+        ),
     ],
 )
-def test_each_mistake_has_its_sentence(engines: Registry[Engine], section: Any, sentence: str) -> None:
+def test_each_mistake_has_its_sentence(
+    engines: Registry[Engine], section: Any, sentence: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         engines.check(section)
 

@@ -32,9 +32,7 @@ from cm3leon.evaluation.report import (
 )
 
 VOID = {"meta", "img", "br"}
-HOSTILE = (
-    """</p></style></svg>"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> $\\frac{1$ &amp;"""
-)
+HOSTILE = """</p></style></svg>"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> $\\frac{1$ &amp;"""
 
 
 class Page(HTMLParser):
@@ -83,7 +81,11 @@ def example(text: str = "a handwritten seven") -> Report:
     chart = Curves(lines, text, text, text, log_y=True, smooth=9, references=[Reference(1.5, text)])
     blocks = [
         Table([text, "n"], [[text, 1000], ["none", None]], text, frozenset({1})),
-        Gallery([Card([picture, picture], text, text, [picture], "bad"), Card([Picture(noise(1))])], 3, text),
+        Gallery(
+            [Card([picture, picture], text, text, [picture], "bad"), Card([Picture(noise(1))])],
+            3,
+            text,
+        ),
         Strip([(text, [picture]), ("reconstruction", [picture, picture])], text),
         chart,
         replace(chart, log_y=False, smooth=0),
@@ -101,7 +103,10 @@ def page_with(*blocks) -> Page:
 @pytest.mark.parametrize("text", ["a handwritten seven", HOSTILE])
 def test_page_is_well_formed_and_asks_for_nothing(text):
     page = Page(render(example(text)))
-    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.all("img"))
+    assert all(
+        image["src"].startswith("data:image/png;base64,") and image["alt"]
+        for image in page.all("img")
+    )
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for tag, attributes in page.elements:
@@ -109,8 +114,14 @@ def test_page_is_well_formed_and_asks_for_nothing(text):
         assert not any(name.startswith("on") for name in attributes)
         for name in ("href", "xlink:href", "src"):
             value = attributes.get(name) or "#"
-            assert value.startswith("data:") if tag == "img" and name == "src" else value == "#" or value[1:] in ids
-        for target in re.findall(r"url\((.*?)\)", " ".join(value or "" for value in attributes.values())):
+            assert (
+                value.startswith("data:")
+                if tag == "img" and name == "src"
+                else value == "#" or value[1:] in ids
+            )
+        for target in re.findall(
+            r"url\((.*?)\)", " ".join(value or "" for value in attributes.values())
+        ):
             assert target.startswith("#")
             assert target[1:] in ids
 
@@ -144,21 +155,32 @@ def test_pixels_survive(channels):
 
 @pytest.mark.parametrize(
     ("size", "height", "drawn", "classes"),
-    [(32, 96, "96", "pixelated"), (28, 96, "84", "pixelated"), (64, 96, "96", None), (256, 96, "96", None)],
+    [
+        (32, 96, "96", "pixelated"),
+        (28, 96, "84", "pixelated"),
+        (64, 96, "96", None),
+        (256, 96, "96", None),
+    ],
 )
 def test_enlarged_pixels_are_squares_of_one_size(size, height, drawn, classes):
     (image,) = page_with(Strip([("row", [Picture(noise(size=size), height=height)])])).all("img")
     assert (image["height"], image.get("class")) == (drawn, classes)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)])
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)]
+)
 def test_other_arrays_are_refused(pixels):
     with pytest.raises(ValueError, match="uint8"):
         page_with(Gallery([Card([Picture(pixels)])]))
 
 
 def test_numbers_stand_right_and_line_up():
-    rows = [["none", 95.0, 1000, "[96.3, 98.2]", "low"], ["one", 97.25, -3, "\u2013", "1"], ["two", None, 0, "", "2"]]
+    rows = [
+        ["none", 95.0, 1000, "[96.3, 98.2]", "low"],
+        ["one", 97.25, -3, "\u2013", "1"],
+        ["two", None, 0, "", "2"],
+    ]
     page = page_with(Table(["documents", "accuracy", "n", "interval", "note"], rows))
     heads = [cell.get("class") for cell in page.all("th") if cell["scope"] == "col"]
     assert heads == [None, "number", "number", "number", None]
@@ -190,7 +212,14 @@ NAN = float("nan")
 @pytest.mark.parametrize("smooth", [0, 5])
 @pytest.mark.parametrize(
     ("y", "is_drawn"),
-    [([], False), ([NAN, NAN], False), ([2.0], True), ([1, NAN, 3], True), ([float("inf"), 1.0], True), ([7, 7], True)],
+    [
+        ([], False),
+        ([NAN, NAN], False),
+        ([2.0], True),
+        ([1, NAN, 3], True),
+        ([float("inf"), 1.0], True),
+        ([7, 7], True),
+    ],
 )
 def test_curves_of_few_or_no_points(y, is_drawn, smooth, log_y):
     page = page_with(curves(Series("run", range(len(y)), y), smooth=smooth, log_y=log_y))
@@ -223,7 +252,9 @@ def test_moving_mean():
 
 
 def test_charts_take_their_colours_from_the_page():
-    html = render(Report("title", sections=[Section("s", blocks=[curves(Series("run", [0, 1], [1, 2]))])]))
+    html = render(
+        Report("title", sections=[Section("s", blocks=[curves(Series("run", [0, 1], [1, 2]))])])
+    )
     chart = html[html.index("<svg") : html.index("</svg>")]
     assert "var(--series-1)" in chart
     assert "currentColor" in chart
@@ -231,7 +262,8 @@ def test_charts_take_their_colours_from_the_page():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.00025, "0.00025"), (-2, "\u22122"), (1500, "1,500"), (2.5e6, "2.5M"), (0, "0")]
+    ("value", "text"),
+    [(0.00025, "0.00025"), (-2, "\u22122"), (1500, "1,500"), (2.5e6, "2.5M"), (0, "0")],
 )
 def test_ticks(value, text):
     assert report_module._tick(value) == text
@@ -243,7 +275,10 @@ def test_same_report_same_bytes():
 
 def test_many_pictures_stay_small():
     cards = [Card([Picture(noise(seed))], caption="a seven") for seed in range(300)]
-    assert len(render(Report("title", sections=[Section("samples", blocks=[Gallery(cards)])]))) < 1_500_000
+    assert (
+        len(render(Report("title", sections=[Section("samples", blocks=[Gallery(cards)])])))
+        < 1_500_000
+    )
 
 
 def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
@@ -264,5 +299,7 @@ def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
 
 def test_import_is_light():
     code = "import sys, cm3leon.evaluation.report; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"matplotlib", "PIL", "torch"} & set(modules)

@@ -58,7 +58,9 @@ def test_mean_is_that_of_the_parts_a_document_has(seed: int, rows: int) -> None:
 
 @given(st.integers(0, 999), st.integers(1, 60), st.integers(1, 80))
 @settings(max_examples=40)
-def test_search_is_the_largest_inner_product_by_brute_force(seed: int, rows: int, count: int) -> None:
+def test_search_is_the_largest_inner_product_by_brute_force(
+    seed: int, rows: int, count: int
+) -> None:
     bank = MemoryBank([str(row) for row in range(rows)], random_parts(seed, rows, 5, missing=0.2))
     query_QD = np.random.default_rng(seed + 1).normal(size=(3, 5))
     found_QK = bank.search(query_QD, count)
@@ -67,7 +69,9 @@ def test_search_is_the_largest_inner_product_by_brute_force(seed: int, rows: int
     for q in range(3):
         assert len(set(found_QK[q].tolist())) == found_QK.shape[1]
         best = np.sort(scores_QB[q])[::-1][: found_QK.shape[1]]
-        np.testing.assert_allclose(scores_QB[q][found_QK[q]], best, atol=1e-5)  # ties may come in any order
+        np.testing.assert_allclose(
+            scores_QB[q][found_QK[q]], best, atol=1e-5
+        )  # ties may come in any order
 
 
 def test_bank_is_saved_and_read_back(tmp_path: Path) -> None:
@@ -85,7 +89,10 @@ def test_bank_is_saved_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "act",
     [
-        pytest.param(lambda folder: MemoryBank(["a"], random_parts(0, 1)).search(np.zeros((1, 4)), 1), id="search"),
+        pytest.param(
+            lambda folder: MemoryBank(["a"], random_parts(0, 1)).search(np.zeros((1, 4)), 1),
+            id="search",
+        ),
         pytest.param(
             lambda folder: MemoryBank(["a"], random_parts(0, 1)).save(folder),
             id="save",
@@ -96,7 +103,9 @@ def test_bank_is_saved_and_read_back(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_missing_faiss_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+def test_missing_faiss_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any
+) -> None:
     MemoryBank(["a"], random_parts(0, 1)).save(tmp_path)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match="faiss is not installed: pip install faiss-cpu"):
@@ -150,7 +159,13 @@ def slow_select(
 )
 @settings(max_examples=400)
 def test_strategy_against_a_slow_reference(
-    seed: int, rows: int, count: int, threshold: float, both: bool, excluded: int | None, missing: float
+    seed: int,
+    rows: int,
+    count: int,
+    threshold: float,
+    both: bool,
+    excluded: int | None,
+    missing: float,
 ) -> None:
     """Three queries at once; the last two have fewer candidates, and no document of their own."""
     rng = np.random.default_rng(seed)
@@ -160,8 +175,12 @@ def test_strategy_against_a_slow_reference(
     parts, queries = random_parts(seed, 3 * rows, 2, missing), random_parts(seed + 1, 3, 2, missing)
     of_each = Parts(parts.text_BD.reshape(3, rows, 2), parts.image_BD.reshape(3, rows, 2))
     rules = Rules(threshold, both)
-    exclude_Q = np.array([NONE if excluded is None else candidates_QK[0, excluded % rows], NONE, NONE])
-    got_QR, verdicts = select(candidates_QK, of_each, queries, exclude_Q=exclude_Q, count=count, rules=rules)
+    exclude_Q = np.array(
+        [NONE if excluded is None else candidates_QK[0, excluded % rows], NONE, NONE]
+    )
+    got_QR, verdicts = select(
+        candidates_QK, of_each, queries, exclude_Q=exclude_Q, count=count, rules=rules
+    )
     assert got_QR.shape == (3, count)
     counted: collections.Counter[str] = collections.Counter()
     for q in range(3):
@@ -181,7 +200,12 @@ def test_strategy_against_a_slow_reference(
 
 def test_strategy_by_hand() -> None:
     """Copies of the query and of what is already taken are skipped, one without a text too, and relevance decides."""
-    x, y, z, near_y = np.eye(4)[0], np.eye(4)[1], np.eye(4)[2], np.array([0.2, 0.98, 0, 0]) / np.hypot(0.2, 0.98)
+    x, y, z, near_y = (
+        np.eye(4)[0],
+        np.eye(4)[1],
+        np.eye(4)[2],
+        np.array([0.2, 0.98, 0, 0]) / np.hypot(0.2, 0.98),
+    )
     images_KD = np.stack([z, x, y, near_y, y, -x, -y]).astype(np.float32)
     texts_KD = np.tile(np.eye(4)[3], (7, 1)).astype(np.float32)
     texts_KD[2] = 0
@@ -202,9 +226,19 @@ def test_strategy_by_hand() -> None:
 
 # ------------------------------------------------------------------------------------------------ encoder
 
-TINY = {"architecture": None, "image_size": 16, "patch_size": 4, "width": 32, "layers": 2, "embed_dim": 8}
+TINY = {
+    "architecture": None,
+    "image_size": 16,
+    "patch_size": 4,
+    "width": 32,
+    "layers": 2,
+    "embed_dim": 8,
+}
 DOCUMENTS = 12
-TEXTS = [f"{word} {thing}" for word, thing in itertools.product(("red", "blue", "tiny", "old"), ("dog", "cat", "ox"))]
+TEXTS = [
+    f"{word} {thing}"
+    for word, thing in itertools.product(("red", "blue", "tiny", "old"), ("dog", "cat", "ox"))
+]
 
 
 def pictures(count: int = DOCUMENTS, side: int = 16, seed: int = 0) -> np.ndarray:
@@ -240,9 +274,17 @@ def test_vectors_are_of_length_one_and_do_not_depend_on_the_batch(encoder: ClipE
         assert vectors_BD.dtype == np.float32
         assert vectors_BD.shape[1] == 8
         np.testing.assert_allclose(np.linalg.norm(vectors_BD, axis=1), 1, atol=1e-5)
-    for start, end in ((0, 1), (255, 258), (290, 300)):  # across the border of the encoder's own batches
-        np.testing.assert_allclose(encoder.encode_texts(texts[start:end]), text_BD[start:end], atol=1e-5)
-        np.testing.assert_allclose(encoder.encode_images(images_BHWC[start:end]), image_BD[start:end], atol=1e-5)
+    for start, end in (
+        (0, 1),
+        (255, 258),
+        (290, 300),
+    ):  # across the border of the encoder's own batches
+        np.testing.assert_allclose(
+            encoder.encode_texts(texts[start:end]), text_BD[start:end], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            encoder.encode_images(images_BHWC[start:end]), image_BD[start:end], atol=1e-5
+        )
     assert np.array_equal(encoder.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
     assert len({tuple(np.round(row, 5)) for row in text_BD}) == DOCUMENTS
 
@@ -250,8 +292,13 @@ def test_vectors_are_of_length_one_and_do_not_depend_on_the_batch(encoder: ClipE
 def test_pixels_are_normalised_as_clip_expects(encoder: ClipEncoder) -> None:
     images_BHWC = pictures(2)
     got = encoder._pixels(torch.from_numpy(images_BHWC)).numpy()
-    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-    np.testing.assert_allclose(got, ((images_BHWC / 255 - mean) / std).transpose(0, 3, 1, 2), atol=1e-5)
+    mean, std = (
+        np.array([0.48145466, 0.4578275, 0.40821073]),
+        np.array([0.26862954, 0.26130258, 0.27577711]),
+    )
+    np.testing.assert_allclose(
+        got, ((images_BHWC / 255 - mean) / std).transpose(0, 3, 1, 2), atol=1e-5
+    )
     assert encoder._pixels(torch.from_numpy(pictures(2, 40))).shape == (2, 3, 16, 16)
     flat = encoder._pixels(torch.full((1, 50, 50, 3), 255, dtype=torch.uint8))
     np.testing.assert_allclose(flat[0, :, 3, 3].numpy(), (1 - mean) / std, atol=1e-4)
@@ -271,7 +318,9 @@ def test_loss_is_the_symmetric_contrastive_one(encoder: ClipEncoder) -> None:
 
     expected = (cross_entropy(scores_BB) + cross_entropy(scores_BB.T)) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    assert figures["pair_accuracy"].item() == pytest.approx(np.mean(scores_BB.argmax(1) == np.arange(DOCUMENTS)))
+    assert figures["pair_accuracy"].item() == pytest.approx(
+        np.mean(scores_BB.argmax(1) == np.arange(DOCUMENTS))
+    )
     assert figures["logit_scale"].item() == pytest.approx(scale, rel=1e-5)
     assert scale == pytest.approx(1 / 0.07, rel=1e-4)
     assert figures["images"] == DOCUMENTS
@@ -297,7 +346,10 @@ def test_the_loss_falls_when_trained() -> None:
     [
         ({"width": 40}, "width 40 must be a multiple of 16"),
         ({"patch_size": 5}, "patch_size 5 must divide image_size 16"),
-        ({"pretrained": "openai"}, "pretrained is set, then architecture must name an open_clip model"),
+        (
+            {"pretrained": "openai"},
+            "pretrained is set, then architecture must name an open_clip model",
+        ),
     ],
 )
 def test_unfit_encoders_are_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -339,8 +391,12 @@ def test_weights_are_read_from_a_file(tmp_path: Path, format_: str) -> None:
     torch.manual_seed(2)
     loaded = large(pretrained=str(path))
     images_BHWC = pictures(2, 40)
-    np.testing.assert_allclose(loaded.encode_images(images_BHWC), original.encode_images(images_BHWC), atol=1e-5)
-    np.testing.assert_allclose(loaded.encode_texts(TEXTS[:2]), original.encode_texts(TEXTS[:2]), atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.encode_images(images_BHWC), original.encode_images(images_BHWC), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        loaded.encode_texts(TEXTS[:2]), original.encode_texts(TEXTS[:2]), atol=1e-5
+    )
 
 
 def test_an_unknown_architecture_is_one_sentence() -> None:
@@ -369,28 +425,40 @@ def test_weights_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str)
     pretrained = name if name == "tag" else str(path)
     with pytest.raises(UserError) as refusal:
         large(pretrained=pretrained)
-    assert str(refusal.value).startswith(f"retriever.encoder.pretrained: {pretrained!r} cannot be loaded for {LARGE}: ")
+    assert str(refusal.value).startswith(
+        f"retriever.encoder.pretrained: {pretrained!r} cannot be loaded for {LARGE}: "
+    )
     assert "\n" not in str(refusal.value)
 
 
 # ------------------------------------------------------------------------------------------------ query dropout
 
 
-def text_tokens(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, texts: list[str], **options: Any) -> list[Any]:
+def text_tokens(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, texts: list[str], **options: Any
+) -> list[Any]:
     """The BPE tokens (without padding) that the text tower gets for each text."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(encoder.clip, "encode_text", lambda tokens_BT: (seen.append(tokens_BT), torch.ones(1, 2))[1])
+        patch.setattr(
+            encoder.clip,
+            "encode_text",
+            lambda tokens_BT: (seen.append(tokens_BT), torch.ones(1, 2))[1],
+        )
         encoder.encode_texts(texts, **options)
     (tokens_BT,) = seen
-    return [row[: int(row.argmax()) + 1].tolist() for row in tokens_BT]  # the end token has the largest id
+    return [
+        row[: int(row.argmax()) + 1].tolist() for row in tokens_BT
+    ]  # the end token has the largest id
 
 
 LONG = "the quick brown fox jumps over a lazy dog and then sleeps under an old oak"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5, 0.9, 1.0])
-def test_that_share_of_the_text_is_dropped(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+def test_that_share_of_the_text_is_dropped(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
     texts = [" ".join(LONG.split()[:count]) for count in range(1, 17)] + [""]
     before = text_tokens(encoder, monkeypatch, texts)
     after = text_tokens(encoder, monkeypatch, texts, dropout=share, seed=3)
@@ -401,7 +469,9 @@ def test_that_share_of_the_text_is_dropped(encoder: ClipEncoder, monkeypatch: py
         assert all(token in left for token in kept)  # in their order
 
 
-def test_every_inner_token_is_dropped_at_times(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_inner_token_is_dropped_at_times(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = text_tokens(encoder, monkeypatch, [LONG])[0]
     assert len(set(whole)) == len(whole)
     dropped: collections.Counter[int] = collections.Counter()
@@ -413,7 +483,9 @@ def test_every_inner_token_is_dropped_at_times(encoder: ClipEncoder, monkeypatch
         assert abs(dropped[token] - 300 * share) < 4 * (300 * share * (1 - share)) ** 0.5
 
 
-def test_a_text_with_token_zero_keeps_its_end(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_with_token_zero_keeps_its_end(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CLIP's piece "!" inside a word, as in "wow!%", has the id 0 of the padding."""
     text = "wow!% " + LONG
     whole = encoder._tokens([text])[0].tolist()
@@ -425,7 +497,9 @@ def test_a_text_with_token_zero_keeps_its_end(encoder: ClipEncoder, monkeypatch:
         assert len(kept) == length - round(0.2 * (length - 2))
 
 
-def test_texts_cut_by_the_context_keep_their_end(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_cut_by_the_context_keep_their_end(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (kept,) = text_tokens(encoder, monkeypatch, ["word " * 100], dropout=0.2)
     assert len(kept) == 32 - round(0.2 * 30)
     assert kept[-1] == 49_407
@@ -456,7 +530,11 @@ def test_that_share_of_the_patches_is_dropped(encoder: ClipEncoder) -> None:
             encoder.encode_images(pictures(3), dropout=share)
     finally:
         handle.remove()
-    assert [max(shape[:2]) for shape in lengths] == [1 + 16, 1 + 12, 1 + 8]  # a class token and 4 x 4 patches
+    assert [max(shape[:2]) for shape in lengths] == [
+        1 + 16,
+        1 + 12,
+        1 + 8,
+    ]  # a class token and 4 x 4 patches
     assert not encoder.training
     assert not encoder.clip.visual.training
 
@@ -527,7 +605,9 @@ def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = retriever.bank(ids, TEXTS, images_BHWC)
     for by in ("text", "image"):
-        found, _ = retriever.retrieve(bank, bank.parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS)
+        found, _ = retriever.retrieve(
+            bank, bank.parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
+        )
         assert all(n not in rows for n, rows in enumerate(found))
         assert 5 not in found[0]
         assert 0 not in found[5]
@@ -542,7 +622,10 @@ def test_a_query_without_the_part_that_is_searched_by_finds_nothing(retriever: A
     found, verdicts = retriever.retrieve(bank, queries, "text", count=2)
     assert (found[1] == NONE).all()
     assert (found[[0, 2]] != NONE).any()
-    assert verdicts["seen"] == retriever.retrieve(bank, queries.rows(np.array([0, 2])), "text", count=2)[1]["seen"]
+    assert (
+        verdicts["seen"]
+        == retriever.retrieve(bank, queries.rows(np.array([0, 2])), "text", count=2)[1]["seen"]
+    )
 
 
 def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retriever: Any) -> None:
@@ -553,7 +636,9 @@ def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retrieve
     held_out = {ids[n] for n in range(DOCUMENTS)} - {ids[n] for n in train}
     assert len(held_out) >= 4
     assert not held_out & set(bank.ids)
-    found, _ = retriever.retrieve(bank, retriever.parts(TEXTS, pictures()), "image", count=DOCUMENTS)
+    found, _ = retriever.retrieve(
+        bank, retriever.parts(TEXTS, pictures()), "image", count=DOCUMENTS
+    )
     assert not held_out & {bank.ids[row] for row in found.ravel() if row != NONE}
 
 
@@ -564,49 +649,65 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     retriever = build_retriever(dropout_variants=3, per_modality=2, query_dropout=0.25)
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = retriever.bank(ids, TEXTS, pictures())
-    found, verdicts = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5)
+    found, verdicts = find_neighbours(
+        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5
+    )
     assert found.rows_VBK.shape == (3, DOCUMENTS, 4)
     seen = 0
     for variant in range(3):
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
         for half, by in enumerate(("text", "image")):
             own, documents = np.arange(DOCUMENTS), retriever.parts(TEXTS, pictures())
-            expected, counted = retriever.retrieve(bank, queries, by, exclude_Q=own, count=2, like=documents)
+            expected, counted = retriever.retrieve(
+                bank, queries, by, exclude_Q=own, count=2, like=documents
+            )
             assert np.array_equal(found.rows_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
     assert verdicts["seen"] == seen
     assert (found.rows_VBK != np.arange(DOCUMENTS)[None, :, None]).all()
     assert not np.array_equal(found.rows_VBK[0], found.rows_VBK[1])
-    again, _ = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5)
+    again, _ = find_neighbours(
+        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5
+    )
     assert np.array_equal(again.rows_VBK, found.rows_VBK)
 
 
 def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> None:
     """Document 1 is a copy of document 0 under another id; half of the query's image is dropped."""
-    retriever = build_retriever(threshold=0.999, query_dropout=0.5, per_modality=DOCUMENTS, dropout_variants=2)
+    retriever = build_retriever(
+        threshold=0.999, query_dropout=0.5, per_modality=DOCUMENTS, dropout_variants=2
+    )
     images_BHWC = pictures()
     images_BHWC[1] = images_BHWC[0]
     ids = [str(n) for n in range(DOCUMENTS)]
     bank = retriever.bank(ids, TEXTS, images_BHWC)
-    found, _ = find_neighbours(retriever, bank, ids=ids, texts=TEXTS, images_BHWC=images_BHWC, seed=0)
+    found, _ = find_neighbours(
+        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=images_BHWC, seed=0
+    )
     assert 1 not in found.rows_VBK[:, 0]
     assert 0 not in found.rows_VBK[:, 1]
     dropped = retriever.parts(TEXTS, images_BHWC, dropout=0.5, seed=0)
-    unaware, _ = retriever.retrieve(bank, dropped, "image", exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS)
+    unaware, _ = retriever.retrieve(
+        bank, dropped, "image", exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
+    )
     assert 1 in unaware[0]  # which is what `like` is for
 
 
 def test_missing_neighbours_are_marked(tmp_path: Path) -> None:
     retriever = build_retriever(threshold=-1.0, dropout_variants=1)
     bank = retriever.bank(["a", "b"], TEXTS[:2], pictures(2))
-    found, _ = find_neighbours(retriever, bank, ids=["a", "b"], texts=TEXTS[:2], images_BHWC=pictures(2), seed=0)
+    found, _ = find_neighbours(
+        retriever, bank, ids=["a", "b"], texts=TEXTS[:2], images_BHWC=pictures(2), seed=0
+    )
     assert (found.rows_VBK == NONE).all()
     assert found.draw(0, most=3, random_count=False, rng=np.random.default_rng(0)) == []
     found.save(tmp_path / "neighbours.npy")
     assert np.array_equal(Neighbours.load(tmp_path / "neighbours.npy").rows_VBK, found.rows_VBK)
 
 
-rows_of_one_document = st.lists(st.lists(st.integers(-1, 6), min_size=4, max_size=4), min_size=1, max_size=4)
+rows_of_one_document = st.lists(
+    st.lists(st.integers(-1, 6), min_size=4, max_size=4), min_size=1, max_size=4
+)
 
 
 @given(rows_of_one_document, st.integers(0, 5), st.booleans(), st.integers(0, 999))
@@ -614,7 +715,9 @@ def test_a_draw_is_distinct_and_most_relevant_last(
     rows: list[list[int]], most: int, random_count: bool, seed: int
 ) -> None:
     neighbours = Neighbours(np.array(rows)[:, None])
-    drawn = neighbours.draw(0, most=most, random_count=random_count, rng=np.random.default_rng(seed))
+    drawn = neighbours.draw(
+        0, most=most, random_count=random_count, rng=np.random.default_rng(seed)
+    )
     assert len(drawn) == len(set(drawn)) <= most
     assert NONE not in drawn
     orders = [list(dict.fromkeys(row for row in variant if row != NONE)) for variant in rows]
@@ -626,15 +729,23 @@ def test_a_draw_is_distinct_and_most_relevant_last(
 
 
 def test_count_choice_and_variant_are_drawn_evenly() -> None:
-    neighbours = Neighbours(np.array([[[1, 2, 3, 4]], [[5, 6, 7, 5]]]))  # the second has three distinct ones
+    neighbours = Neighbours(
+        np.array([[[1, 2, 3, 4]], [[5, 6, 7, 5]]])
+    )  # the second has three distinct ones
     rng, draws = np.random.default_rng(0), 6000
     drawn = [neighbours.draw(0, most=3, random_count=True, rng=rng) for _ in range(draws)]
     counts = collections.Counter(len(rows) for rows in drawn)
     for count in range(4):
         assert abs(counts[count] - draws / 4) < 4 * (draws * 3 / 16) ** 0.5
     pairs = collections.Counter(tuple(sorted(rows)) for rows in drawn if len(rows) == 2)
-    assert set(pairs) == {*itertools.combinations((1, 2, 3, 4), 2), *itertools.combinations((5, 6, 7), 2)}
-    first, second = sum(pairs[p] for p in pairs if p[0] < 5), sum(pairs[p] for p in pairs if p[0] >= 5)
+    assert set(pairs) == {
+        *itertools.combinations((1, 2, 3, 4), 2),
+        *itertools.combinations((5, 6, 7), 2),
+    }
+    first, second = (
+        sum(pairs[p] for p in pairs if p[0] < 5),
+        sum(pairs[p] for p in pairs if p[0] >= 5),
+    )
     assert abs(first - second) < 4 * (first + second) ** 0.5
     assert min(pairs.values()) > first / 6 * 0.7
     fixed = [neighbours.draw(0, most=3, random_count=False, rng=rng) for _ in range(100)]

@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def cm3leon(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cm3leon.run", *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ
+        [sys.executable, "-m", "cm3leon.run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ,
     )
 
 
@@ -59,12 +63,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "experiment is missing; write experiment=NAME"),
         (["--shaw"], "--shaw is not a known flag; did you mean --show?"),
-        (["run", "digits"], "digits follows the command run; everything after it must be key=value"),
+        (
+            ["run", "digits"],
+            "digits follows the command run; everything after it must be key=value",
+        ),
         (["experiment=no/such.yaml"], "no/such.yaml is not a file"),
         (["export", "to=[hf"], "to is [hf, which is not valid YAML"),
     ],
 )
-def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
     assert run.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -82,20 +91,38 @@ def raising(error: BaseException) -> run.Command:
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "cm3leon: stopped; the progress is kept, and the same command goes on from there\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "cm3leon: runs/x: No space left on device; "),
-        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "cm3leon: runs: Permission denied; "),
+        (
+            KeyboardInterrupt(),
+            130,
+            "cm3leon: stopped; the progress is kept, and the same command goes on from there\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            2,
+            "cm3leon: runs/x: No space left on device; ",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs"),
+            2,
+            "cm3leon: runs: Permission denied; ",
+        ),
     ],
 )
 def test_stops_that_are_no_bug(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    line: str,
 ) -> None:
     monkeypatch.setitem(run.COMMANDS, "run", raising(error))
     assert run.main(["run"]) == code
     assert capsys.readouterr().err.startswith(line)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), ZeroDivisionError(), ValueError("bug")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "gone"), ZeroDivisionError(), ValueError("bug")]
+)
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setitem(run.COMMANDS, "run", raising(error))
     with pytest.raises(type(error)):
@@ -115,8 +142,13 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
 
     assert run.main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "\n  min_p  (plugins/example)\n    Samples among the tokens that are not much less likely" in text
-    assert "\n      min_p: 0 <= float <= 1 = 0.1\n          A token stays if its probability" in text
+    assert (
+        "\n  min_p  (plugins/example)\n    Samples among the tokens that are not much less likely"
+        in text
+    )
+    assert (
+        "\n      min_p: 0 <= float <= 1 = 0.1\n          A token stays if its probability" in text
+    )
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())
     for name, entry in list_experiments().items():

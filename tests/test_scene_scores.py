@@ -66,12 +66,17 @@ def test_overlap_of_boxes() -> None:
     for _ in range(50):  # by counting pixels
         masks, boxes = [], []
         for _ in range(2):
-            (left, right), (top, bottom) = np.sort(rng.choice(21, 2, False)), np.sort(rng.choice(21, 2, False))
+            (left, right), (top, bottom) = (
+                np.sort(rng.choice(21, 2, False)),
+                np.sort(rng.choice(21, 2, False)),
+            )
             mask = np.zeros((20, 20), bool)
             mask[top:bottom, left:right] = True
             masks.append(mask)
             boxes.append((float(left), float(top), float(right), float(bottom)))
-        assert iou(boxes[0], boxes[1]) == pytest.approx((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())
+        assert iou(boxes[0], boxes[1]) == pytest.approx(
+            (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+        )
 
 
 def test_a_found_box_counts_once() -> None:
@@ -88,7 +93,10 @@ def test_boxes_of_pictures_are_met_by_what_is_read_in_them() -> None:
         scene = draw_scene(SHAPES_ALONE, seed)
         found = parse(render.picture(scene, 96), SHAPES_ALONE)
         asked, seen = (
-            [(language.short_name(one), box) for one, box in zip(each.things, render.boxes(each, 96), strict=True)]
+            [
+                (language.short_name(one), box)
+                for one, box in zip(each.things, render.boxes(each, 96), strict=True)
+            ]
             for each in (scene, found)
         )
         met += boxes_met(asked, seen, 0.8)
@@ -104,7 +112,9 @@ def test_boxes_of_pictures_are_met_by_what_is_read_in_them() -> None:
         ("two_object", [("red", "ring"), ("blue", "star")], [("red", "ring")]),
     ],
 )
-def test_compositions_are_judged(tag: str, scene: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
+def test_compositions_are_judged(
+    tag: str, scene: list[tuple[str, str]], wrong: list[tuple[str, str]]
+) -> None:
     small = World(colours=["red", "blue"], shapes=["ring", "star"], words=0, figures=0)
     asked = [each for each in compositions(small, tag, 40)  # type: ignore[arg-type]
              if things_named(each.text) == Counter(scene) or tag in ("single_object", "two_object")]  # fmt: skip
@@ -122,7 +132,12 @@ def test_counts_and_positions_are_judged() -> None:
         assert [asked.right(scene) for scene in scenes] == [count == number for count in range(5)]
     for asked in compositions(small, "position", 20):
         first, second = ("ring", "star") if asked.text.startswith("a ring") else ("star", "ring")
-        at = {"left of": (0.2, 0.5), "right of": (0.8, 0.5), "above": (0.5, 0.2), "below": (0.5, 0.8)}
+        at = {
+            "left of": (0.2, 0.5),
+            "right of": (0.8, 0.5),
+            "above": (0.5, 0.2),
+            "below": (0.5, 0.8),
+        }
         for relation, place in at.items():
             scene = Scene("white", (thing("red", first, *place), thing("blue", second)))
             assert asked.right(scene) == (relation in asked.text)

@@ -51,7 +51,16 @@ ENTITIES = World(entities=3000, entity_share=1.0)
 
 def what(thing: Thing) -> tuple[Any, ...]:
     """All that a parser reads of a thing: its place, not the pixel it stands on."""
-    looks = (thing.kind, thing.shape, thing.colour, thing.size, thing.texture, thing.word, thing.pose, thing.entity)
+    looks = (
+        thing.kind,
+        thing.shape,
+        thing.colour,
+        thing.size,
+        thing.texture,
+        thing.word,
+        thing.pose,
+        thing.entity,
+    )
     return (*looks, thing.place)
 
 
@@ -91,7 +100,12 @@ def test_every_kind_of_thing_occurs_about_as_often_as_asked() -> None:
     assert 0.08 < kinds["word"] / len(things) < 0.12
     assert 0.08 < kinds["figure"] / len(things) < 0.12
     shapes = [thing for thing in things if thing.kind == "shape"]
-    for values, attribute in ((SHAPES, "shape"), (COLOURS, "colour"), (TEXTURES, "texture"), (SIZES, "size")):
+    for values, attribute in (
+        (SHAPES, "shape"),
+        (COLOURS, "colour"),
+        (TEXTURES, "texture"),
+        (SIZES, "size"),
+    ):
         counts = Counter(getattr(thing, attribute) for thing in shapes)
         assert set(counts) == set(values)
         assert min(counts.values()) > 0.8 * len(shapes) / len(values)
@@ -117,7 +131,9 @@ def test_a_shape_covers_what_its_formula_says(side: int) -> None:
              "ring": np.pi / 4 * (1 - 0.52**2), "triangle": 0.95 * 0.95 / 2}  # fmt: skip
     for shape, area in areas.items():
         pixels_HWC = render.picture(Scene("black", (one(shape),)), side).astype(float)
-        ground, tone = (np.array(table[name]) for table, name in ((BACKGROUNDS, "black"), (COLOURS, "red")))
+        ground, tone = (
+            np.array(table[name]) for table, name in ((BACKGROUNDS, "black"), (COLOURS, "red"))
+        )
         cover = ((pixels_HWC - ground) @ (tone - ground) / ((tone - ground) ** 2).sum()).sum()
         assert cover == pytest.approx(area * round(SIZES["large"] * side) ** 2, rel=0.08), shape
 
@@ -137,7 +153,12 @@ def test_what_is_seen_agrees_with_the_picture() -> None:
         assert (left, top, right, bottom) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     depth_HW = render.depth(scene, side)
     assert depth_HW[owner_HW == -1].max() == 0
-    assert depth_HW[owner_HW == 1].min() > depth_HW[owner_HW == 0].max() > depth_HW[owner_HW == 0].min() > 0
+    assert (
+        depth_HW[owner_HW == 1].min()
+        > depth_HW[owner_HW == 0].max()
+        > depth_HW[owner_HW == 0].min()
+        > 0
+    )
     normal_HWC = render.normals(scene, side)
     np.testing.assert_allclose(np.linalg.norm(normal_HWC, axis=-1), 1, atol=1e-5)
     assert (normal_HWC[owner_HW == -1] == (0, 0, 1)).all()
@@ -157,7 +178,12 @@ def test_a_figures_limbs_are_where_its_pose_says() -> None:
 def test_things_at_the_rim_are_cut_off() -> None:
     whole = render.picture(Scene("black", (one(x=0.5, y=0.5),)), 64)
     cut = render.picture(Scene("black", (one(x=0.0, y=1.0),)), 64)
-    assert 0.2 < (cut != BACKGROUNDS["black"]).any(-1).sum() / (whole != BACKGROUNDS["black"]).any(-1).sum() < 0.3
+    assert (
+        0.2
+        < (cut != BACKGROUNDS["black"]).any(-1).sum()
+        / (whole != BACKGROUNDS["black"]).any(-1).sum()
+        < 0.3
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the parser
@@ -173,9 +199,9 @@ def test_true_pictures_are_read_back(world: World, side: int, scenes: int, at_le
     for seed in range(scenes):
         scene = draw_scene(world, seed)
         found = parse(render.picture(scene, side), world)
-        right += found.background == scene.background and Counter(map(what, found.things)) == Counter(
-            map(what, scene.things)
-        )
+        right += found.background == scene.background and Counter(
+            map(what, found.things)
+        ) == Counter(map(what, scene.things))
     assert right >= at_least * scenes
 
 
@@ -187,8 +213,12 @@ def test_noise_and_blur_are_borne(noise: int) -> None:
     for seed in range(100):
         scene = draw_scene(SMALL, seed)
         pixels_HWC = gaussian_filter(render.picture(scene, 48).astype(float), (0.7, 0.7, 0))
-        noisy_HWC = np.clip(pixels_HWC + rng.normal(0, noise, pixels_HWC.shape), 0, 255).astype(np.uint8)
-        right += Counter(map(what, parse(noisy_HWC, SMALL).things)) == Counter(map(what, scene.things))
+        noisy_HWC = np.clip(pixels_HWC + rng.normal(0, noise, pixels_HWC.shape), 0, 255).astype(
+            np.uint8
+        )
+        right += Counter(map(what, parse(noisy_HWC, SMALL).things)) == Counter(
+            map(what, scene.things)
+        )
     assert right >= 95
 
 
@@ -259,7 +289,9 @@ def test_answers_are_true(seed: int, world: World) -> None:
         elif question.kind == "relation":
             match = re.fullmatch(r"is the (.+) (left of|right of|above|below) the (.+)\?", text)
             assert match
-            one_, other = (next(t for t in scene.things if language.short_name(t) == match[n]) for n in (1, 3))
+            one_, other = (
+                next(t for t in scene.things if language.short_name(t) == match[n]) for n in (1, 3)
+            )
             holds = {"left of": one_.x < other.x, "right of": one_.x > other.x, "above": one_.y < other.y,
                      "below": one_.y > other.y}[match[2]]  # fmt: skip
             assert holds == (answer == "yes")
@@ -272,9 +304,17 @@ def test_answers_are_true(seed: int, world: World) -> None:
         else:
             asked = [thing for thing in scene.things
                      if re.search(rf"\b({thing.colour}|{re.escape(language.noun(thing))})\b", text)]  # fmt: skip
-            values = {"color": "colour", "shape": "shape", "size": "size", "texture": "texture", "word": "word"}
+            values = {
+                "color": "colour",
+                "shape": "shape",
+                "size": "size",
+                "texture": "texture",
+                "word": "word",
+            }
             found = {
-                language.place_name(thing) if question.kind == "place" else getattr(thing, values[question.kind])
+                language.place_name(thing)
+                if question.kind == "place"
+                else getattr(thing, values[question.kind])
                 for thing in asked
             }
             assert answer in found
@@ -309,7 +349,11 @@ def test_an_edit_changes_what_it_says_and_nothing_else(seed: int, world: World) 
         before, after = [*gone], [*new]
         if edit.kind in ("recolour", "replace", "move"):
             names = {"recolour": 2, "replace": 1, "move": 8}
-            differing = [place for place, (a, b) in enumerate(zip(before[0], after[0], strict=True)) if a != b]
+            differing = [
+                place
+                for place, (a, b) in enumerate(zip(before[0], after[0], strict=True))
+                if a != b
+            ]
             assert differing == [names[edit.kind]]
         if edit.kind == "move":
             assert language.place_of(edit.instruction.split(" to the ")[1]) == after[0][8]

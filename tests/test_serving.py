@@ -27,7 +27,8 @@ WORKER = Path(__file__).parent / "share_worker.py"
 def wide() -> Transformer:
     torch.manual_seed(0)
     module = Transformer(
-        Transformer.Config(layers=3, width=128, head_size=32, seq_len=96, init_std=0.08), vocab_size=300
+        Transformer.Config(layers=3, width=128, head_size=32, seq_len=96, init_std=0.08),
+        vocab_size=300,
     )
     torch.nn.init.normal_(module.head.weight, std=0.3)
     return module.eval()
@@ -89,7 +90,9 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match="weights are int8, which needs the package torchao"):
         keep_weights(wide(), "int8")
-    with pytest.raises(UserError, match="3 ranks cannot share the model's 4 heads; the number must divide them"):
+    with pytest.raises(
+        UserError, match="3 ranks cannot share the model's 4 heads; the number must divide them"
+    ):
         share(wide(), rank=0, count=3)
 
 
@@ -99,10 +102,17 @@ def test_three_ranks_answer_as_one() -> None:
         port = free.getsockname()[1]
     processes = []
     for rank in range(3):
-        place = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        place = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         environment = {**os.environ, **place, "PYTHONPATH": str(WORKER.parent.parent)}
         processes.append(
-            subprocess.Popen([sys.executable, str(WORKER)], env=environment, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, str(WORKER)], env=environment, stdout=subprocess.PIPE, text=True
+            )
         )
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -110,7 +120,10 @@ def test_three_ranks_answer_as_one() -> None:
     expected = results(alone)
     assert found["answers"] == expected["answers"]
     assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
-    assert found["held"] == sum(weight.numel() for block in alone.blocks for weight in block.parameters()) / 3
+    assert (
+        found["held"]
+        == sum(weight.numel() for block in alone.blocks for weight in block.parameters()) / 3
+    )
     assert found["cache"] == alone.cache_bytes(groups=1, width=1, prefix=1, tail=1) / 3
 
 

@@ -67,11 +67,17 @@ def arguments(tars: Path, run: Path, *more: str) -> list[str]:
 
 def losses(run: Path) -> list[dict[str, float]]:
     lines = (run / "pretraining" / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith("per_second")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("per_second")}
+        for line in lines
+    ]
 
 
 def shards(run: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(run)): file.read_bytes() for file in sorted(run.glob("*/shard-*.arrow"))}
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in sorted(run.glob("*/shard-*.arrow"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,10 @@ def test_one_process_makes_a_shard_of_each_part_and_trains_on_them(finished: Pat
         assert len(list((finished / stage).glob("shard-*.arrow"))) == TARS
     documents = sum(len(open_shard(file)) for file in (finished / "tokens").glob("*.arrow"))
     assert 0.6 * TARS * PER_TAR < documents < TARS * PER_TAR  # the training split, about 80 %
-    skipped = [json.loads(line) for line in (finished / "tokens/skipped/00001.jsonl").read_text().splitlines()]
+    skipped = [
+        json.loads(line)
+        for line in (finished / "tokens/skipped/00001.jsonl").read_text().splitlines()
+    ]
     assert len(skipped) == 1
     assert "000067" in skipped[0]["file"]
     assert [record["step"] for record in losses(finished)] == [1, 2, 3, 4]
@@ -101,7 +110,9 @@ def test_a_second_run_changes_nothing(tars: Path, finished: Path) -> None:
     assert shards(finished) == before
 
 
-def test_workers_that_share_the_stages_make_the_same(tars: Path, finished: Path, tmp_path: Path) -> None:
+def test_workers_that_share_the_stages_make_the_same(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "shared"
     cm3leon(*arguments(tars, run, "until=retriever"))
     for stage in SHARD_STAGES:
@@ -109,7 +120,15 @@ def test_workers_that_share_the_stages_make_the_same(tars: Path, finished: Path,
             cm3leon(*arguments(tars, run, "until=index"))
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "cm3leon.run", "part", f"stage={stage}", f"part={k}/2", *arguments(tars, run)],
+                [
+                    sys.executable,
+                    "-m",
+                    "cm3leon.run",
+                    "part",
+                    f"stage={stage}",
+                    f"part={k}/2",
+                    *arguments(tars, run),
+                ],
                 cwd=ROOT,
             )
             for k in range(2)
@@ -121,10 +140,14 @@ def test_workers_that_share_the_stages_make_the_same(tars: Path, finished: Path,
     assert losses(run) == losses(finished)
 
 
-def test_a_killed_run_goes_on_with_the_shards_that_are_there(tars: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_the_shards_that_are_there(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "killed"
     for stage in (*SHARD_STAGES, "pretraining"):
-        process = subprocess.Popen([sys.executable, "-m", "cm3leon.run", *arguments(tars, run)], cwd=ROOT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cm3leon.run", *arguments(tars, run)], cwd=ROOT
+        )
         started = run / stage / "started.json"
         while not started.is_file() and process.poll() is None:
             time.sleep(0.02)
@@ -147,14 +170,20 @@ def test_a_deleted_shard_is_made_again(tars: Path, finished: Path) -> None:
 def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run(
     tars: Path, finished: Path, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": f"the digit {number} " * (1 + number % 50)}) for number in range(120)]
+    lines = [
+        json.dumps({"text": f"the digit {number} " * (1 + number % 50)}) for number in range(120)
+    ]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     borrowed = (f"shards.tokenizers={finished}", f"shards.bank={finished}", "packing.method=stream")
     texts = tmp_path / "texts"
     source = f'data={{"name": "text_jsonl", "path": "{tmp_path}/texts.jsonl"}}'
     cm3leon(f"run={texts}", "experiment=corpus", *SETTINGS, source, *borrowed, "until=neighbours")
     assert not (texts / "vectors").exists()
-    for file in ("text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors", "retriever/model.safetensors"):
+    for file in (
+        "text_tokenizer/tokenizer.json",
+        "image_tokenizer/model.safetensors",
+        "retriever/model.safetensors",
+    ):
         assert (texts / file).read_bytes() == (finished / file).read_bytes()
     said = cm3leon(f"run={texts}", "experiment=corpus", *SETTINGS, source, *borrowed, check=False)
     assert said.returncode == 2
@@ -164,7 +193,10 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
     mixed = (*borrowed, f'shards.mix={{"{texts}": 0.5}}')
     cm3leon(*arguments(tars, run, *mixed, "training.callback_every=2"))
     assert not (run / "vectors").exists()
-    by_source = [json.loads(line) for line in (run / "pretraining" / "validation.jsonl").read_text().splitlines()]
+    by_source = [
+        json.loads(line)
+        for line in (run / "pretraining" / "validation.jsonl").read_text().splitlines()
+    ]
     assert [figures["step"] for figures in by_source] == [2, 4]
     for figures in by_source:
         assert "loss_image/texts" not in figures
@@ -175,7 +207,9 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
     assert [record["step"] for record in losses(run)] == [1, 2, 3, 4]
     assert losses(run) != losses(finished)
     assert (run / "report.html").is_file()
-    said = cm3leon(*arguments(tars, run, *borrowed, f'shards.mix={{"{tmp_path}/none": 0.5}}'), check=False)
+    said = cm3leon(
+        *arguments(tars, run, *borrowed, f'shards.mix={{"{tmp_path}/none": 0.5}}'), check=False
+    )
     assert said.returncode == 2
     assert "none is no run with finished neighbours" in said.stderr
 
@@ -183,7 +217,9 @@ def test_a_text_corpus_borrows_tokenizers_and_bank_and_is_mixed_into_another_run
 def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
     tars: Path, finished: Path, tmp_path: Path
 ) -> None:
-    by_text = cm3leon("search", f"run={finished}", "text=the digit 7", "count=3").stdout.splitlines()
+    by_text = cm3leon(
+        "search", f"run={finished}", "text=the digit 7", "count=3"
+    ).stdout.splitlines()
     assert len(by_text) == 3
     scores = [float(line.split()[0]) for line in by_text]
     assert scores == sorted(scores, reverse=True)
@@ -192,12 +228,18 @@ def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
     more = tmp_path / "more"
     more.mkdir()
     for number in range(3):
-        Image.fromarray(np.full((16, 16, 3), 40 + 90 * number, np.uint8)).save(more / f"{number}.png")
+        Image.fromarray(np.full((16, 16, 3), 40 + 90 * number, np.uint8)).save(
+            more / f"{number}.png"
+        )
         (more / f"{number}.txt").write_text(f"a grey square, number {number}")
     said = cm3leon("add", f"run={finished}", f"data.path={more}").stdout
     assert "3 documents added, 0 items left out" in said
     found = cm3leon(
-        "search", f"run={finished}", f"image={more}/2.png", "text=a grey square, number 2", "count=1"
+        "search",
+        f"run={finished}",
+        f"image={more}/2.png",
+        "text=a grey square, number 2",
+        "count=1",
     ).stdout
     assert found.split("  ")[1:] == ["2.png", "a grey square, number 2 <image>\n"]
     again = cm3leon("add", f"run={finished}", f"data.path={more}", check=False)
@@ -206,14 +248,22 @@ def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
     assert "up to date" in cm3leon(*arguments(tars, finished)).stdout
     said = cm3leon(*arguments(tars, tmp_path / "run", f"shards.bank={more}"), check=False)
     assert said.returncode == 2
-    assert said.stderr.splitlines()[-1].startswith(f"cm3leon: shards.bank: {more} is no run with a finished index")
-    for words in (["text=x", "run=none"], [f"run={finished}"], [f"run={finished}", "image=none.png"]):
+    assert said.stderr.splitlines()[-1].startswith(
+        f"cm3leon: shards.bank: {more} is no run with a finished index"
+    )
+    for words in (
+        ["text=x", "run=none"],
+        [f"run={finished}"],
+        [f"run={finished}", "image=none.png"],
+    ):
         wrong = cm3leon("search", *words, check=False)
         assert wrong.returncode == 2
         assert "Traceback" not in wrong.stderr
 
 
-def test_a_flipped_bit_is_named_and_not_trained_on(tars: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_named_and_not_trained_on(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "flipped"
     cm3leon(*arguments(tars, run, "until=neighbours"))
     for shard in sorted((run / "tokens").glob("*.arrow")):
@@ -233,8 +283,13 @@ def test_a_flipped_bit_is_named_and_not_trained_on(tars: Path, finished: Path, t
     assert losses(run) == losses(finished)
 
 
-def test_other_tokenizers_are_refused_in_a_sentence(tars: Path, finished: Path, tmp_path: Path) -> None:
-    said = cm3leon(*arguments(tars, tmp_path / "other", f'shards.mix={{"{finished}": 1}}', "seed=1"), check=False)
+def test_other_tokenizers_are_refused_in_a_sentence(
+    tars: Path, finished: Path, tmp_path: Path
+) -> None:
+    said = cm3leon(
+        *arguments(tars, tmp_path / "other", f'shards.mix={{"{finished}": 1}}', "seed=1"),
+        check=False,
+    )
     assert said.returncode == 2
     assert said.stderr.strip().splitlines()[-1].startswith("cm3leon: ")
     assert "tokenizer" in said.stderr
@@ -253,7 +308,9 @@ def test_other_tokenizers_are_refused_in_a_sentence(tars: Path, finished: Path, 
         (["stage=tokens", "part=0/2"], "not exist"),
     ],
 )
-def test_mistakes_of_a_worker_end_in_a_sentence(tars: Path, tmp_path: Path, words: list[str], sentence: str) -> None:
+def test_mistakes_of_a_worker_end_in_a_sentence(
+    tars: Path, tmp_path: Path, words: list[str], sentence: str
+) -> None:
     said = cm3leon("part", *words, *arguments(tars, tmp_path / "none"), check=False)
     assert said.returncode == 2
     assert sentence in said.stderr

@@ -39,7 +39,14 @@ from cm3leon.data.shards import (
     write_plan,
     write_shard,
 )
-from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards, finish_tokens, split_of_id, write_token_shard
+from cm3leon.data.token_shards import (
+    Tokenizers,
+    TokenShard,
+    TokenShards,
+    finish_tokens,
+    split_of_id,
+    write_token_shard,
+)
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +66,9 @@ def same(a: TokenDocument, b: TokenDocument) -> bool:
     return (
         a.id == b.id
         and [s.modality for s in a.segments] == [s.modality for s in b.segments]
-        and all(np.array_equal(x.ids_T, y.ids_T) for x, y in zip(a.segments, b.segments, strict=True))
+        and all(
+            np.array_equal(x.ids_T, y.ids_T) for x, y in zip(a.segments, b.segments, strict=True)
+        )
     )
 
 
@@ -93,13 +102,17 @@ def write(folder: Path, *shards: list[TokenDocument], tokenizers: Tokenizers = S
 @settings(max_examples=60, deadline=None)
 def test_any_documents_come_back(shards: list[list[TokenDocument]], tokenizers: Tokenizers) -> None:
     with tempfile.TemporaryDirectory() as place:
-        read = TokenShards(write(Path(place) / "tokens", *shards, tokenizers=tokenizers), tokenizers)
+        read = TokenShards(
+            write(Path(place) / "tokens", *shards, tokenizers=tokenizers), tokenizers
+        )
         written = [document for shard in shards for document in shard]
         assert len(read) == len(written)
         assert read.rows.tolist() == [len(shard) for shard in shards]
         assert all(same(a, b) for a, b in zip(read, written, strict=True))
         assert read.tokens == sum(len(s.ids_T) for document in written for s in document.segments)
-        lengths = [sum(len(s.ids_T) for s in d.segments) + max(0, len(d.segments) - 1) for d in written]
+        lengths = [
+            sum(len(s.ids_T) for s in d.segments) + max(0, len(d.segments) - 1) for d in written
+        ]
         assert read.longest == max(lengths, default=0)
         numbers = np.random.default_rng(0).permutation(2 * len(written)) // 2
         assert read.token_counts(numbers).tolist() == [lengths[number] for number in numbers]
@@ -162,7 +175,9 @@ def test_an_unfinished_folder_is_one_sentence(tmp_path: Path) -> None:
     write_token_shard(shard_path(tmp_path, 0, 2), some(3), SMALL)
     with pytest.raises(UserError, match=r"is no finished folder of shards: index\.json is missing"):
         TokenShards(tmp_path)
-    with pytest.raises(DamagedShard, match=r"shard-00001-of-00002\.arrow is missing; make the shard again"):
+    with pytest.raises(
+        DamagedShard, match=r"shard-00001-of-00002\.arrow is missing; make the shard again"
+    ):
         finish_tokens(tmp_path, 2)
 
 
@@ -190,7 +205,9 @@ def test_any_arrow_reader_opens_a_shard(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(max_size=8), unique=True, min_size=1), st.floats(0, 0.5), st.floats(0, 0.5))
-def test_a_split_depends_on_the_id_alone(ids: list[str], validation: float, held_out: float) -> None:
+def test_a_split_depends_on_the_id_alone(
+    ids: list[str], validation: float, held_out: float
+) -> None:
     for id_ in ids:
         split = split_of_id(id_, validation=validation, held_out=held_out)
         assert split == split_of_id(id_, validation=validation, held_out=held_out)
@@ -202,7 +219,10 @@ def test_splits_have_their_shares_and_are_near_those_of_a_corpus_in_memory() -> 
     ids = [f"document {number}" for number in range(20_000)]
     splits = [split_of_id(id_, validation=0.1, held_out=0.2) for id_ in ids]
     for split, share in (("train", 0.7), ("validation", 0.1), ("held_out", 0.2)):
-        assert abs(splits.count(split) / len(ids) - share) < 4 * (share * (1 - share) / len(ids)) ** 0.5  # type: ignore[arg-type]
+        assert (
+            abs(splits.count(split) / len(ids) - share)
+            < 4 * (share * (1 - share) / len(ids)) ** 0.5
+        )  # type: ignore[arg-type]
     in_memory = split_of(ids, validation=0.1, held_out=0.2)
     assert np.mean([a == b for a, b in zip(splits, in_memory, strict=True)]) > 0.98
 
@@ -261,8 +281,12 @@ def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
 
     batch, content = layout(path)
     is_value, is_read = np.zeros((2, content.size), bool)
-    image_at = batch["image"].buffers()[1]  # where the lists of `image` begin, of which `lengths` has the same
-    for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
+    image_at = batch["image"].buffers()[
+        1
+    ]  # where the lists of `image` begin, of which `lengths` has the same
+    for buffer in (
+        buffer for column in batch.columns for buffer in column.buffers() if buffer is not None
+    ):
         begin = position(buffer, content)
         is_value[begin : begin + buffer.size] = True
         is_read[begin : begin + buffer.size] = buffer.address != image_at.address
@@ -284,11 +308,17 @@ def test_every_flipped_bit_of_the_layout_is_found_or_changes_nothing(tmp_path: P
     write_token_shard(path, written, SMALL)
 
     def read() -> None:
-        assert all(map(same, map(TokenShard(open_shard(path, verify=False)).document, range(3)), written))
+        assert all(
+            map(same, map(TokenShard(open_shard(path, verify=False)).document, range(3)), written)
+        )
 
     batch, content = layout(path)
-    begin = 8 + 8 + int(np.frombuffer(content, np.int32, 1, 12)[0])  # after the magic, and the schema and its length
-    end = min(position(b, content) for column in batch.columns for b in column.buffers() if b is not None)
+    begin = (
+        8 + 8 + int(np.frombuffer(content, np.int32, 1, 12)[0])
+    )  # after the magic, and the schema and its length
+    end = min(
+        position(b, content) for column in batch.columns for b in column.buffers() if b is not None
+    )
     assert 200 < end - begin < 1000
     found = 0
     for bit in range(8 * begin, 8 * end):
@@ -312,13 +342,18 @@ def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(DamagedShard, match="is no readable shard"):
             open_shard(path)
     plain = tmp_path / "plain.arrow"
-    with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])) as writer:
+    with (
+        pa.OSFile(str(plain), "wb") as file,
+        pa.ipc.new_file(file, pa.schema([("a", pa.int64())])) as writer,
+    ):
         writer.write_batch(pa.record_batch({"a": [1, 2]}))
     with pytest.raises(DamagedShard, match="is no readable shard"):
         open_shard(plain)
     with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int64())])):
         pass
-    with pytest.raises(DamagedShard, match=r"plain\.arrow is no readable shard \(Batch number 0 out of range"):
+    with pytest.raises(
+        DamagedShard, match=r"plain\.arrow is no readable shard \(Batch number 0 out of range"
+    ):
         open_shard(plain)
 
 
@@ -333,7 +368,11 @@ def test_a_header_that_somebody_changed_is_named(tmp_path: Path) -> None:
     ):
         frame = hashlib.sha256(json.dumps([header, columns, 2]).encode()).hexdigest()
         values = hashlib.sha256(frame.encode() + bytes(batch["a"].buffers()[1])).hexdigest()
-        metadata = {"cm3leon.header": header, "cm3leon.frame_sha256": frame, "cm3leon.sha256": values}
+        metadata = {
+            "cm3leon.header": header,
+            "cm3leon.frame_sha256": frame,
+            "cm3leon.sha256": values,
+        }
         schema = batch.schema.with_metadata(metadata)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(batch.replace_schema_metadata(metadata))
@@ -364,7 +403,9 @@ def test_a_shard_deleted_between_epochs_is_named_and_the_others_are_read(tmp_pat
     read = TokenShards(folder)
     assert read.document(0).id == "0/0"
     assert read.document(14).id == "2/4"
-    with pytest.raises(DamagedShard, match=r"shard-00001-of-00003\.arrow is missing; make the shard again"):
+    with pytest.raises(
+        DamagedShard, match=r"shard-00001-of-00003\.arrow is missing; make the shard again"
+    ):
         read.document(7)
 
 
@@ -388,7 +429,9 @@ def columns(seed: int = 0, rows: int = 30) -> dict[str, pa.Array]:
     rng = np.random.default_rng(seed)
     return {
         "number": pa.array(rng.integers(0, 9, rows)),
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(rng.random(rows * 3).astype(np.float16)), 3),
+        "vector": pa.FixedSizeListArray.from_arrays(
+            pa.array(rng.random(rows * 3).astype(np.float16)), 3
+        ),
         "list": pa.array([list(range(n % 4)) for n in range(rows)], pa.large_list(pa.int64())),
         "name": pa.array([f"ü{n}" for n in range(rows)]),
     }
@@ -401,9 +444,13 @@ def test_columns_of_every_kind(rows: int, tmp_path: Path) -> None:
     shard = open_shard(tmp_path / "a.arrow")
     assert (len(shard), shard.header) == (rows, {"made by": "test"})
     assert np.array_equal(shard.numbers("number"), written["number"].to_numpy())
-    assert np.array_equal(shard.numbers("vector"), np.array(written["vector"].to_pylist()).reshape(rows, 3))
+    assert np.array_equal(
+        shard.numbers("vector"), np.array(written["vector"].to_pylist()).reshape(rows, 3)
+    )
     values, ends = shard.lists("list")
-    assert [values[a:b].tolist() for a, b in itertools.pairwise(ends)] == written["list"].to_pylist()
+    assert [values[a:b].tolist() for a, b in itertools.pairwise(ends)] == written[
+        "list"
+    ].to_pylist()
     assert shard.strings("name") == written["name"].to_pylist()
 
 
@@ -414,7 +461,9 @@ whole_columns = {
     "with nulls": pa.array([None if number % 7 == 0 else number for number in range(40)]),
     "vectors": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(120)), 3),
     "lists": pa.array([list(range(number % 4)) for number in range(40)], pa.large_list(pa.int32())),
-    "small lists": pa.array([list(range(number % 4)) for number in range(40)], pa.list_(pa.uint8())),
+    "small lists": pa.array(
+        [list(range(number % 4)) for number in range(40)], pa.list_(pa.uint8())
+    ),
     "strings": pa.array([f"ü{number}" * (number % 3) for number in range(40)], pa.large_string()),
 }
 
@@ -437,7 +486,9 @@ def test_a_bitmap_that_says_that_nothing_is_null_is_left_out(tmp_path: Path) -> 
     assert open_shard(tmp_path / "a.arrow").numbers("x").tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files there")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="the system does not list open files there"
+)
 def test_an_open_shard_holds_no_open_file(tmp_path: Path) -> None:
     for number in range(20):
         write_shard(shard_path(tmp_path, number, 20), columns(number), {})
@@ -457,7 +508,9 @@ def test_numbers_are_views_of_the_file_and_cannot_be_written(tmp_path: Path) -> 
 
 def test_the_same_content_makes_the_same_file(tmp_path: Path) -> None:
     for name in "ab":
-        write_shard(tmp_path / name, columns(), {"b": 1, "a": 2} if name == "a" else {"a": 2, "b": 1})
+        write_shard(
+            tmp_path / name, columns(), {"b": 1, "a": 2} if name == "a" else {"a": 2, "b": 1}
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -506,7 +559,9 @@ def visible(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
 
 
-def test_a_killed_writer_leaves_no_shard_and_the_next_one_makes_what_is_missing(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_shard_and_the_next_one_makes_what_is_missing(
+    tmp_path: Path,
+) -> None:
     for number in (0, 2):
         write_shard(shard_path(tmp_path, number, 4), {"x": pa.array([number])}, {})
     process = writer(tmp_path, "slow")
@@ -515,13 +570,19 @@ def test_a_killed_writer_leaves_no_shard_and_the_next_one_makes_what_is_missing(
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert visible(tmp_path) == ["plan.json", "shard-00000-of-00004.arrow", "shard-00002-of-00004.arrow"]
+    assert visible(tmp_path) == [
+        "plan.json",
+        "shard-00000-of-00004.arrow",
+        "shard-00002-of-00004.arrow",
+    ]
     assert [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
     said, errors = writer(tmp_path, "fast").communicate(timeout=60)
     assert said.strip() == "[1, 3]", errors
     assert len(open_shard(shard_path(tmp_path, 1, 4))) == 200_000
     assert len(open_shard(shard_path(tmp_path, 2, 4))) == 1
-    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]  # the dead one's is gone
+    assert not [
+        file for file in tmp_path.iterdir() if file.name.endswith(".partial")
+    ]  # the dead one's is gone
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -539,7 +600,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("full_at", ["fsync", "replace", "link"])
-def test_what_a_full_disk_refuses_leaves_no_file(full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_full_disk_refuses_leaves_no_file(
+    full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -584,7 +647,9 @@ def test_a_folder_belongs_to_its_first_plan(tmp_path: Path) -> None:
     )
     assert read_plan(tmp_path) == {"tokenizers": {"text": "a"}, "parts": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
-    with pytest.raises(UserError, match=r"holds no shards: its plan\.json is missing or unreadable"):
+    with pytest.raises(
+        UserError, match=r"holds no shards: its plan\.json is missing or unreadable"
+    ):
         read_plan(tmp_path / "none")
 
 
@@ -608,7 +673,9 @@ def test_workers_make_every_missing_shard_once(count: int, workers: int, there: 
 def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0, 1)
     mine = module.partial_name(path)
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
     of_the_dead = mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{dead.stdout.strip()}."))
     elsewhere = tmp_path / f".{path.name}.otherhost-1.partial"
     old = tmp_path / f".{path.name}.otherhost-2.partial"
@@ -616,7 +683,9 @@ def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: 
     gone_meanwhile = tmp_path / f".{path.name}.otherhost-3.partial"
     for file in (mine, of_the_dead, elsewhere, old, plan_of_the_dead):
         file.touch()
-    gone_meanwhile.symlink_to("nowhere")  # like a file that its writer renames after the folder was listed
+    gone_meanwhile.symlink_to(
+        "nowhere"
+    )  # like a file that its writer renames after the folder was listed
     os.utime(old, (0, time.time() - 3 * 86_400))
     list(make_missing(tmp_path, 0, lambda number: None))
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
@@ -626,11 +695,34 @@ def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: 
 
 def test_rows_of_all_shards_are_numbered_through(tmp_path: Path) -> None:
     for number, rows in enumerate((3, 0, 5)):
-        write_shard(shard_path(tmp_path, number, 3), {"x": pa.array(np.arange(rows) + 10 * number)}, {})
+        write_shard(
+            shard_path(tmp_path, number, 3), {"x": pa.array(np.arange(rows) + 10 * number)}, {}
+        )
     finish(tmp_path, 3, lambda shard: {"sum": int(shard.numbers("x").sum())})
-    assert json.loads((tmp_path / "index.json").read_text()) == {"rows": [3, 0, 5], "sum": [3, 0, 110]}
+    assert json.loads((tmp_path / "index.json").read_text()) == {
+        "rows": [3, 0, 5],
+        "sum": [3, 0, 110],
+    }
     folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"))
     assert len(folder) == 8
-    assert [folder.locate(row) for row in range(8)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert [folder.locate(row) for row in range(8)] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (2, 4),
+    ]
     assert [folder.first(number) for number in range(3)] == [0, 3, 3]
-    assert [int(folder.shard(n)[r]) for n, r in map(folder.locate, range(8))] == [0, 1, 2, 20, 21, 22, 23, 24]
+    assert [int(folder.shard(n)[r]) for n, r in map(folder.locate, range(8))] == [
+        0,
+        1,
+        2,
+        20,
+        21,
+        22,
+        23,
+        24,
+    ]

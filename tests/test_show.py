@@ -30,9 +30,7 @@ from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.training_data import CorpusInMemory, training_samples
 from cm3leon.types import Batch
 
-HOSTILE = (
-    "</p></style></svg>\"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> &amp; \x1b[31m<break>"
-)
+HOSTILE = "</p></style></svg>\"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> &amp; \x1b[31m<break>"
 CAPTIONS = (HOSTILE, "two\nlines", "naïve café 日本", "a red dog", "  spaces  ")
 SETTINGS = (
     "text_tokenizer.vocab_size=290",
@@ -73,7 +71,13 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_lines(place / "captions.jsonl", records)
     source = f'data={{"name": "folder", "path": "{place}"}}'
     return made(
-        ["experiment=digits", source, f"run={tmp_path_factory.mktemp('run')}", *SETTINGS, "augment.versions=3"],
+        [
+            "experiment=digits",
+            source,
+            f"run={tmp_path_factory.mktemp('run')}",
+            *SETTINGS,
+            "augment.versions=3",
+        ],
         "retriever",
     )
 
@@ -84,7 +88,10 @@ def in_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     place = tmp_path_factory.mktemp("shards")
     digit_tars(place, 2, 25)
     split = ("split.validation=0.1", "split.held_out=0.1")
-    return made(["experiment=corpus", f"data.path={place}/*.tar", f"run={place}/run", *SETTINGS, *split], "neighbours")
+    return made(
+        ["experiment=corpus", f"data.path={place}/*.tar", f"run={place}/run", *SETTINGS, *split],
+        "neighbours",
+    )
 
 
 @pytest.fixture(params=["in_memory", "in_shards"])
@@ -100,7 +107,11 @@ def made(words: list[str], until: str) -> list[str]:
 def opened(words: list[str], *more: str) -> Run:
     named = dict(word.split("=", 1) for word in words if word.startswith(("experiment=", "run=")))
     overrides = [word for word in words if word.split("=")[0] not in named]
-    return Run(load_experiment(named["experiment"], [*overrides, *more]), Path(named["run"]), torch.device("cpu"))
+    return Run(
+        load_experiment(named["experiment"], [*overrides, *more]),
+        Path(named["run"]),
+        torch.device("cpu"),
+    )
 
 
 def batches(run: Run, count: int) -> list[Batch]:
@@ -123,7 +134,9 @@ def rows_of(page: str) -> list[list[str]]:
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", tables)]
 
 
-@pytest.mark.parametrize("packing", [(), ("packing.method=stream", "model.seq_len=100")], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    "packing", [(), ("packing.method=stream", "model.seq_len=100")], ids=["whole", "stream"]
+)
 def test_what_is_shown_is_what_training_sees(words: list[str], packing: tuple[str, ...]) -> None:
     run = opened(words, *packing)
     samples = training_samples(run)
@@ -145,10 +158,16 @@ def test_what_is_shown_is_what_training_sees(words: list[str], packing: tuple[st
                 row, at = rows[at], at + 1
                 assert [int(row[k]) for k in (0, 1, 5, 6)] == [
                     t,
-                    *(int(getattr(batch, f"{name}_BT")[lane, t]) for name in ("ids", "sample", "position")),
+                    *(
+                        int(getattr(batch, f"{name}_BT")[lane, t])
+                        for name in ("ids", "sample", "position")
+                    ),
                 ]
                 assert float(row[4]) == pytest.approx(float(batch.weight_BT[lane, t]))
-            assert sum(companion.tokens for companion in piece.samples) == (batch.sample_BT[lane] >= 0).sum()
+            assert (
+                sum(companion.tokens for companion in piece.samples)
+                == (batch.sample_BT[lane] >= 0).sum()
+            )
             joined.append(unrotate(piece.ids_T, run.vocab))
             assert piece.spans is not None
             spans += len(piece.spans)
@@ -188,7 +207,9 @@ def test_documents_that_do_not_fit_are_named(in_shards: list[str]) -> None:
     assert shown.left_out == [all_shown.documents[0].id]
     assert [d.id for d in shown.documents] == [d.id for d in all_shown.documents[1:]]
     assert [d.note for d in shown.documents] == [d.note for d in all_shown.documents[1:]]
-    assert ("left out", f"{shown.left_out[0]}, as it does not fit the block") in facts_of(run, samples, 2, shown)
+    assert ("left out", f"{shown.left_out[0]}, as it does not fit the block") in facts_of(
+        run, samples, 2, shown
+    )
 
 
 def test_long_runs_of_codes_are_abbreviated_and_folded(in_shards: list[str]) -> None:
@@ -203,7 +224,9 @@ def test_long_runs_of_codes_are_abbreviated_and_folded(in_shards: list[str]) -> 
 def test_text_is_trusted_with_nothing(in_memory: list[str], tmp_path: Path, capsys: Any) -> None:
     run = opened(in_memory)
     samples = training_samples(run)
-    hostile = [p for p in range(samples.epoch) if HOSTILE in text_of(run, shown_sample(run, samples, p))]
+    hostile = [
+        p for p in range(samples.epoch) if HOSTILE in text_of(run, shown_sample(run, samples, p))
+    ]
     assert main(["show", *in_memory, f"sample={hostile[0]}", f"out={tmp_path}/x.html"]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
@@ -211,7 +234,11 @@ def test_text_is_trusted_with_nothing(in_memory: list[str], tmp_path: Path, caps
     assert r"\<break>" in "".join(said.split())
     page = Page((tmp_path / "x.html").read_text())
     assert not page.all("script")
-    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img") if image["src"])
+    assert all(
+        image["src"].startswith("data:image/png;base64,")
+        for image in page.all("img")
+        if image["src"]
+    )
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert "<script>alert(1)</script>" in page.words
     assert not re.search(r"https?://(?!evil)", (tmp_path / "x.html").read_text())
@@ -229,7 +256,9 @@ def test_what_cannot_be_seen_is_escaped(in_memory: list[str]) -> None:
     text = "日本 é <b>\n"
     pieces = [names.token(int(id_)) for id_ in run.text_tokenizer.encode(text)]
     spelled = "".join(pieces).replace("␣", " ").replace("\\n", "\n")
-    unescaped = re.sub(rb"\\x(..)", lambda match: bytes.fromhex(match[1].decode()), spelled.encode())
+    unescaped = re.sub(
+        rb"\\x(..)", lambda match: bytes.fromhex(match[1].decode()), spelled.encode()
+    )
     assert unescaped.decode() == text
 
 
@@ -252,12 +281,16 @@ def test_images_of_a_corpus_in_memory_stand_beside_their_originals(in_memory: li
 
 
 @given(
-    hnp.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(-1, 5)),
+    hnp.arrays(
+        np.int64, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(-1, 5)
+    ),
     st.integers(0, 4),
     st.booleans(),
     st.integers(0, 100),
 )
-def test_places_are_drawn_as_the_rows_are(rows_VK: np.ndarray, most: int, random_count: bool, seed: int) -> None:
+def test_places_are_drawn_as_the_rows_are(
+    rows_VK: np.ndarray, most: int, random_count: bool, seed: int
+) -> None:
     def drawn(array: np.ndarray) -> list[int]:
         return draw(array, most=most, random_count=random_count, rng=np.random.default_rng(seed))
 
@@ -285,16 +318,25 @@ def test_ids_that_no_rotation_makes_have_no_spans() -> None:
     mask, end = VOCAB.sentinel(0), VOCAB.end_of_span
     laid_out_T = np.array([1, 5, 6, 7, 1])
     assert moved_spans(np.array([1, mask, 7, 1, mask, 5, 6, end]), laid_out_T, VOCAB) is not None
-    for ids in ([1, 5, 6, 1, 7], [1, mask, 7, 1], [mask, mask], [1, mask, 1, mask, *range(4, 14), end]):
+    for ids in (
+        [1, 5, 6, 1, 7],
+        [1, mask, 7, 1],
+        [mask, mask],
+        [1, mask, 1, mask, *range(4, 14), end],
+    ):
         assert moved_spans(np.array(ids), laid_out_T, VOCAB) is None
 
 
-@given(st.lists(st.integers(4, 39), min_size=9, max_size=12), st.sets(st.integers(0, 9), max_size=6))
+@given(
+    st.lists(st.integers(4, 39), min_size=9, max_size=12), st.sets(st.integers(0, 9), max_size=6)
+)
 def test_spans_are_read_off_the_rotated_sample(ids: list[int], borders: set[int]) -> None:
     laid_out_T = np.array(ids)
     ends = sorted(borders)[: len(borders) // 2 * 2]
     spans = list(zip(ends[::2], ends[1::2], strict=True))
-    rotated_T, source_T = rotate(laid_out_T, spans, VOCAB) if spans else (laid_out_T, np.arange(len(ids)))
+    rotated_T, source_T = (
+        rotate(laid_out_T, spans, VOCAB) if spans else (laid_out_T, np.arange(len(ids)))
+    )
     found = moved_spans(rotated_T, laid_out_T, VOCAB)
     assert found is not None
     assert found[0] == spans
@@ -343,14 +385,28 @@ def test_a_page_is_written_into_the_run_while_training_runs(words: list[str], ca
         ([], "sample is missing; write sample=N"),
         (["sample=1", "epoch=1.5"], "epoch is 1.5; write epoch=N with a whole number N from 0 on"),
         (["sample=1", "model.seq_len=10"], "model.seq_len: document "),
-        (["sample=1", "experiment=digts"], "experiment is digts, which is not known; did you mean digits?"),
+        (
+            ["sample=1", "experiment=digts"],
+            "experiment is digts, which is not known; did you mean digits?",
+        ),
         (["sample=1", "out=/proc/none/x.html"], "out: /proc/none/x.html cannot be written"),
-        (["sample=1", "seed=7"], "run: {run} has no finished stage image_tokenizer made with these settings"),
-        (["sample=1", "run={run}/documents"], "run: {run}/documents has no finished stage documents made with"),
-        (["sample=1", "run={run}/none"], "run: {run}/none has no finished stage documents made with these settings"),
+        (
+            ["sample=1", "seed=7"],
+            "run: {run} has no finished stage image_tokenizer made with these settings",
+        ),
+        (
+            ["sample=1", "run={run}/documents"],
+            "run: {run}/documents has no finished stage documents made with",
+        ),
+        (
+            ["sample=1", "run={run}/none"],
+            "run: {run}/none has no finished stage documents made with these settings",
+        ),
     ],
 )
-def test_mistakes_end_in_a_sentence(in_memory: list[str], capsys: Any, more: list[str], sentence: str) -> None:
+def test_mistakes_end_in_a_sentence(
+    in_memory: list[str], capsys: Any, more: list[str], sentence: str
+) -> None:
     folder = next(word for word in in_memory if word.startswith("run=")).removeprefix("run=")
     assert main(["show", *in_memory, *(word.format(run=folder) for word in more)]) == 2
     error = capsys.readouterr().err
@@ -359,7 +415,12 @@ def test_mistakes_end_in_a_sentence(in_memory: list[str], capsys: Any, more: lis
     assert not Path(folder, "none").exists()
 
 
-def test_an_unfinished_run_is_told_the_command_that_finishes_it(tmp_path: Path, capsys: Any) -> None:
-    assert main(["show", "experiment=digits", f"run={tmp_path}", "sample=1", "training.batch_size=4"]) == 2
+def test_an_unfinished_run_is_told_the_command_that_finishes_it(
+    tmp_path: Path, capsys: Any
+) -> None:
+    assert (
+        main(["show", "experiment=digits", f"run={tmp_path}", "sample=1", "training.batch_size=4"])
+        == 2
+    )
     command = f"python -m cm3leon.run experiment=digits run={tmp_path} training.batch_size=4 until=retriever"
     assert capsys.readouterr().err.endswith(f"make it with: {command}\n")

@@ -80,7 +80,11 @@ def test_workers_have_every_part_once(workers: int, tmp_path: Path) -> None:
         write_lines(tmp_path / f"{number}.jsonl", [{"text": f"{number} {k}"} for k in range(3)])
     source = build("text_jsonl", path=str(tmp_path))
     shares = [
-        [item.text for item, _ in DocumentStream(source, part=(k, workers)) if isinstance(item, Document)]
+        [
+            item.text
+            for item, _ in DocumentStream(source, part=(k, workers))
+            if isinstance(item, Document)
+        ]
         for k in range(workers)
     ]
     assert sorted(text for share in shares for text in share) == sorted(good(source).values())
@@ -91,7 +95,11 @@ def test_a_changed_file_changes_the_fingerprint(name: str, tmp_path: Path) -> No
     settings = CORPORA[name](tmp_path)
     before = build(name, **settings).fingerprint()
     source = build(name, **settings)
-    part = tmp_path / (source.parts()[0] if name not in ("folder", "coco") else {"folder": "sub/1.txt"}.get(name, ""))
+    part = tmp_path / (
+        source.parts()[0]
+        if name not in ("folder", "coco")
+        else {"folder": "sub/1.txt"}.get(name, "")
+    )
     changed = part if part.is_file() else tmp_path / "captions.json"
     os.utime(changed, ns=(1, time.time_ns() + 10**9))
     assert build(name, **settings).fingerprint() != before
@@ -134,7 +142,9 @@ def test_remote_files_are_read_as_local_ones(name: str, tmp_path: Path) -> None:
         for file in tmp_path.rglob("*"):
             if file.is_file():
                 memory.pipe(f"{root}/{file.relative_to(tmp_path)}", file.read_bytes())
-        remote = {key: value.replace(str(tmp_path), f"memory:/{root}") for key, value in settings.items()}
+        remote = {
+            key: value.replace(str(tmp_path), f"memory:/{root}") for key, value in settings.items()
+        }
         assert good(build(name, **remote)) == good(build(name, **settings))
         assert bad(build(name, **remote)) == bad(build(name, **settings)) == []
     finally:
@@ -151,7 +161,9 @@ def test_files_behind_links_are_found(tmp_path: Path) -> None:
         source = build("webdataset", path=str(path))
         assert source.parts() == ["a.tar"]
         assert len(good(source)) == 4
-        assert source.fingerprint() == build("webdataset", path=str(tmp_path / "corpus")).fingerprint()
+        assert (
+            source.fingerprint() == build("webdataset", path=str(tmp_path / "corpus")).fingerprint()
+        )
 
 
 def test_an_unknown_file_system_is_one_sentence() -> None:
@@ -167,7 +179,9 @@ def test_every_file_is_closed(name: str, tmp_path: Path, monkeypatch: pytest.Mon
             file.write_bytes(gzip.compress(file.read_bytes()))
     opened: list[Any] = []
     open_ = Files._open
-    monkeypatch.setattr(Files, "_open", lambda *given: (opened.append(open_(*given)), opened[-1])[1])
+    monkeypatch.setattr(
+        Files, "_open", lambda *given: (opened.append(open_(*given)), opened[-1])[1]
+    )
     source = build(name.replace("packed", "text_jsonl"), **settings)
     assert len(good(source)) >= 4
     for part in source.parts():
@@ -195,9 +209,14 @@ def test_no_damage_is_fatal(name: str, tmp_path: Path) -> None:
         try:
             source = build(name, **settings)
             for part in source.parts():
-                whole = [item.id if isinstance(item, Document) else item for item in source.read(part)]
+                whole = [
+                    item.id if isinstance(item, Document) else item for item in source.read(part)
+                ]
                 half = len(whole) // 2
-                rest = [item.id if isinstance(item, Document) else item for item in source.read(part, half)]
+                rest = [
+                    item.id if isinstance(item, Document) else item
+                    for item in source.read(part, half)
+                ]
                 assert rest == whole[half:]
         except UserError as error:
             assert str(error).startswith("data")  # noqa: PT017
@@ -211,11 +230,19 @@ def bomb() -> bytes:
     """A PNG whose header promises 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -246,7 +273,10 @@ USABLE = {
     "animated": animated,
 }
 UNUSABLE = {
-    "truncated": (lambda: encoded(picture(side=80), "jpeg")[:2500], "unreadable: OSError: image file is truncated"),
+    "truncated": (
+        lambda: encoded(picture(side=80), "jpeg")[:2500],
+        "unreadable: OSError: image file is truncated",
+    ),
     "cut header": (lambda: encoded(picture())[:20], "unreadable: "),
     "no image": (lambda: b"<html>not found</html>", "unreadable: UnidentifiedImageError"),
     "empty": (lambda: b"", "no image: the row has no bytes|unreadable: "),
@@ -255,12 +285,20 @@ UNUSABLE = {
 }
 
 
-def one_image(source: str, place: Path, content: bytes, caption: str | bytes = "a caption") -> Source:
+def one_image(
+    source: str, place: Path, content: bytes, caption: str | bytes = "a caption"
+) -> Source:
     """A corpus of a good document, one with that image and caption, and another good one."""
     contents = [encoded(picture(1)), content, encoded(picture(2))]
-    captions = [text.encode() if isinstance(text, str) else text for text in ("first", caption, "last")]
+    captions = [
+        text.encode() if isinstance(text, str) else text for text in ("first", caption, "last")
+    ]
     if source == "webdataset":
-        members = [(f"{n}.{kind}", data[n]) for n in range(3) for kind, data in (("jpg", contents), ("txt", captions))]
+        members = [
+            (f"{n}.{kind}", data[n])
+            for n in range(3)
+            for kind, data in (("jpg", contents), ("txt", captions))
+        ]
         return build(source, path=str(write_tar(place / "a.tar", members)))
     if source == "parquet":
         text = pa.array(captions, pa.binary()).view(pa.string())
@@ -270,7 +308,9 @@ def one_image(source: str, place: Path, content: bytes, caption: str | bytes = "
         (place / f"{n}.jpg").write_bytes(image)
         (place / f"{n}.txt").write_bytes(text)
     if source == "jsonl":
-        lines = [b'{"image": "%d.jpg", "text": "%b"}' % (n, text) for n, text in enumerate(captions)]
+        lines = [
+            b'{"image": "%d.jpg", "text": "%b"}' % (n, text) for n, text in enumerate(captions)
+        ]
         (place / "a.jsonl").write_bytes(b"\n".join(lines))
     return build(source, path=str(place))
 
@@ -282,7 +322,11 @@ IMAGE_SOURCES = ["folder", "jsonl", "webdataset", "parquet"]
 @pytest.mark.parametrize("kind", USABLE)
 def test_images_of_every_mode_are_used(source: str, kind: str, tmp_path: Path) -> None:
     documents = [item for item in one_image(source, tmp_path, USABLE[kind]()).documents()]
-    assert [item.text for item in documents if isinstance(item, Document)] == ["first", "a caption", "last"]
+    assert [item.text for item in documents if isinstance(item, Document)] == [
+        "first",
+        "a caption",
+        "last",
+    ]
     image = documents[1].image  # type: ignore[union-attr]
     assert image is not None
     assert (image.shape, image.dtype) == ((12, 12, 3), np.uint8)
@@ -294,7 +338,9 @@ def test_images_of_every_mode_are_used(source: str, kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("source", IMAGE_SOURCES)
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_images_are_left_out_and_nothing_else(source: str, kind: str, tmp_path: Path) -> None:
+def test_unusable_images_are_left_out_and_nothing_else(
+    source: str, kind: str, tmp_path: Path
+) -> None:
     content, reason = UNUSABLE[kind]
     corpus = one_image(source, tmp_path, content())
     assert list(good(corpus).values()) == ["first", "last"]
@@ -334,7 +380,12 @@ def test_lines_become_documents_of_their_segments(tmp_path: Path) -> None:
     assert [type(s) for s in documents["b.jsonl/1"].segments] == [TextSegment]
     assert [type(s) for s in documents["b.jsonl/2"].segments] == [ImageSegment]
     page = documents["b.jsonl/3"].segments
-    assert [s.text if isinstance(s, TextSegment) else "image" for s in page] == ["before", "image", "between", "image"]
+    assert [s.text if isinstance(s, TextSegment) else "image" for s in page] == [
+        "before",
+        "image",
+        "between",
+        "image",
+    ]
     for place, number in ((1, 4), (3, 5)):
         assert np.array_equal(page[place].pixels_HWC, picture(number))  # type: ignore[union-attr]
 
@@ -356,10 +407,16 @@ def test_lines_become_documents_of_their_segments(tmp_path: Path) -> None:
         ('{"image": "."}', "unreadable: IsADirectoryError: the image '.'"),
         ('{"image": "a\\u0000b.png"}', "unreadable: ValueError: the image 'a\\x00b.png'"),
         (f'{{"image": "{"x" * 300}.png"}}', "unreadable: File name too long: the image 'xxx"),
-        ('{"image": "circle.png"}', "unreadable: Too many levels of symbolic links: the image 'circle.png'"),
+        (
+            '{"image": "circle.png"}',
+            "unreadable: Too many levels of symbolic links: the image 'circle.png'",
+        ),
         ('{"segments": []}', "the page is empty"),
         ('{"segments": {}}', "segments is not a list"),
-        ('{"segments": [{"text": "x", "image": "x.png"}]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
+        (
+            '{"segments": [{"text": "x", "image": "x.png"}]}',
+            'segment 0 is neither {"text": ...} nor {"image": ...}',
+        ),
         ('{"segments": [7]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
         ('{"segments": [{"video": "x"}]}', 'segment 0 is neither {"text": ...} nor {"image": ...}'),
         ('{"text": "\\ud800"}', "the text of segment 0 is not UTF-8"),
@@ -432,7 +489,10 @@ def test_texts_from_another_field(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"content": "words"}, {"text": "other"}, {"content": " "}])
     source = build("text_jsonl", path=str(tmp_path), field="content")
     assert list(good(source).values()) == ["words"]
-    assert [reason for _, reason in bad(source)] == ["the line has no content, but 'text'", "the text is empty"]
+    assert [reason for _, reason in bad(source)] == [
+        "the line has no content, but 'text'",
+        "the text is empty",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ webdataset
@@ -447,8 +507,14 @@ def test_tars_are_read_as_the_webdataset_library_reads_them(tmp_path: Path) -> N
             (f"sub/{number:05d}.txt", b"a %d" % number),
         ]
     write_tar(tmp_path / "00000.tar", members)
-    theirs = list(webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False).decode("rgb8"))
-    ours = [item for item in build("webdataset", path=str(tmp_path)).documents() if isinstance(item, Document)]
+    theirs = list(
+        webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False).decode("rgb8")
+    )
+    ours = [
+        item
+        for item in build("webdataset", path=str(tmp_path)).documents()
+        if isinstance(item, Document)
+    ]
     assert [item.id for item in ours] == [f"00000.tar/{sample['__key__']}" for sample in theirs]
     for item, sample in zip(ours, theirs, strict=True):
         assert item.text == sample["txt"]
@@ -485,17 +551,35 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
         ([("../b.png", b"x"), ("../b.txt", b"x")], "../b.png", "outside"),
         ([("/etc/b.txt", b"x")], "/etc/b.txt", "outside"),
         ([("c/../../b.png", b"x")], "c/../../b.png", "outside"),
-        ([(link("b.png", "/etc/passwd", tarfile.SYMTYPE), b"")], "b.png", "a symbolic link, not a file"),
+        (
+            [(link("b.png", "/etc/passwd", tarfile.SYMTYPE), b"")],
+            "b.png",
+            "a symbolic link, not a file",
+        ),
         ([(link("b.png", "a.png", tarfile.LNKTYPE), b"")], "b.png", "a hard link, not a file"),
         ([(link("b.png", "", tarfile.CHRTYPE), b"")], "b.png", "a device, not a file"),
         ([(link("b.png", "", tarfile.GNUTYPE_SPARSE), b"")], "b.png", "a sparse file, not a file"),
-        ([("b.png", encoded(picture(3)))], "b", "no caption: neither a member .txt nor a caption in a member .json"),
+        (
+            [("b.png", encoded(picture(3)))],
+            "b",
+            "no caption: neither a member .txt nor a caption in a member .json",
+        ),
         ([("b.txt", b"x")], "b", "no image: the key has only .txt"),
-        ([("b.png", encoded(picture(3))), ("b.json", b"{")], "b", "the member .json is not usable JSON"),
-        ([("b.json", b'{"segments": [{"image": "0.png"}]}')], "b", "no image: the key has no member .0.png"),
+        (
+            [("b.png", encoded(picture(3))), ("b.json", b"{")],
+            "b",
+            "the member .json is not usable JSON",
+        ),
+        (
+            [("b.json", b'{"segments": [{"image": "0.png"}]}')],
+            "b",
+            "no image: the key has no member .0.png",
+        ),
     ],
 )
-def test_members_of_no_use_are_named(members: list[tuple[Any, bytes]], file: str, reason: str, tmp_path: Path) -> None:
+def test_members_of_no_use_are_named(
+    members: list[tuple[Any, bytes]], file: str, reason: str, tmp_path: Path
+) -> None:
     write_tar(tmp_path / "a.tar", [*PAIR, *members, *LAST])
     source = build("webdataset", path=str(tmp_path))
     assert good(source) == {"a.tar/a": "first", "a.tar/z": "last"}
@@ -509,7 +593,10 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*PAIR, ("b.png", b"x" * 5000), ("b.txt", b"x"), *LAST])
     source = build("webdataset", path=str(tmp_path), max_file_bytes=4000)
     assert list(good(source).values()) == ["first", "last"]
-    assert the_bad(source) == ("a.tar/b", "too large: the member .png has 5000 bytes, more than 4000")
+    assert the_bad(source) == (
+        "a.tar/b",
+        "too large: the member .png has 5000 bytes, more than 4000",
+    )
 
 
 def test_keys_and_members_that_occur_twice(tmp_path: Path) -> None:
@@ -525,7 +612,10 @@ def test_keys_and_members_that_occur_twice(tmp_path: Path) -> None:
 def many(place: Path, mode: str = "w", name: str = "a.tar") -> bytes:
     members = []
     for number in range(20):
-        members += [(f"{number:03d}.png", encoded(picture(number, 40))), (f"{number:03d}.txt", b"picture %d" % number)]
+        members += [
+            (f"{number:03d}.png", encoded(picture(number, 40))),
+            (f"{number:03d}.txt", b"picture %d" % number),
+        ]
     return write_tar(place / name, members, mode).read_bytes()
 
 
@@ -588,14 +678,28 @@ def test_rows_in_groups_and_structs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"image_column": "image"}, r"a\.parquet has no column image for data\.image_column; its columns are jpg, cap"),
-        ({"caption_column": "text"}, r"has no column text for data\.caption_column; its columns are jpg, caption"),
+        (
+            {"image_column": "image"},
+            r"a\.parquet has no column image for data\.image_column; its columns are jpg, cap",
+        ),
+        (
+            {"caption_column": "text"},
+            r"has no column text for data\.caption_column; its columns are jpg, caption",
+        ),
         ({"id_column": "key"}, r"has no column key for data\.id_column"),
-        ({"image_column": "caption"}, r"has string in column caption; data\.image_column must hold bytes"),
-        ({"caption_column": "jpg"}, r"has binary in column jpg; data\.caption_column must hold strings"),
+        (
+            {"image_column": "caption"},
+            r"has string in column caption; data\.image_column must hold bytes",
+        ),
+        (
+            {"caption_column": "jpg"},
+            r"has binary in column jpg; data\.caption_column must hold strings",
+        ),
     ],
 )
-def test_wrong_columns_are_one_sentence(fields: dict[str, str], sentence: str, tmp_path: Path) -> None:
+def test_wrong_columns_are_one_sentence(
+    fields: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
     source = build("parquet", **CORPORA["parquet"](tmp_path), **fields)
     with pytest.raises(UserError, match=sentence):
         list(source.documents())
@@ -616,7 +720,12 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     table = pa.table({"jpg": images, "caption": [f"picture {n}" for n in range(12)]})
     file = tmp_path / "a.parquet"
     pq.write_table(
-        table, file, row_group_size=4, write_page_checksum=True, use_dictionary=False, write_statistics=False
+        table,
+        file,
+        row_group_size=4,
+        write_page_checksum=True,
+        use_dictionary=False,
+        write_statistics=False,
     )
     content = bytearray(file.read_bytes())
     content[content.index(images[5][100:130])] ^= 1
@@ -625,9 +734,9 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     assert list(good(source).values()) == [f"picture {n}" for n in (*range(4), *range(8, 12))]
     assert [name for name, _ in bad(source)] == [f"a.parquet/{row}" for row in range(4, 8)]
     assert all("row group 1 is damaged" in reason for _, reason in bad(source))
-    assert [item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet", 6)] == [
-        f"a.parquet/{row}" for row in range(6, 12)
-    ]
+    assert [
+        item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet", 6)
+    ] == [f"a.parquet/{row}" for row in range(6, 12)]
 
 
 def test_what_is_no_parquet_and_missing_values(tmp_path: Path) -> None:
@@ -649,20 +758,30 @@ def test_an_id_is_taken_by_a_row_of_no_use_wherever_reading_begins(tmp_path: Pat
     assert good(source) == {"a.parquet/y": "b", "a.parquet/z": "c"}
     names = [item.id if isinstance(item, Document) else item for item in source.read("a.parquet")]
     for start in range(7):
-        rest = [item.id if isinstance(item, Document) else item for item in source.read("a.parquet", start)]
+        rest = [
+            item.id if isinstance(item, Document) else item
+            for item in source.read("a.parquet", start)
+        ]
         assert rest == names[start:]
 
 
 @pytest.mark.parametrize("told", [[3, 4, 1], [2, 4, 2]])
-def test_row_counts_that_do_not_agree(told: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_counts_that_do_not_agree(
+    told: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The row groups hold 3, 3 and 2 rows, the footer tells others: an item for each row that it tells."""
     CORPORA["parquet"](tmp_path)
     source = build("parquet", path=str(tmp_path / "a.parquet"))
     monkeypatch.setattr(parquet, "_rows_of_groups", lambda metadata: told)
-    whole = [item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet")]
+    whole = [
+        item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet")
+    ]
     assert whole == [f"a.parquet/{row}" for row in range(8)]
     for start in range(9):
-        rest = [item.id if isinstance(item, Document) else item.file for item in source.read("a.parquet", start)]
+        rest = [
+            item.id if isinstance(item, Document) else item.file
+            for item in source.read("a.parquet", start)
+        ]
         assert rest == whole[start:]
 
 
@@ -686,7 +805,9 @@ def test_a_column_name_that_is_no_utf8(tmp_path: Path) -> None:
     assert the_bad(source)[1].startswith("not a readable parquet file: ")
 
 
-def test_a_failing_disk_is_no_damage_to_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_no_damage_to_a_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
             if self.tell() < 100:  # the rows; the footer lies at the end
@@ -694,17 +815,25 @@ def test_a_failing_disk_is_no_damage_to_a_row_group(tmp_path: Path, monkeypatch:
             return super().read(size)
 
     source = build("parquet", **CORPORA["parquet"](tmp_path))
-    monkeypatch.setattr(Files, "open_raw", lambda files, name: Failing((tmp_path / name).read_bytes()))
+    monkeypatch.setattr(
+        Files, "open_raw", lambda files, name: Failing((tmp_path / name).read_bytes())
+    )
     with pytest.raises(OSError, match="Input/output error"):
         list(source.documents())
 
 
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
     images = [encoded(picture(n)) for n in range(3)]
-    pq.write_table(pa.table({"jpg": images, "caption": list("abc"), "key": ["x", "y", "x"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"jpg": images, "caption": list("abc"), "key": ["x", "y", "x"]}),
+        tmp_path / "a.parquet",
+    )
     source = build("parquet", path=str(tmp_path), id_column="key")
     assert good(source) == {"a.parquet/x": "a", "a.parquet/y": "b"}
-    assert the_bad(source) == ("a.parquet/x", "its id occurs twice in this part; the first one is kept")
+    assert the_bad(source) == (
+        "a.parquet/x",
+        "its id occurs twice in this part; the first one is kept",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ coco
@@ -713,7 +842,12 @@ def test_ids_that_occur_twice(tmp_path: Path) -> None:
 def test_captions_images_and_labels(tmp_path: Path) -> None:
     source = build("coco", **CORPORA["coco"](tmp_path))
     documents = [item for item in source.documents() if isinstance(item, Document)]
-    assert [item.text for item in documents] == ["a dog in the grass", "picture 1", "picture 2", "picture 3"]
+    assert [item.text for item in documents] == [
+        "a dog in the grass",
+        "picture 1",
+        "picture 2",
+        "picture 3",
+    ]
     assert [item.label for item in documents] == [1, None, None, None]
     assert source.class_names == ("person", "dog", "hot dog")
     assert source.class_in("A hot dog!") == 2
@@ -763,10 +897,15 @@ def test_entries_of_no_use_are_named(tmp_path: Path) -> None:
         ("[]", "has no list under images"),
         ('{"images": []}', "has no list under annotations"),
         ('{"images": [], "annotations": []}', "lists no images"),
-        ('{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', "has annotations without captions"),
+        (
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}',
+            "has annotations without captions",
+        ),
     ],
 )
-def test_what_is_no_captions_file_is_one_sentence(content: str, sentence: str, tmp_path: Path) -> None:
+def test_what_is_no_captions_file_is_one_sentence(
+    content: str, sentence: str, tmp_path: Path
+) -> None:
     settings = CORPORA["coco"](tmp_path)
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
@@ -778,10 +917,16 @@ def test_instances_of_no_use(tmp_path: Path) -> None:
     instances = json.loads((tmp_path / "instances.json").read_text())
     annotations = [*instances["annotations"], 7, {"image_id": [1], "category_id": {}}]
     (tmp_path / "instances.json").write_text(json.dumps({**instances, "annotations": annotations}))
-    labels = [item.label for item in build("coco", **settings).documents() if isinstance(item, Document)]
+    labels = [
+        item.label for item in build("coco", **settings).documents() if isinstance(item, Document)
+    ]
     assert labels == [1, None, None, None]
-    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [], "categories": [{"id": 1}]}))
-    with pytest.raises(UserError, match=r"^data\.instances: .* has a category without an id or a name$"):
+    (tmp_path / "instances.json").write_text(
+        json.dumps({"annotations": [], "categories": [{"id": 1}]})
+    )
+    with pytest.raises(
+        UserError, match=r"^data\.instances: .* has a category without an id or a name$"
+    ):
         build("coco", **settings)
     for setting in ("images", "instances"):
         with pytest.raises(UserError, match=rf"^data\.{setting}: .*/none does not exist"):
@@ -805,7 +950,9 @@ def test_a_caption_that_vanishes_costs_its_image_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["folder", "jsonl"])
-def test_a_failing_disk_is_no_matter_of_one_image(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_no_matter_of_one_image(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = build(name, **CORPORA[name](tmp_path))
     read = Files._open
 
@@ -829,5 +976,7 @@ def test_files_that_vanish_or_may_not_be_read(tmp_path: Path) -> None:
             yield from source.read(part)
 
     items = list(read())
-    assert [item.reason for item in items if isinstance(item, Skipped)] == ["deleted since the corpus was listed"]
+    assert [item.reason for item in items if isinstance(item, Skipped)] == [
+        "deleted since the corpus was listed"
+    ]
     assert sum(isinstance(item, Document) for item in items) == 4

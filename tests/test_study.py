@@ -60,7 +60,11 @@ def section(task: str, count: int) -> dict:
 
 def study_file(folder: Path) -> Path:
     """A study of two runs, the second on instructions, and two evaluations."""
-    borrowed = {"shards.tokenizers": "{run}/first", "shards.bank": "{run}/first", "retriever.max_documents": 0}
+    borrowed = {
+        "shards.tokenizers": "{run}/first",
+        "shards.bank": "{run}/first",
+        "retriever.max_documents": 0,
+    }
     tuned = {
         "data.name": "scene_instructions",
         "data.task": "vqa",
@@ -89,8 +93,20 @@ def study_file(folder: Path) -> Path:
             },
         },
         "aims": [
-            {"label": "right", "evaluation": "images", "row": "first, cfg 1", "metric": "right", "at_least": 0.0},
-            {"label": "never", "evaluation": "questions", "row": "tuned", "metric": "right", "at_least": 1.0},
+            {
+                "label": "right",
+                "evaluation": "images",
+                "row": "first, cfg 1",
+                "metric": "right",
+                "at_least": 0.0,
+            },
+            {
+                "label": "never",
+                "evaluation": "questions",
+                "row": "tuned",
+                "metric": "right",
+                "at_least": 1.0,
+            },
         ],
     }
     file = folder / "two.yaml"
@@ -122,7 +138,12 @@ def results(folder: Path) -> dict:
 def test_results_have_every_row_with_ceiling_and_chance(made):
     _, folder = made
     found = results(folder)["evaluations"]
-    assert [row["row"] for row in found["images"]] == ["first, cfg 1", "first, cfg 2", "tuned, cfg 1", "tuned, cfg 2"]
+    assert [row["row"] for row in found["images"]] == [
+        "first, cfg 1",
+        "first, cfg 2",
+        "tuned, cfg 1",
+        "tuned, cfg 2",
+    ]
     assert [row["row"] for row in found["questions"]] == ["tuned"]
     for row in [*found["images"], *found["questions"]]:
         assert {"right"} <= set(row["metrics"]) == set(row["ceiling"]) == set(row["chance"])
@@ -161,7 +182,9 @@ def answers(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     found = {}
     for path in sorted((folder / "answers").rglob("*.npz")):
         with np.load(path) as held:
-            found[str(path.relative_to(folder))] = {name: held[name] for name in held if name != "seconds"}
+            found[str(path.relative_to(folder))] = {
+                name: held[name] for name in held if name != "seconds"
+            }
     return found
 
 
@@ -205,7 +228,10 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
             }
         },
     }
-    alone = {**content, "evaluations": {"images": {**content["evaluations"]["images"], "sweep": {"samples": [3]}}}}
+    alone = {
+        **content,
+        "evaluations": {"images": {**content["evaluations"]["images"], "sweep": {"samples": [3]}}},
+    }
     found = []
     for name, each in (("swept", content), ("alone", alone)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(each))
@@ -247,13 +273,26 @@ def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path
     (tmp_path / "compute.yaml").write_text(yaml.safe_dump(content))
     study = load_study(str(tmp_path / "compute.yaml"), (), tmp_path / "run")
     run_study(study, tmp_path / "run")
-    found = {row["row"]: row["training_flops"] for row in results(tmp_path / "run")["evaluations"]["images"]}
-    assert list(found) == ["first, checkpoint 1", "first, checkpoint 2", "tuned, checkpoint 1", "tuned, checkpoint 2"]
-    log = [json.loads(line) for line in (folder / "first" / "pretraining" / "log.jsonl").read_text().splitlines()]
+    found = {
+        row["row"]: row["training_flops"]
+        for row in results(tmp_path / "run")["evaluations"]["images"]
+    }
+    assert list(found) == [
+        "first, checkpoint 1",
+        "first, checkpoint 2",
+        "tuned, checkpoint 1",
+        "tuned, checkpoint 2",
+    ]
+    log = [
+        json.loads(line)
+        for line in (folder / "first" / "pretraining" / "log.jsonl").read_text().splitlines()
+    ]
     steps = [2 * 256 * line["flops_per_second"] / line["tokens_per_second"] for line in log]
     assert found["first, checkpoint 1"] == pytest.approx(steps[0])
     assert found["first, checkpoint 2"] == pytest.approx(sum(steps))
-    assert found["tuned, checkpoint 1"] > found["first, checkpoint 2"]  # it has that of the run that it started from
+    assert (
+        found["tuned, checkpoint 1"] > found["first, checkpoint 2"]
+    )  # it has that of the run that it started from
     assert "FLOPs of training" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -286,9 +325,12 @@ def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_p
     document = next(document for document, _ in source.asked())
     for number, option in enumerate(["yes", "no", "red"]):
         segments = tuple(
-            replace(s, text=f" {option}") if getattr(s, "role", "") == "answer" else s for s in document.segments
+            replace(s, text=f" {option}") if getattr(s, "role", "") == "answer" else s
+            for s in document.segments
         )
-        sized = asking._sized(replace(document, segments=segments), m.run.image_tokenizer.image_size, False)
+        sized = asking._sized(
+            replace(document, segments=segments), m.run.image_tokenizer.image_size, False
+        )
         (tokens,) = token_documents(m.run, [sized])
         prompt = m._task("instruction").prompt(tokens).ids_T
         answer = next(s for s in tokens.segments if s.role == "answer").ids_T
@@ -298,7 +340,9 @@ def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_p
         logp_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids_T[1:, None])[len(prompt) - 1 :]
         ((alone,),) = m.rank([tokens], [[]], [[answer]])
         assert alone == pytest.approx(float(logp_T.sum()), rel=1e-4)
-        assert held["scores"][0, 0, number] == pytest.approx(float(logp_T.sum()), rel=0.03)  # in bf16 maybe
+        assert held["scores"][0, 0, number] == pytest.approx(
+            float(logp_T.sum()), rel=0.03
+        )  # in bf16 maybe
 
 
 def test_weights_of_a_checkpoint_are_those_of_the_step(made):
@@ -327,7 +371,11 @@ def test_sweeps_of_runs_are_runs_of_their_own(tmp_path):
 def test_combinations_are_the_product():
     assert list(combinations({})) == [{}]
     assert list(combinations({"a": [1, 2], "b": ["x"]})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
-    assert (shown(3.0), shown("cd_k"), shown({"name": "cd_k", "cfg": 2.5})) == ("3", "cd_k", "cd_k cfg 2.5")
+    assert (shown(3.0), shown("cd_k"), shown({"name": "cd_k", "cfg": 2.5})) == (
+        "3",
+        "cd_k",
+        "cd_k cfg 2.5",
+    )
     mixture = {"name": "mixture", "decoders": [{"name": "top_p", "cfg": 1.0}, "cd_k"]}
     assert shown(mixture) == "mixture decoders top_p cfg 1 and cd_k"
 
@@ -340,8 +388,14 @@ def test_combinations_are_the_product():
         (["evaluations.images.sweep.documents=[-1]"], "documents is -1"),
         (["evaluations.images.models={}"], "models is empty"),
         (["runs.first.training.steps=many"], "runs.first: training.steps is"),
-        (["runs.first.until=later"], "runs.first: until is later, which is not a stage of this experiment"),
-        (["runs.fist.training.steps=9"], "runs.fist is not a run of this study; did you mean first"),
+        (
+            ["runs.first.until=later"],
+            "runs.first: until is later, which is not a stage of this experiment",
+        ),
+        (
+            ["runs.fist.training.steps=9"],
+            "runs.fist is not a run of this study; did you mean first",
+        ),
         (["aims.0.row=first"], "aims: right: row is first, which images has not"),
         (["aims.0.evaluation=image"], "evaluation is image; did you mean images"),
         (["until=later"], "until is later, which is no part of this study"),

@@ -30,7 +30,9 @@ from cm3leon.sweep.values import Choice, Interval, parse_values
 from cm3leon.types import UserError
 
 NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
-KEYS = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(".".join), min_size=1, unique=True)
+KEYS = st.lists(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(".".join), min_size=1, unique=True
+)
 
 
 def points(trials: int | None = None, **sweep: Any) -> dict[str, Any]:
@@ -59,11 +61,15 @@ def test_ranges_are_pythons(start: int, stop: int, step: int) -> None:
 
 
 @given(st.floats(1e-8, 1e8), st.floats(1.001, 1e6), st.booleans(), st.integers())
-def test_draws_lie_within_the_bounds(low: float, factor: float, logarithmic: bool, seed: int) -> None:
+def test_draws_lie_within_the_bounds(
+    low: float, factor: float, logarithmic: bool, seed: int
+) -> None:
     name = "loguniform" if logarithmic else "uniform"
     interval = parse_values("key", f"{name}({low!r},{low * factor!r})")
     assert interval == Interval(low, low * factor, logarithmic)
-    assert all(low <= interval.draw(random.Random(seed + number)) <= low * factor for number in range(20))
+    assert all(
+        low <= interval.draw(random.Random(seed + number)) <= low * factor for number in range(20)
+    )
 
 
 def test_draws_are_even_on_their_scale() -> None:
@@ -103,7 +109,11 @@ def test_short_names_are_ends_that_tell_keys_apart(keys: list[str]) -> None:
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(), min_size=1, max_size=4, unique=True), min_size=1)
+    st.dictionaries(
+        st.sampled_from("abcd"),
+        st.lists(st.integers(), min_size=1, max_size=4, unique=True),
+        min_size=1,
+    )
 )
 def test_a_grid_has_every_combination_once(sweep: dict[str, list[int]]) -> None:
     named = points(**sweep)
@@ -123,7 +133,13 @@ def test_more_trials_are_the_same_points_and_further_ones(few: int, more: int) -
 
 
 def test_names_tell_the_point() -> None:
-    named = points(**{"training.learning_rate": "1e-3,3e-3", "seed": "range(2)", "decoder": [{"name": "cd_k", "k": 2}]})
+    named = points(
+        **{
+            "training.learning_rate": "1e-3,3e-3",
+            "seed": "range(2)",
+            "decoder": [{"name": "cd_k", "k": 2}],
+        }
+    )
     assert list(named)[:2] == [
         "learning_rate=0.001,seed=0,decoder=cd_k-k-2",
         "learning_rate=0.001,seed=1,decoder=cd_k-k-2",
@@ -133,22 +149,43 @@ def test_names_tell_the_point() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["sweep.training.learnin_rate=1e-3"], "training.learnin_rate is not a known key; did you mean learning_rate?"),
-        (["sweep.training.steps=10,0"], "sweep, point steps=0: training.steps is 0; it must be int >= 1"),
+        (
+            ["sweep.training.learnin_rate=1e-3"],
+            "training.learnin_rate is not a known key; did you mean learning_rate?",
+        ),
+        (
+            ["sweep.training.steps=10,0"],
+            "sweep, point steps=0: training.steps is 0; it must be int >= 1",
+        ),
         (["sweep.seed=range(0)"], "sweep.seed is range(0), which has no values; write values as"),
-        (["sweep.seed=range(1,2,0)"], "sweep.seed is range(1,2,0), which is not understood; write values as"),
+        (
+            ["sweep.seed=range(1,2,0)"],
+            "sweep.seed is range(1,2,0), which is not understood; write values as",
+        ),
         (["sweep.seed=__import__(os)"], "which is not understood"),
         (["sweep.seed=uniform(2,1)"], "it must be uniform(low,high) with numbers, low < high"),
-        (["sweep.seed=loguniform(0,1)"], "it must be loguniform(low,high) with numbers, 0 < low < high"),
+        (
+            ["sweep.seed=loguniform(0,1)"],
+            "it must be loguniform(low,high) with numbers, 0 < low < high",
+        ),
         (["sweep.seed=loguniform(a,b)"], "it must be loguniform(low,high) with numbers"),
         (["sweep.model.dropout=uniform(0,1)"], "has no end of values; give sweep_trials=N"),
         (["sweep.seed=1,1"], "sweep: two points are named seed=1"),
-        (["sweep.seed=range(2000)"], f"sweep has 2,000 points; it must have at most {MAX_POINTS:,}"),
+        (
+            ["sweep.seed=range(2000)"],
+            f"sweep has 2,000 points; it must have at most {MAX_POINTS:,}",
+        ),
         (["sweep.seed=range(3)", "sweep_trials=4"], "only 3 different points were found"),
         (["sweep.seed=range(3)", "sweep_trials=4000"], "sweep_trials is 4,000; it must be at most"),
-        (["sweep.launcher=here,slurm"], "sweep.launcher cannot be swept; launcher, plugins, until are the same"),
+        (
+            ["sweep.launcher=here,slurm"],
+            "sweep.launcher cannot be swept; launcher, plugins, until are the same",
+        ),
         (["sweep.seed=1,2", "sweep_best=loss"], "sweep_best is loss; it must be lowest or highest"),
-        (["sweep.seed=1,2", "sweep_trial=2"], "sweep_trial is not a known key; did you mean sweep_trials?"),
+        (
+            ["sweep.seed=1,2", "sweep_trial=2"],
+            "sweep_trial is not a known key; did you mean sweep_trials?",
+        ),
         (["sweep.seed=1,2", "until=nothing"], "until is nothing, which is not a stage"),
         (["sweep={}"], "sweep is empty; give sweep.KEY=VALUES"),
         (["sweep.metrics.0.name=[" + "x" * 300 + "]"], "has more than 200 letters"),
@@ -184,7 +221,9 @@ def finished_run(folder: Path, loss: float) -> None:
         "pretraining/validation.json": json.dumps({"loss": loss, "loss_text": 2.0}),
         "pretraining/log.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 4.0}\n',
         "pretraining/stage.json": json.dumps({"seconds": 3.0}),
-        "reconstruction/figures.json": json.dumps({"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}),
+        "reconstruction/figures.json": json.dumps(
+            {"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}
+        ),
         "metrics.json": json.dumps(
             {
                 "t2i_accuracy": [{**setting, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}],
@@ -231,7 +270,9 @@ def test_the_best_is_the_lowest_or_the_highest_of_the_finished_ones() -> None:
 
 
 @given(st.lists(st.none() | st.floats(), min_size=1), st.sampled_from(["lowest", "highest"]))
-def test_no_finished_point_is_better_than_the_best(losses: list[float | None], direction: str) -> None:
+def test_no_finished_point_is_better_than_the_best(
+    losses: list[float | None], direction: str
+) -> None:
     found = results(**{str(number): loss for number, loss in enumerate(losses)})
     winner = best(found, f"{direction} loss")
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
@@ -241,16 +282,23 @@ def test_no_finished_point_is_better_than_the_best(losses: list[float | None], d
 
 @given(st.lists(st.dictionaries(st.sampled_from("xyz"), st.floats(allow_nan=False)), min_size=1))
 def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, float]]) -> None:
-    found = [Result(str(number), {"seed": number}, "finished", each) for number, each in enumerate(figures)]
+    found = [
+        Result(str(number), {"seed": number}, "finished", each)
+        for number, each in enumerate(figures)
+    ]
     lines = csv.DictReader(as_csv(found, ["seed"], None).splitlines())
-    read = [{key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines]
+    read = [
+        {key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines
+    ]
     assert read == figures
 
 
 def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) -> None:
     found = results(a=2.0, b=1.0, c=None)
     lines = list(csv.DictReader(as_csv(found, ["seed"], found[1]).splitlines()))
-    assert [(line["point"], line["seed"], line["state"], line["best"], line["loss"]) for line in lines] == [
+    assert [
+        (line["point"], line["seed"], line["state"], line["best"], line["loss"]) for line in lines
+    ] == [
         ("a", "0", "finished", "", "2.0"),
         ("b", "1", "finished", "best", "1.0"),
         ("c", "2", "failed", "", ""),
@@ -275,11 +323,18 @@ def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) 
         (["text_tokenizer.vocab_size"], True, ["text_tokenizer.vocab_size"]),
     ],
 )
-def test_what_points_share_depends_on_their_keys(keys: list[str], pretraining: bool, apart: list[str]) -> None:
+def test_what_points_share_depends_on_their_keys(
+    keys: list[str], pretraining: bool, apart: list[str]
+) -> None:
     assert what_is_shared(keys) == (pretraining, apart)
 
 
-SWEPT = ["experiment=digits_smoke", "sweep.training.learning_rate=1e-3,2e-3", "sweep.seed=0,1", "launcher=inline"]
+SWEPT = [
+    "experiment=digits_smoke",
+    "sweep.training.learning_rate=1e-3,2e-3",
+    "sweep.seed=0,1",
+    "launcher=inline",
+]
 
 
 @pytest.fixture
@@ -289,7 +344,10 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
 
     def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
         names.append(folder.name)
-        rate, marker = experiment.training.learning_rate, folder / (until or "pretraining") / "stage.json"
+        rate, marker = (
+            experiment.training.learning_rate,
+            folder / (until or "pretraining") / "stage.json",
+        )
         if rate == 0.5:
             raise RuntimeError("the weights\nhave gone")
         if until:  # what points share
@@ -350,19 +408,30 @@ def test_a_second_start_runs_only_what_is_missing(ran: list[str], tmp_path: Path
 def test_failures_are_listed_and_tried_again_by_the_same_command(
     ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["experiment=digits_smoke", "launcher=inline", f"run={tmp_path}", "sweep.training.learning_rate=1e-3,0.5"]
+    words = [
+        "experiment=digits_smoke",
+        "launcher=inline",
+        f"run={tmp_path}",
+        "sweep.training.learning_rate=1e-3,0.5",
+    ]
     for times in (1, 2):
         assert main(words) == 2
         said = capsys.readouterr()
         assert "failed: learning_rate=0.5, the weights have gone" in said.out
-        assert "1 of 2 points did not finish, learning_rate=0.5; the same command tries them again" in said.err
+        assert (
+            "1 of 2 points did not finish, learning_rate=0.5; the same command tries them again"
+            in said.err
+        )
         assert ran.count("learning_rate=0.5") == times
     assert ran.count("learning_rate=0.001") == 1
     assert "the weights have gone" in (tmp_path / "report.html").read_text()
 
 
 def test_ranks_do_not_each_start_a_sweep(
-    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ran: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -371,7 +440,9 @@ def test_ranks_do_not_each_start_a_sweep(
     assert ran == []
 
 
-def test_figures_of_a_point_that_runs_again_are_not_those_of_before(ran: list[str], tmp_path: Path) -> None:
+def test_figures_of_a_point_that_runs_again_are_not_those_of_before(
+    ran: list[str], tmp_path: Path
+) -> None:
     assert main([*SWEPT, f"run={tmp_path}"]) == 0
     sweep = load_sweep("digits_smoke", [*SWEPT[1:3], "training.steps=30"], tmp_path)
     assert {result.state for result in sweep_run.make_table(sweep)} == {"missing"}
@@ -394,7 +465,12 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
             seen.extend(jobs)
             return [Submitted(job.name, 0, "1", folder / "log") for job in jobs]
 
-    words = ["experiment=digits_smoke", f"run={tmp_path}", "sweep.training.learning_rate=1e-3,2e-3", "launcher=kept"]
+    words = [
+        "experiment=digits_smoke",
+        f"run={tmp_path}",
+        "sweep.training.learning_rate=1e-3,2e-3",
+        "launcher=kept",
+    ]
     assert main([*words, "sweep_retries=2"]) == 0
     shared, points, collect = seen
     assert (shared.after, points.after, collect.after) == ((), ("shared0",), ("points",))

@@ -48,7 +48,13 @@ def ids(array: np.ndarray | None) -> list[int] | None:
 
 
 def shown(prompt: Prompt) -> tuple[Any, ...]:
-    return ids(prompt.ids_T), prompt.modality, prompt.length, prompt.end, ids(prompt.unconditional_T)
+    return (
+        ids(prompt.ids_T),
+        prompt.modality,
+        prompt.length,
+        prompt.end,
+        ids(prompt.unconditional_T),
+    )
 
 
 def segments(document: TokenDocument) -> list[tuple[str, list[int]]]:
@@ -82,9 +88,12 @@ def test_caption_prompt(retrieved: tuple[TokenDocument, ...], between: list[int]
 
 @pytest.mark.parametrize(("retrieved", "between"), [((), []), ((CAT, DOG), CAT_DOG)])
 @pytest.mark.parametrize(
-    ("name", "image"), [("infill_top", [MASK, 24, 26]), ("infill_bottom", [20, 22, MASK]), ("infill", [20, 22, MASK])]
+    ("name", "image"),
+    [("infill_top", [MASK, 24, 26]), ("infill_bottom", [20, 22, MASK]), ("infill", [20, 22, MASK])],
 )
-def test_infill_prompt(retrieved: tuple[TokenDocument, ...], between: list[int], name: str, image: list[int]) -> None:
+def test_infill_prompt(
+    retrieved: tuple[TokenDocument, ...], between: list[int], name: str, image: list[int]
+) -> None:
     expected = [EOS, *between, 5, 6, 7, BREAK, *image, EOS, MASK], "image", 2, END, None
     assert shown(built(name).prompt(QUERY, retrieved)) == expected
 
@@ -99,7 +108,9 @@ def test_infilling_any_span() -> None:
 
 codes = st.integers(20, 27)
 pieces = st.integers(4, 19)
-documents = st.builds(document, st.lists(pieces, max_size=6), st.lists(codes, min_size=4, max_size=4))
+documents = st.builds(
+    document, st.lists(pieces, max_size=6), st.lists(codes, min_size=4, max_size=4)
+)
 
 
 def whole(prompt: Prompt, answer: list[int], end: list[int]) -> list[int]:
@@ -108,7 +119,9 @@ def whole(prompt: Prompt, answer: list[int], end: list[int]) -> list[int]:
 
 @given(query=documents, retrieved=st.lists(documents, max_size=3))
 @settings(max_examples=60)
-def test_prompt_and_answer_make_the_form_that_is_trained(query: TokenDocument, retrieved: list[TokenDocument]) -> None:
+def test_prompt_and_answer_make_the_form_that_is_trained(
+    query: TokenDocument, retrieved: list[TokenDocument]
+) -> None:
     """The right answer after each prompt gives the laid-out sample, rotated by the span that was asked for."""
     laid_out = lay_out(Sample(query, tuple(retrieved)), VOCAB)
     text, image = (segment for segment in laid_out.segments if segment.is_query)
@@ -120,11 +133,13 @@ def test_prompt_and_answer_make_the_form_that_is_trained(query: TokenDocument, r
 
     for half, span in (("top", (0, 2)), ("bottom", (2, 4))):
         infill = built("infill", half=half).prompt(query, retrieved)
-        rotated_T, _ = rotate(laid_out.ids_T, [(image.start + span[0], image.start + span[1])], VOCAB)
-        assert whole(infill, answers["image"][slice(*span)], [END]) == rotated_T.tolist()
-        assert unrotate(np.array(whole(infill, answers["image"][slice(*span)], [END])), VOCAB).tolist() == (
-            laid_out.ids_T.tolist()
+        rotated_T, _ = rotate(
+            laid_out.ids_T, [(image.start + span[0], image.start + span[1])], VOCAB
         )
+        assert whole(infill, answers["image"][slice(*span)], [END]) == rotated_T.tolist()
+        assert unrotate(
+            np.array(whole(infill, answers["image"][slice(*span)], [END])), VOCAB
+        ).tolist() == (laid_out.ids_T.tolist())
 
     image_prompt = built("text_to_image").prompt(query, retrieved)
     assert whole(image_prompt, answers["image"], [EOS]) == laid_out.ids_T.tolist()
@@ -140,7 +155,10 @@ def test_prompt_and_answer_make_the_form_that_is_trained(query: TokenDocument, r
 
 def test_an_answer_takes_its_place() -> None:
     answer_T = np.array([11, 12])
-    assert segments(built("caption").complete(QUERY, answer_T)) == [("text", [11, 12]), ("image", [20, 22, 24, 26])]
+    assert segments(built("caption").complete(QUERY, answer_T)) == [
+        ("text", [11, 12]),
+        ("image", [20, 22, 24, 26]),
+    ]
     image_T = np.array([27, 27, 20, 20])
     assert segments(built("text_to_image").complete(QUERY, image_T)) == [
         ("text", [5, 6, 7]),
@@ -152,12 +170,18 @@ def test_an_answer_takes_its_place() -> None:
         ("image", [27, 27, 20, 20]),
     ]
     half_T = np.array([21, 23])
-    assert segments(built("infill_top").complete(QUERY, half_T)) == [("text", [5, 6, 7]), ("image", [21, 23, 24, 26])]
+    assert segments(built("infill_top").complete(QUERY, half_T)) == [
+        ("text", [5, 6, 7]),
+        ("image", [21, 23, 24, 26]),
+    ]
     assert segments(built("infill_bottom").complete(QUERY, half_T)) == [
         ("text", [5, 6, 7]),
         ("image", [20, 22, 21, 23]),
     ]
-    assert segments(QUERY) == [("text", [5, 6, 7]), ("image", [20, 22, 24, 26])]  # the query itself stays as it is
+    assert segments(QUERY) == [
+        ("text", [5, 6, 7]),
+        ("image", [20, 22, 24, 26]),
+    ]  # the query itself stays as it is
 
 
 def test_a_caption_for_an_image_that_has_none_comes_first() -> None:
@@ -182,13 +206,27 @@ def test_the_right_answer_gives_the_document_back(name: str) -> None:
     ("name", "given_part", "other_part"),
     [
         ("caption", document([5, 6, 7], [20, 22, 24, 27]), document([9], [20, 22, 24, 26])),
-        ("text_to_image", document([5, 6], [20, 22, 24, 26]), document([5, 6, 7], [20, 20, 20, 20])),
-        ("infill_top", document([5, 6, 7], [20, 22, 25, 26]), document([5, 6, 7], [27, 27, 24, 26])),
+        (
+            "text_to_image",
+            document([5, 6], [20, 22, 24, 26]),
+            document([5, 6, 7], [20, 20, 20, 20]),
+        ),
+        (
+            "infill_top",
+            document([5, 6, 7], [20, 22, 25, 26]),
+            document([5, 6, 7], [27, 27, 24, 26]),
+        ),
         ("infill_top", document([5, 6], [20, 22, 24, 26]), document([5, 6, 7], [20, 27, 24, 26])),
-        ("infill_bottom", document([5, 6, 7], [21, 22, 24, 26]), document([5, 6, 7], [20, 22, 27, 27])),
+        (
+            "infill_bottom",
+            document([5, 6, 7], [21, 22, 24, 26]),
+            document([5, 6, 7], [20, 22, 27, 27]),
+        ),
     ],
 )
-def test_what_was_given_must_be_kept(name: str, given_part: TokenDocument, other_part: TokenDocument) -> None:
+def test_what_was_given_must_be_kept(
+    name: str, given_part: TokenDocument, other_part: TokenDocument
+) -> None:
     task = built(name)
     assert not task.keeps_given(QUERY, given_part)
     assert task.keeps_given(QUERY, other_part)
@@ -212,13 +250,18 @@ def test_only_the_first_segment_of_a_modality_is_replaced() -> None:
         ("infill_top", document(None, [20, 22, 24, 26]), "text"),
     ],
 )
-def test_a_document_that_lacks_what_the_task_gives_is_refused(name: str, query: TokenDocument, lacks: str) -> None:
+def test_a_document_that_lacks_what_the_task_gives_is_refused(
+    name: str, query: TokenDocument, lacks: str
+) -> None:
     with pytest.raises(UserError, match=f"^document x has no {lacks}, which this task needs$"):
         built(name).prompt(query)
 
 
 def test_what_tasks_say_of_themselves() -> None:
-    facts = {name: (built(name).retrieves_by, built(name).answers_in, built(name).guided) for name in TASKS.names()}
+    facts = {
+        name: (built(name).retrieves_by, built(name).answers_in, built(name).guided)
+        for name in TASKS.names()
+    }
     expected = {
         "text_to_image": ("text", "image", True),
         "caption": ("image", "text", False),

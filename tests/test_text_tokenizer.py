@@ -21,12 +21,27 @@ from cm3leon.data.token_shards import split_of_id
 from cm3leon.experiment import load_experiment
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.stages import run_experiment
-from cm3leon.stages.text_tokenizer import TRAINED_ON, Sample, make_text_tokenizer, text_tokenizer_inputs
+from cm3leon.stages.text_tokenizer import (
+    TRAINED_ON,
+    Sample,
+    make_text_tokenizer,
+    text_tokenizer_inputs,
+)
 from cm3leon.tokenizers.text import STRETCH, TextTokenizer, TextTokenizerConfig, unicode_text
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import UserError
 
-CONTROL = (*SPECIALS, "<mask:0>", "<mask:511>", "<mask>", "<infill>", "<unk>", "<s>", "</s>", "<|endoftext|>")
+CONTROL = (
+    *SPECIALS,
+    "<mask:0>",
+    "<mask:511>",
+    "<mask>",
+    "<infill>",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|endoftext|>",
+)
 PROSE = [
     "a red dog on 12 chairs in 1984; it's the dog's chair.",
     "    def dogs(self):\n        return self.chairs[0]\n\n\nclass Chair:\n",
@@ -54,9 +69,22 @@ def saved(tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 # ------------------------------------------------------------------------------------------------ words
 
 runs = st.builds(lambda unit, times: unit * times, st.text(max_size=3), st.integers(0, 150))
-long_text = st.lists(runs | st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "    ", "\x00", "'s"]), max_size=6)
+long_text = st.lists(
+    runs | st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "    ", "\x00", "'s"]), max_size=6
+)
 attack = st.lists(
-    st.sampled_from([*CONTROL, *(c[:k] for c in CONTROL for k in range(1, len(c))), " ", "Ġ", "\x00", "<", ">", "0"]),
+    st.sampled_from(
+        [
+            *CONTROL,
+            *(c[:k] for c in CONTROL for k in range(1, len(c))),
+            " ",
+            "Ġ",
+            "\x00",
+            "<",
+            ">",
+            "0",
+        ]
+    ),
     max_size=12,
 )
 any_text = (long_text | attack).map("".join)
@@ -64,7 +92,10 @@ any_text = (long_text | attack).map("".join)
 
 def words(tokenizer: TextTokenizer, text: str) -> list[str]:
     """The parts of a text that merges never cross."""
-    return [text[start:end] for _, (start, end) in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return [
+        text[start:end]
+        for _, (start, end) in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +116,9 @@ def test_words_are_gpt2s_with_digits_alone_and_newlines_kept_together(
 
 
 @given(text=any_text)
-def test_no_word_is_longer_than_the_limit_and_nothing_is_lost(tokenizer: TextTokenizer, text: str) -> None:
+def test_no_word_is_longer_than_the_limit_and_nothing_is_lost(
+    tokenizer: TextTokenizer, text: str
+) -> None:
     found = words(tokenizer, text)
     assert "".join(found) == text
     assert all(len(word) <= 64 + 1 for word in found)  # a space may stand before it
@@ -93,7 +126,9 @@ def test_no_word_is_longer_than_the_limit_and_nothing_is_lost(tokenizer: TextTok
 
 @given(text=any_text)
 @settings(max_examples=200)
-def test_any_text_comes_back_exactly_and_never_as_a_control_token(tokenizer: TextTokenizer, text: str) -> None:
+def test_any_text_comes_back_exactly_and_never_as_a_control_token(
+    tokenizer: TextTokenizer, text: str
+) -> None:
     ids = tokenizer.encode(text)
     low, high = Vocab(text_size=tokenizer.vocab_size, image_size=16).id_range("text")
     assert ((ids >= low) & (ids < min(high, tokenizer.pieces))).all()
@@ -109,8 +144,12 @@ def test_a_batch_gives_what_each_text_gives(tokenizer: TextTokenizer, texts: lis
 
 
 @given(text=st.text(st.sampled_from("aé🦎\ud800\ud83d\udfff\ude00")))
-def test_surrogates_become_their_character_or_a_replacement(tokenizer: TextTokenizer, text: str) -> None:
-    paired = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text)
+def test_surrogates_become_their_character_or_a_replacement(
+    tokenizer: TextTokenizer, text: str
+) -> None:
+    paired = re.sub(
+        "[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text
+    )
     expected = re.sub("[\ud800-\udfff]", "\ufffd", paired)
     assert unicode_text(text) == expected
     assert tokenizer.decode(tokenizer.encode(text)) == expected
@@ -140,7 +179,9 @@ def test_texts_are_read_once_and_not_kept() -> None:
     assert most <= 3
 
 
-def test_the_same_texts_in_any_order_give_the_same_file(tokenizer: TextTokenizer, saved: Path, tmp_path: Path) -> None:
+def test_the_same_texts_in_any_order_give_the_same_file(
+    tokenizer: TextTokenizer, saved: Path, tmp_path: Path
+) -> None:
     train(reversed(PROSE)).save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
@@ -198,7 +239,9 @@ def test_a_long_document_teaches_what_its_paragraphs_do() -> None:
     paragraph = "a red dog on a chair\n" * 100
     whole, parts = train([paragraph * 100]), train([paragraph] * 100)
     assert len(paragraph * 100) > 3 * STRETCH
-    assert abs(whole.pieces - parts.pieces) <= 4  # a word that lies across two stretches counts as two
+    assert (
+        abs(whole.pieces - parts.pieces) <= 4
+    )  # a word that lies across two stretches counts as two
     assert len(whole.encode(paragraph)) == len(parts.encode(paragraph)) == 700
 
 
@@ -277,14 +320,22 @@ FOREIGN: dict[str, tuple[Callable[[Content], None], str]] = {
     "gap": (lambda content: content["model"]["vocab"].update({"zebra": 5000}), "its ids have gaps"),
     "no byte level": (_set(pre_tokenizer=None), "text does not come back from it exactly"),
     "no decoder": (_set(decoder=None), "text does not come back from it exactly"),
-    "lower case": (_set(normalizer={"type": "Lowercase"}), "text does not come back from it exactly"),
+    "lower case": (
+        _set(normalizer={"type": "Lowercase"}),
+        "text does not come back from it exactly",
+    ),
     "normal form": (_set(normalizer={"type": "NFC"}), "text does not come back from it exactly"),
-    "model": (_set(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "its model is WordLevel"),
+    "model": (
+        _set(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+        "its model is WordLevel",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_tokenizer_that_breaks_a_promise_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+def test_a_tokenizer_that_breaks_a_promise_is_refused(
+    saved: Path, tmp_path: Path, name: str
+) -> None:
     change, sentence = FOREIGN[name]
     content = json.loads((saved / "tokenizer.json").read_text())
     change(content)
@@ -298,7 +349,9 @@ def test_a_tokenizer_that_breaks_a_promise_is_refused(saved: Path, tmp_path: Pat
 @pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "not json", "cut", "\x00\xff"])
 def test_a_damaged_file_is_refused(saved: Path, tmp_path: Path, damage: str) -> None:
     whole = (saved / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2] if damage == "cut" else damage)
+    (tmp_path / "tokenizer.json").write_text(
+        whole[: len(whole) // 2] if damage == "cut" else damage
+    )
     with pytest.raises(UserError, match=r"is damaged or no tokenizer\.json"):
         TextTokenizer.load(tmp_path, TextTokenizerConfig())
 
@@ -329,7 +382,9 @@ def corpus(folder: Path, parts: int = 3, lines: int = 40) -> Path:
     folder.mkdir()
     for part in range(parts):
         texts = [f"{'abc'[part] * 3}{'xyz'[number % 3]} dogs" for number in range(lines)]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / f"{part}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     return folder
 
 
@@ -349,13 +404,20 @@ def on(path: Path, *overrides: str) -> tuple[str, ...]:
     return ("text_data.name=text_jsonl", f"text_data.path={path}", *overrides)
 
 
-def test_the_training_split_of_a_text_corpus_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_training_split_of_a_text_corpus_is_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = corpus(tmp_path / "texts")
     with (path / "0.jsonl").open("a") as file:
         file.write('{"text": "\\ud800"}\n{"body": 1}\n{"text": "\\u0000 dogs"}\n')
     run = run_of(tmp_path / "run", *on(path, "split.held_out=0.3"))
     tokenizer, told = made(run)
-    items = [item for item in run_of(tmp_path / "run", f"data={{name: text_jsonl, path: {path}}}").source.documents()]
+    items = [
+        item
+        for item in run_of(
+            tmp_path / "run", f"data={{name: text_jsonl, path: {path}}}"
+        ).source.documents()
+    ]
     documents = [item for item in items if hasattr(item, "text")]
     kept = [d for d in documents if split_of_id(d.id, validation=0.1, held_out=0.3) == "train"]
     assert 0 < len(kept) < len(documents)
@@ -371,8 +433,13 @@ def test_a_sample_takes_equal_shares_and_what_short_parts_leave(tmp_path: Path) 
     path = corpus(tmp_path / "texts", lines=60)
     (path / "3.jsonl").write_text('{"text": "q"}\n')
     split = ("split.held_out=0", "split.validation=0")
-    tokenizer, told = made(run_of(tmp_path / "run", *on(path, *split, "text_tokenizer.sample_bytes=200")))
-    assert told["bytes"] in (151, *range(195, 201))  # the short part's share is lost where it comes last
+    tokenizer, told = made(
+        run_of(tmp_path / "run", *on(path, *split, "text_tokenizer.sample_bytes=200"))
+    )
+    assert told["bytes"] in (
+        151,
+        *range(195, 201),
+    )  # the short part's share is lost where it comes last
     assert told["sample_bytes"] == 200
     for word in ("aaa", "bbb", "ccc"):
         assert len(tokenizer.encode(word)) == 1
@@ -389,7 +456,10 @@ def test_the_seed_draws_the_parts_of_a_small_sample(tmp_path: Path) -> None:
         for again in range(2):
             run = run_of(tmp_path / f"{seed}-{again}", *on(path, *settings, f"seed={seed}"))
             made(run)
-        same = [(tmp_path / f"{seed}-{again}" / "text_tokenizer/tokenizer.json").read_bytes() for again in range(2)]
+        same = [
+            (tmp_path / f"{seed}-{again}" / "text_tokenizer/tokenizer.json").read_bytes()
+            for again in range(2)
+        ]
         assert same[0] == same[1]
         files.add(same[0])
     assert len(files) <= 3
@@ -408,7 +478,9 @@ def test_the_seed_draws_the_parts_of_a_small_sample(tmp_path: Path) -> None:
         ('{"text": " "}\n', r"^text_data: .*a\.jsonl:1: the text is empty\)"),
     ],
 )
-def test_a_corpus_without_text_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
+def test_a_corpus_without_text_is_one_sentence(
+    tmp_path: Path, content: str | None, sentence: str
+) -> None:
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)
@@ -427,7 +499,13 @@ def test_inputs_tell_corpora_samples_and_seeds_apart_only_where_they_matter(tmp_
 
     assert inputs() == inputs("seed=7") == inputs("split.held_out=0.3")
     assert inputs() != inputs("text_tokenizer.sample_bytes=1000")
-    ways = [(), ("seed=7",), ("split.held_out=0.3",), ("text_tokenizer.sample_bytes=9",), ("text_data.field=body",)]
+    ways = [
+        (),
+        ("seed=7",),
+        ("split.held_out=0.3",),
+        ("text_tokenizer.sample_bytes=9",),
+        ("text_data.field=body",),
+    ]
     found = {inputs(*on(path, *more)) for more in ways} | {inputs()}
     assert len(found) == len(ways) + 1
     before = inputs(*on(path))
@@ -463,5 +541,7 @@ def test_captions_beyond_the_sample_are_left_out(tmp_path: Path) -> None:
         run_experiment(experiment, tmp_path / "run", until="text_tokenizer")
         sizes[limit] = json.loads((tmp_path / "run/text_tokenizer" / TRAINED_ON).read_text())
     assert sizes[100]["bytes"] == 100 < sizes[10**9]["bytes"]
-    assert sizes[10**9]["documents"] == len(Run(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train"))
+    assert sizes[10**9]["documents"] == len(
+        Run(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train")
+    )
     assert sizes[100]["text_data"] is None

@@ -82,16 +82,23 @@ def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str])
 
 def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> None:
     run, _ = finished
-    log = [json.loads(line) for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()
+    ]
     assert ["discriminator_loss" in record for record in log] == [False] * 3 + [True] * 5
     events = EventAccumulator(str(run / "image_tokenizer" / "tensorboard")).Reload()
-    assert {"validation/psnr_db", "validation/codebook_use", "validation/codebook_perplexity"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "validation/psnr_db",
+        "validation/codebook_use",
+        "validation/codebook_perplexity",
+    } <= set(events.Tags()["scalars"])
     assert [picture.step for picture in events.Images("reconstructions")] == [4, 8]
 
 
-def test_an_interrupted_run_makes_the_same_tokenizer(tars: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_an_interrupted_run_makes_the_same_tokenizer(
+    tars: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
     """The last checkpoints are taken away, as a kill would have left the folder: discriminator, average and place in
     the corpus come back from the one before."""
     run = tmp_path / "again"
@@ -104,15 +111,21 @@ def test_an_interrupted_run_makes_the_same_tokenizer(tars: Path, finished: tuple
         file.unlink()
     newest.rmdir()
     assert "going on where it stopped" in cm3leon(*arguments(tars, run)).stdout
-    one, other = (load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0]))
+    one, other = (
+        load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0])
+    )
     assert all((one[name] == weight).all() for name, weight in other.items())
     assert figures(run) == figures(finished[0])
 
 
-def test_the_whole_corpus_or_the_sample_trains_it(tars: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_whole_corpus_or_the_sample_trains_it(
+    tars: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
     run = tmp_path / "sample"
     cm3leon(*arguments(tars, run, "shards.tokenizer_images=sample"))
-    one, other = (load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0]))
+    one, other = (
+        load_file(path / "image_tokenizer/model.safetensors") for path in (run, finished[0])
+    )
     assert any((one[name] != weight).any() for name, weight in other.items())
 
 
@@ -121,12 +134,17 @@ def test_files_of_weights_add_a_loss_and_two_figures(tars: Path, tmp_path: Path)
     inception = write_inception(tmp_path / "inception.pth", inception_weights())
     run = tmp_path / "run"
     said = cm3leon(
-        *arguments(tars, run, "image_tokenizer_training.steps=2", f"image_tokenizer.perceptual_file={vgg}"),
+        *arguments(
+            tars, run, "image_tokenizer_training.steps=2", f"image_tokenizer.perceptual_file={vgg}"
+        ),
         f"reconstruction.perceptual_file={vgg}",
         f"reconstruction.inception_file={inception}",
     ).stdout
     assert "no perceptual distance" not in said
-    log = [json.loads(line) for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (run / "image_tokenizer" / "log.jsonl").read_text().splitlines()
+    ]
     assert all(record["perceptual"] > 0 for record in log)
     measured = figures(run)
     assert measured["lpips"]["value"] > 0

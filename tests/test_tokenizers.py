@@ -54,7 +54,10 @@ def test_id_ranges_are_disjoint_and_cover_the_ids_in_use(vocab: Vocab) -> None:
     kinds += vocab.is_sentinel(ids)
     assert (kinds[: vocab.used] == 1).all()
     assert (kinds[vocab.used :] == 0).all()
-    assert (vocab.is_image(ids) == ((ids >= vocab.id_range("image")[0]) & (ids < vocab.id_range("image")[1]))).all()
+    assert (
+        vocab.is_image(ids)
+        == ((ids >= vocab.id_range("image")[0]) & (ids < vocab.id_range("image")[1]))
+    ).all()
     assert vocab.used == vocab.text_size + vocab.image_size + vocab.sentinels
     assert vocab.is_sentinel(ids).sum() == vocab.sentinels
     assert vocab.is_image(ids).sum() == vocab.image_size
@@ -70,7 +73,9 @@ def test_size_is_the_next_power_of_two(vocab: Vocab) -> None:
 
 @given(vocabs, st.data())
 def test_codes_round_trip_and_sentinels_are_numbered(vocab: Vocab, data: st.DataObject) -> None:
-    codes = np.array(data.draw(st.lists(st.integers(0, vocab.image_size - 1), max_size=20)), dtype=np.uint16)
+    codes = np.array(
+        data.draw(st.lists(st.integers(0, vocab.image_size - 1), max_size=20)), dtype=np.uint16
+    )
     ids = vocab.image_ids(codes.reshape(1, -1))
     assert ids.shape == (1, len(codes))
     assert ids.dtype == np.int64
@@ -125,7 +130,11 @@ def tokenizer(request: pytest.FixtureRequest) -> TextTokenizer:
     return train(CAPTIONS if request.param == "captions" else ATTACKS)
 
 
-any_text = st.text() | st.text(st.characters(max_codepoint=127, exclude_categories=["Cs"])) | st.from_regex(r"[\s\S]*")
+any_text = (
+    st.text()
+    | st.text(st.characters(max_codepoint=127, exclude_categories=["Cs"]))
+    | st.from_regex(r"[\s\S]*")
+)
 attack = st.lists(
     st.sampled_from(
         [
@@ -164,13 +173,19 @@ def test_text_never_becomes_a_control_token(tokenizer: TextTokenizer, text: str)
 @given(text=st.text(st.sampled_from("0123456789 a.<٣²"), max_size=30))
 def test_digits_are_pieces_of_their_own(tokenizer: TextTokenizer, text: str) -> None:
     pieces = [tokenizer.decode([id_]) for id_ in tokenizer.encode(text)]
-    assert [piece.strip() for piece in pieces if re.search("[0-9]", piece)] == re.findall("[0-9]", text)
+    assert [piece.strip() for piece in pieces if re.search("[0-9]", piece)] == re.findall(
+        "[0-9]", text
+    )
 
 
-def test_no_learned_piece_holds_two_digits_or_a_digit_and_a_letter(tokenizer: TextTokenizer) -> None:
+def test_no_learned_piece_holds_two_digits_or_a_digit_and_a_letter(
+    tokenizer: TextTokenizer,
+) -> None:
     pieces = [tokenizer.decode([id_]) for id_ in range(len(SPECIALS), tokenizer.pieces)]
     assert len(pieces) > 256 + 20  # it has learned something
-    assert [piece for piece in pieces if re.search("[0-9]", piece) and len(piece.strip()) != 1] == []
+    assert [
+        piece for piece in pieces if re.search("[0-9]", piece) and len(piece.strip()) != 1
+    ] == []
     assert [piece for piece in pieces if "<" in piece and piece != "<"] == []
     assert not set(pieces) & set(CONTROL_TEXTS)
 
@@ -217,19 +232,29 @@ def test_saved_tokenizer_gives_the_same_ids(tokenizer: TextTokenizer, tmp_path: 
 
 def test_training_twice_gives_the_same_ids() -> None:
     first, second = train(CAPTIONS + ATTACKS), train(CAPTIONS + ATTACKS)
-    assert [first.encode(text).tolist() for text in CAPTIONS] == [second.encode(text).tolist() for text in CAPTIONS]
+    assert [first.encode(text).tolist() for text in CAPTIONS] == [
+        second.encode(text).tolist() for text in CAPTIONS
+    ]
 
 
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json does not exist, train the tokenizer first"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json does not exist, train the tokenizer first"
+    ):
         TextTokenizer.load(tmp_path, TextTokenizerConfig())
 
 
 def test_more_pieces_than_the_config_allows_is_one_sentence(tmp_path: Path) -> None:
     tokenizer = train(CAPTIONS)
     tokenizer.save(tmp_path)
-    assert TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=tokenizer.pieces)).pieces == tokenizer.pieces
-    with pytest.raises(UserError, match=rf"has {tokenizer.pieces} pieces, at most {tokenizer.pieces - 1} are allowed"):
+    assert (
+        TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=tokenizer.pieces)).pieces
+        == tokenizer.pieces
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"has {tokenizer.pieces} pieces, at most {tokenizer.pieces - 1} are allowed",
+    ):
         TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=tokenizer.pieces - 1))
 
 
@@ -243,7 +268,9 @@ def test_training_on_no_text_is_one_sentence(texts: list[str]) -> None:
 
 
 def quantizer(size: int = 6, dim: int = 3, **fields: float) -> EMAQuantizer:
-    return EMAQuantizer(size=size, dim=dim, **{"decay": 0.9, "revive_below": 0.0, "commitment": 1.0, **fields})
+    return EMAQuantizer(
+        size=size, dim=dim, **{"decay": 0.9, "revive_below": 0.0, "commitment": 1.0, **fields}
+    )
 
 
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5))
@@ -268,7 +295,9 @@ def test_codebook_follows_moving_averages_written_out_in_float64() -> None:
     each = quantizer(decay=0.8).train()
     z_ND = torch.randn(40, 3)
     each(z_ND)
-    codebook_VD, count_V, sum_VD = (t.double().numpy() for t in (each.codebook_VD, each.count_V, each.sum_VD))
+    codebook_VD, count_V, sum_VD = (
+        t.double().numpy() for t in (each.codebook_VD, each.count_V, each.sum_VD)
+    )
     for step in range(4):
         z_ND = torch.randn(40, 3, generator=torch.Generator().manual_seed(step)) + step
         _, codes_N, _ = each(z_ND)
@@ -310,7 +339,9 @@ def test_dead_codes_are_moved_onto_vectors_of_the_batch() -> None:
     each.count_V.copy_(torch.tensor([10.0, 10.0, 10.0, 10.0]))
     z_ND = torch.cat([torch.randn(20, 2) * 0.1, torch.randn(20, 2) * 0.1 + 1])
     alive_after = [True] * 4
-    for step in range(1, 6):  # nothing uses codes 1 and 3: their counts fall 5, 2.5, 1.25, 0.625 (below 0.1 * 40 / 4)
+    for step in range(
+        1, 6
+    ):  # nothing uses codes 1 and 3: their counts fall 5, 2.5, 1.25, 0.625 (below 0.1 * 40 / 4)
         each(z_ND)
         alive_after = [bool(each.codebook_VD[v].abs().max() > 50) for v in (1, 3)]
         assert alive_after == [step < 4] * 2, step
@@ -346,7 +377,9 @@ def test_gradient_of_the_codes_goes_straight_to_the_vectors() -> None:
     torch.testing.assert_close(z_ND.grad, at_code_ND.grad)
     z_ND.grad = None
     each(z_ND)[2].backward()  # the commitment pulls the vectors to their codes, and nothing else
-    torch.testing.assert_close(z_ND.grad, 2 * (z_ND - each.codebook_VD[codes_N]).detach() / z_ND.numel())
+    torch.testing.assert_close(
+        z_ND.grad, 2 * (z_ND - each.codebook_VD[codes_N]).detach() / z_ND.numel()
+    )
     assert not any(parameter.requires_grad for parameter in each.parameters())
 
 
@@ -364,7 +397,14 @@ def test_quantizer_keeps_float32_under_autocast() -> None:
 
 # ------------------------------------------------------------------------------------------------ image tokenizer
 
-SMALL = {"name": "vq", "image_size": 16, "downsampling": 4, "codebook_size": 32, "code_dim": 8, "channels": 8}
+SMALL = {
+    "name": "vq",
+    "image_size": 16,
+    "downsampling": 4,
+    "codebook_size": 32,
+    "code_dim": 8,
+    "channels": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -384,10 +424,18 @@ def vq() -> Any:
 def pictures(count: int, side: int = 16) -> np.ndarray:
     """Smooth colourful images."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(3))
-    return (F.interpolate(coarse, (side, side), mode="bilinear") * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return (
+        (F.interpolate(coarse, (side, side), mode="bilinear") * 255)
+        .byte()
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .numpy()
+    )
 
 
-@pytest.mark.parametrize(("image_size", "downsampling"), [(16, 1), (16, 2), (16, 4), (16, 16), (24, 8)])
+@pytest.mark.parametrize(
+    ("image_size", "downsampling"), [(16, 1), (16, 2), (16, 4), (16, 16), (24, 8)]
+)
 def test_geometry(image_size: int, downsampling: int) -> None:
     torch.manual_seed(0)
     section = {**SMALL, "image_size": image_size, "downsampling": downsampling}
@@ -413,7 +461,14 @@ def test_the_default_geometry_is_the_papers() -> None:
 
 def test_a_patch_has_the_same_code_wherever_it_stands() -> None:
     torch.manual_seed(0)
-    section = {"name": "patches", "image_size": 16, "downsampling": 4, "codebook_size": 32, "code_dim": 8, "width": 16}
+    section = {
+        "name": "patches",
+        "image_size": 16,
+        "downsampling": 4,
+        "codebook_size": 32,
+        "code_dim": 8,
+        "width": 16,
+    }
     patches = IMAGE_TOKENIZERS.build(section).ready()
     images_BHWC = pictures(3)
     z_BDHW = patches.encoder(to_signal(torch.from_numpy(images_BHWC)))
@@ -422,7 +477,12 @@ def test_a_patch_has_the_same_code_wherever_it_stands() -> None:
     moved_BHW = patches.encode(np.roll(images_BHWC, (4, 8), (1, 2))).reshape(3, 4, 4)
     assert np.array_equal(moved_BHW, np.roll(codes_BHW, (1, 2), (1, 2)))
     assert len(np.unique(codes_BHW)) > 3
-    decoded_BHWC = patches.decode(np.array([[5] * 16]))[0].reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, 4, 4, 3)
+    decoded_BHWC = (
+        patches.decode(np.array([[5] * 16]))[0]
+        .reshape(4, 4, 4, 4, 3)
+        .swapaxes(1, 2)
+        .reshape(16, 4, 4, 3)
+    )
     assert (decoded_BHWC == decoded_BHWC[0]).all()
     with pytest.raises(UserError, match="must divide image_size 16"):
         IMAGE_TOKENIZERS.build({**section, "downsampling": 5})
@@ -458,10 +518,15 @@ def test_encoding_and_decoding_do_not_depend_on_the_batch(vq: Any) -> None:
     codes_BN = vq.encode(images_BHWC)
     assert np.array_equal(vq.encode(images_BHWC), codes_BN)
     assert np.array_equal(vq.encode(images_BHWC, batch_size=3), codes_BN)
-    assert np.array_equal(np.concatenate([vq.encode(images_BHWC[b : b + 1]) for b in range(7)]), codes_BN)
+    assert np.array_equal(
+        np.concatenate([vq.encode(images_BHWC[b : b + 1]) for b in range(7)]), codes_BN
+    )
     rebuilt_BHWC = vq.decode(codes_BN)
     assert np.array_equal(vq.decode(codes_BN), rebuilt_BHWC)
-    for other in (vq.decode(codes_BN, batch_size=1), vq.decode(codes_BN[::-1].copy(), batch_size=2)[::-1]):
+    for other in (
+        vq.decode(codes_BN, batch_size=1),
+        vq.decode(codes_BN[::-1].copy(), batch_size=2)[::-1],
+    ):
         assert np.abs(other.astype(int) - rebuilt_BHWC).max() <= 1  # a half may round either way
         assert (other != rebuilt_BHWC).mean() < 1e-3
 
@@ -507,7 +572,10 @@ def test_images_of_another_size_are_refused(vq: Any, shape: tuple[int, ...]) -> 
     ("fields", "sentence"),
     [
         ({"downsampling": 3}, "downsampling 3 must be a power of two that divides image_size 16"),
-        ({"image_size": 20, "downsampling": 8}, "downsampling 8 must be a power of two that divides image_size 20"),
+        (
+            {"image_size": 20, "downsampling": 8},
+            "downsampling 8 must be a power of two that divides image_size 20",
+        ),
         ({"downsampling": 32}, "downsampling 32 must be a power of two"),
         ({"codebook_size": 0}, "codebook_size is 0"),
         ({"decay": 1.1}, "decay is 1.1"),
@@ -531,7 +599,9 @@ TINY = Vocab(text_size=40, image_size=16, sentinels=8)
 
 def segments(modality: str) -> st.SearchStrategy[TokenSegment]:
     low, high = TINY.id_range(modality)
-    return st.lists(st.integers(low, high - 1), max_size=6).map(lambda ids: TokenSegment(modality, np.array(ids, int)))
+    return st.lists(st.integers(low, high - 1), max_size=6).map(
+        lambda ids: TokenSegment(modality, np.array(ids, int))
+    )
 
 
 documents = st.lists(segments("text") | segments("image"), min_size=1, max_size=4).map(
@@ -542,7 +612,11 @@ samples = st.builds(Sample, documents, st.lists(documents, max_size=3).map(tuple
 
 def pair(text: Sequence[int], codes: Sequence[int]) -> TokenDocument:
     return TokenDocument(
-        "pair", (TokenSegment("text", np.array(text)), TokenSegment("image", TINY.image_ids(np.array(codes))))
+        "pair",
+        (
+            TokenSegment("text", np.array(text)),
+            TokenSegment("image", TINY.image_ids(np.array(codes))),
+        ),
     )
 
 
@@ -571,7 +645,9 @@ def test_layout_of_any_sample(sample: Sample) -> None:
         expected += ([TINY.brk] if number else []) + part.ids_T.tolist()
     assert laid.ids_T.tolist() == [*expected, TINY.eos]
     assert sample_length(sample) == len(laid.ids_T)
-    assert [(s.modality, s.is_query) for s in laid.segments] == [(part.modality, query) for part, query in parts]
+    assert [(s.modality, s.is_query) for s in laid.segments] == [
+        (part.modality, query) for part, query in parts
+    ]
     for span, (part, _) in zip(laid.segments, parts, strict=True):
         assert laid.ids_T[span.start : span.end].tolist() == part.ids_T.tolist()
     for document in (*sample.retrieved, sample.query):

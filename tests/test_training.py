@@ -68,7 +68,13 @@ def test_schedules_by_hand() -> None:
 def test_schedules_rise_to_the_peak_once_and_never_are_zero(
     warmup: int, steps: int, schedule: Any, final_rate: float
 ) -> None:
-    found = rates(learning_rate=3e-4, warmup_steps=warmup, steps=steps, schedule=schedule, final_rate=final_rate)
+    found = rates(
+        learning_rate=3e-4,
+        warmup_steps=warmup,
+        steps=steps,
+        schedule=schedule,
+        final_rate=final_rate,
+    )
     assert max(found) == pytest.approx(3e-4)
     assert min(found) > 0
     top = found.index(max(found))
@@ -79,10 +85,16 @@ def test_schedules_rise_to_the_peak_once_and_never_are_zero(
     ("fields", "sentence"),
     [
         ({"steps": 10, "warmup_steps": 10}, "training: warmup_steps 10 must be below steps 10"),
-        ({"log_every": 3, "checkpoint_every": 10}, "training: log_every 3 must divide checkpoint_every 10"),
+        (
+            {"log_every": 3, "checkpoint_every": 10},
+            "training: log_every 3 must divide checkpoint_every 10",
+        ),
         ({"keep_every": 300}, "training: checkpoint_every 200 must divide keep_every 300"),
         ({"keep_checkpoints": 0}, "training.keep_checkpoints is 0; it must be int >= 1"),
-        ({"precision": "fp16"}, 'training.precision is "fp16"; it must be one of auto, bf16, float32'),
+        (
+            {"precision": "fp16"},
+            'training.precision is "fp16"; it must be one of auto, bf16, float32',
+        ),
     ],
 )
 def test_unfit_configs_are_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -111,16 +123,23 @@ class Tiny(nn.Module):
         return self.second(hidden_BD)[:, 0]
 
 
-def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+def loss(
+    module: nn.Module, batch: tuple[Tensor, Tensor]
+) -> tuple[Tensor, dict[str, Tensor | float]]:
     x_BD, y_B = batch
     error_B = module(x_BD) - y_B
-    return error_B.square().mean(), {"error": error_B.detach().abs().mean(), "tokens": float(len(x_BD))}
+    return error_B.square().mean(), {
+        "error": error_B.detach().abs().mean(),
+        "tokens": float(len(x_BD)),
+    }
 
 
 class Numbers:
     """Batches out of a generator whose whole state is saved; `fails_at` raises before that batch (from 0)."""
 
-    def __init__(self, fails_at: int | None = None, bad_at: int | None = None, bad: float = math.nan) -> None:
+    def __init__(
+        self, fails_at: int | None = None, bad_at: int | None = None, bad: float = math.nan
+    ) -> None:
         self.rng = np.random.default_rng(0)
         self.count = 0
         self.fails_at, self.bad_at, self.bad = fails_at, bad_at, bad
@@ -191,7 +210,10 @@ def draws(step: int, writer: Any) -> None:
 
 
 def without_rates(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in record.items() if not name.endswith("_per_second")} for record in log]
+    return [
+        {name: value for name, value in record.items() if not name.endswith("_per_second")}
+        for record in log
+    ]
 
 
 def without_seconds(path: Path) -> dict[str, Any]:
@@ -239,7 +261,14 @@ def test_it_learns_and_records(tmp_path: Path) -> None:
     assert [record["step"] for record in log] == list(range(2, 201, 2))
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]
     assert log == read_log(tmp_path)
-    assert set(log[0]) == {"step", "learning_rate", "loss", "gradient_norm", "error", "tokens_per_second"}
+    assert set(log[0]) == {
+        "step",
+        "learning_rate",
+        "loss",
+        "gradient_norm",
+        "error",
+        "tokens_per_second",
+    }
     assert log[1]["learning_rate"] == learning_rate(3, config(steps=200))
     assert module.seen.item() == 200 * 6
     assert not module.training
@@ -254,12 +283,16 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
     by_hand = Tiny().train()
     torch.manual_seed(7 * 1_000_003)
     (by_hand(x_BD) - y_B).square().mean().backward()
-    module, log = run(tmp_path, steps=1, warmup_steps=0, weight_decay=0.5, clip=0.01, checkpoint_every=2)
+    module, log = run(
+        tmp_path, steps=1, warmup_steps=0, weight_decay=0.5, clip=0.01, checkpoint_every=2
+    )
     norm = torch.stack([weight.grad.norm() for weight in by_hand.parameters()]).norm()
     assert log[0]["gradient_norm"] == pytest.approx(norm.item())
     for (name, before), after in zip(by_hand.named_parameters(), module.parameters(), strict=True):
         clipped = before.grad * 0.01 / (norm + 1e-6)
-        expected = before * (1 - 0.05 * (0.5 if before.ndim == 2 else 0)) - 0.05 * clipped / (clipped.abs() + 1e-8)
+        expected = before * (1 - 0.05 * (0.5 if before.ndim == 2 else 0)) - 0.05 * clipped / (
+            clipped.abs() + 1e-8
+        )
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5, msg=name)
 
 
@@ -267,7 +300,11 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", ["batches", "callback", "save"])
 @pytest.mark.parametrize("steps", [[1], [4], [5], [15], [4, 5, 9], [19], [2, 2, 10, 10]])
 def test_a_resumed_run_is_the_uninterrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, steps: list[int], average_decay: float | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: str,
+    steps: list[int],
+    average_decay: float | None,
 ) -> None:
     """Bit for bit: weights, buffers, their average, the optimizer, the place in the data, and the log."""
     fields = {"average_decay": average_decay}
@@ -282,7 +319,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(
                 raise Interrupted
 
         def save_stops(
-            self: Any, tensors: Any, state: Any, *, stops: Any = stops, save: Any = save, **rest: Any
+            self: Any,
+            tensors: Any,
+            state: Any,
+            *,
+            stops: Any = stops,
+            save: Any = save,
+            **rest: Any,
         ) -> None:
             stops(state["step"])
             save(self, tensors, state, **rest)
@@ -295,7 +338,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             with pytest.raises(Interrupted):
                 run(folder, batches=batches, callback=callback, callback_every=1, **fields)
     again, log_again = run(folder, callback=draws, **fields)
-    for (name, weight), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+    for (name, weight), other in zip(
+        whole.state_dict().items(), again.state_dict().values(), strict=True
+    ):
         assert torch.equal(weight, other), name
     assert without_rates(log_again) == without_rates(log) == without_rates(read_log(folder))
     assert names(folder) == names(tmp_path / "whole")
@@ -311,7 +356,10 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, average_decay: floa
     module, log = run(tmp_path, average_decay=average_decay)
     again, log_again = run(tmp_path, batches=Numbers(fails_at=0), average_decay=average_decay)
     assert log_again == log
-    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(module.parameters(), again.parameters(), strict=True)
+    )
     assert not again.training
 
 
@@ -334,7 +382,10 @@ def test_moments_of_8_bits_learn_and_are_resumed_bit_for_bit(tmp_path: Path) -> 
         run(tmp_path / "stopped", module=Wide(), batches=Numbers(fails_at=9), **fields)
     again, log_again = run(tmp_path / "stopped", module=Wide(), **fields)
     assert without_rates(log_again) == without_rates(log)
-    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(whole.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> None:
@@ -342,14 +393,18 @@ def test_the_result_is_the_average_of_the_weights_by_hand(tmp_path: Path) -> Non
     seen: list[dict[str, Tensor]] = []
 
     def watch(step: int, writer: Any) -> None:
-        seen.append({name: weight.detach().double().clone() for name, weight in module.named_parameters()})
+        seen.append(
+            {name: weight.detach().double().clone() for name, weight in module.named_parameters()}
+        )
 
     module = Tiny()
     average = {name: weight.detach().double().clone() for name, weight in module.named_parameters()}
     run(tmp_path, module=module, callback=watch, callback_every=1, average_decay=0.6)
     for step, weights in enumerate(seen, 1):
         decay = min(0.6, (1 + step) / (10 + step))
-        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+        average = {
+            name: decay * value + (1 - decay) * weights[name] for name, value in average.items()
+        }
     for name, weight in module.named_parameters():
         torch.testing.assert_close(weight.double(), average[name], atol=1e-6, rtol=1e-5)
         assert not torch.equal(weight.double(), seen[-1][name])
@@ -369,7 +424,13 @@ def test_networks_of_their_own_are_clipped_by_themselves(tmp_path: Path) -> None
     weights = []
     for scale in (1.0, 1000.0):
         module = nn.ModuleList([Tiny(), Tiny()])
-        run(tmp_path / str(scale), module=module, loss=scaled(scale), clipped=list(module), clip=0.01)
+        run(
+            tmp_path / str(scale),
+            module=module,
+            loss=scaled(scale),
+            clipped=list(module),
+            clip=0.01,
+        )
         weights.append([weight.detach().clone() for weight in module[0].parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
@@ -416,7 +477,9 @@ def test_callbacks_come_on_time_and_may_leave_training_mode(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("bad_at", [0, 5, 7, 19])
-def test_a_step_whose_loss_is_no_number_changes_nothing(tmp_path: Path, bad: float, bad_at: int) -> None:
+def test_a_step_whose_loss_is_no_number_changes_nothing(
+    tmp_path: Path, bad: float, bad_at: int
+) -> None:
     """By hand: the weights of a run whose optimizer leaves that step out; and it is written down."""
     module, log = run(tmp_path, batches=Numbers(bad_at=bad_at, bad=bad))
     by_hand, batches = Tiny().train(), Numbers()
@@ -462,9 +525,21 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
 
     batches = Numbers()
     shares = Shares(ids=lambda: [f"document {batches.count}"])
-    run(tmp_path, batches=batches, loss=spiking, steps=60, clip=0.01, learning_rate=1e-3, shares=shares)
+    run(
+        tmp_path,
+        batches=batches,
+        loss=spiking,
+        steps=60,
+        clip=0.01,
+        learning_rate=1e-3,
+        shares=shares,
+    )
     (event,) = events(tmp_path)
-    assert (event["step"], event["event"], event["documents"]) == (50, "loss spike", ["document 50"])
+    assert (event["step"], event["event"], event["documents"]) == (
+        50,
+        "loss spike",
+        ["document 50"],
+    )
     assert event["loss"] > event["mean_before"] + 6 * event["deviation_before"]
 
 
@@ -476,24 +551,40 @@ def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Pa
     optimizer = new_optimizer(by_hand, config())
     for step in range(28):
         torch.manual_seed(7 * 1_000_003 + step)
-        rate = learning_rate(step, config()) if step < 20 else learning_rate(step - 20, config(steps=8))
+        rate = (
+            learning_rate(step, config())
+            if step < 20
+            else learning_rate(step - 20, config(steps=8))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss(by_hand, batches.next())[0].backward()
         nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), by_hand.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(module.parameters(), by_hand.parameters(), strict=True)
+    )
     assert [record["step"] for record in log] == [22, 24, 26, 28]
-    again, log_again = run(tmp_path / "second", steps=8, goes_on_from=tmp_path / "first", batches=Numbers(fails_at=0))
+    again, log_again = run(
+        tmp_path / "second", steps=8, goes_on_from=tmp_path / "first", batches=Numbers(fails_at=0)
+    )
     assert log_again == log
-    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
-    with pytest.raises(UserError, match=r"has no checkpoint to go on from; set start_with=weights$"):
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(module.parameters(), again.parameters(), strict=True)
+    )
+    with pytest.raises(
+        UserError, match=r"has no checkpoint to go on from; set start_with=weights$"
+    ):
         run(tmp_path / "third", goes_on_from=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("bad_at", [0, 5, 7, 8, 18])
-def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path: Path, bad_at: int) -> None:
+def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
+    tmp_path: Path, bad_at: int
+) -> None:
     def bad_from(module: nn.Module, batch: Any) -> Any:
         value, figures = loss(module, batch)
         return (value * math.nan if batches.count > bad_at else value), figures
@@ -501,11 +592,11 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_p
     batches = Numbers()
     stop = bad_at + 4
     if stop > 20:
-        run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)  # it ends before there are too many
+        run(
+            tmp_path, batches=batches, loss=bad_from, bad_steps=3
+        )  # it ends before there are too many
         return
-    sentence = (
-        rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan \(events.jsonl has the documents\)$"
-    )
+    sentence = rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan \(events.jsonl has the documents\)$"
     with pytest.raises(FloatingPointError, match=sentence):
         run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
     last = bad_at // 4 * 4
@@ -526,9 +617,13 @@ def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     """The signal comes within a step of two micro-batches, which is made again as a whole."""
-    halves = Shares(parts=lambda batch: list(zip(*(each.tensor_split(2) for each in batch), strict=True)))
+    halves = Shares(
+        parts=lambda batch: list(zip(*(each.tensor_split(2) for each in batch), strict=True))
+    )
     calls = iter(range(1000))
 
     def interrupted(module: nn.Module, batch: Any) -> Any:
@@ -554,14 +649,19 @@ def test_a_record_goes_on_from_the_states_of_other_ranks(ranks: int) -> None:
         meter = Meter(Ranks(CPU, rank, ranks))
         meter.load(two)
         found.append(meter.state()["sums"])
-    assert [sum(each["loss"][0] for each in found), sum(each["loss"][1] for each in found)] == [6.0, 4.0]
+    assert [sum(each["loss"][0] for each in found), sum(each["loss"][1] for each in found)] == [
+        6.0,
+        4.0,
+    ]
     assert sum(each["tokens"][0] for each in found) == 16.0
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def saved(folder: Path, *steps: int, fill: float | None = None, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+def saved(
+    folder: Path, *steps: int, fill: float | None = None, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     module = Tiny()
     if fill is not None:
         nn.init.constant_(module.first.weight, fill)
@@ -582,9 +682,13 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     assert path == tmp_path / "step_00000012"
     assert read_state(path) == {"step": 12, "data": {"at": 12}, "ranks": 1, "format": 1}
     found = tensors_of(path)
-    assert all(torch.equal(found[f".model.{name}"], tensor) for name, tensor in module.state_dict().items())
+    assert all(
+        torch.equal(found[f".model.{name}"], tensor) for name, tensor in module.state_dict().items()
+    )
     for name, moments in tensors["optimizer"].items():
-        assert all(torch.equal(found[f".optimizer.{name}.{key}"], value) for key, value in moments.items())
+        assert all(
+            torch.equal(found[f".optimizer.{name}.{key}"], value) for key, value in moments.items()
+        )
         assert moments["exp_avg"].abs().sum() > 0
 
 
@@ -650,7 +754,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: st
     else:
         file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
     told: list[str] = []
-    assert Checkpoints(tmp_path, Ranks(CPU), keep=2, tell=told.append).newest() == tmp_path / "step_00000010"
+    assert (
+        Checkpoints(tmp_path, Ranks(CPU), keep=2, tell=told.append).newest()
+        == tmp_path / "step_00000010"
+    )
     (sentence,) = told
     assert sentence.startswith(f"{tmp_path / 'step_00000020'} is passed over: ")
 
@@ -659,7 +766,10 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 3)
     state = tmp_path / "step_00000003" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "format": 7}))
-    with pytest.raises(UserError, match="step_00000003 is a checkpoint of format 7, and this version reads format 1"):
+    with pytest.raises(
+        UserError,
+        match="step_00000003 is a checkpoint of format 7, and this version reads format 1",
+    ):
         Checkpoints(tmp_path, Ranks(CPU), keep=2).newest()
     (tmp_path / "step_00000004").write_bytes(b"a single file")
     with pytest.raises(UserError, match="step_00000004 is a checkpoint of format 0"):
@@ -676,7 +786,9 @@ def test_the_index_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     path = tmp_path / "step_00000010"
     for harm in (Harm(), torch.nn.Linear(1, 1), print):
         (path / ".metadata").write_bytes(pickle.dumps(harm))
-        with pytest.raises(UserError, match=r"the index of a checkpoint names .*, which is not read"):
+        with pytest.raises(
+            UserError, match=r"the index of a checkpoint names .*, which is not read"
+        ):
             tensors_of(path)
     assert not (tmp_path / "harmed").exists()
 
@@ -696,7 +808,10 @@ def test_a_run_begins_anew_beside_a_leftover(tmp_path: Path) -> None:
     (tmp_path / "stopped" / ".partial_00000004").mkdir(parents=True)
     whole, _ = run(tmp_path / "whole")
     again, _ = run(tmp_path / "stopped")
-    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(whole.parameters(), again.parameters(), strict=True)
+    )
     assert not (tmp_path / "stopped" / ".partial_00000004").exists()
 
 
@@ -760,7 +875,9 @@ def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert uses_bf16(torch.device("cuda"), "auto") is native
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32)]
+)
 def test_matrix_products_run_in_the_precision_and_weights_stay_float32(
     tmp_path: Path, precision: Any, dtype: torch.dtype
 ) -> None:

@@ -29,12 +29,24 @@ def test_a_corpus_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "7.png").write_bytes(b"no image")
     lines = [{"text": "x" * (10 + n), "image": f"{n}.png"} for n in range(8)]
     page = {"segments": [{"text": "ab"}, {"image": "0.png"}, {"image": "1.png"}]}
-    more = [{"text": "y" * 50}, {"image": "0.png"}, page, {"image": "gone.png"}, {"image": "lost.png"}, {}]
+    more = [
+        {"text": "y" * 50},
+        {"image": "0.png"},
+        page,
+        {"image": "gone.png"},
+        {"image": "lost.png"},
+        {},
+    ]
     write_lines(tmp_path / "a.jsonl", [*lines, *more])
     assert main(["validate", f"data.path={tmp_path}/a.jsonl", "limit=1"]) == 0
     said = capsys.readouterr().out
     assert "documents  10 usable, 4 items left out (28.6%)" in said
-    for kind in ("7 of a caption and its image", "1 of text alone", "1 of an image alone", "1 pages of text and imag"):
+    for kind in (
+        "7 of a caption and its image",
+        "1 of text alone",
+        "1 of an image alone",
+        "1 pages of text and imag",
+    ):
         assert f"           {kind}" in said
     assert "text       characters a document: least 2, median 13, 95 % 50, most 50" in said
     assert "images     10 (RGB 10 in their files)\n" in said
@@ -50,23 +62,34 @@ def test_a_corpus_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert "disk       tokens 20.6 kB (2 bytes each), vectors 20.5 kB" in said
 
 
-def test_the_cost_of_an_experiments_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_an_experiments_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = CORPORA["webdataset"](tmp_path)
     assert main(["validate", f"data.path={settings['path']}", "experiment=digits"]) == 0
     said = capsys.readouterr().out
     assert "about 105 by the experiment's tokenizers: 16 an image" in said  # 6 images, 37 bytes
-    assert "disk       tokens 210 B (2 bytes each), vectors 1.28 kB (text and image, 64 x 2 bytes each)" in said
-    assert re.search(r"encoding images: [\d,]+ images/s on this machine's [CG]PU, \d+ s in all", said)
+    assert (
+        "disk       tokens 210 B (2 bytes each), vectors 1.28 kB (text and image, 64 x 2 bytes each)"
+        in said
+    )
+    assert re.search(
+        r"encoding images: [\d,]+ images/s on this machine's [CG]PU, \d+ s in all", said
+    )
 
 
-def test_settings_go_over_those_of_an_experiments_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_go_over_those_of_an_experiments_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = CORPORA["webdataset"](tmp_path)
     assert main(["validate", f"data.path={settings['path']}", "experiment=corpus"]) == 0
     assert "documents  5 usable, 0 items left out" in capsys.readouterr().out
     CORPORA["parquet"](tmp_path)
     file = tmp_path / "mine.yaml"
     text = (ROOT / "experiments" / "corpus.yaml").read_text()
-    file.write_text(text.replace("{name: webdataset}", "{name: parquet, image_column: none, path: none}"))
+    file.write_text(
+        text.replace("{name: webdataset}", "{name: parquet, image_column: none, path: none}")
+    )
     words = ["validate", f"experiment={file}", f"data.path={tmp_path}/*.parquet"]
     assert main(words) == 2
     assert "has no column none for data.image_column" in capsys.readouterr().err
@@ -79,7 +102,10 @@ def test_settings_go_over_those_of_an_experiments_source(tmp_path: Path, capsys:
 def test_ids_of_more_than_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = CORPORA["webdataset"](tmp_path)
     digits = (ROOT / "experiments" / "digits.yaml").read_text()
-    for size, width in ((65_536 - 128 - 64, 2), (65_536 - 128 - 63, 4)):  # text, 128 codes, 64 sentinels
+    for size, width in (
+        (65_536 - 128 - 64, 2),
+        (65_536 - 128 - 63, 4),
+    ):  # text, 128 codes, 64 sentinels
         file = tmp_path / "wide.yaml"
         file.write_text(digits.replace("vocab_size: 320", f"vocab_size: {size}"))
         assert main(["validate", f"data.path={settings['path']}", f"experiment={file}"]) == 0
@@ -91,10 +117,19 @@ def test_repeated_documents_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
     (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
     words = {"text": "words"}
-    lines = [{"image": "0.png", **words}, {"image": "1.png", **words}, {"image": "copy.png", **words}, words, words]
+    lines = [
+        {"image": "0.png", **words},
+        {"image": "1.png", **words},
+        {"image": "copy.png", **words},
+        words,
+        words,
+    ]
     write_lines(tmp_path / "a.jsonl", lines)
     assert main(["validate", f"data.path={tmp_path}/a.jsonl"]) == 0
-    assert "repeated   2 documents have the text and the images of an earlier one\n" in capsys.readouterr().out
+    assert (
+        "repeated   2 documents have the text and the images of an earlier one\n"
+        in capsys.readouterr().out
+    )
     seen = Seen()
     for id_ in ("a", "b", "a", "a"):
         seen.add(Document(id_, (TextSegment("text"),)))
@@ -156,7 +191,9 @@ def test_mistakes_are_sentences(
 
 @given(st.lists(st.integers(0, 20), min_size=1), st.sampled_from([0.0, 0.25, 0.5, 0.95, 1.0]))
 def test_quantiles_by_their_definition(values: list[int], share: float) -> None:
-    expected = next(value for value in sorted(values) if sum(v <= value for v in values) >= share * len(values))
+    expected = next(
+        value for value in sorted(values) if sum(v <= value for v in values) >= share * len(values)
+    )
     assert quantile(Counter(values), share) == expected
 
 

@@ -15,7 +15,11 @@ from torch import nn
 
 from cm3leon.registry import IMAGE_TOKENIZERS, discover
 from cm3leon.tokenizers.image import base
-from cm3leon.tokenizers.image.discriminator import adaptive_weight, discriminator_loss, generator_loss
+from cm3leon.tokenizers.image.discriminator import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
 from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer, nearest
 from cm3leon.types import UserError
 
@@ -54,7 +58,9 @@ def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5), st.booleans())
 @settings(max_examples=30)
-def test_codes_are_the_nearest_by_brute_force(seed: int, size: int, dim: int, normalized: bool) -> None:
+def test_codes_are_the_nearest_by_brute_force(
+    seed: int, size: int, dim: int, normalized: bool
+) -> None:
     torch.manual_seed(seed)
     each = LookupQuantizer(size=size, dim=dim, normalized=normalized, commitment=0.25)
     nn.init.normal_(each.codebook_VD)
@@ -82,7 +88,9 @@ def test_vectors_and_codes_pull_each_other_with_their_own_weights() -> None:
     pull.backward()
     apart_ND = (z_ND - each.codebook_VD[codes_N]).detach()
     torch.testing.assert_close(z_ND.grad, 0.3 * 2 * apart_ND / apart_ND.numel())
-    expected_VD = torch.zeros_like(each.codebook_VD).index_add(0, codes_N, -2 * apart_ND / apart_ND.numel())
+    expected_VD = torch.zeros_like(each.codebook_VD).index_add(
+        0, codes_N, -2 * apart_ND / apart_ND.numel()
+    )
     torch.testing.assert_close(each.codebook_VD.grad, expected_VD)
 
 
@@ -122,16 +130,26 @@ def test_one_pass_gives_each_network_the_gradient_of_its_own_loss() -> None:
     verdict = generator_loss(module.discriminator(rebuilt_BCHW))
     weight = adaptive_weight(likeness, verdict, module.tokenizer.decoder.conv_out.weight)
     (likeness + pull + 0.5 * weight * verdict).backward()
-    alone = {f"tokenizer.{name}": weight.grad.clone() for name, weight in module.tokenizer.named_parameters()}
+    alone = {
+        f"tokenizer.{name}": weight.grad.clone()
+        for name, weight in module.tokenizer.named_parameters()
+    }
     module.zero_grad()
-    discriminator_loss(module.discriminator(signal_BCHW), module.discriminator(rebuilt_BCHW.detach())).backward()
-    alone |= {f"discriminator.{name}": w.grad.clone() for name, w in module.discriminator.named_parameters()}
+    discriminator_loss(
+        module.discriminator(signal_BCHW), module.discriminator(rebuilt_BCHW.detach())
+    ).backward()
+    alone |= {
+        f"discriminator.{name}": w.grad.clone()
+        for name, w in module.discriminator.named_parameters()
+    }
 
     assert together.keys() == alone.keys()
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4, msg=name)
     assert figures["adversarial_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
-    assert any(gradient.abs().max() > 0 for name, gradient in together.items() if "discriminator" in name)
+    assert any(
+        gradient.abs().max() > 0 for name, gradient in together.items() if "discriminator" in name
+    )
 
 
 def test_the_discriminator_comes_later_and_a_checkpoint_knows_when() -> None:
@@ -192,7 +210,10 @@ def test_the_default_is_the_papers_geometry() -> None:
         ({"multipliers": []}, "multipliers is empty"),
         ({"image_size": 33}, "image_size is 33; it must be a multiple of 2"),
         ({"attention_levels": [2]}, "attention_levels has 2; there are the levels 0 to 1"),
-        ({"discriminator_layers": 4}, "images of 32 pixels are too small for it, they must have 48"),
+        (
+            {"discriminator_layers": 4},
+            "images of 32 pixels are too small for it, they must have 48",
+        ),
         ({"perceptual_file": "nowhere.pth"}, "nowhere.pth"),
     ],
 )
@@ -217,7 +238,9 @@ class Patchwork(base.ImageTokenizer):
         assert codes_BHW.shape[1] <= self.grid
         assert codes_BHW.shape[2] <= self.grid
         colour_BHW = codes_BHW.float() / 127.5 - 1
-        return colour_BHW[:, None].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return (
+            colour_BHW[:, None].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        )
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 7), st.integers(0, 2**31))
@@ -237,7 +260,9 @@ def test_one_tile_is_the_image() -> None:
 
 
 def test_tiles_must_not_overlap_wholly() -> None:
-    with pytest.raises(ValueError, match="overlap is 8 codes; it must be below the 8 of a tile's side"):
+    with pytest.raises(
+        ValueError, match="overlap is 8 codes; it must be below the 8 of a tile's side"
+    ):
         Patchwork().decode_tiled(np.zeros((20, 20), int), 8)
 
 
@@ -282,12 +307,19 @@ def test_it_learns_to_rebuild_images(tmp_path: Path) -> None:
 def test_a_gpu_gives_the_codes_of_the_cpu_and_trains_in_bf16() -> None:
     images_BHWC = pictures(16)
     tokenizer = tiny().eval()
-    codes_BN, rebuilt_BHWC = tokenizer.encode(images_BHWC), tokenizer.decode(tokenizer.encode(images_BHWC))
+    codes_BN, rebuilt_BHWC = (
+        tokenizer.encode(images_BHWC),
+        tokenizer.decode(tokenizer.encode(images_BHWC)),
+    )
     tokenizer.cuda()
-    assert (tokenizer.encode(images_BHWC) == codes_BN).mean() > 0.99  # two codes may be equally near
+    assert (
+        tokenizer.encode(images_BHWC) == codes_BN
+    ).mean() > 0.99  # two codes may be equally near
     assert np.abs(tokenizer.decode(codes_BN).astype(int) - rebuilt_BHWC).max() <= 1
     module = tiny().training_module().cuda().train()
     with torch.autocast("cuda", torch.bfloat16):
         loss, _ = module.loss(torch.from_numpy(images_BHWC).cuda())
     loss.backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in module.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.isfinite().all() for weight in module.parameters()
+    )

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -23,14 +25,35 @@ def call(*command: str | Path, cwd: Path, **environment: str) -> str:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the wheel's content; built from a copy, so that no build folder appears in the tree."""
     base = tmp_path_factory.mktemp("wheel")
-    files = call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    files = call(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).splitlines()
     for file in files:
         if (ROOT / file).is_file():
             (base / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, base / "source" / file)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    call(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", base, base / "source", cwd=base)
-    call(*pip, "install", "--no-deps", "--no-index", "--target", base / "site", *base.glob("*.whl"), cwd=base)
+    call(
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        base,
+        base / "source",
+        cwd=base,
+    )
+    call(
+        *pip,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        base / "site",
+        *base.glob("*.whl"),
+        cwd=base,
+    )
     return base / "site"
 
 
@@ -48,13 +71,19 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
     assert names == {"cm3leon"}
     for folder in ("cm3leon", "evaluation", "plugins", "experiments"):
         prefix = Path("cm3leon") / ("" if folder == "cm3leon" else folder)
-        for file in (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")):
+        for file in (
+            path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")
+        ):
             assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
-    assert (installed / "cm3leon/experiments.yaml").read_text() == (ROOT / "experiments.yaml").read_text()
+    assert (installed / "cm3leon/experiments.yaml").read_text() == (
+        ROOT / "experiments.yaml"
+    ).read_text()
 
 
 def test_list_from_another_folder(installed: Path, elsewhere: Path) -> None:
-    text = call(sys.executable, "-m", "cm3leon.run", "--list", cwd=elsewhere, PYTHONPATH=str(installed))
+    text = call(
+        sys.executable, "-m", "cm3leon.run", "--list", cwd=elsewhere, PYTHONPATH=str(installed)
+    )
     assert "min_p  (plugins/example)" in text
     assert "EXPERIMENTS" in text
 

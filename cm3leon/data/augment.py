@@ -50,9 +50,13 @@ def vary(images_BHWC: np.ndarray, config: AugmentConfig, seed: int) -> np.ndarra
     shear_B22[:, 0, 1] = shear_B
     linear_B22 = rotation_B22 @ shear_B22 @ torch.diag_embed(size_B2)
     shift_B21 = 2 * uniform(config.shift, 2, 1)  # the sampling grid runs from -1 to 1
-    grid_BHW2 = F.affine_grid(torch.cat([linear_B22, shift_B21], 2), [B, 3, H, W], align_corners=False)
+    grid_BHW2 = F.affine_grid(
+        torch.cat([linear_B22, shift_B21], 2), [B, 3, H, W], align_corners=False
+    )
     bumps_B2 = torch.randn(B, 2, 4, 4, generator=generator) * 2 * config.elastic
     grid_BHW2 = grid_BHW2 + F.interpolate(bumps_B2, (H, W), mode="bicubic").permute(0, 2, 3, 1)
     pixels_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()
     varied_BCHW = F.grid_sample(pixels_BCHW, grid_BHW2, align_corners=False)
-    return varied_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return (
+        varied_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    )

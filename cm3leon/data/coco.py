@@ -67,7 +67,11 @@ class CocoSource(FileSource):
         return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
 
     def fingerprint(self) -> str:
-        instances = Files(self.config.instances, "data.instances").list(self.suffixes) if self.config.instances else []
+        instances = (
+            Files(self.config.instances, "data.instances").list(self.suffixes)
+            if self.config.instances
+            else []
+        )
         return fingerprint([*self.files.list(self.suffixes), *instances])
 
     def class_in(self, text: str) -> int | None:
@@ -83,17 +87,22 @@ class CocoSource(FileSource):
         corpus = self._captions
         is_image = isinstance(entry, Mapping) and isinstance(entry.get("file_name"), str)
         if not is_image or _key(entry.get("id")) is None:
-            yield Skipped(corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}")
+            yield Skipped(
+                corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}"
+            )
             return
         load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
         annotations = corpus.by_image.get(entry["id"], [])
         if not annotations:
-            yield Skipped(f"{corpus.name}/{entry['id']}", "no caption: no annotation has this image_id")
+            yield Skipped(
+                f"{corpus.name}/{entry['id']}", "no caption: no annotation has this image_id"
+            )
         for annotation in annotations[:1] if self.config.captions == "first" else annotations:
             id_ = f"{corpus.name}/{entry['id']}-{annotation.get('id')}"
             try:
                 caption = caption_text(
-                    page_text(annotation.get("caption"), "the caption"), self.config.max_caption_bytes
+                    page_text(annotation.get("caption"), "the caption"),
+                    self.config.max_caption_bytes,
                 )
             except BadRecord as error:
                 yield Skipped(id_, str(error))
@@ -109,29 +118,43 @@ class CocoSource(FileSource):
     def _captions(self) -> _Captions:
         listed = self.files.list(self.suffixes)
         if len(listed) != 1:
-            raise UserError(f"data.path: {self.config.path} is {len(listed)} files; coco reads one captions JSON")
-        content = _read(self.files, listed[0].name, "data.path", {"images": list, "annotations": list})
+            raise UserError(
+                f"data.path: {self.config.path} is {len(listed)} files; coco reads one captions JSON"
+            )
+        content = _read(
+            self.files, listed[0].name, "data.path", {"images": list, "annotations": list}
+        )
         by_image: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
             if isinstance(annotation, Mapping) and "caption" in annotation:
                 by_image.setdefault(_key(annotation.get("image_id")), []).append(annotation)
         if content["annotations"] and not by_image:
-            raise UserError(f"data.path: {self.config.path} has annotations without captions; give the captions JSON")
+            raise UserError(
+                f"data.path: {self.config.path} has annotations without captions; give the captions JSON"
+            )
         return _Captions(PurePosixPath(listed[0].name).stem, content["images"], by_image)
 
     @cached_property
     def _instances(self) -> dict[str, Any]:
         files = Files(str(self.config.instances), "data.instances")
         if not files.is_file:
-            raise UserError(f"data.instances: {self.config.instances} is not a file; give the instances JSON")
+            raise UserError(
+                f"data.instances: {self.config.instances} is not a file; give the instances JSON"
+            )
         (listed,) = files.list(self.suffixes)
-        return _read(files, listed.name, "data.instances", {"annotations": list, "categories": list})
+        return _read(
+            files, listed.name, "data.instances", {"annotations": list, "categories": list}
+        )
 
     @cached_property
     def _categories(self) -> dict[int, str]:
         """Names of the categories by their ids, in the order of the ids."""
         try:
-            return dict(sorted((entry["id"], entry["name"].lower()) for entry in self._instances["categories"]))
+            return dict(
+                sorted(
+                    (entry["id"], entry["name"].lower()) for entry in self._instances["categories"]
+                )
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"data.instances: {self.config.instances} has a category without an id or a name"
@@ -173,7 +196,9 @@ def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict
         raise UserError(f"{where}: {files.path} is not usable JSON: {error}") from error
     for key, kind in keys.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise UserError(f"{where}: {files.path} has no list under {key}; give a JSON file as COCO has them")
+            raise UserError(
+                f"{where}: {files.path} has no list under {key}; give a JSON file as COCO has them"
+            )
     return content
 
 

@@ -41,13 +41,20 @@ class Corpus:
         """Writes `images.npy` and `documents.jsonl`."""
         np.save(folder / "images.npy", self.images_BHWC)
         with (folder / "documents.jsonl").open("w") as file:
-            for id_, caption, label, split in zip(self.ids, self.captions, self.labels, self.splits, strict=True):
-                file.write(json.dumps({"id": id_, "caption": caption, "label": label, "split": split}) + "\n")
+            for id_, caption, label, split in zip(
+                self.ids, self.captions, self.labels, self.splits, strict=True
+            ):
+                file.write(
+                    json.dumps({"id": id_, "caption": caption, "label": label, "split": split})
+                    + "\n"
+                )
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
         """Reads what `save` wrote."""
-        records = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()
+        ]
         return cls(
             ids=[record["id"] for record in records],
             captions=[record["caption"] for record in records],
@@ -63,13 +70,17 @@ def split_of(ids: list[str], *, validation: float, held_out: float) -> list[Spli
     Every split gets at least one document. Raises UserError for fewer than three documents or repeated ids.
     """
     if len(ids) < 3:
-        raise UserError(f"data: {len(ids)} usable documents, at least 3 are needed (train, validation, held-out)")
+        raise UserError(
+            f"data: {len(ids)} usable documents, at least 3 are needed (train, validation, held-out)"
+        )
     if len(set(ids)) < len(ids):
         raise UserError("data: document ids must be unique, at least one occurs twice")
     n_held_out = max(1, round(held_out * len(ids)))
     n_validation = max(1, round(validation * len(ids)))
     if n_held_out + n_validation >= len(ids):
-        raise UserError(f"split: {len(ids)} documents leave none to train on; lower split.validation or split.held_out")
+        raise UserError(
+            f"split: {len(ids)} documents leave none to train on; lower split.validation or split.held_out"
+        )
     order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
     splits: list[Split] = ["train"] * len(ids)
     for i in order[:n_held_out]:

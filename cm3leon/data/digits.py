@@ -40,7 +40,9 @@ class DigitsSource(Source):
         def check(self) -> None:
             for template in self.templates:
                 if not re.fullmatch(r"[^{}]*\{(word|number)\}[^{}]*", template):
-                    raise UserError(f"templates holds {template!r}, each must have one {{word}} or one {{number}}")
+                    raise UserError(
+                        f"templates holds {template!r}, each must have one {{word}} or one {{number}}"
+                    )
             if not self.templates:
                 raise UserError("templates is empty, at least one is needed")
 
@@ -58,13 +60,17 @@ class DigitsSource(Source):
         scans = load_digits()
         grey_MHW = np.rint(scans.images * (255 / 16)).astype(np.uint8)
         draw = np.random.default_rng(self.config.caption_seed)
-        for number, (grey_HW, label) in enumerate(zip(grey_MHW, scans.target.tolist(), strict=True)):
+        for number, (grey_HW, label) in enumerate(
+            zip(grey_MHW, scans.target.tolist(), strict=True)
+        ):
             template = self.config.templates[draw.integers(len(self.config.templates))]
             if number < start:
                 continue
             caption = template.format(word=WORDS[label], number=label)
             pixels_HWC = np.repeat(grey_HW[..., None], 3, axis=2)
-            yield Document(f"scan-{number:04d}", (TextSegment(caption), ImageSegment(pixels_HWC)), label)
+            yield Document(
+                f"scan-{number:04d}", (TextSegment(caption), ImageSegment(pixels_HWC)), label
+            )
 
     def fingerprint(self) -> str:
         import sklearn
@@ -72,7 +78,10 @@ class DigitsSource(Source):
         return f"sklearn {sklearn.__version__} load_digits"
 
     def class_in(self, text: str) -> int | None:
-        found = {int(word) if word.isdigit() else WORDS.index(word) for word in _NAMES.findall(text.lower())}
+        found = {
+            int(word) if word.isdigit() else WORDS.index(word)
+            for word in _NAMES.findall(text.lower())
+        }
         return found.pop() if len(found) == 1 else None
 
 

@@ -72,7 +72,9 @@ class SoftEdge:
         from scipy.ndimage import gaussian_gradient_magnitude
 
         channels = [
-            gaussian_gradient_magnitude(pixels_HWC[..., channel].astype(np.float32), self.config.sigma)
+            gaussian_gradient_magnitude(
+                pixels_HWC[..., channel].astype(np.float32), self.config.sigma
+            )
             for channel in range(3)
         ]
         strength_HW = np.max(channels, axis=0)
@@ -174,7 +176,11 @@ class Depth(_Learned):
         processor, model = self._model
         with torch.inference_mode():
             depth_1hw = model(**processor(images=pixels_HWC, return_tensors="pt")).predicted_depth
-        depth_HW = F.interpolate(depth_1hw[:, None], pixels_HWC.shape[:2], mode="bicubic")[0, 0].float().numpy()
+        depth_HW = (
+            F.interpolate(depth_1hw[:, None], pixels_HWC.shape[:2], mode="bicubic")[0, 0]
+            .float()
+            .numpy()
+        )
         low, high = float(depth_HW.min()), float(depth_HW.max())
         return (depth_HW - low) / max(high - low, 1e-6)
 
@@ -221,7 +227,9 @@ class Classes(_Learned):
         processor, model = self._model
         with torch.inference_mode():
             logits_1Khw = model(**processor(images=pixels_HWC, return_tensors="pt")).logits
-        class_HW = F.interpolate(logits_1Khw, pixels_HWC.shape[:2], mode="bilinear")[0].argmax(0).numpy()
+        class_HW = (
+            F.interpolate(logits_1Khw, pixels_HWC.shape[:2], mode="bilinear")[0].argmax(0).numpy()
+        )
         return palette()[class_HW % 256]
 
 
@@ -253,7 +261,9 @@ def _scikit_image(module: str) -> Any:
     try:
         return importlib.import_module(f"skimage.{module}")
     except ImportError as error:
-        raise UserError("this feature needs the package scikit-image (pip install scikit-image)") from error
+        raise UserError(
+            "this feature needs the package scikit-image (pip install scikit-image)"
+        ) from error
 
 
 def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
@@ -261,10 +271,14 @@ def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("this feature needs the package transformers (pip install transformers)") from error
+        raise UserError(
+            "this feature needs the package transformers (pip install transformers)"
+        ) from error
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        model = getattr(transformers, kind).from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model = getattr(transformers, kind).from_pretrained(
+            path, local_files_only=True, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"path is {path}, which cannot be read: {error}") from error
     return processor, model.eval()

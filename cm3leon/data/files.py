@@ -72,7 +72,9 @@ class Files:
             fixed = [*_before_magic(whole.split("/")[:-1])]
             self.root, self._glob = "/".join(fixed), whole
         else:
-            raise UserError(f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar")
+            raise UserError(
+                f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar"
+            )
 
     @property
     def is_file(self) -> bool:
@@ -86,7 +88,9 @@ class Files:
         if self._single and self.local:
             found = [_stated(self._single, os.stat(self._full(self._single)))]
         elif self._single:
-            found = [self._remote(self._full(self._single), self.system.info(self._full(self._single)))]
+            found = [
+                self._remote(self._full(self._single), self.system.info(self._full(self._single)))
+            ]
         elif self._glob and self.local:
             found = self._local(self.system.glob(self._glob), endings)
         elif self._glob:
@@ -127,11 +131,17 @@ class Files:
             with self._open(str(PurePosixPath(beside).parent / name)) as file:
                 content = file.read(max_bytes + 1)
         except NOT_THERE as error:
-            raise UnusableImage(f"unreadable: {type(error).__name__}: the image {name!a}") from error
+            raise UnusableImage(
+                f"unreadable: {type(error).__name__}: the image {name!a}"
+            ) from error
         except OSError as error:
-            if error.errno not in NO_SUCH_NAME:  # the disk or the network fails, which is no matter of this image
+            if (
+                error.errno not in NO_SUCH_NAME
+            ):  # the disk or the network fails, which is no matter of this image
                 raise
-            raise UnusableImage(f"unreadable: {error.strerror}: the image {ascii(name)[:80]}") from error
+            raise UnusableImage(
+                f"unreadable: {error.strerror}: the image {ascii(name)[:80]}"
+            ) from error
         if len(content) > max_bytes:
             raise UnusableImage(f"too large: more than {max_bytes} bytes")
         return content
@@ -148,13 +158,25 @@ class Files:
             if full.lower().endswith(endings) and os.path.isfile(full):
                 yield _stated(full[len(self.root) + 1 :], os.stat(full))
 
-    def _known(self, found: Mapping[str, Mapping[str, Any]], endings: tuple[str, ...]) -> Iterator[File]:
+    def _known(
+        self, found: Mapping[str, Mapping[str, Any]], endings: tuple[str, ...]
+    ) -> Iterator[File]:
         for full, info in found.items():
             if info["type"] == "file" and full.lower().endswith(endings):
                 yield self._remote(full, info)
 
     def _remote(self, full: str, info: Mapping[str, Any]) -> File:
-        keys = ("ETag", "etag", "checksum", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+        keys = (
+            "ETag",
+            "etag",
+            "checksum",
+            "md5Hash",
+            "mtime",
+            "LastModified",
+            "last_modified",
+            "updated",
+            "created",
+        )
         stamp = next((str(info[key]) for key in keys if info.get(key) is not None), "")
         return File(full[len(self.root) + 1 :], info.get("size") or 0, stamp)
 
@@ -197,7 +219,9 @@ def _stated(name: str, stat: os.stat_result) -> File:
 
 def leaves_folder(name: str) -> bool:
     """Whether a name in a corpus leads outside it: absolute, through `..`, or a URL."""
-    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "://" in name
+    return (
+        name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "://" in name
+    )
 
 
 def is_utf8(name: str) -> bool:
@@ -285,7 +309,9 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def interleaved(segments: Any, image: Callable[[str], Callable[[], bytes]]) -> tuple[str | Callable[[], bytes], ...]:
+def interleaved(
+    segments: Any, image: Callable[[str], Callable[[], bytes]]
+) -> tuple[str | Callable[[], bytes], ...]:
     """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are dropped.
 
     Args:
@@ -298,7 +324,11 @@ def interleaved(segments: Any, image: Callable[[str], Callable[[], bytes]]) -> t
         raise BadRecord("segments is not a list")
     result: list[str | Callable[[], bytes]] = []
     for number, segment in enumerate(segments):
-        text, name = (segment.get("text"), segment.get("image")) if isinstance(segment, dict) else (None, None)
+        text, name = (
+            (segment.get("text"), segment.get("image"))
+            if isinstance(segment, dict)
+            else (None, None)
+        )
         if text is not None and name is None:
             run = page_text(text, f"the text of segment {number}")
             result += [run] if run.strip() else []
@@ -358,7 +388,9 @@ class FileSource(Source):
     def _list(self) -> list[File]:
         files = self.files.list(self.suffixes)
         if not files:
-            raise UserError(f"data.path: {self.config.path} holds no files that end in {', '.join(self.suffixes)}")
+            raise UserError(
+                f"data.path: {self.config.path} holds no files that end in {', '.join(self.suffixes)}"
+            )
         return files
 
     def _safe_records(self, part: str, start: int) -> Iterator[Record | Skipped]:
@@ -381,7 +413,9 @@ class FileSource(Source):
                     segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
                     continue
                 image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)
-                content = image.content if isinstance(image.content, np.ndarray) else image.content()
+                content = (
+                    image.content if isinstance(image.content, np.ndarray) else image.content()
+                )
                 if not isinstance(content, np.ndarray):
                     content = decode_image(content, self.config.max_pixels, name)
                 segments.append(ImageSegment(content, image.role))

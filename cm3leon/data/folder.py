@@ -51,7 +51,9 @@ class FolderSource(FileSource):
     suffixes = (*sorted(SUFFIXES), ".txt", ".jsonl")
 
     def __init__(self, config: Config) -> None:
-        problem = UserError(f"data.path: {config.path} is not a folder; give the folder that holds the images")
+        problem = UserError(
+            f"data.path: {config.path} is not a folder; give the folder that holds the images"
+        )
         try:
             super().__init__(config)
         except UserError as error:
@@ -122,7 +124,9 @@ class FolderSource(FileSource):
     def _caption_beside(self, name: str, texts: frozenset[str]) -> str | Skipped:
         beside = PurePosixPath(name).with_suffix(".txt")
         if str(beside) not in texts:
-            return Skipped(name, f"no caption: neither {beside.name!a} nor a line of {CAPTIONS_FILE}")
+            return Skipped(
+                name, f"no caption: neither {beside.name!a} nor a line of {CAPTIONS_FILE}"
+            )
         try:
             with self.files.open_raw(str(beside)) as file:
                 content = file.read(self.config.max_file_bytes)

@@ -28,7 +28,14 @@ class ImageStream:
     """
 
     def __init__(
-        self, source: Source, *, keep: Callable[[str], bool], size: int, batch_size: int, seed: int, lanes: int = 16
+        self,
+        source: Source,
+        *,
+        keep: Callable[[str], bool],
+        size: int,
+        batch_size: int,
+        seed: int,
+        lanes: int = 16,
     ) -> None:
         self._source = source
         self._parts = source.parts()
@@ -37,7 +44,12 @@ class ImageStream:
         self._batch_size = batch_size
         self._seed = seed
         lanes = min(lanes, len(self._parts))
-        self._state: State = {"drawn": 0, "turn": 0, "next_part": lanes, "lanes": [[lane, 0] for lane in range(lanes)]}
+        self._state: State = {
+            "drawn": 0,
+            "turn": 0,
+            "next_part": lanes,
+            "lanes": [[lane, 0] for lane in range(lanes)],
+        }
         self._thread = ThreadPoolExecutor(1)
         self._batches: Iterator[tuple[np.ndarray, State]] | None = None
         self._coming: Future[tuple[np.ndarray, State]]
@@ -71,7 +83,9 @@ class ImageStream:
             item = next(items[lane], None)
             if item is None:
                 fruitless += 1
-                if fruitless > 2 * len(self._parts) * len(lanes) + len(lanes):  # each lane has come through all
+                if fruitless > 2 * len(self._parts) * len(lanes) + len(
+                    lanes
+                ):  # each lane has come through all
                     raise UserError("data: the corpus has no image to train the image tokenizer on")
                 lanes[lane] = [next_part, 0]
                 items[lane] = self._items(next_part, 0)
@@ -87,18 +101,27 @@ class ImageStream:
             batch.append(random_square(image_HWC, self._size, rng))
             drawn += 1
             if len(batch) == self._batch_size:
-                after = {"drawn": drawn, "turn": turn, "next_part": next_part, "lanes": [list(lane) for lane in lanes]}
+                after = {
+                    "drawn": drawn,
+                    "turn": turn,
+                    "next_part": next_part,
+                    "lanes": [list(lane) for lane in lanes],
+                }
                 yield np.stack(batch), after
                 batch = []
 
     def _items(self, position: int, start: int) -> Iterator[Document | Skipped]:
         """The items of the part at a position of the endless stream of parts."""
-        return iter(self._source.read(self._parts[shuffled(self._seed, position, len(self._parts))], start))
+        return iter(
+            self._source.read(self._parts[shuffled(self._seed, position, len(self._parts))], start)
+        )
 
 
 def random_square(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """The largest square of an image at a random place, mirrored half the time, as (size, size, 3), uint8."""
-    side = min(pixels_HWC.shape[:2])  # cropped first: to resize an image of extreme aspect could take any memory
+    side = min(
+        pixels_HWC.shape[:2]
+    )  # cropped first: to resize an image of extreme aspect could take any memory
     top, left = (int(rng.integers(length - side + 1)) for length in pixels_HWC.shape[:2])
     crop_HWC = pixels_HWC[top : top + side, left : left + side]
     if rng.random() < 0.5:

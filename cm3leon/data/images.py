@@ -58,7 +58,9 @@ def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.nda
         raise
     except Image.DecompressionBombError as error:
         raise UnusableImage("too large: the header promises a decompression bomb") from error
-    except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, struct.error, TypeError, ...
+    except (
+        Exception
+    ) as error:  # for broken files Pillow raises OSError, SyntaxError, struct.error, TypeError, ...
         # Pillow's message holds the address of the buffer, which is another one in every run.
         message = _BUFFER.sub(lambda _: repr(name), f"{type(error).__name__}: {error}")
         raise UnusableImage(f"unreadable: {message}") from error
@@ -85,7 +87,9 @@ _modes: ContextVar[Counter[str] | None] = ContextVar("modes", default=None)
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -44,7 +44,9 @@ class LinesSource(FileSource):
 
     def _record(self, line: bytes | None, number: int, part: str) -> Record | Skipped:
         if line is None:
-            return Skipped(f"{part}:{number}", f"the line is longer than {self.config.max_file_bytes} bytes")
+            return Skipped(
+                f"{part}:{number}", f"the line is longer than {self.config.max_file_bytes} bytes"
+            )
         try:
             content = parse_object(line, "the line")
             key = content.get("id")
@@ -108,7 +110,9 @@ class TextJsonlSource(LinesSource):
 
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
         if self.config.field not in content:
-            raise BadRecord(f"the line has no {self.config.field}, but {', '.join(map(ascii, list(content)[:5]))}")
+            raise BadRecord(
+                f"the line has no {self.config.field}, but {', '.join(map(ascii, list(content)[:5]))}"
+            )
         text = page_text(content[self.config.field])
         if not text.strip():
             raise BadRecord("the text is empty")

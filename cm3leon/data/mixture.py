@@ -35,7 +35,10 @@ def sampling_rates(
     if 0 in counts:
         raise UserError(f"source {list(counts).index(0)} of the mixture is empty; leave it out")
     total = sum(counts) / sum(shares)
-    return [min(max(share * total / count, least), most) for count, share in zip(counts, shares, strict=True)]
+    return [
+        min(max(share * total / count, least), most)
+        for count, share in zip(counts, shares, strict=True)
+    ]
 
 
 class Mixture:
@@ -56,12 +59,16 @@ class Mixture:
 
     def __init__(self, counts: Sequence[int], rates: Sequence[float], seed: int) -> None:
         self.counts = np.array(counts, np.int64)
-        self.places = np.array([round(rate * count) for count, rate in zip(counts, rates, strict=True)], np.int64)
+        self.places = np.array(
+            [round(rate * count) for count, rate in zip(counts, rates, strict=True)], np.int64
+        )
         self._ends = np.cumsum(self.places).tolist()
         self._seed = seed
         self._seeds = [mixed(seed, source) for source in range(len(counts))]
         if not len(self):
-            raise UserError(f"an epoch of the mixture is empty: its sources have {list(counts)} rows at {list(rates)}")
+            raise UserError(
+                f"an epoch of the mixture is empty: its sources have {list(counts)} rows at {list(rates)}"
+            )
 
     def __len__(self) -> int:
         """Positions of an epoch of the mixture."""
@@ -85,5 +92,7 @@ class Mixture:
         rows_B = np.empty_like(ordinals_B)
         for source in np.unique(sources_B):
             chosen_B = sources_B == source
-            rows_B[chosen_B] = shuffled_array(self._seeds[source], ordinals_B[chosen_B], int(self.counts[source]))
+            rows_B[chosen_B] = shuffled_array(
+                self._seeds[source], ordinals_B[chosen_B], int(self.counts[source])
+            )
         return sources_B, rows_B, ordinals_B // self.counts[sources_B]

@@ -45,7 +45,9 @@ class ParquetSource(FileSource):
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         with self.files.open_raw(part) as raw:
             try:
-                file = pq.ParquetFile(raw, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
+                file = pq.ParquetFile(
+                    raw, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+                )
                 wrong = self._wrong_columns(file.schema_arrow)
                 rows = _rows_of_groups(file.metadata)
             except DAMAGE as error:
@@ -59,7 +61,9 @@ class ParquetSource(FileSource):
                 return
             row = 0
             for group, number in enumerate(rows):
-                yield from self._group(file, group, row, row + number, part, skip=row + number <= start)
+                yield from self._group(
+                    file, group, row, row + number, part, skip=row + number <= start
+                )
                 row += number
 
     def _group(
@@ -67,16 +71,22 @@ class ParquetSource(FileSource):
     ) -> Iterator[Record | Skipped]:
         """An item for every row of a row group, damaged or not; `skip` leaves images and captions unread."""
         columns = [self.config.image_column, self.config.caption_column]
-        columns = ([] if skip else columns) + ([self.config.id_column] if self.config.id_column else [])
+        columns = ([] if skip else columns) + (
+            [self.config.id_column] if self.config.id_column else []
+        )
         if not columns:
             yield from (Record(f"{part}/{number}", ()) for number in range(row, end))
             return
         told = "it holds fewer rows than the footer says"
         try:
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=list(dict.fromkeys(columns))):
+            for batch in file.iter_batches(
+                batch_size=ROWS, row_groups=[group], columns=list(dict.fromkeys(columns))
+            ):
                 values = {name: _values(batch.column(name)) for name in batch.schema.names}
                 for index in range(min(batch.num_rows, end - row)):
-                    yield self._record({name: column[index] for name, column in values.items()}, row, part)
+                    yield self._record(
+                        {name: column[index] for name, column in values.items()}, row, part
+                    )
                     row += 1
         except DAMAGE as error:
             told = _told(error)
@@ -112,7 +122,10 @@ class ParquetSource(FileSource):
             name = getattr(config, key)
             if name is not None and name not in schema.names:
                 return f"has no column {name} for data.{key}; its columns are {', '.join(schema.names)}"
-        image, caption = schema.field(config.image_column).type, schema.field(config.caption_column).type
+        image, caption = (
+            schema.field(config.image_column).type,
+            schema.field(config.caption_column).type,
+        )
         if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
         if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
@@ -126,7 +139,9 @@ def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
     """Rows of each row group. Raises ArrowInvalid where they do not make the rows of the file."""
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise pa.ArrowInvalid(f"its row groups hold {sum(rows)} rows, its footer says {metadata.num_rows}")
+        raise pa.ArrowInvalid(
+            f"its row groups hold {sum(rows)} rows, its footer says {metadata.num_rows}"
+        )
     return rows
 
 
@@ -138,7 +153,9 @@ def _values(column: pa.Array) -> list[Any]:
         column = column.view(pa.large_binary())
     elif pa.types.is_struct(column.type):  # the path beside the bytes may be anything
         column = pa.StructArray.from_arrays(
-            [column.field("bytes")], names=["bytes"], mask=column.is_null() if column.null_count else None
+            [column.field("bytes")],
+            names=["bytes"],
+            mask=column.is_null() if column.null_count else None,
         )
     return column.to_pylist()
 

@@ -71,7 +71,9 @@ class Shard:
     def utf8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A column of large strings as views: all bytes one after the other, and the M + 1 places where they begin."""
         _, begins, content = self.columns[name].buffers()
-        return np.frombuffer(content or b"", np.uint8), np.frombuffer(begins, np.int64, len(self) + 1)
+        return np.frombuffer(content or b"", np.uint8), np.frombuffer(
+            begins, np.int64, len(self) + 1
+        )
 
 
 def shard_path(folder: Path, number: int, count: int) -> Path:
@@ -133,9 +135,13 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
         intact = intact and (not verify or _checksum(frame, batch) == metadata[_CHECKSUM])
         header = json.loads(content)
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-        raise DamagedShard(f"{path} is no readable shard ({error}); delete it and make it again") from error
+        raise DamagedShard(
+            f"{path} is no readable shard ({error}); delete it and make it again"
+        ) from error
     if not intact:
-        raise DamagedShard(f"{path} is damaged: its checksum does not match; delete it and make it again")
+        raise DamagedShard(
+            f"{path} is damaged: its checksum does not match; delete it and make it again"
+        )
     return Shard(path, header, dict(zip(batch.schema.names, batch.columns, strict=True)))
 
 
@@ -235,12 +241,17 @@ def _is_abandoned(partial: Path) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except (FileNotFoundError, PermissionError):  # its writer has renamed it meanwhile; or lives, as another user
+    except (
+        FileNotFoundError,
+        PermissionError,
+    ):  # its writer has renamed it meanwhile; or lives, as another user
         return False
     return False
 
 
-def finish(folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any]] = lambda shard: {}) -> None:
+def finish(
+    folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any]] = lambda shard: {}
+) -> None:
     """Checks that all `count` shards are there and whole, and writes index.json: the rows of each.
 
     Args:
@@ -253,7 +264,10 @@ def finish(folder: Path, count: int, summary: Callable[[Shard], Mapping[str, Any
     for number in range(count):
         shard = open_shard(shard_path(folder, number, count))
         entries.append({"rows": len(shard), **summary(shard)})
-    replace_json(folder / INDEX, {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {})
+    replace_json(
+        folder / INDEX,
+        {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {},
+    )
 
 
 @cache
@@ -287,7 +301,9 @@ class ShardFolder(Generic[T]):
             self.index = json.loads((folder / INDEX).read_text())
             self.rows = np.array(self.index["rows"], np.int64)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable") from error
+            raise UserError(
+                f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable"
+            ) from error
         self.ends = np.cumsum(self.rows)
         self._columns = columns
         self._most_open = most_open()

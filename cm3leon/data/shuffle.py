@@ -83,7 +83,9 @@ class RowStream:
         make: numbers of the items (B,) -> batch.
     """
 
-    def __init__(self, count: int, make: Callable[[np.ndarray], Any], *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, count: int, make: Callable[[np.ndarray], Any], *, batch_size: int, seed: int
+    ) -> None:
         self._count = count
         self._make = make
         self._batch_size = batch_size

@@ -33,7 +33,9 @@ class Tokenizers:
     @property
     def dtype(self) -> type[np.unsignedinteger]:
         """16 bits an id where all ids fit, 32 bits otherwise."""
-        return np.uint16 if self.text_size + self.image_size + self.sentinels <= 1 << 16 else np.uint32
+        return (
+            np.uint16 if self.text_size + self.image_size + self.sentinels <= 1 << 16 else np.uint32
+        )
 
 
 def split_of_id(id_: str, *, validation: float, held_out: float) -> Split:
@@ -44,15 +46,22 @@ def split_of_id(id_: str, *, validation: float, held_out: float) -> Split:
     return "validation" if place < held_out + validation else "train"
 
 
-def write_token_shard(path: Path, documents: Sequence[TokenDocument], tokenizers: Tokenizers) -> None:
+def write_token_shard(
+    path: Path, documents: Sequence[TokenDocument], tokenizers: Tokenizers
+) -> None:
     """Writes a shard of documents.
 
     Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of the segments), `image`
     (1 for a segment of image codes, 2 added for a joined one, and 4 times the number of its role) and `crc` (CRC-32
     over the bytes of the four).
     """
-    ids = [_concatenated([s.ids_T for s in document.segments], tokenizers.dtype) for document in documents]
-    lengths = [np.array([len(s.ids_T) for s in document.segments], np.uint32) for document in documents]
+    ids = [
+        _concatenated([s.ids_T for s in document.segments], tokenizers.dtype)
+        for document in documents
+    ]
+    lengths = [
+        np.array([len(s.ids_T) for s in document.segments], np.uint32) for document in documents
+    ]
     image = [np.array([_kind(s) for s in document.segments], np.uint8) for document in documents]
     names = [document.id.encode() for document in documents]
     crc = [_crc(*columns) for columns in zip(names, ids, lengths, image, strict=True)]
@@ -67,7 +76,9 @@ def write_token_shard(path: Path, documents: Sequence[TokenDocument], tokenizers
 
 
 def _kind(segment: TokenSegment) -> int:
-    return (segment.modality == "image") + JOINED * segment.joined + ROLE * ROLES.index(segment.role)
+    return (
+        (segment.modality == "image") + JOINED * segment.joined + ROLE * ROLES.index(segment.role)
+    )
 
 
 def _concatenated(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
@@ -115,7 +126,11 @@ def _token_counts(
 ) -> np.ndarray:
     """Tokens of documents, breaks included, by where their ids and their segments begin."""
     first, last = lengths_at[rows], lengths_at[rows + 1]
-    apart = last - first if joined_before is None else last - first - joined_before[last] + joined_before[first]
+    apart = (
+        last - first
+        if joined_before is None
+        else last - first - joined_before[last] + joined_before[first]
+    )
     return ids_at[rows + 1] - ids_at[rows] + np.maximum(apart - 1, 0)
 
 
@@ -153,7 +168,9 @@ class TokenShard:
                 ROLES[kind // ROLE],
                 bool(kind & JOINED),
             )
-            for end, length, kind in zip(ends.tolist(), lengths.tolist(), image.tolist(), strict=True)
+            for end, length, kind in zip(
+                ends.tolist(), lengths.tolist(), image.tolist(), strict=True
+            )
         )
         return TokenDocument(id_.decode(), segments)
 
@@ -185,7 +202,9 @@ class TokenShards:
 
     def _open(self, shard: Shard) -> TokenShard:
         if shard.header != self._made_by:
-            raise DamagedShard(f"{shard.path} was made by other tokenizers than its folder; make it again")
+            raise DamagedShard(
+                f"{shard.path} was made by other tokenizers than its folder; make it again"
+            )
         return TokenShard(shard)
 
     def __len__(self) -> int:

@@ -54,7 +54,9 @@ class WebDatasetSource(FileSource):
                     yield from self._finished(group, part)
                     group = _Group(key)
                 if suffix in group.members:
-                    group.add_problem(part, Problem(member.name, "occurs twice in the tar; the first one is kept"))
+                    group.add_problem(
+                        part, Problem(member.name, "occurs twice in the tar; the first one is kept")
+                    )
                 else:
                     group.members[suffix] = member.content
             yield from self._finished(group, part)
@@ -77,21 +79,30 @@ class WebDatasetSource(FileSource):
         else:
             described = {}
         if "segments" in described:
-            return Record(id_, interleaved(described["segments"], lambda name: self._image(members, name)))
+            return Record(
+                id_, interleaved(described["segments"], lambda name: self._image(members, name))
+            )
         if not images:
-            raise BadRecord(f"no image: the key has only {', '.join(f'.{suffix}' for suffix in sorted(members))}")
+            raise BadRecord(
+                f"no image: the key has only {', '.join(f'.{suffix}' for suffix in sorted(members))}"
+            )
         if "txt" in members:
             caption: str | bytes = self._content(members, "txt")
         elif isinstance(described.get("caption"), str):
             caption = described["caption"]
         else:
             raise BadRecord("no caption: neither a member .txt nor a caption in a member .json")
-        return Record(id_, (caption_text(caption, self.config.max_caption_bytes), self._image(members, images[0])))
+        return Record(
+            id_,
+            (caption_text(caption, self.config.max_caption_bytes), self._image(members, images[0])),
+        )
 
     def _content(self, members: dict[str, bytes | int], suffix: str) -> bytes:
         content = members[suffix]
         if isinstance(content, int):
-            raise BadRecord(f"the member .{suffix} has {content} bytes, more than {self.config.max_file_bytes}")
+            raise BadRecord(
+                f"the member .{suffix} has {content} bytes, more than {self.config.max_file_bytes}"
+            )
         return content
 
     def _image(self, members: dict[str, bytes | int], suffix: str) -> Callable[[], bytes]:
@@ -117,11 +128,15 @@ class _Group:
 
     def add_problem(self, part: str, problem: Problem) -> None:
         self.cut = self.cut or not problem.name
-        self.problems.append(Skipped(f"{part}/{problem.name}" if problem.name else part, problem.reason))
+        self.problems.append(
+            Skipped(f"{part}/{problem.name}" if problem.name else part, problem.reason)
+        )
 
 
 def _is_wanted(name: str) -> bool:
-    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and _key_and_suffix(name)[0][-1:] not in ("", "/")
+    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and _key_and_suffix(name)[0][
+        -1:
+    ] not in ("", "/")
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -161,7 +176,9 @@ class Problem(NamedTuple):
     reason: str
 
 
-def tar_members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[Member | Problem]:
+def tar_members(
+    file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int
+) -> Iterator[Member | Problem]:
     """The wanted files of a tar in order, read once from front to back; nothing is held but one member.
 
     The standard library's reader takes a damaged or cut tar for one that ends there; here both are told, and reading
@@ -177,7 +194,9 @@ def tar_members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -
         yield Problem("", f"the tar ends early: {type(error).__name__}: {error}")
 
 
-def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[Member | Problem]:
+def _members(
+    file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int
+) -> Iterator[Member | Problem]:
     offset, damaged_at, ended = 0, -1, False
     extended: dict[str, str] = {}  # name and size from the headers before a member's own
     while block := file.read(BLOCK):
@@ -192,7 +211,10 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
             offset += len(block)
             continue
         if damaged_at >= 0:
-            yield Problem("", f"the tar is damaged from byte {damaged_at} to {offset}; what lies there is lost")
+            yield Problem(
+                "",
+                f"the tar is damaged from byte {damaged_at} to {offset}; what lies there is lost",
+            )
             damaged_at = -1
         offset += BLOCK
         size = int(extended.get("size", header.size)) if header.isreg() else header.size
@@ -200,7 +222,9 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
             content = file.read(size)
             extended |= _extension(header.type, content)
         elif header.type in KINDS:
-            yield Problem(ascii(extended.get("path", header.name))[1:-1], f"{KINDS[header.type]}, not a file")
+            yield Problem(
+                ascii(extended.get("path", header.name))[1:-1], f"{KINDS[header.type]}, not a file"
+            )
             extended = {}
         elif header.isreg():
             name = extended.get("path", header.name)
@@ -217,7 +241,11 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
             extended = {}
         else:
             extended = {}
-        if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type in _EXTENSIONS:
+        if (
+            header.isreg()
+            or header.type not in tarfile.SUPPORTED_TYPES
+            or header.type in _EXTENSIONS
+        ):
             offset += -(-size // BLOCK) * BLOCK
             file.seek(offset)
     if damaged_at >= 0:
@@ -226,7 +254,12 @@ def _members(file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int) -> I
         yield Problem("", f"the tar ends early, at byte {offset}" if offset else "the tar is empty")
 
 
-_EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 def _header(block: bytes, *, searching: bool) -> tarfile.TarInfo | None:
@@ -245,7 +278,9 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     found = {}
-    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and (match := re.match(rb"(\d{1,7}) ", content)):
+    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and (
+        match := re.match(rb"(\d{1,7}) ", content)
+    ):
         length = int(match[1])
         key, _, value = content[match.end() : length - 1].partition(b"=")
         if key == b"path" or (key == b"size" and re.fullmatch(rb"\d{1,15}", value)):

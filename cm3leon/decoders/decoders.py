@@ -38,7 +38,9 @@ class Decoder(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor) -> Tensor:
+    def logits(
+        self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor
+    ) -> Tensor:
         """Logits (B, V) that the next token is drawn from; -inf is never drawn.
 
         Args:
@@ -77,7 +79,9 @@ class _Sampling:
     def _drawn_from(self, guided_BV: Tensor, past: Sequence[Sequence[int]]) -> Tensor:
         config = self.config
         if past:
-            guided_BV = forbid_repeats(penalize(guided_BV, past, config.repetition_penalty), past, config.no_repeat)
+            guided_BV = forbid_repeats(
+                penalize(guided_BV, past, config.repetition_penalty), past, config.no_repeat
+            )
         return keep_top_p(keep_top_k(guided_BV / config.temperature, config.top_k), config.top_p)
 
 
@@ -102,7 +106,11 @@ class TopP(_Sampling):
         return 1 if self.config.cfg == 1 else 2
 
     def logits(
-        self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *, past: Sequence[Sequence[int]] = ()
+        self,
+        conditional_BV: Tensor,
+        unconditional_BV: Tensor | None = None,
+        *,
+        past: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         guided_BV = conditional_BV
         if unconditional_BV is not None:
@@ -143,7 +151,9 @@ class Edit(_Sampling):
     ) -> Tensor:
         config, guided_BV = self.config, conditional_BV
         if image_BV is not None and unconditional_BV is not None:
-            guided_BV = two_conditions(conditional_BV, image_BV, unconditional_BV, first=config.image, both=config.text)
+            guided_BV = two_conditions(
+                conditional_BV, image_BV, unconditional_BV, first=config.image, both=config.text
+            )
         elif unconditional_BV is not None:
             guided_BV = classifier_free(conditional_BV, unconditional_BV, config.text)
         return self._drawn_from(guided_BV, past)
@@ -172,7 +182,9 @@ class ContrastiveK:
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         if unconditional_BV is None:
             return conditional_BV / self.config.temperature
-        scores_BV = contrastive_k(conditional_BV, unconditional_BV, alpha=self.config.alpha, k=self.config.k)
+        scores_BV = contrastive_k(
+            conditional_BV, unconditional_BV, alpha=self.config.alpha, k=self.config.k
+        )
         return scores_BV / self.config.temperature
 
 
@@ -189,7 +201,9 @@ class Greedy:
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         best_B1 = conditional_BV.argmax(-1, keepdim=True)
-        return conditional_BV.new_full(conditional_BV.shape, float("-inf")).scatter(-1, best_B1, 0.0)
+        return conditional_BV.new_full(conditional_BV.shape, float("-inf")).scatter(
+            -1, best_B1, 0.0
+        )
 
 
 @DECODERS.register("beam")
@@ -253,7 +267,9 @@ class Mixture:
         """The decoder of a sample."""
         return self._decoders[number % len(self._decoders)]
 
-    def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor) -> Tensor:
+    def logits(
+        self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor
+    ) -> Tensor:
         """By the first of them, for a prompt's only sample."""
         return self._decoders[0].logits(conditional_BV, unconditional_BV, *others)
 

@@ -152,7 +152,9 @@ class Engine:
         self.model, self.vocab, self.shape, self.window = model, vocab, shape, window
         self.steps = 0
         """Passes over next tokens so far."""
-        self._cache = model.new_cache(groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail)
+        self._cache = model.new_cache(
+            groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail
+        )
         self._steps = Steps(model, self._cache, window=window, way=way, recorder=recorder)
         self._device = self._cache.device
         self._groups: dict[int, _Group] = {}
@@ -169,7 +171,11 @@ class Engine:
         """
         request.check(self.model.seq_len)
         rows, tail = request.rows(), request.tail() + self.window - 1
-        if rows > self.shape.width or request.shared() > self.shape.prefix or tail > self.shape.tail:
+        if (
+            rows > self.shape.width
+            or request.shared() > self.shape.prefix
+            or tail > self.shape.tail
+        ):
             raise UserError(
                 f"a request of {rows} rows, {request.shared()} shared and {tail} own tokens does not "
                 f"fit the engine's {self.shape}"
@@ -218,7 +224,9 @@ class Engine:
         for batch in _in_budget(entering):
             self._prefill_prefixes(batch)
         for streams in {len(piece.request.used()) for _, piece in entering}:
-            for batch in _in_budget([each for each in entering if len(each[1].request.used()) == streams]):
+            for batch in _in_budget(
+                [each for each in entering if len(each[1].request.used()) == streams]
+            ):
                 self._prefill_tails(batch, streams)
         for slot, piece in entering:
             self._start(slot, piece)
@@ -226,16 +234,22 @@ class Engine:
     def _prefill_prefixes(self, batch: Sequence[tuple[int, _Piece]]) -> None:
         prefixes = [piece.request.streams[0][: piece.request.shared()] for _, piece in batch]
         ids_BT, length_B = self._padded(prefixes)
-        self._pass(ids_BT, self._cache.prefix_pass(self._tensor([slot for slot, _ in batch]), length_B))
+        self._pass(
+            ids_BT, self._cache.prefix_pass(self._tensor([slot for slot, _ in batch]), length_B)
+        )
 
     def _prefill_tails(self, batch: Sequence[tuple[int, _Piece]], streams: int) -> None:
         """The streams behind what they share, less their last tokens, which the first step takes."""
         at_once = self.shape.width // streams
-        tails = [ids_T[piece.request.shared() : -1] for _, piece in batch for ids_T in piece.request.used()]
+        tails = [
+            ids_T[piece.request.shared() : -1]
+            for _, piece in batch
+            for ids_T in piece.request.used()
+        ]
         ids_QT, length_Q = self._padded(tails)
-        rows = np.arange(at_once * streams).reshape(at_once, streams).T + self.shape.width * np.array(
-            [[[slot]] for slot, _ in batch]
-        )
+        rows = np.arange(at_once * streams).reshape(
+            at_once, streams
+        ).T + self.shape.width * np.array([[[slot]] for slot, _ in batch])
         row_BCN = torch.from_numpy(rows).to(self._device)
         group_B = self._tensor([slot for slot, _ in batch])
         self._pass(ids_QT, self._cache.tail_pass(group_B, row_BCN, length_Q.view(-1, streams)))
@@ -243,7 +257,9 @@ class Engine:
     def _pass(self, ids_BT: Tensor, attend: Any) -> None:
         T = ids_BT.shape[1]
         if T:
-            position_BT = attend.positions(T).clamp(max=self.model.seq_len - 1)  # padding may stand beyond them
+            position_BT = attend.positions(T).clamp(
+                max=self.model.seq_len - 1
+            )  # padding may stand beyond them
             self.model(ids_BT, position_BT=position_BT, attend=attend, readout=_nothing)
 
     def _padded(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -251,7 +267,9 @@ class Engine:
         ids_BT = np.full((len(rows), max(map(len, rows))), self.vocab.pad, np.int64)
         for row, ids_T in enumerate(rows):
             ids_BT[row, : len(ids_T)] = ids_T
-        return torch.from_numpy(ids_BT).to(self._device), self._tensor([len(ids_T) for ids_T in rows])
+        return torch.from_numpy(ids_BT).to(self._device), self._tensor(
+            [len(ids_T) for ids_T in rows]
+        )
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
@@ -277,7 +295,9 @@ class Engine:
             )
         last = [int(ids_T[-1]) for ids_T in streams] * (len(lanes) * request.rows() // len(streams))
         self._steps.next_RW[first : first + len(last)] = self._tensor(last)[:, None]
-        self._groups[slot] = _Group(lanes, request.shared(), max(map(len, streams)) - request.shared() - 1)
+        self._groups[slot] = _Group(
+            lanes, request.shared(), max(map(len, streams)) - request.shared() - 1
+        )
 
     # -------------------------------------------------------------------------------------------- steps
 
@@ -286,9 +306,13 @@ class Engine:
         kinds: dict[_Kind, list[_Lane]] = {}
         for lane in lanes:
             kinds.setdefault(self._kind(lane), []).append(lane)
-        tail = max(group.tail + max(lane.grown for lane in group.lanes) for group in self._groups.values())
+        tail = max(
+            group.tail + max(lane.grown for lane in group.lanes) for group in self._groups.values()
+        )
         hidden_RWD = self._steps(
-            max(self._groups) + 1, max(group.prefix for group in self._groups.values()), tail + self.window
+            max(self._groups) + 1,
+            max(group.prefix for group in self._groups.values()),
+            tail + self.window,
         )
         self.steps += 1
         before = {lane: lane.grown for lane in lanes}
@@ -308,7 +332,9 @@ class Engine:
             for lane, tokens in zip(members, token_BN.tolist(), strict=True):
                 lane.take(tokens, kind.drafts)
         self._advance([(lane, lane.grown - before[lane]) for lane in lanes if not lane.finished])
-        self._answers += [Answer(lane.ticket, lane.number, lane.tokens) for lane in lanes if lane.finished]
+        self._answers += [
+            Answer(lane.ticket, lane.number, lane.tokens) for lane in lanes if lane.finished
+        ]
         if any(lane.finished for lane in lanes):
             for slot, group in list(self._groups.items()):
                 self._keep(slot, [lane for lane in group.lanes if not lane.finished])
@@ -324,7 +350,11 @@ class Engine:
 
         Rows of beams have their tokens already.
         """
-        rows = [(row, count, *self._given(lane, place)) for lane, count in lanes for place, row in enumerate(lane.rows)]
+        rows = [
+            (row, count, *self._given(lane, place))
+            for lane, count in lanes
+            for place, row in enumerate(lane.rows)
+        ]
         if rows:
             row_R, count_R, *token_WR = self._tensor(rows).T
             self._cache.tail_length_R[row_R] += count_R
@@ -341,7 +371,9 @@ class Engine:
         """Logits (C, B, W, V) of lanes of a kind, of the ids that are allowed."""
         allowed = kind.allowed
         hidden_CBWD = hidden_RWD[self._rows(lanes, kind.streams), : 1 + kind.drafts]
-        logits_CBWV = F.linear(hidden_CBWD, self.model.head.weight[allowed.low : allowed.high]).float()
+        logits_CBWV = F.linear(
+            hidden_CBWD, self.model.head.weight[allowed.low : allowed.high]
+        ).float()
         return logits_CBWV[..., self._columns(allowed)] if allowed.closed else logits_CBWV
 
     def _draw(self, kind: _Kind, lanes: list[_Lane], logits_CBWV: Tensor) -> Tensor:
@@ -350,8 +382,13 @@ class Engine:
         column_V = self._columns(kind.allowed)
         past: dict[str, Any] = {}
         if getattr(kind.decoder, "looks_back", False):
-            place = {int(column) + kind.allowed.low: place for place, column in enumerate(column_V.tolist())}
-            past["past"] = [[place[token] for token in lane.tokens if token in place] for lane in lanes]
+            place = {
+                int(column) + kind.allowed.low: place
+                for place, column in enumerate(column_V.tolist())
+            }
+            past["past"] = [
+                [place[token] for token in lane.tokens if token in place] for lane in lanes
+            ]
         conditional, *others = logits_CBWV.flatten(1, 2)
         logits_BWV = kind.decoder.logits(conditional, *(others or [None]), **past).view(B, W, -1)
         logits_BNV = torch.cat([logits_BWV, logits_BWV[:, -1:].expand(B, kind.ahead, -1)], 1)
@@ -382,7 +419,9 @@ class Engine:
             elif len(running) < K:
                 running.append((score, tokens))
                 parents.append(parent)
-        while len(running) < K:  # fewer tokens than beams are allowed: repeat the last one, without a chance
+        while (
+            len(running) < K
+        ):  # fewer tokens than beams are allowed: repeat the last one, without a chance
             running.append((-torch.inf, running[-1][1] if running else [lane.allowed.low]))
             parents.append(parents[-1] if parents else 0)
         search.running = running
@@ -390,7 +429,9 @@ class Engine:
         self._cache.reorder(row_K, row_K[self._tensor(parents)])
         if len(search.finished) < K and len(running[0][1]) < lane.length:
             return
-        search.finished += [(decoder.score(score, len(tokens)), tokens) for score, tokens in running]
+        search.finished += [
+            (decoder.score(score, len(tokens)), tokens) for score, tokens in running
+        ]
         lane.tokens, lane.finished = max(search.finished)[1], True
 
     def _scores(self, running: Sequence[tuple[float, list[int]]]) -> Tensor:
@@ -409,7 +450,11 @@ class Engine:
         """Ids that are allowed, counted from the lowest."""
         key = (-1, allowed.low, allowed.high, *allowed.closed)
         if key not in self._indices:
-            ids = [number - allowed.low for number in range(allowed.low, allowed.high) if number not in allowed.closed]
+            ids = [
+                number - allowed.low
+                for number in range(allowed.low, allowed.high)
+                if number not in allowed.closed
+            ]
             self._indices[key] = self._tensor(ids)
         return self._indices[key]
 

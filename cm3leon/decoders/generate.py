@@ -34,7 +34,9 @@ class Answerer:
         way: see `Steps`; all but eager keep the engine, and its memory.
     """
 
-    def __init__(self, model: Any, vocab: Vocab, *, window: int | None = None, way: Way = "eager") -> None:
+    def __init__(
+        self, model: Any, vocab: Vocab, *, window: int | None = None, way: Way = "eager"
+    ) -> None:
         self.model, self.vocab, self.window, self.way = model, vocab, window, way
         self._kept: Engine | None = None
 
@@ -100,7 +102,10 @@ class Answerer:
                 engine.cancel(ticket)
 
     def _engine(self, requests: Sequence[Request], samples: int) -> Engine:
-        single = sum(len(request.seeds) for request in requests) == 1 and "image" in requests[0].decoders[0]
+        single = (
+            sum(len(request.seeds) for request in requests) == 1
+            and "image" in requests[0].decoders[0]
+        )
         window = self.window or (WINDOW if single else 1)
         if self.way == "eager":
             shape = shape_for(self.model, requests, samples=samples, window=window)
@@ -109,7 +114,9 @@ class Answerer:
         kept = self._kept
         if kept is None or kept.window != window or not kept.shape.holds(wanted):
             kept = self._kept = None  # its memory is free for the new one
-            shape = shape_for(self.model, requests, samples=samples, window=window, multiple=ROUNDING)
+            shape = shape_for(
+                self.model, requests, samples=samples, window=window, multiple=ROUNDING
+            )
             kept = self._kept = Engine(self.model, self.vocab, shape, window=window, way=self.way)
         return kept
 
@@ -125,7 +132,9 @@ def answers(
     on_answer: Callable[[Answer], object] | None = None,
 ) -> list[list[list[int]]]:
     """Tokens of all samples of all requests, see `Answerer`."""
-    return Answerer(model, vocab, window=window, way=way).answers(requests, samples=samples, on_answer=on_answer)
+    return Answerer(model, vocab, window=window, way=way).answers(
+        requests, samples=samples, on_answer=on_answer
+    )
 
 
 def generate(
@@ -154,13 +163,22 @@ def generate(
     """
     same: dict[tuple[Any, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        others = [None if ids_T is None else ids_T.tobytes() for ids_T in (prompt.unconditional_T, prompt.partial_T)]
+        others = [
+            None if ids_T is None else ids_T.tobytes()
+            for ids_T in (prompt.unconditional_T, prompt.partial_T)
+        ]
         key = (prompt.ids_T.tobytes(), *others, prompt.modality, prompt.length, prompt.end)
         same.setdefault(key, []).append(number)
     # Like lengths side by side: their prompts are computed together.
     groups = sorted(same.values(), key=lambda numbers: (len(prompts[numbers[0]].ids_T), numbers))
     requests = [
-        request_for(prompts[numbers[0]], decoder, vocab=vocab, seeds=[seeds[n] for n in numbers], seq_len=model.seq_len)
+        request_for(
+            prompts[numbers[0]],
+            decoder,
+            vocab=vocab,
+            seeds=[seeds[n] for n in numbers],
+            seq_len=model.seq_len,
+        )
         for numbers in groups
     ]
     found = answers(model, requests, vocab=vocab, samples=batch_size, on_answer=on_answer)
@@ -172,7 +190,9 @@ def generate(
     return result
 
 
-def request_for(prompt: Prompt, decoder: Decoder, *, vocab: Vocab, seeds: Sequence[int], seq_len: int) -> Request:
+def request_for(
+    prompt: Prompt, decoder: Decoder, *, vocab: Vocab, seeds: Sequence[int], seq_len: int
+) -> Request:
     """Samples of a prompt, whose text answer ends at the latest where the model's positions do."""
     of_prompt = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
     streams = tuple(ids_T for ids_T in of_prompt if ids_T is not None)

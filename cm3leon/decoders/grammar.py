@@ -46,13 +46,17 @@ def a_code(vocab: Vocab) -> Allowed:
 
 def text_or(vocab: Vocab, *ends: int) -> Allowed:
     """Any piece of text, or one of the special tokens `ends`."""
-    return Allowed(0, vocab.text_size, tuple(token for token in range(len(SPECIALS)) if token not in ends))
+    return Allowed(
+        0, vocab.text_size, tuple(token for token in range(len(SPECIALS)) if token not in ends)
+    )
 
 
 def one_of(*tokens: int) -> Allowed:
     """Any of some special tokens."""
     return Allowed(
-        min(tokens), max(tokens) + 1, tuple(token for token in range(min(tokens), max(tokens)) if token not in tokens)
+        min(tokens),
+        max(tokens) + 1,
+        tuple(token for token in range(min(tokens), max(tokens)) if token not in tokens),
     )
 
 
@@ -97,7 +101,9 @@ def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
             yield exactly(vocab.end_of_span)
 
 
-def interleaved(vocab: Vocab, *, first: Modality, codes: int, text_length: int, segments: int) -> Grammar:
+def interleaved(
+    vocab: Vocab, *, first: Modality, codes: int, text_length: int, segments: int
+) -> Grammar:
     """Text and images in turn, each image exactly `codes` codes, until `<eos>` or that many segments.
 
     A text ends in `<break>`, and an image follows, or in `<eos>`; an image is followed by `<break>` and text, or by

@@ -13,7 +13,9 @@ def classifier_free(conditional_BV: Tensor, unconditional_BV: Tensor, weight: fl
     return unconditional_BV + weight * (conditional_BV - unconditional_BV)
 
 
-def two_conditions(both_BV: Tensor, first_BV: Tensor, neither_BV: Tensor, *, first: float, both: float) -> Tensor:
+def two_conditions(
+    both_BV: Tensor, first_BV: Tensor, neither_BV: Tensor, *, first: float, both: float
+) -> Tensor:
     """neither + first * (first - neither) + both * (both - first), InstructPix2Pix's form (arXiv 2211.09800, eq. 3).
 
     Args:
@@ -22,7 +24,9 @@ def two_conditions(both_BV: Tensor, first_BV: Tensor, neither_BV: Tensor, *, fir
     return neither_BV + first * (first_BV - neither_BV) + both * (both_BV - first_BV)
 
 
-def contrastive_k(conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: float, k: int) -> Tensor:
+def contrastive_k(
+    conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: float, k: int
+) -> Tensor:
     """CD-K (paper eq. 3): log p_cond - log p_uncond where p_cond >= alpha * (k-th largest p_cond), -inf elsewhere.
 
     k = 1 is the contrastive decoding of Li et al. 2023.

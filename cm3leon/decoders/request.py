@@ -39,7 +39,9 @@ class Request:
 
     def used(self) -> tuple[np.ndarray, ...]:
         """The streams that the decoders look at."""
-        return self.streams[: max(decoder.streams for of in self.decoders for decoder in of.values())]
+        return self.streams[
+            : max(decoder.streams for of in self.decoders for decoder in of.values())
+        ]
 
     def rows(self) -> int:
         """Rows of a sample: its streams, or its beams."""
@@ -104,7 +106,9 @@ def shape_for(
         UserError: where not even one sample has room.
     """
     rows = max(request.rows() for request in requests)
-    prefix, tail = (max(method(request) for request in requests) for method in (Request.shared, Request.tail))
+    prefix, tail = (
+        max(method(request) for request in requests) for method in (Request.shared, Request.tail)
+    )
     prefix, tail = (-(-columns // multiple) * multiple for columns in (prefix, tail + window - 1))
     most = max(len(request.seeds) for request in requests)
     at_once = max(1, min(most, samples, WIDEST // rows))

@@ -17,7 +17,9 @@ TOKENS = 2**13
 
 
 @torch.inference_mode()
-def log_likelihoods(model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> list[float]:
+def log_likelihoods(
+    model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+) -> list[float]:
     """Sum over an answer's tokens of log p(token | prompt, tokens before), in nats, over the whole vocabulary.
 
     Raises:
@@ -27,7 +29,9 @@ def log_likelihoods(model: Any, prompts: Sequence[np.ndarray], answers: Sequence
     sequences = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
     longest = max(map(len, sequences), default=0)
     if longest - 1 > model.seq_len:
-        raise UserError(f"a prompt and its answer take {longest} tokens, the model has {model.seq_len} positions")
+        raise UserError(
+            f"a prompt and its answer take {longest} tokens, the model has {model.seq_len} positions"
+        )
     result = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     while order:
@@ -38,7 +42,9 @@ def log_likelihoods(model: Any, prompts: Sequence[np.ndarray], answers: Sequence
             ids_BT[row, : len(sequences[number])] = torch.from_numpy(sequences[number])
         counts = [len(answers[number]) for number in taken]
         rows_N = torch.repeat_interleave(torch.arange(len(taken)), torch.tensor(counts))
-        columns_N = torch.cat([len(prompts[number]) + torch.arange(len(answers[number])) for number in taken])
+        columns_N = torch.cat(
+            [len(prompts[number]) + torch.arange(len(answers[number])) for number in taken]
+        )
         target_N = ids_BT[rows_N, columns_N].to(device)
 
         def read(
@@ -50,7 +56,10 @@ def log_likelihoods(model: Any, prompts: Sequence[np.ndarray], answers: Sequence
         ) -> Tensor:
             hidden_ND = hidden_BTD[rows_N.to(device), columns_N.to(device) - 1]
             parts = zip(hidden_ND.split(1024), target_N.split(1024), strict=True)
-            nll = [F.cross_entropy(head(hidden).float(), target, reduction="none") for hidden, target in parts]
+            nll = [
+                F.cross_entropy(head(hidden).float(), target, reduction="none")
+                for hidden, target in parts
+            ]
             return torch.cat(nll) if nll else torch.zeros(0)
 
         nll_N = model(ids_BT[:, :-1].to(device), readout=read).double().cpu()

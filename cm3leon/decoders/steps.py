@@ -32,7 +32,9 @@ class Steps:
         UserError: for CUDA graphs elsewhere.
     """
 
-    def __init__(self, model: Any, cache: Any, *, window: int, way: Way, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, model: Any, cache: Any, *, window: int, way: Way, recorder: Recorder | None = None
+    ) -> None:
         graph = way.endswith("graph")
         if graph and recorder is None and cache.device.type != "cuda":
             raise UserError(f"way is {way}, which needs CUDA, not {cache.device.type}")
@@ -40,7 +42,9 @@ class Steps:
         self._recorder = (recorder or cuda_graph) if graph else None
         self._compute = torch.compile(self._eager) if way.startswith("compiled") else self._eager
         self._recorded: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self.next_RW = torch.zeros(cache.groups * cache.width, window, dtype=torch.int64, device=cache.device)
+        self.next_RW = torch.zeros(
+            cache.groups * cache.width, window, dtype=torch.int64, device=cache.device
+        )
 
     def __call__(self, groups: int, prefix: int, tail: int) -> Tensor:
         """Hidden states (R, W, D) of the rows of the first `groups` groups; their keys and values are kept.
@@ -51,7 +55,11 @@ class Steps:
         cache, columns = self._cache, COLUMNS[self._recorder is not None]
         if self._recorder:
             groups = min(1 << (groups - 1).bit_length(), cache.groups)
-        shape = (groups, _rounded(prefix, columns, cache.prefix), _rounded(tail, columns, cache.tail))
+        shape = (
+            groups,
+            _rounded(prefix, columns, cache.prefix),
+            _rounded(tail, columns, cache.tail),
+        )
         if not self._recorder:
             return self._compute(*shape)
         if shape not in self._recorded:

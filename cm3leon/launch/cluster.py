@@ -27,7 +27,9 @@ class Nodes:
 def ask(*command: str) -> str:
     """What a command of SLURM prints; nothing where it fails, or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -52,21 +54,27 @@ def partitions() -> list[Nodes]:
     return found
 
 
-def check_fits(*, nodes: int, gpus_per_node: int, partition: str | None, known: Sequence[Nodes]) -> None:
+def check_fits(
+    *, nodes: int, gpus_per_node: int, partition: str | None, known: Sequence[Nodes]
+) -> None:
     """Raises UserError for a partition that is not there, or nodes and GPUs that it has not got."""
     names = {each.partition for each in known}
     if known and partition and not names.issuperset(partition.split(",")):
         raise UserError(
             f"launcher.partition is {partition}, which the cluster does not have; {choices(partition, names)}"
         )
-    wanted = partition.split(",") if partition else [each.partition for each in known if each.default]
+    wanted = (
+        partition.split(",") if partition else [each.partition for each in known if each.default]
+    )
     for name in wanted if known else ():
         there = [each for each in known if each.partition == name]
         most = max(each.gpus for each in there)
         fit = sum(each.count for each in there if each.gpus >= gpus_per_node)
         if most < gpus_per_node:
             has = f"{most} GPUs" if most else "no GPUs"
-            raise UserError(f"launcher.gpus_per_node is {gpus_per_node}; nodes of partition {name} have {has}")
+            raise UserError(
+                f"launcher.gpus_per_node is {gpus_per_node}; nodes of partition {name} have {has}"
+            )
         if fit < nodes:
             raise UserError(f"launcher.nodes is {nodes}; partition {name} has {fit} such nodes")
 
@@ -78,7 +86,9 @@ def check_account(account: str | None) -> None:
     answer = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account")
     known = set(answer.split())
     if known and account not in known:
-        raise UserError(f"launcher.account is {account}, which is not one of yours; {choices(account, known)}")
+        raise UserError(
+            f"launcher.account is {account}, which is not one of yours; {choices(account, known)}"
+        )
 
 
 def states(ids: Sequence[str]) -> dict[str, dict[str, str]] | None:

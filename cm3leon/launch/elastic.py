@@ -18,7 +18,12 @@ from cm3leon.types import AGAIN
 def run(count: int, command: list[str]) -> int:
     """Exit code of the process that ended first with one that is not 0, 0 if there is none."""
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "cm3leon.run", *command)

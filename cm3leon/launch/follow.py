@@ -60,14 +60,17 @@ def states(launch: Launch) -> list[tuple[Submitted, State]]:
 def _ended(event: Event) -> State:
     if event["event"] == "unseen":
         return State(
-            "failed", f"the run folder is not visible on all of {event['host']}; it has to be on a shared disk"
+            "failed",
+            f"the run folder is not visible on all of {event['host']}; it has to be on a shared disk",
         )
     if event["event"] == "refused":
         return State("failed", "a mistake in its settings, which its log names")
     return State("done") if event["event"] == "done" else State("stopped", event["why"])
 
 
-def _by_slurm(known: Mapping[str, str] | None, events: Sequence[Event], at: str, after: Sequence[str]) -> State:
+def _by_slurm(
+    known: Mapping[str, str] | None, events: Sequence[Event], at: str, after: Sequence[str]
+) -> State:
     """The state of a command that has not said that it ended, by what SLURM knows of its job."""
     last = events[-1] if events else None
     if known is None:
@@ -78,20 +81,36 @@ def _by_slurm(known: Mapping[str, str] | None, events: Sequence[Event], at: str,
     if state == "PENDING":
         if reason == "DependencyNeverSatisfied":
             return State("failed", f"not started, as {' or '.join(after)} did not succeed")
-        died = f"died at {last['at']}, exit code {last['code']}" if last and last["event"] == "died" else ""
+        died = (
+            f"died at {last['at']}, exit code {last['code']}"
+            if last and last["event"] == "died"
+            else ""
+        )
         waits = f"after {', '.join(after)}" if reason == "Dependency" else reason
-        return State("queued", ", ".join(filter(None, [died, f"again, {waits}" if last else waits])))
+        return State(
+            "queued", ", ".join(filter(None, [died, f"again, {waits}" if last else waits]))
+        )
     if state in ("RUNNING", "CONFIGURING", "SUSPENDED"):
-        return State("running", f"{at}, on {known['nodes']}") if last else State("starting", f"on {known['nodes']}")
+        return (
+            State("running", f"{at}, on {known['nodes']}")
+            if last
+            else State("starting", f"on {known['nodes']}")
+        )
     if state in ("COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT"):
         return State("ending", at)
     if state == "CANCELLED":
         if last is None and after:
-            return State("failed", f"not started, as {' or '.join(after)} did not succeed, or it was cancelled")
-        return State("cancelled", f"it came to {at}; the same command goes on from there" if last else "")
+            return State(
+                "failed",
+                f"not started, as {' or '.join(after)} did not succeed, or it was cancelled",
+            )
+        return State(
+            "cancelled", f"it came to {at}; the same command goes on from there" if last else ""
+        )
     if last is None:
         return State(
-            "failed", f"{state} before its first line: see that {known['nodes']} can write into the run folder"
+            "failed",
+            f"{state} before its first line: see that {known['nodes']} can write into the run folder",
         )
     return State("failed", f"{state}, exit code {known['code']}, at {at}")
 
@@ -103,11 +122,17 @@ def _here(each: Submitted, events: Sequence[Event], at: str, launch: Launch) -> 
         return (
             State("queued")
             if alive
-            else State("failed", "not started, as a job before it did not succeed, or was cancelled")
+            else State(
+                "failed", "not started, as a job before it did not succeed, or was cancelled"
+            )
         )
     if events[-1]["event"] == "again":
         return State("cancelled", f"it came to {at}; the same command goes on from there")
-    return State("running", at) if alive else State("gone", f"its process is not there any more; it came to {at}")
+    return (
+        State("running", at)
+        if alive
+        else State("gone", f"its process is not there any more; it came to {at}")
+    )
 
 
 def is_alive(process: int, launch: Launch) -> bool:
@@ -172,7 +197,11 @@ def as_text(found: Sequence[tuple[Submitted, State]]) -> Iterator[str]:
         for state in dict.fromkeys(state for _, state in members):
             alike = [each for each, its in members if its == state]
             which = f"{alike[0].id}" if len(alike) == 1 else f"{len(alike)} of {len(members)}"
-            log = f"  {alike[0].log}" if alike[0].log and state.word not in ("queued", "starting") else ""
+            log = (
+                f"  {alike[0].log}"
+                if alike[0].log and state.word not in ("queued", "starting")
+                else ""
+            )
             yield f"{job:<16} {which:<12} {state.word:<10} {state.more}{log}".rstrip()
 
 
@@ -199,7 +228,9 @@ def logs(options: Mapping[str, Any]) -> None:
     each = _chosen(found, config)
     if not config.follow and not (each.log and each.log.is_file()):
         state = dict(found)[each]
-        raise UserError(f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip())
+        raise UserError(
+            f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip()
+        )
     for text in followed(each, launch, config.lines) if config.follow else _end(each, config.lines):
         print(text, end="", flush=True)
 
@@ -207,7 +238,9 @@ def logs(options: Mapping[str, Any]) -> None:
 def _chosen(found: Sequence[tuple[Submitted, State]], config: LogsOptions) -> Submitted:
     names = list(dict.fromkeys(each.job for each, _ in found))
     if config.job is not None and config.job not in names:
-        raise UserError(f"job is {config.job}, which was not launched; {choices(config.job, names)}")
+        raise UserError(
+            f"job is {config.job}, which was not launched; {choices(config.job, names)}"
+        )
     fit = [
         (each, state)
         for each, state in found

@@ -82,7 +82,9 @@ class Launch:
         """Where a command writes down what becomes of it."""
         return self.folder / "journal" / f"{job}-{number}.jsonl"
 
-    def write(self, launcher: str, jobs: Sequence[Job], submitted: Sequence[Submitted] = ()) -> None:
+    def write(
+        self, launcher: str, jobs: Sequence[Job], submitted: Sequence[Submitted] = ()
+    ) -> None:
         """Writes down what is given to a launcher, before and after it has taken it."""
         content = {
             "time": round(time.time()),
@@ -90,7 +92,9 @@ class Launch:
             "command": sys.argv,
             "after": {job.name: job.after for job in jobs},
             "commands": {job.name: job.commands for job in jobs},
-            "submitted": [{**asdict(each), "log": each.log and str(each.log)} for each in submitted],
+            "submitted": [
+                {**asdict(each), "log": each.log and str(each.log)} for each in submitted
+            ],
         }
         partial = self.folder / ".jobs.json"
         partial.write_text(json.dumps(content, indent=2))
@@ -99,7 +103,10 @@ class Launch:
     def read(self) -> dict[str, Any]:
         """What `write` wrote, with `submitted` as such."""
         content = json.loads((self.folder / "jobs.json").read_text())
-        submitted = [Submitted(**{**each, "log": each["log"] and Path(each["log"])}) for each in content["submitted"]]
+        submitted = [
+            Submitted(**{**each, "log": each["log"] and Path(each["log"])})
+            for each in content["submitted"]
+        ]
         return {**content, "submitted": submitted}
 
 
@@ -117,7 +124,9 @@ def newest_launch(folder: Path) -> Launch:
     """
     found = launches(folder)
     if not found:
-        raise UserError(f"run: nothing was launched in {folder}; give the run= of a run with launcher=slurm or local")
+        raise UserError(
+            f"run: nothing was launched in {folder}; give the run= of a run with launcher=slurm or local"
+        )
     return found[-1]
 
 
@@ -132,14 +141,20 @@ def begin_launch(folder: Path) -> Launch:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < ROOM:
-            raise UserError(f"run: the disk of {folder} is full, {free / 1e6:.0f} MB are left; choose another run=")
-        numbers = [int(path.name) for path in (folder / "launch").glob("*") if path.name.isdecimal()]
+            raise UserError(
+                f"run: the disk of {folder} is full, {free / 1e6:.0f} MB are left; choose another run="
+            )
+        numbers = [
+            int(path.name) for path in (folder / "launch").glob("*") if path.name.isdecimal()
+        ]
         launch = Launch(folder / "launch" / str(max(numbers, default=0) + 1))
         snapshot(launch.code)
         launch.logs.mkdir()
         launch.journal("", 0).parent.mkdir()
     except OSError as error:
-        raise UserError(f"run: {error.filename or folder} cannot be written, {error.strerror}") from error
+        raise UserError(
+            f"run: {error.filename or folder} cannot be written, {error.strerror}"
+        ) from error
     return launch
 
 
@@ -148,10 +163,14 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     known: list[str] = []
     for job in jobs:
         if not re.fullmatch(r"[\w.-]+", job.name) or job.name in known:
-            raise UserError(f"job {job.name}: its name must be of letters, digits, -, _ and ., and no other job's")
+            raise UserError(
+                f"job {job.name}: its name must be of letters, digits, -, _ and ., and no other job's"
+            )
         for name in job.after:
             if name not in known:
-                raise UserError(f"job {job.name} is after {name}, which is no job before it; {choices(name, known)}")
+                raise UserError(
+                    f"job {job.name} is after {name}, which is no job before it; {choices(name, known)}"
+                )
         known.append(job.name)
 
 

@@ -31,7 +31,9 @@ Event = dict[str, Any]
 
 def write_event(journal: Path, event: str, **details: Any) -> None:
     """Adds a line to a journal."""
-    line = json.dumps({"time": round(time.time()), "event": event, "host": socket.gethostname(), **details})
+    line = json.dumps(
+        {"time": round(time.time()), "event": event, "host": socket.gethostname(), **details}
+    )
     with journal.open("a") as lines:
         lines.write(line + "\n")
 
@@ -47,7 +49,9 @@ def read_events(journal: Path) -> list[Event]:
     return events
 
 
-def outcome(code: int, at: str, before: Sequence[Event], max_deaths: int) -> tuple[str, dict[str, Any]]:
+def outcome(
+    code: int, at: str, before: Sequence[Event], max_deaths: int
+) -> tuple[str, dict[str, Any]]:
     """The event that an exit code stands for, with its details.
 
     Args:

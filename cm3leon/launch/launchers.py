@@ -88,7 +88,9 @@ class Torchrun:
         return self.config.processes or 1
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
-        return _run_to_the_end("torchrun", jobs, folder, devices=gpus(), processes=self.config.processes)
+        return _run_to_the_end(
+            "torchrun", jobs, folder, devices=gpus(), processes=self.config.processes
+        )
 
 
 @LAUNCHERS.register("local")
@@ -122,7 +124,9 @@ class Local:
         parallel, deaths = self.config.array_parallelism, self.config.max_deaths
         machine = Machine(launch, gpus(), self.config.processes, parallel, deaths)
         executor = submitit.LocalExecutor(launch.logs)
-        executor.update_parameters(timeout_min=YEAR, gpus_per_node=len(machine.devices), stderr_to_stdout=True)
+        executor.update_parameters(
+            timeout_min=YEAR, gpus_per_node=len(machine.devices), stderr_to_stdout=True
+        )
         with _detached():
             process = executor.submit(machine.run_detached, jobs).job_id
         submitted = [
@@ -194,7 +198,11 @@ class Slurm:
         """The settings of one job."""
         given = {**to_mapping(self.config), "stages": {}, **job.resources}
         if not job.together:
-            given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, given["gpus_per_node"])}
+            given |= {
+                "nodes": 1,
+                "tasks_per_node": 1,
+                "gpus_per_node": min(1, given["gpus_per_node"]),
+            }
         return from_mapping(Slurm.Config, given, "launcher")
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
@@ -203,7 +211,10 @@ class Slurm:
         known = cluster.partitions()
         for each in settings.values():
             cluster.check_fits(
-                nodes=each.nodes, gpus_per_node=each.gpus_per_node, partition=each.partition, known=known
+                nodes=each.nodes,
+                gpus_per_node=each.gpus_per_node,
+                partition=each.partition,
+                known=known,
             )
         for account in dict.fromkeys(each.account for each in settings.values()):
             cluster.check_account(account)
@@ -219,7 +230,9 @@ class Slurm:
                 cluster.cancel(list(ids.values()))
                 shutil.rmtree(launch.folder)
                 said = str(error).strip().splitlines()[-1].removeprefix("sbatch: error: ")
-                raise UserError(f"sbatch refused the job {job.name}, and nothing is queued: {said}") from error
+                raise UserError(
+                    f"sbatch refused the job {job.name}, and nothing is queued: {said}"
+                ) from error
             ids[job.name] = queued[0].id.partition("_")[0]
             submitted += queued
         launch.write("slurm", jobs, submitted)
@@ -230,9 +243,15 @@ def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str])
     """Gives one job to sbatch, to start when those with the ids in `after` have succeeded, or just ended."""
     executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**_sbatch(job, config, launch, after))
-    work = [Work(command, launch.journal(job.name, number)) for number, command in enumerate(job.commands)]
+    work = [
+        Work(command, launch.journal(job.name, number))
+        for number, command in enumerate(job.commands)
+    ]
     queued = executor.submit_array(work)
-    return [Submitted(job.name, number, each.job_id, each.paths.stdout) for number, each in enumerate(queued)]
+    return [
+        Submitted(job.name, number, each.job_id, each.paths.stdout)
+        for number, each in enumerate(queued)
+    ]
 
 
 def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> dict[str, Any]:
@@ -245,7 +264,9 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
         "gpus_per_node": config.gpus_per_node or None,
         "cpus_per_task": config.cpus_per_task,
         "mem": config.mem_gb and f"{round(config.mem_gb * 1000)}M",
-        "dependency": f"{'afterany' if job.always else 'afterok'}:{':'.join(after)}" if after else None,
+        "dependency": f"{'afterany' if job.always else 'afterok'}:{':'.join(after)}"
+        if after
+        else None,
     }
     # Since 22.05, srun does not take over the CPUs of a task from sbatch.
     cpus = [f"--cpus-per-task={config.cpus_per_task}"] if config.cpus_per_task else []
@@ -271,7 +292,9 @@ def _before(job: Job, config: Slurm.Config, launch: Launch) -> Iterator[str]:
     # The working folder stays as it is, for relative paths, but is not where Python looks for the code.
     yield "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"
     if config.nodes > 1:
-        journal = shlex.quote(str(launch.journal(job.name, "NUMBER"))).replace("NUMBER", "${SLURM_ARRAY_TASK_ID:-0}")
+        journal = shlex.quote(str(launch.journal(job.name, "NUMBER"))).replace(
+            "NUMBER", "${SLURM_ARRAY_TASK_ID:-0}"
+        )
         event = """printf '{"time": %d, "event": "unseen", "host": "%s"}\\n' "$(date +%s)" "$SLURM_JOB_NODELIST\""""
         look = f"srun --nodes={config.nodes} --ntasks={config.nodes} --ntasks-per-node=1 test -d"
         yield f"{look} {shlex.quote(str(launch.code))} || {{ {event} >>{journal}; exit {UNSEEN}; }}"

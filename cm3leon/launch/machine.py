@@ -62,7 +62,9 @@ class Machine:
             for job in jobs:
                 if self.stopping or not (job.always or succeeded.issuperset(job.after)):
                     continue
-                done = list(pool.map(look_after, [job] * len(job.commands), range(len(job.commands))))
+                done = list(
+                    pool.map(look_after, [job] * len(job.commands), range(len(job.commands)))
+                )
                 ended += done
                 if all(each.code == 0 for each in done):
                     succeeded.add(job.name)
@@ -103,12 +105,21 @@ class Machine:
 
     def _call(self, command: Command, log: Path | None, slot: int, *, together: bool) -> int:
         share = max(1, len(self.devices) // self.parallel)
-        devices = [self.devices[(slot * share + place) % len(self.devices)] for place in range(share) if self.devices]
+        devices = [
+            self.devices[(slot * share + place) % len(self.devices)]
+            for place in range(share)
+            if self.devices
+        ]
         count = (self.processes or len(devices) or 1) if together else 1
         module = ["cm3leon.launch.elastic", str(count)] if count > 1 else ["cm3leon.run"]
         path = os.pathsep.join(filter(None, [str(self.launch.code), os.environ.get("PYTHONPATH")]))
         # The working folder stays as it is, for relative paths, but is not where Python looks for the code.
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         words = [sys.executable, "-m", *module, *command]
@@ -117,7 +128,11 @@ class Machine:
         with log.open("ab") as output:
             return self._wait(
                 subprocess.Popen(
-                    words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                    words,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
                 )
             )
 

@@ -75,13 +75,20 @@ def code_version() -> tuple[dict[str, Any], str]:
         commit = _git("rev-parse", "HEAD").strip() or None
         difference = _git("diff", "HEAD")
         new = _git("ls-files", "--others", "--exclude-standard").splitlines()
-    return {"version": __version__, "commit": commit, "differs": bool(difference or new), "new_files": new}, difference
+    return {
+        "version": __version__,
+        "commit": commit,
+        "differs": bool(difference or new),
+        "new_files": new,
+    }, difference
 
 
 def _git(*words: str) -> str:
     """What git says of the repository; nothing where there is no git, or none that may look."""
     try:
-        return subprocess.run(["git", "-C", str(SHIPPED), *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(SHIPPED), *words], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -36,7 +36,9 @@ def launch_study(study: Study, folder: Path, *, until: str | None = None) -> int
     return launched(study_jobs(study, folder, until=until), folder, study.launcher)
 
 
-def experiment_jobs(experiment: Experiment, folder: Path, *, until: str | None = None, name: str = "") -> list[Job]:
+def experiment_jobs(
+    experiment: Experiment, folder: Path, *, until: str | None = None, name: str = ""
+) -> list[Job]:
     """The jobs of an experiment in a run folder: one, or several for a corpus in shards.
 
     There, each stage that workers share is an array, and what one process makes is a job before, between and behind
@@ -56,11 +58,20 @@ def experiment_jobs(experiment: Experiment, folder: Path, *, until: str | None =
         resources = _of_stage(experiment.launcher, stage)
         jobs.append(Job(title, commands, resources, (jobs[-1].name,) if jobs else (), together))
 
-    parts = {stage.name: _parts(experiment.launcher, stage.name) if stage.make_part else 1 for stage in stages}
+    parts = {
+        stage.name: _parts(experiment.launcher, stage.name) if stage.make_part else 1
+        for stage in stages
+    }
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         count = parts[stage.name]
         if count > 1:
-            add(stage.name, *(("part", f"stage={stage.name}", f"part={k}/{count}", *words) for k in range(count)))
+            add(
+                stage.name,
+                *(
+                    ("part", f"stage={stage.name}", f"part={k}/{count}", *words)
+                    for k in range(count)
+                ),
+            )
         if stage.name == "pretraining":
             add(stage.name, _until(words, stage.name), together=True)
         elif following is None or following.name == "pretraining" or parts[following.name] > 1:
@@ -88,10 +99,18 @@ def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[
     if parts > 1:
         after = (jobs[-1].name,) if jobs else ()
         commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
-        jobs.append(Job(ANSWERS, commands, _of_stage(study.launcher, ANSWERS), after, together=False))
+        jobs.append(
+            Job(ANSWERS, commands, _of_stage(study.launcher, ANSWERS), after, together=False)
+        )
     after = (jobs[-1].name,) if jobs else ()
     jobs.append(
-        Job(MEASURING, (_until(words, until),), _of_stage(study.launcher, MEASURING), after, together=parts == 1)
+        Job(
+            MEASURING,
+            (_until(words, until),),
+            _of_stage(study.launcher, MEASURING),
+            after,
+            together=parts == 1,
+        )
     )
     return jobs
 

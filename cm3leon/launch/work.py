@@ -42,13 +42,22 @@ class Work:
             code = run(self.command)
             if code == AGAIN and first:
                 self.queue_again()
-        except UncompletedJobError as error:  # submitit's handler, wherever its signal came, has refused to requeue
-            why = str(error).partition("because: ")[2].rstrip(".").replace("timed-out", "reached its time limit")
+        except (
+            UncompletedJobError
+        ) as error:  # submitit's handler, wherever its signal came, has refused to requeue
+            why = (
+                str(error)
+                .partition("because: ")[2]
+                .rstrip(".")
+                .replace("timed-out", "reached its time limit")
+            )
             write_event(self.journal, "stopped", at=progress(self.command), why=f"it {why}")
             raise SystemExit(STOPPED) from error
         if code == 0 and first:
             write_event(self.journal, "done")
-        elif code and (first or code != AGAIN):  # of those that make room, only the first one's end counts
+        elif code and (
+            first or code != AGAIN
+        ):  # of those that make room, only the first one's end counts
             raise SystemExit(code)
 
     def queue_again(self) -> None:
@@ -86,7 +95,9 @@ def job_id() -> str:
 
 def is_running(job: str) -> bool:
     """Whether SLURM means the job to go on: not for one that is cancelled, being requeued, or over its time."""
-    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False
+    )
     return bool(re.search(r"\bJobState=RUNNING\b", answer.stdout))
 
 

@@ -90,7 +90,9 @@ class Naive:
     def plan(self, sample_BT: Tensor) -> Tensor:
         return packed_mask(sample_BT)
 
-    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None) -> Tensor:
+    def __call__(
+        self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None
+    ) -> Tensor:
         mask = packed_mask(q_BATE.new_zeros(1, q_BATE.shape[2])) if plan is None else plan
         scores_BATT = q_BATE @ k_BATE.transpose(2, 3) / math.sqrt(q_BATE.shape[3])
         return scores_BATT.masked_fill(~mask, -math.inf).softmax(3) @ v_BATE
@@ -121,14 +123,22 @@ class Sdpa:
             return [run_lengths(sample_1T) for sample_1T in sample_BT.split(1)]
         return packed_mask(sample_BT)
 
-    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | list[list[int]] | None) -> Tensor:
+    def __call__(
+        self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | list[list[int]] | None
+    ) -> Tensor:
         if isinstance(plan, list):
             rows = zip(q_BATE.split(1), k_BATE.split(1), v_BATE.split(1), plan, strict=True)
             return torch.cat([self._one_by_one(q, k, v, lengths) for q, k, v, lengths in rows])
-        return F.scaled_dot_product_attention(q_BATE, k_BATE, v_BATE, attn_mask=plan, is_causal=plan is None)
+        return F.scaled_dot_product_attention(
+            q_BATE, k_BATE, v_BATE, attn_mask=plan, is_causal=plan is None
+        )
 
-    def _one_by_one(self, q_1ATE: Tensor, k_1ATE: Tensor, v_1ATE: Tensor, lengths: list[int]) -> Tensor:
-        samples = zip(*(x_1ATE.split(lengths, 2) for x_1ATE in (q_1ATE, k_1ATE, v_1ATE)), strict=True)
+    def _one_by_one(
+        self, q_1ATE: Tensor, k_1ATE: Tensor, v_1ATE: Tensor, lengths: list[int]
+    ) -> Tensor:
+        samples = zip(
+            *(x_1ATE.split(lengths, 2) for x_1ATE in (q_1ATE, k_1ATE, v_1ATE)), strict=True
+        )
         return torch.cat([self(q, k, v, None) for q, k, v in samples], 2)
 
 
@@ -143,7 +153,11 @@ class Flex:
 
     @staticmethod
     def missing(device: torch.device) -> str:
-        return "" if device.type == "cuda" else "a CUDA device: FlexAttention has no gradients elsewhere"
+        return (
+            ""
+            if device.type == "cuda"
+            else "a CUDA device: FlexAttention has no gradients elsewhere"
+        )
 
     def plan(self, sample_BT: Tensor) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -156,7 +170,9 @@ class Flex:
 
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
         if plan is None:
-            plan = self.plan(torch.zeros(len(q_BATE), q_BATE.shape[2], dtype=torch.int64, device=q_BATE.device))
+            plan = self.plan(
+                torch.zeros(len(q_BATE), q_BATE.shape[2], dtype=torch.int64, device=q_BATE.device)
+            )
         return _flex_attention(q_BATE.device.type)(q_BATE, k_BATE, v_BATE, block_mask=plan)
 
 
@@ -195,7 +211,9 @@ class Xformers:
         if plan is None:
             plan = self.plan(torch.zeros(B, T, dtype=torch.int64))
         rows_1NAE = (x.transpose(1, 2).reshape(1, B * T, A, E) for x in (q_BATE, k_BATE, v_BATE))
-        return memory_efficient_attention(*rows_1NAE, attn_bias=plan).view(B, T, A, E).transpose(1, 2)
+        return (
+            memory_efficient_attention(*rows_1NAE, attn_bias=plan).view(B, T, A, E).transpose(1, 2)
+        )
 
 
 @cache
@@ -205,9 +223,14 @@ def _missing_of_xformers() -> str:
         return "the package xformers (pip install xformers)"
     try:
         from xformers.ops import fmha
-    except Exception as error:  # what an extension built for another torch raises is anybody's guess
+    except (
+        Exception
+    ) as error:  # what an extension built for another torch raises is anybody's guess
         return f"an xformers that imports with torch {torch.__version__} ({type(error).__name__}: {error})"
-    if all(any(operator.is_available() for operator in each) for each in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS)):
+    if all(
+        any(operator.is_available() for operator in each)
+        for each in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS)
+    ):
         return ""
     installed = importlib.metadata.version("xformers")
     return f"an xformers whose operators load with torch {torch.__version__}: those of {installed} do not"
@@ -231,7 +254,9 @@ class Choice(NamedTuple):
 def check_name(name: str) -> None:
     """Raises UserError for a name that is neither a backend nor `auto`."""
     if name != "auto" and name not in ATTENTIONS.names():
-        raise UserError(f"attention is {name}, which is not known; {choices(name, ['auto', *ATTENTIONS.names()])}")
+        raise UserError(
+            f"attention is {name}, which is not known; {choices(name, ['auto', *ATTENTIONS.names()])}"
+        )
 
 
 @cache
@@ -244,7 +269,9 @@ def choose(name: str, device: torch.device) -> Choice:
     if name != "auto":
         missing = ATTENTIONS.get(name).missing(device)
         if missing:
-            raise UserError(f"model.attention is {name}, which lacks {missing}; take attention=auto")
+            raise UserError(
+                f"model.attention is {name}, which lacks {missing}; take attention=auto"
+            )
         return Choice(name, ATTENTIONS.build(name))
     passed_over: list[str] = []
     for each in PREFERRED:

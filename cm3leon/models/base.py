@@ -68,7 +68,9 @@ class Model(nn.Module):
         `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
         holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
         """
-        hidden_BTD = self.hidden(ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend)
+        hidden_BTD = self.hidden(
+            ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend
+        )
         return self.head(hidden_BTD) if readout is None else readout(hidden_BTD, self.head)
 
     @property

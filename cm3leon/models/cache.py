@@ -42,8 +42,12 @@ class KVCache:
         self.groups, self.width, self.prefix, self.tail = groups, width, prefix, tail
         shared = (layers, groups, heads, prefix, head_size)
         own = (layers, groups * width, heads, tail, head_size)
-        self._prefix_k, self._prefix_v = (torch.zeros(shared, dtype=dtype, device=device) for _ in range(2))
-        self._tail_k, self._tail_v = (torch.zeros(own, dtype=dtype, device=device) for _ in range(2))
+        self._prefix_k, self._prefix_v = (
+            torch.zeros(shared, dtype=dtype, device=device) for _ in range(2)
+        )
+        self._tail_k, self._tail_v = (
+            torch.zeros(own, dtype=dtype, device=device) for _ in range(2)
+        )
         self.prefix_length_G = torch.zeros(groups, dtype=torch.int64, device=device)
         self.tail_length_R = torch.zeros(groups * width, dtype=torch.int64, device=device)
 
@@ -54,7 +58,9 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(each.nbytes for each in (self._prefix_k, self._prefix_v, self._tail_k, self._tail_v))
+        return sum(
+            each.nbytes for each in (self._prefix_k, self._prefix_v, self._tail_k, self._tail_v)
+        )
 
     def prefix_pass(self, group_B: Tensor, length_B: Tensor) -> PrefixPass:
         """For the prefixes of some groups, of these lengths, padded on the right."""
@@ -151,8 +157,12 @@ class StepPass:
 
     def __call__(self, layer: int, q_RATE: Tensor, k_RATE: Tensor, v_RATE: Tensor) -> Tensor:
         cache, rows = self._cache, len(self._row_R1)
-        cache._tail_k[layer, self._row_R1, :, self._column_RT] = k_RATE.transpose(1, 2).to(cache._tail_k.dtype)
-        cache._tail_v[layer, self._row_R1, :, self._column_RT] = v_RATE.transpose(1, 2).to(cache._tail_v.dtype)
+        cache._tail_k[layer, self._row_R1, :, self._column_RT] = k_RATE.transpose(1, 2).to(
+            cache._tail_k.dtype
+        )
+        cache._tail_v[layer, self._row_R1, :, self._column_RT] = v_RATE.transpose(1, 2).to(
+            cache._tail_v.dtype
+        )
         return shared_attention(
             q_RATE,
             cache._prefix_k[layer, : self._groups, :, : self._prefix],
@@ -194,13 +204,17 @@ def shared_attention(
 
     with torch.autocast(q_RATE.device.type, enabled=False):
         scaled_RATE = q_RATE.to(dtype) / math.sqrt(E)
-        own_RATS = _float_product(scaled_RATE, k_RASE.transpose(2, 3)).masked_fill(~mask_RTS[:, None], -math.inf)
+        own_RATS = _float_product(scaled_RATE, k_RASE.transpose(2, 3)).masked_fill(
+            ~mask_RTS[:, None], -math.inf
+        )
         if not P:
             return (own_RATS.softmax(-1).to(dtype) @ v_RASE).to(q_RATE.dtype)
         prefix_GAQP = _float_product(by_group(scaled_RATE), prefix_k_GAPE.transpose(2, 3))
         prefix_GAQP = prefix_GAQP.masked_fill(~mask_GP[:, None, None], -math.inf)
         share_RATX = torch.cat([by_row(prefix_GAQP), own_RATS], -1).softmax(-1).to(dtype)
-        attended_RATE = by_row(by_group(share_RATX[..., :P]) @ prefix_v_GAPE) + share_RATX[..., P:] @ v_RASE
+        attended_RATE = (
+            by_row(by_group(share_RATX[..., :P]) @ prefix_v_GAPE) + share_RATX[..., P:] @ v_RASE
+        )
     return attended_RATE.to(q_RATE.dtype)
 
 

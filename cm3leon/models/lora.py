@@ -32,10 +32,14 @@ class LowRank(nn.Module):
         nn.init.normal_(self.lora_a, std=linear.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return F.linear(x, self.weight) + self.scale * F.linear(
+            F.linear(x, self.lora_a), self.lora_b
+        )
 
 
-def add_lora(model: Any, rank: int, alpha: float, *, frozen_dtype: torch.dtype | None = None) -> None:
+def add_lora(
+    model: Any, rank: int, alpha: float, *, frozen_dtype: torch.dtype | None = None
+) -> None:
     """Freezes all weights of a decoder, and adapts the matrices of its layers.
 
     A is drawn from torch's generator.
@@ -76,5 +80,9 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
             continue
         prefix = name.removesuffix("weight")
         a, b = state.get(f"{prefix}lora_a"), state.get(f"{prefix}lora_b")
-        result[name] = tensor.float() + scale * (b.float() @ a.float()) if a is not None and b is not None else tensor
+        result[name] = (
+            tensor.float() + scale * (b.float() @ a.float())
+            if a is not None and b is not None
+            else tensor
+        )
     return result

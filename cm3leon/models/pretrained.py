@@ -13,7 +13,9 @@ from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
 
-def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Any:
     """A trained decoder in evaluation mode, from `config.json` and `model.safetensors`.
 
     Memory is taken once, for the weights as they are in the file, and nothing is drawn. Plugins that define the model
@@ -36,7 +38,9 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no trained decoder, {file} is missing") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not the config.json of a decoder: it must hold model and vocab_size") from error
+        raise UserError(
+            f"{file} is not the config.json of a decoder: it must hold model and vocab_size"
+        ) from error
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise UserError(f"{file}: vocab_size is {vocab_size}; it must be a positive whole number")
     discover()
@@ -45,5 +49,7 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
         model: Any = MODELS.build(component, vocab_size=vocab_size)
     weights = read_weights(folder / "model.safetensors")
     check_fit(folder / "model.safetensors", weights, model.state_dict())
-    model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True)
+    model.load_state_dict(
+        {name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True
+    )
     return model.eval()

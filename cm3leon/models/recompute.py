@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 Choice = Literal["none", "selective", "full"]
 
@@ -33,7 +37,10 @@ def recompute(model: nn.Module, choice: Choice) -> None:
     """
     if choice == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # layers draw nothing
+    options: dict[str, Any] = {
+        "use_reentrant": False,
+        "preserve_rng_state": False,
+    }  # layers draw nothing
     if choice == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks:  # type: ignore[union-attr]

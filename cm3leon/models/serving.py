@@ -29,18 +29,26 @@ def keep_weights(model: Any, kind: Weights) -> None:
     if kind == "float32":
         return
     if kind != "bf16" and not isinstance(model, Transformer):
-        raise UserError(f"weights are {kind}, which is for model.name=cm3leon; take float32 or bf16")
+        raise UserError(
+            f"weights are {kind}, which is for model.name=cm3leon; take float32 or bf16"
+        )
     for module in (*model.blocks, model.head):
         module.to(torch.bfloat16)
     if kind == "bf16":
         return
     device = model.head.weight.device
-    if kind == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise UserError(f"weights are fp8, which {device.type} does not compute in; it needs CUDA of capability 8.9")
+    if kind == "fp8" and not (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    ):
+        raise UserError(
+            f"weights are fp8, which {device.type} does not compute in; it needs CUDA of capability 8.9"
+        )
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise UserError(f"weights are {kind}, which needs the package torchao (pip install torchao)") from error
+        raise UserError(
+            f"weights are {kind}, which needs the package torchao (pip install torchao)"
+        ) from error
     # By the library's own default of `version`: torchao 0.15 has a second one that rounds small scales up to 2^-7.
     quantize_(model.blocks, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
@@ -71,7 +79,9 @@ def share(model: Any, *, rank: int, count: int) -> None:
         raise UserError("only the layers of model.name=cm3leon can be shared by several ranks")
     head_size, width, heads = model.config.head_size, model.config.width, model.heads
     if heads % count:
-        raise UserError(f"{count} ranks cannot share the model's {heads} heads; the number must divide them")
+        raise UserError(
+            f"{count} ranks cannot share the model's {heads} heads; the number must divide them"
+        )
     model.heads = heads // count
     for block in model.blocks:
         qkv_3AED = block.qkv.weight.detach().view(3, heads, head_size, width)

@@ -80,7 +80,9 @@ class Transformer(Model):
         sample_BT: Tensor | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
-        name = "sdpa" if attend else self.config.attention  # the one that runs everywhere, where none is asked
+        name = (
+            "sdpa" if attend else self.config.attention
+        )  # the one that runs everywhere, where none is asked
         attention = choose(name, ids_BT.device).attention
         plan = None if sample_BT is None else attention.plan(sample_BT)
         if position_BT is None:
@@ -116,7 +118,9 @@ class Block(nn.Module):
         B, T, _ = x_BTD.shape
         qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         q_BATE, k_BATE, v_BATE = qkv_3BATE.unbind()
-        attended_BATE = attend(q_BATE, k_BATE, v_BATE) if attend else attention(q_BATE, k_BATE, v_BATE, plan)
+        attended_BATE = (
+            attend(q_BATE, k_BATE, v_BATE) if attend else attention(q_BATE, k_BATE, v_BATE, plan)
+        )
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 

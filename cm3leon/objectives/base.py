@@ -34,7 +34,9 @@ class Objective:
         """The sample as it is trained on, at most `max_tokens` long (the sample itself is)."""
         raise NotImplementedError
 
-    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+    def take(
+        self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
+    ) -> tuple[Corrupted, int]:
         """The piece of a sample from `start` on that has `room` for it, as it is trained on, and where the next starts.
 
         Pieces of a sample are trained on in different blocks. All of `room` is used, unless the sample ends in it; an
@@ -54,7 +56,9 @@ class Objective:
         overrides this; `head(hidden_BTD)` are the logits (B, T, V).
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
-        loss, nll_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss)
+        loss, nll_N = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss
+        )
         counted_N, vocab = weight_N > 0, self.vocab
         image_N = counted_N & (target_N >= vocab.image_start) & (target_N < vocab.sentinel_start)
         text_N = counted_N & (target_N < vocab.text_size)

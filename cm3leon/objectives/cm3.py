@@ -49,14 +49,18 @@ class CM3(Objective):
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
         return self._rotated(sample, self.draw_spans(sample, rng, max_tokens))
 
-    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+    def take(
+        self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
+    ) -> tuple[Corrupted, int]:
         left = len(sample.ids_T) - start
         # A sample that fits is not cut for the sake of a span, and a piece has at least one token of the sample.
         spare = room - left if left <= room else room - 1
         count = min(self._draw_count(rng), spare // EXTRA)
         piece = cut(sample, start, start + min(left, room - EXTRA * count))
         spans = self._draw_apart(piece, count, rng)
-        end = start + min(left, room - EXTRA * len(spans))  # further, where spans that met were dropped
+        end = start + min(
+            left, room - EXTRA * len(spans)
+        )  # further, where spans that met were dropped
         return self._rotated(cut(sample, start, end), spans), end
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
@@ -102,7 +106,9 @@ class CM3(Objective):
         segment = part[int(rng.integers(len(part)))]
         if rng.random() < self.config.whole_segment:
             return segment.start, segment.end
-        start, end = np.sort(rng.choice(segment.end - segment.start + 1, size=2, replace=False)).tolist()
+        start, end = np.sort(
+            rng.choice(segment.end - segment.start + 1, size=2, replace=False)
+        ).tolist()
         return segment.start + start, segment.start + end
 
     def _in_block(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:

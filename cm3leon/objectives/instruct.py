@@ -39,13 +39,19 @@ class Instruct(CM3):
 
     config: Config
 
-    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+    def take(
+        self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
+    ) -> tuple[Corrupted, int]:
         if any(segment.role for segment in sample.segments):
-            return Objective.take(self, sample, start, room, rng)  # masks where the rest of a sample has room for them
+            return Objective.take(
+                self, sample, start, room, rng
+            )  # masks where the rest of a sample has room for them
         return super().take(sample, start, room, rng)
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
-        own = [segment for segment in sample.segments if segment.is_query]  # retrieved documents stay as they are
+        own = [
+            segment for segment in sample.segments if segment.is_query
+        ]  # retrieved documents stay as they are
         roles = {segment.role for segment in own}
         if roles <= {""}:
             return super().draw_spans(sample, rng, max_tokens)
@@ -58,7 +64,10 @@ class Instruct(CM3):
         elif chance < self.config.mask_all + self.config.mask_instruction:
             masked = {"instruction"}
         spans = [(segment.start, segment.end) for segment in own if segment.role in masked]
-        fits = len(sample.ids_T) + EXTRA * len(spans) <= max_tokens and len(spans) < self.vocab.sentinels
+        fits = (
+            len(sample.ids_T) + EXTRA * len(spans) <= max_tokens
+            and len(spans) < self.vocab.sentinels
+        )
         return [span for span in spans if span[0] < span[1]] if fits else []
 
     def _weights(self, sample: LaidOut) -> np.ndarray:

@@ -75,7 +75,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, z_loss: float, rows: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        z_loss: float,
+        rows: int,
     ) -> tuple[Tensor, Tensor]:
         loss, nll_N, *gradients = _by_chunks(
             hidden_ND, head_VD, target_N, weight_N, z_loss, rows, ctx.needs_input_grad[:2]
@@ -90,7 +96,13 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
         # In place, as the head's gradient is as large as the head; torch then refuses a second backward pass.
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if d is None else d.mul_(scale).to(dtype) for d, dtype in gradients), None, None, None, None
+        return (
+            *(None if d is None else d.mul_(scale).to(dtype) for d, dtype in gradients),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _by_chunks(
@@ -113,7 +125,9 @@ def _by_chunks(
     dtype = torch.get_autocast_dtype(device.type) if on else hidden_ND.dtype
     head = head_VD.to(dtype)
     product_RV = torch.empty(rows, len(head), dtype=dtype, device=device)
-    float_RV = product_RV if dtype == torch.float32 else torch.empty_like(product_RV, dtype=torch.float32)
+    float_RV = (
+        product_RV if dtype == torch.float32 else torch.empty_like(product_RV, dtype=torch.float32)
+    )
     share_N = weight_N / weight_N.sum().clamp(min=1e-8)
     loss = torch.zeros((), device=device)
     nll_N = torch.empty(count, device=device)
@@ -134,7 +148,9 @@ def _by_chunks(
             loss += ((nll_N[part] + z_loss * lse.square()) * share).sum()
             if not any(wanted):
                 continue
-            scores.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None]).scatter_add_(1, target, -share[:, None])
+            scores.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None]).scatter_add_(
+                1, target, -share[:, None]
+            )
             if float_RV is not product_RV:
                 product.copy_(scores)
             if d_hidden_ND is not None:

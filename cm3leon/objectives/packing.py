@@ -83,7 +83,9 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(block, name) for block in blocks])).to(device)
 
-    return Batch(stack("ids_T"), stack("target_T"), stack("weight_T"), stack("sample_T"), stack("position_T"))
+    return Batch(
+        stack("ids_T"), stack("target_T"), stack("weight_T"), stack("sample_T"), stack("position_T")
+    )
 
 
 def choose(lengths: Sequence[int], room: int, tolerance: int) -> list[int]:
@@ -132,7 +134,9 @@ class Samples:
 
     def laid_out(self, position: int) -> LaidOut:
         """A sample of any length, to take pieces of."""
-        return lay_out(self._draw(position, self._generator(SAMPLE, position)), self._objective.vocab)
+        return lay_out(
+            self._draw(position, self._generator(SAMPLE, position)), self._objective.vocab
+        )
 
     def id_of(self, position: int) -> str:
         """Id of the query document of a sample."""
@@ -216,7 +220,9 @@ class StreamLane:
             self.drawn.append(self._position)
             if self._sample is None:
                 self._sample = self._samples.laid_out(self._position)
-            piece, self._offset = self._samples.piece(self._sample, self._position, self._offset, room)
+            piece, self._offset = self._samples.piece(
+                self._sample, self._position, self._offset, room
+            )
             block.append(piece)
             room -= len(piece.ids_T)
             if self._offset == len(self._sample.ids_T):
@@ -269,10 +275,13 @@ class BlockStream:
         ranks: int = 1,
     ) -> None:
         if batch_size % ranks:
-            raise UserError(f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
+            raise UserError(
+                f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks"
+            )
         samples = Samples(draw, objective, seq_len=seq_len, seed=seed)
         self._lanes: dict[str, Lane] = {
-            str(lane): new_lane(samples, packing, lane, batch_size) for lane in range(rank, batch_size, ranks)
+            str(lane): new_lane(samples, packing, lane, batch_size)
+            for lane in range(rank, batch_size, ranks)
         }
         self._samples = samples
         self._packing = packing
@@ -284,7 +293,10 @@ class BlockStream:
     def next(self) -> Batch:
         """The rank's lanes of the next batch, in order: (B / ranks, T)."""
         run_on = self._packing.run_on
-        blocks = [pack(lane.next(), self._seq_len, self._pad, run_on=run_on) for lane in self._lanes.values()]
+        blocks = [
+            pack(lane.next(), self._seq_len, self._pad, run_on=run_on)
+            for lane in self._lanes.values()
+        ]
         return collate(blocks, self._device)
 
     def ids(self) -> list[str]:
@@ -295,7 +307,10 @@ class BlockStream:
     @property
     def drawn(self) -> int:
         """About how many samples of the stream were drawn so far, by all ranks together."""
-        return max((position for lane in self._lanes.values() for position in lane.drawn), default=-1) + 1
+        return (
+            max((position for lane in self._lanes.values() for position in lane.drawn), default=-1)
+            + 1
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rank's lanes are, as JSON."""
@@ -315,7 +330,9 @@ class BlockStream:
                 f"{self._batch_size} by {self._packing.method}: training.batch_size and packing.method must stay"
             )
         if missing := self._lanes.keys() - state["lanes"].keys():
-            raise UserError(f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' states")
+            raise UserError(
+                f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' states"
+            )
         for name, lane in self._lanes.items():
             lane.load(state["lanes"][name])
 

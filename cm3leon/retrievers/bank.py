@@ -41,7 +41,9 @@ class Parts:
     @staticmethod
     def concatenate(parts: Sequence[Parts]) -> Parts:
         """The documents of all, one after the other."""
-        return Parts(np.concatenate([p.text_BD for p in parts]), np.concatenate([p.image_BD for p in parts]))
+        return Parts(
+            np.concatenate([p.text_BD for p in parts]), np.concatenate([p.image_BD for p in parts])
+        )
 
 
 class SearchableBank(Protocol):
@@ -84,7 +86,9 @@ class MemoryBank:
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Rows (Q, count) of the best documents by inner product, the best first."""
-        return self._searcher.search(np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids)))
+        return self._searcher.search(
+            np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids))
+        )
 
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
@@ -104,6 +108,9 @@ class MemoryBank:
     def load(cls, folder: Path) -> MemoryBank:
         """Reads what `save` wrote."""
         with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
-            bank = cls(json.loads((folder / "ids.json").read_text()), Parts(vectors["text"], vectors["image"]))
+            bank = cls(
+                json.loads((folder / "ids.json").read_text()),
+                Parts(vectors["text"], vectors["image"]),
+            )
         bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
         return bank

@@ -56,11 +56,24 @@ class Retriever:
         return cls(config).encoder.embed_dim
 
     def parts(
-        self, texts: Sequence[str] | None, images_BHWC: np.ndarray | None, *, dropout: float = 0.0, seed: int = 0
+        self,
+        texts: Sequence[str] | None,
+        images_BHWC: np.ndarray | None,
+        *,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> Parts:
         """Vectors of documents' or queries' parts; a part that is None is a zero row in every document."""
-        text_BD = None if texts is None else self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
-        image_BD = None if images_BHWC is None else self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
+        text_BD = (
+            None
+            if texts is None
+            else self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
+        )
+        image_BD = (
+            None
+            if images_BHWC is None
+            else self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
+        )
         if text_BD is None:
             if image_BD is None:
                 raise ValueError("a query needs texts or images")

@@ -43,7 +43,9 @@ class EncoderConfig:
         if self.width % _HEAD:
             raise UserError(f"width {self.width} must be a multiple of {_HEAD}")
         if self.image_size % self.patch_size:
-            raise UserError(f"patch_size {self.patch_size} must divide image_size {self.image_size}")
+            raise UserError(
+                f"patch_size {self.patch_size} must divide image_size {self.image_size}"
+            )
 
 
 _HEAD = 16
@@ -62,15 +64,25 @@ class ClipEncoder(nn.Module):
         self.image_size = size[0] if isinstance(size, tuple) else size
         self.embed_dim = int(self.clip.visual.output_dim)
 
-    def loss(self, texts: list[str], images_BHWC: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(
+        self, texts: list[str], images_BHWC: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """CLIP's symmetric contrastive loss of pairs (open_clip's own), with the figures to record."""
         from open_clip import ClipLoss
 
         image_BD, text_BD, scale = self.clip(self._pixels(images_BHWC), self._tokens(texts))[:3]
         scores_BB = image_BD.detach() @ text_BD.detach().T
-        accuracy = (scores_BB.argmax(1) == torch.arange(len(texts), device=scores_BB.device)).float().mean()
+        accuracy = (
+            (scores_BB.argmax(1) == torch.arange(len(texts), device=scores_BB.device))
+            .float()
+            .mean()
+        )
         loss = ClipLoss()(image_BD.float(), text_BD.float(), scale)
-        return loss, {"pair_accuracy": accuracy, "logit_scale": scale.detach(), "images": float(len(texts))}
+        return loss, {
+            "pair_accuracy": accuracy,
+            "logit_scale": scale.detach(),
+            "images": float(len(texts)),
+        }
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -81,15 +93,21 @@ class ClipEncoder(nn.Module):
         return self._batched(lambda rows: self.clip.encode_text(tokens_BT[rows]), len(texts))
 
     @torch.inference_mode()
-    def encode_images(self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
+    def encode_images(
+        self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
         """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of the ViT's patches left out."""
         with _patch_dropout(self.clip.visual, dropout, seed):
             return self._batched(
-                lambda rows: self.clip.encode_image(self._pixels(torch.from_numpy(images_BHWC[rows]))),
+                lambda rows: self.clip.encode_image(
+                    self._pixels(torch.from_numpy(images_BHWC[rows]))
+                ),
                 len(images_BHWC),
             )
 
-    def _batched(self, encode: Callable[[slice], Tensor], count: int, batch_size: int = 256) -> np.ndarray:
+    def _batched(
+        self, encode: Callable[[slice], Tensor], count: int, batch_size: int = 256
+    ) -> np.ndarray:
         parts = [encode(slice(start, start + batch_size)) for start in range(0, count, batch_size)]
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu().numpy()
 
@@ -102,9 +120,12 @@ class ClipEncoder(nn.Module):
 
         images_BCHW = images_BHWC.to(self._device).permute(0, 3, 1, 2).float() / 255
         if images_BCHW.shape[-1] != self.image_size:
-            images_BCHW = F.interpolate(images_BCHW, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+            images_BCHW = F.interpolate(
+                images_BCHW, size=self.image_size, mode="bicubic", antialias=True
+            ).clamp(0, 1)
         mean, std = (
-            torch.tensor(v, device=self._device)[:, None, None] for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+            torch.tensor(v, device=self._device)[:, None, None]
+            for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         )
         return (images_BCHW - mean) / std
 
@@ -123,7 +144,9 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
         )
     try:
         model = open_clip.create_model(config.architecture, pretrained=config.pretrained)
-    except Exception as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
+    except (
+        Exception
+    ) as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for {config.architecture}: {reason}"
@@ -142,16 +165,23 @@ def _small(config: EncoderConfig) -> tuple[Any, Any]:
         image_size=config.image_size,
     )
     text = CLIPTextCfg(
-        context_length=config.context_length, width=config.width, heads=config.width // _HEAD, layers=config.layers
+        context_length=config.context_length,
+        width=config.width,
+        heads=config.width // _HEAD,
+        layers=config.layers,
     )
-    return CLIP(config.embed_dim, vision, text), SimpleTokenizer(context_length=config.context_length)
+    return CLIP(config.embed_dim, vision, text), SimpleTokenizer(
+        context_length=config.context_length
+    )
 
 
 def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     """Leaves out that share of each text's tokens, at random, but keeps the first and the last (start and end)."""
     dropped_BT = torch.zeros_like(tokens_BT)
     for row, tokens_T in enumerate(tokens_BT):
-        length = int(tokens_T.argmax()) + 1  # the end is CLIP's largest id; 0 is padding, but also the piece "!"
+        length = (
+            int(tokens_T.argmax()) + 1
+        )  # the end is CLIP's largest id; 0 is padding, but also the piece "!"
         inner = np.arange(1, length - 1)
         kept = np.sort(rng.permutation(inner)[: len(inner) - round(share * len(inner))])
         chosen = torch.as_tensor(np.concatenate([[0], kept, [length - 1]]), device=tokens_BT.device)
@@ -168,7 +198,9 @@ def _patch_dropout(visual: Any, share: float, seed: int) -> Iterator[None]:
         yield
         return
     if not hasattr(visual, "patch_dropout"):
-        raise UserError("retriever.query_dropout: this image tower has no patches to drop; use a ViT, or 0")
+        raise UserError(
+            "retriever.query_dropout: this image tower has no patches to drop; use a ViT, or 0"
+        )
     usual = visual.patch_dropout
     visual.patch_dropout = PatchDropout(share).train()
     try:

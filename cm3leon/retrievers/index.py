@@ -34,7 +34,13 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
 from cm3leon.types import UserError
 
-TRAINED, INDEX, DATA, FIGURES, ADDED = "trained.faiss", "index.faiss", "index.ivfdata", "index.json", "added.arrow"
+TRAINED, INDEX, DATA, FIGURES, ADDED = (
+    "trained.faiss",
+    "index.faiss",
+    "index.ivfdata",
+    "index.json",
+    "added.arrow",
+)
 HNSW_FROM = 16_384
 """Lists from which on the list of a vector is itself looked up in a graph."""
 PQ_CODES = 256
@@ -84,15 +90,23 @@ def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
     if is_exact(len(vectors), config) or (folder / TRAINED).is_file():
         return
     if vectors.width % config.code_bytes:
-        raise UserError(f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, {vectors.width}")
+        raise UserError(
+            f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, {vectors.width}"
+        )
     faiss = import_faiss()
     lists = lists_for(len(vectors), config)
     quantizer = f"IVF{lists}_HNSW32" if lists >= HNSW_FROM else f"IVF{lists}"
-    index = faiss.index_factory(vectors.width, f"{quantizer},PQ{config.code_bytes}", faiss.METRIC_INNER_PRODUCT)
-    wanted = min(len(vectors), max(64 * lists, 2**18))  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
+    index = faiss.index_factory(
+        vectors.width, f"{quantizer},PQ{config.code_bytes}", faiss.METRIC_INNER_PRODUCT
+    )
+    wanted = min(
+        len(vectors), max(64 * lists, 2**18)
+    )  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
     index.cp.seed = index.pq.cp.seed = seed + 1
-    train_index(index, np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)]))
+    train_index(
+        index, np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)])
+    )
     _write(index, folder / TRAINED)
 
 
@@ -111,10 +125,17 @@ def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
     """Merges the pieces on disk, measures the recall, and writes index.json."""
     start = time.perf_counter()
     documents = len(vectors)
-    figures: dict[str, Any] = {"documents": documents, "width": vectors.width, "config": asdict(config)}
+    figures: dict[str, Any] = {
+        "documents": documents,
+        "width": vectors.width,
+        "config": asdict(config),
+    }
     if is_exact(documents, config):
         perfect = dict.fromkeys(map(str, RECALL_AT), 1.0)
-        replace_json(folder / FIGURES, {**figures, "kind": "exact", "recall": perfect, "bytes_per_document": 0})
+        replace_json(
+            folder / FIGURES,
+            {**figures, "kind": "exact", "recall": perfect, "bytes_per_document": 0},
+        )
         return
     _merge_on_disk(folder, vectors.count)
     merged = time.perf_counter() - start
@@ -125,7 +146,8 @@ def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
         "lists": index.nlist,
         "nprobe": nprobe,
         "recall": {str(k): value for k, value in recall.items()},
-        "bytes_per_document": sum((folder / name).stat().st_size for name in (INDEX, DATA)) / documents,
+        "bytes_per_document": sum((folder / name).stat().st_size for name in (INDEX, DATA))
+        / documents,
         "merge_seconds": merged,
         "recall_seconds": time.perf_counter() - start - merged,
     }
@@ -139,7 +161,9 @@ def _merge_on_disk(folder: Path, pieces: int) -> None:
     index = faiss.read_index(str(folder / TRAINED))
     (folder / DATA).unlink(missing_ok=True)
     with _quiet():
-        merge_ondisk(index, [str(_piece(folder, number)) for number in range(pieces)], str(folder / DATA))
+        merge_ondisk(
+            index, [str(_piece(folder, number)) for number in range(pieces)], str(folder / DATA)
+        )
         _write(index, folder / INDEX)
 
 
@@ -181,7 +205,9 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ recall
 
 
-def _tuned(vectors: VectorShards, index: Any, config: IndexConfig, seed: int) -> tuple[int, dict[int, float]]:
+def _tuned(
+    vectors: VectorShards, index: Any, config: IndexConfig, seed: int
+) -> tuple[int, dict[int, float]]:
     """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`."""
     queries_QD = _queries(vectors, config.recall_queries, seed)
     exact_QK = exact_search(vectors, queries_QD, max(RECALL_AT))
@@ -197,7 +223,9 @@ def _tuned(vectors: VectorShards, index: Any, config: IndexConfig, seed: int) ->
 
 def _queries(vectors: VectorShards, count: int, seed: int) -> np.ndarray:
     """Texts of random documents, images of those without, (Q, D)."""
-    rows = np.random.default_rng([seed, 1]).choice(len(vectors), min(count, len(vectors)), replace=False)
+    rows = np.random.default_rng([seed, 1]).choice(
+        len(vectors), min(count, len(vectors)), replace=False
+    )
     parts = vectors.parts(rows)
     return np.where(parts.has("text")[:, None], parts.text_BD, parts.image_BD)
 
@@ -235,7 +263,12 @@ def _best(scores_QM: np.ndarray, rows_QM: np.ndarray, count: int) -> tuple[np.nd
 
 
 def _rescored(
-    searcher: Searcher, nprobe: int, vectors: VectorShards, queries_QD: np.ndarray, count: int, rescored: int
+    searcher: Searcher,
+    nprobe: int,
+    vectors: VectorShards,
+    queries_QD: np.ndarray,
+    count: int,
+    rescored: int,
 ) -> np.ndarray:
     """The best of `rescored` candidates by code, ordered by their vectors; -1 where there are fewer."""
     candidates_QM = searcher.search(queries_QD, max(count, rescored), nprobe=nprobe)
@@ -260,14 +293,21 @@ class Bank:
     """
 
     def __init__(
-        self, vectors: Path, index: Path, expect: Mapping[str, Any] | None = None, *, with_added: bool = True
+        self,
+        vectors: Path,
+        index: Path,
+        expect: Mapping[str, Any] | None = None,
+        *,
+        with_added: bool = True,
     ) -> None:
         self.vectors = VectorShards(vectors, expect)
         self._folder = index
         try:
             figures = json.loads((index / FIGURES).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{index} holds no finished index: its {FIGURES} is missing or unreadable") from error
+            raise UserError(
+                f"{index} holds no finished index: its {FIGURES} is missing or unreadable"
+            ) from error
         if figures["documents"] != len(self.vectors):
             raise UserError(
                 f"{index} is the index of {figures['documents']} documents, {vectors} has {len(self.vectors)}; "
@@ -310,26 +350,41 @@ class Bank:
         if self._exact:
             found_QK = self._searcher.search(query_QD, count)
         else:
-            found_QK = _rescored(self._searcher, self._nprobe, self.vectors, query_QD, count, self._rescored)
+            found_QK = _rescored(
+                self._searcher, self._nprobe, self.vectors, query_QD, count, self._rescored
+            )
         if not self.added_ids:
             return found_QK
         scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
         scores_QK[found_QK == NONE] = -np.inf
-        added_QM = np.broadcast_to(np.arange(len(self.vectors), len(self)), (len(query_QD), len(self.added_ids)))
+        added_QM = np.broadcast_to(
+            np.arange(len(self.vectors), len(self)), (len(query_QD), len(self.added_ids))
+        )
         scores_QM = query_QD @ self._added.mean().T
-        return _best(np.concatenate([scores_QK, scores_QM], 1), np.concatenate([found_QK, added_QM], 1), count)[1]
+        return _best(
+            np.concatenate([scores_QK, scores_QM], 1),
+            np.concatenate([found_QK, added_QM], 1),
+            count,
+        )[1]
 
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; zeros for a negative row."""
         added = rows >= len(self.vectors)
         parts = self.vectors.parts(np.where(added, NONE, rows))
         places = rows[added] - len(self.vectors)
-        parts.text_BD[added], parts.image_BD[added] = self._added.text_BD[places], self._added.image_BD[places]
+        parts.text_BD[added], parts.image_BD[added] = (
+            self._added.text_BD[places],
+            self._added.image_BD[places],
+        )
         return parts
 
     def id(self, row: int) -> str:
         """The id of a document."""
-        return self.vectors.id(row) if row < len(self.vectors) else self.added_ids[row - len(self.vectors)]
+        return (
+            self.vectors.id(row)
+            if row < len(self.vectors)
+            else self.added_ids[row - len(self.vectors)]
+        )
 
 
 def _flat(vectors: VectorShards) -> Any:

@@ -84,13 +84,17 @@ class LexicalEncoder(nn.Module):
                 vector_D[:TEXT_DIM] += idf * direction(word)
         return _unit(vectors_BD)
 
-    def encode_images(self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
+    def encode_images(
+        self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
         """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of each image's cells left out."""
         colours_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 255
         cells_BCN = F.adaptive_avg_pool2d(colours_BCHW, CELLS).flatten(2).numpy()
         cells_BCN -= cells_BCN.mean(axis=2, keepdims=True)
         if dropout:
-            order_BN = np.random.default_rng(seed).random((len(cells_BCN), CELLS * CELLS)).argsort(axis=1)
+            order_BN = (
+                np.random.default_rng(seed).random((len(cells_BCN), CELLS * CELLS)).argsort(axis=1)
+            )
             cells_BCN *= (order_BN >= round(dropout * CELLS * CELLS))[:, None]
         vectors_BD = np.zeros((len(images_BHWC), self.embed_dim), np.float32)
         vectors_BD[:, TEXT_DIM:-1] = cells_BCN.reshape(len(cells_BCN), IMAGE_DIM - 1)
@@ -110,7 +114,9 @@ def _bucket(word: str) -> int:
 def direction(word: str) -> np.ndarray:
     """A word's own direction, of expected length 1: normal numbers seeded by the word."""
     seed = list(word.encode())
-    return np.random.default_rng(seed).standard_normal(TEXT_DIM, np.float32) / np.float32(np.sqrt(TEXT_DIM))
+    return np.random.default_rng(seed).standard_normal(TEXT_DIM, np.float32) / np.float32(
+        np.sqrt(TEXT_DIM)
+    )
 
 
 def _unit(vectors_BD: np.ndarray) -> np.ndarray:

@@ -36,7 +36,9 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise UserError("faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)") from error
+        raise UserError(
+            "faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)"
+        ) from error
     except RuntimeError as error:  # what faiss-gpu raises without the libraries that it needs
         raise UserError(f"faiss cannot be loaded: {error}") from error
     return faiss
@@ -71,7 +73,9 @@ class Searcher:
         self._index = index
         self._copy, self.place = _copy_on_gpus(index)
 
-    def search(self, queries_QD: np.ndarray, count: int, *, nprobe: int | None = None) -> np.ndarray:
+    def search(
+        self, queries_QD: np.ndarray, count: int, *, nprobe: int | None = None
+    ) -> np.ndarray:
         """Rows (Q, count) of the best vectors in falling order of the index's scores, -1 where there are fewer.
 
         Args:
@@ -83,7 +87,9 @@ class Searcher:
         return index.search(queries_QD, count, params=parameters)[1]
 
 
-def largest(queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def largest(
+    queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The largest inner products of each query in falling order, and the rows of their vectors, (Q, count) each.
 
     There have to be `count` vectors at least.
@@ -93,7 +99,9 @@ def largest(queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int) -> tuple
     gpus = _gpus_with(queries_QD.nbytes + vectors_MD.nbytes)
     if not gpus or count > MOST:
         return faiss.knn(queries_QD, vectors_MD, count, metric=metric)
-    return faiss.knn_gpu(_resources(gpus[0]), queries_QD, vectors_MD, count, metric=metric, device=gpus[0])
+    return faiss.knn_gpu(
+        _resources(gpus[0]), queries_QD, vectors_MD, count, metric=metric, device=gpus[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ making
@@ -138,7 +146,10 @@ def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
                 return _copied(index, gpus, shard=True), f"GPU {', '.join(map(str, gpus))}"
             except RuntimeError as error:
                 return None, f"CPU, as FAISS refuses the GPU: {str(error).rpartition('Error: ')[2]}"
-    return None, f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, which they have not left"
+    return (
+        None,
+        f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, which they have not left",
+    )
 
 
 def _bytes_on_a_gpu(index: Any, vectors: int) -> int:
@@ -166,9 +177,13 @@ def _copied(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
     faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
     options.shard = shard
-    options.useFloat16 = hasattr(index, "pq")  # tables of more than 48 bytes a code do not fit otherwise
+    options.useFloat16 = hasattr(
+        index, "pq"
+    )  # tables of more than 48 bytes a code do not fit otherwise
     options.allowCpuCoarseQuantizer = True  # lists found by a graph
-    return faiss.index_cpu_to_gpu_multiple_py([_resources(gpu) for gpu in gpus], index, options, gpus)
+    return faiss.index_cpu_to_gpu_multiple_py(
+        [_resources(gpu) for gpu in gpus], index, options, gpus
+    )
 
 
 @cache

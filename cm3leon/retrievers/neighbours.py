@@ -21,7 +21,9 @@ from cm3leon.types import Modality
 MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 
-def draw(rows_VK: np.ndarray, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
+def draw(
+    rows_VK: np.ndarray, *, most: int, random_count: bool, rng: np.random.Generator
+) -> list[int]:
     """Rows of the bank for one training sample, the most relevant last (next to the query).
 
     One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number from 0 to all of
@@ -43,7 +45,9 @@ class Neighbours:
 
     rows_VBK: np.ndarray
 
-    def draw(self, document: int, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
+    def draw(
+        self, document: int, *, most: int, random_count: bool, rng: np.random.Generator
+    ) -> list[int]:
         """Rows of the bank for one training sample, see `draw`."""
         return draw(self.rows_VBK[:, document], most=most, random_count=random_count, rng=rng)
 
@@ -73,12 +77,19 @@ def find_neighbours(
         for variant in range(config.dropout_variants)
     )
     own_B = np.array([bank.row_of.get(id_, NONE) for id_ in ids])
-    rows_VBK, verdicts = neighbours_of(retriever, bank, queries, own_B, like=retriever.parts(texts, images_BHWC))
+    rows_VBK, verdicts = neighbours_of(
+        retriever, bank, queries, own_B, like=retriever.parts(texts, images_BHWC)
+    )
     return Neighbours(rows_VBK), verdicts
 
 
 def neighbours_of(
-    retriever: Retriever, bank: SearchableBank, variants: Iterable[Parts], own_B: np.ndarray, *, like: Parts
+    retriever: Retriever,
+    bank: SearchableBank,
+    variants: Iterable[Parts],
+    own_B: np.ndarray,
+    *,
+    like: Parts,
 ) -> tuple[np.ndarray, Counter[str]]:
     """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
 
@@ -93,7 +104,9 @@ def neighbours_of(
     for queries in variants:
         halves = []
         for modality in MODALITIES:
-            rows_BK, seen = retriever.retrieve(bank, queries, modality, count=count, exclude_Q=own_B, like=like)
+            rows_BK, seen = retriever.retrieve(
+                bank, queries, modality, count=count, exclude_Q=own_B, like=like
+            )
             halves.append(rows_BK)
             verdicts += seen
         rows_VBK.append(np.concatenate(halves, axis=1))
@@ -153,6 +166,8 @@ class NeighbourShards:
             )
         return rows[place].reshape(self._variants, -1)
 
-    def draw(self, document: int, *, most: int, random_count: bool, rng: np.random.Generator) -> list[int]:
+    def draw(
+        self, document: int, *, most: int, random_count: bool, rng: np.random.Generator
+    ) -> list[int]:
         """Rows of the bank for one training sample, see `draw`."""
         return draw(self.rows(document), most=most, random_count=random_count, rng=rng)

@@ -22,7 +22,13 @@ class Rules:
 
 
 def select(
-    candidates_QK: np.ndarray, candidates: Parts, queries: Parts, *, exclude_Q: np.ndarray, count: int, rules: Rules
+    candidates_QK: np.ndarray,
+    candidates: Parts,
+    queries: Parts,
+    *,
+    exclude_Q: np.ndarray,
+    count: int,
+    rules: Rules,
 ) -> tuple[np.ndarray, Counter[str]]:
     """For each query, takes up to `count` candidates in order of relevance, skipping those that a rule rejects.
 
@@ -67,4 +73,8 @@ def select(
 def _similarity(a: Parts, b: Parts) -> np.ndarray:
     """Cosine (..., A, B): of the images where both have one, else of the texts, else 0."""
     both_images = a.has("image")[..., :, None] & b.has("image")[..., None, :]
-    return np.where(both_images, a.image_BD @ b.image_BD.swapaxes(-1, -2), a.text_BD @ b.text_BD.swapaxes(-1, -2))
+    return np.where(
+        both_images,
+        a.image_BD @ b.image_BD.swapaxes(-1, -2),
+        a.text_BD @ b.text_BD.swapaxes(-1, -2),
+    )

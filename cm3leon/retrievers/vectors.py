@@ -14,7 +14,9 @@ from cm3leon.retrievers.bank import Parts
 from cm3leon.types import UserError
 
 
-def write_vector_shard(path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]) -> None:
+def write_vector_shard(
+    path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]
+) -> None:
     """Writes a shard of documents: the columns `id`, `text` and `image` (zero where a document lacks one)."""
     columns = {
         "id": pa.array(ids, pa.large_string()),
@@ -25,7 +27,9 @@ def write_vector_shard(path: Path, ids: Sequence[str], parts: Parts, header: Map
 
 
 def _vectors(vectors_BD: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_BD.astype(np.float16).ravel()), vectors_BD.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors_BD.astype(np.float16).ravel()), vectors_BD.shape[1]
+    )
 
 
 def finish_vectors(folder: Path, count: int) -> None:

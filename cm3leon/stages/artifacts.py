@@ -68,7 +68,10 @@ class Run:
         """The training images, then their varied versions one after the other: ((1 + versions) * B, H, W, C)."""
         images_BHWC = self.corpus.images_BHWC[self.corpus.rows("train")]
         config, seed = self.experiment.augment, self.experiment.seed
-        varied = [vary(images_BHWC, config, seed * 1_000_003 + version) for version in range(config.versions)]
+        varied = [
+            vary(images_BHWC, config, seed * 1_000_003 + version)
+            for version in range(config.versions)
+        ]
         return np.concatenate([images_BHWC, *varied])
 
     @property
@@ -87,7 +90,9 @@ class Run:
         assert self.borrowed is not None
         file = self.borrowed / name
         if not file.is_file():
-            raise UserError(f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing")
+            raise UserError(
+                f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing"
+            )
         return file
 
     @property
@@ -137,7 +142,9 @@ class Run:
     def vocab(self) -> Vocab:
         """The common vocabulary."""
         image_size = self.image_tokenizer_shape.codebook_size
-        return Vocab(self.experiment.text_tokenizer.vocab_size, image_size, self.experiment.sentinels)
+        return Vocab(
+            self.experiment.text_tokenizer.vocab_size, image_size, self.experiment.sentinels
+        )
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:
@@ -209,7 +216,9 @@ class Run:
         if self.experiment.shards is None:
             return self.token_documents[self.bank_rows[row]]
         made = len(self.bank_tokens)
-        return self.bank_tokens.document(row) if row < made else self.added_tokens.document(row - made)
+        return (
+            self.bank_tokens.document(row) if row < made else self.added_tokens.document(row - made)
+        )
 
     @property
     def added_tokens_file(self) -> Path:
@@ -264,7 +273,9 @@ class Run:
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""
         file = self.folder / stage / "log.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        )
 
     def section(self, *names: str) -> dict[str, Any]:
         """Sections of the experiment as plain data, for fingerprints and records."""

@@ -32,16 +32,26 @@ def make_documents(run: Run, folder: Path) -> None:
             skipped.append(item)
             continue
         if item.image is None or not item.text:
-            skipped.append(Skipped(item.id, "this experiment needs a caption and an image in every document"))
+            skipped.append(
+                Skipped(item.id, "this experiment needs a caption and an image in every document")
+            )
             continue
         documents.append(item)
         images.append(square(item.image, size))
-    (folder / SKIPPED).write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped))
+    (folder / SKIPPED).write_text(
+        "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped)
+    )
     if skipped:
-        print(f"      {len(skipped)} of {len(skipped) + len(documents)} items skipped, listed in {folder / SKIPPED}")
-    if not documents and run.borrowed is None:  # with borrowed tokenizers it may be text, to be mixed into another run
+        print(
+            f"      {len(skipped)} of {len(skipped) + len(documents)} items skipped, listed in {folder / SKIPPED}"
+        )
+    if (
+        not documents and run.borrowed is None
+    ):  # with borrowed tokenizers it may be text, to be mixed into another run
         reason = f", for example {skipped[0].file}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"data: no usable documents in the corpus ({len(skipped)} items skipped{reason})")
+        raise UserError(
+            f"data: no usable documents in the corpus ({len(skipped)} items skipped{reason})"
+        )
     ids = [document.id for document in documents]
     Corpus(
         ids=ids,

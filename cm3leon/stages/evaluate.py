@@ -44,9 +44,13 @@ class Evaluator:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.labels_M = np.array([UNKNOWN if label is None else label for label in run.corpus.labels])
+        self.labels_M = np.array(
+            [UNKNOWN if label is None else label for label in run.corpus.labels]
+        )
         self.training_rows = run.corpus.rows("train")
-        self.metrics = {component.name: METRICS.build(component) for component in run.experiment.metrics}
+        self.metrics = {
+            component.name: METRICS.build(component) for component in run.experiment.metrics
+        }
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -58,11 +62,17 @@ class Evaluator:
 
     def read_images(self, images_BHWC: np.ndarray) -> np.ndarray:
         """The class that the judge reads in each image, -1 without a judge."""
-        return np.full(len(images_BHWC), UNKNOWN) if self.judge is None else self.judge.read(images_BHWC)
+        return (
+            np.full(len(images_BHWC), UNKNOWN)
+            if self.judge is None
+            else self.judge.read(images_BHWC)
+        )
 
     def documents(self) -> dict[str, int]:
         """How many documents each split has, and how many items were skipped."""
-        counts = {split: len(self.run.corpus.rows(split)) for split in ("train", "validation", "held_out")}
+        counts = {
+            split: len(self.run.corpus.rows(split)) for split in ("train", "validation", "held_out")
+        }
         skipped = (self.run.folder / "documents" / "skipped.jsonl").read_text().splitlines()
         return {**counts, "skipped": len(skipped)}
 
@@ -85,8 +95,12 @@ class Evaluator:
         figures: dict[str, Any] = {}
         for split in ("train", "held_out"):
             rows = self.run.corpus.rows(split)
-            figures[f"psnr_{split}"] = psnr(images_BHWC[rows], self.run.image_tokenizer.decode(codes_MN[rows]))
-        use, perplexity = codebook_use(codes_MN[self.training_rows], self.run.image_tokenizer.codebook_size)
+            figures[f"psnr_{split}"] = psnr(
+                images_BHWC[rows], self.run.image_tokenizer.decode(codes_MN[rows])
+            )
+        use, perplexity = codebook_use(
+            codes_MN[self.training_rows], self.run.image_tokenizer.codebook_size
+        )
         distinct = len(np.unique(codes_MN[self.training_rows], axis=0)) / len(self.training_rows)
         return {
             **figures,
@@ -100,14 +114,19 @@ class Evaluator:
     def retriever_figures(self) -> dict[str, Any]:
         """The strategy's verdicts on the training queries, and the vote of retrieved documents on held-out images."""
         sharded = self.run.experiment.shards is not None
-        figures = json.loads((self.run.folder / ("neighbours" if sharded else "retriever") / STRATEGY).read_text())
+        figures = json.loads(
+            (self.run.folder / ("neighbours" if sharded else "retriever") / STRATEGY).read_text()
+        )
         if self.judge is None or sharded:  # the labels of a sharded corpus's bank are not kept
             return figures
         rows = self.run.corpus.rows("held_out")
         queries = self.run.retriever.parts(None, self.run.corpus.images_BHWC[rows])
         nearest_B1 = self.run.bank.search(queries.image_BD, 1)
         read_B = self.labels_M[self.run.bank_rows[nearest_B1[:, 0]]]
-        return {**figures, "nearest_neighbour_vote": asdict(proportion(read_B == self.labels_M[rows]))}
+        return {
+            **figures,
+            "nearest_neighbour_vote": asdict(proportion(read_B == self.labels_M[rows])),
+        }
 
     def setting(self, setting: Setting) -> dict[str, Any]:
         """All metrics of a setting that apply to it."""
@@ -116,7 +135,9 @@ class Evaluator:
         return {
             **asdict(setting),
             "n": len(generated.codes_BN),
-            "metrics": {name: asdict(value) for name, value in measured.items() if value is not None},
+            "metrics": {
+                name: asdict(value) for name, value in measured.items() if value is not None
+            },
         }
 
     def generated(self, setting: Setting) -> Generated:
@@ -144,14 +165,18 @@ class Evaluator:
             given_texts=[run.corpus.captions[row] for row in rows],
             training_MN=run.varied_codes_VBN.reshape(-1, codes_BN.shape[1]),
             retrieved=[self._codes(generation.retrieved) for generation in generations],
-            clip_B=(parts.text_BD * parts.image_BD).sum(axis=1) if run.retriever.encoder.joint else None,
+            clip_B=(parts.text_BD * parts.image_BD).sum(axis=1)
+            if run.retriever.encoder.joint
+            else None,
             exact_B=self._given_is_kept(setting, generations),
         )
 
     def _codes(self, rows: list[int]) -> np.ndarray:
         """Image codes (K, N) of documents of the bank, without those that have no image."""
         documents = [self.run.bank_document(row) for row in rows]
-        return np.array([self.run.tokenizer.codes(d) for d in documents if d.segment("image") is not None])
+        return np.array(
+            [self.run.tokenizer.codes(d) for d in documents if d.segment("image") is not None]
+        )
 
     def _given_is_kept(self, setting: Setting, generations: list[Generation]) -> np.ndarray:
         """Whether each completed document, as it was written to the file, has what the prompt gave."""
@@ -160,7 +185,9 @@ class Evaluator:
         kept = []
         for generation in generations:
             original = self.run.token_documents[generation.row]
-            completed = self.run.tokenizer.token_document(original.id, generation.caption, np.array(generation.codes))
+            completed = self.run.tokenizer.token_document(
+                original.id, generation.caption, np.array(generation.codes)
+            )
             kept.append(task.keeps_given(original, completed))
         return np.array(kept)
 
@@ -170,7 +197,9 @@ def chosen_cfg(measured: list[dict[str, Any]]) -> float | None:
 
     Ties go to the smaller weight.
     """
-    candidates = [entry for entry in measured if entry["split"] == "validation" and entry["cfg"] is not None]
+    candidates = [
+        entry for entry in measured if entry["split"] == "validation" and entry["cfg"] is not None
+    ]
     by = "accuracy" if all("accuracy" in entry["metrics"] for entry in candidates) else "clip_score"
     if not candidates or not all(by in entry["metrics"] for entry in candidates):
         return None

@@ -75,7 +75,9 @@ def settings(run: Run) -> list[Setting]:
         decoder = run.experiment.task_decoders.get(component.name, run.experiment.decoder)
         if _build_task(run, component.name).guided and hasattr(decoder.config, "cfg"):
             weights = config.cfg
-            result += [Setting(component.name, "validation", 0, False, weight) for weight in weights]
+            result += [
+                Setting(component.name, "validation", 0, False, weight) for weight in weights
+            ]
         result += [
             Setting(component.name, "held_out", count, mixed, weight)
             for count, mixed in retrieval
@@ -102,15 +104,29 @@ def _write(path: Path, setting: Setting, generations: Iterator[Generation]) -> N
 
 def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
     task = _build_task(run, setting.task)
-    rows = _rows(run, setting, at_least=run.experiment.generation.samples if task.asked_again else 0)
+    rows = _rows(
+        run, setting, at_least=run.experiment.generation.samples if task.asked_again else 0
+    )
     documents = [run.token_documents[row] for row in rows]
     found = retrieved_rows(run, task, rows, documents=setting.documents, shuffled=setting.shuffled)
-    retrieved = [that_fit(run, task, document, others) for document, others in zip(documents, found, strict=True)]
-    prompts = [_prompt(run, task, document, others) for document, others in zip(documents, retrieved, strict=True)]
+    retrieved = [
+        that_fit(run, task, document, others)
+        for document, others in zip(documents, found, strict=True)
+    ]
+    prompts = [
+        _prompt(run, task, document, others)
+        for document, others in zip(documents, retrieved, strict=True)
+    ]
     usual = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
     decoder = run.experiment.task_decoders.get(setting.task, usual)
     with (
-        tqdm(total=len(rows), desc=setting.file[:-6], unit="sample", mininterval=2.0, dynamic_ncols=True) as progress,
+        tqdm(
+            total=len(rows),
+            desc=setting.file[:-6],
+            unit="sample",
+            mininterval=2.0,
+            dynamic_ncols=True,
+        ) as progress,
         autocast(run.device, run.experiment.training.precision),
     ):
         answers = generate(
@@ -124,7 +140,9 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
         )
     for row, others, document, answer in zip(rows, retrieved, documents, answers, strict=True):
         completed = task.complete(document, answer)
-        yield Generation(row, others, run.tokenizer.caption(completed), run.tokenizer.codes(completed).tolist())
+        yield Generation(
+            row, others, run.tokenizer.caption(completed), run.tokenizer.codes(completed).tolist()
+        )
 
 
 def _prompt(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> Prompt:
@@ -166,7 +184,10 @@ def retrieved_rows(
     rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=documents)
     found = [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
     if shuffled:
-        found = [found[place] for place in np.random.default_rng(run.experiment.seed).permutation(len(found))]
+        found = [
+            found[place]
+            for place in np.random.default_rng(run.experiment.seed).permutation(len(found))
+        ]
     of_row = dict(zip(distinct, found, strict=True))
     return [of_row[row] for row in rows]
 

@@ -74,22 +74,31 @@ def _batches(run: Run, batch_size: int) -> Batches:
             seed=seed,
         )
     images_BHWC = run.varied_images
-    return RowStream(len(images_BHWC), lambda items: images_BHWC[items], batch_size=batch_size, seed=seed)
+    return RowStream(
+        len(images_BHWC), lambda items: images_BHWC[items], batch_size=batch_size, seed=seed
+    )
 
 
 def _reconstructions(run: Run, tokenizer: ImageTokenizer) -> Callable[[int, Any], None]:
     """A callback that measures some validation images, and draws some of them above their reconstructions."""
     validation = run.corpus.rows("validation")
-    chosen = [validation[shuffled(0, place, len(validation))] for place in range(min(LOOKED_AT, len(validation)))]
+    chosen = [
+        validation[shuffled(0, place, len(validation))]
+        for place in range(min(LOOKED_AT, len(validation)))
+    ]
     images_BHWC = run.corpus.images_BHWC[chosen]
 
     def callback(step: int, writer: Any) -> None:
         tokenizer.eval()
         codes_BN = tokenizer.encode(images_BHWC)
         rebuilt_BHWC = tokenizer.decode(codes_BN)
-        for name, value in averages(images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size).items():
+        for name, value in averages(
+            images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size
+        ).items():
             writer.add_scalar(f"validation/{name}", value, step)
-        pairs_BHWC = np.concatenate([images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1)  # originals above
+        pairs_BHWC = np.concatenate(
+            [images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1
+        )  # originals above
         writer.add_images("reconstructions", pairs_BHWC, step, dataformats="NHWC")
 
     return callback

@@ -42,7 +42,12 @@ def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
         for batch in shard_documents(run, parts, number):
             ids += [document.id for document in batch]
             vectors.append(document_parts(run, batch))
-        write_vector_shard(shard_path(folder, number, len(parts)), ids, Parts.concatenate(vectors), run.encoder_header)
+        write_vector_shard(
+            shard_path(folder, number, len(parts)),
+            ids,
+            Parts.concatenate(vectors),
+            run.encoder_header,
+        )
 
     with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
 
@@ -53,16 +58,22 @@ def make_vectors(run: Run, folder: Path) -> None:
     finish_vectors(folder, len(run.source.parts()))
 
 
-def document_parts(run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0) -> Parts:
+def document_parts(
+    run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
+) -> Parts:
     """Vectors of the documents' texts and first images, zero where one lacks them."""
     encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
     texts = [document.text for document in documents]
     images = [document.image for document in documents]
     with_text = [place for place, text in enumerate(texts) if text]
     with_image = [place for place, image in enumerate(images) if image is not None]
-    text_BD, image_BD = (np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2))
+    text_BD, image_BD = (
+        np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2)
+    )
     if with_text:
-        text_BD[with_text] = encoder.encode_texts([texts[place] for place in with_text], dropout=dropout, seed=seed)
+        text_BD[with_text] = encoder.encode_texts(
+            [texts[place] for place in with_text], dropout=dropout, seed=seed
+        )
     if with_image:
         squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
         image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
@@ -111,7 +122,9 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
     write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
     # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
-    bank = Bank(run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False)
+    bank = Bank(
+        run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False
+    )
     if part[0] == 0:
         print(f"      memory bank: {bank.place}", flush=True)
 
@@ -119,14 +132,21 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
         width = 2 * config.per_modality
         if not config.max_documents:  # training will draw none, so nothing is looked for
             none_VBK = np.full((config.dropout_variants, int(run.tokens.rows[number]), width), NONE)
-            write_neighbour_shard(shard_path(folder, number, len(parts)), none_VBK, {"verdicts": {}})
+            write_neighbour_shard(
+                shard_path(folder, number, len(parts)), none_VBK, {"verdicts": {}}
+            )
             return
         found = [np.zeros((config.dropout_variants, 0, width), np.int64)]
         verdicts: Counter[str] = Counter()
         first = int(first_rows[number])
         for batch in shard_documents(run, parts, number):
-            seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(config.dropout_variants)
-            queries = [document_parts(run, batch, dropout=config.query_dropout, seed=int(seed)) for seed in seeds]
+            seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(
+                config.dropout_variants
+            )
+            queries = [
+                document_parts(run, batch, dropout=config.query_dropout, seed=int(seed))
+                for seed in seeds
+            ]
             if run.shards.bank is None:
                 own_B = np.arange(first, first + len(batch))
                 documents = bank.parts_of(own_B)

@@ -49,7 +49,12 @@ class Stage(Generic[R]):
 
 
 def run_stages(
-    stages: Sequence[Stage[R]], run: R, folder: Path, say: Callable[[str], None], *, until: str | None = None
+    stages: Sequence[Stage[R]],
+    run: R,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    until: str | None = None,
 ) -> dict[str, float]:
     """Brings every stage up to date, to `until` if it is given. Returns the seconds that each took when it was made.
 
@@ -82,7 +87,9 @@ def run_stages(
                 say(f"{title}: up to date")
             else:
                 again = (
-                    f"{damaged[0]} is missing or has changed, made again" if damaged else "going on where it stopped"
+                    f"{damaged[0]} is missing or has changed, made again"
+                    if damaged
+                    else "going on where it stopped"
                 )
                 say(f"{title}: {again}" if (place / STARTED).is_file() else title)
                 seconds[stage.name] = _make(stage, run, place, fingerprint)
@@ -102,7 +109,9 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
     stage, place = stages[number], folder / name
     if stage.make_part is None:
         shared = ", ".join(other.name for other in stages if other.make_part)
-        raise UserError(f"stage is {name}, made in one piece; those that workers share are: {shared or 'none'}")
+        raise UserError(
+            f"stage is {name}, made in one piece; those that workers share are: {shared or 'none'}"
+        )
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
     with locked(folder, shared=True):
@@ -121,7 +130,9 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
         stage.make_part(run, place, part)
 
 
-def first_unfinished(stages: Sequence[Stage[R]], run: R, folder: Path) -> tuple[str | None, dict[str, str]]:
+def first_unfinished(
+    stages: Sequence[Stage[R]], run: R, folder: Path
+) -> tuple[str | None, dict[str, str]]:
     """The first stage that is not finished in the folder with these settings, if any, and the fingerprints up to it."""
     made: dict[str, str] = {}
     for stage in stages:
@@ -140,14 +151,20 @@ def is_finished(stage: Stage[R], before: Sequence[Stage[R]], run: R, folder: Pat
 def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
     names = [stage.name for stage in stages]
     if name not in names:
-        raise UserError(f"{where} is {name}, which is not a stage of this experiment; {choices(name, names)}")
+        raise UserError(
+            f"{where} is {name}, which is not a stage of this experiment; {choices(name, names)}"
+        )
     return names.index(name)
 
 
 def _damaged(place: Path) -> list[str]:
     """Files of a finished stage that are missing, or not as they were written."""
     files = _read(place / MARKER).get("files", {})
-    return [name for name, digest in files.items() if not (place / name).is_file() or _digest(place / name) != digest]
+    return [
+        name
+        for name, digest in files.items()
+        if not (place / name).is_file() or _digest(place / name) != digest
+    ]
 
 
 def _read(marker: Path) -> dict[str, Any]:
@@ -175,7 +192,11 @@ def _results(place: Path) -> Iterator[Path]:
     """The files that make up a result: not the markers, nor logs and checkpoints, which serve only while it is made."""
     for file in sorted(place.rglob("*")):
         inner = file.relative_to(place).parts[0]
-        if file.is_file() and inner not in (MARKER, STARTED, "tensorboard") and not inner.startswith(("step_", ".")):
+        if (
+            file.is_file()
+            and inner not in (MARKER, STARTED, "tensorboard")
+            and not inner.startswith(("step_", "."))
+        ):
             yield file
 
 
@@ -187,7 +208,10 @@ def _refuse_other_inputs(stage: Stage[R], run: R, place: Path, fingerprint: str)
         return
     before, now = _flat(begun.get("inputs")), _flat(json.loads(json.dumps(stage.inputs(run))))
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-    what = [f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}" for key in keys[:5]]
+    what = [
+        f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}"
+        for key in keys[:5]
+    ]
     raise UserError(
         f"run: {place} has come to step {int(steps[-1].name[5:])} with other settings "
         f"({'; '.join(what) or 'the stages before it were made anew'}); put them back, choose another run folder, "
@@ -198,7 +222,11 @@ def _refuse_other_inputs(stage: Stage[R], run: R, place: Path, fingerprint: str)
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping; numbers in lists do not show in the keys."""
     if isinstance(value, dict):
-        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()}
+        return {
+            k: v
+            for name, inner in value.items()
+            for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()
+        }
     if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         return {k: v for inner in value for k, v in _flat(inner, key).items()}
     return {key: value}
@@ -206,7 +234,9 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 def _make_room(place: Path, fingerprint: str) -> None:
     """Moves away what other inputs made, and back what these inputs made earlier."""
-    made_from = _read(place / MARKER).get("fingerprint") or _read(place / STARTED).get("fingerprint")
+    made_from = _read(place / MARKER).get("fingerprint") or _read(place / STARTED).get(
+        "fingerprint"
+    )
     if made_from == fingerprint:
         return
     attic = place.parent / SUPERSEDED
@@ -216,7 +246,9 @@ def _make_room(place: Path, fingerprint: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
     elif place.exists() and any(not file.name.startswith(".") for file in place.iterdir()):
-        raise UserError(f"run: {place} holds files that no stage has made; choose another run folder")
+        raise UserError(
+            f"run: {place} holds files that no stage has made; choose another run folder"
+        )
     else:
         shutil.rmtree(place, ignore_errors=True)
     earlier = attic / f"{place.name}-{fingerprint[:12]}"
@@ -225,7 +257,9 @@ def _make_room(place: Path, fingerprint: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(
+    folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False
+) -> Iterator[None]:
     """One process at a time in a run folder, or any number of `shared` ones; the lock goes with the process."""
     with (folder / name).open("w") as file:
         try:
@@ -246,7 +280,9 @@ def _stage_fingerprint(stage: Stage[R], run: R, made: Mapping[str, str]) -> str:
 
 
 def _digest(path: Path) -> str:
-    if path.suffix == ".arrow":  # a shard carries its own checksum, and there may be terabytes of them
+    if (
+        path.suffix == ".arrow"
+    ):  # a shard carries its own checksum, and there may be terabytes of them
         return f"{path.stat().st_size} bytes"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -53,7 +53,10 @@ def make_pretraining(run: Run, folder: Path) -> None:
     def micro_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         value, figures = loss(run, module, batch.to(run.device), z_loss=config.z_loss)
         if isinstance(model.config, Transformer.Config):
-            figures = {**figures, "flops": model_flops(model.config, model.vocab_size, batch.sample_BT)}
+            figures = {
+                **figures,
+                "flops": model_flops(model.config, model.vocab_size, batch.sample_BT),
+            }
         return value, figures
 
     def callback(step: int, writer: Any) -> dict[str, float]:
@@ -77,7 +80,9 @@ def make_pretraining(run: Run, folder: Path) -> None:
             ids=stream.ids,
         ),
         ranks=ranks,
-        goes_on_from=config.start / "pretraining" if config.start and config.start_with == "everything" else None,
+        goes_on_from=config.start / "pretraining"
+        if config.start and config.start_with == "everything"
+        else None,
         peak_flops=peak_flops(run.device, ranks.count),
     )
     state, figures = whole_state(model), validation_loss(run, model)

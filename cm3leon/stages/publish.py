@@ -69,9 +69,13 @@ def figures(run: Run, results: Entry, seconds: dict[str, float]) -> Entry:
         "chosen_cfg": results["chosen_cfg"],
         "t2i_accuracy": [_flat(entry) for entry in held_out if entry["task"] == "text_to_image"],
         "caption_accuracy": [_flat(entry) for entry in held_out if entry["task"] == "caption"],
-        "infill_accuracy": [_flat(entry) for entry in held_out if entry["task"].startswith("infill")],
+        "infill_accuracy": [
+            _flat(entry) for entry in held_out if entry["task"].startswith("infill")
+        ],
         "other_tasks": [_flat(entry) for entry in held_out if not _is_standard(entry["task"])],
-        "t2i_validation": [_flat(entry) for entry in results["settings"] if entry["split"] == "validation"],
+        "t2i_validation": [
+            _flat(entry) for entry in results["settings"] if entry["split"] == "validation"
+        ],
         "validation_loss": json.loads((run.folder / "pretraining" / "validation.json").read_text()),
         **{name: results[name] for name in ("documents", "judge", "reconstruction", "retriever")},
         "wall_seconds": {**seconds, "total": sum(seconds.values())},
@@ -98,7 +102,15 @@ def _value(figure: Entry | None) -> float | None:
 
 def _provenance(run: Run) -> Entry:
     """Code, packages, machine and configuration of the run."""
-    packages = ("torch", "numpy", "open_clip_torch", "tokenizers", "scikit-learn", "faiss-cpu", "faiss-gpu")
+    packages = (
+        "torch",
+        "numpy",
+        "open_clip_torch",
+        "tokenizers",
+        "scikit-learn",
+        "faiss-cpu",
+        "faiss-gpu",
+    )
     return {
         "command": f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}",
         "cm3leon": __version__,
@@ -127,7 +139,10 @@ def _git_commit() -> str | None:
     """Commit of the code, with "-dirty" if files differ from it; None outside a clone."""
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=SHIPPED, capture_output=True, text=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=SHIPPED,
+            capture_output=True,
+            text=True,
         )
     except OSError:
         return None
@@ -140,7 +155,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- report.html
@@ -188,11 +206,17 @@ class _Page:
         ]
         psnr = self.metrics["reconstruction_psnr"]
         judged = self.metrics["judge_accuracy_reconstructed"]
-        note = "" if judged is None else f"of held-out images; {_percent(judged)} of them read right"
+        note = (
+            "" if judged is None else f"of held-out images; {_percent(judged)} of them read right"
+        )
         return [
             *(fact for fact in facts if fact),
             Fact("reconstruction from codes", f"{psnr:.1f} dB", note),
-            Fact("for the whole path", f"{wall / 60:.1f} min", f"{self._provenance('machine')['cpu_cores']} CPU cores"),
+            Fact(
+                "for the whole path",
+                f"{wall / 60:.1f} min",
+                f"{self._provenance('machine')['cpu_cores']} CPU cores",
+            ),
         ]
 
     def samples(self) -> Section:
@@ -203,13 +227,18 @@ class _Page:
             if entry is None:
                 continue
             cards = [self._image_card(entry, generation) for generation in self._some(entry, 18)]
-            text = "without documents" if not documents else f"with {documents} retrieved, most relevant last"
+            text = (
+                "without documents"
+                if not documents
+                else f"with {documents} retrieved, most relevant last"
+            )
             guidance = "" if entry["cfg"] is None else f"; guidance weight {entry['cfg']:g}"
             blocks.append(Gallery(cards, caption=f"Text to image {text}{guidance}."))
         return Section(
             "Text to image",
             "Captions of held-out documents as prompts, not selected. The small images are the retrieved documents "
-            "that stood in the prompt." + (" ✓ or ✗ is the judge's reading." if self.has_classes else ""),
+            "that stood in the prompt."
+            + (" ✓ or ✗ is the judge's reading." if self.has_classes else ""),
             blocks,
         )
 
@@ -224,14 +253,19 @@ class _Page:
             middle = given_BHWC.shape[1] // 2
             missing = np.s_[:, :middle] if entry["task"] == "infill_top" else np.s_[:, middle:]
             given_BHWC[missing] = 128
-            original_BHWC = self.run.image_tokenizer.decode(self.run.codes_MN[[g.row for g in some]])
+            original_BHWC = self.run.image_tokenizer.decode(
+                self.run.codes_MN[[g.row for g in some]]
+            )
             rows = [
                 ("given", _pictures(given_BHWC)),
                 ("infilled", _pictures(images_BHWC)),
                 ("original", _pictures(original_BHWC)),
             ]
             blocks.append(
-                Strip(rows, caption=f"{entry['task'].replace('_', ' ')}: the caption and one half are given.")
+                Strip(
+                    rows,
+                    caption=f"{entry['task'].replace('_', ' ')}: the caption and one half are given.",
+                )
             )
         return Section(
             "Infilling",
@@ -258,15 +292,23 @@ class _Page:
                 )
             )
         return Section(
-            "Image to text", "Held-out images, captioned without documents by the infilling prompt.", [Gallery(cards)]
+            "Image to text",
+            "Held-out images, captioned without documents by the infilling prompt.",
+            [Gallery(cards)],
         )
 
     def settings_tables(self) -> Section:
-        names = {entry["task"]: None for entry in self.results["settings"] if entry["split"] == "held_out"}
+        names = {
+            entry["task"]: None
+            for entry in self.results["settings"]
+            if entry["split"] == "held_out"
+        }
         tables = [self._table(task) for task in names]
         validation = [entry for entry in self.results["settings"] if entry["split"] == "validation"]
         if validation:
-            tables.append(self._settings_table("Guidance weights on the validation split", validation))
+            tables.append(
+                self._settings_table("Guidance weights on the validation split", validation)
+            )
         return Section(
             "Figures",
             "Shares in %, accuracies with their 95 % intervals (Wilson). A copy has the codes of a training image, of "
@@ -288,20 +330,31 @@ class _Page:
             ),
         )
         return Section(
-            "Image tokenizer", "What an image is to the model: everything it draws is bounded by this.", [strip]
+            "Image tokenizer",
+            "What an image is to the model: everything it draws is bounded by this.",
+            [strip],
         )
 
     def curves(self) -> Section:
         pretraining = self.run.log("pretraining")
         blocks = [
-            _curves("Pretraining loss", pretraining, {"text": "loss_text", "image": "loss_image"}, "nats a token"),
-            _curves("Learning rate", pretraining, {"learning rate": "learning_rate"}, "learning rate"),
+            _curves(
+                "Pretraining loss",
+                pretraining,
+                {"text": "loss_text", "image": "loss_image"},
+                "nats a token",
+            ),
+            _curves(
+                "Learning rate", pretraining, {"learning rate": "learning_rate"}, "learning rate"
+            ),
             _curves("Gradient norm", pretraining, {"gradient norm": "gradient_norm"}, "norm"),
             _curves("Image tokenizer", self.run.log("image_tokenizer"), {"PSNR": "psnr_db"}, "dB"),
             _curves("Retriever", self.run.log("retriever"), {"loss": "loss"}, "nats"),
         ]
         loss = self.metrics["validation_loss"]
-        text = ", ".join(f"{name[5:]} {loss[name]:.3f}" for name in ("loss_text", "loss_image") if name in loss)
+        text = ", ".join(
+            f"{name[5:]} {loss[name]:.3f}" for name in ("loss_text", "loss_image") if name in loss
+        )
         return Section(
             "Training",
             f"Validation loss after training, without documents, in nats a token: {text}.",
@@ -332,7 +385,9 @@ class _Page:
 
     def again(self) -> Section:
         seconds = self.metrics["wall_seconds"]
-        table = Table(("stage", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()])
+        table = Table(
+            ("stage", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()]
+        )
         provenance = self._provenance()
         lines = {key: value for key, value in provenance.items() if key != "config"}
         return Section(
@@ -354,13 +409,19 @@ class _Page:
 
     def _entries(self, task: str) -> list[Entry]:
         """Settings of a task on the held-out split."""
-        return [e for e in self.results["settings"] if e["split"] == "held_out" and e["task"] == task]
+        return [
+            e for e in self.results["settings"] if e["split"] == "held_out" and e["task"] == task
+        ]
 
     def _chosen(self, task: str, documents: int) -> Entry | None:
         """The setting with so many documents and, where the task is guided, the chosen weight."""
-        fitting = [e for e in self._entries(task) if e["documents"] == documents and not e["shuffled"]]
+        fitting = [
+            e for e in self._entries(task) if e["documents"] == documents and not e["shuffled"]
+        ]
         chosen = self.results["chosen_cfg"]
-        return next((e for e in fitting if e["cfg"] in (None, chosen)), fitting[0] if fitting else None)
+        return next(
+            (e for e in fitting if e["cfg"] in (None, chosen)), fitting[0] if fitting else None
+        )
 
     def _fact(self, task: str, label: str, aim: float) -> Fact | None:
         entry = self._chosen(task, 0)
@@ -368,7 +429,9 @@ class _Page:
             return None
         if "accuracy" not in entry["metrics"]:
             score = entry["metrics"].get("clip_score")
-            return score and Fact(label, f"{score['value']:.3f}", "cosine of text and image by the run's retriever")
+            return score and Fact(
+                label, f"{score['value']:.3f}", "cosine of text and image by the run's retriever"
+            )
         figure = entry["metrics"]["accuracy"]
         status = "good" if figure["value"] >= aim else "bad"
         cfg = "" if entry["cfg"] is None else f"guidance {entry['cfg']:g}; "
@@ -377,16 +440,23 @@ class _Page:
 
     def _some(self, entry: Entry, count: int) -> list[Generation]:
         """A fixed, unselected choice of a setting's generations."""
-        setting = Setting(*(entry[key] for key in ("task", "split", "documents", "shuffled", "cfg")))
+        setting = Setting(
+            *(entry[key] for key in ("task", "split", "documents", "shuffled", "cfg"))
+        )
         generations = read_generations(self.run.folder / "generation", setting)
-        return [generations[shuffled(0, place, len(generations))] for place in range(min(count, len(generations)))]
+        return [
+            generations[shuffled(0, place, len(generations))]
+            for place in range(min(count, len(generations)))
+        ]
 
     def _held_out(self, count: int) -> list[int]:
         rows = self.run.corpus.rows("held_out")
         return [int(rows[shuffled(0, place, len(rows))]) for place in range(min(count, len(rows)))]
 
     def _decode(self, generations: Sequence[Generation]) -> np.ndarray:
-        return self.run.image_tokenizer.decode(np.array([generation.codes for generation in generations]))
+        return self.run.image_tokenizer.decode(
+            np.array([generation.codes for generation in generations])
+        )
 
     def _image_card(self, entry: Entry, generation: Generation) -> Card:
         image_HWC = self._decode([generation])[0]
@@ -403,7 +473,9 @@ class _Page:
         run = self.run
         if run.experiment.shards is None:
             return Picture(
-                run.corpus.images_BHWC[run.bank_rows[row]], run.corpus.captions[run.bank_rows[row]], height=PIXELS
+                run.corpus.images_BHWC[run.bank_rows[row]],
+                run.corpus.captions[run.bank_rows[row]],
+                height=PIXELS,
             )
         document = run.bank_document(row)
         image_HWC = run.image_tokenizer.decode(run.tokenizer.codes(document)[None])[0]
@@ -424,13 +496,22 @@ class _Page:
         """A row for each setting, a column for each metric that applies to any of them."""
         names = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
         guided = any(entry["cfg"] is not None for entry in entries)
-        columns = ["documents", *(["CFG"] if guided else []), *(name.replace("_", " ") for name in names), "n"]
+        columns = [
+            "documents",
+            *(["CFG"] if guided else []),
+            *(name.replace("_", " ") for name in names),
+            "n",
+        ]
         rows = []
         for entry in entries:
             documents = f"{entry['documents']}{' shuffled' if entry['shuffled'] else ''}"
             measured = [_cell(name, entry["metrics"].get(name)) for name in names]
             rows.append([documents, *([entry["cfg"]] if guided else []), *measured, entry["n"]])
-        chosen = {row for row, entry in enumerate(entries) if guided and entry["cfg"] == self.results["chosen_cfg"]}
+        chosen = {
+            row
+            for row, entry in enumerate(entries)
+            if guided and entry["cfg"] == self.results["chosen_cfg"]
+        }
         return Table(columns, rows, caption=caption, highlight=frozenset(chosen))
 
 

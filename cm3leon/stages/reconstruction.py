@@ -7,7 +7,17 @@ from typing import Any
 
 from cm3leon.evaluation.images import Inception
 from cm3leon.evaluation.reconstruction import reconstruction_figures
-from cm3leon.evaluation.report import Code, Curves, Fact, Picture, Report, Section, Series, Strip, write_report
+from cm3leon.evaluation.report import (
+    Code,
+    Curves,
+    Fact,
+    Picture,
+    Report,
+    Section,
+    Series,
+    Strip,
+    write_report,
+)
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.tokenizers.image.perceptual import Perceptual
@@ -39,8 +49,12 @@ def make_reconstruction(run: Run, folder: Path) -> None:
         run.image_tokenizer.decode(codes_BN, title="decoding"),
         codes_BN,
         run.image_tokenizer.codebook_size,
-        perceptual=Perceptual.load(config.perceptual_file).to(run.device) if config.perceptual_file else None,
-        extractor=Inception.load(config.inception_file, run.device) if config.inception_file else None,
+        perceptual=Perceptual.load(config.perceptual_file).to(run.device)
+        if config.perceptual_file
+        else None,
+        extractor=Inception.load(config.inception_file, run.device)
+        if config.inception_file
+        else None,
     )
     write_json(folder / FIGURES, figures)
     write_report(folder / "report.html", _report(run, figures))
@@ -50,17 +64,27 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
     rows = run.corpus.rows("held_out")[:SHOWN]
     pictures = [
         [Picture(pixels_HWC, height=HEIGHT) for pixels_HWC in images_BHWC]
-        for images_BHWC in (run.corpus.images_BHWC[rows], run.image_tokenizer.decode(run.codes_MN[rows]))
+        for images_BHWC in (
+            run.corpus.images_BHWC[rows],
+            run.image_tokenizer.decode(run.codes_MN[rows]),
+        )
     ]
     tokenizer, log = run.image_tokenizer, run.log("image_tokenizer")
     curves = []
     for name, label in CURVES.items():
         records = [record for record in log if name in record]
         if records:
-            steps, values = [record["step"] for record in records], [record[name] for record in records]
+            steps, values = (
+                [record["step"] for record in records],
+                [record[name] for record in records],
+            )
             smooth = len(values) // 20
-            curves.append(Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth))
-    command = f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}"
+            curves.append(
+                Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth)
+            )
+    command = (
+        f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}"
+    )
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(
@@ -70,9 +94,15 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
         facts=[
             _fact("PSNR", figures["psnr_db"], "{:.1f} dB"),
             _fact("SSIM", figures["ssim"], "{:.3f}"),
-            _fact("LPIPS", figures["lpips"], "{:.3f}", "no weights: reconstruction.perceptual_file"),
+            _fact(
+                "LPIPS", figures["lpips"], "{:.3f}", "no weights: reconstruction.perceptual_file"
+            ),
             _fact("rFID", figures["rfid"], "{:.2f}", "no weights: reconstruction.inception_file"),
-            Fact("codes in use", f"{figures['codebook_use']:.0%}", f"perplexity {figures['codebook_perplexity']:.0f}"),
+            Fact(
+                "codes in use",
+                f"{figures['codebook_use']:.0%}",
+                f"perplexity {figures['codebook_perplexity']:.0f}",
+            ),
         ],
         sections=[
             Section(
@@ -86,7 +116,9 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
     )
 
 
-def _fact(label: str, figure: dict[str, float] | float | None, form: str, missing: str = "not measured") -> Fact:
+def _fact(
+    label: str, figure: dict[str, float] | float | None, form: str, missing: str = "not measured"
+) -> Fact:
     if figure is None:
         return Fact(label, "–", missing)
     if isinstance(figure, float):

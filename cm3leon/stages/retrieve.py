@@ -43,7 +43,9 @@ def make_retriever(run: Run, folder: Path) -> None:
         varied_BHWC = run.varied_images
 
         def pairs(items: np.ndarray) -> tuple[list[str], torch.Tensor]:
-            return [captions[item % len(rows)] for item in items], torch.from_numpy(varied_BHWC[items])
+            return [captions[item % len(rows)] for item in items], torch.from_numpy(
+                varied_BHWC[items]
+            )
 
         train(
             encoder,
@@ -62,11 +64,15 @@ def make_retriever(run: Run, folder: Path) -> None:
     ids = [corpus.ids[row] for row in rows]
     bank = retriever.bank(ids, captions, images_BHWC)
     bank.save(folder)
-    neighbours, verdicts = find_neighbours(retriever, bank, ids=ids, texts=captions, images_BHWC=images_BHWC, seed=seed)
+    neighbours, verdicts = find_neighbours(
+        retriever, bank, ids=ids, texts=captions, images_BHWC=images_BHWC, seed=seed
+    )
     neighbours.save(folder / "neighbours.npy")
     labels_B = np.array([corpus.labels[row] for row in rows])
     figures = strategy_figures(verdicts, neighbour_counts(neighbours.rows_VBK))
-    write_json(folder / STRATEGY, {**figures, "same_label": _same_label(neighbours.rows_VBK, labels_B)})
+    write_json(
+        folder / STRATEGY, {**figures, "same_label": _same_label(neighbours.rows_VBK, labels_B)}
+    )
 
 
 def neighbour_counts(rows: np.ndarray) -> Counter[int]:
@@ -86,7 +92,8 @@ def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> 
     return {
         "candidates_looked_at": seen,
         "share_rejected": rejected,
-        "neighbours_per_document": sum(number * count for number, count in counts.items()) / documents,
+        "neighbours_per_document": sum(number * count for number, count in counts.items())
+        / documents,
         "documents_without_neighbours": counts.get(0, 0) / documents,
     }
 
@@ -96,4 +103,8 @@ def _same_label(rows_VBK: np.ndarray, labels_B: np.ndarray) -> float | None:
     if any(label is None for label in labels_B):
         return None
     found_VBK = rows_VBK != NONE
-    return float((labels_B[rows_VBK] == labels_B[None, :, None])[found_VBK].mean()) if found_VBK.any() else None
+    return (
+        float((labels_B[rows_VBK] == labels_B[None, :, None])[found_VBK].mean())
+        if found_VBK.any()
+        else None
+    )

@@ -39,7 +39,9 @@ def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
         return
     context = multiprocessing.get_context("spawn")
     running = [
-        context.Process(target=_work, args=(run.folder, folder, make_part, (k, workers)), daemon=True)
+        context.Process(
+            target=_work, args=(run.folder, folder, make_part, (k, workers)), daemon=True
+        )
         for k in range(workers)
     ]
     for process in running:
@@ -51,14 +53,20 @@ def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
         for process in running:
             process.terminate()
     if any(process.exitcode for process in running):
-        raise UserError(f"stage {folder.name}: a worker failed, see above; the same command goes on from there")
+        raise UserError(
+            f"stage {folder.name}: a worker failed, see above; the same command goes on from there"
+        )
 
 
 def _work(run_folder: Path, folder: Path, make_part: MakePart, part: Part) -> None:
     """What a worker process does; the experiment is loaded again, so that its plugins are."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     try:
-        make_part(Run(load_experiment(str(run_folder / "config.yaml")), run_folder, best_device()), folder, part)
+        make_part(
+            Run(load_experiment(str(run_folder / "config.yaml")), run_folder, best_device()),
+            folder,
+            part,
+        )
     except (UserError, OSError) as error:
         sys.exit(f"cm3leon: {error}")
     except KeyboardInterrupt:
@@ -89,7 +97,11 @@ def shard_documents(run: Run, parts: list[str], number: int) -> Iterator[list[Do
     shard = open_shard(shard_path(run.folder / "tokens", number, len(parts)))
     wanted = shard.strings("id")
     kept = set(wanted)
-    items = (item for item in run.source.read(parts[number]) if isinstance(item, Document) and item.id in kept)
+    items = (
+        item
+        for item in run.source.read(parts[number])
+        if isinstance(item, Document) and item.id in kept
+    )
     found = 0
     for batch in batches(items):
         if [document.id for document in batch] != wanted[found : found + len(batch)]:

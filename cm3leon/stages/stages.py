@@ -22,7 +22,15 @@ from cm3leon.stages.neighbours import (
     make_vectors_part,
     neighbours_inputs,
 )
-from cm3leon.stages.pipeline import Part, Stage, first_unfinished, is_finished, number_of, run_part, run_stages
+from cm3leon.stages.pipeline import (
+    Part,
+    Stage,
+    first_unfinished,
+    is_finished,
+    number_of,
+    run_part,
+    run_stages,
+)
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.reconstruction import make_reconstruction
@@ -38,7 +46,11 @@ from cm3leon.types import UserError
 
 def _documents_inputs(run: Run) -> Any:
     shards = run.experiment.shards
-    inputs = [run.section("data", "split"), run.source.fingerprint(), run.image_tokenizer_shape.image_size]
+    inputs = [
+        run.section("data", "split"),
+        run.source.fingerprint(),
+        run.image_tokenizer_shape.image_size,
+    ]
     return [*inputs, shards.sample] if shards else inputs
 
 
@@ -57,7 +69,9 @@ def _image_tokenizer_inputs(run: Run) -> Any:
 
 
 def _pretraining_inputs(run: Run) -> Any:
-    sections = run.section("sentinels", "objective", "packing", "model", "training", "decoder", "seed")
+    sections = run.section(
+        "sentinels", "objective", "packing", "model", "training", "decoder", "seed"
+    )
     training = {name: value for name, value in sections["training"].items() if name not in LAYOUT}
     return [{**sections, "training": training}, training_inputs(run), start_fingerprint(run)]
 
@@ -79,7 +93,14 @@ FIRST = (
 # when the retriever changes.
 TOKENS = Stage("tokens", 2, tokens_inputs, make_tokens, make_tokens_part, needs=())
 BANK = (
-    Stage("vectors", 1, lambda run: run.encoder_header, make_vectors, make_vectors_part, needs=("tokens",)),
+    Stage(
+        "vectors",
+        1,
+        lambda run: run.encoder_header,
+        make_vectors,
+        make_vectors_part,
+        needs=("tokens",),
+    ),
     Stage("index", 1, lambda run: run.section("index", "seed"), make_index, make_index_part),
 )
 
@@ -94,7 +115,9 @@ def _last(*needs: str) -> tuple[Stage[Run], ...]:
         Stage(
             "generation",
             2,
-            lambda run: run.section("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed"),
+            lambda run: run.section(
+                "tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed"
+            ),
             make_generations,
         ),
         Stage("evaluation", 2, lambda run: run.section("metrics"), make_evaluation),
@@ -107,7 +130,13 @@ def stages_of(experiment: Experiment) -> tuple[Stage[Run], ...]:
         return (*FIRST, *_last("retriever"))
     if experiment.shards.bank:
         return (*FIRST, TOKENS, _neighbours("tokens"), *_last("retriever", "neighbours"))
-    return (*FIRST, TOKENS, *BANK, _neighbours("tokens", "index"), *_last("retriever", "neighbours"))
+    return (
+        *FIRST,
+        TOKENS,
+        *BANK,
+        _neighbours("tokens", "index"),
+        *_last("retriever", "neighbours"),
+    )
 
 
 def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
@@ -144,7 +173,9 @@ def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = 
 
 
 def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> bool:
-    return until is None or number_of(stages, until, "until") >= number_of(stages, "pretraining", "until")
+    return until is None or number_of(stages, until, "until") >= number_of(
+        stages, "pretraining", "until"
+    )
 
 
 def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> None:

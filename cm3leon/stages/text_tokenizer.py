@@ -42,14 +42,20 @@ def make_text_tokenizer(run: Run, folder: Path) -> None:
         TextTokenizer.load(run.borrowed_file(TEXT_TOKENIZER).parent, config).save(folder)
         return
     sample = Sample()
-    texts = _captions(run, sample) if run.experiment.text_data is None else _corpus_texts(run, sample)
+    texts = (
+        _captions(run, sample) if run.experiment.text_data is None else _corpus_texts(run, sample)
+    )
     tokenizer = TextTokenizer.train(config, texts)
     tokenizer.save(folder)
     print(
         f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} bytes of text in "
         f"{sample.documents:,} documents ({sample.skipped:,} items skipped)"
     )
-    made = {"pieces": tokenizer.pieces, "vocab_size": config.vocab_size, "sample_bytes": config.sample_bytes}
+    made = {
+        "pieces": tokenizer.pieces,
+        "vocab_size": config.vocab_size,
+        "sample_bytes": config.sample_bytes,
+    }
     write_json(folder / TRAINED_ON, {**asdict(sample), **made, **run.section("text_data")})
 
 
@@ -67,7 +73,9 @@ class Sample:
         left = limit
         for text in texts:
             whole = unicode_text(text).encode()
-            taken = whole[:left].decode(errors="ignore")  # without the half of a character at the cut
+            taken = whole[:left].decode(
+                errors="ignore"
+            )  # without the half of a character at the cut
             if taken:
                 self.documents += 1
                 self.bytes += len(taken.encode())
@@ -97,7 +105,9 @@ def _corpus_texts(run: Run, sample: Sample) -> Iterator[str]:
         source = _text_source(run)
         parts = source.parts()
     wanted = run.experiment.text_tokenizer.sample_bytes
-    for done, number in enumerate(np.random.default_rng(run.experiment.seed).permutation(len(parts)).tolist()):
+    for done, number in enumerate(
+        np.random.default_rng(run.experiment.seed).permutation(len(parts)).tolist()
+    ):
         share = None if wanted is None else -(-(wanted - sample.bytes) // (len(parts) - done))
         if share == 0:
             return

@@ -19,7 +19,14 @@ from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import batches, share_out, with_progress
 from cm3leon.tokenizers.document import token_count
-from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, TokenSegment, UserError
+from cm3leon.types import (
+    Document,
+    ImageSegment,
+    TextSegment,
+    TokenDocument,
+    TokenSegment,
+    UserError,
+)
 
 VALIDATION = "validation.arrow"
 """Token shard of the sample's validation documents, of any segments."""
@@ -27,7 +34,9 @@ VALIDATION = "validation.arrow"
 
 def split_in(run: Run, id_: str) -> Split:
     """The split of a document, by its id alone."""
-    return split_of_id(id_, validation=run.experiment.split.validation, held_out=run.experiment.split.held_out)
+    return split_of_id(
+        id_, validation=run.experiment.split.validation, held_out=run.experiment.split.held_out
+    )
 
 
 def sample_documents(run: Run) -> Iterator[Document | Skipped]:
@@ -49,19 +58,34 @@ def sample_documents(run: Run) -> Iterator[Document | Skipped]:
 def tokens_inputs(run: Run) -> Any:
     """What the token shards depend on: the corpus, its split, the tokenizers, and how long a document may be."""
     sections = run.section("data", "split")
-    return [sections, run.source.fingerprint(), asdict(run.made_by), run.image_tokenizer_shape.image_size, _room(run)]
+    return [
+        sections,
+        run.source.fingerprint(),
+        asdict(run.made_by),
+        run.image_tokenizer_shape.image_size,
+        _room(run),
+    ]
 
 
 def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
     """Tokenises the training documents of this worker's parts of the source."""
     parts = run.source.parts()
-    write_plan(folder, {"tokenizers": asdict(run.made_by), "parts": len(parts), "source": run.source.fingerprint()})
+    write_plan(
+        folder,
+        {
+            "tokenizers": asdict(run.made_by),
+            "parts": len(parts),
+            "source": run.source.fingerprint(),
+        },
+    )
 
     def make(number: int) -> None:
         documents, skipped = _tokenized(run, run.source.read(parts[number]))
         listed = folder / "skipped" / f"{number:05d}.jsonl"
         listed.parent.mkdir(exist_ok=True)
-        listed.write_text("".join(json.dumps({"file": s.file, "reason": s.reason}) + "\n" for s in skipped))
+        listed.write_text(
+            "".join(json.dumps({"file": s.file, "reason": s.reason}) + "\n" for s in skipped)
+        )
         write_token_shard(shard_path(folder, number, len(parts)), documents, run.made_by)
 
     with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
@@ -94,7 +118,11 @@ def _tokenized(
         for document in token_documents(run, batch):
             length = token_count(document)
             if room is not None and length > room:
-                skipped.append(Skipped(document.id, f"takes {length} tokens, packing.method whole allows {room}"))
+                skipped.append(
+                    Skipped(
+                        document.id, f"takes {length} tokens, packing.method whole allows {room}"
+                    )
+                )
             else:
                 documents.append(document)
     return documents, skipped
@@ -118,7 +146,12 @@ def _documents_of(
 def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDocument]:
     """Documents of any segments as ids, all their images encoded as one batch."""
     size = run.image_tokenizer.image_size
-    images = [square(s.pixels_HWC, size) for d in documents for s in d.segments if isinstance(s, ImageSegment)]
+    images = [
+        square(s.pixels_HWC, size)
+        for d in documents
+        for s in d.segments
+        if isinstance(s, ImageSegment)
+    ]
     codes = iter(run.image_tokenizer.encode(np.stack(images)) if images else ())
     texts = [s.text for d in documents for s in d.segments if isinstance(s, TextSegment)]
     texts_ids = iter(run.text_tokenizer.encode_all(texts))

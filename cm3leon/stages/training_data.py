@@ -65,7 +65,11 @@ def start_fingerprint(run: Run) -> str | None:
 
 def _fingerprints(folder: Path) -> list[str]:
     try:
-        stages = [folder / "tokens", folder / "neighbours", bank_of(folder / "neighbours") / "tokens"]
+        stages = [
+            folder / "tokens",
+            folder / "neighbours",
+            bank_of(folder / "neighbours") / "tokens",
+        ]
         return [json.loads((stage / MARKER).read_text())["fingerprint"] for stage in stages]
     except (OSError, UserError) as error:
         raise UserError(
@@ -89,7 +93,9 @@ class CorpusInMemory:
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
         """A document with retrieved documents drawn for it, a version of each image drawn too."""
         config = self.run.experiment.retriever.config
-        rows = self.run.neighbours.draw(row, most=config.max_documents, random_count=config.random_count, rng=rng)
+        rows = self.run.neighbours.draw(
+            row, most=config.max_documents, random_count=config.random_count, rng=rng
+        )
         return Sample(self._version(row, rng), tuple(self._version(other, rng) for other in rows))
 
     def _version(self, row: int, rng: np.random.Generator) -> TokenDocument:
@@ -148,7 +154,9 @@ class ShardedCorpus:
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
         """A document with retrieved documents drawn for it."""
         config = self.run.experiment.retriever.config
-        rows = self.neighbours.draw(row, most=config.max_documents, random_count=config.random_count, rng=rng)
+        rows = self.neighbours.draw(
+            row, most=config.max_documents, random_count=config.random_count, rng=rng
+        )
         return Sample(self.tokens.document(row), tuple(self.bank.document(other) for other in rows))
 
 

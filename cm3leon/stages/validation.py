@@ -49,7 +49,9 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
     share the documents; those that have fewer compute some twice, as all have to compute equally often.
     """
     sources = validation_documents(run)
-    batches = [(name, batch) for name, documents in sources.items() for batch in _batches(run, documents)]
+    batches = [
+        (name, batch) for name, documents in sources.items() for batch in _batches(run, documents)
+    ]
     ranks, meter = run.ranks, Meter(run.ranks)
     for first in range(0, len(batches), ranks.count):
         number = first + ranks.rank
@@ -66,7 +68,9 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
             continue
         for name in sources:
             counts = number < len(batches) and name == source
-            meter.add({f"{key}/{name}": pair for key, pair in (pairs if counts else nothing).items()})
+            meter.add(
+                {f"{key}/{name}": pair for key, pair in (pairs if counts else nothing).items()}
+            )
     return meter.read()
 
 
@@ -84,7 +88,11 @@ def validation_documents(run: Run) -> dict[str, list[tuple[int, TokenDocument]]]
     for folder, name in zip(folders, names, strict=True):
         shard = TokenShard(open_shard(folder / "tokens" / VALIDATION))
         numbered = [(row, shard.document(row)) for row in range(len(shard))]
-        fitting = [(row, document) for row, document in numbered if sample_length(Sample(document)) <= run.seq_len]
+        fitting = [
+            (row, document)
+            for row, document in numbered
+            if sample_length(Sample(document)) <= run.seq_len
+        ]
         if fitting:
             found[name if names.count(name) == 1 else str(folder)] = fitting
     return found
@@ -103,7 +111,9 @@ def _batches(run: Run, documents: Sequence[tuple[int, TokenDocument]]) -> Iterat
     config = run.experiment.training
     size = config.micro_batch or max(1, config.blocks(run.seq_len) // run.ranks.count)
     for start in range(0, len(blocks), size):
-        packed = [pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]]
+        packed = [
+            pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]
+        ]
         yield collate(packed, torch.device("cpu"))
 
 
@@ -115,9 +125,14 @@ class Drawing:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._task = TASKS.build("text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2)
+        self._task = TASKS.build(
+            "text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
+        )
         validation = run.corpus.rows("validation")
-        rows = [validation[shuffled(0, place, len(validation))] for place in range(min(SHOWN, len(validation)))]
+        rows = [
+            validation[shuffled(0, place, len(validation))]
+            for place in range(min(SHOWN, len(validation)))
+        ]
         self._rows = [int(row) for row in rows]
 
     @cached_property
@@ -129,7 +144,9 @@ class Drawing:
             found = [
                 that_fit(run, self._task, run.token_documents[row], others)
                 for row, others in zip(
-                    self._rows, retrieved_rows(run, self._task, self._rows, documents=count), strict=True
+                    self._rows,
+                    retrieved_rows(run, self._task, self._rows, documents=count),
+                    strict=True,
                 )
             ]
         return run.ranks.gather(found)[0]
@@ -165,16 +182,24 @@ class Drawing:
         with autocast(run.device, run.experiment.training.precision):
             answers = generate(
                 model,
-                [self._task.prompt(document, found) for document, found in zip(documents, others, strict=True)],
+                [
+                    self._task.prompt(document, found)
+                    for document, found in zip(documents, others, strict=True)
+                ],
                 DECODERS.build(run.experiment.decoder),
                 vocab=run.vocab,
                 seeds=list(mine),
             )
-        codes = [run.tokenizer.codes(self._task.complete(*pair)) for pair in zip(documents, answers, strict=True)]
+        codes = [
+            run.tokenizer.codes(self._task.complete(*pair))
+            for pair in zip(documents, answers, strict=True)
+        ]
         shares = ranks.gather(codes)
         if not ranks.first:
             return np.empty(0)
-        in_order = [shares[place % ranks.count][place // ranks.count] for place in range(len(self._rows))]
+        in_order = [
+            shares[place % ranks.count][place // ranks.count] for place in range(len(self._rows))
+        ]
         return run.image_tokenizer.decode(np.stack(in_order))
 
     def _with_documents(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -184,12 +209,18 @@ class Drawing:
         B, H, W, C = images_BHWC.shape
         pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
         texts = []
-        for number, (row, found, image_HWC) in enumerate(zip(self._rows, self._retrieved, images_BHWC, strict=True)):
+        for number, (row, found, image_HWC) in enumerate(
+            zip(self._rows, self._retrieved, images_BHWC, strict=True)
+        ):
             documents = [run.bank_document(other) for other in found]
             with_image = [document for document in documents if document.segment("image")]
             codes = [run.tokenizer.codes(document) for document in with_image]
             decoded = run.image_tokenizer.decode(np.stack(codes)) if codes else []
             for place, shown_HWC in enumerate([*decoded, image_HWC], start=most - len(codes)):
                 pictures_BHWC[number, :, place * (W + 2) : place * (W + 2) + W] = shown_HWC
-            texts.append(" | ".join([*map(run.tokenizer.caption, documents), f"**{run.corpus.captions[row]}**"]))
+            texts.append(
+                " | ".join(
+                    [*map(run.tokenizer.caption, documents), f"**{run.corpus.captions[row]}**"]
+                )
+            )
         return pictures_BHWC, texts

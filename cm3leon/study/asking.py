@@ -18,7 +18,14 @@ from cm3leon.api import CM3Leon
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, to_mapping
 from cm3leon.data.images import square
 from cm3leon.evaluation.metrics import Measured
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, asked, given_image, true_answer
+from cm3leon.evaluation.protocols.base import (
+    Answer,
+    Item,
+    Protocol,
+    asked,
+    given_image,
+    true_answer,
+)
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
 from cm3leon.stages.pipeline import MARKER, write_json
 from cm3leon.stages.tokens import token_documents
@@ -98,9 +105,13 @@ class Asking:
             UserError: for a folder that is no finished run, or a setting that the model has no room for.
         """
         if self.protocol.ranks and row.setting.samples > 1:
-            raise UserError(f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be 1")
+            raise UserError(
+                f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be 1"
+            )
         place = self.place(row)
-        missing = [number for number in numbers if _samples_of(_file(place, number)) < row.setting.samples]
+        missing = [
+            number for number in numbers if _samples_of(_file(place, number)) < row.setting.samples
+        ]
         if not missing:
             return
         place.mkdir(parents=True, exist_ok=True)
@@ -117,7 +128,10 @@ class Asking:
     def is_answered(self, row: Row) -> bool:
         """Whether all the row's answers are there."""
         place = self.place(row)
-        return all(_samples_of(_file(place, number)) >= row.setting.samples for number in range(self.shards))
+        return all(
+            _samples_of(_file(place, number)) >= row.setting.samples
+            for number in range(self.shards)
+        )
 
     def measure(self, row: Row) -> dict[str, Any]:
         """The figures of a row whose answers are all there, the ceiling and the chance level where they are known."""
@@ -125,7 +139,9 @@ class Asking:
         done = place / f"result-{row.setting.samples}.json"
         if not done.is_file():
             answers = self.answers(row)
-            seconds = sum(float(_read(_file(place, number))["seconds"].sum()) for number in range(self.shards))
+            seconds = sum(
+                float(_read(_file(place, number))["seconds"].sum()) for number in range(self.shards)
+            )
             result: dict[str, Any] = {
                 "metrics": _figures(self.protocol.score(self.items, answers)),
                 "items": len(self.items),
@@ -147,7 +163,10 @@ class Asking:
         for number in range(self.shards):
             held = _read(_file(self.place(row), number))
             if self.protocol.ranks:
-                found += [_ranked(*each) for each in zip(self._of_shard(number), held["scores"][:, 0], strict=True)]
+                found += [
+                    _ranked(*each)
+                    for each in zip(self._of_shard(number), held["scores"][:, 0], strict=True)
+                ]
                 continue
             if self.protocol.answers_in == "text":
                 found += [Answer(text=str(texts[0])) for texts in held["texts"]]
@@ -158,7 +177,8 @@ class Asking:
             images_BHWC = model.run.image_tokenizer.decode(codes_IN.astype(np.int64))
             scores = clip_In[np.arange(len(best_I)), best_I]
             found += [
-                Answer(image_HWC=image, clip=float(clip)) for image, clip in zip(images_BHWC, scores, strict=True)
+                Answer(image_HWC=image, clip=float(clip))
+                for image, clip in zip(images_BHWC, scores, strict=True)
             ]
         return found
 
@@ -182,15 +202,21 @@ class Asking:
 
     def identity(self, row: Row) -> dict[str, Any]:
         """All that a row's answers depend on but the number of samples."""
-        left_out = {"samples", "bank"} | ({"checkpoint"} if row.setting.checkpoint is None else set())
-        setting = {name: value for name, value in to_mapping(row.setting).items() if name not in left_out}
+        left_out = {"samples", "bank"} | (
+            {"checkpoint"} if row.setting.checkpoint is None else set()
+        )
+        setting = {
+            name: value for name, value in to_mapping(row.setting).items() if name not in left_out
+        }
         return {
             "version": VERSION,
             "protocol": to_mapping(self.component),
             "files": self.protocol.fingerprint(),
             "model": _fingerprint(row.folder, "pretraining", "models"),
             "setting": setting,
-            "bank": _fingerprint(row.setting.bank, "index", "setting.bank") if row.setting.bank else None,
+            "bank": _fingerprint(row.setting.bank, "index", "setting.bank")
+            if row.setting.bank
+            else None,
         }
 
     # -------------------------------------------------------------------------------------------- parts
@@ -200,7 +226,9 @@ class Asking:
         key = (row.folder, row.setting.bank, row.setting.checkpoint)
         if self._opened is None or self._opened[0] != key:
             self._opened = None  # its memory is free for the next one
-            model = CM3Leon.load(row.folder, bank=row.setting.bank, checkpoint=row.setting.checkpoint)
+            model = CM3Leon.load(
+                row.folder, bank=row.setting.bank, checkpoint=row.setting.checkpoint
+            )
             self._opened = (key, model)
         return self._opened[1]
 
@@ -214,7 +242,9 @@ class Asking:
         samples = range(_samples_of(file), setting.samples)
         wants_image = self.protocol.answers_in == "image"
         size = model.run.image_tokenizer.image_size
-        documents = list(token_documents(model.run, [_sized(item.document, size, wants_image) for item in items]))
+        documents = list(
+            token_documents(model.run, [_sized(item.document, size, wants_image) for item in items])
+        )
         drawn: list[list[Any]] = [[] for _ in items]
         made: dict[str, np.ndarray] = {}
         if self.protocol.ranks:
@@ -233,7 +263,9 @@ class Asking:
             for place, completed in zip(places, found, strict=True):
                 drawn[place] = completed
         if wants_image:
-            made["codes"] = np.array([[_last_codes(model, each) for each in of] for of in drawn]).astype(np.int32)
+            made["codes"] = np.array(
+                [[_last_codes(model, each) for each in of] for of in drawn]
+            ).astype(np.int32)
             made["clip"] = np.stack(
                 [
                     model.clip_scores(item.document.text, codes_nN)
@@ -252,19 +284,27 @@ class Asking:
         os.replace(partial, file)
 
     def _ranks(
-        self, model: CM3Leon, setting: Setting, items: Sequence[Item], documents: Sequence[TokenDocument]
+        self,
+        model: CM3Leon,
+        setting: Setting,
+        items: Sequence[Item],
+        documents: Sequence[TokenDocument],
     ) -> np.ndarray:
         """Log-likelihoods (items, K) of the candidates, NaN where an item has fewer."""
         retrieved = self._retrieved(model, "instruction", items, setting.documents)
         encode = model.run.text_tokenizer.encode
         # A candidate stands where the answer does in the template, with the space before it.
-        options = [[encode(_answer_space(item) + option) for option in item.options] for item in items]
+        options = [
+            [encode(_answer_space(item) + option) for option in item.options] for item in items
+        ]
         scores_NK = np.full((len(items), max(len(item.options) for item in items)), np.nan)
         for place, scores_K in enumerate(model.rank(documents, retrieved, options)):
             scores_NK[place, : len(scores_K)] = scores_K
         return scores_NK
 
-    def _retrieved(self, model: CM3Leon, task: str, items: Sequence[Item], count: int) -> list[list[int]]:
+    def _retrieved(
+        self, model: CM3Leon, task: str, items: Sequence[Item], count: int
+    ) -> list[list[int]]:
         if not count:
             return [[] for _ in items]
         by = TASKS.get(task).retrieves_by
@@ -273,7 +313,10 @@ class Asking:
         size = model.run.image_tokenizer.image_size
         images = [item.document.image for item in items]
         return model.retrieved(
-            None, np.stack([square(image, size) for image in images if image is not None]), by, count
+            None,
+            np.stack([square(image, size) for image in images if image is not None]),
+            by,
+            count,
         )
 
     def _rebuilt_truths(self, row: Row) -> list[Answer]:
@@ -294,7 +337,9 @@ class Asking:
 def _sized(document: Document, size: int, wants_image: bool) -> Document:
     """The document with all its images in the tokenizer's size, and an empty one to be asked for where it has none."""
     segments: list[Segment] = [
-        ImageSegment(square(segment.pixels_HWC, size), segment.role) if isinstance(segment, ImageSegment) else segment
+        ImageSegment(square(segment.pixels_HWC, size), segment.role)
+        if isinstance(segment, ImageSegment)
+        else segment
         for segment in document.segments
     ]
     if wants_image and isinstance(segments[-1], TextSegment):
@@ -303,7 +348,9 @@ def _sized(document: Document, size: int, wants_image: bool) -> Document:
 
 
 def _answer_space(item: Item) -> str:
-    answer = next(s for s in item.document.segments if isinstance(s, TextSegment) and s.role == "answer")
+    answer = next(
+        s for s in item.document.segments if isinstance(s, TextSegment) and s.role == "answer"
+    )
     return answer.text[: len(answer.text) - len(answer.text.lstrip())]
 
 
@@ -341,7 +388,9 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as held:
             return dict(held)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged; remove it, and the same command makes it again") from error
+        raise UserError(
+            f"{file} is damaged; remove it, and the same command makes it again"
+        ) from error
 
 
 def _fingerprint(folder: Path, stage: str, where: str) -> str:

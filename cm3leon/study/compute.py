@@ -33,7 +33,12 @@ def training_flops(folder: Path, step: int | None = None) -> float:
             break
         if "flops_per_second" not in record:
             raise UserError(f"against: compute: {log} has no flops_per_second")
-        total += (record["step"] - before) * tokens * record["flops_per_second"] / record["tokens_per_second"]
+        total += (
+            (record["step"] - before)
+            * tokens
+            * record["flops_per_second"]
+            / record["tokens_per_second"]
+        )
         before = record["step"]
     return total
 

@@ -99,7 +99,9 @@ class Study:
     """By their names."""
     aims: list[Aim] = field(default_factory=list)
     """Figures for the top of the report."""
-    launcher: Annotated[Component, LAUNCHERS] = field(default_factory=lambda: LAUNCHERS.check("here"))
+    launcher: Annotated[Component, LAUNCHERS] = field(
+        default_factory=lambda: LAUNCHERS.check("here")
+    )
     """Where its runs and evaluations are made."""
 
     def check(self) -> None:
@@ -107,10 +109,14 @@ class Study:
             raise UserError("runs and evaluations are both empty; a study has some of either")
         for aim in self.aims:
             if aim.evaluation not in self.evaluations:
-                raise UserError(f"aims: evaluation is {aim.evaluation}; {choices(aim.evaluation, self.evaluations)}")
+                raise UserError(
+                    f"aims: evaluation is {aim.evaluation}; {choices(aim.evaluation, self.evaluations)}"
+                )
 
 
-def load_study(name_or_path: str, words: Sequence[str], folder: Path, shipped: Path = SHIPPED) -> Study:
+def load_study(
+    name_or_path: str, words: Sequence[str], folder: Path, shipped: Path = SHIPPED
+) -> Study:
     """Finds a study, applies `key=value` words, and checks it with every experiment of its runs.
 
     `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in that of each.
@@ -122,20 +128,28 @@ def load_study(name_or_path: str, words: Sequence[str], folder: Path, shipped: P
     """
     overrides = [parse_override(word) for word in words]
     discover()
-    file, mapping = load_listed(name_or_path, shipped, [override for override in overrides if not _of_run(override)])
+    file, mapping = load_listed(
+        name_or_path, shipped, [override for override in overrides if not _of_run(override)]
+    )
     mapping = _with_folder(mapping, folder)
     study = from_mapping(Study, mapping)
     of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
     for (name, *_), _ in of_runs:
         if name not in (*study.runs, "*"):
             raise UserError(f"runs.{name} is not a run of this study; {choices(name, study.runs)}")
-    study.runs = {name: run for first, plan in study.runs.items() for name, run in _swept_runs(first, plan, of_runs)}
+    study.runs = {
+        name: run
+        for first, plan in study.runs.items()
+        for name, run in _swept_runs(first, plan, of_runs)
+    }
     for run in study.runs.values():
         if run.experiment.endswith((".yaml", ".yml")):
             run.experiment = str(file.parent / run.experiment)
     for name in study.runs:
         load_run(study, name)
-    named = {name: [row.name for row in rows(name, each)] for name, each in study.evaluations.items()}
+    named = {
+        name: [row.name for row in rows(name, each)] for name, each in study.evaluations.items()
+    }
     for aim in study.aims:
         if aim.row not in named[aim.evaluation]:
             raise UserError(
@@ -163,9 +177,13 @@ def rows(name: str, evaluation: Evaluation) -> list[Row]:
     result = []
     for model, folder in evaluation.models.items():
         for point in combinations(evaluation.sweep):
-            mapping = apply_overrides(evaluation.setting, [(split_key(key), v) for key, v in point.items()], sections)
+            mapping = apply_overrides(
+                evaluation.setting, [(split_key(key), v) for key, v in point.items()], sections
+            )
             setting = from_mapping(Setting, mapping, f"evaluations.{name}.setting")
-            named = ", ".join([model, *(f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items())])
+            named = ", ".join(
+                [model, *(f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items())]
+            )
             result.append(Row(named, model, folder, setting, point))
     return result
 
@@ -180,7 +198,10 @@ def shown(value: Any) -> str:
     """A value of a sweep as the name of a row has it."""
     if isinstance(value, Mapping):
         return " ".join(
-            [str(value.get("name", "")), *(f"{k} {shown(v)}" for k, v in value.items() if k != "name")]
+            [
+                str(value.get("name", "")),
+                *(f"{k} {shown(v)}" for k, v in value.items() if k != "name"),
+            ]
         ).strip()
     if isinstance(value, list):
         return " and ".join(map(shown, value))
@@ -194,12 +215,17 @@ def _of_run(override: tuple[Any, Any]) -> bool:
     return override[0][0] == "runs" and len(override[0]) > 2
 
 
-def _swept_runs(first: str, plan: StudyRun, overrides: Sequence[Any]) -> Iterator[tuple[str, StudyRun]]:
+def _swept_runs(
+    first: str, plan: StudyRun, overrides: Sequence[Any]
+) -> Iterator[tuple[str, StudyRun]]:
     """The runs of a plan, with what the command line says of it, or of all."""
     said = {".".join(path[1:]): value for path, value in overrides if path[0] in (first, "*")}
     for point in combinations(plan.sweep):
         name = "-".join([first, *map(shown, point.values())])
-        yield name, StudyRun(experiment=plan.experiment, overrides={**plan.overrides, **point, **said})
+        yield (
+            name,
+            StudyRun(experiment=plan.experiment, overrides={**plan.overrides, **point, **said}),
+        )
 
 
 def _with_folder(content: Any, folder: Path) -> Any:
@@ -207,5 +233,9 @@ def _with_folder(content: Any, folder: Path) -> Any:
     if isinstance(content, str):
         return content.replace(HERE, str(folder))
     if isinstance(content, Mapping):
-        return {_with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()}
-    return [_with_folder(each, folder) for each in content] if isinstance(content, list) else content
+        return {
+            _with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()
+        }
+    return (
+        [_with_folder(each, folder) for each in content] if isinstance(content, list) else content
+    )

@@ -34,11 +34,17 @@ CEILING = (
 
 
 def study_report(
-    path: Path, study: Study, results: Mapping[str, Any], examples: Mapping[str, Sequence[Sequence[Example]]]
+    path: Path,
+    study: Study,
+    results: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Sequence[Example]]],
 ) -> None:
     """Writes the page. `examples` has, for each evaluation, those of each of its rows."""
     evaluations = results["evaluations"]
-    sections = [_section(study.evaluations[name], found, examples[name]) for name, found in evaluations.items()]
+    sections = [
+        _section(study.evaluations[name], found, examples[name])
+        for name, found in evaluations.items()
+    ]
     write_report(
         path,
         Report(
@@ -76,17 +82,28 @@ def _section(
     evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], examples: Sequence[Sequence[Example]]
 ) -> Section:
     metrics = list(rows[0]["metrics"])
-    table = [[row["row"], *(_cell(row["metrics"].get(metric)) for metric in metrics), row["items"]] for row in rows]
+    table = [
+        [row["row"], *(_cell(row["metrics"].get(metric)) for metric in metrics), row["items"]]
+        for row in rows
+    ]
     columns = ["", *metrics, "items"]
     for level in ("ceiling", "chance"):
         if level in rows[0]:
-            table.append([level, *(_cell(rows[0][level].get(metric)) for metric in metrics), rows[0]["items"]])
+            table.append(
+                [
+                    level,
+                    *(_cell(rows[0][level].get(metric)) for metric in metrics),
+                    rows[0]["items"],
+                ]
+            )
     if "training_flops" in rows[0]:
         columns.append("FLOPs of training")
-        table = [[*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)] + [
-            [*line, ""] for line in table[len(rows) :]
-        ]
-    blocks: list[Content] = [Table(columns, table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))]
+        table = [
+            [*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)
+        ] + [[*line, ""] for line in table[len(rows) :]]
+    blocks: list[Content] = [
+        Table(columns, table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))
+    ]
     if evaluation.plot:
         blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
     for row, few in zip(rows[:_PICTURED], examples[:_PICTURED], strict=True):
@@ -102,18 +119,30 @@ def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any
     """The metric against the first swept key, a line for each model and combination of the other keys; or against
     the FLOPs of training, a line for each model and combination of all keys but the checkpoint's."""
     by_compute = evaluation.against == "compute"
-    others = [key for key in evaluation.sweep if key != "checkpoint"] if by_compute else list(evaluation.sweep)[1:]
+    others = (
+        [key for key in evaluation.sweep if key != "checkpoint"]
+        if by_compute
+        else list(evaluation.sweep)[1:]
+    )
     key = "" if by_compute else next(iter(evaluation.sweep))
     most = max(row["training_flops"] for row in rows) if by_compute else 1.0
     power = 3 * (math.floor(math.log10(most)) // 3)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        name = ", ".join([row["model"], *(f"{other.split('.')[-1]} {shown(row['point'][other])}" for other in others)])
+        name = ", ".join(
+            [
+                row["model"],
+                *(f"{other.split('.')[-1]} {shown(row['point'][other])}" for other in others),
+            ]
+        )
         lines.setdefault(name, []).append(row)
     series = [
         Series(
             name,
-            [row["training_flops"] / 10**power if by_compute else float(row["point"][key]) for row in of],
+            [
+                row["training_flops"] / 10**power if by_compute else float(row["point"][key])
+                for row in of
+            ],
             *([row["metrics"][metric][part] for row in of] for part in ("value", "low", "high")),
         )
         for name, of in lines.items()
@@ -166,7 +195,11 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    return f"[{_number(found['low'])}, {_number(found['high'])}]" if found["low"] < found["high"] else ""
+    return (
+        f"[{_number(found['low'])}, {_number(found['high'])}]"
+        if found["low"] < found["high"]
+        else ""
+    )
 
 
 def _number(value: float) -> str:

@@ -22,7 +22,9 @@ WAIT = 24 * 3600
 """Seconds that a rank waits for those that have more to answer."""
 
 
-def run_study(study: Study, folder: Path, *, until: str | None = None, asked: tuple[int, int] | None = None) -> None:
+def run_study(
+    study: Study, folder: Path, *, until: str | None = None, asked: tuple[int, int] | None = None
+) -> None:
     """Makes the runs that are not finished, then the evaluations, and says where the report is.
 
     Args:
@@ -62,7 +64,12 @@ def run_study(study: Study, folder: Path, *, until: str | None = None, asked: tu
         with locked(folder):
             (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
             write_json(folder / RESULTS, results)
-            study_report(folder / "report.html", study, results, {name: shown for name, (_, shown) in found.items()})
+            study_report(
+                folder / "report.html",
+                study,
+                results,
+                {name: shown for name, (_, shown) in found.items()},
+            )
     print(f"report: {folder / 'report.html'}")
 
 
@@ -70,11 +77,15 @@ def check_until(study: Study, until: str | None) -> list[str]:
     """The names of all parts of a study. Raises UserError for an `until` that is none of them."""
     names = [*study.runs, *study.evaluations]
     if until is not None and until not in names:
-        raise UserError(f"until is {until}, which is no part of this study; {choices(until, names)}")
+        raise UserError(
+            f"until is {until}, which is no part of this study; {choices(until, names)}"
+        )
     return names
 
 
-def measured(asking: Asking, name: str, evaluation: Evaluation) -> tuple[list[dict[str, Any]], list[Any]]:
+def measured(
+    asking: Asking, name: str, evaluation: Evaluation
+) -> tuple[list[dict[str, Any]], list[Any]]:
     """The result of each row of an evaluation, and for each what is shown of it."""
     results, pictures = [], []
     for row in rows(name, evaluation):
@@ -82,9 +93,18 @@ def measured(asking: Asking, name: str, evaluation: Evaluation) -> tuple[list[di
         if evaluation.against == "compute":
             result["training_flops"] = training_flops(row.folder, row.setting.checkpoint)
         results.append(
-            {"row": row.name, "model": row.model, "point": row.point, "identity": asking.identity(row), **result}
+            {
+                "row": row.name,
+                "model": row.model,
+                "point": row.point,
+                "identity": asking.identity(row),
+                **result,
+            }
         )
-        line = ", ".join(f"{metric} {shown(round(value['value'], 4))}" for metric, value in result["metrics"].items())
+        line = ", ".join(
+            f"{metric} {shown(round(value['value'], 4))}"
+            for metric, value in result["metrics"].items()
+        )
         print(f"      {name} | {row.name}: {line}", flush=True)
         pictures.append(asking.shown(row))
     return results, pictures
@@ -98,5 +118,7 @@ def _validation(folder: Path) -> dict[str, float]:
 
 def _seconds(folder: Path) -> dict[str, float]:
     """How long each stage of a run took."""
-    markers = {file.parent.name: json.loads(file.read_text()) for file in folder.glob(f"*/{MARKER}")}
+    markers = {
+        file.parent.name: json.loads(file.read_text()) for file in folder.glob(f"*/{MARKER}")
+    }
     return {name: marker["seconds"] for name, marker in sorted(markers.items())}

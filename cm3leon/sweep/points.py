@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cm3leon.config import NonNegativeInt, PositiveInt, apply_overrides, component_sections, from_mapping, split_key
+from cm3leon.config import (
+    NonNegativeInt,
+    PositiveInt,
+    apply_overrides,
+    component_sections,
+    from_mapping,
+    split_key,
+)
 from cm3leon.experiment import Experiment
 from cm3leon.study.config import combinations, shown
 from cm3leon.sweep.values import LEGEND, Choice, Interval, parse_values
@@ -41,14 +48,18 @@ class SweepConfig:
 
     def check(self) -> None:
         if not self.sweep:
-            raise UserError(f"sweep is empty; give sweep.KEY=VALUES with a key of the experiment; {LEGEND}")
+            raise UserError(
+                f"sweep is empty; give sweep.KEY=VALUES with a key of the experiment; {LEGEND}"
+            )
         if not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
             raise UserError(
                 f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a column of sweep.csv"
             )
         for key in self.sweep:
             if key.partition(".")[0] in _FIXED:
-                raise UserError(f"sweep.{key} cannot be swept; {', '.join(_FIXED)} are the same for all points")
+                raise UserError(
+                    f"sweep.{key} cannot be swept; {', '.join(_FIXED)} are the same for all points"
+                )
 
 
 Point = Mapping[str, Any]
@@ -68,9 +79,13 @@ def named_points(config: SweepConfig) -> dict[str, Point]:
     for point in points:
         name = point_name(point, short)
         if name in named:
-            raise UserError(f"sweep: two points are named {name}; the values of a key must differ in what they show")
+            raise UserError(
+                f"sweep: two points are named {name}; the values of a key must differ in what they show"
+            )
         if len(name) > MAX_NAME:
-            raise UserError(f"sweep: the name {name[:40]}... has more than {MAX_NAME} letters; sweep fewer keys")
+            raise UserError(
+                f"sweep: the name {name[:40]}... has more than {MAX_NAME} letters; sweep fewer keys"
+            )
         named[name] = point
     return named
 
@@ -89,7 +104,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     short = {}
     for key in keys:
         tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key]) + 1))
-        alone = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in keys if other != key))
+        alone = (
+            tail
+            for tail in tails
+            if not any(f".{other}".endswith(f".{tail}") for other in keys if other != key)
+        )
         short[key] = next(alone, key)
     return short
 
@@ -98,7 +117,9 @@ def experiment_at(mapping: Mapping[str, Any], name: str, point: Point) -> Experi
     """The experiment at a point. Raises UserError for a key that it does not have, or a value that it refuses."""
     overrides = [(split_key(key), value) for key, value in point.items()]
     try:
-        return from_mapping(Experiment, apply_overrides(mapping, overrides, component_sections(Experiment)))
+        return from_mapping(
+            Experiment, apply_overrides(mapping, overrides, component_sections(Experiment))
+        )
     except UserError as error:
         raise UserError(f"sweep, point {name}: {error}") from error
 
@@ -107,11 +128,15 @@ def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Itera
     lists = {}
     for key, of in values.items():
         if isinstance(of, Interval):
-            raise UserError(f"sweep.{key} is {config.sweep[key]}, which has no end of values; give sweep_trials=N")
+            raise UserError(
+                f"sweep.{key} is {config.sweep[key]}, which has no end of values; give sweep_trials=N"
+            )
         lists[key] = of.values
     count = math.prod(map(len, lists.values()))
     if count > MAX_POINTS:
-        raise UserError(f"sweep has {count:,} points; it must have at most {MAX_POINTS:,}, or sweep_trials=N of them")
+        raise UserError(
+            f"sweep has {count:,} points; it must have at most {MAX_POINTS:,}, or sweep_trials=N of them"
+        )
     return combinations(lists)
 
 
@@ -127,7 +152,9 @@ def _drawn(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> list
         different.setdefault(str(point), point)
         if len(different) == trials:
             return list(different.values())
-    raise UserError(f"sweep_trials is {trials}, but only {len(different)} different points were found; ask for fewer")
+    raise UserError(
+        f"sweep_trials is {trials}, but only {len(different)} different points were found; ask for fewer"
+    )
 
 
 def _safe(text: str) -> str:

@@ -7,7 +7,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from cm3leon.evaluation.report import Cell, Curves, Fact, Report, Section, Series, Table, write_report
+from cm3leon.evaluation.report import (
+    Cell,
+    Curves,
+    Fact,
+    Report,
+    Section,
+    Series,
+    Table,
+    write_report,
+)
 from cm3leon.study.config import shown
 from cm3leon.sweep.results import Result, columns
 
@@ -15,7 +24,9 @@ COLUMNS = 12
 """Figures of the table, the one that counts first; sweep.csv has all."""
 
 
-def sweep_report(path: Path, title: str, results: Sequence[Result], wanted: str, winner: Result | None) -> None:
+def sweep_report(
+    path: Path, title: str, results: Sequence[Result], wanted: str, winner: Result | None
+) -> None:
     """Writes the page; `wanted` is what the `winner` is best by, `lowest loss`."""
     column = wanted.partition(" ")[2]
     done = [result for result in results if result.state == "finished"]
@@ -28,7 +39,11 @@ def sweep_report(path: Path, title: str, results: Sequence[Result], wanted: str,
             title=title,
             facts=facts,
             sections=[
-                *([Section("Curves", blocks=curves)] if (curves := list(_curves(done, column))) else []),
+                *(
+                    [Section("Curves", blocks=curves)]
+                    if (curves := list(_curves(done, column)))
+                    else []
+                ),
                 Section("Points", blocks=[_table(results, column, winner)]),
                 *_failures(results),
             ],
@@ -40,9 +55,16 @@ def sweep_report(path: Path, title: str, results: Sequence[Result], wanted: str,
 def _table(results: Sequence[Result], column: str, winner: Result | None) -> Table:
     keys = list(results[0].point)
     named = columns(results)
-    names = [*(name for name in named if name == column), *(name for name in named if name != column)][:COLUMNS]
+    names = [
+        *(name for name in named if name == column),
+        *(name for name in named if name != column),
+    ][:COLUMNS]
     rows: list[list[Cell]] = [
-        [*(shown(result.point[key]) for key in keys), result.state, *(result.figures.get(name) for name in names)]
+        [
+            *(shown(result.point[key]) for key in keys),
+            result.state,
+            *(result.figures.get(name) for name in names),
+        ]
         for result in results
     ]
     marked = frozenset(index for index, result in enumerate(results) if result is winner)
@@ -64,7 +86,9 @@ def _numeric_keys(results: Sequence[Result]) -> list[str]:
     found = []
     for key in results[0].point if results else ():
         values = [result.point[key] for result in results]
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        numbers = all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
+        )
         if numbers and len(set(values)) > 1 and not _is_seed(key):
             found.append(key)
     return found
@@ -80,7 +104,9 @@ def _curve(results: Sequence[Result], key: str, column: str) -> Curves:
             for other, value in result.point.items()
             if other != key and not _is_seed(other)
         )
-        lines.setdefault(others or column, {}).setdefault(result.point[key], []).append(result.figures[column])
+        lines.setdefault(others or column, {}).setdefault(result.point[key], []).append(
+            result.figures[column]
+        )
     series = []
     for name, at in lines.items():
         ordered = sorted(at)

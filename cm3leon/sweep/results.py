@@ -49,7 +49,8 @@ def read_figures(folder: Path) -> dict[str, float]:
     for name in ("t2i_accuracy", "caption_accuracy", "infill_accuracy", "other_tasks"):
         for setting in metrics.get(name, []):
             found |= _numbers(
-                {key: value for key, value in setting.items() if key not in _SETTING}, f"{_setting_name(setting)}."
+                {key: value for key, value in setting.items() if key not in _SETTING},
+                f"{_setting_name(setting)}.",
             )
     if "wall_seconds" in metrics:
         found["seconds"] = metrics["wall_seconds"]["total"]
@@ -74,7 +75,8 @@ def _json(file: Path) -> dict[str, Any]:
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a mapping, also those given with an interval."""
     values = {
-        key: value["value"] if isinstance(value, dict) and "value" in value else value for key, value in content.items()
+        key: value["value"] if isinstance(value, dict) and "value" in value else value
+        for key, value in content.items()
     }
     return {prefix + key: value for key, value in values.items() if _is_number(value)}
 
@@ -105,7 +107,9 @@ def check_best(results: Sequence[Result], wanted: str) -> None:
     column = wanted.partition(" ")[2]
     known = columns([result for result in results if result.state == "finished"])
     if known and column not in known:
-        raise UserError(f"sweep_best is {wanted}, and the points have no figure {column}; {choices(column, known)}")
+        raise UserError(
+            f"sweep_best is {wanted}, and the points have no figure {column}; {choices(column, known)}"
+        )
 
 
 def as_csv(results: Sequence[Result], keys: Sequence[str], winner: Result | None) -> str:
@@ -116,5 +120,7 @@ def as_csv(results: Sequence[Result], keys: Sequence[str], winner: Result | None
     for result in results:
         figures = [result.figures.get(name, "") for name in names]
         mark = "best" if result is winner else ""
-        writer.writerow([result.name, *(shown(result.point[key]) for key in keys), result.state, mark, *figures])
+        writer.writerow(
+            [result.name, *(shown(result.point[key]) for key in keys), result.state, mark, *figures]
+        )
     return text.getvalue()

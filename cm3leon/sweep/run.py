@@ -20,7 +20,14 @@ from cm3leon.launch.runs import experiment_jobs, launched
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import MARKER, number_of, write_json
 from cm3leon.stages.stages import run_experiment, stages_of
-from cm3leon.sweep.points import Point, SweepConfig, experiment_at, named_points, point_name, short_names
+from cm3leon.sweep.points import (
+    Point,
+    SweepConfig,
+    experiment_at,
+    named_points,
+    point_name,
+    short_names,
+)
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
 from cm3leon.training.distributed import find_place
@@ -51,7 +58,9 @@ class Sweep:
     launcher: Component
 
 
-def load_sweep(name_or_path: str, words: Sequence[str], folder: Path, *, until: str | None = None) -> Sweep:
+def load_sweep(
+    name_or_path: str, words: Sequence[str], folder: Path, *, until: str | None = None
+) -> Sweep:
     """Finds a sweep, applies `key=value` words, and checks each of its points.
 
     Raises:
@@ -60,7 +69,9 @@ def load_sweep(name_or_path: str, words: Sequence[str], folder: Path, *, until: 
     mapping = load_mapping(name_or_path, words)
     if until:
         mapping["until"] = until
-    config = from_mapping(SweepConfig, {key: value for key, value in mapping.items() if key.startswith(SWEEP)})
+    config = from_mapping(
+        SweepConfig, {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
+    )
     sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
     points = named_points(config)
     experiments = {name: experiment_at(sections, name, point) for name, point in points.items()}
@@ -98,7 +109,11 @@ def run_sweep(sweep: Sweep) -> None:
     jobs = list(_jobs(sweep, missing)) if missing else []
     if missing and LAUNCHERS.get(sweep.launcher.name).detached:
         collecting = Job(
-            "collect", (("collect", f"run={sweep.folder}"),), after=("points",), always=True, together=False
+            "collect",
+            (("collect", f"run={sweep.folder}"),),
+            after=("points",),
+            always=True,
+            together=False,
         )
         launched([*jobs, collecting], sweep.folder, sweep.launcher)
         return
@@ -125,7 +140,9 @@ def run_point(folder: Path, shared: Path | None) -> None:
 
     def end(state: str, error: str = "") -> None:
         if first:
-            write_json(folder / OUTCOME, {"state": state, "config": _digest(config), "error": error})
+            write_json(
+                folder / OUTCOME, {"state": state, "config": _digest(config), "error": error}
+            )
 
     if first:
         record(folder)
@@ -174,7 +191,9 @@ def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
     """
     sections = {key: key.partition(".")[0] for key in keys}
     pretraining = not any(section in LATE - LAST for section in sections.values())
-    return pretraining, [key for key in keys if sections[key] not in (LAST if pretraining else LATE)]
+    return pretraining, [
+        key for key in keys if sections[key] not in (LAST if pretraining else LATE)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -254,7 +273,9 @@ def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str) -> list[Job]
     made = (folder / stages[last] / MARKER).is_file()
     if made and (folder / CONFIG).read_text() == _config(experiment):
         return []
-    jobs = experiment_jobs(replace(experiment, launcher=sweep.launcher), folder, until=stages[last], name=title)
+    jobs = experiment_jobs(
+        replace(experiment, launcher=sweep.launcher), folder, until=stages[last], name=title
+    )
     return jobs if pretraining else [replace(job, together=False) for job in jobs]
 
 

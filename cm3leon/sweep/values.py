@@ -70,14 +70,21 @@ def _values(key: str, given: Any) -> Choice | Interval:
         _, values = parse_override(f"sweep.{key}=[{given}]")
         return Choice(tuple(values))
     name, numbers = call[1], [number.strip() for number in call[2].split(",")]
-    if name == "range" and 1 <= len(numbers) <= 3 and all(map(_INT.fullmatch, numbers)) and numbers[2:] != ["0"]:
+    if (
+        name == "range"
+        and 1 <= len(numbers) <= 3
+        and all(map(_INT.fullmatch, numbers))
+        and numbers[2:] != ["0"]
+    ):
         return Choice(range(*map(int, numbers)))
     if name in ("uniform", "loguniform") and len(numbers) == 2:
         interval = _interval(*numbers, logarithmic=name == "loguniform")
         if interval:
             return interval
         least = "0 < low < high" if name == "loguniform" else "low < high"
-        raise UserError(f"sweep.{key} is {given}; it must be {name}(low,high) with numbers, {least}")
+        raise UserError(
+            f"sweep.{key} is {given}; it must be {name}(low,high) with numbers, {least}"
+        )
     raise UserError(f"sweep.{key} is {given}, which is not understood; {LEGEND}")
 
 
@@ -87,4 +94,8 @@ def _interval(low: str, high: str, *, logarithmic: bool) -> Interval | None:
     except ValueError:
         return None
     finite = math.isfinite(bounds.low) and math.isfinite(bounds.high)
-    return bounds if finite and bounds.low < bounds.high and (bounds.low > 0 or not logarithmic) else None
+    return (
+        bounds
+        if finite and bounds.low < bounds.high and (bounds.low > 0 or not logarithmic)
+        else None
+    )

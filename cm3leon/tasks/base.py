@@ -45,7 +45,9 @@ class Task:
         return np.array_equal(required(query, given).ids_T, required(completed, given).ids_T)
 
 
-def infilling_prompt(sample: Sample, modality: Modality, span: Span, vocab: Vocab, *, length: int) -> Prompt:
+def infilling_prompt(
+    sample: Sample, modality: Modality, span: Span, vocab: Vocab, *, length: int
+) -> Prompt:
     """Asks for a span of the query's segment of that modality, by the form that the CM3 objective trains.
 
     The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog" asks with
@@ -74,4 +76,7 @@ def with_segment(document: TokenDocument, modality: Modality, ids_T: np.ndarray)
     if old is None:
         segments = (new, *document.segments) if modality == "text" else (*document.segments, new)
         return replace(document, segments=segments)
-    return replace(document, segments=tuple(new if segment is old else segment for segment in document.segments))
+    return replace(
+        document,
+        segments=tuple(new if segment is old else segment for segment in document.segments),
+    )

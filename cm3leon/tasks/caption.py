@@ -30,10 +30,16 @@ class Caption(Task):
     config: Config
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
-        unknown = TokenSegment("text", np.array([self.vocab.pad]))  # its place is all that the prompt keeps of it
+        unknown = TokenSegment(
+            "text", np.array([self.vocab.pad])
+        )  # its place is all that the prompt keeps of it
         asked = TokenDocument(query.id, (unknown, required(query, "image")))
         return infilling_prompt(
-            Sample(asked, tuple(retrieved)), "text", (0, 1), self.vocab, length=self.config.max_tokens
+            Sample(asked, tuple(retrieved)),
+            "text",
+            (0, 1),
+            self.vocab,
+            length=self.config.max_tokens,
         )
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:

@@ -33,7 +33,9 @@ class Infilling(Task):
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
         start, end = self.span
-        old_T, new_T = (np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed))
+        old_T, new_T = (
+            np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed)
+        )
         return super().keeps_given(query, completed) and np.array_equal(old_T, new_T)
 
 
@@ -54,7 +56,9 @@ class Infill(Infilling):
         required(query, "text")
         required(query, "image")
         span = self.span
-        return infilling_prompt(Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0])
+        return infilling_prompt(
+            Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0]
+        )
 
     @property
     def span(self) -> Span:

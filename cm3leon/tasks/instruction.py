@@ -42,7 +42,9 @@ class Instruction(Task):
         place = answer_place(query)
         segments = list(query.segments)
         if segments[place].modality == "text":
-            segments[place] = replace(segments[place], ids_T=np.array([self.vocab.pad]))  # only its place is kept
+            segments[place] = replace(
+                segments[place], ids_T=np.array([self.vocab.pad])
+            )  # only its place is kept
             asked = replace(query, segments=tuple(segments))
             ids_T = spans_prompt(asked, [AskedSpan(place, 0, 1)], retrieved, self.vocab)
             return Prompt(ids_T, "text", self.config.max_tokens, self.vocab.end_of_span)
@@ -51,7 +53,9 @@ class Instruction(Task):
 
         def ask(*masked: Role) -> np.ndarray:
             sample = Sample(with_masks(asked, masked, self.vocab), tuple(retrieved))
-            return lay_out(sample, self.vocab).ids_T[:-1]  # without the <eos> that would close an empty image
+            return lay_out(sample, self.vocab).ids_T[
+                :-1
+            ]  # without the <eos> that would close an empty image
 
         roles = {segment.role for segment in segments}
         return Prompt(
@@ -73,19 +77,25 @@ class Instruction(Task):
         place = answer_place(query)
         return len(query.segments) == len(completed.segments) and all(
             np.array_equal(one.ids_T, other.ids_T)
-            for number, (one, other) in enumerate(zip(query.segments, completed.segments, strict=True))
+            for number, (one, other) in enumerate(
+                zip(query.segments, completed.segments, strict=True)
+            )
             if number != place
         )
 
 
 def answer_place(document: TokenDocument) -> int:
     """Number of the segment that is asked for: the answer, or the last image. Raises UserError without either."""
-    answers = [number for number, segment in enumerate(document.segments) if segment.role == "answer"]
+    answers = [
+        number for number, segment in enumerate(document.segments) if segment.role == "answer"
+    ]
     if answers:
         return answers[0]
     last = len(document.segments) - 1
     if last < 0 or document.segments[last].modality != "image" or document.segments[last].role:
-        raise UserError(f"document {document.id} asks for nothing: it has no answer, and does not end in an image")
+        raise UserError(
+            f"document {document.id} asks for nothing: it has no answer, and does not end in an image"
+        )
     return last
 
 

@@ -24,7 +24,10 @@ class AskedSpan(NamedTuple):
 
 
 def spans_prompt(
-    query: TokenDocument, spans: Sequence[AskedSpan], retrieved: Sequence[TokenDocument], vocab: Vocab
+    query: TokenDocument,
+    spans: Sequence[AskedSpan],
+    retrieved: Sequence[TokenDocument],
+    vocab: Vocab,
 ) -> np.ndarray:
     """Asks for spans of a document by the form that the CM3 objective trains.
 
@@ -35,10 +38,14 @@ def spans_prompt(
         UserError: for no spans, more than there are sentinels, or spans that overlap or are not in order.
     """
     if not 0 < len(spans) <= vocab.sentinels:
-        raise UserError(f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a sentinel")
+        raise UserError(
+            f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a sentinel"
+        )
     laid_out = lay_out(Sample(query, tuple(retrieved)), vocab)
     own = [segment for segment in laid_out.segments if segment.is_query]
-    places = [(own[span.segment].start + span.start, own[span.segment].start + span.end) for span in spans]
+    places = [
+        (own[span.segment].start + span.start, own[span.segment].start + span.end) for span in spans
+    ]
     if any(start >= end for start, end in places) or any(a[1] > b[0] for a, b in pairwise(places)):
         raise UserError("spans must not be empty, and stand in order without overlap")
     rotated_T, _ = rotate(laid_out.ids_T, places, vocab)
@@ -46,7 +53,9 @@ def spans_prompt(
     return rotated_T[: len(rotated_T) - behind + 1]
 
 
-def fill(query: TokenDocument, spans: Sequence[AskedSpan], answer: Sequence[int], vocab: Vocab) -> TokenDocument:
+def fill(
+    query: TokenDocument, spans: Sequence[AskedSpan], answer: Sequence[int], vocab: Vocab
+) -> TokenDocument:
     """The document with the answer to `spans_prompt` put where the spans were."""
     contents: list[list[int]] = [[]]
     for token in answer:
@@ -57,12 +66,16 @@ def fill(query: TokenDocument, spans: Sequence[AskedSpan], answer: Sequence[int]
     segments = list(query.segments)
     for span, content in reversed(list(zip(spans, contents, strict=True))):
         old = segments[span.segment]
-        ids_T = np.concatenate([old.ids_T[: span.start], np.array(content, np.int64), old.ids_T[span.end :]])
+        ids_T = np.concatenate(
+            [old.ids_T[: span.start], np.array(content, np.int64), old.ids_T[span.end :]]
+        )
         segments[span.segment] = TokenSegment(old.modality, ids_T)
     return replace(query, segments=tuple(segments))
 
 
-def box_spans(box: tuple[int, int, int, int], *, segment: int, grid: int, downsampling: int) -> list[AskedSpan]:
+def box_spans(
+    box: tuple[int, int, int, int], *, segment: int, grid: int, downsampling: int
+) -> list[AskedSpan]:
     """The codes of an image that a box of pixels touches, as spans: one for each row of codes, in order.
 
     Codes run row by row, so that a box is a span in each of its rows; rows that it takes whole are one span together.

@@ -50,4 +50,6 @@ class TextToImage(Task):
     def _ask(self, id_: str, text: TokenSegment, retrieved: Sequence[TokenDocument]) -> np.ndarray:
         no_image = TokenSegment("image", np.empty(0, np.int64))
         asked = Sample(TokenDocument(id_, (text, no_image)), tuple(retrieved))
-        return lay_out(asked, self.vocab).ids_T[:-1]  # without the <eos> that would close an empty image
+        return lay_out(asked, self.vocab).ids_T[
+            :-1
+        ]  # without the <eos> that would close an empty image

@@ -48,7 +48,9 @@ def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
                 pieces.append(np.array([vocab.brk]))
                 position += 1
             end = position + len(segment.ids_T)
-            segments.append(SegmentSpan(position, end, segment.modality, document is sample.query, segment.role))
+            segments.append(
+                SegmentSpan(position, end, segment.modality, document is sample.query, segment.role)
+            )
             pieces.append(segment.ids_T)
             position = end
     pieces.append(np.array([vocab.eos]))

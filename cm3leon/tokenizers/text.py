@@ -65,10 +65,14 @@ class TextTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        with tqdm(desc="text", unit="B", unit_scale=True, mininterval=2.0, dynamic_ncols=True) as progress:
+        with tqdm(
+            desc="text", unit="B", unit_scale=True, mininterval=2.0, dynamic_ncols=True
+        ) as progress:
             learner.train_from_iterator(_stretches(texts, progress), trainer)
             if not progress.n:
-                raise UserError("text_tokenizer: the corpus holds no text to train on, at least one caption is needed")
+                raise UserError(
+                    "text_tokenizer: the corpus holds no text to train on, at least one caption is needed"
+                )
         return cls(_with_specials(learner), config.vocab_size)
 
     @classmethod
@@ -84,10 +88,14 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}") from error
+            raise UserError(
+                f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}"
+            ) from error
         problem = _problem(tokenizer)
         if problem:
-            raise UserError(f"text_tokenizer: {path} is no tokenizer of this project: {problem}; train one here")
+            raise UserError(
+                f"text_tokenizer: {path} is no tokenizer of this project: {problem}; train one here"
+            )
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise UserError(
                 f"text_tokenizer.vocab_size: {path} has {tokenizer.get_vocab_size()} pieces, "
@@ -101,7 +109,10 @@ class TextTokenizer:
         The second file names no special tokens on purpose: transformers would recognise them inside user text.
         """
         self._tokenizer.save(str(folder / FILE))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
     @property
@@ -111,7 +122,9 @@ class TextTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, shape (T,), int64, none of them a special token."""
-        return np.asarray(self._tokenizer.encode(unicode_text(text), add_special_tokens=False).ids, dtype=np.int64)
+        return np.asarray(
+            self._tokenizer.encode(unicode_text(text), add_special_tokens=False).ids, dtype=np.int64
+        )
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
         """What `encode` gives for each of the texts, on all cores."""
@@ -221,9 +234,9 @@ def _with_specials(learner: Tokenizer) -> Tokenizer:
     return learner
 
 
-_PROBE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])) + (
-    " A  b\n\n\t 12 e\u0301 \ufb01 \uff21 \x00 isn't 'a , b . <break><mask:0> "
-)
+_PROBE = "".join(
+    map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])
+) + (" A  b\n\n\t 12 e\u0301 \ufb01 \uff21 \x00 isn't 'a , b . <break><mask:0> ")
 """All bytes that UTF-8 has, and what normalisers change."""
 
 
@@ -239,8 +252,15 @@ def _problem(tokenizer: Tokenizer) -> str | None:
         return "its ids have gaps"
     if content["added_tokens"]:
         return f"it recognises {content['added_tokens'][0]['content']} inside any text as a token"
-    if model["ignore_merges"] or not {"".join(merge) for merge in model["merges"]}.isdisjoint(SPECIALS):
+    if model["ignore_merges"] or not {"".join(merge) for merge in model["merges"]}.isdisjoint(
+        SPECIALS
+    ):
         return "its merges can make a special token of text"
-    if tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False) != _PROBE:
+    if (
+        tokenizer.decode(
+            tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+        != _PROBE
+    ):
         return "text does not come back from it exactly, as it does from byte-level pieces"
     return None

@@ -66,7 +66,9 @@ class Vocab:
     def sentinel(self, number: int) -> int:
         """Id of `<mask:number>`."""
         if not 0 <= number < self.sentinels:
-            raise ValueError(f"there is no <mask:{number}>: the vocabulary has {self.sentinels} sentinels")
+            raise ValueError(
+                f"there is no <mask:{number}>: the vocabulary has {self.sentinels} sentinels"
+            )
         return self.sentinel_start + number
 
     def is_sentinel(self, ids: np.ndarray) -> np.ndarray:
@@ -89,4 +91,8 @@ class Vocab:
 
     def id_range(self, modality: Modality) -> tuple[int, int]:
         """First id, and one past the last, of the content tokens of a modality."""
-        return (len(SPECIALS), self.text_size) if modality == "text" else (self.image_start, self.sentinel_start)
+        return (
+            (len(SPECIALS), self.text_size)
+            if modality == "text"
+            else (self.image_start, self.sentinel_start)
+        )

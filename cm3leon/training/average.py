@@ -14,7 +14,9 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._parameters = dict(module.named_parameters())
-        self._average = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._average = {
+            name: parameter.detach().clone() for name, parameter in self._parameters.items()
+        }
         self._decay = decay
 
     @torch.no_grad()

@@ -34,7 +34,9 @@ from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
 # One process without a group is meant, not forgotten; torch says so in a thread of its own.
-warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")
+warnings.filterwarnings(
+    "ignore", message=".*assuming the intent is to (save|load) in a single process.*"
+)
 
 LAST_WAIT = 30.0
 """Seconds; longer than it takes to notice that another rank is lost."""
@@ -84,7 +86,9 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         self.ranks.barrier()
 
-    def save(self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, wait: bool = False
+    ) -> None:
         """Starts to write `step_<state["step"]>`, once the one before is finished; to its end with `wait`.
 
         A checkpoint that fails is told about and leaves the older ones as they are. `tensors` may be nested by names;
@@ -96,7 +100,9 @@ class Checkpoints:
         if self.ranks.first:
             self._attempt(lambda: _empty(partial))
         self.ranks.barrier()
-        self._writing = _Writing(tensors, {**state, "ranks": self.ranks.count, "format": FORMAT}, partial, final, self)
+        self._writing = _Writing(
+            tensors, {**state, "ranks": self.ranks.count, "format": FORMAT}, partial, final, self
+        )
         if wait:
             self.finish()
 
@@ -130,7 +136,9 @@ class Checkpoints:
         """
         for path in reversed(checkpoints(self._folder)):
             check_format(path)
-            damaged = [name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names]
+            damaged = [
+                name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names
+            ]
             if not damaged:
                 return path
             if self.ranks.first:
@@ -155,14 +163,21 @@ class _Writing:
     """One checkpoint on its way to the disk: a thread waits for the shards, checks them in, and gives the name."""
 
     def __init__(
-        self, tensors: Mapping[str, Any], state: dict[str, Any], partial: Path, final: Path, owner: Checkpoints
+        self,
+        tensors: Mapping[str, Any],
+        state: dict[str, Any],
+        partial: Path,
+        final: Path,
+        owner: Checkpoints,
     ) -> None:
         self.error: BaseException | None = None
         self._state, self._partial, self._final, self._owner = state, partial, final, owner
         self._future: Any = None
         try:
             self._future = dcp.async_save(
-                dict(tensors), storage_writer=dcp.FileSystemWriter(partial), process_group=owner.group
+                dict(tensors),
+                storage_writer=dcp.FileSystemWriter(partial),
+                process_group=owner.group,
             )
         except Exception as error:  # whatever the writer makes of a full disk
             self.error = error
@@ -186,10 +201,14 @@ class _Writing:
         limit = time.monotonic() + self._owner.patience
         while not all(path.is_file() for path in lists):
             if time.monotonic() > limit:
-                raise TimeoutError(f"no word of its shards from {sum(not path.is_file() for path in lists)} ranks")
+                raise TimeoutError(
+                    f"no word of its shards from {sum(not path.is_file() for path in lists)} ranks"
+                )
             time.sleep(0.05)
         _write(self._partial / STATE, self._state)
-        files = {name: digest for path in lists for name, digest in json.loads(path.read_text()).items()}
+        files = {
+            name: digest for path in lists for name, digest in json.loads(path.read_text()).items()
+        }
         files |= {name: _digest(self._partial / name) for name in (".metadata", STATE)}
         for path in lists:
             path.unlink()
@@ -256,7 +275,11 @@ def load_weights_at(folder: Path, step: int, module: nn.Module, *, averaged: boo
     alone = Ranks(torch.device("cpu"))
     read_tensors(path, {"model": module.state_dict()}, alone)
     if averaged:
-        read_tensors(path, {"average": {name: each.detach() for name, each in module.named_parameters()}}, alone)
+        read_tensors(
+            path,
+            {"average": {name: each.detach() for name, each in module.named_parameters()}},
+            alone,
+        )
 
 
 def training_tensors(
@@ -333,7 +356,12 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes of an index of shards, and no other."""
 
     _PLAIN = frozenset(
-        (("pathlib", "Path"), ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"))
+        (
+            ("pathlib", "Path"),
+            ("pathlib", "PosixPath"),
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+        )
     )
     _INDEX = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
@@ -341,9 +369,13 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in self._PLAIN or module in self._INDEX:
             found = super().find_class(module, name)
-            if module not in self._INDEX or (isinstance(found, type) and found.__module__ == module):
+            if module not in self._INDEX or (
+                isinstance(found, type) and found.__module__ == module
+            ):
                 return found
-        raise pickle.UnpicklingError(f"the index of a checkpoint names {module}.{name}, which is not read")
+        raise pickle.UnpicklingError(
+            f"the index of a checkpoint names {module}.{name}, which is not read"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -354,7 +386,11 @@ def _damaged(path: Path, ranks: Ranks) -> list[str]:
     try:
         files = json.loads((path / MANIFEST).read_text())
         shares = sorted(files.items())[ranks.rank :: ranks.count]
-        return [name for name, digest in shares if not (path / name).is_file() or _digest(path / name) != digest]
+        return [
+            name
+            for name, digest in shares
+            if not (path / name).is_file() or _digest(path / name) != digest
+        ]
     except (OSError, ValueError, AttributeError):
         return [MANIFEST]
 

@@ -82,10 +82,16 @@ class TrainingConfig:
     def check(self) -> None:
         if self.warmup_steps >= self.steps:
             raise UserError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        if self.checkpoint_every % self.log_every:  # so that a resumed run records the same means as an uninterrupted
-            raise UserError(f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}")
+        if (
+            self.checkpoint_every % self.log_every
+        ):  # so that a resumed run records the same means as an uninterrupted
+            raise UserError(
+                f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}"
+            )
         if self.keep_every and self.keep_every % self.checkpoint_every:
-            raise UserError(f"checkpoint_every {self.checkpoint_every} must divide keep_every {self.keep_every}")
+            raise UserError(
+                f"checkpoint_every {self.checkpoint_every} must divide keep_every {self.keep_every}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -132,4 +138,6 @@ class DecoderTrainingConfig(TrainingConfig):
         if self.start_with == "everything" and self.start is None:
             raise UserError("start_with is everything, but start names no run folder")
         if self.lora_rank and (self.start is None or self.start_with == "everything"):
-            raise UserError("lora_rank adapts trained weights: set start to a run folder, and start_with=weights")
+            raise UserError(
+                "lora_rank adapts trained weights: set start to a run folder, and start_with=weights"
+            )

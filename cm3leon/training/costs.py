@@ -53,7 +53,9 @@ def model_flops(config: Transformer.Config, vocab_size: int, sample_BT: Tensor) 
     appendix B) counts whole blocks, 12 L D T a token, whatever is masked.
     """
     rows_B = torch.arange(len(sample_BT), device=sample_BT.device) * (int(sample_BT.max()) + 1)
-    numbers_BT = torch.where(sample_BT >= 0, sample_BT + rows_B[:, None], -1)  # none has the same in two rows
+    numbers_BT = torch.where(
+        sample_BT >= 0, sample_BT + rows_B[:, None], -1
+    )  # none has the same in two rows
     numbers_N, length_N = torch.unique_consecutive(numbers_BT.flatten(), return_counts=True)
     real_N = length_N[numbers_N >= 0].double()
     attention = 6 * config.layers * config.width * float(real_N.square().sum())
@@ -62,7 +64,9 @@ def model_flops(config: Transformer.Config, vocab_size: int, sample_BT: Tensor) 
 
 def flops_per_token(config: Transformer.Config, vocab_size: int) -> float:
     """Forward and backward FLOPs of a token of a block that is one sample; shorter samples take less for attention."""
-    return 6 * matrix_weights(config, vocab_size) + 6 * config.layers * config.width * config.seq_len
+    return (
+        6 * matrix_weights(config, vocab_size) + 6 * config.layers * config.width * config.seq_len
+    )
 
 
 def peak_flops(device: torch.device, ranks: int) -> float | None:

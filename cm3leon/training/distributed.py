@@ -49,7 +49,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
             rank=int(environment["SLURM_PROCID"]),
             count=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
-            address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
+            address=environment.get("MASTER_ADDR")
+            or _first_host(environment["SLURM_STEP_NODELIST"]),
             port=int(environment.get("MASTER_PORT", 0)) or _port(environment),
         )
     return None
@@ -59,13 +60,19 @@ def _first_host(nodes: str) -> str:
     """The first name of SLURM's compressed list of nodes, `gpu[03-06,9]` -> `gpu03`."""
     if "[" not in nodes:
         return nodes.split(",")[0]
-    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    )
     return answer.stdout.split()[0]
 
 
 def _port(environment: Mapping[str, str]) -> int:
     """A port that is the same in all tasks of a step, and another in other jobs on the same node."""
-    return 20_000 + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_STEP_ID", 0))) % 20_000
+    return (
+        20_000
+        + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_STEP_ID", 0)))
+        % 20_000
+    )
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,23 @@ class Ranks:
             UserError: for replicas that the ranks cannot be divided into.
         """
         if self.count % replicas:
-            raise UserError(f"training.replicas is {replicas}; it must divide the {self.count} ranks")
+            raise UserError(
+                f"training.replicas is {replicas}; it must divide the {self.count} ranks"
+            )
         if not self.joined:
             return None
         shards = self.count // replicas
         if replicas == 1:
             return init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(
+            self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard")
+        )
 
 
 @contextmanager
-def joined(place: Place | None, timeout_seconds: int, *, before: Callable[[], None] | None = None) -> Iterator[Ranks]:
+def joined(
+    place: Place | None, timeout_seconds: int, *, before: Callable[[], None] | None = None
+) -> Iterator[Ranks]:
     """The ranks of this training, with a process group for as long as the context lasts where there are several.
 
     What is to be done `before` is done by the first of several ranks, without a process group, while the others wait.
@@ -154,7 +167,9 @@ def joined(place: Place | None, timeout_seconds: int, *, before: Callable[[], No
         _first_alone(store, place, before)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.count, timeout=timeout
+    )
     try:
         yield Ranks(device, place.rank, place.count, joined=True)
     finally:
@@ -167,7 +182,11 @@ _times = itertools.count()
 @functools.cache
 def _store(place: Place) -> dist.Store:
     """Where the ranks find each other; kept for as long as the process is there, since the first of them serves it."""
-    url = f"tcp://{place.address}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
+    url = (
+        f"tcp://{place.address}:{place.port}"
+        if "TORCHELASTIC_RUN_ID" not in os.environ
+        else "env://"
+    )
     return next(dist.rendezvous(url, place.rank, place.count))[0]
 
 

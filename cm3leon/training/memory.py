@@ -80,7 +80,12 @@ class Memory:
 
 
 def training_memory(
-    config: Transformer.Config, vocab_size: int, training: DecoderTrainingConfig, *, gpus: int, micro_batch: int
+    config: Transformer.Config,
+    vocab_size: int,
+    training: DecoderTrainingConfig,
+    *,
+    gpus: int,
+    micro_batch: int,
 ) -> Memory:
     """What each of `gpus` GPUs holds at its fullest, in bf16.
 
@@ -117,7 +122,9 @@ def training_memory(
         steady + copies + kept + again + on_way + gradients_on_way,
         weights + moments + gradients + late + gradients_on_way + again + on_way,
     )
-    return Memory(weights, gradients, moments, max(copies, late + gradients_on_way), kept, output, moment)
+    return Memory(
+        weights, gradients, moments, max(copies, late + gradients_on_way), kept, output, moment
+    )
 
 
 def _activations(
@@ -139,11 +146,15 @@ def _activations(
     return tokens * (config.layers * kept + of_final_norm), tokens * again, tokens * 4 * m * D
 
 
-def _output(config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool, sharded: bool) -> float:
+def _output(
+    config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool, sharded: bool
+) -> float:
     """A chunk's logits in bf16 and float32; the head in bf16, unless it was gathered so, its gradient and the chunk's
     share of that; hidden states in float32 and bf16, and their gradient."""
     rows, head = tokens_at_once(vocab_size), vocab_size * config.width
     copy = 0 if sharded else 2 * head
     if tokens <= rows:
         return tokens * (12 * vocab_size + 6 * config.width) + copy
-    return rows * vocab_size * 6 + copy + (6 * head if trained_head else 0) + tokens * 8 * config.width
+    return (
+        rows * vocab_size * 6 + copy + (6 * head if trained_head else 0) + tokens * 8 * config.width
+    )

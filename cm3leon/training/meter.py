@@ -65,7 +65,10 @@ class Meter:
         """Sums and time since the last reading, for a meter of a later process; waits for the device."""
         self._values = {name: [_total(values)] for name, values in self._values.items()}
         seconds = time.perf_counter() - self._start
-        return {"seconds": seconds, "sums": {name: values[0] for name, values in self._values.items()}}
+        return {
+            "seconds": seconds,
+            "sums": {name: values[0] for name, values in self._values.items()},
+        }
 
     def load(self, states: Sequence[MeterState]) -> None:
         """Goes on from the states of all ranks, the same for all, on as many ranks or another number of them."""
@@ -77,7 +80,10 @@ class Meter:
         else:
             # The first rank takes over everything; the others have to have the same figures.
             counted = float(self._ranks.first)
-            whole = {name: np.sum([state["sums"][name] for state in states], axis=0) for name in states[0]["sums"]}
+            whole = {
+                name: np.sum([state["sums"][name] for state in states], axis=0)
+                for name in states[0]["sums"]
+            }
             sums = {name: (counted * pair).tolist() for name, pair in whole.items()}
         self._values = {name: [(total, count)] for name, (total, count) in sums.items()}
 
@@ -91,7 +97,9 @@ class Meter:
 
 def _total(values: list[Figure]) -> tuple[float, float]:
     """Sum and count of the values that are finite."""
-    pairs = [(float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for v in values]
+    pairs = [
+        (float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for v in values
+    ]
     totals = counts = 0.0
     for total, count in pairs:
         # One after the other, so that a sum that goes on from a state is the same to the last bit.
@@ -110,7 +118,9 @@ class Book:
         step: where the training goes on; records and events after it are of a run that was killed, and are cut off.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, title: str, step: int, first: int, last: int) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, title: str, step: int, first: int, last: int
+    ) -> None:
         self._folder = folder
         self._writes = ranks.first
         self.writer: Any = None

@@ -34,7 +34,9 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         raise UserError(
             "training.optimizer is adamw_8bit, which needs the package torchao (pip install torchao)"
         ) from error
-    return AdamW8bit([group for group in groups if group["params"]], lr=config.learning_rate, betas=betas)
+    return AdamW8bit(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=betas
+    )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

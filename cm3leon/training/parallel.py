@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from cm3leon.models.lora import add_lora, lora_scale, merged
@@ -19,7 +23,9 @@ from cm3leon.training.distributed import Ranks
 from cm3leon.types import UserError
 
 
-def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: DecoderTrainingConfig, ranks: Ranks) -> Any:
+def distributed(
+    whole: Callable[[], Any], shape: Callable[[], Any], config: DecoderTrainingConfig, ranks: Ranks
+) -> Any:
     """A model with its weights, sharded over the ranks; on one process without a group, as it is.
 
     Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and gradients are kept in
@@ -47,7 +53,8 @@ def distributed(whole: Callable[[], Any], shape: Callable[[], Any], config: Deco
         model = _adapted(shape(), config)
     _prepare(model, config)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None,
+        reduce_dtype=torch.float32,
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -90,7 +97,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.reshard()
 
 
-def _adapted(model: Any, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None) -> Any:
+def _adapted(
+    model: Any, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None
+) -> Any:
     """The model, with adapters if they are what is trained."""
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, frozen_dtype=frozen_dtype)

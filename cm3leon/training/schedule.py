@@ -22,7 +22,9 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
         return peak * (step + 1) / warmup
     last = config.final_rate * peak
     if config.schedule == "cosine":
-        return last + (peak - last) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return (
+            last + (peak - last) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        )
     falling = steps - warmup
     if config.schedule == "wsd":
         falling = min(falling, max(1, round(config.decay_share * steps)))

@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from cm3leon.objectives.packing import merge_states
 from cm3leon.training.average import WeightAverage
-from cm3leon.training.checkpoint import Checkpoints, checkpoints, read_state, read_tensors, training_tensors
+from cm3leon.training.checkpoint import (
+    Checkpoints,
+    checkpoints,
+    read_state,
+    read_tensors,
+    training_tensors,
+)
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
 from cm3leon.training.distributed import Ranks
@@ -102,16 +108,35 @@ def train(
     average = WeightAverage(module, config.average_decay) if config.average_decay else None
     tensors = training_tensors(module, optimizer, average)
     warnings: list[str] = []
-    saved = Checkpoints(folder, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every, tell=warnings.append)
+    saved = Checkpoints(
+        folder,
+        ranks,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        tell=warnings.append,
+    )
     start = _resume(folder, goes_on_from, saved, tensors, batches, ranks)
-    step, first, in_row, spikes = start["step"], start["first"], start["in_row"], Spikes(config.spike, start["losses"])
+    step, first, in_row, spikes = (
+        start["step"],
+        start["first"],
+        start["in_row"],
+        Spikes(config.spike, start["losses"]),
+    )
     last = first + config.steps
 
     def checkpoint(data: dict[str, Any], *, wait: bool) -> None:
-        place = {"step": step, "first": first, "in_row": in_row, "losses": spikes.state(), "seed": seed}
+        place = {
+            "step": step,
+            "first": first,
+            "in_row": in_row,
+            "losses": spikes.state(),
+            "seed": seed,
+        }
         place["meter"] = ranks.gather(meter.state())
         states = ranks.gather(data)
-        saved.save(tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait)
+        saved.save(
+            tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait
+        )
 
     book = Book(folder, ranks, title=title, step=step, first=first, last=last)
     meter = Meter(ranks)
@@ -129,7 +154,9 @@ def train(
             for part, weight in zip(parts, weights, strict=True):
                 if ranks.any(bool(signals.received)):
                     checkpoint(before, wait=True)
-                    raise Again(f"{title}: stopped at step {step} by {signals.received or 'a signal'}")
+                    raise Again(
+                        f"{title}: stopped at step {step} by {signals.received or 'a signal'}"
+                    )
                 with autocast(device, config.precision):
                     part_loss, figures = loss(module, part)
                 # FSDP takes the mean of the ranks' gradients; the sum is what is wanted.
@@ -140,14 +167,18 @@ def train(
             for figures in measured:
                 meter.add(figures)
             norm = _clip(clipped or (module,), config.clip)
-            step_loss, odd = ranks.sum([float(value), float(not math.isfinite(float(value) + norm))])
+            step_loss, odd = ranks.sum(
+                [float(value), float(not math.isfinite(float(value) + norm))]
+            )
             step += 1
             if odd:
                 in_row += 1
                 _skip(module, book, shares, ranks, step=step, loss=step_loss, norm=norm)
                 if in_row > config.bad_steps:
                     saved.finish()
-                    raise FloatingPointError(diagnosis(title, step=step, in_row=in_row, loss=step_loss, norm=norm))
+                    raise FloatingPointError(
+                        diagnosis(title, step=step, in_row=in_row, loss=step_loss, norm=norm)
+                    )
             else:
                 in_row = 0
                 optimizer.step()
@@ -193,7 +224,9 @@ def _resume(
     elif goes_on_from:
         others = checkpoints(goes_on_from)
         if not others:
-            raise UserError(f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights")
+            raise UserError(
+                f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights"
+            )
         path = others[-1]
         state = {**read_state(path), "in_row": 0, "losses": [], "meter": []}
         state["first"] = state["step"]
@@ -207,7 +240,11 @@ def _resume(
 def _clip(modules: Sequence[nn.Module], most: float) -> float:
     """Clips the gradients of each module by its own norm; returns the norm of all of them together."""
     norms = [nn.utils.clip_grad_norm_(module.parameters(), most) for module in modules]
-    return float(torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm())
+    return float(
+        torch.stack(
+            [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        ).norm()
+    )
 
 
 def _skip(
@@ -223,7 +260,12 @@ def _skip(
     """Writes down a step that is skipped: what was not finite, on any rank, and in which documents."""
     names = sorted({name for names in ranks.gather(bad_gradients(module)) for name in names})
     book.event(
-        step, "step skipped", loss=loss, gradient_norm=norm, parameters=names, documents=_documents(shares, ranks)
+        step,
+        "step skipped",
+        loss=loss,
+        gradient_norm=norm,
+        parameters=names,
+        documents=_documents(shares, ranks),
     )
 
 

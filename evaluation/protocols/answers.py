@@ -40,7 +40,9 @@ class RankedAnswers(Protocol):
 
         def check(self) -> None:
             if self.data.name != "visdial" or not self.data.config.relevance:
-                raise UserError("data must be visdial, with the file of its dense annotations as data.relevance")
+                raise UserError(
+                    "data must be visdial, with the file of its dense annotations as data.relevance"
+                )
 
     config: Config
 
@@ -52,7 +54,10 @@ class RankedAnswers(Protocol):
         ]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        values = [ndcg(list(_scores(answer)), item.truth) for item, answer in zip(items, answers, strict=True)]
+        values = [
+            ndcg(list(_scores(answer)), item.truth)
+            for item, answer in zip(items, answers, strict=True)
+        ]
         return {"NDCG": average(np.array(values))}
 
     def fingerprint(self) -> str:
@@ -82,19 +87,28 @@ class Answers(Protocol):
 
         def check(self) -> None:
             if not issubclass(SOURCES.get(self.data.name), InstructionSource):
-                raise UserError(f"data.name is {self.data.name}, which has no instructions with known answers")
+                raise UserError(
+                    f"data.name is {self.data.name}, which has no instructions with known answers"
+                )
 
     config: Config
 
     def items(self) -> list[Item]:
         found = asked_items(self.config.data, self.config.count, self.config.missing)
-        return [Item(document.id, "instruction", document, example.truth) for document, example in found]
+        return [
+            Item(document.id, "instruction", document, example.truth) for document, example in found
+        ]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         texts = [answer.text for answer in answers]
         if self.config.measure == "captions":
             found = caption_scores(texts, [item.truth for item in items])
-            figures = {"CIDEr": found.cider, "BLEU-4": found.bleu[3], "ROUGE-L": found.rouge_l, "METEOR": found.meteor}
+            figures = {
+                "CIDEr": found.cider,
+                "BLEU-4": found.bleu[3],
+                "ROUGE-L": found.rouge_l,
+                "METEOR": found.meteor,
+            }
             return {
                 f"{name} ({found.tokenizer})": Measured(value, value, value, len(items))
                 for name, value in figures.items()

@@ -99,14 +99,19 @@ def asked(item: Item) -> str:
     for segment in item.document.segments:
         if isinstance(segment, TextSegment):
             text = " …" if segment.role == "answer" else segment.text
-            runs = [*runs[:-1], runs[-1] + text] if segment.joined and runs else [*runs, text.strip()]
+            runs = (
+                [*runs[:-1], runs[-1] + text] if segment.joined and runs else [*runs, text.strip()]
+            )
     return " | ".join(runs) if item.task != "caption" else ""
 
 
 def given_image(item: Item) -> np.ndarray | None:
     """The image (H, W, C) that is given with an item, None without one."""
     images = [segment for segment in item.document.segments if isinstance(segment, ImageSegment)]
-    if any(getattr(segment, "role", "") == "answer" for segment in item.document.segments) or item.task == "caption":
+    if (
+        any(getattr(segment, "role", "") == "answer" for segment in item.document.segments)
+        or item.task == "caption"
+    ):
         return images[0].pixels_HWC if images else None
     return images[0].pixels_HWC if len(images) > 1 else None
 

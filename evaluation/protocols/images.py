@@ -13,7 +13,14 @@ import numpy as np
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
-from cm3leon.evaluation.images import Extractor, FeatureStatistics, Inception, cell_features, features, precision_recall
+from cm3leon.evaluation.images import (
+    Extractor,
+    FeatureStatistics,
+    Inception,
+    cell_features,
+    features,
+    precision_recall,
+)
 from cm3leon.evaluation.metrics import Measured
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing, clip_score
 from cm3leon.registry import PROTOCOLS, SOURCES
@@ -76,9 +83,14 @@ class CaptionedImages(Protocol):
         extractor = self._extractor()
         images = [answer.image_HWC for answer in answers if answer.image_HWC is not None]
         generated_BD = np.concatenate(
-            [features(extractor, np.stack(images[first : first + BATCH])) for first in range(0, len(images), BATCH)]
+            [
+                features(extractor, np.stack(images[first : first + BATCH]))
+                for first in range(0, len(images), BATCH)
+            ]
         )
-        reference_BD = np.concatenate([features(extractor, batch) for batch in self._reference(items)])
+        reference_BD = np.concatenate(
+            [features(extractor, batch) for batch in self._reference(items)]
+        )
         distances = FeatureStatistics(), FeatureStatistics()
         for statistics, features_BD in zip(distances, (generated_BD, reference_BD), strict=True):
             statistics.add(features_BD)
@@ -117,7 +129,11 @@ class CaptionedImages(Protocol):
         return hashlib.sha256(f"{self.config.seed} {id_}".encode()).digest()
 
     def _extractor(self) -> Extractor:
-        return Inception.load(self.config.inception_file) if self.config.inception_file else cell_features
+        return (
+            Inception.load(self.config.inception_file)
+            if self.config.inception_file
+            else cell_features
+        )
 
     def _reference(self, items: Sequence[Item]) -> Iterator[np.ndarray]:
         """The reference images in batches, read once more: a corpus of them need not fit into memory."""

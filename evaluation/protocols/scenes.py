@@ -19,7 +19,15 @@ from cm3leon.data.scenes.world import BACKGROUNDS, Scene, World
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
-from cm3leon.evaluation.scenes import TAGS, boxes_met, caption_right, composition_score, compositions, edited, shows
+from cm3leon.evaluation.scenes import (
+    TAGS,
+    boxes_met,
+    caption_right,
+    composition_score,
+    compositions,
+    edited,
+    shows,
+)
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, TextSegment, UserError
 
@@ -63,7 +71,9 @@ class SceneTask(Protocol):
             if len(items) == config.count:
                 return items
             if tried == 100 * config.count:
-                raise UserError(f"protocol.task: hardly a scene of this world is one that {config.task} can be about")
+                raise UserError(
+                    f"protocol.task: hardly a scene of this world is one that {config.task} can be about"
+                )
             found = source.example(config.first + tried)
             if not isinstance(found, Skipped):
                 document, example = found
@@ -73,7 +83,9 @@ class SceneTask(Protocol):
         raise AssertionError
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        right_B = np.array([self.right(item, answer) for item, answer in zip(items, answers, strict=True)])
+        right_B = np.array(
+            [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
+        )
         kinds = sorted({item.kind for item in items})
         result = {"right": proportion(right_B)}
         if len(kinds) > 1:
@@ -102,7 +114,9 @@ class SceneTask(Protocol):
         if task == "edit":
             return edited(shown, found)
         if task == "write":
-            return [t.word for t in found.things if t.kind == "word"] == example.values["text"].split()
+            return [t.word for t in found.things if t.kind == "word"] == example.values[
+                "text"
+            ].split()
         if task == "grounded":
             asked, seen = _boxes(shown, side), _boxes(found, side)
             return len(asked) == len(seen) and all(boxes_met(asked, seen))
@@ -112,7 +126,10 @@ class SceneTask(Protocol):
 
 
 def _boxes(scene: Scene, side: int) -> list[tuple[str, tuple[float, float, float, float]]]:
-    return [(short_name(thing), box) for thing, box in zip(scene.things, boxes(scene, side), strict=True)]
+    return [
+        (short_name(thing), box)
+        for thing, box in zip(scene.things, boxes(scene, side), strict=True)
+    ]
 
 
 @PROTOCOLS.register("scene_compositions")
@@ -144,7 +161,9 @@ class SceneCompositions(Protocol):
                 tag,
             )
             for tag in TAGS
-            for number, prompt in enumerate(compositions(config.world, tag, config.count, config.seed))
+            for number, prompt in enumerate(
+                compositions(config.world, tag, config.count, config.seed)
+            )
         ]
 
     def right(self, item: Item, answer: Answer) -> bool:
@@ -153,7 +172,9 @@ class SceneCompositions(Protocol):
         return ask(parse(answer.image_HWC, self.config.world))
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        right_B = np.array([self.right(item, answer) for item, answer in zip(items, answers, strict=True)])
+        right_B = np.array(
+            [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
+        )
         of = {tag: right_B[np.array([item.kind == tag for item in items])] for tag in TAGS}
         mean = composition_score({tag: list(right) for tag, right in of.items()})
         # Six independent shares of equal weight: the variance of their mean is a 36th of the sum of theirs.
@@ -186,7 +207,9 @@ class SceneEntities(Protocol):
         def check(self) -> None:
             World(backgrounds=self.backgrounds).check()
             if self.first + self.count > self.known:
-                raise UserError(f"protocol.known is {self.known}; it must be at least first + count")
+                raise UserError(
+                    f"protocol.known is {self.known}; it must be at least first + count"
+                )
 
     config: Config
 
@@ -196,7 +219,9 @@ class SceneEntities(Protocol):
         for number in range(config.first, config.first + config.count):
             background = config.backgrounds[number % len(config.backgrounds)]
             document = entity_document(number, background, config.side)
-            items.append(Item(document.id, "text_to_image", document, entity_scene(number, background)))
+            items.append(
+                Item(document.id, "text_to_image", document, entity_scene(number, background))
+            )
         return items
 
     def right(self, item: Item, answer: Answer) -> bool:
@@ -208,8 +233,12 @@ class SceneEntities(Protocol):
         truths: list[Scene] = [item.truth for item in items]
         pairs = list(zip(truths, found, strict=True))
         return {
-            "recognised": proportion(np.array([asked.things == seen.things for asked, seen in pairs])),
-            "background": proportion(np.array([asked.background == seen.background for asked, seen in pairs])),
+            "recognised": proportion(
+                np.array([asked.things == seen.things for asked, seen in pairs])
+            ),
+            "background": proportion(
+                np.array([asked.background == seen.background for asked, seen in pairs])
+            ),
         }
 
     def _found(self, answer: Answer) -> Scene:

@@ -66,7 +66,9 @@ class Showcase(Protocol):
                     has, takes = ", ".join(sorted(prompt)) or "nothing", ", ".join(SLOTS[self.task])
                     raise UserError(f"prompts.{number} has {has}; {self.task} takes {takes}")
                 if prompt.get("feature", "depth") not in FEATURES:
-                    raise UserError(f"prompts.{number}.feature: {choices(prompt['feature'], FEATURES)}")
+                    raise UserError(
+                        f"prompts.{number}.feature: {choices(prompt['feature'], FEATURES)}"
+                    )
 
     config: Config
 
@@ -79,7 +81,9 @@ class Showcase(Protocol):
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         if self.answers_in == "text":
-            return {"words": average(np.array([len(answer.text.split()) for answer in answers], float))}
+            return {
+                "words": average(np.array([len(answer.text.split()) for answer in answers], float))
+            }
         return clip_score(answers)
 
     def fingerprint(self) -> str:
@@ -96,14 +100,27 @@ class Showcase(Protocol):
         if task == "text_to_image":
             return Item(id_, task, Document(id_, (TextSegment(prompt["text"]),)))
         blank_HWC = np.zeros((1, 1, 3), np.uint8)  # stands where the answer is asked for
-        values: dict[str, Any] = {"answer": "?", "caption": "?", "image": blank_HWC, "image2": blank_HWC}
+        values: dict[str, Any] = {
+            "answer": "?",
+            "caption": "?",
+            "image": blank_HWC,
+            "image2": blank_HWC,
+        }
         for slot, value in prompt.items():
-            values[slot] = self._image(value) if slot in IMAGES else FEATURES[value] if slot == "feature" else value
+            values[slot] = (
+                self._image(value)
+                if slot in IMAGES
+                else FEATURES[value]
+                if slot == "feature"
+                else value
+            )
         segments = fill(TABLE_5[task][0], values, ROLES[task])
         document = Document(
             id_,
             tuple(
-                ImageSegment(np.asarray(segment.content), segment.role) if isinstance(segment, MarkedImage) else segment
+                ImageSegment(np.asarray(segment.content), segment.role)
+                if isinstance(segment, MarkedImage)
+                else segment
                 for segment in segments
             ),
         )

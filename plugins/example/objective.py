@@ -46,13 +46,21 @@ class FillInTheMiddle(Objective):
     def __init__(self, config: Config, *, vocab: Vocab) -> None:
         super().__init__(config, vocab=vocab)
         if vocab.sentinels < EXTRA:
-            raise UserError(f"sentinels is {vocab.sentinels}; the objective fill_in_the_middle needs {EXTRA}")
+            raise UserError(
+                f"sentinels is {vocab.sentinels}; the objective fill_in_the_middle needs {EXTRA}"
+            )
 
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
         fits = len(sample.ids_T) + EXTRA <= max_tokens
-        return self._rearranged(sample, rng) if fits and rng.random() < self.config.rate else _as_it_is(sample)
+        return (
+            self._rearranged(sample, rng)
+            if fits and rng.random() < self.config.rate
+            else _as_it_is(sample)
+        )
 
-    def take(self, sample: LaidOut, start: int, room: int, rng: np.random.Generator) -> tuple[Corrupted, int]:
+    def take(
+        self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
+    ) -> tuple[Corrupted, int]:
         if room <= EXTRA or rng.random() >= self.config.rate:
             end = min(start + room, len(sample.ids_T))
             return _as_it_is(cut(sample, start, end)), end
@@ -66,8 +74,12 @@ class FillInTheMiddle(Objective):
         document = query[0].start, query[-1].end
         start, end = np.sort(rng.integers(document[0], document[1] + 1, size=2)).tolist()
         suffix_first = rng.random() < self.config.suffix_first
-        ids_T = rearrange(sample.ids_T, document, (start, end), self.vocab, suffix_first=suffix_first)
-        return Corrupted(ids_T, np.where(self.vocab.is_sentinel(ids_T), np.float32(0), np.float32(1)))
+        ids_T = rearrange(
+            sample.ids_T, document, (start, end), self.vocab, suffix_first=suffix_first
+        )
+        return Corrupted(
+            ids_T, np.where(self.vocab.is_sentinel(ids_T), np.float32(0), np.float32(1))
+        )
 
 
 def rearrange(

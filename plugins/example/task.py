@@ -40,7 +40,9 @@ class InfillMiddle(Infilling):
         start, end = self.span
         middle = image.start + start, image.start + end
         ids_T = rearrange(sample.ids_T, (own[0].start, own[-1].end), middle, self.vocab)
-        asked_T = ids_T[: len(ids_T) - (end - start) - 1]  # without the answer and the <eos> behind it
+        asked_T = ids_T[
+            : len(ids_T) - (end - start) - 1
+        ]  # without the answer and the <eos> behind it
         return Prompt(asked_T, "image", end - start, self.vocab.eos)
 
     @property

@@ -14,7 +14,12 @@ from fairseq2.composition import register_checkpoint_models
 from fairseq2.runtime.dependency import DependencyContainer
 
 from cm3leon.models.transformer import Transformer
-from cm3leon.plugins.fairseq2_cm3leon._families import FAMILY, CM3LeonConfig, model_hub, register_families
+from cm3leon.plugins.fairseq2_cm3leon._families import (
+    FAMILY,
+    CM3LeonConfig,
+    model_hub,
+    register_families,
+)
 from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2
 from cm3leon.registry import MODELS
 from cm3leon.search import open_run
@@ -80,8 +85,13 @@ def export(output: Path, folder: Path) -> None:
 
     init_fairseq2(extras=extras, no_progress=True)
     config = model_hub().get_model_config("last_checkpoint")
-    state = from_fairseq2(model_hub().load_model("last_checkpoint", device=torch.device("cpu")).state_dict())
+    state = from_fairseq2(
+        model_hub().load_model("last_checkpoint", device=torch.device("cpu")).state_dict()
+    )
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS, state)
     shape = {name: getattr(config, name) for name in vars(Transformer.Config())}
-    write_json(folder / "config.json", {"model": {"name": "cm3leon", **shape}, "vocab_size": config.vocab_size})
+    write_json(
+        folder / "config.json",
+        {"model": {"name": "cm3leon", **shape}, "vocab_size": config.vocab_size},
+    )

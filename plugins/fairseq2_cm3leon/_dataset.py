@@ -40,10 +40,14 @@ def open_blocks(config: BlocksConfig) -> Blocks:
     from cm3leon.stages.stages import stages_of
 
     run = open_run(config.run.expanduser())
-    (needed,) = (stage.needs or () for stage in stages_of(run.experiment) if stage.name == "pretraining")
+    (needed,) = (
+        stage.needs or () for stage in stages_of(run.experiment) if stage.name == "pretraining"
+    )
     for name in needed:
         if not (run.folder / name / MARKER).is_file():
-            raise UserError(f"stage {name} of {run.folder} is not finished; run it with until={needed[-1]}")
+            raise UserError(
+                f"stage {name} of {run.folder} is not finished; run it with until={needed[-1]}"
+            )
     return Blocks(run)
 
 
@@ -69,7 +73,9 @@ class Blocks:
         """All ids."""
         return self.run.vocab.size
 
-    def create_reader(self, gangs: Gangs, *, batch_size: int | None = None, num_accumulate: int = 1) -> BlockReader:
+    def create_reader(
+        self, gangs: Gangs, *, batch_size: int | None = None, num_accumulate: int = 1
+    ) -> BlockReader:
         """Reads the part of each batch that falls to this rank.
 
         Args:
@@ -154,7 +160,10 @@ class BlockReader(DataReader[PackedBlocks]):
         weights = [float(part.weight_BT.sum()) for part in parts]
         whole = float(all_sum(self._gangs.dp, sum(weights)))
         count = len(parts) * self._gangs.dp.size
-        return [PackedBlocks(part, weight * count / whole) for part, weight in zip(parts, weights, strict=True)]
+        return [
+            PackedBlocks(part, weight * count / whole)
+            for part, weight in zip(parts, weights, strict=True)
+        ]
 
     def reset(self) -> None:
         self._stream.load_state_dict(self._start)

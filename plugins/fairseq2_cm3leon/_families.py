@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from fairseq2.composition import register_dataset_family, register_model_family, register_tokenizer_family
+from fairseq2.composition import (
+    register_dataset_family,
+    register_model_family,
+    register_tokenizer_family,
+)
 from fairseq2.data.tokenizers import TokenizerHubAccessor
 from fairseq2.datasets import DatasetHubAccessor
 from fairseq2.models import ModelFamily, ModelHubAccessor
@@ -21,7 +25,11 @@ from fairseq2.runtime.dependency import DependencyContainer
 from cm3leon.config import PositiveInt, from_mapping
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon._dataset import Blocks, BlocksConfig, open_blocks
-from cm3leon.plugins.fairseq2_cm3leon._tokenizer import TextTokenizerAdapter, VocabConfig, load_tokenizer
+from cm3leon.plugins.fairseq2_cm3leon._tokenizer import (
+    TextTokenizerAdapter,
+    VocabConfig,
+    load_tokenizer,
+)
 
 FAMILY = "cm3leon"
 ARCHITECTURES = ("cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "cm3leon_tiny")
@@ -62,7 +70,9 @@ def register_families(container: DependencyContainer) -> None:
     register_tokenizer_family(
         container, FAMILY, kls=TextTokenizerAdapter, config_kls=VocabConfig, loader=load_tokenizer
     )
-    register_dataset_family(container, FAMILY, kls=Blocks, config_kls=BlocksConfig, opener=open_blocks)
+    register_dataset_family(
+        container, FAMILY, kls=Blocks, config_kls=BlocksConfig, opener=open_blocks
+    )
 
 
 def _preset(name: str) -> CM3LeonConfig:

@@ -27,7 +27,9 @@ from cm3leon.tokenizers.vocab import Vocab
 META = torch.device("meta")
 
 
-def create_transformer_lm(config: Transformer.Config, vocab_size: int, attention: SDPAFactory) -> TransformerLM:
+def create_transformer_lm(
+    config: Transformer.Config, vocab_size: int, attention: SDPAFactory
+) -> TransformerLM:
     """A TransformerLM of that shape, with the initial weights that `Transformer` draws from the same seed.
 
     It is made on torch's default device, in one process.
@@ -45,7 +47,9 @@ def create_transformer_lm(config: Transformer.Config, vocab_size: int, attention
         return StandardTransformerLMDecoderLayer(
             StandardMultiheadAttention(D, heads, sdpa, bias=False, gangs=gangs, device=META),
             norm(),
-            StandardFeedForwardNetwork(D, config.mlp_ratio * D, bias=False, gangs=gangs, device=META),
+            StandardFeedForwardNetwork(
+                D, config.mlp_ratio * D, bias=False, gangs=gangs, device=META
+            ),
             norm(),
             norm_order=TransformerNormOrder.PRE,
         )
@@ -58,11 +62,15 @@ def create_transformer_lm(config: Transformer.Config, vocab_size: int, attention
             LearnedPositionEncoder(D, config.seq_len, device=META),
             no_scale=True,
         ),
-        StandardTransformerLMDecoder([layer(attention(CausalAttentionBias())) for _ in range(config.layers)], norm()),
+        StandardTransformerLMDecoder(
+            [layer(attention(CausalAttentionBias())) for _ in range(config.layers)], norm()
+        ),
         Linear(D, vocab_size, bias=False, device=META),
         pad_idx=Vocab.pad,
         max_seq_len=config.seq_len,
     )
     # Every module above is without memory: these are its weights.
-    model.load_state_dict(to_fairseq2(Transformer(config, vocab_size=vocab_size).state_dict()), assign=True)
+    model.load_state_dict(
+        to_fairseq2(Transformer(config, vocab_size=vocab_size).state_dict()), assign=True
+    )
     return model

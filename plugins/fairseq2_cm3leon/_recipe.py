@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from fairseq2.logging import log
 from fairseq2.metrics import Mean, MetricBag
-from fairseq2.metrics.common import add_nll_loss_metric, add_seq_batch_metrics, update_seq_batch_metrics
+from fairseq2.metrics.common import (
+    add_nll_loss_metric,
+    add_seq_batch_metrics,
+    update_seq_batch_metrics,
+)
 from fairseq2.metrics.formatters import format_as_float
 from fairseq2.metrics.recorders import MetricDescriptor
 from fairseq2.models.transformer_lm import TransformerLM
@@ -90,12 +94,16 @@ def _optimizer(**fields: Any) -> OptimizerSection:
 class PretrainConfig:
     """The sections of fairseq2's recipes; defaults are those of our own pretraining where it has them."""
 
-    model: ModelSection = field(default_factory=lambda: ModelSection(family=FAMILY, arch="cm3leon_350m"))
+    model: ModelSection = field(
+        default_factory=lambda: ModelSection(family=FAMILY, arch="cm3leon_350m")
+    )
     dataset: BlocksSection = field(default_factory=lambda: BlocksSection(family=FAMILY))
     z_loss: float = 0.0
     """Weight of the mean squared log of the softmax's denominator in the loss."""
     gang: GangSection = field(default_factory=GangSection)
-    trainer: TrainerSection = field(default_factory=lambda: TrainerSection(data_parallelism="fsdp", max_grad_norm=1.0))
+    trainer: TrainerSection = field(
+        default_factory=lambda: TrainerSection(data_parallelism="fsdp", max_grad_norm=1.0)
+    )
     optimizer: OptimizerSection = field(default_factory=_optimizer)
     lr_scheduler: LRSchedulerSection = field(
         default_factory=lambda: LRSchedulerSection(name=FAMILY, config=ScheduleConfig())
@@ -115,15 +123,23 @@ class PretrainRecipe(Recipe):
     """Pretrains a model of the family on the blocks of a run."""
 
     def register(self, container: DependencyContainer) -> None:
-        register_families(container)  # in a clone that is not installed, fairseq2 finds no entry point
-        register_component(container, LRScheduler, FAMILY, config_kls=ScheduleConfig, factory=_new_schedule)
+        register_families(
+            container
+        )  # in a clone that is not installed, fairseq2 finds no entry point
+        register_component(
+            container, LRScheduler, FAMILY, config_kls=ScheduleConfig, factory=_new_schedule
+        )
         for kind in (UserError, DamagedShard):
             register_cli_error(container, kind, _say)
         for modality in MODALITIES:
-            descriptor = MetricDescriptor(f"nll_loss_{modality}", f"NLL Loss ({modality})", 101, format_as_float)
+            descriptor = MetricDescriptor(
+                f"nll_loss_{modality}", f"NLL Loss ({modality})", 101, format_as_float
+            )
             container.collection.register_instance(MetricDescriptor, descriptor)
 
-    def setup_model(self, context: RecipeContext, model: TransformerLM, newly_initialized: bool) -> TransformerLM:
+    def setup_model(
+        self, context: RecipeContext, model: TransformerLM, newly_initialized: bool
+    ) -> TransformerLM:
         """xformers in the place of fairseq2's default, which masks all tokens of a batch by all for packed samples."""
         if context.get_config_as(PretrainConfig).common.torch.default_sdpa == "torch":
             for layer in model.decoder.layers:
@@ -140,7 +156,9 @@ class PretrainRecipe(Recipe):
         )
         model = context.get_model_as(TransformerLM)
         _check_model(model, blocks)
-        unit = PretrainUnit(model, context.get_data_parallel_model(), blocks.run.objective, z_loss=config.z_loss)
+        unit = PretrainUnit(
+            model, context.get_data_parallel_model(), blocks.run.objective, z_loss=config.z_loss
+        )
         return context.create_trainer(unit, reader)
 
     @property
@@ -169,7 +187,9 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
         wrapped: the model under fairseq2's data parallelism.
     """
 
-    def __init__(self, model: TransformerLM, wrapped: nn.Module, objective: Any, *, z_loss: float) -> None:
+    def __init__(
+        self, model: TransformerLM, wrapped: nn.Module, objective: Any, *, z_loss: float
+    ) -> None:
         self._model = model
         self._wrapped = wrapped
         self._objective = objective
@@ -183,7 +203,9 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
 
     def process_batch(self, batch: PackedBlocks, metric_bag: MetricBag) -> tuple[Tensor, None]:
         def loss(hidden_ND: Tensor, targets: Tensor, **_: Any) -> Any:
-            return self._objective.loss(hidden_ND[None], self._model.final_proj, batch.batch, z_loss=self._z_loss)
+            return self._objective.loss(
+                hidden_ND[None], self._model.final_proj, batch.batch, z_loss=self._z_loss
+            )
 
         self._model.compute_fused_loss = loss
         ids_N, layout = batch.as_input()
@@ -192,7 +214,9 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
             metric_bag.get("nll_loss", Mean).update(mean.detach(), weight=batch.weight)
             for modality in MODALITIES:
                 total, count = figures[f"loss_{modality}"]
-                metric_bag.get(f"nll_loss_{modality}", Mean).update(total / count.clamp(min=1), weight=count)
+                metric_bag.get(f"nll_loss_{modality}", Mean).update(
+                    total / count.clamp(min=1), weight=count
+                )
             update_seq_batch_metrics(metric_bag, batch)
         return mean * batch.share, None
 
@@ -240,10 +264,14 @@ def recipe_of(run: Run) -> PretrainConfig:
         ("start_with", training.start_with != "weights"),
     ):
         if asked:
-            raise UserError(f"training.{name} is {getattr(training, name)}, which fairseq2's trainer cannot do")
+            raise UserError(
+                f"training.{name} is {getattr(training, name)}, which fairseq2's trainer cannot do"
+            )
     batch_size = training.blocks(run.seq_len)
     bf16 = uses_bf16(best_device(), training.precision)
-    shape = {name: getattr(model, name) for name in vars(Transformer.Config()) if name != "attention"}
+    shape = {
+        name: getattr(model, name) for name in vars(Transformer.Config()) if name != "attention"
+    }
     return PretrainConfig(
         model=ModelSection(
             family=FAMILY,
@@ -252,14 +280,18 @@ def recipe_of(run: Run) -> PretrainConfig:
             compile=training.compile,
         ),
         dataset=BlocksSection(
-            family=FAMILY, config_overrides={"run": str(run.folder.resolve())}, batch_size=batch_size
+            family=FAMILY,
+            config_overrides={"run": str(run.folder.resolve())},
+            batch_size=batch_size,
         ),
         z_loss=training.z_loss,
         trainer=TrainerSection(
             data_parallelism="fsdp",
             fsdp=FSDPConfig(hybrid=training.replicas > 1),
             mixed_precision=MixedPrecisionConfig(mode="static" if bf16 else "off"),
-            grad_accumulation=GradAccumulationConfig(num_batches=batch_size // (training.micro_batch or batch_size)),
+            grad_accumulation=GradAccumulationConfig(
+                num_batches=batch_size // (training.micro_batch or batch_size)
+            ),
             activation_checkpointing=ActivationCheckpointingConfig(
                 mode="off" if training.activation_checkpointing == "none" else "layerwise"
             ),
@@ -295,7 +327,9 @@ def _undecayed(words: Sequence[str], layers: int) -> list[AdamWGroupConfig]:
     """The group of the matrices that do not decay: by fairseq2's names of those that have one of the words in ours."""
     if not words:
         return []
-    smallest = Transformer(Transformer.Config(layers=layers, width=1, head_size=1, seq_len=1), vocab_size=1)
+    smallest = Transformer(
+        Transformer.Config(layers=layers, width=1, head_size=1, seq_len=1), vocab_size=1
+    )
     marked = {
         name: torch.full_like(weight, any(word in name for word in words))
         for name, weight in smallest.state_dict().items()

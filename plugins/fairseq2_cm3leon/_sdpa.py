@@ -40,7 +40,9 @@ class XformersSDPA(SDPA):
         scale: of the scores; None = 1/sqrt(K).
     """
 
-    def __init__(self, bias: AttentionBias, *, dropout_p: float = 0.0, scale: float | None = None) -> None:
+    def __init__(
+        self, bias: AttentionBias, *, dropout_p: float = 0.0, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.bias, self.dropout_p, self.scale = bias, dropout_p, scale
         self._torch = TorchSDPA(bias, dropout_p=dropout_p, scale=scale)
@@ -61,7 +63,11 @@ class XformersSDPA(SDPA):
         Raises:
             NotSupportedError: where weights are asked for, which neither xformers nor TorchSDPA gives.
         """
-        reason = "it gives no weights of attention" if needs_weights else self._why_not(q, q_layout, k_layout)
+        reason = (
+            "it gives no weights of attention"
+            if needs_weights
+            else self._why_not(q, q_layout, k_layout)
+        )
         if reason:
             _log_fallback(reason)
             return self._fall_back(q, q_layout, k, k_layout, v, bias_cache, needs_weights)
@@ -112,11 +118,15 @@ class XformersSDPA(SDPA):
         for piece in zip(*(each.split(lengths) for each in (q, k, v)), strict=True):
             one_q, one_k, one_v = (each[None] for each in piece)
             layout = BatchLayout.of(one_q)
-            pieces.append(self._torch(one_q, layout, one_k, layout, one_v, AttentionBiasCache())[0][0])
+            pieces.append(
+                self._torch(one_q, layout, one_k, layout, one_v, AttentionBiasCache())[0][0]
+            )
         return torch.cat(pieces), None
 
     @torch.compiler.disable
-    def _mask(self, q_layout: BatchLayout, k_layout: BatchLayout, bias_cache: AttentionBiasCache) -> Any:
+    def _mask(
+        self, q_layout: BatchLayout, k_layout: BatchLayout, bias_cache: AttentionBiasCache
+    ) -> Any:
         """xformers' bias, made once for all layers of a pass."""
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 

@@ -47,7 +47,9 @@ def load_tokenizer(path: Path, config: VocabConfig) -> TextTokenizerAdapter:
     config = from_mapping(VocabConfig, vars(config), "tokenizer")
     vocab = Vocab(config.text_size, config.image_size, config.sentinels)
     folder = path.parent if path.is_file() else path
-    return TextTokenizerAdapter(TextTokenizer.load(folder, TextTokenizerConfig(vocab_size=config.text_size)), vocab)
+    return TextTokenizerAdapter(
+        TextTokenizer.load(folder, TextTokenizerConfig(vocab_size=config.text_size)), vocab
+    )
 
 
 class TextTokenizerAdapter(Tokenizer):
@@ -79,7 +81,9 @@ class TextTokenizerAdapter(Tokenizer):
             )
         return _Encoder(self.text, *MODES[mode], device=device, pin_memory=pin_memory)
 
-    def create_raw_encoder(self, *, device: torch.device | None = None, pin_memory: bool = False) -> TokenEncoder:
+    def create_raw_encoder(
+        self, *, device: torch.device | None = None, pin_memory: bool = False
+    ) -> TokenEncoder:
         return self.create_encoder(mode="as_is", device=device, pin_memory=pin_memory)
 
     def create_decoder(self, *, skip_special_tokens: bool = False) -> TokenDecoder:
@@ -90,12 +94,20 @@ class TextTokenizerAdapter(Tokenizer):
     def vocab_info(self) -> VocabularyInfo:
         """`size` is that of the whole vocabulary; `<eos>` opens a sequence too."""
         vocab = self.vocab
-        return VocabularyInfo(vocab.size, unk_idx=None, bos_idx=vocab.eos, eos_idx=vocab.eos, pad_idx=vocab.pad)
+        return VocabularyInfo(
+            vocab.size, unk_idx=None, bos_idx=vocab.eos, eos_idx=vocab.eos, pad_idx=vocab.pad
+        )
 
 
 class _Encoder(TokenEncoder):
     def __init__(
-        self, text: TextTokenizer, before: str, after: str, *, device: torch.device | None, pin_memory: bool
+        self,
+        text: TextTokenizer,
+        before: str,
+        after: str,
+        *,
+        device: torch.device | None,
+        pin_memory: bool,
     ) -> None:
         self._text = text
         self._before, self._after = ([name] if name else [] for name in (before, after))
@@ -103,7 +115,11 @@ class _Encoder(TokenEncoder):
         self._pin_memory = pin_memory
 
     def __call__(self, text: str) -> Tensor:
-        ids = [*self._text.ids(self._before), *self._text.encode(text), *self._text.ids(self._after)]
+        ids = [
+            *self._text.ids(self._before),
+            *self._text.encode(text),
+            *self._text.ids(self._after),
+        ]
         return self._tensor(ids)
 
     def encode_as_tokens(self, text: str) -> list[str]:
@@ -118,7 +134,9 @@ class _Encoder(TokenEncoder):
         return self._tensor(self._text.ids(self._after)) if self._after else None
 
     def _tensor(self, ids: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._device, pin_memory=self._pin_memory)
+        return torch.tensor(
+            ids, dtype=torch.int64, device=self._device, pin_memory=self._pin_memory
+        )
 
 
 class _Decoder(TokenDecoder):

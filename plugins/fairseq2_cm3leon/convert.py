@@ -33,12 +33,16 @@ def to_fairseq2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the decoder under the names of a TransformerLM; `from_fairseq2` is the inverse."""
     theirs = {name: state[ours] for ours, name in OUTER.items()}
     positions_TD = state[POSITIONS[0]]
-    theirs[POSITIONS[1]] = torch.cat([positions_TD.new_zeros(1, positions_TD.shape[1]), positions_TD])
+    theirs[POSITIONS[1]] = torch.cat(
+        [positions_TD.new_zeros(1, positions_TD.shape[1]), positions_TD]
+    )
     for layer in range(_layers(state, r"blocks\.(\d+)\.")):
         for ours, names in INNER.items():
             weight = state[f"blocks.{layer}.{ours}.weight"]
             for name, part in zip(names, weight.chunk(len(names)), strict=True):
-                theirs[f"decoder.layers.{layer}.{name}.weight"] = part.clone() if len(names) > 1 else part
+                theirs[f"decoder.layers.{layer}.{name}.weight"] = (
+                    part.clone() if len(names) > 1 else part
+                )
     return theirs
 
 
@@ -49,7 +53,9 @@ def from_fairseq2(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in range(_layers(theirs, r"decoder\.layers\.(\d+)\.")):
         for ours, names in INNER.items():
             parts = [theirs[f"decoder.layers.{layer}.{name}.weight"] for name in names]
-            state[f"blocks.{layer}.{ours}.weight"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            state[f"blocks.{layer}.{ours}.weight"] = (
+                torch.cat(parts) if len(parts) > 1 else parts[0]
+            )
     return state
 
 

@@ -38,7 +38,9 @@ def torch_of_fairseq2n() -> str:
     package = importlib.util.find_spec("fairseq2n")
     assert package is not None
     assert package.submodule_search_locations
-    spec = importlib.util.spec_from_file_location("_", f"{package.submodule_search_locations[0]}/config.py")
+    spec = importlib.util.spec_from_file_location(
+        "_", f"{package.submodule_search_locations[0]}/config.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     constants = importlib.util.module_from_spec(spec)

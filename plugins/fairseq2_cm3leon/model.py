@@ -37,7 +37,9 @@ class Fairseq2Transformer(Model):
 
         def check(self) -> None:
             if self.attention not in ATTENTION:
-                raise UserError(f"attention is {self.attention}; {choices(self.attention, ATTENTION)}")
+                raise UserError(
+                    f"attention is {self.attention}; {choices(self.attention, ATTENTION)}"
+                )
             if self.width % self.head_size:
                 raise UserError(f"head_size {self.head_size} must divide width {self.width}")
 
@@ -55,7 +57,11 @@ class Fairseq2Transformer(Model):
         for layer, block in enumerate(model.decoder.layers):
             block.self_attn.sdpa = CacheableSDPA(layer, block.self_attn.sdpa)
         # The parts, not the whole: so the names of the weights are those of a TransformerLM.
-        self.decoder_frontend, self.decoder, self.final_proj = model.decoder_frontend, model.decoder, model.final_proj
+        self.decoder_frontend, self.decoder, self.final_proj = (
+            model.decoder_frontend,
+            model.decoder,
+            model.final_proj,
+        )
 
     @property
     def embedding(self) -> Any:  # type: ignore[override]
@@ -89,7 +95,9 @@ class Fairseq2Transformer(Model):
             return self.decoder(x_BTD, Pass(attend))
         if sample_BT is None:
             return self.decoder(x_BTD, BatchLayout.of(ids_BT))
-        layout = BatchLayout((ids_BT.numel(),), run_lengths(sample_BT), packed=True, device=ids_BT.device)
+        layout = BatchLayout(
+            (ids_BT.numel(),), run_lengths(sample_BT), packed=True, device=ids_BT.device
+        )
         return self.decoder(x_BTD.flatten(0, 1), layout).view_as(x_BTD)
 
     def attention_on(self, device: torch.device) -> str:

@@ -37,7 +37,9 @@ class CM3LeonModel(Base):
         UserError: for a folder that is no finished run, and for a question without an image or with several.
     """
 
-    def __init__(self, pretrained: str, device: str | None = None, precision: Any = "auto", **_: Any) -> None:
+    def __init__(
+        self, pretrained: str, device: str | None = None, precision: Any = "auto", **_: Any
+    ) -> None:
         super().__init__()
         self._model = CM3Leon.load(pretrained, device=device, precision=precision)
 
@@ -46,13 +48,17 @@ class CM3LeonModel(Base):
         for context, settings, doc_to_visual, doc_id, task, split in self._arguments(requests):
             image = self._image(doc_to_visual, doc_id, task, split)
             most = int(settings.get("max_new_tokens", 64))
-            found.append(_until(self._model.answer(image, context, most=most), settings.get("until") or ()))
+            found.append(
+                _until(self._model.answer(image, context, most=most), settings.get("until") or ())
+            )
         return found
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         found = []
         for context, target, doc_to_visual, doc_id, task, split in self._arguments(requests):
-            text = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            text = (
+                target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            )
             image = self._image(doc_to_visual, doc_id, task, split)
             (score,) = self._model.score(texts=[text.strip()], image=image, question=context)
             # Greedy decoding ends in this text exactly if it answers with it.
@@ -60,7 +66,9 @@ class CM3LeonModel(Base):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise UserError("tasks of several rounds are not supported: the paper's templates have one question")
+        raise UserError(
+            "tasks of several rounds are not supported: the paper's templates have one question"
+        )
 
     # -------------------------------------------------------------------------------------------- parts
 
@@ -70,7 +78,9 @@ class CM3LeonModel(Base):
     def _image(self, doc_to_visual: Any, doc_id: Any, task: str, split: str) -> Image.Image:
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         if len(images) != 1 or not isinstance(images[0], Image.Image):
-            raise UserError(f"item {doc_id} of {task} has {len(images)} images or videos; one image is taken")
+            raise UserError(
+                f"item {doc_id} of {task} has {len(images)} images or videos; one image is taken"
+            )
         return images[0]
 
 

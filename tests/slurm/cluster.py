@@ -9,7 +9,9 @@ from pathlib import Path
 CLUSTER = Path(__file__).parent / "cluster.sh"
 
 
-def call(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+def call(
+    *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> str:
     """Standard output of a command that has to succeed."""
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -86,11 +86,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_training_interrupted_in_four_ways_has_the_losses_of_a_whole_one(prepared: Path, tmp_path: Path) -> None:
+def test_a_training_interrupted_in_four_ways_has_the_losses_of_a_whole_one(
+    prepared: Path, tmp_path: Path
+) -> None:
     """Two nodes; submitit's signal, a requeue by an administrator, preemption by another job, a cancelled job."""
     whole, cut = (Path(shutil.copytree(prepared, tmp_path / name)) for name in ("whole", "cut"))
-    training = ("launcher.nodes=2", "training.steps=80", "training.log_every=5", "training.checkpoint_every=1000")
-    one, two = run(whole, *training), run(cut, *training, "launcher.partition=low", "launcher.sbatch.comment=x")
+    training = (
+        "launcher.nodes=2",
+        "training.steps=80",
+        "training.log_every=5",
+        "training.checkpoint_every=1000",
+    )
+    one, two = (
+        run(whole, *training),
+        run(cut, *training, "launcher.partition=low", "launcher.sbatch.comment=x"),
+    )
     number = two.read()["submitted"][0].id
 
     def interrupt_at(count: int, *command: str) -> None:
@@ -115,7 +125,9 @@ def test_a_training_interrupted_in_four_ways_has_the_losses_of_a_whole_one(prepa
     assert events(one) == ["started", "done"]
 
 
-def test_a_time_limit_reached_too_often_ends_the_job_after_a_checkpoint(prepared: Path, tmp_path: Path) -> None:
+def test_a_time_limit_reached_too_often_ends_the_job_after_a_checkpoint(
+    prepared: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
     # SLURM looks at the limits now and then, and sends the signal half a minute early rather than late.
     limits = ("launcher.timeout_min=1", "launcher.signal_delay_s=10", "launcher.max_timeouts=1")
@@ -123,30 +135,53 @@ def test_a_time_limit_reached_too_often_ends_the_job_after_a_checkpoint(prepared
     wait_until(launch, "stopped")
     assert "it reached its time limit too many times" in states(launch)[0][1]
     assert events(launch) == ["started", "again", "started", "again", "stopped"]
-    steps = [event["at"] for event in read_events(launch.journal("run", 0)) if event["event"] == "again"]
+    steps = [
+        event["at"] for event in read_events(launch.journal("run", 0)) if event["event"] == "again"
+    ]
     first, second = (int(at.removeprefix("pretraining, step ")) for at in steps)
     assert 0 < first <= second
 
 
-def test_a_job_killed_twice_at_the_same_step_stops_and_says_so(prepared: Path, tmp_path: Path) -> None:
+def test_a_job_killed_twice_at_the_same_step_stops_and_says_so(
+    prepared: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
     launch = run(folder, "launcher.max_deaths=2", "training.steps=100000", "training.log_every=1")
     number = launch.read()["submitted"][0].id
     for start in (1, 2):
-        wait_for(lambda start=start: events(launch).count("started") == start and len(records(folder)) >= 2)  # type: ignore[misc]
+        wait_for(
+            lambda start=start: (
+                events(launch).count("started") == start and len(records(folder)) >= 2
+            )
+        )  # type: ignore[misc]
         call("scancel", "--signal=KILL", f"{number}.0")
-        wait_for(lambda start=start: events(launch).count("started") > start or events(launch)[-1] == "stopped")  # type: ignore[misc]
+        wait_for(
+            lambda start=start: (
+                events(launch).count("started") > start or events(launch)[-1] == "stopped"
+            )
+        )  # type: ignore[misc]
         (folder / "pretraining" / "log.jsonl").unlink()
     wait_until(launch, "stopped")
     assert "it died 2 times at pretraining, exit code" in states(launch)[0][1]
 
 
 def test_shards_are_made_by_an_array_before_what_needs_them(tmp_path: Path) -> None:
-    words = ("experiment=pretrain_350m", "overrides=smoke", "until=tokens", f"run={tmp_path / 'run'}")
-    parts = ("launcher.parts=1", "launcher.stages.tokens.parts=2", "launcher.stages.tokens.cpus_per_task=2")
+    words = (
+        "experiment=pretrain_350m",
+        "overrides=smoke",
+        "until=tokens",
+        f"run={tmp_path / 'run'}",
+    )
+    parts = (
+        "launcher.parts=1",
+        "launcher.stages.tokens.parts=2",
+        "launcher.stages.tokens.cpus_per_task=2",
+    )
     assert main([*words, "launcher=slurm", *parts]) == 0
     launch = newest_launch(tmp_path / "run")
-    waiting = dict(zip([each.job for each in launch.read()["submitted"]], states(launch), strict=False))
+    waiting = dict(
+        zip([each.job for each in launch.read()["submitted"]], states(launch), strict=False)
+    )
     assert waiting["tokens_end"] == ("queued", "after tokens")
     wait_until(launch, "done")
     assert (tmp_path / "run/tokens/stage.json").is_file()
@@ -173,7 +208,9 @@ def test_what_fails_takes_what_needs_it_along(tmp_path: Path) -> None:
     assert states(one)[1][1].startswith("not started, as a did not succeed")
 
 
-def test_the_cluster_is_asked_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cluster_is_asked_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*SETTINGS, f"run={tmp_path / 'run'}", "launcher=slurm"]
     for word, sentence in (
         ("launcher.partition=hihg", "which the cluster does not have; did you mean high?"),
@@ -183,4 +220,9 @@ def test_the_cluster_is_asked_what_it_has(tmp_path: Path, capsys: pytest.Capture
     ):
         assert main([*words, word]) == 2
         assert sentence in capsys.readouterr().err
-    assert subprocess.run(["squeue", "-h", "-n", "run.run"], capture_output=True, text=True, check=True).stdout == ""
+    assert (
+        subprocess.run(
+            ["squeue", "-h", "-n", "run.run"], capture_output=True, text=True, check=True
+        ).stdout
+        == ""
+    )

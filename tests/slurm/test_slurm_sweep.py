@@ -32,9 +32,17 @@ SMALL = (
     *(
         f"{section}.{key}={value}"
         for section in ("image_tokenizer_training", "retriever_training", "training")
-        for key, value in (("steps", 3), ("warmup_steps", 1), ("log_every", 1), ("checkpoint_every", 1))
+        for key, value in (
+            ("steps", 3),
+            ("warmup_steps", 1),
+            ("log_every", 1),
+            ("checkpoint_every", 1),
+        )
     ),
-    *(f"{section}.batch_size=4" for section in ("image_tokenizer_training", "retriever_training", "training")),
+    *(
+        f"{section}.batch_size=4"
+        for section in ("image_tokenizer_training", "retriever_training", "training")
+    ),
 )
 
 
@@ -43,7 +51,9 @@ def images(tmp_path: Path) -> Path:
     folder, rng = tmp_path / "images", np.random.default_rng(0)
     folder.mkdir()
     for number in range(16):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
         (folder / f"{number}.txt").write_text(f"noise number {number}")
     return folder
 
@@ -57,7 +67,11 @@ def wait_for(file: Path) -> None:
 
 def journal(folder: Path, launch: int, number: int) -> list[dict]:
     """What the element of that number of the array of points wrote down."""
-    lines = (folder / "launch" / str(launch) / "journal" / f"points-{number}.jsonl").read_text().splitlines()
+    lines = (
+        (folder / "launch" / str(launch) / "journal" / f"points-{number}.jsonl")
+        .read_text()
+        .splitlines()
+    )
     return [json.loads(line) for line in lines]
 
 
@@ -69,15 +83,31 @@ def test_a_sweep_is_an_array_whose_failures_are_retried_listed_and_run_again_alo
     sacct.parent.mkdir()
     sacct.write_text(f"#!/bin/sh\ntouch {asked}\nexit 127\n")
     sacct.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{sacct.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "cm3leon.run", "experiment=folder", f"data.path={images}", f"run={folder}", *SMALL]
+    environment = {
+        **os.environ,
+        "PATH": f"{sacct.parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [
+        sys.executable,
+        "-m",
+        "cm3leon.run",
+        "experiment=folder",
+        f"data.path={images}",
+        f"run={folder}",
+        *SMALL,
+    ]
     words += ["launcher=slurm", "launcher.array_parallelism=1", "launcher.timeout_min=30"]
 
-    blocker = call("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600").strip()
+    blocker = call(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"
+    ).strip()
     # At a rate of 1e30 the weights are infinite after a step.
     said = call(*words, "sweep.training.learning_rate=1e-3,1e30,2e-3", cwd=ROOT, env=environment)
     assert f"3 points in {folder}, 3 to run" in said
-    assert set(call("squeue", "--noheader", "--name=sweep.points", "--format=%T").split()) == {"PENDING"}
+    assert set(call("squeue", "--noheader", "--name=sweep.points", "--format=%T").split()) == {
+        "PENDING"
+    }
     call("scancel", blocker)
 
     wait_for(folder / "sweep.csv")
@@ -95,7 +125,11 @@ def test_a_sweep_is_an_array_whose_failures_are_retried_listed_and_run_again_alo
     events = [journal(folder, 1, number) for number in range(3)]
     assert [event["event"] for event in events[0]] == ["started", "done"]
     assert [event["event"] for event in events[1]] == ["started", "died", "started", "stopped"]
-    spans = sorted((start["time"], end["time"]) for of in events for start, end in zip(of[::2], of[1::2], strict=True))
+    spans = sorted(
+        (start["time"], end["time"])
+        for of in events
+        for start, end in zip(of[::2], of[1::2], strict=True)
+    )
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
     (folder / "sweep.csv").unlink()

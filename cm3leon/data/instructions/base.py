@@ -91,7 +91,12 @@ class InstructionSource(FileSource):
 
     def fingerprint(self) -> str:
         given = [(name, getattr(self.config, name)) for name in self.more_files]
-        more = [file for name, path in given if path for file in Files(path, f"data.{name}").list((".json", ".csv"))]
+        more = [
+            file
+            for name, path in given
+            if path
+            for file in Files(path, f"data.{name}").list((".json", ".csv"))
+        ]
         return f"{self.task} {json.dumps(self.templates)} {fingerprint([*self._list(), *more])}"
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:

@@ -37,11 +37,21 @@ class KarpathySource(InstructionSource):
 
     def entries(self) -> list[Any]:
         what = "Karpathy's JSON, such as dataset_flickr30k.json"
-        images = listed(read_json(self.files, "data.path"), "images", f"data.path: {self.config.path}", what)
-        of_split = [image for image in images if isinstance(image, Mapping) and image.get("split") == self.config.split]
+        images = listed(
+            read_json(self.files, "data.path"), "images", f"data.path: {self.config.path}", what
+        )
+        of_split = [
+            image
+            for image in images
+            if isinstance(image, Mapping) and image.get("split") == self.config.split
+        ]
         if images and not of_split:
-            there = sorted({str(image.get("split")) for image in images if isinstance(image, Mapping)})
-            raise UserError(f"data.split is {self.config.split}, {self.config.path} has: {', '.join(there)}")
+            there = sorted(
+                {str(image.get("split")) for image in images if isinstance(image, Mapping)}
+            )
+            raise UserError(
+                f"data.split is {self.config.split}, {self.config.path} has: {', '.join(there)}"
+            )
         return [
             (image, number, sentence)
             for image in of_split
@@ -87,14 +97,20 @@ class ImageParagraphSource(InstructionSource):
         if not isinstance(ids, list):
             raise UserError(f"data.ids: {self.config.ids} is no list of image ids")
         chosen = set(map(str, ids))
-        return [entry for entry in content if isinstance(entry, Mapping) and str(entry.get("image_id")) in chosen]
+        return [
+            entry
+            for entry in content
+            if isinstance(entry, Mapping) and str(entry.get("image_id")) in chosen
+        ]
 
     def example(self, entry: Any, rng: Random) -> Example:
         if not isinstance(entry, Mapping) or entry.get("image_id") is None:
             raise BadRecord("no image_id")
         text = self.words(entry.get("paragraph"), "the paragraph")
         id_ = entry["image_id"]
-        return Example(f"paragraph-{id_}", {"caption": text, "image": self.image(f"{id_}.jpg")}, (text,))
+        return Example(
+            f"paragraph-{id_}", {"caption": text, "image": self.image(f"{id_}.jpg")}, (text,)
+        )
 
 
 @SOURCES.register("localized_narratives")
@@ -131,4 +147,6 @@ class LocalizedNarrativesSource(InstructionSource):
         text = self.words(content.get("caption"), "the caption")
         file = self.config.image_name.format(image_id=image_id)
         who = content.get("annotator_id", "")
-        return Example(f"narrative-{image_id}-{who}", {"caption": text, "image": self.image(file)}, (text,))
+        return Example(
+            f"narrative-{image_id}-{who}", {"caption": text, "image": self.image(file)}, (text,)
+        )

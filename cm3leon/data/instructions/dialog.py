@@ -57,11 +57,16 @@ class VisDialSource(InstructionSource):
 
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
-        path, what = f"data.path: {self.config.path}", "the JSON of VisDial 1.0, such as visdial_1.0_val.json"
+        path, what = (
+            f"data.path: {self.config.path}",
+            "the JSON of VisDial 1.0, such as visdial_1.0_val.json",
+        )
         if isinstance(content, Mapping) and content.get("version") not in (None, "1.0"):
             raise UserError(f"{path} is of version {content['version']}; give {what}")
         data = content.get("data") if isinstance(content, Mapping) else None
-        dialogs = [dialog for dialog in listed(data, "dialogs", path, what) if isinstance(dialog, Mapping)]
+        dialogs = [
+            dialog for dialog in listed(data, "dialogs", path, what) if isinstance(dialog, Mapping)
+        ]
         self._questions = listed(data, "questions", path, what)
         self._answers = listed(data, "answers", path, what)
         rated = self._rated()
@@ -99,7 +104,11 @@ class VisDialSource(InstructionSource):
             raise BadRecord("the round has no answer")
         truth = (values["answer"],)
         return RankedExample(
-            f"visdial-{image_id}-{number + 1}", values, truth, options=options, relevance=tuple(relevance or ())
+            f"visdial-{image_id}-{number + 1}",
+            values,
+            truth,
+            options=options,
+            relevance=tuple(relevance or ()),
         )
 
     # -------------------------------------------------------------------------------------------- parts

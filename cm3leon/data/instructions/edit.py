@@ -26,11 +26,15 @@ class InstructPix2PixSource(InstructionSource):
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
         if not isinstance(content, list):
-            raise UserError(f"data.path: {self.config.path} is no list; give InstructPix2Pix's seeds.json")
+            raise UserError(
+                f"data.path: {self.config.path} is no list; give InstructPix2Pix's seeds.json"
+            )
         return content
 
     def example(self, entry: Any, rng: Random) -> Example:
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1]):
+        if not (
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1]
+        ):
             raise BadRecord("not a pair of a folder and its seeds")
         folder, seeds = entry
         seed = seeds[int(rng.random() * len(seeds))]

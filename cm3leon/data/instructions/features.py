@@ -14,7 +14,13 @@ import numpy as np
 from cm3leon.config import Component
 from cm3leon.data.files import Files
 from cm3leon.data.images import decode_image, square
-from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    listed,
+    read_json,
+)
 from cm3leon.data.instructions.templates import FEATURES
 from cm3leon.registry import EXTRACTORS, SOURCES
 from cm3leon.types import UserError
@@ -42,9 +48,13 @@ class FeaturesSource(InstructionSource):
 
         def check(self) -> None:
             if (self.extractor is None) == (self.folder is None):
-                raise UserError(f"extractor and folder are both {'null' if self.folder is None else 'given'}; give one")
+                raise UserError(
+                    f"extractor and folder are both {'null' if self.folder is None else 'given'}; give one"
+                )
             if self.folder is not None and self.kind not in FEATURES:
-                raise UserError(f"kind is {self.kind}; feature images of a folder are one of: {', '.join(FEATURES)}")
+                raise UserError(
+                    f"kind is {self.kind}; feature images of a folder are one of: {', '.join(FEATURES)}"
+                )
 
     config: Config
 
@@ -55,7 +65,9 @@ class FeaturesSource(InstructionSource):
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
                 captions.setdefault(annotation.get("image_id"), annotation["caption"])
-        images = [image for image in listed(content, "images", path, what) if isinstance(image, Mapping)]
+        images = [
+            image for image in listed(content, "images", path, what) if isinstance(image, Mapping)
+        ]
         return [(image, captions.get(image.get("id"))) for image in images]
 
     def example(self, entry: Any, rng: Random) -> Example:

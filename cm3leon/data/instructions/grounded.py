@@ -14,7 +14,13 @@ from PIL import Image
 from cm3leon.config import PositiveInt
 from cm3leon.data.files import BadRecord, Files
 from cm3leon.data.images import FORMATS, UnusableImage
-from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, listed, read_json
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    listed,
+    read_json,
+)
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
@@ -60,10 +66,14 @@ class _Boxes(InstructionSource):
     task = "grounded"
     config: BoxesConfig
 
-    def _values(self, name: str, objects: Sequence[tuple[str, Box]], caption: str | None) -> dict[str, Any]:
+    def _values(
+        self, name: str, objects: Sequence[tuple[str, Box]], caption: str | None
+    ) -> dict[str, Any]:
         if not objects:
             raise BadRecord("no object is inside the square in the image's middle")
-        largest = sorted(objects, key=lambda each: -(each[1][2] - each[1][0]) * (each[1][3] - each[1][1]))
+        largest = sorted(
+            objects, key=lambda each: -(each[1][2] - each[1][0]) * (each[1][3] - each[1][1])
+        )
         chosen = [each for each in objects if each in largest[: self.config.most]]
         what = caption or " and ".join(dict.fromkeys(name for name, _ in chosen))
         return {"caption": what, "objects": objects_text(chosen), "image": self.image(name)}
@@ -96,7 +106,9 @@ class CocoBoxesSource(_Boxes):
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and not annotation.get("iscrowd"):
                 name = names.get(annotation.get("category_id"))
-                boxes.setdefault(annotation.get("image_id"), []).append((name, annotation.get("bbox")))
+                boxes.setdefault(annotation.get("image_id"), []).append(
+                    (name, annotation.get("bbox"))
+                )
         captions: dict[Any, str] = {}
         if self.config.captions:
             where = f"data.captions: {self.config.captions}"
@@ -117,9 +129,16 @@ class CocoBoxesSource(_Boxes):
             raise BadRecord("the image has no width and height")
         objects: list[tuple[str, Box]] = []
         for name, box in boxes:
-            if name and isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box):
+            if (
+                name
+                and isinstance(box, list)
+                and len(box) == 4
+                and all(isinstance(x, (int, float)) for x in box)
+            ):
                 x, y, w, h = box
-                inside = centred((x / width, y / height, (x + w) / width, (y + h) / height), width, height)
+                inside = centred(
+                    (x / width, y / height, (x + w) / width, (y + h) / height), width, height
+                )
                 if inside:
                     objects.append((name, inside))
         name = image.get("file_name")
@@ -148,19 +167,27 @@ class OpenImagesBoxesSource(_Boxes):
     config: Config
 
     def entries(self) -> list[Any]:
-        names = dict(row[:2] for row in self._rows(Files(self.config.classes, "data.classes")) if len(row) >= 2)
+        names = dict(
+            row[:2]
+            for row in self._rows(Files(self.config.classes, "data.classes"))
+            if len(row) >= 2
+        )
         rows = self._rows(self.files)
         header: list[str] = next(rows, [])
         needed = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
         missing = [name for name in needed if name not in header]
         if missing:
-            raise UserError(f"data.path: {self.config.path} has no column {missing[0]}; give OpenImages' boxes CSV")
+            raise UserError(
+                f"data.path: {self.config.path} has no column {missing[0]}; give OpenImages' boxes CSV"
+            )
         images: dict[str, list[tuple[str, list[str]]]] = {}
         for row in rows:
             entry = dict(zip(header, row, strict=False))
             if entry.get("IsGroupOf") != "1":
                 corners = [entry.get(key, "") for key in ("XMin", "YMin", "XMax", "YMax")]
-                images.setdefault(entry["ImageID"], []).append((names.get(entry.get("LabelName", ""), ""), corners))
+                images.setdefault(entry["ImageID"], []).append(
+                    (names.get(entry.get("LabelName", ""), ""), corners)
+                )
         return list(images.items())
 
     def example(self, entry: Any, rng: Random) -> Example:

@@ -8,7 +8,13 @@ from random import Random
 from typing import Any, Literal
 
 from cm3leon.data.files import BadRecord
-from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, integer, read_json
+from cm3leon.data.instructions.base import (
+    Example,
+    InstructionConfig,
+    InstructionSource,
+    integer,
+    read_json,
+)
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
@@ -31,17 +37,25 @@ class ScienceQaSource(InstructionSource):
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
         if not isinstance(content, Mapping):
-            raise UserError(f"data.path: {self.config.path} is no object; give ScienceQA's problems.json")
+            raise UserError(
+                f"data.path: {self.config.path} is no object; give ScienceQA's problems.json"
+            )
         return [
             (id_, problem)
             for id_, problem in content.items()
-            if isinstance(problem, Mapping) and problem.get("split") == self.config.split and problem.get("image")
+            if isinstance(problem, Mapping)
+            and problem.get("split") == self.config.split
+            and problem.get("image")
         ]
 
     def example(self, entry: Any, rng: Random) -> Example:
         id_, problem = entry
         choices = problem.get("choices")
-        if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        if (
+            not isinstance(choices, list)
+            or not choices
+            or not all(isinstance(choice, str) for choice in choices)
+        ):
             raise BadRecord("choices is no list of texts")
         number = integer(problem.get("answer"), "the answer")
         if not 0 <= number < len(choices):
@@ -51,7 +65,12 @@ class ScienceQaSource(InstructionSource):
         explanation = str(problem.get("solution") or problem.get("lecture") or "").strip()
         return Example(
             f"scienceqa-{id_}",
-            {**reasoning_slots(question, str(problem.get("hint") or ""), choices, number, explanation), "image": image},
+            {
+                **reasoning_slots(
+                    question, str(problem.get("hint") or ""), choices, number, explanation
+                ),
+                "image": image,
+            },
             (choices[number], *choices),
         )
 
@@ -61,7 +80,9 @@ def letter(number: int) -> str:
     return f"({chr(ord('A') + number)})"
 
 
-def reasoning_slots(question: str, context: str, options: list[str], answer: int, explanation: str) -> dict[str, str]:
+def reasoning_slots(
+    question: str, context: str, options: list[str], answer: int, explanation: str
+) -> dict[str, str]:
     """The texts of a question with options, as the templates have them."""
     right = letter(answer)
     return {

@@ -72,12 +72,16 @@ class SceneInstructionsSource(DrawnSource):
             return Skipped(id_, f"a scene that {config.task} cannot be about")
         table, values = example.table, example.values
         if not table:
-            return Document(id_, (TextSegment(values["caption"]), ImageSegment(values["image"]))), example
+            return Document(
+                id_, (TextSegment(values["caption"]), ImageSegment(values["image"]))
+            ), example
         segments = fill(pick(rng, TABLE_5[table]), values, ROLES[table])
         document = Document(
             id_,
             tuple(
-                ImageSegment(np.asarray(segment.content), segment.role) if isinstance(segment, MarkedImage) else segment
+                ImageSegment(np.asarray(segment.content), segment.role)
+                if isinstance(segment, MarkedImage)
+                else segment
                 for segment in segments
             ),
         )
@@ -88,26 +92,38 @@ class SceneInstructionsSource(DrawnSource):
 
 
 def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
-    return SceneExample("", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}, scene)
+    return SceneExample(
+        "", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}, scene
+    )
 
 
 def _caption(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     return SceneExample(
-        "caption", {"caption": language.caption(scene, rng), "image": render.picture(scene, side)}, scene
+        "caption",
+        {"caption": language.caption(scene, rng), "image": render.picture(scene, side)},
+        scene,
     )
 
 
 def _paragraph(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     return SceneExample(
-        "paragraph", {"caption": language.long_caption(scene), "image": render.picture(scene, side)}, scene
+        "paragraph",
+        {"caption": language.long_caption(scene), "image": render.picture(scene, side)},
+        scene,
     )
 
 
 def _vqa(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     asked = language.questions(scene, world, rng)
-    kind = pick(rng, sorted({question.kind for question in asked}))  # each kind as often, however many it has
+    kind = pick(
+        rng, sorted({question.kind for question in asked})
+    )  # each kind as often, however many it has
     question = pick(rng, [question for question in asked if question.kind == kind])
-    values = {"question": question.text, "answer": question.answer, "image": render.picture(scene, side)}
+    values = {
+        "question": question.text,
+        "answer": question.answer,
+        "image": render.picture(scene, side),
+    }
     return SceneExample("vqa", values, scene, question.kind)
 
 
@@ -115,7 +131,9 @@ def _reasoning(scene: Scene, world: World, rng: Random, side: int) -> SceneExamp
     asked = language.reasoning(scene, rng)
     if asked is None:
         return None
-    slots = reasoning_slots(asked.text, asked.context, list(asked.options), asked.answer, asked.explanation)
+    slots = reasoning_slots(
+        asked.text, asked.context, list(asked.options), asked.answer, asked.explanation
+    )
     return SceneExample("reasoning", {**slots, "image": render.picture(scene, side)}, scene)
 
 
@@ -137,7 +155,13 @@ def _grounded(scene: Scene, world: World, rng: Random, side: int) -> SceneExampl
     names = [name for name, _ in objects]
     caption = " and ".join(dict.fromkeys(names))
     return SceneExample(
-        "grounded", {"caption": caption, "objects": objects_text(objects), "image": render.picture(scene, side)}, scene
+        "grounded",
+        {
+            "caption": caption,
+            "objects": objects_text(objects),
+            "image": render.picture(scene, side),
+        },
+        scene,
     )
 
 
@@ -201,9 +225,15 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
         # A hand that is unsteady: the outlines, moved by a slow wave.
         y, x = np.indices((side, side)).astype(np.float32)
         phase = [rng.random() * 6.3 for _ in range(4)]
-        shift_y = 0.015 * side * np.sin(9 * x / side + phase[0]) + 0.01 * side * np.sin(17 * y / side + phase[1])
-        shift_x = 0.015 * side * np.sin(9 * y / side + phase[2]) + 0.01 * side * np.sin(17 * x / side + phase[3])
-        return _grey(255 * map_coordinates(edge_HW.astype(np.float32), [y + shift_y, x + shift_x], order=1))
+        shift_y = 0.015 * side * np.sin(9 * x / side + phase[0]) + 0.01 * side * np.sin(
+            17 * y / side + phase[1]
+        )
+        shift_x = 0.015 * side * np.sin(9 * y / side + phase[2]) + 0.01 * side * np.sin(
+            17 * x / side + phase[3]
+        )
+        return _grey(
+            255 * map_coordinates(edge_HW.astype(np.float32), [y + shift_y, x + shift_x], order=1)
+        )
     return _grey(255 * edge_HW.astype(np.float32))
 
 
@@ -222,6 +252,8 @@ def _pose(scene: Scene, side: int) -> np.ndarray:
             joints = render.joints(thing.pose).items()
             at = {name: (thing.x + jx * half, thing.y + jy * half) for name, (jx, jy) in joints}
             for number, (first, second) in enumerate((("head", "neck"), *render.BONES)):
-                near_HW = render.segment_distance(x, y, at[first], at[second]) <= max(0.05 * half, 0.6 / side)
+                near_HW = render.segment_distance(x, y, at[first], at[second]) <= max(
+                    0.05 * half, 0.6 / side
+                )
                 result_HWC[near_HW] = colours[number]
     return result_HWC

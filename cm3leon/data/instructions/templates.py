@@ -12,7 +12,9 @@ from cm3leon.types import Role, TextSegment, UserError
 TABLE_5: dict[str, tuple[str, ...]] = {
     "edit": ("Edit first image following the instruction | {image1} | {instruction} | {image2}",),
     "write": ('draw "{text}" | {image}',),
-    "grounded": ("Generate high quality image of {caption} with segmentations {objects} | {image}",),
+    "grounded": (
+        "Generate high quality image of {caption} with segmentations {objects} | {image}",
+    ),
     "features": ("Make high quality image from {feature} | {feature_image} | {caption} | {image}",),
     "caption": ("{caption} | {image}", "Describe the given picture. {caption} | {image}"),
     "paragraph": (
@@ -82,7 +84,9 @@ def check_templates(task: str, templates: list[str], where: str = "data.template
             raise UserError(f"{where} holds {template!r}, which must have one slot for the answer")
 
 
-def fill(template: str, values: Mapping[str, Any], roles: Mapping[str, Role]) -> tuple[TextSegment | MarkedImage, ...]:
+def fill(
+    template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
+) -> tuple[TextSegment | MarkedImage, ...]:
     """Segments of a template: texts, and images as they are among the values.
 
     An answer within a text is a segment of its own, joined to what is before it, with the space between them. So it can
@@ -98,7 +102,9 @@ def fill(template: str, values: Mapping[str, Any], roles: Mapping[str, Role]) ->
     return tuple(segments)
 
 
-def _texts(piece: str, slots: list[str], values: Mapping[str, Any], roles: Mapping[str, Role]) -> list[TextSegment]:
+def _texts(
+    piece: str, slots: list[str], values: Mapping[str, Any], roles: Mapping[str, Role]
+) -> list[TextSegment]:
     def filled(text: str) -> str:
         return _SLOT.sub(lambda match: values[match[1]], text)
 

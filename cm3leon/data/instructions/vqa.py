@@ -48,29 +48,43 @@ class VqaSource(InstructionSource):
 
     def entries(self) -> list[Any]:
         what = "the questions JSON of VQA2 or OKVQA"
-        questions = listed(read_json(self.files, "data.path"), "questions", f"data.path: {self.config.path}", what)
+        questions = listed(
+            read_json(self.files, "data.path"), "questions", f"data.path: {self.config.path}", what
+        )
         questions = [entry if isinstance(entry, Mapping) else {} for entry in questions]
         path = f"data.annotations: {self.config.annotations}"
         files = Files(self.config.annotations, "data.annotations")
-        annotations = listed(read_json(files, "data.annotations"), "annotations", path, "the annotations JSON")
-        by_question = {entry.get("question_id"): entry for entry in annotations if isinstance(entry, Mapping)}
+        annotations = listed(
+            read_json(files, "data.annotations"), "annotations", path, "the annotations JSON"
+        )
+        by_question = {
+            entry.get("question_id"): entry for entry in annotations if isinstance(entry, Mapping)
+        }
         ids = [entry.get("question_id") for entry in questions]
         if ids and not any(id_ in by_question for id_ in ids):
-            raise UserError(f"{path} answers none of the questions of {self.config.path}; give those of the same split")
+            raise UserError(
+                f"{path} answers none of the questions of {self.config.path}; give those of the same split"
+            )
         return [(entry, by_question.get(id_)) for entry, id_ in zip(questions, ids, strict=True)]
 
     def example(self, entry: Any, rng: Random) -> Example:
         question, annotation = entry
         if annotation is None:
             raise BadRecord("the question has no annotation")
-        name = self.config.image_name.format(image_id=integer(question.get("image_id"), "the image_id"))
+        name = self.config.image_name.format(
+            image_id=integer(question.get("image_id"), "the image_id")
+        )
         answer = majority(annotation.get("answers"), annotation.get("multiple_choice_answer"))
         values = {
             "question": self.words(question.get("question"), "the question"),
             "answer": self.words(answer, "the answer"),
             "image": self.image(name),
         }
-        return Example(f"vqa-{question['question_id']}", values, given_answers(annotation.get("answers")) or (answer,))
+        return Example(
+            f"vqa-{question['question_id']}",
+            values,
+            given_answers(annotation.get("answers")) or (answer,),
+        )
 
 
 @SOURCES.register("vizwiz")
@@ -84,7 +98,9 @@ class VizWizSource(InstructionSource):
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
         if not isinstance(content, list):
-            raise UserError(f"data.path: {self.config.path} is no list; give the annotations JSON of VizWiz")
+            raise UserError(
+                f"data.path: {self.config.path} is no list; give the annotations JSON of VizWiz"
+            )
         return content
 
     def example(self, entry: Any, rng: Random) -> Example:

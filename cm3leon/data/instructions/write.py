@@ -36,9 +36,13 @@ class OcrSource(InstructionSource):
 
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
-        parts = [content.get(key) if isinstance(content, Mapping) else None for key in ("imgs", "anns")]
+        parts = [
+            content.get(key) if isinstance(content, Mapping) else None for key in ("imgs", "anns")
+        ]
         if not all(isinstance(part, Mapping) for part in parts):
-            raise UserError(f"data.path: {self.config.path} has no imgs and anns; give TextOCR's or COCO-Text's JSON")
+            raise UserError(
+                f"data.path: {self.config.path} has no imgs and anns; give TextOCR's or COCO-Text's JSON"
+            )
         images, words = parts
         of_image: dict[str, list[Any]] = {}
         for word in words.values():  # type: ignore[union-attr]

@@ -99,14 +99,18 @@ def caption(scene: Scene, rng: Random) -> str:
     if len(scene.things) == 1:
         (thing,) = scene.things
         name, place = pick(rng, (short_name, full_name))(thing), place_name(thing)
-        return pick(rng, (f"{_an(name)} at the {place}", f"{name}, {place}", f"at the {place}: {_an(name)}"))
+        return pick(
+            rng, (f"{_an(name)} at the {place}", f"{name}, {place}", f"at the {place}: {_an(name)}")
+        )
     if len(scene.things) == 2 and rng.random() < 0.5:
         relation = _relation(*scene.things)
         if relation:
             first, second = map(short_name, scene.things)
             return f"{_an(first)} {relation} {_an(second)}"
     if rng.random() < 0.5:
-        return _listed([f"{_an(short_name(thing))} at the {place_name(thing)}" for thing in scene.things])
+        return _listed(
+            [f"{_an(short_name(thing))} at the {place_name(thing)}" for thing in scene.things]
+        )
     return _listed(_counted([short_name(thing) for thing in scene.things]))
 
 
@@ -121,14 +125,18 @@ def long_caption(scene: Scene) -> str:
     for number, thing in enumerate(scene.things):
         behind = [short_name(other) for other in scene.things[:number] if touches(other, thing)]
         before = f", in front of the {_listed(behind)}" if behind else ""
-        sentences.append(f"{_an(full_name(thing)).replace('a', 'A', 1)} is at the {place_name(thing)}{before}.")
+        sentences.append(
+            f"{_an(full_name(thing)).replace('a', 'A', 1)} is at the {place_name(thing)}{before}."
+        )
     return " ".join(sentences)
 
 
 def _counted(names: list[str]) -> list[str]:
     """Names with their numbers: "two red circles"."""
     counts = {name: names.count(name) for name in names}
-    return [_an(name) if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in counts.items()]
+    return [
+        _an(name) if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in counts.items()
+    ]
 
 
 def _side(thing: Thing) -> float:
@@ -161,7 +169,11 @@ def questions(scene: Scene, world: World, rng: Random) -> list[Question]:
 def _alone(scene: Scene, name: Callable[[Thing], str]) -> Iterator[tuple[str, Thing]]:
     """Things that a name fits alone, with that name."""
     names = [name(thing) for thing in scene.things]
-    return ((each, thing) for each, thing in zip(names, scene.things, strict=True) if names.count(each) == 1)
+    return (
+        (each, thing)
+        for each, thing in zip(names, scene.things, strict=True)
+        if names.count(each) == 1
+    )
 
 
 def _about_one(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
@@ -196,7 +208,9 @@ def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Questi
         yield Question("exists", f"is there {_an(' '.join(pick(rng, sorted(there))))}?", "yes")
     absent = [(c, s) for c in world.colours for s in world.shapes if (c, s) not in there]
     # As often what shares a word with the scene as anything.
-    near = [(c, s) for c, s in absent if any((c == colour) != (s == shape) for colour, shape in there)]
+    near = [
+        (c, s) for c, s in absent if any((c == colour) != (s == shape) for colour, shape in there)
+    ]
     chosen = near if near and rng.random() < 0.5 else absent
     if chosen:
         yield Question("exists", f"is there {_an(' '.join(pick(rng, chosen)))}?", "no")
@@ -209,7 +223,12 @@ def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
             relation = _relation(thing, other) if thing is not other else ""
             if relation:
                 yield Question("relation", f"is the {name} {relation} the {other_name}?", "yes")
-                wrong = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+                wrong = {
+                    "left of": "right of",
+                    "right of": "left of",
+                    "above": "below",
+                    "below": "above",
+                }[relation]
                 yield Question("relation", f"is the {name} {wrong} the {other_name}?", "no")
             before = scene.things.index(thing) > scene.things.index(other)
             if thing is not other and before and touches(thing, other):
@@ -238,7 +257,9 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
     what, right, wrong, why = pick(rng, asked)
     options = (right, wrong) if rng.random() < 0.5 else (wrong, right)
     number = NUMBERS[len(scene.things)]
-    context = f"The picture shows {number} thing{'s' * (len(scene.things) > 1)} on {scene.background}."
+    context = (
+        f"The picture shows {number} thing{'s' * (len(scene.things) > 1)} on {scene.background}."
+    )
     return Reasoning(f"Which is {what}?", context, options, options.index(right), why)
 
 
@@ -247,12 +268,18 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
 
 def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
     """One edit of each kind that the scene allows; each names a thing that it fits alone."""
-    named = [(name, scene.things.index(thing)) for name, thing in _alone(scene, short_name) if thing.kind != "entity"]
+    named = [
+        (name, scene.things.index(thing))
+        for name, thing in _alone(scene, short_name)
+        if thing.kind != "entity"
+    ]
     result: list[Edit] = []
     others = [background for background in world.backgrounds if background != scene.background]
     if others:
         new = pick(rng, others)
-        result.append(Edit("background", f"change the background to {new}", replace(scene, background=new)))
+        result.append(
+            Edit("background", f"change the background to {new}", replace(scene, background=new))
+        )
     free = _free_places(scene)
     if free and scene.things[0].kind != "entity" and len(scene.things) < max(world.things):
         thing = draw_thing(world, rng, pick(rng, free))
@@ -270,7 +297,9 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
     colours = [colour for colour in world.colours if colour != thing.colour]
     if colours:
         new = pick(rng, colours)
-        result.append(Edit("recolour", f"make the {name} {new}", scene.with_thing(number, colour=new)))
+        result.append(
+            Edit("recolour", f"make the {name} {new}", scene.with_thing(number, colour=new))
+        )
     if free:
         moved = _moved(thing, pick(rng, free), world, rng)
         after = scene.with_thing(number, x=moved.x, y=moved.y)
@@ -278,7 +307,9 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
     shapes = [shape for shape in world.shapes if shape != thing.shape]
     if thing.kind == "shape" and shapes:
         new = pick(rng, shapes)
-        result.append(Edit("replace", f"turn the {name} into a {new}", scene.with_thing(number, shape=new)))
+        result.append(
+            Edit("replace", f"turn the {name} into a {new}", scene.with_thing(number, shape=new))
+        )
     if len(scene.things) > 1:
         kept = tuple(other for other in scene.things if other is not thing)
         result.append(Edit("remove", f"remove the {name}", replace(scene, things=kept)))
@@ -300,7 +331,10 @@ def _free_places(scene: Scene) -> list[int]:
     for place in range(9):
         x, y = (place % 3 + 0.5) / 3, (place // 3 + 0.5) / 3
         reach = [(_side(thing) + 1 / 3) / 2 - 0.005 for thing in scene.things]
-        if all(abs(thing.x - x) >= r or abs(thing.y - y) >= r for thing, r in zip(scene.things, reach, strict=True)):
+        if all(
+            abs(thing.x - x) >= r or abs(thing.y - y) >= r
+            for thing, r in zip(scene.things, reach, strict=True)
+        ):
             result.append(place)
     return result
 
@@ -308,7 +342,10 @@ def _free_places(scene: Scene) -> list[int]:
 def place_of(name: str) -> tuple[str, str] | None:
     """Row and column of a place's name, None for what is none."""
     words = name.split()
-    rows, columns = [word for word in words if word in ROWS], [word for word in words if word in COLUMNS]
+    rows, columns = (
+        [word for word in words if word in ROWS],
+        [word for word in words if word in COLUMNS],
+    )
     if not words or len(rows) + len(columns) != len(words) or len(rows) > 1 or len(columns) > 1:
         return None
     return (rows or ["middle"])[0], (columns or ["center"])[0]

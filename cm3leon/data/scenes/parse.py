@@ -98,7 +98,9 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
     specks_HW, _ = ndimage.label(thing_HW, np.ones((3, 3)))
     thing_HW &= np.bincount(specks_HW.ravel())[specks_HW] >= SPECK
     near = max(1, round(side / 40))
-    joined_HW = ndimage.binary_dilation(thing_HW, np.ones((2 * near + 1,) * 2))  # letters of a word are one blob
+    joined_HW = ndimage.binary_dilation(
+        thing_HW, np.ones((2 * near + 1,) * 2)
+    )  # letters of a word are one blob
     labels_HW, count = ndimage.label(joined_HW)
     names = tuple(world.colours)
     tones = np.concatenate([_colours(names, COLOURS), DARK * _colours(names, COLOURS)])
@@ -114,7 +116,11 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
         votes = np.bincount(colour_HW[blob_HW & (distance_HW < 45)], minlength=len(names))
         if not votes.sum():
             votes = np.bincount(colour_HW[blob_HW], minlength=len(names))
-        main = [number for number in range(len(names)) if votes[number] >= max(SHARE * votes.sum(), least)]
+        main = [
+            number
+            for number in range(len(names))
+            if votes[number] >= max(SHARE * votes.sum(), least)
+        ]
         main = main or [int(votes.argmax())]
         chosen = np.array([*main, *(number + len(names) for number in main)])
         part_HW = np.array(main)[_which(pixels_HWC, tones[chosen])[0] % len(main)]
@@ -131,7 +137,11 @@ def _least(side: int) -> float:
 
 @lru_cache(maxsize=64)
 def _candidates(
-    shapes: tuple[str, ...], sizes: tuple[str, ...], textures: tuple[str, ...], words: bool, figures: bool
+    shapes: tuple[str, ...],
+    sizes: tuple[str, ...],
+    textures: tuple[str, ...],
+    words: bool,
+    figures: bool,
 ) -> tuple[Thing, ...]:
     """Everything that a thing can be besides its colour and place."""
     base = Thing("shape", "", "", 0.5, 0.5)
@@ -140,7 +150,9 @@ def _candidates(
         for shape, size, texture in product(shapes, sizes, textures)
     ]
     if words:
-        found += [replace(base, kind="word", word=word, size=size) for word, size in product(WORDS, sizes)]
+        found += [
+            replace(base, kind="word", word=word, size=size) for word, size in product(WORDS, sizes)
+        ]
     if figures:
         found += [
             replace(base, kind="figure", size=max(sizes, key=SIZES.__getitem__), pose=pose)
@@ -192,10 +204,19 @@ def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) 
     if together.error < GOOD or len(masks) < 2:
         return [together.thing]
     parts = [
-        _thing(_Blob(mask_HW, blob.colour, blob.others_HW | (blob.mask_HW & ~mask_HW)), pixels_HWC, background, world)
+        _thing(
+            _Blob(mask_HW, blob.colour, blob.others_HW | (blob.mask_HW & ~mask_HW)),
+            pixels_HWC,
+            background,
+            world,
+        )
         for mask_HW in masks
     ]
-    return [part.thing for part in parts] if max(part.error for part in parts) < together.error else [together.thing]
+    return (
+        [part.thing for part in parts]
+        if max(part.error for part in parts) < together.error
+        else [together.thing]
+    )
 
 
 class _Fit(NamedTuple):
@@ -210,7 +231,11 @@ def _thing(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -
     side = len(pixels_HWC)
     ys, xs = np.nonzero(blob.mask_HW)
     candidates = _candidates(
-        tuple(world.shapes), tuple(world.sizes), tuple(world.textures), world.words > 0, world.figures > 0
+        tuple(world.shapes),
+        tuple(world.sizes),
+        tuple(world.textures),
+        world.words > 0,
+        world.figures > 0,
     )
     centre_2 = np.array([ys.min() + ys.max() + 1, xs.min() + xs.max() + 1]) / 2
     ground = np.array(BACKGROUNDS[background], np.float32)
@@ -272,7 +297,9 @@ def _windows(image_HWx: np.ndarray, size: int) -> np.ndarray:
     return np.moveaxis(windows, 2, -1) if image_HWx.ndim == 3 else windows
 
 
-def _from_back_to_front(things: list[Thing], pixels_HWC: np.ndarray, side: int) -> tuple[Thing, ...]:
+def _from_back_to_front(
+    things: list[Thing], pixels_HWC: np.ndarray, side: int
+) -> tuple[Thing, ...]:
     """In the order in which they hide each other."""
     order = list(things)
     for first, second in ((a, b) for i, a in enumerate(things) for b in things[i + 1 :]):
@@ -283,7 +310,10 @@ def _from_back_to_front(things: list[Thing], pixels_HWC: np.ndarray, side: int) 
         tones = [np.array(COLOURS[thing.colour], np.float32) for thing in (first, second)]
         shades = (1, (1 + DARK) / 2, DARK)
         errors = [
-            min(np.linalg.norm(pixels_HWC[both_HW] - tone * shade, axis=-1).mean() for shade in shades)
+            min(
+                np.linalg.norm(pixels_HWC[both_HW] - tone * shade, axis=-1).mean()
+                for shade in shades
+            )
             for tone in tones
         ]
         nearer, farther = (first, second) if errors[0] < errors[1] else (second, first)
@@ -313,7 +343,9 @@ def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
     """Number of the colour that each of an entity's cells shows, -1 for the background: (CELLS * CELLS,)."""
     side = len(pixels_HWC)
     edges = np.arange(CELLS + 1) * side // CELLS
-    palette = np.concatenate([_colours(tuple(COLOURS), COLOURS), _colours((background,), BACKGROUNDS)])
+    palette = np.concatenate(
+        [_colours(tuple(COLOURS), COLOURS), _colours((background,), BACKGROUNDS)]
+    )
     result = []
     for row, column in product(range(CELLS), repeat=2):
         cell_HWC = pixels_HWC[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
@@ -326,4 +358,6 @@ def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
 def _looks(count: int) -> np.ndarray:
     """Looks of all entities, numbers as of `cells_of`: (count, CELLS * CELLS)."""
     numbers = {name: number for number, name in enumerate(COLOURS)}
-    return np.array([[numbers[name] if name else -1 for name in entity_look(entity)] for entity in range(count)])
+    return np.array(
+        [[numbers[name] if name else -1 for name in entity_look(entity)] for entity in range(count)]
+    )

@@ -134,7 +134,9 @@ def _region(thing: Thing, size: int, side: int) -> tuple[slice, slice, tuple[sli
 
 
 @lru_cache(maxsize=_CACHED)
-def _stamp(kind: str, what: str, colour: str, size: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _stamp(
+    kind: str, what: str, colour: str, size: str, side: int
+) -> tuple[np.ndarray, np.ndarray]:
     if kind == "entity":
         return _entity_stamp(int(what), side)
     pixels = max(3, round(SIZES[size] * side))
@@ -193,7 +195,9 @@ def _inside(shape: str, size: int) -> np.ndarray:
         return (radius <= 1) & (radius >= 0.52)
     if shape == "star":
         angle = np.arctan2(x, -y)
-        turn = abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # from the nearest tip, 0 to 36 degrees
+        turn = abs(
+            (angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
+        )  # from the nearest tip, 0 to 36 degrees
         inner = 0.42
         # The line from a tip at distance 1 to a notch at distance `inner`, 36 degrees on.
         reach = inner * np.sin(np.pi / 5) / (np.sin(turn) * (1 - inner * np.cos(np.pi / 5))
@@ -255,7 +259,9 @@ def _figure(pose: tuple[int, ...], size: int) -> np.ndarray:
     return cover
 
 
-def segment_distance(x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
+def segment_distance(
+    x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]
+) -> np.ndarray:
     """Distance of points to a segment."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx * dx + dy * dy), 0, 1)
@@ -274,4 +280,6 @@ def _dome_normals(size: int) -> np.ndarray:
     x, y = _grid(size)
     flat = np.stack([0.8 * x, 0.8 * y], -1)
     flat /= np.maximum(1, np.linalg.norm(flat, axis=-1, keepdims=True) / 0.95)
-    return np.concatenate([flat, np.sqrt(1 - (flat**2).sum(-1, keepdims=True))], -1).astype(np.float32)
+    return np.concatenate([flat, np.sqrt(1 - (flat**2).sum(-1, keepdims=True))], -1).astype(
+        np.float32
+    )

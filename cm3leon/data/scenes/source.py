@@ -64,7 +64,9 @@ class DrawnSource(Source):
             yield self.document(self.config.first + number)
 
     def fingerprint(self) -> str:
-        settings = json.dumps([type(self).__name__, self.version, asdict(self.config)], sort_keys=True)
+        settings = json.dumps(
+            [type(self).__name__, self.version, asdict(self.config)], sort_keys=True
+        )
         return f"scenes {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
 
@@ -89,7 +91,9 @@ class ScenesSource(DrawnSource):
         kind = self.config.captions
         is_long = kind == "long" or (kind == "both" and rng.random() < 0.5)
         text = long_caption(scene) if is_long else caption(scene, rng)
-        return Document(f"scene-{seed:08d}", (TextSegment(text), ImageSegment(picture(scene, self.config.side))))
+        return Document(
+            f"scene-{seed:08d}", (TextSegment(text), ImageSegment(picture(scene, self.config.side)))
+        )
 
 
 @SOURCES.register("scene_entities")
@@ -124,7 +128,9 @@ class SceneEntitiesSource(Source):
         first, backgrounds = int(part), self.config.backgrounds
         for number in range(first + start, min(first + CHUNK, self._documents)):
             entity, background = divmod(number, len(backgrounds))
-            yield entity_document(self.config.first + entity, backgrounds[background], self.config.side)
+            yield entity_document(
+                self.config.first + entity, backgrounds[background], self.config.side
+            )
 
     def fingerprint(self) -> str:
         return f"scene_entities 1 {json.dumps(asdict(self.config), sort_keys=True)}"
@@ -143,4 +149,6 @@ def entity_document(entity: int, background: str, side: int) -> Document:
     """An entity on a background: its caption, then its picture."""
     scene = entity_scene(entity, background)
     text = caption(scene, Random(0))  # nothing of it is drawn
-    return Document(f"entity-{entity}-{background}", (TextSegment(text), ImageSegment(picture(scene, side))))
+    return Document(
+        f"entity-{entity}-{background}", (TextSegment(text), ImageSegment(picture(scene, side)))
+    )

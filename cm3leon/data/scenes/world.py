@@ -109,7 +109,13 @@ class World:
 
     def check(self) -> None:
         """Raises UserError for what does not exist."""
-        known = {"colours": COLOURS, "shapes": SHAPES, "sizes": SIZES, "textures": TEXTURES, "backgrounds": BACKGROUNDS}
+        known = {
+            "colours": COLOURS,
+            "shapes": SHAPES,
+            "sizes": SIZES,
+            "textures": TEXTURES,
+            "backgrounds": BACKGROUNDS,
+        }
         for name, allowed in known.items():
             chosen = getattr(self, name)
             wrong = [each for each in chosen if each not in allowed]
@@ -134,7 +140,9 @@ def draw_scene(world: World, seed: int) -> Scene:
     rng = Random(seed)
     background = pick(rng, world.backgrounds)
     if rng.random() < world.entity_share:
-        return Scene(background, (Thing("entity", "", "", 0.5, 0.5, entity=_below(rng, world.entity_ends)),))
+        return Scene(
+            background, (Thing("entity", "", "", 0.5, 0.5, entity=_below(rng, world.entity_ends)),)
+        )
     places = list(range(9))
     things: list[Thing] = []
     for _ in range(pick(rng, world.things)):
@@ -158,7 +166,15 @@ def draw_thing(world: World, rng: Random, place: int) -> Thing:
         return Thing("word", colour, size, x, y, word=pick(rng, WORDS))
     if is_figure:
         return Thing("figure", colour, size, x, y, pose=tuple(pick(rng, ANGLES) for _ in LIMBS))
-    return Thing("shape", colour, size, x, y, shape=pick(rng, world.shapes), texture=pick(rng, world.textures))
+    return Thing(
+        "shape",
+        colour,
+        size,
+        x,
+        y,
+        shape=pick(rng, world.shapes),
+        texture=pick(rng, world.textures),
+    )
 
 
 def _overlapping(far: Thing, near: Thing, others: list[Thing], rng: Random) -> list[Thing]:
@@ -199,7 +215,24 @@ def _below(rng: Random, ends: Sequence[float]) -> int:
 
 CELLS = 4
 """An entity is a square of so many cells a side, each of a colour or empty."""
-_SYLLABLES = ("ba", "do", "fi", "gu", "ka", "lo", "mi", "nu", "pa", "ro", "si", "tu", "ve", "wo", "xa", "zi")
+_SYLLABLES = (
+    "ba",
+    "do",
+    "fi",
+    "gu",
+    "ka",
+    "lo",
+    "mi",
+    "nu",
+    "pa",
+    "ro",
+    "si",
+    "tu",
+    "ve",
+    "wo",
+    "xa",
+    "zi",
+)
 
 
 @lru_cache(maxsize=2**16)
@@ -214,7 +247,9 @@ def entity_look(number: int) -> tuple[str | None, ...]:
 def entity_name(number: int) -> str:
     """The name of an entity: three syllables or more, different for each."""
     syllables: list[str] = []
-    number = (number * 1103 + 7) % 16**3 + number // 16**3 * 16**3  # neighbours in number are not so in name
+    number = (
+        number * 1103 + 7
+    ) % 16**3 + number // 16**3 * 16**3  # neighbours in number are not so in name
     while number or len(syllables) < 3:
         number, digit = divmod(number, 16)
         syllables.append(_SYLLABLES[digit])

@@ -43,11 +43,15 @@ class AdversarialTraining(TokenizerTraining):
         self.step: Tensor
         self.register_buffer("step", torch.tensor(0))
         wanted = config.perceptual > 0
-        self.perceptual = Perceptual.load(config.perceptual_file) if wanted and config.perceptual_file else None
+        self.perceptual = (
+            Perceptual.load(config.perceptual_file) if wanted and config.perceptual_file else None
+        )
         self.notes = (
             ()
             if self.perceptual or not wanted
-            else ("no perceptual distance in the loss: image_tokenizer.perceptual_file names no weights of VGG16",)
+            else (
+                "no perceptual distance in the loss: image_tokenizer.perceptual_file names no weights of VGG16",
+            )
         )
 
     @property
@@ -84,17 +88,24 @@ class AdversarialTraining(TokenizerTraining):
             self.step += 1
         return loss, figures
 
-    def _adversarial(self, images_BCHW: Tensor, reconstruction_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _adversarial(
+        self, images_BCHW: Tensor, reconstruction_BCHW: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The generator's loss, with gradients to the reconstruction only, and the discriminator's, to it only."""
         discriminator = self.discriminator
         assert discriminator is not None
         constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         verdict = generator_loss(functional_call(discriminator, constants, (reconstruction_BCHW,)))
-        return verdict, discriminator_loss(discriminator(images_BCHW), discriminator(reconstruction_BCHW.detach()))
+        return verdict, discriminator_loss(
+            discriminator(images_BCHW), discriminator(reconstruction_BCHW.detach())
+        )
 
 
 def _use(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]:
     """Share of the codes that occur in a batch, and the perplexity of their distribution."""
     share_V = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
     entropy = -torch.xlogy(share_V, share_V).sum()
-    return {"codes_used_in_batch": (share_V > 0).float().mean(), "perplexity_of_batch": entropy.exp()}
+    return {
+        "codes_used_in_batch": (share_V > 0).float().mean(),
+        "perplexity_of_batch": entropy.exp(),
+    }

@@ -77,27 +77,44 @@ class ImageTokenizer(nn.Module):
         return self.requires_grad_(False).eval()
 
     @torch.inference_mode()
-    def encode(self, images_BHWC: np.ndarray, batch_size: int | None = None, title: str = "") -> np.ndarray:
+    def encode(
+        self, images_BHWC: np.ndarray, batch_size: int | None = None, title: str = ""
+    ) -> np.ndarray:
         """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size; `title` shows the progress under it."""
         side = self.image_size
         if images_BHWC.shape[1:] != (side, side, 3):
-            raise ValueError(f"images must be {side}x{side} RGB, got an array of shape {images_BHWC.shape}")
+            raise ValueError(
+                f"images must be {side}x{side} RGB, got an array of shape {images_BHWC.shape}"
+            )
         batch_size = batch_size or self._batch_size
         codes = [
-            self.codes_of(to_signal(self._tensor(images_BHWC[start : start + batch_size]))).flatten(1).cpu().numpy()
+            self.codes_of(to_signal(self._tensor(images_BHWC[start : start + batch_size])))
+            .flatten(1)
+            .cpu()
+            .numpy()
             for start in _starts_of_batches(len(images_BHWC), batch_size, title)
         ]
         return np.concatenate(codes) if codes else np.zeros((0, self.grid**2), np.int64)
 
     @torch.inference_mode()
-    def decode(self, codes_BN: np.ndarray, batch_size: int | None = None, title: str = "") -> np.ndarray:
+    def decode(
+        self, codes_BN: np.ndarray, batch_size: int | None = None, title: str = ""
+    ) -> np.ndarray:
         """Images (B, H, W, C), uint8, of codes (B, N); `title` shows the progress under it."""
         batch_size = batch_size or self._batch_size
         images = [
-            to_pixels(self.signal_of(self._tensor(codes_BN[start : start + batch_size]).unflatten(1, (self.grid, -1))))
+            to_pixels(
+                self.signal_of(
+                    self._tensor(codes_BN[start : start + batch_size]).unflatten(1, (self.grid, -1))
+                )
+            )
             for start in _starts_of_batches(len(codes_BN), batch_size, title)
         ]
-        return np.concatenate(images) if images else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        return (
+            np.concatenate(images)
+            if images
+            else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        )
 
     @torch.inference_mode()
     def decode_tiled(self, codes_HW: np.ndarray, overlap: int = 8) -> np.ndarray:
@@ -110,7 +127,9 @@ class ImageTokenizer(nn.Module):
             ValueError: for an overlap that is not below `grid`.
         """
         if not 0 <= overlap < self.grid:
-            raise ValueError(f"overlap is {overlap} codes; it must be below the {self.grid} of a tile's side")
+            raise ValueError(
+                f"overlap is {overlap} codes; it must be below the {self.grid} of a tile's side"
+            )
         H, W = codes_HW.shape
         scale = self.downsampling
         sum_CHW = torch.zeros(3, H * scale, W * scale)
@@ -119,7 +138,9 @@ class ImageTokenizer(nn.Module):
             for left in _starts(W, self.grid, overlap):
                 tile = codes_HW[top : top + self.grid, left : left + self.grid]
                 signal_CHW = self.signal_of(self._tensor(tile)[None])[0].float().cpu()
-                fade_HW = torch.outer(*(_fade(side * scale, overlap * scale) for side in tile.shape))
+                fade_HW = torch.outer(
+                    *(_fade(side * scale, overlap * scale) for side in tile.shape)
+                )
                 rows = slice(top * scale, (top + tile.shape[0]) * scale)
                 columns = slice(left * scale, (left + tile.shape[1]) * scale)
                 sum_CHW[:, rows, columns] += signal_CHW * fade_HW

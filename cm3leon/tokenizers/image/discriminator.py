@@ -26,11 +26,16 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
         widths = [channels * min(2**layer, 8) for layer in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        blocks: list[nn.Module] = [
+            nn.Conv2d(3, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         for layer in range(1, layers + 1):
             stride = 2 if layer < layers else 1
             blocks += [
-                nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False),
+                nn.Conv2d(
+                    widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False
+                ),
                 # Published with batch norm. Its statistics would make the verdict on an image depend on the others of
                 # its batch, so N processes would not train as one does, and its running averages would be a state
                 # that every look at images changes. Group norm has neither; its price is that the mean and variance of
@@ -55,7 +60,9 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer_weight: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer_weight: Tensor
+) -> Tensor:
     """Weight that gives the generator's loss a gradient as long as the reconstruction's (Esser et al. 2021, eq. 7).
 
     That is the ratio of the norms of their gradients by the weight of the decoder's last layer, at most 10^4. The

@@ -90,12 +90,18 @@ class Decoder(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention on the levels that have it; then resampling."""
 
-    def __init__(self, shape: Architecture, level: int, before: int, count: int, resample: nn.Module | None) -> None:
+    def __init__(
+        self, shape: Architecture, level: int, before: int, count: int, resample: nn.Module | None
+    ) -> None:
         super().__init__()
         width = shape.widths[level]
-        self.blocks = nn.ModuleList(ResidualBlock(width if number else before, width) for number in range(count))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width if number else before, width) for number in range(count)
+        )
         has_attention = level in shape.attention_levels
-        self.attentions = nn.ModuleList(Attention(width) for _ in range(count if has_attention else 0))
+        self.attentions = nn.ModuleList(
+            Attention(width) for _ in range(count if has_attention else 0)
+        )
         self.resample = resample or nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -131,7 +137,10 @@ class Attention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         normed_BCHW = self.norm(x_BCHW)
         # (B, C, H, W) -> (B, 1 head, H * W, C)
-        q, k, v = (part(normed_BCHW).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(normed_BCHW).flatten(2).transpose(1, 2)[:, None]
+            for part in (self.q, self.k, self.v)
+        )
         mixed_BTC = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x_BCHW + self.out(mixed_BTC.transpose(1, 2).reshape(x_BCHW.shape))
 

@@ -28,12 +28,16 @@ class PatchAutoencoder(Autoencoder):
 
         def check(self) -> None:
             if self.image_size % self.downsampling:
-                raise UserError(f"downsampling {self.downsampling} must divide image_size {self.image_size}")
+                raise UserError(
+                    f"downsampling {self.downsampling} must divide image_size {self.image_size}"
+                )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
-        values = 3 * config.downsampling**2  # of a patch, which a convolution of size 1 sees as its channels
+        values = (
+            3 * config.downsampling**2
+        )  # of a patch, which a convolution of size 1 sees as its channels
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsampling),
             nn.Conv2d(values, config.width, 1),

@@ -60,9 +60,15 @@ class Perceptual(nn.Module):
         """
         import torchvision  # type: ignore[import-untyped]  # takes seconds, which nobody waits for who does not use it
 
-        with torch.device("meta"):  # the file's weights take the place of these, which so cost nothing
+        with torch.device(
+            "meta"
+        ):  # the file's weights take the place of these, which so cost nothing
             features = torchvision.models.vgg16(weights=None).features[: LAYERS[-1] + 1]
-        given = {name: weight for name, weight in read_weights(path).items() if not name.startswith("classifier.")}
+        given = {
+            name: weight
+            for name, weight in read_weights(path).items()
+            if not name.startswith("classifier.")
+        }
         fit_weights(nn.ModuleDict({"features": features}), given, path)
         return cls(features, _linear_weights())
 
@@ -100,7 +106,11 @@ def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> N
     """
     # How many batches a batch norm has seen plays no part once it is trained, and old files lack it.
     given, wanted = (
-        {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
+        {
+            name: weight
+            for name, weight in weights.items()
+            if not name.endswith("num_batches_tracked")
+        }
         for weights in (given, module.state_dict())
     )
     check_fit(path, given, wanted)
@@ -110,6 +120,8 @@ def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> N
 def _linear_weights() -> list[Tensor]:
     """Weights (1, C, 1, 1) of the features of each of `LAYERS`, learned by the authors (version 0.1)."""
     # Importing torchmetrics takes seconds, and only a file of it is needed.
-    file = distribution("torchmetrics").locate_file("torchmetrics/functional/image/lpips_models/vgg.pth")
+    file = distribution("torchmetrics").locate_file(
+        "torchmetrics/functional/image/lpips_models/vgg.pth"
+    )
     weights = read_weights(Path(str(file)))
     return [weights[f"lin{level}.model.1.weight"] for level in range(len(LAYERS))]

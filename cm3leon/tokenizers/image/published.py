@@ -64,7 +64,9 @@ class Layout:
     def published(self, name: str, levels: int) -> str:
         """The publisher's name of the tensor that is `name` in our model of that many levels."""
         if self.finest_first:
-            name = re.sub(r"^(decoder\.levels)\.(\d+)", lambda m: f"{m[1]}.{levels - 1 - int(m[2])}", name)
+            name = re.sub(
+                r"^(decoder\.levels)\.(\d+)", lambda m: f"{m[1]}.{levels - 1 - int(m[2])}", name
+            )
         for pattern, instead in self.spelling:
             name = re.sub(pattern, instead, name)
         return name
@@ -111,7 +113,12 @@ JANUS = replace(
 LLAMAGEN = Layout(
     name="llamagen",
     shown_by=("encoder.conv_blocks.0.res.0.conv1.weight",),
-    spelling=(*_PROJECTIONS, *_TAMING_BLOCKS, (r"\.levels\.", ".conv_blocks."), (r"\.blocks\.", ".res.")),
+    spelling=(
+        *_PROJECTIONS,
+        *_TAMING_BLOCKS,
+        (r"\.levels\.", ".conv_blocks."),
+        (r"\.blocks\.", ".res."),
+    ),
     normalized=True,
 )
 DIFFUSERS = Layout(
@@ -137,7 +144,10 @@ DIFFUSERS = Layout(
 # Older folders name the parts of attention otherwise.
 EARLY_DIFFUSERS = replace(
     DIFFUSERS,
-    shown_by=("encoder.down_blocks.0.resnets.0.conv1.weight", "encoder.mid_block.attentions.0.query.weight"),
+    shown_by=(
+        "encoder.down_blocks.0.resnets.0.conv1.weight",
+        "encoder.mid_block.attentions.0.query.weight",
+    ),
     spelling=(
         *DIFFUSERS.spelling,
         (r"\.to_q\.", ".query."),
@@ -151,7 +161,9 @@ LAYOUTS = (JANUS, TAMING, LLAMAGEN, EARLY_DIFFUSERS, DIFFUSERS)
 GUMBEL_CODEBOOK = "quantize.embed.weight"
 """The codebook of a gumbel quantizer; that of all others is `quantize.embedding.weight`."""
 
-LEFT_OUT = re.compile(r"loss\.|quantize\.codebook_used$|quantize\.embedding\.(cluster_size|embed_avg)$")
+LEFT_OUT = re.compile(
+    r"loss\.|quantize\.codebook_used$|quantize\.embedding\.(cluster_size|embed_avg)$"
+)
 """What only training needs: the parts of the loss, codes used lately, moving averages of the codebook."""
 
 
@@ -195,7 +207,10 @@ class PublishedVQ(VQModel):
             layout = replace(layout, spelling=(*layout.spelling, to_gumbel))
         has_decoder = any(name.startswith("decoder.") for name in tensors)
         found = _Found(weights.path, layout, tensors)
-        shape, (codebook_size, code_dim) = found.architecture(), found.shape("quantizer.codebook_VD")
+        shape, (codebook_size, code_dim) = (
+            found.architecture(),
+            found.shape("quantizer.codebook_VD"),
+        )
         with torch.device("meta"):
             super().__init__(
                 shape,
@@ -217,11 +232,15 @@ class PublishedVQ(VQModel):
             state = {name: tensors[key].read() for name, key in published.items()}
             shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
             # 1x1 convolutions and linear layers are stored as either of the two.
-            self.load_state_dict({name: state[name].view(shapes[name]) for name in state}, assign=True)
+            self.load_state_dict(
+                {name: state[name].view(shapes[name]) for name in state}, assign=True
+            )
         self.requires_grad_(False).eval()
 
     def training_module(self) -> TokenizerTraining:
-        raise UserError("the image tokenizer pretrained is used as it is; to train one, take vqgan or vq")
+        raise UserError(
+            "the image tokenizer pretrained is used as it is; to train one, take vqgan or vq"
+        )
 
     def fingerprint(self) -> str:
         """A digest of names, sizes and times of change of the files."""
@@ -249,7 +268,9 @@ def _quantizer(layout: Layout, tensors: Mapping[str, Stored], size: int, dim: in
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuses what no tensor shows; only diffusers lets one choose it."""
     if "norm_num_groups" in settings and settings["norm_num_groups"] != GROUPS:
-        raise UserError(f"{folder}: norm_num_groups is {settings['norm_num_groups']}; only {GROUPS} can be used")
+        raise UserError(
+            f"{folder}: norm_num_groups is {settings['norm_num_groups']}; only {GROUPS} can be used"
+        )
     if settings.get("act_fn", "silu") not in ("silu", "swish"):
         raise UserError(f"{folder}: act_fn is {settings['act_fn']}; only silu can be used")
 
@@ -257,7 +278,9 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def _image_size(settings: Mapping[str, Any], shape: Architecture) -> int | None:
     """What config.json says; None for diffusers too, whose `sample_size` is often its default of 32 and not meant."""
     vision, vq = settings.get("vision_config") or {}, settings.get("vq_config") or settings
-    if "image_size" in vision and "patch_size" in vision:  # a whole Janus draws as many codes as it sees patches
+    if (
+        "image_size" in vision and "patch_size" in vision
+    ):  # a whole Janus draws as many codes as it sees patches
         return int(vision["image_size"] // vision["patch_size"] * shape.downsampling)
     if "num_patches" in vq:  # Janus: along a side
         return int(vq["num_patches"] * shape.downsampling)
@@ -268,7 +291,11 @@ def _layout(weights: Weights, config: PublishedVQ.Config) -> tuple[Layout, dict[
     """The layout, and the tokenizer's tensors by their names within the model that they may be a part of."""
     for layout in LAYOUTS:
         for prefix in _prefixes(weights.tensors, layout.shown_by[0]):
-            part = {key.removeprefix(prefix): t for key, t in weights.tensors.items() if key.startswith(prefix)}
+            part = {
+                key.removeprefix(prefix): t
+                for key, t in weights.tensors.items()
+                if key.startswith(prefix)
+            }
             if "quant_conv.weight" in part and all(key in part for key in layout.shown_by):
                 if config.layout not in ("auto", layout.name):
                     raise UserError(
@@ -317,7 +344,10 @@ class _Found:
     def architecture(self) -> Architecture:
         """Read off the encoder."""
         channels = self.shape("encoder.conv_in.weight")[0]
-        widths = [self.shape(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in range(self.levels)]
+        widths = [
+            self.shape(f"encoder.levels.{level}.blocks.0.conv1.weight")[0]
+            for level in range(self.levels)
+        ]
         for width in (channels, *widths):
             if width % channels or width % GROUPS:
                 raise UserError(
@@ -329,7 +359,9 @@ class _Found:
             multipliers=tuple(width // channels for width in widths),
             residual_blocks=self._count("encoder.levels.0.blocks.{}.conv1.weight"),
             attention_levels=tuple(
-                level for level in range(self.levels) if self.has(f"encoder.levels.{level}.attentions.0.q.weight")
+                level
+                for level in range(self.levels)
+                if self.has(f"encoder.levels.{level}.attentions.0.q.weight")
             ),
             z_channels=self.shape("encoder.conv_out.weight")[0],
         )

@@ -67,7 +67,9 @@ def open_weights(path: Path) -> Weights:
     if not path.is_dir():
         raise UserError(f"there are no weights at {path}")
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json, so it is no Hugging Face folder; give the file of weights itself")
+        raise UserError(
+            f"{path} has no config.json, so it is no Hugging Face folder; give the file of weights itself"
+        )
     settings = _json(path / "config.json")
     files = _weight_files(path)
     tensors = {key: tensor for file in files for key, tensor in _stored(file).items()}
@@ -85,7 +87,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 if Path(part).name != part or not (folder / part).is_file():
                     raise UserError(f"{index} names {part}, which is no file beside it")
             return [folder / part for part in parts]
-    raise UserError(f"{folder} has no weights; it must hold one of {', '.join(WEIGHT_FILES)}, or an index of its parts")
+    raise UserError(
+        f"{folder} has no weights; it must hold one of {', '.join(WEIGHT_FILES)}, or an index of its parts"
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -122,30 +126,53 @@ class _Unused:
 
 # Lightning's checkpoints of taming-transformers have the first one as the key of a callback's state; LlamaGen's trainer
 # adds its command line. Neither is run: the first is replaced, the second is plain data.
-HARMLESS: list[Any] = [(_Unused, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"), argparse.Namespace]
+HARMLESS: list[Any] = [
+    (_Unused, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    argparse.Namespace,
+]
 
 
 def _torch_saved(file: Path) -> dict[str, Stored]:
     """Tensors of what `torch.save` wrote; the file is mapped, so that an optimizer's state in it is never read."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+            content = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(
                 f"{file} is a pickle that names code ({code[1]}), which could do anything, and is not opened; save its "
                 "tensors alone, best as safetensors"
             ) from None
-        raise UserError(f"{file} is not a checkpoint that torch.save wrote, or is damaged") from None
+        raise UserError(
+            f"{file} is not a checkpoint that torch.save wrote, or is damaged"
+        ) from None
     for name in ("state_dict", "model", "ema"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
-    tensors = {k: t for k, t in content.items() if isinstance(t, Tensor)} if isinstance(content, dict) else {}
+    tensors = (
+        {k: t for k, t in content.items() if isinstance(t, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
     if not tensors:
-        raise UserError(f"{file} holds no tensors by name, neither under state_dict, model or ema nor at its top")
-    return {key: Stored(tuple(tensor.shape), partial(_itself, tensor)) for key, tensor in tensors.items()}
+        raise UserError(
+            f"{file} holds no tensors by name, neither under state_dict, model or ema nor at its top"
+        )
+    return {
+        key: Stored(tuple(tensor.shape), partial(_itself, tensor))
+        for key, tensor in tensors.items()
+    }
 
 
 def _itself(tensor: Tensor) -> Tensor:

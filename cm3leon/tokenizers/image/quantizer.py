@@ -51,7 +51,9 @@ class LookupQuantizer(Quantizer):
             z_ND = self._on_sphere(z_ND.float())
             codes_N = self.lookup(z_ND)
             quantized_ND = self.vectors(codes_N)
-            pull = F.mse_loss(quantized_ND, z_ND.detach()) + self.commitment * F.mse_loss(z_ND, quantized_ND.detach())
+            pull = F.mse_loss(quantized_ND, z_ND.detach()) + self.commitment * F.mse_loss(
+                z_ND, quantized_ND.detach()
+            )
             return z_ND + (quantized_ND - z_ND).detach(), codes_N, pull
 
     def lookup(self, z_ND: Tensor) -> Tensor:
@@ -76,7 +78,9 @@ class GumbelQuantizer(Quantizer):
         self.codebook_VD = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
 
     def lookup(self, z_ND: Tensor) -> Tensor:
-        return torch.cat([self.logits(z).argmax(1) for z in z_ND.split(_rows_at_once(self.codebook_VD))])
+        return torch.cat(
+            [self.logits(z).argmax(1) for z in z_ND.split(_rows_at_once(self.codebook_VD))]
+        )
 
     def vectors(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook_VD)
@@ -86,7 +90,9 @@ def nearest(z_ND: Tensor, codebook_VD: Tensor) -> Tensor:
     """Number of the code nearest to each vector by Euclidean distance, (N,), int64; the first of equals."""
     # |z - c|^2 without |z|^2, which is the same for every code
     square_V, twice_DV = codebook_VD.pow(2).sum(1), 2 * codebook_VD.T
-    return torch.cat([(square_V - z @ twice_DV).argmin(1) for z in z_ND.split(_rows_at_once(codebook_VD))])
+    return torch.cat(
+        [(square_V - z @ twice_DV).argmin(1) for z in z_ND.split(_rows_at_once(codebook_VD))]
+    )
 
 
 def _rows_at_once(codebook_VD: Tensor) -> int:
@@ -134,7 +140,9 @@ class EMAQuantizer(Quantizer):
         with torch.autocast(z_ND.device.type, enabled=False):  # distances and averages need float32
             z_ND = z_ND.float()
             if self.training and not self.initialized:
-                self._move(torch.arange(len(self.codebook_VD), device=z_ND.device), z_ND.detach(), None)
+                self._move(
+                    torch.arange(len(self.codebook_VD), device=z_ND.device), z_ND.detach(), None
+                )
                 self.initialized.fill_(True)
             codes_N = self.lookup(z_ND)
             quantized_ND = self.codebook_VD[codes_N]

@@ -80,7 +80,11 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
         squared_error = F.mse_loss(reconstruction_BCHW.float(), images_BCHW)
         psnr = 10 * torch.log10(4 / squared_error.detach())
         used = codes_BN.unique().numel() / self.codebook_size
-        return squared_error + pull, {"psnr_db": psnr, "codes_used_in_batch": used, "images": float(len(images_BHWC))}
+        return squared_error + pull, {
+            "psnr_db": psnr,
+            "codes_used_in_batch": used,
+            "images": float(len(images_BHWC)),
+        }
 
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
         z_BHWD = self.encoder(signal_BCHW).permute(0, 2, 3, 1)
@@ -105,7 +109,9 @@ class VQAutoencoder(Autoencoder):
 
         def check(self) -> None:
             if self.channels % GROUPS:
-                raise UserError(f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms")
+                raise UserError(
+                    f"channels {self.channels} must be a multiple of {GROUPS}, the groups of its norms"
+                )
             if self.downsampling & (self.downsampling - 1) or self.image_size % self.downsampling:
                 raise UserError(
                     f"downsampling {self.downsampling} must be a power of two that divides image_size {self.image_size}"
@@ -127,7 +133,10 @@ def _encoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(config.residual_blocks)]
     return nn.Sequential(
-        *layers, nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code_dim, 1)
+        *layers,
+        nn.GroupNorm(GROUPS, widths[-1]),
+        nn.SiLU(),
+        nn.Conv2d(widths[-1], config.code_dim, 1),
     )
 
 
@@ -137,7 +146,9 @@ def _decoder(widths: list[int], config: VQAutoencoder.Config) -> nn.Sequential:
         if level:
             layers.append(nn.ConvTranspose2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(config.residual_blocks)]
-    return nn.Sequential(*layers, nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
+    return nn.Sequential(
+        *layers, nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)
+    )
 
 
 class ResidualBlock(nn.Module):

@@ -21,10 +21,20 @@ class VQModel(ImageTokenizer):
     """Encoder, projection onto the codebook's dimensions, quantizer, and the way back."""
 
     def __init__(
-        self, shape: Architecture, quantizer: Quantizer, *, image_size: int, codebook_size: int, code_dim: int
+        self,
+        shape: Architecture,
+        quantizer: Quantizer,
+        *,
+        image_size: int,
+        codebook_size: int,
+        code_dim: int,
     ) -> None:
         super().__init__()
-        self.image_size, self.codebook_size, self.downsampling = image_size, codebook_size, shape.downsampling
+        self.image_size, self.codebook_size, self.downsampling = (
+            image_size,
+            codebook_size,
+            shape.downsampling,
+        )
         self.encoder = Encoder(shape)
         self.to_code = nn.Conv2d(shape.z_channels, code_dim, 1)
         self.quantizer = quantizer
@@ -107,11 +117,16 @@ class VQGAN(VQModel):
         def check(self) -> None:
             for name, channels in (
                 ("channels", self.channels),
-                *((f"channels * multipliers[{i}]", self.channels * m) for i, m in enumerate(self.multipliers)),
+                *(
+                    (f"channels * multipliers[{i}]", self.channels * m)
+                    for i, m in enumerate(self.multipliers)
+                ),
                 ("discriminator_channels", self.discriminator_channels),
             ):
                 if channels % GROUPS:
-                    raise UserError(f"{name} is {channels}; it must be a multiple of {GROUPS}, the groups of the norms")
+                    raise UserError(
+                        f"{name} is {channels}; it must be a multiple of {GROUPS}, the groups of the norms"
+                    )
             if not self.multipliers:
                 raise UserError("multipliers is empty; it must name at least one level")
             downsampling = 2 ** (len(self.multipliers) - 1)
@@ -158,6 +173,12 @@ def _quantizer(config: VQGAN.Config) -> Quantizer:
     size, dim, commitment = config.codebook_size, config.code_dim, config.commitment
     if config.quantizer == "ema":
         return EMAQuantizer(
-            size=size, dim=dim, decay=config.decay, revive_below=config.revive_below, commitment=commitment
+            size=size,
+            dim=dim,
+            decay=config.decay,
+            revive_below=config.revive_below,
+            commitment=commitment,
         )
-    return LookupQuantizer(size=size, dim=dim, normalized=config.quantizer == "cosine", commitment=commitment)
+    return LookupQuantizer(
+        size=size, dim=dim, normalized=config.quantizer == "cosine", commitment=commitment
+    )
