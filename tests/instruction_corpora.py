@@ -190,7 +190,10 @@ def coco_boxes(place: Path) -> dict[str, Any]:
 
 def openimages_boxes(place: Path) -> dict[str, Any]:
     """OpenImages: five boxes, one of a group, one of an unknown class, one that is no box."""
-    header = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+    header = (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
+        "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+    )
     rows = [f"img{n},xclick,/m/0bt9lr,1,0.25,0.75,0.1,0.6,0,0,0,0" for n in range(4)]
     rows += [
         "img0,xclick,/m/01g317,1,0.3,0.5,0.3,0.9,0,0,1,0",

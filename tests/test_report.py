@@ -32,7 +32,10 @@ from cm3leon.evaluation.report import (
 )
 
 VOID = {"meta", "img", "br"}
-HOSTILE = """</p></style></svg>"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> $\\frac{1$ &amp;"""
+HOSTILE = (
+    "</p></style></svg>\"'><script>alert(1)</script>"
+    "<img src=http://evil.test/x onerror=alert(1)> $\\frac{1$ &amp;"
+)
 
 
 class Page(HTMLParser):

@@ -30,7 +30,10 @@ from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.training_data import CorpusInMemory, training_samples
 from cm3leon.types import Batch
 
-HOSTILE = "</p></style></svg>\"'><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)> &amp; \x1b[31m<break>"
+HOSTILE = (
+    "</p></style></svg>\"'><script>alert(1)</script>"
+    "<img src=http://evil.test/x onerror=alert(1)> &amp; \x1b[31m<break>"
+)
 CAPTIONS = (HOSTILE, "two\nlines", "naïve café 日本", "a red dog", "  spaces  ")
 SETTINGS = (
     "text_tokenizer.vocab_size=290",

@@ -596,7 +596,10 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
             tmp_path, batches=batches, loss=bad_from, bad_steps=3
         )  # it ends before there are too many
         return
-    sentence = rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan \(events.jsonl has the documents\)$"
+    sentence = (
+        rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan "
+        r"\(events.jsonl has the documents\)$"
+    )
     with pytest.raises(FloatingPointError, match=sentence):
         run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
     last = bad_at // 4 * 4
