@@ -25,7 +25,7 @@ from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
 from cm3leon.show import _places, facts_of, moved_spans, printed, shown_sample
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import locked
+from cm3leon.locks import locked
 from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.training_data import CorpusInMemory, training_samples
 from cm3leon.types import Batch

@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, open_shard, read_plan, shard_path, write_plan
+from cm3leon.locks import locked
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import Bank, add_shard, merge, train
 from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, write_neighbour_shard
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import MARKER, Part, locked, write_json
+from cm3leon.stages.pipeline import MARKER, Part, write_json
 from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.types import Document, UserError

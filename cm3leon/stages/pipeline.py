@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cm3leon.config import choices
+from cm3leon.locks import locked
 from cm3leon.types import UserError
 
 R = TypeVar("R")
@@ -254,22 +253,6 @@ def _make_room(place: Path, fingerprint: str) -> None:
     earlier = attic / f"{place.name}-{fingerprint[:12]}"
     if earlier.is_dir():
         earlier.rename(place)
-
-
-@contextmanager
-def locked(
-    folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False
-) -> Iterator[None]:
-    """One process at a time in a run folder, or any number of `shared` ones; the lock goes with the process."""
-    with (folder / name).open("w") as file:
-        try:
-            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run: another process is working in {folder}; wait for it, or choose another run="
-            ) from error
-        yield
 
 
 def _stage_fingerprint(stage: Stage[R], run: R, made: Mapping[str, str]) -> str:
