@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from cm3leon.config import Component
-from cm3leon.data.images import square
+from cm3leon.data.images import ImageInput, read_given_image, square
 from cm3leon.data.instructions.templates import ROLES, TABLE_5
 from cm3leon.data.instructions.templates import fill as fill_template
 from cm3leon.decoders import grammar
@@ -269,7 +269,7 @@ class CM3Leon:
 
     def caption(
         self,
-        image: Image.Image,
+        image: ImageInput,
         *,
         retrieve: int = 0,
         decoder: DecoderChoice = None,
@@ -287,7 +287,7 @@ class CM3Leon:
 
     def infill(
         self,
-        image: Image.Image,
+        image: ImageInput,
         text: str,
         *,
         box: tuple[int, int, int, int] | None = None,
@@ -348,7 +348,7 @@ class CM3Leon:
 
     def edit(
         self,
-        image: Image.Image,
+        image: ImageInput,
         instruction: str,
         *,
         n: int = 1,
@@ -360,7 +360,9 @@ class CM3Leon:
         It needs a model that was fine-tuned on such edits; the decoder `edit` has a weight for the image and one for
         the instruction.
         """
-        document = self._instruction("edit", image1=image, instruction=instruction, image2=None)
+        document = self._instruction(
+            "edit", image1=self._pixels(image), instruction=instruction, image2=None
+        )
         seeds = range(seed, seed + n)
         (drawn,) = self._answers(
             [self._request(self._task("instruction").prompt(document), decoder, seeds)]
@@ -370,7 +372,7 @@ class CM3Leon:
 
     def answer(
         self,
-        image: Image.Image,
+        image: ImageInput,
         question: str,
         *,
         decoder: DecoderChoice = None,
@@ -379,7 +381,9 @@ class CM3Leon:
     ) -> str:
         """The answer to a question about an image, of at most so many pieces. It needs a model that was fine-tuned on
         questions."""
-        document = self._instruction("vqa", image=image, question=question, answer="?")
+        document = self._instruction(
+            "vqa", image=self._pixels(image), question=question, answer="?"
+        )
         task = TASKS.build({"name": "instruction", "max_tokens": most}, **self._task_arguments())
         prompt = task.prompt(document)
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
@@ -388,7 +392,7 @@ class CM3Leon:
 
     def interleave(
         self,
-        parts: Sequence[str | Image.Image],
+        parts: Sequence[str | ImageInput],
         *,
         first: Modality = "text",
         segments: int = 2,
@@ -442,8 +446,8 @@ class CM3Leon:
         self,
         *,
         texts: Sequence[str] | None = None,
-        images: Sequence[Image.Image] | None = None,
-        image: Image.Image | None = None,
+        images: Sequence[ImageInput] | None = None,
+        image: ImageInput | None = None,
         text: str | None = None,
         question: str | None = None,
     ) -> list[float]:
@@ -459,7 +463,9 @@ class CM3Leon:
                 raise UserError(
                     "a question is asked about an image: give image, and texts that may answer it"
                 )
-            document = self._instruction("vqa", image=image, question=question, answer="?")
+            document = self._instruction(
+                "vqa", image=self._pixels(image), question=question, answer="?"
+            )
             encode = self.run.text_tokenizer.encode
             (found_K,) = self.rank(
                 [document], [[]], [[encode(f" {each}") for each in texts]]
@@ -518,8 +524,8 @@ class CM3Leon:
     def _task(self, name: str) -> Any:
         return TASKS.build(name, **self._task_arguments())
 
-    def _instruction(self, task: str, **values: Image.Image | str | None) -> TokenDocument:
-        """The first template of a task, filled; None is an image that is asked for."""
+    def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
+        """The first template of a task, filled: with texts and pixels, None for an image that is asked for."""
         segments: list[TokenSegment] = []
         for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
             if isinstance(segment, TextSegment):
@@ -527,16 +533,16 @@ class CM3Leon:
                 segments.append(TokenSegment("text", ids_T, segment.role, segment.joined))
             else:
                 given: Any = segment.content
-                image = self._fresh if given is None else self._image(self._pixels(given))
+                image = self._fresh if given is None else self._image(given)
                 segments.append(replace(image, role=segment.role))
         return TokenDocument(task, tuple(segments))
 
     def _text(self, text: str) -> TokenSegment:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))
 
-    def _pixels(self, image: Image.Image) -> np.ndarray:
+    def _pixels(self, image: ImageInput, argument: str = "image") -> np.ndarray:
         return np.array(
-            square(np.asarray(image.convert("RGB")), self.run.image_tokenizer.image_size)
+            square(read_given_image(image, argument), self.run.image_tokenizer.image_size)
         )
 
     def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from cm3leon.config import Component, PositiveInt, from_mapping
-from cm3leon.data.images import UnusableImage, read_image, square
+from cm3leon.data.images import read_given_image, square
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import write_token_shard
 from cm3leon.experiment import load_experiment
@@ -29,8 +29,6 @@ from cm3leon.stages.tokens import token_documents
 from cm3leon.training.device import best_device
 from cm3leon.types import Document, TokenDocument, UserError
 from cm3leon.validate import with_source_name
-
-MAX_PIXELS = 64_000_000
 
 
 @dataclass(kw_only=True)
@@ -81,10 +79,7 @@ def search(mapping: Mapping[str, Any]) -> None:
 def _query(run: Run, options: SearchOptions) -> Parts:
     images_BHWC = None
     if options.image is not None:
-        try:
-            pixels_HWC = read_image(options.image, MAX_PIXELS)
-        except UnusableImage as error:
-            raise UserError(f"image: {options.image} cannot be used: {error}") from error
+        pixels_HWC = read_given_image(options.image, "image")
         images_BHWC = square(pixels_HWC, run.image_tokenizer_shape.image_size)[None]
     return run.retriever.parts(None if options.text is None else [options.text], images_BHWC)
 
