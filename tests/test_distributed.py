@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cm3leon.training.checkpoint import checkpoints
 from cm3leon.training.distributed import Place, find_place
+from cm3leon.training.steps import checkpoints
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")

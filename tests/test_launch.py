@@ -102,7 +102,11 @@ def test_progress_is_the_stage_that_is_being_made(tmp_path: Path) -> None:
         (tmp_path / name / marker).touch()
     assert progress(command) == "pretraining"
     for step in (5, 120):
-        (tmp_path / "pretraining" / f"step_{step:08d}").mkdir()
+        folder = tmp_path / "pretraining" / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+    (tmp_path / "pretraining" / "step_best").mkdir()  # somebody's own
+    (tmp_path / "pretraining" / "step_00000200").mkdir()  # not complete
     assert progress(command) == "pretraining, step 120"
     assert progress(("part", "stage=tokens", "part=3/8", *command)) == "part 3/8 of tokens"
 

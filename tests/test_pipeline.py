@@ -507,7 +507,9 @@ def dear(folder: Path, inputs: Any, *, stop: bool) -> None:
     """A stage with a checkpoint, stopped in the middle or brought to its end."""
 
     def make_dear(run: Fake, place: Path) -> None:
-        (place / "step_00000012").mkdir(exist_ok=True)
+        for name in ("step_00000012", "step_best"):
+            (place / name).mkdir(exist_ok=True)
+            (place / name / "manifest.json").touch()
         if stop:
             raise KeyboardInterrupt
         (place / "result").write_text("done")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from cm3leon.training import checkpoint
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
     Checkpoints,
-    checkpoints,
     load_weights,
+    load_weights_at,
     read_state,
     read_tensors,
     save_weights,
@@ -34,6 +35,7 @@ from cm3leon.training.distributed import Ranks
 from cm3leon.training.meter import Meter
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
+from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import Shares, train
 from cm3leon.types import Again, UserError
 
@@ -805,6 +807,56 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             continue
         with pytest.raises(UserError, match="does not fit this training: "):
             read_tensors(tmp_path / "step_00000010", tensors, Ranks(CPU))
+
+
+OTHERS = (
+    "step_best",
+    "step_00000010-hf",
+    "step_00000010 copy",
+    "step_",
+    "step_²",
+    "step_-5",
+    "step_7",
+)
+
+
+def test_only_step_and_digits_is_a_checkpoint(tmp_path: Path) -> None:
+    """Copies under other names are not read, not counted and not deleted, and a file is no checkpoint either."""
+    saved(tmp_path, 10)
+    for name in OTHERS[:-1]:
+        shutil.copytree(tmp_path / "step_00000010", tmp_path / name)
+    (tmp_path / "step_7").mkdir()  # a checkpoint's name, but not a complete one
+    saved(tmp_path, 20, 30, keep=1)
+    assert names(tmp_path) == ["step_00000030"]
+    assert Checkpoints(tmp_path, Ranks(CPU), keep=1).newest() == tmp_path / "step_00000030"
+    assert {path.name for path in tmp_path.iterdir()} == {*OTHERS, "step_00000030"}
+    with pytest.raises(UserError, match=r"which .* does not have; it has 30 "):
+        load_weights_at(tmp_path, 10, Tiny(), averaged=False)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    saved(tmp_path, 20, 100_000_000, keep=3)
+    (tmp_path / "step_00000020").rename(tmp_path / "step_20")
+    assert names(tmp_path) == ["step_20", "step_100000000"]
+    saved(tmp_path, 20, keep=3)
+    assert names(tmp_path) == ["step_00000020", "step_100000000"]  # as a training writes it
+
+
+def test_a_copy_under_another_number_is_passed_over_and_does_not_cost_a_new_checkpoint(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path, 10)
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000099")
+    told: list[str] = []
+    newest = Checkpoints(tmp_path, Ranks(CPU), keep=1, tell=told.append).newest()
+    assert newest == tmp_path / "step_00000010"
+    assert told == [
+        f"{tmp_path / 'step_00000099'} is passed over: it is a copy of the checkpoint of step 10"
+    ]
+    saved(tmp_path, 20, 30, keep=1)
+    assert names(tmp_path) == ["step_00000030", "step_00000099"]
+    saved(tmp_path, 100, keep=1)
+    assert names(tmp_path) == ["step_00000100"]
 
 
 def test_a_run_begins_anew_beside_a_leftover(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.stages.pipeline import MARKER, STARTED, SUPERSEDED
+from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import AGAIN, REFUSED
 
 ENDED = ("done", "refused", "stopped", "unseen")
@@ -91,6 +92,6 @@ def progress(command: Sequence[str]) -> str:
     if not begun:
         return "the beginning" if not list(folder.glob(f"*/{MARKER}")) else "a stage's beginning"
     place = max(begun, key=lambda place: (place / STARTED).stat().st_mtime)
-    steps = [int(path.name[5:]) for path in place.glob("step_*")]
+    written = checkpoints(place)
     stage = place.relative_to(folder).as_posix()
-    return f"{stage}, step {max(steps)}" if steps else stage
+    return f"{stage}, step {step_of(written[-1])}" if written else stage

@@ -16,6 +16,7 @@ from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.training.checkpoint import check_format
+from cm3leon.training.steps import numbered
 
 ANSWERS, MEASURING = "answers", "measuring"
 
@@ -121,8 +122,9 @@ def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
     Raises:
         UserError: for what can be known to be impossible, such as checkpoints of an older format to go on from.
     """
-    for path in sorted(folder.glob("*/step_*")):
-        check_format(path)
+    for stage in folder.glob("*/"):
+        for path in numbered(stage):
+            check_format(path)
     submitted = submit(jobs, folder, launcher)
     if not LAUNCHERS.get(launcher.name).detached:
         return next((each.code for each in submitted if each.code), 0)

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from cm3leon.config import choices
 from cm3leon.locks import locked
+from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import UserError
 
 R = TypeVar("R")
@@ -202,7 +203,7 @@ def _results(place: Path) -> Iterator[Path]:
 def _refuse_other_inputs(stage: Stage[R], run: R, place: Path, fingerprint: str) -> None:
     """Raises UserError, naming what differs, where unfinished work with checkpoints was begun with other inputs."""
     begun = _read(place / STARTED)
-    steps = sorted(place.glob("step_*"))
+    steps = checkpoints(place)
     if not steps or not begun or _read(place / MARKER) or begun["fingerprint"] == fingerprint:
         return
     before, now = _flat(begun.get("inputs")), _flat(json.loads(json.dumps(stage.inputs(run))))
@@ -212,7 +213,7 @@ def _refuse_other_inputs(stage: Stage[R], run: R, place: Path, fingerprint: str)
         for key in keys[:5]
     ]
     raise UserError(
-        f"run: {place} has come to step {int(steps[-1].name[5:])} with other settings "
+        f"run: {place} has come to step {step_of(steps[-1])} with other settings "
         f"({'; '.join(what) or 'the stages before it were made anew'}); put them back, choose another run folder, "
         f"or delete {place} to begin anew"
     )

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
+from cm3leon.training.steps import MANIFEST, checkpoint_of, checkpoints, numbered, step_of
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
@@ -44,7 +45,6 @@ LAST_WAIT = 30.0
 FORMAT = 1
 """Of the files in a checkpoint's folder; raised when an older version could not read them, or this one not its."""
 STATE = "state.json"
-MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -95,7 +95,7 @@ class Checkpoints:
         they are copied before this returns. `state` must be JSON. All ranks have to call it.
         """
         self.finish()
-        final = self._folder / f"step_{state['step']:08d}"
+        final = checkpoint_of(self._folder, state["step"])
         partial = self._folder / f".partial_{state['step']:08d}"
         if self.ranks.first:
             self._attempt(lambda: _empty(partial))
@@ -134,15 +134,19 @@ class Checkpoints:
         Raises:
             UserError: for one of a format that this version does not read.
         """
-        for path in reversed(checkpoints(self._folder)):
+        for path in reversed(numbered(self._folder)):
             check_format(path)
             damaged = [
                 name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names
             ]
-            if not damaged:
+            if damaged:
+                fault = f"{damaged[0]} is missing or has changed"
+            elif (step := read_state(path)["step"]) != step_of(path):
+                fault = f"it is a copy of the checkpoint of step {step}"
+            else:
                 return path
             if self.ranks.first:
-                self._tell(f"{path} is passed over: {damaged[0]} is missing or has changed")
+                self._tell(f"{path} is passed over: {fault}")
         return None
 
     def _attempt(self, action: Callable[[], None]) -> None:
@@ -152,11 +156,19 @@ class Checkpoints:
         except OSError as error:
             self._tell(f"{self._folder}: {error.strerror}")
 
-    def prune(self) -> None:
-        """Deletes all but the newest checkpoints and those that are kept for good."""
-        for old in checkpoints(self._folder)[: -self._keep]:
-            if not (self._keep_every and int(old.name[5:]) % self._keep_every == 0):
-                shutil.rmtree(old, ignore_errors=True)
+    def prune(self, newest: int) -> None:
+        """Deletes all but the newest checkpoints and those that are kept for good.
+
+        Those of later steps than `newest`, the one just written, were passed over when the training started: they are
+        not counted, and stay until the training has come as far.
+        """
+        steps = {
+            step: path for path in checkpoints(self._folder) if (step := step_of(path)) is not None
+        }
+        written = [step for step in steps if step <= newest]
+        for step in written[: -self._keep]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                shutil.rmtree(steps[step], ignore_errors=True)
 
 
 class _Writing:
@@ -217,12 +229,7 @@ class _Writing:
         shutil.rmtree(self._final, ignore_errors=True)
         self._partial.rename(self._final)
         _sync(self._final.parent)
-        self._owner.prune()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, the oldest first."""
-    return sorted(folder.glob("step_*"))
+        self._owner.prune(self._state["step"])
 
 
 def check_format(path: Path) -> None:
@@ -266,9 +273,10 @@ def load_weights_at(folder: Path, step: int, module: nn.Module, *, averaged: boo
     Raises:
         UserError: for a step whose checkpoint is not there, or one of another module.
     """
-    path = folder / f"step_{step:08d}"
-    if not path.is_dir():
-        kept = ", ".join(str(int(each.name[5:])) for each in checkpoints(folder)) or "none"
+    kept_steps = {step_of(path): path for path in checkpoints(folder)}
+    path = kept_steps.get(step)
+    if path is None:
+        kept = ", ".join(map(str, kept_steps)) or "none"
         raise UserError(
             f"checkpoint is {step}, which {folder} does not have; it has {kept} (training.keep_every keeps more)"
         )

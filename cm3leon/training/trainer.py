@@ -17,7 +17,6 @@ from cm3leon.objectives.packing import merge_states
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
     Checkpoints,
-    checkpoints,
     read_state,
     read_tensors,
     training_tensors,
@@ -29,6 +28,7 @@ from cm3leon.training.faults import Signals, Spikes, bad_gradients, diagnosis
 from cm3leon.training.meter import Book, Figure, Meter, Record, gpu_memory
 from cm3leon.training.optimizer import new_optimizer, set_rate
 from cm3leon.training.schedule import learning_rate
+from cm3leon.training.steps import checkpoints
 from cm3leon.types import Again, UserError
 
 
