@@ -165,10 +165,11 @@ BAD_IMAGES = {
     "header only.jpg": (encoded(picture(), "JPEG")[:20], "unreadable: "),
     "text.png": (b"I am not an image\n", "unreadable: UnidentifiedImageError"),
     "nothing.png": (b"", "unreadable: UnidentifiedImageError"),
-    "gif.png": (encoded(picture(), "GIF"), "unreadable: UnidentifiedImageError"),
-    "tiff.jpg": (encoded(picture(), "TIFF"), "unreadable: UnidentifiedImageError"),
-    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable: UnidentifiedImageError"),
-    "bomb.png": (bomb(60_000, 60_000), "too large: "),
+    "half.gif": (encoded(picture(), "GIF")[:30], "unreadable: "),
+    "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(99), "is HEIC; JPEG, PNG, WebP, GIF, BMP, TIFF"),
+    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is SVG; JPEG, PNG, WebP, "),
+    "raw.nef": (encoded(picture(), "TIFF"), "is a raw photograph (.nef); JPEG, PNG, WebP, "),
+    "bomb.png": (bomb(60_000, 60_000), "too large: more than 128000000 pixels"),
     "large.png": (bomb(9_000, 8_000), "too large: 9000x8000 pixels"),
     "zero.png": (bomb(0, 5), "unreadable: "),
     "no pixels.png": (bomb(5, 5), "unreadable: "),
@@ -465,7 +466,7 @@ def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path, what: str) -> Non
 def test_an_empty_folder_and_other_files_give_nothing(tmp_path: Path) -> None:
     assert read(tmp_path) == ({}, {})
     (tmp_path / "notes.md").write_text("")
-    (tmp_path / "image.bmp").write_bytes(encoded(picture(), "BMP"))
+    (tmp_path / "image.xcf").write_bytes(b"gimp xcf")
     (tmp_path / "folder.png").mkdir()
     assert read(tmp_path) == ({}, {})
 

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from cm3leon.data.images import MAX_PIXELS, UnusableImage, read_given_image, read_image
-from cm3leon.registry import SOURCES
+from cm3leon.registry import SOURCES, discover
 from cm3leon.types import Document, UserError
+
+discover()
 
 H, W = 16, 24
 

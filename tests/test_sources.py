@@ -271,6 +271,9 @@ USABLE = {
     "palette": lambda: converted("P", "png"),
     "sixteen_bits": sixteen_bits,
     "animated": animated,
+    "gif": lambda: encoded(picture(), "gif"),
+    "bmp": lambda: encoded(picture(), "bmp"),
+    "tiff": lambda: encoded(picture(), "tiff"),
 }
 UNUSABLE = {
     "truncated": (
@@ -280,7 +283,7 @@ UNUSABLE = {
     "cut header": (lambda: encoded(picture())[:20], "unreadable: "),
     "no image": (lambda: b"<html>not found</html>", "unreadable: UnidentifiedImageError"),
     "empty": (lambda: b"", "no image: the row has no bytes|unreadable: "),
-    "gif": (lambda: encoded(picture(), "gif"), "unreadable: UnidentifiedImageError"),
+    "heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(99), "is HEIC; JPEG, PNG, WebP, GIF, BMP"),
     "bomb": (bomb, "too large: "),
 }
 

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+from tqdm import tqdm
 
 from cm3leon.types import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-FORMATS = ("JPEG", "PNG", "WEBP")
-
+READABLE = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+}
+"""Endings of the image files that are read, by Pillow's name of their format; AVIF where Pillow was built with it."""
+FORMATS = tuple(name for name in READABLE if name != "AVIF" or features.check("avif"))
+"""Pillow's names of the formats that are read here."""
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
+"""Endings of raw photographs; many are TIFF files whose first image is a thumbnail."""
+SUFFIXES = frozenset(
+    {ending for endings in READABLE.values() for ending in endings}
+    | {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", *RAW}
+)
+"""Endings that make a file count as an image; those of no readable format are left out with that reason."""
 
 MAX_PIXELS = 64_000_000
 """Pixels that an image given by hand may have; sources have `data.max_pixels`."""
@@ -49,7 +69,8 @@ def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return decode_image(_file_content(image), max_pixels, Path(image).name)
     if isinstance(image, Image.Image):
-        return _decoded(image, max_pixels, getattr(image, "filename", "") or "image")
+        with _reasons(getattr(image, "filename", "") or "image"):
+            return _decoded(image, max_pixels)
     if isinstance(image, np.ndarray):
         return _array_pixels(image, max_pixels)
     raise UnusableImage(
@@ -71,33 +92,125 @@ def read_given_image(image: ImageInput, argument: str) -> np.ndarray:
 
 
 def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of a JPEG, PNG or WebP file.
+    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`.
 
     The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced to 8, the first
-    frame of an animation is taken.
+    frame of an animation and the first page of a TIFF file are taken; colour profiles are not applied. What Pillow
+    warns of is printed with the file's name.
 
     Args:
+        max_pixels: the only limit on the image's size; Pillow's own does not count.
         name: what the reason calls the file.
 
     Raises:
         UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its size is read from
             the header, so that a decompression bomb is never decoded.
     """
-    with _reasons(name), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return _decoded(image, max_pixels, name)
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in RAW:
+        raise UnusableImage(f"is a raw photograph ({suffix}); {_READ} are read")
+
+    with _reasons(name), _pillow(max_pixels, name):
+        try:
+            return _opened_and_decoded(content, max_pixels)
+        except UnidentifiedImageError:
+            format_ = _format_of(content)
+            if format_ is None:
+                raise
+            raise UnusableImage(f"is {format_}; {_READ} are read") from None
+        except ValueError as error:
+            # Pillow gives up where a text or a colour profile unpacks to more than a megabyte. Neither is needed.
+            if isinstance(error, UnusableImage) or not content.startswith(_PNG):
+                raise
+            return _opened_and_decoded(_without_texts(content), max_pixels)
 
 
-def _decoded(image: Image.Image, max_pixels: int, name: str) -> np.ndarray:
+def _opened_and_decoded(content: bytes, max_pixels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return _decoded(image, max_pixels)
+
+
+def _decoded(image: Image.Image, max_pixels: int) -> np.ndarray:
     """Pixels (H, W, 3) of an image that Pillow has opened; one that holds no pixels yet is decoded here."""
     _check_size(image.width, image.height, max_pixels)
-    with _reasons(name):
-        mode = image.mode
-        image.load()
-        pixels_HWC = np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    mode, transparency = image.mode, _transparent_value(image)
+    image.load()
+    pixels_HWC = np.asarray(_rgb(ImageOps.exif_transpose(image), transparency))
     counter = _modes.get()
     if counter is not None:
         counter[mode] += 1
     return pixels_HWC
+
+
+_READ = "JPEG, PNG, WebP, GIF, BMP, TIFF" + (" and AVIF" if "AVIF" in FORMATS else "")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {
+    "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)",
+    "AVIF": rb"....ftypavi",
+    "Photoshop's PSD": rb"8BPS",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "SVG": rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
+    "PDF": rb"%PDF-",
+}
+
+
+def _format_of(content: bytes) -> str | None:
+    """The format of a file that is not read, None if its beginning does not tell it."""
+    beginning = content.removeprefix(b"\xef\xbb\xbf")[:4096]
+    for format_, signature in _SIGNATURES.items():
+        if format_ not in FORMATS and re.match(signature, beginning, re.DOTALL):
+            return format_
+    return None
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG file without its texts and colour profile."""
+    kept, place = [_PNG], len(_PNG)
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
+
+
+_PILLOW = threading.RLock()
+SHOWN_WARNINGS = 5
+"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a corpus."""
+_warned: Counter[str] = Counter()
+
+
+@contextmanager
+def _pillow(max_pixels: int, name: str) -> Iterator[None]:
+    """Pillow with this limit on pixels, and with warnings that name the file.
+
+    Both are settings of the whole process, so only one thread is inside at a time. Pillow refuses what has more than
+    twice the limit before any of it is decoded; the rest is for the caller to check.
+    """
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with _PILLOW, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+            try:
+                yield
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+    except Image.DecompressionBombError as error:
+        raise UnusableImage(f"too large: more than {2 * max_pixels} pixels") from error
+    finally:
+        for warning in caught:
+            if warning.category is not Image.DecompressionBombWarning:  # the caller checks the size
+                _tell(" ".join(str(warning.message).split()), name)
+
+
+def _tell(warning: str, name: str) -> None:
+    """Print a warning of Pillow beside a progress bar, for the first few files that it is about."""
+    _warned[warning] += 1
+    if _warned[warning] <= SHOWN_WARNINGS:
+        more = "; further files are not named" if _warned[warning] == SHOWN_WARNINGS else ""
+        tqdm.write(f"{name!a}: Pillow warns: {warning}{more}", file=sys.stderr)
 
 
 def _file_content(path: str | Path) -> bytes:
@@ -152,8 +265,6 @@ def _reasons(name: str) -> Iterator[None]:
         yield
     except UnusableImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise UnusableImage("too large: the header promises a decompression bomb") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, TypeError, ...
         # Pillow's message holds the address of the buffer, which is another one in every run.
         message = _BUFFER.sub(lambda _: repr(name), f"{type(error).__name__}: {error}")
@@ -175,13 +286,41 @@ _BUFFER = re.compile(r"<_io\.BytesIO object at 0x[0-9a-fA-F]+>")
 _modes: ContextVar[Counter[str] | None] = ContextVar("modes", default=None)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The one transparent value or colour of a PNG file in the units of the decoded pixels, None without one.
+
+    The file states it in its own number of bits, in which Pillow leaves it.
+    """
+    value = image.info.get("transparency")
+    if not isinstance(value, (int, tuple)) or image.mode == "P":
+        return None
+    tiles = getattr(image, "tile", ())
+    raw_mode = str(tiles[0].args) if tiles else image.mode
+    if isinstance(value, tuple):
+        return tuple(each >> 8 for each in value) if raw_mode.endswith(";16B") else value
+    return value * {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
+
+
+def _rgb(image: Image.Image, transparency: int | tuple[int, ...] | None = None) -> Image.Image:
+    """The image in RGB, its transparency on white, 16 bits reduced to their upper 8.
+
+    Args:
+        transparency: the grey value or the colour that is transparent.
+    """
     if image.mode == "F":
         raise UnusableImage("its pixels are floating point numbers, whose range is not known")
     if image.mode.startswith("I"):  # older versions of Pillow open 16 bits as 32
-        return Image.fromarray(
-            (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
+        values_HW = np.asarray(image).astype(np.int64)
+        if values_HW.min() < 0 or values_HW.max() > 0xFFFF:
+            raise UnusableImage("its pixels have 32 bits, whose range is not known")
+        grey_HW = (values_HW >> 8).astype(np.uint8)
+        if transparency is not None:
+            grey_HW[values_HW == transparency] = 255
+        return Image.fromarray(grey_HW).convert("RGB")
+    if transparency is not None:
+        rgb_HWC = np.array(image.convert("RGB"))
+        rgb_HWC[(rgb_HWC == transparency).all(axis=2)] = 255
+        return Image.fromarray(rgb_HWC)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
