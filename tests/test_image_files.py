@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import encoded, picture
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, features
 
 from cm3leon.data import images
 from cm3leon.data.images import UnusableImage, decode_image
@@ -47,7 +47,7 @@ def test_every_usual_ending_is_read(suffix: str, tmp_path: Path) -> None:
     format_ = {"jfif": "jpeg", "jpe": "jpeg", "jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
     content = encoded(np.full((9, 9, 3), 77, np.uint8), format_)
     (tmp_path / f"A.{suffix.upper()}").write_bytes(content)
-    (tmp_path / "A.TXT").write_text("grey")
+    (tmp_path / "A.txt").write_text("grey")
     (item,) = SOURCES.build({"name": "folder", "path": str(tmp_path)}).documents()
     assert isinstance(item, Document)
     assert item.text == "grey"
