@@ -19,13 +19,13 @@ from test_report import Page
 
 from cm3leon.evaluation.sample_page import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
+from cm3leon.locks import locked
 from cm3leon.objectives.cm3 import rotate, unrotate
 from cm3leon.objectives.packing import BlockStream
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
 from cm3leon.show import _places, facts_of, moved_spans, printed, shown_sample
 from cm3leon.stages.artifacts import Run
-from cm3leon.locks import locked
 from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.training_data import CorpusInMemory, training_samples
 from cm3leon.types import Batch
