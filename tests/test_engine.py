@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,94 @@ def test_one_beam_is_greedy() -> None:
     greedy = generate(model(), asked, built("greedy"), vocab=VOCAB, seeds=range(len(asked)))
     beam = generate(model(), asked, built("beam", beams=1), vocab=VOCAB, seeds=range(len(asked)))
     assert [each.tolist() for each in greedy] == [each.tolist() for each in beam]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
+    seed: int, penalty: float
+) -> None:
+    """Against every run that the grammar allows: what follows a run goes on from the best one, however long it is."""
+    module, ids_T = model(seed), np.array([VOCAB.eos, 7, VOCAB.sentinel(0)])
+    gaps = [grammar.Gap("text", 2), grammar.Gap("image", 2), grammar.Gap("text", 1)]
+    new = partial(grammar.infilling, VOCAB, gaps)
+    beam = built("beam", beams=VOCAB.text_size**2, length_penalty=penalty)
+    asked = Request((ids_T,), new, 9, [{"text": beam, "image": beam}], [0])
+    ((found,),) = answers(module, [asked], vocab=VOCAB)
+
+    def state(tokens: Sequence[int]) -> grammar.Allowed | None:
+        running = new()
+        allowed = next(running)
+        try:
+            for token in tokens:
+                allowed = running.send(token)
+        except StopIteration:
+            return None
+        return allowed
+
+    def runs(begun: list[int], run: list[int], total: float) -> Iterator[tuple[float, list[int]]]:
+        """All ways in which a run of tokens may go on, with their scores."""
+        allowed = state(begun)
+        assert allowed is not None
+        ids = [each for each in range(allowed.low, allowed.high) if each not in allowed.closed]
+        with torch.inference_mode():
+            logits = module(torch.tensor([[*ids_T.tolist(), *begun, *run]]))[0, -1, ids].double()
+        for token, log_p in zip(ids, logits.log_softmax(0).tolist(), strict=True):
+            longer = [*run, token]
+            if state([*begun, *longer]) == allowed:
+                yield from runs(begun, longer, total + log_p)
+            else:
+                yield (total + log_p) / len(longer) ** penalty, longer
+
+    expected: list[int] = []
+    while state(expected) is not None:
+        expected += max(runs(expected, [], 0.0))[1]
+    assert found == expected
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_one_beam_is_greedy_through_all_segments(window: int) -> None:
+    """Texts and images, with drafts too: what a search leaves in the cache is what its tokens leave."""
+    new = partial(grammar.interleaved, VOCAB, first="text", codes=4, text_length=5, segments=4)
+    found = []
+    for name, fields in (("greedy", {}), ("beam", {"beams": 1}), ("beam", {"beams": 3})):
+        decoder = built(name, **fields)
+        mixed = {"text": decoder, "image": built("greedy")}
+        asked = [
+            Request((np.array(ids),), new, 24, [{"text": decoder, "image": decoder}, mixed], [0, 1])
+            for ids in ([VOCAB.eos], [VOCAB.eos, 9, 11, 12])
+        ]
+        found.append(answers(model(2), asked, vocab=VOCAB, window=window))
+    assert found[0] == found[1]
+    for tokens in itertools.chain.from_iterable(found[2]):
+        running = new()
+        allowed = next(running)
+        for number, token in enumerate(tokens, 1):
+            assert allowed.low <= token < allowed.high
+            assert token not in allowed.closed
+            if number < len(tokens):
+                allowed = running.send(token)
+        with pytest.raises(StopIteration):
+            running.send(tokens[-1])
+
+
+def test_samples_of_a_mixture_have_as_many_beams_as_they_alone_would_have() -> None:
+    """Beams of two widths, beside samples of two streams."""
+    parts = [
+        {"name": "beam", "beams": 2},
+        {"name": "beam", "beams": 5},
+        {"name": "top_p", "cfg": 3.0},
+        {"name": "mixture", "decoders": ["greedy", {"name": "beam", "beams": 3}]},
+    ]
+    others = (np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),)
+    ids = [VOCAB.eos, 9, 12, 20, VOCAB.brk]
+    together = request(ids, built("mixture", decoders=parts), samples=8, others=others)
+    (found,) = answers(model(2), [together], vocab=VOCAB)
+    taken = [parts[0], parts[1], parts[2], {"name": "greedy"}] * 2
+    taken[7] = {"name": "beam", "beams": 3}
+    for number, part in enumerate(taken):
+        single = request(ids, DECODERS.build(part), others=others, seed=number)
+        assert answers(model(2), [single], vocab=VOCAB) == [[found[number]]]
 
 
 def test_sampling_has_the_distribution_of_the_model() -> None:

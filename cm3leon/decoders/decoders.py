@@ -208,7 +208,11 @@ class Greedy:
 
 @DECODERS.register("beam")
 class Beam:
-    """Beam search, for answers of text: the answer of the highest likelihood that so many beams find."""
+    """Beam search: the tokens of the highest likelihood that so many beams find.
+
+    Each run of tokens of one kind is searched by itself, a text, an image or a span of either: its best beam is kept,
+    and what follows goes on from it.
+    """
 
     streams = 1
 
@@ -219,7 +223,7 @@ class Beam:
         beams: PositiveInt = 4
         """Beginnings that are followed side by side."""
         length_penalty: NonNegativeFloat = 1.0
-        """The log-likelihood of an answer is divided by its length to this power; 0 favours short ones."""
+        """The log-likelihood of a run of tokens is divided by its length to this power; 0 favours short ones."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -265,7 +269,8 @@ class Mixture:
 
     def of(self, number: int) -> Any:
         """The decoder of a sample."""
-        return self._decoders[number % len(self._decoders)]
+        rounds, own = divmod(number, len(self._decoders))
+        return decoder_of(self._decoders[own], rounds)
 
     def logits(
         self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor

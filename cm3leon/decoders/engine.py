@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.decoders.decoders import Decoder
-from cm3leon.decoders.grammar import Allowed, Grammar
+from cm3leon.decoders.grammar import Allowed, Grammar, NewGrammar, exactly
 from cm3leon.decoders.processors import draw, gumbel_noise, stream_key
 from cm3leon.decoders.request import Request, Shape
 from cm3leon.decoders.steps import Recorder, Steps, Way
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, UserError
 
 PREFILL = 2**14
@@ -44,15 +44,31 @@ class _Kind(NamedTuple):
     @property
     def streams(self) -> int:
         """Rows of a lane whose logits are wanted."""
-        return self.rows if self.beams else min(self.decoder.streams, self.rows)
+        return self.decoder.beams if self.beams else min(self.decoder.streams, self.rows)
+
+
+@dataclass(eq=False)
+class _Beam:
+    """A beginning of the run of tokens that is searched, and where the grammar stands behind it."""
+
+    log_likelihood: float
+    tokens: list[int]
+    grammar: Grammar | None = None
+    """None = made anew when the beam goes on; a grammar cannot be copied."""
+    allowed: Allowed | None = None
+    """What may come next; None where the answer ends."""
 
 
 @dataclass
 class _Search:
-    """Beams with their log-likelihoods, and answers with their scores."""
+    """Beam search of one run of tokens: of those that the grammar takes from the same ids, a text or an image.
 
-    running: list[tuple[float, list[int]]] = field(default_factory=list)
-    finished: list[tuple[float, list[int]]] = field(default_factory=list)
+    When the run is over the best beam is chosen, and what follows goes on from it.
+    """
+
+    running: list[_Beam] = field(default_factory=list)
+    finished: list[tuple[float, _Beam]] = field(default_factory=list)
+    """Beams whose run is over, with their scores."""
 
 
 @dataclass(eq=False)
@@ -63,21 +79,48 @@ class _Lane:
     number: int
     rows: list[int]
     decoders: Mapping[Modality, Decoder]
+    new_grammar: NewGrammar
     grammar: Grammar
     allowed: Allowed
     key: int
     """The start of its random numbers."""
-    length: int
-    """Most tokens of its answer."""
     tokens: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     search: _Search = field(default_factory=_Search)
+    chosen: list[int] = field(default_factory=list)
+    """What a search has found: these tokens come next, so that the cache holds them in all rows."""
     finished: bool = False
 
     @property
     def grown(self) -> int:
         """Tokens behind its prompt, in the making."""
-        return len(self.tokens) + (len(self.search.running[0][1]) if self.search.running else 0)
+        searched = len(self.search.running[0].tokens) if self.search.running else 0
+        return len(self.tokens) + searched
+
+    def follow(self, beam: _Beam, token: int, log_likelihood: float) -> _Beam:
+        """The beam with one more token. Its grammar goes over to the first of its children."""
+        tokens, grammar = [*beam.tokens, token], beam.grammar
+        beam.grammar = None
+        try:
+            if grammar is None:
+                grammar = self.new_grammar()
+                next(grammar)
+                for earlier in (*self.tokens, *beam.tokens):
+                    grammar.send(earlier)
+            allowed = grammar.send(token)
+        except StopIteration:
+            return _Beam(log_likelihood, tokens)
+        return _Beam(log_likelihood, tokens, grammar, allowed)
+
+    def choose(self, beam: _Beam) -> None:
+        """Ends the search with its best beam."""
+        self.search = _Search()
+        if beam.allowed is None:
+            self.tokens += beam.tokens
+            self.finished = True
+        else:
+            self.chosen = beam.tokens[1:]
+            self.take(beam.tokens[:1], 0)
 
     def take(self, drawn: Sequence[int], drafts: int) -> None:
         """Takes the tokens that were drawn behind its last one and behind drafts, as far as those were right.
@@ -287,10 +330,10 @@ class Engine:
                     number=number,
                     rows=rows,
                     decoders=request.decoders[number],
+                    new_grammar=request.grammar,
                     grammar=grammar,
                     allowed=next(grammar),
                     key=stream_key(request.seeds[number]),
-                    length=request.length,
                 )
             )
         last = [int(ids_T[-1]) for ids_T in streams] * (len(lanes) * request.rows() // len(streams))
@@ -321,6 +364,7 @@ class Engine:
             if kind.allowed.forced is not None:
                 for lane in members:
                     lane.take([kind.allowed.forced], 0)
+                    lane.chosen = lane.chosen[1:]
                 continue
             logits_CBWV = self._logits(kind, members, hidden_RWD)
             if kind.beams:
@@ -341,14 +385,17 @@ class Engine:
 
     def _kind(self, lane: _Lane) -> _Kind:
         decoder = lane.decoders[lane.allowed.modality]
-        drafted = lane.allowed.modality == "image" and not getattr(decoder, "looks_back", False)
-        most = self.window - 1 if drafted else 0
+        if lane.chosen:
+            return _Kind(exactly(lane.chosen[0]), decoder, len(lane.rows), 0, 0)
+        one_by_one = getattr(decoder, "looks_back", False) or hasattr(decoder, "beams")
+        most = self.window - 1 if lane.allowed.modality == "image" and not one_by_one else 0
         return _Kind(lane.allowed, decoder, len(lane.rows), min(len(lane.drafts), most), most)
 
     def _advance(self, lanes: Sequence[tuple[_Lane, int]]) -> None:
         """Makes so many of the tokens that each lane was given a part of its rows' tails, and gives it the next ones.
 
-        Rows of beams have their tokens already.
+        Rows of beams have their tokens already. A count is negative where a search ended in a beam shorter than those
+        that ran: its tokens are computed again.
         """
         rows = [
             (row, count, *self._given(lane, place))
@@ -363,7 +410,8 @@ class Engine:
     def _given(self, lane: _Lane, row: int) -> list[int]:
         """The last token of a row, and its drafts."""
         if lane.search.running:
-            return [lane.search.running[row][1][-1]] * self.window
+            beams = lane.search.running
+            return [beams[min(row, len(beams) - 1)].tokens[-1]] * self.window
         lane.drafts = lane.drafts[: self.window - 1]
         return [lane.tokens[-1], *lane.drafts, *[0] * (self.window - 1 - len(lane.drafts))]
 
@@ -399,43 +447,41 @@ class Engine:
         return id_V[draw(logits_BNV, noise_BNV)]
 
     def _search(self, kind: _Kind, lane: _Lane, logits_KV: Tensor) -> None:
-        """A step of beam search; a finished lane has the best answer as its tokens."""
+        """A step of beam search; when the run is over, the lane has chosen its best beam."""
         K, V = logits_KV.shape
         decoder, search = kind.decoder, lane.search
-        if not search.running:
-            search.running = [(0.0, [])] * K
-        total_KV = decoder.logits(logits_KV) + self._scores(search.running)
-        if not search.running[0][1]:
-            total_KV = total_KV[:1]  # all beams are the same still
-        best = total_KV.flatten().topk(min(2 * K, total_KV.numel()))
+        beams = search.running or [_Beam(0.0, [])]  # at the start all rows are the same
+
+        before_B1 = torch.tensor([[beam.log_likelihood] for beam in beams], device=self._device)
+        total_BV = decoder.logits(logits_KV)[: len(beams)] + before_B1
+        best = total_BV.flatten().topk(min(2 * K, total_BV.numel()))
+
         column_V = self._columns(lane.allowed)
-        running: list[tuple[float, list[int]]] = []
+        running: list[_Beam] = []
         parents: list[int] = []
-        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        for log_likelihood, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if log_likelihood == -torch.inf and (running or search.finished):
+                break  # beams without a chance are all that is left
             parent, token = place // V, int(column_V[place % V]) + lane.allowed.low
-            tokens = [*search.running[parent][1], token]
-            if token < len(SPECIALS):
-                search.finished.append((decoder.score(score, len(tokens)), tokens))
+            beam = lane.follow(beams[parent], token, log_likelihood)
+            if beam.allowed != lane.allowed:
+                score = decoder.score(log_likelihood, len(beam.tokens))
+                search.finished.append((score, beam))
             elif len(running) < K:
-                running.append((score, tokens))
+                running.append(beam)
                 parents.append(parent)
+
+        if not running or len(search.finished) >= K:
+            lane.choose(max(search.finished, key=lambda each: (each[0], each[1].tokens))[1])
+            return
         while (
             len(running) < K
-        ):  # fewer tokens than beams are allowed: repeat the last one, without a chance
-            running.append((-torch.inf, running[-1][1] if running else [lane.allowed.low]))
-            parents.append(parents[-1] if parents else 0)
+        ):  # fewer tokens than beams are allowed: the last one, without a chance
+            running.append(_Beam(-torch.inf, running[-1].tokens))
+            parents.append(parents[-1])
         search.running = running
-        row_K = self._tensor(lane.rows)
+        row_K = self._tensor(lane.rows[:K])
         self._cache.reorder(row_K, row_K[self._tensor(parents)])
-        if len(search.finished) < K and len(running[0][1]) < lane.length:
-            return
-        search.finished += [
-            (decoder.score(score, len(tokens)), tokens) for score, tokens in running
-        ]
-        lane.tokens, lane.finished = max(search.finished)[1], True
-
-    def _scores(self, running: Sequence[tuple[float, list[int]]]) -> Tensor:
-        return torch.tensor([[score] for score, _ in running], device=self._device)
 
     def _rows(self, lanes: list[_Lane], streams: int) -> Tensor:
         """Rows (C, B) of the first streams of some lanes."""

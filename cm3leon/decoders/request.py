@@ -44,9 +44,10 @@ class Request:
         ]
 
     def rows(self) -> int:
-        """Rows of a sample: its streams, or its beams."""
+        """Rows of a sample: its streams as often as its beams need them."""
         beams = max(getattr(decoder, "beams", 1) for of in self.decoders for decoder in of.values())
-        return max(beams, len(self.used()))
+        streams = len(self.used())
+        return -(-beams // streams) * streams
 
     def shared(self) -> int:
         """Tokens that all streams begin with; the last one of each is not counted."""
