@@ -31,13 +31,13 @@ from cm3leon.decoders.generate import Answerer, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.decoders.steps import Way
-from cm3leon.experiment import load_experiment
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.serving import Weights, keep_weights, share
-from cm3leon.registry import DECODERS, TASKS, discover
+from cm3leon.records import MARKER
+from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import WEIGHTS, Run
-from cm3leon.stages.pipeline import MARKER
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.opening import Opening, open_run
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights_at
@@ -112,6 +112,9 @@ class CM3Leon:
         ranks: Ranks | None = None,
         bank: Path | None = None,
         checkpoint: int | None = None,
+        plugins: str | Sequence[str] = (),
+        trust: bool = False,
+        verify: bool = True,
     ) -> CM3Leon:
         """The run of that folder, on a device (None = a GPU where there is one).
 
@@ -124,19 +127,19 @@ class CM3Leon:
             ranks: processes that share the decoder; all of them have to ask the same.
             bank: run folder whose documents are the memory bank; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
+            plugins: plugins (.py files or package folders) to load; those of the run are loaded if they are named here.
+            trust: load all plugins that the run names; their code is run.
+            verify: compare each file with its recorded checksum before it is read, once in a process.
 
         Raises:
-            UserError: for a folder without a finished pretraining, or weights that cannot be had here.
+            UserError: for a folder without a finished pretraining, files that have changed, plugins that are not
+                trusted, or weights that cannot be had here.
         """
-        folder = Path(run).expanduser()
-        for file in (folder / "config.yaml", folder / "pretraining" / WEIGHTS):
-            if not file.is_file():
-                raise UserError(
-                    f"{folder} is no run with a finished pretraining, {file} is missing"
-                )
-        discover()
         ranks = ranks or Ranks(torch.device(device) if device else best_device())
-        experiment = load_experiment(str(folder / "config.yaml"))
+        named = [plugins] if isinstance(plugins, str) else list(plugins)
+        opening = Opening(plugins=named, trust=trust, verify=verify)
+        opened = open_run(run, opening, needs=("pretraining",), device=ranks.device)
+        experiment, folder = opened.experiment, opened.folder
         if bank is not None:
             if experiment.shards is None or not (bank / "index" / MARKER).is_file():
                 why = (
@@ -147,12 +150,14 @@ class CM3Leon:
                 raise UserError(
                     f"bank: {why}; a memory bank is a run in shards made with until=index"
                 )
-            experiment = replace(experiment, shards=replace(experiment.shards, bank=bank))
-        opened = Run(experiment, folder, ranks.device)
-        model = load_model(folder)
+            shards = replace(experiment.shards, bank=bank)
+            opened = replace(opened, experiment=replace(experiment, shards=shards))
+        model = load_model(folder, verify=verify)
         if checkpoint is not None:
             averaged = experiment.training.average_decay is not None
-            load_weights_at(folder / "pretraining", checkpoint, model, averaged=averaged)
+            load_weights_at(
+                folder / "pretraining", checkpoint, model, averaged=averaged, verify=verify
+            )
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")

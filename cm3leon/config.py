@@ -192,6 +192,8 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
         return _convert_union(annotation, value, where)
     if dataclasses.is_dataclass(annotation):
         return from_mapping(typing.cast(type, annotation), value, where)
+    if origin is list and args[0] is str and isinstance(value, str):
+        return [value]  # one text may stand without brackets
     if origin is list and isinstance(value, (list, tuple)):
         return [_convert(args[0], item, _join(where, index)) for index, item in enumerate(value)]
     if origin is tuple and isinstance(value, (list, tuple)):

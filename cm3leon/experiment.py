@@ -37,6 +37,7 @@ from cm3leon.registry import (
     SOURCES,
     TASKS,
     discover,
+    is_known_plugin,
 )
 from cm3leon.retrievers.index import IndexConfig
 from cm3leon.tokenizers.text import TextTokenizerConfig
@@ -249,19 +250,24 @@ def load_experiment(
     shipped: Path = SHIPPED,
     *,
     settings: Mapping[str, Any] | None = None,
+    trusted_plugins: Sequence[str | Path] | None = None,
 ) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
     `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's overrides win over
     those of experiments.yaml, which win over the file. Among them, `overrides=smoke` stands for all the dotted keys in
     `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
-    dotted keys with their values, for a caller that has no command line.
+    dotted keys with their values, for a caller that has no command line. `trusted_plugins` are all that may be loaded,
+    see `load_plugins`; None trusts the file that is named.
 
     Raises:
-        UserError: for an unknown experiment, one that is a sweep, or a mistake in its file or the overrides.
+        UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the overrides, or a plugin
+            that is not trusted.
         PluginError: for a plugin that fails to import.
     """
-    mapping = load_mapping(name_or_path, overrides, shipped, settings=settings)
+    mapping = load_mapping(
+        name_or_path, overrides, shipped, settings=settings, trusted_plugins=trusted_plugins
+    )
     if SWEEP in mapping:
         raise UserError(
             f"experiment: {name_or_path} is a sweep, which only the command run takes; give that of one of its points"
@@ -275,6 +281,7 @@ def load_mapping(
     shipped: Path = SHIPPED,
     *,
     settings: Mapping[str, Any] | None = None,
+    trusted_plugins: Sequence[str | Path] | None = None,
 ) -> dict[str, Any]:
     """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
@@ -284,8 +291,38 @@ def load_mapping(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
         )
     mapping = _with_absolute_plugins(mapping, Path.cwd())
+    if trusted_plugins is not None:
+        mapping["plugins"] = load_plugins(
+            mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
+        )
     discover(mapping.get("plugins", []))
     return mapping
+
+
+def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str) -> list[str]:
+    """Load the trusted plugins, which are all that those named in somebody's file may be.
+
+    A named plugin passes if it is among the trusted ones, has the file name of one (which takes its place: the run may
+    come from another machine), lies in `plugins/`, or was loaded before in this process.
+
+    Returns:
+        The absolute paths of all.
+
+    Raises:
+        UserError: for a named plugin that is not trusted.
+        PluginError: for a plugin that fails to import.
+    """
+    given = [str(Path(path).expanduser().resolve()) for path in trusted]
+    replaced = {Path(path).name for path in given}
+    others = [path for path in named if Path(path).name not in replaced]
+    for path in others:
+        if not is_known_plugin(Path(path)):
+            raise UserError(
+                f"{where} names {path}, whose code is not run unasked; if you trust it, add plugins={path}, "
+                "or trust=true for every plugin named there"
+            )
+    discover(given)
+    return [*others, *given]
 
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from cm3leon import __version__
 from cm3leon.config import choices, from_mapping, to_mapping
-from cm3leon.experiment import load_experiment
 from cm3leon.models.transformer import Transformer
+from cm3leon.records import read_json
 from cm3leon.registry import MODELS, discover
-from cm3leon.stages.artifacts import WEIGHTS, Run
-from cm3leon.stages.pipeline import MARKER, write_json
+from cm3leon.stages.artifacts import TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.pipeline import write_json
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
@@ -39,7 +40,7 @@ EXTRAS = "cm3leon.json"
 
 
 @dataclass(kw_only=True)
-class ToHf:
+class ToHf(Opening):
     """Options of `to=hf`."""
 
     to: Literal["hf"]
@@ -80,7 +81,7 @@ def main(options: Mapping[str, Any]) -> None:
         )
     config = from_mapping(DIRECTIONS[options["to"]], options)
     if isinstance(config, ToHf):
-        export_to_hf(config.run, config.out)
+        export_to_hf(config.run, config.out, config)
     else:
         export_to_cm3leon(config.hf, config.out)
     print(f"written: {config.out}")
@@ -224,7 +225,7 @@ def to_opt(model: Transformer, **config: Any) -> Any:
     ).eval()
 
 
-def export_to_hf(run_folder: Path, out: Path) -> None:
+def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) -> None:
     """Writes a run's decoder as `OPTForCausalLM`, with its text tokenizer, `cm3leon.json` and a README.
 
     What was written is read again and has to give the same logits before the folder gets its name.
@@ -234,10 +235,10 @@ def export_to_hf(run_folder: Path, out: Path) -> None:
         RuntimeError: if the OPT's logits differ.
     """
     _transformers()
-    run, model = _finished(run_folder)
+    run, model = _finished(run_folder, opening)
     with _new_folder(out) as folder:
         to_opt(model).save_pretrained(folder)
-        shutil.copyfile(run.folder / "text_tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+        shutil.copyfile(run.stage("text_tokenizer", TOKENIZER) / TOKENIZER, folder / TOKENIZER)
         # The plain class runs tokenizer.json as it is; the one that OPT names would replace its pipeline.
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         extras = {
@@ -272,20 +273,12 @@ def id_ranges(vocab: Vocab) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path) -> tuple[Run, Transformer]:
+def _finished(folder: Path, opening: Opening | None) -> tuple[Run, Transformer]:
     """A run and its trained decoder, in evaluation mode on the CPU."""
-    pretraining = folder / "pretraining"
-    for path in (
-        folder / "config.yaml",
-        folder / "text_tokenizer" / "tokenizer.json",
-        pretraining / MARKER,
-    ):
-        if not path.is_file():
-            raise UserError(
-                f"run: {path} does not exist; run is the folder of a run whose pretraining is finished"
-            )
-    run = Run(load_experiment(str(folder / "config.yaml")), folder, torch.device("cpu"))
-    made = json.loads((pretraining / "config.json").read_text())
+    run = open_run(
+        folder, opening, needs=("text_tokenizer", "pretraining"), device=torch.device("cpu")
+    )
+    made = read_json(run.stage("pretraining", "config.json") / "config.json")
     if made != {**run.section("model"), "vocab_size": run.vocab.size}:
         raise UserError(
             f"run: the model of {folder / 'config.yaml'} is not the one that was trained; run it to its end"
@@ -354,7 +347,7 @@ def _model_section(hf: Path) -> dict[str, Any]:
     file = hf / "config.json"
     if not file.is_file():
         raise UserError(f"hf: {file} does not exist; hf is the folder of an OPTForCausalLM")
-    given = _read_json(file)
+    given = read_json(file)
     if given.get("model_type") != FIXED["model_type"]:
         raise UserError(
             f'hf: {file}: model_type is {json.dumps(given.get("model_type"))}; it must be "opt"'
@@ -367,21 +360,11 @@ def _model_section(hf: Path) -> dict[str, Any]:
         shape = from_opt_config(full)
     except UserError as error:
         raise UserError(f"hf: {file}: {error}") from error
-    kept = _read_json(hf / EXTRAS).get("model", {}) if (hf / EXTRAS).is_file() else {}
+    kept = read_json(hf / EXTRAS, {"model?": dict}).get("model") if (hf / EXTRAS).is_file() else {}
     discover()  # the kept name may be that of a preset
     return to_mapping(
-        MODELS.check({"name": "cm3leon", **kept, **shape}, f"hf: {hf / EXTRAS}: model")
+        MODELS.check({"name": "cm3leon", **(kept or {}), **shape}, f"hf: {hf / EXTRAS}: model")
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"hf: {file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"hf: {file} must hold a JSON object")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------ both ways

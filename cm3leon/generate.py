@@ -23,6 +23,7 @@ from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping,
 from cm3leon.decoders.steps import Way
 from cm3leon.models.serving import Weights
 from cm3leon.registry import DECODERS, discover
+from cm3leon.stages.opening import Opening
 from cm3leon.training.device import Precision
 from cm3leon.training.distributed import Ranks, find_place, joined
 from cm3leon.types import UserError
@@ -35,7 +36,7 @@ TIMEOUT = 600
 
 
 @dataclass(kw_only=True)
-class GenerateOptions:
+class GenerateOptions(Opening):
     """Options of the command generate."""
 
     run: Path
@@ -90,6 +91,9 @@ def main(mapping: Mapping[str, Any]) -> None:
             window=options.window,
             way=options.way,
             ranks=ranks if ranks.joined else None,
+            plugins=options.plugins,
+            trust=options.trust,
+            verify=options.verify,
         )
         left = ranks.gather(_left(options, texts) if ranks.first else None)[0]
         with tqdm(

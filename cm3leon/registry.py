@@ -296,19 +296,29 @@ def _load_path(path: Path) -> None:
         raise UserError(f"the plugin {path} does not exist")
     if path.is_dir() != package_file.is_file() or (path.is_file() and path.suffix != ".py"):
         raise UserError(f"the plugin {path} must be a .py file or a folder with an __init__.py")
-    plugins = importlib.util.find_spec("cm3leon.plugins")
-    if plugins and any(
-        path.is_relative_to(folder) for folder in plugins.submodule_search_locations or ()
-    ):
-        return  # in the plugins folder, so already loaded
-    # Two plugins in different folders may share a file name, so the whole path makes the module's name.
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    with _plugin(
-        f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}", str(path)
-    ) as name:
+    if _is_shipped(path):
+        return  # already loaded
+    with _plugin(_module_name(path), str(path)) as name:
         if name not in sys.modules:
             _import_file(name, package_file if path.is_dir() else path)
         _import_all(name)
+
+
+def is_known_plugin(path: Path) -> bool:
+    """Whether the code of a plugin is that of `plugins/`, or was loaded before in this process."""
+    return _is_shipped(path.resolve()) or _module_name(path.resolve()) in sys.modules
+
+
+def _is_shipped(path: Path) -> bool:
+    plugins = importlib.util.find_spec("cm3leon.plugins")
+    folders = (plugins.submodule_search_locations if plugins else None) or ()
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def _module_name(path: Path) -> str:
+    """The name of a plugin's module. Two in different folders may share a file name, so the whole path makes it."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
 
 
 def _import_file(name: str, file: Path) -> None:

@@ -18,21 +18,20 @@ from cm3leon.config import Component, PositiveInt, from_mapping
 from cm3leon.data.images import read_given_image, square
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import write_token_shard
-from cm3leon.experiment import load_experiment
 from cm3leon.registry import SOURCES, discover
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import Bank
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.neighbours import document_parts
+from cm3leon.stages.opening import Opening, open_run
 from cm3leon.stages.sharing import batches
 from cm3leon.stages.tokens import token_documents
-from cm3leon.training.device import best_device
 from cm3leon.types import Document, TokenDocument, UserError
 from cm3leon.validate import with_source_name
 
 
 @dataclass(kw_only=True)
-class SearchOptions:
+class SearchOptions(Opening):
     """Options of the command search."""
 
     run: Path
@@ -50,7 +49,7 @@ class SearchOptions:
 
 
 @dataclass(kw_only=True)
-class AddOptions:
+class AddOptions(Opening):
     """Options of the command add."""
 
     run: Path
@@ -66,7 +65,7 @@ def search(mapping: Mapping[str, Any]) -> None:
         UserError: for a mistake in the options, or a run without a finished bank.
     """
     options = from_mapping(SearchOptions, mapping)
-    run = open_run(options.run)
+    run = open_run(options.run, options)
     query = _query(run, options)
     rows_1K = run.bank.search(query.mean(), options.count)
     scores_K = (run.bank.parts_of(rows_1K).mean()[0] @ query.mean()[0]).tolist()
@@ -101,7 +100,7 @@ def add(mapping: Mapping[str, Any]) -> None:
     """
     discover()
     options = from_mapping(AddOptions, {**mapping, "data": with_source_name(mapping.get("data"))})
-    run = open_run(options.run)
+    run = open_run(options.run, options)
     bank = run.bank
     if not isinstance(bank, Bank):
         raise UserError(
@@ -133,10 +132,3 @@ def add(mapping: Mapping[str, Any]) -> None:
     bank.add([document.id for document in added], Parts.concatenate(vectors))
     bank.save_added()
     print(f"{len(added):,} documents added, {skipped:,} items left out; the bank has {len(bank):,}")
-
-
-def open_run(folder: Path) -> Run:
-    """A finished run. Raises UserError for a folder that is none."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run: {folder} is no run folder, its config.yaml is missing")
-    return Run(load_experiment(str(folder / "config.yaml")), folder, best_device())

@@ -69,9 +69,13 @@ def test_a_folder_has_one_holder_or_several_that_share_it(tmp_path: Path) -> Non
                 pass
         with locked(tmp_path, ".other"):
             pass
-    with locked(tmp_path, shared=True), locked(tmp_path, shared=True):
-        with pytest.raises(UserError, match=refusal), locked(tmp_path, where="out"):
-            pass
+    with (
+        locked(tmp_path, shared=True),
+        locked(tmp_path, shared=True),
+        pytest.raises(UserError, match=refusal),
+        locked(tmp_path, where="out"),
+    ):
+        pass
     with locked(tmp_path):
         pass
     assert left(tmp_path) == [".other"]

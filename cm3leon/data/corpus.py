@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from cm3leon.records import read_array, read_json_lines
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 Split = Literal["train", "validation", "held_out"]
@@ -51,15 +52,18 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
-        """Reads what `save` wrote."""
-        records = [
-            json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()
-        ]
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: for a file that is missing or damaged.
+        """
+        shape = {"id": str, "caption": str, "label?": int, "split": str}
+        records = read_json_lines(folder / "documents.jsonl", shape)
         return cls(
             ids=[record["id"] for record in records],
             captions=[record["caption"] for record in records],
-            images_BHWC=np.load(folder / "images.npy", allow_pickle=False),
-            labels=[record["label"] for record in records],
+            images_BHWC=read_array(folder / "images.npy"),
+            labels=[record.get("label") for record in records],
             splits=[record["split"] for record in records],
         )
 

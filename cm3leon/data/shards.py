@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cm3leon.records import read_json, state_of
 from cm3leon.types import UserError
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ PLAN, INDEX = "plan.json", "index.json"
 ABANDONED_AFTER = 86_400
 """Seconds without a change after which another host's partial file counts as left behind."""
 _HEADER, _FRAME, _CHECKSUM = b"cm3leon.header", b"cm3leon.frame_sha256", b"cm3leon.sha256"
+_verified: set[tuple[int, ...]] = set()
 
 
 class DamagedShard(UserError):
@@ -114,7 +116,7 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
 
 
 def open_shard(path: Path, *, verify: bool = True) -> Shard:
-    """Maps a shard into memory; `verify` reads it once and compares its checksum.
+    """Maps a shard into memory; `verify` reads it, once in a process, and compares its checksum.
 
     Without it only what the columns are is checked: header, names, types and rows.
 
@@ -123,6 +125,7 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
         OSError: where the system refuses to map it (permissions, a failing disk, too many open files or maps).
     """
     try:
+        state = state_of(path)
         file = pa.memory_map(str(path))
     except FileNotFoundError as error:
         raise DamagedShard(f"{path} is missing; make the shard again") from error
@@ -132,7 +135,8 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
         metadata = {key: value.decode() for key, value in (batch.schema.metadata or {}).items()}
         content, frame = metadata[_HEADER], metadata[_FRAME]
         intact = _frame_checksum(content, batch) == frame
-        intact = intact and (not verify or _checksum(frame, batch) == metadata[_CHECKSUM])
+        unread = verify and state not in _verified
+        intact = intact and (not unread or _checksum(frame, batch) == metadata[_CHECKSUM])
         header = json.loads(content)
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedShard(
@@ -142,6 +146,8 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
         raise DamagedShard(
             f"{path} is damaged: its checksum does not match; delete it and make it again"
         )
+    if verify and state is not None:
+        _verified.add(state)
     return Shard(path, header, dict(zip(batch.schema.names, batch.columns, strict=True)))
 
 
@@ -200,8 +206,8 @@ def replace_json(path: Path, content: Any) -> None:
 def read_plan(folder: Path) -> dict[str, Any]:
     """The plan of a folder of shards. Raises UserError where there is none."""
     try:
-        return json.loads((folder / PLAN).read_text())
-    except (OSError, ValueError) as error:
+        return read_json(folder / PLAN)
+    except UserError as error:
         raise UserError(f"{folder} holds no shards: its {PLAN} is missing or unreadable") from error
 
 
@@ -290,17 +296,22 @@ class ShardFolder(Generic[T]):
 
     Args:
         columns: shard -> the views of it that are read.
+        verify: compare the checksum of each shard when it is first opened. Rows with a checksum of their own do
+            without.
 
     Raises:
         UserError: for a folder that is not finished.
     """
 
-    def __init__(self, folder: Path, columns: Callable[[Shard], T]) -> None:
+    def __init__(
+        self, folder: Path, columns: Callable[[Shard], T], *, verify: bool = False
+    ) -> None:
         self.folder = folder
+        self._verify = verify
         try:
-            self.index = json.loads((folder / INDEX).read_text())
+            self.index = read_json(folder / INDEX, {"rows": [int]})
             self.rows = np.array(self.index["rows"], np.int64)
-        except (OSError, ValueError, KeyError) as error:
+        except (UserError, OverflowError) as error:
             raise UserError(
                 f"{folder} is no finished folder of shards: {INDEX} is missing or unreadable"
             ) from error
@@ -324,7 +335,7 @@ class ShardFolder(Generic[T]):
         """The views of shard `number`, mapped. Raises DamagedShard for one that is not the one of index.json."""
         columns = self._open.get(number)
         if columns is None:
-            shard = open_shard(self.path(number), verify=False)
+            shard = open_shard(self.path(number), verify=self._verify)
             if len(shard) != self.rows[number]:
                 raise DamagedShard(
                     f"{shard.path} has {len(shard)} rows, {INDEX} says {self.rows[number]}; make it again"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cm3leon.records import check_stage, read_json
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, read_weights
 
+WEIGHTS = "model.safetensors"
+
 
 def load_model(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Any:
     """A trained decoder in evaluation mode, from `config.json` and `model.safetensors`.
 
@@ -23,6 +29,7 @@ def load_model(
 
     Args:
         folder: of the two files, or a run folder, which has them in `pretraining/`.
+        verify: compare the files with the checksums that a run has recorded of them.
         dtype: of the weights; None leaves them as they are, float32 after a training.
 
     Raises:
@@ -32,23 +39,20 @@ def load_model(
     if not (folder / "config.json").is_file() and (folder / "pretraining").is_dir():
         folder = folder / "pretraining"
     file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        section, vocab_size = content["model"], content["vocab_size"]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no trained decoder, {file} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is not the config.json of a decoder: it must hold model and vocab_size"
-        ) from error
-    if not isinstance(vocab_size, int) or vocab_size < 1:
+    if not file.is_file():
+        raise UserError(f"{folder} holds no trained decoder, {file} is missing")
+    if verify:
+        check_stage(folder, (file.name, WEIGHTS), finished=False)
+    content = read_json(file, {"model": dict, "vocab_size": int})
+    section, vocab_size = content["model"], content["vocab_size"]
+    if vocab_size < 1:
         raise UserError(f"{file}: vocab_size is {vocab_size}; it must be a positive whole number")
     discover()
     component = MODELS.check(section, f"{file}: model")
     with torch.device("meta"):
         model: Any = MODELS.build(component, vocab_size=vocab_size)
-    weights = read_weights(folder / "model.safetensors")
-    check_fit(folder / "model.safetensors", weights, model.state_dict())
+    weights = read_weights(folder / WEIGHTS)
+    check_fit(folder / WEIGHTS, weights, model.state_dict())
     model.load_state_dict(
         {name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True
     )

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
+from cm3leon.records import read_json
 from cm3leon.retrievers.mips import Searcher, import_faiss
-from cm3leon.types import Modality
+from cm3leon.types import Modality, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +108,18 @@ class MemoryBank:
 
     @classmethod
     def load(cls, folder: Path) -> MemoryBank:
-        """Reads what `save` wrote."""
-        with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
-            bank = cls(
-                json.loads((folder / "ids.json").read_text()),
-                Parts(vectors["text"], vectors["image"]),
-            )
-        bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: for a file that is missing or damaged.
+        """
+        ids = read_json(folder / "ids.json", [str])
+        try:
+            with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
+                bank = cls(ids, Parts(vectors["text"], vectors["image"]))
+            bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError) as error:
+            raise UserError(
+                f"the memory bank in {folder} is damaged ({error}); run the experiment again"
+            ) from error
         return bank

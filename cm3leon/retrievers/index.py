@@ -13,7 +13,6 @@ candidates are seen.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
+from cm3leon.records import check_shape, read_json
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
 from cm3leon.retrievers.strategy import NONE
@@ -184,8 +184,13 @@ def _write(index: Any, path: Path) -> None:
 def _read(folder: Path) -> Any:
     """The merged index, its lists mapped into memory."""
     faiss = import_faiss()
-    with _quiet():
-        return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    try:
+        with _quiet():
+            return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / INDEX} or {DATA} beside it is no readable index; make the index again"
+        ) from error
 
 
 @contextmanager
@@ -287,6 +292,7 @@ class Bank:
     Args:
         expect: what the vectors' plan has to say of the encoder.
         with_added: whether documents that were added are in it.
+        verify: compare the checksum of each shard of vectors when it is first opened.
 
     Raises:
         UserError: for a folder that is not finished, or vectors of another encoder.
@@ -299,12 +305,15 @@ class Bank:
         expect: Mapping[str, Any] | None = None,
         *,
         with_added: bool = True,
+        verify: bool = True,
     ) -> None:
-        self.vectors = VectorShards(vectors, expect)
+        self.vectors = VectorShards(vectors, expect, verify=verify)
         self._folder = index
         try:
-            figures = json.loads((index / FIGURES).read_text())
-        except (OSError, ValueError) as error:
+            figures = read_json(
+                index / FIGURES, {"documents": int, "kind": str, "config": {"rescored": int}}
+            )
+        except UserError as error:
             raise UserError(
                 f"{index} holds no finished index: its {FIGURES} is missing or unreadable"
             ) from error
@@ -315,7 +324,9 @@ class Bank:
             )
         self._rescored = int(figures["config"]["rescored"])
         self._exact = figures["kind"] == "exact"
-        self._nprobe = 0 if self._exact else int(figures["nprobe"])
+        if not self._exact:
+            check_shape(figures, {"nprobe": int}, str(index / FIGURES))
+        self._nprobe = 0 if self._exact else figures["nprobe"]
         self._searcher = Searcher(_flat(self.vectors) if self._exact else _read(index))
         self.added_ids: list[str] = []
         self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))

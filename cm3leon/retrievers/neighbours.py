@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
+from cm3leon.records import read_array
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.strategy import NONE
@@ -58,7 +59,7 @@ class Neighbours:
     @classmethod
     def load(cls, path: Path) -> Neighbours:
         """Reads what `save` wrote."""
-        return cls(np.load(path, allow_pickle=False))
+        return cls(read_array(path))
 
 
 def find_neighbours(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cm3leon.data.shards import Shard, ShardFolder, finish, read_plan, write_shard
+from cm3leon.data.shards import PLAN, Shard, ShardFolder, finish, read_plan, write_shard
+from cm3leon.records import check_shape
 from cm3leon.retrievers.bank import Parts
 from cm3leon.types import UserError
 
@@ -40,15 +41,22 @@ def finish_vectors(folder: Path, count: int) -> None:
 class VectorShards:
     """The vectors of a finished folder, numbered from 0 in order of shards and rows.
 
+    Args:
+        expect: what the folder's plan has to say of the encoder.
+        verify: compare the checksum of each shard when it is first opened.
+
     Raises:
         UserError: for an unfinished folder, or one that another encoder made than `expect` says.
     """
 
-    def __init__(self, folder: Path, expect: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, expect: Mapping[str, Any] | None = None, *, verify: bool = True
+    ) -> None:
         self.folder = folder
-        self._shards = ShardFolder(folder, _Columns)
+        self._shards = ShardFolder(folder, _Columns, verify=verify)
         made_by = read_plan(folder)
-        self.width = int(made_by["width"])
+        check_shape(made_by, {"width": int}, str(folder / PLAN))
+        self.width = made_by["width"]
         for name, wanted in (expect or {}).items():
             if made_by.get(name) != wanted:
                 raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,10 @@ import torch
 from cm3leon.config import to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
-from cm3leon.data.shards import open_shard
+from cm3leon.data.shards import INDEX, PLAN, open_shard
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.experiment import Experiment, ShardsConfig
+from cm3leon.records import MARKER, check_stage, read_array, sha256
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
@@ -30,13 +30,17 @@ from cm3leon.training.checkpoint import load_weights
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import TokenDocument, UserError
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 TEXT_TOKENIZER, IMAGE_TOKENIZER, ENCODER = (
-    "text_tokenizer/tokenizer.json",
+    f"text_tokenizer/{TOKENIZER}",
     f"image_tokenizer/{WEIGHTS}",
     f"retriever/{WEIGHTS}",
 )
 """Files of a run that another one may take over."""
+SHARD_LISTS = (PLAN, INDEX)
+"""Files of a stage in shards; the shards carry checksums of their own."""
+BANK_FILES, NEIGHBOURS = ("ids.json", "vectors.npz", "index.faiss"), "neighbours.npy"
+"""Files of the retriever of a corpus in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +52,28 @@ class Run:
     device: torch.device
     ranks: Ranks = None  # type: ignore[assignment]  # one process alone, set below
     """The processes that train together."""
+    verify: bool = True
+    """Whether a file is compared with its recorded checksum before it is read, once in a process."""
+    finished: bool = False
+    """Whether the run was opened to be asked: stages that are not finished are refused then."""
 
     def __post_init__(self) -> None:
         if self.ranks is None:
             object.__setattr__(self, "ranks", Ranks(self.device))
+
+    def stage(self, name: str, *files: str) -> Path:
+        """The folder of a stage, whose files (all, if none is named) are compared with its record first.
+
+        Raises:
+            UserError: for a file that is missing or has changed, or a stage that is not finished.
+        """
+        return opened_stage(self.folder / name, *files, verify=self.verify, finished=self.finished)
+
+    def bank_stage(self, name: str, *files: str) -> Path:
+        """The same for a stage of the run whose documents are the memory bank of a sharded corpus."""
+        if self.bank_folder == self.folder:
+            return self.stage(name, *files)
+        return opened_stage(self.bank_folder / name, *files, verify=self.verify)
 
     @cached_property
     def source(self) -> Any:
@@ -61,7 +83,7 @@ class Run:
     @cached_property
     def corpus(self) -> Corpus:
         """All documents, with their split."""
-        return Corpus.load(self.folder / "documents")
+        return Corpus.load(self.stage("documents"))
 
     @cached_property
     def varied_images(self) -> np.ndarray:
@@ -93,6 +115,7 @@ class Run:
             raise UserError(
                 f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing"
             )
+        opened_stage(file.parent, file.name, verify=self.verify)
         return file
 
     @property
@@ -109,13 +132,15 @@ class Run:
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
         """The trained text tokenizer."""
-        return TextTokenizer.load(self.folder / "text_tokenizer", self.experiment.text_tokenizer)
+        return TextTokenizer.load(
+            self.stage("text_tokenizer", TOKENIZER), self.experiment.text_tokenizer
+        )
 
     @cached_property
     def image_tokenizer(self) -> Any:
         """The trained image tokenizer."""
         tokenizer = self.new_image_tokenizer()
-        load_weights(self.folder / "image_tokenizer" / WEIGHTS, tokenizer)
+        load_weights(self.stage("image_tokenizer", WEIGHTS) / WEIGHTS, tokenizer)
         return tokenizer.to(self.device).ready()
 
     def new_image_tokenizer(self) -> Any:
@@ -131,12 +156,12 @@ class Run:
     @cached_property
     def codes_MN(self) -> np.ndarray:
         """Image codes of all M documents."""
-        return np.load(self.folder / "image_tokenizer" / "codes.npy", allow_pickle=False)
+        return read_array(self.stage("image_tokenizer", "codes.npy") / "codes.npy")
 
     @cached_property
     def varied_codes_VBN(self) -> np.ndarray:
         """Image codes of `varied_images`: version, training document, code; version 0 is the image itself."""
-        return np.load(self.folder / "image_tokenizer" / "varied_codes.npy", allow_pickle=False)
+        return read_array(self.stage("image_tokenizer", "varied_codes.npy") / "varied_codes.npy")
 
     @cached_property
     def vocab(self) -> Vocab:
@@ -155,8 +180,8 @@ class Run:
     def made_by(self) -> Tokenizers:
         """What token shards say of the tokenizers that make them."""
         return Tokenizers(
-            text=sha256(self.folder / TEXT_TOKENIZER),
-            image=sha256(self.folder / IMAGE_TOKENIZER),
+            text=sha256(self.stage("text_tokenizer", TOKENIZER) / TOKENIZER),
+            image=sha256(self.stage("image_tokenizer", WEIGHTS) / WEIGHTS),
             text_size=self.vocab.text_size,
             image_size=self.vocab.image_size,
             sentinels=self.vocab.sentinels,
@@ -175,24 +200,29 @@ class Run:
     def retriever(self) -> Any:
         """The trained retriever."""
         retriever = RETRIEVERS.build(self.experiment.retriever)
-        load_weights(self.folder / "retriever" / WEIGHTS, retriever.encoder)
+        load_weights(self.stage("retriever", WEIGHTS) / WEIGHTS, retriever.encoder)
         retriever.encoder.to(self.device).eval()
         return retriever
 
     @cached_property
     def encoder_header(self) -> dict[str, Any]:
         """What vector shards say of the encoder that makes them."""
-        return {"encoder": sha256(self.folder / ENCODER), "width": self.retriever.encoder.embed_dim}
+        return {
+            "encoder": sha256(self.stage("retriever", WEIGHTS) / WEIGHTS),
+            "width": self.retriever.encoder.embed_dim,
+        }
 
     @cached_property
     def tokens(self) -> TokenShards:
         """The training documents of a sharded corpus, as ids."""
-        return TokenShards(self.folder / "tokens", self.made_by)
+        return TokenShards(self.stage("tokens", *SHARD_LISTS), self.made_by)
 
     @cached_property
     def vectors(self) -> VectorShards:
         """The vectors of the training documents of a sharded corpus."""
-        return VectorShards(self.folder / "vectors", self.encoder_header)
+        return VectorShards(
+            self.stage("vectors", *SHARD_LISTS), self.encoder_header, verify=self.verify
+        )
 
     @property
     def bank_folder(self) -> Path:
@@ -203,13 +233,23 @@ class Run:
     def bank(self) -> MemoryBank | Bank:
         """The memory bank: the training documents, or those of `shards.bank`."""
         if self.experiment.shards is None:
-            return MemoryBank.load(self.folder / "retriever")
-        return Bank(self.bank_folder / "vectors", self.bank_folder / "index", self.encoder_header)
+            return MemoryBank.load(self.stage("retriever", *BANK_FILES))
+        return self.open_bank()
+
+    def open_bank(self, *, with_added: bool = True) -> Bank:
+        """The memory bank of a sharded corpus, with or without the documents that were added to it."""
+        return Bank(
+            self.bank_stage("vectors", *SHARD_LISTS),
+            self.bank_stage("index"),
+            self.encoder_header,
+            with_added=with_added,
+            verify=self.verify,
+        )
 
     @cached_property
     def bank_tokens(self) -> TokenShards:
         """The documents of a sharded corpus's memory bank, as ids."""
-        return TokenShards(self.bank_folder / "tokens", self.made_by)
+        return TokenShards(self.bank_stage("tokens", *SHARD_LISTS), self.made_by)
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
@@ -240,7 +280,7 @@ class Run:
     @cached_property
     def neighbours(self) -> Neighbours:
         """Retrieved documents of the training documents of a corpus in memory, as rows of the bank."""
-        return Neighbours.load(self.folder / "retriever" / "neighbours.npy")
+        return Neighbours.load(self.stage("retriever", NEIGHBOURS) / NEIGHBOURS)
 
     @cached_property
     def objective(self) -> Any:
@@ -256,7 +296,7 @@ class Run:
     def model(self) -> Any:
         """The trained decoder."""
         model = self.new_model()
-        load_weights(self.folder / "pretraining" / WEIGHTS, model)
+        load_weights(self.stage("pretraining", WEIGHTS) / WEIGHTS, model)
         return model.to(self.device).eval()
 
     def new_model(self) -> Any:
@@ -283,7 +323,10 @@ class Run:
         return {name: mapping[name] for name in names}
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def opened_stage(folder: Path, *files: str, verify: bool = True, finished: bool = True) -> Path:
+    """The folder of a stage whose files are about to be read, see `Run.stage`."""
+    if verify:
+        check_stage(folder, files, finished=finished)
+    elif finished and not (folder / MARKER).is_file():
+        raise UserError(f"{folder} is not finished: its {MARKER} is missing")
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,14 @@ from tqdm import tqdm
 from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, open_shard, read_plan, shard_path, write_plan
 from cm3leon.locks import locked
+from cm3leon.records import read_stage
 from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank, add_shard, merge, train
+from cm3leon.retrievers.index import add_shard, merge, train
 from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, write_neighbour_shard
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import MARKER, Part, write_json
+from cm3leon.stages.pipeline import Part, write_json
 from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.types import Document, UserError
@@ -109,8 +109,8 @@ def neighbours_inputs(run: Run) -> Any:
     if bank is None:
         return [sections, run.encoder_header]
     try:
-        made_from = json.loads((bank / "index" / MARKER).read_text())["fingerprint"]
-    except OSError as error:
+        made_from = read_stage(bank / "index")["fingerprint"]
+    except (OSError, UserError) as error:
         raise UserError(
             f"shards.bank: {bank} is no run with a finished index; make it with until=index first"
         ) from error
@@ -123,9 +123,7 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
     write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
     # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
-    bank = Bank(
-        run.bank_folder / "vectors", run.bank_folder / "index", run.encoder_header, with_added=False
-    )
+    bank = run.open_bank(with_added=False)
     if part[0] == 0:
         print(f"      memory bank: {bank.place}", flush=True)
 

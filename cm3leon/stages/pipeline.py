@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from cm3leon.config import choices
 from cm3leon.locks import locked
+from cm3leon.records import MARKER, changed, checksum
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import UserError
 
@@ -21,9 +22,8 @@ R = TypeVar("R")
 Part = tuple[int, int]
 """(k, n): this worker is number k, from 0, of n that share a stage's shards."""
 
-MARKER = "stage.json"
-"""Written last: a stage is finished when its folder has one. Before that, `STARTED` tells what is being made."""
 STARTED = "started.json"
+"""Tells what is being made in a folder that has no `MARKER` yet."""
 SUPERSEDED = "superseded"
 
 
@@ -159,12 +159,7 @@ def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
 
 def _damaged(place: Path) -> list[str]:
     """Files of a finished stage that are missing, or not as they were written."""
-    files = _read(place / MARKER).get("files", {})
-    return [
-        name
-        for name, digest in files.items()
-        if not (place / name).is_file() or _digest(place / name) != digest
-    ]
+    return changed(place, _read(place / MARKER).get("files", {}))
 
 
 def _read(marker: Path) -> dict[str, Any]:
@@ -183,7 +178,7 @@ def _make(stage: Stage[R], run: R, place: Path, fingerprint: str) -> float:
     start = time.perf_counter()
     stage.make(run, place)
     seconds = time.perf_counter() - start
-    files = {file.relative_to(place).as_posix(): _digest(file) for file in _results(place)}
+    files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(place)}
     write_json(place / MARKER, {"fingerprint": fingerprint, "seconds": seconds, "files": files})
     return seconds
 
@@ -261,15 +256,6 @@ def _stage_fingerprint(stage: Stage[R], run: R, made: Mapping[str, str]) -> str:
     needs = list(made)[-1:] if stage.needs is None else stage.needs
     content = [stage.name, stage.version, stage.inputs(run), [made[name] for name in needs]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    if (
-        path.suffix == ".arrow"
-    ):  # a shard carries its own checksum, and there may be terabytes of them
-        return f"{path.stat().st_size} bytes"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, sha256
+from cm3leon.records import sha256
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, loss, validation_loss
@@ -103,7 +104,7 @@ def first_weights(run: Run) -> nn.Module:
     if start:
         check_tokenizers(run, start)
     if start and run.experiment.training.start_with == "weights":
-        load_weights(start / "pretraining" / WEIGHTS, model)
+        load_weights(opened_stage(start / "pretraining", WEIGHTS) / WEIGHTS, model)
     return model
 
 
@@ -111,7 +112,10 @@ def check_tokenizers(run: Run, start: Path) -> None:
     """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):
         theirs, ours = start / file, run.folder / file
-        if theirs.is_file() and ours.is_file() and sha256(theirs) != sha256(ours):
+        if not (theirs.is_file() and ours.is_file()):
+            continue
+        opened_stage(theirs.parent, theirs.name, finished=False)
+        if sha256(theirs) != sha256(ours):
             raise UserError(
                 f"training.start: {start} was trained with another {name} tokenizer than this run's; "
                 f"take its tokenizers over with shards.tokenizers={start}"

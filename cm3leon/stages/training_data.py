@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +13,10 @@ import numpy as np
 from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShards
+from cm3leon.records import read_stage
 from cm3leon.retrievers.neighbours import NeighbourShards
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.artifacts import SHARD_LISTS, Run, opened_stage
 from cm3leon.stages.neighbours import bank_of
-from cm3leon.stages.pipeline import MARKER
 from cm3leon.tasks.base import with_segment
 from cm3leon.types import Sample, TokenDocument, UserError
 
@@ -58,8 +57,8 @@ def start_fingerprint(run: Run) -> str | None:
     if start is None:
         return None
     try:
-        return json.loads((start / "pretraining" / MARKER).read_text())["fingerprint"]
-    except OSError as error:
+        return read_stage(start / "pretraining")["fingerprint"]
+    except (OSError, UserError) as error:
         raise UserError(f"training.start: {start} is no run with a finished pretraining") from error
 
 
@@ -70,7 +69,7 @@ def _fingerprints(folder: Path) -> list[str]:
             folder / "neighbours",
             bank_of(folder / "neighbours") / "tokens",
         ]
-        return [json.loads((stage / MARKER).read_text())["fingerprint"] for stage in stages]
+        return [read_stage(stage)["fingerprint"] for stage in stages]
     except (OSError, UserError) as error:
         raise UserError(
             f"shards.mix: {folder} is no run with finished neighbours; make it with until=neighbours first"
@@ -128,7 +127,7 @@ class ShardedCorpus:
     @cached_property
     def tokens(self) -> TokenShards:
         """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
-        tokens = TokenShards(self.folder / "tokens", self.run.made_by)
+        tokens = TokenShards(self._stage("tokens"), self.run.made_by)
         room = self.run.seq_len - 2
         if self.run.experiment.packing.method == "whole" and tokens.longest > room:
             raise UserError(
@@ -140,12 +139,18 @@ class ShardedCorpus:
     @cached_property
     def neighbours(self) -> NeighbourShards:
         """Rows of the bank for each document."""
-        return NeighbourShards(self.folder / "neighbours")
+        return NeighbourShards(self._stage("neighbours"))
 
     @cached_property
     def bank(self) -> TokenShards:
         """The documents of the memory bank."""
-        return TokenShards(bank_of(self.folder / "neighbours") / "tokens", self.run.made_by)
+        bank = bank_of(self._stage("neighbours"))
+        return TokenShards(
+            opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify), self.run.made_by
+        )
+
+    def _stage(self, name: str) -> Path:
+        return opened_stage(self.folder / name, *SHARD_LISTS, verify=self.run.verify)
 
     def neighbours_VK(self, row: int) -> np.ndarray:
         """Rows of the bank for a document, see `NeighbourShards.rows`."""

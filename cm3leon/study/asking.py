@@ -26,8 +26,9 @@ from cm3leon.evaluation.protocols.base import (
     given_image,
     true_answer,
 )
+from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
-from cm3leon.stages.pipeline import MARKER, write_json
+from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import token_documents
 from cm3leon.types import Document, ImageSegment, Segment, TextSegment, TokenDocument, UserError
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
 from cm3leon.locks import locked
-from cm3leon.stages.pipeline import MARKER, write_json
+from cm3leon.records import MARKER
+from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.stages import run_experiment
 from cm3leon.study.asking import Asking
 from cm3leon.study.compute import training_flops

@@ -17,8 +17,9 @@ from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
 from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
+from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import MARKER, number_of, write_json
+from cm3leon.stages.pipeline import number_of, write_json
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.sweep.points import (
     Point,

@@ -6,7 +6,6 @@ training goes on. A folder gets its name when all files and their checksums are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cm3leon.records import read_json, sha256
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
@@ -202,7 +202,7 @@ class _Writing:
         try:
             self._future.result()
             rank, count = self._owner.ranks.rank, self._owner.ranks.count
-            own = {path.name: _digest(path) for path in self._partial.glob(f"__{rank}_*")}
+            own = {path.name: sha256(path) for path in self._partial.glob(f"__{rank}_*")}
             _write(self._partial / f"rank_{rank}.json", own)
             if rank == 0:
                 self._complete([self._partial / f"rank_{other}.json" for other in range(count)])
@@ -221,7 +221,7 @@ class _Writing:
         files = {
             name: digest for path in lists for name, digest in json.loads(path.read_text()).items()
         }
-        files |= {name: _digest(self._partial / name) for name in (".metadata", STATE)}
+        files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
         for path in lists:
             path.unlink()
         _write(self._partial / MANIFEST, files)
@@ -238,7 +238,7 @@ def check_format(path: Path) -> None:
         found = read_state(path).get("format", 1)
     except NotADirectoryError:
         found = 0  # a single file, before there were sharded checkpoints
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return  # damaged, which is for others to say
     if found != FORMAT:
         raise UserError(
@@ -249,7 +249,21 @@ def check_format(path: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What was saved beside the tensors of a checkpoint, its `step` among it."""
-    return json.loads((path / STATE).read_text())
+    return read_json(path / STATE, {"step": int})
+
+
+def check_intact(path: Path, ranks: Ranks) -> None:
+    """Compare a checkpoint's files with their recorded checksums; the ranks share the work, and agree.
+
+    Raises:
+        UserError: naming the first file that is missing or has changed.
+    """
+    for names in ranks.gather(_damaged(path, ranks)):
+        for name in names:
+            raise UserError(
+                f"{path / name} is missing or has changed since it was written; take another checkpoint, or put a "
+                "copy back"
+            )
 
 
 def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
@@ -264,14 +278,17 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
         raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
 
 
-def load_weights_at(folder: Path, step: int, module: nn.Module, *, averaged: bool) -> None:
+def load_weights_at(
+    folder: Path, step: int, module: nn.Module, *, averaged: bool, verify: bool = True
+) -> None:
     """Reads the weights that a training in `folder` had at a step, if its checkpoint is still there.
 
     Args:
         averaged: whether the training averages its weights; the average is what is read then.
+        verify: compare the checkpoint's files with their recorded checksums.
 
     Raises:
-        UserError: for a step whose checkpoint is not there, or one of another module.
+        UserError: for a step whose checkpoint is not there or is damaged, or one of another module.
     """
     kept_steps = {step_of(path): path for path in checkpoints(folder)}
     path = kept_steps.get(step)
@@ -281,6 +298,8 @@ def load_weights_at(folder: Path, step: int, module: nn.Module, *, averaged: boo
             f"checkpoint is {step}, which {folder} does not have; it has {kept} (training.keep_every keeps more)"
         )
     alone = Ranks(torch.device("cpu"))
+    if verify:
+        check_intact(path, alone)
     read_tensors(path, {"model": module.state_dict()}, alone)
     if averaged:
         read_tensors(
@@ -392,20 +411,15 @@ class _Unpickler(pickle.Unpickler):
 def _damaged(path: Path, ranks: Ranks) -> list[str]:
     """Files of a checkpoint that are not as they were written, of those that this rank looks at."""
     try:
-        files = json.loads((path / MANIFEST).read_text())
+        files = read_json(path / MANIFEST, {str: str})
         shares = sorted(files.items())[ranks.rank :: ranks.count]
         return [
             name
             for name, digest in shares
-            if not (path / name).is_file() or _digest(path / name) != digest
+            if not (path / name).is_file() or sha256(path / name) != digest
         ]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return [MANIFEST]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from cm3leon.objectives.packing import merge_states
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
     Checkpoints,
+    check_intact,
     read_state,
     read_tensors,
     training_tensors,
@@ -228,6 +229,7 @@ def _resume(
                 f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights"
             )
         path = others[-1]
+        check_intact(path, ranks)
         state = {**read_state(path), "in_row": 0, "losses": [], "meter": []}
         state["first"] = state["step"]
     if path is None or state is None:

@@ -30,7 +30,7 @@ def recipe(run: str) -> None:
     from fairseq2.utils.structured import StandardValueConverter
 
     from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
-    from cm3leon.search import open_run
+    from cm3leon.stages.opening import open_run
 
     content = StandardValueConverter().unstructure(recipe_of(open_run(Path(run))))
     print(yaml.safe_dump(content, sort_keys=False), end="")

@@ -35,8 +35,8 @@ def open_blocks(config: BlocksConfig) -> Blocks:
     """
     if config.run is None:
         raise UserError("dataset: run is missing; set dataset.config_overrides.run to a run folder")
-    from cm3leon.search import open_run
-    from cm3leon.stages.pipeline import MARKER
+    from cm3leon.records import MARKER
+    from cm3leon.stages.opening import open_run
     from cm3leon.stages.stages import stages_of
 
     run = open_run(config.run.expanduser())

@@ -31,17 +31,33 @@ def manifest() -> Any:
 
 
 class CM3LeonModel(Base):
-    """Arguments of `--model_args`: `pretrained`, the run folder; `device` and `precision` as `CM3Leon.load` takes them.
+    """Arguments of `--model_args`: `pretrained`, the run folder; the others as `CM3Leon.load` takes them.
+
+    `plugins` are separated by colons.
 
     Raises:
         UserError: for a folder that is no finished run, and for a question without an image or with several.
     """
 
     def __init__(
-        self, pretrained: str, device: str | None = None, precision: Any = "auto", **_: Any
+        self,
+        pretrained: str,
+        device: str | None = None,
+        precision: Any = "auto",
+        plugins: str = "",
+        trust: bool = False,
+        verify: bool = True,
+        **_: Any,
     ) -> None:
         super().__init__()
-        self._model = CM3Leon.load(pretrained, device=device, precision=precision)
+        self._model = CM3Leon.load(
+            pretrained,
+            device=device,
+            precision=precision,
+            plugins=plugins.split(":") if plugins else (),
+            trust=trust,
+            verify=verify,
+        )
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         found = []

@@ -1,0 +1,71 @@
+"""The one way in which a finished run is opened, by whoever asks it: the API, the commands, studies, plugins.
+
+Nothing that the run's folder says is believed before it is looked at:
+
+- its files are compared with their recorded checksums, each once in a process and when it is read (`records.py`);
+- plugins that its `config.yaml` names are code of whoever made the run. They are loaded if the user has named them in
+  this call or on this command line, has said `trust`, or has loaded them before. Packages that are installed, and
+  folders of `plugins/`, are the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cm3leon.experiment import load_experiment
+from cm3leon.records import MARKER
+from cm3leon.stages.artifacts import Run
+from cm3leon.training.device import best_device
+from cm3leon.types import UserError
+
+CONFIG = "config.yaml"
+
+
+@dataclass(kw_only=True)
+class Opening:
+    """Options of every command that opens a run."""
+
+    plugins: list[str] = field(default_factory=list)
+    """Plugins (.py files or package folders) to load; those of the run are loaded if they are named here."""
+    trust: bool = False
+    """Load all plugins that the run's config.yaml names; their code is run."""
+    verify: bool = True
+    """Compare each file with its recorded checksum before it is read; false saves the time for large files."""
+
+
+def open_run(
+    folder: str | Path,
+    opening: Opening | None = None,
+    *,
+    where: str = "run",
+    needs: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> Run:
+    """Open a finished run, which reads each of its results when it is first asked for.
+
+    Args:
+        opening: which code and which files are trusted; None = its defaults.
+        where: the name of the argument that names the folder, for messages.
+        needs: stages that have to be finished.
+        device: where models are put; None = a GPU where there is one.
+
+    Raises:
+        UserError: for a folder that is no run, a stage in `needs` that is not finished, or a plugin that is not
+            trusted. Reading a result from the run raises it for a file that is missing or has changed.
+        PluginError: for a plugin that fails to import.
+    """
+    opening = opening or Opening()
+    folder = Path(folder).expanduser()
+    config = folder / CONFIG
+    for file in (config, *(folder / stage / MARKER for stage in needs)):
+        if not file.is_file():
+            what = f"run with a finished {needs[-1]}" if needs else "run folder"
+            raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
+    experiment = load_experiment(
+        str(config), trusted_plugins=None if opening.trust else opening.plugins
+    )
+    return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)
