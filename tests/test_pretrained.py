@@ -56,8 +56,8 @@ def test_mistakes_are_said(saved: tuple[Path, Transformer], tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"none holds no trained decoder, .*config.json is missing"):
         load_model(tmp_path / "none")
     for content, sentence in (
-        ("{", "is not the config.json of a decoder"),
-        ("[]", "is not the config.json of a decoder"),
+        ("{", "config.json is damaged: it is not JSON"),
+        ("[]", r"config.json is \[\]; it must be an object"),
         (
             json.dumps({"model": SECTION, "vocab_size": -1}),
             "vocab_size is -1; it must be a positive whole number",
