@@ -37,6 +37,8 @@ from cm3leon.types import Sample, TokenDocument, TokenSegment
 VOCAB = Vocab(text_size=56_320, image_size=8_192)
 SEQ_LEN = 4096
 CAPTION, CODES = 16, 1024
+MARKED_CAPTION = 20
+"""Text tokens of the documents that are followed through the packing."""
 POOL = 1 << 20
 LANES = 2
 
@@ -121,7 +123,7 @@ def stream_at(start: int, draw: Draw, packing: PackingConfig) -> BlockStream:
     )
     state = stream.state_dict()
     for lane in state["lanes"].values():
-        lane["next" if packing.method == "whole" else "position"] += start
+        lane["position" if packing.method == "stream" else "next"] += start
     stream.load_state_dict(state)
     return stream
 
@@ -134,7 +136,7 @@ def measure(draw: Draw, packing: PackingConfig, documents: int, places: int, bat
     for place in range(places):
         stream = stream_at(place * documents // places // LANES * LANES, draw, packing)
         # A pool fills with samples that are hard to place; the fill is that of a stream long under way.
-        for _ in range(2 * packing.window if packing.method == "whole" else 1):
+        for _ in range(1 if packing.method == "stream" else 2 * packing.window):
             stream.next()
         for _ in range(batches):
             start = time.perf_counter()
@@ -150,7 +152,7 @@ def measure(draw: Draw, packing: PackingConfig, documents: int, places: int, bat
         resume = max(resume, time.perf_counter() - start)
         memory.append(resident())
     blocks = len(lengths)
-    best = blocks if packing.method == "stream" else fewest_blocks(np.concatenate(lengths), SEQ_LEN)
+    best = blocks if packing.method != "whole" else fewest_blocks(np.concatenate(lengths), SEQ_LEN)
     return (
         f"{tokens / seconds / 1e6:.1f} M | {tokens / blocks / SEQ_LEN:.2%} | {tokens / best / SEQ_LEN:.2%} | "
         f"{resume:.3f} | {memory[0]:.0f} -> {memory[-1]:.0f}"
@@ -175,6 +177,66 @@ def resident() -> float:
     """Memory of this process in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
+
+
+# ------------------------------------------------------------------------------------------------ what queries see
+
+
+def draw_marked(position: int, rng: np.random.Generator) -> Sample:
+    """A pair with 0 to 3 retrieved ones whose ids tell which document of the sample they are of.
+
+    The ids of document k, counted from the query, which is 0, are the k-th ones of text and images.
+    """
+    text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
+    documents = []
+    for k in range(int(rng.integers(4)) + 1):
+        caption = TokenSegment("text", np.full(MARKED_CAPTION, text + k))
+        codes = TokenSegment("image", np.full(CODES, image + k))
+        documents.append(TokenDocument(f"{position}-{k}", (caption, codes)))
+    return Sample(documents[0], tuple(reversed(documents[1:])))
+
+
+def measure_sight(method: str, blocks: int) -> str:
+    """Fill; shares of the query's image tokens with 0 to 3 whole documents before them, with 0 to 3
+    of which at least 90 % is there, and without their whole caption; share of positions with a loss."""
+    objective = OBJECTIVES.build("causal", vocab=VOCAB)
+    packing = PackingConfig(method=method)  # type: ignore[arg-type]
+    stream = BlockStream(
+        draw_marked,
+        objective,
+        packing,
+        seq_len=SEQ_LEN,
+        batch_size=1,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    text, image = VOCAB.id_range("text")[0], VOCAB.id_range("image")[0]
+    filled = targets = queries = without_caption = 0
+    whole, nearly = np.zeros(4), np.zeros(4)
+    for _ in range(blocks):
+        batch = stream.next()
+        filled += int((batch.sample_BT >= 0).sum())
+        targets += int((batch.weight_BT > 0).sum())
+        for number in range(int(batch.sample_BT.max()) + 1):
+            piece_T = batch.ids_BT[batch.sample_BT == number].numpy()
+            parts = [
+                (int((piece_T == text + k).sum()), int((piece_T == image + k).sum()))
+                for k in range(4)
+            ]
+            (caption, codes), *retrieved = parts
+            share = [(t + c) / (MARKED_CAPTION + CODES) for t, c in retrieved]
+            queries += codes
+            without_caption += codes * (caption < MARKED_CAPTION)
+            whole[sum(each == 1 for each in share)] += codes
+            nearly[sum(each >= 0.9 for each in share)] += codes
+    shares = " | ".join(
+        " / ".join(f"{100 * n / queries:.1f}" for n in counts) for counts in (whole, nearly)
+    )
+    places = blocks * SEQ_LEN
+    return (
+        f"{filled / places:.2%} | {shares} | {without_caption / queries:.1%} | "
+        f"{targets / places:.1%}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ peers
@@ -264,15 +326,24 @@ def main() -> None:
     print("| batches | tokens/s | fill | best fill | resume, s | memory, MB |")
     print("|---|---|---|---|---|---|")
     for name, draw in (("pairs", corpus.draw_pairs), ("pairs and text", corpus.draw_mixed)):
-        for packing in (PackingConfig(method="stream"), PackingConfig(), PackingConfig(window=256)):
-            window = f", window {packing.window}" if packing.method == "whole" else ""
+        for packing in (
+            PackingConfig(method="stream"),
+            PackingConfig(),
+            PackingConfig(window=256),
+            PackingConfig(method="together"),
+        ):
+            window = "" if packing.method == "stream" else f", window {packing.window}"
             columns = measure(
                 draw, packing, arguments.documents, arguments.places, arguments.batches
             )
             print(f"| {name}, CM3, {packing.method}{window} | {columns} |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         draw = OnDisk(corpus, arguments.on_disk, Path(folder)).draw
-        for packing in (PackingConfig(method="stream"), PackingConfig()):
+        for packing in (
+            PackingConfig(method="stream"),
+            PackingConfig(),
+            PackingConfig(method="together"),
+        ):
             columns = measure(draw, packing, arguments.on_disk, arguments.places, arguments.batches)
             print(
                 f"| {arguments.on_disk:,} pairs in shards on disk, CM3, {packing.method} | {columns} |",
@@ -284,6 +355,12 @@ def main() -> None:
     print(
         f"| peer: whole documents in order, padded | {measure_peer(padded, thousands(corpus, 5000))} |"
     )
+
+    print(f"\nDocuments of {MARKED_CAPTION} + {CODES} tokens, 0 to 3 retrieved, causal:\n")
+    print("| packing | fill | 0/1/2/3 whole documents, % | 90 % of them, % | no caption | loss |")
+    print("|---|---|---|---|---|---|")
+    for method in ("stream", "whole", "together"):
+        print(f"| {method} | {measure_sight(method, 10 * arguments.batches)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from cm3leon.evaluation.sample_page import (
 from cm3leon.experiment import Experiment
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.cm3 import Span, rotate
-from cm3leon.objectives.packing import SAMPLE, Samples, fit, new_lane, pack
+from cm3leon.objectives.packing import SAMPLE, Samples, Uncut, fit, new_lane, pack
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import MODALITIES, draw
 from cm3leon.retrievers.strategy import NONE
@@ -54,7 +54,7 @@ from cm3leon.stages.training_data import (
     TrainingSamples,
     training_samples,
 )
-from cm3leon.tokenizers.document import LaidOut, lay_out
+from cm3leon.tokenizers.document import LaidOut, lay_out, token_count
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
@@ -139,6 +139,8 @@ class TracedSamples(Samples):
     def __init__(self, run: Run, samples: TrainingSamples) -> None:
         super().__init__(samples, run.objective, seq_len=run.seq_len, seed=run.experiment.seed)
         self.made = WeakKeyDictionary()
+        self._method = run.experiment.packing.method
+        self._fitted: dict[int, tuple[Sample, bool]] = {}
 
     def generator(self, position: int) -> np.random.Generator:
         """The generator that the sample at a position is drawn with."""
@@ -148,8 +150,26 @@ class TracedSamples(Samples):
         """The sample at a position, with all the documents retrieved for it."""
         return self._draw(position, self.generator(position))
 
+    def trained_on(self, position: int) -> tuple[Sample, bool]:
+        """The sample at a position as blocks have it, and whether its first document is cut."""
+        drawn = self.drawn(position)
+        if self._method == "whole":
+            return fit(drawn, self.seq_len), False
+        return self._fitted.get(position, (drawn, False))
+
     def whole(self, position: int) -> Corrupted:
         corrupted = super().whole(position)
+        self.made[corrupted] = (position, 0, -1)
+        return corrupted
+
+    def uncut(self, position: int) -> Uncut:
+        uncut = super().uncut(position)
+        self.made[uncut.corrupted] = (position, 0, -1)
+        return uncut
+
+    def shortened(self, uncut: Uncut, position: int, length: int) -> Corrupted:
+        corrupted = super().shortened(uncut, position, length)
+        self._fitted[position] = self.fitted(uncut, length)
         self.made[corrupted] = (position, 0, -1)
         return corrupted
 
@@ -167,10 +187,16 @@ def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSamp
     """
     traced = TracedSamples(run, samples)
     sample = traced.drawn(position)
-    fitted = fit(sample, run.seq_len) if run.experiment.packing.method == "whole" else sample
+    pieces = list(_pieces(run, traced, samples.epoch, position))
+    fitted, is_cut = traced.trained_on(position)
     laid_out = lay_out(fitted, run.vocab)
     notes = _how_found(run, samples, traced, position)
     dropped = len(sample.retrieved) - len(fitted.retrieved)
+    if is_cut:
+        lost = token_count(sample.retrieved[dropped]) - token_count(fitted.retrieved[0])
+        notes[dropped] += (
+            f"; its first {lost:,} tokens are cut off, and it is context without a loss"
+        )
     epoch, number = divmod(position, samples.epoch)
     return ShownSample(
         title=f"Sample {number:,} of epoch {epoch:,}",
@@ -178,14 +204,12 @@ def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSamp
         laid_out=laid_out,
         documents=_documents(run, fitted, laid_out, notes[dropped:]),
         left_out=[document.id for document in sample.retrieved[:dropped]],
-        pieces=list(_pieces(run, traced, samples.epoch, position, laid_out.ids_T)),
+        pieces=pieces,
         grid=run.image_tokenizer_shape.grid,
     )
 
 
-def _pieces(
-    run: Run, traced: TracedSamples, epoch: int, position: int, laid_out_T: np.ndarray
-) -> Iterator[ShownPiece]:
+def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int) -> Iterator[ShownPiece]:
     """The pieces of a sample. Its lane is made from the start: what a block has room for depends on those before."""
     packing, lanes = run.experiment.packing, run.experiment.training.batch_size
     lane = new_lane(traced, packing, position % lanes, lanes)
@@ -194,6 +218,7 @@ def _pieces(
     ):
         made = lane.next()
         origins = [traced.made[corrupted] for corrupted in made]
+        laid_out_T = lay_out(traced.trained_on(position)[0], run.vocab).ids_T
         for number, (origin, start, end) in enumerate(origins):
             if origin != position:
                 continue
@@ -346,6 +371,8 @@ def _pictures(
     if segment.modality == "text":
         return []
     codes_N = run.vocab.image_codes(segment.ids_T)
+    if len(codes_N) < run.image_tokenizer.grid**2:  # cut off by packing, and so no whole image
+        return []
     pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None])[0])]
     if isinstance(run.bank, MemoryBank):
         row = run.bank.row_of[document.id]

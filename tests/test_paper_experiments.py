@@ -62,7 +62,7 @@ def test_settings_are_the_papers(name: str) -> None:
     )
     pretraining = name.startswith("pretrain")
     assert experiment.objective.name == ("cm3" if pretraining else "instruct")
-    assert experiment.packing.method == ("stream" if pretraining else "whole")
+    assert experiment.packing.method == ("together" if pretraining else "whole")
     retriever = experiment.retriever.config
     assert retriever.max_documents == (3 if pretraining else 0)
     assert (retriever.per_modality, retriever.query_dropout, retriever.encoder.pretrained) == (

@@ -1,7 +1,16 @@
-"""Samples into blocks, and blocks into an endless, exactly resumable stream of batches."""
+"""Samples into blocks, and blocks into an endless, exactly resumable stream of batches.
+
+Three ways of packing, drawn for a block of 16 positions; 1 is the farthest retrieved document, Q the
+query, and . is padding:
+
+    stream     QQQQ 111222QQQQ 1    every position is filled, and samples are cut where a block ends
+    whole      222QQQQ 333QQQQ ..   no document is cut; retrieved ones are dropped until a sample fits
+    together   12223333QQQQ QQQQ    a sample stays together; its farthest document loses its beginning
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -11,14 +20,18 @@ import torch
 
 from cm3leon.config import PositiveInt
 from cm3leon.objectives.base import Corrupted, Objective
-from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length
-from cm3leon.types import Batch, Block, Sample, UserError
+from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length, token_count
+from cm3leon.types import Batch, Block, Sample, TokenDocument, UserError
 
 Draw = Callable[[int, np.random.Generator], Sample]
 """(position in the endless stream of samples, generator of that position) -> the sample, the same every time."""
 
 TOLERANCE = 0.01
-"""Share of a block that `whole` may leave empty for the sake of samples that are harder to place."""
+"""Share of a block that `whole` and `together` may leave empty for samples that are harder to place."""
+SPARE = 0.25
+"""Share of its farthest retrieved document that a sample may lose so that another shares its block."""
+LARGEST_POOL = 4
+"""Windows of samples that `together` draws ahead at most, where those of one window fill no block."""
 
 SAMPLE, PIECE = 1, 3
 """Second number of the seeds of samples and of pieces, which keeps them apart from each other."""
@@ -28,17 +41,25 @@ SAMPLE, PIECE = 1, 3
 class PackingConfig:
     """How samples become blocks of `seq_len` positions."""
 
-    method: Literal["stream", "whole"] = "whole"
-    """stream: samples are cut so that every position is filled; whole: no document is cut, the rest is padding."""
+    method: Literal["stream", "whole", "together"] = "whole"
+    """stream: samples are cut so that every position is filled. whole: no document is cut, and the
+    rest of a block is padding. together: a sample is in one block, where its farthest retrieved
+    document may lose its beginning, and that document is context without a loss."""
     window: PositiveInt = 64
-    """Method whole: number of samples from which those that fill a block are chosen."""
+    """Methods whole and together: samples from which those that fill a block are chosen."""
     positions: Literal["auto", "restart", "run_on"] = "auto"
-    """restart: at 0 in every sample of a block; run_on: through the block; auto: run_on in stream, restart in whole."""
+    """restart: at 0 in every sample of a block; run_on: through the block; auto: run_on in stream,
+    restart in the others."""
 
     @property
     def run_on(self) -> bool:
         """Whether positions run on through a block."""
         return self.method == "stream" if self.positions == "auto" else self.positions == "run_on"
+
+    @property
+    def query_is_whole(self) -> bool:
+        """Whether every query document lies whole in one block, and so has to fit it."""
+        return self.method != "stream"
 
 
 def fit(sample: Sample, seq_len: int) -> Sample:
@@ -51,6 +72,43 @@ def fit(sample: Sample, seq_len: int) -> Sample:
             )
         sample = replace(sample, retrieved=sample.retrieved[1:])
     return sample
+
+
+def shorten(sample: Sample, length: int) -> tuple[Sample, bool]:
+    """Take tokens from the beginning of the farthest retrieved document until the sample fits.
+
+    A document that is used up is left out, and the next one loses its beginning. A document whose
+    first segments are gone begins within the first segment that is left, without a `<break>` before
+    it: where a cut falls on a segment's end, the `<break>` is lost too.
+
+    Returns:
+        The sample of at most `length` tokens, and whether its first document lacks its beginning.
+
+    Raises:
+        UserError: if the query alone is longer than `length`.
+    """
+    surplus = sample_length(sample) - length
+    if surplus <= 0:
+        return sample, False
+
+    for number, document in enumerate(sample.retrieved):
+        tokens = token_count(document) + 1  # with the `<break>` behind it
+        if tokens > surplus + 1:
+            rest = _without_beginning(document, surplus)
+            return replace(sample, retrieved=(rest, *sample.retrieved[number + 1 :])), True
+        surplus -= tokens
+        if surplus <= 0:
+            return replace(sample, retrieved=sample.retrieved[number + 1 :]), False
+    return fit(replace(sample, retrieved=()), length), False
+
+
+def _without_beginning(document: TokenDocument, lost: int) -> TokenDocument:
+    """A document without its first `lost` tokens; a `<break>` between segments counts as one."""
+    segments = list(document.segments)
+    while len(segments) > 1 and lost >= len(segments[0].ids_T):
+        lost = max(0, lost - len(segments.pop(0).ids_T) - (not segments[0].joined))
+    segments[0] = replace(segments[0], ids_T=segments[0].ids_T[lost:], joined=False)
+    return replace(document, segments=tuple(segments))
 
 
 def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool = False) -> Block:
@@ -88,30 +146,40 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
     )
 
 
-def choose(lengths: Sequence[int], room: int, tolerance: int) -> list[int]:
-    """Numbers of the items that are to fill `room`: the longest first, as short ones are easily placed later.
+def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> list[int]:
+    """Numbers of the items that are to fill `room`, the longest first: short ones are easily placed later.
 
-    An item is passed over where the room left in the end would exceed the least that any choice leaves by more than
-    `tolerance`. Of lengths 6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6.
+    Their total may exceed the room by up to `over`. An item is passed over where the total would
+    end up farther from the room than the nearest of all choices by more than `tolerance`. Of lengths
+    6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6. A room of 9 is
+    filled by both 4s too, and by 6 and 4 where the total may be one over and that is tolerated.
     """
     order = sorted(range(len(lengths)), key=lambda k: (lengths[k], -k))
     # Bit s of sums[n] is set where some of the n shortest items are s long together.
     sums = [1]
     for k in order:
-        sums.append(sums[-1] | (sums[-1] << lengths[k]) & ((2 << room) - 1))
-    most_left = room - _longest(sums[-1], room) + tolerance
+        sums.append(sums[-1] | (sums[-1] << lengths[k]) & ((2 << (room + over)) - 1))
+
+    farthest = _distance(sums[-1], room, over) + tolerance
     chosen = []
     for n, k in reversed(list(enumerate(order))):
+        if room <= 0:
+            break
         after = room - lengths[k]
-        if after >= 0 and after - _longest(sums[n], after) <= most_left:
+        if after + over >= 0 and _distance(sums[n], after, over) <= farthest:
             chosen.append(k)
             room = after
     return chosen
 
 
-def _longest(sums: int, room: int) -> int:
-    """The highest bit set, up to bit `room`."""
-    return (sums & ((2 << room) - 1)).bit_length() - 1
+def _distance(sums: int, room: int, over: int) -> int:
+    """Distance from bit `room` to the nearest bit that is set, at most `over` above it; `room` may be
+    negative, down to `-over`."""
+    below = room + 1 - (sums & ((2 << room) - 1)).bit_length() if room >= 0 else -1
+    first = max(0, room)
+    above = (sums >> first) & ((2 << (room + over - first)) - 1)
+    lowest = (above & -above).bit_length() - 1 + first - room if above else -1
+    return min(distance for distance in (below, lowest) if distance >= 0)
 
 
 # ------------------------------------------------------------------------------------------------ lanes
@@ -132,6 +200,44 @@ class Samples:
         sample = fit(self._draw(position, rng), self.seq_len)
         return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self.seq_len)
 
+    def uncut(self, position: int) -> Uncut:
+        """A sample of any length, corrupted as if blocks were as long as it."""
+        sample = self._draw(position, self._generator(SAMPLE, position))
+        laid_out = lay_out(sample, self._objective.vocab)
+        rng = self._generator(PIECE, 0, position)
+        return Uncut(sample, self._objective.corrupt(laid_out, rng, sys.maxsize))
+
+    def shortened(self, uncut: Uncut, position: int, length: int) -> Corrupted:
+        """A sample of `uncut` cut to at most `length` tokens by `shorten`, corrupted.
+
+        A document that lacks its beginning is context: none of its tokens is a target, since what
+        they depend on is gone, and no span is taken from it.
+        """
+        added = uncut.length - sample_length(uncut.sample)
+        sample, is_cut = self.fitted(uncut, length)
+        laid_out, context = lay_out(sample, self._objective.vocab), 0
+        if is_cut:
+            lost = laid_out.segments[: len(sample.retrieved[0].segments)]
+            context = lost[-1].end + 1
+            laid_out = replace(laid_out, segments=laid_out.segments[len(lost) :])
+
+        rng = self._generator(PIECE, 0, position)
+        room = min(length, len(laid_out.ids_T) + added)
+        corrupted = self._objective.corrupt(laid_out, rng, room)
+        weight_T = corrupted.weight_T.copy()
+        weight_T[:context] = 0
+        return Corrupted(corrupted.ids_T, weight_T)
+
+    def fitted(self, uncut: Uncut, length: int) -> tuple[Sample, bool]:
+        """`shorten` of a sample, so that it has at most `length` tokens when it is corrupted.
+
+        What corruption adds is taken off the retrieved documents too. The query stays whole even
+        so, and has fewer spans where the block has no room for them.
+        """
+        added = uncut.length - sample_length(uncut.sample)
+        query = sample_length(replace(uncut.sample, retrieved=()))
+        return shorten(uncut.sample, min(length, max(query, length - added)))
+
     def laid_out(self, position: int) -> LaidOut:
         """A sample of any length, to take pieces of."""
         return lay_out(
@@ -148,6 +254,25 @@ class Samples:
 
     def _generator(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *numbers])
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """A sample with all its retrieved documents, and its corruption."""
+
+    sample: Sample
+    corrupted: Corrupted
+
+    @property
+    def length(self) -> int:
+        """Tokens that it takes in a block, if nothing of it is cut."""
+        return len(self.corrupted.ids_T)
+
+    @property
+    def spare(self) -> int:
+        """Tokens that it may lose so that another sample shares its block."""
+        farthest = self.sample.retrieved[:1]
+        return int(SPARE * token_count(farthest[0])) if farthest else 0
 
 
 class Lane(Protocol):
@@ -201,6 +326,77 @@ class WholeLane:
         self._next = state["next"]
 
 
+class TogetherLane:
+    """Samples that stay together, chosen from a pool to fill a block, at the cost of farthest documents.
+
+    A block starts with the oldest sample of the pool. Where no choice from the pool fills the block,
+    more samples are drawn ahead, up to a few windows of them.
+    """
+
+    def __init__(self, samples: Samples, first: int, step: int, window: int) -> None:
+        self._samples = samples
+        self._window = window
+        self._step = step
+        self._next = first
+        self._pool: dict[int, Uncut] = {}
+        self.drawn: list[int] = []
+
+    def next(self) -> list[Corrupted]:
+        while len(self._pool) < self._window:
+            self._draw_ahead()
+        self.drawn = self._chosen()
+        chosen = {position: self._pool.pop(position) for position in self.drawn}
+
+        # The surplus comes off the sample that can spare most; alone in its block, any sample can.
+        lengths = {position: uncut.length for position, uncut in chosen.items()}
+        surplus = max(0, sum(lengths.values()) - self._samples.seq_len)
+        payer = max(chosen, key=lambda position: chosen[position].spare)
+        return [
+            self._samples.shortened(uncut, position, uncut.length - surplus)
+            if surplus and position == payer
+            else uncut.corrupted
+            for position, uncut in chosen.items()
+        ]
+
+    def _draw_ahead(self) -> None:
+        self._pool[self._next] = self._samples.uncut(self._next)
+        self._next += self._step
+
+    def _chosen(self) -> list[int]:
+        """Positions of the samples that share the next block, the oldest of the pool first."""
+        seq_len = self._samples.seq_len
+        tolerance = int(TOLERANCE * seq_len)
+        oldest = next(iter(self._pool))
+        room = seq_len - self._pool[oldest].length
+        while room > 0:
+            others = list(self._pool)[1:]
+            chosen = self._best_fit([self._pool[oldest], *(self._pool[k] for k in others)], room)
+            left = room - sum(self._pool[others[k]].length for k in chosen)
+            if left <= tolerance or len(self._pool) >= LARGEST_POOL * self._window:
+                return [oldest, *(others[k] for k in chosen)]
+            self._draw_ahead()
+        return [oldest]
+
+    def _best_fit(self, pool: Sequence[Uncut], room: int) -> list[int]:
+        """Numbers, in `pool` without its first, of samples that fill the room beside the first."""
+        lengths = [uncut.length for uncut in pool[1:]]
+        tolerance = int(TOLERANCE * self._samples.seq_len)
+        over = max(uncut.spare for uncut in pool)
+        chosen = choose(lengths, room, tolerance, over)
+        # Only one of the samples in the block is cut, so that one of them must spare all of it.
+        spare = max([pool[0].spare, *(pool[1 + k].spare for k in chosen)])
+        if sum(lengths[k] for k in chosen) - room > spare:
+            return choose(lengths, room, tolerance)
+        return chosen
+
+    def state(self) -> dict[str, Any]:
+        return {"pool": list(self._pool), "next": self._next}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._pool = {position: self._samples.uncut(position) for position in state["pool"]}
+        self._next = state["next"]
+
+
 class StreamLane:
     """Samples one after the other, cut where a block is full."""
 
@@ -240,6 +436,8 @@ def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) ->
     """The lane of the samples at positions `first`, `first + step`, `first + 2 * step` ..., at its start."""
     if packing.method == "whole":
         return WholeLane(samples, first, step, packing.window)
+    if packing.method == "together":
+        return TogetherLane(samples, first, step, packing.window)
     return StreamLane(samples, first, step)
 
 

@@ -120,7 +120,9 @@ def _tokenized(
             if room is not None and length > room:
                 skipped.append(
                     Skipped(
-                        document.id, f"takes {length} tokens, packing.method whole allows {room}"
+                        document.id,
+                        f"takes {length} tokens, packing.method "
+                        f"{run.experiment.packing.method} allows {room}",
                     )
                 )
             else:
@@ -129,8 +131,8 @@ def _tokenized(
 
 
 def _room(run: Run) -> int | None:
-    """Tokens that a document may have: in `whole` packing it lies in one block, between two `<eos>`."""
-    return run.seq_len - 2 if run.experiment.packing.method == "whole" else None
+    """Tokens that a document may have where it has to lie in one block, between two `<eos>`."""
+    return run.seq_len - 2 if run.experiment.packing.query_is_whole else None
 
 
 def _documents_of(

@@ -129,7 +129,7 @@ class ShardedCorpus:
         """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
         tokens = TokenShards(self._stage("tokens"), self.run.made_by)
         room = self.run.seq_len - 2
-        if self.run.experiment.packing.method == "whole" and tokens.longest > room:
+        if self.run.experiment.packing.query_is_whole and tokens.longest > room:
             raise UserError(
                 f"model.seq_len: {tokens.folder} has a document of {tokens.longest} tokens, a block holds {room}; "
                 "raise model.seq_len, or set packing.method=stream"
