@@ -7,7 +7,8 @@ A config class is a keyword-only dataclass with one sentence under every field:
         layers: PositiveInt = 24
         \"\"\"Number of transformer layers.\"\"\"
 
-`from_mapping(Config, {"layers": 0}, "model")` then raises UserError("model.layers is 0; it must be int >= 1").
+`from_mapping(Config, {"layers": 0}, "model")` then raises UserError("model.layers is 0; it must be a whole number, at
+least 1").
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 Override = tuple[tuple[str, ...], Any]
+
+
+class Word(str):
+    """A value of the command line, or a part of one, as it was typed: its field decides how it is read."""
+
+
 
 _package = Path(__file__).resolve().parent
 SHIPPED = _package if (_package / "experiments.yaml").is_file() else _package.parent
@@ -73,24 +80,25 @@ class Range:
         )
 
     def text(self, base: str) -> str:
-        """The bounds around the name of a type: `int >= 1`, `0 <= float <= 1`."""
+        """The bounds behind the name of a type: `a whole number, at least 1`, `a number from 0 to 1`."""
+        if self.ge is not None and self.le is not None:
+            return f"{base} from {self.ge} to {self.le}"
         lower = (
-            f"{self.ge} <= "
+            f"at least {self.ge}"
             if self.ge is not None
-            else f"{self.gt} < "
+            else f"above {self.gt}"
             if self.gt is not None
             else ""
         )
         upper = (
-            f" <= {self.le}"
+            f"at most {self.le}"
             if self.le is not None
-            else f" < {self.lt}"
+            else f"below {self.lt}"
             if self.lt is not None
             else ""
         )
-        if lower and not upper:
-            return f"{base} >= {self.ge}" if self.ge is not None else f"{base} > {self.gt}"
-        return f"{lower}{base}{upper}"
+        bounds = " and ".join(filter(None, [lower, upper]))
+        return f"{base}, {bounds}" if bounds else base
 
 
 PositiveInt = Annotated[int, Range(ge=1)]
@@ -125,6 +133,9 @@ class ComponentChecker(Protocol):
     def check(self, section: Any, where: str) -> Component:
         """Checks a section of a config, named by its dotted path."""
 
+    def config_class(self, name: str) -> Any:
+        """The `Config` of a component. Raises UserError for an unknown name."""
+
 
 @dataclass(frozen=True)
 class FieldDoc:
@@ -148,6 +159,7 @@ def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C
     Raises:
         UserError: for an unknown or missing key, a wrong type, a value out of range, or a failed `check`.
     """
+    mapping = settled(cls, mapping, where)
     if not isinstance(mapping, Mapping):
         raise _not_allowed(where, mapping, "a section of key: value")
     hints = _hints(cls)
@@ -221,7 +233,7 @@ def _convert_scalar(annotation: Any, value: Any, where: str) -> Any:
         return value
     if annotation is float and (is_number or (isinstance(value, str) and _FLOAT.match(value))):
         return float(value)
-    if annotation is Path and isinstance(value, (str, Path)):
+    if annotation is Path and isinstance(value, (str, Path)) and str(value):
         # The shell leaves the ~ of key=~/folder alone.
         return Path(value).expanduser() if str(value).startswith("~/") else Path(value)
     if value is None and annotation is types.NoneType:
@@ -353,16 +365,16 @@ def component_sections(cls: type) -> frozenset[str]:
 
 _NAMES = {
     bool: "true or false",
-    int: "int",
-    float: "float",
-    str: "str",
-    Path: "path",
-    Any: "anything",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    Any: "any value",
 }
 
 
 def type_text(annotation: Any) -> str:
-    """An annotation in words: `int >= 1`, `list of str`, `path or null`.
+    """An annotation in words: `a whole number, at least 1`, `a list, each a text`, `a path, or null for none`.
 
     Raises:
         TypeError: for a type that a config cannot hold.
@@ -370,23 +382,24 @@ def type_text(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     checker = _checker(annotation)
     if checker is not None:
-        return f"{checker.kind} (name or section)" + (" or null" if _is_union(annotation) else "")
+        text = f"a {checker.kind} by its name, or as a section"
+        return f"{text}, or null for none" if _is_union(annotation) else text
     if origin is Annotated:
         text = type_text(args[0])
         for bounds in annotation.__metadata__:
             text = bounds.text(text) if isinstance(bounds, Range) else text
         return text
     if _is_union(annotation):
-        members = [type_text(arg) for arg in args if arg is not types.NoneType]
-        return " or ".join([*members, "null"] if types.NoneType in args else members)
+        text = " or ".join(type_text(arg) for arg in args if arg is not types.NoneType)
+        return f"{text}, or null for none" if types.NoneType in args else text
     if origin is Literal:
         return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
-        return f"list of {type_text(args[0])}"
+        return f"a list, each {type_text(args[0])}"
     if origin is tuple:
-        return f"list of {len(args)} ({', '.join(map(type_text, args))})"
+        return f"a list of {len(args)}: {', '.join(map(type_text, args))}"
     if origin is dict and args[0] is str:
-        return f"mapping from str to {type_text(args[1])}"
+        return f"a section of names, each with {type_text(args[1])}"
     if dataclasses.is_dataclass(annotation) and annotation is not Component:
         return "a section of key: value"
     if annotation in _NAMES:
@@ -548,15 +561,15 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 def parse_override(text: str) -> Override:
-    """`"model.layers=2"` -> `(("model", "layers"), 2)`; the value is a YAML scalar, or a list or mapping in brackets.
+    """`"model.layers=2"` -> `(("model", "layers"), Word("2"))`; `settled` reads the word by the type of its field.
 
     Raises:
-        UserError: for text without `=`, an empty part of the key, or bad YAML.
+        UserError: for text without `=`, or an empty part of the key.
     """
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text} has no value; write {text}=VALUE")
-    return split_key(key), _parse_value(key, value.strip())
+    return split_key(key), Word(value)
 
 
 def split_key(key: str) -> tuple[str, ...]:
@@ -571,16 +584,121 @@ def split_key(key: str) -> tuple[str, ...]:
     return parts
 
 
-def _parse_value(key: str, text: str) -> Any:
-    if text.startswith(("[", "{", '"', "'")):
+def settled(annotation: Any, value: Any, where: str = "") -> Any:
+    """Plain data with every `Word` in it read as the annotated type wants it; what is no word stays as it is.
+
+    A text, a path or a choice among texts takes the word as it was typed, quotes and all; only `null` is none where
+    that is allowed. Anything else is read as YAML: a number, true, false, null, or a list or section in brackets, whose
+    parts are read by the same rule.
+
+    Raises:
+        UserError: for brackets that are not valid YAML.
+    """
+    if isinstance(value, Word):
+        value = _read_word(annotation, value, where)
+    if isinstance(value, Mapping):
+        types_of = _member_types(annotation, value)
+        return {
+            str(key) if isinstance(key, Word) else key: settled(
+                types_of(key), inner, _join(where, key)
+            )
+            for key, inner in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        item = next(
+            (get_args(each)[0] for each in _members(annotation) if get_origin(each) in (list, tuple)),
+            Any,
+        )
+        return [settled(item, inner, _join(where, index)) for index, inner in enumerate(value)]
+    return value
+
+
+def _read_word(annotation: Any, word: Word, where: str) -> Any:
+    members = _members(annotation)
+    if word == "null" and types.NoneType in members:
+        return None
+    if not any(map(_takes_text, members)):
+        return parse_word(word, where)
+    # Beside a text, the field may also take a list, or a number.
+    others = [each for each in members if not _takes_text(each) and each is not types.NoneType]
+    for other in others:
+        try:
+            value = settled(other, parse_word(word, where), where)
+            _convert(other, value, where)
+        except UserError:
+            continue
+        return value
+    return str(word)
+
+
+def _takes_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return all(isinstance(arg, str) for arg in get_args(annotation))
+    return annotation in (str, Path)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if _is_union(annotation) else (annotation,)
+
+
+def _member_types(annotation: Any, section: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Key of a section -> the type of its value; Any where it is not known."""
+    checker = _checker(annotation)
+    if checker is not None:
+        try:
+            hints = _hints(checker.config_class(str(section.get("name"))))
+        except UserError:  # whoever checks the section says so
+            hints = {}
+        return lambda key: str if key == "name" else hints.get(key, Any)
+    cls = _nested_dataclass(annotation)
+    if cls is not None:
+        known = _hints(cls)
+        return lambda key: known.get(key, Any)
+    values = [get_args(each)[1] for each in _members(annotation) if get_origin(each) is dict]
+    return lambda key: values[0] if values else Any
+
+
+def parse_word(word: Word, where: str) -> Any:
+    """The word as YAML; the plain scalars within brackets are words again.
+
+    Raises:
+        UserError: for brackets or quotes that are not valid YAML.
+    """
+    text = word.strip()
+    if text.startswith(("[", "{")):
+        try:
+            return yaml.load(text, Loader=_WordLoader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where} is {text}, which is not valid YAML{_reason(error)}") from error
+    if text.startswith(('"', "'")):
         try:
             return _parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UserError(f"{key} is {text}, which is not valid YAML{_reason(error)}") from error
+            raise UserError(f"{where} is {text}, which is not valid YAML{_reason(error)}") from error
     # A plain scalar taken whole: inside it neither ": " nor " #" means anything.
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
     return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+class _WordLoader(_Loader):
+    """Leaves plain scalars as words."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            return Word(node.value)
+        return super().construct_object(node, deep=deep)
+
+
+def typed_value(cls: type, mapping: Mapping[str, Any], path: tuple[str, ...], word: Any) -> Any:
+    """What a word is as the value of a path of a config class, given the sections around it."""
+    if not isinstance(word, Word):
+        return word
+    at: Any = settled(cls, apply_overrides(mapping, [(path, word)], component_sections(cls)))
+    for part in path:
+        at = at[int(part)] if isinstance(at, list) else at[part]
+    # A component named by its bare name has become its section.
+    return str(word) if isinstance(at, Mapping) and not word.strip().startswith("{") else at
 
 
 def apply_overrides(
@@ -602,6 +720,8 @@ def apply_overrides(
         for depth in range(1, len(path)):
             parent = _section(parent, path[:depth], component_sections)
         key = _key(parent, path)
+        if _pattern(path) in component_sections:
+            value = _parsed(value, path)
         if _pattern(path) in component_sections and isinstance(value, str):
             current = parent.get(key) if isinstance(parent, dict) else parent[key]
             current = {"name": current} if isinstance(current, str) else current or {}
@@ -613,7 +733,7 @@ def apply_overrides(
 def _section(parent: Any, path: tuple[str, ...], component_sections: Collection[str]) -> Any:
     """The mapping or list at the path, made where there is none yet."""
     key = _key(parent, path)
-    current = parent.get(key) if isinstance(parent, dict) else parent[key]
+    current = _parsed(parent.get(key) if isinstance(parent, dict) else parent[key], path)
     if current is None:
         current = {}
     elif isinstance(current, str) and _pattern(path) in component_sections:
@@ -622,6 +742,11 @@ def _section(parent: Any, path: tuple[str, ...], component_sections: Collection[
     if not isinstance(current, (dict, list)):
         raise UserError(f"{'.'.join(path)} is {_shown(current)}; it has no keys to set")
     return current
+
+
+def _parsed(value: Any, path: tuple[str, ...]) -> Any:
+    """The value, a word as YAML has it: for what can only be a name, a section or a list."""
+    return parse_word(value, ".".join(path)) if isinstance(value, Word) else value
 
 
 def _key(parent: Any, path: tuple[str, ...]) -> Any:

@@ -22,7 +22,9 @@ from cm3leon.config import (
     from_mapping,
     load_yaml,
     parse_override,
+    settled,
     split_key,
+    typed_value,
 )
 from cm3leon.data.augment import AugmentConfig
 from cm3leon.objectives.packing import PackingConfig
@@ -296,7 +298,20 @@ def load_mapping(
             mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
         )
     discover(mapping.get("plugins", []))
-    return mapping
+    # What a sweep's key takes is read by the type of that key, see `cm3leon.sweep`.
+    swept = {SWEEP: mapping.pop(SWEEP)} if SWEEP in mapping else {}
+    return {**settled(Experiment, mapping), **swept}
+
+
+def typed_settings(
+    name_or_path: str, settings: Mapping[str, Any], shipped: Path = SHIPPED
+) -> dict[str, Any]:
+    """Dotted keys of an experiment with their values, those typed on the command line read as the keys want them."""
+    mapping = load_mapping(name_or_path, (), shipped, settings=settings)
+    return {
+        key: typed_value(Experiment, mapping, split_key(key), value)
+        for key, value in settings.items()
+    }
 
 
 def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str) -> list[str]:

@@ -8,12 +8,11 @@ Everything is read once, as training would read it; Ctrl-C prints what was seen 
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -90,18 +89,15 @@ def _options(mapping: Mapping[str, Any]) -> tuple[Options, Experiment | None]:
                 "data.path is missing; write data.path=PATH, and data.name=NAME if the files do not tell it"
             )
         return from_mapping(Options, {**mapping, "data": data}), None
-    experiment = load_experiment(str(mapping["experiment"]), list(_overrides(data)))
+    experiment = load_experiment(str(mapping["experiment"]), settings=_settings(data))
     return from_mapping(Options, {**mapping, "data": to_mapping(experiment.data)}), experiment
 
 
-def _overrides(data: Any) -> Iterator[str]:
-    """The section as words of the command line: another name replaces an experiment's section, other keys are added."""
-    settings = {"name": data} if isinstance(data, str) else dict(data or {})
-    if "name" in settings:
-        yield f"data={settings.pop('name')}"
-    yield from (
-        f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()
-    )
+def _settings(data: Any) -> dict[str, Any]:
+    """The section as dotted keys: another name replaces an experiment's section, other keys are added."""
+    section = {"name": data} if isinstance(data, str) else dict(data or {})
+    name = {"data": section.pop("name")} if "name" in section else {}
+    return {**name, **{f"data.{key}": value for key, value in section.items()}}
 
 
 def with_source_name(data: Any) -> Any:

@@ -42,6 +42,11 @@ class Shapes:
             raise UserError(f"{where}.name is {name}")
         return Component(name, config.from_mapping(self.Config, section, where))
 
+    def config_class(self, name: str) -> Any:
+        if name != "square":
+            raise UserError(f"{name} is no shape")
+        return self.Config
+
 
 SHAPES = Shapes()
 
@@ -156,28 +161,28 @@ def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> No
 @pytest.mark.parametrize(
     ("mapping", "sentence"),
     [
-        ({}, "run.steps is missing; it must be int >= 1"),
+        ({}, "run.steps is missing; it must be a whole number, at least 1"),
         ({"stps": 1}, "run.stps is not a known key; did you mean steps? (known: betas,"),
-        ({"steps": 0}, "run.steps is 0; it must be int >= 1"),
-        ({"steps": True}, "run.steps is true; it must be int >= 1"),
-        ({"steps": 1.0}, "run.steps is 1.0; it must be int >= 1"),
-        ({"steps": None}, "run.steps is null; it must be int >= 1"),
+        ({"steps": 0}, "run.steps is 0; it must be a whole number, at least 1"),
+        ({"steps": True}, "run.steps is true; it must be a whole number, at least 1"),
+        ({"steps": 1.0}, "run.steps is 1.0; it must be a whole number, at least 1"),
+        ({"steps": None}, "run.steps is null; it must be a whole number, at least 1"),
         ({"steps": 13}, "run: steps must not be 13"),
-        ({"steps": 1, "weight": "heavy"}, 'run.weight is "heavy"; it must be float >= 0'),
-        ({"steps": 1, "weight": float("nan")}, "run.weight is NaN; it must be float >= 0"),
-        ({"steps": 1, "share": 1.1}, "run.share is 1.1; it must be 0 <= float <= 1"),
+        ({"steps": 1, "weight": "heavy"}, 'run.weight is "heavy"; it must be a number, at least 0'),
+        ({"steps": 1, "weight": float("nan")}, "run.weight is NaN; it must be a number, at least 0"),
+        ({"steps": 1, "share": 1.1}, "run.share is 1.1; it must be a number from 0 to 1"),
         ({"steps": 1, "flag": 1}, "run.flag is 1; it must be true or false"),
         ({"steps": 1, "mode": "quick"}, 'run.mode is "quick"; it must be one of fast, exact, 3'),
-        ({"steps": 1, "root": 7}, "run.root is 7; it must be path"),
-        ({"steps": 1, "sizes": 7}, "run.sizes is 7; it must be list of int >= 0"),
-        ({"steps": 1, "sizes": [1, -1]}, "run.sizes.1 is -1; it must be int >= 0"),
-        ({"steps": 1, "betas": [0.9]}, "run.betas is [0.9]; it must be list of 2 (float, float)"),
-        ({"steps": 1, "names": [1]}, "run.names.0 is 1; it must be str"),
-        ({"steps": 1, "weights": {"coco": "x"}}, 'run.weights.coco is "x"; it must be float'),
-        ({"steps": 1, "weights": {1: 1.0}}, "run.weights is 1; it must be str"),
-        ({"steps": 1, "limit": "some"}, 'run.limit is "some"; it must be int or all or null'),
+        ({"steps": 1, "root": 7}, "run.root is 7; it must be a path"),
+        ({"steps": 1, "sizes": 7}, "run.sizes is 7; it must be a list, each a whole number, at least 0"),
+        ({"steps": 1, "sizes": [1, -1]}, "run.sizes.1 is -1; it must be a whole number, at least 0"),
+        ({"steps": 1, "betas": [0.9]}, "run.betas is [0.9]; it must be a list of 2: a number, a number"),
+        ({"steps": 1, "names": [1]}, "run.names.0 is 1; it must be a text"),
+        ({"steps": 1, "weights": {"coco": "x"}}, 'run.weights.coco is "x"; it must be a number'),
+        ({"steps": 1, "weights": {1: 1.0}}, "run.weights is 1; it must be a text"),
+        ({"steps": 1, "limit": "some"}, 'run.limit is "some"; it must be a whole number or all, or null for none'),
         ({"steps": 1, "inner": 3}, "run.inner is 3; it must be a section of key: value"),
-        ({"steps": 1, "inner": {"rate": 1}}, "run.inner.rate is 1; it must be 0 < float < 1"),
+        ({"steps": 1, "inner": {"rate": 1}}, "run.inner.rate is 1; it must be a number, above 0 and below 1"),
         (
             {"steps": 1, "inners": [{}, {"rat": 1}]},
             "run.inners.1.rat is not a known key; did you mean rate?",
@@ -185,7 +190,7 @@ def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> No
         ({"steps": 1, "shape": "circle"}, "run.shape.name is circle"),
         (
             {"steps": 1, "shapes": [{"name": "square", "side": 0}]},
-            "run.shapes.0.side is 0; it must be int >= 1",
+            "run.shapes.0.side is 0; it must be a whole number, at least 1",
         ),
         ([1], "run is [1]; it must be a section of key: value"),
     ],
@@ -210,12 +215,12 @@ def test_component_by_bare_name_and_by_its_default_name() -> None:
 
 def test_describe_reads_types_defaults_and_sentences() -> None:
     docs = {doc.name: doc for doc in config.describe(Outer)}
-    assert docs["steps"] == config.FieldDoc("steps", "int >= 1", "required", "Number of steps.")
+    assert docs["steps"] == config.FieldDoc("steps", "a whole number, at least 1", "required", "Number of steps.")
     assert docs["root"].default == '"data"'
     assert docs["inner.rate"] == config.FieldDoc(
-        "inner.rate", "0 < float < 1", "0.5", "Rate of something, over two lines."
+        "inner.rate", "a number, above 0 and below 1", "0.5", "Rate of something, over two lines."
     )
-    assert docs["shapes"].type == "list of shape (name or section)"
+    assert docs["shapes"].type == "a list, each a shape by its name, or as a section"
     preset = {
         doc.name: doc.default
         for doc in config.describe(Outer, {"steps": 7, "inner": {"rate": 0.1}})
@@ -259,6 +264,7 @@ def test_unfit_config_classes_are_refused() -> None:
         ("a=true", (("a",), True)),
         ("a=", (("a",), None)),
         ("a=null", (("a",), None)),
+        ("a=[yes, '7', {b: 7}]", (("a",), [True, "7", {"b": 7}])),
         ("a=[1, {b: x}]", (("a",), [1, {"b": "x"}])),
         ("a='1'", (("a",), "1")),
         ("a=16:9", (("a",), "16:9")),
@@ -268,7 +274,92 @@ def test_unfit_config_classes_are_refused() -> None:
     ],
 )
 def test_override_values(text: str, override: config.Override) -> None:
-    assert config.parse_override(text) == override
+    """Where any value is allowed, a word is read as YAML."""
+    path, word = config.parse_override(text)
+    assert (path, config.settled(Any, word)) == override
+
+
+TYPED = [
+    "7",
+    "yes",
+    '"OPEN" sign',
+    "'quoted'",
+    "1e3",
+    "2024",
+    "[draft] a dog: red #1",
+    "{",
+    " two  spaces ",
+    "",
+    "~",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_text_takes_what_was_typed(text: str) -> None:
+    words = [f"inner.note={text}", f"root={text or '.'}", "steps=7", "flag=yes", "limit=7"]
+    outer = config.from_mapping(
+        Outer, config.apply_overrides({}, map(config.parse_override, words))
+    )
+    assert outer.inner.note == text
+    assert outer.root == Path(text)
+    assert (outer.steps, outer.flag, outer.limit) == (7, True, 7)
+
+
+def test_words_in_lists_and_sections_are_read_by_their_fields() -> None:
+    words = [
+        "steps=1",
+        "names=[7, yes, 1e3, 'two words']",
+        "sizes=[1, 2]",
+        "inner={rate: 1e-1, note: 2024}",
+        "weights={on: 1}",
+        "shape={name: square, side: 3}",
+        "extra=null",
+        "shapes=[square, {name: square, side: 2}]",
+        "mode=exact",
+        "limit=all",
+    ]
+    outer = config.from_mapping(
+        Outer, config.apply_overrides({}, map(config.parse_override, words))
+    )
+    assert outer.names == ("7", "yes", "1e3", "two words")
+    assert outer.inner == Inner(rate=0.1, note="2024")
+    assert (outer.sizes, outer.weights, outer.limit, outer.mode) == (
+        [1, 2],
+        {"on": 1.0},
+        "all",
+        "exact",
+    )
+    assert [outer.shape, *outer.shapes] == [
+        Component("square", Shapes.Config(side=side)) for side in (3, 1, 2)
+    ]
+    none = config.apply_overrides({}, [config.parse_override("inner.note=null")])
+    assert config.from_mapping(Outer, {"steps": 1, **none}).inner.note is None
+
+
+@dataclass(kw_only=True)
+class Sources:
+    """A field that takes a text or a list of them."""
+
+    path: str | list[str]
+    """One path, or several."""
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("a.tar", "a.tar"),
+        ("2024", "2024"),
+        ("[a.tar, 2024]", ["a.tar", "2024"]),
+        ("[old] a.tar", "[old] a.tar"),
+    ],
+)
+def test_a_text_or_a_list_takes_either(typed: str, path: str | list[str]) -> None:
+    assert config.from_mapping(Sources, {"path": config.Word(typed)}).path == path
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(UserError, match='root is ""; it must be a path'):
+        config.from_mapping(Outer, {"steps": 1, "root": config.Word("")})
 
 
 @pytest.mark.parametrize(
@@ -276,12 +367,14 @@ def test_override_values(text: str, override: config.Override) -> None:
     [
         ("steps", "steps has no value; write steps=VALUE"),
         ("a..b=1", 'the key "a..b" has an empty part'),
-        ("a=[1", "a is [1, which is not valid YAML, line 1: "),
+        ("sizes=[1", "sizes is [1, which is not valid YAML, line 1: "),
+        ("inner.rate='1", "inner.rate is '1, which is not valid YAML, line 1: "),
+        ("steps=seven", 'steps is "seven"; it must be a whole number, at least 1'),
     ],
 )
 def test_bad_overrides(text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
-        config.parse_override(text)
+        config.from_mapping(Outer, config.apply_overrides({}, [config.parse_override(text)]))
 
 
 SECTIONS = frozenset({"model", "tasks.*"})
@@ -304,7 +397,7 @@ SECTIONS = frozenset({"model", "tasks.*"})
 def test_overrides(overrides: list[str], expected: dict[str, Any]) -> None:
     mapping = {"seed": 0, "model": {"name": "small", "layers": 2}, "tasks": ["vqa"]}
     result = config.apply_overrides(mapping, map(config.parse_override, overrides), SECTIONS)
-    assert result == {**mapping, **expected}
+    assert config.settled(Any, result) == {**mapping, **expected}
     assert mapping == {"seed": 0, "model": {"name": "small", "layers": 2}, "tasks": ["vqa"]}
 
 

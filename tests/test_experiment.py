@@ -137,13 +137,13 @@ def test_plugins_of_the_command_line_are_relative_to_the_working_folder(
         ),
         ("no/such.yaml", [], "no/such.yaml is not a file"),
         ("plain", ["sed=1"], "sed is not a known key; did you mean seed?"),
-        ("plain", ["metric.scale=big"], 'metric.scale is "big"; it must be float'),
+        ("plain", ["metric.scale=big"], 'metric.scale is "big"; it must be a number'),
         (
             "plain",
             ["metric=alhpa"],
             "metric.name is alhpa, which is not a known metric; did you mean alpha?",
         ),
-        ("plain", ["plugins=[3]"], "plugins.0 is 3; it must be str"),
+        ("plain", ["plugins=[[3]]"], "plugins.0 is [3]; it must be a text"),
         ("plain", ["plugins=[gone.py]"], "gone.py does not exist"),
     ],
 )

@@ -68,7 +68,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "digits follows the command run; everything after it must be key=value",
         ),
         (["experiment=no/such.yaml"], "no/such.yaml is not a file"),
-        (["export", "to=[hf"], "to is [hf, which is not valid YAML"),
+        (["export", "to=[hf"], "to is [hf, which is not known; did you mean hf?"),
+        (["search", "run=x", "text=x", "count=[5"], "count is [5, which is not valid YAML"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -147,7 +148,7 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
         in text
     )
     assert (
-        "\n      min_p: 0 <= float <= 1 = 0.1\n          A token stays if its probability" in text
+        "\n      min_p: a number from 0 to 1 = 0.1\n          A token stays if its probability" in text
     )
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())

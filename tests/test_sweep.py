@@ -22,7 +22,7 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run
-from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names
+from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
 from cm3leon.sweep.run import what_is_shared
@@ -36,10 +36,24 @@ KEYS = st.lists(
 
 
 def points(trials: int | None = None, **sweep: Any) -> dict[str, Any]:
-    return dict(named_points(SweepConfig(sweep=sweep, sweep_trials=trials)))
+    config = SweepConfig(sweep=sweep, sweep_trials=trials)
+    return dict(named_points(config, values_of(sweep, {})))
 
 
 # ---------------------------------------------------------------------------------------------------- values
+
+
+def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
+    words = ["sweep.data.path=2024,1e3,yes", "sweep.seed=7", "sweep.training.steps=[10, 5]"]
+    given = ["data=folder", "data.path=1", "retriever=lexical", *words]
+    sweep = load_sweep("digits_smoke", given, tmp_path)
+    assert [point["data.path"] for point in sweep.points.values()][::2] == ["2024", "1e3", "yes"]
+    assert {point["seed"] for point in sweep.points.values()} == {7}
+    assert [point["training.steps"] for point in sweep.points.values()][:2] == [10, 5]
+    (tmp_path / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
+    again = load_sweep(str(tmp_path / "sweep.yaml"), [], tmp_path)
+    assert again.points == sweep.points
+    assert again.experiments == sweep.experiments
 
 
 @given(st.lists(NUMBERS, min_size=1))
@@ -155,7 +169,7 @@ def test_names_tell_the_point() -> None:
         ),
         (
             ["sweep.training.steps=10,0"],
-            "sweep, point steps=0: training.steps is 0; it must be int >= 1",
+            "sweep, point steps=0: training.steps is 0; it must be a whole number, at least 1",
         ),
         (["sweep.seed=range(0)"], "sweep.seed is range(0), which has no values; write values as"),
         (
@@ -169,7 +183,7 @@ def test_names_tell_the_point() -> None:
             "it must be loguniform(low,high) with numbers, 0 < low < high",
         ),
         (["sweep.seed=loguniform(a,b)"], "it must be loguniform(low,high) with numbers"),
-        (["sweep.model.dropout=uniform(0,1)"], "has no end of values; give sweep_trials=N"),
+        (["sweep.model.dropout=uniform(0,1)"], "say how many points to draw with sweep_trials=N"),
         (["sweep.seed=1,1"], "sweep: two points are named seed=1"),
         (
             ["sweep.seed=range(2000)"],

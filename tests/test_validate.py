@@ -171,7 +171,7 @@ def test_the_source_is_told_by_the_files(name: str, tmp_path: Path) -> None:
         (["data.path={empty}"], "holds no files that end in .tar, "),
         (["data.name=webdatset", "data.path={empty}"], "did you mean webdataset?"),
         (["data.path={tars}", "limits=3"], "limits is not a known key; did you mean limit?"),
-        (["data.path={tars}", "limit=0"], "limit is 0; it must be int >= 1"),
+        (["data.path={tars}", "limit=0"], "limit is 0; it must be a whole number, at least 1"),
         (["data.path={tars}", "data.paths=3"], "data.paths is not a known key"),
         (["data.path={tars}"], "data: no usable documents in the corpus (1 items left out)"),
     ],

@@ -16,9 +16,10 @@ from cm3leon.config import (
     component_sections,
     from_mapping,
     parse_override,
+    settled,
     split_key,
 )
-from cm3leon.experiment import Experiment, load_experiment, load_listed
+from cm3leon.experiment import Experiment, load_experiment, load_listed, typed_settings
 from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
@@ -132,6 +133,9 @@ def load_study(
         name_or_path, shipped, [override for override in overrides if not _of_run(override)]
     )
     mapping = _with_folder(mapping, folder)
+    for evaluation in mapping.get("evaluations", {}).values():
+        if isinstance(evaluation, dict) and "setting" in evaluation:
+            evaluation["setting"] = settled(Setting, evaluation["setting"])
     study = from_mapping(Study, mapping)
     of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
     for (name, *_), _ in of_runs:
@@ -145,7 +149,8 @@ def load_study(
     for run in study.runs.values():
         if run.experiment.endswith((".yaml", ".yml")):
             run.experiment = str(file.parent / run.experiment)
-    for name in study.runs:
+    for name, run in study.runs.items():
+        run.overrides = typed_settings(run.experiment, run.overrides)
         load_run(study, name)
     named = {
         name: [row.name for row in rows(name, each)] for name, each in study.evaluations.items()
@@ -231,7 +236,7 @@ def _swept_runs(
 def _with_folder(content: Any, folder: Path) -> Any:
     """The content with the study's folder in all its paths."""
     if isinstance(content, str):
-        return content.replace(HERE, str(folder))
+        return type(content)(content.replace(HERE, str(folder)))
     if isinstance(content, Mapping):
         return {
             _with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from cm3leon.config import (
     apply_overrides,
     component_sections,
     from_mapping,
+    settled,
     split_key,
+    typed_value,
 )
 from cm3leon.experiment import Experiment
 from cm3leon.study.config import combinations, shown
@@ -66,13 +68,28 @@ Point = Mapping[str, Any]
 """Dotted keys and the values they have there."""
 
 
-def named_points(config: SweepConfig) -> dict[str, Point]:
+def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What each key takes, as `parse_values` says, every value typed as its key wants it among these sections.
+
+    Raises:
+        UserError: for values that are not understood.
+    """
+
+    def reader(key: str) -> Callable[[Any], Any]:
+        path = split_key(key)
+        return lambda value: settled(Any, typed_value(Experiment, sections, path, value))
+
+    return {key: parse_values(key, given, reader(key)) for key, given in swept.items()}
+
+
+def named_points(
+    config: SweepConfig, values: Mapping[str, Choice | Interval]
+) -> dict[str, Point]:
     """The points by their names, `learning_rate=0.001,seed=2`, in the order of the keys and their values.
 
     Raises:
-        UserError: for values that are not understood or have no end, too many points, or two of one name.
+        UserError: for values of which there are infinitely many, too many points, or two of one name.
     """
-    values = {key: parse_values(key, given) for key, given in config.sweep.items()}
     points = list(_drawn(config, values) if config.sweep_trials else _grid(config, values))
     short = short_names(list(values))
     named: dict[str, Point] = {}
@@ -129,7 +146,8 @@ def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Itera
     for key, of in values.items():
         if isinstance(of, Interval):
             raise UserError(
-                f"sweep.{key} is {config.sweep[key]}, which has no end of values; give sweep_trials=N"
+                f"sweep.{key} is {config.sweep[key]}, a range to draw from; say how many points to draw "
+                "with sweep_trials=N"
             )
         lists[key] = of.values
     count = math.prod(map(len, lists.values()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
+from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
 from cm3leon.launch.follow import refuse_twice
@@ -28,9 +28,11 @@ from cm3leon.sweep.points import (
     named_points,
     point_name,
     short_names,
+    values_of,
 )
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
+from cm3leon.sweep.values import Choice
 from cm3leon.training.distributed import find_place
 from cm3leon.types import Again, UserError
 
@@ -70,11 +72,19 @@ def load_sweep(
     mapping = load_mapping(name_or_path, words)
     if until:
         mapping["until"] = until
-    config = from_mapping(
-        SweepConfig, {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
-    )
+    own = {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
+    config = from_mapping(SweepConfig, own)
     sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
-    points = named_points(config)
+    swept = own[SWEEP]
+    if isinstance(swept, Word):
+        swept = parse_word(swept, SWEEP)
+    values = values_of(swept, sections)
+    points = named_points(config, values)
+    # Written down as they were read, so that the file says the same as the command line.
+    mapping[SWEEP] = {
+        key: list(of.values) if isinstance(of, Choice) else str(swept[key])
+        for key, of in values.items()
+    }
     experiments = {name: experiment_at(sections, name, point) for name, point in points.items()}
     first, here = next(iter(experiments.values())), LAUNCHERS.check("here", "launcher")
     if first.until:

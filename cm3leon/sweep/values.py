@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cm3leon.config import parse_override
+from cm3leon.config import Word, parse_word, settled
 from cm3leon.types import UserError
 
 DIGITS = 4
@@ -48,27 +48,35 @@ class Interval:
         return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
 
 
-def parse_values(key: str, given: Any) -> Choice | Interval:
+def parse_values(
+    key: str, given: Any, read: Callable[[Any], Any] = lambda word: settled(Any, word)
+) -> Choice | Interval:
     """The values of a swept key: a list as it is, text as `LEGEND` says, anything else as a single value.
+
+    Args:
+        read: makes what the key takes of one value, which is a `Word` where it was typed.
 
     Raises:
         UserError: for text that is none of these, bounds in the wrong order, or no values at all.
     """
-    values = _values(key, given)
+    values = _values(key, given, read)
     if isinstance(values, Choice) and not len(values.values):
         raise UserError(f"sweep.{key} is {given}, which has no values; {LEGEND}")
     return values
 
 
-def _values(key: str, given: Any) -> Choice | Interval:
+def _values(key: str, given: Any, read: Callable[[Any], Any]) -> Choice | Interval:
     if isinstance(given, list):
         return Choice(tuple(given))
     if not isinstance(given, str):
         return Choice((given,))
     call = _CALL.fullmatch(given.strip())
     if call is None:
-        _, values = parse_override(f"sweep.{key}=[{given}]")
-        return Choice(tuple(values))
+        values = parse_word(Word(f"[{given}]"), f"sweep.{key}")
+        # Typed with brackets around all of them, they are a list as a file has it.
+        if isinstance(given, Word) and len(values) == 1 and isinstance(values[0], list):
+            (values,) = values
+        return Choice(tuple(map(read, values)))
     name, numbers = call[1], [number.strip() for number in call[2].split(",")]
     if (
         name == "range"
