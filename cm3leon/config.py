@@ -55,7 +55,6 @@ class Word(str):
     """A value of the command line, or a part of one, as it was typed: its field decides how it is read."""
 
 
-
 _package = Path(__file__).resolve().parent
 SHIPPED = _package if (_package / "experiments.yaml").is_file() else _package.parent
 """The folder that holds experiments.yaml and experiments/: the package in a wheel, the repository in a clone."""
@@ -606,7 +605,11 @@ def settled(annotation: Any, value: Any, where: str = "") -> Any:
         }
     if isinstance(value, (list, tuple)):
         item = next(
-            (get_args(each)[0] for each in _members(annotation) if get_origin(each) in (list, tuple)),
+            (
+                get_args(each)[0]
+                for each in _members(annotation)
+                if get_origin(each) in (list, tuple)
+            ),
             Any,
         )
         return [settled(item, inner, _join(where, index)) for index, inner in enumerate(value)]
@@ -669,12 +672,16 @@ def parse_word(word: Word, where: str) -> Any:
         try:
             return yaml.load(text, Loader=_WordLoader)
         except yaml.YAMLError as error:
-            raise UserError(f"{where} is {text}, which is not valid YAML{_reason(error)}") from error
+            raise UserError(
+                f"{where} is {text}, which is not valid YAML{_reason(error)}"
+            ) from error
     if text.startswith(('"', "'")):
         try:
             return _parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UserError(f"{where} is {text}, which is not valid YAML{_reason(error)}") from error
+            raise UserError(
+                f"{where} is {text}, which is not valid YAML{_reason(error)}"
+            ) from error
     # A plain scalar taken whole: inside it neither ": " nor " #" means anything.
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ from cm3leon.registry import (
 from cm3leon.retrievers.index import IndexConfig
 from cm3leon.tokenizers.text import TextTokenizerConfig
 from cm3leon.training.config import DecoderTrainingConfig, TrainingConfig
-from cm3leon.types import UserError
+from cm3leon.types import Notice, UserError
 
 STUDY = frozenset({"runs", "evaluations"})
 """Sections that a study has, and an experiment has not."""
@@ -158,7 +159,8 @@ class Experiment:
     """How the memory bank of a corpus in shards is searched."""
 
     retriever_training: TrainingConfig | None = None
-    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded."""
+    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded. It is left out for a
+    retriever that has nothing to train."""
 
     objective: Annotated[Component, OBJECTIVES]
     """What the model learns from a sample."""
@@ -200,8 +202,12 @@ class Experiment:
 
     def check(self) -> None:
         if self.retriever_training and not RETRIEVERS.get(self.retriever.name).trained:
-            raise UserError(
-                f"retriever_training is set, and the retriever {self.retriever.name} has nothing to train; make it null"
+            # So that retriever=lexical is enough for an experiment whose own retriever is trained.
+            self.retriever_training = None
+            warnings.warn(
+                f"retriever_training is left out: the retriever {self.retriever.name} has nothing to train",
+                Notice,
+                stacklevel=2,
             )
         tasks = [task.name for task in self.tasks]
         for name in self.task_decoders:

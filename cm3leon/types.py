@@ -32,6 +32,10 @@ class UserError(ValueError):
     """A user's mistake: its message is one sentence (what, where, what is allowed) shown without a traceback."""
 
 
+class Notice(UserWarning):
+    """A warning of ours: its message is one sentence for the user. The command line shows it, and no library's."""
+
+
 class Again(Exception):
     """A run was asked to make room: its progress is saved, and the same command goes on from there."""
 

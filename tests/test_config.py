@@ -169,20 +169,38 @@ def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> No
         ({"steps": None}, "run.steps is null; it must be a whole number, at least 1"),
         ({"steps": 13}, "run: steps must not be 13"),
         ({"steps": 1, "weight": "heavy"}, 'run.weight is "heavy"; it must be a number, at least 0'),
-        ({"steps": 1, "weight": float("nan")}, "run.weight is NaN; it must be a number, at least 0"),
+        (
+            {"steps": 1, "weight": float("nan")},
+            "run.weight is NaN; it must be a number, at least 0",
+        ),
         ({"steps": 1, "share": 1.1}, "run.share is 1.1; it must be a number from 0 to 1"),
         ({"steps": 1, "flag": 1}, "run.flag is 1; it must be true or false"),
         ({"steps": 1, "mode": "quick"}, 'run.mode is "quick"; it must be one of fast, exact, 3'),
         ({"steps": 1, "root": 7}, "run.root is 7; it must be a path"),
-        ({"steps": 1, "sizes": 7}, "run.sizes is 7; it must be a list, each a whole number, at least 0"),
-        ({"steps": 1, "sizes": [1, -1]}, "run.sizes.1 is -1; it must be a whole number, at least 0"),
-        ({"steps": 1, "betas": [0.9]}, "run.betas is [0.9]; it must be a list of 2: a number, a number"),
+        (
+            {"steps": 1, "sizes": 7},
+            "run.sizes is 7; it must be a list, each a whole number, at least 0",
+        ),
+        (
+            {"steps": 1, "sizes": [1, -1]},
+            "run.sizes.1 is -1; it must be a whole number, at least 0",
+        ),
+        (
+            {"steps": 1, "betas": [0.9]},
+            "run.betas is [0.9]; it must be a list of 2: a number, a number",
+        ),
         ({"steps": 1, "names": [1]}, "run.names.0 is 1; it must be a text"),
         ({"steps": 1, "weights": {"coco": "x"}}, 'run.weights.coco is "x"; it must be a number'),
         ({"steps": 1, "weights": {1: 1.0}}, "run.weights is 1; it must be a text"),
-        ({"steps": 1, "limit": "some"}, 'run.limit is "some"; it must be a whole number or all, or null for none'),
+        (
+            {"steps": 1, "limit": "some"},
+            'run.limit is "some"; it must be a whole number or all, or null for none',
+        ),
         ({"steps": 1, "inner": 3}, "run.inner is 3; it must be a section of key: value"),
-        ({"steps": 1, "inner": {"rate": 1}}, "run.inner.rate is 1; it must be a number, above 0 and below 1"),
+        (
+            {"steps": 1, "inner": {"rate": 1}},
+            "run.inner.rate is 1; it must be a number, above 0 and below 1",
+        ),
         (
             {"steps": 1, "inners": [{}, {"rat": 1}]},
             "run.inners.1.rat is not a known key; did you mean rate?",
@@ -215,7 +233,9 @@ def test_component_by_bare_name_and_by_its_default_name() -> None:
 
 def test_describe_reads_types_defaults_and_sentences() -> None:
     docs = {doc.name: doc for doc in config.describe(Outer)}
-    assert docs["steps"] == config.FieldDoc("steps", "a whole number, at least 1", "required", "Number of steps.")
+    assert docs["steps"] == config.FieldDoc(
+        "steps", "a whole number, at least 1", "required", "Number of steps."
+    )
     assert docs["root"].default == '"data"'
     assert docs["inner.rate"] == config.FieldDoc(
         "inner.rate", "a number, above 0 and below 1", "0.5", "Rate of something, over two lines."

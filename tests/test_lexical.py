@@ -18,7 +18,7 @@ from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, directio
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.stages import run_experiment
 from cm3leon.training.device import best_device
-from cm3leon.types import UserError
+from cm3leon.types import Notice, UserError
 
 discover()
 
@@ -150,8 +150,10 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
         model.clip_scores(captions[0], run.codes_MN[:2])
 
 
-def test_there_is_nothing_to_train() -> None:
-    with pytest.raises(
-        UserError, match="retriever_training is set, and the retriever lexical has nothing to train"
-    ):
-        load_experiment("digits_smoke", settings={"retriever": {"name": "lexical"}})
+def test_one_word_is_enough_to_choose_it() -> None:
+    said = "retriever_training is left out: the retriever lexical has nothing to train"
+    with pytest.warns(Notice, match=said):
+        experiment = load_experiment("digits_smoke", ["retriever=lexical"])
+    assert experiment.retriever_training is None
+    settings = {"retriever": {"name": "lexical"}, "retriever_training": None}
+    assert load_experiment("digits_smoke", settings=settings) == experiment

@@ -60,7 +60,9 @@ def test_preset_changes_defaults_only(engines: Registry[Engine]) -> None:
     assert engines.check("large").config == Engine.Config(layers=9, head=Head(count=8))
     over = engines.check({"name": "large", "layers": 1, "head": {"size": 32}})
     assert over.config == Engine.Config(layers=1, head=Head(count=8, size=32))
-    assert engines.describe("large")[0] == FieldDoc("layers", "a whole number, at least 1", "9", "Number of layers.")
+    assert engines.describe("large")[0] == FieldDoc(
+        "layers", "a whole number, at least 1", "9", "Number of layers."
+    )
     assert engines.get("large") is Engine
     assert (engines.preset_of("large"), engines.preset_of("plain")) == ("plain", None)
     assert engines.config_class("large") is Engine.Config

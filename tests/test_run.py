@@ -148,7 +148,8 @@ def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture
         in text
     )
     assert (
-        "\n      min_p: a number from 0 to 1 = 0.1\n          A token stays if its probability" in text
+        "\n      min_p: a number from 0 to 1 = 0.1\n          A token stays if its probability"
+        in text
     )
     for registry in REGISTRIES:
         assert all(f"\n  {name}  ({registry.origin(name)})\n" in text for name in registry.names())

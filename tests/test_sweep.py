@@ -44,12 +44,12 @@ def points(trials: int | None = None, **sweep: Any) -> dict[str, Any]:
 
 
 def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
-    words = ["sweep.data.path=2024,1e3,yes", "sweep.seed=7", "sweep.training.steps=[10, 5]"]
+    words = ["sweep.data.path=2024,1e3,yes", "sweep.seed=7", "sweep.training.steps=[10, 8]"]
     given = ["data=folder", "data.path=1", "retriever=lexical", *words]
     sweep = load_sweep("digits_smoke", given, tmp_path)
     assert [point["data.path"] for point in sweep.points.values()][::2] == ["2024", "1e3", "yes"]
     assert {point["seed"] for point in sweep.points.values()} == {7}
-    assert [point["training.steps"] for point in sweep.points.values()][:2] == [10, 5]
+    assert [point["training.steps"] for point in sweep.points.values()][:2] == [10, 8]
     (tmp_path / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
     again = load_sweep(str(tmp_path / "sweep.yaml"), [], tmp_path)
     assert again.points == sweep.points

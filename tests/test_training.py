@@ -92,7 +92,10 @@ def test_schedules_rise_to_the_peak_once_and_never_are_zero(
             "training: log_every 3 must divide checkpoint_every 10",
         ),
         ({"keep_every": 300}, "training: checkpoint_every 200 must divide keep_every 300"),
-        ({"keep_checkpoints": 0}, "training.keep_checkpoints is 0; it must be a whole number, at least 1"),
+        (
+            {"keep_checkpoints": 0},
+            "training.keep_checkpoints is 0; it must be a whole number, at least 1",
+        ),
         (
             {"precision": "fp16"},
             'training.precision is "fp16"; it must be one of auto, bf16, float32',

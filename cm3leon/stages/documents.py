@@ -14,7 +14,7 @@ from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.tokens import sample_documents, split_in
+from cm3leon.stages.tokens import DocumentSample, split_in
 from cm3leon.types import Document, UserError
 
 SKIPPED = "skipped.jsonl"
@@ -26,7 +26,8 @@ def make_documents(run: Run, folder: Path) -> None:
     documents: list[Document] = []
     images: list[np.ndarray] = []
     skipped: list[Skipped] = []
-    items = sample_documents(run) if run.experiment.shards else run.source.documents()
+    sample = DocumentSample(run) if run.experiment.shards else None
+    items = run.source.documents() if sample is None else sample
     for item in tqdm(items, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True):
         if isinstance(item, Skipped):
             skipped.append(item)
@@ -58,19 +59,24 @@ def make_documents(run: Run, folder: Path) -> None:
         captions=[document.text for document in documents],
         images_BHWC=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
         labels=[document.label for document in documents],
-        splits=_splits(run, ids),
+        splits=_splits(run, ids, sample),
     ).save(folder)
 
 
-def _splits(run: Run, ids: list[str]) -> list[Split]:
+def _splits(run: Run, ids: list[str], sample: DocumentSample | None) -> list[Split]:
     """The split of each document; for a sample, that which it has in the whole corpus."""
     config = run.experiment.split
-    if run.experiment.shards is None:
+    if sample is None:
         return split_of(ids, validation=config.validation, held_out=config.held_out)
     splits = [split_in(run, id_) for id_ in ids]
     for split in get_args(Split):
         if split not in splits and run.borrowed is None:
+            if not sample.whole:
+                raise UserError(
+                    f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
+                )
             raise UserError(
-                f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
+                f"split: none of the {len(ids)} usable documents, which are the whole corpus, is in the {split} "
+                "split; give a corpus of more documents, or other shares in split.validation and split.held_out"
             )
     return splits

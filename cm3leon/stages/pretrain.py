@@ -30,8 +30,9 @@ def make_pretraining(run: Run, folder: Path) -> None:
     """
     if not len(run.corpus.rows("validation")):
         raise UserError(
-            "shards.sample: no document sampled has a caption and an image to validate with; raise it, or stop at "
-            "until=neighbours and mix this run into another with shards.mix"
+            "data: no document that was read has a caption and an image and is in the validation split; raise "
+            "shards.sample if the corpus has more documents, or stop at until=neighbours and mix this run into "
+            "another with shards.mix"
         )
     config, seed, ranks = run.experiment.training, run.experiment.seed, run.ranks
     samples = training_samples(run)

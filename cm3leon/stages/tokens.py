@@ -39,20 +39,31 @@ def split_in(run: Run, id_: str) -> Split:
     )
 
 
-def sample_documents(run: Run) -> Iterator[Document | Skipped]:
+class DocumentSample:
     """About `shards.sample` documents, equally many from every part of the source, or one from each of as many parts.
 
     Parts with fewer are not made up for.
     """
-    count, parts = run.shards.sample, run.source.parts()
-    order = np.random.default_rng(run.experiment.seed).permutation(len(parts))[:count]
-    for number in sorted(order.tolist()):
-        left = -(-count // len(order))
-        for item in run.source.read(parts[number]):
-            yield item
-            left -= isinstance(item, Document)
-            if not left:
-                break
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.whole = False
+        """Whether the sample turned out to be all that the source has; known when it was read."""
+
+    def __iter__(self) -> Iterator[Document | Skipped]:
+        count, parts = self.run.shards.sample, self.run.source.parts()
+        order = np.random.default_rng(self.run.experiment.seed).permutation(len(parts))[:count]
+        whole = len(order) == len(parts)
+        for number in sorted(order.tolist()):
+            left = -(-count // len(order))
+            items = iter(self.run.source.read(parts[number]))
+            for item in items:
+                yield item
+                left -= isinstance(item, Document)
+                if not left:
+                    whole = whole and next(items, None) is None
+                    break
+        self.whole = whole
 
 
 def tokens_inputs(run: Run) -> Any:
@@ -103,7 +114,7 @@ def make_tokens(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
         )
-    documents, _ = _tokenized(run, sample_documents(run), "validation")
+    documents, _ = _tokenized(run, DocumentSample(run), "validation")
     write_token_shard(folder / VALIDATION, documents, run.made_by)
 
 

@@ -82,9 +82,7 @@ def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str
     return {key: parse_values(key, given, reader(key)) for key, given in swept.items()}
 
 
-def named_points(
-    config: SweepConfig, values: Mapping[str, Choice | Interval]
-) -> dict[str, Point]:
+def named_points(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> dict[str, Point]:
     """The points by their names, `learning_rate=0.001,seed=2`, in the order of the keys and their values.
 
     Raises:
