@@ -11,9 +11,11 @@ import os
 import random
 import struct
 import tarfile
+import tempfile
 import time
+import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import CORPORA, encoded, picture, write_lines, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cm3leon.data import parquet
+from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS
 from cm3leon.data.files import Files
 from cm3leon.data.source import Skipped, Source
 from cm3leon.data.stream import DocumentStream
@@ -35,6 +40,9 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 discover()
 
 FILE_SOURCES = [name for name in CORPORA if name not in ("digits", "scenes", "scene_entities")]
+
+
+IMAGE, OTHER = encoded(picture(1)), encoded(picture(2))
 
 
 def build(name: str, **fields: Any) -> Source:
@@ -461,6 +469,137 @@ def test_images_relative_to_another_folder(tmp_path: Path) -> None:
     assert "outside" in the_bad(source)[1]
 
 
+def one_line(place: Path, line: dict[str, Any], **settings: Any) -> Document | Skipped:
+    """The item that a line of JSON makes, beside an image a.png."""
+    (place / "a.png").write_bytes(IMAGE)
+    (item,) = build(
+        "jsonl", path=str(write_lines(place / "a.jsonl", [line])), **settings
+    ).documents()
+    return item
+
+
+@given(
+    st.sampled_from(TEXT_KEYS),
+    st.sampled_from(IMAGE_KEYS),
+    st.sampled_from([str.lower, str.upper, str.title]),
+    st.sampled_from([{}, {"id": "7", "width": 12, "license": "CC BY 4.0", "thumb": "b.png"}]),
+)
+def test_a_pair_is_read_under_every_usual_name(
+    text: str, image: str, written: Callable[[str], str], more: dict[str, Any]
+) -> None:
+    line = {**more, written(text): "a dog", written(image): "a.png"}
+    with tempfile.TemporaryDirectory() as folder:
+        item = one_line(Path(folder), line)
+    assert isinstance(item, Document)
+    assert [type(segment) for segment in item.segments] == [TextSegment, ImageSegment]
+    assert item.text == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "segments"),
+    [
+        ({"captions": [None, " ", "first", "second"], "image": "a.png"}, {}, ["first", "image"]),
+        ({"sentences": [{"raw": "said"}], "filename": "a.png"}, {}, ["said", "image"]),
+        ({"text": "a", "image": {"path": "a.png"}}, {}, ["a", "image"]),
+        ({"text": "a", "images": ["a.png"]}, {}, ["a", "image"]),
+        ({"text": "a", "image": "a.png", "file_name": "a.png"}, {}, ["a", "image"]),
+        ({"text": "a", "image": ""}, {}, ["a"]),
+        ({"text": "a", "path": "shard 3"}, {}, ["a"]),
+        ({"text": "a", "Bild": "a.png"}, {"image_key": "Bild"}, ["a", "image"]),
+        ({"Legende": "a", "image": "a.png"}, {"text_key": "Legende"}, ["a", "image"]),
+        (
+            {"image": "a.png", "mask": "b.png", "file": "c.png", "text": "a"},
+            {"image_key": "image"},
+            ["a", "image"],
+        ),
+        ({"image": "a.png", "license": "CC BY 4.0"}, {"text_key": "text"}, ["image"]),
+        (
+            {
+                "image": "a.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": "A dog."},
+                ],
+            },
+            {},
+            ["image", "What is it?\nA dog."],
+        ),
+        (
+            {"image": "a.png", "messages": [{"role": "user", "content": "See <image> there"}]},
+            {},
+            ["See", "image", "there"],
+        ),
+        (
+            {
+                "images": ["a.png", "a.png"],
+                "messages": [{"role": "user", "content": "<image> or <image>?"}],
+            },
+            {},
+            ["image", "or", "image", "?"],
+        ),
+        (
+            {"image": "a.png", "conversations": [{"value": "What is it?"}]},
+            {},
+            ["image", "What is it?"],
+        ),
+    ],
+)
+def test_what_else_a_line_may_hold(
+    line: dict[str, Any], settings: dict[str, str], segments: list[str], tmp_path: Path
+) -> None:
+    item = one_line(tmp_path, line, **settings)
+    assert isinstance(item, Document), item
+    found = [s.text if isinstance(s, TextSegment) else "image" for s in item.segments]
+    assert found == segments
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            {"text": "a", "Bild": "a.png"},
+            "'Bild': looks like an image and is not read; set data.image_key",
+        ),
+        ({"text": "a", "Bild": {"bytes": "x"}}, "'Bild': looks like an image"),
+        ({"text": "a", "Bilder": ["a.png"]}, "'Bilder': looks like an image"),
+        ({"text": "a", "Bild": "https://x.org/a.jpg?size=3"}, "'Bild': looks like an image"),
+        ({"caption": "a", "url": "https://x.org/7"}, "'url': looks like an image"),
+        (
+            {"image": "a.png", "Legende": "ein Hund"},
+            "'Legende': looks like a text and is not read; set data.text_key",
+        ),
+        ({"image": "a.png", "Legenden": ["ein Hund"]}, "'Legenden': looks like a text"),
+        (
+            {"image": "a.png", "file_name": "b.png", "text": "a"},
+            "several images, under image, file_name; say which",
+        ),
+        (
+            {"images": ["a.png", "b.png"], "text": "a"},
+            "images lists 2 images; a page is written as segments",
+        ),
+        (
+            {"conversations": [{"value": "<image> What is it?"}]},
+            "the turns have 1 times <image>, the line 0 images",
+        ),
+        (
+            {"conversations": [{"value": "What is it?"}], "Bild": "a.png"},
+            "'Bild': looks like an image",
+        ),
+        (
+            {"image": "a.png", "conversations": [{"value": 7}]},
+            "turn 0 of conversations has no text",
+        ),
+        ({"Titel": "dog"}, "the line has none of text, image and segments, but 'Titel'"),
+    ],
+)
+def test_half_of_a_pair_is_never_read_without_a_word(
+    line: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    item = one_line(tmp_path, line)
+    assert isinstance(item, Skipped), item
+    assert item.reason.startswith(reason)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_that_is_too_long_is_not_held(packed: bool, tmp_path: Path) -> None:
     lines = b'{"text": "first"}\n{"text": "' + b"x" * 5000 + b'"}\n{"text": "last"}'
@@ -565,7 +704,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
         (
             [("b.png", encoded(picture(3)))],
             "b",
-            "no caption: neither a member .txt nor a caption in a member .json",
+            "no caption: the key has only .png; data.text_key names a member, or a key in .json",
         ),
         ([("b.txt", b"x")], "b", "no image: the key has only .txt"),
         (
@@ -606,10 +745,128 @@ def test_keys_and_members_that_occur_twice(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*PAIR, ("a.txt", b"again"), *LAST, *PAIR])
     source = build("webdataset", path=str(tmp_path))
     assert good(source) == {"a.tar/a": "first", "a.tar/z": "last"}
-    assert [reason for _, reason in bad(source)] == [
-        "occurs twice in the tar; the first one is kept",
-        "its id occurs twice in this part; the first one is kept",
+    again = "occurs twice in the tar; the first one is kept"
+    assert bad(source) == [("a.tar/a.txt", again), ("a.tar/a.png", again), ("a.tar/a.txt", again)]
+
+
+def tar_of(place: Path, members: dict[str, bytes], **settings: Any) -> Source:
+    return build("webdataset", path=str(write_tar(place / "a.tar", members.items())), **settings)
+
+
+@given(st.permutations([f"{key}.{kind}" for key in "abcd" for kind in ("png", "txt", "json")]))
+def test_the_order_of_members_does_not_matter(names: list[str]) -> None:
+    contents = {"png": IMAGE, "json": b'{"caption": "from json"}'}
+    members = {name: contents.get(name[2:], f"text {name[0]}".encode()) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        items = list(tar_of(Path(folder), members).documents())
+    texts = {item.id: item.text for item in items if isinstance(item, Document)}
+    assert texts == {f"a.tar/{key}": f"text {key}" for key in "abcd"}
+    assert len(items) == 4
+
+
+@given(st.permutations([f"{key}.{kind}" for key in "abcd" for kind in ("png", "txt")]))
+def test_pairs_of_a_remote_tar_may_lie_apart(names: list[str]) -> None:
+    members = {name: IMAGE if "png" in name else name[:1].encode() for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tar(Path(folder) / "a.tar", members.items())
+        fsspec.filesystem("memory").pipe("/apart/a.tar", path.read_bytes())
+    source = build("webdataset", path="memory://apart/a.tar")
+    assert good(source) == {f"a.tar/{key}": key for key in "abcd"}
+    assert bad(source) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_held_of_an_unsorted_tar_has_a_limit(packed: bool, tmp_path: Path) -> None:
+    """All images stand before all captions; room is for two of them."""
+    big = encoded(picture(3, 60))
+    members = {f"{key}.png": big for key in "abcd"} | {f"{key}.txt": b"words" for key in "abcd"}
+    members["z.png"], members["z.txt"] = big, b"together"
+    path = write_tar(tmp_path / "a.tar", members.items(), "w:gz" if packed else "w")
+    source = build("webdataset", path=str(path), max_held_bytes=2 * len(big) + 3000)
+    assert list(good(source)) == ["a.tar/a", "a.tar/b", "a.tar/z"]
+    for file, reason in bad(source):
+        assert file in ("a.tar/c", "a.tar/d")
+        assert "lie apart in the tar" in reason
+        assert "tar --sort=name" in reason
+
+
+def test_the_members_of_one_key_have_a_limit_together(tmp_path: Path) -> None:
+    members = {f"page.{n}.png": encoded(picture(n, 60)) for n in range(5)}
+    page = {"segments": [{"image": f"{n}.png"} for n in range(5)]}
+    members |= {"page.json": json.dumps(page).encode(), "z.png": IMAGE, "z.txt": b"last"}
+    source = tar_of(tmp_path, members, max_held_bytes=30_000)
+    assert list(good(source)) == ["a.tar/z"]
+    assert bad(source) == [
+        ("a.tar/page", "too large: the members of the key have more than 30000 bytes")
     ]
+
+
+def test_a_packed_tar_of_one_key_takes_little_memory(tmp_path: Path) -> None:
+    """Members that unpack to gigabytes, all with one key, in a file of a few hundred kilobytes."""
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=9) as tar:
+        for number in range(40):
+            info = tarfile.TarInfo(f"a.{number}.png")
+            info.size = 4 * 2**20
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    source = build("webdataset", path=str(tmp_path), max_held_bytes=8 * 2**20)
+    tracemalloc.start()
+    assert [file for file, _ in bad(source)] == ["a.tar.gz/a"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * 2**20  # 160 MiB are in it
+
+
+@pytest.mark.parametrize(
+    ("members", "settings", "text"),
+    [
+        ({"a.input.jpg": IMAGE, "a.outputs.txt": b"x"}, ("input.jpg", "outputs.txt"), "x"),
+        ({"a.INPUT.JPG": IMAGE, "a.outputs.TXT": b"x"}, (".input.jpg", ".outputs.txt"), "x"),
+        ({"a.jpg": IMAGE, "a.caption": b"x"}, (None, None), "x"),
+        ({"a.jpg": IMAGE, "a.text": b"x"}, (None, None), "x"),
+        ({"a.jpg": IMAGE, "a.json": b'{"prompt": "x"}'}, (None, None), "x"),
+        ({"a.jpg": IMAGE, "a.json": b'{"TEXT": "x"}'}, (None, None), "x"),
+        ({"a.jpg": IMAGE, "a.json": b'{"captions": [" ", "x", "y"]}'}, (None, None), "x"),
+        ({"a.jpg": IMAGE, "a.json": b'{"Legende": "x"}'}, (None, "Legende"), "x"),
+        ({"a.jpg": IMAGE, "a.txt": b"x", "a.json": b'{"own": "y"}'}, (None, "own"), "y"),
+        ({"a.photo": IMAGE, "a.txt": b"x"}, ("photo", None), "x"),
+        ({"a.png": OTHER, "a.webp": IMAGE, "a.txt": b"x"}, ("webp", None), "x"),
+        ({"a.jpg": IMAGE, "a.mask.png": OTHER, "a.txt": b"x"}, (None, None), "x"),
+    ],
+)
+def test_members_are_found_by_their_usual_names_and_by_keys(
+    members: dict[str, bytes], settings: tuple[str | None, str | None], text: str, tmp_path: Path
+) -> None:
+    source = tar_of(tmp_path, members, image_key=settings[0], text_key=settings[1])
+    (item,) = source.documents()
+    assert isinstance(item, Document)
+    assert item.text == text
+    assert np.array_equal(item.image, picture(1))
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        (
+            {"a.png": OTHER, "a.webp": IMAGE, "a.txt": b"x"},
+            "several images: the key has .png, .webp; ",
+        ),
+        (
+            {"a.input.jpg": IMAGE, "a.outputs.txt": b"x"},
+            "the key has only .input.jpg, .outputs.txt; ",
+        ),
+        ({"a.photo": IMAGE, "a.txt": b"x"}, "no image: the key has only .photo, .txt; "),
+        ({"a.jpg": IMAGE, "a.cls": b"7"}, "no caption: the key has only .cls, .jpg; data.text_key"),
+        (
+            {"a.jpg": IMAGE, "a.json": b'{"title": "a dog"}'},
+            "'title': looks like a text and is not",
+        ),
+        ({"a.jpg": IMAGE, "a.json": b'{"text": 7}'}, "the caption is int, not a string"),
+    ],
+)
+def test_no_half_of_a_key_is_read(members: dict[str, bytes], reason: str, tmp_path: Path) -> None:
+    source = tar_of(tmp_path, members)
+    assert good(source) == {}
+    assert reason in the_bad(source)[1]
 
 
 def many(place: Path, mode: str = "w", name: str = "a.tar") -> bytes:

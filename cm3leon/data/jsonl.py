@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
+from cm3leon.data.fields import (
+    Found,
+    PairConfig,
+    check_unread,
+    conversation,
+    conversation_segments,
+    find_image,
+    find_text,
+    first_text,
+    image_path,
+    image_paths,
+)
 from cm3leon.data.files import (
     CUT_STREAM,
     BadRecord,
@@ -60,12 +72,15 @@ class LinesSource(FileSource):
 class JsonlSource(LinesSource):
     """Lines of JSON, each a document of text, of a caption and an image, or of both in any order.
 
-    `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be left out.
-    `{"segments": [{"text": "..."}, {"image": "images/7.jpg"}]}` is a page. Without an `id` the line's number serves.
+    `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be left out. Both are
+    found under their usual names (`fields.py`), or under `data.text_key` and `data.image_key`; of a list of captions
+    the first is taken. `{"segments": [{"text": "..."}, {"image": "images/7.jpg"}]}` is a page, and so is
+    `{"image": "7.jpg", "conversations": [{"from": "human", "value": "<image> ..."}, ...]}`. Without an `id` the line's
+    number serves.
     """
 
     @dataclass(kw_only=True)
-    class Config(FilesConfig):
+    class Config(PairConfig):
         """Where the lines and the images are."""
 
         images: str | None = None
@@ -76,19 +91,28 @@ class JsonlSource(LinesSource):
         self._images = Files(config.images, "data.images") if config.images else None
 
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
+        load = partial(self._image, part)
         if "segments" in content:
-            return Record(id_, interleaved(content["segments"], partial(self._image, part)))
-        text, image = content.get("text"), content.get("image")
+            return Record(id_, interleaved(content["segments"], load))
+
+        image = find_image(content, self.config.image_key)
+        turns = conversation(content) if self.config.text_key is None else None
+        if turns is not None:
+            check_unread(content, Found("conversation", turns), image, self.config)
+            segments = conversation_segments(turns, image_paths(image) if image else [])
+            return Record(id_, interleaved(segments, load))
+
+        text = find_text(content, self.config.text_key)
+        check_unread(content, text, image, self.config)
         if image is None:
             if text is None:
-                raise BadRecord("the line has none of text, image and segments")
-            return Record(id_, interleaved([{"text": text}], partial(self._image, part)))
-        if not isinstance(image, str):
-            raise BadRecord(f"image is {type(image).__name__}, not a path")
-        load = self._image(part, image)
+                keys = f", but {', '.join(map(ascii, list(content)[:5]))}" if content else ""
+                raise BadRecord(f"the line has none of text, image and segments{keys}")
+            return Record(id_, interleaved([{"text": first_text(text.value)}], load))
         if text is None:
-            return Record(id_, (load,))
-        return Record(id_, (caption_text(page_text(text), self.config.max_caption_bytes), load))
+            return Record(id_, (load(image_path(image)),))
+        caption = caption_text(page_text(first_text(text.value)), self.config.max_caption_bytes)
+        return Record(id_, (caption, load(image_path(image))))
 
     def _image(self, part: str, name: str) -> Any:
         """The function that gives an image's file; the name may not leave the folder."""

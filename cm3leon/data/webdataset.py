@@ -4,139 +4,264 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from cm3leon.config import PositiveInt
+from cm3leon.data.fields import Found, PairConfig, check_unread, find_text, first_text
 from cm3leon.data.files import (
     CUT_STREAM,
     BadRecord,
-    FilesConfig,
     FileSource,
     Record,
     caption_text,
     interleaved,
     is_utf8,
     leaves_folder,
+    page_text,
     parse_object,
 )
 from cm3leon.data.images import SUFFIXES, UnusableImage
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 
-IMAGES = tuple(suffix.removeprefix(".") for suffix in sorted(SUFFIXES))
+IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
+TEXTS = ("txt", "caption", "text")
+"""Suffixes of members that hold a caption, in the order in which they are preferred."""
+MEMBER_BYTES = 1024
+"""Bytes that a member is counted for besides its content: its name, and what holds it."""
+MAX_LISTED_BYTES = 256 * 2**20
+"""Bytes that the list of a tar's members may take; a longer one is not made."""
 
 
 @SOURCES.register("webdataset")
 class WebDatasetSource(FileSource):
     """Tars whose members share a key: `000.jpg` with its caption in `000.txt`, or under `caption` in `000.json`.
 
+    The image is the one member with the ending of an image; the caption is `.txt`, `.caption` or `.text`, or stands in
+    `.json` under one of the usual names (`fields.py`). Members of other names, such as `000.input.jpg` and
+    `000.outputs.txt`, are named by `data.image_key=input.jpg` and `data.text_key=outputs.txt`; of two images that key
+    must say which is meant.
+
     An interleaved page is `000.json` with `{"segments": [{"text": "..."}, {"image": "0.jpg"}]}` and the images
-    `000.0.jpg`, `000.1.jpg` ... Members of a key lie next to each other, and what has other suffixes is left alone.
-    Tars are read as streams and never unpacked to disk; they may be packed by gzip.
+    `000.0.jpg`, `000.1.jpg` ...
+
+    Tars are read as streams and never unpacked to disk; they may be packed by gzip. The headers of a local tar are
+    read first, so that members of a key may lie anywhere in it: they are held until all are there, at most
+    `data.max_held_bytes`. In a remote tar, a key that is complete where another one begins is taken to be whole.
     """
 
     @dataclass(kw_only=True)
-    class Config(FilesConfig):
-        """Where the tars are."""
+    class Config(PairConfig):
+        """Where the tars are, and how much of one is held."""
+
+        max_held_bytes: PositiveInt = 512 * 2**20
+        """Bytes that are held for one key, and as many for all keys whose members lie apart; what is beyond them is
+        left out."""
 
     suffixes = (".tar", ".tar.gz", ".tgz")
 
-    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        with self.files.open(part) as file:
-            group = _Group("")
-            for member in tar_members(file, _is_wanted, self.config.max_file_bytes):
-                if isinstance(member, Problem):
-                    group.add_problem(part, member)
-                    continue
-                key, suffix = _key_and_suffix(member.name)
-                if key != group.key:
-                    yield from self._finished(group, part)
-                    group = _Group(key)
-                if suffix in group.members:
-                    group.add_problem(
-                        part, Problem(member.name, "occurs twice in the tar; the first one is kept")
-                    )
-                else:
-                    group.members[suffix] = member.content
-            yield from self._finished(group, part)
-
-    def _finished(self, group: _Group, part: str) -> Iterator[Record | Skipped]:
-        """The one item of a group, then the members in it that are not usable."""
-        if group.members:
-            id_ = f"{part}/{group.key}"
-            try:
-                yield self._record(group.members, id_)
-            except BadRecord as error:
-                if not group.cut:  # what it lacks lies behind the cut, which is told already
-                    yield Skipped(id_, str(error))
-        yield from group.problems
-
-    def _record(self, members: dict[str, bytes | int], id_: str) -> Record:
-        images = [suffix for suffix in IMAGES if suffix in members]
-        if "json" in members and not (images and "txt" in members):
-            described = parse_object(self._content(members, "json"), "the member .json")
-        else:
-            described = {}
-        if "segments" in described:
-            return Record(
-                id_, interleaved(described["segments"], lambda name: self._image(members, name))
-            )
-        if not images:
-            raise BadRecord(
-                f"no image: the key has only {', '.join(f'.{suffix}' for suffix in sorted(members))}"
-            )
-        if "txt" in members:
-            caption: str | bytes = self._content(members, "txt")
-        elif isinstance(described.get("caption"), str):
-            caption = described["caption"]
-        else:
-            raise BadRecord("no caption: neither a member .txt nor a caption in a member .json")
-        return Record(
-            id_,
-            (caption_text(caption, self.config.max_caption_bytes), self._image(members, images[0])),
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._image_member, self._text_member = (
+            None if key is None else key.lower().removeprefix(".")
+            for key in (config.image_key, config.text_key)
         )
 
-    def _content(self, members: dict[str, bytes | int], suffix: str) -> bytes:
-        content = members[suffix]
-        if isinstance(content, int):
-            raise BadRecord(
-                f"the member .{suffix} has {content} bytes, more than {self.config.max_file_bytes}"
+    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        awaited = self._listed(part) if self.files.local else None
+        groups: dict[str, _Group] = {}  # those whose members are not all there yet
+        group, held = _Group(""), 0
+
+        with self.files.open(part) as file:
+            for member in tar_members(file, self._is_wanted, self.config.max_file_bytes):
+                if isinstance(member, Problem):
+                    group.cut = group.cut or not member.name
+                    file_name = f"{part}/{member.name}" if member.name else part
+                    yield Skipped(file_name, member.reason)
+                    continue
+                key, suffix = _key_and_suffix(member.name)
+                if not key or key.endswith("/"):
+                    continue
+
+                # Another key begins: the last one is left behind, whole or to be held.
+                if key != group.key:
+                    if awaited is None and group.key in groups and self._is_usable(group):
+                        yield from self._finished(groups.pop(group.key), part)
+                    elif group.key in groups:
+                        held += group.hold(held, self.config.max_held_bytes)
+                    group = groups.get(key) or _Group(key)
+                    held -= group.held
+                    group.held = 0
+
+                if suffix in group.members or (awaited is not None and key not in awaited):
+                    reason = "occurs twice in the tar; the first one is kept"
+                    yield Skipped(f"{part}/{member.name}", reason)
+                    continue
+                groups[key] = group
+                group.add(suffix, member.content, self.config)
+                if awaited is not None and len(group.members) == len(awaited[key]):
+                    del awaited[key]
+                    yield from self._finished(groups.pop(key), part)
+
+        for group in groups.values():
+            yield from self._finished(group, part)
+
+    def _listed(self, part: str) -> dict[str, frozenset[str]] | None:
+        """The suffixes of each key of a tar, by its headers alone; None for a tar with too many to list."""
+        listed: dict[str, frozenset[str]] = {}
+        known: dict[frozenset[str], frozenset[str]] = {}  # few sets are shared by many keys
+        size = 0
+        with self.files.open(part) as file:
+            for member in tar_members(file, lambda name: False, 0):
+                if isinstance(member, Problem):
+                    continue
+                key, suffix = _key_and_suffix(member.name)
+                size += 0 if key in listed else len(key) + MEMBER_BYTES // 4
+                suffixes = listed.get(key, frozenset()) | {suffix}
+                size += 0 if suffixes in known else len(suffixes) * MEMBER_BYTES // 4
+                listed[key] = known.setdefault(suffixes, suffixes)
+                if size > MAX_LISTED_BYTES:
+                    return None
+        return listed
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether the content of a member may be needed."""
+        suffix = _key_and_suffix(name)[1]
+        return suffix in (self._image_member, self._text_member) or (
+            suffix.rpartition(".")[2] in (*IMAGES, *TEXTS, "json")
+        )
+
+    def _is_usable(self, group: _Group) -> bool:
+        try:
+            self._record(group.members, group.key)
+        except BadRecord:
+            return False
+        return True
+
+    def _finished(self, group: _Group, part: str) -> Iterator[Record | Skipped]:
+        """The one item of a group."""
+        id_ = f"{part}/{group.key}"
+        try:
+            yield self._record(group.members, id_)
+        except BadRecord as error:
+            if not group.cut:  # what it lacks lies behind the cut, which is told already
+                yield Skipped(id_, str(error))
+
+    def _record(self, members: dict[str, bytes | str], id_: str) -> Record:
+        config = self.config
+        described: dict[str, Any] = {}
+        plain = [suffix for suffix in TEXTS if suffix in members and config.text_key is None]
+        if "json" in members and not (plain and IMAGES & members.keys()):
+            described = parse_object(_content(members, "json"), "the member .json")
+        if "segments" in described:
+            return Record(
+                id_, interleaved(described["segments"], lambda name: _image(members, name))
             )
-        return content
 
-    def _image(self, members: dict[str, bytes | int], suffix: str) -> Callable[[], bytes]:
-        def load() -> bytes:
-            try:
-                return self._content(members, suffix.lower())
-            except KeyError as error:
-                raise UnusableImage(f"no image: the key has no member .{suffix}") from error
-            except BadRecord as error:
-                raise UnusableImage(f"too large: {error}") from error
+        image = self._image_suffix(members)
+        if self._text_member in members:
+            caption: Any = _content(members, str(self._text_member))
+        elif plain:
+            caption = _content(members, plain[0])
+        elif found := find_text(described, config.text_key):
+            caption = page_text(first_text(found.value), "the caption")
+        else:
+            check_unread(described, None, Found("", image), config)
+            raise BadRecord(
+                f"no caption: the key has only {_shown(members)}; "
+                "data.text_key names a member, or a key in .json"
+            )
+        return Record(
+            id_, (caption_text(caption, config.max_caption_bytes), _image(members, image))
+        )
 
-        return load
+    def _image_suffix(self, members: dict[str, bytes | str]) -> str:
+        """The suffix of a key's one image. Raises BadRecord."""
+        key = self._image_member
+        images = sorted(IMAGES & members.keys()) if key is None else [key]
+        if not images or images[0] not in members:
+            raise BadRecord(
+                f"no image: the key has only {_shown(members)}; data.image_key names the member"
+            )
+        if len(images) > 1:
+            raise BadRecord(
+                f"several images: the key has {_shown(images)}; say which with data.image_key"
+            )
+        return images[0]
+
+
+def _shown(suffixes: Iterable[str]) -> str:
+    listed = sorted(suffixes)
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return ", ".join(ascii(f".{suffix}"[:80])[1:-1] for suffix in listed[:8]) + more
+
+
+def _content(members: dict[str, bytes | str], suffix: str) -> bytes:
+    """The bytes of a member. Raises BadRecord for one that is not held, KeyError for one that is missing."""
+    content = members[suffix]
+    if isinstance(content, str):
+        raise BadRecord(content)
+    return content
+
+
+def _image(members: dict[str, bytes | str], suffix: str) -> Callable[[], bytes]:
+    def load() -> bytes:
+        try:
+            return _content(members, suffix.lower())
+        except KeyError as error:
+            raise UnusableImage(f"no image: the key has no member .{suffix}") from error
+        except BadRecord as error:
+            raise UnusableImage(str(error)) from error
+
+    return load
 
 
 @dataclass
 class _Group:
-    """Members of one key by suffix, the members met on the way that are not usable, and whether the tar is cut here."""
+    """Members of one key by suffix: their bytes, or why these are not held."""
 
     key: str
-    members: dict[str, bytes | int] = field(default_factory=dict)
-    problems: list[Skipped] = field(default_factory=list)
+    members: dict[str, bytes | str] = field(default_factory=dict)
     cut: bool = False
+    """Whether the tar is cut or damaged behind the last member."""
+    size: int = 0
+    """Bytes of the members."""
+    held: int = 0
+    """Bytes that are counted while other keys are read."""
 
-    def add_problem(self, part: str, problem: Problem) -> None:
-        self.cut = self.cut or not problem.name
-        self.problems.append(
-            Skipped(f"{part}/{problem.name}" if problem.name else part, problem.reason)
-        )
+    def add(self, suffix: str, content: bytes | int, config: WebDatasetSource.Config) -> None:
+        """Take a member, unless it or the whole key has more bytes than the config allows."""
+        size = content if isinstance(content, int) else len(content)
+        if size > config.max_file_bytes:
+            reason = f"the member .{suffix} has {size} bytes, more than {config.max_file_bytes}"
+            self.members[suffix] = f"too large: {reason}"
+        elif isinstance(content, int):
+            self.members[suffix] = f"the member .{suffix} has not the ending of an image or a text"
+        elif self.size + size > config.max_held_bytes:
+            reason = f"the members of the key have more than {config.max_held_bytes} bytes"
+            self.members[suffix] = f"too large: {reason}"
+        else:
+            self.members[suffix] = content
+            self.size += size
+        self.size += MEMBER_BYTES
 
+    def hold(self, held: int, limit: int) -> int:
+        """Bytes that this group takes while other keys are read; contents for which there is no room are dropped.
 
-def _is_wanted(name: str) -> bool:
-    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and _key_and_suffix(name)[0][
-        -1:
-    ] not in ("", "/")
+        Args:
+            held: bytes that other groups take.
+        """
+        if held + self.size > limit:
+            reason = (
+                f"its members lie apart in the tar, of which {limit} bytes are held at most; "
+                "sort it, for example with tar --sort=name, or raise data.max_held_bytes"
+            )
+            self.members = dict.fromkeys(self.members, reason)
+            self.size = len(self.members) * MEMBER_BYTES
+        self.held = self.size
+        return self.held
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -149,6 +274,8 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------ tar streams
 
 BLOCK = 512
+MAX_NAME = 4096
+"""Characters of a member's name."""
 MAX_HEADER = 2**20
 """Bytes of a long name or of a pax header; more than that is damage."""
 
@@ -163,7 +290,7 @@ KINDS = {
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, and its bytes, or their number where `read` is limited to fewer."""
+    """A file of a tar: its name, and its bytes, or their number where these are not wanted or too many."""
 
     name: str
     content: bytes | int
@@ -179,13 +306,13 @@ class Problem(NamedTuple):
 def tar_members(
     file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int
 ) -> Iterator[Member | Problem]:
-    """The wanted files of a tar in order, read once from front to back; nothing is held but one member.
+    """The files of a tar in order, read once from front to back; nothing is held but one member.
 
     The standard library's reader takes a damaged or cut tar for one that ends there; here both are told, and reading
     goes on at the next header behind the damage.
 
     Args:
-        wanted: name -> whether the member is of interest; links, devices and names that leave the tar are told anyway.
+        wanted: name -> whether the member's content is of interest; of others only the size is given.
         max_bytes: of larger members only the size is given.
     """
     try:
@@ -230,13 +357,13 @@ def _members(
             name = extended.get("path", header.name)
             reason = _unusable(name)
             if reason:
-                yield Problem(ascii(name)[1:-1], reason)
+                yield Problem(ascii(name[:MAX_NAME])[1:-1], reason)
             elif wanted(name) and size <= max_bytes:
                 content = file.read(size)
                 if len(content) < size:
                     break
                 yield Member(name, content)
-            elif wanted(name):
+            else:
                 yield Member(name, size)
             extended = {}
         else:
@@ -293,4 +420,6 @@ def _unusable(name: str) -> str:
     """Why a member of that name is left alone, "" if it is not."""
     if not is_utf8(name):
         return "the member's name is not UTF-8"
+    if len(name) > MAX_NAME:
+        return f"the member's name is longer than {MAX_NAME} characters"
     return "the member's name leads outside the tar" if leaves_folder(name) else ""
