@@ -588,7 +588,7 @@ def settled(annotation: Any, value: Any, where: str = "") -> Any:
 
     A text, a path or a choice among texts takes the word as it was typed, quotes and all; only `null` is none where
     that is allowed. Anything else is read as YAML: a number, true, false, null, or a list or section in brackets, whose
-    parts are read by the same rule.
+    parts are read by the same rule. A single value where a list is wanted is a list of it.
 
     Raises:
         UserError: for brackets that are not valid YAML.
@@ -621,7 +621,10 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
     if word == "null" and types.NoneType in members:
         return None
     if not any(map(_takes_text, members)):
-        return parse_word(word, where)
+        value = parse_word(word, where)
+        alone = value is not None and not isinstance(value, list)
+        takes_list = any(get_origin(each) in (list, tuple) for each in members)
+        return [word] if alone and takes_list else value
     # Beside a text, the field may also take a list, or a number.
     others = [each for each in members if not _takes_text(each) and each is not types.NoneType]
     for other in others:

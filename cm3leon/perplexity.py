@@ -77,9 +77,6 @@ def main(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: for runs without validation figures, or a mistake in the options.
     """
-    options = (
-        {**options, "runs": [options["runs"]]} if isinstance(options.get("runs"), str) else options
-    )
     config = from_mapping(PerplexityConfig, options)
     curves = curves_of([Path(run).expanduser() for run in config.runs], config.of)
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
-from cm3leon.types import AGAIN, REFUSED, Again, UserError
+from cm3leon.terminal import guard, guarded, printable
+from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
@@ -57,16 +61,21 @@ examples:
 """
 FLAGS = ("--help", "--list", "--show", "--version")
 
-# The ones that are a matter of the machine, not of the code: no room, no permission, no such device.
-MACHINE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENOTDIR,
-)
+ADVICE = {
+    errno.ENOSPC: "make room; the same command goes on from there",
+    errno.EDQUOT: "make room; the same command goes on from there",
+    errno.EACCES: "see who may read and write there, or name another path",
+    errno.EPERM: "see who may read and write there, or name another path",
+    errno.EROFS: "nothing can be written there; name another path",
+    errno.EMFILE: "let this process open more files (ulimit -n); the same command goes on from there",
+    errno.ENOTDIR: "a file stands where a folder is needed; name another path",
+    errno.EEXIST: "a file stands where a folder is needed; name another path",
+    errno.EISDIR: "a folder stands where a file is needed; name another path",
+    errno.ENOENT: "it is not there, and cannot be made there; see the path",
+}
+"""What a user can do about an error of the system; others say what the system says."""
+ALWAYS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EACCES, errno.EPERM, errno.EROFS)
+"""A matter of the machine even where no file is named; another error without a file is a bug, with its traceback."""
 
 
 @dataclass(frozen=True)
@@ -404,35 +413,63 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again"."""
-    try:
-        code = dispatch(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        return _complain(str(error), REFUSED)
-    except Again as error:
-        return _complain(
-            f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN
-        )
-    except FloatingPointError as error:
-        return _complain(
-            f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1
-        )
-    except KeyboardInterrupt:
-        return _complain(
-            "stopped; the progress is kept, and the same command goes on from there", 130
-        )
-    except BrokenPipeError:
-        # The reader of `--list | head` has gone: nothing to say, and nothing left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in MACHINE_ERRORS:
-            raise
-        return _complain(
-            f"{error.filename or 'a file'}: {error.strerror}; the same command goes on from there",
-            2,
-        )
+    with guarded(), _own_warnings_only():
+        try:
+            code = dispatch(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            return _complain(str(error), REFUSED)
+        except Again as error:
+            return _complain(
+                f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN
+            )
+        except FloatingPointError as error:
+            return _complain(
+                f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1
+            )
+        except KeyboardInterrupt:
+            return _complain(
+                "stopped; the progress is kept, and the same command goes on from there", 130
+            )
+        except BrokenPipeError:
+            # The reader of `--list | head` has gone: nothing to say, and nothing left to flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            if error.errno is None or (error.filename is None and error.errno not in ALWAYS):
+                raise
+            advice = ADVICE.get(error.errno, "see the path, or name another one")
+            return _complain(f"{error.filename or 'a file'}: {error.strerror}; {advice}", REFUSED)
+
+
+@contextmanager
+def _own_warnings_only() -> Iterator[None]:
+    """Our warnings are a line each, said once; those of libraries are not for the user, who can do nothing about them.
+
+    A developer sees them all with `python -W default -m cm3leon.run`.
+    """
+    if sys.warnoptions:
+        yield
+        return
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if isinstance(message, Notice):
+            _complain(str(message), 0)
+
+    logged = logging.StreamHandler()
+    logged.setLevel(logging.ERROR)
+    root = logging.getLogger()
+    root.addHandler(logged)  # with a handler in place, libraries set up none that prints warnings
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("once", Notice)
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            root.removeHandler(logged)
 
 
 def _is_first() -> bool:
@@ -442,9 +479,10 @@ def _is_first() -> bool:
 def _complain(sentence: str, code: int) -> int:
     if not _is_first():
         return code  # the first rank says it
-    print(f"cm3leon: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"cm3leon: {printable(' '.join(sentence.split()))}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    guard()  # for good: the traceback of a bug is printed after the end of `main`
     sys.exit(main())

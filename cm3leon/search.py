@@ -26,6 +26,7 @@ from cm3leon.stages.neighbours import document_parts
 from cm3leon.stages.opening import Opening, open_run
 from cm3leon.stages.sharing import batches
 from cm3leon.stages.tokens import token_documents
+from cm3leon.terminal import printable
 from cm3leon.types import Document, TokenDocument, UserError
 from cm3leon.validate import with_source_name
 
@@ -72,7 +73,7 @@ def search(mapping: Mapping[str, Any]) -> None:
     for row, score in zip(rows_1K[0].tolist(), scores_K, strict=True):
         if row >= 0:
             document = run.bank_document(row)
-            print(f"{score:.3f}  {document.id}  {shown(run, document)}")
+            print(f"{score:.3f}  {printable(document.id)}  {printable(shown(run, document))}")
 
 
 def _query(run: Run, options: SearchOptions) -> Parts:

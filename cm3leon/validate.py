@@ -25,6 +25,7 @@ from cm3leon.data.images import SUFFIXES, counted_modes
 from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment, load_experiment
 from cm3leon.registry import IMAGE_TOKENIZERS, RETRIEVERS, SOURCES, discover
+from cm3leon.terminal import printable
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.device import best_device
 from cm3leon.types import Document, ImageSegment, UserError
@@ -202,8 +203,10 @@ class Seen:
             if repeats := _repeats(hashes):
                 lines.append(f"repeated   {repeats:,} documents have {what} of an earlier one")
         for reason, broken in sorted(self.broken.items(), key=lambda entry: -entry[1].count):
-            lines.append(f"left out   {broken.count:,}: {reason}")
-            lines += [f"             {file}: {told}" for file, told in broken.files]
+            lines.append(f"left out   {broken.count:,}: {printable(reason)}")
+            lines += [
+                f"             {printable(file)}: {printable(told)}" for file, told in broken.files
+            ]
             if broken.count > len(broken.files):
                 lines.append(f"             and {broken.count - len(broken.files):,} more")
         return lines

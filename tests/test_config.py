@@ -337,6 +337,7 @@ def test_words_in_lists_and_sections_are_read_by_their_fields() -> None:
         "shapes=[square, {name: square, side: 2}]",
         "mode=exact",
         "limit=all",
+        "betas=[0, 1]",
     ]
     outer = config.from_mapping(
         Outer, config.apply_overrides({}, map(config.parse_override, words))
@@ -352,6 +353,9 @@ def test_words_in_lists_and_sections_are_read_by_their_fields() -> None:
     assert [outer.shape, *outer.shapes] == [
         Component("square", Shapes.Config(side=side)) for side in (3, 1, 2)
     ]
+    one = {"names": config.Word("7"), "sizes": config.Word("7"), "shapes": config.Word("square")}
+    alone = config.from_mapping(Outer, {"steps": 1, **one})
+    assert (alone.names, alone.sizes, len(alone.shapes)) == (("7",), [7], 1)
     none = config.apply_overrides({}, [config.parse_override("inner.note=null")])
     assert config.from_mapping(Outer, {"steps": 1, **none}).inner.note is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -367,6 +368,39 @@ def slurm(tmp_path: Path, small_code: None, monkeypatch: pytest.MonkeyPatch) -> 
     (folder / "known").touch()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
+
+
+BREAKS_OUT = "x\n#SBATCH --wrap='touch /tmp/owned'\ntouch owned"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: BREAKS_OUT} for name in ("partition", "account", "qos", "constraint")),
+        {"sbatch": {"comment": BREAKS_OUT}},
+        {"sbatch": {BREAKS_OUT: 1}},
+        {"stages": {"tokens": {"qos": BREAKS_OUT}}},
+    ],
+)
+def test_no_setting_ends_a_line_of_the_script(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="control characters|no option of sbatch") as error:
+        launcher("slurm", **fields)
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_run_folder_does_not_break_out_of_the_script(tmp_path: Path, slurm: Path) -> None:
+    folder = tmp_path / BREAKS_OUT.replace("/", "")
+    with pytest.raises(UserError, match=r"^run is .*x\\n#SBATCH .*control characters"):
+        submit([job("run", folder, "")], folder, launcher("slurm"))
+    assert not list(slurm.glob("script-*"))
+    folder = tmp_path / "a'b\" c;$(touch owned)`touch owned`"
+    submit([job("run", folder, "")], folder, launcher("slurm"))
+    script = (slurm / "script-0.sh").read_text()
+    assert "#SBATCH --job-name=a-b-c-touch-owned-touch-owned-.run\n" in script
+    lines = [line for line in script.splitlines() if "owned" in line and "job-name" not in line]
+    assert lines
+    for line in lines:  # the name is one quoted word wherever it stands
+        assert any(folder.name in word for word in shlex.split(line))
 
 
 def test_sbatch_is_given_resources_arrays_and_dependencies(tmp_path: Path, slurm: Path) -> None:

@@ -7,6 +7,7 @@ speak; sacct is not needed.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from cm3leon.config import NonNegativeInt, PositiveInt, choices, from_mapping
 from cm3leon.launch import cluster
 from cm3leon.launch.jobs import Launch, Submitted, launches, newest_launch
 from cm3leon.launch.journal import ENDED, Event, progress, read_events
+from cm3leon.terminal import printable
 from cm3leon.types import UserError
 
 WAITING = ("queued", "starting", "running", "ending")
@@ -187,7 +189,7 @@ class LogsOptions:
 def status(options: Mapping[str, Any]) -> None:
     """Prints where the jobs of a run stand. Raises UserError for a folder that nothing was launched in."""
     launch = newest_launch(from_mapping(RunOptions, options).run.expanduser().absolute())
-    print("\n".join(as_text(states(launch))))
+    print("\n".join(map(printable, as_text(states(launch)))))
 
 
 def as_text(found: Sequence[tuple[Submitted, State]]) -> Iterator[str]:
@@ -232,7 +234,9 @@ def logs(options: Mapping[str, Any]) -> None:
             f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip()
         )
     for text in followed(each, launch, config.lines) if config.follow else _end(each, config.lines):
-        print(text, end="", flush=True)
+        # A progress bar's carriage returns stay: each begins a write of its own.
+        for part in re.split(r"(?=\r)", text):
+            print(part, end="", flush=True)
 
 
 def _chosen(found: Sequence[tuple[Submitted, State]], config: LogsOptions) -> Submitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,10 +24,13 @@ from cm3leon.launch.jobs import Job, Launch, Submitted, begin_launch
 from cm3leon.launch.machine import Machine, gpus
 from cm3leon.launch.work import Work
 from cm3leon.registry import LAUNCHERS
+from cm3leon.terminal import is_printable, printable
 from cm3leon.types import UserError
 
 YEAR = 365 * 24 * 60
 """Minutes; jobs of this machine have no time limit, and submitit wants one."""
+_DIRECTIVES = ("partition", "account", "qos", "constraint")
+"""Settings that are texts of the user's, each a line of the batch script."""
 UNSEEN = 66
 """Exit code of a job one of whose nodes does not see the run folder (EX_NOINPUT of sysexits.h)."""
 
@@ -186,6 +190,20 @@ class Slurm:
         def check(self) -> None:
             for name, given in self.stages.items():
                 from_mapping(Slurm.Config, given, f"stages.{name}")
+            # Each of these becomes a line of the batch script, which a line feed would end.
+            texts = {name: getattr(self, name) for name in _DIRECTIVES}
+            for key, value in self.sbatch.items():
+                if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
+                    raise UserError(
+                        f"sbatch.{printable(key)} is no option of sbatch; write it in small letters, without "
+                        "the dashes before it"
+                    )
+                texts[f"sbatch.{key}"] = str(value)
+            for name, text in texts.items():
+                if text is not None and not is_printable(text):
+                    raise UserError(
+                        f"{name} is {printable(text)}; it must not have control characters such as line feeds"
+                    )
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -207,6 +225,11 @@ class Slurm:
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
         cluster.check_commands()
+        if not is_printable(str(folder)):
+            raise UserError(
+                f"run is {printable(str(folder))}; for jobs of SLURM it must not have control characters such as "
+                "line feeds"
+            )
         settings = {job.name: self.of(job) for job in jobs}
         known = cluster.partitions()
         for each in settings.values():
@@ -272,7 +295,8 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
     cpus = [f"--cpus-per-task={config.cpus_per_task}"] if config.cpus_per_task else []
     return {
         **{name: value for name, value in given.items() if value is not None},
-        "job_name": f"{launch.folder.parent.parent.name}.{job.name}",
+        # Of letters that sbatch takes as they are.
+        "job_name": re.sub(r"[^\w.+-]+", "-", f"{launch.folder.parent.parent.name}.{job.name}"),
         "time": config.timeout_min,
         "nodes": config.nodes,
         "ntasks_per_node": config.tasks_per_node or max(1, config.gpus_per_node),
