@@ -42,6 +42,7 @@ from typing import (
 
 import yaml
 
+from cm3leon.paths import path_of
 from cm3leon.types import UserError
 
 if TYPE_CHECKING:
@@ -233,8 +234,7 @@ def _convert_scalar(annotation: Any, value: Any, where: str) -> Any:
     if annotation is float and (is_number or (isinstance(value, str) and _FLOAT.match(value))):
         return float(value)
     if annotation is Path and isinstance(value, (str, Path)) and str(value):
-        # The shell leaves the ~ of key=~/folder alone.
-        return Path(value).expanduser() if str(value).startswith("~/") else Path(value)
+        return path_of(value, where)  # the shell leaves the ~ of key=~/folder alone
     if value is None and annotation is types.NoneType:
         return None
     raise _not_allowed(where, value, type_text(annotation))

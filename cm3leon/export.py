@@ -24,7 +24,9 @@ from torch import Tensor
 
 from cm3leon import __version__
 from cm3leon.config import choices, from_mapping, to_mapping
+from cm3leon.locks import LOCK
 from cm3leon.models.transformer import Transformer
+from cm3leon.paths import make_folder, naming, writing
 from cm3leon.records import read_json
 from cm3leon.registry import MODELS, discover
 from cm3leon.stages.artifacts import TOKENIZER, WEIGHTS, Run
@@ -405,16 +407,20 @@ def _load_opt(folder: Path) -> Any:
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it takes its place when all is written, and vanishes if that fails."""
     out = out.resolve()
+    make_folder(out.parent, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {out} exists already; out must be a new or empty folder")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(partial, "out"), naming(out):
+        for left in partial.iterdir():  # by an export that was killed
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            (partial / LOCK).unlink()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _transformers() -> Any:

@@ -5,13 +5,15 @@ python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 de
 torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"      # four GPUs share it
 
 Each prompt's images are PNG files, the best by CLIP first, and a line of `manifest.jsonl`; a prompt that has its line
-is not drawn again.
+and its images is not drawn again. `settings.json` says what all of them depend on, with the digests of the run's parts:
+a folder that was made with other settings or by a run that has been trained anew since is refused.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +24,12 @@ from cm3leon.api import CM3Leon, Picture
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
 from cm3leon.decoders.steps import Way
 from cm3leon.models.serving import Weights
+from cm3leon.paths import naming, writing
+from cm3leon.records import check_shape, read_json
 from cm3leon.registry import DECODERS, discover
+from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import Opening
+from cm3leon.stages.pipeline import write_json
 from cm3leon.training.device import Precision
 from cm3leon.training.distributed import Ranks, find_place, joined
 from cm3leon.types import UserError
@@ -83,7 +89,10 @@ def main(mapping: Mapping[str, Any]) -> None:
     discover()
     options = from_mapping(GenerateOptions, mapping)
     texts = _texts(options)
-    with joined(find_place(), TIMEOUT) as ranks:
+    with joined(find_place(), TIMEOUT) as ranks, ExitStack() as held:
+        if ranks.first:
+            held.enter_context(writing(options.out, "out"))
+            held.enter_context(naming(options.out))
         model = CM3Leon.load(
             options.run,
             precision=options.precision,
@@ -95,7 +104,7 @@ def main(mapping: Mapping[str, Any]) -> None:
             trust=options.trust,
             verify=options.verify,
         )
-        left = ranks.gather(_left(options, texts) if ranks.first else None)[0]
+        left = ranks.gather(_left(options, texts, model.run) if ranks.first else None)[0]
         with tqdm(
             total=len(left),
             desc="generate",
@@ -115,11 +124,10 @@ def main(mapping: Mapping[str, Any]) -> None:
             print(f"images: {options.out}")
 
 
-def _left(options: GenerateOptions, texts: list[str]) -> list[int]:
+def _left(options: GenerateOptions, texts: list[str], run: Run) -> list[int]:
     """Numbers of the prompts that are not drawn yet."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    _check_settings(options)
-    done = _done(options.out / MANIFEST, texts)
+    _check_settings(options, run)
+    done = _done(options.out, texts)
     if done:
         print(f"{len(done)} of {len(texts)} prompts are done already")
     return [number for number in range(len(texts)) if number not in done]
@@ -154,16 +162,32 @@ def _texts(options: GenerateOptions) -> list[str]:
     return texts
 
 
-def _check_settings(options: GenerateOptions) -> None:
+def _check_settings(options: GenerateOptions, run: Run) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
     names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights")
     settings = {name: to_mapping(options)[name] for name in names}
-    settings["run"] = str(options.run.expanduser().resolve())
+    settings["run"] = str(options.run.resolve())
+    settings["parts"] = run.parts_of_answers(with_bank=options.retrieve > 0)
+    # What the options leave to the run is what its experiment says today.
+    for name in ("decoder", "retriever") if options.retrieve else ("decoder",):
+        settings[name] = settings.get(name) or run.section(name)[name]
     if not file.is_file():
-        file.write_text(json.dumps(settings, indent=2))
+        write_json(file, settings)
         return
-    written = json.loads(file.read_text())
+    written = read_json(file, {"parts?": {str: str}})
+    if not written.get("parts"):
+        raise UserError(
+            f"out: {file} does not say which model drew the images; an earlier version made it, take another folder"
+        )
+    other = [
+        name for name in settings["parts"] if written["parts"].get(name) != settings["parts"][name]
+    ]
+    if other:
+        raise UserError(
+            f"out: {options.out} was drawn by another model than {options.run} holds now ({', '.join(other)} "
+            "changed); take another folder, or delete this one to draw all anew"
+        )
     differing = sorted(name for name in settings if settings[name] != written.get(name))
     if differing:
         raise UserError(
@@ -171,19 +195,36 @@ def _check_settings(options: GenerateOptions) -> None:
         )
 
 
-def _done(file: Path, texts: list[str]) -> set[int]:
-    """Numbers of the prompts that have a whole line; what a kill cut short is taken away."""
+def _done(out: Path, texts: list[str]) -> set[int]:
+    """Numbers of the prompts that have a whole line and all its images.
+
+    What a kill has cut short, and lines whose images were deleted, are taken away.
+    """
+    file = out / MANIFEST
     entries = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for number, line in enumerate(_lines(file), 1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except ValueError:
             continue
-    for entry in entries:
-        if entry["number"] >= len(texts) or texts[entry["number"]] != entry["prompt"]:
+        check_shape(
+            entry,
+            {"number": int, "prompt": str, "images": [{"file": str}]},
+            f"{file}: line {number}",
+        )
+        if texts[entry["number"] : entry["number"] + 1] != [entry["prompt"]]:
             raise UserError(f"{file} has other prompts than those given; take another folder")
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        if all((out / Path(image["file"]).name).is_file() for image in entry["images"]):
+            entries.append(entry)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    partial.replace(file)
     return {entry["number"] for entry in entries}
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of the manifest; a kill may have cut the last one inside a character."""
+    return file.read_text(errors="replace").split("\n") if file.is_file() else []
 
 
 def _write(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3leon.config import PositiveInt, from_mapping, load_yaml
+from cm3leon.paths import make_folder, path_of
 from cm3leon.types import UserError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -78,8 +79,8 @@ def main(options: Mapping[str, Any]) -> None:
         UserError: for runs without validation figures, or a mistake in the options.
     """
     config = from_mapping(PerplexityConfig, options)
-    curves = curves_of([Path(run).expanduser() for run in config.runs], config.of)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    curves = curves_of([path_of(run, "runs") for run in config.runs], config.of)
+    make_folder(config.out.parent, "out")
     draw(curves, config)
     numbers = config.out.with_suffix(".csv")
     with numbers.open("w", newline="") as file:

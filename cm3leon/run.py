@@ -18,6 +18,7 @@ from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
+from cm3leon.paths import check_folder, make_folder, path_of
 from cm3leon.terminal import guard, guarded, printable
 from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError
 
@@ -134,6 +135,7 @@ def _record(folder: Path) -> None:
     from cm3leon.launch.record import record
 
     if _is_first():
+        make_folder(folder, "run")
         record(folder)
 
 
@@ -203,7 +205,11 @@ def _is_study(named: dict[str, str]) -> bool:
 def _run_folder(named: dict[str, str]) -> Path:
     from cm3leon.experiment import experiment_name
 
-    return Path(named["run"] or f"runs/{experiment_name(named['experiment'])}").expanduser()
+    folder = path_of(named["run"] or f"runs/{experiment_name(named['experiment'])}", "run")
+    check_folder(folder, "run")
+    if folder.resolve() == Path(folder.anchor or "/"):
+        raise UserError(f"run is {folder}, the root of the file system; choose a folder of its own")
+    return folder
 
 
 def _share(text: str) -> tuple[int, int]:

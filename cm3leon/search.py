@@ -18,6 +18,8 @@ from cm3leon.config import Component, PositiveInt, from_mapping
 from cm3leon.data.images import read_given_image, square
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import write_token_shard
+from cm3leon.locks import locked
+from cm3leon.paths import naming
 from cm3leon.registry import SOURCES, discover
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import Bank
@@ -102,11 +104,18 @@ def add(mapping: Mapping[str, Any]) -> None:
     discover()
     options = from_mapping(AddOptions, {**mapping, "data": with_source_name(mapping.get("data"))})
     run = open_run(options.run, options)
-    bank = run.bank
-    if not isinstance(bank, Bank):
+    if run.experiment.shards is None:
         raise UserError(
             f"run: the corpus of {options.run} is not in shards; make it with experiment=corpus to add to it"
         )
+    with locked(run.bank_folder), naming(run.bank_folder / "index"):
+        _add(run, options)
+
+
+def _add(run: Run, options: AddOptions) -> None:
+    """Add documents to a bank that this process holds alone, so that no other one's are lost."""
+    bank = run.bank
+    assert isinstance(bank, Bank)
     documents, vectors = [run.added_tokens.document(row) for row in range(len(bank.added_ids))], []
     skipped = 0
     known = set(bank.added_ids)

@@ -40,6 +40,7 @@ from cm3leon.experiment import Experiment
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.objectives.packing import SAMPLE, Samples, Uncut, fit, new_lane, pack
+from cm3leon.paths import path_of
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import MODALITIES, draw
 from cm3leon.retrievers.strategy import NONE
@@ -98,7 +99,7 @@ def show(
         if epoch_number == 0
         else f"sample-{number}-epoch-{epoch_number}.html"
     )
-    path = Path(out).expanduser() if out else folder / "show" / name
+    path = path_of(out, "out") if out else folder / "show" / name
     print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
     try:
         write_sample_page(path, shown, facts)

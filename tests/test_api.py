@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
+from cm3leon.locks import locked
+from cm3leon.records import sha256
 from cm3leon.run import main
 from cm3leon.types import UserError
 
@@ -209,6 +214,250 @@ def test_the_command_writes_images_and_goes_on(
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
     assert main(["generate", *words[:-1], f"out={out}", "seed=1"]) == 2
     assert "was made with other settings (seed)" in capsys.readouterr().err
+
+    (out / "00001_1.png").unlink()
+    assert main(["generate", *words]) == 0
+    assert "2 of 3 prompts are done already" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
+    assert sorted(entry["number"] for entry in listed(out)) == [0, 1, 2]
+
+
+def test_images_of_a_model_that_is_not_the_run_s_any_more_are_not_kept(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(model.run.folder, run)
+    words = [f"run={run}", "prompt=a seven", "n=1", f"out={out}"]
+    assert main(["generate", *words]) == 0
+    # Trained anew: other weights, recorded as they are.
+    weights = load_file(run / "pretraining" / "model.safetensors")
+    weights["head.weight"] += 1
+    save_file(weights, run / "pretraining" / "model.safetensors")
+    record = run / "pretraining" / "stage.json"
+    content = json.loads(record.read_text())
+    content["files"]["model.safetensors"] = sha256(run / "pretraining" / "model.safetensors")
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(["generate", *words]) == 2
+    assert f"was drawn by another model than {run} holds now (model changed)" in (
+        capsys.readouterr().err
+    )
+    (out / "settings.json").write_text('{"n": 1}')
+    assert main(["generate", *words]) == 2
+    assert "does not say which model drew the images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("settings.json", "[]", "settings.json is []; it must be an object"),
+        ("settings.json", "{", "settings.json is damaged: it is not JSON"),
+        ("settings.json", '{"parts": 3}', "settings.json: parts is 3; it must be an object"),
+        ("manifest.jsonl", "[1]", "manifest.jsonl: line 1 is [1]; it must be an object"),
+        ("manifest.jsonl", '{"number": "x"}', 'line 1: number is "x"; it must be a whole number'),
+        (
+            "manifest.jsonl",
+            '{"number": 0, "prompt": "a", "images": {}}',
+            "line 1: images is {}; it must be a list",
+        ),
+        (
+            "manifest.jsonl",
+            '{"number": 7, "prompt": "a", "images": []}',
+            "has other prompts than those given",
+        ),
+    ],
+)
+def test_records_of_a_folder_that_are_not_as_expected_are_said(
+    model: CM3Leon,
+    file: str,
+    content: str,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [f"run={model.run.folder}", "prompt=a", "n=1", f"out={tmp_path}"]
+    if file == "manifest.jsonl":
+        assert main(["generate", *words]) == 0
+    (tmp_path / file).write_text(content)
+    assert main(["generate", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_two_commands_do_not_draw_into_one_folder(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path):
+        assert main(["generate", f"run={model.run.folder}", "prompt=a", f"out={tmp_path}"]) == 2
+    assert "out: another process is working in" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------ what is opened
+
+
+def answers(run: Path) -> list[Any]:
+    """What a run answers, with all its parts: tokenizers, encoder, bank, documents, weights."""
+    m = CM3Leon.load(run, precision="float32")
+    (picture,) = m.generate("a handwritten seven", retrieve=2)
+    shown = [(each.id, each.text, np.asarray(each.image).tobytes()) for each in picture.documents]
+    return [picture.codes_N.tolist(), picture.score, np.asarray(picture.image).tobytes(), shown]
+
+
+def test_a_flipped_bit_or_a_cut_file_is_refused_wherever_it_is_read(
+    model: CM3Leon, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model.run.folder, run)
+    expected, refused = answers(run), set()
+    files = [
+        record.parent / name
+        for record in sorted(run.glob("*/stage.json"))
+        for name in json.loads(record.read_text())["files"]
+        if record.parent.name not in ("generation", "evaluation", "reconstruction")
+    ]
+    for file in files:
+        content = file.read_bytes()
+        if not content:
+            continue
+        middle = len(content) // 2
+        flipped = bytearray(content)
+        flipped[middle] ^= 1
+        for damaged in (bytes(flipped), content[:middle]):
+            file.write_bytes(damaged)
+            try:
+                found = answers(run)
+            except UserError as error:
+                refused.add((file.relative_to(run).as_posix(), str(error).partition(";")[0]))
+            else:
+                assert found == expected, f"{file} was read as it is"
+        file.write_bytes(content)
+    assert {name for name, _ in refused} >= {
+        "image_tokenizer/model.safetensors",
+        "index/index.json",
+        "pretraining/config.json",
+        "pretraining/model.safetensors",
+        "retriever/model.safetensors",
+        "text_tokenizer/tokenizer.json",
+        "tokens/index.json",
+        "tokens/plan.json",
+        "vectors/index.json",
+        "vectors/plan.json",
+        "vectors/shard-00000-of-00001.arrow",
+    }
+    for name, said in refused:
+        if name.endswith(".arrow"):
+            assert said.startswith(f"{run / name} is ")
+        else:
+            assert said == f"{run / name} has changed since it was written"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "is damaged: it is not JSON"),
+        ("[]", r"stage.json is \[\]; it must be an object"),
+        ("{}", "stage.json has no fingerprint"),
+        (
+            '{"fingerprint": "x", "seconds": 1, "files": []}',
+            r"files is \[\]; it must be an object",
+        ),
+        (
+            '{"fingerprint": "x", "seconds": 1, "files": {}}',
+            "does not name config.json; run the experiment again",
+        ),
+        (None, "is no run with a finished pretraining, .*stage.json is missing"),
+    ],
+)
+def test_a_record_cannot_switch_the_comparison_off(
+    model: CM3Leon, content: str | None, sentence: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model.run.folder, run)
+    record = run / "pretraining" / "stage.json"
+    record.unlink() if content is None else record.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        CM3Leon.load(run)
+
+
+def test_a_damaged_checkpoint_is_refused_unless_the_user_says_so(
+    model: CM3Leon, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model.run.folder, run)
+    checkpoint = max((run / "pretraining").glob("step_*"))
+    step = int(checkpoint.name[5:])
+    CM3Leon.load(run, checkpoint=step)
+    for file in sorted(each for each in checkpoint.iterdir() if each.name != ".metadata"):
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for damaged in (bytes(flipped), content[:-1]):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match="is missing or has changed since it was written"):
+                CM3Leon.load(run, checkpoint=step)
+        file.write_bytes(content)
+    shards = max(checkpoint.glob("__0_*"), key=lambda each: each.stat().st_size)
+    content = bytearray(shards.read_bytes())
+    content[-100] ^= 1
+    shards.write_bytes(content)
+    with pytest.raises(UserError):
+        CM3Leon.load(run, checkpoint=step)
+    CM3Leon.load(run, checkpoint=step, verify=False)
+
+
+PLUGIN = """
+from pathlib import Path
+Path({mark!r}).write_text("was here")
+"""
+
+
+def test_opening_somebody_else_s_run_does_not_run_its_code(
+    model: CM3Leon,
+    tmp_path: Path,
+    registries: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, mark, plugin = tmp_path / "run", tmp_path / "mark", tmp_path / "theirs.py"
+    shutil.copytree(model.run.folder, run)
+    plugin.write_text(PLUGIN.format(mark=str(mark)))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("plugins: []", f"plugins: [{plugin}]"))
+    assert str(plugin) in config.read_text()
+    for words in (
+        ["generate", f"run={run}", "prompt=a", f"out={tmp_path}/drawn"],
+        ["search", f"run={run}", "text=a"],
+        ["add", f"run={run}", f"data.path={tmp_path}"],
+        ["export", "to=hf", f"run={run}", f"out={tmp_path}/hf"],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"names {plugin}, whose code is not run unasked" in said
+        assert f"plugins={plugin}, or trust=true" in said
+    with pytest.raises(UserError, match="whose code is not run unasked"):
+        CM3Leon.load(run)
+    assert not mark.exists()
+    assert main(["search", f"run={run}", "text=a", f"plugins={plugin}"]) == 0
+    assert mark.exists()
+    CM3Leon.load(run)  # it was loaded before, by this process
+
+    elsewhere = tmp_path / "mine" / "theirs.py"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(plugin.read_text())
+    plugin.unlink()
+    mark.unlink()
+    loaded = CM3Leon.load(run, plugins=str(elsewhere))
+    assert loaded.run.experiment.plugins == [str(elsewhere)]
+    assert mark.exists()
+
+
+def test_trust_loads_all_plugins_of_a_run(model: CM3Leon, tmp_path: Path, registries: None) -> None:
+    run, mark, plugin = tmp_path / "run", tmp_path / "mark", tmp_path / "trusted.py"
+    shutil.copytree(model.run.folder, run)
+    plugin.write_text(PLUGIN.format(mark=str(mark)))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("plugins: []", f"plugins: {plugin}"))
+    CM3Leon.load(run, trust=True)
+    assert mark.exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("types", "terminal", "locks", "records", "weights", "config", "registry")
+FOUNDATION = ("types", "terminal", "locks", "paths", "records", "weights", "config", "registry")
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
 TOP = (
     "experiment",

@@ -11,6 +11,7 @@ from typing import Any
 from cm3leon.config import Component, dump_yaml, to_mapping
 from cm3leon.experiment import Experiment
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
+from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
@@ -28,12 +29,14 @@ def launch_experiment(experiment: Experiment, folder: Path, *, until: str | None
         UserError: for an unknown `until`, or what the launcher can know to be impossible.
     """
     folder = folder.absolute()
+    make_folder(folder, "run")
     return launched(experiment_jobs(experiment, folder, until=until), folder, experiment.launcher)
 
 
 def launch_study(study: Study, folder: Path, *, until: str | None = None) -> int:
     """The same for a study."""
     folder = folder.absolute()
+    make_folder(folder, "run")
     return launched(study_jobs(study, folder, until=until), folder, study.launcher)
 
 

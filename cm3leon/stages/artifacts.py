@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from cm3leon.data.corpus import Corpus
 from cm3leon.data.shards import INDEX, PLAN, open_shard
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.experiment import Experiment, ShardsConfig
-from cm3leon.records import MARKER, check_stage, read_array, sha256
+from cm3leon.records import MARKER, check_stage, read_array, read_stage, sha256
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
@@ -310,6 +311,31 @@ class Run:
         """The decoder, whatever its weights: for the meta device."""
         return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
 
+    def parts_of_answers(self, *, with_bank: bool) -> dict[str, str]:
+        """Digests of everything trained or made that the run's answers depend on, by what it is.
+
+        Args:
+            with_bank: whether documents are retrieved.
+        """
+        parts = {
+            "model": _recorded(self.folder / "pretraining", WEIGHTS),
+            "text tokenizer": _recorded(self.folder / "text_tokenizer", TOKENIZER),
+            "image tokenizer": _recorded(self.folder / "image_tokenizer", WEIGHTS),
+            "encoder": _recorded(self.folder / "retriever", WEIGHTS),
+        }
+        if not with_bank:
+            return parts
+        if self.experiment.shards is None:
+            files = [_recorded(self.folder / "retriever", name) for name in BANK_FILES]
+            files.append(_recorded(self.folder / "documents", "documents.jsonl"))
+            files.append(_recorded(self.folder / "image_tokenizer", "codes.npy"))
+        else:
+            stages = ("tokens", "vectors", "index")
+            files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
+            added = self.added_tokens_file
+            files.append(sha256(added) if added.is_file() else "")
+        return {**parts, "memory bank": hashlib.sha256("".join(files).encode()).hexdigest()}
+
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""
         file = self.folder / stage / "log.jsonl"
@@ -321,6 +347,14 @@ class Run:
         """Sections of the experiment as plain data, for fingerprints and records."""
         mapping = to_mapping(self.experiment)
         return {name: mapping[name] for name in names}
+
+
+def _recorded(stage: Path, name: str) -> str:
+    """The digest of a file of a finished stage, as it is recorded."""
+    files = read_stage(stage)["files"]
+    if name not in files:
+        raise UserError(f"{stage / MARKER} does not name {name}; run the experiment again")
+    return files[name]
 
 
 def opened_stage(folder: Path, *files: str, verify: bool = True, finished: bool = True) -> Path:

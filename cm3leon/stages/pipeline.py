@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from cm3leon.config import choices
 from cm3leon.locks import locked
+from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER, changed, checksum
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import UserError
@@ -67,7 +68,7 @@ def run_stages(
     """
     if until is not None:
         stages = stages[: number_of(stages, until, "until") + 1]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "run")
     seconds: dict[str, float] = {}
     with locked(folder):
         made: dict[str, str] = {}
@@ -127,7 +128,8 @@ def run_part(stages: Sequence[Stage[R]], name: str, run: R, folder: Path, part: 
             if not _read(place / MARKER) and not _read(place / STARTED):
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / STARTED, {"fingerprint": fingerprint})
-        stage.make_part(run, place, part)
+        with naming(place):
+            stage.make_part(run, place, part)
 
 
 def first_unfinished(
@@ -176,7 +178,8 @@ def _make(stage: Stage[R], run: R, place: Path, fingerprint: str) -> float:
     (place / MARKER).unlink(missing_ok=True)
     write_json(place / STARTED, {"fingerprint": fingerprint, "inputs": stage.inputs(run)})
     start = time.perf_counter()
-    stage.make(run, place)
+    with naming(place):
+        stage.make(run, place)
     seconds = time.perf_counter() - start
     files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(place)}
     write_json(place / MARKER, {"fingerprint": fingerprint, "seconds": seconds, "files": files})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
 from cm3leon.locks import locked
+from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.stages import run_experiment
@@ -38,7 +41,24 @@ def run_study(
     """
     names = check_until(study, until)
     wanted = names[: names.index(until) + 1] if until else names
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "run")
+    place = find_place()
+    # The answers of a study may be shared by jobs; whoever measures them holds the folder alone.
+    shared = asked is not None
+    with (
+        locked(folder, shared=shared) if not place or place.rank == 0 else nullcontext(),
+        naming(folder),
+    ):
+        _run_study(study, folder, wanted, until, asked)
+
+
+def _run_study(
+    study: Study,
+    folder: Path,
+    wanted: Sequence[str],
+    until: str | None,
+    asked: tuple[int, int] | None,
+) -> None:
     if asked is None:
         for number, name in enumerate((name for name in wanted if name in study.runs), 1):
             print(f"run {number} of {len(study.runs)}: {name}", flush=True)
@@ -63,15 +83,14 @@ def run_study(
             "validation": {name: _validation(folder / name) for name in study.runs},
             "evaluations": {name: result for name, (result, _) in found.items()},
         }
-        with locked(folder):
-            (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
-            write_json(folder / RESULTS, results)
-            study_report(
-                folder / "report.html",
-                study,
-                results,
-                {name: shown for name, (_, shown) in found.items()},
-            )
+        (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
+        write_json(folder / RESULTS, results)
+        study_report(
+            folder / "report.html",
+            study,
+            results,
+            {name: shown for name, (_, shown) in found.items()},
+        )
     print(f"report: {folder / 'report.html'}")
 
 

@@ -17,6 +17,8 @@ from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
 from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
+from cm3leon.locks import locked
+from cm3leon.paths import naming, writing
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import number_of, write_json
@@ -113,7 +115,12 @@ def run_sweep(sweep: Sweep) -> None:
             "a sweep starts the processes of its points itself; run it once, with launcher=torchrun or launcher=slurm"
         )
     refuse_twice(sweep.folder)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with writing(sweep.folder, "run"), naming(sweep.folder):
+        _run_sweep(sweep)
+
+
+def _run_sweep(sweep: Sweep) -> None:
+    """Run the missing points of a sweep whose folder this process holds alone."""
     (sweep.folder / SWEEP_FILE).write_text(dump_yaml(sweep.mapping))
     missing = [name for name in sweep.points if _outcome(sweep, name).get("state") != "finished"]
     print(f"{len(sweep.points)} points in {sweep.folder}, {len(missing)} to run", flush=True)
@@ -237,7 +244,9 @@ def point(options: Mapping[str, Any]) -> None:
 def collect(options: Mapping[str, Any]) -> None:
     """Makes the table and the report of a sweep from the points as they stand."""
     folder = from_mapping(CollectOptions, options).run
-    make_table(load_sweep(str(folder / SWEEP_FILE), (), folder))
+    sweep = load_sweep(str(folder / SWEEP_FILE), (), folder)
+    with locked(folder, wait=True):
+        make_table(sweep)
 
 
 # ------------------------------------------------------------------------------------------------ parts

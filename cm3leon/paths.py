@@ -1,0 +1,126 @@
+"""Names of files and folders as users give them: what the system would refuse later is a sentence at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cm3leon.locks import locked
+from cm3leon.types import UserError
+
+_KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_REFUSED = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+"""What the system says of a name that no file can have."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What it says of a write for which there is no room, or whose disk fails."""
+
+
+def path_of(text: str | Path, where: str) -> Path:
+    """The path that a user has given, `~` and `~name` replaced by the home folder.
+
+    Raises:
+        UserError: for a user that does not exist, a NUL character, or a name that is longer than the system allows.
+    """
+    if "\0" in str(text):
+        raise UserError(f"{where} holds a NUL character, which no name of a file may have")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        user = Path(text).parts[0]
+        raise UserError(
+            f"{where} is {text}; {user} is no user here (write ./{user} for a folder of that name)"
+        ) from error
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno in _REFUSED:
+            shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+            raise UserError(f"{where} is {shown}: {os.strerror(error.errno).lower()}") from error
+    return path
+
+
+def kind_of(path: Path) -> str | None:
+    """What stands at a path in place of a folder, in words; None for a folder or nothing."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), None)
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Raises UserError if a folder cannot stand at a path: it, or one above it, is a file or a device."""
+    for path in (folder, *folder.parents):
+        if kind := kind_of(path):
+            what = "which" if path == folder else f"and {path}"
+            raise UserError(f"{where} is {folder}, {what} is {kind}; it must be a folder")
+
+
+def make_folder(folder: Path, where: str) -> None:
+    """Make a folder to write into, with those above it.
+
+    Raises:
+        UserError: if something else stands there, or the system makes no folder at that place.
+    """
+    check_folder(folder, where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{where} is {folder}, where no folder can be made: {(error.strerror or str(error)).lower()}"
+        ) from error
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Say where it was, if the disk refuses what is written meanwhile: a file, or the folder of several.
+
+    The system's error of a write does not say so, NumPy's has no number, and other libraries have errors of their own.
+
+    Raises:
+        OSError: in place of such an error, with its number and the place.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _number_of(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """The system's number of an error of writing that does not name its file; None for all others."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return None
+        if error.errno in _FULL:
+            return error.errno
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is None and " requested and " in text:
+        return errno.ENOSPC  # NumPy: "1000 requested and 0 written"
+    if isinstance(error, UserError):
+        return None
+    return next((number for number in _FULL if os.strerror(number) in text), None)
+
+
+@contextmanager
+def writing(folder: Path, where: str) -> Iterator[None]:
+    """Make a folder to write into, and hold it alone.
+
+    Raises:
+        UserError: if no folder can be made there, or another process is writing into it.
+    """
+    make_folder(folder, where)
+    with locked(folder, where=where):
+        yield
