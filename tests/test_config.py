@@ -321,7 +321,7 @@ def test_a_text_takes_what_was_typed(text: str) -> None:
         Outer, config.apply_overrides({}, map(config.parse_override, words))
     )
     assert outer.inner.note == text
-    assert outer.root == Path(text)
+    assert outer.root == Path(text).expanduser()
     assert (outer.steps, outer.flag, outer.limit) == (7, True, 7)
 
 
