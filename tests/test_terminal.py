@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import cm3leon
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +20,6 @@ from tqdm import tqdm
 from cm3leon import run
 from cm3leon.terminal import guarded, is_printable, printable
 from cm3leon.types import Notice
-from command_line import cm3leon
 
 HOSTILE = "a \x1b[2J\x1b]0;owned\x07 \u202egnp.exe\u2066 \x9b31m\r\nreport: fine"
 OBEYED = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066")
