@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import finish
 from safetensors.torch import load_file, save_file
 
 from cm3leon import export, run
@@ -171,7 +172,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_weights(pretraining / "model.safetensors", randomised(experiment.model.config, VOCAB.size))
     made_of = {"model": to_mapping(experiment.model), "vocab_size": VOCAB.size}
     (pretraining / "config.json").write_text(json.dumps(made_of))
-    (pretraining / "stage.json").write_text("{}")
+    finish(pretraining, folder / "run" / "text_tokenizer")
     main({"to": "hf", "run": str(folder / "run"), "out": str(folder / "hf")})
     return folder
 
@@ -349,7 +350,7 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         ({"to": "hf", "run": 7, "out": "y"}, r"^run is 7; it must be a path$"),
         (
             {"to": "hf", "run": "no/such", "out": "y"},
-            r"^run: no/such/config.yaml does not exist; run is the folder",
+            r"^run: no/such is no run with a finished pretraining, no/such/config.yaml is missing",
         ),
         (
             {"to": "cm3leon", "hf": "no/such", "out": "y"},
@@ -404,9 +405,9 @@ def with_more_sentinels(folder: Path) -> None:
     [
         (
             without_marker,
-            r"^run: .*/stage.json does not exist; run is the folder of a run whose pretraining is finished",
+            r"^run: .* is no run with a finished pretraining, .*pretraining/stage.json is missing$",
         ),
-        (without_tokenizer, r"^run: .*/text_tokenizer/tokenizer.json does not exist"),
+        (without_tokenizer, r"^run: .* is no run with .*/text_tokenizer/stage.json is missing$"),
         (
             with_more_layers,
             r"^run: the model of .*/config.yaml is not the one that was trained; run it to its end$",
@@ -436,6 +437,7 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
         tmp_path / "run" / "pretraining" / "config.json",
     ):
         file.write_text(file.read_text().replace("cm3leon_tiny", "other"))
+    finish(tmp_path / "run" / "pretraining")
     with pytest.raises(
         UserError,
         match=r"^run: the model other has no form in hf; only cm3leon and its presets do$",
@@ -524,8 +526,8 @@ def with_another_config(folder: Path) -> None:
         (without_weights, r"^hf: the weights in .* cannot be loaded: "),
         (with_half_a_file, r"^hf: the weights in .* cannot be loaded: "),
         (with_more_ids, r"^hf: the weights in .* cannot be loaded: "),
-        (with_a_broken_config, r"config.json is not JSON: "),
-        (with_another_config, r"config.json must hold a JSON object$"),
+        (with_a_broken_config, r"config.json is damaged: it is not JSON"),
+        (with_another_config, r"config.json is \[\]; it must be an object$"),
     ],
 )
 def test_damaged_folders_are_refused(

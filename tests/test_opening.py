@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from records import finish
 
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
-from cm3leon.records import checksum
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
 from cm3leon.stages.opening import Opening, open_run
@@ -44,10 +43,7 @@ def run(tmp_path: Path) -> Path:
     text_BD, image_BD = rng.normal(size=(2, 3, 8)).astype(np.float32)
     MemoryBank(["a", "b", "c"], Parts(text_BD, image_BD)).save(folder / "retriever")
     Neighbours(rng.integers(0, 3, (1, 3, 2))).save(folder / "retriever" / "neighbours.npy")
-    for stage in ("documents", "image_tokenizer", "retriever"):
-        files = {file.name: checksum(file) for file in sorted((folder / stage).iterdir())}
-        record = {"fingerprint": stage, "seconds": 1.0, "files": files}
-        (folder / stage / "stage.json").write_text(json.dumps(record))
+    finish(*(folder / stage for stage in ("documents", "image_tokenizer", "retriever")))
     return folder
 
 
