@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from cm3leon.config import (
     SHIPPED,
     Component,
+    Location,
+    NoEffect,
     NonNegativeFloat,
     NonNegativeInt,
     Override,
@@ -79,7 +81,7 @@ class ShardsConfig:
     """Run folder whose tokenizers, and encoder if it has one, are used as they are; None trains them on the sample."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; None makes one of this corpus."""
-    mix: dict[str, PositiveFloat] = field(default_factory=dict)
+    mix: Annotated[dict[str, PositiveFloat], Location()] = field(default_factory=dict)
     """Run folders with more training documents, each with the share it is to have beside this corpus's 1.0; none is
     repeated more than 3 times in an epoch nor cut below 0.3 of it."""
     workers: PositiveInt = 1
@@ -108,7 +110,7 @@ class GenerationConfig:
     """One more setting with this many unrelated documents: those retrieved for another prompt; 0 = none."""
     cfg: list[NonNegativeFloat] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
     """Guidance weights, each a setting; the best is chosen on the validation split without documents."""
-    batch_size: PositiveInt = 256
+    batch_size: Annotated[PositiveInt, NoEffect("how many are computed together")] = 256
     """Prompts that run together."""
 
 

@@ -36,6 +36,7 @@ options of run:
   experiment=NAME    a name that --list shows, or the path of a .yaml file
   run=DIR            the run folder, runs/NAME by default; run again with the same folder to go on
   until=STAGE        stop after that stage
+  redo=STAGE         make a finished stage that takes long anew, with those that depend on it, where settings differ
   section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
   section=name       picks another component: decoder=cd_k
   sweep.KEY=VALUES   a run at each value: 1e-4,3e-4 or range(3); at sweep_trials=N draws: uniform(a,b), loguniform(a,b)
@@ -93,40 +94,42 @@ def run(arguments: Sequence[str]) -> int | None:
 
     A launcher other than `here` is given them as jobs, unless this process is one of those that train together already.
     """
-    named, overrides = _split(arguments, ("experiment", "run", "until"))
-    folder, until = _run_folder(named), named["until"] or None
+    named, overrides = _split(arguments, ("experiment", "run", "until", "redo"))
+    folder, until, redo = _run_folder(named), named["until"] or None, _redo(named)
     if _is_study(named):
+        from cm3leon.stages.pipeline import check_run_folder
         from cm3leon.study import load_study, run_study
-        from cm3leon.study.run import check_until
+        from cm3leon.study.run import check_study_redo, check_until
 
         study = load_study(named["experiment"], overrides, folder)
         if _is_launched(study.launcher):
             from cm3leon.launch.runs import launch_study
 
-            return launch_study(study, folder, until=until)
+            return launch_study(study, folder, until=until, redo=redo)
         check_until(study, until)
+        check_study_redo(study, redo)
+        check_run_folder(folder)
         _record(folder)
-        run_study(study, folder, until=until)
+        run_study(study, folder, until=until, redo=redo)
         return None
     from cm3leon.experiment import is_sweep, load_experiment
 
     if is_sweep(named["experiment"], overrides):
         from cm3leon.sweep import load_sweep, run_sweep
 
-        run_sweep(load_sweep(named["experiment"], overrides, folder, until=until))
+        run_sweep(load_sweep(named["experiment"], overrides, folder, until=until, redo=redo))
         return None
     experiment = load_experiment(named["experiment"], overrides)
     if _is_launched(experiment.launcher):
         from cm3leon.launch.runs import launch_experiment
 
-        return launch_experiment(experiment, folder, until=until)
+        return launch_experiment(experiment, folder, until=until, redo=redo)
     from cm3leon.stages.pipeline import number_of
     from cm3leon.stages.stages import run_experiment, stages_of
 
     if until:
         number_of(stages_of(experiment), until, "until")
-    _record(folder)
-    run_experiment(experiment, folder, until=until)
+    run_experiment(experiment, folder, until=until, redo=redo, accepted=lambda: _record(folder))
     return None
 
 
@@ -147,7 +150,7 @@ def _is_launched(launcher: Any) -> bool:
 
 def part(arguments: Sequence[str]) -> None:
     """Makes one worker's share of the shards of a stage."""
-    named, overrides = _split(arguments, ("experiment", "run", "stage", "part"))
+    named, overrides = _split(arguments, ("experiment", "run", "stage", "part", "redo"))
     share = _share(named["part"])
     if _is_study(named):
         from cm3leon.study import load_study, run_study
@@ -159,7 +162,7 @@ def part(arguments: Sequence[str]) -> None:
     experiment = load_experiment(named["experiment"], overrides)
     from cm3leon.stages.stages import run_stage_part
 
-    run_stage_part(experiment, _run_folder(named), named["stage"], share)
+    run_stage_part(experiment, _run_folder(named), named["stage"], share, redo=_redo(named))
 
 
 def show_sample(arguments: Sequence[str]) -> None:
@@ -210,6 +213,11 @@ def _run_folder(named: dict[str, str]) -> Path:
     if folder.resolve() == Path(folder.anchor or "/"):
         raise UserError(f"run is {folder}, the root of the file system; choose a folder of its own")
     return folder
+
+
+def _redo(named: dict[str, str]) -> list[str]:
+    """The stages that may be made anew: `redo=pretraining`, or several with commas between them."""
+    return [name.strip() for name in named["redo"].split(",") if name.strip()]
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -308,7 +316,7 @@ def usage() -> str:
 
 def resolved(arguments: Sequence[str]) -> str:
     """The resolved experiment as YAML."""
-    named, overrides = _split(arguments, ("experiment", "run", "until"))
+    named, overrides = _split(arguments, ("experiment", "run", "until", "redo"))
     if _is_study(named):
         from cm3leon.study import load_study
 

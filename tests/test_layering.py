@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("types", "terminal", "locks", "paths", "records", "weights", "config", "registry")
+FOUNDATION = (
+    "types",
+    "terminal",
+    "locks",
+    "paths",
+    "records",
+    "digests",
+    "weights",
+    "config",
+    "registry",
+)
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
 TOP = (
     "experiment",

@@ -500,38 +500,265 @@ def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(
     assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
 
 
-# ------------------------------------------------------------------------------------------------ dear work
+# ------------------------------------------------------------------------------------------------ expensive work
 
 
-def dear(folder: Path, inputs: Any, *, stop: bool) -> None:
-    """A stage with a checkpoint, stopped in the middle or brought to its end."""
+@dataclass
+class Costly(Fake):
+    """A run of three stages: `b` trains, `c` depends on it and is expensive too, `d` is not."""
 
-    def make_dear(run: Fake, place: Path) -> None:
-        for name in ("step_00000012", "step_best"):
+    d: Any = 1
+    weights: str = "trained"
+    keeps_checkpoints: bool = False
+    stops: bool = False
+
+
+def costly_stages() -> list[Stage[Costly]]:
+    def train(run: Costly, place: Path) -> None:
+        run.made.append("b")
+        for name in ("step_00000012", "step_best") if run.keeps_checkpoints else ():
             (place / name).mkdir(exist_ok=True)
             (place / name / "manifest.json").touch()
-        if stop:
-            raise KeyboardInterrupt
-        (place / "result").write_text("done")
+        if run.stops:
+            raise Stopped
+        (place / "weights").write_text(run.weights)
+        (place / "log.jsonl").write_text("{}")
+        (place / "page.html").write_text("a page")
 
-    run_stages(
-        [Stage("a", 1, lambda run: inputs, make_dear, dear=True)], Fake(), folder, lambda line: None
-    )
+    return [
+        Stage("a", 1, lambda run: run.a, make("a")),
+        Stage(
+            "b",
+            1,
+            lambda run: {"training": {"rate": run.b}},
+            train,
+            results=("weights",),
+            expensive=True,
+            trains=lambda run: True,
+        ),
+        Stage("c", 1, lambda run: run.c, make("c"), needs=("b",), expensive=True),
+        Stage("d", 1, lambda run: run.d, make("d"), needs=("a",), files=("b/weights",)),
+    ]
 
 
-def test_unfinished_dear_work_is_not_set_aside_for_other_settings(tmp_path: Path) -> None:
-    settings = {"training": {"learning_rate": 0.1, "steps": 5}, "model": {"layers": 2}}
-    with pytest.raises(KeyboardInterrupt):
-        dear(tmp_path, [settings, None], stop=True)
-    other = {**settings, "training": {"learning_rate": 0.2, "steps": 5, "clip": 1}}
+def go_costly(
+    folder: Path, redo: tuple[str, ...] = (), until: str | None = None, **fields: Any
+) -> Costly:
+    run = Costly(**fields)
+    run_stages(costly_stages(), run, folder, run.said.append, redo=redo, until=until)
+    return run
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, hidden ones too."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_an_expensive_stage_is_made_anew_only_where_that_is_asked_for(folder: Path) -> None:
+    go_costly(folder)
+    before = everything(folder)
     with pytest.raises(UserError) as refusal:
-        dear(tmp_path, [other, None], stop=False)
+        go_costly(folder, b=2)
     assert str(refusal.value) == (
-        f"run: {tmp_path / 'a'} has come to step 12 with other settings (training.learning_rate was 0.1, is 0.2; "
-        f"training.clip was null, is 1); put them back, choose another run folder, or delete {tmp_path / 'a'} to begin "
-        "anew"
+        f"run: b in {folder} is finished, and these settings would make it anew (training.rate was 1, is 2); c would "
+        "follow; say redo=b to do so, which keeps what is there in superseded, or put the settings back, or choose "
+        "another run folder"
     )
-    assert (tmp_path / "a" / "step_00000012").is_dir()
-    dear(tmp_path, [settings, None], stop=False)  # the settings are back
-    dear(tmp_path, [other, None], stop=False)  # finished work is set aside, as everywhere
-    assert [path.name[:2] for path in (tmp_path / "superseded").iterdir()] == ["a-"]
+    assert everything(folder) == before
+    asked = go_costly(folder, b=2, redo=("b",), weights="trained otherwise")
+    assert asked.made == ["b", "c", "d"]  # d has the weights among its inputs
+    assert (
+        "[2/4] b: made anew (training.rate was 1, is 2); what was there is in superseded"
+        in asked.said
+    )
+    # Asked for again, as after a kill: what is up to date is not made anew.
+    assert go_costly(folder, b=2, redo=("b",)).made == []
+    # What was set aside comes back unasked, whichever way.
+    back = go_costly(folder)
+    assert back.made == []
+    assert "[2/4] b: up to date, fetched back from superseded" in back.said
+    assert {name: text for name, text in everything(folder).items() if name in before} == before
+    assert go_costly(folder, b=2).made == []
+
+
+def test_whoever_redoes_a_cheap_stage_is_told_of_the_expensive_ones_behind_it(folder: Path) -> None:
+    go_costly(folder)
+    before = everything(folder)
+    with pytest.raises(UserError, match=r"b in .* \(a is another\); c would follow; say redo=b to"):
+        go_costly(folder, a=2)
+    assert everything(folder) == before
+    # Up to the cheap one nothing expensive is made, and nothing is lost.
+    assert go_costly(folder, a=2, until="a").made == ["a"]
+    assert go_costly(folder, a=2, redo=("a",)).made == ["b", "c", "d"]
+
+
+def test_several_expensive_stages_are_named_with_what_to_ask_for(folder: Path) -> None:
+    go_costly(folder)
+    with pytest.raises(
+        UserError, match=r"^run: c in .* \(its input was 1, is 2\); say redo=c to do so"
+    ):
+        go_costly(folder, c=2)
+    with pytest.raises(UserError, match=r"redo is e, which is not a stage"):
+        go_costly(folder, redo=("e",))
+    assert go_costly(folder, c=2, redo=("c",)).made == ["c"]
+
+
+def test_unfinished_work_with_checkpoints_is_not_set_aside_for_other_settings(folder: Path) -> None:
+    with pytest.raises(Stopped):
+        go_costly(folder, keeps_checkpoints=True, stops=True)
+    with pytest.raises(UserError) as refusal:
+        go_costly(folder, b=2)
+    assert str(refusal.value) == (
+        f"run: {folder / 'b'} has come to step 12 with other settings (training.rate was 1, is 2); put them back, "
+        "choose another run folder, or say redo=b to begin anew"
+    )
+    assert (folder / "b" / "step_00000012").is_dir()
+    assert go_costly(folder, b=2, redo=("b",)).made == ["b", "c", "d"]
+    assert go_costly(folder, until="b").said[1] == "[2/2] b: going on where it stopped"
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "page.html"])
+def test_logs_and_pages_are_never_a_reason_to_make_anything_again(folder: Path, name: str) -> None:
+    go_costly(folder)
+    with (folder / "b" / name).open("a") as file:
+        file.write("\n")
+    assert go_costly(folder).made == []
+    assert (folder / "b" / name).read_text().endswith("\n")
+    (folder / "b" / name).unlink()
+    assert go_costly(folder).made == []
+
+
+@pytest.mark.parametrize("how", ["weights", "record", "no files"])
+def test_damaged_weights_without_a_checkpoint_are_not_trained_again_unasked(
+    folder: Path, how: str
+) -> None:
+    go_costly(folder)
+    marker = folder / "b" / "stage.json"
+    if how == "weights":
+        (folder / "b" / "weights").write_text("damaged")
+    elif how == "record":
+        marker.write_text("{")
+    else:
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "files": {}}))
+    before = everything(folder)
+    with pytest.raises(UserError) as refusal:
+        go_costly(folder)
+    assert "has no checkpoint to make it of" in str(refusal.value)
+    assert str(refusal.value).endswith("put a copy of the file back, or say redo=b to make it anew")
+    assert str(folder / "b" / ("weights" if how == "weights" else "stage.json")) in str(
+        refusal.value
+    )
+    assert everything(folder) == before
+    assert go_costly(folder, redo=("b",)).made == ["b"]
+    assert (folder / "b" / "weights").read_text() == "trained"
+
+
+def test_damaged_weights_with_a_checkpoint_are_made_of_it(folder: Path) -> None:
+    go_costly(folder, keeps_checkpoints=True)
+    (folder / "b" / "weights").unlink()
+    assert go_costly(folder, keeps_checkpoints=True).made == ["b"]
+
+
+def test_what_depends_on_a_file_asks_for_what_it_holds(folder: Path) -> None:
+    """Stage d has the weights of b among its inputs, and not how they came to be."""
+    go_costly(folder)
+    assert go_costly(folder, b=2, redo=("b",)).made == ["b", "c"]  # b gives the same weights
+    record = json.loads((folder / "d" / "stage.json").read_text())
+    assert list(record["made_with"]) == ["b/weights"]
+    assert list(record["needs"]) == ["a"]
+    assert record["version"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ hostile records
+
+
+@pytest.mark.parametrize("name", ["../../victim.txt", "/tmp/victim.txt", "linked/victim.txt", ".."])
+def test_a_record_that_names_files_outside_deletes_nothing(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    go(folder)
+    victim = tmp_path / "runs" / "victim.txt"
+    victim.write_text("precious")
+    (folder / "b" / "linked").symlink_to(victim.parent)
+    marker = folder / "b" / "stage.json"
+    marker.write_text(
+        json.dumps({**json.loads(marker.read_text()), "files": {name: "0" * 64, "first.txt": ""}})
+    )
+    go(folder)
+    assert victim.read_text() == "precious"
+    marker.write_text(json.dumps({"fingerprint": "0" * 64, "files": {name: ""}}))
+    with pytest.raises(UserError, match=r"stage\.json names .*, which is not a file in the stage"):
+        pipeline.read_record(marker)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"fingerprint": "../../.."},
+        {"fingerprint": 3},
+        {"fingerprint": "0" * 64, "files": []},
+        {"fingerprint": "0" * 64, "files": {"a": 1}},
+        {"fingerprint": "0" * 64, "seconds": "long"},
+        {"fingerprint": "0" * 64, "needs": {"a": None}},
+    ],
+)
+def test_a_record_that_is_none_is_named_and_made_anew(folder: Path, content: Any) -> None:
+    go(folder)
+    marker = folder / "b" / "stage.json"
+    marker.write_text(json.dumps(content))
+    with pytest.raises(UserError) as refusal:
+        pipeline.read_record(marker)
+    assert str(refusal.value).startswith(str(marker))
+    assert go(folder).made == ["b"]
+
+
+def test_folders_that_are_no_runs_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.yaml").write_text("data: mine\n")
+    for folder in (Path("/"), home, project):
+        with pytest.raises(UserError, match=r"^run: "):
+            run_stages(stages(), Fake(), folder, print)
+    assert list(everything(tmp_path)) == ["project/config.yaml"]
+    # A folder in which a launcher or the recorder has written is a run's.
+    (tmp_path / "run" / "launch").mkdir(parents=True)
+    assert go(tmp_path / "run").made == ["a", "b", "c"]
+
+
+def test_nothing_is_accepted_that_is_refused(folder: Path) -> None:
+    accepted: list[str] = []
+
+    def begin() -> None:
+        accepted.append("once")
+        assert not (folder / "b" / "stage.json").exists() or len(accepted) > 1
+
+    run_stages(costly_stages(), Costly(), folder, print, accepted=begin)
+    assert accepted == ["once"]
+    with pytest.raises(UserError):
+        run_stages(costly_stages(), Costly(b=2), folder, print, accepted=begin)
+    assert accepted == ["once"]
+
+
+def test_a_link_to_a_shared_stage_gives_way_unasked(folder: Path, tmp_path: Path) -> None:
+    """A point of a sweep has links to what the points share; what they lead to stays as it is."""
+    shared = tmp_path / "runs" / "shared"
+    go_costly(shared)
+    before = everything(shared)
+    folder.mkdir(parents=True)
+    (folder / "launch").mkdir()
+    for name in "abc":
+        (folder / name).symlink_to(shared / name)
+    assert go_costly(folder, b=2).made == ["b", "c", "d"]
+    assert everything(shared) == before
+    assert not (folder / "b").is_symlink()
+    assert (folder / "a").is_symlink()

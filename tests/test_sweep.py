@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cm3leon.config import NoSettings, dump_yaml, to_mapping
+from cm3leon.config import NoSettings, dump_yaml
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
+from cm3leon.stages.artifacts import Run
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run
 from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
@@ -356,7 +357,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
     """Names of the folders whose experiment was run; a launcher `inline` runs the commands of jobs in this process."""
     names: list[str] = []
 
-    def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
+    def run_experiment(
+        experiment: Experiment, folder: Path, *, until: str | None = None, **options: Any
+    ) -> None:
         names.append(folder.name)
         rate, marker = (
             experiment.training.learning_rate,
@@ -367,11 +370,15 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
         if until:  # what points share
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.write_text("{}")
-            (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
         else:
             finished_run(folder, 3.0 - 100 * rate)
 
+    def first_unfinished(stages: Sequence[Any], run: Run, folder: Path) -> tuple[str | None, Any]:
+        made = (folder / stages[-1].name / "stage.json").is_file()
+        return (None if made else stages[-1].name), {}
+
     monkeypatch.setattr(sweep_run, "run_experiment", run_experiment)
+    monkeypatch.setattr(sweep_run, "first_unfinished", first_unfinished)
     monkeypatch.setattr("cm3leon.stages.stages.run_experiment", run_experiment)
 
     @LAUNCHERS.register("inline")
@@ -414,9 +421,32 @@ def test_a_second_start_runs_only_what_is_missing(ran: list[str], tmp_path: Path
     assert main([*words, "sweep.training.learning_rate=1e-3,2e-3,4e-3"]) == 0
     assert ran == ["shared", "learning_rate=0.001", "learning_rate=0.002", "learning_rate=0.004"]
     assert main([*words, "sweep.training.learning_rate=1e-3,2e-3", "training.steps=30"]) == 0
-    assert ran[4:] == ["shared", "learning_rate=0.001", "learning_rate=0.002"]
+    # What the points share does not depend on the training, and stays.
+    assert ran[4:] == ["learning_rate=0.001", "learning_rate=0.002"]
     assert main([f"experiment={tmp_path / 'sweep.yaml'}", f"run={tmp_path}"]) == 0
-    assert len(ran) == 7
+    assert len(ran) == 6
+
+
+def test_redo_reaches_every_point_and_is_checked(
+    ran: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        sweep_run, "run_experiment", lambda *args, **options: asked.append(options["redo"])
+    )
+    words = [
+        *SWEPT[:1],
+        "launcher=inline",
+        f"run={tmp_path}",
+        "sweep.training.learning_rate=1e-3,2e-3",
+    ]
+    main([*words, "redo=pretraining,retriever"])
+    assert asked == [["pretraining", "retriever"]] * 2
+    assert main([*words, "redo=pretrainin"]) == 2
+    assert "redo is pretrainin, which is not a stage" in capsys.readouterr().err
 
 
 def test_failures_are_listed_and_tried_again_by_the_same_command(

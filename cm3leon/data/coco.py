@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from cm3leon.config import Location
 from cm3leon.data.files import (
     CUT_STREAM,
     BadRecord,
@@ -41,11 +42,11 @@ class CocoSource(FileSource):
     class Config(FilesConfig):
         """Where the files are, and how many documents an image makes."""
 
-        path: str
+        path: Annotated[str, Location()]
         """The captions JSON, such as annotations/captions_train2017.json, local or a URL."""
-        images: str
+        images: Annotated[str, Location()]
         """Folder of the images, local or a URL."""
-        instances: str | None = None
+        instances: Annotated[str, Location()] | None = None
         """The instances JSON of the same images; null = no labels."""
         captions: Literal["first", "all"] = "first"
         """first = a document for each image, with its first caption; all = one for each caption, so that documents of
@@ -66,13 +67,14 @@ class CocoSource(FileSource):
             raise UserError(f"data.path: {self.config.path} lists no images")
         return [f"{self._captions.name} {number}" for number in range(-(-len(entries) // CHUNK))]
 
+    images_apart = True
+
     def fingerprint(self) -> str:
-        instances = (
-            Files(self.config.instances, "data.instances").list(self.suffixes)
-            if self.config.instances
-            else []
-        )
-        return fingerprint([*self.files.list(self.suffixes), *instances])
+        held = super().fingerprint()
+        if not self.config.instances:
+            return held
+        files = Files(self.config.instances, "data.instances")
+        return f"{held} {fingerprint(files, files.list(self.suffixes))}"
 
     def class_in(self, text: str) -> int | None:
         found = set(self._names.findall(text.lower())) if self.class_names else set()

@@ -10,20 +10,22 @@ import json
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from cm3leon.config import PositiveInt
+from cm3leon.config import Location, PositiveInt
 from cm3leon.data.images import UnusableImage, decode_image
 from cm3leon.data.source import Skipped, Source
+from cm3leon.digests import files_digest, stream_digest
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -34,12 +36,18 @@ NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, Permissio
 NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
+CHECKSUMS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id", "CRC")
+"""Where file systems of fsspec keep what changes with a file's content, and with nothing else."""
+REMOTE_BLOCKS = 4
+"""Blocks that are read of a remote file without a checksum."""
+
+
 class File(NamedTuple):
-    """A listed file: its name relative to the root of the listing, its bytes, and a text that changes with it."""
+    """A listed file: its name relative to the root of the listing, its bytes, and a remote one's checksum, if known."""
 
     name: str
     size: int
-    stamp: str
+    checksum: str = ""
 
 
 class Files:
@@ -86,10 +94,10 @@ class Files:
         endings = tuple(suffixes)
         found: Iterable[File]
         if self._single and self.local:
-            found = [_stated(self._single, os.stat(self._full(self._single)))]
+            found = [_stated(self._single, os.stat(self.full(self._single)))]
         elif self._single:
             found = [
-                self._remote(self._full(self._single), self.system.info(self._full(self._single)))
+                self._remote(self.full(self._single), self.system.info(self.full(self._single)))
             ]
         elif self._glob and self.local:
             found = self._local(self.system.glob(self._glob), endings)
@@ -147,10 +155,11 @@ class Files:
         return content
 
     def _open(self, name: str) -> BinaryIO:
-        full = self._full(name)
+        full = self.full(name)
         return open(full, "rb") if self.local else self.system.open(full, "rb")
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
+        """The path of a listed file in its file system."""
         return f"{self.root}/{name}"
 
     def _local(self, found: Iterable[str], endings: tuple[str, ...]) -> Iterator[File]:
@@ -165,20 +174,18 @@ class Files:
             if info["type"] == "file" and full.lower().endswith(endings):
                 yield self._remote(full, info)
 
+    def remote_checksum(self, name: str) -> str:
+        """What changes with the content of a remote file, as far as its file system says; its size if that is all."""
+        full = self.full(name)
+        try:
+            found = self._remote(full, self.system.info(full))
+        except NOT_THERE as error:
+            return type(error).__name__
+        return found.checksum or str(found.size)
+
     def _remote(self, full: str, info: Mapping[str, Any]) -> File:
-        keys = (
-            "ETag",
-            "etag",
-            "checksum",
-            "md5Hash",
-            "mtime",
-            "LastModified",
-            "last_modified",
-            "updated",
-            "created",
-        )
-        stamp = next((str(info[key]) for key in keys if info.get(key) is not None), "")
-        return File(full[len(self.root) + 1 :], info.get("size") or 0, stamp)
+        found = next((str(info[key]) for key in CHECKSUMS if info.get(key) is not None), "")
+        return File(full[len(self.root) + 1 :], info.get("size") or 0, found)
 
 
 class _Unpacked(gzip.GzipFile):
@@ -214,7 +221,7 @@ def _walk(folder: str, prefix: str, endings: tuple[str, ...]) -> Iterator[File]:
 
 
 def _stated(name: str, stat: os.stat_result) -> File:
-    return File(name, stat.st_size, str(stat.st_mtime_ns))
+    return File(name, stat.st_size)
 
 
 def leaves_folder(name: str) -> bool:
@@ -233,13 +240,60 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def fingerprint(files: Iterable[File]) -> str:
-    """A digest of names, sizes and times of change."""
+def fingerprint(files: Files, listed: Sequence[File]) -> str:
+    """A checksum over the files' names and what they hold, wherever they lie, see `digests`.
+
+    Of a remote file it is the checksum that its file system has, or else its size and a few blocks.
+    """
+    if files.local:
+        paths = [Path(files.full(file.name)) for file in listed]
+        return files_digest(paths, [file.name for file in listed])
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(file.name))
-        digest.update(f"\0{file.size}\0{file.stamp}\n".encode())
+    for file in listed:
+        digest.update(
+            f"{file.name!a}\0{file.size}\0{file.checksum or _remote_blocks(files, file)}\n".encode()
+        )
     return digest.hexdigest()
+
+
+def _remote_blocks(files: Files, file: File) -> str:
+    with files.open_raw(file.name) as content:
+        return stream_digest(content, file.size, blocks=REMOTE_BLOCKS)
+
+
+def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
+    """A checksum over the images that records name, where these are files of their own.
+
+    What a source draws or computes depends on its settings, and is not looked at.
+    """
+    names: list[str] = []
+    paths: list[Path] = []
+    digest = hashlib.sha256()
+    for record in records:
+        if isinstance(record, Skipped):
+            continue
+        for segment in record.segments:
+            load = segment.content if isinstance(segment, MarkedImage) else segment
+            found = _file_of(load)
+            if found is None:
+                continue
+            files, name = found
+            if files.local:
+                names.append(record.id)
+                paths.append(Path(files.full(name)))
+            else:
+                digest.update(f"{record.id!a}\0{files.remote_checksum(name)}\n".encode())
+    return hashlib.sha256(f"{digest.hexdigest()} {files_digest(paths, names)}".encode()).hexdigest()
+
+
+def _file_of(load: Any) -> tuple[Files, str] | None:
+    """The file that a call of `Files.image` would read, by its name; None for anything else."""
+    if not isinstance(load, partial) or getattr(load.func, "__func__", None) is not Files.image:
+        return None
+    files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]
+    if leaves_folder(name) or "\0" in name:
+        return None
+    return files, str(PurePosixPath(load.keywords.get("beside", "")).parent / name)
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -348,7 +402,7 @@ def interleaved(
 class FilesConfig:
     """Where the files are, and what is too much of one."""
 
-    path: str
+    path: Annotated[str, Location()]
     """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL."""
     max_pixels: PositiveInt = 64_000_000
     """Images of more pixels than this are skipped."""
@@ -363,6 +417,8 @@ class FileSource(Source):
 
     suffixes: tuple[str, ...]
     """Endings of the files, in lower case."""
+    images_apart = False
+    """Whether images are files of their own that the listed files name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -379,7 +435,11 @@ class FileSource(Source):
         return [file.name for file in self._list()]
 
     def fingerprint(self) -> str:
-        return fingerprint(self._list())
+        held = fingerprint(self.files, self._list())
+        if not self.images_apart:
+            return held
+        records = (record for part in self.parts() for record in self._safe_records(part, 0))
+        return f"{held} {images_fingerprint(records)}"
 
     def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
         for record in islice(_without_repeats(self._safe_records(part, start)), start, None):

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
+from cm3leon.config import Location
 from cm3leon.data.files import FilesConfig, FileSource, Record, fingerprint, is_utf8
 from cm3leon.data.images import SUFFIXES
 from cm3leon.data.source import Skipped
@@ -45,7 +47,7 @@ class FolderSource(FileSource):
     class Config(FilesConfig):
         """Where the images are."""
 
-        path: str
+        path: Annotated[str, Location()]
         """The folder, local or a URL; its subfolders are searched too."""
 
     suffixes = (*sorted(SUFFIXES), ".txt", ".jsonl")
@@ -68,7 +70,7 @@ class FolderSource(FileSource):
         return [CAPTIONS_FILE, *chunks, UNUSED] if listing.has_captions_file else chunks
 
     def fingerprint(self) -> str:
-        return fingerprint(self.files.list(self.suffixes))
+        return fingerprint(self.files, self.files.list(self.suffixes))
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         listing = self._listing = self._listing or self._listed()

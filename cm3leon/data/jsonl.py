@@ -6,8 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+from cm3leon.config import Location
 from cm3leon.data.fields import (
     Found,
     PairConfig,
@@ -83,8 +84,10 @@ class JsonlSource(LinesSource):
     class Config(PairConfig):
         """Where the lines and the images are."""
 
-        images: str | None = None
+        images: Annotated[str, Location()] | None = None
         """Folder or URL that the images' paths are relative to; null = the folder that each file lies in."""
+
+    images_apart = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

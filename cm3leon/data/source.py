@@ -44,7 +44,8 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the corpus changes; cheap, without reading every byte."""
+        """Changes when what the corpus holds changes, and with nothing else: not with where it lies, nor when it was
+        copied there."""
 
     def documents(self) -> Iterator[Document | Skipped]:
         """The items of all parts."""

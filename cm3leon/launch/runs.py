@@ -3,45 +3,65 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config import Component, dump_yaml, to_mapping
+from cm3leon.config import Component, dump_yaml, recorded_settings
 from cm3leon.experiment import Experiment
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import number_of
+from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
+from cm3leon.study.run import check_study_redo
 from cm3leon.training.checkpoint import check_format
 from cm3leon.training.steps import numbered
 
 ANSWERS, MEASURING = "answers", "measuring"
 
 
-def launch_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> int:
+def launch_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+) -> int:
     """Gives an experiment to its launcher, and says how to follow it. Returns an exit code, 0 where none is known yet.
 
     Raises:
-        UserError: for an unknown `until`, or what the launcher can know to be impossible.
+        UserError: for an unknown `until` or `redo`, a folder that is no run's, or what the launcher can know to
+            be impossible.
     """
     folder = folder.absolute()
+    check_redo(stages_of(experiment), redo)
+    check_run_folder(folder)
     make_folder(folder, "run")
-    return launched(experiment_jobs(experiment, folder, until=until), folder, experiment.launcher)
+    jobs = experiment_jobs(experiment, folder, until=until, redo=redo)
+    return launched(jobs, folder, experiment.launcher)
 
 
-def launch_study(study: Study, folder: Path, *, until: str | None = None) -> int:
+def launch_study(
+    study: Study, folder: Path, *, until: str | None = None, redo: Collection[str] = ()
+) -> int:
     """The same for a study."""
     folder = folder.absolute()
+    check_study_redo(study, redo)
+    check_run_folder(folder)
     make_folder(folder, "run")
-    return launched(study_jobs(study, folder, until=until), folder, study.launcher)
+    return launched(study_jobs(study, folder, until=until, redo=redo), folder, study.launcher)
 
 
 def experiment_jobs(
-    experiment: Experiment, folder: Path, *, until: str | None = None, name: str = ""
+    experiment: Experiment,
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+    name: str = "",
 ) -> list[Job]:
     """The jobs of an experiment in a run folder: one, or several for a corpus in shards.
 
@@ -52,7 +72,9 @@ def experiment_jobs(
     stages = stages_of(experiment)
     if until is not None:
         stages = stages[: number_of(stages, until, "until") + 1]
-    words = ("experiment=" + str(_frozen(experiment, folder)), f"run={folder}", "launcher=here")
+    frozen = _frozen(experiment, folder)
+    own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
+    words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *_redo(own))
     if experiment.shards is None:
         return [Job(name or "run", (_until(words, until),))]
     jobs: list[Job] = []
@@ -83,7 +105,9 @@ def experiment_jobs(
     return jobs
 
 
-def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[Job]:
+def study_jobs(
+    study: Study, folder: Path, *, until: str | None = None, redo: Collection[str] = ()
+) -> list[Job]:
     """The jobs of a study: its runs one after the other, then the answers as an array, then what is measured."""
     runs = list(study.runs)
     wanted = runs[: runs.index(until) + 1] if until in runs else runs
@@ -93,7 +117,7 @@ def study_jobs(study: Study, folder: Path, *, until: str | None = None) -> list[
         experiment = replace(load_run(study, name), launcher=study.launcher)
         frozen[name] = StudyRun(experiment=str(_frozen(experiment, folder / name)))
         if name in wanted:
-            added = experiment_jobs(experiment, folder / name, name=name)
+            added = experiment_jobs(experiment, folder / name, redo=redo, name=name)
             jobs += [replace(added[0], after=(jobs[-1].name,)) if jobs else added[0], *added[1:]]
     if until in runs or not study.evaluations:
         return jobs
@@ -147,11 +171,15 @@ def _shown(submitted: list[Submitted]) -> str:
 
 def _frozen(config: Experiment | Study, folder: Path) -> Path:
     """A file of the resolved configuration that nothing writes to later, for jobs that read it when they start."""
-    text = dump_yaml(to_mapping(config))
+    text = dump_yaml(recorded_settings(config))
     file = folder / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return file
+
+
+def _redo(names: Collection[str]) -> Command:
+    return (f"redo={','.join(names)}",) if names else ()
 
 
 def _until(words: Command, until: str | None) -> Command:

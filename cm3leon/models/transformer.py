@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.config import PositiveFloat, PositiveInt
+from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
 from cm3leon.models.base import Attend, Model
 from cm3leon.registry import MODELS
@@ -42,7 +42,7 @@ class Transformer(Model):
         """Standard deviation of the position embedding at initialisation."""
         zero_residual: bool = False
         """Whether the two output matrices of each layer begin at zero, so that it begins by passing on its input."""
-        attention: str = "auto"
+        attention: Annotated[str, NoEffect("how the same is computed")] = "auto"
         """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
 
         def check(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.config import PositiveInt
+from cm3leon.config import Location, PositiveInt
 from cm3leon.types import UserError
 
 
@@ -22,7 +22,7 @@ class EncoderConfig:
 
     architecture: str | None = "ViT-B-32"
     """Name of an open_clip model, or None for a small one of the sizes below."""
-    pretrained: str | None = None
+    pretrained: Annotated[str, Location(or_name=True)] | None = None
     """Tag or file of pretrained weights for `architecture`; None starts from random weights."""
     image_size: PositiveInt = 32
     """Small model: height and width of its input, in pixels."""

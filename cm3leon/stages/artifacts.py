@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cm3leon.config import to_mapping
+from cm3leon.config import recorded_settings, result_settings, to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
 from cm3leon.data.shards import INDEX, PLAN, open_shard
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
+from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
 from cm3leon.records import MARKER, check_stage, read_array, read_stage, sha256
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
@@ -344,9 +345,18 @@ class Run:
         )
 
     def section(self, *names: str) -> dict[str, Any]:
-        """Sections of the experiment as plain data, for fingerprints and records."""
-        mapping = to_mapping(self.experiment)
-        return {name: mapping[name] for name in names}
+        """Sections of the experiment as plain data."""
+        return {name: to_mapping(getattr(self.experiment, name)) for name in names}
+
+    def recorded(self, *names: str) -> dict[str, Any]:
+        """Sections of the experiment as plain data, their paths absolute, for records."""
+        return {name: recorded_settings(getattr(self.experiment, name)) for name in names}
+
+    def depends_on(self, *names: str) -> dict[str, Any]:
+        """Sections of the experiment as far as results depend on them: of files, what they hold."""
+        return {
+            name: result_settings(getattr(self.experiment, name), path_digest) for name in names
+        }
 
 
 def _recorded(stage: Path, name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -103,18 +102,21 @@ def make_index(run: Run, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ neighbours
 
 
-def neighbours_inputs(run: Run) -> Any:
-    """What the neighbours depend on besides the tokens and the index: the strategy, the encoder, a borrowed bank."""
-    sections, bank = run.section("retriever", "seed"), run.shards.bank
+def bank_fingerprint(run: Run) -> str | None:
+    """Changes with the memory bank of another run; None where this run's own is used.
+
+    Raises:
+        UserError: for a folder without a finished index.
+    """
+    bank = run.shards.bank
     if bank is None:
-        return [sections, run.encoder_header]
+        return None
     try:
-        made_from = read_stage(bank / "index")["fingerprint"]
+        return read_stage(bank / "index")["fingerprint"]
     except (OSError, UserError) as error:
         raise UserError(
             f"shards.bank: {bank} is no run with a finished index; make it with until=index first"
         ) from error
-    return [sections, run.encoder_header, made_from]
 
 
 def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:

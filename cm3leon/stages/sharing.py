@@ -5,16 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from cm3leon.config import from_mapping, to_mapping
 from cm3leon.data.shards import open_shard, shard_path
-from cm3leon.experiment import load_experiment
+from cm3leon.experiment import Experiment
+from cm3leon.registry import discover
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.training.device import best_device
@@ -40,7 +42,9 @@ def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
     context = multiprocessing.get_context("spawn")
     running = [
         context.Process(
-            target=_work, args=(run.folder, folder, make_part, (k, workers)), daemon=True
+            target=_work,
+            args=(to_mapping(run.experiment), run.folder, folder, make_part, (k, workers)),
+            daemon=True,
         )
         for k in range(workers)
     ]
@@ -58,15 +62,15 @@ def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
         )
 
 
-def _work(run_folder: Path, folder: Path, make_part: MakePart, part: Part) -> None:
-    """What a worker process does; the experiment is loaded again, so that its plugins are."""
+def _work(
+    experiment: Mapping[str, Any], run_folder: Path, folder: Path, make_part: MakePart, part: Part
+) -> None:
+    """What a worker process does, with the settings of the process that started it, once its plugins are loaded."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     try:
-        make_part(
-            Run(load_experiment(str(run_folder / "config.yaml")), run_folder, best_device()),
-            folder,
-            part,
-        )
+        discover(experiment["plugins"])
+        run = Run(from_mapping(Experiment, experiment), run_folder, best_device())
+        make_part(run, folder, part)
     except (UserError, OSError) as error:
         sys.exit(f"cm3leon: {error}")
     except KeyboardInterrupt:

@@ -2,169 +2,415 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cm3leon.config import dump_yaml, to_mapping
+from cm3leon.config import dump_yaml, recorded_settings, result_settings
+from cm3leon.digests import path_digest, remembered
 from cm3leon.experiment import Experiment
-from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, Run
+from cm3leon.paths import make_folder
+from cm3leon.registry import RETRIEVERS
+from cm3leon.retrievers.base import StrategyConfig
+from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.documents import make_documents
-from cm3leon.stages.evaluate import make_evaluation
+from cm3leon.stages.evaluate import RESULTS, make_evaluation
 from cm3leon.stages.generate import make_generations
 from cm3leon.stages.image_tokenizer import make_image_tokenizer
 from cm3leon.stages.neighbours import (
+    bank_fingerprint,
     make_index,
     make_index_part,
     make_neighbours,
     make_neighbours_part,
     make_vectors,
     make_vectors_part,
-    neighbours_inputs,
 )
 from cm3leon.stages.pipeline import (
     Part,
     Stage,
+    check_redo,
+    check_run_folder,
     first_unfinished,
     is_finished,
     number_of,
     run_part,
     run_stages,
+    write_whole,
 )
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
-from cm3leon.stages.reconstruction import make_reconstruction
-from cm3leon.stages.retrieve import make_retriever
+from cm3leon.stages.reconstruction import FIGURES, make_reconstruction
+from cm3leon.stages.retrieve import STRATEGY, make_retriever
 from cm3leon.stages.text_tokenizer import make_text_tokenizer, text_tokenizer_inputs
-from cm3leon.stages.tokens import make_tokens, make_tokens_part, tokens_inputs
-from cm3leon.stages.training_data import start_fingerprint, training_inputs
-from cm3leon.training.config import LAYOUT
+from cm3leon.stages.tokens import longest_document, make_tokens, make_tokens_part
+from cm3leon.stages.training_data import mixed_fingerprints, start_digest
+from cm3leon.training.config import training_settings
 from cm3leon.training.device import best_device
 from cm3leon.training.distributed import Ranks, find_place, joined
 from cm3leon.types import UserError
 
+CONFIG = "config.yaml"
+"""The settings that were last accepted; of what is finished, each stage's own record is the truth."""
+DIGESTS = "digests.json"
+"""Checksums of what the run was made from, so that a second start need not read it again."""
 
-def _documents_inputs(run: Run) -> Any:
+# ------------------------------------------------------------------------------------------------ what each depends on
+#
+# Each of these functions gives all that the result of a stage depends on besides other stages, and nothing else: of
+# files, what they hold, and no setting that changes no result. Whatever they leave out may change while a run goes on.
+
+
+def _corpus_inputs(run: Run) -> dict[str, Any]:
+    """The documents and their splits: how the source reads them, and what it holds."""
+    return {
+        "data": result_settings(run.experiment.data),
+        "corpus": run.source.fingerprint(),
+        **run.depends_on("split"),
+        "image_size": run.image_tokenizer_shape.image_size,
+        **_sample_inputs(run),
+    }
+
+
+def _sample_inputs(run: Run) -> dict[str, Any]:
+    """The sample of a corpus in shards; the seed says from which parts it is, where they are more than it has."""
     shards = run.experiment.shards
-    inputs = [
-        run.section("data", "split"),
-        run.source.fingerprint(),
-        run.image_tokenizer_shape.image_size,
-    ]
-    return [*inputs, shards.sample] if shards else inputs
+    if shards is None:
+        return {}
+    drawn = len(run.source.parts()) > shards.sample
+    return {"shards": {"sample": shards.sample}, **(run.depends_on("seed") if drawn else {})}
 
 
-def _inputs(*sections: str, or_borrowed: str) -> Callable[[Run], Any]:
-    """Sections of the experiment, and the digest of the file that is taken over instead, if one is."""
-    return lambda run: [run.section(*sections), run.borrowed_digest(or_borrowed)]
+def _image_tokenizer_inputs(run: Run) -> dict[str, Any]:
+    experiment = run.experiment
+    # Those of the discriminator and so on shape the tokenizer only if it is trained here.
+    inputs: dict[str, Any] = {"weights": run.borrowed_digest(IMAGE_TOKENIZER)}
+    if _trains_image_tokenizer(run):
+        inputs |= run.depends_on("image_tokenizer", "seed")
+        inputs["image_tokenizer_training"] = training_settings(experiment.image_tokenizer_training)
+        inputs["streamed"] = bool(
+            experiment.shards and experiment.shards.tokenizer_images == "corpus"
+        )
+    else:
+        inputs["image_tokenizer"] = result_settings(experiment.image_tokenizer)
+        if run.borrowed is None:
+            inputs["weights"] = run.image_tokenizer_shape.fingerprint()
+    return inputs | _varied_inputs(run)
 
 
-def _image_tokenizer_inputs(run: Run) -> Any:
-    sections = run.section("image_tokenizer", "image_tokenizer_training", "augment", "seed")
-    inputs = [sections, run.borrowed_digest(IMAGE_TOKENIZER)]
-    if run.image_tokenizer_shape.pretrained:
-        return [*inputs, run.image_tokenizer_shape.fingerprint()]
-    streamed = run.experiment.shards and run.experiment.shards.tokenizer_images == "corpus"
-    return [*inputs, "corpus"] if streamed else inputs
+def _varied_inputs(run: Run) -> dict[str, Any]:
+    """The varied versions of the training images, which the seed draws."""
+    if run.experiment.augment.versions:
+        return run.depends_on("augment", "seed")
+    return {"augment": {"versions": 0}}
 
 
-def _pretraining_inputs(run: Run) -> Any:
-    sections = run.section(
-        "sentinels", "objective", "packing", "model", "training", "decoder", "seed"
+def _trains_image_tokenizer(run: Run) -> bool:
+    return run.borrowed is None and not run.image_tokenizer_shape.pretrained
+
+
+def _retriever_inputs(run: Run) -> dict[str, Any]:
+    experiment = run.experiment
+    inputs: dict[str, Any] = {"weights": run.borrowed_digest(ENCODER), **run.depends_on("seed")}
+    if experiment.shards is None:
+        inputs["retriever"] = _neighbour_settings(run, path_digest)
+    else:
+        inputs["retriever"] = _encoder_settings(run, path_digest)
+    if _trains_encoder(run):
+        assert experiment.retriever_training is not None
+        inputs["retriever_training"] = training_settings(experiment.retriever_training)
+        inputs |= _varied_inputs(run)
+    return inputs
+
+
+def _trains_encoder(run: Run) -> bool:
+    retriever = RETRIEVERS.get(run.experiment.retriever.name)
+    return (
+        retriever.trained
+        and run.experiment.retriever_training is not None
+        and not run.borrows_encoder
     )
-    training = {name: value for name, value in sections["training"].items() if name not in LAYOUT}
-    return [{**sections, "training": training}, training_inputs(run), start_fingerprint(run)]
 
 
-FIRST = (
-    Stage("documents", 1, _documents_inputs, make_documents),
-    Stage("text_tokenizer", 2, text_tokenizer_inputs, make_text_tokenizer),
-    Stage("image_tokenizer", 1, _image_tokenizer_inputs, make_image_tokenizer),
-    Stage("reconstruction", 1, lambda run: run.section("reconstruction"), make_reconstruction),
-    Stage(
-        "retriever",
-        1,
-        _inputs("retriever", "retriever_training", "seed", or_borrowed=ENCODER),
-        make_retriever,
-        needs=("image_tokenizer",),
-    ),
-)
+def _encoder_settings(run: Run, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """The settings of the retriever that shape its encoder, not the strategy."""
+    strategy = {field.name for field in fields(StrategyConfig)}
+    settings = result_settings(run.experiment.retriever, held)
+    return {name: value for name, value in settings.items() if name not in strategy}
+
+
+def _neighbour_settings(run: Run, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """The settings that find the neighbours; how many of them a sample gets is drawn in training."""
+    settings = result_settings(run.experiment.retriever, held)
+    return {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
+
+
+DRAWN_IN_TRAINING = ("max_documents", "random_count")
+
+
+def _text_tokenizer_settings(run: Run) -> dict[str, Any]:
+    return run.recorded("text_tokenizer", "text_data", "split", "seed", "shards")
+
+
+def _tokens_inputs(run: Run) -> dict[str, Any]:
+    sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
+    return {**_corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
+
+
+def _neighbours_inputs(run: Run) -> dict[str, Any]:
+    settings = _neighbour_settings(run)
+    # Where training draws none, none are looked for.
+    settings["max_documents"] = min(1, getattr(run.experiment.retriever.config, "max_documents", 1))
+    return {"retriever": settings, **run.depends_on("seed"), "bank": bank_fingerprint(run)}
+
+
+def _pretraining_inputs(run: Run) -> dict[str, Any]:
+    retriever = run.section("retriever")["retriever"]
+    return {
+        **run.depends_on("sentinels", "objective", "packing", "model", "seed"),
+        "training": training_settings(run.experiment.training, run.seq_len),
+        "retriever": {name: retriever.get(name) for name in DRAWN_IN_TRAINING},
+        "mix": mixed_fingerprints(run),
+        "start": start_digest(run),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def _recorded(*sections: str) -> Callable[[Run], dict[str, Any]]:
+    return lambda run: run.recorded(*sections)
+
+
+def _depends_on(*sections: str) -> Callable[[Run], dict[str, Any]]:
+    return lambda run: run.depends_on(*sections)
+
+
+SHARDS = ("*.arrow", "index.json", "plan.json")
+
+
+def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
+    text_of_its_own = experiment.text_data is not None or (
+        experiment.shards is not None and experiment.shards.tokenizers is not None
+    )
+    return (
+        Stage(
+            "documents",
+            2,
+            _corpus_inputs,
+            make_documents,
+            needs=(),
+            settings=_recorded("data", "split", "shards"),
+            results=("documents.jsonl", "images.npy"),
+        ),
+        Stage(
+            "text_tokenizer",
+            3,
+            text_tokenizer_inputs,
+            make_text_tokenizer,
+            needs=() if text_of_its_own else ("documents",),
+            settings=_text_tokenizer_settings,
+            results=("tokenizer.json",),
+        ),
+        Stage(
+            "image_tokenizer",
+            2,
+            _image_tokenizer_inputs,
+            make_image_tokenizer,
+            needs=("documents",),
+            settings=_recorded(
+                "image_tokenizer", "image_tokenizer_training", "augment", "seed", "shards"
+            ),
+            results=("*.safetensors", "*.npy", "config.json"),
+            expensive=True,
+            trains=_trains_image_tokenizer,
+        ),
+        Stage(
+            "reconstruction",
+            2,
+            _depends_on("reconstruction"),
+            make_reconstruction,
+            needs=("documents", "image_tokenizer"),
+            settings=_recorded("reconstruction"),
+            results=(FIGURES,),
+        ),
+        Stage(
+            "retriever",
+            2,
+            _retriever_inputs,
+            make_retriever,
+            needs=("documents",),
+            settings=_recorded("retriever", "retriever_training", "augment", "seed", "shards"),
+            expensive=True,
+            trains=_trains_encoder,
+            results=("*.safetensors", "*.np?", "*.faiss", "*.json"),
+        ),
+    )
+
+
 # These depend on the tokenizers and the encoder themselves, not on how they came to be: a terabyte of tokens stays
 # when the retriever changes.
-TOKENS = Stage("tokens", 2, tokens_inputs, make_tokens, make_tokens_part, needs=())
+TOKENS = Stage(
+    "tokens",
+    3,
+    _tokens_inputs,
+    make_tokens,
+    make_tokens_part,
+    needs=(),
+    files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
+    settings=_recorded("data", "split", "seed", "shards", "sentinels"),
+    results=SHARDS,
+    expensive=True,
+)
 BANK = (
     Stage(
         "vectors",
-        1,
-        lambda run: run.encoder_header,
+        2,
+        lambda run: {"retriever": _encoder_settings(run)},
         make_vectors,
         make_vectors_part,
         needs=("tokens",),
+        files=(ENCODER,),
+        results=SHARDS,
+        expensive=True,
     ),
-    Stage("index", 1, lambda run: run.section("index", "seed"), make_index, make_index_part),
+    Stage(
+        "index",
+        2,
+        _depends_on("index", "seed"),
+        make_index,
+        make_index_part,
+        needs=("vectors",),
+        settings=_recorded("index", "seed"),
+        expensive=True,
+    ),
 )
 
 
 def _neighbours(*needs: str) -> Stage[Run]:
-    return Stage("neighbours", 1, neighbours_inputs, make_neighbours, make_neighbours_part, needs)
+    return Stage(
+        "neighbours",
+        2,
+        _neighbours_inputs,
+        make_neighbours,
+        make_neighbours_part,
+        needs=needs,
+        files=(ENCODER,),
+        settings=_recorded("retriever", "seed", "shards"),
+        results=(*SHARDS, STRATEGY),
+        expensive=True,
+    )
 
 
-def _last(*needs: str) -> tuple[Stage[Run], ...]:
+def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Run], ...]:
+    generated = ("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed")
     return (
-        Stage("pretraining", 3, _pretraining_inputs, make_pretraining, needs=needs, dear=True),
+        Stage(
+            "pretraining",
+            4,
+            _pretraining_inputs,
+            make_pretraining,
+            needs=needs,
+            files=files,
+            settings=_recorded(
+                "sentinels",
+                "objective",
+                "packing",
+                "model",
+                "training",
+                "retriever",
+                "seed",
+                "shards",
+            ),
+            results=("*.safetensors", "config.json"),
+            expensive=True,
+            trains=lambda run: True,
+        ),
         Stage(
             "generation",
-            2,
-            lambda run: run.section(
-                "tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed"
-            ),
+            3,
+            _depends_on(*generated),
             make_generations,
+            needs=("pretraining",),
+            settings=_recorded(*generated),
+            results=("*.jsonl",),
         ),
-        Stage("evaluation", 2, lambda run: run.section("metrics"), make_evaluation),
+        Stage(
+            "evaluation",
+            3,
+            _depends_on("metrics"),
+            make_evaluation,
+            needs=("generation",),
+            settings=_recorded("metrics"),
+            results=(RESULTS,),
+        ),
     )
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage[Run], ...]:
     """The stages of an experiment; those between retriever and pretraining are for a corpus in shards."""
+    first = _first(experiment)
     if experiment.shards is None:
-        return (*FIRST, *_last("retriever"))
+        return (*first, *_last(("documents", "text_tokenizer", "image_tokenizer", "retriever")))
+    last = _last(("neighbours",), (TEXT_TOKENIZER, IMAGE_TOKENIZER))
     if experiment.shards.bank:
-        return (*FIRST, TOKENS, _neighbours("tokens"), *_last("retriever", "neighbours"))
-    return (
-        *FIRST,
-        TOKENS,
-        *BANK,
-        _neighbours("tokens", "index"),
-        *_last("retriever", "neighbours"),
-    )
+        return (*first, TOKENS, _neighbours("tokens"), *last)
+    return (*first, TOKENS, *BANK, _neighbours("tokens", "index"), *last)
 
 
-def run_experiment(experiment: Experiment, folder: Path, *, until: str | None = None) -> None:
-    """Brings all stages of an experiment up to date in the run folder, and says where the report is.
+# ------------------------------------------------------------------------------------------------ running
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+    accepted: Callable[[], None] = lambda: None,
+) -> None:
+    """Bring all stages of an experiment up to date in the run folder, and say where the report is.
+
+    Args:
+        redo: stages that may be made anew although they are expensive, with all that depend on them.
+        accepted: called before anything is made, when nothing is refused; on several ranks, on the first.
 
     Raises:
-        UserError: for a user's mistake that only a stage can see, such as a corpus without documents; on several
-            ranks, if the stages before pretraining are not finished.
+        UserError: for a user's mistake that only a stage can see, such as a corpus without documents; for settings
+            that would make an expensive stage anew unasked; on several ranks, if the stages before pretraining are not
+            finished.
     """
     until, stages = until or experiment.until, stages_of(experiment)
+    check_redo(stages, redo)
+    check_run_folder(folder)
     place = find_place()
     if place and not _reaches_pretraining(stages, until):
         if place.rank > 0:
             return
         place = None
 
+    def bring(run: Run, last: str | None) -> dict[str, float]:
+        def begin() -> None:
+            write_config(experiment, folder)
+            accepted()
+
+        make_folder(folder, "run")
+        with remembered(folder / DIGESTS):
+            return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
+
     def before() -> None:
         # Those of a corpus in shards take long, and are for jobs of one process.
         if experiment.shards is None:
-            run_stages(stages, _open(experiment, folder), folder, _say, until="retriever")
+            bring(Run(experiment, folder, best_device()), "retriever")
 
     with joined(place, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
-            _pretrain_together(experiment, folder, ranks)
+            _pretrain_together(experiment, folder, ranks, bring)
     if ranks.joined and (not ranks.first or until == "pretraining"):
         return
-    run = _open(experiment, folder)
-    seconds = run_stages(stages, run, folder, _say, until=until)
+    run = Run(experiment, folder, best_device())
+    seconds = bring(run, until)
     if "evaluation" in seconds:
         publish(run, seconds)
         print(f"report: {folder / 'report.html'}")
@@ -178,17 +424,23 @@ def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> boo
     )
 
 
-def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> None:
-    """Brings the pretraining up to date, on all ranks; the first of them looks after the run folder."""
+def _pretrain_together(
+    experiment: Experiment,
+    folder: Path,
+    ranks: Ranks,
+    bring: Callable[[Run, str | None], dict[str, float]],
+) -> None:
+    """Bring the pretraining up to date, on all ranks; the first of them looks after the run folder."""
     run = Run(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
     number = number_of(stages, "pretraining", "until")
     before = stages[:number]
     missing, needed = None, False
     if ranks.first:
-        _write_config(experiment, folder)
-        missing, _ = first_unfinished(before, run, folder)
-        needed = not missing and not is_finished(stages[number], before, run, folder)
+        make_folder(folder, "run")
+        with remembered(folder / DIGESTS):
+            missing, _ = first_unfinished(before, run, folder)
+            needed = not missing and not is_finished(stages[number], before, run, folder)
     missing, needed = ranks.gather((missing, needed))[0]
     if missing:
         raise UserError(
@@ -196,28 +448,29 @@ def _pretrain_together(experiment: Experiment, folder: Path, ranks: Ranks) -> No
             f"run the same command once without torchrun or srun, with until={before[-1].name}"
         )
     if ranks.first:
-        run_stages(stages, run, folder, _say, until="pretraining")
+        bring(run, "pretraining")
     elif needed:
         make_pretraining(run, folder / "pretraining")
 
 
-def run_stage_part(experiment: Experiment, folder: Path, stage: str, part: Part) -> None:
-    """Makes one worker's share of a stage's shards.
+def run_stage_part(
+    experiment: Experiment, folder: Path, stage: str, part: Part, *, redo: Collection[str] = ()
+) -> None:
+    """Make one worker's share of a stage's shards.
 
     Raises:
         UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
     """
-    run_part(stages_of(experiment), stage, Run(experiment, folder, best_device()), folder, part)
+    run = Run(experiment, folder, best_device())
+    if not folder.is_dir():
+        raise UserError(f"run: {folder} does not exist; make the stages before {stage} first")
+    with remembered(folder / DIGESTS):
+        run_part(stages_of(experiment), stage, run, folder, part, redo=redo)
 
 
-def _open(experiment: Experiment, folder: Path) -> Run:
-    _write_config(experiment, folder)
-    return Run(experiment, folder, best_device())
-
-
-def _write_config(experiment: Experiment, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
+def write_config(experiment: Experiment, folder: Path) -> None:
+    """Write the settings of an experiment beside its stages, whole or not at all, with absolute paths."""
+    write_whole(folder / CONFIG, dump_yaml(recorded_settings(experiment)))
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.config import result_settings
 from cm3leon.data.source import Skipped, Source
 from cm3leon.registry import SOURCES
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
@@ -24,11 +25,16 @@ TRAINED_ON = "trained_on.json"
 
 def text_tokenizer_inputs(run: Run) -> Any:
     """What the tokenizer depends on besides the captions: a corpus of its own, or the file that is taken over."""
-    inputs = [run.section("text_tokenizer"), run.borrowed_digest(TEXT_TOKENIZER)]
+    inputs = {**run.depends_on("text_tokenizer"), "file": run.borrowed_digest(TEXT_TOKENIZER)}
     if run.borrowed is not None or run.experiment.text_data is None:
         return inputs
     with _as_text_data():
-        return [*inputs, run.section("text_data", "split", "seed"), _text_source(run).fingerprint()]
+        return {
+            **inputs,
+            "text_data": result_settings(run.experiment.text_data),
+            "text_corpus": _text_source(run).fingerprint(),
+            **run.depends_on("split", "seed"),
+        }
 
 
 def make_text_tokenizer(run: Run, folder: Path) -> None:

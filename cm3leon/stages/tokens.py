@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -66,18 +65,6 @@ class DocumentSample:
         self.whole = whole
 
 
-def tokens_inputs(run: Run) -> Any:
-    """What the token shards depend on: the corpus, its split, the tokenizers, and how long a document may be."""
-    sections = run.section("data", "split")
-    return [
-        sections,
-        run.source.fingerprint(),
-        asdict(run.made_by),
-        run.image_tokenizer_shape.image_size,
-        _room(run),
-    ]
-
-
 def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
     """Tokenises the training documents of this worker's parts of the source."""
     parts = run.source.parts()
@@ -124,7 +111,7 @@ def _tokenized(
     """The documents of a split among the items, as ids, and what was left out (not the other splits, which are)."""
     documents: list[TokenDocument] = []
     skipped: list[Skipped] = []
-    room = _room(run)
+    room = longest_document(run)
     for batch in batches(_documents_of(run, items, split, skipped)):
         for document in token_documents(run, batch):
             length = token_count(document)
@@ -141,7 +128,7 @@ def _tokenized(
     return documents, skipped
 
 
-def _room(run: Run) -> int | None:
+def longest_document(run: Run) -> int | None:
     """Tokens that a document may have where it has to lie in one block, between two `<eos>`."""
     return run.seq_len - 2 if run.experiment.packing.query_is_whole else None
 

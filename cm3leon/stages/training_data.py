@@ -13,11 +13,12 @@ import numpy as np
 from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShards
-from cm3leon.records import read_stage
+from cm3leon.records import read_stage, sha256
 from cm3leon.retrievers.neighbours import NeighbourShards
-from cm3leon.stages.artifacts import SHARD_LISTS, Run, opened_stage
+from cm3leon.stages.artifacts import SHARD_LISTS, WEIGHTS, Run, opened_stage
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.tasks.base import with_segment
+from cm3leon.training.steps import MANIFEST, checkpoints
 from cm3leon.types import Sample, TokenDocument, UserError
 
 
@@ -41,25 +42,36 @@ def training_samples(run: Run) -> TrainingSamples:
     return _from_memory(run) if run.experiment.shards is None else _from_shards(run)
 
 
-def training_inputs(run: Run) -> Any:
-    """What the samples depend on besides this run's own stages: other runs that are mixed in."""
+def mixed_fingerprints(run: Run) -> list[Any]:
+    """Changes with other runs whose samples are mixed in, and with their shares."""
     folders = run.experiment.shards.mix if run.experiment.shards else {}
-    return {name: [share, *_fingerprints(Path(name))] for name, share in folders.items()}
+    return [[share, *_fingerprints(Path(name))] for name, share in folders.items()]
 
 
-def start_fingerprint(run: Run) -> str | None:
-    """Changes with the training that this run's starts from; None where it starts from random weights.
+def start_digest(run: Run) -> str | None:
+    """Changes with the weights that the training starts from; None where these are random.
 
     Raises:
-        UserError: for a folder without a finished pretraining.
+        UserError: for a folder without a finished pretraining, or without a checkpoint to go on from.
     """
-    start = run.experiment.training.start
-    if start is None:
+    config = run.experiment.training
+    if config.start is None:
         return None
+    folder = config.start / "pretraining"
     try:
-        return read_stage(start / "pretraining")["fingerprint"]
+        files = read_stage(folder)["files"]
     except (OSError, UserError) as error:
-        raise UserError(f"training.start: {start} is no run with a finished pretraining") from error
+        raise UserError(
+            f"training.start: {config.start} is no run with a finished pretraining"
+        ) from error
+    if config.start_with == "weights":
+        return files.get(WEIGHTS)
+    newest = checkpoints(folder)[-1:]
+    if not newest:
+        raise UserError(
+            f"training.start: {folder} has no checkpoint to go on from; set start_with=weights"
+        )
+    return sha256(newest[0] / MANIFEST)
 
 
 def _fingerprints(folder: Path) -> list[str]:

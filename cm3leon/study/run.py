@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER
 from cm3leon.stages.pipeline import write_json
-from cm3leon.stages.stages import run_experiment
+from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.study.asking import Asking
 from cm3leon.study.compute import training_flops
 from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
@@ -28,18 +28,25 @@ WAIT = 24 * 3600
 
 
 def run_study(
-    study: Study, folder: Path, *, until: str | None = None, asked: tuple[int, int] | None = None
+    study: Study,
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+    asked: tuple[int, int] | None = None,
 ) -> None:
     """Makes the runs that are not finished, then the evaluations, and says where the report is.
 
     Args:
         until: name of a run or evaluation after which it ends.
+        redo: stages of the runs that may be made anew although they are expensive, with all that depend on them.
         asked: (k, n): only share k of n of the answers is made, and nothing measured.
 
     Raises:
         UserError: for an unknown `until`, and whatever a run or an evaluation finds wrong.
     """
     names = check_until(study, until)
+    check_study_redo(study, redo)
     wanted = names[: names.index(until) + 1] if until else names
     make_folder(folder, "run")
     place = find_place()
@@ -49,7 +56,7 @@ def run_study(
         locked(folder, shared=shared) if not place or place.rank == 0 else nullcontext(),
         naming(folder),
     ):
-        _run_study(study, folder, wanted, until, asked)
+        _run_study(study, folder, wanted, until, redo, asked)
 
 
 def _run_study(
@@ -57,12 +64,15 @@ def _run_study(
     folder: Path,
     wanted: Sequence[str],
     until: str | None,
+    redo: Collection[str],
     asked: tuple[int, int] | None,
 ) -> None:
     if asked is None:
         for number, name in enumerate((name for name in wanted if name in study.runs), 1):
             print(f"run {number} of {len(study.runs)}: {name}", flush=True)
-            run_experiment(load_run(study, name), folder / name)
+            experiment = load_run(study, name)
+            own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
+            run_experiment(experiment, folder / name, redo=own)
     with joined(find_place(), WAIT) as ranks:
         share = asked or (ranks.rank, ranks.count)
         found = {}
@@ -102,6 +112,16 @@ def check_until(study: Study, until: str | None) -> list[str]:
             f"until is {until}, which is no part of this study; {choices(until, names)}"
         )
     return names
+
+
+def check_study_redo(study: Study, redo: Collection[str]) -> None:
+    """Raises UserError for a name in `redo` that is a stage of none of the runs."""
+    known = {stage.name for name in study.runs for stage in stages_of(load_run(study, name))}
+    for name in redo:
+        if name not in known:
+            raise UserError(
+                f"redo is {name}, which is not a stage of a run of this study; {choices(name, known)}"
+            )
 
 
 def measured(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
@@ -21,7 +23,14 @@ from cm3leon.locks import locked
 from cm3leon.paths import naming, writing
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import number_of, write_json
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import (
+    check_redo,
+    first_unfinished,
+    number_of,
+    write_json,
+    write_whole,
+)
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.sweep.points import (
     Point,
@@ -39,7 +48,8 @@ from cm3leon.training.distributed import find_place
 from cm3leon.types import Again, UserError
 
 SWEEP_FILE, TABLE, REPORT = "sweep.yaml", "sweep.csv", "report.html"
-CONFIG = "config.yaml"
+POINT_FILE = "point.yaml"
+"""In the folder of a point: its experiment, which its job reads."""
 OUTCOME = "outcome.json"
 """In the folder of a point whose run has ended: its `state`, the digest of the `config` it ran with, the `error`."""
 
@@ -61,10 +71,17 @@ class Sweep:
     experiments: Mapping[str, Experiment]
     """Those of the points, each to be run where it is started."""
     launcher: Component
+    redo: tuple[str, ...] = ()
+    """Stages that the points may make anew although they are expensive."""
 
 
 def load_sweep(
-    name_or_path: str, words: Sequence[str], folder: Path, *, until: str | None = None
+    name_or_path: str,
+    words: Sequence[str],
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Sequence[str] = (),
 ) -> Sweep:
     """Finds a sweep, applies `key=value` words, and checks each of its points.
 
@@ -91,6 +108,7 @@ def load_sweep(
     first, here = next(iter(experiments.values())), LAUNCHERS.check("here", "launcher")
     if first.until:
         number_of(stages_of(first), first.until, "until")
+    check_redo(stages_of(first), redo)
     return Sweep(
         folder.absolute(),
         config,
@@ -98,6 +116,7 @@ def load_sweep(
         points,
         {name: replace(experiment, launcher=here) for name, experiment in experiments.items()},
         first.launcher,
+        tuple(redo),
     )
 
 
@@ -146,15 +165,15 @@ def _run_sweep(sweep: Sweep) -> None:
         )
 
 
-def run_point(folder: Path, shared: Path | None) -> None:
-    """Runs the experiment of a point in its folder, which has its `config.yaml`, and writes down how it ended.
+def run_point(folder: Path, shared: Path | None, redo: Sequence[str] = ()) -> None:
+    """Runs the experiment of a point in its folder, which has its `point.yaml`, and writes down how it ended.
 
     Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
     in place of the link.
     """
     place = find_place()
     first = place is None or place.rank == 0
-    config = (folder / CONFIG).read_text()
+    config = (folder / POINT_FILE).read_text()
 
     def end(state: str, error: str = "") -> None:
         if first:
@@ -171,7 +190,7 @@ def run_point(folder: Path, shared: Path | None) -> None:
                 stage.unlink(missing_ok=True)
                 stage.symlink_to(os.path.relpath(marker.parent, folder))
     try:
-        run_experiment(load_experiment(str(folder / CONFIG)), folder)
+        run_experiment(load_experiment(str(folder / POINT_FILE)), folder, redo=redo)
     except Again:
         raise
     except Exception as error:
@@ -225,6 +244,8 @@ class PointOptions:
     """Folder of the point."""
     shared: Path | None = None
     """Folder of what it shares with other points; null = nothing."""
+    redo: str = ""
+    """Stages, with commas between them, that may be made anew although they are expensive."""
 
 
 @dataclass(kw_only=True)
@@ -238,7 +259,7 @@ class CollectOptions:
 def point(options: Mapping[str, Any]) -> None:
     """Runs a point of a sweep, which stands ready in its folder."""
     given = from_mapping(PointOptions, options)
-    run_point(given.run, given.shared)
+    run_point(given.run, given.shared, [name for name in given.redo.split(",") if name])
 
 
 def collect(options: Mapping[str, Any]) -> None:
@@ -263,8 +284,9 @@ def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
         for name in wanted:
             folder = sweep.folder / name
             folder.mkdir(exist_ok=True)
-            (folder / CONFIG).write_text(_config(sweep.experiments[name]))
-            commands[name] = ("point", f"run={folder}", f"shared={shared}")
+            write_whole(folder / POINT_FILE, _config(sweep.experiments[name]))
+            redo = (f"redo={','.join(sweep.redo)}",) if sweep.redo else ()
+            commands[name] = ("point", f"run={folder}", f"shared={shared}", *redo)
     # A point can make what it would have shared: it says what is wrong with that, too.
     tries = {"max_deaths": 1 + sweep.config.sweep_retries}
     yield Job("points", tuple(commands[name] for name in missing), tries, tuple(after), always=True)
@@ -290,11 +312,16 @@ def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str) -> list[Job]
     last = stages.index("pretraining") - (not pretraining)
     if experiment.until and stages.index(experiment.until) <= last:
         return []
-    made = (folder / stages[last] / MARKER).is_file()
-    if made and (folder / CONFIG).read_text() == _config(experiment):
+    shared = Run(experiment, folder, torch.device("cpu"))
+    missing, _ = first_unfinished(stages_of(experiment)[: last + 1], shared, folder)
+    if missing is None:
         return []
     jobs = experiment_jobs(
-        replace(experiment, launcher=sweep.launcher), folder, until=stages[last], name=title
+        replace(experiment, launcher=sweep.launcher),
+        folder,
+        until=stages[last],
+        redo=sweep.redo,
+        name=title,
     )
     return jobs if pretraining else [replace(job, together=False) for job in jobs]
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from cm3leon.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from cm3leon.config import (
+    NoEffect,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    result_settings,
+)
 from cm3leon.training.device import Precision
 from cm3leon.types import UserError
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
-LAYOUT = (
-    "micro_batch",
-    "activation_checkpointing",
-    "compile",
-    "replicas",
-    "timeout_seconds",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "callback_every",
-    "bad_steps",
-    "spike",
-)
-"""Fields that may change while a training goes on: how it is computed and looked after, not what it computes."""
+HOW = NoEffect("how a step is computed; the sum is the same up to rounding")
+KEPT = NoEffect("what is kept and written down, and when")
+CARE = NoEffect("when a training in trouble is given up or written about")
+"""Fields so marked may change while a training goes on: how it is computed and looked after, not what it computes."""
 
 
 @dataclass(kw_only=True)
@@ -64,19 +61,19 @@ class TrainingConfig:
     """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
     precision: Precision = "auto"
     """Precision of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
-    log_every: PositiveInt = 20
+    log_every: Annotated[PositiveInt, KEPT] = 20
     """Steps between two records of the figures."""
-    checkpoint_every: PositiveInt = 200
+    checkpoint_every: Annotated[PositiveInt, KEPT] = 200
     """Steps between two checkpoints."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Annotated[PositiveInt, KEPT] = 2
     """Newest checkpoints that are kept."""
-    keep_every: PositiveInt | None = None
+    keep_every: Annotated[PositiveInt, KEPT] | None = None
     """Checkpoints of steps that are multiples of this are kept for good; None = none is."""
-    callback_every: PositiveInt = 500
+    callback_every: Annotated[PositiveInt, KEPT] = 500
     """Steps between two validations, with samples drawn for TensorBoard."""
-    bad_steps: PositiveInt = 10
+    bad_steps: Annotated[PositiveInt, CARE] = 10
     """Steps in a row that may be skipped, because their loss or gradient is not finite, before the run stops."""
-    spike: PositiveFloat = 6.0
+    spike: Annotated[PositiveFloat, CARE] = 6.0
     """Standard deviations above the mean of the last 100 losses from which a loss is written down as a spike."""
 
     def check(self) -> None:
@@ -100,18 +97,18 @@ class DecoderTrainingConfig(TrainingConfig):
 
     batch_tokens: PositiveInt | None = None
     """Tokens of a step of all ranks together, a multiple of model.seq_len, in place of `batch_size`; None = that."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Annotated[PositiveInt, HOW] | None = None
     """Blocks that a rank computes at a time, their gradients added up to the batch; None = its whole share at once."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the mean squared log of the softmax's denominator, which keeps logits small (PaLM: 1e-4); 0 = off."""
-    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_checkpointing: Annotated[ActivationCheckpointing, HOW] = "none"
     """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or all
     inside a layer."""
-    compile: bool = False
+    compile: Annotated[bool, HOW] = False
     """Whether torch.compile makes kernels of each layer."""
-    replicas: PositiveInt = 1
+    replicas: Annotated[PositiveInt, HOW] = 1
     """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding)."""
-    timeout_seconds: PositiveInt = 600
+    timeout_seconds: Annotated[PositiveInt, CARE] = 600
     """Time after which a rank that waits for the others gives up, and ends the job."""
     lora_rank: NonNegativeInt = 0
     """Rank of the small matrices that are trained in place of the layers' weights (LoRA); 0 trains all weights."""
@@ -141,3 +138,19 @@ class DecoderTrainingConfig(TrainingConfig):
             raise UserError(
                 "lora_rank adapts trained weights: set start to a run folder, and start_with=weights"
             )
+
+
+def training_settings(config: TrainingConfig, seq_len: int = 0) -> dict[str, Any]:
+    """The fields that the trained weights depend on, without those that these settings leave unused.
+
+    Args:
+        seq_len: tokens of a block, where batches may be given in tokens.
+    """
+    settings = result_settings(config)
+    unused = [] if config.schedule == "wsd" else ["decay_share"]
+    if isinstance(config, DecoderTrainingConfig):
+        settings["batch_size"] = config.blocks(seq_len)
+        unused += ["batch_tokens"]
+        unused += [] if config.lora_rank else ["lora_alpha"]
+        unused += [] if config.start else ["start_with"]
+    return {name: value for name, value in settings.items() if name not in unused}

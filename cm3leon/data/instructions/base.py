@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
-from cm3leon.config import NonNegativeInt
+from cm3leon.config import Location, NonNegativeInt
 from cm3leon.data.files import (
     CUT_STREAM,
     BadRecord,
@@ -47,7 +47,7 @@ class Example:
 class InstructionConfig(FilesConfig):
     """What all sources of instructions have."""
 
-    images: str = ""
+    images: Annotated[str, Location()] = ""
     """Folder of the images, local or a URL; empty = beside the file."""
     templates: list[str] | None = None
     """One of them is drawn for each example; null = the paper's."""
@@ -64,6 +64,7 @@ class InstructionSource(FileSource):
     task: str
     """Which of `TABLE_5`."""
     suffixes = (".json",)
+    images_apart = True
     more_files: tuple[str, ...] = ()
     """Fields of the config that name further files of what is listed."""
 
@@ -90,14 +91,12 @@ class InstructionSource(FileSource):
         return [str(number) for number in range(-(-len(self._entries) // CHUNK))]
 
     def fingerprint(self) -> str:
-        given = [(name, getattr(self.config, name)) for name in self.more_files]
-        more = [
-            file
-            for name, path in given
-            if path
-            for file in Files(path, f"data.{name}").list((".json", ".csv"))
-        ]
-        return f"{self.task} {json.dumps(self.templates)} {fingerprint([*self._list(), *more])}"
+        held = [self.task, json.dumps(self.templates), super().fingerprint()]
+        for name in self.more_files:
+            if path := getattr(self.config, name):
+                files = Files(path, f"data.{name}")
+                held.append(fingerprint(files, files.list((".json", ".csv"))))
+        return " ".join(held)
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         for found in self._examples(int(part) * CHUNK, CHUNK):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from cm3leon.config import Location
 from cm3leon.data.files import BadRecord, Files, parse_object
 from cm3leon.data.instructions.base import (
     Example,
@@ -82,7 +83,7 @@ class ImageParagraphSource(InstructionSource):
     class Config(InstructionConfig):
         """Which of the images."""
 
-        ids: str | None = None
+        ids: Annotated[str, Location()] | None = None
         """JSON list of the image ids of a split, such as train_split.json; null = all."""
 
     config: Config

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
+from cm3leon.config import Location
 from cm3leon.data.files import BadRecord, Files
 from cm3leon.data.instructions.base import (
     Example,
@@ -46,7 +47,7 @@ class VisDialSource(InstructionSource):
 
         image_name: str = "VisualDialog_val2018_{image_id:012d}.jpg"
         """How images are named, by {image_id}."""
-        relevance: str | None = None
+        relevance: Annotated[str, Location()] | None = None
         """The dense annotations JSON, such as visdial_1.0_val_dense_annotations.json: only the rounds that it has are
         taken, with their candidates; null = every round."""
 

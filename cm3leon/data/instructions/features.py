@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 from random import Random
 from typing import Annotated, Any
 
 import numpy as np
 
-from cm3leon.config import Component
+from cm3leon.config import Component, Location, result_settings
 from cm3leon.data.files import Files
 from cm3leon.data.images import decode_image, square
 from cm3leon.data.instructions.base import (
@@ -22,6 +23,7 @@ from cm3leon.data.instructions.base import (
     read_json,
 )
 from cm3leon.data.instructions.templates import FEATURES
+from cm3leon.digests import path_digest
 from cm3leon.registry import EXTRACTORS, SOURCES
 from cm3leon.types import UserError
 
@@ -41,7 +43,7 @@ class FeaturesSource(InstructionSource):
 
         extractor: Annotated[Component, EXTRACTORS] | None = None
         """Makes the feature images, each when it is read; null = they are in `folder`."""
-        folder: str | None = None
+        folder: Annotated[str, Location()] | None = None
         """Folder of feature images, local or a URL."""
         kind: str | None = None
         """What the feature images of `folder` are: canny, segmentation, hed, pose, depth, normals or scribble."""
@@ -76,15 +78,14 @@ class FeaturesSource(InstructionSource):
         name = image["file_name"]
         extractor, kind = self._extractor, self.config.kind
 
-        def feature() -> np.ndarray | bytes:
-            if extractor is None:
-                return self._precomputed(name)
+        def feature() -> np.ndarray:
+            assert extractor is not None
             pixels_HWC = decode_image(load(), self.config.max_pixels, name)
             return extractor(square(pixels_HWC, min(pixels_HWC.shape[:2])))
 
         values = {
             "feature": FEATURES[extractor.kind if extractor else str(kind)],
-            "feature_image": feature,
+            "feature_image": feature if extractor else self._precomputed(name),
             "caption": self.words(caption, "the caption"),
             "image": load,
         }
@@ -102,9 +103,15 @@ class FeaturesSource(InstructionSource):
     def _there(self) -> set[str]:
         return {file.name for file in self._folder.list((".png", ".jpg"))}
 
-    def _precomputed(self, name: str) -> bytes:
+    def fingerprint(self) -> str:
+        # The images of an extractor are made of its model, wherever that lies.
+        extractor = result_settings(self.config.extractor, path_digest)
+        return f"{json.dumps(extractor)} {super().fingerprint()}"
+
+    def _precomputed(self, name: str) -> partial[bytes]:
+        """The function that reads the feature image of an image; without one, it says so."""
         for ending in (".png", ".jpg"):
             file = str(PurePosixPath(name).with_suffix(ending))
             if file in self._there:
-                return self._folder.image(file, self.config.max_file_bytes)
-        return self._folder.image(name, self.config.max_file_bytes)  # which says that it is missing
+                return partial(self._folder.image, file, self.config.max_file_bytes)
+        return partial(self._folder.image, name, self.config.max_file_bytes)

@@ -7,11 +7,11 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
-from cm3leon.config import PositiveInt
+from cm3leon.config import Location, PositiveInt
 from cm3leon.data.files import BadRecord, Files
 from cm3leon.data.images import FORMATS, UnusableImage
 from cm3leon.data.instructions.base import (
@@ -89,7 +89,7 @@ class CocoBoxesSource(_Boxes):
     class Config(BoxesConfig):
         """Which files."""
 
-        captions: str | None = None
+        captions: Annotated[str, Location()] | None = None
         """The captions JSON of the same images, of which the first caption is used; null = the objects' names."""
 
     config: Config
@@ -161,7 +161,7 @@ class OpenImagesBoxesSource(_Boxes):
     class Config(BoxesConfig):
         """Which files."""
 
-        classes: str
+        classes: Annotated[str, Location()]
         """class-descriptions-boxable.csv: lines of a class's id and its name."""
 
     config: Config

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
+from cm3leon.config import Location
 from cm3leon.data.files import BadRecord, Files
 from cm3leon.data.instructions.base import (
     Example,
@@ -36,7 +37,7 @@ class VqaSource(InstructionSource):
     class Config(InstructionConfig):
         """Which files."""
 
-        annotations: str
+        annotations: Annotated[str, Location()]
         """The annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the questions JSON."""
         image_name: str = "COCO_train2014_{image_id:012d}.jpg"
         """How images are named, by {image_id}."""

@@ -69,7 +69,7 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Of a pretrained tokenizer: changes with the file of its weights."""
+        """Of a pretrained tokenizer: changes with what the file of its weights holds, not with where it lies."""
         raise NotImplementedError
 
     def ready(self) -> Self:

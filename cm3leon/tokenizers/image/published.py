@@ -21,7 +21,6 @@ tokenizer/tokenizer_image/vq_model.py) and of the libraries transformers and dif
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from cm3leon.config import PositiveInt
+from cm3leon.digests import files_digest
 from cm3leon.registry import IMAGE_TOKENIZERS
 from cm3leon.tokenizers.image.base import TokenizerTraining
 from cm3leon.tokenizers.image.network import GROUPS, Architecture
@@ -243,12 +243,9 @@ class PublishedVQ(VQModel):
         )
 
     def fingerprint(self) -> str:
-        """A digest of names, sizes and times of change of the files."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            status = file.stat()
-            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        """A checksum of what the files of the weights hold."""
+        single = len(self._files) == 1
+        return files_digest(self._files, [f.suffix if single else f.name for f in self._files])
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
         if not hasattr(self, "decoder"):

@@ -1,0 +1,123 @@
+"""What files hold, as checksums that do not change when the files are moved or copied.
+
+Files of up to 64 MiB are read whole; of a larger one, its size and 64 blocks spread evenly over it are, so that a
+terabyte of tars takes minutes. A change of such a file that leaves its size and all those blocks alone goes unnoticed.
+
+A second look at files that have not changed since costs no reading: `remembered` keeps checksums in a file, by the
+paths, sizes and times of what was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+WHOLE = 64 * 2**20
+"""Bytes up to which a file is read whole."""
+BLOCKS, BLOCK = 64, 64 * 2**10
+"""Blocks read of a larger file, and the bytes of one."""
+SETTLED = 2.0
+"""Seconds after which a further change of a file is sure to show in its times."""
+READERS = 8
+MANY = 1000
+"""Kept checksums from which on those that were not asked for are dropped."""
+
+_known: dict[str, str] = {}
+"""Checksums by what `_key` says of the files, kept while the process lives."""
+_used: set[str] = set()
+
+
+def path_digest(path: str | Path) -> str:
+    """A checksum of what a file or a folder holds; of anything else, a name or a file that is gone, the text itself."""
+    place = Path(path)
+    if place.is_file():
+        return files_digest([place], [place.suffix])
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+        return files_digest(files, [file.relative_to(place).as_posix() for file in files])
+    return str(path)
+
+
+def files_digest(files: Sequence[Path], names: Sequence[str]) -> str:
+    """A checksum over local files' names and what they hold. One that cannot be read counts by its name.
+
+    Args:
+        names: what stands for each in the checksum, which does not say where it lies.
+    """
+    key = _key(files)
+    if key is not None and key in _known:
+        _used.add(key)
+        return _known[key]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, content in zip(names, readers.map(_content, files), strict=True):
+            digest.update(f"{name!a}\0{content}\n".encode())
+    found = digest.hexdigest()
+    if key is not None:
+        _known[key] = found
+        _used.add(key)
+    return found
+
+
+def stream_digest(file: BinaryIO, size: int, *, blocks: int = BLOCKS) -> str:
+    """A checksum of an open file of that size: of all of it, or of blocks of a large one. It must be seekable."""
+    digest = hashlib.sha256(str(size).encode())
+    if size <= WHOLE and blocks == BLOCKS:
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+    for number in range(blocks):
+        file.seek(max(0, size - BLOCK) * number // (blocks - 1))
+        digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+@contextmanager
+def remembered(file: Path) -> Iterator[None]:
+    """Keep checksums in a file, from one process to the next."""
+    kept: dict[str, str] = {}
+    # There is none the first time, and a full disk may have cut it: everything is read again then.
+    with suppress(OSError, ValueError, AttributeError):
+        kept = {str(key): str(value) for key, value in json.loads(file.read_text()).items()}
+    _known.update(kept)
+    try:
+        yield
+    finally:
+        used = {key: _known[key] for key in sorted(_used)}
+        wanted = used if len(kept) > MANY else kept | used
+        if wanted != kept:
+            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+            partial.write_text(json.dumps(wanted, indent=1))
+            os.replace(partial, file)
+
+
+def _content(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return stream_digest(content, os.fstat(content.fileno()).st_size)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return type(error).__name__
+
+
+def _key(files: Sequence[Path]) -> str | None:
+    """What changes with every change of the files; None if one has changed within the last seconds, when another change
+    might not show."""
+    digest = hashlib.sha256()
+    newest = time.time() - SETTLED
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            return None
+        if max(status.st_mtime, status.st_ctime) > newest:
+            return None
+        state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(f"{os.path.abspath(file)!a}\0{state}\n".encode())
+    return digest.hexdigest()
