@@ -21,12 +21,13 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -44,7 +45,7 @@ from typing import (
 import yaml
 
 from cm3leon.paths import path_of
-from cm3leon.types import UserError
+from cm3leon.types import UserError, refuse, sentences_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -107,6 +108,12 @@ PositiveInt = Annotated[int, Range(ge=1)]
 NonNegativeInt = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
+Temperature = Annotated[float, Range(ge=0.01)]
+"""Below it the softmax of float32 logits is that of the largest alone, or no number: take the decoder greedy."""
+Guidance = Annotated[float, Range(ge=0, le=1000)]
+"""Weights of guidance; with larger ones float32 logits of a trained model can overflow."""
+Seed = Annotated[int, Range(ge=0, le=2**64 - 1)]
+"""Any number of 64 bits, such as a time in nanoseconds; see `data.shuffle.wrapped`."""
 Probability = Annotated[float, Range(ge=0, le=1)]
 
 
@@ -152,8 +159,8 @@ class ComponentChecker(Protocol):
 
     kind: str
 
-    def check(self, section: Any, where: str) -> Component:
-        """Checks a section of a config, named by its dotted path."""
+    def check(self, section: Any, where: str, *, unfit: list[str] | None = None) -> Component:
+        """Checks a section of a config, named by its dotted path; `unfit` as in `from_mapping`."""
 
     def config_class(self, name: str) -> Any:
         """The `Config` of a component. Raises UserError for an unknown name."""
@@ -172,36 +179,57 @@ class FieldDoc:
 # ------------------------------------------------------------------------------------------------ mapping -> dataclass
 
 
-def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
+def from_mapping(
+    cls: type[C], mapping: Mapping[str, Any], where: str = "", *, unfit: list[str] | None = None
+) -> C:
     """Builds a config dataclass from plain data; `where` is the dotted path of the mapping, for messages.
 
     A method `check(self)` of the dataclass, if any, is called on the result: it raises ValueError for fields that do
-    not go together.
+    not go together. All mistakes, of all sections, are given in one answer.
+
+    Args:
+        unfit: is given what the `check` of this and of inner sections object to, in place of an error, for a caller
+            that has more to check: the config that is returned is of the right types then, but not fit for use.
 
     Raises:
-        UserError: for an unknown or missing key, a wrong type, a value out of range, or a failed `check`.
+        UserError: for unknown or missing keys, wrong types, values out of range, or a failed `check`.
     """
     mapping = settled(cls, mapping, where)
     if not isinstance(mapping, Mapping):
         raise _not_allowed(where, mapping, "a section of key: value")
     hints = _hints(cls)
-    for key in mapping:
-        if key not in hints:
-            raise UserError(f"{_join(where, key)} is not a known key; {choices(str(key), hints)}")
+    mistakes = [
+        f"{_join(where, key)} is not a known key; {choices(str(key), hints)}"
+        for key in mapping
+        if key not in hints
+    ]
+    objections: list[str] = []
     values = {}
     for field in dataclasses.fields(cls):
         path = _join(where, field.name)
         if field.name in mapping:
             value = _with_default_name(field, hints[field.name], mapping[field.name])
-            values[field.name] = _convert(hints[field.name], value, path)
+            try:
+                values[field.name] = _convert(hints[field.name], value, path, objections)
+            except UserError as error:
+                mistakes += sentences_of(error)
         elif _is_required(field):
-            raise UserError(f"{path} is missing; it must be {type_text(hints[field.name])}")
+            mistakes.append(f"{path} is missing; it must be {type_text(hints[field.name])}")
+    if mistakes:
+        refuse([*mistakes, *objections])
+
     config = cls(**values)
     if hasattr(config, "check"):
         try:
             config.check()
+        except UserError as error:
+            objections += [f"{where}: {each}" if where else each for each in sentences_of(error)]
         except ValueError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from error
+            objections.append(f"{where}: {error}" if where else str(error))
+    if unfit is None:
+        refuse(objections)
+    else:
+        unfit += objections
     return config
 
 
@@ -214,47 +242,71 @@ def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: An
     return value
 
 
-def _convert(annotation: Any, value: Any, where: str) -> Any:
-    """The value as the annotated type."""
+def _convert(annotation: Any, value: Any, where: str, unfit: list[str] | None = None) -> Any:
+    """The value as the annotated type; `unfit` as in `from_mapping`."""
     origin, args = get_origin(annotation), get_args(annotation)
     checker = _checker(annotation)
     if checker is not None and (value is not None or not _is_union(annotation)):
-        return checker.check(value, where)
+        return checker.check(value, where, unfit=unfit)
     if origin is Annotated:
         return _convert_in_range(annotation, value, where)
     if _is_union(annotation):
-        return _convert_union(annotation, value, where)
+        return _convert_union(annotation, value, where, unfit)
     if dataclasses.is_dataclass(annotation):
-        return from_mapping(typing.cast(type, annotation), value, where)
+        return from_mapping(typing.cast(type, annotation), value, where, unfit=unfit)
     if origin is list and args[0] is str and isinstance(value, str):
         return [value]  # one text may stand without brackets
     if origin is list and isinstance(value, (list, tuple)):
-        return [_convert(args[0], item, _join(where, index)) for index, item in enumerate(value)]
+        return _convert_items(args * len(value), value, where, unfit)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(value)
         if len(args) == len(value):
-            return tuple(
-                _convert(args[index], item, _join(where, index)) for index, item in enumerate(value)
-            )
+            return tuple(_convert_items(args, value, where, unfit))
     if origin is dict and isinstance(value, Mapping):
-        return dict(
-            (_convert(args[0], key, where), _convert(args[1], value[key], _join(where, key)))
-            for key in value
+        keys = [_convert(args[0], key, where) for key in value]
+        items = _convert_items(
+            (args[1],) * len(keys), list(value.values()), where, unfit, names=list(value)
         )
+        return dict(zip(keys, items, strict=True))
     if origin is Literal and any(value == arg and type(value) is type(arg) for arg in args):
         return value
     return _convert_scalar(annotation, value, where)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, or a text that YAML 1.2 reads as one, such as 1e-4."""
+    if isinstance(value, str):
+        return _FLOAT.match(value) is not None
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _convert_items(
+    annotations: Sequence[Any],
+    values: Sequence[Any],
+    where: str,
+    unfit: list[str] | None,
+    names: Sequence[Any] | None = None,
+) -> list[Any]:
+    """The values as the annotated types; `names` stand in messages, the places in the list without them."""
+    converted, mistakes = [], []
+    for place, (annotation, value) in enumerate(zip(annotations, values, strict=True)):
+        try:
+            path = _join(where, names[place] if names else place)
+            converted.append(_convert(annotation, value, path, unfit))
+        except UserError as error:
+            mistakes += sentences_of(error)
+    refuse(mistakes)
+    return converted
+
+
 def _convert_scalar(annotation: Any, value: Any, where: str) -> Any:
     if annotation is Any or (annotation in (bool, str) and isinstance(value, annotation)):
         return value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int and is_number and isinstance(value, int):
+    if annotation is int and _is_number(value) and isinstance(value, int):
         return value
-    if annotation is float and (is_number or (isinstance(value, str) and _FLOAT.match(value))):
-        return float(value)
+    if annotation is float and _is_number(value):
+        return _finite(value, where)
     if annotation is Path and isinstance(value, (str, Path)) and str(value):
         return path_of(value, where)  # the shell leaves the ~ of key=~/folder alone
     if value is None and annotation is types.NoneType:
@@ -269,22 +321,37 @@ def _convert_in_range(annotation: Any, value: Any, where: str) -> Any:
         number = _convert(base, value, where)
     except UserError:
         if bounds:  # say the bounds too, so that the next try is right
-            raise _not_allowed(where, value, type_text(annotation)) from None
+            finite = "" if base is int or not _is_number(value) else ", and finite"
+            raise _not_allowed(where, value, type_text(annotation) + finite) from None
         raise
     if not all(item.holds(number) for item in bounds):
         raise _not_allowed(where, value, type_text(annotation))
     return number
 
 
-def _convert_union(annotation: Any, value: Any, where: str) -> Any:
+def _finite(value: Any, where: str) -> float:
+    """A number as a float. Raises UserError for infinities, NaN, and what is too large to be one, such as 1e400."""
+    try:
+        number = float(value)
+    except (
+        OverflowError,
+        ValueError,
+    ):  # an integer of hundreds of digits; ".inf" and ".nan" as texts
+        number = math.inf
+    if not math.isfinite(number):
+        raise _not_allowed(where, value, "a finite number")
+    return number
+
+
+def _convert_union(annotation: Any, value: Any, where: str, unfit: list[str] | None = None) -> Any:
     if value is None and types.NoneType in get_args(annotation):
         return None
     members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
     if len(members) == 1 and isinstance(value, (Mapping, list, tuple)):
-        return _convert(members[0], value, where)  # its message names the item at fault
+        return _convert(members[0], value, where, unfit)  # its message names the item at fault
     for member in members:
         try:
-            return _convert(member, value, where)
+            return _convert(member, value, where, unfit)
         except UserError:
             continue
     raise _not_allowed(where, value, type_text(annotation))

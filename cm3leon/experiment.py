@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 from cm3leon.config import (
     SHIPPED,
     Component,
+    Guidance,
     Location,
     NoEffect,
-    NonNegativeFloat,
     NonNegativeInt,
     Override,
     PositiveFloat,
     PositiveInt,
     Probability,
+    Seed,
     apply_overrides,
     choices,
     component_sections,
@@ -108,7 +109,7 @@ class GenerationConfig:
     """Numbers of retrieved documents in the prompt, each a setting."""
     shuffled_documents: NonNegativeInt = 2
     """One more setting with this many unrelated documents: those retrieved for another prompt; 0 = none."""
-    cfg: list[NonNegativeFloat] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
+    cfg: list[Guidance] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
     """Guidance weights, each a setting; the best is chosen on the validation split without documents."""
     batch_size: Annotated[PositiveInt, NoEffect("how many are computed together")] = 256
     """Prompts that run together."""
@@ -118,7 +119,7 @@ class GenerationConfig:
 class Experiment:
     """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the run."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of every random draw."""
 
     plugins: list[str] = field(default_factory=list)

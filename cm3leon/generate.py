@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from cm3leon.api import CM3Leon, Picture
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, from_mapping, to_mapping
 from cm3leon.decoders.steps import Way
 from cm3leon.models.serving import Weights
 from cm3leon.paths import naming, writing
@@ -61,7 +61,7 @@ class GenerateOptions(Opening):
     """Documents of the memory bank that are put before a prompt."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How codes are drawn; null = as the run's experiment says."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of a prompt's first image; the others count on from it."""
     precision: Precision = "auto"
     """Of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""

@@ -123,8 +123,11 @@ class Registry(Generic[T]):
         """
         return self._entry(name, "").cls
 
-    def check(self, section: Any, where: str = "") -> Component:
+    def check(self, section: Any, where: str = "", *, unfit: list[str] | None = None) -> Component:
         """Checks a section `{name: ..., **fields}`, or a bare name, against the `Config` of the component it names.
+
+        Args:
+            unfit: as in `config.from_mapping`.
 
         Raises:
             UserError: for an unknown name, or fields that the `Config` refuses.
@@ -139,9 +142,8 @@ class Registry(Generic[T]):
         name = section["name"]
         entry = self._entry(name, f"{where}.name")
         given_fields = {key: value for key, value in section.items() if key != "name"}
-        return Component(
-            name, from_mapping(entry.cls.Config, _merged(entry.defaults, given_fields), where)
-        )
+        fields_of_it = _merged(entry.defaults, given_fields)
+        return Component(name, from_mapping(entry.cls.Config, fields_of_it, where, unfit=unfit))
 
     def build(self, section: Component | Mapping[str, Any] | str, **runtime: Any) -> T:
         """Builds a component; `runtime` holds what no config can: vocabulary, device, other components.

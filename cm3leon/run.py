@@ -20,7 +20,7 @@ from cm3leon import __version__
 from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
 from cm3leon.paths import check_folder, make_folder, path_of
 from cm3leon.terminal import guard, guarded, printable
-from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError
+from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError, sentences_of
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
@@ -433,7 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except UserError as error:
-            return _complain(str(error), REFUSED)
+            for sentence in sentences_of(error):
+                _complain(sentence, REFUSED)
+            return REFUSED
         except Again as error:
             return _complain(
                 f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN

@@ -15,6 +15,7 @@ Names of arrays and tensors end in their shape, one letter a dimension:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,30 @@ class UserError(ValueError):
 
 class Notice(UserWarning):
     """A warning of ours: its message is one sentence for the user. The command line shows it, and no library's."""
+
+
+class UserErrors(UserError):
+    """Several mistakes in one answer: `sentences`, which are shown one a line."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__("\n".join(sentences))
+        self.sentences = tuple(sentences)
+
+
+class NotFinite(UserError):
+    """Weights, or what a network computes with them, are NaN or infinite: its answers would mean nothing."""
+
+
+def sentences_of(error: UserError) -> tuple[str, ...]:
+    """The mistakes that an error names, one or several."""
+    return error.sentences if isinstance(error, UserErrors) else (str(error),)
+
+
+def refuse(sentences: Sequence[str]) -> None:
+    """Raises UserError for one mistake, UserErrors for several; without any it returns."""
+    several = list(dict.fromkeys(sentences))
+    if several:
+        raise UserError(several[0]) if len(several) == 1 else UserErrors(several)
 
 
 class Again(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cm3leon.types import UserError
+from cm3leon.types import NotFinite, UserError
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -17,6 +18,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: for a file that is missing, cannot be read, or holds anything but named tensors.
+        NotFinite: naming a tensor that holds NaN or infinite numbers.
     """
     if not path.is_file():
         raise UserError(f"there are no weights at {path}")
@@ -35,7 +37,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(weight, Tensor) for weight in weights.values()
     ):
         raise UserError(f"{path} must hold tensors by their names, and nothing else")
+    for name, tensor in weights.items():
+        check_finite(tensor, f"{path}: the tensor {name}")
     return dict(weights)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. One pass, without a copy of the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # torch does not compute in 8 bits
+        tensor = tensor.float()
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raises NotFinite, naming what it is, for a tensor with an entry that is NaN or infinite."""
+    if not is_finite(tensor):
+        raise NotFinite(
+            f"{what} holds numbers that are NaN or infinite: the training that made it diverged, or it is damaged"
+        )
 
 
 def check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from cm3leon.config import (
     Probability,
     Range,
 )
-from cm3leon.types import UserError
+from cm3leon.training.config import TrainingConfig
+from cm3leon.types import UserError, UserErrors
 
 
 class Shapes:
@@ -35,12 +37,12 @@ class Shapes:
         side: PositiveInt = 1
         """Length of a side."""
 
-    def check(self, section: Any, where: str) -> Component:
+    def check(self, section: Any, where: str, *, unfit: list[str] | None = None) -> Component:
         section = {"name": section} if isinstance(section, str) else dict(section)
         name = section.pop("name")
         if name != "square":
             raise UserError(f"{where}.name is {name}")
-        return Component(name, config.from_mapping(self.Config, section, where))
+        return Component(name, config.from_mapping(self.Config, section, where, unfit=unfit))
 
     def config_class(self, name: str) -> Any:
         if name != "square":
@@ -49,6 +51,14 @@ class Shapes:
 
 
 SHAPES = Shapes()
+
+
+@dataclass(kw_only=True)
+class Two:
+    first: TrainingConfig
+    """A training."""
+    second: TrainingConfig
+    """Another one."""
 
 
 @dataclass(kw_only=True)
@@ -120,7 +130,7 @@ class Outer:
             raise ValueError("steps must not be 13")
 
 
-floats = st.floats(min_value=0, allow_nan=False)
+floats = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
 # PyYAML turns the rare line breaks (U+0085, U+2028, U+2029) into spaces.
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), max_size=5)
 inners = st.builds(
@@ -223,6 +233,49 @@ def test_numbers_are_read_generously_where_nothing_is_lost() -> None:
     assert outer.weight == 1.0
     assert isinstance(outer.weight, float)
     assert outer.share == 1e-4
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, ".inf", "1e400", 10**400])
+def test_a_number_is_finite(value: Any) -> None:
+    for mapping in ({"weight": value}, {"betas": [0.5, value]}, {"weights": {"coco": value}}):
+        with pytest.raises(UserError, match=r"is .*; it must be .*finite"):
+            config.from_mapping(Outer, {"steps": 1, **mapping})
+
+
+def test_all_mistakes_are_given_in_one_answer() -> None:
+    mapping = {
+        "stps": 1, "weight": -1, "sizes": [1, -1, "x"], "inner": {"rate": 7}, "shape": "circle",
+        "shapes": [{"name": "square", "side": 0}, "circle"], "weights": {"coco": "x", "mine": "y"},
+    }  # fmt: skip
+    with pytest.raises(UserErrors) as refusal:
+        config.from_mapping(Outer, mapping, "run")
+    assert [sentence.partition(" ")[0] for sentence in refusal.value.sentences] == [
+        "run.stps", "run.steps", "run.weight", "run.sizes.1", "run.sizes.2", "run.weights.coco",
+        "run.weights.mine", "run.inner.rate", "run.shape.name", "run.shapes.0.side", "run.shapes.1.name",
+    ]  # fmt: skip
+
+
+def test_what_does_not_go_together_is_said_for_all_sections_at_once() -> None:
+    """And beside values that are wrong by themselves; a caller may go on with what is of the right types."""
+    training = {"steps": 10, "warmup_steps": 10, "keep_every": 300}
+    sentences = [
+        "{}: warmup_steps 10 must be below steps 10",
+        "{}: checkpoint_every 200 must divide keep_every 300",
+    ]
+    mapping = {"first": training, "second": training}
+    expected = [each.format(name) for name in mapping for each in sentences]
+    with pytest.raises(UserErrors) as refusal:
+        config.from_mapping(Two, mapping)
+    assert list(refusal.value.sentences) == expected
+    unfit: list[str] = []
+    assert config.from_mapping(Two, mapping, unfit=unfit).first.steps == 10
+    assert unfit == expected
+    with pytest.raises(UserErrors) as refusal:
+        config.from_mapping(Two, {"first": training, "second": {"steps": 0}})
+    assert list(refusal.value.sentences) == [
+        "second.steps is 0; it must be a whole number, at least 1",
+        *expected[:2],
+    ]
 
 
 def test_component_by_bare_name_and_by_its_default_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
 from cm3leon.config import from_mapping
-from cm3leon.decoders.decoders import ContrastiveK, Decoder, Greedy, TopP
+from cm3leon.decoders.decoders import Beam, ContrastiveK, Decoder, Edit, Greedy, TopP
 from cm3leon.decoders.engine import Answer
 from cm3leon.decoders.generate import generate
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
@@ -557,6 +558,14 @@ def test_configs_are_checked() -> None:
     for cls, fields in (
         (TopP, {"temperature": 0}),
         (TopP, {"cfg": -1}),
+        (TopP, {"cfg": math.inf}),
+        (TopP, {"cfg": 1e30}),
+        (TopP, {"temperature": 1e-40}),
+        (TopP, {"temperature": math.nan}),
+        (TopP, {"repetition_penalty": 1e-40}),
+        (Edit, {"text": math.inf}),
+        (Beam, {"length_penalty": 1e30}),
+        (ContrastiveK, {"temperature": 1e-40}),
         (ContrastiveK, {"k": 0}),
         (Greedy, {"x": 1}),
     ):

@@ -91,6 +91,14 @@ def test_schedules_rise_to_the_peak_once_and_never_are_zero(
             {"log_every": 3, "checkpoint_every": 10},
             "training: log_every 3 must divide checkpoint_every 10",
         ),
+        (
+            {"weight_decay": 1e30},
+            "training: learning_rate 0.0006 times weight_decay 1e+30 must be below 1",
+        ),
+        (
+            {"learning_rate": math.inf},
+            "training.learning_rate is Infinity; it must be a number, above 0, and finite",
+        ),
         ({"keep_every": 300}, "training: checkpoint_every 200 must divide keep_every 300"),
         (
             {"keep_checkpoints": 0},
@@ -718,7 +726,7 @@ def test_only_the_newest_and_the_milestones_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000100", "step_01000000", "step_01000001"]
 
 
-@pytest.mark.parametrize("killed_in", ["dcp.async_save", "_digest", "_write", "_sync", "rename"])
+@pytest.mark.parametrize("killed_in", ["dcp.async_save", "sha256", "_write", "_sync", "rename"])
 def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:

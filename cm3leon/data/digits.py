@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cm3leon.config import NonNegativeInt
+from cm3leon.config import Seed
 from cm3leon.data.source import Skipped, Source
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
@@ -35,7 +35,7 @@ class DigitsSource(Source):
 
         templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
         """Captions; {word} and {number} stand for the digit as a word and as a numeral."""
-        caption_seed: NonNegativeInt = 0
+        caption_seed: Seed = 0
         """Seed of the draw of a template for each scan."""
 
         def check(self) -> None:

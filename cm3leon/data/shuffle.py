@@ -51,6 +51,14 @@ def mixed(*numbers: int) -> int:
     return key
 
 
+def wrapped(seed: int, bits: int = 64) -> int:
+    """A seed of so many bits (64 for torch, 31 for FAISS): the number itself where it fits, modulo 2^bits else.
+
+    Whatever is computed from an experiment's seed (of 64 bits) passes through it on its way to a library.
+    """
+    return seed % (1 << bits)
+
+
 def _permuted(key: Number, place: Number, count: int) -> Number:
     """A keyed permutation of [0, rows * columns), the least such rectangle of nearly equal sides that holds `count`.
 

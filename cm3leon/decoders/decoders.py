@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cm3leon.config import (
     Component,
-    NonNegativeFloat,
+    Guidance,
     NonNegativeInt,
     NoSettings,
-    PositiveFloat,
     PositiveInt,
     Probability,
+    Range,
+    Temperature,
 )
 from cm3leon.decoders.guidance import classifier_free, contrastive_k, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, keep_top_p, penalize
@@ -54,13 +55,13 @@ class Decoder(Protocol):
 class SamplingConfig:
     """How tokens are drawn from the guided logits."""
 
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides the guided logits."""
     top_p: Probability = 0.9
     """Probability kept, of the most likely tokens; 1 keeps all."""
     top_k: NonNegativeInt = 0
     """Most likely tokens kept; 0 keeps all."""
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
     """For text: logits of tokens that the answer has already are divided by it where positive, and multiplied where
     negative (CTRL, arXiv 1909.05858); 1 is none."""
     no_repeat: NonNegativeInt = 0
@@ -93,7 +94,7 @@ class TopP(_Sampling):
     class Config(SamplingConfig):
         """The usual settings of text to image."""
 
-        cfg: NonNegativeFloat = 3.0
+        cfg: Guidance = 3.0
         """Weight of classifier-free guidance; 1 is none."""
 
     config: Config
@@ -131,9 +132,9 @@ class Edit(_Sampling):
     class Config(SamplingConfig):
         """The paper's weights."""
 
-        image: NonNegativeFloat = 1.5
+        image: Guidance = 1.5
         """Weight of the given image."""
-        text: NonNegativeFloat = 7.5
+        text: Guidance = 7.5
         """Weight of the instruction."""
 
     config: Config
@@ -173,7 +174,7 @@ class ContrastiveK:
         """A token stays if its probability is at least this share of the k-th largest."""
         k: PositiveInt = 2
         """Which of the largest probabilities sets the threshold; 1 is plain contrastive decoding."""
-        temperature: PositiveFloat = 1.0
+        temperature: Temperature = 1.0
         """Divides the contrastive scores."""
 
     def __init__(self, config: Config) -> None:
@@ -222,7 +223,7 @@ class Beam:
 
         beams: PositiveInt = 4
         """Beginnings that are followed side by side."""
-        length_penalty: NonNegativeFloat = 1.0
+        length_penalty: Annotated[float, Range(ge=0, le=10)] = 1.0
         """The log-likelihood of a run of tokens is divided by its length to this power; 0 favours short ones."""
 
     def __init__(self, config: Config) -> None:

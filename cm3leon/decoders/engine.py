@@ -3,6 +3,7 @@ own seed."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from cm3leon.decoders.processors import draw, gumbel_noise, stream_key
 from cm3leon.decoders.request import Request, Shape
 from cm3leon.decoders.steps import Recorder, Steps, Way
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Modality, UserError
+from cm3leon.types import Modality, NotFinite, UserError
 
 PREFILL = 2**14
 """Prompt tokens that are computed at a time."""
+NO_TOKEN = -1
+"""Stands in the place of tokens that cannot be drawn, because their logits are NaN or infinite."""
 
 
 class _Kind(NamedTuple):
@@ -252,7 +255,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """Lets waiting requests in, adds a token to every sample, and returns those that are finished."""
+        """Lets waiting requests in, adds a token to every sample, and returns those that are finished.
+
+        Raises:
+            NotFinite: for logits that are NaN or infinite, naming the token and the request.
+        """
         self._admit()
         if self._groups:
             self._add_tokens()
@@ -374,6 +381,8 @@ class Engine:
                 drawn.append((kind, members, self._draw(kind, members, logits_CBWV)))
         for kind, members, token_BN in drawn:  # read only now, when all of them are under way
             for lane, tokens in zip(members, token_BN.tolist(), strict=True):
+                if NO_TOKEN in tokens:
+                    raise _not_finite(lane)
                 lane.take(tokens, kind.drafts)
         self._advance([(lane, lane.grown - before[lane]) for lane in lanes if not lane.finished])
         self._answers += [
@@ -444,7 +453,12 @@ class Engine:
         place_BN = begin_B[:, None] + torch.arange(W + kind.ahead, device=self._device)
         id_V = column_V + kind.allowed.low
         noise_BNV = gumbel_noise(key_B[:, None, None], place_BN[..., None] * self.vocab.size + id_V)
-        return id_V[draw(logits_BNV, noise_BNV)]
+        token_BN = id_V[draw(logits_BNV, noise_BNV)]
+
+        # A draw from logits that are no numbers would be the first code, without a word. The mark comes with the
+        # tokens, so that nothing waits for the device here.
+        finite_BW = logits_CBWV.isfinite().all(-1).all(0) & (logits_BWV.amax(-1) < torch.inf)
+        return token_BN.where(finite_BW.all(-1, keepdim=True), NO_TOKEN)
 
     def _search(self, kind: _Kind, lane: _Lane, logits_KV: Tensor) -> None:
         """A step of beam search; when the run is over, the lane has chosen its best beam."""
@@ -460,6 +474,8 @@ class Engine:
         running: list[_Beam] = []
         parents: list[int] = []
         for log_likelihood, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if math.isnan(log_likelihood):
+                raise _not_finite(lane)
             if log_likelihood == -torch.inf and (running or search.finished):
                 break  # beams without a chance are all that is left
             parent, token = place // V, int(column_V[place % V]) + lane.allowed.low
@@ -509,6 +525,13 @@ class Engine:
         self._groups[slot].lanes = lanes
         if not lanes:
             del self._groups[slot]
+
+
+def _not_finite(lane: _Lane) -> NotFinite:
+    return NotFinite(
+        f"the logits of token {lane.grown + 1} of the answer to request {lane.ticket} are NaN or infinite: the model's "
+        "weights are damaged or have diverged, or the decoder's guidance is too strong for them"
+    )
 
 
 def _nothing(hidden_BTD: Tensor, head: nn.Linear) -> None:

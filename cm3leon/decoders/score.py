@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.types import UserError
+from cm3leon.types import NotFinite, UserError
 
 TOKENS = 2**13
 """Most tokens of a batch."""
@@ -24,6 +25,7 @@ def log_likelihoods(
 
     Raises:
         UserError: for a prompt and an answer that the model has no positions for.
+        NotFinite: for a log-likelihood that is no finite number.
     """
     device = next(model.parameters()).device
     sequences = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
@@ -65,4 +67,9 @@ def log_likelihoods(
         nll_N = model(ids_BT[:, :-1].to(device), readout=read).double().cpu()
         for number, part_N in zip(taken, nll_N.split(counts), strict=True):
             result[number] = -float(part_N.sum())
+            if not math.isfinite(result[number]):
+                raise NotFinite(
+                    f"the log-likelihood of answer {number} is {result[number]}: the model's weights are damaged or "
+                    "have diverged"
+                )
     return result

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 
 from cm3leon.records import read_json
 from cm3leon.retrievers.mips import Searcher, import_faiss
 from cm3leon.types import Modality, UserError
+from cm3leon.weights import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,7 @@ class MemoryBank:
 
         Raises:
             UserError: for a file that is missing or damaged.
+            NotFinite: for vectors that are NaN or infinite.
         """
         ids = read_json(folder / "ids.json", [str])
         try:
@@ -122,4 +125,6 @@ class MemoryBank:
             raise UserError(
                 f"the memory bank in {folder} is damaged ({error}); run the experiment again"
             ) from error
+        for array_BD in (bank.parts.text_BD, bank.parts.image_BD):
+            check_finite(torch.from_numpy(array_BD), f"{folder / 'vectors.npz'}")
         return bank

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cm3leon.config import Location, PositiveInt
 from cm3leon.types import UserError
+from cm3leon.weights import check_finite
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,9 @@ class ClipEncoder(nn.Module):
         self, encode: Callable[[slice], Tensor], count: int, batch_size: int = 256
     ) -> np.ndarray:
         parts = [encode(slice(start, start + batch_size)) for start in range(0, count, batch_size)]
-        return F.normalize(torch.cat(parts).float(), dim=-1).cpu().numpy()
+        vectors_BD = torch.cat(parts).float()
+        check_finite(vectors_BD, "what the retriever's encoder makes of texts or images")
+        return F.normalize(vectors_BD, dim=-1).cpu().numpy()
 
     def _tokens(self, texts: list[str]) -> Tensor:
         return self._tokenize(texts).to(self._device)

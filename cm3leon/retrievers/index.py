@@ -27,6 +27,7 @@ import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
+from cm3leon.data.shuffle import wrapped
 from cm3leon.records import check_shape, read_json
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
@@ -103,7 +104,7 @@ def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
         len(vectors), max(64 * lists, 2**18)
     )  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
-    index.cp.seed = index.pq.cp.seed = seed + 1
+    index.cp.seed = index.pq.cp.seed = wrapped(seed + 1, bits=31)
     train_index(
         index, np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)])
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
+from cm3leon.data.shuffle import wrapped
 from cm3leon.records import read_array
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.base import Retriever
@@ -74,7 +75,9 @@ def find_neighbours(
     """Neighbours of the documents under every dropout variant, and the strategy's verdicts in all."""
     config = retriever.config
     queries = (
-        retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
+        retriever.parts(
+            texts, images_BHWC, dropout=config.query_dropout, seed=wrapped(seed + variant)
+        )
         for variant in range(config.dropout_variants)
     )
     own_B = np.array([bank.row_of.get(id_, NONE) for id_ in ids])

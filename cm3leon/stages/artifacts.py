@@ -16,6 +16,7 @@ from cm3leon.config import recorded_settings, result_settings, to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
 from cm3leon.data.shards import INDEX, PLAN, open_shard
+from cm3leon.data.shuffle import wrapped
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
@@ -93,7 +94,7 @@ class Run:
         images_BHWC = self.corpus.images_BHWC[self.corpus.rows("train")]
         config, seed = self.experiment.augment, self.experiment.seed
         varied = [
-            vary(images_BHWC, config, seed * 1_000_003 + version)
+            vary(images_BHWC, config, wrapped(seed * 1_000_003 + version))
             for version in range(config.versions)
         ]
         return np.concatenate([images_BHWC, *varied])

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
+from cm3leon.data.shuffle import wrapped
 from cm3leon.decoders.generate import generate
 from cm3leon.models.serving import keep_weights
 from cm3leon.registry import DECODERS, TASKS
@@ -134,7 +135,9 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
             prompts,
             DECODERS.build(_with_cfg(decoder, setting.cfg)),
             vocab=run.vocab,
-            seeds=[run.experiment.seed * 1_000_003 + number for number in range(len(rows))],
+            seeds=[
+                wrapped(run.experiment.seed * 1_000_003 + number) for number in range(len(rows))
+            ],
             batch_size=run.experiment.generation.batch_size,
             on_answer=lambda _: progress.update(),
         )

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon.api import CM3Leon
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, to_mapping
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
 from cm3leon.data.images import square
 from cm3leon.evaluation.metrics import Measured
 from cm3leon.evaluation.protocols.base import (
@@ -56,7 +56,7 @@ class Setting:
     """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
     checkpoint: PositiveInt | None = None
     """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the first sample of the first item."""
 
 

@@ -16,7 +16,7 @@ from cm3leon.config import (
     result_settings,
 )
 from cm3leon.training.device import Precision
-from cm3leon.types import UserError
+from cm3leon.types import UserError, refuse
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -77,18 +77,28 @@ class TrainingConfig:
     """Standard deviations above the mean of the last 100 losses from which a loss is written down as a spike."""
 
     def check(self) -> None:
+        refuse(self._mistakes())
+
+    def _mistakes(self) -> list[str]:
+        """What does not go together, a sentence each."""
+        mistakes = []
         if self.warmup_steps >= self.steps:
-            raise UserError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        if (
-            self.checkpoint_every % self.log_every
-        ):  # so that a resumed run records the same means as an uninterrupted
-            raise UserError(
+            mistakes.append(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        # So that a resumed run records the same means as an uninterrupted one.
+        if self.checkpoint_every % self.log_every:
+            mistakes.append(
                 f"log_every {self.log_every} must divide checkpoint_every {self.checkpoint_every}"
             )
         if self.keep_every and self.keep_every % self.checkpoint_every:
-            raise UserError(
+            mistakes.append(
                 f"checkpoint_every {self.checkpoint_every} must divide keep_every {self.keep_every}"
             )
+        # A step subtracts this share of a weight from it: 1 leaves nothing of it, and more turns its sign.
+        if self.learning_rate * self.weight_decay >= 1:
+            mistakes.append(
+                f"learning_rate {self.learning_rate:g} times weight_decay {self.weight_decay:g} must be below 1"
+            )
+        return mistakes
 
 
 @dataclass(kw_only=True)
@@ -130,14 +140,15 @@ class DecoderTrainingConfig(TrainingConfig):
             )
         return self.batch_tokens // seq_len
 
-    def check(self) -> None:
-        super().check()
+    def _mistakes(self) -> list[str]:
+        mistakes = super()._mistakes()
         if self.start_with == "everything" and self.start is None:
-            raise UserError("start_with is everything, but start names no run folder")
+            mistakes.append("start_with is everything, but start names no run folder")
         if self.lora_rank and (self.start is None or self.start_with == "everything"):
-            raise UserError(
+            mistakes.append(
                 "lora_rank adapts trained weights: set start to a run folder, and start_with=weights"
             )
+        return mistakes
 
 
 def training_settings(config: TrainingConfig, seq_len: int = 0) -> dict[str, Any]:

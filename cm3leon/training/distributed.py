@@ -197,7 +197,8 @@ def _first_alone(store: dist.Store, place: Place, action: Callable[[], None]) ->
         try:
             action()
         except (UserError, Again) as error:
-            store.set("first", f"{type(error).__name__}:{error}")
+            kind = "Again" if isinstance(error, Again) else "UserError"
+            store.set("first", f"{kind}:{error}")
             store.wait([f"heard {rank}" for rank in range(1, place.count)], timedelta(seconds=30))
             raise
         store.set("first", "")

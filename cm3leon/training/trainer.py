@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cm3leon.data.shuffle import wrapped
 from cm3leon.objectives.packing import merge_states
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
@@ -144,7 +145,7 @@ def train(
     meter.load(start["meter"])
     with closing(saved), closing(book), Signals() as signals:
         while step < last:
-            torch.manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed(wrapped(seed * 1_000_003 + step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
             before = batches.state_dict()
             parts = shares.parts(batches.next())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, Probability
+from cm3leon.config import Component, PositiveInt, Probability, Seed
 from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.images import (
@@ -55,7 +55,7 @@ class CaptionedImages(Protocol):
         plain images, whose distance is no FID and named so."""
         missing: Probability = 0.01
         """Share of the corpus's items that may be unusable."""
-        seed: NonNegativeInt = 0
+        seed: Seed = 0
         """Of the order of the documents."""
 
     config: Config

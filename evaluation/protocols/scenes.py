@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 
-from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.config import NonNegativeInt, PositiveInt, Seed
 from cm3leon.data.instructions.scenes import SceneExample, SceneInstructionsSource
 from cm3leon.data.instructions.templates import FEATURES
 from cm3leon.data.scenes.language import short_name
@@ -147,7 +147,7 @@ class SceneCompositions(Protocol):
         """What scenes hold."""
         count: PositiveInt = 100
         """Prompts of each kind."""
-        seed: NonNegativeInt = 0
+        seed: Seed = 0
         """Of their draw."""
 
     def items(self) -> list[Item]:

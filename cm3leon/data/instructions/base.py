@@ -10,7 +10,7 @@ from functools import partial
 from random import Random
 from typing import Annotated, Any
 
-from cm3leon.config import Location, NonNegativeInt
+from cm3leon.config import Location, Seed
 from cm3leon.data.files import (
     CUT_STREAM,
     BadRecord,
@@ -51,7 +51,7 @@ class InstructionConfig(FilesConfig):
     """Folder of the images, local or a URL; empty = beside the file."""
     templates: list[str] | None = None
     """One of them is drawn for each example; null = the paper's."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the draw of templates, and of what else is drawn."""
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cm3leon.weights import check_finite
+
 BATCH_PIXELS = 2**20
 """Pixels that go through the network together, if nothing else is said: 16 images of 256x256, at most 256 images."""
 
@@ -161,7 +163,12 @@ def to_signal(images_BHWC: Tensor) -> Tensor:
 
 
 def to_pixels(signal_BCHW: Tensor) -> np.ndarray:
-    """Float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); what lies outside is clipped."""
+    """Float in [-1, 1], (B, C, H, W), to uint8 (B, H, W, C); what lies outside is clipped.
+
+    Raises:
+        NotFinite: for a signal with NaN or infinite numbers.
+    """
+    check_finite(signal_BCHW, "the image that the image tokenizer's decoder makes")
     pixels_BCHW = ((signal_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -39,6 +39,7 @@ from cm3leon.tokenizers.image.published_files import Stored, Weights, open_weigh
 from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer, Quantizer
 from cm3leon.tokenizers.image.vqgan import VQModel
 from cm3leon.types import UserError
+from cm3leon.weights import check_finite
 
 IMAGE_SIZE = 256
 """Height and width of the images, in pixels, where neither the user nor the files say one."""
@@ -198,6 +199,7 @@ class PublishedVQ(VQModel):
         Raises:
             UserError: for a file that is missing, is no checkpoint, would run code, or does not hold such a tokenizer,
                 and for an `image_size` that does not fit.
+            NotFinite: for weights that are NaN or infinite.
         """
         weights = open_weights(config.path)
         _check_settings(weights.path, weights.settings)
@@ -230,6 +232,8 @@ class PublishedVQ(VQModel):
         published = found.check(self.state_dict())
         if torch.get_default_device().type != "meta":
             state = {name: tensors[key].read() for name, key in published.items()}
+            for name, tensor in state.items():
+                check_finite(tensor, f"{weights.path}: the tensor {published[name]}")
             shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
             # 1x1 convolutions and linear layers are stored as either of the two.
             self.load_state_dict(

@@ -13,6 +13,7 @@ from cm3leon.registry import IMAGE_TOKENIZERS
 from cm3leon.tokenizers.image.base import ImageTokenizer, TokenizerTraining, to_signal
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.types import UserError
+from cm3leon.weights import check_finite
 
 GROUPS = 8
 
@@ -88,6 +89,7 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
 
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
         z_BHWD = self.encoder(signal_BCHW).permute(0, 2, 3, 1)
+        check_finite(z_BHWD, "what the image tokenizer's encoder makes of an image")
         return self.quantizer.lookup(z_BHWD.flatten(0, 2)).view(z_BHWD.shape[:3])
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:

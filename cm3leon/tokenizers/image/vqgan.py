@@ -15,6 +15,7 @@ from cm3leon.tokenizers.image.base import ImageTokenizer, TokenizerTraining
 from cm3leon.tokenizers.image.network import GROUPS, Architecture, Decoder, Encoder
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer, LookupQuantizer, Quantizer
 from cm3leon.types import UserError
+from cm3leon.weights import check_finite
 
 
 class VQModel(ImageTokenizer):
@@ -49,6 +50,7 @@ class VQModel(ImageTokenizer):
 
     def codes_of(self, signal_BCHW: Tensor) -> Tensor:
         z_BHWD = self._vectors_of(signal_BCHW)
+        check_finite(z_BHWD, "what the image tokenizer's encoder makes of an image")
         return self.quantizer.lookup(z_BHWD.flatten(0, 2)).view(z_BHWD.shape[:3])
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
