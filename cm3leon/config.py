@@ -289,7 +289,8 @@ def _convert_items(
     names: Sequence[Any] | None = None,
 ) -> list[Any]:
     """The values as the annotated types; `names` stand in messages, the places in the list without them."""
-    converted, mistakes = [], []
+    converted: list[Any] = []
+    mistakes: list[str] = []
     for place, (annotation, value) in enumerate(zip(annotations, values, strict=True)):
         try:
             path = _join(where, names[place] if names else place)
