@@ -301,7 +301,7 @@ def load_mapping(
         raise UserError(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
         )
-    mapping = _with_absolute_plugins(mapping, Path.cwd())
+    mapping = with_absolute_plugins(mapping, Path.cwd())
     if trusted_plugins is not None:
         mapping["plugins"] = load_plugins(
             mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
@@ -374,11 +374,11 @@ def load_listed(
     """
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
-    mapping = _with_absolute_plugins(load_yaml(file), file.parent)
+    mapping = with_absolute_plugins(load_yaml(file), file.parent)
     mapping = apply_overrides(
         mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections
     )
-    mapping = _with_absolute_plugins(mapping, shipped)
+    mapping = with_absolute_plugins(mapping, shipped)
     return file, apply_overrides(mapping, _of_sweep(overrides), sections)
 
 
@@ -425,7 +425,7 @@ def _is_path(name_or_path: str) -> bool:
     return name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
 
 
-def _with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The mapping with its plugins' paths made absolute, so that its resolved copy may lie anywhere."""
     if "plugins" not in mapping:
         return mapping

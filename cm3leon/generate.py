@@ -90,9 +90,6 @@ def main(mapping: Mapping[str, Any]) -> None:
     options = from_mapping(GenerateOptions, mapping)
     texts = _texts(options)
     with joined(find_place(), TIMEOUT) as ranks, ExitStack() as held:
-        if ranks.first:
-            held.enter_context(writing(options.out, "out"))
-            held.enter_context(naming(options.out))
         model = CM3Leon.load(
             options.run,
             precision=options.precision,
@@ -104,6 +101,9 @@ def main(mapping: Mapping[str, Any]) -> None:
             trust=options.trust,
             verify=options.verify,
         )
+        if ranks.first:
+            held.enter_context(writing(options.out, "out"))
+            held.enter_context(naming(options.out))
         left = ranks.gather(_left(options, texts, model.run) if ranks.first else None)[0]
         with tqdm(
             total=len(left),

@@ -333,12 +333,12 @@ def resolved(arguments: Sequence[str]) -> str:
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
 
-def listing() -> str:
-    """Every component by registry, then every experiment, as text for a terminal."""
+def listing(plugins: Sequence[str] = ()) -> str:
+    """Every component by registry, also of some plugins, then every experiment, as text for a terminal."""
     from cm3leon.experiment import list_experiments
     from cm3leon.registry import REGISTRIES, discover
 
-    discover()
+    discover(plugins)
     blocks = []
     for registry in filter(lambda registry: registry.names(), REGISTRIES):
         blocks.append(registry.plural.upper())
@@ -347,6 +347,14 @@ def listing() -> str:
     for name, entry in list_experiments().items():
         blocks.append(f"  {name}\n    cost    {entry.cost}\n    expect  {entry.expect}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _plugins_of(words: Sequence[str]) -> list[str]:
+    """The plugins that a command line names, as absolute paths."""
+    from cm3leon.experiment import with_absolute_plugins
+
+    named = [parse_override(word) for word in words if word.startswith("plugins=")]
+    return with_absolute_plugins(apply_overrides({}, named), Path.cwd()).get("plugins", [])
 
 
 def _component_lines(registry: Any, name: str) -> Iterator[str]:
@@ -417,7 +425,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     elif "--version" in flags:
         print(__version__)
     elif "--list" in flags:
-        print(listing(), end="")
+        print(listing(_plugins_of(words)), end="")
     elif "--show" in flags:
         print(resolved(words), end="")
     else:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import cm3leon
 from records import finish
 
-from cm3leon.config import dump_yaml, to_mapping
+from cm3leon.config import (
+    apply_overrides,
+    dump_yaml,
+    from_mapping,
+    parse_override,
+    to_mapping,
+)
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
+from cm3leon.registry import METRICS, _module_name
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
+from cm3leon.search import SearchOptions
 from cm3leon.stages.opening import Opening, open_run
+from cm3leon.study import load_study
+from cm3leon.sweep import load_sweep
+from cm3leon.sweep import run as sweep_run
 from cm3leon.types import UserError
 
 READ = {
@@ -96,3 +109,89 @@ def test_a_file_is_read_for_its_checksum_once_in_a_process(
     for _ in range(2):
         _ = open_run(run).bank
     assert sorted(Path(name).name for name in read) == ["ids.json", "index.faiss", "vectors.npz"]
+
+
+# ------------------------------------------------------------------------------------------------ plugins
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+
+from cm3leon.registry import METRICS
+
+
+@METRICS.register("of_a_plugin")
+class Metric:
+    """A metric of a plugin."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        scale: float = 1.0
+        """Factor."""
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, registries: None) -> Path:
+    """A plugin that registers the metric `of_a_plugin`."""
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    return file
+
+
+def forget(plugin: Path) -> None:
+    """As in another process, where the plugin was not loaded."""
+    del sys.modules[_module_name(plugin)]
+    del METRICS._entries["of_a_plugin"]
+
+
+@pytest.mark.parametrize("word", ["plugins={}", "plugins=[{}]"])
+def test_the_list_shows_components_of_plugins(plugin: Path, word: str) -> None:
+    assert f"of_a_plugin  ({plugin})" in cm3leon("--list", word.format(plugin)).stdout
+
+
+@pytest.mark.parametrize("word", ["plugins={}", "plugins=[{}]"])
+def test_one_plugin_may_be_named_without_brackets(plugin: Path, word: str) -> None:
+    words = [word.format(plugin), "metrics=[of_a_plugin]"]
+    assert load_experiment("digits_smoke", words).plugins == [str(plugin)]
+    options = from_mapping(
+        SearchOptions, apply_overrides({}, map(parse_override, ["run=x", "text=a", words[0]]))
+    )
+    assert options.plugins == [str(plugin)]
+
+
+def test_a_study_loads_its_plugins(plugin: Path, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "title: a\nplugins: mine.py\n"
+        "runs: {a: {experiment: digits_smoke, overrides: {metrics: [of_a_plugin]}}}\n"
+    )
+    assert load_study(str(file), (), tmp_path / "run").plugins == [str(plugin)]
+
+
+def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
+    plugin: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    words = ["sweep.seed=1,2", f"plugins={plugin}", "metrics=[of_a_plugin]", "until=documents"]
+    sweep = load_sweep("digits_smoke", words, folder)
+    (folder / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
+    commands = [
+        command for job in sweep_run._jobs(sweep, list(sweep.points)) for command in job.commands
+    ]
+    points = [command for command in commands if command[0] == "point"]
+    assert len(points) == 2
+    assert all(f'plugins=["{plugin}"]' in command for command in points)
+
+    forget(plugin)
+    for word in ("point", "collect"):
+        place = f"run={folder}" if word == "collect" else points[0][1]
+        done = cm3leon(word, place, check=False)
+        assert done.returncode == 2
+        assert (
+            f"{plugin}, whose code is not run unasked; if you trust it, add plugins=" in done.stderr
+        )
+    assert "table: " in cm3leon("collect", f"run={folder}", f"plugins={plugin}").stdout
+    forget(plugin)
+    assert "table: " in cm3leon("collect", f"run={folder}", "trust=true").stdout

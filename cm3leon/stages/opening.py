@@ -26,13 +26,24 @@ CONFIG = "config.yaml"
 
 
 @dataclass(kw_only=True)
-class Opening:
-    """Options of every command that opens a run."""
+class Trust:
+    """Options of every command that reads settings which somebody else may have written."""
 
     plugins: list[str] = field(default_factory=list)
-    """Plugins (.py files or package folders) to load; those of the run are loaded if they are named here."""
+    """Plugins (.py files or package folders) to load; those that the run names are loaded if they are named here."""
     trust: bool = False
-    """Load all plugins that the run's config.yaml names; their code is run."""
+    """Load all plugins that the run names; their code is run."""
+
+    @property
+    def trusted_plugins(self) -> list[str] | None:
+        """The plugins that may be loaded, None for all, as `load_experiment` takes them."""
+        return None if self.trust else self.plugins
+
+
+@dataclass(kw_only=True)
+class Opening(Trust):
+    """Options of every command that opens a run."""
+
     verify: bool = True
     """Compare each file with its recorded checksum before it is read; false saves the time for large files."""
 
@@ -65,7 +76,5 @@ def open_run(
         if not file.is_file():
             what = f"run with a finished {needs[-1]}" if needs else "run folder"
             raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
-    experiment = load_experiment(
-        str(config), trusted_plugins=None if opening.trust else opening.plugins
-    )
+    experiment = load_experiment(str(config), trusted_plugins=opening.trusted_plugins)
     return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)

@@ -19,7 +19,13 @@ from cm3leon.config import (
     settled,
     split_key,
 )
-from cm3leon.experiment import Experiment, load_experiment, load_listed, typed_settings
+from cm3leon.experiment import (
+    Experiment,
+    load_experiment,
+    load_listed,
+    typed_settings,
+    with_absolute_plugins,
+)
 from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
@@ -100,6 +106,8 @@ class Study:
     """By their names."""
     aims: list[Aim] = field(default_factory=list)
     """Figures for the top of the report."""
+    plugins: list[str] = field(default_factory=list)
+    """Paths of plugins (.py files or package folders), relative to the file that names them."""
     launcher: Annotated[Component, LAUNCHERS] = field(
         default_factory=lambda: LAUNCHERS.check("here")
     )
@@ -132,7 +140,8 @@ def load_study(
     file, mapping = load_listed(
         name_or_path, shipped, [override for override in overrides if not _of_run(override)]
     )
-    mapping = _with_folder(mapping, folder)
+    mapping = with_absolute_plugins(_with_folder(mapping, folder), Path.cwd())
+    discover(mapping.get("plugins", []))
     for evaluation in mapping.get("evaluations", {}).values():
         if isinstance(evaluation, dict) and "setting" in evaluation:
             evaluation["setting"] = settled(Setting, evaluation["setting"])

@@ -24,6 +24,7 @@ from cm3leon.paths import naming, writing
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.opening import Trust
 from cm3leon.stages.pipeline import (
     check_redo,
     first_unfinished,
@@ -82,13 +83,14 @@ def load_sweep(
     *,
     until: str | None = None,
     redo: Sequence[str] = (),
+    trusted_plugins: Sequence[str] | None = None,
 ) -> Sweep:
     """Finds a sweep, applies `key=value` words, and checks each of its points.
 
     Raises:
         UserError: for a mistake in its file, in the words, in the values, or at a point.
     """
-    mapping = load_mapping(name_or_path, words)
+    mapping = load_mapping(name_or_path, words, trusted_plugins=trusted_plugins)
     if until:
         mapping["until"] = until
     own = {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
@@ -147,7 +149,7 @@ def _run_sweep(sweep: Sweep) -> None:
     if missing and LAUNCHERS.get(sweep.launcher.name).detached:
         collecting = Job(
             "collect",
-            (("collect", f"run={sweep.folder}"),),
+            (("collect", f"run={sweep.folder}", *_plugin_words(sweep)),),
             after=("points",),
             always=True,
             together=False,
@@ -165,7 +167,9 @@ def _run_sweep(sweep: Sweep) -> None:
         )
 
 
-def run_point(folder: Path, shared: Path | None, redo: Sequence[str] = ()) -> None:
+def run_point(
+    folder: Path, shared: Path | None, trust: Trust, redo: Sequence[str] = ()
+) -> None:
     """Runs the experiment of a point in its folder, which has its `point.yaml`, and writes down how it ended.
 
     Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
@@ -190,7 +194,10 @@ def run_point(folder: Path, shared: Path | None, redo: Sequence[str] = ()) -> No
                 stage.unlink(missing_ok=True)
                 stage.symlink_to(os.path.relpath(marker.parent, folder))
     try:
-        run_experiment(load_experiment(str(folder / POINT_FILE)), folder, redo=redo)
+        experiment = load_experiment(
+            str(folder / POINT_FILE), trusted_plugins=trust.trusted_plugins
+        )
+        run_experiment(experiment, folder, redo=redo)
     except Again:
         raise
     except Exception as error:
@@ -237,7 +244,7 @@ def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
 
 
 @dataclass(kw_only=True)
-class PointOptions:
+class PointOptions(Trust):
     """What `python -m cm3leon.run point` takes."""
 
     run: Path
@@ -249,7 +256,7 @@ class PointOptions:
 
 
 @dataclass(kw_only=True)
-class CollectOptions:
+class CollectOptions(Trust):
     """What `python -m cm3leon.run collect` takes."""
 
     run: Path
@@ -259,13 +266,15 @@ class CollectOptions:
 def point(options: Mapping[str, Any]) -> None:
     """Runs a point of a sweep, which stands ready in its folder."""
     given = from_mapping(PointOptions, options)
-    run_point(given.run, given.shared, [name for name in given.redo.split(",") if name])
+    redo = [name for name in given.redo.split(",") if name]
+    run_point(given.run, given.shared, given, redo)
 
 
 def collect(options: Mapping[str, Any]) -> None:
     """Makes the table and the report of a sweep from the points as they stand."""
-    folder = from_mapping(CollectOptions, options).run
-    sweep = load_sweep(str(folder / SWEEP_FILE), (), folder)
+    given = from_mapping(CollectOptions, options)
+    folder = given.run
+    sweep = load_sweep(str(folder / SWEEP_FILE), (), folder, trusted_plugins=given.trusted_plugins)
     with locked(folder, wait=True):
         make_table(sweep)
 
@@ -286,10 +295,17 @@ def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
             folder.mkdir(exist_ok=True)
             write_whole(folder / POINT_FILE, _config(sweep.experiments[name]))
             redo = (f"redo={','.join(sweep.redo)}",) if sweep.redo else ()
-            commands[name] = ("point", f"run={folder}", f"shared={shared}", *redo)
+            words = (f"run={folder}", f"shared={shared}", *redo, *_plugin_words(sweep))
+            commands[name] = ("point", *words)
     # A point can make what it would have shared: it says what is wrong with that, too.
     tries = {"max_deaths": 1 + sweep.config.sweep_retries}
     yield Job("points", tuple(commands[name] for name in missing), tries, tuple(after), always=True)
+
+
+def _plugin_words(sweep: Sweep) -> tuple[str, ...]:
+    """What a job is told of the plugins: whoever starts the sweep has named them, so its jobs may load them."""
+    plugins = next(iter(sweep.experiments.values())).plugins
+    return (f"plugins={json.dumps(plugins)}",) if plugins else ()
 
 
 def _groups(sweep: Sweep) -> dict[Path, list[str]]:
