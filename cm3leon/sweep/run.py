@@ -167,9 +167,7 @@ def _run_sweep(sweep: Sweep) -> None:
         )
 
 
-def run_point(
-    folder: Path, shared: Path | None, trust: Trust, redo: Sequence[str] = ()
-) -> None:
+def run_point(folder: Path, shared: Path | None, trust: Trust, redo: Sequence[str] = ()) -> None:
     """Runs the experiment of a point in its folder, which has its `point.yaml`, and writes down how it ended.
 
     Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
