@@ -312,7 +312,7 @@ UNUSABLE = {
     ),
     "cut header": (lambda: encoded(picture())[:20], "unreadable: "),
     "no image": (lambda: b"<html>not found</html>", "unreadable: UnidentifiedImageError"),
-    "empty": (lambda: b"", "no image: the row has no bytes|unreadable: "),
+    "empty": (lambda: b"", "no image: the row has neither bytes|unreadable: "),
     "heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(99), "is HEIC; JPEG, PNG, WebP, GIF, BMP"),
     "bomb": (bomb, "too large: "),
 }
@@ -970,19 +970,21 @@ def test_rows_in_groups_and_structs(tmp_path: Path) -> None:
         ),
         ({"id_column": "key"}, r"has no column key for data\.id_column"),
         (
-            {"image_column": "caption"},
-            r"has string in column caption; data\.image_column must hold bytes",
+            {"image_column": "number"},
+            r"has int64 in column number; data\.image_column must hold bytes or paths of image",
         ),
         (
             {"caption_column": "jpg"},
-            r"has binary in column jpg; data\.caption_column must hold strings",
+            r"has binary in column jpg; data\.caption_column must hold strings or lists of them",
         ),
     ],
 )
 def test_wrong_columns_are_one_sentence(
     fields: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
-    source = build("parquet", **CORPORA["parquet"](tmp_path), **fields)
+    table = pa.table({"jpg": [IMAGE], "caption": ["a"], "number": [1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = build("parquet", path=str(tmp_path), **fields)
     with pytest.raises(UserError, match=sentence):
         list(source.documents())
 
@@ -993,7 +995,110 @@ def test_a_later_file_with_other_columns_is_left_out(tmp_path: Path) -> None:
     source = build("parquet", **settings)
     assert len(good(source)) == 16
     assert the_bad(source)[0] == "c.parquet"
-    assert "has no column jpg" in the_bad(source)[1]
+    assert "has no column of images under a usual name" in the_bad(source)[1]
+
+
+PATHS = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array([IMAGE]),
+        pa.array([IMAGE], pa.large_binary()),
+        pa.array([IMAGE], pa.binary_view()),
+        pa.array([IMAGE], pa.binary(len(IMAGE))),
+        pa.array([IMAGE]).dictionary_encode(),
+        pa.array(["sub/a.png"]),
+        pa.array(["sub/a.png"], pa.string_view()),
+        pa.array(["sub/a.png"]).dictionary_encode(),
+        pa.array([{"bytes": None, "path": "sub/a.png"}], PATHS),
+        pa.array([{"bytes": None, "path": "sub\\a.png"}], PATHS),
+        pa.array([{"bytes": b"", "path": "sub/a.png"}], PATHS),
+        pa.array([{"bytes": IMAGE, "path": "/no/such/file.png"}], PATHS),
+        pa.array([{"path": "sub/a.png"}]),
+    ],
+    ids=lambda column: str(column.type),
+)
+@pytest.mark.parametrize(
+    "caption",
+    [
+        pa.array(["words"]),
+        pa.array(["words"], pa.large_string()),
+        pa.array(["words"], pa.string_view()),
+        pa.array(["words"]).dictionary_encode(),
+        pa.array([[None, " ", "words", "more"]]),
+        pa.array([["words"]], pa.large_list(pa.string_view())),
+        pa.array([["words", "more"]], pa.list_(pa.string(), 2)),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_columns_of_every_type(image: pa.Array, caption: pa.Array, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(IMAGE)
+    pq.write_table(pa.table({"image": image, "text": caption}), tmp_path / "a.parquet")
+    (item,) = build("parquet", path=str(tmp_path)).documents()
+    assert isinstance(item, Document), item
+    assert item.text == "words"
+    assert np.array_equal(item.image, picture(1))
+
+
+def test_paths_of_images_in_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(IMAGE)
+    (tmp_path / "tables").mkdir()
+    images = pa.array([{"bytes": None, "path": path} for path in ("a.png", "../a.png")], PATHS)
+    table = pa.table({"image": images, "text": ["a", "b"]})
+    pq.write_table(table, tmp_path / "tables" / "a.parquet")
+    alone = build("parquet", path=str(tmp_path / "tables"))
+    assert good(alone) == {}
+    for (_, reason), told in zip(bad(alone), ("FileNotFoundError", "outside"), strict=True):
+        assert told in reason
+        assert "data.images" in reason
+        assert "embed_table_storage" in reason
+    source = build("parquet", path=str(tmp_path / "tables"), images=str(tmp_path / "pictures"))
+    assert good(source) == {"a.parquet/0": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"image": [IMAGE], "text": pa.nulls(1)}, "the caption is empty"),
+        ({"image": [IMAGE], "text": [[]]}, "the caption is empty"),
+        ({"image": pa.array([None], PATHS), "text": ["a"]}, "no image: the row has neither bytes"),
+        ({"image": pa.nulls(1, pa.binary()), "text": ["a"]}, "no image: the row has neither bytes"),
+    ],
+)
+def test_rows_without_a_half_are_left_out(
+    columns: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    columns = {name: pa.array(values) for name, values in columns.items()}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = build("parquet", path=str(tmp_path))
+    assert the_bad(source)[1].startswith(reason)
+
+
+def test_two_columns_of_images_are_one_sentence(tmp_path: Path) -> None:
+    columns = {"jpg": [OTHER], "image": [IMAGE], "file_name": ["a.png"], "caption": ["a"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    sentence = r"several columns of images, image, jpg; say which with data\.image_column"
+    with pytest.raises(UserError, match=sentence):
+        list(build("parquet", path=str(tmp_path)).documents())
+    (item,) = build("parquet", path=str(tmp_path), image_column="image").documents()
+    assert isinstance(item, Document)
+    assert np.array_equal(item.image, picture(1))
+
+
+def test_fewer_rows_are_held_where_their_images_are_large(tmp_path: Path) -> None:
+    images = [bytes(200_000)] * 64
+    for name, same in (("a", True), ("b", False)):
+        table = pa.table({"jpg": images, "caption": ["x"] * 64})
+        pq.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=same)
+        group = pq.ParquetFile(tmp_path / f"{name}.parquet").metadata.row_group(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parquet, "HELD", 1_000_000)
+            assert 3 <= parquet._rows_at_a_time(group, "jpg") <= 5
+        assert parquet._rows_at_a_time(group, "jpg") == 32
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:

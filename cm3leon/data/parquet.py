@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3leon.data.files import BadRecord, FilesConfig, FileSource, Record, caption_text, page_text
+from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS, first_text
+from cm3leon.data.files import (
+    BadRecord,
+    Files,
+    FilesConfig,
+    FileSource,
+    Record,
+    caption_text,
+    page_text,
+)
 from cm3leon.data.images import UnusableImage
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
@@ -18,6 +27,9 @@ from cm3leon.types import UserError
 
 ROWS = 32
 """Rows held at a time."""
+HELD = 512 * 2**20
+"""Bytes of images that the rows held at a time may have, by the file's footer; fewer rows are held where they would
+have more."""
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have one."""
 
@@ -26,21 +38,30 @@ DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 class ParquetSource(FileSource):
     """Parquet files with a column of image files and one of captions, as img2dataset or HF datasets write them.
 
-    Images are bytes, or the struct {bytes, path}. A file is read a few rows at a time.
+    Images are bytes, paths of image files, or the struct {bytes, path}, of which the path is used where there are no
+    bytes. Captions are strings, or lists of strings, of which the first that is not blank is taken. Where the columns
+    are not named, they are found by their usual names (`fields.py`), columns of bytes before columns of paths. A file
+    is read a few rows at a time.
     """
 
     @dataclass(kw_only=True)
     class Config(FilesConfig):
         """Where the files are, and their columns."""
 
-        image_column: str = "jpg"
-        """Column of the images' files; `image` in HF datasets."""
-        caption_column: str = "caption"
-        """Column of the captions; often `text` in HF datasets."""
+        image_column: str | None = None
+        """Column of the images; null = the usual names, such as jpg and image."""
+        caption_column: str | None = None
+        """Column of the captions; null = the usual names, such as caption and text."""
         id_column: str | None = None
         """Column of ids, unique within a file; null numbers the rows."""
+        images: str | None = None
+        """Folder or URL that paths of images are relative to; null = the folder that each file lies in."""
 
     suffixes = (".parquet",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._images = Files(config.images, "data.images") if config.images else None
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         with self.files.open_raw(part) as raw:
@@ -48,91 +69,230 @@ class ParquetSource(FileSource):
                 file = pq.ParquetFile(
                     raw, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
                 )
-                wrong = self._wrong_columns(file.schema_arrow)
+                columns = self._columns(file.schema_arrow)
                 rows = _rows_of_groups(file.metadata)
             except DAMAGE as error:
                 yield Skipped(part, f"not a readable parquet file: {_told(error)}")
                 return
-            # In the first file it is a mistake in the config, in a later one a matter of that file.
-            if wrong and part == self.parts()[0]:
-                raise UserError(f"data: {part} {wrong}")
-            if wrong:
-                yield Skipped(part, wrong)
+            except BadRecord as error:
+                # In the first file it is a mistake in the config, in a later one a matter of that file.
+                if part == self.parts()[0]:
+                    raise UserError(f"data: {part} {error}") from error
+                yield Skipped(part, str(error))
                 return
             row = 0
             for group, number in enumerate(rows):
                 yield from self._group(
-                    file, group, row, row + number, part, skip=row + number <= start
+                    file, columns, group, row, row + number, part, skip=row + number <= start
                 )
                 row += number
 
     def _group(
-        self, file: pq.ParquetFile, group: int, row: int, end: int, part: str, *, skip: bool
+        self,
+        file: pq.ParquetFile,
+        columns: _Columns,
+        group: int,
+        row: int,
+        end: int,
+        part: str,
+        *,
+        skip: bool,
     ) -> Iterator[Record | Skipped]:
         """An item for every row of a row group, damaged or not; `skip` leaves images and captions unread."""
-        columns = [self.config.image_column, self.config.caption_column]
-        columns = ([] if skip else columns) + (
-            [self.config.id_column] if self.config.id_column else []
-        )
-        if not columns:
+        names = [] if skip else [columns.image, columns.caption]
+        names += [columns.id] if columns.id else []
+        if not names:
             yield from (Record(f"{part}/{number}", ()) for number in range(row, end))
             return
         told = "it holds fewer rows than the footer says"
         try:
             for batch in file.iter_batches(
-                batch_size=ROWS, row_groups=[group], columns=list(dict.fromkeys(columns))
+                batch_size=_rows_at_a_time(file.metadata.row_group(group), columns.image),
+                row_groups=[group],
+                columns=list(dict.fromkeys(names)),
             ):
                 values = {name: _values(batch.column(name)) for name in batch.schema.names}
                 for index in range(min(batch.num_rows, end - row)):
-                    yield self._record(
-                        {name: column[index] for name, column in values.items()}, row, part
-                    )
+                    found = {name: column[index] for name, column in values.items()}
+                    yield self._record(found, columns, row, part)
                     row += 1
         except DAMAGE as error:
             told = _told(error)
         for number in range(row, end):
             yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {told}")
 
-    def _record(self, values: dict[str, Any], row: int, part: str) -> Record | Skipped:
-        config = self.config
+    def _record(
+        self, values: dict[str, Any], columns: _Columns, row: int, part: str
+    ) -> Record | Skipped:
         try:
-            key: Any = row if config.id_column is None else values[config.id_column]
+            key: Any = row if columns.id is None else values[columns.id]
             if key is None:
                 raise BadRecord("the id is missing")
             id_ = f"{part}/{page_text(key, 'the id') if isinstance(key, bytes) else key}"
         except BadRecord as error:
             return Skipped(f"{part}/{row}", str(error))
-        if config.image_column not in values:
+        if columns.image not in values:
             return Record(id_, ())
         try:
-            image = values[config.image_column]
-            image = image["bytes"] if isinstance(image, dict) else image
-            if not image:
-                raise BadRecord("no image: the row has no bytes of one")
-            caption = caption_text(values[config.caption_column], config.max_caption_bytes)
-            return Record(id_, (caption, partial(_checked_size, image, config.max_file_bytes)))
+            load = self._image(values[columns.image], columns, part)
+            caption = first_text(values[columns.caption])
+            return Record(id_, (caption_text(caption, self.config.max_caption_bytes), load))
         except BadRecord as error:
             # Its id is taken all the same, as it is where the row is passed over.
             return Record(id_, (partial(_unusable, str(error)),))
 
-    def _wrong_columns(self, schema: pa.Schema) -> str:
-        """What is wrong with the columns of a file, "" if nothing is."""
+    def _image(self, value: Any, columns: _Columns, part: str) -> Callable[[], bytes]:
+        """The function that gives a row's image file. Raises BadRecord for a row without one."""
+        fields = value if isinstance(value, dict) else {}
+        content = fields.get("bytes") if columns.has_struct else value
+        path = fields.get("path") if columns.has_struct else None
+        if columns.has_paths:
+            content, path = None, value
+        if content:
+            return partial(_checked_size, content, self.config.max_file_bytes)
+        if not path:
+            raise BadRecord("no image: the row has neither bytes nor a path of one")
+        return partial(self._image_file, page_text(path, "the path of the image"), part)
+
+    def _image_file(self, path: str, part: str) -> bytes:
+        """The bytes of an image file beside the parquet file, or under `data.images`. Raises UnusableImage."""
+        try:
+            if self._images is not None:
+                return self._images.image(path, self.config.max_file_bytes)
+            return self.files.image(path, self.config.max_file_bytes, beside=part)
+        except UnusableImage as error:
+            raise UnusableImage(
+                f"{error}; the row has only the image's path: give the folder of the images as "
+                "data.images, or write the bytes into the file (embed_table_storage of datasets)"
+            ) from error
+
+    def _columns(self, schema: pa.Schema) -> _Columns:
+        """The columns of a file. Raises BadRecord for a file that lacks one or has several."""
         config = self.config
         for key in ("image_column", "caption_column", "id_column"):
             name = getattr(config, key)
             if name is not None and name not in schema.names:
-                return f"has no column {name} for data.{key}; its columns are {', '.join(schema.names)}"
-        image, caption = (
-            schema.field(config.image_column).type,
-            schema.field(config.caption_column).type,
+                raise BadRecord(
+                    f"has no column {name} for data.{key}; its columns are {', '.join(schema.names)}"
+                )
+        image = config.image_column or _image_column(schema)
+        caption = config.caption_column or _caption_column(schema)
+        for name, what in ((image, "image"), (caption, "caption")):
+            if name is None:
+                raise BadRecord(
+                    f"has no column of {what}s under a usual name; name one of its columns with "
+                    f"data.{what}_column: {', '.join(schema.names)}"
+                )
+        assert image is not None
+        assert caption is not None
+        kind = _image_kind(schema.field(image).type)
+        if not kind:
+            raise BadRecord(
+                f"has {schema.field(image).type} in column {image}; data.image_column must hold "
+                "bytes or paths of image files"
+            )
+        if not _holds_texts(schema.field(caption).type):
+            raise BadRecord(
+                f"has {schema.field(caption).type} in column {caption}; data.caption_column must "
+                "hold strings or lists of them"
+            )
+        return _Columns(image, caption, config.id_column, kind == "struct", kind == "paths")
+
+
+class _Columns(NamedTuple):
+    """Names of a file's columns, and how its images are held."""
+
+    image: str
+    caption: str
+    id: str | None
+    has_struct: bool
+    """Images are structs of bytes and a path."""
+    has_paths: bool
+    """Images are paths."""
+
+
+def _by_usual_name(schema: pa.Schema, names: tuple[str, ...]) -> list[str]:
+    """The columns of these names, in the order of the names; upper and lower case do not matter."""
+    return [column for name in names for column in schema.names if column.lower() == name]
+
+
+def _image_column(schema: pa.Schema) -> str | None:
+    """The column of images by its usual name, None without one. Raises BadRecord for several."""
+    usual = _by_usual_name(schema, IMAGE_KEYS)
+    kinds = {name: _image_kind(schema.field(name).type) for name in usual}
+    holding_bytes = [name for name in usual if kinds[name] in ("bytes", "struct")]
+    found = holding_bytes or [name for name in usual if kinds[name] == "paths"]
+    if len(found) > 1:
+        raise BadRecord(
+            f"has several columns of images, {', '.join(found)}; say which with data.image_column"
         )
-        if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-            image = image.field("bytes").type
-        if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-            return f"has {image} in column {config.image_column}; data.image_column must hold bytes of image files"
-        if not (pa.types.is_string(caption) or pa.types.is_large_string(caption)):
-            return f"has {caption} in column {config.caption_column}; data.caption_column must hold strings"
-        return ""
+    return found[0] if found else None
+
+
+def _caption_column(schema: pa.Schema) -> str | None:
+    usual = _by_usual_name(schema, TEXT_KEYS)
+    return next((name for name in usual if _holds_texts(schema.field(name).type)), None)
+
+
+def _stored(type_: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary or of an extension type."""
+    while pa.types.is_dictionary(type_) or isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_.storage_type
+    return type_
+
+
+def _image_kind(type_: pa.DataType) -> Literal["bytes", "paths", "struct", ""]:
+    """How a column of that type holds images, "" if it cannot."""
+    type_ = _stored(type_)
+    if pa.types.is_struct(type_):
+        names = [type_.field(index).name for index in range(type_.num_fields)]
+        return "struct" if "bytes" in names or "path" in names else ""
+    if pa.types.is_fixed_size_binary(type_) or any(
+        check(type_) for check in (pa.types.is_binary, pa.types.is_large_binary, _is_binary_view)
+    ):
+        return "bytes"
+    return "paths" if _is_string(type_) else ""
+
+
+def _holds_texts(type_: pa.DataType) -> bool:
+    """Whether a column of that type may hold captions; one of nulls alone may."""
+    type_ = _stored(type_)
+    if _is_list(type_):
+        type_ = _stored(type_.value_type)
+    return pa.types.is_null(type_) or _is_string(type_)
+
+
+def _is_string(type_: pa.DataType) -> bool:
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(check(type_) for check in checks)
+
+
+def _is_binary_view(type_: pa.DataType) -> bool:
+    return pa.types.is_binary_view(type_)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    checks = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return any(check(type_) for check in checks)
+
+
+def _rows_at_a_time(group: pq.RowGroupMetaData, image: str) -> int:
+    """Rows of a row group that are read together, fewer where their images may be large."""
+    sizes = [0]
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema.split(".")[0] == image:
+            # A dictionary's values are repeated: each row may have all of its bytes.
+            repeated = any("DICTIONARY" in encoding for encoding in column.encodings)
+            rows = 1 if repeated else max(group.num_rows, 1)
+            sizes.append(column.total_uncompressed_size // rows)
+    return max(1, min(ROWS, HELD // max(1, *sizes)))
 
 
 def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
@@ -147,16 +307,27 @@ def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
 
 def _values(column: pa.Array) -> list[Any]:
     """The column as Python values; strings as bytes, since not all files hold UTF-8 where they say so."""
+    if isinstance(column, pa.ExtensionArray):
+        return _values(column.storage)
+    if pa.types.is_dictionary(column.type):
+        known = _values(column.dictionary)
+        return [None if index is None else known[index] for index in column.indices.to_pylist()]
+    if _is_list(column.type):
+        return [_values(each.values) if each.is_valid else None for each in column]
+    if pa.types.is_struct(column.type):
+        names = [name for name in ("bytes", "path") if column.type.get_field_index(name) >= 0]
+        fields = {name: _values(column.field(name)) for name in names}
+        valid = column.is_valid().to_pylist()
+        return [
+            {name: fields[name][index] for name in names} if valid[index] else None
+            for index in range(len(column))
+        ]
     if pa.types.is_string(column.type):
         column = column.view(pa.binary())
     elif pa.types.is_large_string(column.type):
         column = column.view(pa.large_binary())
-    elif pa.types.is_struct(column.type):  # the path beside the bytes may be anything
-        column = pa.StructArray.from_arrays(
-            [column.field("bytes")],
-            names=["bytes"],
-            mask=column.is_null() if column.null_count else None,
-        )
+    elif pa.types.is_string_view(column.type):
+        column = column.cast(pa.binary())
     return column.to_pylist()
 
 
