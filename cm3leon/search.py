@@ -123,7 +123,10 @@ def _add(run: Run, options: AddOptions) -> None:
     def usable() -> Iterator[Document]:
         nonlocal skipped
         for item in tqdm(
-            SOURCES.build(options.data).documents(), desc="add", unit="document", dynamic_ncols=True
+            SOURCES.build(options.data).documents(size=run.image_tokenizer.image_size),
+            desc="add",
+            unit="document",
+            dynamic_ncols=True,
         ):
             if isinstance(item, Skipped) or item.id in known:
                 skipped += 1

@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from cm3leon.config import Location, PositiveInt
-from cm3leon.data.images import UnusableImage, decode_image
+from cm3leon.data.images import UnusableImage, decode_image, read_limited, square
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
@@ -137,7 +137,9 @@ class Files:
             raise UnusableImage(f"the image {name!a} lies outside the folder")
         try:
             with self._open(str(PurePosixPath(beside).parent / name)) as file:
-                content = file.read(max_bytes + 1)
+                return read_limited(file, max_bytes)
+        except UnusableImage:
+            raise
         except NOT_THERE as error:
             raise UnusableImage(
                 f"unreadable: {type(error).__name__}: the image {name!a}"
@@ -150,9 +152,6 @@ class Files:
             raise UnusableImage(
                 f"unreadable: {error.strerror}: the image {ascii(name)[:80]}"
             ) from error
-        if len(content) > max_bytes:
-            raise UnusableImage(f"too large: more than {max_bytes} bytes")
-        return content
 
     def _open(self, name: str) -> BinaryIO:
         full = self.full(name)
@@ -442,8 +441,14 @@ class FileSource(Source):
         return f"{held} {images_fingerprint(records)}"
 
     def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
+        return self._read(part, start)
+
+    def read_squared(self, part: str, start: int = 0, *, size: int) -> Iterator[Document | Skipped]:
+        return self._read(part, start, size)
+
+    def _read(self, part: str, start: int, size: int | None = None) -> Iterator[Document | Skipped]:
         for record in islice(_without_repeats(self._safe_records(part, start)), start, None):
-            yield record if isinstance(record, Skipped) else self._decoded(record)
+            yield record if isinstance(record, Skipped) else self._decoded(record, size)
 
     def _list(self) -> list[File]:
         files = self.files.list(self.suffixes)
@@ -464,7 +469,8 @@ class FileSource(Source):
         except PermissionError:
             yield Skipped(part, "no permission to read the file")
 
-    def _decoded(self, record: Record) -> Document | Skipped:
+    def _decoded(self, record: Record, size: int | None = None) -> Document | Skipped:
+        """The document of a record; each image is brought to `size` before the next one is decoded."""
         segments: list[Segment] = []
         name = PurePosixPath(record.id).name
         try:
@@ -478,6 +484,8 @@ class FileSource(Source):
                 )
                 if not isinstance(content, np.ndarray):
                     content = decode_image(content, self.config.max_pixels, name)
+                if size is not None:
+                    content = square(content, size)
                 segments.append(ImageSegment(content, image.role))
         except UnusableImage as error:
             return Skipped(record.id, str(error))

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cm3leon.config import Location
 from cm3leon.data.files import FilesConfig, FileSource, Record, fingerprint, is_utf8
-from cm3leon.data.images import SUFFIXES
+from cm3leon.data.images import SUFFIXES, read_limited
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
@@ -131,7 +131,7 @@ class FolderSource(FileSource):
             )
         try:
             with self.files.open_raw(str(beside)) as file:
-                content = file.read(self.config.max_file_bytes)
+                content = read_limited(file, self.config.max_file_bytes)
             caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
             self._check_caption(caption)
         except (FileNotFoundError, PermissionError) as error:

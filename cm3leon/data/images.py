@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -220,16 +221,29 @@ def _file_content(path: str | Path) -> bytes:
         if file.exists() and not file.is_file():  # reading a pipe or a device may never end
             raise UnusableImage("it is not a file")
         with file.open("rb") as opened:
-            content = opened.read(MAX_FILE_BYTES + 1)
+            content = read_limited(opened, MAX_FILE_BYTES)
     except OSError as error:
         raise UnusableImage(f"unreadable: {error.strerror}") from error
     except (RuntimeError, ValueError) as error:  # a home folder of nobody, a NUL in the name
         if isinstance(error, UnusableImage):
             raise
         raise UnusableImage(f"unreadable: {error}") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise UnusableImage(f"too large: more than {MAX_FILE_BYTES} bytes")
     return content
+
+
+def read_limited(file: BinaryIO, limit: int) -> bytes:
+    """The rest of a file, read piece by piece so that no more is held than there is.
+
+    Raises:
+        UnusableImage: for more bytes than the limit.
+    """
+    pieces, size = [], 0
+    while piece := file.read(2**20):
+        size += len(piece)
+        if size > limit:
+            raise UnusableImage(f"too large: more than {limit} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _array_pixels(pixels: np.ndarray, max_pixels: int) -> np.ndarray:

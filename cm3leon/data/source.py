@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cm3leon.types import Document
+from cm3leon.data.images import square
+from cm3leon.types import Document, ImageSegment
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,17 @@ class Skipped:
 
     file: str
     reason: str
+
+
+def squared(document: Document, size: int) -> Document:
+    """The document with its images brought to (size, size, 3)."""
+    segments = (
+        ImageSegment(square(segment.pixels_HWC, size), segment.role)
+        if isinstance(segment, ImageSegment)
+        else segment
+        for segment in document.segments
+    )
+    return replace(document, segments=tuple(segments))
 
 
 class Source(ABC):
@@ -42,15 +54,23 @@ class Source(ABC):
         What cannot be used is a `Skipped` item. Images before `start` are not decoded.
         """
 
+    def read_squared(self, part: str, start: int = 0, *, size: int) -> Iterator[Document | Skipped]:
+        """The items of `read` with their images brought to (size, size, 3), see `square`.
+
+        Each is cut as soon as it is decoded, so that what is held of a corpus does not grow with its photographs.
+        """
+        for item in self.read(part, start):
+            yield item if isinstance(item, Skipped) else squared(item, size)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes when what the corpus holds changes, and with nothing else: not with where it lies, nor when it was
         copied there."""
 
-    def documents(self) -> Iterator[Document | Skipped]:
-        """The items of all parts."""
+    def documents(self, *, size: int | None = None) -> Iterator[Document | Skipped]:
+        """The items of all parts, images in their own size, or brought to `size` as they are read."""
         for part in self.parts():
-            yield from self.read(part)
+            yield from self.read(part) if size is None else self.read_squared(part, size=size)
 
     def class_in(self, text: str) -> int | None:
         """The one class that a caption names, None if it names none or several."""

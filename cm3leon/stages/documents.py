@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon.data.corpus import Corpus, Split, split_of
-from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.tokens import DocumentSample, split_in
@@ -23,44 +22,52 @@ SKIPPED = "skipped.jsonl"
 def make_documents(run: Run, folder: Path) -> None:
     """Reads the corpus, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
     size = run.image_tokenizer_shape.image_size
-    documents: list[Document] = []
-    images: list[np.ndarray] = []
-    skipped: list[Skipped] = []
+    ids: list[str] = []
+    captions: list[str] = []
+    labels: list[int | None] = []
+    pixels = bytearray()  # of all images, one after the other: the array below is a view of it
+    first_skipped, skipped = "", 0
+
     sample = DocumentSample(run) if run.experiment.shards else None
-    items = run.source.documents() if sample is None else sample
-    for item in tqdm(items, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True):
-        if isinstance(item, Skipped):
-            skipped.append(item)
-            continue
-        if item.image is None or not item.text:
-            skipped.append(
-                Skipped(item.id, "this experiment needs a caption and an image in every document")
-            )
-            continue
-        documents.append(item)
-        images.append(square(item.image, size))
-    (folder / SKIPPED).write_text(
-        "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped)
-    )
+    items = run.source.documents(size=size) if sample is None else sample
+    with (folder / SKIPPED).open("w") as file:
+        for item in tqdm(
+            items, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True
+        ):
+            found = _usable(item)
+            if isinstance(found, Skipped):
+                file.write(json.dumps(dataclasses.asdict(found)) + "\n")
+                first_skipped = first_skipped or f", for example {found.file}: {found.reason}"
+                skipped += 1
+                continue
+            ids.append(found.id)
+            captions.append(found.text)
+            labels.append(found.label)
+            pixels += found.images[0].tobytes()
+
     if skipped:
-        print(
-            f"      {len(skipped)} of {len(skipped) + len(documents)} items skipped, listed in {folder / SKIPPED}"
-        )
-    if (
-        not documents and run.borrowed is None
-    ):  # with borrowed tokenizers it may be text, to be mixed into another run
-        reason = f", for example {skipped[0].file}: {skipped[0].reason}" if skipped else ""
+        total = skipped + len(ids)
+        print(f"      {skipped} of {total} items skipped, listed in {folder / SKIPPED}")
+    # With borrowed tokenizers the corpus may be text alone, to be mixed into another run.
+    if not ids and run.borrowed is None:
         raise UserError(
-            f"data: no usable documents in the corpus ({len(skipped)} items skipped{reason})"
+            f"data: no usable documents in the corpus ({skipped} items skipped{first_skipped})"
         )
-    ids = [document.id for document in documents]
     Corpus(
         ids=ids,
-        captions=[document.text for document in documents],
-        images_BHWC=np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8),
-        labels=[document.label for document in documents],
+        captions=captions,
+        images_BHWC=np.frombuffer(pixels, np.uint8).reshape(len(ids), size, size, 3),
+        labels=labels,
         splits=_splits(run, ids, sample),
     ).save(folder)
+
+
+def _usable(item: Document | Skipped) -> Document | Skipped:
+    """The item, left out where it is not a caption and an image."""
+    if isinstance(item, Document) and (item.image is None or not item.text):
+        reason = "this experiment needs a caption and an image in every document"
+        return Skipped(item.id, reason)
+    return item
 
 
 def _splits(run: Run, ids: list[str], sample: DocumentSample | None) -> list[Split]:

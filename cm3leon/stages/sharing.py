@@ -103,7 +103,9 @@ def shard_documents(run: Run, parts: list[str], number: int) -> Iterator[list[Do
     kept = set(wanted)
     items = (
         item
-        for item in run.source.read(parts[number])
+        for item in run.source.read_squared(
+            parts[number], size=run.image_tokenizer_shape.image_size
+        )
         if isinstance(item, Document) and item.id in kept
     )
     found = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,10 +38,15 @@ def split_in(run: Run, id_: str) -> Split:
     )
 
 
+def squared_items(run: Run, part: str) -> Iterator[Document | Skipped]:
+    """The items of a part of the source, images brought to the size of the tokenizer as they are read."""
+    return iter(run.source.read_squared(part, size=run.image_tokenizer_shape.image_size))
+
+
 class DocumentSample:
     """About `shards.sample` documents, equally many from every part of the source, or one from each of as many parts.
 
-    Parts with fewer are not made up for.
+    Parts with fewer are not made up for. Images have the size of the tokenizer.
     """
 
     def __init__(self, run: Run) -> None:
@@ -55,7 +60,7 @@ class DocumentSample:
         whole = len(order) == len(parts)
         for number in sorted(order.tolist()):
             left = -(-count // len(order))
-            items = iter(self.run.source.read(parts[number]))
+            items = squared_items(self.run, parts[number])
             for item in items:
                 yield item
                 left -= isinstance(item, Document)
@@ -78,12 +83,15 @@ def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
     )
 
     def make(number: int) -> None:
-        documents, skipped = _tokenized(run, run.source.read(parts[number]))
         listed = folder / "skipped" / f"{number:05d}.jsonl"
         listed.parent.mkdir(exist_ok=True)
-        listed.write_text(
-            "".join(json.dumps({"file": s.file, "reason": s.reason}) + "\n" for s in skipped)
-        )
+        with listed.open("w") as file:  # what is left out is written down as it is met, not held
+
+            def leave_out(skipped: Skipped) -> None:
+                file.write(json.dumps({"file": skipped.file, "reason": skipped.reason}) + "\n")
+
+            items = squared_items(run, parts[number])
+            documents = _tokenized(run, items, "train", leave_out)
         write_token_shard(shard_path(folder, number, len(parts)), documents, run.made_by)
 
     with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
@@ -101,31 +109,33 @@ def make_tokens(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
         )
-    documents, _ = _tokenized(run, DocumentSample(run), "validation")
+    documents = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
     write_token_shard(folder / VALIDATION, documents, run.made_by)
 
 
 def _tokenized(
-    run: Run, items: Iterable[Document | Skipped], split: Split = "train"
-) -> tuple[list[TokenDocument], list[Skipped]]:
-    """The documents of a split among the items, as ids, and what was left out (not the other splits, which are)."""
+    run: Run,
+    items: Iterable[Document | Skipped],
+    split: Split,
+    leave_out: Callable[[Skipped], None],
+) -> list[TokenDocument]:
+    """The documents of a split among the items, as ids.
+
+    Args:
+        leave_out: called with what cannot be used, which documents of other splits can.
+    """
     documents: list[TokenDocument] = []
-    skipped: list[Skipped] = []
     room = longest_document(run)
-    for batch in batches(_documents_of(run, items, split, skipped)):
+    for batch in batches(_documents_of(run, items, split, leave_out)):
         for document in token_documents(run, batch):
             length = token_count(document)
             if room is not None and length > room:
-                skipped.append(
-                    Skipped(
-                        document.id,
-                        f"takes {length} tokens, packing.method "
-                        f"{run.experiment.packing.method} allows {room}",
-                    )
-                )
+                method = run.experiment.packing.method
+                reason = f"takes {length} tokens, packing.method {method} allows {room}"
+                leave_out(Skipped(document.id, reason))
             else:
                 documents.append(document)
-    return documents, skipped
+    return documents
 
 
 def longest_document(run: Run) -> int | None:
@@ -134,11 +144,14 @@ def longest_document(run: Run) -> int | None:
 
 
 def _documents_of(
-    run: Run, items: Iterable[Document | Skipped], split: Split, skipped: list[Skipped]
+    run: Run,
+    items: Iterable[Document | Skipped],
+    split: Split,
+    leave_out: Callable[[Skipped], None],
 ) -> Iterator[Document]:
     for item in items:
         if isinstance(item, Skipped):
-            skipped.append(item)
+            leave_out(item)
         elif split_in(run, item.id) == split:
             yield item
 

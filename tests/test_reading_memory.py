@@ -1,0 +1,134 @@
+"""What reading a corpus holds: documents with squares of the tokenizer's size, whatever the size of the photographs."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import CORPORA, encoded, write_lines, write_tar
+
+from cm3leon.data.corpus import Corpus
+from cm3leon.data.images import square
+from cm3leon.data.source import squared
+from cm3leon.experiment import SplitConfig
+from cm3leon.registry import SOURCES, discover
+from cm3leon.stages.documents import make_documents
+from cm3leon.stages.sharing import batches
+from cm3leon.stages.tokens import squared_items
+from cm3leon.types import Document, ImageSegment
+
+discover()
+
+SIDE, COUNT = 700, 24
+PHOTOGRAPH = SIDE * SIDE * 3
+"""Bytes of a photograph's pixels; all of them take 35 MB, four 6 MB."""
+
+
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """The block may hold so many bytes more than were held before."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def photographs() -> Iterator[bytes]:
+    for number in range(COUNT):
+        grey_HW = np.add.outer(np.arange(SIDE), np.arange(SIDE)) * (number + 1) % 256
+        yield encoded(np.repeat(grey_HW[..., None], 3, 2).astype(np.uint8), "jpeg")
+
+
+def folder(place: Path) -> dict[str, Any]:
+    for number, content in enumerate(photographs()):
+        (place / f"{number:02d}.jpg").write_bytes(content)
+        (place / f"{number:02d}.txt").write_text(f"photograph {number}")
+    return {"name": "folder", "path": str(place)}
+
+
+def tar(place: Path) -> dict[str, Any]:
+    members: list[Any] = []
+    for number, content in enumerate(photographs()):
+        members += [(f"{number:02d}.jpg", content), (f"{number:02d}.txt", b"words")]
+    return {"name": "webdataset", "path": str(write_tar(place / "a.tar", members))}
+
+
+def page(place: Path) -> dict[str, Any]:
+    """One document of all the photographs."""
+    names = [{"image": f"{number}.jpg"} for number in range(COUNT)]
+    for number, content in enumerate(photographs()):
+        (place / f"{number}.jpg").write_bytes(content)
+    path = write_lines(place / "a.jsonl", [{"segments": [{"text": "words"}, *names]}])
+    return {"name": "jsonl", "path": str(path)}
+
+
+def run_of(settings: dict[str, Any], size: int) -> Any:
+    """As much of a run as the stages that read a corpus look at."""
+    return SimpleNamespace(
+        source=SOURCES.build(settings),
+        image_tokenizer_shape=SimpleNamespace(image_size=size),
+        experiment=SimpleNamespace(shards=None, split=SplitConfig(validation=0.1, held_out=0.1)),
+        borrowed=None,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CORPORA if name != "text_jsonl"])
+def test_items_are_squared_as_they_are_read(name: str, tmp_path: Path) -> None:
+    source = SOURCES.build({"name": name, **CORPORA[name](tmp_path)})
+    part = source.parts()[-1]
+    for start in (0, 1):
+        whole = list(source.read(part, start))[:40]
+        for item, other in zip(whole, source.read_squared(part, start, size=5), strict=False):
+            if not isinstance(item, Document):
+                assert item == other
+                continue
+            assert isinstance(other, Document)
+            assert (item.id, item.text, item.label) == (other.id, other.text, other.label)
+            for image_HWC, square_HWC in zip(item.images, other.images, strict=True):
+                assert np.array_equal(square(image_HWC, 5), square_HWC)
+                assert np.array_equal(square(square_HWC, 5), square_HWC)
+
+
+def test_squares_keep_their_roles() -> None:
+    pixels_HWC = np.zeros((4, 6, 3), np.uint8)
+    (segment,) = squared(Document("a", (ImageSegment(pixels_HWC, "condition"),)), 2).segments
+    assert isinstance(segment, ImageSegment)
+    assert (segment.role, segment.pixels_HWC.shape) == ("condition", (2, 2, 3))
+
+
+@pytest.mark.parametrize("corpus", [folder, tar, page])
+def test_photographs_are_not_held(corpus: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+    run = run_of(corpus(tmp_path), 8)
+    run.source.parts()
+    with at_most(5 * PHOTOGRAPH):
+        for part in run.source.parts():
+            for batch in batches(squared_items(run, part)):
+                assert all(isinstance(item, Document) for item in batch)
+
+
+def test_the_stage_of_documents_holds_squares(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "made").mkdir()
+    settings = folder(tmp_path / "corpus")
+    (tmp_path / "corpus" / "x.jpg").write_bytes(b"no image")
+    (tmp_path / "corpus" / "x.txt").write_text("words")
+    with at_most(5 * PHOTOGRAPH):
+        make_documents(run_of(settings, 8), tmp_path / "made")
+    corpus = Corpus.load(tmp_path / "made")
+    assert corpus.captions == [f"photograph {number}" for number in range(COUNT)]
+    whole = SOURCES.build(settings).documents()
+    for image_HWC, item in zip(corpus.images_BHWC, whole, strict=False):
+        assert isinstance(item, Document)
+        assert item.image is not None
+        assert np.array_equal(image_HWC, square(item.image, 8))
+    (skipped,) = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["file"] == "x.jpg"
