@@ -427,7 +427,11 @@ def recorded_settings(config: Any) -> Any:
 
 def absolute_location(location: str) -> str:
     """A local path, or a glob of such, made absolute; a URL, and an empty text, stay as they are."""
-    if not location or "://" in location or "::" in location:
+    if "::" in location and not Path(location).exists():  # several paths, or one through another
+        return "::".join(
+            os.path.abspath(each) if Path(each).exists() else each for each in location.split("::")
+        )
+    if not location or "://" in location or location.startswith("{/"):
         return location
     home = str(Path(location).expanduser()) if location.startswith("~/") else location
     return os.path.abspath(home)

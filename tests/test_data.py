@@ -375,14 +375,17 @@ def test_a_caption_of_just_the_allowed_length_is_kept(tmp_path: Path) -> None:
     [
         (b'{"file": "image.png", "caption": "cut', "unusable line: "),
         (b"not json", "unusable line: "),
-        (b'{"file": "image.png"}', "unusable line: lacks 'caption'"),
-        (b'{"caption": "a caption"}', "unusable line: lacks 'file'"),
+        (b'{"file": "image.png"}', "unusable line: no caption under a usual name or data.text_key"),
+        (
+            b'{"caption": "a caption"}',
+            "unusable line: no image under a usual name or data.image_key",
+        ),
         (b'["image.png", "a caption"]', "unusable line: "),
         (b"null", "unusable line: "),
         (b"7", "unusable line: "),
         (b'{"file": 7, "caption": "a caption"}', "unusable line: "),
         (b'{"file": "image.png", "caption": 7}', "unusable line: the caption is empty"),
-        (b'{"file": "image.png", "caption": null}', "unusable line: the caption is empty"),
+        (b'{"file": "image.png", "caption": null}', "unusable line: no caption under"),
         (b'{"file": "image.png", "caption": " "}', "unusable line: the caption is empty"),
         (
             b'{"file": "image.png", "caption": "' + b"x" * 101 + b'"}',
@@ -394,7 +397,7 @@ def test_a_caption_of_just_the_allowed_length_is_kept(tmp_path: Path) -> None:
         ),
         (
             b'{"file": "image.png", "caption": "caf\xe9"}',
-            "unusable line: 'utf-8' codec can't decode",
+            "unusable line: it is not usable JSON: 'utf-8' codec can't decode",
         ),
         pytest.param(
             b"[" * 200_000,

@@ -81,7 +81,7 @@ def find_text(record: Mapping[str, Any], key: str | None = None) -> Found | None
     """The text of a record: what stands under `key`, or else under the first of the usual names; None without one."""
     if key is not None:
         return Found(key, record[key]) if record.get(key) is not None else None
-    return next(iter(_under(record, TEXT_KEYS)), None)
+    return next(iter(under(record, TEXT_KEYS)), None)
 
 
 def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | None:
@@ -94,7 +94,7 @@ def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | Non
         return Found(key, record[key]) if record.get(key) else None
     found = [
         each
-        for each in _under(record, IMAGE_KEYS)
+        for each in under(record, IMAGE_KEYS)
         if each.value not in ("", [])
         and (each.key.lower() not in NAMES_OF_ANY_FILE or looks_like_image(each.value))
     ]
@@ -177,7 +177,7 @@ def conversation(record: Mapping[str, Any]) -> str | None:
     Raises:
         BadRecord: for a turn without a text.
     """
-    found = next(iter(_under(record, CONVERSATION_KEYS)), None)
+    found = next(iter(under(record, CONVERSATION_KEYS)), None)
     if found is None or not isinstance(found.value, list):
         return None
     turns = []
@@ -235,7 +235,7 @@ def looks_like_text(value: Any) -> bool:
     return isinstance(value, str) and len(value.split()) > 1 and not looks_like_image(value)
 
 
-def _under(record: Mapping[str, Any], names: Iterable[str]) -> Iterator[Found]:
+def under(record: Mapping[str, Any], names: Iterable[str]) -> Iterator[Found]:
     """What stands under these names, in the order of the names."""
     by_name: dict[str, Found] = {}
     for key, value in record.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import errno
 import gzip
@@ -15,15 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from stat import S_ISDIR, S_ISREG
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from unicodedata import normalize
 
 import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from cm3leon.config import Location, PositiveInt
 from cm3leon.data.images import UnusableImage, decode_image, read_limited, square
+from cm3leon.data.paths import all_paths
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
@@ -50,64 +54,111 @@ class File(NamedTuple):
     checksum: str = ""
 
 
-class Files:
-    """The files that a path stands for: a file, a folder with its subfolders, or a glob (`**` = any subfolders).
+class Listing(NamedTuple):
+    """The files that paths stand for, and what lies there and cannot be read, with reasons."""
 
-    The path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`). Names are relative to
-    the folder, to the folder of the file, or to the part of a glob before its first wildcard.
+    files: list[File]
+    left_out: list[Skipped]
+
+
+class Files:
+    """The files that paths stand for: files, folders with their subfolders, or globs (`**` = any subfolders).
+
+    A path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`). Several are given as a
+    list, as `a.tar::b.tar` or with braces (`paths.py`). Names are relative to the folder, to the folder of the file,
+    or to the part of a glob before its first wildcard; those of several paths to the folder that holds all of these.
 
     Args:
         where: the setting that holds the path, for messages.
 
     Raises:
-        UserError: for a path that does not exist or whose file system is not installed.
+        UserError: for a path that does not exist or whose file system is not installed, and for paths on different
+            file systems.
     """
 
-    def __init__(self, path: str, where: str = "data.path") -> None:
-        self.path = path
-        try:
-            self.system, whole = url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{where}: {path} cannot be opened: {error}") from error
+    def __init__(self, path: str | Sequence[str], where: str = "data.path") -> None:
+        self.path = path if isinstance(path, str) else ", ".join(path)
+        self._where = where
+        places = [_Place.of(each, where) for each in all_paths(path, where)]
+        self.system = places[0].system
+        for place in places:
+            if place.system != self.system:
+                raise UserError(
+                    f"{where}: {places[0].path} and {place.path} lie on different file systems; "
+                    "make a corpus of each"
+                )
         self.local = isinstance(self.system, LocalFileSystem)
-        whole = whole.rstrip("/")
-        self._glob, self._single = "", ""
-        if self.system.isdir(whole):
-            self.root = whole
-        elif self.system.exists(whole):
-            self.root, _, self._single = whole.rpartition("/")
-        elif fsspec.core.has_magic(whole):
-            fixed = [*_before_magic(whole.split("/")[:-1])]
-            self.root, self._glob = "/".join(fixed), whole
-        else:
-            raise UserError(
-                f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar"
-            )
+        self._places = places
+        self.root = places[0].root
+        for place in places[1:]:
+            self.root = _common_folder(self.root, place.root)
 
     @property
     def is_file(self) -> bool:
-        """Whether the path is that of one file."""
-        return bool(self._single)
+        """Whether a path is that of one file."""
+        return any(place.kind == "file" for place in self._places)
 
     def list(self, suffixes: Iterable[str]) -> list[File]:
         """The files whose names end in one of the suffixes (lower case), by their paths; one file is always taken."""
+        return self.listing(suffixes).files
+
+    def listing(self, suffixes: Iterable[str]) -> Listing:
+        """As `list`, with what cannot be read.
+
+        Local links to folders are followed, each real folder once.
+
+        Raises:
+            UserError: for a local folder that may not be read, and, of several paths, for one without such a file.
+        """
         endings = tuple(suffixes)
-        found: Iterable[File]
-        if self._single and self.local:
-            found = [_stated(self._single, os.stat(self.full(self._single)))]
-        elif self._single:
-            found = [
-                self._remote(self.full(self._single), self.system.info(self.full(self._single)))
-            ]
-        elif self._glob and self.local:
-            found = self._local(self.system.glob(self._glob), endings)
-        elif self._glob:
-            found = self._known(self.system.glob(self._glob, detail=True), endings)
-        elif self.local:
-            found = _walk(self.root, "", endings)
+        found: dict[str, File] = {}
+        left_out: dict[str, Skipped] = {}
+        for place in self._places:
+            here = self._listing_of(place, endings)
+            if not here.files and len(self._places) > 1:
+                raise UserError(
+                    f"{self._where}: {place.path} holds no files that end in {', '.join(endings)}"
+                )
+            found |= {file.name: file for file in here.files}
+            left_out |= {item.file: item for item in here.left_out}
+        return Listing(
+            sorted(found.values(), key=lambda file: file.name.split("/")),
+            sorted(left_out.values(), key=lambda item: item.file),
+        )
+
+    def _listing_of(self, place: _Place, endings: tuple[str, ...]) -> Listing:
+        if place.kind == "file":
+            if self.local:
+                return Listing([self._stated(place.whole, os.stat(place.whole))], [])
+            return Listing([self._remote(place.whole, self.system.info(place.whole))], [])
+        if not self.local:
+            list_all = self.system.glob if place.kind == "glob" else self.system.find
+            return Listing([*self._known(list_all(place.whole, detail=True), endings)], [])
+
+        full_names: Iterable[str]
+        told: dict[str, str]
+        if place.kind == "glob":
+            full_names, told = self.system.glob(place.whole), {}
         else:
-            found = self._known(self.system.find(self.root, detail=True), endings)
-        return sorted(found, key=lambda file: file.name.split("/"))
+            full_names, told = _walk(place.whole, endings, self._where)
+        files = []
+        for full in full_names:
+            if not full.lower().endswith(endings):
+                continue
+            try:
+                stat = os.stat(full)
+            except OSError as error:
+                told[full] = _reason_of(error)
+            else:
+                if S_ISREG(stat.st_mode):
+                    files.append(self._stated(full, stat))
+                elif not S_ISDIR(stat.st_mode):
+                    told[full] = "not a file, but a pipe, a socket or a device"
+        left_out = []
+        for full, reason in told.items():
+            name = self._relative(full) or "."
+            left_out.append(Skipped(name if is_utf8(name) else ascii(name), reason))
+        return Listing(files, left_out)
 
     def open(self, name: str) -> BinaryIO:
         """The bytes of a file, unpacked if it is a gzip file.
@@ -124,47 +175,81 @@ class Files:
         """The bytes of a file as they are."""
         return self._open(name)
 
-    def image(self, name: str, max_bytes: int, beside: str = "") -> bytes:
+    def image(self, name: str, max_bytes: int, beside: str = "", advice: str = "") -> bytes:
         """The bytes of an image file.
+
+        The name may be written otherwise than that of the file: with backslashes, or with its accents composed or
+        not. A whole path is taken if it lies in the folder.
 
         Args:
             beside: a file whose folder the name is relative to, instead of the root.
+            advice: what to do about a file that is not there, for the reason.
 
         Raises:
             UnusableImage: for a file that is missing, outside the folder or larger than `max_bytes`.
         """
+        missing: OSError | None = None
+        try:
+            for spelled in self._spelled(name, beside):
+                try:
+                    with self._open(spelled) as file:
+                        return read_limited(file, max_bytes)
+                except FileNotFoundError as error:
+                    missing = missing or error
+        except UnusableImage as error:
+            outside = missing is None and advice and not str(error).startswith("too large")
+            raise UnusableImage(f"{error}; {advice}" if outside else str(error)) from error
+        except NOT_THERE as error:
+            reason = f"unreadable: {type(error).__name__}: the image {name!a}"
+            raise UnusableImage(reason) from error
+        except OSError as error:
+            # Otherwise the disk or the network fails, which is no matter of this image.
+            if error.errno not in NO_SUCH_NAME:
+                raise
+            reason = f"unreadable: {error.strerror}: the image {ascii(name)[:80]}"
+            raise UnusableImage(reason) from error
+        reason = f"unreadable: FileNotFoundError: the image {name!a}"
+        raise UnusableImage(f"{reason}; {advice}" if advice else reason) from missing
+
+    def located(self, name: str, beside: str = "") -> str:
+        """The name of the file that `image` would read, as it is written where it lies.
+
+        Raises:
+            UnusableImage: for a name that leads outside the folder.
+        """
+        spelled = self._spelled(name, beside)
+        if not self.local or "\0" in name:
+            return spelled[0]
+        return next((each for each in spelled if os.path.exists(self.full(each))), spelled[0])
+
+    def _spelled(self, name: str, beside: str) -> builtins.list[str]:
+        """The names, relative to the root, that an image may have. Raises UnusableImage for one outside the folder."""
+        if "://" in name:
+            raise UnusableImage(
+                f"the image {name!a} is an address; images are not downloaded, img2dataset does so"
+            )
+        if self.local and name.startswith(f"{self.root}/"):
+            name, beside = self._relative(name), ""
         if leaves_folder(name):
             raise UnusableImage(f"the image {name!a} lies outside the folder")
-        try:
-            with self._open(str(PurePosixPath(beside).parent / name)) as file:
-                return read_limited(file, max_bytes)
-        except UnusableImage:
-            raise
-        except NOT_THERE as error:
-            raise UnusableImage(
-                f"unreadable: {type(error).__name__}: the image {name!a}"
-            ) from error
-        except OSError as error:
-            if (
-                error.errno not in NO_SUCH_NAME
-            ):  # the disk or the network fails, which is no matter of this image
-                raise
-            raise UnusableImage(
-                f"unreadable: {error.strerror}: the image {ascii(name)[:80]}"
-            ) from error
+        return [str(PurePosixPath(beside).parent / each) for each in spellings(name)]
 
     def _open(self, name: str) -> BinaryIO:
         full = self.full(name)
-        return open(full, "rb") if self.local else self.system.open(full, "rb")
+        if not self.local:
+            return self.system.open(full, "rb")
+        mode = os.stat(full).st_mode
+        if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a pipe could take forever
+            raise FileNotFoundError(errno.ENOENT, "not a file", full)
+        return open(full, "rb")
 
     def full(self, name: str) -> str:
         """The path of a listed file in its file system."""
-        return f"{self.root}/{name}"
+        return f"{self.root}/{name}" if self.root or self.local else name
 
-    def _local(self, found: Iterable[str], endings: tuple[str, ...]) -> Iterator[File]:
-        for full in found:
-            if full.lower().endswith(endings) and os.path.isfile(full):
-                yield _stated(full[len(self.root) + 1 :], os.stat(full))
+    def _relative(self, full: str) -> str:
+        """The name of a file by its path in the file system."""
+        return full[len(self.root) + 1 :] if self.root or full.startswith("/") else full
 
     def _known(
         self, found: Mapping[str, Mapping[str, Any]], endings: tuple[str, ...]
@@ -184,7 +269,42 @@ class Files:
 
     def _remote(self, full: str, info: Mapping[str, Any]) -> File:
         found = next((str(info[key]) for key in CHECKSUMS if info.get(key) is not None), "")
-        return File(full[len(self.root) + 1 :], info.get("size") or 0, found)
+        return File(self._relative(full), info.get("size") or 0, found)
+
+    def _stated(self, full: str, stat: os.stat_result) -> File:
+        return File(self._relative(full), stat.st_size)
+
+
+class _Place(NamedTuple):
+    """One path: the file system, the path in it, what it is, and the folder that names are relative to."""
+
+    path: str
+    system: Any
+    whole: str
+    kind: Literal["folder", "file", "glob"]
+    root: str
+
+    @classmethod
+    def of(cls, path: str, where: str) -> _Place:
+        """What a path stands for. Raises UserError for one that does not exist."""
+        try:
+            if os.path.lexists(path):  # whatever its name looks like
+                system, whole = LocalFileSystem(), make_path_posix(path)
+            else:
+                system, whole = url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{where}: {path} cannot be opened: {error}") from error
+        whole = whole.rstrip("/")
+        if system.isdir(whole or "/"):
+            return cls(path, system, whole or "/", "folder", whole)
+        if system.exists(whole):
+            return cls(path, system, whole, "file", whole.rpartition("/")[0])
+        if fsspec.core.has_magic(whole):
+            root = "/".join(_before_magic(whole.split("/")[:-1]))
+            return cls(path, system, whole, "glob", root)
+        raise UserError(
+            f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar"
+        )
 
 
 class _Unpacked(gzip.GzipFile):
@@ -208,19 +328,85 @@ def _before_magic(folders: list[str]) -> Iterator[str]:
         yield folder
 
 
-def _walk(folder: str, prefix: str, endings: tuple[str, ...]) -> Iterator[File]:
-    """Files below a local folder; links to folders are not followed, since they may lead in a circle."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = prefix + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path, f"{name}/", endings)
-            elif entry.name.lower().endswith(endings) and entry.is_file():
-                yield _stated(name, entry.stat())
+def _common_folder(one: str, other: str) -> str:
+    """The deepest folder that holds both, or is one of them."""
+    same = []
+    for left, right in zip(one.split("/"), other.split("/"), strict=False):
+        if left != right:
+            break
+        same.append(left)
+    return "/".join(same)
 
 
-def _stated(name: str, stat: os.stat_result) -> File:
-    return File(name, stat.st_size)
+def _walk(root: str, endings: tuple[str, ...], where: str) -> tuple[list[str], dict[str, str]]:
+    """The files below a local folder whose names end so, and why others and folders are left out, by their paths.
+
+    Links to folders are followed after all real folders, by their names, so that a folder has its own name rather
+    than that of a link. One that was read already, or in which the root lies, is left out: so no link leads in a
+    circle.
+    """
+    found: list[str] = []
+    told: dict[str, str] = {}
+    seen: set[tuple[int, int]] = set()
+    above = {_identity(str(folder)) for folder in Path(os.path.realpath(root)).parents}
+
+    waiting: list[str] = [root]
+    links: list[str] = []
+    while waiting or links:
+        if not waiting:
+            links.sort(reverse=True)
+            waiting.append(links.pop())
+        folder = waiting.pop()
+        try:
+            identity = _identity(folder)
+            if identity in above:
+                told[folder] = "a link to a folder that this one lies in"
+                continue
+            if identity in seen:
+                told[folder] = "a link to a folder that is read already"
+                continue
+            seen.add(identity)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(entry.path)
+                    elif entry.name.lower().endswith(endings):
+                        found.append(entry.path)
+                    elif _is_broken_link_to_a_folder(entry):
+                        told[entry.path] = "a link to what is not there"
+        except OSError as error:
+            if folder == root:
+                raise UserError(f"{where}: {root} cannot be read: {error.strerror}") from error
+            told[folder] = f"the folder cannot be read: {error.strerror}"
+    return found, told
+
+
+def _is_broken_link_to_a_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link that leads nowhere, by its name to a folder."""
+    return entry.is_symlink() and "." not in entry.name and not os.path.exists(entry.path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _reason_of(error: OSError) -> str:
+    """Why a listed name is not a file that can be read."""
+    if error.errno == errno.ENOENT:
+        return "a link to what is not there"
+    if error.errno == errno.ELOOP:
+        return "a link that leads in a circle"
+    return f"cannot be read: {error.strerror}"
+
+
+def spellings(name: str) -> list[str]:
+    """How a file of that name may be written: as it is, with slashes, with accents composed or decomposed."""
+    slashes = name.replace("\\", "/")
+    forms = [normalize(form, slashes) for form in ("NFC", "NFD")] if is_utf8(name) else []
+    return list(dict.fromkeys([name, slashes, *forms]))
 
 
 def leaves_folder(name: str) -> bool:
@@ -290,9 +476,10 @@ def _file_of(load: Any) -> tuple[Files, str] | None:
     if not isinstance(load, partial) or getattr(load.func, "__func__", None) is not Files.image:
         return None
     files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]
-    if leaves_folder(name) or "\0" in name:
+    try:
+        return files, files.located(name, load.keywords.get("beside", ""))
+    except UnusableImage:
         return None
-    return files, str(PurePosixPath(load.keywords.get("beside", "")).parent / name)
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -362,6 +549,22 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        whole = len(line) <= max_bytes or line.endswith(b"\n")
+        while not whole:
+            rest = file.readline(max_bytes)
+            whole = not rest or rest.endswith(b"\n")
+            line = b""
+        if not line:
+            yield number, None
+        elif line.strip():
+            yield number, line
+
+
 def interleaved(
     segments: Any, image: Callable[[str], Callable[[], bytes]]
 ) -> tuple[str | Callable[[], bytes], ...]:
@@ -397,12 +600,17 @@ def interleaved(
 # ------------------------------------------------------------------------------------------------ sources of files
 
 
+UNREADABLE = "what cannot be read"
+"""The part of a source that holds folders, links and devices that are left out, where there are any."""
+
+
 @dataclass(kw_only=True)
 class FilesConfig:
     """Where the files are, and what is too much of one."""
 
-    path: Annotated[str, Location()]
-    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL."""
+    path: Annotated[str | list[str], Location()]
+    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL; several
+    as a list, with braces or as a.tar::b.tar."""
     max_pixels: PositiveInt = 64_000_000
     """Images of more pixels than this are skipped."""
     max_caption_bytes: PositiveInt = 10_000
@@ -431,7 +639,9 @@ class FileSource(Source):
         """
 
     def parts(self) -> list[str]:
-        return [file.name for file in self._list()]
+        listing = self._found()
+        names = [file.name for file in listing.files]
+        return [*names, UNREADABLE] if listing.left_out else names
 
     def fingerprint(self) -> str:
         held = fingerprint(self.files, self._list())
@@ -451,14 +661,23 @@ class FileSource(Source):
             yield record if isinstance(record, Skipped) else self._decoded(record, size)
 
     def _list(self) -> list[File]:
-        files = self.files.list(self.suffixes)
-        if not files:
+        return self._found().files
+
+    def _found(self) -> Listing:
+        listing = self.files.listing(self.suffixes)
+        if not listing.files:
+            first = listing.left_out[0] if listing.left_out else None
+            more = f" but {first.file}, {first.reason}" if first is not None else ""
             raise UserError(
-                f"data.path: {self.config.path} holds no files that end in {', '.join(self.suffixes)}"
+                f"data.path: {self.files.path} holds no files that end in "
+                f"{', '.join(self.suffixes)}{more}"
             )
-        return files
+        return listing
 
     def _safe_records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        if part == UNREADABLE:
+            yield from self.files.listing(self.suffixes).left_out
+            return
         if not is_utf8(part):
             yield Skipped(ascii(part), "the file's name is not UTF-8")
             return

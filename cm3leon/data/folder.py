@@ -3,145 +3,272 @@
 from __future__ import annotations
 
 import codecs
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Annotated
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+from unicodedata import normalize
 
 from cm3leon.config import Location
-from cm3leon.data.files import FilesConfig, FileSource, Record, fingerprint, is_utf8
-from cm3leon.data.images import SUFFIXES, read_limited
+from cm3leon.data.fields import (
+    IMAGE_KEYS,
+    PairConfig,
+    find_image,
+    find_text,
+    first_text,
+    image_path,
+    under,
+)
+from cm3leon.data.files import (
+    UNREADABLE,
+    BadRecord,
+    FileSource,
+    Record,
+    fingerprint,
+    is_utf8,
+    json_lines,
+    parse_object,
+    spellings,
+)
+from cm3leon.data.images import READABLE, SUFFIXES, UnusableImage, read_limited
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
-CAPTIONS_FILE = "captions.jsonl"
-UNUSED = f"unused lines of {CAPTIONS_FILE}"
+TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
+"""Files that hold the captions of the images in their folder and below."""
+UNUSED = "unused captions"
+"""The part of the lines that name no image."""
 CHUNK = 1000
 """Images of a part."""
+_READABLE = tuple(ending for endings in READABLE.values() for ending in endings)
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """Names of the images, the `.txt` files beside them, captions by image, and what is wrong with captions.jsonl."""
+class _Folder:
+    """What a folder holds: names of the images and of the tables, captions by image, and what cannot be used."""
 
     images: list[str]
-    texts: frozenset[str]
-    captions: dict[str, str]
-    bad_lines: list[Skipped]
-    has_captions_file: bool
+    tables: list[str]
+    texts: dict[str, str] = field(default_factory=dict)
+    """Names of the `.txt` files by the names that they may be looked for under."""
+    captions: dict[str, str] = field(default_factory=dict)
+    bad_lines: dict[str, list[Skipped]] = field(default_factory=dict)
+    """Of each table."""
+    unused: list[Skipped] = field(default_factory=list)
+    """Captions of images that are not there."""
+    sharing: Counter[str] = field(default_factory=Counter)
+    """Readable images by their names without endings."""
+    left_out: list[Skipped] = field(default_factory=list)
 
 
 @SOURCES.register("folder")
 class FolderSource(FileSource):
-    """JPEG, PNG and WebP images under a folder, with captions in `name.txt` beside each or in one `captions.jsonl`.
+    """Images under a folder, with captions in `name.txt` beside each, or in tables of captions.
 
-    A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`, the file relative to the folder.
-    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal. A part is a
-    thousand images.
+    A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`; metadata.jsonl and metadata.csv are those
+    of Hugging Face's imagefolder, with `file_name` and `text`. The names of files are relative to the folder of the
+    table; other usual names of the two (`fields.py`), or `data.image_key` and `data.text_key`, serve as well. A table
+    goes before `name.txt`, one in a deeper folder before one above it, and the first caption of an image before later
+    ones. Upper and lower case of endings, backslashes and composed or decomposed accents do not matter.
+
+    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal; so are images that
+    share one `name.txt`, since it is not said which of them it describes. A part is a thousand images.
     """
 
     @dataclass(kw_only=True)
-    class Config(FilesConfig):
+    class Config(PairConfig):
         """Where the images are."""
 
-        path: Annotated[str, Location()]
-        """The folder, local or a URL; its subfolders are searched too."""
+        path: Annotated[str | list[str], Location()]
+        """The folder, local or a URL; its subfolders are searched too. Several as a list or with braces."""
 
-    suffixes = (*sorted(SUFFIXES), ".txt", ".jsonl")
+    suffixes = (*sorted(SUFFIXES), ".txt", *TABLES)
 
     def __init__(self, config: Config) -> None:
-        problem = UserError(
-            f"data.path: {config.path} is not a folder; give the folder that holds the images"
-        )
         try:
             super().__init__(config)
         except UserError as error:
-            raise problem from error
+            if isinstance(config.path, str) and "does not exist" in str(error):
+                raise self._no_folder(config.path) from error
+            raise
         if self.files.is_file:
-            raise problem
-        self._listing: _Listing | None = None
+            raise self._no_folder(self.files.path)
+        self._folder: _Folder | None = None
+
+    @staticmethod
+    def _no_folder(path: str) -> UserError:
+        return UserError(
+            f"data.path: {path} is not a folder; give the folder that holds the images"
+        )
 
     def parts(self) -> list[str]:
-        self._listing = listing = self._listed()
-        chunks = [f"images {number}" for number in range(-(-len(listing.images) // CHUNK))]
-        return [CAPTIONS_FILE, *chunks, UNUSED] if listing.has_captions_file else chunks
+        self._folder = folder = self._read_folder()
+        chunks = [f"images {number}" for number in range(-(-len(folder.images) // CHUNK))]
+        last = [UNUSED] if folder.tables else []
+        return [*folder.tables, *chunks, *last, *([UNREADABLE] if folder.left_out else [])]
 
     def fingerprint(self) -> str:
         return fingerprint(self.files, self.files.list(self.suffixes))
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        listing = self._listing = self._listing or self._listed()
-        if part == CAPTIONS_FILE:
-            yield from listing.bad_lines
+        folder = self._folder = self._folder or self._read_folder()
+        if part in folder.bad_lines:
+            yield from folder.bad_lines[part]
         elif part == UNUSED:
-            reason = f"named in {CAPTIONS_FILE}, but there is no such image in the folder"
-            images = set(listing.images)
-            yield from (Skipped(name, reason) for name in listing.captions if name not in images)
+            yield from folder.unused
         else:
             first = int(part.removeprefix("images ")) * CHUNK
-            for name in listing.images[first : first + CHUNK]:
-                yield self._record(name, listing)
+            for name in folder.images[first : first + CHUNK]:
+                yield self._record(name, folder)
 
-    def _record(self, name: str, listing: _Listing) -> Record | Skipped:
+    def _record(self, name: str, folder: _Folder) -> Record | Skipped:
         if not is_utf8(name):
             return Skipped(ascii(name), "the file's name is not UTF-8")
-        caption = listing.captions.get(name) or self._caption_beside(name, listing.texts)
-        if isinstance(caption, Skipped):
-            return caption
-        return Record(name, (caption, partial(self.files.image, name, self.config.max_file_bytes)))
-
-    def _listed(self) -> _Listing:
-        names = [file.name for file in self.files.list(self.suffixes)]
-        captions, bad_lines = self._captions_file() if CAPTIONS_FILE in names else ({}, [])
-        return _Listing(
-            images=[name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES],
-            texts=frozenset(name for name in names if name.endswith(".txt")),
-            captions=captions,
-            bad_lines=bad_lines,
-            has_captions_file=CAPTIONS_FILE in names,
-        )
-
-    def _captions_file(self) -> tuple[dict[str, str], list[Skipped]]:
-        """Captions by image name, and the lines that could not be used."""
-        captions: dict[str, str] = {}
-        skipped = []
-        with self.files.open_raw(CAPTIONS_FILE) as file:
-            lines = file.read().splitlines()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-                name, caption = Path(record["file"]).as_posix(), record["caption"]
-                self._check_caption(caption)
-                captions[name] = caption
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-                skipped.append(Skipped(f"{CAPTIONS_FILE}:{number}", f"unusable line: {reason}"))
-        return captions, skipped
-
-    def _caption_beside(self, name: str, texts: frozenset[str]) -> str | Skipped:
-        beside = PurePosixPath(name).with_suffix(".txt")
-        if str(beside) not in texts:
-            return Skipped(
-                name, f"no caption: neither {beside.name!a} nor a line of {CAPTIONS_FILE}"
-            )
+        caption = folder.captions.get(name)
         try:
-            with self.files.open_raw(str(beside)) as file:
-                content = read_limited(file, self.config.max_file_bytes)
-            caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
-            self._check_caption(caption)
+            if caption is None:
+                caption = self._caption_beside(name, folder)
         except (FileNotFoundError, PermissionError) as error:
             return Skipped(name, f"unusable caption: {type(error).__name__}")
         except ValueError as error:
-            return Skipped(name, f"unusable caption: {error}")
+            return Skipped(name, str(error))
+        return Record(name, (caption, partial(self.files.image, name, self.config.max_file_bytes)))
+
+    def _caption_beside(self, name: str, folder: _Folder) -> str:
+        """The caption in the `.txt` file of an image. Raises ValueError, or OSError for a file that vanished."""
+        beside = str(PurePosixPath(name).with_suffix(".txt"))
+        text = next(
+            (folder.texts[each] for each in _looked_for(beside) if each in folder.texts), None
+        )
+        if text is None:
+            raise ValueError(
+                f"no caption: neither {PurePosixPath(beside).name!a} nor a line of "
+                f"{', '.join(folder.tables) or TABLES[0]}"
+            )
+        if folder.sharing[_stem(name)] > 1:
+            raise ValueError(
+                f"several images share {PurePosixPath(text).name!a}; name them in {TABLES[0]}"
+            )
+        try:
+            with self.files.open_raw(text) as file:
+                content = read_limited(file, self.config.max_file_bytes)
+            caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
+            self._check_caption(caption)
+        except (ValueError, UnusableImage) as error:
+            raise ValueError(f"unusable caption: {error}") from error
         return caption
 
-    def _check_caption(self, caption: str) -> None:
+    def _read_folder(self) -> _Folder:
+        listing = self.files.listing(self.suffixes)
+        names = [file.name for file in listing.files]
+        images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        tables = [name for name in names if PurePosixPath(name).name in TABLES]
+        folder = _Folder(images, tables, left_out=listing.left_out)
+        for name in names:
+            if name.lower().endswith(".txt"):
+                for each in _looked_for(str(PurePosixPath(name).with_suffix(".txt"))):
+                    folder.texts.setdefault(each, name)
+        # A name that is written exactly so goes before all others.
+        folder.texts.update({name: name for name in names if name.endswith(".txt")})
+        folder.sharing.update(_stem(name) for name in images if name.lower().endswith(_READABLE))
+
+        known: dict[str, str] = {}
+        for name in images:
+            for each in _looked_for(name):
+                known.setdefault(each, name)
+        known.update({name: name for name in images})
+        for table in sorted(tables, key=lambda name: -name.count("/")):
+            folder.bad_lines[table] = list(self._read_table(table, known, folder))
+        return folder
+
+    def _read_table(
+        self, table: str, known: Mapping[str, str], folder: _Folder
+    ) -> Iterator[Skipped]:
+        """Takes the captions of a table; gives the lines that cannot be used."""
+        here: set[str] = set()
+        for number, row in self._rows(table):
+            try:
+                if isinstance(row, BadRecord):
+                    raise row
+                written, caption = self._named_caption(row)
+            except (BadRecord, ValueError) as error:
+                yield Skipped(f"{table}:{number}", f"unusable line: {error}")
+                continue
+            if self.files.local and written.startswith(f"{self.files.root}/"):
+                places = [written[len(self.files.root) + 1 :]]
+            else:
+                places = [str(PurePosixPath(table).parent / each) for each in spellings(written)]
+            looked_for = [each for place in places for each in _looked_for(place)]
+            name = next((known[each] for each in looked_for if each in known), None)
+            if name is None:
+                reason = f"named in {table}, but there is no such image in the folder"
+                folder.unused.append(Skipped(written, reason))
+            elif name in here:
+                yield Skipped(f"{table}:{number}", "an earlier line has a caption of this image")
+            else:
+                here.add(name)
+                folder.captions.setdefault(name, caption)
+
+    def _named_caption(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """The name of the image and the caption in a row. Raises BadRecord or ValueError."""
+        found = find_image(row, self.config.image_key)
+        if found is None and self.config.image_key is None:
+            found = next(under(row, IMAGE_KEYS), None)
+        text = find_text(row, self.config.text_key)
+        for what, setting, half in (("image", "image_key", found), ("caption", "text_key", text)):
+            if half is None:
+                keys = ", ".join(map(ascii, list(row)[:5]))
+                raise BadRecord(f"no {what} under a usual name or data.{setting}, but {keys}")
+        assert found is not None
+        assert text is not None
+        caption = first_text(text.value)
+        self._check_caption(caption)
+        return image_path(found), caption
+
+    def _rows(self, table: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
+        """The rows of a table with their numbers, or why one cannot be read."""
+        with self.files.open_raw(table) as file:
+            if table.endswith(".csv"):
+                yield from _csv_rows(file, self.config.max_file_bytes)
+                return
+            for number, line in json_lines(file, self.config.max_file_bytes):
+                try:
+                    if line is None:
+                        raise BadRecord(f"longer than {self.config.max_file_bytes} bytes")
+                    yield number, parse_object(line, "it")
+                except BadRecord as error:
+                    yield number, error
+
+    def _check_caption(self, caption: Any) -> None:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("the caption is empty")
         if len(caption.encode()) > self.config.max_caption_bytes:
             raise ValueError(f"the caption is longer than {self.config.max_caption_bytes} bytes")
+
+
+def _csv_rows(file: Any, max_bytes: int) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
+    """The rows of a CSV file by the names in its first line."""
+    before = csv.field_size_limit(min(max_bytes, 2**31 - 1))
+    rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, {key: value for key, value in row.items() if key is not None}
+    except (csv.Error, UnicodeDecodeError) as error:
+        yield rows.line_num + 1, BadRecord(f"the rest is not usable CSV: {error}")
+    finally:
+        csv.field_size_limit(before)
+
+
+def _looked_for(name: str) -> list[str]:
+    """The forms of a name that stand for the same file: as it is, and with composed accents."""
+    return [name, normalize("NFC", name)] if is_utf8(name) else [name]
+
+
+def _stem(name: str) -> str:
+    """The name of an image without its ending, as its caption's is looked for."""
+    return _looked_for(str(PurePosixPath(name).with_suffix("")))[-1]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from cm3leon.config import Location
 from cm3leon.data.fields import (
@@ -30,6 +30,7 @@ from cm3leon.data.files import (
     Record,
     caption_text,
     interleaved,
+    json_lines,
     page_text,
     parse_object,
 )
@@ -48,7 +49,7 @@ class LinesSource(FileSource):
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         with self.files.open(part) as file:
-            lines = _lines(file, self.config.max_file_bytes)
+            lines = json_lines(file, self.config.max_file_bytes)
             try:
                 for number, line in lines:
                     yield self._record(line, number, part)
@@ -144,19 +145,3 @@ class TextJsonlSource(LinesSource):
         if not text.strip():
             raise BadRecord("the text is empty")
         return Record(id_, (text,))
-
-
-def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
-    number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
-        whole = len(line) <= max_bytes or line.endswith(b"\n")
-        while not whole:
-            rest = file.readline(max_bytes)
-            whole = not rest or rest.endswith(b"\n")
-            line = b""
-        if not line:
-            yield number, None
-        elif line.strip():
-            yield number, line

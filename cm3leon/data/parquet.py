@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cm3leon.config import Location
 from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS, first_text
 from cm3leon.data.files import (
     BadRecord,
@@ -30,6 +31,10 @@ ROWS = 32
 HELD = 512 * 2**20
 """Bytes of images that the rows held at a time may have, by the file's footer; fewer rows are held where they would
 have more."""
+ADVICE = (
+    "the row has only the image's path: give the folder of the images as data.images, or write the "
+    "bytes into the file (embed_table_storage of datasets)"
+)
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have one."""
 
@@ -54,10 +59,23 @@ class ParquetSource(FileSource):
         """Column of the captions; null = the usual names, such as caption and text."""
         id_column: str | None = None
         """Column of ids, unique within a file; null numbers the rows."""
-        images: str | None = None
+        images: Annotated[str, Location()] | None = None
         """Folder or URL that paths of images are relative to; null = the folder that each file lies in."""
 
     suffixes = (".parquet",)
+
+    @property
+    def images_apart(self) -> bool:  # type: ignore[override]
+        """Whether the rows of the first readable file have paths of images and no bytes."""
+        for file in self._list():
+            try:
+                with self.files.open_raw(file.name) as raw:
+                    content = pq.ParquetFile(raw)
+                    columns = self._columns(content.schema_arrow)
+                    return columns.has_paths or _has_no_bytes(content.metadata, columns.image)
+            except (*DAMAGE, BadRecord):
+                continue
+        return False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -152,19 +170,10 @@ class ParquetSource(FileSource):
             return partial(_checked_size, content, self.config.max_file_bytes)
         if not path:
             raise BadRecord("no image: the row has neither bytes nor a path of one")
-        return partial(self._image_file, page_text(path, "the path of the image"), part)
-
-    def _image_file(self, path: str, part: str) -> bytes:
-        """The bytes of an image file beside the parquet file, or under `data.images`. Raises UnusableImage."""
-        try:
-            if self._images is not None:
-                return self._images.image(path, self.config.max_file_bytes)
-            return self.files.image(path, self.config.max_file_bytes, beside=part)
-        except UnusableImage as error:
-            raise UnusableImage(
-                f"{error}; the row has only the image's path: give the folder of the images as "
-                "data.images, or write the bytes into the file (embed_table_storage of datasets)"
-            ) from error
+        files, beside = (self.files, part) if self._images is None else (self._images, "")
+        path = page_text(path, "the path of the image")
+        max_bytes = self.config.max_file_bytes
+        return partial(files.image, path, max_bytes, beside=beside, advice=ADVICE)
 
     def _columns(self, schema: pa.Schema) -> _Columns:
         """The columns of a file. Raises BadRecord for a file that lacks one or has several."""
@@ -280,6 +289,22 @@ def _is_list(type_: pa.DataType) -> bool:
         pa.types.is_large_list_view,
     )
     return any(check(type_) for check in checks)
+
+
+def _has_no_bytes(metadata: pq.FileMetaData, image: str) -> bool:
+    """Whether the footer says that all `bytes` of a column of structs are null."""
+    seen = False
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for index in range(row_group.num_columns):
+            column = row_group.column(index)
+            if column.path_in_schema == f"{image}.path":
+                seen = True
+            if column.path_in_schema == f"{image}.bytes" and not (
+                column.statistics is not None and column.statistics.null_count == row_group.num_rows
+            ):
+                return False
+    return seen
 
 
 def _rows_at_a_time(group: pq.RowGroupMetaData, image: str) -> int:

@@ -70,7 +70,7 @@ class WebDatasetSource(FileSource):
         )
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        awaited = self._listed(part) if self.files.local else None
+        awaited = self._suffixes_of_keys(part) if self.files.local else None
         groups: dict[str, _Group] = {}  # those whose members are not all there yet
         group, held = _Group(""), 0
 
@@ -108,7 +108,7 @@ class WebDatasetSource(FileSource):
         for group in groups.values():
             yield from self._finished(group, part)
 
-    def _listed(self, part: str) -> dict[str, frozenset[str]] | None:
+    def _suffixes_of_keys(self, part: str) -> dict[str, frozenset[str]] | None:
         """The suffixes of each key of a tar, by its headers alone; None for a tar with too many to list."""
         listed: dict[str, frozenset[str]] = {}
         known: dict[frozenset[str], frozenset[str]] = {}  # few sets are shared by many keys
