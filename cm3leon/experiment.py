@@ -262,6 +262,7 @@ def load_experiment(
     *,
     settings: Mapping[str, Any] | None = None,
     trusted_plugins: Sequence[str | Path] | None = None,
+    sections: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
@@ -269,7 +270,7 @@ def load_experiment(
     those of experiments.yaml, which win over the file. Among them, `overrides=smoke` stands for all the dotted keys in
     `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
     dotted keys with their values, for a caller that has no command line. `trusted_plugins` are all that may be loaded,
-    see `load_plugins`; None trusts the file that is named.
+    see `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the place of the file's.
 
     Raises:
         UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the overrides, or a plugin
@@ -277,7 +278,12 @@ def load_experiment(
         PluginError: for a plugin that fails to import.
     """
     mapping = load_mapping(
-        name_or_path, overrides, shipped, settings=settings, trusted_plugins=trusted_plugins
+        name_or_path,
+        overrides,
+        shipped,
+        settings=settings,
+        trusted_plugins=trusted_plugins,
+        sections=sections,
     )
     if SWEEP in mapping:
         raise UserError(
@@ -293,6 +299,7 @@ def load_mapping(
     *,
     settings: Mapping[str, Any] | None = None,
     trusted_plugins: Sequence[str | Path] | None = None,
+    sections: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
@@ -301,7 +308,7 @@ def load_mapping(
         raise UserError(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
         )
-    mapping = with_absolute_plugins(mapping, Path.cwd())
+    mapping = with_absolute_plugins({**mapping, **(sections or {})}, Path.cwd())
     if trusted_plugins is not None:
         mapping["plugins"] = load_plugins(
             mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cm3leon.config import PositiveInt, from_mapping, load_yaml
 from cm3leon.paths import make_folder, path_of
+from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -131,7 +132,7 @@ def _chain(folder: Path) -> list[Path]:
 
 
 def _goes_on_from(folder: Path) -> Path | None:
-    training = load_yaml(_existing(folder / "config.yaml", folder)).get("training", {})
+    training = _settings(folder).get("training", {})
     return Path(training["start"]) if training.get("start_with") == "everything" else None
 
 
@@ -173,11 +174,16 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
 
 
 def _tokens_of_a_step(folder: Path) -> int:
-    config = load_yaml(_existing(folder / "config.yaml", folder))
+    config = _settings(folder)
     return (
         config["training"]["batch_tokens"]
         or config["training"]["batch_size"] * config["model"]["seq_len"]
     )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The sections of a run as what is finished of it was made with them."""
+    return {**load_yaml(_existing(folder / "config.yaml", folder)), **finished_settings(folder)}
 
 
 def _existing(file: Path, folder: Path) -> Path:

@@ -588,11 +588,15 @@ def test_an_expensive_stage_is_made_anew_only_where_that_is_asked_for(folder: Pa
 def test_whoever_redoes_a_cheap_stage_is_told_of_the_expensive_ones_behind_it(folder: Path) -> None:
     go_costly(folder)
     before = everything(folder)
-    with pytest.raises(UserError, match=r"b in .* \(a is another\); c would follow; say redo=b to"):
+    with pytest.raises(
+        UserError, match=r"b in .* \(its input was 1, is 2\); c would follow; say redo=b to"
+    ):
         go_costly(folder, a=2)
     assert everything(folder) == before
     # Up to the cheap one nothing expensive is made, and nothing is lost.
     assert go_costly(folder, a=2, until="a").made == ["a"]
+    with pytest.raises(UserError, match=r"b in .* \(a is another\); c would follow; say redo=b to"):
+        go_costly(folder, a=2)
     assert go_costly(folder, a=2, redo=("a",)).made == ["b", "c", "d"]
 
 

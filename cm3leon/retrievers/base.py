@@ -51,6 +51,11 @@ class Retriever:
         self.rules = Rules(config.threshold, config.both_modalities)
 
     @classmethod
+    def without_weights(cls, config: Any) -> Any:
+        """The settings by which an encoder of the same shape is built whose weights are read from a run."""
+        return config
+
+    @classmethod
     def vector_width(cls, config: Any) -> int:
         """The width of its encoder's vectors."""
         return cls(config).encoder.embed_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.base import Retriever, StrategyConfig
@@ -23,6 +23,10 @@ class DenseRetriever(Retriever):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.encoder = ClipEncoder(config.encoder)
+
+    @classmethod
+    def without_weights(cls, config: Config) -> Config:
+        return replace(config, encoder=replace(config.encoder, pretrained=None))
 
     @classmethod
     def vector_width(cls, config: Config) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cm3leon.data.shuffle import wrapped
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
-from cm3leon.records import MARKER, check_stage, read_array, read_stage, sha256
+from cm3leon.records import MARKER, check_stage, read_array, read_json, read_stage, sha256
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
@@ -40,6 +40,8 @@ TEXT_TOKENIZER, IMAGE_TOKENIZER, ENCODER = (
     f"retriever/{WEIGHTS}",
 )
 """Files of a run that another one may take over."""
+GEOMETRY = "geometry.json"
+"""What a run keeps of a published image tokenizer beside its weights."""
 SHARD_LISTS = (PLAN, INDEX)
 """Files of a stage in shards; the shards carry checksums of their own."""
 BANK_FILES, NEIGHBOURS = ("ids.json", "vectors.npz", "index.faiss"), "neighbours.npy"
@@ -147,7 +149,11 @@ class Run:
         return tokenizer.to(self.device).ready()
 
     def new_image_tokenizer(self) -> Any:
-        """The image tokenizer before training."""
+        """The image tokenizer before training; of a finished run, before its weights are read."""
+        if self.finished and (self.folder / "image_tokenizer" / GEOMETRY).is_file():
+            # Published files that the run was made from may be gone.
+            kept = read_json(self.stage("image_tokenizer", GEOMETRY) / GEOMETRY)
+            return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer, kept=kept)
         return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer)
 
     @cached_property
@@ -202,7 +208,10 @@ class Run:
     @cached_property
     def retriever(self) -> Any:
         """The trained retriever."""
-        retriever = RETRIEVERS.build(self.experiment.retriever)
+        section = self.experiment.retriever
+        # The run has the weights: published ones are neither read nor fetched again.
+        bare = RETRIEVERS.get(section.name).without_weights(section.config)
+        retriever = RETRIEVERS.build(replace(section, config=bare))
         load_weights(self.stage("retriever", WEIGHTS) / WEIGHTS, retriever.encoder)
         retriever.encoder.to(self.device).eval()
         return retriever

@@ -12,7 +12,7 @@ import torch
 from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.artifacts import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
@@ -40,7 +40,9 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
         shape_VBN = (-1, len(corpus.rows("train")), codes_MN.shape[1])
         np.save(folder / "varied_codes.npy", varied_codes_KN.reshape(shape_VBN))
     save_weights(folder / WEIGHTS, tokenizer)
-    write_json(folder / "config.json", run.section("image_tokenizer"))
+    write_json(folder / "config.json", run.recorded("image_tokenizer"))
+    if (geometry := tokenizer.geometry()) is not None:
+        write_json(folder / GEOMETRY, geometry)
 
 
 def _train(run: Run, tokenizer: ImageTokenizer, folder: Path) -> None:

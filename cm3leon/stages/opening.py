@@ -2,6 +2,7 @@
 
 Nothing that the run's folder says is believed before it is looked at:
 
+- its parts have to belong together, and each is read with the settings it was made with (`generations.py`);
 - its files are compared with their recorded checksums, each once in a process and when it is read (`records.py`);
 - plugins that its `config.yaml` names are code of whoever made the run. They are loaded if the user has named them in
   this call or on this command line, has said `trust`, or has loaded them before. Packages that are installed, and
@@ -19,6 +20,7 @@ import torch
 from cm3leon.experiment import load_experiment
 from cm3leon.records import MARKER
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.training.device import best_device
 from cm3leon.types import UserError
 
@@ -65,8 +67,9 @@ def open_run(
         device: where models are put; None = a GPU where there is one.
 
     Raises:
-        UserError: for a folder that is no run, a stage in `needs` that is not finished, or a plugin that is not
-            trusted. Reading a result from the run raises it for a file that is missing or has changed.
+        UserError: for a folder that is no run, parts of different generations, a stage in `needs` that is not
+            finished, or a plugin that is not trusted. Reading a result from the run raises it for a file that is
+            missing or has changed.
         PluginError: for a plugin that fails to import.
     """
     opening = opening or Opening()
@@ -76,5 +79,10 @@ def open_run(
         if not file.is_file():
             what = f"run with a finished {needs[-1]}" if needs else "run folder"
             raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
-    experiment = load_experiment(str(config), trusted_plugins=opening.trusted_plugins)
+    check_generations(folder, needs)
+    experiment = load_experiment(
+        str(config),
+        trusted_plugins=opening.trusted_plugins,
+        sections=finished_settings(folder),
+    )
     return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)

@@ -206,7 +206,7 @@ def _bring_up_to_date(
     elif (place / STARTED).is_file():
         say(f"{title}: going on where it stopped")
     elif step.anew:
-        why = "; ".join(step.differences) or "what it was made from is another now"
+        why = _causes(step, [])
         say(f"{title}: made anew ({why}); what was there is in {SUPERSEDED}")
     else:
         say(title)
@@ -344,6 +344,8 @@ class Step(Generic[R]):
     """Whether what is wanted lies in `superseded`."""
     differences: tuple[str, ...] = ()
     """What differs, in words."""
+    changed: tuple[str, ...] = ()
+    """Stages before it, and files of such, that are others now."""
     refusal: str = ""
     """Why it cannot be made again unasked, although it was made from what is wanted."""
 
@@ -427,8 +429,7 @@ def _step(
         _refuse_foreign_files(place)
         return Step(stage, wanted, kept=_is_kept(place, wanted))
     if wanted is None:
-        why = tuple(f"{name} is made anew" for name in changed)
-        return Step(stage, wanted, standing, finished, anew=bool(changed), differences=why)
+        return Step(stage, wanted, standing, finished, anew=bool(changed), changed=tuple(changed))
     if standing.fingerprint != wanted.fingerprint:
         return Step(
             stage,
@@ -438,6 +439,7 @@ def _step(
             anew=True,
             kept=_is_kept(place, wanted),
             differences=tuple(differences(standing, wanted)),
+            changed=tuple(changed_parts(standing, wanted)),
         )
 
     refusal = ""
@@ -472,7 +474,7 @@ def _refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[
         if step.anew and not step.kept and not step.finished and checkpoints(place):
             at = step_of(checkpoints(place)[-1])
             raise UserError(
-                f"run: {place} has come to step {at} with other settings ({_listed(step.differences)}); put them "
+                f"run: {place} has come to step {at} with other settings ({_causes(step, steps)}); put them "
                 f"back, choose another run folder, or say redo={step.stage.name} to begin anew"
             )
 
@@ -487,7 +489,7 @@ def _refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[
     also = f"; {_and(names[1:])} would follow" if names[1:] else ""
     raise UserError(
         f"run: {first.stage.name} in {folder} is finished, and these settings would make it anew "
-        f"({_listed(first.differences)}){also}; say redo={','.join(asked)} to do so, which keeps what is there in "
+        f"({_causes(first, steps)}){also}; say redo={','.join(asked)} to do so, which keeps what is there in "
         f"{SUPERSEDED}, or put the settings back, or choose another run folder"
     )
 
@@ -496,8 +498,22 @@ def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _listed(what: Sequence[str]) -> str:
-    return "; ".join(what) or "the stages before it were made anew"
+def _causes(step: Step[R], steps: Sequence[Step[R]]) -> str:
+    """Why a stage is to be made anew: what differs of its own, and of the stages before it that are others."""
+    by_name = {each.stage.name: each for each in steps}
+    found: list[str] = []
+
+    def add(step: Step[R]) -> None:
+        found.extend(step.differences)
+        for part in step.changed:
+            before = by_name.get(part.partition("/")[0])
+            if before is not None and before.anew:
+                add(before)
+            else:
+                found.append(f"{part} is another")
+
+    add(step)
+    return "; ".join(list(dict.fromkeys(found))[: DIFFERENCES + 1])
 
 
 def differences(before: StageRecord, now: StageRecord) -> list[str]:
@@ -514,11 +530,15 @@ def differences(before: StageRecord, now: StageRecord) -> list[str]:
     ]
     if len(keys) > DIFFERENCES:
         found.append(f"{len(keys) - DIFFERENCES} more settings differ")
-    for old, new in ((before.needs, now.needs), (before.made_with, now.made_with)):
-        found += [f"{name} is another" for name in new if old.get(name) != new[name]]
     if before.version != now.version:
         found.append(f"its code is of version {now.version}, it was of version {before.version}")
     return found
+
+
+def changed_parts(before: StageRecord, now: StageRecord) -> list[str]:
+    """The stages, and files of stages, that were others when a stage was made."""
+    pairs = ((before.needs, now.needs), (before.made_with, now.made_with))
+    return [name for old, new in pairs for name in new if old.get(name) != new[name]]
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from cm3leon.experiment import Experiment
 from cm3leon.paths import make_folder
 from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.base import StrategyConfig
-from cm3leon.stages.artifacts import ENCODER, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
+from cm3leon.stages.artifacts import ENCODER, GEOMETRY, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.documents import make_documents
 from cm3leon.stages.evaluate import RESULTS, make_evaluation
 from cm3leon.stages.generate import make_generations
@@ -222,7 +222,7 @@ def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
             settings=_recorded(
                 "image_tokenizer", "image_tokenizer_training", "augment", "seed", "shards"
             ),
-            results=("*.safetensors", "*.npy", "config.json"),
+            results=("*.safetensors", "*.npy", "config.json", GEOMETRY),
             expensive=True,
             trains=_trains_image_tokenizer,
         ),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from cm3leon.config import load_yaml
+from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 
 
@@ -21,7 +22,7 @@ def training_flops(folder: Path, step: int | None = None) -> float:
     log = folder / "pretraining" / "log.jsonl"
     if not log.is_file():
         raise UserError(f"against: compute: {folder} has no log of its training, {log} is missing")
-    config = load_yaml(folder / "config.yaml")
+    config = {**load_yaml(folder / "config.yaml"), **finished_settings(folder)}
     training = config["training"]
     start = Path(training["start"]) if training.get("start") else None
     total = training_flops(start) if start else 0.0

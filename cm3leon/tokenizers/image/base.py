@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -73,6 +73,13 @@ class ImageTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Of a pretrained tokenizer: changes with what the file of its weights holds, not with where it lies."""
         raise NotImplementedError
+
+    def geometry(self) -> dict[str, Any] | None:
+        """What a run keeps beside the weights, as JSON, so that it opens without the files they were taken from.
+
+        It is given back as `kept` when the tokenizer is built for such a run; None = the settings say all.
+        """
+        return None
 
     def ready(self) -> Self:
         """Itself, on its device to stay there, to be used and not trained any more."""

@@ -22,8 +22,8 @@ tokenizer/tokenizer_image/vq_model.py) and of the libraries transformers and dif
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from cm3leon.registry import IMAGE_TOKENIZERS
 from cm3leon.tokenizers.image.base import TokenizerTraining
 from cm3leon.tokenizers.image.network import GROUPS, Architecture
 from cm3leon.tokenizers.image.published_files import Stored, Weights, open_weights
-from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer, Quantizer
+from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer
 from cm3leon.tokenizers.image.vqgan import VQModel
 from cm3leon.types import UserError
 from cm3leon.weights import check_finite
@@ -193,42 +193,51 @@ class PublishedVQ(VQModel):
     layout: str
     """The layout that was found."""
 
-    def __init__(self, config: Config) -> None:
-        """Reads the file.
+    def __init__(self, config: Config, *, kept: Mapping[str, Any] | None = None) -> None:
+        """Reads the file, or takes what a run has kept of it beside the weights, which are to be loaded then.
+
+        Args:
+            kept: what `geometry` gave.
 
         Raises:
             UserError: for a file that is missing, is no checkpoint, would run code, or does not hold such a tokenizer,
                 and for an `image_size` that does not fit.
             NotFinite: for weights that are NaN or infinite.
         """
+        self._files: Sequence[Path] = ()
+        if kept is not None:
+            self._build(config, kept)
+            return
         weights = open_weights(config.path)
         _check_settings(weights.path, weights.settings)
         layout, tensors = _layout(weights, config)
         if GUMBEL_CODEBOOK in tensors:
             to_gumbel = (r"^quantize\.embedding\.weight$", GUMBEL_CODEBOOK)
             layout = replace(layout, spelling=(*layout.spelling, to_gumbel))
-        has_decoder = any(name.startswith("decoder.") for name in tensors)
         found = _Found(weights.path, layout, tensors)
         shape, (codebook_size, code_dim) = (
             found.architecture(),
             found.shape("quantizer.codebook_VD"),
         )
-        with torch.device("meta"):
-            super().__init__(
-                shape,
-                _quantizer(layout, tensors, codebook_size, code_dim),
-                image_size=config.image_size or _image_size(weights.settings, shape) or IMAGE_SIZE,
-                codebook_size=codebook_size,
-                code_dim=code_dim,
-            )
-            if not has_decoder:
-                del self.decoder
-        if self.image_size % self.downsampling:
+        image_size = config.image_size or _image_size(weights.settings, shape) or IMAGE_SIZE
+        if image_size % shape.downsampling:
             raise UserError(
-                f"image_size is {self.image_size}; it must be a multiple of {self.downsampling}, "
+                f"image_size is {image_size}; it must be a multiple of {shape.downsampling}, "
                 f"the pixels of a code's side in {weights.path}"
             )
-        self.config, self.layout, self._files = config, layout.name, weights.files
+        geometry = {
+            **asdict(shape),
+            "image_size": image_size,
+            "codebook_size": codebook_size,
+            "code_dim": code_dim,
+            "gumbel": GUMBEL_CODEBOOK in tensors,
+            "normalized": layout.normalized,
+            "decoder": any(name.startswith("decoder.") for name in tensors),
+            "layout": layout.name,
+        }
+        with torch.device("meta"):
+            self._build(config, geometry)
+        self._files = weights.files
         published = found.check(self.state_dict())
         if torch.get_default_device().type != "meta":
             state = {name: tensors[key].read() for name, key in published.items()}
@@ -240,6 +249,34 @@ class PublishedVQ(VQModel):
                 {name: state[name].view(shapes[name]) for name in state}, assign=True
             )
         self.requires_grad_(False).eval()
+
+    def _build(self, config: Config, geometry: Mapping[str, Any]) -> None:
+        """Its networks, with any weights."""
+        size, dim = geometry["codebook_size"], geometry["code_dim"]
+        super().__init__(
+            Architecture(
+                channels=geometry["channels"],
+                multipliers=tuple(geometry["multipliers"]),
+                residual_blocks=geometry["residual_blocks"],
+                attention_levels=tuple(geometry["attention_levels"]),
+                z_channels=geometry["z_channels"],
+            ),
+            GumbelQuantizer(size=size, dim=dim)
+            if geometry["gumbel"]
+            else LookupQuantizer(
+                size=size, dim=dim, normalized=geometry["normalized"], commitment=0.0
+            ),
+            image_size=geometry["image_size"],
+            codebook_size=size,
+            code_dim=dim,
+        )
+        if not geometry["decoder"]:
+            del self.decoder
+        self.config, self.layout, self._geometry = config, geometry["layout"], dict(geometry)
+        self.requires_grad_(False).eval()
+
+    def geometry(self) -> dict[str, Any]:
+        return self._geometry
 
     def training_module(self) -> TokenizerTraining:
         raise UserError(
@@ -258,12 +295,6 @@ class PublishedVQ(VQModel):
                 "into images; Chameleon's own vqgan.ckpt has one"
             )
         return super().signal_of(codes_BHW)
-
-
-def _quantizer(layout: Layout, tensors: Mapping[str, Stored], size: int, dim: int) -> Quantizer:
-    if GUMBEL_CODEBOOK in tensors:
-        return GumbelQuantizer(size=size, dim=dim)
-    return LookupQuantizer(size=size, dim=dim, normalized=layout.normalized, commitment=0.0)
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

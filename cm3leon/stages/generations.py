@@ -1,0 +1,100 @@
+"""Whether the parts of a run folder belong together, and with which settings each was made.
+
+`config.yaml` holds the settings that were last accepted, of which only some stages may have been made: a command with
+`until=`, or one that was stopped, leaves later stages as earlier settings made them. So whoever opens a run takes the
+settings of what is finished from the records of its stages, and refuses parts of different generations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cm3leon.experiment import Experiment
+from cm3leon.records import MARKER
+from cm3leon.stages.pipeline import SUPERSEDED, StageRecord, changed_parts, differences, read_record
+from cm3leon.types import UserError
+
+NAMES = (
+    "documents",
+    "text_tokenizer",
+    "image_tokenizer",
+    "reconstruction",
+    "retriever",
+    "tokens",
+    "vectors",
+    "index",
+    "neighbours",
+    "pretraining",
+    "generation",
+    "evaluation",
+)
+"""Stages in the order in which they are made."""
+SHOWN = 3
+"""Settings that a refusal names."""
+OF_THIS_MACHINE = ("plugins", "launcher", "until")
+"""Sections of which no result depends."""
+
+
+def finished_settings(folder: Path) -> dict[str, Any]:
+    """Sections of the experiment as the finished stages of a run were made with them, later stages' last.
+
+    Raises:
+        UserError: for a record that cannot be read.
+    """
+    known = {field.name for field in fields(Experiment)} - set(OF_THIS_MACHINE)
+    sections: dict[str, Any] = {}
+    for name in NAMES:
+        record = read_record(folder / name / MARKER)
+        for section, content in record.settings.items() if record else ():
+            if section in known:
+                sections[section] = content
+    return sections
+
+
+def check_generations(folder: Path, needs: Collection[str] = ()) -> None:
+    """Compare what stages of a run were made from with what stands in its folder now.
+
+    Args:
+        needs: the stages that will be used, with those that they were made from; none = all that training is made of.
+
+    Raises:
+        UserError: if one was made with another part than the one that is there, naming both and what differs.
+    """
+    wanted = list(needs or NAMES[: NAMES.index("pretraining")])
+    checked: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        record = read_record(folder / name / MARKER)
+        if name in checked or record is None or (name == "reconstruction" and name not in needs):
+            continue
+        checked.add(name)
+        for other, digest in _made_from(record):
+            _check(folder, name, record, other, digest)
+            wanted.append(other.partition("/")[0])
+
+
+def _made_from(record: StageRecord) -> Iterator[tuple[str, str]]:
+    """The stages, by name, and the files of stages that one was made from, with their fingerprints and checksums."""
+    yield from record.needs.items()
+    yield from record.made_with.items()
+
+
+def _check(folder: Path, name: str, record: StageRecord, other: str, digest: str) -> None:
+    """Raises UserError if a stage was made with another stage, or file of a stage, than the one that is there now."""
+    stage, _, file = other.partition("/")
+    there = read_record(folder / stage / MARKER)
+    if there is None or digest == (there.files.get(file) if file else there.fingerprint):
+        return
+    what = ""
+    earlier = folder / SUPERSEDED / f"{stage}-{digest[:12]}" / MARKER
+    before = read_record(earlier) if not file else None
+    if before is not None:
+        parts = [f"{part} is another" for part in changed_parts(before, there)]
+        what = f" ({'; '.join([*differences(before, there), *parts][:SHOWN])})"
+    raise UserError(
+        f"run: {name} in {folder} was made with another {other} than the one there now{what}; make it anew with "
+        f"redo={name}, or put the earlier {stage} back by running the command with its settings"
+    )

@@ -1,0 +1,131 @@
+"""Opening a run: its parts belong together, and each is read with the settings that it was made with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cm3leon.config import dump_yaml, recorded_settings
+from cm3leon.experiment import load_experiment
+from cm3leon.stages.generations import NAMES, check_generations, finished_settings
+from cm3leon.stages.opening import open_run
+from cm3leon.stages.stages import stages_of
+from cm3leon.types import UserError
+
+MADE = "0" * 64
+ANOTHER = "1" * 64
+
+
+def record(folder: Path, name: str, fingerprint: str = MADE, **content: Any) -> Path:
+    """Writes the record of a finished stage."""
+    file = folder / name / "stage.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        json.dumps(
+            {"fingerprint": fingerprint, "version": 1, "seconds": 1.0, "files": {}, **content}
+        )
+    )
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of the digits in which all up to pretraining is finished, by its records."""
+    run = tmp_path / "run"
+    experiment = load_experiment("digits_smoke")
+    needs: dict[str, str] = {}
+    for name in ("documents", "text_tokenizer", "image_tokenizer", "retriever"):
+        record(run, name, needs=dict(needs))
+        needs[name] = MADE
+    model = recorded_settings(experiment.model)
+    record(run, "pretraining", needs=needs, settings={"model": model, "seed": 0})
+    (run / "config.yaml").write_text(dump_yaml(recorded_settings(experiment)))
+    return run
+
+
+def test_the_table_and_the_order_of_the_records_agree() -> None:
+    for name in ("digits_smoke", "corpus"):
+        overrides = ["data.path=none"] if name == "corpus" else []
+        stages = [stage.name for stage in stages_of(load_experiment(name, overrides))]
+        assert stages == [known for known in NAMES if known in stages]
+
+
+def test_settings_of_what_is_finished_win_over_what_was_asked_for_last(folder: Path) -> None:
+    """Another width with until=documents leaves the finished run as it was made."""
+    asked = load_experiment("digits_smoke", ["model.width=128", "seed=3", "training.steps=77"])
+    (folder / "config.yaml").write_text(dump_yaml(recorded_settings(asked)))
+    opened = open_run(folder, needs=("pretraining",)).experiment
+    assert opened.model.config.width == 64
+    assert opened.seed == 0
+    assert opened.training.steps == 77  # no record says otherwise
+
+
+def test_parts_of_different_generations_are_refused_with_what_differs(folder: Path) -> None:
+    check_generations(folder, ("pretraining",))
+    place = folder / "text_tokenizer"
+    inputs = {"text_tokenizer": {"vocab_size": 512}}
+    record(folder, "text_tokenizer", inputs=inputs)
+    shutil.copytree(place, folder / "superseded" / f"text_tokenizer-{MADE[:12]}")
+    record(folder, "text_tokenizer", ANOTHER, inputs={"text_tokenizer": {"vocab_size": 300}})
+    for needs in (("pretraining",), ()):
+        with pytest.raises(UserError, match="was made with another text_tokenizer"):
+            open_run(folder, needs=needs)
+    with pytest.raises(UserError) as refusal:
+        check_generations(folder, ("pretraining",))
+    assert str(refusal.value) == (
+        f"run: pretraining in {folder} was made with another text_tokenizer than the one there now "
+        "(text_tokenizer.vocab_size was 512, is 300); make it anew with redo=pretraining, or put the earlier "
+        "text_tokenizer back by running the command with its settings"
+    )
+
+
+def test_a_part_of_a_part_is_looked_at_too(folder: Path) -> None:
+    record(folder, "documents", ANOTHER)
+    with pytest.raises(UserError, match="was made with another documents than"):
+        check_generations(folder, ("pretraining",))
+
+
+def test_a_file_that_a_stage_was_made_with_is_compared(folder: Path) -> None:
+    file = "text_tokenizer/tokenizer.json"
+    record(folder, "tokens", made_with={file: "a"})
+    record(folder, "text_tokenizer", files={"tokenizer.json": "a"})
+    check_generations(folder, ("tokens",))
+    record(folder, "text_tokenizer", files={"tokenizer.json": "b"})
+    with pytest.raises(UserError, match=f"tokens in .* was made with another {file} than"):
+        check_generations(folder, ("tokens",))
+
+
+def test_what_nobody_uses_may_be_of_an_earlier_generation(folder: Path) -> None:
+    record(folder, "reconstruction", needs={"image_tokenizer": ANOTHER})
+    record(folder, "generation", needs={"pretraining": ANOTHER})
+    open_run(folder, needs=("pretraining",))
+    open_run(folder)
+
+
+def test_older_records_say_nothing_and_are_read(folder: Path) -> None:
+    for name in ("documents", "pretraining"):
+        file = folder / name / "stage.json"
+        file.write_text(json.dumps({"fingerprint": MADE, "seconds": 1.0, "files": {}}))
+    assert open_run(folder, needs=("pretraining",)).experiment.model.config.width == 64
+
+
+def test_records_cannot_name_plugins_or_launchers(folder: Path) -> None:
+    record(
+        folder,
+        "pretraining",
+        settings={"plugins": ["/tmp/evil.py"], "launcher": {"name": "slurm"}, "other": 1},
+    )
+    assert finished_settings(folder) == {}
+    opened = open_run(folder).experiment
+    assert opened.plugins == []
+    assert opened.launcher.name == "here"
+
+
+def test_a_damaged_record_is_a_sentence(folder: Path) -> None:
+    (folder / "documents" / "stage.json").write_text("[1")
+    with pytest.raises(UserError, match=r"documents/stage\.json is damaged"):
+        open_run(folder)
