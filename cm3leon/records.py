@@ -26,6 +26,9 @@ MARKER = "stage.json"
 SETTLED = 1.0
 """Seconds after which a second change of a file is sure to show in its time."""
 
+KINDS = {"run": "config.yaml", "sweep": "sweep.yaml", "study": "study.yaml"}
+"""What a folder may be of, and the file that says so."""
+
 _digests: dict[tuple[int, ...] | None, str] = {}
 
 
@@ -226,3 +229,19 @@ def _check_type(content: Any, types: tuple[type, ...], where: str) -> None:
     wanted = [each for each in types if not (each is int and float in types)]
     words = " or ".join(_WORDS[each] for each in wanted)
     raise UserError(f"{where} is {shown}; it must be {words}")
+
+
+# ------------------------------------------------------------------------------------------------ kinds of folders
+
+
+def refuse_other_kind(folder: Path, kind: str) -> None:
+    """Raises UserError where the folder is that of a run, a sweep or a study, and not of this kind."""
+    found = [each for each, file in KINDS.items() if (folder / file).is_file()]
+    if any(folder.glob(f"*/{MARKER}")):
+        found.insert(0, "run")
+    for other in found:
+        if other != kind:
+            raise UserError(
+                f"run: {folder} is the folder of a {other}, and a {kind} needs one of its own; choose another run=, "
+                f"for example run={folder}-{kind}"
+            )

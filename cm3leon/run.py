@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon import __version__
-from cm3leon.config import apply_overrides, choices, dump_yaml, parse_override, to_mapping
+from cm3leon.config import (
+    apply_overrides,
+    choices,
+    component_sections,
+    dump_yaml,
+    parse_override,
+    to_mapping,
+)
 from cm3leon.paths import check_folder, make_folder, path_of
 from cm3leon.terminal import guard, guarded, printable
 from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError, sentences_of
@@ -35,6 +42,7 @@ commands:
 options of run:
   experiment=NAME    a name that --list shows, or the path of a .yaml file
   run=DIR            the run folder, runs/NAME by default; run again with the same folder to go on
+                     (a sweep's is runs/NAME-sweep; a run, a sweep and a study need a folder each)
   until=STAGE        stop after that stage
   redo=STAGE         make a finished stage that takes long anew, with those that depend on it, where settings differ
   section.key=value  replaces one value of the experiment: training.steps=100, tasks.0.name=caption
@@ -50,7 +58,7 @@ flags:
 
 examples:
   python -m cm3leon.run experiment=digits
-  python -m cm3leon.run experiment=digits run=runs/short training.steps=100
+  python -m cm3leon.run experiment=digits run=runs/short training.steps=200
   python -m cm3leon.run experiment=corpus data.path=tars launcher=slurm launcher.nodes=4 launcher.gpus_per_node=8
   python -m cm3leon.run logs run=runs/corpus follow=true
   python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3 'sweep.seed=range(3)'
@@ -87,6 +95,8 @@ class Command:
     summary: str
     function: Callable[[Sequence[str]], int | None]
     """Returns an exit code, where it may be another one than 0."""
+    options: tuple[str, ...] = ()
+    """`module:class` of each config class that its words may fill; empty for a command that takes an experiment's."""
 
 
 def run(arguments: Sequence[str]) -> int | None:
@@ -96,12 +106,15 @@ def run(arguments: Sequence[str]) -> int | None:
     """
     named, overrides = _split(arguments, ("experiment", "run", "until", "redo"))
     folder, until, redo = _run_folder(named), named["until"] or None, _redo(named)
+    from cm3leon.records import refuse_other_kind
+
     if _is_study(named):
         from cm3leon.stages.pipeline import check_run_folder
         from cm3leon.study import load_study, run_study
         from cm3leon.study.run import check_study_redo, check_until
 
         study = load_study(named["experiment"], overrides, folder)
+        refuse_other_kind(folder, "study")
         if _is_launched(study.launcher):
             from cm3leon.launch.runs import launch_study
 
@@ -117,9 +130,13 @@ def run(arguments: Sequence[str]) -> int | None:
     if is_sweep(named["experiment"], overrides):
         from cm3leon.sweep import load_sweep, run_sweep
 
-        run_sweep(load_sweep(named["experiment"], overrides, folder, until=until, redo=redo))
+        folder = _sweep_folder(named)
+        sweep = load_sweep(named["experiment"], overrides, folder, until=until, redo=redo)
+        refuse_other_kind(folder, "sweep")
+        run_sweep(sweep)
         return None
     experiment = load_experiment(named["experiment"], overrides)
+    refuse_other_kind(folder, "run")
     if _is_launched(experiment.launcher):
         from cm3leon.launch.runs import launch_experiment
 
@@ -220,6 +237,15 @@ def _redo(named: dict[str, str]) -> list[str]:
     return [name.strip() for name in named["redo"].split(",") if name.strip()]
 
 
+def _sweep_folder(named: dict[str, str]) -> Path:
+    """The run folder of a sweep: one of its own, where the command line makes a sweep of an experiment."""
+    from cm3leon.experiment import is_sweep
+
+    folder = _run_folder(named)
+    own = named["run"] or is_sweep(named["experiment"])
+    return folder if own else folder.with_name(f"{folder.name}-sweep")
+
+
 def _share(text: str) -> tuple[int, int]:
     """`k/n` as numbers; in a job of a SLURM array, its place there if nothing is said."""
     if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
@@ -236,14 +262,23 @@ def _share(text: str) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def _forwarded(module: str, function: str) -> Callable[[Sequence[str]], None]:
+def _forwarded(summary: str, module: str, function: str, *options: str) -> Command:
     """A command whose key=value words are the options of a function, imported when it is called."""
 
-    def command(arguments: Sequence[str]) -> None:
-        options = apply_overrides({}, map(parse_override, arguments))
-        getattr(importlib.import_module(module), function)(options)
+    named = tuple(f"{module}:{name}" for name in options)
 
-    return command
+    def command(arguments: Sequence[str]) -> int | None:
+        sections = frozenset().union(*(component_sections(options_class(name)) for name in named))
+        words = apply_overrides({}, map(parse_override, arguments), sections)
+        return getattr(importlib.import_module(module), function)(words)
+
+    return Command(summary, command, named)
+
+
+def options_class(named: str) -> type:
+    """The config class of a command, by its `module:class`."""
+    module, _, name = named.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 COMMANDS = {
@@ -257,52 +292,73 @@ COMMANDS = {
         "print a training sample and make a page of it: sample=N epoch=0 experiment=NAME run=DIR",
         show_sample,
     ),
-    "validate": Command(
+    "validate": _forwarded(
         "read a corpus, say what it holds, what is broken and what it costs: data.path=PATH",
-        _forwarded("cm3leon.validate", "main"),
+        "cm3leon.validate",
+        "main",
+        "Options",
     ),
-    "search": Command(
+    "search": _forwarded(
         "ask a run's memory bank: run=DIR text=TEXT or image=FILE, count=5",
-        _forwarded("cm3leon.search", "search"),
+        "cm3leon.search",
+        "search",
+        "SearchOptions",
     ),
-    "add": Command(
+    "add": _forwarded(
         "add documents to a run's memory bank without a rebuild: run=DIR data.path=PATH",
-        _forwarded("cm3leon.search", "add"),
+        "cm3leon.search",
+        "add",
+        "AddOptions",
     ),
-    "point": Command(
+    "point": _forwarded(
         "run a point of a sweep, as its jobs do: run=DIR/POINT",
-        _forwarded("cm3leon.sweep", "point"),
+        "cm3leon.sweep.run",
+        "point",
+        "PointOptions",
     ),
-    "collect": Command(
+    "collect": _forwarded(
         "make the table of a sweep of the points that are finished: run=DIR",
-        _forwarded("cm3leon.sweep", "collect"),
+        "cm3leon.sweep.run",
+        "collect",
+        "CollectOptions",
     ),
-    "status": Command(
-        "where the jobs of a run stand: run=DIR", _forwarded("cm3leon.launch.follow", "status")
+    "status": _forwarded(
+        "where the jobs of a run stand: run=DIR", "cm3leon.launch.follow", "status", "RunOptions"
     ),
-    "cancel": Command(
+    "cancel": _forwarded(
         "end the jobs of a run, which goes on later from its checkpoints: run=DIR",
-        _forwarded("cm3leon.launch.follow", "cancel"),
+        "cm3leon.launch.follow",
+        "cancel",
+        "RunOptions",
     ),
-    "logs": Command(
+    "logs": _forwarded(
         "print what a job of a run printed: run=DIR job=NAME lines=40 follow=true",
-        _forwarded("cm3leon.launch.follow", "logs"),
+        "cm3leon.launch.follow",
+        "logs",
+        "LogsOptions",
     ),
-    "generate": Command(
+    "generate": _forwarded(
         "draw images for a text, best by CLIP first: run=DIR prompt=TEXT or prompts=FILE, n=8 retrieve=2 out=DIR",
-        _forwarded("cm3leon.generate", "main"),
+        "cm3leon.generate",
+        "main",
+        "GenerateOptions",
     ),
     "plan": Command(
         "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4",
         plan,
     ),
-    "perplexity": Command(
+    "perplexity": _forwarded(
         "draw the paper's figure 3, validation perplexity against updates: runs=[DIR,DIR] out=perplexity.png",
-        _forwarded("cm3leon.perplexity", "main"),
+        "cm3leon.perplexity",
+        "main",
+        "PerplexityConfig",
     ),
-    "export": Command(
+    "export": _forwarded(
         "convert: to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR",
-        _forwarded("cm3leon.export", "main"),
+        "cm3leon.export",
+        "main",
+        "ToHf",
+        "ToCM3Leon",
     ),
 }
 
@@ -327,7 +383,7 @@ def resolved(arguments: Sequence[str]) -> str:
         from cm3leon.sweep import load_sweep
 
         sweep = load_sweep(
-            named["experiment"], overrides, _run_folder(named), until=named["until"] or None
+            named["experiment"], overrides, _sweep_folder(named), until=named["until"] or None
         )
         return dump_yaml(sweep.mapping) + "".join(f"# {name}\n" for name in sweep.points)
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
@@ -471,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _own_warnings_only() -> Iterator[None]:
     """Our warnings are a line each, said once; those of libraries are not for the user, who can do nothing about them.
 
-    A developer sees them all with `python -W default -m cm3leon.run`.
+    A developer sees them all with `python -W default -m cm3leon.run experiment=digits`.
     """
     if sys.warnoptions:
         yield

@@ -11,7 +11,6 @@ seeds; the model plays no part in it, and need not be trained.
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +54,7 @@ from cm3leon.stages.training_data import (
     TrainingSamples,
     training_samples,
 )
+from cm3leon.terminal import command_line
 from cm3leon.tokenizers.document import LaidOut, lay_out, token_count
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
@@ -114,7 +114,7 @@ def require_finished(run: Run, again: Sequence[str]) -> None:
     needed = stages[: [stage.name for stage in stages].index("pretraining")]
     missing, _ = first_unfinished(needed, run, run.folder)
     if missing:
-        command = shlex.join(["python", "-m", "cm3leon.run", *again, f"until={needed[-1].name}"])
+        command = command_line(*again, f"until={needed[-1].name}")
         raise UserError(
             f"run: {run.folder} has no finished stage {missing} made with these settings; make it with: {command}"
         )

@@ -8,6 +8,7 @@ both streams, whoever prints; `printable` is for a foreign text within a line, a
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ _CURSOR_UP = re.compile(r"\n*(\x1b\[A)+")
 def printable(text: str) -> str:
     r"""The text on one line, what a terminal would obey written as Python does: `\x1b`, `\n`, `\u202e`."""
     return _IN_A_LINE.sub(_escaped, text)
+
+
+def command_line(*words: object) -> str:
+    """`python -m cm3leon.run` with these words, as a shell takes it: what messages and pages print to be typed."""
+    return shlex.join(["python", "-m", "cm3leon.run", *map(str, words)])
 
 
 def is_printable(text: str) -> bool:

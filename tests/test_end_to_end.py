@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import cm3leon
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,6 +87,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "digits_smoke"
     run("experiment=digits_smoke", f"run={folder}")
     return folder
+
+
+def test_the_commands_that_pages_print_find_everything_done(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    page = (finished / "reconstruction" / "report.html").read_text()
+    printed = html.unescape(re.search(r"python -m cm3leon\.run [^<\n]+", page)[0])  # type: ignore[index]
+    for command in (metrics["to_run_again"]["command"], printed):
+        assert cm3leon(*shlex.split(command)[3:]).stdout.count("up to date") == 8
 
 
 def test_metrics_and_report_are_complete(finished: Path) -> None:

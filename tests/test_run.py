@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cm3leon import __version__, run
+from cm3leon.records import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +81,50 @@ def test_mistakes_are_one_line(
     assert captured.out == ""
     assert captured.err.startswith(f"cm3leon: {sentence}")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "kind", "words"),
+    [
+        ("run", "sweep", ["experiment=digits_smoke", "sweep.seed=1,2"]),
+        ("run", "study", ["experiment=scenes"]),
+        ("sweep", "run", ["experiment=digits_smoke"]),
+        ("sweep", "study", ["experiment=scenes"]),
+        ("study", "run", ["experiment=digits_smoke", "launcher=torchrun"]),
+        ("study", "sweep", ["experiment=digits_smoke", "sweep.seed=1,2"]),
+    ],
+)
+def test_a_run_a_sweep_and_a_study_need_a_folder_each(
+    there: str,
+    kind: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / KINDS[there]).write_text("kept: 1\n")
+    assert run.main([*words, f"run={tmp_path}"]) == 2
+    said = f"cm3leon: run: {tmp_path} is the folder of a {there}, and a {kind} needs one of its own"
+    assert capsys.readouterr().err.startswith(said)
+    assert [file.name for file in tmp_path.rglob("*")] == [KINDS[there]]
+
+
+def test_a_sweep_on_the_command_line_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Readme's line, after `make demo`."""
+    folders: list[Path] = []
+    monkeypatch.setattr("cm3leon.sweep.run_sweep", lambda sweep: folders.append(sweep.folder))
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=digits", "sweep.training.learning_rate=1e-3,3e-3"]
+    assert run.main(words) == 0
+    assert run.main([*words, "run=mine"]) == 0
+    assert run.main(["experiment=sweep_digits"]) == 0
+    assert folders == [
+        tmp_path / "runs" / "digits-sweep",
+        tmp_path / "mine",
+        tmp_path / "runs" / "sweep_digits",
+    ]
+    assert not list(tmp_path.iterdir())
 
 
 def raising(error: BaseException) -> run.Command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_the_report_shows_aims_tables_and_pictures(made):
     assert "ceiling" in page
     assert page.count("<img") >= 12
     assert "<svg" in page
+
+
+def test_the_printed_command_finds_everything_done(made, capsys):
+    _, folder = made
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    assert main(shlex.split(results(folder)["again"])[3:]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == times
 
 
 def test_again_only_what_is_missing_is_made(made, capsys):

@@ -21,7 +21,7 @@ from cm3leon.config import NonNegativeInt, PositiveInt, choices, from_mapping
 from cm3leon.launch import cluster
 from cm3leon.launch.jobs import Launch, Submitted, launches, newest_launch
 from cm3leon.launch.journal import ENDED, Event, progress, read_events
-from cm3leon.terminal import printable
+from cm3leon.terminal import command_line, printable
 from cm3leon.types import UserError
 
 WAITING = ("queued", "starting", "running", "ending")
@@ -155,7 +155,8 @@ def refuse_twice(folder: Path) -> None:
             if state.word in WAITING:
                 raise UserError(
                     f"run: job {each.job} ({each.id}) is {state.word} in {folder} already; follow it with "
-                    f"`status run={folder}`, or end it with `cancel run={folder}` first"
+                    f"`{command_line('status', f'run={folder}')}`, or end it first with "
+                    f"`{command_line('cancel', f'run={folder}')}`"
                 )
 
 

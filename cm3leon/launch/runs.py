@@ -17,6 +17,7 @@ from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo
+from cm3leon.terminal import command_line
 from cm3leon.training.checkpoint import check_format
 from cm3leon.training.steps import numbered
 
@@ -159,8 +160,10 @@ def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
         of_job = [each for each in submitted if each.job == job.name]
         after = f", after {', '.join(job.after)}" if job.after else ""
         print(f"{job.name}: {_shown(of_job)}{after}, log {of_job[0].log}")
-    print(f"follow with: python -m cm3leon.run logs run={folder} follow=true")
-    print(f"or: python -m cm3leon.run status run={folder}, and cancel run={folder}")
+    of_run = f"run={folder}"
+    print(f"follow with: {command_line('logs', of_run, 'follow=true')}")
+    print(f"see where it stands with: {command_line('status', of_run)}")
+    print(f"end it with: {command_line('cancel', of_run)}")
     return 0
 
 

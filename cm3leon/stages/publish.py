@@ -32,11 +32,13 @@ from cm3leon.evaluation.report import (
     Table,
     write_report,
 )
+from cm3leon.records import KINDS
 from cm3leon.registry import TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.evaluate import RESULTS, Evaluator
 from cm3leon.stages.generate import Generation, Setting, read_generations
 from cm3leon.stages.pipeline import write_json
+from cm3leon.terminal import command_line
 from cm3leon.training.device import uses_bf16
 
 Entry = dict[str, Any]
@@ -112,7 +114,7 @@ def _provenance(run: Run) -> Entry:
         "faiss-gpu",
     )
     return {
-        "command": f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}",
+        "command": command_line(f"experiment={run.folder / KINDS['run']}", f"run={run.folder}"),
         "cm3leon": __version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),

@@ -18,8 +18,10 @@ from cm3leon.evaluation.report import (
     Strip,
     write_report,
 )
+from cm3leon.records import KINDS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import write_json
+from cm3leon.terminal import command_line
 from cm3leon.tokenizers.image.perceptual import Perceptual
 
 FIGURES = "figures.json"
@@ -82,9 +84,7 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
             curves.append(
                 Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth)
             )
-    command = (
-        f"python -m cm3leon.run experiment={run.folder.resolve().name}/config.yaml run={run.folder}"
-    )
+    command = command_line(f"experiment={run.folder / KINDS['run']}", f"run={run.folder}")
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(

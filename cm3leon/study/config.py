@@ -157,7 +157,7 @@ def load_study(
     }
     for run in study.runs.values():
         if run.experiment.endswith((".yaml", ".yml")):
-            run.experiment = str(file.parent / run.experiment)
+            run.experiment = str((file.parent / run.experiment).resolve())
     for name, run in study.runs.items():
         run.overrides = typed_settings(run.experiment, run.overrides)
         load_run(study, name)

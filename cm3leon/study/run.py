@@ -18,6 +18,7 @@ from cm3leon.study.asking import Asking
 from cm3leon.study.compute import training_flops
 from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
 from cm3leon.study.report import study_report
+from cm3leon.terminal import command_line
 from cm3leon.training.distributed import find_place, joined
 from cm3leon.types import UserError
 
@@ -67,13 +68,16 @@ def _run_study(
     redo: Collection[str],
     asked: tuple[int, int] | None,
 ) -> None:
+    place = find_place()
+    if asked is None and (place is None or place.rank == 0):
+        (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
     if asked is None:
         for number, name in enumerate((name for name in wanted if name in study.runs), 1):
             print(f"run {number} of {len(study.runs)}: {name}", flush=True)
             experiment = load_run(study, name)
             own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
             run_experiment(experiment, folder / name, redo=own)
-    with joined(find_place(), WAIT) as ranks:
+    with joined(place, WAIT) as ranks:
         share = asked or (ranks.rank, ranks.count)
         found = {}
         for name in (name for name in wanted if name in study.evaluations):
@@ -87,13 +91,12 @@ def _run_study(
         if asked is not None or not ranks.first or until is not None:
             return
         results = {
-            "again": f"python -m cm3leon.run experiment={folder / STUDY_FILE} run={folder}",
+            "again": command_line(f"experiment={folder / STUDY_FILE}", f"run={folder}"),
             "study": to_mapping(study),
             "seconds": {name: _seconds(folder / name) for name in study.runs},
             "validation": {name: _validation(folder / name) for name in study.runs},
             "evaluations": {name: result for name, (result, _) in found.items()},
         }
-        (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
         write_json(folder / RESULTS, results)
         study_report(
             folder / "report.html",

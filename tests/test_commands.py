@@ -1,0 +1,148 @@
+"""Every command that a page, a message or a document prints can be given as it is printed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import cm3leon
+
+from cm3leon import run
+from cm3leon.config import from_mapping
+from cm3leon.registry import discover
+
+ROOT = Path(__file__).resolve().parent.parent
+PRINTED = (
+    ROOT / "README.md",
+    ROOT / "Makefile",
+    ROOT / "experiments.yaml",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").rglob("*.yaml")),
+    *(
+        file
+        for folder in ("cm3leon", "evaluation", "plugins")
+        for pattern in ("*.py", "*.yaml", "*.md")
+        for file in sorted((ROOT / folder).rglob(pattern))
+    ),
+)
+CALL = "-m cm3leon.run"
+CODE = ("f'", 'f"', '"""')
+"""What the lines begin with in which Python makes a command; those are tried where they are printed."""
+
+
+def printed_commands() -> Iterator[tuple[str, str]]:
+    """File and words of each command, as it stands in a block of a page, in a sentence, or in a comment."""
+    for file in PRINTED:
+        text = re.sub(r"\\\n\s*#?\s*", " ", file.read_text())
+        for number, line in enumerate(text.splitlines(), 1):
+            if CALL not in line or any(line.strip().startswith(each) for each in CODE):
+                continue
+            if line.startswith("$ "):
+                continue  # with its answer below it, see the test of these
+            wrapped = re.search(rf'--wrap "[^"]*{CALL}([^"]*)"', line)
+            sentence = re.findall(rf"`[^`]*{CALL}([^`]*)`", line)
+            if wrapped:
+                sentence = [f"{wrapped[1]} part=0/256"]
+            for words in sentence or [line.partition(CALL)[2]]:
+                yield (
+                    f"{file.relative_to(ROOT)}-{number}",
+                    words.replace("$stage", "tokens").strip(),
+                )
+
+
+COMMANDS = dict(printed_commands())
+EXPLAINED = ("[command]", "experiment=NAME [key=value ...]", "| --help")
+"""Legends, which are no commands."""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a command, without the comment behind it, a pipe, or the shell's quotes around it."""
+    text = re.split(r"\s+#|\s+\| |\s{4,}|, or ", text)[0]
+    return shlex.split(text.removesuffix("."))
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) > 100
+    assert {name.partition("-")[0] for name in COMMANDS} >= {"README.md", "docs/data.md"}
+
+
+@pytest.fixture
+def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Commands come to where they would begin to work, and say so; files that they name are there."""
+    came_to: list[str] = []
+    for target in (
+        "cm3leon.stages.stages.run_experiment",
+        "cm3leon.stages.stages.run_stage_part",
+        "cm3leon.study.run_study",
+        "cm3leon.sweep.run_sweep",
+        "cm3leon.launch.runs.launch_experiment",
+        "cm3leon.launch.runs.launch_study",
+        "cm3leon.show.show",
+        "cm3leon.plan.main",
+    ):
+        monkeypatch.setattr(target, lambda *_, target=target, **__: came_to.append(target))
+    monkeypatch.setattr("cm3leon.run._record", lambda folder: None)
+    for name, command in run.COMMANDS.items():
+        if command.options:
+            monkeypatch.setitem(run.COMMANDS, name, checked(command, name, came_to))
+    monkeypatch.chdir(tmp_path)
+    example = re.search(
+        r"```python\n(from dataclasses .*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert example
+    (tmp_path / "sharp.py").write_text(example[1])
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "plugins").symlink_to(ROOT / "plugins")
+    return came_to
+
+
+def checked(command: run.Command, name: str, came_to: list[str]) -> run.Command:
+    """The command, ending when its options are known to be right."""
+    from cm3leon.config import apply_overrides, component_sections, parse_override
+
+    def function(words: Any) -> None:
+        mapping: Mapping[str, Any] = {}
+        classes = list(map(run.options_class, command.options))
+        sections = frozenset().union(*map(component_sections, classes))
+        mapping = apply_overrides({}, map(parse_override, words), sections)
+        discover()
+        if "data" in mapping:
+            mapping = {**mapping, "data": {"name": "folder", **mapping["data"]}}
+        cls = classes[mapping.get("to") == "cm3leon"]
+        from_mapping(cls, mapping)
+        came_to.append(name)
+
+    return run.Command(command.summary, function, command.options)
+
+
+def test_an_answer_that_is_printed_is_the_one_that_comes() -> None:
+    sessions = []
+    for file in PRINTED:
+        lines = file.read_text().splitlines()
+        for line, answer in itertools.pairwise(lines):
+            if line.startswith("$ ") and CALL in line:
+                sessions.append((line.partition(CALL)[2], answer))
+    assert sessions
+    for words, answer in sessions:
+        said = cm3leon(*shlex.split(words), check=False)
+        assert answer in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("where", COMMANDS)
+def test_a_printed_command_is_understood(
+    where: str,
+    stops_before_work: list[str],
+    registries: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = COMMANDS[where]
+    if any(each in text for each in EXPLAINED):
+        pytest.skip("a legend")
+    words = words_of(text)
+    assert run.main(words) == 0, (words, capsys.readouterr().err)
+    assert stops_before_work or words[-1].startswith("--") or "--list" in words
