@@ -27,7 +27,7 @@ from cm3leon.config import (
 )
 from cm3leon.paths import check_folder, make_folder, path_of
 from cm3leon.terminal import guard, guarded, printable
-from cm3leon.types import AGAIN, REFUSED, Again, Notice, UserError, sentences_of
+from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserError, sentences_of
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
@@ -343,6 +343,36 @@ COMMANDS = {
         "main",
         "GenerateOptions",
     ),
+    "caption": _forwarded(
+        "write captions for images: run=DIR image=FILE or a folder, out=captions.jsonl",
+        "cm3leon.ask",
+        "caption",
+        "CaptionOptions",
+    ),
+    "infill": _forwarded(
+        "make a part of an image or its text anew: run=DIR image=FILE text=TEXT box=[0,0,16,32] out=DIR",
+        "cm3leon.ask",
+        "infill",
+        "InfillOptions",
+    ),
+    "edit": _forwarded(
+        "change images as an instruction says: run=DIR image=FILE instruction=TEXT n=1 out=DIR",
+        "cm3leon.ask",
+        "edit",
+        "EditOptions",
+    ),
+    "answer": _forwarded(
+        "answer a question about images: run=DIR image=FILE question=TEXT out=answers.jsonl",
+        "cm3leon.ask",
+        "answer",
+        "AnswerOptions",
+    ),
+    "score": _forwarded(
+        "log-likelihoods of texts for images: run=DIR image=FILE texts=[TEXT,TEXT] or text=TEXT, out=scores.jsonl",
+        "cm3leon.ask",
+        "score",
+        "ScoreOptions",
+    ),
     "plan": Command(
         "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4",
         plan,
@@ -490,7 +520,8 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again"."""
+    """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again",
+    3 where only a part of what was asked for could be made."""
     with guarded(), _own_warnings_only():
         try:
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
@@ -504,6 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(
                 f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN
             )
+        except Partly as error:
+            return _complain(str(error), PARTLY)
         except FloatingPointError as error:
             return _complain(
                 f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1

@@ -65,8 +65,13 @@ class Again(Exception):
     """A run was asked to make room: its progress is saved, and the same command goes on from there."""
 
 
-AGAIN, REFUSED = 75, 2
-"""Exit codes of `python -m cm3leon.run`: to be started again (EX_TEMPFAIL of sysexits.h), and a user's mistake."""
+class Partly(Exception):
+    """Some of what was asked for could not be made, the rest is: its message is one sentence that names what is not."""
+
+
+AGAIN, REFUSED, PARTLY = 75, 2, 3
+"""Exit codes of `python -m cm3leon.run`: to be started again (EX_TEMPFAIL of sysexits.h), a user's mistake, and a part
+of what was asked for that could not be made."""
 
 
 @dataclass(frozen=True)

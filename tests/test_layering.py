@@ -31,6 +31,7 @@ TOP = (
     "export",
     "api",
     "generate",
+    "ask",
     "plan",
     "perplexity",
     "study",

@@ -1,0 +1,174 @@
+"""Images asked about from the command line: lines, files, what is gone on with, and what could not be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_line import cm3leon
+from PIL import Image
+
+from cm3leon import ask
+from cm3leon.data.images import read_given_image
+from cm3leon.types import PARTLY
+
+
+class Model:
+    """Stands in for a run: answers say what was asked, of which pixels."""
+
+    digest = "first"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.run = SimpleNamespace(parts_of_answers=lambda with_bank: {"model": self.digest})
+
+    def _shade(self, image: Path) -> int:
+        shade = int(read_given_image(image, "image").mean())
+        self.asked.append(Path(image).name)
+        return shade
+
+    def caption(self, image: Path, *, retrieve: int, most: int, **_: Any) -> str:
+        return f"{self._shade(image)} {retrieve} {most}"
+
+    def answer(self, image: Path, question: str, **_: Any) -> str:
+        return f"{question} {self._shade(image)}"
+
+    def score(self, **given: Any) -> list[float]:
+        return [float(len(each)) for each in given.get("texts") or [given["text"]]]
+
+    def infill(self, image: Path, text: str, *, box: Any, words: Any, **_: Any) -> Any:
+        shade = self._shade(image)
+        return SimpleNamespace(image=Image.new("L", (4, 4), shade), text=f"{text} {box} {words}")
+
+    def edit(self, image: Path, instruction: str, *, n: int, **_: Any) -> Any:
+        shade = self._shade(image)
+        return [SimpleNamespace(image=Image.new("L", (4, 4), shade + each)) for each in range(n)]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Model:
+    made = Model()
+    monkeypatch.setattr(ask.CM3Leon, "load", lambda *_, **__: made)
+    return made
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.JPG", "sub/a.png"]):
+        Image.new("RGB", (8, 8), (number,) * 3).save(folder / name)
+    (folder / "note.txt").write_text("no image")
+    return folder
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_folder_has_a_line_for_each_image(model: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    words = ["caption", "run=x", f"image={images}", f"out={out}", "retrieve=1", "most=7"]
+    assert cm3leon(*words).stdout == f"answers: {out}\n"
+    assert [(line["image"], line["caption"]) for line in lines(out)] == [
+        ("a.png", "0 1 7"),
+        ("b.JPG", "1 1 7"),
+        ("sub/a.png", "2 1 7"),
+    ]
+    (printed,) = cm3leon("answer", "run=x", f"image={images / 'a.png'}", "question=7").stdout.split(
+        "\n"
+    )[:-1]
+    assert json.loads(printed)["answer"] == "7 0"
+    said = cm3leon("score", "run=x", f"image={images / 'a.png'}", "texts=[7, 'a two', yes]").stdout
+    assert json.loads(said)["scores"] == {"7": 1.0, "a two": 5.0, "yes": 3.0}
+
+
+def test_only_what_is_missing_is_asked_again(model: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    words = ["caption", "run=x", f"image={images}", f"out={out}"]
+    cm3leon(*words)
+    whole = out.read_text().splitlines(keepends=True)
+    out.write_text(whole[0] + whole[1][:20])
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(images / "a.png")
+    model.asked.clear()
+    cm3leon(*words)
+    assert model.asked == ["a.png", "b.JPG", "a.png"]
+    assert sorted(line["caption"] for line in lines(out)) == ["1 0 64", "2 0 64", "9 0 64"]
+    said = cm3leon(*words)
+    assert "3 of 3 images were done already" in said.stdout
+    assert len(model.asked) == 3
+    said = cm3leon(*words, "most=5", check=False)
+    assert (said.returncode, "was made with other settings (most)" in said.stderr) == (2, True)
+    model.digest = "trained anew"
+    said = cm3leon(*words, check=False)
+    assert (said.returncode, "was made with other settings (model)" in said.stderr) == (2, True)
+
+
+def test_images_go_beside_their_lines(model: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "filled"
+    words = ["infill", "run=x", f"image={images}", f"out={out}", "text=7", "box=[0,4,8,8]"]
+    cm3leon(*words)
+    assert {line["image"]: line["files"] for line in lines(out / "results.jsonl")} == {
+        "a.png": ["a.png.png"],
+        "b.JPG": ["b.JPG.png"],
+        "sub/a.png": ["sub/a.png.png"],
+    }
+    assert lines(out / "results.jsonl")[0]["text"] == "7 (0, 4, 8, 8) None"
+    (out / "sub" / "a.png.png").unlink()
+    model.asked.clear()
+    cm3leon(*words)
+    assert model.asked == ["a.png"]
+    assert (out / "sub" / "a.png.png").is_file()
+    edited = tmp_path / "edited"
+    cm3leon("edit", "run=x", f"image={images / 'a.png'}", f"out={edited}", "instruction=x", "n=2")
+    assert sorted(file.name for file in edited.glob("*.png")) == ["a.png.png", "a.png_1.png"]
+
+
+def test_images_that_cannot_be_used_are_named_and_tried_again(
+    model: Model, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    (images / "\x1b[2Jbad.png").write_bytes(b"no image")
+    words = ["caption", "run=x", f"image={images}", f"out={out}"]
+    said = cm3leon(*words, check=False)
+    assert said.returncode == PARTLY
+    assert "1 of 4 images could not be used: \\x1b[2Jbad.png: " in said.stderr
+    assert len(lines(out)) == 3
+    Image.new("RGB", (8, 8)).save(images / "\x1b[2Jbad.png")
+    assert cm3leon(*words).returncode == 0
+    assert len(lines(out)) == 4
+    (images / "only.png").write_bytes(b"no image")
+    said = cm3leon("caption", "run=x", f"image={images / 'only.png'}", check=False)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert "only.png" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["caption", "run=x"], "image is missing; it must be a path"),
+        (["caption", "run=x", "image={images}/gone"], "gone is not there; give an image file, or"),
+        (["caption", "run=x", "image={images}/none"], "none holds no image files"),
+        (["answer", "run=x", "image={images}"], "question is missing; it must be a text"),
+        (["edit", "run=x", "image={images}"], "instruction is missing; it must be a text"),
+        (["score", "run=x", "image={images}"], "text and texts are both missing"),
+        (["score", "run=x", "image={images}", "text=a", "question=b"], "question is given without"),
+        (["infill", "run=x", "image={images}"], "box and words are both missing"),
+        (
+            ["infill", "run=x", "image={images}", "box=[1,2]"],
+            "box is [1, 2]; it must be a list of 4",
+        ),
+        (["caption", "run=x", "image={images}", "weights=x"], 'weights is "x"; it must be one of'),
+        (["caption", "run=x", "image={images}", "out={images}/note.txt"], "was not made by this"),
+    ],
+)
+def test_mistakes_are_said(model: Model, images: Path, words: list[str], sentence: str) -> None:
+    (images / "none").mkdir()
+    said = cm3leon(*(word.format(images=images) for word in words), check=False)
+    assert said.returncode == 2
+    assert sentence in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert not model.asked
