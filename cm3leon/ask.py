@@ -324,9 +324,9 @@ def _done(options: AskOptions, out: Path, model: CM3Leon, images: Mapping[str, P
         UserError: for lines that were made with other settings, or by another model.
     """
     _check_settings(options, out, model)
-    kept = {}
+    kept: dict[str, dict[str, Any]] = {}
     for entry in _lines(out):
-        name = entry.get("image")
+        name = str(entry.get("image"))
         whole = all((out.parent / file).is_file() for file in entry.get("files", []))
         if name in images and whole and entry.get("sha256") == _digest(images[name]):
             kept[name] = entry
