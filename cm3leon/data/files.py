@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from cm3leon.config import Location, PositiveInt
 from cm3leon.data.images import UnusableImage, decode_image, read_limited, square
 from cm3leon.data.paths import all_paths
+from cm3leon.data.remote import reaching
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
@@ -114,7 +115,8 @@ class Files:
         found: dict[str, File] = {}
         left_out: dict[str, Skipped] = {}
         for place in self._places:
-            here = self._listing_of(place, endings)
+            with reaching(place.path, self._where):
+                here = self._listing_of(place, endings)
             if not here.files and len(self._places) > 1:
                 raise UserError(
                     f"{self._where}: {place.path} holds no files that end in {', '.join(endings)}"
@@ -237,7 +239,8 @@ class Files:
     def _open(self, name: str) -> BinaryIO:
         full = self.full(name)
         if not self.local:
-            return self.system.open(full, "rb")
+            with reaching(full, self._where):
+                return self.system.open(full, "rb")
         mode = os.stat(full).st_mode
         if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a pipe could take forever
             raise FileNotFoundError(errno.ENOENT, "not a file", full)
@@ -262,7 +265,8 @@ class Files:
         """What changes with the content of a remote file, as far as its file system says; its size if that is all."""
         full = self.full(name)
         try:
-            found = self._remote(full, self.system.info(full))
+            with reaching(full, self._where):
+                found = self._remote(full, self.system.info(full))
         except NOT_THERE as error:
             return type(error).__name__
         return found.checksum or str(found.size)
@@ -295,9 +299,12 @@ class _Place(NamedTuple):
         except (ImportError, ValueError) as error:
             raise UserError(f"{where}: {path} cannot be opened: {error}") from error
         whole = whole.rstrip("/")
-        if system.isdir(whole or "/"):
+        with reaching(path, where):
+            is_folder = system.isdir(whole or "/")
+            is_there = is_folder or system.exists(whole)
+        if is_folder:
             return cls(path, system, whole or "/", "folder", whole)
-        if system.exists(whole):
+        if is_there:
             return cls(path, system, whole, "file", whole.rpartition("/")[0])
         if fsspec.core.has_magic(whole):
             root = "/".join(_before_magic(whole.split("/")[:-1]))
@@ -682,7 +689,8 @@ class FileSource(Source):
             yield Skipped(ascii(part), "the file's name is not UTF-8")
             return
         try:
-            yield from self.records(part, start)
+            with reaching(f"{part} of {self.files.path}", "data.path"):
+                yield from self.records(part, start)
         except FileNotFoundError:
             yield Skipped(part, "deleted since the corpus was listed")
         except PermissionError:

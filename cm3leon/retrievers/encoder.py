@@ -147,6 +147,7 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
         )
     try:
         model = open_clip.create_model(config.architecture, pretrained=config.pretrained)
+        return model, open_clip.get_tokenizer(config.architecture)
     except (
         Exception
     ) as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
@@ -154,7 +155,6 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
         raise UserError(
             f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for {config.architecture}: {reason}"
         ) from error
-    return model, open_clip.get_tokenizer(config.architecture)
 
 
 def _small(config: EncoderConfig) -> tuple[Any, Any]:

@@ -1,0 +1,113 @@
+"""No network is a sentence, wherever it fails: before, while files are listed, and in the middle of one."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from command_line import cm3leon
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cm3leon.data.files import Files
+from cm3leon.data.remote import is_network_error
+from cm3leon.types import UserError
+
+
+class ClientConnectorError(OSError):
+    """As aiohttp raises it: an OSError without a number."""
+
+
+ClientConnectorError.__module__ = "aiohttp.client_exceptions"
+
+
+class HTTPError(Exception):
+    pass
+
+
+HTTPError.__module__ = "httpx"
+
+ERRORS = [
+    ClientConnectorError("Cannot connect to host"),
+    HTTPError("503 Service Unavailable\nfor url"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    socket.gaierror(-2, "Name or service not known"),
+    TimeoutError(),
+]
+
+
+class Broken(io.BytesIO):
+    """A file whose connection is lost after its first bytes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(b"a\tb\n" * 10)
+        self._error, self._reads = error, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reads += 1
+        if self._reads > 1:
+            raise self._error
+        return super().read(2 if size is None or size < 0 else size)
+
+    readline = read  # type: ignore[assignment]
+
+
+class Remote(MemoryFileSystem):
+    """A file system whose server is gone when it is asked for `fails`."""
+
+    protocol = "gone"
+    cachable = False
+    fails, error = "", OSError()
+
+    def _fail(self, at: str) -> None:
+        if self.fails == at:
+            raise self.error
+
+    def isdir(self, path: str) -> bool:
+        self._fail("isdir")
+        return True
+
+    def find(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._fail("find")
+        return {f"{path}/a.jsonl": {"type": "file", "size": 40}}
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self._fail("info")
+        return {"type": "file", "size": 40}
+
+    def open(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._fail("open")
+        return Broken(self.error)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("fails", ["isdir", "find", "open", "read"])
+def test_a_server_that_is_gone_is_a_sentence(
+    error: Exception, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("gone", Remote, clobber=True)
+    monkeypatch.setattr(Remote, "fails", fails)
+    monkeypatch.setattr(Remote, "error", error)
+    done = cm3leon("validate", "data.path=gone://corpus", check=False)
+    assert done.returncode == 2
+    assert "gone://corpus" in done.stderr or "/corpus" in done.stderr
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    assert f"cannot be reached ({reason}); see that this machine has a network" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("cm3leon: data.path: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "no"), ValueError("x"), OSError(5, "Input/output error")]
+)
+def test_other_errors_are_not_the_network_s(error: Exception) -> None:
+    assert not is_network_error(error)
+
+
+def test_a_file_system_that_is_not_installed_is_a_sentence(tmp_path: Path) -> None:
+    for path in ("s3://bucket/x.tar", "nosuch://x", "https://localhost/x.tar"):
+        with pytest.raises(UserError, match=f"^data.path: {path} cannot be (opened|reached)"):
+            Files(path)
