@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,10 @@ from torch import Tensor
 from cm3leon import __version__
 from cm3leon.config import choices, from_mapping, to_mapping
 from cm3leon.locks import LOCK
+from cm3leon.models.adapter import has_adapter, merge_adapter
 from cm3leon.models.transformer import Transformer
 from cm3leon.paths import make_folder, naming, writing
+from cm3leon.permissions import check_folder_readable, use_umask
 from cm3leon.records import read_json
 from cm3leon.registry import MODELS, discover
 from cm3leon.stages.artifacts import TOKENIZER, WEIGHTS, Run
@@ -35,6 +38,7 @@ from cm3leon.stages.pipeline import write_json
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
+from cm3leon.weights import ADAPTERS
 
 TOLERANCE = 1e-5
 """Largest difference allowed between the logits of both forms, in units of the largest logit or of 1."""
@@ -252,6 +256,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
         }
         write_json(folder / EXTRAS, extras)
         (folder / "README.md").write_text(_readme(run.vocab, model.config.seq_len))
+        use_umask(folder)
         written = _load_opt(folder)
         returned = from_opt_state(written.state_dict(), model.config.layers)
         if not all(
@@ -325,8 +330,8 @@ Codes become pixels by the image tokenizer of the run, which is not in this fold
 def export_to_cm3leon(hf: Path, out: Path) -> None:
     """Writes `model.safetensors` and `config.json` as the pretraining stage does, from an `OPTForCausalLM`.
 
-    Weights in half precision become float32. The name of the model and the settings that OPT lacks come from
-    `cm3leon.json` where there is one.
+    Weights in half precision become float32, and a LoRA adapter of PEFT in the folder is merged into them. The name of
+    the model and the settings that OPT lacks come from `cm3leon.json` where there is one.
 
     Raises:
         UserError: for a folder that holds no OPT, an OPT that is not this decoder, or a folder `out` that is taken.
@@ -388,19 +393,45 @@ def _verify(model: Transformer, opt: Any) -> None:
 
 
 def _load_opt(folder: Path) -> Any:
-    """The OPT of a folder, float32, in evaluation mode. Raises UserError for weights that are missing or do not fit."""
-    try:
-        opt, report = _transformers().OPTForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"hf: the weights in {folder} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # the library fills them with random numbers
-        raise UserError(
-            f"hf: the weights in {folder} lack {', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
-        )
-    return opt.float().eval()
+    """The OPT of a folder, float32, in evaluation mode, with the adapter that PEFT may have left beside it merged.
+
+    Raises:
+        UserError: for weights that are missing, may not be read or do not fit, and an adapter that cannot be merged.
+    """
+    check_folder_readable(folder)
+    with _without_adapter(folder) as plain:
+        try:
+            opt, report = _transformers().OPTForCausalLM.from_pretrained(
+                plain, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = str(error).replace(str(plain), str(folder))
+            raise UserError(f"hf: the weights in {folder} cannot be loaded: {reason}") from error
+
+    # The library fills missing weights with random numbers, and leaves unknown ones out.
+    for what, keys in (("lack", "missing_keys"), ("have the unknown", "unexpected_keys")):
+        names = sorted(report[keys])
+        if names:
+            raise UserError(
+                f"hf: the weights in {folder} {what} {', '.join(names[:5])}{', ...' if names[5:] else ''}"
+            )
+    opt = opt.float().eval()
+    if has_adapter(folder):
+        opt.load_state_dict(merge_adapter(folder, opt.state_dict()))
+    return opt
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """A folder as if it held no adapter: the library applies one only if PEFT is installed, and never merges it."""
+    if not has_adapter(folder):
+        yield folder
+        return
+    with TemporaryDirectory() as made:
+        for file in folder.iterdir():
+            if file.name not in ADAPTERS:
+                (Path(made) / file.name).symlink_to(file.resolve())
+        yield Path(made)
 
 
 @contextmanager

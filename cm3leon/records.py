@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
 
 MARKER = "stage.json"
@@ -37,6 +38,7 @@ _digests: dict[tuple[int, ...] | None, str] = {}
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, read once in a process while the file stays as it is."""
+    check_readable(path)
     state = state_of(path)
     if state in _digests:
         return _digests[state]
@@ -126,8 +128,9 @@ def read_array(path: Path) -> np.ndarray:
     """A NumPy file, without running what a pickle might hold.
 
     Raises:
-        UserError: for a file that is missing or damaged.
+        UserError: for a file that is missing, may not be read, or is damaged.
     """
+    check_readable(path)
     try:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
@@ -148,9 +151,11 @@ def read_json(path: Path, shape: Any = dict) -> Any:
         read_json(file, {"step": int, "loss": (int, float), "lanes": [{"position": int}], "note?": str})
 
     Raises:
-        UserError: for a file that is missing, is no JSON or has another shape, naming the file and the place in it.
+        UserError: for a file that is missing, may not be read, is no JSON or has another shape, naming the file and
+            the place in it.
         OSError: where the system refuses to read it.
     """
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -165,8 +170,9 @@ def read_json_lines(path: Path, shape: Any = dict) -> list[Any]:
     """The lines of a JSON-lines file, each of the given shape, see `read_json`.
 
     Raises:
-        UserError: for a file that is missing, or naming the first line that is not as it should be.
+        UserError: for a file that is missing or may not be read, or naming the first line that is not as it should be.
     """
+    check_readable(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:

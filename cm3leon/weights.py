@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cm3leon.paths import naming
+from cm3leon.permissions import check_readable, use_umask
 from cm3leon.types import NotFinite, UserError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all, with the mode that the umask gives.
+
+    Raises:
+        OSError: for a full disk or a folder that is not writable, of which no file is left.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with naming(path):
+            save_file(held, partial)
+        use_umask(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a file, .safetensors or PyTorch's own format, by name; no code of the file is run.
 
     Raises:
-        UserError: for a file that is missing, cannot be read, or holds anything but named tensors.
+        UserError: for a file that is missing, may not be read, is damaged, or holds anything but named tensors.
         NotFinite: naming a tensor that holds NaN or infinite numbers.
     """
+    check_readable(path)
     if not path.is_file():
         raise UserError(f"there are no weights at {path}")
     safe = path.suffix == ".safetensors"
@@ -72,4 +95,20 @@ def check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
         if names:
             raise UserError(
                 f"{path} {what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+            )
+
+
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT leaves in a folder."""
+OTHER_ADAPTERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+"""What diffusers leaves there."""
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise UserError for a folder of weights with an adapter beside them, which would be left out without a word."""
+    for name in (*ADAPTERS, *OTHER_ADAPTERS):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} holds {name}, an adapter that is not merged into its weights; merge it "
+                "(PEFT: model.merge_and_unload(), diffusers: fuse_lora()) and save the model, or take the file away"
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -57,3 +59,25 @@ def registries() -> Iterator[None]:
     for name in set(sys.modules) - modules:
         if name.startswith("cm3leon_plugin_"):
             del sys.modules[name]
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder whose files' modes hold for the test: root may read everything, so root becomes nobody meanwhile.
+
+    pytest's own folders are closed to others, so this one is elsewhere.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if os.geteuid() != 0:
+            yield folder
+            return
+        nobody = 65534
+        os.chown(folder, nobody, nobody)
+        os.setegid(nobody)
+        os.seteuid(nobody)
+        try:
+            yield folder
+        finally:
+            os.seteuid(0)
+            os.setegid(0)

@@ -519,10 +519,53 @@ def with_another_config(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def test_exported_files_have_the_mode_that_the_umask_gives(made: Path, tmp_path: Path) -> None:
+    expected = 0o666 & ~_umask()
+    main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(tmp_path / "out")})
+    for folder in (made / "hf", tmp_path / "out"):
+        files = list(folder.iterdir())
+        assert any(file.suffix == ".safetensors" for file in files)
+        assert {file.stat().st_mode & 0o777 for file in files} == {expected}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_adapter_beside_the_weights_is_merged(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    name = "model.decoder.layers.0.self_attn.k_proj"
+    weight = load_file(made / "hf" / "model.safetensors")[f"{name}.weight"]
+    first, second = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    prefix = f"base_model.model.{name}.lora_"
+    save_file(
+        {f"{prefix}A.weight": first, f"{prefix}B.weight": second},
+        tmp_path / "hf" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["k_proj"]}
+    (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(settings))
+    main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "out")})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    _, key, _ = merged["blocks.0.qkv.weight"].chunk(3)
+    torch.testing.assert_close(key, weight + 2 * (second @ first))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^hf: the weights in .* cannot be loaded"):
+        main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "other")})
+
+
+def with_weights_of_its_own(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.decoder.layers.0.self_attn.q_proj.lora_A"] = torch.ones(2, 2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (without_head, r"^hf: the weights in .* lack lm_head.weight$"),
+        (with_weights_of_its_own, r"^hf: the weights in .* have the unknown model.*lora_A$"),
         (without_weights, r"^hf: the weights in .* cannot be loaded: "),
         (with_half_a_file, r"^hf: the weights in .* cannot be loaded: "),
         (with_more_ids, r"^hf: the weights in .* cannot be loaded: "),

@@ -383,7 +383,7 @@ BREAKS_OUT = "x\n#SBATCH --wrap='touch /tmp/owned'\ntouch owned"
     ],
 )
 def test_no_setting_ends_a_line_of_the_script(fields: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="control characters|no option of sbatch") as error:
+    with pytest.raises(UserError, match=r"control characters|no option of sbatch") as error:
         launcher("slurm", **fields)
     assert str(error.value).count("\n") == 0
 

@@ -15,6 +15,7 @@ FOUNDATION = (
     "terminal",
     "locks",
     "paths",
+    "permissions",
     "records",
     "digests",
     "weights",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -489,6 +491,71 @@ def test_class_of_lightning_in_a_checkpoint_is_passed_over(
     )
     monkeypatch.undo()
     assert build(tmp_path / "last.ckpt", image_size=16).layout == "taming"
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["today", "before_torch_1.6"])
+def test_plain_data_beside_the_weights_are_no_code(tmp_path: Path, as_zip: bool) -> None:
+    """Metrics that numpy computed, and a trainer's command line with its paths."""
+    file, tensors = tmp_path / "last.ckpt", random_tensors(taming_shapes(**SMALL))
+    numbers = [np.float64(0.5), np.float32(2), np.int64(3), np.bool_(True), np.float16(1)]
+    content = {
+        "state_dict": OrderedDict(tensors),
+        "best": numbers,
+        "dtype": np.dtype("float32"),
+        "curve": np.arange(6.0).reshape(2, 3),
+        "names": np.array(["a", "b"]),
+        "random": np.random.RandomState(0).get_state(),
+        "args": Namespace(out=Path("runs/x"), rate=np.float32(0.1)),
+    }
+    torch.save(content, file, _use_new_zipfile_serialization=as_zip)
+    assert build(file).layout == "taming"
+
+
+@pytest.mark.parametrize("name", ["ema", "state_dict_ema"])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "module"])
+def test_averages_beside_the_weights_are_what_is_published(
+    tmp_path: Path, name: str, inside: bool
+) -> None:
+    """LlamaGen's own figures are those of `ema` where a file has both."""
+    latest, averages = (random_tensors(llamagen_shapes(**SMALL), seed) for seed in (0, 1))
+    file = tmp_path / "vq.pt"
+    torch.save({"model": latest, name: {"module": averages} if inside else averages}, file)
+    torch.save({"model": averages}, tmp_path / "averages.pt")
+    expected = build(tmp_path / "averages.pt").state_dict()
+    for key, tensor in build(file).state_dict().items():
+        assert torch.equal(tensor, expected[key])
+
+
+def test_averages_of_some_weights_leave_the_others(tmp_path: Path) -> None:
+    latest = random_tensors(llamagen_shapes(**SMALL))
+    changed = "encoder.conv_in.weight"
+    torch.save({"model": latest, "ema": {changed: latest[changed] + 1}}, tmp_path / "vq.pt")
+    torch.save({"model": latest}, tmp_path / "latest.pt")
+    found, plain = (build(tmp_path / name).state_dict() for name in ("vq.pt", "latest.pt"))
+    assert torch.equal(found[changed], plain[changed] + 1)
+    assert all(torch.equal(found[key], plain[key]) for key in plain.keys() - {changed})
+
+
+@pytest.mark.parametrize(
+    "averages",
+    [{"shadow_params": [torch.ones(3)], "decay": 0.9}, {"module.other": torch.ones(3)}],
+)
+def test_averages_that_are_not_named_as_the_weights_are_refused(
+    tmp_path: Path, averages: dict[str, Any]
+) -> None:
+    file = tmp_path / "vq.pt"
+    torch.save({"model": random_tensors(llamagen_shapes(**SMALL)), "ema": averages}, file)
+    with pytest.raises(UserError, match="averages of its weights under ema that are not named"):
+        build(file)
+    torch.save({"model": random_tensors(llamagen_shapes(**SMALL)), "ema": None}, file)
+    assert build(file).layout == "llamagen"  # trained without
+
+
+def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", {}, random_tensors(taming_shapes(**SMALL)))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"folder holds adapter_config\.json, an adapter"):
+        build(folder)
 
 
 class Code:

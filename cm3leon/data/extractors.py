@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from cm3leon.config import NonNegativeFloat, PositiveFloat, PositiveInt
+from cm3leon.permissions import check_folder_readable
 from cm3leon.registry import EXTRACTORS
 from cm3leon.types import UserError
+from cm3leon.weights import check_no_adapter
 
 
 class Extractor(Protocol):
@@ -274,6 +276,8 @@ def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
         raise UserError(
             "this feature needs the package transformers (pip install transformers)"
         ) from error
+    check_folder_readable(path)
+    check_no_adapter(path)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
         model = getattr(transformers, kind).from_pretrained(

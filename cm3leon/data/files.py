@@ -31,6 +31,7 @@ from cm3leon.data.paths import all_paths
 from cm3leon.data.remote import reaching
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
+from cm3leon.permissions import check_readable
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -73,8 +74,8 @@ class Files:
         where: the setting that holds the path, for messages.
 
     Raises:
-        UserError: for a path that does not exist or whose file system is not installed, and for paths on different
-            file systems.
+        UserError: for a path that does not exist, lies in a folder that this user may not read, or whose file system
+            is not installed, and for paths on different file systems.
     """
 
     def __init__(self, path: str | Sequence[str], where: str = "data.path") -> None:
@@ -309,6 +310,8 @@ class _Place(NamedTuple):
         if fsspec.core.has_magic(whole):
             root = "/".join(_before_magic(whole.split("/")[:-1]))
             return cls(path, system, whole, "glob", root)
+        if isinstance(system, LocalFileSystem):
+            check_readable(Path(whole))
         raise UserError(
             f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar"
         )

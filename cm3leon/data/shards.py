@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cm3leon.permissions import check_readable
 from cm3leon.records import read_json, state_of
 from cm3leon.types import UserError
 
@@ -122,8 +123,10 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
 
     Raises:
         DamagedShard: for a missing, cut or changed file.
-        OSError: where the system refuses to map it (permissions, a failing disk, too many open files or maps).
+        UserError: for a file that this user may not read.
+        OSError: where the system refuses to map it (a failing disk, too many open files or maps).
     """
+    check_readable(path)
     try:
         state = state_of(path)
         file = pa.memory_map(str(path))
@@ -308,6 +311,7 @@ class ShardFolder(Generic[T]):
     ) -> None:
         self.folder = folder
         self._verify = verify
+        check_readable(folder / INDEX)
         try:
             self.index = read_json(folder / INDEX, {"rows": [int]})
             self.rows = np.array(self.index["rows"], np.int64)

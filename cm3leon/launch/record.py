@@ -14,6 +14,7 @@ from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import SHIPPED
+from cm3leon.permissions import use_umask
 
 CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
 
@@ -112,9 +113,15 @@ def snapshot(folder: Path) -> None:
 
     The folder goes first on the path of the job's Python. Plugins elsewhere stay where they are.
     """
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     folder.mkdir(parents=True)
     write_code(folder)
+    _copy_code(folder)
+    use_umask(folder)
+
+
+def _copy_code(folder: Path) -> None:
+    """Copies the package, from a clone or from where it is installed."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     if SHIPPED.name == "cm3leon":
         shutil.copytree(SHIPPED, folder / "cm3leon", ignore=ignore)
         return
@@ -123,7 +130,7 @@ def snapshot(folder: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=ignore)
         elif source.is_file():
-            shutil.copy2(source, folder / name)
+            shutil.copyfile(source, folder / name)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from cm3leon.permissions import check_readable
 from cm3leon.records import check_stage, read_json
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
-from cm3leon.weights import check_fit, read_weights
+from cm3leon.weights import check_fit, check_no_adapter, read_weights
 
 WEIGHTS = "model.safetensors"
 
@@ -36,9 +37,12 @@ def load_model(
         UserError: for files that are missing or broken, a model that is not known, or weights that are not its own.
     """
     folder = Path(folder).expanduser()
+    check_readable(folder)
     if not (folder / "config.json").is_file() and (folder / "pretraining").is_dir():
         folder = folder / "pretraining"
     file = folder / "config.json"
+    check_readable(file)
+    check_no_adapter(folder)
     if not file.is_file():
         raise UserError(f"{folder} holds no trained decoder, {file} is missing")
     if verify:

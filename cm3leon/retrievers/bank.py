@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from cm3leon.permissions import check_readable
 from cm3leon.records import read_json
 from cm3leon.retrievers.mips import Searcher, import_faiss
 from cm3leon.types import Modality, UserError
@@ -113,9 +114,11 @@ class MemoryBank:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: for a file that is missing or damaged.
+            UserError: for a file that is missing, may not be read or is damaged.
             NotFinite: for vectors that are NaN or infinite.
         """
+        for name in ("vectors.npz", "index.faiss"):
+            check_readable(folder / name)
         ids = read_json(folder / "ids.json", [str])
         try:
             with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:

@@ -28,6 +28,7 @@ import numpy as np
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
 from cm3leon.data.shuffle import wrapped
+from cm3leon.permissions import check_readable
 from cm3leon.records import check_shape, read_json
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
@@ -116,7 +117,7 @@ def add_shard(vectors: VectorShards, number: int, folder: Path, config: IndexCon
     path = _piece(folder, number)
     if is_exact(len(vectors), config) or path.is_file():
         return
-    trained = import_faiss().read_index(str(folder / TRAINED))
+    trained = _opened(folder / TRAINED)
     vectors_BD = vectors.shard(number).mean()
     first = vectors.first(number)
     _write(with_vectors(trained, vectors_BD, np.arange(first, first + len(vectors_BD))), path)
@@ -156,10 +157,9 @@ def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
 
 
 def _merge_on_disk(folder: Path, pieces: int) -> None:
-    faiss = import_faiss()
+    index = _opened(folder / TRAINED)
     from faiss.contrib.ondisk import merge_ondisk
 
-    index = faiss.read_index(str(folder / TRAINED))
     (folder / DATA).unlink(missing_ok=True)
     with _quiet():
         merge_ondisk(
@@ -184,14 +184,20 @@ def _write(index: Any, path: Path) -> None:
 
 def _read(folder: Path) -> Any:
     """The merged index, its lists mapped into memory."""
-    faiss = import_faiss()
+    check_readable(folder / DATA)
     try:
         with _quiet():
-            return faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_ONDISK_SAME_DIR)
+            return _opened(folder / INDEX, import_faiss().IO_FLAG_ONDISK_SAME_DIR)
     except RuntimeError as error:
         raise UserError(
             f"{folder / INDEX} or {DATA} beside it is no readable index; make the index again"
         ) from error
+
+
+def _opened(path: Path, flags: int = 0) -> Any:
+    """An index as FAISS wrote it. Raises UserError for a file that this user may not read."""
+    check_readable(path)
+    return import_faiss().read_index(str(path), flags)
 
 
 @contextmanager
@@ -310,6 +316,7 @@ class Bank:
     ) -> None:
         self.vectors = VectorShards(vectors, expect, verify=verify)
         self._folder = index
+        check_readable(index / FIGURES)
         try:
             figures = read_json(
                 index / FIGURES, {"documents": int, "kind": str, "config": {"rescored": int}}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cm3leon.experiment import load_experiment
+from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
@@ -67,13 +68,14 @@ def open_run(
         device: where models are put; None = a GPU where there is one.
 
     Raises:
-        UserError: for a folder that is no run, parts of different generations, a stage in `needs` that is not
-            finished, or a plugin that is not trusted. Reading a result from the run raises it for a file that is
-            missing or has changed.
+        UserError: for a folder that is no run or that this user may not read, parts of different generations, a stage
+            in `needs` that is not finished, or a plugin that is not trusted. Reading a result from the run raises it
+            for a file that is missing or has changed.
         PluginError: for a plugin that fails to import.
     """
     opening = opening or Opening()
     folder = Path(folder).expanduser()
+    check_readable(folder)
     config = folder / CONFIG
     for file in (config, *(folder / stage / MARKER for stage in needs)):
         if not file.is_file():

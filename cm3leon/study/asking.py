@@ -26,6 +26,7 @@ from cm3leon.evaluation.protocols.base import (
     given_image,
     true_answer,
 )
+from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
 from cm3leon.stages.pipeline import write_json
@@ -385,6 +386,7 @@ def _samples_of(file: Path) -> int:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
+    check_readable(file)
     try:
         with np.load(file, allow_pickle=False) as held:
             return dict(held)
@@ -395,6 +397,7 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(folder: Path, stage: str, where: str) -> str:
+    check_readable(folder / stage / MARKER)
     try:
         return json.loads((folder / stage / MARKER).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError) as error:

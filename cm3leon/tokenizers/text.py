@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from cm3leon.config import Annotated, PositiveInt, Range
+from cm3leon.permissions import check_readable
 from cm3leon.tokenizers.vocab import SPECIALS
 from cm3leon.types import UserError
 
@@ -83,6 +84,7 @@ class TextTokenizer:
             UserError: if it is missing, damaged, larger than the config allows, or not such a tokenizer as is saved.
         """
         path = folder / FILE
+        check_readable(path)
         if not path.is_file():
             raise UserError(f"text_tokenizer: {path} does not exist, train the tokenizer first")
         try:

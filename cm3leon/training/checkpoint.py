@@ -20,19 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cm3leon.permissions import check_folder_readable
 from cm3leon.records import read_json, sha256
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
 from cm3leon.training.steps import MANIFEST, checkpoint_of, checkpoints, numbered, step_of
 from cm3leon.types import UserError
-from cm3leon.weights import check_fit, read_weights
+from cm3leon.weights import check_fit, read_weights, save_tensors
 
 # One process without a group is meant, not forgotten; torch says so in a thread of its own.
 warnings.filterwarnings(
@@ -132,9 +132,11 @@ class Checkpoints:
         The ranks share the work of reading all files, and agree.
 
         Raises:
-            UserError: for one of a format that this version does not read.
+            UserError: for one of a format that this version does not read, or that this user may not read: an older
+                one is no answer to that.
         """
         for path in reversed(numbered(self._folder)):
+            check_folder_readable(path)
             check_format(path)
             damaged = [
                 name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names
@@ -339,7 +341,7 @@ def _plain(tensor: Tensor) -> Tensor | dict[str, Tensor]:
 def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:
     """Parameters and buffers, of a module or by name, as safetensors."""
     state = module.state_dict() if isinstance(module, nn.Module) else module
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    save_tensors(path, state)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

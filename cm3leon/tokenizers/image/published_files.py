@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
+from cm3leon.weights import check_no_adapter
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ def open_weights(path: Path) -> Weights:
     """Names and shapes of all tensors of a file or a Hugging Face folder; values are read one by one, when asked for.
 
     Raises:
-        UserError: for a path at which there is nothing, a file that is no checkpoint or would run code, and a folder
-            without its config.json or some of its weights.
+        UserError: for a path at which there is nothing or that may not be read, a file that is no checkpoint or would
+            run code, and a folder without its config.json or some of its weights, or with an adapter beside them.
     """
+    check_readable(path)
     if path.is_file():
         return Weights(path, (path,), _stored(path), {})
     if not path.is_dir():
@@ -70,6 +74,7 @@ def open_weights(path: Path) -> Weights:
         raise UserError(
             f"{path} has no config.json, so it is no Hugging Face folder; give the file of weights itself"
         )
+    check_no_adapter(path)
     settings = _json(path / "config.json")
     files = _weight_files(path)
     tensors = {key: tensor for file in files for key, tensor in _stored(file).items()}
@@ -93,6 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    check_readable(file)
     try:
         content = json.loads(file.read_text())
     except ValueError:
@@ -103,6 +109,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _stored(file: Path) -> dict[str, Stored]:
+    check_readable(file)
     return _safetensors(file) if file.suffix == ".safetensors" else _torch_saved(file)
 
 
@@ -123,19 +130,49 @@ def _safetensor(file: Path, key: str) -> Tensor:
 class _Unused:
     """Stands for what a checkpoint names beside its weights, and nothing here needs."""
 
+    def __init__(self, *args: object) -> None:
+        pass
 
-# Lightning's checkpoints of taming-transformers have the first one as the key of a callback's state; LlamaGen's trainer
-# adds its command line. Neither is run: the first is replaced, the second is plain data.
-HARMLESS: list[Any] = [
-    (_Unused, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    argparse.Namespace,
-]
+
+def _harmless() -> list[Any]:
+    """What trainers put beside their weights, and no code of a file can make use of.
+
+    taming-transformers' checkpoints have a class of Lightning as the key of a callback's state, and metrics as numpy
+    numbers; LlamaGen's trainer adds its command line, which may hold paths. Classes of Lightning and paths are
+    replaced, the others are plain data. Python 3.13 and numpy 2 have moved some, which stand under both names.
+    """
+    functions = [
+        (value.__reduce__()[0], f"{module}.{name}")
+        for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ]
+    numbers = [type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"]
+    paths = [
+        (_Unused, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ]
+    lightning = [
+        (_Unused, f"{package}.callbacks.model_checkpoint.ModelCheckpoint")
+        for package in ("pytorch_lightning", "lightning.pytorch")
+    ]
+    return [argparse.Namespace, np.dtype, np.ndarray, *numbers, *functions, *paths, *lightning]
+
+
+AVERAGES = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
+"""Names of the averages of the weights beside the weights, which are then what is published.
+
+LlamaGen's `reconstruction_vq_ddp.py`, which gives its tokenizers' figures, takes `ema` before `model`, as DiT's
+scripts and those of many detectors do. LlamaGen's sampling scripts ask for `model`, in files that have nothing else.
+"""
+LATEST = ("state_dict", "model")
+"""Names of the weights as the last step left them."""
 
 
 def _torch_saved(file: Path) -> dict[str, Stored]:
     """Tensors of what `torch.save` wrote; the file is mapped, so that an optimizer's state in it is never read."""
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(_harmless()):
             content = torch.load(
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )
@@ -146,33 +183,61 @@ def _torch_saved(file: Path) -> dict[str, Stored]:
         ValueError,
         KeyError,
         AttributeError,
+        TypeError,
     ) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error))
         if code:
             raise UserError(
-                f"{file} is a pickle that names code ({code[1]}), which could do anything, and is not opened; save its "
-                "tensors alone, best as safetensors"
+                f"{file} is a pickle that names code ({code[1] or code[2]}), which could do anything, and is "
+                "not opened; save its tensors alone, best as safetensors"
             ) from None
         raise UserError(
             f"{file} is not a checkpoint that torch.save wrote, or is damaged"
         ) from None
-    for name in ("state_dict", "model", "ema"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    tensors = (
-        {k: t for k, t in content.items() if isinstance(t, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+
+    tensors = _published(file, content) if isinstance(content, dict) else {}
     if not tensors:
         raise UserError(
-            f"{file} holds no tensors by name, neither under state_dict, model or ema nor at its top"
+            f"{file} holds no tensors by name, neither under {', '.join((*LATEST, *AVERAGES))} nor at its top"
         )
     return {
         key: Stored(tuple(tensor.shape), partial(_itself, tensor))
         for key, tensor in tensors.items()
     }
+
+
+def _published(file: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that its publisher uses: averages, in place of the weights that they are of.
+
+    Raises:
+        UserError: for averages that are not named as the weights beside them, so that it is not clear what they are of.
+    """
+    latest = next((name for name in LATEST if isinstance(content.get(name), dict)), None)
+    average = next((name for name in AVERAGES if content.get(name)), None)
+    if average is None:
+        return _tensors(content if latest is None else content[latest])
+
+    # Some write the averages in a module of their own: {"ema": {"module": ...}}.
+    averages = content[average]
+    if isinstance(averages, dict) and isinstance(averages.get("module"), dict):
+        averages = averages["module"]
+    averages = _tensors(averages) if isinstance(averages, dict) else {}
+    if latest is None and averages:
+        return averages
+
+    # Averages of parameters alone leave the buffers to the weights beside them.
+    weights = _tensors(content if latest is None else content[latest])
+    unknown = sorted(averages.keys() - weights.keys())
+    if not averages or unknown:
+        raise UserError(
+            f"{file} holds averages of its weights under {average} that are not named as its weights are"
+            f"{f' ({unknown[0]})' if unknown else ''}; save the tensors to be used alone, best as safetensors"
+        )
+    return weights | averages
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 def _itself(tensor: Tensor) -> Tensor:
