@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,22 +80,24 @@ def stream_digest(file: BinaryIO, size: int, *, blocks: int = BLOCKS) -> str:
 
 
 @contextmanager
-def remembered(file: Path) -> Iterator[None]:
-    """Keep checksums in a file, from one process to the next."""
+def remembered(file: Path) -> Iterator[Callable[[], None]]:
+    """Keep checksums in a file, from one process to the next. What it yields writes the file, as a good end does."""
     kept: dict[str, str] = {}
     # There is none the first time, and a full disk may have cut it: everything is read again then.
     with suppress(OSError, ValueError, AttributeError):
         kept = {str(key): str(value) for key, value in json.loads(file.read_text()).items()}
     _known.update(kept)
-    try:
-        yield
-    finally:
+
+    def write() -> None:
         used = {key: _known[key] for key in sorted(_used)}
         wanted = used if len(kept) > MANY else kept | used
         if wanted != kept:
             partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(wanted, indent=1))
             os.replace(partial, file)
+
+    yield write
+    write()
 
 
 def _content(file: Path) -> str:

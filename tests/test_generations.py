@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from command_line import cm3leon
 
 from cm3leon.config import dump_yaml, recorded_settings
 from cm3leon.experiment import load_experiment
+from cm3leon.locks import locked
+from cm3leon.stages import sharing
+from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import NAMES, check_generations, finished_settings
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.stages import stages_of
@@ -129,3 +135,89 @@ def test_a_damaged_record_is_a_sentence(folder: Path) -> None:
     (folder / "documents" / "stage.json").write_text("[1")
     with pytest.raises(UserError, match=r"documents/stage\.json is damaged"):
         open_run(folder)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_a_refused_command_writes_nothing(tmp_path: Path) -> None:
+    """Neither beside a running process, nor where settings are refused."""
+    run = tmp_path / "run"
+    words = ("experiment=digits_smoke", f"run={run}", "until=documents")
+    cm3leon(*words)
+    record(
+        run, "pretraining", inputs={"training": {"steps": 20}}
+    )  # a finished one, of other inputs
+    before = everything(run)
+    with locked(run):
+        refused = cm3leon(*words, "split.held_out=0.5", check=False)
+    assert refused.returncode == 2
+    assert "another process is working" in refused.stderr
+    assert everything(run) == before
+    refused = cm3leon(*words[:2], "training.steps=30", check=False)
+    assert refused.returncode == 2
+    assert "training.steps was 20, is 30" in refused.stderr
+    assert "say redo=pretraining" in refused.stderr
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run=/"], "run is /, the root of the file system"),
+        (["redo=pretrain"], "redo is pretrain, which is not a stage"),
+    ],
+)
+def test_folders_and_stages_that_are_none_are_refused(
+    tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    refused = cm3leon("experiment=digits_smoke", f"run={tmp_path / 'run'}", *words, check=False)
+    assert refused.returncode == 2
+    assert sentence in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_ones_own_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    refused = cm3leon("experiment=digits_smoke", f"run={tmp_path}", check=False)
+    assert refused.returncode == 2
+    assert "holds files that are not those of a run" in refused.stderr
+    assert list(everything(tmp_path)) == ["letter.txt"]
+
+
+def test_workers_are_given_the_experiment_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config.yaml that another command has written meanwhile is not theirs."""
+    given: list[Any] = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target: Any, args: tuple[Any, ...], daemon: bool) -> None:
+            given.append(args)
+
+        def start(self) -> None: ...
+        def join(self) -> None: ...
+        def terminate(self) -> None: ...
+
+    monkeypatch.setattr(
+        sharing.multiprocessing, "get_context", lambda method: SimpleNamespace(Process=Process)
+    )
+    settings = ["data.path=none", "shards.workers=2", "split.held_out=0.125"]
+    run = Run(load_experiment("corpus", settings), tmp_path, torch.device("cpu"))
+    sharing.share_out(run, tmp_path / "tokens", lambda run, folder, part: None)
+    assert [args[0]["split"]["held_out"] for args in given] == [0.125, 0.125]
+    made: list[Any] = []
+    sharing._work(*given[1][:3], lambda run, folder, part: made.append((run, part)), (1, 2))
+    ((theirs, part),) = made
+    assert theirs.experiment == run.experiment
+    assert part == (1, 2)

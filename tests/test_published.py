@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 from argparse import Namespace
 from collections import OrderedDict
@@ -460,6 +462,35 @@ def test_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     assert build(file).fingerprint() == before
     write_taming(file, random_tensors(taming_shapes(**SMALL), seed=1))
     assert build(file).fingerprint() != before
+
+
+def test_fingerprint_does_not_change_with_the_place_or_the_time(tmp_path: Path) -> None:
+    file = write_taming(tmp_path / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL)))
+    moved = shutil.copyfile(file, tmp_path / "renamed.ckpt")
+    os.utime(moved, ns=(1, 1))
+    assert build(moved).fingerprint() == build(file).fingerprint()
+
+
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_a_run_builds_it_of_what_it_has_kept_when_the_file_is_gone(
+    tmp_path: Path, gumbel: bool
+) -> None:
+    shapes = taming_shapes(**SMALL, gumbel=gumbel)
+    file = write_taming(tmp_path / "vqgan.ckpt", random_tensors(shapes))
+    tokenizer = build(file, image_size=16)
+    save_weights(tmp_path / "model.safetensors", tokenizer)
+    kept = json.loads(json.dumps(tokenizer.geometry()))
+    file.unlink()
+    section = {"name": "pretrained", "path": str(file)}
+    other = IMAGE_TOKENIZERS.build(section, kept=kept)
+    load_weights(tmp_path / "model.safetensors", other)
+    codes_BN = tokenizer.encode(pixels(side=16))
+    assert other.image_size == 16
+    assert np.array_equal(other.encode(pixels(side=16)), codes_BN)
+    assert np.array_equal(other.decode(codes_BN), tokenizer.decode(codes_BN))
+    with torch.device("meta"):
+        shape = IMAGE_TOKENIZERS.build(section, kept=kept)
+    assert (shape.codebook_size, shape.grid) == (tokenizer.codebook_size, tokenizer.grid)
 
 
 def test_it_is_not_trained_and_the_file_may_go(tmp_path: Path) -> None:

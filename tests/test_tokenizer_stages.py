@@ -15,6 +15,8 @@ from published import IMAGE_TOKENIZER_FILES
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cm3leon.stages.opening import open_run
+
 TRAINING = {
     "steps": 8,
     "warmup_steps": 1,
@@ -172,7 +174,9 @@ def test_another_run_takes_the_tokenizers_over_and_trains_its_own_encoder(
     assert (run / "retriever" / "model.safetensors").is_file()
 
 
-def test_published_weights_are_used_without_training(tars: Path, tmp_path: Path) -> None:
+def test_published_weights_are_used_without_training(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").mkdir()
     config = IMAGE_TOKENIZER_FILES["pretrained"](tmp_path / "file")
     run = tmp_path / "run"
@@ -191,6 +195,12 @@ def test_published_weights_are_used_without_training(tars: Path, tmp_path: Path)
     assert codes_MN.shape[0] == 60
     assert "up to date" in cm3leon(*words, "image_tokenizer.image_size=32").stdout
     Path(config["path"]).write_bytes(b"no checkpoint")
+    # The run has the weights: it is opened without the file, from any folder.
+    monkeypatch.chdir(tmp_path)
+    opened = open_run(run)
+    encoded_MN = opened.image_tokenizer.encode(opened.corpus.images_BHWC)
+    assert np.array_equal(encoded_MN, codes_MN)
+    assert opened.image_tokenizer_shape.codebook_size == opened.vocab.image_size
     failed = cm3leon(*words, "image_tokenizer.image_size=32", check=False)
     assert failed.returncode == 2
     assert str(config["path"]) in failed.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -391,12 +392,14 @@ def run_experiment(
         place = None
 
     def bring(run: Run, last: str | None) -> dict[str, float]:
-        def begin() -> None:
-            write_config(experiment, folder)
-            accepted()
-
         make_folder(folder, "run")
-        with remembered(folder / DIGESTS):
+        with remembered(folder / DIGESTS) as keep_digests:
+
+            def begin() -> None:
+                write_config(experiment, folder)
+                keep_digests()
+                accepted()
+
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
     def before() -> None:
@@ -462,9 +465,7 @@ def run_stage_part(
         UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
     """
     run = Run(experiment, folder, best_device())
-    if not folder.is_dir():
-        raise UserError(f"run: {folder} does not exist; make the stages before {stage} first")
-    with remembered(folder / DIGESTS):
+    with remembered(folder / DIGESTS) if folder.is_dir() else nullcontext():
         run_part(stages_of(experiment), stage, run, folder, part, redo=redo)
 
 
