@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon.api import CM3Leon
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
 from cm3leon.data.images import square
 from cm3leon.evaluation.metrics import Measured
 from cm3leon.evaluation.protocols.base import (
@@ -212,7 +212,7 @@ class Asking:
         }
         return {
             "version": VERSION,
-            "protocol": to_mapping(self.component),
+            "protocol": result_settings(self.component),
             "files": self.protocol.fingerprint(),
             "model": _fingerprint(row.folder, "pretraining", "models"),
             "setting": setting,
