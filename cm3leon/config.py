@@ -835,7 +835,12 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if _is_union(annotation) else (annotation,)
+    """The types that a value may have, without the marks beside them."""
+    if get_origin(annotation) is Annotated and _checker(annotation) is None:
+        annotation = get_args(annotation)[0]
+    if not _is_union(annotation):
+        return (annotation,)
+    return tuple(member for each in get_args(annotation) for member in _members(each))
 
 
 def _member_types(annotation: Any, section: Mapping[str, Any]) -> Callable[[str], Any]:

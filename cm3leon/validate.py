@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon.config import Component, PositiveInt, from_mapping, to_mapping
+from cm3leon.config import Component, PositiveInt, from_mapping, settled, to_mapping
 from cm3leon.data.files import Files
+from cm3leon.data.folder import TABLES
 from cm3leon.data.images import SUFFIXES, counted_modes
 from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment, load_experiment
@@ -36,7 +37,9 @@ FORMATS = {
     "folder": tuple(sorted(SUFFIXES)),
     "jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
 }
-"""Sources that are told by the endings of the files; the first one that finds any is taken."""
+"""Sources that are told by the endings of the files under a path."""
+FAR_MORE = 10
+"""A kind of files with so many times the bytes of any other is taken, whatever their numbers."""
 PAPER_CODES = 1024
 """Codes of an image of 256 x 256 pixels (paper section 2.1)."""
 BYTES_A_TEXT_TOKEN = 4.0
@@ -102,22 +105,60 @@ def _settings(data: Any) -> dict[str, Any]:
 
 
 def with_source_name(data: Any) -> Any:
-    """A section `data` with the name of the source that reads the files under its path, unless it has one."""
-    if isinstance(data, Mapping) and "name" not in data and isinstance(data.get("path"), str):
-        return {"name": source_name(data["path"]), **data}
-    return data
+    """A section `data` with the name of the source that reads the files under its path, unless it has one.
+
+    Prints which kind of files was taken where there are others.
+    """
+    if not isinstance(data, Mapping) or "name" in data:
+        return data
+    path = settled(str | list[str], data.get("path"), "data.path")
+    if not path or not isinstance(path, (str, list)):
+        return data
+    name, others = told_source(path)
+    if others:
+        print(f"data.name  {name}, whose files fill data.path; not read: {'; '.join(others)}")
+    return {"name": name, **data}
 
 
-def source_name(path: str) -> str:
-    """The source that reads the files under a path. Raises UserError if no file has a known ending."""
+def source_name(path: str | list[str]) -> str:
+    """The source that reads the files under a path, see `told_source`."""
+    return told_source(path)[0]
+
+
+def told_source(path: str | list[str]) -> tuple[str, list[str]]:
+    """The source that reads most of what lies under a path, and what lies there for other sources, in words.
+
+    The kind of files with ten times the bytes of any other is taken, or else the one with the most files. Tables of
+    captions and texts beside images belong to these.
+
+    Raises:
+        UserError: if no file has a known ending.
+    """
     files = Files(path)
-    for name, endings in FORMATS.items():
-        if any(file.name.lower().endswith(endings) for file in files.list(endings)):
-            return name
-    known = ", ".join(ending for endings in FORMATS.values() for ending in endings)
-    raise UserError(
-        f"data.path: {path} holds no files that end in {known}; say what it is with data.name=NAME"
-    )
+    kinds: dict[str, list[int]] = {}
+    for file in files.list(tuple(ending for endings in FORMATS.values() for ending in endings)):
+        if file.name.rpartition("/")[2] in TABLES:
+            continue
+        kind = next(name for name, ends in FORMATS.items() if file.name.lower().endswith(ends))
+        kinds.setdefault(kind, []).append(file.size)
+    if not kinds:
+        known = ", ".join(ending for endings in FORMATS.values() for ending in endings)
+        raise UserError(
+            f"data.path: {files.path} holds no files that end in {known}; say what it is with data.name=NAME"
+        )
+
+    by_bytes = sorted(kinds, key=lambda kind: -sum(kinds[kind]))
+    rest = max((sum(kinds[kind]) for kind in by_bytes[1:]), default=0)
+    chosen = by_bytes[0]
+    if sum(kinds[chosen]) < FAR_MORE * rest:
+        chosen = max(by_bytes, key=lambda kind: len(kinds[kind]))
+    others = [
+        f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} for data.name={kind} "
+        f"({_bytes(sum(sizes))})"
+        for kind, sizes in kinds.items()
+        if kind != chosen
+    ]
+    return chosen, others
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import CORPORA, encoded, picture, write_lines, write_tar
 from hypothesis import given
@@ -161,6 +163,67 @@ def test_the_source_is_told_by_the_files(name: str, tmp_path: Path) -> None:
     assert source_name(settings["path"]) == ("folder" if name == "jsonl" else name)
     if name == "jsonl":  # a folder with images in it; its lines are told by their own path
         assert source_name(f"{tmp_path}/*.jsonl") == "jsonl"
+
+
+def stray(kind: str, place: Path, size: int) -> None:
+    """A file of another kind than the corpus's, of about that size."""
+    name = {"webdataset": "old.tar", "parquet": "meta.parquet", "jsonl": "log.jsonl"}.get(kind)
+    if name is None:
+        for number in range(size):
+            (place / f"preview {number}.png").write_bytes(encoded(picture(number, 4)))
+    else:
+        (place / name).write_bytes(bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "other", "size"),
+    [
+        ("folder", "webdataset", 10_240),
+        ("folder", "parquet", 2_000),
+        ("folder", "jsonl", 500),
+        ("webdataset", "folder", 5),
+        ("parquet", "folder", 3),
+        ("webdataset", "parquet", 900),
+    ],
+)
+def test_the_kind_that_fills_the_folder_is_taken_and_others_are_named(
+    corpus: str, other: str, size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if corpus == "folder":
+        for number in range(40):
+            (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+            (tmp_path / f"{number}.txt").write_text("words")
+    else:
+        members = [(f"{n:03d}.{kind}", content) for n in range(99)
+                   for kind, content in (("png", encoded(picture(n))), ("txt", b"words"))]  # fmt: skip
+        if corpus == "webdataset":
+            write_tar(tmp_path / "a.tar", members)
+        else:
+            images = [content for name, content in members if name.endswith("png")]
+            table = pa.table({"jpg": images, "caption": ["words"] * 99})
+            pq.write_table(table, tmp_path / "a.parquet")
+    stray(other, tmp_path, size)
+    assert main(["validate", f"data.path={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert f"source     {corpus}\n" in said
+    assert f"data.name  {corpus}, whose files fill data.path; not read: " in said
+    assert f"for data.name={other} (" in said
+    assert f"documents  {40 if corpus == 'folder' else 99} usable" in said
+
+
+def test_several_paths_are_validated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        members = [(f"{name}.png", encoded(picture())), (f"{name}.txt", b"words")]
+        write_tar(tmp_path / f"{name}.tar", members)
+    for path in (
+        f"{tmp_path}/a.tar::{tmp_path}/b.tar",
+        f"[{tmp_path}/a.tar, {tmp_path}/b.tar]",
+        f"{tmp_path}/{{a,b}}.tar",
+    ):
+        assert main(["validate", f"data.path={path}"]) == 0
+        said = capsys.readouterr().out
+        assert "source     webdataset" in said
+        assert "documents  2 usable, 0 items left out" in said
 
 
 @pytest.mark.parametrize(
