@@ -544,3 +544,32 @@ def test_answers_stand_where_they_belong(kind: str) -> None:
     assert not task.keeps_given(query, instruction("edit" if kind == "question" else "question"))
     with pytest.raises(UserError, match="asks for nothing"):
         answer_place(TokenDocument("text", (TokenSegment("text", np.array([5])),)))
+
+
+def as_texts(value: Any) -> Any:
+    """JSON whose ids are texts instead of numbers."""
+    if isinstance(value, dict):
+        return {
+            key: str(each) if key in ("image_id", "question_id", "category_id") else as_texts(each)
+            for key, each in value.items()
+        }
+    return [as_texts(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", sorted(set(INSTRUCTIONS) & {
+    "vqa", "vizwiz", "visdial", "coco_boxes", "features", "image_paragraph", "written_words"}))  # fmt: skip
+def test_ids_match_as_numbers_and_as_texts(name: str, tmp_path: Path) -> None:
+    documents, _ = read(name, tmp_path)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(json.dumps(as_texts(json.loads(file.read_text()))))
+    settings = INSTRUCTIONS[name](empty(tmp_path / "other"))
+    settings = {
+        key: value.replace(str(tmp_path / "other"), str(tmp_path))
+        if isinstance(value, str)
+        else value
+        for key, value in settings.items()
+    }
+    found = SOURCES.build({"name": name, **settings}).documents()
+    again = [item for item in found if isinstance(item, Document)]
+    assert documents
+    assert [shown(item) for item in again] == [shown(item) for item in documents]

@@ -1065,6 +1065,23 @@ def test_paths_of_images_in_another_folder(tmp_path: Path) -> None:
     assert good(source) == {"a.parquet/0": "a"}
 
 
+def test_the_images_that_rows_name_change_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    for image, counts in (
+        (pa.array(["a.png"]), True),
+        (pa.array([{"bytes": None, "path": "a.png"}], PATHS), True),
+        (pa.array([{"bytes": IMAGE, "path": "a.png"}], PATHS), False),
+        (pa.array([IMAGE]), False),
+    ):
+        pq.write_table(pa.table({"image": image, "text": ["a"]}), tmp_path / "a.parquet")
+        source = build("parquet", path=str(tmp_path))
+        before = source.fingerprint()
+        (tmp_path / "a.png").write_bytes(OTHER)
+        assert (source.fingerprint() != before) == counts
+        (tmp_path / "a.png").write_bytes(IMAGE)
+        assert source.fingerprint() == before
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
@@ -1259,6 +1276,25 @@ def broken_coco(place: Path, **changes: Any) -> dict[str, Any]:
     content.update(changes)
     (place / "captions.json").write_text(json.dumps(content))
     return settings
+
+
+@pytest.mark.parametrize("write", [str, lambda id_: f"{id_:012d}", float])
+def test_ids_match_however_they_are_written(write: Callable[[int], Any], tmp_path: Path) -> None:
+    settings = CORPORA["coco"](tmp_path)
+    whole = list(build("coco", **settings).documents())
+    for name in ("captions.json", "instances.json"):
+        content = json.loads((tmp_path / name).read_text())
+        for annotation in content["annotations"]:
+            for key in ("image_id", "category_id"):
+                if key in annotation:
+                    annotation[key] = write(annotation[key])
+        (tmp_path / name).write_text(json.dumps(content))
+    again = list(build("coco", **settings).documents())
+    for item, other in zip(whole, again, strict=True):
+        assert isinstance(item, Document)
+        assert isinstance(other, Document)
+        assert (item.id, item.text, item.label) == (other.id, other.text, other.label)
+    assert whole[0].label is not None  # type: ignore[union-attr]
 
 
 def test_entries_of_no_use_are_named(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cm3leon.data.files import (
     Record,
     caption_text,
     fingerprint,
+    id_key,
     page_text,
 )
 from cm3leon.data.source import Skipped
@@ -88,13 +89,13 @@ class CocoSource(FileSource):
     def _of_image(self, entry: Any) -> Iterator[Record | Skipped]:
         corpus = self._captions
         is_image = isinstance(entry, Mapping) and isinstance(entry.get("file_name"), str)
-        if not is_image or _key(entry.get("id")) is None:
+        if not is_image or id_key(entry.get("id")) is None:
             yield Skipped(
                 corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}"
             )
             return
         load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
-        annotations = corpus.by_image.get(entry["id"], [])
+        annotations = corpus.by_image.get(id_key(entry["id"]), [])
         if not annotations:
             yield Skipped(
                 f"{corpus.name}/{entry['id']}", "no caption: no annotation has this image_id"
@@ -113,7 +114,7 @@ class CocoSource(FileSource):
 
     def _label(self, image_id: Any, caption: str) -> int | None:
         named = self.class_in(caption)
-        seen = self._seen.get(image_id, set()) if named is not None else set()
+        seen = self._seen.get(id_key(image_id), set()) if named is not None else set()
         return named if named is not None and seen == {list(self._categories)[named]} else None
 
     @cached_property
@@ -129,7 +130,7 @@ class CocoSource(FileSource):
         by_image: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
             if isinstance(annotation, Mapping) and "caption" in annotation:
-                by_image.setdefault(_key(annotation.get("image_id")), []).append(annotation)
+                by_image.setdefault(id_key(annotation.get("image_id")), []).append(annotation)
         if content["annotations"] and not by_image:
             raise UserError(
                 f"data.path: {self.config.path} has annotations without captions; give the captions JSON"
@@ -154,7 +155,8 @@ class CocoSource(FileSource):
         try:
             return dict(
                 sorted(
-                    (entry["id"], entry["name"].lower()) for entry in self._instances["categories"]
+                    (id_key(entry["id"]), entry["name"].lower())
+                    for entry in self._instances["categories"]
                 )
             )
         except (TypeError, KeyError, AttributeError) as error:
@@ -168,8 +170,8 @@ class CocoSource(FileSource):
         seen: dict[Any, set[Any]] = {}
         for annotation in self._instances["annotations"]:
             if isinstance(annotation, Mapping):
-                category = _key(annotation.get("category_id"))
-                seen.setdefault(_key(annotation.get("image_id")), set()).add(category)
+                category = id_key(annotation.get("category_id"))
+                seen.setdefault(id_key(annotation.get("image_id")), set()).add(category)
         return seen
 
 
@@ -180,11 +182,6 @@ class _Captions:
     name: str
     entries: list[Any]
     by_image: dict[Any, list[Any]]
-
-
-def _key(id_: Any) -> int | str | None:
-    """An id of the JSON file, None for anything that is none."""
-    return id_ if isinstance(id_, (int, str)) else None
 
 
 def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict[str, Any]:

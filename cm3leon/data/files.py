@@ -559,6 +559,20 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def id_key(value: Any) -> int | str | None:
+    """What an id of a published file is compared by; None for what is no id.
+
+    A whole number is the same id however it is written: 7, 7.0, "7" and "0007" are.
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 30:
+        return int(value)
+    return value if isinstance(value, (int, str)) else None
+
+
 def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
     number = 0

@@ -126,6 +126,21 @@ def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.nda
             return _opened_and_decoded(_without_texts(content), max_pixels)
 
 
+def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[int, int]:
+    """Width and height of an image file by its header, in which it lies as it does in the file.
+
+    Raises:
+        UnusableImage: for a file that is unreadable or has more than `max_pixels`.
+    """
+    with (
+        _reasons(name),
+        _pillow(max_pixels, name),
+        Image.open(io.BytesIO(content), formats=FORMATS) as image,
+    ):
+        _check_size(image.width, image.height, max_pixels)
+        return image.size
+
+
 def _opened_and_decoded(content: bytes, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return _decoded(image, max_pixels)

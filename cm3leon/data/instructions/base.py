@@ -20,6 +20,7 @@ from cm3leon.data.files import (
     Record,
     caption_text,
     fingerprint,
+    id_key,
     page_text,
 )
 from cm3leon.data.images import UnusableImage
@@ -172,7 +173,8 @@ def check_image_name(template: str, image_id: int | str) -> None:
 
 
 def integer(value: Any, what: str) -> int:
-    """A whole number. Raises BadRecord for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """A whole number, which may be written as a text. Raises BadRecord for anything else."""
+    number = id_key(value)
+    if not isinstance(number, int):
         raise BadRecord(f"{what} is no whole number: {value!r}")
-    return value
+    return number

@@ -8,7 +8,7 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location
-from cm3leon.data.files import BadRecord, Files
+from cm3leon.data.files import BadRecord, Files, id_key
 from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,
@@ -72,10 +72,14 @@ class VisDialSource(InstructionSource):
         self._answers = listed(data, "answers", path, what)
         rated = self._rated()
         found = [
-            (dialog, number, None if rated is None else rated[dialog.get("image_id"), number])
+            (
+                dialog,
+                number,
+                None if rated is None else rated[id_key(dialog.get("image_id")), number],
+            )
             for dialog in dialogs
             for number in range(len(dialog.get("dialog") or ()))
-            if rated is None or (dialog.get("image_id"), number) in rated
+            if rated is None or (id_key(dialog.get("image_id")), number) in rated
         ]
         if rated and not found:
             raise UserError(
@@ -128,7 +132,7 @@ class VisDialSource(InstructionSource):
         try:
             # The annotations of training call it `relevance`, those of validation `gt_relevance`.
             return {
-                (each["image_id"], each["round_id"] - 1): [
+                (id_key(each["image_id"]), each["round_id"] - 1): [
                     float(value) for value in each.get("gt_relevance", each.get("relevance"))
                 ]
                 for each in content

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from cm3leon.config import Component, Location, result_settings
-from cm3leon.data.files import Files
+from cm3leon.data.files import Files, id_key
 from cm3leon.data.images import decode_image, square
 from cm3leon.data.instructions.base import (
     Example,
@@ -66,11 +66,11 @@ class FeaturesSource(InstructionSource):
         captions: dict[Any, str] = {}
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
-                captions.setdefault(annotation.get("image_id"), annotation["caption"])
+                captions.setdefault(id_key(annotation.get("image_id")), annotation["caption"])
         images = [
             image for image in listed(content, "images", path, what) if isinstance(image, Mapping)
         ]
-        return [(image, captions.get(image.get("id"))) for image in images]
+        return [(image, captions.get(id_key(image.get("id")))) for image in images]
 
     def example(self, entry: Any, rng: Random) -> Example:
         image, caption = entry

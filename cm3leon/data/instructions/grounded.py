@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any
 
-from PIL import Image
-
 from cm3leon.config import Location, PositiveInt
-from cm3leon.data.files import BadRecord, Files
-from cm3leon.data.images import FORMATS, UnusableImage
+from cm3leon.data.files import BadRecord, Files, id_key
+from cm3leon.data.images import UnusableImage, image_size
 from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,
@@ -101,12 +99,12 @@ class CocoBoxesSource(_Boxes):
         names: dict[Any, str] = {}
         for category in listed(content, "categories", path, what):
             if isinstance(category, Mapping) and isinstance(category.get("name"), str):
-                names[category.get("id")] = category["name"].lower()
+                names[id_key(category.get("id"))] = category["name"].lower()
         boxes: dict[Any, list[tuple[Any, Any]]] = {}
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and not annotation.get("iscrowd"):
-                name = names.get(annotation.get("category_id"))
-                boxes.setdefault(annotation.get("image_id"), []).append(
+                name = names.get(id_key(annotation.get("category_id")))
+                boxes.setdefault(id_key(annotation.get("image_id")), []).append(
                     (name, annotation.get("bbox"))
                 )
         captions: dict[Any, str] = {}
@@ -115,9 +113,15 @@ class CocoBoxesSource(_Boxes):
             given = read_json(Files(self.config.captions, "data.captions"), "data.captions")
             for annotation in listed(given, "annotations", where, "a captions JSON of COCO"):
                 if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
-                    captions.setdefault(annotation.get("image_id"), annotation["caption"].strip())
+                    captions.setdefault(
+                        id_key(annotation.get("image_id")), annotation["caption"].strip()
+                    )
         return [
-            (image, boxes.get(image.get("id"), []), captions.get(image.get("id")))
+            (
+                image,
+                boxes.get(id_key(image.get("id")), []),
+                captions.get(id_key(image.get("id"))),
+            )
             for image in images
             if isinstance(image, Mapping)
         ]
@@ -208,9 +212,8 @@ class OpenImagesBoxesSource(_Boxes):
     def _size(self, name: str) -> tuple[int, int]:
         """Width and height of an image, by its file's header."""
         try:
-            with Image.open(io.BytesIO(self.image(name)()), formats=FORMATS) as image:
-                return image.size
-        except (UnusableImage, OSError, Image.DecompressionBombError) as error:
+            return image_size(self.image(name)(), self.config.max_pixels, name)
+        except UnusableImage as error:
             raise BadRecord(str(error)) from error
 
     @staticmethod

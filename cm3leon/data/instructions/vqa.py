@@ -9,7 +9,7 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location
-from cm3leon.data.files import BadRecord, Files
+from cm3leon.data.files import BadRecord, Files, id_key
 from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,
@@ -59,9 +59,11 @@ class VqaSource(InstructionSource):
             read_json(files, "data.annotations"), "annotations", path, "the annotations JSON"
         )
         by_question = {
-            entry.get("question_id"): entry for entry in annotations if isinstance(entry, Mapping)
+            id_key(entry.get("question_id")): entry
+            for entry in annotations
+            if isinstance(entry, Mapping)
         }
-        ids = [entry.get("question_id") for entry in questions]
+        ids = [id_key(entry.get("question_id")) for entry in questions]
         if ids and not any(id_ in by_question for id_ in ids):
             raise UserError(
                 f"{path} answers none of the questions of {self.config.path}; give those of the same split"
