@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from cm3leon.config import PositiveInt, from_mapping, load_yaml
 from cm3leon.paths import make_folder, path_of
+from cm3leon.records import check_shape, read_json_lines
 from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 
@@ -161,7 +161,7 @@ def _points(chain: Sequence[Path], of: str) -> tuple[Point, ...]:
 
 def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
     file = _existing(folder / "pretraining" / "validation.jsonl", folder)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = read_json_lines(file, {"step": int, "epoch": (int, float)})
     if not lines:
         raise UserError(
             f"runs: {file} is empty; the first validation is at step training.callback_every"
@@ -175,8 +175,10 @@ def _validations(folder: Path, of: str) -> list[dict[str, Any]]:
 
 def _tokens_of_a_step(folder: Path) -> int:
     config = _settings(folder)
+    shape = {"training": {"batch_tokens?": int, "batch_size": int}, "model": {"seq_len": int}}
+    check_shape(config, shape, str(folder / "config.yaml"))
     return (
-        config["training"]["batch_tokens"]
+        config["training"].get("batch_tokens")
         or config["training"]["batch_size"] * config["model"]["seq_len"]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,5 +17,6 @@ def finish(*stages: Path) -> None:
             for file in sorted(stage.rglob("*"))
             if file.is_file() and file.name != MARKER
         }
-        record = {"fingerprint": stage.name, "seconds": 1.0, "files": files}
+        fingerprint = hashlib.sha256(stage.name.encode()).hexdigest()
+        record = {"fingerprint": fingerprint, "seconds": 1.0, "files": files}
         (stage / MARKER).write_text(json.dumps(record))

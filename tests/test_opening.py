@@ -19,6 +19,7 @@ from cm3leon.config import (
 )
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
+from cm3leon.records import read_json, read_json_lines
 from cm3leon.registry import METRICS, _module_name
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
@@ -195,3 +196,68 @@ def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
     assert "table: " in cm3leon("collect", f"run={folder}", f"plugins={plugin}").stdout
     forget(plugin)
     assert "table: " in cm3leon("collect", f"run={folder}", "trust=true").stdout
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+@pytest.mark.parametrize(
+    ("content", "shape", "sentence"),
+    [
+        ("{", dict, "is damaged: it is not JSON"),
+        ("[" * 100_000, list, "is damaged: it is not JSON"),
+        ('{"a": ' + "1" * 5000 + "}", dict, "is damaged: it is not JSON"),
+        ("[]", dict, r"is \[\]; it must be an object$"),
+        ("{}", {"a": int}, "has no a$"),
+        ('{"a": true}', {"a": int}, "a is true; it must be a whole number$"),
+        ('{"a": "x"}', {"a": (int, float)}, 'a is "x"; it must be a number$'),
+        ('{"a": [1, "x"]}', {"a": [int]}, 'a: 1 is "x"; it must be a whole number$'),
+        ('{"a": {"b": 1}}', {"a": {str: str}}, "a: b is 1; it must be a text$"),
+    ],
+)
+def test_json_of_another_shape_is_a_sentence(
+    content: str, shape: object, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"^{file}.*{sentence}"):
+        read_json(file, shape)
+    file.write_text(f"{{}}\n{content}\n")
+    if sentence.endswith("$"):
+        with pytest.raises(UserError, match=f"^{file}: line [12].*{sentence}|line 1 has no a"):
+            read_json_lines(file, shape)
+
+
+def test_json_of_the_shape_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"a": 1, "more": [2], "b": null}')
+    content = read_json(file, {"a": (int, float), "b?": str, "c?": int})
+    assert content == {"a": 1, "more": [2], "b": None}
+    with pytest.raises(UserError, match=r"y.json is missing"):
+        read_json(tmp_path / "y.json")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is damaged"):
+        read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("pretraining/validation.jsonl", "[]\n", ["perplexity", "runs={run}"]),
+        ("pretraining/validation.jsonl", '{"step": "x"}\n', ["perplexity", "runs={run}"]),
+        ("launch/jobs.json", "[]", ["status", "run={run}"]),
+        ("launch/jobs.json", '{"commands": 3, "submitted": []}', ["logs", "run={run}"]),
+        ("launch/jobs.json", '{"commands": {}, "submitted": [7]}', ["cancel", "run={run}"]),
+        ("documents/stage.json", "[]", ["generate", "run={run}", "prompt=a"]),
+    ],
+)
+def test_records_of_somebody_else_are_said_not_believed(
+    run: Path, file: str, content: str, words: list[str], tmp_path: Path
+) -> None:
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_text(content)
+    more = [f"out={tmp_path}/out.png"] if words[0] == "perplexity" else []
+    done = cm3leon(*(word.format(run=run) for word in words), *more, check=False)
+    assert done.returncode == 2
+    assert str(run) in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -264,6 +264,24 @@ def test_another_bank_gives_other_documents(made):
         run_study(study, folder, until="images")
 
 
+def test_answers_of_weights_that_a_run_holds_no_more_are_not_kept(made, tmp_path):
+    file, folder = made
+    shutil.copytree(folder / "first", tmp_path / "first")
+    evaluation = load_study(str(file), (), folder).evaluations["images"]
+    evaluation.models = {"first": tmp_path / "first"}
+    row = rows("images", evaluation)[0]
+    before = asking.Asking(evaluation.protocol, tmp_path).place(row)
+    assert asking.Asking(evaluation.protocol, tmp_path).place(row) == before
+    record = tmp_path / "first" / "pretraining" / "stage.json"
+    content = json.loads(record.read_text())
+    content["files"]["model.safetensors"] = "0" * 64  # trained anew, on another machine
+    record.write_text(json.dumps(content))
+    assert asking.Asking(evaluation.protocol, tmp_path).place(row) != before
+    record.write_text("[]")
+    with pytest.raises(UserError, match=r"stage.json is \[\]; it must be an object"):
+        asking.Asking(evaluation.protocol, tmp_path).place(row)
+
+
 def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path):
     file, folder = made
     asked = yaml.safe_load(file.read_text())["evaluations"]["images"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from cm3leon.config import Component, choices
 from cm3leon.launch.record import snapshot
+from cm3leon.records import read_json
 from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 
@@ -102,7 +103,9 @@ class Launch:
 
     def read(self) -> dict[str, Any]:
         """What `write` wrote, with `submitted` as such."""
-        content = json.loads((self.folder / "jobs.json").read_text())
+        content = read_json(
+            self.folder / "jobs.json", {"commands": {str: [[str]]}, "submitted": [dict]}
+        )
         submitted = [
             Submitted(**{**each, "log": each["log"] and Path(each["log"])})
             for each in content["submitted"]

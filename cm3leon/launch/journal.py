@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm3leon.records import MARKER
+from cm3leon.records import MARKER, check_shape
 from cm3leon.stages.pipeline import STARTED, SUPERSEDED
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import AGAIN, REFUSED
@@ -45,9 +45,11 @@ def read_events(journal: Path) -> list[Event]:
     events = []
     for line in journal.read_text().splitlines() if journal.is_file() else ():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             continue
+        check_shape(event, {"event": str, "time": (int, float), "at?": str}, str(journal))
+        events.append(event)
     return events
 
 

@@ -27,13 +27,15 @@ from cm3leon.evaluation.protocols.base import (
     true_answer,
 )
 from cm3leon.permissions import check_readable
-from cm3leon.records import MARKER
+from cm3leon.records import MARKER, read_json, read_stage, sha256
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
+from cm3leon.retrievers.index import ADDED
+from cm3leon.stages.opening import open_run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import token_documents
 from cm3leon.types import Document, ImageSegment, Segment, TextSegment, TokenDocument, UserError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same setting starts to give other answers."""
 SHARD = 128
 """Items of a file of answers; a kill loses at most what one of them takes."""
@@ -93,6 +95,7 @@ class Asking:
         self.items: list[Item] = self.protocol.items()
         if not self.items:
             raise UserError("protocol: it has no items to ask")
+        self._parts: dict[tuple[Path, bool], dict[str, Any]] = {}
         self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
 
     @property
@@ -156,7 +159,7 @@ class Asking:
                 others = [*truths[1:], truths[0]]
                 result["chance"] = _figures(self.protocol.score(self.items, others))
             write_json(done, result)
-        return json.loads(done.read_text())
+        return read_json(done, {"metrics": dict})
 
     def answers(self, row: Row) -> list[Answer]:
         """The best answer to each item."""
@@ -214,12 +217,25 @@ class Asking:
             "version": VERSION,
             "protocol": result_settings(self.component),
             "files": self.protocol.fingerprint(),
-            "model": _fingerprint(row.folder, "pretraining", "models"),
+            "model": self._parts_of(row),
             "setting": setting,
-            "bank": _fingerprint(row.setting.bank, "index", "setting.bank")
-            if row.setting.bank
-            else None,
+            "bank": _bank_of(row.setting.bank) if row.setting.bank else None,
         }
+
+    def _parts_of(self, row: Row) -> dict[str, Any]:
+        """What answers depend on in the model's run: digests of its parts, and what a setting leaves to it."""
+        with_bank = row.setting.documents > 0 and row.setting.bank is None
+        key = (row.folder, with_bank)
+        if key not in self._parts:
+            run = open_run(row.folder, where="models", needs=("pretraining",))
+            sections = (
+                ("decoder", "text_decoder", "retriever")
+                if row.setting.documents
+                else ("decoder", "text_decoder")
+            )
+            left = run.section(*sections)
+            self._parts[key] = {**run.parts_of_answers(with_bank=with_bank), **left}
+        return self._parts[key]
 
     # -------------------------------------------------------------------------------------------- parts
 
@@ -396,12 +412,16 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _fingerprint(folder: Path, stage: str, where: str) -> str:
-    check_readable(folder / stage / MARKER)
-    try:
-        return json.loads((folder / stage / MARKER).read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: {folder} is no run with a finished {stage}") from error
+def _bank_of(folder: Path) -> list[str]:
+    """What identifies a memory bank: how its index was made, and the documents that were added to it."""
+    check_readable(folder / "index" / MARKER)
+    if not (folder / "index" / MARKER).is_file():
+        raise UserError(f"setting.bank: {folder} is no run with a finished index")
+    added = folder / "index" / ADDED
+    return [
+        read_stage(folder / "index")["fingerprint"],
+        *([sha256(added)] if added.is_file() else []),
+    ]
 
 
 def _figures(measured: dict[str, Measured]) -> dict[str, Any]:

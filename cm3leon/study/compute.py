@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cm3leon.config import load_yaml
+from cm3leon.records import read_json_lines
 from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 
@@ -29,7 +29,7 @@ def training_flops(folder: Path, step: int | None = None) -> float:
     # A run that goes on counts its steps on from those of the other.
     before = _last_step(start) if start and training.get("start_with") == "everything" else 0
     tokens = training["batch_tokens"] or training["batch_size"] * config["model"]["seq_len"]
-    for record in map(json.loads, log.read_text().splitlines()):
+    for record in read_json_lines(log, {"step": int}):
         if step is not None and record["step"] > step:
             break
         if "flops_per_second" not in record:
@@ -45,4 +45,4 @@ def training_flops(folder: Path, step: int | None = None) -> float:
 
 
 def _last_step(folder: Path) -> int:
-    return json.loads((folder / "pretraining" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    return read_json_lines(folder / "pretraining" / "log.jsonl", {"step": int})[-1]["step"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from cm3leon.config import choices, dump_yaml, to_mapping
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
-from cm3leon.records import MARKER
+from cm3leon.records import MARKER, read_json, read_stage
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.study.asking import Asking
@@ -157,12 +156,10 @@ def measured(
 def _validation(folder: Path) -> dict[str, float]:
     """The losses of a run's validation documents after its training; empty for one that did not train."""
     file = folder / "pretraining" / "validation.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file, {str: (int, float)}) if file.is_file() else {}
 
 
 def _seconds(folder: Path) -> dict[str, float]:
     """How long each stage of a run took."""
-    markers = {
-        file.parent.name: json.loads(file.read_text()) for file in folder.glob(f"*/{MARKER}")
-    }
-    return {name: marker["seconds"] for name, marker in sorted(markers.items())}
+    stages = sorted(file.parent for file in folder.glob(f"*/{MARKER}"))
+    return {stage.name: read_stage(stage)["seconds"] for stage in stages}

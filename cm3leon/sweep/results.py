@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3leon.config import choices
+from cm3leon.records import read_json, read_json_lines
 from cm3leon.study.config import shown
 from cm3leon.sweep.points import Point
 from cm3leon.types import UserError
@@ -43,7 +43,7 @@ def read_figures(folder: Path) -> dict[str, float]:
     found: dict[str, float] = dict(_numbers(_json(folder / "pretraining" / "validation.json")))
     log = folder / "pretraining" / "log.jsonl"
     if log.is_file():
-        found |= _numbers(json.loads(log.read_text().splitlines()[-1]), "train.")
+        found |= _numbers(read_json_lines(log)[-1], "train.")
     found |= _numbers(_json(folder / "reconstruction" / "figures.json"), "reconstruction.")
     metrics = _json(folder / "metrics.json")
     for name in ("t2i_accuracy", "caption_accuracy", "infill_accuracy", "other_tasks"):
@@ -69,7 +69,7 @@ def _setting_name(setting: Mapping[str, Any]) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

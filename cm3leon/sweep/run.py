@@ -21,7 +21,7 @@ from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
 from cm3leon.locks import locked
 from cm3leon.paths import naming, writing
-from cm3leon.records import MARKER
+from cm3leon.records import MARKER, read_json
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import Trust
@@ -351,7 +351,7 @@ def _digest(config: str) -> str:
 def _outcome(sweep: Sweep, name: str) -> dict[str, Any]:
     """How the last run of a point ended; empty where none has, or it was one with other settings."""
     file = sweep.folder / name / OUTCOME
-    outcome = json.loads(file.read_text()) if file.is_file() else {}
+    outcome = read_json(file, {"state": str, "error?": str}) if file.is_file() else {}
     return outcome if outcome.get("config") == _digest(_config(sweep.experiments[name])) else {}
 
 

@@ -6,7 +6,6 @@ Nothing here runs code from a file.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import zipfile
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cm3leon.permissions import check_readable
+from cm3leon.records import read_json
 from cm3leon.types import UserError
 from cm3leon.weights import check_no_adapter
 
@@ -87,7 +87,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            parts = sorted(set(_json(index).get("weight_map", {}).values()))
+            parts = sorted(set(read_json(index, {"weight_map": {str: str}})["weight_map"].values()))
             for part in parts:
                 if Path(part).name != part or not (folder / part).is_file():
                     raise UserError(f"{index} names {part}, which is no file beside it")
@@ -99,13 +99,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     check_readable(file)
-    try:
-        content = json.loads(file.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return content
+    return read_json(file)
 
 
 def _stored(file: Path) -> dict[str, Stored]:
