@@ -27,6 +27,7 @@ from cm3leon.config import (
 )
 from cm3leon.paths import check_folder, make_folder, path_of
 from cm3leon.terminal import guard, guarded, printable
+from cm3leon.training.signals import Signals
 from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserError, sentences_of
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
@@ -522,7 +523,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 2 for a mistake, 130 for Ctrl-C, 75 for "again",
     3 where only a part of what was asked for could be made."""
-    with guarded(), _own_warnings_only():
+    with guarded(), _own_warnings_only(), Signals():
         try:
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
             sys.stdout.flush()
@@ -533,14 +534,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return REFUSED
         except Again as error:
             return _complain(
-                f"{error}; a checkpoint is written, and the same command goes on from there", AGAIN
+                f"{error}; the progress is kept, and the same command goes on from there", AGAIN
             )
         except Partly as error:
             return _complain(str(error), PARTLY)
         except FloatingPointError as error:
-            return _complain(
-                f"{error}; the last checkpoint is kept, and a lower learning_rate may help", 1
-            )
+            return _complain(f"{error}; a lower learning_rate may help", 1)
         except KeyboardInterrupt:
             return _complain(
                 "stopped; the progress is kept, and the same command goes on from there", 130

@@ -61,8 +61,11 @@ def refuse(sentences: Sequence[str]) -> None:
         raise UserError(several[0]) if len(several) == 1 else UserErrors(several)
 
 
-class Again(Exception):
-    """A run was asked to make room: its progress is saved, and the same command goes on from there."""
+class Again(BaseException):
+    """A run was asked to make room: its progress is saved, and the same command goes on from there.
+
+    As KeyboardInterrupt, it is not an Exception: it may come at any place, and nobody takes it for a fault.
+    """
 
 
 class Partly(Exception):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import pickle
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from cm3leon.training.distributed import Ranks
 from cm3leon.training.meter import Meter
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
+from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import Shares, train
 from cm3leon.types import Again, UserError
@@ -467,7 +470,7 @@ def test_a_seed_of_its_own_for_every_step(tmp_path: Path) -> None:
         return loss(module, batch)
 
     run(tmp_path, loss=drawing_loss)
-    assert len(set(drawn)) == 20
+    assert len(set(drawn[:20])) == 20
     torch.manual_seed(7 * 1_000_003 + 3)
     assert drawn[3] == float(torch.rand(()))
 
@@ -489,7 +492,7 @@ def test_callbacks_come_on_time_and_may_leave_training_mode(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("bad_at", [0, 5, 7, 19])
+@pytest.mark.parametrize("bad_at", [0, 5, 7, 18])
 def test_a_step_whose_loss_is_no_number_changes_nothing(
     tmp_path: Path, bad: float, bad_at: int
 ) -> None:
@@ -605,13 +608,18 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
     batches = Numbers()
     stop = bad_at + 4
     if stop > 20:
-        run(
-            tmp_path, batches=batches, loss=bad_from, bad_steps=3
-        )  # it ends before there are too many
+        # It ends before there are too many, and its last step was bad.
+        with pytest.raises(FloatingPointError, match=r"^tiny diverged: 2 steps .*step_00000016$"):
+            run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
         return
     sentence = (
-        rf"^tiny: 4 steps in a row were skipped; at step {stop} the loss is nan "
-        r"\(events.jsonl has the documents\)$"
+        rf"^tiny diverged: 4 steps in a row were skipped; at step {stop} the loss is nan "
+        r"\(events.jsonl has the documents\); "
+        + (
+            r"the last good checkpoint is \S*/step_\d+$"
+            if bad_at >= 4
+            else "it has no good checkpoint$"
+        )
     )
     with pytest.raises(FloatingPointError, match=sentence):
         run(tmp_path, batches=batches, loss=bad_from, bad_steps=3)
@@ -622,8 +630,151 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
     assert [event["step"] for event in events(tmp_path)] == list(range(bad_at + 1, stop + 1))
 
 
+@pytest.mark.parametrize("fault", ["the last step", "weights", "NaN", "loss"])
+def test_a_result_is_good_or_the_training_has_diverged_and_says_so_again(
+    tmp_path: Path, fault: str
+) -> None:
+    """The last step was good, weights are finite, and a loss is computed with them; rerunning does not call it done."""
+    for _ in range(2):
+        module, batches = Tiny(), Numbers(bad_at=19 if fault == "the last step" else None)
+
+        def harmed(module: nn.Module, batch: Any, batches: Numbers = batches) -> Any:
+            if batches.count == 20 and fault != "the last step":
+                number = {"weights": math.inf, "NaN": math.nan, "loss": 9e29}[fault]
+                module.second.weight.register_hook(
+                    lambda gradient: _spoil(module, number, gradient)
+                )
+            return loss(module, batch)
+
+        with pytest.raises(FloatingPointError, match=r"^tiny diverged: .*/step_00000016$"):
+            run(tmp_path, module=module, batches=batches, loss=harmed, clip=1e9)
+        assert names(tmp_path) == ["step_00000012", "step_00000016"]
+    run(tmp_path)  # without the fault it goes on from there
+
+
+def _spoil(module: Any, number: float, gradient: Tensor) -> Tensor:
+    """Changes another weight while gradients are computed, which are fine themselves."""
+    with torch.no_grad():
+        module.first.bias.fill_(0)
+        module.second.bias.fill_(number)
+    return gradient
+
+
+def test_a_full_disk_does_not_end_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line of a log, no picture and no checkpoint can be written for a while: it says so, and they come later."""
+    whole, log = run(tmp_path / "whole", callback=lambda *_: {"loss": 1.0})
+    full = iter([True] * 12)
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    usual = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if mode == "a" and next(full, False):
+            refused()
+        return usual(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    save = checkpoint.dcp.async_save
+    saves = iter([refused, save, refused])
+    monkeypatch.setattr(
+        checkpoint.dcp, "async_save", lambda *given, **rest: next(saves, save)(*given, **rest)
+    )
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", refused)
+    again, _ = run(tmp_path / "full", callback=lambda *_: {"loss": 1.0})
+    assert torch.equal(again.first.weight, whole.first.weight)
+    assert without_rates(read_log(tmp_path / "full")) == without_rates(log)
+    assert (tmp_path / "full/validation.jsonl").read_text() == (
+        tmp_path / "whole/validation.jsonl"
+    ).read_text()
+    assert names(tmp_path / "full") == names(tmp_path / "whole")
+    warnings = [event["message"] for event in events(tmp_path / "full")]
+    assert [message.partition(": ")[0].rpartition("/")[2] for message in warnings] == [
+        "step_00000004",
+        "step_00000012",
+    ]
+    said = capsys.readouterr().out
+    for name in ("log.jsonl", "tensorboard"):
+        assert f"{tmp_path / 'full' / name}: No space left on device; " in said
+
+
+@pytest.mark.parametrize("place", ["last step", "save", "callback", "last callback", "end"])
+def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Also in its last step, checkpoint and validation, whose record is made later; bit for bit the same in the end."""
+
+    def figures(step: int, writer: Any) -> dict[str, float]:
+        return {"loss": float(step)}
+
+    whole, log = run(tmp_path / "whole", callback=figures)
+    asked = iter([True])
+
+    def stop() -> None:
+        if next(asked, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss_stops(module: nn.Module, batch: Any) -> Any:
+        if place == "last step" and batches.count == 20:
+            stop()
+        return loss(module, batch)
+
+    def callback(step: int, writer: Any) -> dict[str, float]:
+        if place == {10: "callback", 20: "last callback"}.get(step):
+            stop()
+            time.sleep(5)  # the signal does not wait for its end
+        return figures(step, writer)
+
+    save = Checkpoints.save
+
+    def save_stops(self: Any, tensors: Any, state: Any, **rest: Any) -> None:
+        if place == "save" and state["step"] == 20:
+            stop()
+        save(self, tensors, state, **rest)
+
+    look = Checkpoints.look
+
+    def look_stops(self: Any) -> None:
+        if place == "end" and batches.count == 20:
+            stop()
+        look(self)
+
+    monkeypatch.setattr(Checkpoints, "save", save_stops)
+    monkeypatch.setattr(Checkpoints, "look", look_stops)
+    batches, start = Numbers(), time.monotonic()
+    with pytest.raises(Again, match="SIGTERM"):
+        run(tmp_path / "cut", batches=batches, loss=loss_stops, callback=callback)
+    assert time.monotonic() - start < 4
+    again, log_again = run(tmp_path / "cut", callback=callback)
+    assert without_rates(log_again) == without_rates(log)
+    assert torch.equal(again.first.weight, whole.first.weight)
+    records = [
+        json.loads(line) for line in (tmp_path / "cut/validation.jsonl").read_text().splitlines()
+    ]
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_outside_of_a_training_a_signal_stops_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    def wait() -> None:
+        with Signals():
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    with pytest.raises(Again, match=rf"^stopped by {number.name}$"):
+        wait()
+    assert signal.getsignal(number) is before
+
+
 def test_a_figure_that_a_step_lacks_is_left_out_of_the_mean(tmp_path: Path) -> None:
-    values = iter([1.0, math.nan, math.nan, math.nan, 5.0, 7.0])
+    values = iter(
+        [1.0, math.nan, math.nan, math.nan, 5.0, 7.0, 9.0]
+    )  # the last one tries the result
 
     def loss_with_gaps(module: nn.Module, batch: Any) -> Any:
         return loss(module, batch)[0], {"now_and_then": next(values)}
@@ -742,7 +893,8 @@ def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
         saved(tmp_path, 20, fill=1.0, tell=told.append)
     assert names(tmp_path) == ["step_00000010"]
     assert told == [
-        "no checkpoint was written ([Errno 28] No space left on device); the older one is kept and the training goes on"
+        f"{tmp_path / 'step_00000020'}: no checkpoint was written ([Errno 28] No space left on device); the older one "
+        "is kept, and the training goes on and tries again"
     ]
     saved(tmp_path, 20, fill=2.0)  # the next try replaces what was left
     assert names(tmp_path) == ["step_00000010", "step_00000020"]

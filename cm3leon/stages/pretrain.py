@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, loss, validation_loss
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.costs import model_flops, peak_flops
+from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import Shares, train
 from cm3leon.types import Batch, UserError
 
@@ -27,6 +30,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
 
     Raises:
         UserError: if no document is there to validate with.
+        FloatingPointError: if it diverged.
     """
     if not len(run.corpus.rows("validation")):
         raise UserError(
@@ -88,6 +92,10 @@ def make_pretraining(run: Run, folder: Path) -> None:
         peak_flops=peak_flops(run.device, ranks.count),
     )
     state, figures = whole_state(model), validation_loss(run, model)
+    if not math.isfinite(figures.get("loss", math.nan)):
+        why = "the loss of the validation documents with its last weights is NaN or infinite"
+        good = checkpoints(folder)[:-1]
+        raise diverged("pretraining", why, good[-1] if good else None)
     if ranks.first:
         save_weights(folder / WEIGHTS, state)
         write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})

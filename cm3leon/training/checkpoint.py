@@ -75,6 +75,7 @@ class Checkpoints:
         self._tell = tell
         self.patience = patience
         self._writing: _Writing | None = None
+        self._writing_to = folder
         # A group of its own, because checkpoints are written while the training uses the other one.
         self.group: Any = dist.new_group(backend="gloo") if ranks.count > 1 else None
 
@@ -95,7 +96,7 @@ class Checkpoints:
         they are copied before this returns. `state` must be JSON. All ranks have to call it.
         """
         self.finish()
-        final = checkpoint_of(self._folder, state["step"])
+        self._writing_to = final = checkpoint_of(self._folder, state["step"])
         partial = self._folder / f".partial_{state['step']:08d}"
         if self.ranks.first:
             self._attempt(lambda: _empty(partial))
@@ -123,7 +124,8 @@ class Checkpoints:
             error, self._writing = self._writing.error, None
             if error:
                 self._tell(
-                    f"no checkpoint was written ({_reason(error)}); the older one is kept and the training goes on"
+                    f"{self._writing_to}: no checkpoint was written ({_reason(error)}); the older one is kept, and "
+                    "the training goes on and tries again"
                 )
 
     def newest(self) -> Path | None:
@@ -151,12 +153,16 @@ class Checkpoints:
                 self._tell(f"{path} is passed over: {fault}")
         return None
 
+    def last(self) -> Path | None:
+        """The newest complete checkpoint, if there is one."""
+        return next(reversed(checkpoints(self._folder)), None)
+
     def _attempt(self, action: Callable[[], None]) -> None:
         """Does something that the disk may refuse; what follows will fail with a reason, too."""
         try:
             action()
         except OSError as error:
-            self._tell(f"{self._folder}: {error.strerror}")
+            self._tell(f"{error.filename or self._folder}: {error.strerror}")
 
     def prune(self, newest: int) -> None:
         """Deletes all but the newest checkpoints and those that are kept for good.

@@ -1,46 +1,19 @@
-"""What goes wrong in a long training: signals, losses that jump, losses and gradients that are no numbers."""
+"""What goes wrong in a long training: losses that jump, losses and gradients that are no numbers."""
 
 from __future__ import annotations
 
 import math
-import signal
 import statistics
-import threading
 from collections import deque
 from collections.abc import Iterable
-from types import FrameType
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WINDOW, LEAST = 100, 20
 """Losses that a spike is compared with, and how many there have to be."""
-
-
-class Signals:
-    """A context that notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them, in the main thread alone.
-
-    `received` is the signal's name, "" if there was none.
-    """
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
 
 
 class Spikes:
@@ -78,10 +51,20 @@ def bad_gradients(module: nn.Module) -> list[str]:
     ]
 
 
-def diagnosis(title: str, *, step: int, in_row: int, loss: float, norm: float) -> str:
-    """One sentence on a training that gets no finite loss or gradient any more."""
+def diagnosis(*, step: int, in_row: int, loss: float, norm: float) -> str:
+    """Why a training that gets no finite loss or gradient any more has diverged."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    return f"{title}: {in_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
+    return f"{in_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
+
+
+def diverged(title: str, why: str, last: Path | None) -> FloatingPointError:
+    """The error that ends a training whose result would be worth nothing.
+
+    Args:
+        last: its last good checkpoint, if it has one.
+    """
+    kept = f"the last good checkpoint is {last}" if last else "it has no good checkpoint"
+    return FloatingPointError(f"{title} diverged: {why}; {kept}")
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,14 @@ class Book:
         self._writes = ranks.first
         self.writer: Any = None
         self.log: list[Record] = []
+        self._unwritten: dict[str, str] = {}
+        self._validated: set[int] = set()
         if self._writes:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.log = _cut(folder / "log.jsonl", step)
-            for name in ("events.jsonl", "validation.jsonl"):
-                _cut(folder / name, step)
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            _cut(folder / "events.jsonl", step)
+            validations = _cut(folder / "validation.jsonl", step)
+            self._validated = {record["step"] for record in validations}
+            self.writer = _Board(folder / "tensorboard", step)
         self._progress = tqdm(
             total=last - first,
             initial=step - first,
@@ -147,7 +149,7 @@ class Book:
         if not self._writes:
             return
         self.log.append(record)
-        _append(self._folder / "log.jsonl", record)
+        self._append("log.jsonl", record)
         for name, value in record.items():
             if name != "step":
                 self.writer.add_scalar(name, value, record["step"])
@@ -157,14 +159,36 @@ class Book:
     def validation(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes down figures of documents that are not trained on."""
         if self._writes and figures:
-            _append(self._folder / "validation.jsonl", {"step": step, **figures})
+            self._append("validation.jsonl", {"step": step, **figures})
             for name, value in figures.items():
                 self.writer.add_scalar(f"validation/{name}", value, step)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the figures of a step are written down, on the first rank."""
+        return step in self._validated
+
+    def _append(self, name: str, record: Record) -> None:
+        """Adds a line to a file; lines that the disk refuses are kept, and written with a later one."""
+        self._unwritten[name] = self._unwritten.get(name, "") + json.dumps(record) + "\n"
+        self._write()
+
+    def _write(self) -> None:
+        for name, text in list(self._unwritten.items()):
+            file = self._folder / name
+            length = file.stat().st_size if file.exists() else 0
+            try:
+                with file.open("a") as lines:
+                    lines.write(text)
+                del self._unwritten[name]
+            except OSError as error:
+                with suppress(OSError):
+                    os.truncate(file, length)  # without the part of a line that had room
+                tqdm.write(f"      {file}: {error.strerror}; the training goes on, and tries again")
 
     def event(self, step: int, kind: str, **details: Any) -> None:
         """Writes down what happened at a step, and says it above the progress bar."""
         if self._writes:
-            _append(self._folder / "events.jsonl", {"step": step, "event": kind, **details})
+            self._append("events.jsonl", {"step": step, "event": kind, **details})
             said = ", ".join(f"{name} {_short(value)}" for name, value in details.items())
             tqdm.write(f"      step {step}: {kind}: {said}")
 
@@ -175,6 +199,7 @@ class Book:
     def close(self) -> None:
         """Closes the files."""
         self._progress.close()
+        self._write()
         if self.writer:
             self.writer.close()
 
@@ -183,7 +208,9 @@ def _cut(file: Path, step: int) -> list[Record]:
     """The lines of a file up to a step; what comes after them is cut off."""
     lines = file.read_text().splitlines() if file.is_file() else []
     kept = [record for record in map(_parsed, lines) if record and record["step"] <= step]
-    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(file)
     return kept
 
 
@@ -195,9 +222,29 @@ def _parsed(line: str) -> Record | None:
         return None
 
 
-def _append(file: Path, record: Record) -> None:
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
+class _Board:
+    """A TensorBoard writer that a full disk does not stop: what it cannot write is left out, which is said once."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder, self._failed = folder, False
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._writer, name)
+
+        def guarded(*args: Any, **options: Any) -> None:
+            try:
+                if not self._failed:
+                    method(*args, **options)
+            except OSError as error:
+                self._failed = True
+                tqdm.write(
+                    f"      {self._folder}: {error.strerror}; TensorBoard is left out from here on"
+                )
+
+        return guarded
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +26,14 @@ from cm3leon.training.checkpoint import (
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
 from cm3leon.training.distributed import Ranks
-from cm3leon.training.faults import Signals, Spikes, bad_gradients, diagnosis
+from cm3leon.training.faults import Spikes, bad_gradients, diagnosis, diverged
 from cm3leon.training.meter import Book, Figure, Meter, Record, gpu_memory
 from cm3leon.training.optimizer import new_optimizer, set_rate
 from cm3leon.training.schedule import learning_rate
+from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
-from cm3leon.types import Again, UserError
+from cm3leon.types import Again, NotFinite, UserError
+from cm3leon.weights import is_finite
 
 
 class Batches(Protocol):
@@ -98,7 +100,9 @@ def train(
         the records of the whole run, on the first rank.
 
     Raises:
-        FloatingPointError: after too many skipped steps in a row; the last checkpoint is left as it is.
+        FloatingPointError: for a training that diverged: after too many skipped steps in a row, a last step that was
+            skipped, or weights after it with which no finite loss is computed. The last good checkpoint is left as it
+            is, and the same training goes on from there.
         Again: after SIGTERM, SIGUSR1 or SIGUSR2, once a checkpoint is written.
         UserError: for a checkpoint that does not fit.
     """
@@ -140,10 +144,26 @@ def train(
             tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait
         )
 
+    def validate() -> None:
+        """Calls the callback; alone, a signal stops it at once, and a checkpoint says that it is still to be made."""
+        assert callback is not None
+        try:
+            with meter.paused(), nullcontext() if ranks.joined else signals.at_once():
+                book.validation(step, callback(step, book.writer) or {})
+        except Again as error:
+            checkpoint(batches.state_dict(), wait=True)
+            raise Again(f"{title}: {error} in the validation after step {step}") from error
+        except NotFinite as error:
+            raise diverged(title, str(error), saved.last()) from error
+        module.train()
+
     book = Book(folder, ranks, title=title, step=step, first=first, last=last)
     meter = Meter(ranks)
     meter.load(start["meter"])
-    with closing(saved), closing(book), Signals() as signals:
+    with closing(saved), closing(book), Signals(noted=True) as signals:
+        validated = ranks.gather(book.has_validation(step))[0]
+        if callback and step > first and step % config.callback_every == 0 and not validated:
+            validate()  # a kill during it has left a checkpoint, but no record
         while step < last:
             torch.manual_seed(wrapped(seed * 1_000_003 + step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
@@ -178,9 +198,8 @@ def train(
                 _skip(module, book, shares, ranks, step=step, loss=step_loss, norm=norm)
                 if in_row > config.bad_steps:
                     saved.finish()
-                    raise FloatingPointError(
-                        diagnosis(title, step=step, in_row=in_row, loss=step_loss, norm=norm)
-                    )
+                    why = diagnosis(step=step, in_row=in_row, loss=step_loss, norm=norm)
+                    raise diverged(title, why, saved.last())
             else:
                 in_row = 0
                 optimizer.step()
@@ -191,6 +210,14 @@ def train(
                     book.event(step, "loss spike", **spike, documents=_documents(shares, ranks))
             optimizer.zero_grad()
             book.advance()
+            if step == last:
+                saved.finish()
+                if in_row:
+                    why = diagnosis(step=step, in_row=in_row, loss=step_loss, norm=norm)
+                    raise diverged(title, why, saved.last())
+                if ranks.any(not _sound(module, loss, parts[0], device, config, ranks)):
+                    why = f"after step {step}, its last one, weights or loss are NaN or infinite"
+                    raise diverged(title, why, saved.last())
 
             if step % config.log_every == 0 or step == last:
                 rates = _with_mfu(meter.read(), peak_flops)
@@ -198,12 +225,12 @@ def train(
             if (step % config.checkpoint_every == 0 or step == last) and not in_row:
                 checkpoint(batches.state_dict(), wait=step == last)
             if callback and step % config.callback_every == 0:
-                with meter.paused():
-                    book.validation(step, callback(step, book.writer) or {})
-                module.train()
+                validate()
             saved.look()
             while warnings:
                 book.event(step, "warning", message=warnings.pop(0))
+        if ranks.any(bool(signals.received)):
+            raise Again(f"{title}: stopped at its end by {signals.received or 'a signal'}")
     if average:
         average.install()
     module.eval()
@@ -248,6 +275,36 @@ def _clip(modules: Sequence[nn.Module], most: float) -> float:
             [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         ).norm()
     )
+
+
+def _sound(
+    module: nn.Module,
+    loss: Loss,
+    part: Any,
+    device: torch.device,
+    config: TrainingConfig,
+    ranks: Ranks,
+) -> bool:
+    """Whether the weights are finite after the last step, and so is a loss with them.
+
+    Weights may be finite and still so large that nothing can be computed with them. Sharded ones are not tried here:
+    the decoder's validation does that. The forward pass of a training may change buffers, which are put back.
+    """
+    tensors = [
+        each.to_local() if isinstance(each, DTensor) else each for each in module.parameters()
+    ]
+    if not all(is_finite(tensor) for tensor in [*tensors, *module.buffers()]):
+        return False
+    if ranks.joined:
+        return True
+
+    before = [buffer.clone() for buffer in module.buffers()]
+    with autocast(device, config.precision):
+        value, _ = loss(module, part)
+    with torch.no_grad():
+        for buffer, old in zip(module.buffers(), before, strict=True):
+            buffer.copy_(old)
+    return math.isfinite(float(value.detach()))
 
 
 def _skip(
