@@ -639,7 +639,7 @@ def test_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"folder has no config\.json"):
         build(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
+    with pytest.raises(UserError, match=r"config\.json is damaged: it is not JSON"):
         build(folder)
     (folder / "config.json").write_text(json.dumps({"norm_num_groups": 16}))
     with pytest.raises(UserError, match="norm_num_groups is 16; only 32"):
