@@ -150,15 +150,15 @@ class CocoSource(FileSource):
         )
 
     @cached_property
-    def _categories(self) -> dict[int, str]:
+    def _categories(self) -> dict[Any, str]:
         """Names of the categories by their ids, in the order of the ids."""
+        categories: dict[Any, str] = {}
         try:
-            return dict(
-                sorted(
-                    (id_key(entry["id"]), entry["name"].lower())
-                    for entry in self._instances["categories"]
-                )
-            )
+            for entry in self._instances["categories"]:
+                categories[id_key(entry["id"])] = entry["name"].lower()
+            if None in categories:
+                raise KeyError("id")
+            return dict(sorted(categories.items()))
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"data.instances: {self.config.instances} has a category without an id or a name"
