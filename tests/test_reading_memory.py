@@ -18,6 +18,7 @@ from cm3leon.data.corpus import Corpus
 from cm3leon.data.images import square
 from cm3leon.data.source import squared
 from cm3leon.experiment import SplitConfig
+from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.documents import make_documents
 from cm3leon.stages.sharing import batches
@@ -76,7 +77,11 @@ def run_of(settings: dict[str, Any], size: int) -> Any:
     return SimpleNamespace(
         source=SOURCES.build(settings),
         image_tokenizer_shape=SimpleNamespace(image_size=size),
-        experiment=SimpleNamespace(shards=None, split=SplitConfig(validation=0.1, held_out=0.1)),
+        experiment=SimpleNamespace(
+            shards=None,
+            split=SplitConfig(validation=0.1, held_out=0.1),
+            packing=PackingConfig(method="stream"),
+        ),
         borrowed=None,
     )
 

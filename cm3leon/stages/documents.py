@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.source import Skipped
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.lengths import check_lengths_by_words
 from cm3leon.stages.tokens import DocumentSample, split_in
 from cm3leon.types import Document, UserError
 
@@ -53,6 +54,7 @@ def make_documents(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: no usable documents in the corpus ({skipped} items skipped{first_skipped})"
         )
+    check_lengths_by_words(run, ids, captions)
     Corpus(
         ids=ids,
         captions=captions,

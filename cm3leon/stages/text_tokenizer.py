@@ -15,6 +15,7 @@ from cm3leon.config import result_settings
 from cm3leon.data.source import Skipped, Source
 from cm3leon.registry import SOURCES
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
+from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.text import TextTokenizer, unicode_text
@@ -52,6 +53,7 @@ def make_text_tokenizer(run: Run, folder: Path) -> None:
         _captions(run, sample) if run.experiment.text_data is None else _corpus_texts(run, sample)
     )
     tokenizer = TextTokenizer.train(config, texts)
+    check_lengths(run, tokenizer)
     tokenizer.save(folder)
     print(
         f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} bytes of text in "
