@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -17,6 +19,33 @@ from cm3leon import registry
 settings.register_profile("quiet", database=None, deadline=None)
 settings.register_profile("ci", settings.get_profile("quiet"), derandomize=True)
 settings.load_profile("quiet")
+
+
+SURROUNDINGS = {"COLUMNS": "80", "LINES": "24", "TZ": "UTC", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+"""What the tests depend on, whoever starts them and in whichever terminal, background job or allocation."""
+LEFT_OUT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+    *("SLURM_STEP_ID", "SLURM_STEP_NODELIST", "LANGUAGE", "FORCE_COLOR", "NO_COLOR"),
+    *("PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONUTF8", "PYTHONIOENCODING"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the surroundings of the tests, and so those of the processes that they start.
+
+    A shell's background job ignores Ctrl-C, and programs that it starts inherit that. SIGHUP stays ignored where nohup
+    has said so: the tests go on when their terminal closes.
+    """
+    os.environ.update(SURROUNDINGS)
+    for name in LEFT_OUT:
+        os.environ.pop(name, None)
+    time.tzset()
+    os.umask(0o022)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 LAST = ("test_wheel.py", "test_end_to_end.py", "test_digits.py")

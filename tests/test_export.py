@@ -345,7 +345,7 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
         ({"to": "hf", "runn": "x", "out": "y"}, r"^runn is not a known key; did you mean run\?"),
         (
             {"to": "cm3leon", "run": "x", "out": "y"},
-            r"^run is not a known key; known: hf, out, to$",
+            r"^run is not a known key; known: hf, out, to\n",
         ),
         ({"to": "hf", "run": 7, "out": "y"}, r"^run is 7; it must be a path$"),
         (

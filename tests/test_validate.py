@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -272,6 +273,30 @@ def test_an_interruption_keeps_what_was_seen(tmp_path: Path) -> None:
     seen = Seen()
     assert not read(Interrupted(), seen)  # type: ignore[arg-type]
     assert seen.documents == 1
+
+
+def test_what_the_shell_ignores_is_not_ignored_in_tests(tmp_path: Path) -> None:
+    """A shell's background job ignores Ctrl-C; started in one, the tests' own processes do not."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_inside.py").write_text(
+        "import os, shutil, signal, subprocess, sys\n"
+        "def test_inside():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    child.send_signal(signal.SIGINT)\n"
+        "    assert child.wait(30) == -signal.SIGINT\n"
+        "    assert shutil.get_terminal_size().columns == 80\n"
+        "    assert 'RANK' not in os.environ\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "31", "RANK": "1", "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_ctrl_c_prints_the_report_and_exits_with_130(tmp_path: Path) -> None:
