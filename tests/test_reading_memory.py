@@ -76,11 +76,13 @@ def run_of(settings: dict[str, Any], size: int) -> Any:
     """As much of a run as the stages that read a corpus look at."""
     return SimpleNamespace(
         source=SOURCES.build(settings),
-        image_tokenizer_shape=SimpleNamespace(image_size=size),
+        image_tokenizer_shape=SimpleNamespace(image_size=size, grid=1),
+        seq_len=512,
         experiment=SimpleNamespace(
             shards=None,
             split=SplitConfig(validation=0.1, held_out=0.1),
-            packing=PackingConfig(method="stream"),
+            packing=PackingConfig(),
+            text_tokenizer=SimpleNamespace(max_word=64),
         ),
         borrowed=None,
     )
