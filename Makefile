@@ -1,4 +1,4 @@
-# make demo          train and evaluate the small experiment, then name its report
+# make demo          train and evaluate the small experiment; ends with its figures, its report and what to try next
 # make test          run the tests
 # make test-slurm    run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
 # make test-cluster  run the tests with the versions of requirements/cluster.lock, those of fairseq2 and xformers too
@@ -17,7 +17,6 @@ CLUSTER_INSTALLED := $(CLUSTER_VENV)/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/python -m cm3leon.run experiment=digits
-	@echo runs/digits/report.html
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -6,9 +6,7 @@ import errno
 import importlib
 import logging
 import os
-import shutil
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +33,7 @@ from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserErr
 USAGE = """\
 usage: python -m cm3leon.run [command] experiment=NAME [key=value ...]
        python -m cm3leon.run experiment=NAME [key=value ...] --show
-       python -m cm3leon.run --list | --help | --version
+       python -m cm3leon.run --list [NAME ...] | --help | --version
 
 commands:
 {commands}
@@ -51,9 +49,15 @@ options of run:
   sweep.KEY=VALUES   a run at each value: 1e-4,3e-4 or range(3); at sweep_trials=N draws: uniform(a,b), loguniform(a,b)
   launcher=NAME      where it runs: here, torchrun, local (a job of this machine), slurm
 
+values:
+  A text or a path is taken as it is typed: text=7, prompt='"OPEN" sign', data.path=2024; only null means none, where
+  none is allowed. Anything else is YAML: 500, 1e-4, true, null, [1, 2], {{name: top_p, top_p: 0.9}}. In brackets the
+  same holds for each value, and quotes there are YAML's: texts=[7, 'two words'].
+
 flags:
   --show             print the experiment with every default filled in, and stop
-  --list             list the registered components with their settings, and the experiments
+  --list [NAME ...]  list commands with their options, the sections of an experiment, components with their settings,
+                     and experiments; or what has one of the names: --list training, --list decoder, --list generate
   --version          print the version
   --help             print this
 
@@ -324,7 +328,10 @@ COMMANDS = {
         "CollectOptions",
     ),
     "status": _forwarded(
-        "where the jobs of a run stand: run=DIR", "cm3leon.launch.follow", "status", "RunOptions"
+        "where a run stands, its stages or its jobs: run=DIR",
+        "cm3leon.launch.follow",
+        "status",
+        "RunOptions",
     ),
     "cancel": _forwarded(
         "end the jobs of a run, which goes on later from its checkpoints: run=DIR",
@@ -377,6 +384,7 @@ COMMANDS = {
     "plan": Command(
         "what a training takes, memory by part, time and disk: experiment=NAME launcher.gpus=8 gpu=h100 mfu=0.4",
         plan,
+        ("cm3leon.plan:PlanConfig",),
     ),
     "perplexity": _forwarded(
         "draw the paper's figure 3, validation perplexity against updates: runs=[DIR,DIR] out=perplexity.png",
@@ -420,20 +428,16 @@ def resolved(arguments: Sequence[str]) -> str:
     return dump_yaml(to_mapping(load_experiment(named["experiment"], overrides)))
 
 
-def listing(plugins: Sequence[str] = ()) -> str:
-    """Every component by registry, also of some plugins, then every experiment, as text for a terminal."""
-    from cm3leon.experiment import list_experiments
-    from cm3leon.registry import REGISTRIES, discover
+def _listing(words: Sequence[str]) -> str:
+    """What `--list` shows of the names among the words, or all, with the components of `plugins=`."""
+    from cm3leon.listing import listing
 
-    discover(plugins)
-    blocks = []
-    for registry in filter(lambda registry: registry.names(), REGISTRIES):
-        blocks.append(registry.plural.upper())
-        blocks += ["\n".join(_component_lines(registry, name)) for name in registry.names()]
-    blocks.append("EXPERIMENTS")
-    for name, entry in list_experiments().items():
-        blocks.append(f"  {name}\n    cost    {entry.cost}\n    expect  {entry.expect}")
-    return "\n\n".join(blocks) + "\n"
+    wanted = [word for word in words if "=" not in word]
+    commands = {
+        name: (command.summary, list(map(options_class, command.options)))
+        for name, command in COMMANDS.items()
+    }
+    return listing(wanted, _plugins_of(words), commands)
 
 
 def _plugins_of(words: Sequence[str]) -> list[str]:
@@ -442,33 +446,6 @@ def _plugins_of(words: Sequence[str]) -> list[str]:
 
     named = [parse_override(word) for word in words if word.startswith("plugins=")]
     return with_absolute_plugins(apply_overrides({}, named), Path.cwd()).get("plugins", [])
-
-
-def _component_lines(registry: Any, name: str) -> Iterator[str]:
-    yield f"  {name}  ({registry.origin(name)})"
-    base = registry.preset_of(name)
-    about = (
-        f"{base} with other defaults:"
-        if base
-        else (registry.get(name).__doc__ or "").strip().partition("\n")[0]
-    )
-    yield from _wrapped(about, 4)
-    known = registry.describe(base) if base else []
-    for doc in (doc for doc in registry.describe(name) if doc not in known):
-        default = (
-            ", required"
-            if doc.default == "required"
-            else f" = {doc.default}"
-            if doc.default
-            else ""
-        )
-        yield from _wrapped(f"{doc.name}: {doc.type}{default}", 6)
-        yield from _wrapped(doc.sentence, 10)
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
 def _split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -496,6 +473,9 @@ def dispatch(arguments: Sequence[str]) -> int:
     """
     flags = ["--help" if word == "-h" else word for word in arguments if word.startswith("-")]
     words = [word for word in arguments if not word.startswith("-")]
+    if flags == ["--list"]:
+        print(_listing(words), end="")
+        return 0
     command = words.pop(0) if words and "=" not in words[0] else "run"
     for flag in flags:
         if flag not in FLAGS:
@@ -511,8 +491,6 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(usage(), end="")
     elif "--version" in flags:
         print(__version__)
-    elif "--list" in flags:
-        print(listing(_plugins_of(words)), end="")
     elif "--show" in flags:
         print(resolved(words), end="")
     else:

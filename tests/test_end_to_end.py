@@ -224,7 +224,23 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     (folder / "report.html").unlink()
     done = torchrun("experiment=digits_smoke", f"run={folder}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.rstrip().endswith(f"report: {folder / 'report.html'}")
+    *figures, report, following = done.stdout.splitlines()[-7:]
+    assert report == f"report: file://{folder / 'report.html'}"
+    assert [line.split("  ")[1] for line in figures] == [
+        "text to image, no documents",
+        "image to text, no documents",
+        "top half infilled",
+        "bottom half infilled",
+        "images from their codes",
+    ]
+    entry = json.loads((folder / "metrics.json").read_text())["infill_accuracy"][0]
+    assert f"{100 * entry['accuracy']:.1f} %" in figures[2]
+    assert "aim 90 %: missed" in figures[2]
+    # What is offered to be tried next works as it stands.
+    words = shlex.split(following.removeprefix("next, for example: "))[3:]
+    words = [f"out={folder / 'drawn'}" if word.startswith("out=") else word for word in words]
+    cm3leon(*words)
+    assert len(list((folder / "drawn").glob("*.png"))) == 4
     one, two = (results(each)["losses"]["pretraining"] for each in (finished, folder))  # type: ignore[index]
     assert [record["step"] for record in one] == [record["step"] for record in two]
     assert [record["loss"] for record in two] == pytest.approx(

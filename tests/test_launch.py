@@ -23,6 +23,7 @@ from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
 from cm3leon.launch.machine import Machine
 from cm3leon.launch.runs import experiment_jobs, study_jobs
+from cm3leon.locks import locked
 from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.run import main
 from cm3leon.study.config import load_run, load_study
@@ -609,3 +610,65 @@ def test_names_and_order_of_jobs_are_checked(tmp_path: Path) -> None:
         submit([Job("a/b", (("x",),))], tmp_path, launcher("here"))
     with pytest.raises(UserError, match="job a is after b, which is no job before it"):
         submit([Job("a", (("x",),), after=("b",))], tmp_path, launcher("here"))
+
+
+# ------------------------------------------------------------------------------------------------ without jobs
+
+
+def stage(folder: Path, name: str, **finished: Any) -> Path:
+    place = folder / name
+    place.mkdir(parents=True)
+    (place / "started.json").write_text("{}")
+    if finished:
+        (place / "stage.json").write_text(json.dumps(finished))
+    return place
+
+
+def test_status_of_a_run_made_here_tells_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    stage(folder, "documents", fingerprint="x", seconds=2.4, files={})
+    place = stage(folder, "pretraining")
+    (folder / "config.yaml").write_text("training: {steps: 1000}\n")
+    log = place / "log.jsonl"
+    log.write_text('{"step": 100, "loss": 3.5}\n{"step": 200, "loss": 2.25}\n{"step": 3')
+    os.utime(place / "started.json", (1000, 1000))
+    os.utime(log, (1400, 1400))
+    assert main(["status", f"run={folder}"]) == 0
+    documents, pretraining, end = capsys.readouterr().out.splitlines()
+    assert documents.split() == ["documents", "done", "in", "2", "s"]
+    assert pretraining.endswith("step 200 of 1,000, loss 2.250")
+    assert "the command of the run, given again, goes on from there" in end
+    with locked(folder):  # as a process that works there does
+        assert main(["status", f"run={folder}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("step 200 of 1,000, loss 2.250, about 27 min left")
+    # Gone on from step 100: the time of the steps before it does not count.
+    (place / "step_00000100").mkdir()
+    os.utime(place / "step_00000100", (900, 900))
+    with locked(folder):
+        main(["status", f"run={folder}"])
+    assert capsys.readouterr().out.rstrip().endswith("about 53 min left")
+
+
+def test_status_of_a_sweep_made_here_tells_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("sweep: {}\n")
+    for name in ("seed=0", "seed=1"):
+        stage(tmp_path / name, "documents", fingerprint="x", seconds=3, files={})
+        (tmp_path / name / "config.yaml").write_text("training: {steps: 9}\n")
+    stage(tmp_path / "seed=1", "pretraining")
+    assert main(["status", f"run={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "seed=0: documents done in 3 s",
+        "seed=1: pretraining begun",
+    ]
+
+
+def test_status_of_nothing_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", f"run={tmp_path / 'gone'}"]) == 2
+    assert f"nothing was begun in {tmp_path / 'gone'}" in capsys.readouterr().err

@@ -38,6 +38,7 @@ TOP = (
     "study",
     "launch",
     "sweep",
+    "listing",
     "run",
 )
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")

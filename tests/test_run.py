@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cm3leon import __version__, run
+from cm3leon.config import describe
 from cm3leon.records import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,48 @@ def test_commands_get_the_words_after_them(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(run.COMMANDS, "export", run.Command("records", given.append))
     assert run.main(["export", "to=hf", "run=a=b"]) == 0
     assert given == [["to=hf", "run=a=b"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "hidden"),
+    [
+        (["training"], ["  training: a section", "training.warmup_steps: a whole number"], "DECOD"),
+        (["training.steps"], ["      training.steps: a whole number, at least 1 = 1000"], "warmup"),
+        (["generate"], ["COMMANDS", "n: a whole number, at least 1 = 8"], "DECODERS"),
+        (["packing", "shards"], ["packing.method: one of", "shards.workers: a"], "training.steps"),
+        (["generation"], ["generation.samples: a whole number, at least 1 = 1000"], "COMMANDS"),
+        (["decoder"], ["DECODERS", "  cd_k  (built-in)"], "SOURCES"),
+        (["cd_k"], ["  cd_k  (built-in)"], "  top_p  "),
+        (["decoder.cfg"], ["  top_p  (built-in)", "      cfg: "], "temperature:"),
+        (["digits_smoke"], ["EXPERIMENTS", "  digits_smoke\n    cost"], "  digits\n"),
+        (["plan", "export"], ["mfu: ", "hf: a path, required"], "SECTIONS"),
+        (["sweep_trials"], ["sweep_trials: a whole number, at least 1"], "DECODERS"),
+    ],
+)
+def test_list_takes_names(
+    names: list[str], shown: list[str], hidden: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["--list", *names]) == 0
+    text = capsys.readouterr().out
+    assert all(each in text for each in shown), text
+    assert hidden not in text
+
+
+def test_list_names_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--list", "trainin"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cm3leon: --list trainin: there is no such command, section, component")
+    assert "did you mean training?" in said
+
+
+def test_list_has_the_options_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--list", "commands"]) == 0
+    text = capsys.readouterr().out
+    for name, command in run.COMMANDS.items():
+        assert f"\n  {name}\n" in text
+        for options in map(run.options_class, command.options):
+            for doc in describe(options):
+                assert f"      {doc.name}: " in text
 
 
 def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture[str]) -> None:

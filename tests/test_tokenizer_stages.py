@@ -70,7 +70,7 @@ def finished(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str]) -> None:
     run, said = finished
     assert "[4/4] reconstruction: done" in said
-    assert f"report: {run}/reconstruction/report.html" in said
+    assert f"report: file://{run}/reconstruction/report.html" in said
     assert "no perceptual distance in the loss" in said
     page = (run / "reconstruction" / "report.html").read_text()
     assert "32x32 pixels to 8x8 codes of 32" in page

@@ -21,6 +21,7 @@ from cm3leon.config import NonNegativeInt, PositiveInt, choices, from_mapping
 from cm3leon.launch import cluster
 from cm3leon.launch.jobs import Launch, Submitted, launches, newest_launch
 from cm3leon.launch.journal import ENDED, Event, progress, read_events
+from cm3leon.launch.standing import standing
 from cm3leon.terminal import command_line, printable
 from cm3leon.types import UserError
 
@@ -188,9 +189,19 @@ class LogsOptions:
 
 
 def status(options: Mapping[str, Any]) -> None:
-    """Prints where the jobs of a run stand. Raises UserError for a folder that nothing was launched in."""
-    launch = newest_launch(from_mapping(RunOptions, options).run.expanduser().absolute())
-    print("\n".join(map(printable, as_text(states(launch)))))
+    """Prints where the jobs of a run stand, or, of one that was made without jobs, its stages.
+
+    Raises:
+        UserError: for a folder in which nothing was begun.
+    """
+    folder = from_mapping(RunOptions, options).run.expanduser().absolute()
+    jobs = launches(folder)
+    lines = list(as_text(states(jobs[-1]))) if jobs else standing(folder)
+    if not lines:
+        raise UserError(
+            f"run: nothing was begun in {folder}; give the run= of a run that was started"
+        )
+    print("\n".join(map(printable, lines)))
 
 
 def as_text(found: Sequence[tuple[Submitted, State]]) -> Iterator[str]:

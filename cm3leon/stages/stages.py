@@ -415,10 +415,9 @@ def run_experiment(
     run = Run(experiment, folder, best_device())
     seconds = bring(run, until)
     if "evaluation" in seconds:
-        publish(run, seconds)
-        print(f"report: {folder / 'report.html'}")
+        print("\n".join(publish(run, seconds)))
     elif "reconstruction" in seconds and len(run.corpus.rows("held_out")):
-        print(f"report: {folder / 'reconstruction' / 'report.html'}")
+        print(f"report: {(folder / 'reconstruction' / 'report.html').resolve().as_uri()}")
 
 
 def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> bool:
