@@ -10,18 +10,20 @@ m.caption(best.image)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cm3leon.config import Component
+from cm3leon.arguments import Text, Worded, any_text, checked
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, Range
 from cm3leon.data.images import ImageInput, read_given_image, square
 from cm3leon.data.instructions.templates import ROLES, TABLE_5
 from cm3leon.data.instructions.templates import fill as fill_template
@@ -41,12 +43,33 @@ from cm3leon.stages.opening import Opening, open_run
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights_at
-from cm3leon.training.device import Precision, autocast, best_device, uses_bf16
+from cm3leon.training.device import Precision, autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import Modality, Sample, TextSegment, TokenDocument, TokenSegment, UserError
 
-DecoderChoice = str | dict[str, Any] | Component | None
+DecoderChoice = Annotated[str | dict[str, Any] | Component, DECODERS] | None
 """A decoder by its name, by a section as in YAML, or None for the run's own."""
+GivenImage = Annotated[ImageInput, read_given_image]
+"""An image as a path, the bytes of a file, a Pillow image or an array (see `read_image`); methods get its pixels."""
+Samples = Annotated[int, Range(ge=1, le=65_536)]
+
+TUNED = "instruct"
+"""The objective of fine-tuning on instructions."""
+NO_ROOM = "the model has no room for more"
+NO_MORE = "the retriever's rules leave no more of the memory bank"
+
+
+def _part(value: Any, where: str) -> str | np.ndarray:
+    """A text, or the pixels of an image, whose file is given as a Path."""
+    return any_text(value, where) if isinstance(value, str) else read_given_image(value, where)
+
+
+class UnrankedWarning(UserWarning):
+    """Samples are in the order of their seeds, as there is nothing to rank them by."""
+
+
+class ShortageWarning(UserWarning):
+    """Fewer retrieved documents than asked stand in a prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +88,14 @@ class Picture:
     image: Image.Image
     codes_N: np.ndarray
     score: float
-    """Cosine of prompt and image by the run's own CLIP."""
+    """Cosine of prompt and image by the run's own CLIP; NaN where its retriever has none."""
     seed: int
     documents: tuple[UsedDocument, ...]
     """What stood in the prompt, the closest last."""
+    asked: int = 0
+    """Documents that were asked for."""
+    shortage: str = ""
+    """Why fewer documents than asked stood in the prompt; "" where there were as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,18 +127,19 @@ class CM3Leon:
         self._fresh = TokenSegment("image", np.empty(0, np.int64))
 
     @classmethod
+    @checked
     def load(
         cls,
         run: str | Path,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         precision: Precision = "auto",
         weights: Weights | None = None,
-        window: int | None = None,
+        window: PositiveInt | None = None,
         way: Way = "eager",
         ranks: Ranks | None = None,
         bank: Path | None = None,
-        checkpoint: int | None = None,
+        checkpoint: PositiveInt | None = None,
         plugins: str | Sequence[str] = (),
         trust: bool = False,
         verify: bool = True,
@@ -135,7 +163,7 @@ class CM3Leon:
             UserError: for a folder without a finished pretraining, files that have changed, plugins that are not
                 trusted, or weights that cannot be had here.
         """
-        ranks = ranks or Ranks(torch.device(device) if device else best_device())
+        ranks = ranks or Ranks(device_named(device))
         named = [plugins] if isinstance(plugins, str) else list(plugins)
         opening = Opening(plugins=named, trust=trust, verify=verify)
         opened = open_run(run, opening, needs=("pretraining",), device=ranks.device)
@@ -170,16 +198,19 @@ class CM3Leon:
 
     # -------------------------------------------------------------------------------------------- asking
 
+    @checked
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: Worded | Sequence[Worded],
         *,
-        n: int = 1,
-        retrieve: int = 0,
+        n: Samples = 1,
+        retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ) -> list[Any]:
         """Images for a text: n of them, the best by CLIP first; for several texts, a list for each.
+
+        Where the run's retriever has no CLIP, images stand in the order of their seeds, and their scores are NaN.
 
         Args:
             retrieve: documents to put before the prompt, fewer where the model has no room for as many.
@@ -188,8 +219,14 @@ class CM3Leon:
 
         Returns:
             `Picture`s.
+
+        Raises:
+            UserError: before anything is drawn, for a prompt that is too long for the model, by its place in the list.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for number, reason in self.too_long(texts).items():
+            where = "prompt" if isinstance(prompt, str) else f"prompt.{number}"
+            raise UserError(f"{where} ({shortened(texts[number])}): {reason}")
         task = self._task("text_to_image")
         documents = [TokenDocument(text, (self._text(text), self._fresh)) for text in texts]
         found = self.retrieved(texts, None, "text", retrieve)
@@ -198,9 +235,16 @@ class CM3Leon:
             asked, kept = self._fitting(task, document, rows)
             used.append(kept)
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
+        if n > 1 and not self.has_clip:
+            name = self.run.experiment.retriever.name
+            warnings.warn(
+                f"the retriever {name} of this run has no CLIP: images stand in the order of their seeds",
+                UnrankedWarning,
+                stacklevel=3,
+            )
         results = []
-        for text, document, rows, drawn in zip(
-            texts, documents, used, self._answers(requests), strict=True
+        for text, document, rows, kept, drawn in zip(
+            texts, documents, found, used, self._answers(requests), strict=True
         ):
             codes_BN = np.stack(
                 [
@@ -208,19 +252,37 @@ class CM3Leon:
                     for tokens in drawn
                 ]
             )
-            results.append(self._pictures(text, codes_BN, range(seed, seed + n), self._shown(rows)))
+            pictures = self._pictures(text, codes_BN, range(seed, seed + n), self._shown(kept))
+            shortage = _shortage(retrieve, len(rows), len(kept))
+            results.append(
+                [replace(picture, asked=retrieve, shortage=shortage) for picture in pictures]
+            )
         return results[0] if isinstance(prompt, str) else results
 
+    @checked
+    def too_long(self, texts: Sequence[Text]) -> dict[int, str]:
+        """Why a text is too long to be drawn, for those of `texts` that are, by their places in the list."""
+        task, reasons = self._task("text_to_image"), {}
+        for number, text in enumerate(texts):
+            prompt = task.prompt(TokenDocument(text, (self._text(text), self._fresh)))
+            if len(prompt.ids_T) + prompt.length > self.run.seq_len:
+                reasons[number] = (
+                    f"a prompt of {len(prompt.ids_T)} tokens and an image of {prompt.length} do not fit "
+                    f"the model's {self.run.seq_len} positions"
+                )
+        return reasons
+
+    @checked
     def ask(
         self,
         task: str,
         documents: Sequence[TokenDocument],
-        retrieved: Sequence[Sequence[int]],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
         *,
         samples: range,
-        seeds: Sequence[int],
+        seeds: Sequence[NonNegativeInt],
         decoder: DecoderChoice = None,
-        most: int = 64,
+        most: PositiveInt = 64,
     ) -> list[list[TokenDocument]]:
         """Some of the samples of a registered task's answers: for each document, the completed ones.
 
@@ -232,6 +294,9 @@ class CM3Leon:
             seeds: of the first sample of each document; the others count on from it.
             most: pieces of an answer in text.
         """
+        _check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
+        if samples.start < 0 or samples.step != 1:
+            raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
         room = {"max_tokens": most} if hasattr(TASKS.config_class(task), "max_tokens") else {}
         section = {"name": task, **room}
         built = TASKS.build(section, **self._task_arguments())
@@ -249,10 +314,11 @@ class CM3Leon:
             for document, drawn in zip(documents, self._answers(requests), strict=True)
         ]
 
+    @checked
     def rank(
         self,
         documents: Sequence[TokenDocument],
-        retrieved: Sequence[Sequence[int]],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
         options: Sequence[Sequence[np.ndarray]],
     ) -> list[np.ndarray]:
         """Log-likelihoods (K,) in nats of the candidates for each document's answer, all of them in text.
@@ -261,10 +327,13 @@ class CM3Leon:
             retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
             options: ids (T,) of each document's candidates; the `<end_of_span>` behind each counts with it.
         """
+        _check_lengths(documents=documents, retrieved=retrieved, options=options)
         task, end = self._task("instruction"), self.run.vocab.end_of_span
         result = []
         for document, rows, candidates in zip(documents, retrieved, options, strict=True):
             prompt, _ = self._fitting(task, document, list(rows))
+            for ids_T in candidates:
+                self._check_ids("options", ids_T)
             given = [np.append(ids_T, end) for ids_T in candidates]
             with self._computing():
                 result.append(
@@ -272,34 +341,38 @@ class CM3Leon:
                 )
         return result
 
+    @checked
     def caption(
         self,
-        image: ImageInput,
+        image: GivenImage,
         *,
-        retrieve: int = 0,
+        retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
-        seed: int = 0,
-        most: int = 64,
+        seed: NonNegativeInt = 0,
+        most: PositiveInt = 64,
     ) -> str:
         """A text for an image, of at most so many pieces."""
         task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
         pixels_HWC = self._pixels(image)
         document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
         (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
-        prompt, _ = self._fitting(task, document, rows)
+        prompt, kept = self._fitting(task, document, rows)
+        if shortage := _shortage(retrieve, len(rows), len(kept)):
+            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
         return self.run.text_tokenizer.decode(tokens)
 
+    @checked
     def infill(
         self,
-        image: ImageInput,
-        text: str,
+        image: GivenImage,
+        text: Text,
         *,
         box: tuple[int, int, int, int] | None = None,
         words: tuple[int, int] | None = None,
         decoder: DecoderChoice = None,
-        seed: int = 0,
-        most: int = 64,
+        seed: NonNegativeInt = 0,
+        most: PositiveInt = 64,
     ) -> Filled:
         """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
 
@@ -307,18 +380,22 @@ class CM3Leon:
         the further it is from what the model was trained on, one span or two in most samples.
 
         Args:
-            box: (left, top, right, bottom) in pixels of the image as the tokenizer has it (`image_size` squared).
+            box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
+                central square, which is what the tokenizer sees.
             words: characters [start, end) of the text, whose pieces are asked for.
             most: pieces that the new text may have.
         """
         pixels_HWC = self._pixels(image)
         spans: list[AskedSpan] = []
+        if box is None and words is None:
+            raise UserError("box and words are both missing; give what is to be made anew")
         if words is not None:
-            before, asked, after = text[: words[0]], text[words[0] : words[1]], text[words[1] :]
-            if not asked:
+            start, end = words
+            if not 0 <= start < end <= len(text):
                 raise UserError(
-                    f"words is {words}; it must be a part of the text of {len(text)} characters"
+                    f"words is {words}; it must be (start, end), a part of the text of {len(text)} characters"
                 )
+            before, asked, after = text[:start], text[start:end], text[end:]
             pieces = [self._text(part).ids_T for part in (before, asked, after)]
             text_ids_T = np.concatenate(pieces)
             spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
@@ -326,9 +403,8 @@ class CM3Leon:
             text_ids_T = self._text(text).ids_T
         tokenizer = self.run.image_tokenizer
         if box is not None:
-            spans += box_spans(
-                box, segment=1, grid=tokenizer.grid, downsampling=tokenizer.downsampling
-            )
+            height, width = read_given_image(image, "image").shape[:2]
+            spans += box_spans(box, segment=1, grid=tokenizer.grid, width=width, height=height)
         document = TokenDocument(
             "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
         )
@@ -351,20 +427,24 @@ class CM3Leon:
             codes_N,
         )
 
+    @checked
     def edit(
         self,
-        image: ImageInput,
-        instruction: str,
+        image: GivenImage,
+        instruction: Worded,
         *,
-        n: int = 1,
+        n: Samples = 1,
         decoder: DecoderChoice = "edit",
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ) -> list[Picture]:
         """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
 
-        It needs a model that was fine-tuned on such edits; the decoder `edit` has a weight for the image and one for
-        the instruction.
+        The decoder `edit` has a weight for the image and one for the instruction.
+
+        Raises:
+            UserError: for a model that was not fine-tuned on instructions.
         """
+        self._check_tuned("edit")
         document = self._instruction(
             "edit", image1=self._pixels(image), instruction=instruction, image2=None
         )
@@ -375,17 +455,22 @@ class CM3Leon:
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
         return self._pictures(instruction, codes_BN, seeds, ())
 
+    @checked
     def answer(
         self,
-        image: ImageInput,
-        question: str,
+        image: GivenImage,
+        question: Worded,
         *,
         decoder: DecoderChoice = None,
-        seed: int = 0,
-        most: int = 64,
+        seed: NonNegativeInt = 0,
+        most: PositiveInt = 64,
     ) -> str:
-        """The answer to a question about an image, of at most so many pieces. It needs a model that was fine-tuned on
-        questions."""
+        """The answer to a question about an image, of at most so many pieces.
+
+        Raises:
+            UserError: for a model that was not fine-tuned on instructions.
+        """
+        self._check_tuned("answer")
         document = self._instruction(
             "vqa", image=self._pixels(image), question=question, answer="?"
         )
@@ -395,20 +480,22 @@ class CM3Leon:
         kept = tokens[:-1] if tokens and tokens[-1] == prompt.end else tokens
         return self.run.text_tokenizer.decode(np.array(kept, np.int64)).strip()
 
+    @checked
     def interleave(
         self,
-        parts: Sequence[str | ImageInput],
+        parts: Sequence[Annotated[str | ImageInput, _part]],
         *,
         first: Modality = "text",
-        segments: int = 2,
-        most: int = 64,
+        segments: PositiveInt = 2,
+        most: PositiveInt = 64,
         decoder: DecoderChoice = None,
         text_decoder: DecoderChoice = None,
-        seed: int = 0,
+        seed: NonNegativeInt = 0,
     ) -> list[str | Image.Image]:
         """What follows texts and images: at most so many more, in turn, the first of that modality.
 
         Args:
+            parts: texts, and images in any form but a path as a text, which would be a text.
             most: pieces that each text may have, fewer where the model has not as many positions.
         """
         given = tuple(
@@ -447,14 +534,15 @@ class CM3Leon:
                 result.append(Image.fromarray(pixels_HWC))
         return result
 
+    @checked
     def score(
         self,
         *,
-        texts: Sequence[str] | None = None,
-        images: Sequence[ImageInput] | None = None,
-        image: ImageInput | None = None,
-        text: str | None = None,
-        question: str | None = None,
+        texts: Sequence[Text] | None = None,
+        images: Sequence[GivenImage] | None = None,
+        image: GivenImage | None = None,
+        text: Text | None = None,
+        question: Worded | None = None,
     ) -> list[float]:
         """Log-likelihoods in nats: of each of some `texts` for an `image`, or of each of some `images` for a `text`.
 
@@ -468,6 +556,7 @@ class CM3Leon:
                 raise UserError(
                     "a question is asked about an image: give image, and texts that may answer it"
                 )
+            self._check_tuned("a question")
             document = self._instruction(
                 "vqa", image=self._pixels(image), question=question, answer="?"
             )
@@ -555,18 +644,28 @@ class CM3Leon:
             "image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0])
         )
 
+    @checked
     def retrieved(
-        self, texts: list[str] | None, images_BHWC: np.ndarray | None, by: Modality, count: int
+        self,
+        texts: Sequence[Text] | None,
+        images_BHWC: np.ndarray | None,
+        by: Modality,
+        count: NonNegativeInt,
     ) -> list[list[int]]:
-        """Rows of the bank for each query, the closest last."""
-        if not count:
-            return [
-                []
-                for _ in (
-                    texts if texts is not None else images_BHWC if images_BHWC is not None else ()
-                )
-            ]
+        """Rows of the bank for each query, the closest last.
+
+        Args:
+            images_BHWC: uint8, in the size of the image tokenizer.
+            by: the modality that is searched with.
+        """
+        given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
+        if given is None:
+            raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
+        if not count or not len(given):
+            return [[] for _ in given]
         queries = self.run.retriever.parts(texts, images_BHWC)
+        # Every document takes at least a position: no more of them have room.
+        count = min(count, self.run.seq_len)
         rows_QK, _ = self.run.retriever.retrieve(self.run.bank, queries, by, count=count)
         return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
 
@@ -592,22 +691,48 @@ class CM3Leon:
             shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
         return tuple(shown)
 
-    def clip_scores(self, text: str, codes_BN: np.ndarray) -> np.ndarray:
+    @property
+    def has_clip(self) -> bool:
+        """Whether the run's retriever has a CLIP, whose cosines rank samples."""
+        return bool(self.run.retriever.encoder.joint)
+
+    @checked
+    def clip_scores(self, text: Text, codes_BN: np.ndarray) -> np.ndarray:
         """Cosine (B,) of each image and a text, by the run's own CLIP; NaN where its retriever has none.
 
-        Raises:
-            UserError: for several images, which the scores would rank, where there is no CLIP.
+        Args:
+            codes_BN: codes of images, as the image tokenizer numbers them.
         """
-        encoder = self.run.retriever.encoder
-        if not encoder.joint:
-            if len(codes_BN) > 1:
-                name = self.run.experiment.retriever.name
-                raise UserError(
-                    f"samples are ranked by CLIP, and the retriever {name} of this run has none; ask for one"
-                )
+        tokenizer = self.run.image_tokenizer
+        if codes_BN.ndim != 2 or codes_BN.shape[1] != tokenizer.grid**2:
+            raise UserError(
+                f"codes_BN has the shape {codes_BN.shape}; it must be (images, {tokenizer.grid**2})"
+            )
+        if not np.issubdtype(codes_BN.dtype, np.integer) or (
+            codes_BN.size and not 0 <= codes_BN.min() <= codes_BN.max() < tokenizer.codebook_size
+        ):
+            raise UserError(f"codes_BN must be integers from 0 to {tokenizer.codebook_size - 1}")
+        if not self.has_clip:
             return np.full(len(codes_BN), np.nan)
-        images_BHWC = self.run.image_tokenizer.decode(np.asarray(codes_BN, np.int64))
+        encoder = self.run.retriever.encoder
+        images_BHWC = tokenizer.decode(codes_BN.astype(np.int64))
         return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+
+    def _check_ids(self, where: str, ids_T: np.ndarray) -> None:
+        whole = ids_T.ndim == 1 and np.issubdtype(ids_T.dtype, np.integer)
+        if not whole or (ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < self.run.vocab.size):
+            raise UserError(
+                f"{where} must be lists (T,) of ids from 0 to {self.run.vocab.size - 1} of the vocabulary"
+            )
+
+    def _check_tuned(self, asked: str) -> None:
+        """Instructions are asked of a model that has learned from some: with the objective `instruct`."""
+        objective = self.run.experiment.objective.name
+        if objective != TUNED:
+            raise UserError(
+                f"{asked} needs a model that was fine-tuned on instructions (objective.name={TUNED}, "
+                f"docs/tasks.md); the run {self.run.folder} was trained with {objective}"
+            )
 
     def _pictures(
         self,
@@ -624,4 +749,31 @@ class CM3Leon:
                 images_BHWC, codes_BN, scores_B, seeds, strict=True
             )
         ]
+        if not self.has_clip:
+            return pictures
         return sorted(pictures, key=lambda picture: -picture.score)
+
+
+def _check_lengths(**lists: Sequence[Any]) -> None:
+    """Raises UserError for lists that are to have one item a document, and have not as many as the first."""
+    (first, items), *others = lists.items()
+    for name, other in others:
+        if len(other) != len(items):
+            raise UserError(f"{name} has {len(other)} items, and {first} {len(items)}")
+
+
+def _shortage(asked: int, found: int, kept: int) -> str:
+    """Why fewer retrieved documents than asked stand in a prompt, "" if as many do."""
+    if kept == asked:
+        return ""
+    return NO_ROOM if kept < found else NO_MORE
+
+
+def found_of(kept: int, asked: int, shortage: str) -> str:
+    """What is said of a prompt with fewer retrieved documents than asked."""
+    return f"found {kept} of {asked} documents: {shortage}"
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """The beginning of a text, quoted, as messages show it."""
+    return repr(text if len(text) <= length else f"{text[:length]}...")

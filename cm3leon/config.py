@@ -233,6 +233,15 @@ def from_mapping(
     return config
 
 
+def checked_value(annotation: Any, value: Any, where: str) -> Any:
+    """A single value as the annotated type, by the rules of a config's fields.
+
+    Raises:
+        UserError: for another type or a value out of range, naming it by `where`.
+    """
+    return _convert(annotation, value, where)
+
+
 def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     """Completes `{nodes: 4}` to `{name: slurm, nodes: 4}` where the field has a default component."""
     nameless = isinstance(value, Mapping) and "name" not in value

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,19 @@ from safetensors.torch import load_file, save_file
 from cm3leon import CM3Leon
 from cm3leon.locks import locked
 from cm3leon.records import sha256
+from cm3leon.registry import DECODERS, discover
 from cm3leon.run import main
-from cm3leon.types import UserError
+from cm3leon.types import TokenDocument, TokenSegment, UserError
+
+discover()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> CM3Leon:
     """A shrunken run; its weights are made larger, so that what it draws depends on what it is given."""
     run = tmp_path_factory.mktemp("api") / "run"
-    assert (
-        main(["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"])
-        == 0
-    )
+    words = ["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]
+    assert main([*words, "objective=instruct"]) == 0
     loaded = CM3Leon.load(run, precision="float32")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -160,16 +164,245 @@ def test_mistakes_are_said(model: CM3Leon, tmp_path: Path) -> None:
         UserError, match=r"box is \(8, 8, 40, 16\); it must be .* inside an image of 32 x 32 pixels"
     ):
         model.infill(picture(), "a", box=(8, 8, 40, 16))
-    with pytest.raises(UserError, match="0 spans are asked for; it must be from 1 to 512"):
+    with pytest.raises(UserError, match="box and words are both missing"):
         model.infill(picture(), "a")
     with pytest.raises(
-        UserError, match=r"words is \(5, 9\); it must be a part of the text of 1 characters"
+        UserError,
+        match=r"words is \(5, 9\); it must be \(start, end\), a part of the text of 1 characters",
     ):
         model.infill(picture(), "a", words=(5, 9))
     with pytest.raises(UserError, match="give texts and the image that they are for"):
         model.score(texts=["a"])
     with pytest.raises(UserError, match="topp, which is not a known decoder; did you mean top_p"):
         model.generate("a", decoder="topp")
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def document(model: CM3Leon) -> TokenDocument:
+    """A text with an image that is asked for."""
+    text_T = model.run.text_tokenizer.encode("a seven")
+    empty_T = np.empty(0, np.int64)
+    return TokenDocument("asked", (TokenSegment("text", text_T), TokenSegment("image", empty_T)))
+
+
+def question(model: CM3Leon) -> TokenDocument:
+    """A question whose answer is asked for."""
+    encode = model.run.text_tokenizer.encode
+    return TokenDocument(
+        "asked",
+        (
+            TokenSegment("text", encode("What?")),
+            TokenSegment("text", encode(" a"), "answer", joined=True),
+        ),
+    )
+
+
+def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
+    """A call of every public method, with all of its arguments."""
+    image, drawn = picture(), {"decoder": "greedy", "seed": 0}
+    codes_BN = np.zeros((1, 16), np.int64)
+    return {
+        "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, **drawn},
+        "too_long": {"texts": ["a seven"]},
+        "caption": {"image": image, "retrieve": 1, "most": 3, **drawn},
+        "infill": {
+            "image": image,
+            "text": "a seven",
+            "box": (0, 0, 8, 8),
+            "words": (0, 1),
+            "most": 3,
+            **drawn,
+        },
+        "edit": {"image": image, "instruction": "make it red", "n": 1, **drawn},
+        "answer": {"image": image, "question": "What is it?", "most": 3, **drawn},
+        "interleave": {
+            "parts": ["a seven", image],
+            "first": "text",
+            "segments": 1,
+            "most": 3,
+            "text_decoder": "greedy",
+            **drawn,
+        },
+        "score": {
+            "texts": ["a"],
+            "images": None,
+            "image": image,
+            "text": None,
+            "question": "What is it?",
+        },
+        "ask": {
+            "task": "text_to_image",
+            "documents": [document(model)],
+            "retrieved": [[]],
+            "samples": range(1),
+            "seeds": [0],
+            "decoder": "greedy",
+            "most": 3,
+        },
+        "rank": {
+            "documents": [question(model)],
+            "retrieved": [[]],
+            "options": [[np.array([5, 6])]],
+        },
+        "retrieved": {"texts": ["a"], "images_BHWC": None, "by": "text", "count": 1},
+        "clip_scores": {"text": "a seven", "codes_BN": codes_BN},
+    }
+
+
+NUMBERS = [-1, 2.5, True, "3", None, float("nan"), np.float32(2), [1], np.array([1, 2])]
+TEXTS = [7, None, b"a", ["a", 3], "half a pair \ud83d", picture()]
+IMAGES = [7, "no such file.png", b"GIF", None, np.zeros((4, 4)), ["a.png"], Image.new("F", (4, 4))]
+LISTS = [7, "a text", {"a": 1}, [object()], [None], object()]
+DECODERS_ASKED = [
+    7,
+    "topp",
+    {},
+    {"name": 3},
+    {"name": "top_p", "topp": 1},
+    {"name": "top_p", "temperature": "hot"},
+    {"name": "top_p", "temperature": 0},
+    {"name": "beam", "beams": 0},
+    {"name": "top_p", 3: 1},
+]
+BAD: dict[str, list[Any]] = {
+    "prompt": [*TEXTS, "", " ", [""], ["a", None], {"a": 1}],
+    "instruction": [*TEXTS, "", " "],
+    "question": [*[text for text in TEXTS if text is not None], ""],
+    "text": [text for text in TEXTS if text is not None],
+    "n": [*NUMBERS, 0, 10**9],
+    "retrieve": NUMBERS,
+    "count": NUMBERS,
+    "most": [*NUMBERS, 0],
+    "segments": [*NUMBERS, 0, 1000],
+    "seed": NUMBERS,
+    "seeds": [*LISTS, [-1], [1.5], [0, 1], []],
+    "decoder": DECODERS_ASKED,
+    "text_decoder": DECODERS_ASKED,
+    "image": IMAGES,
+    "images": [7, [picture()], ["no such file.png"], "a.png"],
+    "parts": [*LISTS, [7], [Path("no such file.png")], [np.zeros((4, 4))], ["\ud83d"]],
+    "box": [7, "0008", (0, 0, 8), (0.0, 0.0, 8.0, 8.0), (0, 0, 0, 8), (8, 0, 0, 8), (-1, 0, 8, 8),
+            (0, 0, 33, 8), (0, 0, 8, float("nan")), (True, 0, 8, 8), [None] * 4],
+    "words": [7, "01", (0,), (1, 1), (3, 1), (-3, -1), (0, 99), (0.0, 1.0), ("a", "b"), (None, 1)],
+    "first": [7, "video", None, "", "Text"],
+    "by": [7, "video", None, "image"],
+    "texts": [*LISTS, ["\ud83d"]],
+    "task": [7, None, "drawing", ""],
+    "documents": [*LISTS, []],
+    "retrieved": [*LISTS, [[10**9]], [[-1]], [["a"]], [[], []], [[1.5]]],
+    "samples": [7, [0], None, range(-1, 1), range(0, 4, 2), "range(1)"],
+    "options": [*LISTS, [["a"]], [[7]], [], [[], []], [[np.array([1.5])]], [[np.array([10**9])]]],
+    "images_BHWC": [7, "a", picture()],
+    "codes_BN": [7, "a", None, np.zeros(16, np.int64), np.zeros((1, 5), np.int64),
+                 np.full((1, 16), -1), np.full((1, 16), 10**6), np.zeros((1, 16))],
+}  # fmt: skip
+
+
+def test_every_public_method_is_called_below(model: CM3Leon) -> None:
+    calls = good_calls(model)
+    methods = {
+        name
+        for name, value in vars(CM3Leon).items()
+        if callable(value) and not name.startswith("_")
+    }
+    assert methods == set(calls)
+    for name, call in calls.items():
+        assert set(call) == set(inspect.signature(getattr(CM3Leon, name)).parameters) - {"self"}
+        assert set(call) <= set(BAD)
+        getattr(model, name)(**call)
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_arguments_are_a_users_mistake_in_one_sentence(model: CM3Leon, argument: str) -> None:
+    """With whatever value, in whichever method: a UserError that names the argument, and nothing else."""
+    for name, call in good_calls(model).items():
+        if argument not in call:
+            continue
+        for value in BAD[argument]:
+            ask = partial(getattr(model, name), **{**call, argument: value})
+            with pytest.raises(UserError) as caught:
+                assert ask() is NotImplemented, f"{name}({argument}={value!r}) is taken"
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 500
+
+
+def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:
+    (drawn,) = model.generate("a seven", n=np.int64(1), retrieve=np.uint8(1), seed=np.int32(3))  # type: ignore[arg-type]
+    (same,) = model.generate(("a seven",), n=1, retrieve=1, seed=3)[0]
+    assert np.array_equal(drawn.codes_N, same.codes_N)
+    far = model.generate("a seven", n=2, seed=2**64 - 1)
+    assert sorted(picture.seed for picture in far) == [2**64 - 1, 2**64]
+    assert model.caption(picture(), seed=1_764_363_600_000_000_000, most=np.int16(2)) is not None  # type: ignore[arg-type]
+    box = np.array([0, 0, 8, 8])
+    filled = model.infill(picture(), "a", box=box)  # type: ignore[arg-type]
+    assert np.array_equal(filled.codes_N, model.infill(picture(), "a", box=(0, 0, 8, 8)).codes_N)
+    assert model.generate([], retrieve=2) == []
+    assert len(model.generate(iter(["a", "b"]))) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"weights": "int4"}, 'weights is "int4"; it must be one of float32, bf16, int8, fp8'),
+        ({"weights": "x"}, 'weights is "x"; it must be'),
+        ({"precision": "x"}, 'precision is "x"; it must be one of auto, bf16, float32'),
+        ({"precision": None}, "precision is null; it must be"),
+        ({"way": "fast"}, 'way is "fast"; it must be one of eager, compiled'),
+        ({"window": 0}, "window is 0; it must be"),
+        ({"window": 2.5}, r"window is 2.5; it must be"),
+        ({"device": "gpu"}, "device is gpu, which cannot be used here"),
+        ({"device": "meta"}, "device is meta, which cannot be used here"),
+        ({"device": 7}, "device is 7; it must be"),
+        ({"device": "cuda:99"}, "device is cuda:99, which cannot be used here"),
+        ({"ranks": "x"}, "ranks is of type str; it must be Ranks"),
+        ({"bank": 7}, "bank is 7; it must be"),
+        ({"checkpoint": -1}, "checkpoint is -1; it must be"),
+        ({"checkpoint": "last"}, 'checkpoint is "last"; it must be'),
+        ({"run": None}, "run is null; it must be"),
+        ({"run": 7}, "run is 7; it must be"),
+    ],
+)
+def test_choices_of_loading_are_checked_as_on_the_command_line(
+    model: CM3Leon, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        CM3Leon.load(**{"run": model.run.folder, **fields})
+
+
+# ------------------------------------------------------------------------------------------------ every decoder
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS.names() if name != "example"])
+def test_every_decoder_answers_every_question_within_its_grammar(model: CM3Leon, name: str) -> None:
+    """Images have all their codes, what was not asked for stays, and texts are texts."""
+    before_N = model.run.image_tokenizer.encode(np.asarray(picture())[None])[0]
+    for drawn in (
+        *model.generate(["a seven"], n=3, retrieve=1, decoder=name)[0],
+        *model.edit(picture(), "make it red", n=3, decoder=name),
+    ):
+        assert drawn.codes_N.shape == (16,)
+    for box, inside in (((8, 8, 24, 17), [5, 6, 9, 10]), ((0, 0, 32, 16), range(8))):
+        filled = model.infill(picture(), "a big seven", box=box, words=(2, 5), decoder=name, most=4)
+        assert np.array_equal(np.delete(filled.codes_N, inside), np.delete(before_N, inside))
+        assert filled.codes_N.shape == (16,)
+        assert filled.text.startswith("a ")
+        assert filled.text.endswith(" seven")
+    for other in (name, "greedy", "beam"):
+        for first in ("text", "image"):
+            found = model.interleave(
+                ["a"],
+                first=first,
+                segments=4,
+                most=5,
+                decoder=name,
+                text_decoder=other,  # type: ignore[arg-type]
+            )
+            kinds = [isinstance(part, str) for part in found]
+            assert all(a != b for a, b in pairwise(kinds))
+    assert isinstance(model.caption(picture(), decoder=name, most=5, retrieve=1), str)
+    assert isinstance(model.answer(picture(), "What is it?", decoder=name, most=5), str)
 
 
 # ------------------------------------------------------------------------------------------------ the command

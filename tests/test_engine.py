@@ -384,7 +384,7 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     query = TokenDocument(
         "q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes))
     )
-    spans = [AskedSpan(0, 1, 3), *box_spans((1, 1, 3, 3), segment=1, grid=4, downsampling=1)]
+    spans = [AskedSpan(0, 1, 3), *box_spans((1, 1, 3, 3), segment=1, grid=4, width=4, height=4)]
     assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
     ids_T = spans_prompt(query, spans, (), VOCAB)
     assert ids_T.tolist() == [
@@ -406,7 +406,7 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     outside = np.delete(np.arange(16), [5, 6, 9, 10])
     assert np.array_equal(image_T[outside], codes[outside])
     assert VOCAB.is_image(image_T).all()
-    assert box_spans((0, 1, 4, 3), segment=1, grid=4, downsampling=1) == [AskedSpan(1, 4, 12)]
+    assert box_spans((0, 1, 4, 3), segment=1, grid=4, width=4, height=4) == [AskedSpan(1, 4, 12)]
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
         with pytest.raises(UserError, match="spans"):
             spans_prompt(query, wrong, (), VOCAB)

@@ -20,6 +20,7 @@ FOUNDATION = (
     "digests",
     "weights",
     "config",
+    "arguments",
     "registry",
 )
 CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")

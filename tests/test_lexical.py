@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cm3leon import CM3Leon
+from cm3leon.api import UnrankedWarning
 from cm3leon.data.scenes.world import entity_name
 from cm3leon.experiment import load_experiment
 from cm3leon.registry import RETRIEVERS, discover
@@ -142,12 +143,15 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     )
     assert run.neighbours.rows_VBK.max() > 0
     model = CM3Leon.load(tmp_path)
-    assert np.isnan(model.clip_scores(captions[0], run.codes_MN[:1])).all()
-    with pytest.raises(
-        UserError,
-        match="samples are ranked by CLIP, and the retriever lexical of this run has none",
-    ):
-        model.clip_scores(captions[0], run.codes_MN[:2])
+    assert np.isnan(model.clip_scores(captions[0], run.codes_MN[:2])).all()
+    with pytest.warns(UnrankedWarning, match="lexical of this run has no CLIP") as said:
+        both = model.generate(captions[:2], n=3, seed=7)
+    assert len(said) == 1
+    for pictures_of_one in both:
+        assert [each.seed for each in pictures_of_one] == [7, 8, 9]
+        assert all(np.isnan(each.score) for each in pictures_of_one)
+    (alone,) = model.generate(captions[1], seed=8)
+    assert np.array_equal(alone.codes_N, both[1][1].codes_N)
 
 
 def test_one_word_is_enough_to_choose_it() -> None:

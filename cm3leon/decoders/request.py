@@ -68,7 +68,7 @@ class Request:
         if longest + self.length > seq_len:
             raise UserError(
                 f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do not fit the "
-                f"model's {seq_len} positions; use fewer retrieved documents or a larger model.seq_len"
+                f"model's {seq_len} positions; ask for less, or use a model of a larger model.seq_len"
             )
 
 

@@ -74,27 +74,40 @@ def fill(
 
 
 def box_spans(
-    box: tuple[int, int, int, int], *, segment: int, grid: int, downsampling: int
+    box: tuple[int, int, int, int], *, segment: int, grid: int, width: int, height: int
 ) -> list[AskedSpan]:
-    """The codes of an image that a box of pixels touches, as spans: one for each row of codes, in order.
+    """The codes of an image that a box of its pixels touches, as spans: one for each row of codes, in order.
 
-    Codes run row by row, so that a box is a span in each of its rows; rows that it takes whole are one span together.
+    The tokenizer sees the central square of an image. Codes run row by row, so that a box is a span in each of its
+    rows; rows that it takes whole are one span together.
 
     Args:
-        box: (left, top, right, bottom) in pixels of the tokenizer's image; right and bottom are outside.
+        box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
         grid: codes of a row, and rows.
+        width, height: of the image in pixels.
 
     Raises:
-        UserError: for a box that is empty or leaves the image.
+        UserError: for a box that is empty or leaves the square.
     """
     left, top, right, bottom = box
-    size = grid * downsampling
-    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+    side = min(width, height)
+    margins = (width - side) // 2, (height - side) // 2
+    square = (*margins, margins[0] + side, margins[1] + side)
+    if not (square[0] <= left < right <= square[2] and square[1] <= top < bottom <= square[3]):
+        seen = "" if width == height else f", in the square {square} of it that the model sees"
         raise UserError(
-            f"box is {box}; it must be (left, top, right, bottom) inside an image of {size} x {size} pixels"
+            f"box is {tuple(box)}; it must be (left, top, right, bottom) inside an image of "
+            f"{width} x {height} pixels{seen}"
         )
-    first, last = left // downsampling, -(-right // downsampling)
-    rows = range(top // downsampling, -(-bottom // downsampling))
+
+    def code(pixel: int, length: int, *, up: bool) -> int:
+        """The code at a pixel's edge, from the middle of the image, whose square may begin between two pixels."""
+        numerator, denominator = (2 * pixel - (length - side)) * grid, 2 * side
+        rounded = -(-numerator // denominator) if up else numerator // denominator
+        return min(max(rounded, 0), grid)
+
+    first, last = code(left, width, up=False), code(right, width, up=True)
+    rows = range(code(top, height, up=False), code(bottom, height, up=True))
     if (first, last) == (0, grid):
         return [AskedSpan(segment, rows.start * grid, rows.stop * grid)]
     return [AskedSpan(segment, row * grid + first, row * grid + last) for row in rows]

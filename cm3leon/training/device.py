@@ -6,12 +6,31 @@ from typing import Literal
 
 import torch
 
+from cm3leon.types import UserError
+
 Precision = Literal["auto", "bf16", "float32"]
 
 
 def best_device() -> torch.device:
     """CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """The device of that name, as torch writes it: cpu, cuda, cuda:1; None = `best_device`.
+
+    Raises:
+        UserError: for a device that torch does not know, or cannot compute on here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device is {name}, which cannot be used here: {reason}") from error
+    return device
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -1,0 +1,135 @@
+"""Arguments of functions that users call, checked by their annotations as the command line checks its options.
+
+    @checked
+    def draw(self, prompt: Prompt, *, n: PositiveInt = 1, first: Literal["text", "image"] = "text"): ...
+
+`draw("a dog", n=0)` then raises UserError("n is 0; it must be int >= 1"); for `n=np.int64(2)` the function gets 2.
+Types that no config holds are checked by `isinstance`, and `Annotated[T, check]` by the function `check(value, where)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import numpy as np
+
+from cm3leon.config import Component, Range, checked_value
+from cm3leon.types import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLAIN = (bool, int, float, str, Path, types.NoneType, Any)
+"""Types that a config holds too."""
+
+
+def any_text(value: Any, where: str) -> str:
+    """Any text. Half of a surrogate pair, as a command line that is not UTF-8 leaves it, is none."""
+    if not isinstance(value, str):
+        raise _not_a("a text", value, where)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is {value!a}, which is not Unicode text") from error
+    return value
+
+
+def worded_text(value: Any, where: str) -> str:
+    """A text that says something."""
+    if not any_text(value, where).strip():
+        raise UserError(f"{where} is empty; it must be a text")
+    return value
+
+
+Text = Annotated[str, any_text]
+"""Any text, also an empty one."""
+Worded = Annotated[str, worded_text]
+"""A text with a character that is not a space."""
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function behind a check of its arguments, which are made what their annotations say.
+
+    Raises:
+        UserError: by the function, naming the argument, and the place in it for a list.
+    """
+    signature = inspect.signature(function)
+    hints = functools.cache(lambda: typing.get_type_hints(function, include_extras=True))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in hints():
+                bound.arguments[name] = argument(hints()[name], value, name)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def argument(annotation: Any, value: Any, where: str) -> Any:
+    """The value as the annotated type; numbers and lists of NumPy become those of Python.
+
+    Raises:
+        UserError: for another value, naming it by `where`.
+    """
+    origin, members = get_origin(annotation), get_args(annotation)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if origin in (Union, types.UnionType):
+        return _one_of(members, value, where)
+    if origin is Annotated:
+        return _annotated(members[0], members[1:], value, where)
+    if origin is Sequence:
+        return [
+            argument(members[0], item, f"{where}.{index}")
+            for index, item in enumerate(_items(value, where))
+        ]
+    if origin is tuple and isinstance(value, (np.ndarray, list, tuple)):
+        value = [item.item() if isinstance(item, np.generic) else item for item in value]
+    if annotation in PLAIN or origin in (Literal, tuple):
+        return checked_value(annotation, value, where)
+    if not isinstance(value, origin or annotation):
+        raise _not_a((origin or annotation).__name__, value, where)
+    return value
+
+
+def _one_of(members: Sequence[Any], value: Any, where: str) -> Any:
+    """The value as the first member of a union that takes it."""
+    if value is None and types.NoneType in members:
+        return None
+    refusals = []
+    for member in members:
+        if member is types.NoneType:
+            continue
+        try:
+            return argument(member, value, where)
+        except UserError as error:
+            refusals.append(error)
+    # Lists stand last in a union, and the sentence about one names the item at fault.
+    raise refusals[-1 if isinstance(value, (list, tuple)) else 0]
+
+
+def _annotated(base: Any, metadata: Sequence[Any], value: Any, where: str) -> Any:
+    for check in metadata:
+        if hasattr(check, "check"):  # a registry
+            return value if isinstance(value, Component) else check.check(value, where)
+        if not isinstance(check, Range):
+            return check(value, where)
+    return checked_value(Annotated[base, *metadata], value, where)
+
+
+def _items(value: Any, where: str) -> list[Any]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, Iterator, np.ndarray)):
+        raise _not_a("a list", value, where)
+    return list(value)
+
+
+def _not_a(what: str, value: Any, where: str) -> UserError:
+    return UserError(f"{where} is of type {type(value).__name__}; it must be {what}")
