@@ -152,6 +152,9 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
         assert all(np.isnan(each.score) for each in pictures_of_one)
     (alone,) = model.generate(captions[1], seed=8)
     assert np.array_equal(alone.codes_N, both[1][1].codes_N)
+    for ask in (model.edit, model.answer):
+        with pytest.raises(UserError, match="needs a model that was fine-tuned on instructions"):
+            ask(pictures(1)[0], "make it bold")
 
 
 def test_one_word_is_enough_to_choose_it() -> None:

@@ -31,10 +31,8 @@ class Request:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lmms") / "run"
-    assert (
-        main(["experiment=pretrain_350m", "overrides=smoke", f"run={folder}", "until=pretraining"])
-        == 0
-    )
+    words = ["experiment=pretrain_350m", "overrides=smoke", "objective=instruct"]
+    assert main([*words, f"run={folder}", "until=pretraining"]) == 0
     return folder
 
 
