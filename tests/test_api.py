@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -524,6 +526,31 @@ def test_two_commands_do_not_draw_into_one_folder(
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_documents_are_added_by_one_command_at_a_time(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model.run.folder, run)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        picture(len(name)).save(tmp_path / name / f"{name}.png")
+        (tmp_path / name / f"{name}.txt").write_text(f"the {name} one")
+    with locked(run):
+        assert main(["add", f"run={run}", f"data.path={tmp_path}/first"]) == 2
+    assert "run: another process is working in" in capsys.readouterr().err
+
+    # Both at once: whoever is refused adds its own afterwards, and neither one's are lost.
+    words = [[sys.executable, "-m", "cm3leon.run", "add", f"run={run}", f"data.path={tmp_path}/{name}"]
+             for name in ("first", "second")]  # fmt: skip
+    running = [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]
+    codes = [process.wait(300) for process in running]
+    assert set(codes) <= {0, 2}
+    for code, each in zip(codes, words, strict=True):
+        assert code == 0 or subprocess.run(each, stderr=subprocess.DEVNULL).returncode == 0
+    bank = CM3Leon.load(run).run.bank
+    assert {"first.png", "second.png"} <= {Path(id_).name for id_ in bank.added_ids}
+
+
 # ------------------------------------------------------------------------------------------------ what is opened
 
 
@@ -594,7 +621,7 @@ def test_a_flipped_bit_or_a_cut_file_is_refused_wherever_it_is_read(
             r"files is \[\]; it must be an object",
         ),
         (
-            '{"fingerprint": "x", "seconds": 1, "files": {}}',
+            f'{{"fingerprint": "{"0" * 64}", "seconds": 1, "files": {{}}}}',
             "does not name config.json; run the experiment again",
         ),
         (None, "is no run with a finished pretraining, .*stage.json is missing"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import cm3leon
 from records import finish
 
@@ -25,9 +27,13 @@ from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
 from cm3leon.search import SearchOptions
 from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.pretrain import first_weights
 from cm3leon.study import load_study
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run
+from cm3leon.training.checkpoint import Checkpoints, check_intact
+from cm3leon.training.distributed import Ranks
+from cm3leon.training.trainer import _resume
 from cm3leon.types import UserError
 
 READ = {
@@ -90,6 +96,53 @@ def test_a_stage_that_is_not_finished_is_refused(run: Path, verify: bool) -> Non
         _ = opened.corpus
     with pytest.raises(UserError, match=r"no run with a finished documents, .* is missing"):
         open_run(run, needs=["documents"])
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_weights_that_a_training_starts_with_are_compared(run: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    (start / "pretraining").mkdir(parents=True)
+    weights = start / "pretraining" / "model.safetensors"
+    weights.write_bytes(bytes(1000))
+    finish(start / "pretraining")
+    damage(weights)
+    opened = open_run(run)
+    training = replace(opened.experiment.training, start=start, start_with="weights")
+    experiment = replace(opened.experiment, training=training)
+    with pytest.raises(UserError, match=f"^{weights} has changed since it was written"):
+        first_weights(replace(opened, experiment=experiment))
+
+
+def test_files_taken_over_from_another_run_are_compared(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "text_tokenizer"
+    other.mkdir(parents=True)
+    (other / "tokenizer.json").write_text("{}" * 100)
+    finish(other)
+    words = [f"data.path={tmp_path}", f"shards.tokenizers={tmp_path}/other"]
+    taking = replace(open_run(run), experiment=load_experiment("corpus", words))
+    assert taking.borrowed_file("text_tokenizer/tokenizer.json").is_file()
+    damage(other / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json has changed since it was written"):
+        taking.borrowed_file("text_tokenizer/tokenizer.json")
+
+
+def test_a_checkpoint_to_go_on_from_is_compared(tmp_path: Path) -> None:
+    module = torch.nn.Linear(4, 4)
+    earlier, ranks = tmp_path / "earlier", Ranks(torch.device("cpu"))
+    saved = Checkpoints(earlier, ranks, keep=1)
+    saved.begin()
+    saved.save({"model": module.state_dict()}, {"step": 3, "data": {}}, wait=True)
+    shard = max((earlier / "step_00000003").glob("__0_*"), key=lambda file: file.stat().st_size)
+    check_intact(shard.parent, ranks)
+    damage(shard)
+    again = Checkpoints(tmp_path / "again", ranks, keep=1)
+    with pytest.raises(UserError, match=f"^{shard} is missing or has changed"):
+        _resume(again._folder, earlier, again, {"model": module.state_dict()}, None, ranks)  # type: ignore[arg-type]
 
 
 def test_a_file_is_read_for_its_checksum_once_in_a_process(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
 from cm3leon.records import check_stage, read_json
 from cm3leon.registry import MODELS, discover
@@ -36,7 +37,7 @@ def load_model(
     Raises:
         UserError: for files that are missing or broken, a model that is not known, or weights that are not its own.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder, "folder")
     check_readable(folder)
     if not (folder / "config.json").is_file() and (folder / "pretraining").is_dir():
         folder = folder / "pretraining"

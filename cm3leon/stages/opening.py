@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cm3leon.experiment import load_experiment
+from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER
 from cm3leon.stages.artifacts import Run
@@ -74,7 +75,7 @@ def open_run(
         PluginError: for a plugin that fails to import.
     """
     opening = opening or Opening()
-    folder = Path(folder).expanduser()
+    folder = path_of(folder, where)
     check_readable(folder)
     config = folder / CONFIG
     for file in (config, *(folder / stage / MARKER for stage in needs)):
