@@ -621,7 +621,7 @@ def test_a_flipped_bit_or_a_cut_file_is_refused_wherever_it_is_read(
             r"files is \[\]; it must be an object",
         ),
         (
-            f'{{"fingerprint": "{"0" * 64}", "seconds": 1, "files": {{}}}}',
+            json.dumps({"fingerprint": "0" * 64, "seconds": 1, "files": {}}),
             "does not name config.json; run the experiment again",
         ),
         (None, "is no run with a finished pretraining, .*stage.json is missing"),
