@@ -465,6 +465,24 @@ def _split(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
     return named, overrides
 
 
+def _check_paths(words: Sequence[str]) -> None:
+    """Check that a path is given once: of data.path=tars/{0,1}.tar the shell makes two words, the last of which counts.
+
+    Raises:
+        UserError: for a path that is given with different values.
+    """
+    values: dict[str, dict[str, None]] = {}
+    for key, _, value in (word.partition("=") for word in words):
+        if key.endswith(".path"):
+            values.setdefault(key, {})[value] = None
+    for key, given in values.items():
+        if len(given) > 1:
+            raise UserError(
+                f"{key} is given {len(given)} times; several paths are one word, in quotes so that "
+                f"the shell leaves its braces: '{key}={{a,b}}.tar', or a list: '{key}=[a.tar, b.tar]'"
+            )
+
+
 def dispatch(arguments: Sequence[str]) -> int:
     """Does what the command line says, and returns the exit code.
 
@@ -487,6 +505,7 @@ def dispatch(arguments: Sequence[str]) -> int:
             raise UserError(
                 f"{word} follows the command {command}; everything after it must be key=value"
             )
+    _check_paths(words)
     if "--help" in flags:
         print(usage(), end="")
     elif "--version" in flags:

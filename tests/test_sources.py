@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cm3leon.data import parquet
+from cm3leon.data import parquet, webdataset
 from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS
 from cm3leon.data.files import Files
 from cm3leon.data.source import Skipped, Source
@@ -841,6 +841,24 @@ def test_a_packed_tar_of_one_key_takes_little_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 24 * 2**20  # 160 MiB are in it
+
+
+@pytest.mark.parametrize("same_key", [True, False])
+def test_a_packed_tar_of_many_members_takes_little_memory(
+    same_key: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names take memory too: 20,000 of them, with room for a hundred."""
+    monkeypatch.setattr(webdataset, "MAX_LISTED_BYTES", 100 * webdataset.MEMBER_BYTES)
+    names = (f"a.{n}.png" if same_key else f"{n}.png" for n in range(20_000))
+    write_tar(tmp_path / "a.tar.gz", ((name, b"x") for name in names), "w:gz")
+    source = build("webdataset", path=str(tmp_path), max_held_bytes=100 * webdataset.MEMBER_BYTES)
+    source.parts()
+    tracemalloc.start()
+    left_out = sum(isinstance(item, Skipped) for item in source.documents())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert left_out == (1 if same_key else 20_000)
+    assert peak < 2**20
 
 
 @pytest.mark.parametrize(

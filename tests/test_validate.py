@@ -231,6 +231,8 @@ def test_several_paths_are_validated(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "sentence"),
     [
         ([], "data.path is missing; write data.path=PATH"),
+        (["data.path=a0.tar", "data.path=a1.tar"], "data.path is given 2 times; several paths are"),
+        (["data.path={tars}/b0.tar::{tars}/a.tar"], "b0.tar does not exist"),
         (["data.path=none"], "data.path: none does not exist"),
         (["data.path={empty}"], "holds no files that end in .tar, "),
         (["data.name=webdatset", "data.path={empty}"], "did you mean webdataset?"),

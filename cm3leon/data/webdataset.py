@@ -90,7 +90,11 @@ class WebDatasetSource(FileSource):
                     if awaited is None and group.key in groups and self._is_usable(group):
                         yield from self._finished(groups.pop(group.key), part)
                     elif group.key in groups:
-                        held += group.hold(held, self.config.max_held_bytes)
+                        fits = group.hold(held, self.config.max_held_bytes)
+                        held += group.held
+                        if not fits and awaited is None:  # any number of keys may follow
+                            held -= group.held
+                            yield from self._finished(groups.pop(group.key), part)
                     group = groups.get(key) or _Group(key)
                     held -= group.held
                     group.held = 0
@@ -233,6 +237,8 @@ class _Group:
 
     def add(self, suffix: str, content: bytes | int, config: WebDatasetSource.Config) -> None:
         """Take a member, unless it or the whole key has more bytes than the config allows."""
+        if self.size > config.max_held_bytes:  # not even the names of any more are held
+            return
         size = content if isinstance(content, int) else len(content)
         if size > config.max_file_bytes:
             reason = f"the member .{suffix} has {size} bytes, more than {config.max_file_bytes}"
@@ -247,13 +253,14 @@ class _Group:
             self.size += size
         self.size += MEMBER_BYTES
 
-    def hold(self, held: int, limit: int) -> int:
-        """Bytes that this group takes while other keys are read; contents for which there is no room are dropped.
+    def hold(self, held: int, limit: int) -> bool:
+        """Whether there is room for this group while other keys are read; if not, its contents are dropped.
 
         Args:
             held: bytes that other groups take.
         """
-        if held + self.size > limit:
+        fits = held + self.size <= limit
+        if not fits:
             reason = (
                 f"its members lie apart in the tar, of which {limit} bytes are held at most; "
                 "sort it, for example with tar --sort=name, or raise data.max_held_bytes"
@@ -261,7 +268,7 @@ class _Group:
             self.members = dict.fromkeys(self.members, reason)
             self.size = len(self.members) * MEMBER_BYTES
         self.held = self.size
-        return self.held
+        return fits
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
