@@ -13,7 +13,7 @@ from cm3leon.experiment import Experiment
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
+from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of, write_whole
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo
@@ -177,7 +177,7 @@ def _frozen(config: Experiment | Study, folder: Path) -> Path:
     text = dump_yaml(recorded_settings(config))
     file = folder / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    write_whole(file, text)
     return file
 
 

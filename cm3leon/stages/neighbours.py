@@ -10,7 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon.data.images import square
-from cm3leon.data.shards import make_missing, open_shard, read_plan, shard_path, write_plan
+from cm3leon.data.shards import (
+    PLAN,
+    make_missing,
+    open_shard,
+    read_plan,
+    replace_json,
+    shard_path,
+    write_plan,
+)
 from cm3leon.locks import locked
 from cm3leon.records import read_stage
 from cm3leon.retrievers.bank import Parts
@@ -123,7 +131,11 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     """Finds the neighbours of this worker's documents, under every variant of query dropout."""
     parts, config = run.source.parts(), run.experiment.retriever.config
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
-    write_plan(folder, {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK})
+    plan = {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK}
+    if (folder / PLAN).is_file() and read_plan(folder) != plan:
+        # The stage is of the same bank, by what it holds: it was moved.
+        replace_json(folder / PLAN, plan)
+    write_plan(folder, plan)
     # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
     bank = run.open_bank(with_added=False)
     if part[0] == 0:

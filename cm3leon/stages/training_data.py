@@ -156,7 +156,9 @@ class ShardedCorpus:
     @cached_property
     def bank(self) -> TokenShards:
         """The documents of the memory bank."""
-        bank = bank_of(self._stage("neighbours"))
+        # This run's own bank is where its settings say now; it may have been moved since.
+        own = self.folder == self.run.folder
+        bank = self.run.bank_folder if own else bank_of(self._stage("neighbours"))
         return TokenShards(
             opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify), self.run.made_by
         )
