@@ -20,6 +20,7 @@ from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import NAMES, check_generations, finished_settings
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.stages import stages_of
+from cm3leon.stages.training_data import start_digest
 from cm3leon.types import UserError
 
 MADE = "0" * 64
@@ -107,6 +108,7 @@ def test_a_file_that_a_stage_was_made_with_is_compared(folder: Path) -> None:
 
 def test_what_nobody_uses_may_be_of_an_earlier_generation(folder: Path) -> None:
     record(folder, "reconstruction", needs={"image_tokenizer": ANOTHER})
+    record(folder, "evaluation", needs={"generation": ANOTHER})
     record(folder, "generation", needs={"pretraining": ANOTHER})
     open_run(folder, needs=("pretraining",))
     open_run(folder)
@@ -129,6 +131,20 @@ def test_records_cannot_name_plugins_or_launchers(folder: Path) -> None:
     opened = open_run(folder).experiment
     assert opened.plugins == []
     assert opened.launcher.name == "here"
+
+
+def test_a_record_without_files_switches_no_check_off(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"documents/stage\.json names no files"):
+        _ = open_run(folder).corpus
+
+
+def test_a_run_to_start_from_has_to_be_of_one_piece(folder: Path, tmp_path: Path) -> None:
+    record(folder, "text_tokenizer", ANOTHER)
+    experiment = load_experiment("digits_smoke", [f"training.start={folder}"])
+    with pytest.raises(
+        UserError, match=r"^training\.start: pretraining in .* another text_tokenizer"
+    ):
+        start_digest(Run(experiment, tmp_path / "new", torch.device("cpu")))
 
 
 def test_a_damaged_record_is_a_sentence(folder: Path) -> None:

@@ -54,16 +54,17 @@ def finished_settings(folder: Path) -> dict[str, Any]:
     return sections
 
 
-def check_generations(folder: Path, needs: Collection[str] = ()) -> None:
+def check_generations(folder: Path, needs: Collection[str] = (), where: str = "run") -> None:
     """Compare what stages of a run were made from with what stands in its folder now.
 
     Args:
-        needs: the stages that will be used, with those that they were made from; none = all that training is made of.
+        needs: the stages that will be used, with those that they were made from; none = all up to pretraining.
+        where: the setting that names the folder, for the message.
 
     Raises:
         UserError: if one was made with another part than the one that is there, naming both and what differs.
     """
-    wanted = list(needs or NAMES[: NAMES.index("pretraining")])
+    wanted = list(needs or NAMES[: NAMES.index("pretraining") + 1])
     checked: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -72,7 +73,7 @@ def check_generations(folder: Path, needs: Collection[str] = ()) -> None:
             continue
         checked.add(name)
         for other, digest in _made_from(record):
-            _check(folder, name, record, other, digest)
+            _check(folder, name, other, digest, where)
             wanted.append(other.partition("/")[0])
 
 
@@ -82,7 +83,7 @@ def _made_from(record: StageRecord) -> Iterator[tuple[str, str]]:
     yield from record.made_with.items()
 
 
-def _check(folder: Path, name: str, record: StageRecord, other: str, digest: str) -> None:
+def _check(folder: Path, name: str, other: str, digest: str, where: str) -> None:
     """Raises UserError if a stage was made with another stage, or file of a stage, than the one that is there now."""
     stage, _, file = other.partition("/")
     there = read_record(folder / stage / MARKER)
@@ -95,6 +96,6 @@ def _check(folder: Path, name: str, record: StageRecord, other: str, digest: str
         parts = [f"{part} is another" for part in changed_parts(before, there)]
         what = f" ({'; '.join([*differences(before, there), *parts][:SHOWN])})"
     raise UserError(
-        f"run: {name} in {folder} was made with another {other} than the one there now{what}; make it anew with "
+        f"{where}: {name} in {folder} was made with another {other} than the one there now{what}; make it anew with "
         f"redo={name}, or put the earlier {stage} back by running the command with its settings"
     )

@@ -27,6 +27,7 @@ from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, writ
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.generations import check_generations
 from cm3leon.stages.pipeline import Part, write_json
 from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
@@ -114,17 +115,19 @@ def bank_fingerprint(run: Run) -> str | None:
     """Changes with the memory bank of another run; None where this run's own is used.
 
     Raises:
-        UserError: for a folder without a finished index.
+        UserError: for a folder without a finished index, or one of other vectors than those that are there now.
     """
     bank = run.shards.bank
     if bank is None:
         return None
     try:
-        return read_stage(bank / "index")["fingerprint"]
+        fingerprint = read_stage(bank / "index")["fingerprint"]
     except (OSError, UserError) as error:
         raise UserError(
             f"shards.bank: {bank} is no run with a finished index; make it with until=index first"
         ) from error
+    check_generations(bank, ("index",), where="shards.bank")
+    return fingerprint
 
 
 def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:

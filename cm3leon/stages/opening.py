@@ -82,7 +82,7 @@ def open_run(
         if not file.is_file():
             what = f"run with a finished {needs[-1]}" if needs else "run folder"
             raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
-    check_generations(folder, needs)
+    check_generations(folder, needs, where)
     experiment = load_experiment(
         str(config),
         trusted_plugins=opening.trusted_plugins,

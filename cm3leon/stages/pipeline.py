@@ -186,6 +186,13 @@ def run_stages(
     return seconds
 
 
+def check_unasked(
+    stages: Sequence[Stage[R]], run: R, folder: Path, redo: Collection[str] = ()
+) -> None:
+    """Raises UserError where `run_stages` would, for what must not be made anew unasked; changes nothing."""
+    _refuse_unasked(_planned(stages, run, folder), folder, depending_on(stages, redo))
+
+
 def _bring_up_to_date(
     step: Step[R], run: R, place: Path, title: str, say: Callable[[str], None]
 ) -> StageRecord:

@@ -33,6 +33,7 @@ from cm3leon.stages.pipeline import (
     Stage,
     check_redo,
     check_run_folder,
+    check_unasked,
     first_unfinished,
     is_finished,
     number_of,
@@ -409,7 +410,7 @@ def run_experiment(
 
     with joined(place, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
-            _pretrain_together(experiment, folder, ranks, bring)
+            _pretrain_together(experiment, folder, ranks, redo, bring)
     if ranks.joined and (not ranks.first or until == "pretraining"):
         return
     run = Run(experiment, folder, best_device())
@@ -430,6 +431,7 @@ def _pretrain_together(
     experiment: Experiment,
     folder: Path,
     ranks: Ranks,
+    redo: Collection[str],
     bring: Callable[[Run, str | None], dict[str, float]],
 ) -> None:
     """Bring the pretraining up to date, on all ranks; the first of them looks after the run folder."""
@@ -437,13 +439,19 @@ def _pretrain_together(
     stages = stages_of(experiment)
     number = number_of(stages, "pretraining", "until")
     before = stages[:number]
-    missing, needed = None, False
+    missing, needed, refusal = None, False, ""
     if ranks.first:
         make_folder(folder, "run")
         with remembered(folder / DIGESTS):
             missing, _ = first_unfinished(before, run, folder)
             needed = not missing and not is_finished(stages[number], before, run, folder)
-    missing, needed = ranks.gather((missing, needed))[0]
+            try:
+                check_unasked(stages[: number + 1], run, folder, redo)
+            except UserError as error:  # which all ranks end with: none is to wait for the first
+                refusal = str(error)
+    missing, needed, refusal = ranks.gather((missing, needed, refusal))[0]
+    if refusal:
+        raise UserError(refusal)
     if missing:
         raise UserError(
             f"stage {missing} is not finished in {folder} with these settings, and one process makes it: "

@@ -16,6 +16,7 @@ from cm3leon.data.token_shards import TokenShards
 from cm3leon.records import read_stage, sha256
 from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import SHARD_LISTS, WEIGHTS, Run, opened_stage
+from cm3leon.stages.generations import check_generations
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.tasks.base import with_segment
 from cm3leon.training.steps import MANIFEST, checkpoints
@@ -52,7 +53,8 @@ def start_digest(run: Run) -> str | None:
     """Changes with the weights that the training starts from; None where these are random.
 
     Raises:
-        UserError: for a folder without a finished pretraining, or without a checkpoint to go on from.
+        UserError: for a folder without a finished pretraining, or whose tokenizers are others by now, or without a
+            checkpoint to go on from.
     """
     config = run.experiment.training
     if config.start is None:
@@ -64,6 +66,7 @@ def start_digest(run: Run) -> str | None:
         raise UserError(
             f"training.start: {config.start} is no run with a finished pretraining"
         ) from error
+    check_generations(config.start, ("pretraining",), where="training.start")
     if config.start_with == "weights":
         return files.get(WEIGHTS)
     newest = checkpoints(folder)[-1:]
