@@ -105,7 +105,7 @@ def check_stage(folder: Path, names: Sequence[str] = (), *, finished: bool = Tru
             raise UserError(f"{folder} is not finished: its {MARKER} is missing")
         return
     recorded = read_stage(folder)["files"]
-    if not recorded:
+    if not names and not recorded:
         raise UserError(
             f"{folder / MARKER} names no files; run the experiment again, which makes the stage anew"
         )

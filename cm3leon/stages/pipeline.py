@@ -112,8 +112,9 @@ def read_record(file: Path) -> StageRecord | None:
     if not file.exists():
         return None
     content = read_json(file, RECORD)
-    if not re.fullmatch(r"[0-9a-f]{12,64}", content["fingerprint"]):
-        raise UserError(f"{file}: fingerprint must be a checksum, in hexadecimal digits")
+    # It becomes a part of a folder's name, where results are set aside.
+    if not re.fullmatch(r"[0-9A-Za-z]{1,64}", content["fingerprint"]):
+        raise UserError(f"{file}: fingerprint must be a checksum, of letters and digits")
     known = {name: content[name] for name in StageRecord.__dataclass_fields__ if name in content}
     record = StageRecord(**{name: value for name, value in known.items() if value is not None})
     for name in record.files:
