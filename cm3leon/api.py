@@ -45,7 +45,15 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import load_weights_at
 from cm3leon.training.device import Precision, autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
-from cm3leon.types import Modality, Sample, TextSegment, TokenDocument, TokenSegment, UserError
+from cm3leon.types import (
+    Modality,
+    Notice,
+    Sample,
+    TextSegment,
+    TokenDocument,
+    TokenSegment,
+    UserError,
+)
 
 DecoderChoice = Annotated[str | dict[str, Any] | Component, DECODERS] | None
 """A decoder by its name, by a section as in YAML, or None for the run's own."""
@@ -64,11 +72,11 @@ def _part(value: Any, where: str) -> str | np.ndarray:
     return any_text(value, where) if isinstance(value, str) else read_given_image(value, where)
 
 
-class UnrankedWarning(UserWarning):
+class UnrankedWarning(Notice):
     """Samples are in the order of their seeds, as there is nothing to rank them by."""
 
 
-class ShortageWarning(UserWarning):
+class ShortageWarning(Notice):
     """Fewer retrieved documents than asked stand in a prompt."""
 
 

@@ -7,11 +7,17 @@ torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt=
 Each prompt's images are PNG files, the best by CLIP first, and a line of `manifest.jsonl`; a prompt that has its line
 and its images is not drawn again. `settings.json` says what all of them depend on, with the digests of the run's parts:
 a folder that was made with other settings or by a run that has been trained anew since is refused.
+
+A prompt that is too long for the model is named before anything is drawn and has a line that says so (`left_out`), the
+others are drawn, and the exit code is 3.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +26,8 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from cm3leon.api import CM3Leon, Picture
+from cm3leon.api import CM3Leon, Picture, found_of, shortened
+from cm3leon.arguments import worded_text
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, from_mapping, to_mapping
 from cm3leon.decoders.steps import Way
 from cm3leon.models.serving import Weights
@@ -32,9 +39,12 @@ from cm3leon.stages.opening import Opening
 from cm3leon.stages.pipeline import write_json
 from cm3leon.training.device import Precision
 from cm3leon.training.distributed import Ranks, find_place, joined
-from cm3leon.types import UserError
+from cm3leon.types import Partly, UserError
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
+NAMED = 3
+"""Prompts that a message names, at most."""
+_SEPARATORS = re.compile("[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]+")
 AT_ONCE = 16
 """Prompts that are drawn together, and written down together."""
 TIMEOUT = 600
@@ -52,7 +62,7 @@ class GenerateOptions(Opening):
     prompt: str | None = None
     """A text to draw."""
     prompts: Path | None = None
-    """File with a text a line, in place of `prompt`; empty lines are left out."""
+    """File with a text a line (UTF-8), in place of `prompt`; empty lines are left out."""
     n: PositiveInt = 8
     """Images that are drawn for a prompt."""
     keep: PositiveInt | None = None
@@ -85,10 +95,12 @@ def main(mapping: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: for a mistake in the options, or a folder that holds images of other settings.
+        Partly: where the others are drawn, for prompts that are too long for the model.
     """
     discover()
     options = from_mapping(GenerateOptions, mapping)
-    texts = _texts(options)
+    prompts = _prompts(options)
+    texts = list(prompts.values())
     with joined(find_place(), TIMEOUT) as ranks, ExitStack() as held:
         model = CM3Leon.load(
             options.run,
@@ -101,10 +113,22 @@ def main(mapping: Mapping[str, Any]) -> None:
             trust=options.trust,
             verify=options.verify,
         )
+        if options.keep is not None and options.keep < options.n and not model.has_clip:
+            raise UserError(
+                f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to choose by; leave it out"
+            )
+        lines = list(prompts)
+        too_long = {
+            number: f"{_named(options, lines[number])} ({shortened(texts[number])}): {reason}"
+            for number, reason in model.too_long(texts).items()
+        }
+        if len(too_long) == len(texts):
+            raise UserError("; ".join(list(too_long.values())[:NAMED]))
         if ranks.first:
             held.enter_context(writing(options.out, "out"))
             held.enter_context(naming(options.out))
-        left = ranks.gather(_left(options, texts, model.run) if ranks.first else None)[0]
+        left = ranks.gather(_left(options, texts, too_long, model.run) if ranks.first else None)[0]
+        shortages: Counter[str] = Counter()
         with tqdm(
             total=len(left),
             desc="generate",
@@ -113,7 +137,7 @@ def main(mapping: Mapping[str, Any]) -> None:
             disable=not ranks.first,
         ) as progress:
             for start in range(0, len(left), AT_ONCE):
-                _draw(
+                shortages += _draw(
                     model,
                     options,
                     {number: texts[number] for number in left[start : start + AT_ONCE]},
@@ -121,20 +145,43 @@ def main(mapping: Mapping[str, Any]) -> None:
                 )
                 progress.update(len(left[start : start + AT_ONCE]))
         if ranks.first:
+            for sentence, count in sorted(shortages.items()):
+                print(
+                    sentence if len(texts) == 1 else f"{sentence} ({count} of {len(left)} prompts)"
+                )
             print(f"images: {options.out}")
+    if too_long:
+        named = "; ".join(list(too_long.values())[:NAMED])
+        raise Partly(f"{len(too_long)} of {len(texts)} prompts are too long, not drawn: {named}")
 
 
-def _left(options: GenerateOptions, texts: list[str], run: Run) -> list[int]:
-    """Numbers of the prompts that are not drawn yet."""
+def _named(options: GenerateOptions, line: int) -> str:
+    return f"{options.prompts}, line {line}" if options.prompts else "prompt"
+
+
+def _left(
+    options: GenerateOptions, texts: list[str], too_long: Mapping[int, str], run: Run
+) -> list[int]:
+    """Numbers of the prompts that are not drawn yet; what is too long is written down, and never drawn."""
     _check_settings(options, run)
     done = _done(options.out, texts)
-    if done:
-        print(f"{len(done)} of {len(texts)} prompts are done already")
-    return [number for number in range(len(texts)) if number not in done]
+    if drawn := done - set(too_long):
+        print(f"{len(drawn)} of {len(texts)} prompts are done already")
+    with (options.out / MANIFEST).open("a") as manifest:
+        for number in too_long:
+            if number not in done:
+                entry = {"number": number, "prompt": texts[number], "images": []}
+                manifest.write(json.dumps({**entry, "left_out": too_long[number]}) + "\n")
+    return [number for number in range(len(texts)) if number not in {*done, *too_long}]
 
 
-def _draw(model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ranks: Ranks) -> None:
-    """Draws some prompts, by their numbers: all ranks do, the first writes them down."""
+def _draw(
+    model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ranks: Ranks
+) -> Counter[str]:
+    """Draws some prompts, by their numbers: all ranks do, the first writes them down.
+
+    Returns what is to be said of prompts with fewer documents than asked, and of how many.
+    """
     drawn = model.generate(
         list(texts.values()),
         n=options.n,
@@ -147,19 +194,33 @@ def _draw(model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ra
             for (number, text), pictures in zip(texts.items(), drawn, strict=True):
                 manifest.write(json.dumps(_write(options, number, text, pictures)) + "\n")
                 manifest.flush()
+    return Counter(
+        found_of(len(best.documents), best.asked, best.shortage)
+        for best, *_ in drawn
+        if best.shortage
+    )
 
 
-def _texts(options: GenerateOptions) -> list[str]:
+def _prompts(options: GenerateOptions) -> dict[int, str]:
+    """The texts to draw by the number of their line in the file, from 1.
+
+    A line ends at a line feed and nothing else. Other separators of lines, the carriage return before it and a byte
+    order mark are no part of a prompt.
+    """
     if options.prompts is None:
-        return [options.prompt or ""]
+        return {1: worded_text(options.prompt, "prompt")}
     try:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        lines = options.prompts.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: {options.prompts} cannot be read: {error}") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
+    found = {
+        number: text
+        for number, line in enumerate(lines, 1)
+        if (text := _SEPARATORS.sub(" ", line).strip())
+    }
+    if not found:
         raise UserError(f"prompts: {options.prompts} has no line with a text")
-    return texts
+    return found
 
 
 def _check_settings(options: GenerateOptions, run: Run) -> None:
@@ -235,6 +296,9 @@ def _write(
     for place, picture in enumerate(pictures[: options.keep]):
         name = f"{number:05d}_{place}.png"
         picture.image.save(options.out / name)
-        images.append({"file": name, "score": picture.score, "seed": picture.seed})
-    documents = [{"id": document.id, "text": document.text} for document in pictures[0].documents]
-    return {"number": number, "prompt": text, "images": images, "documents": documents}
+        score = None if math.isnan(picture.score) else picture.score
+        images.append({"file": name, "score": score, "seed": picture.seed})
+    best = pictures[0]
+    documents = [{"id": document.id, "text": document.text} for document in best.documents]
+    entry = {"number": number, "prompt": text, "images": images, "documents": documents}
+    return {**entry, "shortage": best.shortage} if best.shortage else entry

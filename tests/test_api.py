@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
+from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning
 from cm3leon.locks import locked
 from cm3leon.records import sha256
 from cm3leon.registry import DECODERS, discover
@@ -745,3 +746,48 @@ def test_mistakes_of_the_command_are_said(
     given = [word.format(run=model.run.folder) for word in words]
     assert main(["generate", *given, f"out={tmp_path}/out"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_named_and_the_others_are_drawn(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, out = "a very long story " * 200, tmp_path / "out"
+    text = f"\ufeffa\u2028red\x0bseven\r\n\n{long}\na two\x85\u2028\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    words = ["generate", f"run={model.run.folder}", f"prompts={tmp_path}/prompts.txt", "n=1"]
+    for _ in range(2):  # the second start says the same, and draws nothing again
+        assert main([*words, f"out={out}"]) == 3
+        said = capsys.readouterr().err
+        assert "1 of 3 prompts are too long, not drawn" in said
+        assert (
+            "prompts.txt, line 3 ('a very long story a very long story a ve...'): a prompt of"
+            in said
+        )
+        assert "retrieved" not in said
+    entries = {entry["prompt"]: entry for entry in listed(out)}
+    assert set(entries) == {"a red seven", long.strip(), "a two"}
+    assert "do not fit the model's 256 positions" in str(entries[long.strip()]["left_out"])
+    assert sorted(path.name for path in out.glob("*.png")) == ["00000_0.png", "00002_0.png"]
+    assert main(["generate", f"run={model.run.folder}", f"prompt={long}", f"out={tmp_path}/o"]) == 2
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(UserError, match=r"prompt\.1 \('a very long story .*'\): a prompt of"):
+        model.generate(["a", long])
+
+
+def test_fewer_documents_than_asked_are_said_with_the_reason(
+    model: CM3Leon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (drawn,) = model.generate("a seven", retrieve=50)
+    assert drawn.asked == 50
+    assert len(drawn.documents) < 50
+    assert drawn.shortage in (NO_ROOM, NO_MORE)
+    assert model.generate("a seven", retrieve=0)[0].shortage == ""
+    (full,) = model.generate("a word " * 30, retrieve=2)
+    assert (full.asked, full.shortage) == (2, NO_ROOM if len(full.documents) < 2 else "")
+    out = tmp_path / "out"
+    words = ["generate", f"run={model.run.folder}", "prompt=a seven", "retrieve=50", "n=1"]
+    assert main([*words, f"out={out}"]) == 0
+    assert f"found {len(drawn.documents)} of 50 documents: " in capsys.readouterr().out
+    assert listed(out)[0]["shortage"] == drawn.shortage
+    with pytest.warns(ShortageWarning, match="of 50 documents"):
+        model.caption(picture(), retrieve=50, most=3)
