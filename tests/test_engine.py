@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -410,6 +411,46 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
         with pytest.raises(UserError, match="spans"):
             spans_prompt(query, wrong, (), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("box", "width", "height", "codes"),
+    [
+        ((0, 0, 8, 8), 32, 32, [0]),
+        ((8, 0, 24, 8), 40, 32, None),  # 4 pixels of margin: pixel 8 is in the code of 4 to 11
+        ((4, 0, 12, 8), 40, 32, [0]),
+        ((28, 24, 36, 32), 40, 32, [15]),
+        ((0, 4, 8, 12), 32, 40, [0]),
+        ((100, 0, 200, 100), 600, 400, [0]),  # a large photograph: codes of 100 pixels
+        ((0, 0, 3, 3), 3, 3, list(range(16))),  # an image of fewer pixels than codes
+        ((0, 0, 1, 1), 3, 3, [0, 1, 4, 5]),  # codes of 3/4 of a pixel
+        ((1, 0, 2, 2), 5, 2, None),
+    ],
+)
+def test_a_box_is_in_the_pixels_of_the_image_that_is_given(
+    box: tuple[int, int, int, int], width: int, height: int, codes: list[int] | None
+) -> None:
+    """Against the square that the tokenizer sees, pixel by pixel: a code is asked for if the box touches it."""
+    spans = box_spans(box, segment=1, grid=4, width=width, height=height)
+    found = [code for span in spans for code in range(span.start, span.end)]
+    side = Fraction(min(width, height))
+    margins = (width - side) / 2, (height - side) / 2
+    expected = []
+    for code in range(16):
+        left, top = (margins[k] + (code % 4, code // 4)[k] * side / 4 for k in (0, 1))
+        across = box[0] < left + side / 4 and left < box[2]
+        if across and box[1] < top + side / 4 and top < box[3]:
+            expected.append(code)
+    assert found == expected
+    assert codes is None or found == codes
+
+
+@pytest.mark.parametrize("box", [(0, 0, 8, 8), (30, 0, 40, 8), (36, 0, 37, 8), (4, 0, 36, 33)])
+def test_a_box_outside_of_what_the_model_sees_is_a_sentence(box: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"an image of 40 x 32 pixels, in the square \(4, 0, 36, 32\)"
+    ):
+        box_spans(box, segment=1, grid=4, width=40, height=32)
 
 
 # ------------------------------------------------------------------------------------------------ sharing and queueing

@@ -123,6 +123,12 @@ class Asking:
         if not (place / "setting.json").is_file():
             write_json(place / "setting.json", self.identity(row))
         model = self.model(row)
+        if self.protocol.answers_in == "image" and row.setting.samples > 1 and not model.has_clip:
+            name = model.run.experiment.retriever.name
+            raise UserError(
+                f"setting.samples is {row.setting.samples}, and the retriever {name} of {row.folder} has no CLIP "
+                "to choose the best by; it must be 1"
+            )
         asked = sum(len(self._of_shard(number)) for number in missing) * row.setting.samples
         bar = tqdm(total=asked, desc=row.name, unit="answer", mininterval=2.0, dynamic_ncols=True)
         with bar as progress:
