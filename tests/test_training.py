@@ -39,7 +39,7 @@ from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
-from cm3leon.training.trainer import Shares, train
+from cm3leon.training.trainer import Shares, _sound, train
 from cm3leon.types import Again, UserError
 
 CPU = torch.device("cpu")
@@ -1114,3 +1114,20 @@ def test_matrix_products_run_in_the_precision_and_weights_stay_float32(
 
 def test_the_device_is_a_gpu_where_there_is_one() -> None:
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_mask_of_minus_infinities_is_no_divergence() -> None:
+    module = nn.Linear(2, 1)
+    module.register_buffer("mask", torch.full((2, 2), -math.inf), persistent=False)
+    cpu = torch.device("cpu")
+
+    def sound() -> bool:
+        def loss(module: nn.Module, part: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+            return module(part).sum(), {}
+
+        return _sound(module, loss, torch.ones(1, 2), cpu, TrainingConfig(), Ranks(cpu))
+
+    assert sound()
+    with torch.no_grad():
+        module.weight[0, 0] = math.inf
+    assert not sound()

@@ -290,10 +290,12 @@ def _sound(
     Weights may be finite and still so large that nothing can be computed with them. Sharded ones are not tried here:
     the decoder's validation does that. The forward pass of a training may change buffers, which are put back.
     """
-    tensors = [
-        each.to_local() if isinstance(each, DTensor) else each for each in module.parameters()
+    # What is kept, that is: CLIP's mask of minus infinities is a buffer too, but no part of what is trained.
+    kept = [
+        each.to_local() if isinstance(each, DTensor) else each
+        for each in module.state_dict().values()
     ]
-    if not all(is_finite(tensor) for tensor in [*tensors, *module.buffers()]):
+    if not all(is_finite(tensor) for tensor in kept):
         return False
     if ranks.joined:
         return True
