@@ -25,13 +25,6 @@ WINDOW = 11
 # ------------------------------------------------------------------------------------------------ pairs of images
 
 
-def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, (B,); infinite where nothing differs."""
-    error_B = np.square(images_BHWC.astype(np.float64) - reconstructed_BHWC).mean((1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255**2 / error_B)
-
-
 def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
     """Mean structural similarity of each image, (B,), 1 where nothing differs (Wang et al. 2004, IEEE TIP 13, eq. 13).
 

@@ -42,10 +42,21 @@ def average(values_B: np.ndarray) -> Measured:
     return Measured(mean, mean - half, mean + half, n)
 
 
+def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each uint8 image in dB, (B,); infinite where nothing differs."""
+    error_B = np.square(images_BHWC.astype(np.float64) - reconstructed_BHWC).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / error_B)
+
+
 def psnr(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 images, from the squared error of all of them together."""
-    error = np.mean((images_BHWC.astype(np.float64) - reconstructed_BHWC.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+    """The PSNR of every page and record: the mean over images of each one's, in dB.
+
+    An image that comes back exactly has none and does not count; infinite if that is true of all.
+    """
+    psnr_B = psnr_each(images_BHWC, reconstructed_BHWC)
+    known_B = np.isfinite(psnr_B)
+    return float(psnr_B[known_B].mean()) if known_B.any() else float("inf")
 
 
 def codebook_use(codes_BN: np.ndarray, codebook_size: int) -> tuple[float, float]:

@@ -13,10 +13,9 @@ from cm3leon.evaluation.images import (
     features,
     frechet_distance,
     lpips,
-    psnr_each,
     ssim,
 )
-from cm3leon.evaluation.metrics import average, codebook_use, psnr
+from cm3leon.evaluation.metrics import average, codebook_use, psnr, psnr_each
 from cm3leon.tokenizers.image.perceptual import SMALLEST, Perceptual
 
 

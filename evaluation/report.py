@@ -147,7 +147,15 @@ class Code:
     text: str
 
 
-Content = Table | Gallery | Strip | Curves | Text | Code
+Content: TypeAlias = "Table | Gallery | Strip | Curves | Text | Code | Folded"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that are seen when their title is clicked: what a reader looks up rather than reads."""
+
+    title: str
+    blocks: Sequence[Content]
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,11 @@ def _block(block: Content, key: str) -> str:
             return _paragraphs(block.text)
         case Code():
             return f'<pre tabindex="0"><code>{escape(block.text)}</code></pre>'
+        case Folded():
+            inner = "\n".join(
+                _block(each, f"{key}-{index}") for index, each in enumerate(block.blocks, start=1)
+            )
+            return f"<details><summary>{escape(block.title)}</summary>\n{inner}\n</details>"
         case _:
             assert_never(block)
 
@@ -427,8 +440,8 @@ def _labelled(picture: Picture, height: int, alt: str) -> str:
 
 
 def _captioned(name: str, content: str, caption: str) -> str:
-    """A figure of class `name` with a caption under it."""
-    return f'<figure class="{name}">{content}{_optional("figcaption", "caption", caption)}</figure>'
+    """A figure of class `name` under its caption."""
+    return f'<figure class="{name}">{_optional("figcaption", "caption", caption)}{content}</figure>'
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -718,9 +731,9 @@ nav ol { display: flex; gap: 1.75rem; padding: 0.8rem 0; font: 0.86rem/1.4 var(-
 nav a { color: var(--quiet); text-decoration: none; }
 
 section { padding-top: 4rem; }
-section > figure, pre { margin: 1.75rem 0 2.5rem; }
+section > figure, details > figure, pre { margin: 1.75rem 0 2.5rem; }
 .caption { font: 0.86rem/1.5 var(--sans); color: var(--quiet); max-width: 42rem; }
-.caption { margin-top: 1rem; }
+.caption { margin-bottom: 1rem; }
 .label { font: 0.74rem/1.35 var(--sans); color: var(--quiet); }
 figcaption.label { margin-top: 0.3rem; max-width: 9rem; }
 .label, .prompt, .title, th, td { unicode-bidi: isolate; }
@@ -772,6 +785,8 @@ table { border-collapse: collapse; overflow-wrap: break-word; }
 pre { font: 0.82rem/1.55 var(--mono); background: var(--tint); padding: 1rem 1.2rem; border-radius: 3px; }
 pre { overflow-x: auto; overflow-wrap: normal; max-width: 52rem; }
 code { font: inherit; }
+details { border-top: 1px solid var(--rule); padding: 0.7rem 0; }
+summary { font: 0.9rem/1.5 var(--sans); cursor: pointer; max-width: 42rem; }
 footer { border-top: 1px solid var(--rule); margin-top: 5rem; padding-top: 1.2rem; }
 footer p { font: 0.82rem/1.5 var(--sans); color: var(--quiet); }
 

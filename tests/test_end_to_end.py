@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_that_pages_print_find_everything_done(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
-    page = (finished / "reconstruction" / "report.html").read_text()
+    page = (finished / "report.html").read_text()
     printed = html.unescape(re.search(r"python -m cm3leon\.run [^<\n]+", page)[0])  # type: ignore[index]
     for command in (metrics["to_run_again"]["command"], printed):
         assert cm3leon(*shlex.split(command)[3:]).stdout.count("up to date") == 8

@@ -27,10 +27,9 @@ from cm3leon.evaluation.images import (
     features,
     frechet_distance,
     lpips,
-    psnr_each,
     ssim,
 )
-from cm3leon.evaluation.metrics import psnr
+from cm3leon.evaluation.metrics import psnr, psnr_each
 from cm3leon.tokenizers.image.discriminator import (
     PatchDiscriminator,
     adaptive_weight,

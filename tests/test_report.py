@@ -18,6 +18,7 @@ from cm3leon.evaluation.report import (
     Code,
     Curves,
     Fact,
+    Folded,
     Gallery,
     Picture,
     Reference,
@@ -274,6 +275,25 @@ def test_ticks(value, text):
 
 def test_same_report_same_bytes():
     assert render(example()) == render(example())
+
+
+def test_what_is_looked_up_is_folded_under_its_title():
+    html = render(
+        Report(
+            "title", sections=[Section("s", blocks=[Folded("<long>", [Code("a: 1"), Text("t")])])]
+        )
+    )
+    folded = html[html.index("<details>") : html.index("</details>")]
+    assert folded.startswith("<details><summary>&lt;long&gt;</summary>")
+    assert "a: 1" in folded
+    assert "<p>t</p>" in folded
+
+
+def test_captions_stand_above_what_they_name():
+    strip = Strip([("row", [Picture(noise())])], caption="of these")
+    for block in (strip, Gallery([Card([Picture(noise())])], caption="of these")):
+        html = render(Report("title", sections=[Section("s", blocks=[block])]))
+        assert html.index("of these</figcaption>") < html.index("<img")
 
 
 def test_many_pictures_stay_small():

@@ -80,6 +80,7 @@ def test_the_run_ends_with_a_page_of_reconstructions(finished: tuple[Path, str])
     assert measured["lpips"] is None  # without weights
     assert measured["rfid"] is None
     assert not (run / "pretraining").exists()
+    assert str(run) not in page  # the same page wherever the run lies
 
 
 def test_training_is_logged_with_reconstructions(finished: tuple[Path, str]) -> None:

@@ -90,7 +90,7 @@ class Evaluator:
         }
 
     def reconstruction(self) -> dict[str, Any]:
-        """PSNR in dB by split, and how the training images use the codebook."""
+        """PSNR in dB by split (the mean over images), and how the held-out images use the codebook."""
         images_BHWC, codes_MN = self.run.corpus.images_BHWC, self.run.codes_MN
         figures: dict[str, Any] = {}
         for split in ("train", "held_out"):
@@ -99,7 +99,7 @@ class Evaluator:
                 images_BHWC[rows], self.run.image_tokenizer.decode(codes_MN[rows])
             )
         use, perplexity = codebook_use(
-            codes_MN[self.training_rows], self.run.image_tokenizer.codebook_size
+            codes_MN[self.run.corpus.rows("held_out")], self.run.image_tokenizer.codebook_size
         )
         distinct = len(np.unique(codes_MN[self.training_rows], axis=0)) / len(self.training_rows)
         return {

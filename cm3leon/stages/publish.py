@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from cm3leon.evaluation.report import (
     Code,
     Curves,
     Fact,
+    Folded,
     Gallery,
     Picture,
     Report,
@@ -33,7 +35,7 @@ from cm3leon.evaluation.report import (
     Table,
     write_report,
 )
-from cm3leon.records import KINDS
+from cm3leon.records import KINDS, read_json_lines
 from cm3leon.registry import TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.evaluate import RESULTS, Evaluator
@@ -47,6 +49,16 @@ Entry = dict[str, Any]
 
 COLUMNS = 12
 """Pictures in a strip."""
+
+LABELS = {
+    "given_kept": "given part unchanged",
+    "clip_score": "likeness of text and image",
+    "copied": "copies",
+}
+"""Metrics whose names do not say enough."""
+
+CARDS = 6
+"""Samples of a gallery."""
 
 PIXELS = 128
 """Height of a picture of the report, in CSS pixels."""
@@ -238,18 +250,21 @@ class _Page:
             sections=[
                 section
                 for section in (
-                    self.samples(),
-                    self.infillings(),
-                    self.captions(),
-                    self.settings_tables(),
-                    self.reconstructions(),
+                    *self.pictures_first(),
                     self.curves(),
+                    self.settings_tables(),
                     self.retrieval(),
                     self.again(),
                 )
                 if section.blocks
             ],
         )
+
+    def pictures_first(self) -> list[Section]:
+        """What there is to look at; where nothing is judged, originals beside what their codes keep come first."""
+        made = [self.samples(), self.infillings(), self.captions()]
+        rebuilt = self.reconstructions()
+        return [*made, rebuilt] if self.has_classes else [rebuilt, *made]
 
     def facts(self) -> list[Fact]:
         wall = self.metrics["wall_seconds"]["total"]
@@ -263,7 +278,7 @@ class _Page:
             *(fact for fact in facts if fact),
             Fact("reconstruction from codes", f"{psnr:.1f} dB", note),
             Fact(
-                "for the whole path",
+                "time of all stages",
                 f"{wall / 60:.1f} min",
                 f"{self._provenance('machine')['cpu_cores']} CPU cores",
             ),
@@ -276,7 +291,7 @@ class _Page:
             entry = self._chosen("text_to_image", documents)
             if entry is None:
                 continue
-            cards = [self._image_card(entry, generation) for generation in self._some(entry, 18)]
+            cards = [self._image_card(entry, each) for each in self._some(entry, CARDS)]
             text = (
                 "without documents"
                 if not documents
@@ -329,7 +344,7 @@ class _Page:
         if entry is None:
             return Section("Image to text")
         cards = []
-        for generation in self._some(entry, 12):
+        for generation in self._some(entry, CARDS):
             named = self.run.source.class_in(generation.caption)
             status = self._status(generation, named) if self.has_classes else None
             picture = Picture(self.run.corpus.images_BHWC[generation.row], height=64)
@@ -337,7 +352,7 @@ class _Page:
                 Card(
                     [picture],
                     title=generation.caption or "(empty)",
-                    caption=f"its own: {self.run.corpus.captions[generation.row]}",
+                    caption=f"the document's caption: {self.run.corpus.captions[generation.row]}",
                     status=status,
                 )
             )
@@ -363,7 +378,7 @@ class _Page:
             "Figures",
             "Shares in %, accuracies with their 95 % intervals (Wilson). A copy has the codes of a training image, of "
             "one of its varied versions, or of a retrieved one. Shuffled documents were retrieved for another prompt.",
-            tables,
+            [Folded(table.caption, [replace(table, caption="")]) for table in tables],
         )
 
     def reconstructions(self) -> Section:
@@ -376,18 +391,25 @@ class _Page:
             caption=(
                 f"Held-out images. {figures['codes_per_image']} codes an image, {figures['codebook_use']:.0%} of "
                 f"{figures['codebook_size']} codes in use (perplexity {figures['codebook_perplexity']:.0f}); "
-                f"PSNR {figures['psnr_held_out']:.1f} dB, on training images {figures['psnr_train']:.1f} dB."
+                f"PSNR {figures['psnr_held_out']:.1f} dB (mean over images), "
+                f"on training images {figures['psnr_train']:.1f} dB."
             ),
         )
         return Section(
             "Image tokenizer",
-            "What an image is to the model: everything it draws is bounded by this.",
+            f"What an image is to the model: everything it draws is bounded by this. {limit(figures)}".strip(),
             [strip],
         )
 
     def curves(self) -> Section:
         pretraining = self.run.log("pretraining")
         blocks = [
+            _curves(
+                "Validation loss",
+                self._validation(),
+                {"text": "loss_text", "image": "loss_image"},
+                "nats a token",
+            ),
             _curves(
                 "Pretraining loss",
                 pretraining,
@@ -408,8 +430,16 @@ class _Page:
         return Section(
             "Training",
             f"Validation loss after training, without documents, in nats a token: {text}.",
-            [block for block in blocks if block.series],
+            [
+                *(block for block in blocks[:2] if block.series),
+                Folded("More curves", [block for block in blocks[2:] if block.series]),
+            ],
         )
+
+    def _validation(self) -> list[dict[str, float]]:
+        """Records of the validation while pretraining; empty for a run that kept none."""
+        file = self.run.folder / "pretraining" / "validation.jsonl"
+        return read_json_lines(file, {"step": int}) if file.is_file() else []
 
     def retrieval(self) -> Section:
         figures = self.results["retriever"]
@@ -443,7 +473,12 @@ class _Page:
         return Section(
             "To run it again",
             "Everything below is in metrics.json too; config.yaml beside this file is the resolved experiment.",
-            [table, Code(dump_yaml(lines)), Code(dump_yaml(provenance["config"]))],
+            [
+                Code(lines.pop("command")),
+                Folded("Seconds of each stage", [table]),
+                Folded("Code, packages and machine", [Code(dump_yaml(lines))]),
+                Folded("The resolved experiment", [Code(dump_yaml(provenance["config"]))]),
+            ],
         )
 
     # pieces
@@ -486,6 +521,8 @@ class _Page:
         status = aim_status(figure, aim)
         cfg = "" if entry["cfg"] is None else f"guidance {entry['cfg']:g}; "
         note = f"{cfg}95 % interval {_range(figure)}, n = {figure['n']:,}; aim {100 * aim:.0f} %"
+        if status == "plain":
+            note += ", which lies within the interval"
         return Fact(label, _percent(figure["value"]), note, status)
 
     def _some(self, entry: Entry, count: int) -> list[Generation]:
@@ -549,7 +586,7 @@ class _Page:
         columns = [
             "documents",
             *(["CFG"] if guided else []),
-            *(name.replace("_", " ") for name in names),
+            *(LABELS.get(name, name.replace("_", " ")) for name in names),
             "n",
         ]
         rows = []
@@ -563,6 +600,26 @@ class _Page:
             if guided and entry["cfg"] == self.results["chosen_cfg"]
         }
         return Table(columns, rows, caption=caption, highlight=frozenset(chosen))
+
+
+FEW_CODES, LOW_PSNR = 0.1, 20.0
+"""Share of the codes in use, and PSNR in dB, below which the image tokenizer limits whatever is drawn."""
+
+
+def limit(figures: Entry) -> str:
+    """What the image tokenizer limits, in a sentence, by its figures on held-out images; empty if it is good enough."""
+    use, psnr = figures["codebook_use"], figures["psnr_held_out"]
+    found = []
+    if use < FEW_CODES:
+        found.append(f"only {use:.0%} of its codes are in use")
+    if psnr < LOW_PSNR:
+        found.append(f"it gives images back at {psnr:.1f} dB")
+    if not found:
+        return ""
+    return (
+        f"This tokenizer limits what is drawn: {' and '.join(found)}. Train it longer "
+        "(image_tokenizer_training.steps) or on more images."
+    )
 
 
 def _curves(title: str, log: list[dict[str, float]], names: dict[str, str], unit: str) -> Curves:

@@ -8,7 +8,6 @@ from typing import Any
 from cm3leon.evaluation.images import Inception
 from cm3leon.evaluation.reconstruction import reconstruction_figures
 from cm3leon.evaluation.report import (
-    Code,
     Curves,
     Fact,
     Picture,
@@ -18,10 +17,8 @@ from cm3leon.evaluation.report import (
     Strip,
     write_report,
 )
-from cm3leon.records import KINDS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import write_json
-from cm3leon.terminal import command_line
 from cm3leon.tokenizers.image.perceptual import Perceptual
 
 FIGURES = "figures.json"
@@ -84,7 +81,6 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
             curves.append(
                 Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth)
             )
-    command = command_line(f"experiment={run.folder / KINDS['run']}", f"run={run.folder}")
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(
@@ -111,7 +107,7 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
                 [Strip([("original", pictures[0]), ("from codes", pictures[1])])],
             ),
             *([Section("Training", "Figures of training batches.", curves)] if curves else []),
-            Section("Again", blocks=[Code(command)]),
+            Section("To make it again", "The settings are in config.yaml of the run's folder."),
         ],
     )
 

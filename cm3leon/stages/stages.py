@@ -340,7 +340,7 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
         ),
         Stage(
             "evaluation",
-            3,
+            4,
             _depends_on("metrics"),
             make_evaluation,
             needs=("generation",),
