@@ -298,16 +298,16 @@ def test_json_of_the_shape_is_read(tmp_path: Path) -> None:
     [
         ("pretraining/validation.jsonl", "[]\n", ["perplexity", "runs={run}"]),
         ("pretraining/validation.jsonl", '{"step": "x"}\n', ["perplexity", "runs={run}"]),
-        ("launch/jobs.json", "[]", ["status", "run={run}"]),
-        ("launch/jobs.json", '{"commands": 3, "submitted": []}', ["logs", "run={run}"]),
-        ("launch/jobs.json", '{"commands": {}, "submitted": [7]}', ["cancel", "run={run}"]),
+        ("launch/0001/jobs.json", "[]", ["status", "run={run}"]),
+        ("launch/0001/jobs.json", '{"commands": 3, "submitted": []}', ["logs", "run={run}"]),
+        ("launch/0001/jobs.json", '{"commands": {}, "submitted": [7]}', ["cancel", "run={run}"]),
         ("documents/stage.json", "[]", ["generate", "run={run}", "prompt=a"]),
     ],
 )
 def test_records_of_somebody_else_are_said_not_believed(
     run: Path, file: str, content: str, words: list[str], tmp_path: Path
 ) -> None:
-    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
     (run / file).write_text(content)
     more = [f"out={tmp_path}/out.png"] if words[0] == "perplexity" else []
     done = cm3leon(*(word.format(run=run) for word in words), *more, check=False)
