@@ -24,6 +24,8 @@ from cm3leon.evaluation.metrics import (
     psnr,
 )
 from cm3leon.registry import METRICS, SOURCES, discover
+from cm3leon.stages.evaluate import with_all_documents
+from cm3leon.stages.generate import Generation, Setting
 
 discover()
 
@@ -250,3 +252,10 @@ def test_judge_is_the_same_every_time(
 def test_judge_refuses_sides_that_it_cannot_divide(judge: Judge, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"sides that are multiples of 8, got {size[0]}x{size[1]}"):
         judge.read(np.zeros((1, *size, 3), np.uint8))
+
+
+def test_prompts_with_fewer_documents_than_asked_are_counted() -> None:
+    setting = Setting("text_to_image", "held_out", 2, False, None)
+    retrieved: list[list[int]] = [[1, 2], [3], [], [4, 5]]
+    generations = [Generation(0, rows, "a", []) for rows in retrieved]
+    assert with_all_documents(setting, generations) == proportion(np.array([1, 0, 0, 1], bool))

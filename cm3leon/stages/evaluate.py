@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from cm3leon.evaluation.generated import UNKNOWN, Generated
 from cm3leon.evaluation.judge import Judge
-from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
+from cm3leon.evaluation.metrics import Measured, codebook_use, proportion, psnr
 from cm3leon.registry import METRICS, TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generate import Generation, Setting, read_generations, settings
@@ -132,6 +133,9 @@ class Evaluator:
         """All metrics of a setting that apply to it."""
         generated = self.generated(setting)
         measured = {name: metric(generated) for name, metric in self.metrics.items()}
+        if setting.documents:
+            generations = read_generations(self.run.folder / "generation", setting)
+            measured["all_documents"] = with_all_documents(setting, generations)
         return {
             **asdict(setting),
             "n": len(generated.codes_BN),
@@ -190,6 +194,16 @@ class Evaluator:
             )
             kept.append(task.keeps_given(original, completed))
         return np.array(kept)
+
+
+def with_all_documents(setting: Setting, generations: Sequence[Generation]) -> Measured:
+    """Share of the prompts that had as many retrieved documents as the setting asks for.
+
+    The others have fewer: there was no room for more, or the retriever's rules left no more.
+    """
+    return proportion(
+        np.array([len(generation.retrieved) >= setting.documents for generation in generations])
+    )
 
 
 def chosen_cfg(measured: list[dict[str, Any]]) -> float | None:
