@@ -40,9 +40,9 @@ from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.pretrain import load_checkpoint
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.training.checkpoint import load_weights_at
 from cm3leon.training.device import Precision, autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
@@ -190,10 +190,7 @@ class CM3Leon:
             opened = replace(opened, experiment=replace(experiment, shards=shards))
         model = load_model(folder, verify=verify)
         if checkpoint is not None:
-            averaged = experiment.training.average_decay is not None
-            load_weights_at(
-                folder / "pretraining", checkpoint, model, averaged=averaged, verify=verify
-            )
+            load_checkpoint(model, experiment.training, folder, checkpoint, verify=verify)
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")

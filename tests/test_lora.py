@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from test_distributed import assert_alike, figures, finish, start, trained, wait
 
 from cm3leon.config import from_mapping
 from cm3leon.models.lora import add_lora, lora_scale, merged
+from cm3leon.models.pretrained import load_model
 from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
-from cm3leon.training.checkpoint import training_tensors
+from cm3leon.stages.pretrain import load_checkpoint
+from cm3leon.training.average import WeightAverage
+from cm3leon.training.checkpoint import Checkpoints, save_weights, training_tensors
 from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.types import UserError
 
@@ -98,6 +103,41 @@ def test_checkpoints_hold_what_is_trained() -> None:
     tensors = training_tensors(model, new_optimizer(model, DecoderTrainingConfig()))
     assert len(tensors["model"]) == len(tensors["optimizer"]) == 2 * 4 * 2
     assert all("lora" in name for name in tensors["model"])
+
+
+@pytest.mark.parametrize("average_decay", [None, 0.5])
+def test_the_weights_of_a_checkpoint_are_those_of_its_adapters_added_in(
+    tmp_path: Path, average_decay: float | None
+) -> None:
+    """A run folder with a checkpoint of step 7, and the run that its training started from."""
+    base, folder = decoder(), tmp_path / "tuned"
+    for run in (tmp_path / "base", folder):
+        (run / "pretraining").mkdir(parents=True)
+        save_weights(run / "pretraining" / "model.safetensors", base)
+        section = {"name": "cm3leon_tiny", "layers": 2, "width": 32, "head_size": 16, "seq_len": 24}
+        text = json.dumps({"model": section, "vocab_size": 50})
+        (run / "pretraining" / "config.json").write_text(text)
+    config = DecoderTrainingConfig(
+        lora_rank=3, lora_alpha=6.0, start=tmp_path / "base", average_decay=average_decay
+    )
+    tuned = decoder()
+    add_lora(tuned, 3, 6.0)
+    moved(tuned)
+    average = WeightAverage(tuned, average_decay) if average_decay else None
+    writer = Checkpoints(folder / "pretraining", Ranks(torch.device("cpu")), keep=1)
+    tensors = training_tensors(tuned, new_optimizer(tuned, config), average)
+    writer.save(tensors, {"step": 7, "data": {}}, wait=True)
+
+    model = load_model(folder, verify=False)
+    load_checkpoint(model, config, folder, 7, verify=False)
+    expected = merged(tuned.state_dict(), 2.0)
+    assert all(torch.equal(expected[name], each) for name, each in model.state_dict().items())
+    assert not torch.equal(model.blocks[0].qkv.weight, base.blocks[0].qkv.weight)
+    with pytest.raises(UserError, match=r"^checkpoint is 8, which .* does not have; it has 7 "):
+        load_checkpoint(model, config, folder, 8, verify=False)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"adapters of the run \S*/base \(training.start\), which"):
+        load_checkpoint(model, config, folder, 7, verify=False)
 
 
 FIELDS = {"lora_rank": 4, "learning_rate": 0.1}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm3leon.models.lora import add_lora
+from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream
 from cm3leon.records import sha256
@@ -17,7 +19,8 @@ from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, loss, validation_loss
-from cm3leon.training.checkpoint import load_weights, save_weights
+from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
+from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
@@ -117,6 +120,42 @@ def first_weights(run: Run) -> nn.Module:
     if start and run.experiment.training.start_with == "weights":
         load_weights(opened_stage(start / "pretraining", WEIGHTS) / WEIGHTS, model)
     return model
+
+
+def load_checkpoint(
+    model: nn.Module,
+    config: DecoderTrainingConfig,
+    folder: Path,
+    step: int,
+    *,
+    verify: bool = True,
+) -> None:
+    """Give a decoder the weights that the training in a run folder had at a step.
+
+    Checkpoints of adapters (LoRA) hold these alone: they are added to the weights of the run that the training started
+    from, so that the result is what the training would have ended with at that step.
+
+    Args:
+        verify: compare files with their recorded checksums.
+
+    Raises:
+        UserError: for a step that has no checkpoint, or adapters whose run to start from is not there any more.
+    """
+    averaged = config.average_decay is not None
+    if not config.lora_rank:
+        load_weights_at(folder / "pretraining", step, model, averaged=averaged, verify=verify)
+        return
+
+    assert config.start is not None
+    if not (config.start / "pretraining" / WEIGHTS).is_file():
+        raise UserError(
+            f"checkpoint: those of {folder} are adapters of the run {config.start} (training.start), which is not "
+            "there; put it back, or take the run's end, without checkpoint"
+        )
+    adapted = load_model(config.start, verify=verify)
+    add_lora(adapted, config.lora_rank, config.lora_alpha)
+    load_weights_at(folder / "pretraining", step, adapted, averaged=averaged, verify=verify)
+    model.load_state_dict(whole_state(adapted))
 
 
 def check_tokenizers(run: Run, start: Path) -> None:

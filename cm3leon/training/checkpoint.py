@@ -291,6 +291,8 @@ def load_weights_at(
 ) -> None:
     """Reads the weights that a training in `folder` had at a step, if its checkpoint is still there.
 
+    Frozen weights of the module, which no checkpoint holds, stay as they are.
+
     Args:
         averaged: whether the training averages its weights; the average is what is read then.
         verify: compare the checkpoint's files with their recorded checksums.
@@ -308,13 +310,12 @@ def load_weights_at(
     alone = Ranks(torch.device("cpu"))
     if verify:
         check_intact(path, alone)
-    read_tensors(path, {"model": module.state_dict()}, alone)
+    read_tensors(path, {"model": _trained_state(module)}, alone)
     if averaged:
-        read_tensors(
-            path,
-            {"average": {name: each.detach() for name, each in module.named_parameters()}},
-            alone,
-        )
+        trained = {
+            name: each.detach() for name, each in module.named_parameters() if each.requires_grad
+        }
+        read_tensors(path, {"average": trained}, alone)
 
 
 def training_tensors(
@@ -331,10 +332,14 @@ def training_tensors(
         names[parameter]: {name: _plain(tensor) for name, tensor in state.items()}
         for parameter, state in optimizer.state.items()
     }
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-    tensors: dict[str, Any] = {"model": state, "optimizer": moments}
+    tensors: dict[str, Any] = {"model": _trained_state(module), "optimizer": moments}
     return {**tensors, "average": average.tensors()} if average else tensors
+
+
+def _trained_state(module: nn.Module) -> dict[str, Any]:
+    """Weights and buffers by name, without frozen weights."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def _plain(tensor: Tensor) -> Tensor | dict[str, Tensor]:
