@@ -788,7 +788,8 @@ def settled(annotation: Any, value: Any, where: str = "") -> Any:
 
     A text, a path or a choice among texts takes the word as it was typed, quotes and all; only `null` is none where
     that is allowed. Anything else is read as YAML: a number, true, false, null, or a list or section in brackets, whose
-    parts are read by the same rule. A single value where a list is wanted is a list of it.
+    parts are read by the same rule. A single value where a list is wanted is a list of it, and numbers with commas
+    between them are a list where numbers are wanted; what is no such list stays as it was typed.
 
     Raises:
         UserError: for brackets that are not valid YAML.
@@ -820,11 +821,15 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
     members = _members(annotation)
     if word == "null" and types.NoneType in members:
         return None
+    for each in members:
+        numbers = _numbers_of(each, word, where)
+        if numbers is not None:
+            return numbers
     if not any(map(_takes_text, members)):
         value = parse_word(word, where)
         alone = value is not None and not isinstance(value, list)
         takes_list = any(get_origin(each) in (list, tuple) for each in members)
-        return [word] if alone and takes_list else value
+        return [word] if alone and takes_list and not any(map(_takes_numbers, members)) else value
     # Beside a text, the field may also take a list, or a number.
     others = [each for each in members if not _takes_text(each) and each is not types.NoneType]
     for other in others:
@@ -835,6 +840,26 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
             continue
         return value
     return str(word)
+
+
+def _numbers_of(annotation: Any, word: Word, where: str) -> list[Any] | None:
+    """The numbers of a word such as `0,0,4,4`, where the annotated type is a list that they fit; None otherwise."""
+    if not _takes_numbers(annotation) or word.strip().startswith(("[", "{", '"', "'")):
+        return None
+    numbers = settled(annotation, [Word(part.strip()) for part in word.split(",")], where)
+    try:
+        _convert(annotation, numbers, where)
+    except UserError:  # whoever checks the value as it was typed says so
+        return None
+    return typing.cast(list[Any], numbers)
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether it is a list or a tuple of numbers."""
+    parts = [each for each in get_args(annotation) if each is not Ellipsis]
+    return get_origin(annotation) in (list, tuple) and all(
+        set(_members(each)) <= {int, float} for each in parts
+    )
 
 
 def _takes_text(annotation: Any) -> bool:

@@ -109,7 +109,7 @@ def test_only_what_is_missing_is_asked_again(model: Model, images: Path, tmp_pat
 
 def test_images_go_beside_their_lines(model: Model, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "filled"
-    words = ["infill", "run=x", f"image={images}", f"out={out}", "text=7", "box=[0,4,8,8]"]
+    words = ["infill", "run=x", f"image={images}", f"out={out}", "text=7", "box=0,4,8,8"]
     cm3leon(*words)
     assert {line["image"]: line["files"] for line in lines(out / "results.jsonl")} == {
         "a.png": ["a.png.png"],
@@ -161,6 +161,7 @@ def test_images_that_cannot_be_used_are_named_and_tried_again(
             ["infill", "run=x", "image={images}", "box=[1,2]"],
             "box is [1, 2]; it must be a list of 4",
         ),
+        (["infill", "run=x", "image={images}", "box=1,2"], 'box is "1,2"; it must be a list of 4'),
         (["caption", "run=x", "image={images}", "weights=x"], 'weights is "x"; it must be one of'),
         (["caption", "run=x", "image={images}", "out={images}/note.txt"], "was not made by this"),
     ],

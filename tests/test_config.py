@@ -378,6 +378,41 @@ def test_a_text_takes_what_was_typed(text: str) -> None:
     assert (outer.steps, outer.flag, outer.limit) == (7, True, 7)
 
 
+@dataclass(kw_only=True)
+class Boxed:
+    """Lists of numbers, and one that may be a text."""
+
+    box: tuple[NonNegativeInt, NonNegativeInt, int, int] | None = None
+    words: tuple[int, int] | Literal["all"] = "all"
+    names: list[str] = field(default_factory=list)
+    switches: list[bool] = field(default_factory=list)
+
+
+def test_numbers_with_commas_are_a_list_of_numbers() -> None:
+    def read(cls: type, *words: str) -> Any:
+        return config.from_mapping(
+            cls, config.apply_overrides({}, map(config.parse_override, words))
+        )
+
+    boxed = read(Boxed, "box=0, 0,4,4", "words=2,5", "names=1,2")
+    assert (boxed.box, boxed.words, boxed.names) == ((0, 0, 4, 4), (2, 5), ["1,2"])
+    assert read(Boxed, "box=[0,0,4,4]").box == boxed.box
+    outer = read(Outer, "steps=1", "sizes=3,2,1", "betas=0.5,1e-3")
+    assert (outer.sizes, outer.betas) == ([3, 2, 1], (0.5, 0.001))
+    for typed, shown in (
+        ("box=1,2", 'box is "1,2"; it must be a list of 4: '),
+        ("box=0,0,4,x", 'box is "0,0,4,x"; it must be a list of 4: '),
+        ("box=-1,0,4,4", 'box is "-1,0,4,4"; it must be a list of 4: '),
+        ("box=x", 'box is "x"; it must be a list of 4: '),
+        ("box=[1,2]", "box is [1, 2]; it must be a list of 4: "),
+        ("box=[0,0,4,4", "box is [0,0,4,4, which is not valid YAML"),
+        ("words=2,5,7", 'words is "2,5,7"; it must be a list of 2: '),
+        ("switches=true,false", 'switches.0 is "true,false"; it must be true or false'),
+    ):
+        with pytest.raises(UserError, match=re.escape(shown)):
+            read(Boxed, typed)
+
+
 def test_words_in_lists_and_sections_are_read_by_their_fields() -> None:
     words = [
         "steps=1",
