@@ -302,9 +302,7 @@ class CM3Leon:
         _check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
         if samples.start < 0 or samples.step != 1:
             raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
-        room = {"max_tokens": most} if hasattr(TASKS.config_class(task), "max_tokens") else {}
-        section = {"name": task, **room}
-        built = TASKS.build(section, **self._task_arguments())
+        built = self._task_with_room(task, most)
         requests = []
         for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
             prompt, _ = self._fitting(built, document, list(rows))
@@ -317,6 +315,28 @@ class CM3Leon:
                 for tokens in drawn
             ]
             for document, drawn in zip(documents, self._answers(requests), strict=True)
+        ]
+
+    @checked
+    def fitting(
+        self,
+        task: str,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
+        *,
+        most: PositiveInt = 64,
+    ) -> list[list[int]]:
+        """Those of each document's retrieved rows, the closest ones, that `ask` and `rank` have room for.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last.
+            most: pieces of an answer in text.
+        """
+        _check_lengths(documents=documents, retrieved=retrieved)
+        built = self._task_with_room(task, most)
+        return [
+            self._fitting(built, document, list(rows))[1]
+            for document, rows in zip(documents, retrieved, strict=True)
         ]
 
     @checked
@@ -622,6 +642,11 @@ class CM3Leon:
 
     def _task(self, name: str) -> Any:
         return TASKS.build(name, **self._task_arguments())
+
+    def _task_with_room(self, name: str, most: int) -> Any:
+        """The task, with room for so many pieces where it is answered in text."""
+        room = {"max_tokens": most} if hasattr(TASKS.config_class(name), "max_tokens") else {}
+        return TASKS.build({"name": name, **room}, **self._task_arguments())
 
     def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
         """The first template of a task, filled: with texts and pixels, None for an image that is asked for."""

@@ -254,6 +254,58 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
     assert (one["row"], three["row"]) == ("first, samples 1", "first, samples 3")
 
 
+def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monkeypatch):
+    """Of six prompts three find both documents; nine documents are found, and have no room."""
+    found = {2: [2, 1, 0, 2, 2, 1], 9: [9] * 6}
+    monkeypatch.setattr(
+        CM3Leon,
+        "retrieved",
+        lambda self, texts, images_BHWC, by, count: [list(range(n)) for n in found[count]],
+    )
+    images = {
+        "title": "Documents",
+        "protocol": section("text_to_image", 6),
+        "models": {"first": str(made[1] / "first")},
+        "sweep": {"documents": [0, 2, 9]},
+    }
+    file, folder = tmp_path / "documents.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump({"title": "Documents", "evaluations": {"images": images}}))
+    run_study(load_study(str(file), (), folder), folder)
+    without, two, nine = results(folder)["evaluations"]["images"]
+    assert "all_documents" not in without
+    assert (two["all_documents"]["value"], two["all_documents"]["n"]) == (0.5, 6)
+    assert nine["all_documents"]["value"] == 0.0
+    assert ">all documents</th>" in (folder / "report.html").read_text()
+
+    # Files of an older version do not say it: they are read, and nothing is asked again.
+    for path in (folder / "answers").rglob("*.npz"):
+        with np.load(path) as held:
+            older = {name: held[name] for name in held if name != "documents"}
+        np.savez_compressed(path, **older)
+    for path in (folder / "answers").rglob("result-*.json"):
+        path.unlink()
+    monkeypatch.setattr(CM3Leon, "ask", None)
+    run_study(load_study(str(file), (), folder), folder)
+    again = results(folder)["evaluations"]["images"]
+    assert not any("all_documents" in row for row in again)
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in (without, two, nine)]
+    assert ">all documents</th>" not in (folder / "report.html").read_text()
+
+
+def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(CM3Leon, "has_clip", False)
+    evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
+    evaluation.sweep, evaluation.setting = {"samples": [1, 2]}, {}
+    evaluation.models = {"first": made[1] / "first"}
+    asked = asking.Asking(evaluation.protocol, tmp_path)
+    one, two = rows("images", evaluation)
+    with pytest.raises(UserError, match=r"setting\.samples is 2, .* has no CLIP .*must be 1"):
+        asked.answer(two, [0])
+    assert not list(tmp_path.rglob("*.npz"))
+    asked.answer(one, [0])
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
 def test_another_bank_gives_other_documents(made):
     _, folder = made
     study = load_study(str(made[0]), (), folder)

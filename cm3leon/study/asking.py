@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cm3leon.api import CM3Leon
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
 from cm3leon.data.images import square
-from cm3leon.evaluation.metrics import Measured
+from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import (
     Answer,
     Item,
@@ -159,6 +159,9 @@ class Asking:
                 "seconds": seconds,
                 "notes": self.protocol.notes(self.items),
             }
+            share = self._with_all_documents(row)
+            if share is not None:
+                result["all_documents"] = asdict(share)
             if self.protocol.has_truth:
                 truths = self._rebuilt_truths(row)
                 result["ceiling"] = _figures(self.protocol.score(self.items, truths))
@@ -228,6 +231,17 @@ class Asking:
             "bank": _bank_of(row.setting.bank) if row.setting.bank else None,
         }
 
+    def _with_all_documents(self, row: Row) -> Measured | None:
+        """Share of the items that had as many retrieved documents as the setting asks for.
+
+        None without retrieval, and for files of answers that an older version wrote: they do not say it.
+        """
+        held = [_read(_file(self.place(row), number)) for number in range(self.shards)]
+        if not row.setting.documents or not all("documents" in each for each in held):
+            return None
+        counts_I = np.concatenate([each["documents"] for each in held])
+        return proportion(counts_I >= row.setting.documents)
+
     def _parts_of(self, row: Row) -> dict[str, Any]:
         """What answers depend on in the model's run: digests of its parts, and what a setting leaves to it."""
         with_bank = row.setting.documents > 0 and row.setting.bank is None
@@ -271,15 +285,16 @@ class Asking:
         )
         drawn: list[list[Any]] = [[] for _ in items]
         made: dict[str, np.ndarray] = {}
+        retrieved = self._retrieved(model, items, documents, setting.documents)
         if self.protocol.ranks:
-            made["scores"] = self._ranks(model, setting, items, documents)[:, None]
+            made["scores"] = self._ranks(model, items, documents, retrieved)[:, None]
             samples = range(0)
         for task in dict.fromkeys(item.task for item in items if samples):
             places = [place for place, item in enumerate(items) if item.task == task]
             found = model.ask(
                 task,
                 [documents[place] for place in places],
-                self._retrieved(model, task, [items[place] for place in places], setting.documents),
+                [retrieved[place] for place in places],
                 samples=samples,
                 seeds=[(setting.seed + number * SHARD + place) * SEEDS for place in places],
                 decoder=setting.decoder,
@@ -303,6 +318,7 @@ class Asking:
                 made[name] = np.concatenate([held[name], made[name]], axis=1)
         spent = np.array([time.perf_counter() - begun])
         made["seconds"] = np.concatenate([held["seconds"], spent]) if held else spent
+        made["documents"] = np.array([len(rows) for rows in retrieved], np.int32)
         partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
         np.savez_compressed(partial, allow_pickle=False, **made)  # type: ignore[arg-type]
         os.replace(partial, file)
@@ -310,12 +326,11 @@ class Asking:
     def _ranks(
         self,
         model: CM3Leon,
-        setting: Setting,
         items: Sequence[Item],
         documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[int]],
     ) -> np.ndarray:
         """Log-likelihoods (items, K) of the candidates, NaN where an item has fewer."""
-        retrieved = self._retrieved(model, "instruction", items, setting.documents)
         encode = model.run.text_tokenizer.encode
         # A candidate stands where the answer does in the template, with the space before it.
         options = [
@@ -327,10 +342,25 @@ class Asking:
         return scores_NK
 
     def _retrieved(
+        self,
+        model: CM3Leon,
+        items: Sequence[Item],
+        documents: Sequence[TokenDocument],
+        count: int,
+    ) -> list[list[int]]:
+        """Rows of the bank that stand in each item's prompt, at most `count`: as many as are found and have room."""
+        rows: list[list[int]] = [[] for _ in items]
+        for task in dict.fromkeys(item.task for item in items if count):
+            places = [place for place, item in enumerate(items) if item.task == task]
+            found = self._found(model, task, [items[place] for place in places], count)
+            fitting = model.fitting(task, [documents[place] for place in places], found)
+            for place, kept in zip(places, fitting, strict=True):
+                rows[place] = kept
+        return rows
+
+    def _found(
         self, model: CM3Leon, task: str, items: Sequence[Item], count: int
     ) -> list[list[int]]:
-        if not count:
-            return [[] for _ in items]
         by = TASKS.get(task).retrieves_by
         if by == "text":
             return model.retrieved([item.document.text for item in items], None, by, count)

@@ -27,6 +27,7 @@ from cm3leon.study.asking import Example
 from cm3leon.study.config import Aim, Evaluation, Study, shown
 
 NOTE = "In brackets the interval of 95 %."
+ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
 CEILING = (
     "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
     "items."
@@ -96,14 +97,22 @@ def _section(
                     rows[0]["items"],
                 ]
             )
+    if any("all_documents" in row for row in rows):
+        columns.append("all documents")
+        table = [
+            [*line, _cell(row.get("all_documents"))] for line, row in zip(table, rows, strict=False)
+        ] + [[*line, ""] for line in table[len(rows) :]]
     if "training_flops" in rows[0]:
         columns.append("FLOPs of training")
         table = [
             [*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)
         ] + [[*line, ""] for line in table[len(rows) :]]
-    blocks: list[Content] = [
-        Table(columns, table, NOTE + (f" {CEILING}" if "ceiling" in rows[0] else ""))
-    ]
+    notes = [NOTE]
+    if "all documents" in columns:
+        notes.append(ALL_DOCUMENTS)
+    if "ceiling" in rows[0]:
+        notes.append(CEILING)
+    blocks: list[Content] = [Table(columns, table, " ".join(notes))]
     if evaluation.plot:
         blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
     for row, few in zip(rows[:_PICTURED], examples[:_PICTURED], strict=True):
