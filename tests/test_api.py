@@ -351,6 +351,7 @@ def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:
         ({"weights": "x"}, 'weights is "x"; it must be'),
         ({"precision": "x"}, 'precision is "x"; it must be one of auto, bf16, float32'),
         ({"precision": None}, "precision is null; it must be"),
+        ({"way": "x"}, 'way is "x"; it must be one of eager, compiled, graph'),
         ({"way": "fast"}, 'way is "fast"; it must be one of eager, compiled'),
         ({"window": 0}, "window is 0; it must be"),
         ({"window": 2.5}, r"window is 2.5; it must be"),
@@ -412,6 +413,27 @@ def test_every_decoder_answers_every_question_within_its_grammar(model: CM3Leon,
 
 def listed(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_the_best_images_are_kept_where_there_is_a_clip_to_choose_by(
+    model: CM3Leon,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CM3Leon, "has_clip", False)
+    words = [
+        "generate",
+        f"run={model.run.folder}",
+        "prompt=a seven",
+        "n=2",
+        f"out={tmp_path / 'o'}",
+    ]
+    assert main([*words, "keep=1"]) == 2
+    assert "keep is 1 of n = 2 images, and the run has no CLIP to" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
+    assert main([*words, "keep=2"]) == 0
+    assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
 def test_the_command_writes_images_and_goes_on(
