@@ -139,8 +139,11 @@ def told_source(path: str | list[str]) -> tuple[str, list[str]]:
     for file in files.list(tuple(ending for endings in FORMATS.values() for ending in endings)):
         if file.name.rpartition("/")[2] in TABLES:
             continue
-        kind = next(name for name, ends in FORMATS.items() if file.name.lower().endswith(ends))
-        kinds.setdefault(kind, []).append(file.size)
+        # A path that names one file lists it whatever its ending.
+        for kind, ends in FORMATS.items():
+            if file.name.lower().endswith(ends):
+                kinds.setdefault(kind, []).append(file.size)
+                break
     if not kinds:
         known = ", ".join(ending for endings in FORMATS.values() for ending in endings)
         raise UserError(

@@ -67,8 +67,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. One pass, without a copy of the tensor."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True  # on the meta device there are shapes alone
     if tensor.element_size() == 1:  # torch does not compute in 8 bits
         tensor = tensor.float()
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))

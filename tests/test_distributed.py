@@ -175,7 +175,8 @@ def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, fields={"batch_size": 3})
     said = [process.communicate(timeout=120)[0] for process in processes]
-    assert "training.batch_size is 3; it must be a multiple of the 2 ranks" in said[0]
+    # The rank that comes to it first says so; the other may find it gone before that.
+    assert any("training.batch_size is 3; it must be a multiple of the 2 ranks" in s for s in said)
     assert 0 not in [process.returncode for process in processes]
 
 

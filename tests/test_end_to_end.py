@@ -156,9 +156,11 @@ def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) 
 def test_a_second_run_makes_nothing_again(finished: Path) -> None:
     before = results(finished)
     done = run("experiment=digits_smoke", f"run={finished}")
-    assert [line.partition("] ")[2] for line in done.stdout.splitlines()[:-1]] == [
+    lines = done.stdout.splitlines()
+    assert [line.partition("] ")[2] for line in lines[: len(STAGES)]] == [
         f"{s}: up to date" for s in STAGES
     ]
+    assert not any(line.startswith("[") for line in lines[len(STAGES) :])  # the figures alone
     assert results(finished) == before
 
 

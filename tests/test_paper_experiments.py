@@ -120,7 +120,8 @@ def test_fine_tuning_runs_when_shrunken(
     first = tmp_path_factory.getbasetemp() / "pretrained_for_sft"
     if not first.exists():
         smoke("pretrain_760m", prepared, first)
-    losses = smoke(name, prepared, tmp_path / "run", f"training.start={first}")
+    # What was prepared has neighbours, of which fine-tuning draws none.
+    losses = smoke(name, prepared, tmp_path / "run", f"training.start={first}", "redo=neighbours")
     assert len(losses) == 6
 
 

@@ -20,6 +20,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 from cm3leon.data.token_shards import split_of_id
 from cm3leon.experiment import load_experiment
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.documents import make_documents
 from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.text_tokenizer import (
     TRAINED_ON,
@@ -394,8 +395,11 @@ def run_of(folder: Path, *overrides: str) -> Run:
 
 
 def made(run: Run) -> tuple[TextTokenizer, dict[str, Any]]:
-    folder = run.folder / "text_tokenizer"
+    folder, documents = run.folder / "text_tokenizer", run.folder / "documents"
     folder.mkdir()
+    if not documents.exists():
+        documents.mkdir()
+        make_documents(run, documents)
     make_text_tokenizer(run, folder)
     return run.text_tokenizer, json.loads((folder / TRAINED_ON).read_text())
 
