@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
 from cm3leon.config import from_mapping
+from cm3leon.data.images import square
 from cm3leon.data.scenes.world import World
 from cm3leon.evaluation.answers import vqa_accuracy
 from cm3leon.evaluation.images import cell_features, precision_recall
-from cm3leon.evaluation.protocols.base import Answer, asked, given_image, true_answer
+from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_image, true_answer
 from cm3leon.evaluation.protocols.scenes import SceneCompositions, SceneEntities, SceneTask
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
+from cm3leon.study import asking as asking_module
 from cm3leon.types import UserError
 
 discover()
@@ -280,6 +283,42 @@ def test_options_are_told_by_letter_or_text(tmp_path):
         asking.score(items, [Answer(text=item.truth[0]) for item in items])["accuracy"].value == 1
     )
     assert asking.score(items, [Answer(text="no idea") for _ in items])["accuracy"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("answers", "vqa"), ("answers", "karpathy"), ("ranked_answers", "visdial")]
+)
+def test_items_are_squared_as_they_are_read(name, source, tmp_path, monkeypatch):
+    asking = (
+        answering(source, tmp_path, "captions" if source == "karpathy" else "vqa")
+        if name == "answers"
+        else PROTOCOLS.build({"name": name, **ranking(tmp_path)})
+    )
+    whole = asking.items()
+    monkeypatch.setattr(Protocol, "items_squared", None)  # it would hold them whole first
+    small = asking.items_squared(16)
+    assert [(item.id, item.truth, item.options) for item in small] == [
+        (item.id, item.truth, item.options) for item in whole
+    ]
+    for one, other in zip(whole, small, strict=True):
+        assert asked(one) == asked(other)
+        assert np.array_equal(square(one.document.image, 16), other.document.image)
+
+
+def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
+    sizes = {"small": 16, "large": 24}
+
+    def opened(folder, **_):
+        return SimpleNamespace(image_tokenizer_shape=SimpleNamespace(image_size=sizes[folder.name]))
+
+    monkeypatch.setattr(asking_module, "open_run", opened)
+    section = {"name": "scene_task", "task": "vqa", "count": 3, "side": 48, "world": SMALL}
+    asking = asking_module.Asking(PROTOCOLS.check(section, "protocol"), tmp_path)
+    for name in ("small", "large", "small"):
+        row = asking_module.Row(name, name, Path(name), asking_module.Setting(), {})
+        side = sizes[name]
+        assert [item.document.image.shape for item in asking.items(row)] == [(side, side, 3)] * 3
+        assert asking.shards(row) == 1
 
 
 def test_too_many_missing_images_are_fatal(tmp_path):

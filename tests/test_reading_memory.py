@@ -19,7 +19,7 @@ from cm3leon.data.images import square
 from cm3leon.data.source import squared
 from cm3leon.experiment import SplitConfig
 from cm3leon.objectives.packing import PackingConfig
-from cm3leon.registry import SOURCES, discover
+from cm3leon.registry import PROTOCOLS, SOURCES, discover
 from cm3leon.stages.documents import make_documents
 from cm3leon.stages.sharing import batches
 from cm3leon.stages.tokens import squared_items
@@ -139,3 +139,28 @@ def test_the_stage_of_documents_holds_squares(tmp_path: Path) -> None:
         assert np.array_equal(image_HWC, square(item.image, 8))
     (skipped,) = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["file"] == "x.jpg"
+
+
+def test_what_a_protocol_asks_about_is_held_as_squares(tmp_path: Path) -> None:
+    listed = [
+        {
+            "filename": f"{n:02d}.jpg",
+            "imgid": n,
+            "split": "test",
+            "sentences": [{"raw": f"the {n}"}],
+        }
+        for n in range(COUNT)
+    ]
+    images = Path(folder(tmp_path)["path"])
+    content = {"images": listed, "dataset": "flickr30k"}
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps(content))
+    data = {
+        "name": "karpathy",
+        "path": str(tmp_path / "dataset_flickr30k.json"),
+        "images": str(images),
+        "split": "test",
+    }
+    protocol = PROTOCOLS.build({"name": "answers", "data": data, "measure": "captions"})
+    with at_most(4 * PHOTOGRAPH):
+        items = protocol.items_squared(16)
+    assert [item.document.image.shape for item in items] == [(16, 16, 3)] * COUNT

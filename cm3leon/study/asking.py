@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from cm3leon.api import CM3Leon
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
-from cm3leon.data.images import square
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import (
     Answer,
@@ -33,7 +32,7 @@ from cm3leon.retrievers.index import ADDED
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import token_documents
-from cm3leon.types import Document, ImageSegment, Segment, TextSegment, TokenDocument, UserError
+from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, UserError
 
 VERSION = 2
 """Raised when the same setting starts to give other answers."""
@@ -92,16 +91,28 @@ class Asking:
     def __init__(self, protocol: Component, folder: Path) -> None:
         self.component, self.folder = protocol, folder
         self.protocol: Protocol = PROTOCOLS.build(protocol)
-        self.items: list[Item] = self.protocol.items()
-        if not self.items:
-            raise UserError("protocol: it has no items to ask")
+        self._items: tuple[int, list[Item]] | None = None
+        self._sizes: dict[Path, int] = {}
         self._parts: dict[tuple[Path, bool], dict[str, Any]] = {}
         self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
 
-    @property
-    def shards(self) -> int:
+    def items(self, row: Row) -> list[Item]:
+        """The protocol's items, images in the size of the row's model; read again for a model of another size."""
+        if row.folder not in self._sizes:
+            run = open_run(row.folder, where="models", needs=("pretraining",))
+            self._sizes[row.folder] = run.image_tokenizer_shape.image_size
+        size = self._sizes[row.folder]
+        if self._items is None or self._items[0] != size:
+            self._items = None  # its memory is free for the next ones
+            self._items = (size, self.protocol.items_squared(size))
+        items = self._items[1]
+        if not items:
+            raise UserError("protocol: it has no items to ask")
+        return items
+
+    def shards(self, row: Row) -> int:
         """Files of answers that a row has."""
-        return -(-len(self.items) // SHARD)
+        return -(-len(self.items(row)) // SHARD)
 
     def answer(self, row: Row, numbers: Sequence[int]) -> None:
         """Makes those of the row's files of answers that are missing, or have too few samples.
@@ -129,19 +140,19 @@ class Asking:
                 f"setting.samples is {row.setting.samples}, and the retriever {name} of {row.folder} has no CLIP "
                 "to choose the best by; it must be 1"
             )
-        asked = sum(len(self._of_shard(number)) for number in missing) * row.setting.samples
+        asked = sum(len(self._of_shard(row, number)) for number in missing) * row.setting.samples
         bar = tqdm(total=asked, desc=row.name, unit="answer", mininterval=2.0, dynamic_ncols=True)
         with bar as progress:
             for number in missing:
-                self._make(model, row.setting, _file(place, number), number)
-                progress.update(len(self._of_shard(number)) * row.setting.samples)
+                self._make(model, row, _file(place, number), number)
+                progress.update(len(self._of_shard(row, number)) * row.setting.samples)
 
     def is_answered(self, row: Row) -> bool:
         """Whether all the row's answers are there."""
         place = self.place(row)
         return all(
             _samples_of(_file(place, number)) >= row.setting.samples
-            for number in range(self.shards)
+            for number in range(self.shards(row))
         )
 
     def measure(self, row: Row) -> dict[str, Any]:
@@ -149,24 +160,25 @@ class Asking:
         place = self.place(row)
         done = place / f"result-{row.setting.samples}.json"
         if not done.is_file():
-            answers = self.answers(row)
+            items, answers = self.items(row), self.answers(row)
             seconds = sum(
-                float(_read(_file(place, number))["seconds"].sum()) for number in range(self.shards)
+                float(_read(_file(place, number))["seconds"].sum())
+                for number in range(self.shards(row))
             )
             result: dict[str, Any] = {
-                "metrics": _figures(self.protocol.score(self.items, answers)),
-                "items": len(self.items),
+                "metrics": _figures(self.protocol.score(items, answers)),
+                "items": len(items),
                 "seconds": seconds,
-                "notes": self.protocol.notes(self.items),
+                "notes": self.protocol.notes(items),
             }
             share = self._with_all_documents(row)
             if share is not None:
                 result["all_documents"] = asdict(share)
             if self.protocol.has_truth:
                 truths = self._rebuilt_truths(row)
-                result["ceiling"] = _figures(self.protocol.score(self.items, truths))
+                result["ceiling"] = _figures(self.protocol.score(items, truths))
                 others = [*truths[1:], truths[0]]
-                result["chance"] = _figures(self.protocol.score(self.items, others))
+                result["chance"] = _figures(self.protocol.score(items, others))
             write_json(done, result)
         return read_json(done, {"metrics": dict})
 
@@ -174,12 +186,12 @@ class Asking:
         """The best answer to each item."""
         found: list[Answer] = []
         model = self.model(row)
-        for number in range(self.shards):
+        for number in range(self.shards(row)):
             held = _read(_file(self.place(row), number))
             if self.protocol.ranks:
                 found += [
                     _ranked(*each)
-                    for each in zip(self._of_shard(number), held["scores"][:, 0], strict=True)
+                    for each in zip(self._of_shard(row, number), held["scores"][:, 0], strict=True)
                 ]
                 continue
             if self.protocol.answers_in == "text":
@@ -198,15 +210,15 @@ class Asking:
 
     def shown(self, row: Row) -> list[Example]:
         """Some items of each kind with the row's answers."""
-        answers = self.answers(row)
-        kinds = list(dict.fromkeys(item.kind for item in self.items))
+        items, answers = self.items(row), self.answers(row)
+        kinds = list(dict.fromkeys(item.kind for item in items))
         places: list[int] = []
         for kind in kinds:
-            own = [place for place, item in enumerate(self.items) if item.kind == kind]
+            own = [place for place, item in enumerate(items) if item.kind == kind]
             places += own[: max(1, SHOWN // len(kinds))]
         return [
             Example(asked(item), given_image(item), answer, self.protocol.right(item, answer))
-            for item, answer in ((self.items[place], answers[place]) for place in places)
+            for item, answer in ((items[place], answers[place]) for place in places)
         ]
 
     def place(self, row: Row) -> Path:
@@ -236,7 +248,7 @@ class Asking:
 
         None without retrieval, and for files of answers that an older version wrote: they do not say it.
         """
-        held = [_read(_file(self.place(row), number)) for number in range(self.shards)]
+        held = [_read(_file(self.place(row), number)) for number in range(self.shards(row))]
         if not row.setting.documents or not all("documents" in each for each in held):
             return None
         counts_I = np.concatenate([each["documents"] for each in held])
@@ -270,19 +282,21 @@ class Asking:
             self._opened = (key, model)
         return self._opened[1]
 
-    def _of_shard(self, number: int) -> list[Item]:
-        return self.items[number * SHARD : (number + 1) * SHARD]
+    def _of_shard(self, row: Row, number: int) -> list[Item]:
+        return self.items(row)[number * SHARD : (number + 1) * SHARD]
 
-    def _make(self, model: CM3Leon, setting: Setting, file: Path, number: int) -> None:
+    def _make(self, model: CM3Leon, row: Row, file: Path, number: int) -> None:
         """Draws the samples that the file has not, and writes it with all."""
-        items, begun = self._of_shard(number), time.perf_counter()
+        setting = row.setting
+        items, begun = self._of_shard(row, number), time.perf_counter()
         held = _read(file) if file.is_file() else {}
         samples = range(_samples_of(file), setting.samples)
         wants_image = self.protocol.answers_in == "image"
         size = model.run.image_tokenizer.image_size
-        documents = list(
-            token_documents(model.run, [_sized(item.document, size, wants_image) for item in items])
-        )
+        whole = [
+            _with_place(item.document, size) if wants_image else item.document for item in items
+        ]
+        documents = list(token_documents(model.run, whole))
         drawn: list[list[Any]] = [[] for _ in items]
         made: dict[str, np.ndarray] = {}
         retrieved = self._retrieved(model, items, documents, setting.documents)
@@ -364,41 +378,31 @@ class Asking:
         by = TASKS.get(task).retrieves_by
         if by == "text":
             return model.retrieved([item.document.text for item in items], None, by, count)
-        size = model.run.image_tokenizer.image_size
         images = [item.document.image for item in items]
-        return model.retrieved(
-            None,
-            np.stack([square(image, size) for image in images if image is not None]),
-            by,
-            count,
-        )
+        images_BHWC = np.stack([image for image in images if image is not None])
+        return model.retrieved(None, images_BHWC, by, count)
 
     def _rebuilt_truths(self, row: Row) -> list[Answer]:
         """The true answers as the model could at best give them: images through its tokenizer and back."""
-        truths = [true_answer(item, self.protocol.answers_in) for item in self.items]
+        truths = [true_answer(item, self.protocol.answers_in) for item in self.items(row)]
         if self.protocol.answers_in == "text":
             return truths
         tokenizer = self.model(row).run.image_tokenizer
         rebuilt: list[Answer] = []
         for first in range(0, len(truths), SHARD):
-            images = [square(t.image_HWC, tokenizer.image_size) for t in truths[first : first + SHARD]
-                      if t.image_HWC is not None]  # fmt: skip
+            few = truths[first : first + SHARD]
+            images = [truth.image_HWC for truth in few if truth.image_HWC is not None]
             decoded_BHWC = tokenizer.decode(tokenizer.encode(np.stack(images)))
             rebuilt += [Answer(image_HWC=image_HWC) for image_HWC in decoded_BHWC]
         return rebuilt
 
 
-def _sized(document: Document, size: int, wants_image: bool) -> Document:
-    """The document with all its images in the tokenizer's size, and an empty one to be asked for where it has none."""
-    segments: list[Segment] = [
-        ImageSegment(square(segment.pixels_HWC, size), segment.role)
-        if isinstance(segment, ImageSegment)
-        else segment
-        for segment in document.segments
-    ]
-    if wants_image and isinstance(segments[-1], TextSegment):
-        segments.append(ImageSegment(np.zeros((size, size, 3), np.uint8)))
-    return replace(document, segments=tuple(segments))
+def _with_place(document: Document, size: int) -> Document:
+    """The document with an empty image to be asked for, where it ends in a text."""
+    if not isinstance(document.segments[-1], TextSegment):
+        return document
+    asked_for = ImageSegment(np.zeros((size, size, 3), np.uint8))
+    return replace(document, segments=(*document.segments, asked_for))
 
 
 def _answer_space(item: Item) -> str:

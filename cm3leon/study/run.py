@@ -83,7 +83,7 @@ def _run_study(
             evaluation = study.evaluations[name]
             asking = Asking(evaluation.protocol, folder / "answers")
             for row in rows(name, evaluation):
-                asking.answer(row, range(share[0], asking.shards, share[1]))
+                asking.answer(row, range(share[0], asking.shards(row), share[1]))
             ranks.barrier()
             if asked is None and ranks.first:
                 found[name] = measured(asking, name, evaluation)

@@ -47,7 +47,13 @@ class RankedAnswers(Protocol):
     config: Config
 
     def items(self) -> list[Item]:
-        found = asked_items(self.config.data, self.config.count, self.config.missing)
+        return self._items()
+
+    def items_squared(self, size: int) -> list[Item]:
+        return self._items(size)
+
+    def _items(self, size: int | None = None) -> list[Item]:
+        found = asked_items(self.config.data, self.config.count, self.config.missing, size)
         return [
             Item(document.id, "instruction", document, example.relevance, options=example.options)
             for document, example in found
@@ -94,7 +100,13 @@ class Answers(Protocol):
     config: Config
 
     def items(self) -> list[Item]:
-        found = asked_items(self.config.data, self.config.count, self.config.missing)
+        return self._items()
+
+    def items_squared(self, size: int) -> list[Item]:
+        return self._items(size)
+
+    def _items(self, size: int | None = None) -> list[Item]:
+        found = asked_items(self.config.data, self.config.count, self.config.missing, size)
         return [
             Item(document.id, "instruction", document, example.truth) for document, example in found
         ]
@@ -133,8 +145,12 @@ class Answers(Protocol):
         return SOURCES.build(self.config.data).fingerprint()
 
 
-def asked_items(data: Component, count: int | None, missing: float) -> list[tuple[Document, Any]]:
+def asked_items(
+    data: Component, count: int | None, missing: float, size: int | None
+) -> list[tuple[Document, Any]]:
     """What a source of instructions asks about, at most so many items, each with its example.
+
+    Images are brought to `size` as they are read; None leaves them in their own size.
 
     Raises:
         UserError: where more than the share `missing` of them cannot be used.
@@ -142,7 +158,7 @@ def asked_items(data: Component, count: int | None, missing: float) -> list[tupl
     source: InstructionSource = SOURCES.build(data)
     items: list[tuple[Document, Any]] = []
     skipped = 0
-    for found in source.asked():
+    for found in source.asked(size=size):
         if isinstance(found, Skipped):
             skipped += 1
             continue

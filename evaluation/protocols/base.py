@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from cm3leon.data.source import squared
 from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
 
@@ -66,6 +67,14 @@ class Protocol(ABC):
         Raises:
             UserError: for data that is missing or of another form, or too few items for the figures.
         """
+
+    def items_squared(self, size: int) -> list[Item]:
+        """The items with their images brought to (size, size, 3), see `cm3leon.data.images.square`.
+
+        A protocol that reads photographs brings each to the size as it is read, so that what is held does not grow
+        with them.
+        """
+        return [replace(item, document=squared(item.document, size)) for item in self.items()]
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:

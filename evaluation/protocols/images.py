@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 
 from cm3leon.config import Component, PositiveInt, Probability, Seed
-from cm3leon.data.images import square
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.images import (
     Extractor,
@@ -139,10 +138,10 @@ class CaptionedImages(Protocol):
         """The reference images in batches, read once more: a corpus of them need not fit into memory."""
         wanted = {item.id for item in items}
         batch: list[np.ndarray] = []
-        for found in self._source().documents():
+        for found in self._source().documents(size=self.config.size):
             if isinstance(found, Document) and found.id in wanted and found.image is not None:
                 wanted.remove(found.id)
-                batch.append(square(found.image, self.config.size))
+                batch.append(found.image)
             if len(batch) == BATCH:
                 yield np.stack(batch)
                 batch = []

@@ -76,6 +76,10 @@ class InstructionSource(FileSource):
         self._images = Files(config.images, "data.images") if config.images else self.files
         self._entries: list[Any] | None = None
 
+    @classmethod
+    def task_of(cls, config: Any) -> str | None:
+        return cls.task
+
     @abstractmethod
     def entries(self) -> list[Any]:
         """What the files list, in their order. Raises UserError for files of another form."""
@@ -103,8 +107,11 @@ class InstructionSource(FileSource):
         for found in self._examples(int(part) * CHUNK, CHUNK):
             yield found if isinstance(found, Skipped) else found[0]
 
-    def asked(self) -> Iterator[tuple[Document, Example] | Skipped]:
-        """One document of each group, with its example: what an evaluation asks about."""
+    def asked(self, *, size: int | None = None) -> Iterator[tuple[Document, Example] | Skipped]:
+        """One document of each group, with its example: what an evaluation asks about.
+
+        Images are brought to `size` as they are read, see `read_squared`; None leaves them in their own size.
+        """
         self.parts()
         known: set[str] = set()
         for found in self._examples(0, len(self._entries or [])):
@@ -114,7 +121,7 @@ class InstructionSource(FileSource):
             record, example = found
             if (example.group or example.id) in known:
                 continue
-            document = self._decoded(record)
+            document = self._decoded(record, size)
             if isinstance(document, Document):
                 known.add(example.group or example.id)
             yield document if isinstance(document, Skipped) else (document, example)
