@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.opening import TUNED, Opening, open_run, tuned_on
 from cm3leon.stages.pretrain import load_checkpoint
 from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
 from cm3leon.tokenizers.document import lay_out
@@ -61,8 +61,8 @@ GivenImage = Annotated[ImageInput, read_given_image]
 """An image as a path, the bytes of a file, a Pillow image or an array (see `read_image`); methods get its pixels."""
 Samples = Annotated[int, Range(ge=1, le=65_536)]
 
-TUNED = "instruct"
-"""The objective of fine-tuning on instructions."""
+QUESTIONS = ("vqa", "reasoning")
+"""Tasks of instructions that ask a question about an image."""
 NO_ROOM = "the model has no room for more"
 NO_MORE = "the retriever's rules leave no more of the memory bank"
 
@@ -74,6 +74,10 @@ def _part(value: Any, where: str) -> str | np.ndarray:
 
 class UnrankedWarning(Notice):
     """Samples are in the order of their seeds, as there is nothing to rank them by."""
+
+
+class UntunedWarning(Notice):
+    """What is asked for is a task that the model was not fine-tuned on."""
 
 
 class ShortageWarning(Notice):
@@ -469,7 +473,7 @@ class CM3Leon:
         Raises:
             UserError: for a model that was not fine-tuned on instructions.
         """
-        self._check_tuned("edit")
+        self._check_tuned("edit", ("edit",))
         document = self._instruction(
             "edit", image1=self._pixels(image), instruction=instruction, image2=None
         )
@@ -495,7 +499,7 @@ class CM3Leon:
         Raises:
             UserError: for a model that was not fine-tuned on instructions.
         """
-        self._check_tuned("answer")
+        self._check_tuned("answer", QUESTIONS)
         document = self._instruction(
             "vqa", image=self._pixels(image), question=question, answer="?"
         )
@@ -581,7 +585,7 @@ class CM3Leon:
                 raise UserError(
                     "a question is asked about an image: give image, and texts that may answer it"
                 )
-            self._check_tuned("a question")
+            self._check_tuned("a question", QUESTIONS)
             document = self._instruction(
                 "vqa", image=self._pixels(image), question=question, answer="?"
             )
@@ -755,13 +759,29 @@ class CM3Leon:
                 f"{where} must be lists (T,) of ids from 0 to {self.run.vocab.size - 1} of the vocabulary"
             )
 
-    def _check_tuned(self, asked: str) -> None:
-        """Instructions are asked of a model that has learned from some: with the objective `instruct`."""
+    @cached_property
+    def _learned(self) -> set[str] | None:
+        """The tasks of instructions that the model was fine-tuned on, None where that is not known."""
+        return tuned_on(self.run.experiment)
+
+    def _check_tuned(self, asked: str, tasks: Sequence[str]) -> None:
+        """Instructions are asked of a model that has learned from some: with the objective `instruct`.
+
+        One that has learned other tasks than these is asked all the same, and a warning says so.
+        """
         objective = self.run.experiment.objective.name
         if objective != TUNED:
             raise UserError(
                 f"{asked} needs a model that was fine-tuned on instructions (objective.name={TUNED}, "
                 f"docs/tasks.md); the run {self.run.folder} was trained with {objective}"
+            )
+        learned = self._learned
+        if learned is not None and not learned.intersection(tasks):
+            warnings.warn(
+                f"{asked} needs a model that was fine-tuned on instructions of the task {' or '.join(tasks)}; "
+                f"the run {self.run.folder} was fine-tuned on {', '.join(sorted(learned))} alone",
+                UntunedWarning,
+                stacklevel=4,
             )
 
     def _pictures(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import torch
 import yaml
 from instruction_corpora import dense_annotations, visdial
 
-from cm3leon.api import CM3Leon
+from cm3leon.api import CM3Leon, UntunedWarning
 from cm3leon.config import SHIPPED
 from cm3leon.data.instructions.templates import TABLE_5
-from cm3leon.experiment import is_study, list_experiments
+from cm3leon.data.source import squared
+from cm3leon.experiment import Experiment, is_study, list_experiments, load_experiment
 from cm3leon.registry import SOURCES
 from cm3leon.run import main
+from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.study import asking, load_study, run_study
 from cm3leon.study.config import combinations, rows, shown
@@ -292,6 +295,45 @@ def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monke
     assert ">all documents</th>" not in (folder / "report.html").read_text()
 
 
+def test_a_model_that_learned_other_tasks_says_so(made):
+    m, image = CM3Leon.load(made[1] / "tuned"), np.zeros((48, 48, 3), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntunedWarning)
+        m.answer(image, "What is it?", most=2)
+        m.score(image=image, texts=["a"], question="What is it?")
+    said = "edit needs .* of the task edit; the run .*tuned was fine-tuned on vqa alone"
+    with pytest.warns(UntunedWarning, match=said):
+        assert len(m.edit(image, "make it red")) == 1
+
+
+def test_tasks_of_mixed_runs_and_of_those_before_are_learned_too(made, tmp_path):
+    first, tuned = (
+        load_experiment(str(made[1] / name / "config.yaml")) for name in ("first", "tuned")
+    )
+    assert tuned_on(first) == set()
+    assert tuned_on(tuned) == {"vqa"}
+    task = SOURCES.build({**section("edit", 1), "name": "scene_instructions"} | {"count": 300})
+    edits = replace(tuned.data, config=task.config)
+
+    def with_folders(start: Path, **mix: float) -> Experiment:
+        return replace(
+            tuned,
+            data=edits,
+            training=replace(tuned.training, start=start),
+            shards=replace(tuned.shards, mix=mix),
+        )
+
+    assert tuned_on(with_folders(made[1] / "first")) == {"edit"}
+    assert tuned_on(with_folders(made[1] / "tuned")) == {"edit", "vqa"}
+    assert tuned_on(with_folders(made[1] / "first", **{str(made[1] / "tuned"): 1.0})) == {
+        "edit",
+        "vqa",
+    }
+    # Nothing is said where a run is gone, or a source has documents of any task.
+    assert tuned_on(with_folders(tmp_path / "gone")) is None
+    assert tuned_on(with_folders(made[1] / "first", **{str(made[1] / "first"): 1.0})) is None
+
+
 def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     monkeypatch.setattr(CM3Leon, "has_clip", False)
     evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
@@ -407,9 +449,8 @@ def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_p
             replace(s, text=f" {option}") if getattr(s, "role", "") == "answer" else s
             for s in document.segments
         )
-        sized = asking._sized(
-            replace(document, segments=segments), m.run.image_tokenizer.image_size, False
-        )
+        whole = replace(document, segments=segments)
+        sized = squared(whole, m.run.image_tokenizer.image_size)
         (tokens,) = token_documents(m.run, [sized])
         prompt = m._task("instruction").prompt(tokens).ids_T
         answer = next(s for s in tokens.segments if s.role == "answer").ids_T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cm3leon.data.images import square
 from cm3leon.types import Document, ImageSegment
@@ -38,6 +39,11 @@ class Source(ABC):
 
     class_names: tuple[str, ...] = ()
     """Names of the classes that `Document.label` numbers; empty where documents have no known class."""
+
+    @classmethod
+    def task_of(cls, config: Any) -> str | None:
+        """The one task of instructions (docs/tasks.md) that all its documents are of; None where that is not known."""
+        return None
 
     @abstractmethod
     def parts(self) -> list[str]:

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import torch
 
-from cm3leon.experiment import load_experiment
+from cm3leon.experiment import Experiment, load_experiment
 from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER
+from cm3leon.registry import SOURCES, PluginError
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.training.device import best_device
 from cm3leon.types import UserError
 
 CONFIG = "config.yaml"
+TUNED = "instruct"
+"""The objective of fine-tuning on instructions."""
 
 
 @dataclass(kw_only=True)
@@ -89,3 +92,37 @@ def open_run(
         sections=finished_settings(folder),
     )
     return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)
+
+
+def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set[str] | None:
+    """The tasks of instructions that a run learned, also from the runs that it mixes or started from.
+
+    None where settings do not tell: for a source whose documents may be of any task, and for another run that cannot
+    be opened any more.
+
+    Args:
+        seen: runs that are not asked again.
+    """
+    tasks: set[str] = set()
+    if experiment.objective.name == TUNED:
+        folders = experiment.shards.mix if experiment.shards else {}
+        for each in (experiment, *(_settings_of(Path(folder)) for folder in folders)):
+            task = SOURCES.get(each.data.name).task_of(each.data.config) if each else None
+            if task is None:
+                return None
+            tasks.add(task)
+    start = experiment.training.start
+    if start is not None and start not in seen:
+        before = _settings_of(start)
+        earlier = tuned_on(before, seen | {start}) if before else None
+        if earlier is None:
+            return None
+        tasks |= earlier
+    return tasks
+
+
+def _settings_of(folder: Path) -> Experiment | None:
+    try:
+        return open_run(folder).experiment
+    except (UserError, PluginError):
+        return None

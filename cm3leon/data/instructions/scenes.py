@@ -57,6 +57,10 @@ class SceneInstructionsSource(DrawnSource):
 
     config: Config
 
+    @classmethod
+    def task_of(cls, config: Any) -> str | None:
+        return str(config.task)
+
     def document(self, seed: int) -> Document | Skipped:
         """The document of a scene."""
         found = self.example(seed)
