@@ -261,7 +261,9 @@ class CM3Leon:
                     for tokens in drawn
                 ]
             )
-            pictures = self._pictures(text, codes_BN, range(seed, seed + n), self._shown(kept))
+            pictures = self._pictures(
+                text, codes_BN, range(seed, seed + n), self.used_documents(kept)
+            )
             shortage = _shortage(retrieve, len(rows), len(kept))
             results.append(
                 [replace(picture, asked=retrieve, shortage=shortage) for picture in pictures]
@@ -713,7 +715,9 @@ class CM3Leon:
                 return prompt, rows
             rows = rows[1:]
 
-    def _shown(self, rows: Sequence[int]) -> tuple[UsedDocument, ...]:
+    @checked
+    def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:
+        """Rows of the bank, such as `retrieved` finds, as documents to look at: ids, texts and images."""
         shown = []
         for document in map(self.run.bank_document, rows):
             image = None

@@ -23,8 +23,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
+from urllib.parse import quote
 
 import numpy as np
 
@@ -32,8 +33,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Status = Literal["good", "bad", "plain"]
-Cell = str | int | float | None
 Numbers: TypeAlias = "Sequence[float] | np.ndarray"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to a file beside the page, or in a folder below it: `path` is relative to the page's folder."""
+
+    text: str
+    path: PurePath
+
+    @property
+    def address(self) -> str:
+        """The path as an address that no letter in it turns into a protocol, a query or a place in a page."""
+        return f"./{quote(self.path.as_posix())}"
+
+
+Cell = str | int | float | Link | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,10 @@ class Strip:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, one for each column; the first cell of a row names it. `highlight` holds indices of rows."""
+    """Rows of cells, one for each column; the first cell of a row names it. `highlight` holds indices of rows.
+
+    Columns that are all called "" have no line of names above them.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -129,6 +148,7 @@ class Curves:
     y_label: str
     title: str = ""
     log_y: bool = False
+    log_x: bool = False
     smooth: int = 0
     references: Sequence[Reference] = ()
 
@@ -340,22 +360,37 @@ def _table(table: Table) -> str:
         for name, is_number in zip(table.columns, numeric, strict=True)
     )
     body = "\n".join(
-        _table_row([column[index] for column in columns], numeric, index in table.highlight)
+        _table_row(
+            [
+                _linked(cell, column[index])
+                for cell, column in zip(table.rows[index], columns, strict=True)
+            ],
+            numeric,
+            index in table.highlight,
+        )
         for index in range(len(table.rows))
     )
-    content = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    named = f"<thead><tr>{head}</tr></thead>\n" if any(table.columns) else ""
+    content = f"<table>{named}<tbody>\n{body}\n</tbody></table>"
     caption = _optional("figcaption", "caption", table.caption)
     return f'<figure class="table">{caption}{_scroll(table.caption or "Table", content)}</figure>'
 
 
 def _table_row(cells: Sequence[str], numeric: Sequence[bool], is_highlighted: bool) -> str:
-    """A row whose first cell is its heading."""
+    """A row of cells in HTML, the first of which is its heading."""
     parts = []
     for column, (cell, is_number) in enumerate(zip(cells, numeric, strict=True)):
         tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
-        parts.append(f"<{tag}{scope}{_number_class(is_number)}>{escape(cell)}</{tag}>")
+        parts.append(f"<{tag}{scope}{_number_class(is_number)}>{cell}</{tag}>")
     row = '<tr class="highlight">' if is_highlighted else "<tr>"
     return f"{row}{''.join(parts)}</tr>"
+
+
+def _linked(cell: Cell, text: str) -> str:
+    """The text of a cell as HTML, in an `<a>` if the cell is a link."""
+    if isinstance(cell, Link):
+        return f'<a href="{escape(cell.address)}">{escape(text)}</a>'
+    return escape(text)
 
 
 def _number_class(is_number: bool) -> str:
@@ -382,6 +417,8 @@ def _cell(cell: Cell, decimals: int) -> str:
         return _DASH
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Link):
+        return cell.text
     if not isinstance(cell, float | np.floating):
         text = f"{cell:,}"
     elif cell == 0 or 1e-4 <= abs(cell) < 1e15:
@@ -540,7 +577,7 @@ class _Line:
 
 
 def _curves(curves: Curves, key: str) -> str:
-    lines = [_line(series, curves.log_y) for series in curves.series]
+    lines = [_line(series, log_x=curves.log_x, log_y=curves.log_y) for series in curves.series]
     title = curves.title or f"{curves.y_label} by {curves.x_label}"
     names = ", ".join(series.name for series in curves.series)
     chart = _inline_svg(
@@ -570,7 +607,7 @@ def _dash(index: int) -> str:
     return _DASHES[index // _SERIES_COLOURS % len(_DASHES)]
 
 
-def _line(series: Series, log_y: bool) -> _Line:
+def _line(series: Series, *, log_x: bool, log_y: bool) -> _Line:
     """The points of a series that have a place on the axes."""
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
     band = None
@@ -578,7 +615,8 @@ def _line(series: Series, log_y: bool) -> _Line:
         band = (np.asarray(series.y_low, dtype=float), np.asarray(series.y_high, dtype=float))
     if len({len(values) for values in (x, y, *(band or ()))}) > 1:
         raise ValueError(f"the arrays of series {series.name!r} differ in length")
-    return _Line(x, y, band).at(np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log_y)))
+    has_place = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
+    return _Line(x, y, band).at(has_place)
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -618,14 +656,17 @@ def _draw(curves: Curves, lines: Sequence[_Line]) -> str:
             )
         for reference in curves.references:
             axes.axhline(reference.y, color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xscale("log" if curves.log_x else "linear")
         axes.set_yscale("log" if curves.log_y else "linear")
-        low, high = axes.get_ylim()
-        subs = (1, 2, 3, 5) if high < 100 * low else (1,)
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=subs) if curves.log_y else MaxNLocator(5, steps=_STEPS)
-        )
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
+        for axis, is_log, count, (low, high) in (
+            (axes.xaxis, curves.log_x, 6, axes.get_xlim()),
+            (axes.yaxis, curves.log_y, 5, axes.get_ylim()),
+        ):
+            subs = (1, 2, 3, 5) if high < 100 * low else (1,)
+            axis.set_major_locator(
+                LogLocator(subs=subs) if is_log else MaxNLocator(count, steps=_STEPS)
+            )
+            axis.set_minor_formatter(NullFormatter())
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_tick))
         axes.tick_params(which="both", length=0, labelcolor=_INK)

@@ -745,5 +745,15 @@ tr.mine > * { font-weight: 600 !important; }
 details { border-block: 1px solid var(--rule); }
 summary { font: 0.8rem/1.9 var(--sans); padding-left: 0.6rem; cursor: pointer; }
 summary code { color: var(--quiet); }
+@media (max-width: 40rem) {
+  html { font-size: 15px; }
+  h1 { font-size: 1.6rem; }
+  .document, .flow > .box { max-width: 100%; min-width: 0; }
+  .box.text { max-width: 100%; }
+  .box.image { width: auto; min-width: 0; }
+  .pictures { flex-wrap: wrap; }
+  .key .chip { white-space: normal; }
+  .summary th { white-space: normal; min-width: 5rem; }
+}
 @media print { .all { max-height: none; } }
 """

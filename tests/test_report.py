@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from cm3leon.evaluation.report import (
     Fact,
     Folded,
     Gallery,
+    Link,
     Picture,
     Reference,
     Report,
@@ -204,6 +207,12 @@ def test_floats_keep_four_digits(values, expected):
     assert report_module._column(values) == expected
 
 
+def test_columns_without_names_have_no_line_of_names():
+    rows = [["experiment", "digits"]]
+    assert page_with(Table(("", ""), rows)).all("thead") == []
+    assert len(page_with(Table(("what", ""), rows)).all("thead")) == 1
+
+
 def test_rows_must_fit_the_columns():
     with pytest.raises(ValueError, match="3 cells, for 2 columns"):
         page_with(Table(["a", "b"], [[1, 2, 3]]))
@@ -235,6 +244,28 @@ def test_curves_without_series_and_below_zero():
     page_with(curves(Series("run", [0, 1], [-1.0, 0.0]), log_y=True))
 
 
+def test_rates_stand_apart_by_their_factor():
+    """On a logarithmic axis three rates, each ten times the one before, have the same distance."""
+    rates = Series("run", [1e-4, 1e-3, 1e-2, 0.0], [1, 2, 3, 9])
+    html = render(Report("title", sections=[Section("s", blocks=[curves(rates, log_x=True)])]))
+    places = [float(x) for x in re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y=', html)]
+    marks = sorted(set(places[-3:]))
+    assert len(marks) == 3
+    assert marks[1] - marks[0] == pytest.approx(marks[2] - marks[1], abs=0.2)
+    assert {"0.0001", "0.001", "0.01"} <= set(re.findall(r">([\d.]+)</text>", html))
+
+
+@pytest.mark.parametrize(
+    "path", ["javascript:alert(1)", "//evil.test/x", 'a="b",c/r 1%?#.html', HOSTILE]
+)
+def test_links_lead_to_files_beside_the_page(path):
+    page = page_with(Table(["point", "n"], [[Link(HOSTILE, Path(path) / "report.html"), 1]]))
+    (link,) = page.all("a")
+    assert HOSTILE in page.words
+    assert re.fullmatch(r"\./[\w./~%-]+", link["href"])
+    assert unquote(link["href"]) == f"./{Path(path) / 'report.html'}"
+
+
 def test_series_of_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="'run' differ in length"):
         page_with(curves(Series("run", [0, 1], [1.0])))
@@ -243,7 +274,7 @@ def test_series_of_unequal_lengths_are_refused():
 def test_thinning_keeps_spikes():
     y = np.zeros(100_000)
     y[31_415] = 9.0
-    line = report_module._line(Series("run", np.arange(len(y)), y), log_y=False)
+    line = report_module._line(Series("run", np.arange(len(y)), y), log_x=False, log_y=False)
     thin = report_module._thinned(line)
     assert len(thin.y) <= 500
     assert thin.x[thin.y == 9.0].tolist() == [31_415]

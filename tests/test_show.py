@@ -230,6 +230,28 @@ def test_long_runs_of_codes_are_abbreviated_and_folded(in_shards: list[str]) -> 
     assert render_sample(shown, []).count("<details>") >= 1
 
 
+def test_the_page_fits_a_phone(in_shards: list[str]) -> None:
+    """Nothing on it is wider than a phone but what stands in a box that scrolls for itself, or breaks into lines."""
+    run = opened(in_shards)
+    page = render_sample(shown_sample(run, training_samples(run), 0), [("a", "b")])
+    views = [each for each in Page(page).all("meta") if each.get("name") == "viewport"]
+    assert views == [{"name": "viewport", "content": "width=device-width, initial-scale=1"}]
+
+    # What has a width of its own: the tables of the block and of the tokens, and the picture of the rotation.
+    boxes = re.findall(
+        r"<(figure|div) class=\"([^\"]*\bscroll\b[^\"]*)\"[^>]*>(.*?)</\1>", page, re.DOTALL
+    )
+    scrolling = "".join(inner for _, _, inner in boxes)
+    summary = re.findall(r'<figure class="table summary">.*?</figure>', page, re.DOTALL)
+    assert page.count("<table") == scrolling.count("<table") + len(summary)
+    assert page.count('class="rotation"') == scrolling.count('class="rotation"') >= 1
+
+    # The pictures of an image stand side by side, on a phone below one another.
+    phone = page[page.rindex("@media (max-width: 40rem)") :]
+    assert ".pictures { flex-wrap: wrap; }" in phone
+    assert re.search(r"\.box\.image \{ width: auto; min-width: 0; \}", phone)
+
+
 def test_text_is_trusted_with_nothing(in_memory: list[str], tmp_path: Path, capsys: Any) -> None:
     run = opened(in_memory)
     samples = training_samples(run)

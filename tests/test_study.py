@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
 import shutil
 import warnings
@@ -25,6 +27,7 @@ from cm3leon.run import main
 from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.study import asking, load_study, run_study
+from cm3leon.study import report as study_page
 from cm3leon.study.config import combinations, rows, shown
 from cm3leon.types import UserError
 
@@ -166,6 +169,18 @@ def test_the_report_shows_aims_tables_and_pictures(made):
     assert "<svg" in page
 
 
+def test_the_page_says_what_made_it_and_what_its_runs_are(made):
+    file, folder = made
+    page = (folder / "report.html").read_text()
+    assert results(folder)["again"] in html.unescape(page)
+    assert f">{file}<" in page
+    assert re.search(r"page made</th><td>\d{4}-\d\d-\d\d \d\d:\d\d UTC<", page)
+    assert '<a href="./first/report.html">report</a>' in page or (
+        '<a href="./first/reconstruction/report.html">reconstructions</a>' in page
+    )
+    assert str(MODEL) in page
+
+
 def test_the_printed_command_finds_everything_done(made, capsys):
     _, folder = made
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
@@ -253,6 +268,15 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
     (held,) = found[0].values()
     assert held["codes"].shape == (6, 3, 36)
     assert held["clip"].shape == (6, 3)
+    # The page has all three, the best first, behind the answer that counts.
+    page = (tmp_path / "alone" / "report.html").read_text()
+    folded = page[page.index("<summary>All 3 samples of first, samples 3") :]
+    folded = folded[: folded.index("</details>")]
+    scores = [float(text) for text in re.findall(r'alt="CLIP ([-\d.]+)"', folded)]
+    assert len(scores) == 18
+    assert scores[:3] == pytest.approx(sorted(held["clip"][0], reverse=True), abs=6e-4)
+    assert "<summary>" not in (folder / "report.html").read_text()
+
     one, three = results(tmp_path / "swept")["evaluations"]["images"]
     assert (one["row"], three["row"]) == ("first, samples 1", "first, samples 3")
 
@@ -346,6 +370,30 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.npz"))
     asked.answer(one, [0])
     assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_the_page_has_the_documents_that_stood_in_the_prompts(made, tmp_path):
+    _, folder = made
+    study = load_study(str(made[0]), (), folder)
+    evaluation = study.evaluations["images"]
+    evaluation.sweep, evaluation.models = {"documents": [0, 2]}, {"first": folder / "first"}
+    evaluation.setting = {"decoder": {"name": "top_p"}}
+    none, two = rows("images", evaluation)
+    asker = asking.Asking(evaluation.protocol, tmp_path)
+    for row in (none, two):
+        asker.answer(row, range(asker.shards(row)))
+    assert all(not example.retrieved for example in asker.shown(none))
+    model = CM3Leon.load(folder / "first")
+    asked_for = {item.document.text: item for item in asker.items(two)}  # they are shown by kind
+    for example in asker.shown(two):
+        item = asked_for[example.text]
+        texts = [each.text for each in example.retrieved]
+        (found,) = model.retrieved([item.document.text], None, "text", 2)
+        wanted = [model.run.tokenizer.caption(model.run.bank_document(row)) for row in found]
+        assert wanted
+        assert texts == wanted[len(wanted) - len(texts) :]  # as many as have room, the closest ones
+        card = study_page._card(example)
+        assert [picture.label for picture in card.retrieved] == texts
 
 
 def test_another_bank_gives_other_documents(made):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import html
 import json
 import math
 import random
+import re
+import shlex
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_report import Page
 
 from cm3leon.config import NoSettings, dump_yaml
+from cm3leon.evaluation.origin import Origin, machines
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
 from cm3leon.registry import LAUNCHERS
@@ -318,10 +324,87 @@ def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) 
         ("b", "1", "finished", "best", "1.0"),
         ("c", "2", "failed", "", ""),
     ]
-    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1])
+    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1], ORIGIN)
     page = (tmp_path / "report.html").read_text()
     assert page.count('class="highlight"') == 1
     assert "no room" in page
+
+
+ORIGIN = Origin(
+    "digits<b>",
+    "python -m cm3leon.run experiment=x/sweep.yaml run=x",
+    datetime(2026, 3, 4, 5, 6, tzinfo=UTC),
+    ["Linux-6, Python 3.11.7, torch 2.14.1"],
+)
+
+
+def test_the_page_says_what_made_it_and_leads_to_its_runs(tmp_path: Path) -> None:
+    found = results(**{'a"b': 2.0, "c": 1.0, "d": 3.0, "e": None})
+    for name in (
+        'a"b/report.html',
+        'a"b/reconstruction/report.html',
+        "c/reconstruction/report.html",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1], ORIGIN)
+    page = Page((tmp_path / "report.html").read_text())
+    links = [str(link["href"]) for link in page.all("a")]
+    assert [link for link in links if not link.startswith("#")] == [
+        "./a%22b/report.html",
+        "./c/reconstruction/report.html",
+    ]
+    for words in (
+        "A sweep of digits<b> over seed",
+        ORIGIN.command,
+        "2026-03-04 05:06 UTC",
+        *ORIGIN.machines,
+    ):
+        assert words in page.words
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "drawn_so", "expected"),
+    [
+        ("training.learning_rate", [1e-3, 2e-3], False, True),
+        ("model.width", [32, 320], False, True),
+        ("model.width", [32, 64], False, False),
+        ("model.width", [32, 64], True, True),
+        ("decoder.cfg", [0.0, 10.0], False, False),
+        ("training.learning_rate", [0.0, 1e-3], False, False),
+    ],
+)
+def test_rates_and_wide_ranges_have_logarithmic_axes(
+    key: str,
+    values: list[float],
+    drawn_so: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("cm3leon.sweep.report.write_report", lambda path, page: drawn.append(page))
+    found = [Result(str(x), {key: x}, "finished", {"loss": 1.0}) for x in values]
+    logarithmic = [key] if drawn_so else []
+    sweep_report(tmp_path, "title", found, "lowest loss", None, ORIGIN, logarithmic=logarithmic)
+    (curves,) = drawn[0].sections[0].blocks
+    assert (curves.log_x, curves.x_label) == (expected, key)
+    assert list(curves.series[0].x) == values
+
+
+def test_values_drawn_by_factors_are_known_to_the_page(tmp_path: Path) -> None:
+    words = ["sweep.training.weight_decay=loguniform(0.1,0.2)", "sweep.seed=0,1", "sweep_trials=3"]
+    assert load_sweep("digits_smoke", words, tmp_path).logarithmic == {"training.weight_decay"}
+
+
+def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> None:
+    written = {"system": "Linux-6", "python": "3.11.7", "packages": {"torch": "2.14.1", "x": "1"}}
+    contents = {"a": json.dumps(written), "b": json.dumps(written), "c": "{", "d": '{"system": 1}'}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "environment.json").write_text(content)
+    folders = [tmp_path / name for name in (*contents, "none")]
+    assert machines(folders) == ["Linux-6, Python 3.11.7, torch 2.14.1"]
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -412,7 +495,15 @@ def test_points_run_in_their_folders_with_what_they_share(ran: list[str], tmp_pa
     lines = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [line["loss"] for line in lines] == ["2.9", "2.9", "2.8", "2.8"]
     assert [line["best"] for line in lines] == ["", "", "best", ""]
-    assert "learning_rate=0.002,seed=0" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "learning_rate=0.002,seed=0" in page
+    assert "A sweep of digits_smoke over" in page
+
+    # The command that the page prints finds all of it done, and keeps the name of the experiment.
+    (printed,) = re.findall(r"<code>python -m cm3leon\.run ([^<]+)</code>", page)
+    assert main(shlex.split(html.unescape(printed))) == 0
+    assert len(ran) == 6
+    assert "A sweep of digits_smoke over" in (tmp_path / "report.html").read_text()
 
 
 def test_a_second_start_runs_only_what_is_missing(ran: list[str], tmp_path: Path) -> None:

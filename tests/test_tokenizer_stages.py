@@ -106,6 +106,11 @@ def test_an_interrupted_run_makes_the_same_tokenizer(
     the corpus come back from the one before."""
     run = tmp_path / "again"
     cm3leon(*arguments(tars, run))
+
+    # Made in another folder at another time, the page has the same bytes.
+    page = Path("reconstruction/report.html")
+    assert (run / page).read_bytes() == (finished[0] / page).read_bytes()
+
     folder = run / "image_tokenizer"
     for name in ("stage.json", "model.safetensors", "codes.npy", "varied_codes.npy"):
         (folder / name).unlink()
@@ -119,6 +124,7 @@ def test_an_interrupted_run_makes_the_same_tokenizer(
     )
     assert all((one[name] == weight).all() for name, weight in other.items())
     assert figures(run) == figures(finished[0])
+    assert (run / page).read_bytes() == (finished[0] / page).read_bytes()
 
 
 def test_the_whole_corpus_or_the_sample_trains_it(

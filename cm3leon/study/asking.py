@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon.api import CM3Leon
+from cm3leon.api import CM3Leon, UsedDocument
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import (
@@ -83,6 +83,10 @@ class Example:
     given_HWC: np.ndarray | None
     answer: Answer
     right: bool | None
+    samples: Sequence[Answer] = ()
+    """All images that were drawn, the best by CLIP first; empty for answers in text."""
+    retrieved: Sequence[UsedDocument] = ()
+    """The documents that stood in the prompt, the closest last."""
 
 
 class Asking:
@@ -209,17 +213,54 @@ class Asking:
         return found
 
     def shown(self, row: Row) -> list[Example]:
-        """Some items of each kind with the row's answers."""
+        """Some items of each kind with the row's answers, all their samples, and the documents in their prompts."""
         items, answers = self.items(row), self.answers(row)
         kinds = list(dict.fromkeys(item.kind for item in items))
         places: list[int] = []
         for kind in kinds:
             own = [place for place, item in enumerate(items) if item.kind == kind]
             places += own[: max(1, SHOWN // len(kinds))]
-        return [
-            Example(asked(item), given_image(item), answer, self.protocol.right(item, answer))
-            for item, answer in ((items[place], answers[place]) for place in places)
-        ]
+        samples, retrieved = self._samples(row, places), self._documents(row, places)
+        examples = []
+        for place, drawn, documents in zip(places, samples, retrieved, strict=True):
+            item, answer = items[place], answers[place]
+            right = self.protocol.right(item, answer)
+            examples.append(
+                Example(asked(item), given_image(item), answer, right, drawn, documents)
+            )
+        return examples
+
+    def _samples(self, row: Row, places: Sequence[int]) -> list[list[Answer]]:
+        """All images drawn for some items, the best by CLIP first; none where answers are no images."""
+        if self.protocol.answers_in != "image":
+            return [[] for _ in places]
+        tokenizer = self.model(row).run.image_tokenizer
+        folder, numbers = self.place(row), {place // SHARD for place in places}
+        files = {number: _read(_file(folder, number)) for number in numbers}
+        found = []
+        for place in places:
+            held, at, count = files[place // SHARD], place % SHARD, row.setting.samples
+            clip_n = held["clip"][at, :count]
+            order_n = np.argsort(-clip_n, kind="stable")
+            codes_nN = held["codes"][at, :count][order_n].astype(np.int64)
+            images_nHWC = tokenizer.decode(codes_nN)
+            found.append(
+                [
+                    Answer(image_HWC=image_HWC, clip=float(clip))
+                    for image_HWC, clip in zip(images_nHWC, clip_n[order_n], strict=True)
+                ]
+            )
+        return found
+
+    def _documents(self, row: Row, places: Sequence[int]) -> list[tuple[UsedDocument, ...]]:
+        """The documents that stood in the prompts of some items: those that are retrieved for them once more."""
+        if not row.setting.documents:
+            return [() for _ in places]
+        model = self.model(row)
+        items = [self.items(row)[place] for place in places]
+        documents = self._token_documents(model, items)
+        rows = self._retrieved(model, items, documents, row.setting.documents)
+        return [model.used_documents(each) for each in rows]
 
     def place(self, row: Row) -> Path:
         """The folder of the row's answers: another for everything that they depend on, but the number of samples."""
@@ -292,11 +333,7 @@ class Asking:
         held = _read(file) if file.is_file() else {}
         samples = range(_samples_of(file), setting.samples)
         wants_image = self.protocol.answers_in == "image"
-        size = model.run.image_tokenizer.image_size
-        whole = [
-            _with_place(item.document, size) if wants_image else item.document for item in items
-        ]
-        documents = list(token_documents(model.run, whole))
+        documents = self._token_documents(model, items)
         drawn: list[list[Any]] = [[] for _ in items]
         made: dict[str, np.ndarray] = {}
         retrieved = self._retrieved(model, items, documents, setting.documents)
@@ -336,6 +373,15 @@ class Asking:
         partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
         np.savez_compressed(partial, allow_pickle=False, **made)  # type: ignore[arg-type]
         os.replace(partial, file)
+
+    def _token_documents(self, model: CM3Leon, items: Sequence[Item]) -> list[TokenDocument]:
+        """The items' documents in the model's tokens, with an empty image where one is asked for."""
+        size = model.run.image_tokenizer.image_size
+        wants_image = self.protocol.answers_in == "image"
+        whole = [
+            _with_place(item.document, size) if wants_image else item.document for item in items
+        ]
+        return list(token_documents(model.run, whole))
 
     def _ranks(
         self,

@@ -100,6 +100,8 @@ class Study:
     """Heading of the report."""
     about: str = ""
     """What is below it."""
+    name: str | None = None
+    """What the report calls the study's file; null = as it was named when the study was first started."""
     runs: dict[str, StudyRun] = field(default_factory=dict)
     """By their names."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -145,6 +147,9 @@ def load_study(
     for evaluation in mapping.get("evaluations", {}).values():
         if isinstance(evaluation, dict) and "setting" in evaluation:
             evaluation["setting"] = settled(Setting, evaluation["setting"])
+    # The study's own file, written into its folder, keeps the name that it was first started by.
+    if mapping.get("name") is None:
+        mapping["name"] = name_or_path
     study = from_mapping(Study, mapping)
     of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
     for (name, *_), _ in of_runs:

@@ -1,4 +1,4 @@
-"""The page of a study: aims, a table and a plot for each evaluation, and some of the answers."""
+"""The page of a study: aims, a table and a plot for each evaluation, some of the answers, and its runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.evaluation.origin import Origin, is_logarithmic, page_of
 from cm3leon.evaluation.report import (
     Card,
+    Cell,
     Content,
     Curves,
     Fact,
+    Folded,
     Gallery,
     Picture,
     Report,
@@ -39,8 +42,13 @@ def study_report(
     study: Study,
     results: Mapping[str, Any],
     examples: Mapping[str, Sequence[Sequence[Example]]],
+    origin: Origin,
 ) -> None:
-    """Writes the page. `examples` has, for each evaluation, those of each of its rows."""
+    """Writes the page, with links to the pages of the runs, whose folders lie beside it.
+
+    Args:
+        examples: for each evaluation, those of each of its rows.
+    """
     evaluations = results["evaluations"]
     sections = [
         _section(study.evaluations[name], found, examples[name])
@@ -52,7 +60,13 @@ def study_report(
             title=study.title,
             subtitle=study.about,
             facts=[_fact(aim, evaluations) for aim in study.aims if aim.evaluation in evaluations],
-            sections=[*sections, *_losses(results["validation"]), *_times(results["seconds"])],
+            sections=[
+                *sections,
+                *_runs(study, path.parent),
+                *_losses(results["validation"]),
+                *_times(results["seconds"]),
+                origin.section(),
+            ],
             footer="All figures and settings are in results.json; the same command makes only what is missing.",
         ),
     )
@@ -115,13 +129,55 @@ def _section(
     blocks: list[Content] = [Table(columns, table, " ".join(notes))]
     if evaluation.plot:
         blocks.insert(0, _curves(evaluation, evaluation.plot, rows))
-    for row, few in zip(rows[:_PICTURED], examples[:_PICTURED], strict=True):
-        blocks.append(Gallery([_card(example) for example in few], caption=row["row"]))
+    for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
+        answered = Gallery([_card(example) for example in few], caption=row["row"])
+        several = [example for example in few if len(example.samples) > 1]
+        drawn = [_samples(row["row"], several)] if several else []
+        if number < _PICTURED:
+            blocks += [answered, *drawn]
+        else:
+            blocks.append(Folded(f"Answers of {row['row']}", [answered, *drawn]))
     return Section(evaluation.title, blocks=blocks)
 
 
 _PICTURED = 4
-"""Rows of an evaluation that have their answers shown."""
+"""Rows of an evaluation whose answers are seen at once; those of the others are behind their names."""
+
+
+def _samples(row: str, examples: Sequence[Example]) -> Folded:
+    """Every image that was drawn for some items, folded."""
+    count = max(len(example.samples) for example in examples)
+    cards = [
+        Card(
+            [
+                Picture(np.asarray(sample.image_HWC), f"CLIP {sample.clip:.3f}")
+                for sample in example.samples
+            ],
+            caption=example.text,
+        )
+        for example in examples
+    ]
+    caption = "The first one is the answer that counts."
+    return Folded(
+        f"All {count} samples of {row}, the best by CLIP first", [Gallery(cards, caption=caption)]
+    )
+
+
+def _runs(study: Study, folder: Path) -> list[Section]:
+    """The runs with their experiments, what was changed in these, and links to their pages."""
+    if not study.runs:
+        return []
+    rows: list[list[Cell]] = [
+        [
+            name,
+            run.experiment,
+            ", ".join(f"{key} {shown(value)}" for key, value in run.overrides.items()),
+            page_of(name, folder),
+        ]
+        for name, run in study.runs.items()
+    ]
+    table = Table(["run", "experiment", "changed in it", "page"], rows)
+    return [Section("Runs", blocks=[table])]
 
 
 def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
@@ -157,16 +213,24 @@ def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any
         for name, of in lines.items()
     ]
     label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
-    return Curves(series, x_label=label, y_label=metric)
+    log_x = is_logarithmic(key, [x for of in series for x in of.x])
+    return Curves(series, x_label=label, y_label=metric, log_x=log_x)
 
 
 def _card(example: Example) -> Card:
     images = [image for image in (example.given_HWC, example.answer.image_HWC) if image is not None]
     status = None if example.right is None else "good" if example.right else "bad"
+    # A retrieved document of text alone has no picture to stand under.
+    texts = [f"retrieved: {each.text}" for each in example.retrieved if each.image is None]
     return Card(
         [Picture(np.asarray(image)) for image in images],
         title=example.answer.text,
-        caption=example.text,
+        caption="; ".join(filter(None, [example.text, *texts])),
+        retrieved=[
+            Picture(np.asarray(each.image), each.text)
+            for each in example.retrieved
+            if each.image is not None
+        ],
         status=status,  # type: ignore[arg-type]
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
+from cm3leon.evaluation.origin import Origin, machines
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER, read_json, read_stage
@@ -89,8 +91,9 @@ def _run_study(
                 found[name] = measured(asking, name, evaluation)
         if asked is not None or not ranks.first or until is not None:
             return
+        again = command_line(f"experiment={folder / STUDY_FILE}", f"run={folder}")
         results = {
-            "again": command_line(f"experiment={folder / STUDY_FILE}", f"run={folder}"),
+            "again": again,
             "study": to_mapping(study),
             "seconds": {name: _seconds(folder / name) for name in study.runs},
             "validation": {name: _validation(folder / name) for name in study.runs},
@@ -102,6 +105,7 @@ def _run_study(
             study,
             results,
             {name: shown for name, (_, shown) in found.items()},
+            Origin(str(study.name), again, datetime.now(UTC), machines([folder])),
         )
     print(f"report: {folder / 'report.html'}")
 

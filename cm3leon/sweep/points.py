@@ -47,6 +47,8 @@ class SweepConfig:
     """Times that a failed point is tried again."""
     sweep_best: str = "lowest loss"
     """Column of the table whose best is marked, behind `lowest` or `highest`."""
+    sweep_of: str | None = None
+    """What the report calls the experiment; null = as it was named when the sweep was first started."""
 
     def check(self) -> None:
         if not self.sweep:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from cm3leon.evaluation.origin import Origin, is_logarithmic, page_of
 from cm3leon.evaluation.report import (
     Cell,
     Curves,
@@ -25,9 +26,21 @@ COLUMNS = 12
 
 
 def sweep_report(
-    path: Path, title: str, results: Sequence[Result], wanted: str, winner: Result | None
+    path: Path,
+    title: str,
+    results: Sequence[Result],
+    wanted: str,
+    winner: Result | None,
+    origin: Origin,
+    *,
+    logarithmic: Collection[str] = (),
 ) -> None:
-    """Writes the page; `wanted` is what the `winner` is best by, `lowest loss`."""
+    """Writes the page, with links to the pages of the points, whose folders lie beside it.
+
+    Args:
+        wanted: what the `winner` is best by, `lowest loss`.
+        logarithmic: keys whose axis is logarithmic whatever their values.
+    """
     column = wanted.partition(" ")[2]
     done = [result for result in results if result.state == "finished"]
     facts = [Fact("points finished", f"{len(done)} of {len(results)}")]
@@ -37,48 +50,55 @@ def sweep_report(
         path,
         Report(
             title=title,
+            subtitle=f"A sweep of {origin.experiment} over {', '.join(results[0].point)}",
             facts=facts,
             sections=[
                 *(
                     [Section("Curves", blocks=curves)]
-                    if (curves := list(_curves(done, column)))
+                    if (curves := list(_curves(done, column, logarithmic)))
                     else []
                 ),
-                Section("Points", blocks=[_table(results, column, winner)]),
+                Section("Points", blocks=[_table(results, column, winner, path.parent)]),
                 *_failures(results),
+                origin.section(),
             ],
-            footer="sweep.csv has all figures. Each point is a run folder beside it, with a report once evaluated.",
+            footer="sweep.csv has all figures. Each point is a run folder beside it.",
         ),
     )
 
 
-def _table(results: Sequence[Result], column: str, winner: Result | None) -> Table:
+def _table(results: Sequence[Result], column: str, winner: Result | None, folder: Path) -> Table:
     keys = list(results[0].point)
     named = columns(results)
     names = [
         *(name for name in named if name == column),
         *(name for name in named if name != column),
     ][:COLUMNS]
+    pages = [page_of(result.name, folder) for result in results]
+    has_pages = any(pages)
     rows: list[list[Cell]] = [
         [
             *(shown(result.point[key]) for key in keys),
             result.state,
+            *([page] if has_pages else []),
             *(result.figures.get(name) for name in names),
         ]
-        for result in results
+        for result, page in zip(results, pages, strict=True)
     ]
     marked = frozenset(index for index, result in enumerate(results) if result is winner)
     caption = f"The best by {column} is marked." if winner else ""
-    return Table([*keys, "state", *names], rows, caption, marked)
+    titles = [*keys, "state", *(["page"] if has_pages else []), *names]
+    return Table(titles, rows, caption, marked)
 
 
-def _curves(done: Sequence[Result], column: str) -> list[Curves]:
+def _curves(done: Sequence[Result], column: str, logarithmic: Collection[str]) -> list[Curves]:
     """The figure against each swept key that has numbers, a line for each combination of the others.
 
     Seeds are no line of their own: where there are several, the line is their mean, and a band from lowest to highest.
     """
     able = [result for result in done if math.isfinite(result.figures.get(column, math.nan))]
-    return [chart for key in _numeric_keys(able) if (chart := _curve(able, key, column)).series]
+    charts = [_curve(able, key, column, key in logarithmic) for key in _numeric_keys(able)]
+    return [chart for chart in charts if chart.series]
 
 
 def _numeric_keys(results: Sequence[Result]) -> list[str]:
@@ -94,9 +114,8 @@ def _numeric_keys(results: Sequence[Result]) -> list[str]:
     return found
 
 
-def _curve(results: Sequence[Result], key: str, column: str) -> Curves:
-    xs = [result.point[key] for result in results]
-    logarithmic = min(xs) > 0 and max(xs) >= 10 * min(xs)
+def _curve(results: Sequence[Result], key: str, column: str, logarithmic: bool) -> Curves:
+    log_x = logarithmic or is_logarithmic(key, [result.point[key] for result in results])
     lines: dict[str, dict[float, list[float]]] = {}
     for result in results:
         others = ", ".join(
@@ -113,11 +132,11 @@ def _curve(results: Sequence[Result], key: str, column: str) -> Curves:
         series.append(
             Series(
                 name,
-                [math.log10(x) if logarithmic else x for x in ordered],
+                ordered,
                 *([of(at[x]) for x in ordered] for of in (statistics.fmean, min, max)),
             )
         )
-    return Curves(series, x_label=f"log10 of {key}" if logarithmic else key, y_label=column)
+    return Curves(series, x_label=key, y_label=column, log_x=log_x)
 
 
 def _is_seed(key: str) -> bool:

@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
+from cm3leon.evaluation.origin import Origin, machines
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
 from cm3leon.launch.follow import refuse_twice
@@ -44,7 +46,8 @@ from cm3leon.sweep.points import (
 )
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
-from cm3leon.sweep.values import Choice
+from cm3leon.sweep.values import Choice, Interval
+from cm3leon.terminal import command_line
 from cm3leon.training.distributed import find_place
 from cm3leon.types import Again, UserError
 
@@ -74,6 +77,8 @@ class Sweep:
     launcher: Component
     redo: tuple[str, ...] = ()
     """Stages that the points may make anew although they are expensive."""
+    logarithmic: frozenset[str] = frozenset()
+    """Keys whose values are drawn evenly on a logarithmic scale."""
 
 
 def load_sweep(
@@ -93,6 +98,9 @@ def load_sweep(
     mapping = load_mapping(name_or_path, words, trusted_plugins=trusted_plugins)
     if until:
         mapping["until"] = until
+    # The file of the sweep keeps the name, for whoever goes on with it or collects it.
+    if mapping.get("sweep_of") is None:
+        mapping["sweep_of"] = name_or_path
     own = {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
     config = from_mapping(SweepConfig, own)
     sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
@@ -119,6 +127,7 @@ def load_sweep(
         {name: replace(experiment, launcher=here) for name, experiment in experiments.items()},
         first.launcher,
         tuple(redo),
+        frozenset(key for key, of in values.items() if isinstance(of, Interval) and of.logarithmic),
     )
 
 
@@ -212,7 +221,22 @@ def make_table(sweep: Sweep) -> list[Result]:
     """
     results = [_result(sweep, name) for name in sweep.points]
     winner = best(results, sweep.config.sweep_best)
-    sweep_report(sweep.folder / REPORT, sweep.folder.name, results, sweep.config.sweep_best, winner)
+    folder = sweep.folder
+    origin = Origin(
+        experiment=str(sweep.config.sweep_of),
+        command=command_line(f"experiment={folder / SWEEP_FILE}", f"run={folder}"),
+        date=datetime.now(UTC),
+        machines=machines(folder / name for name in sweep.points),
+    )
+    sweep_report(
+        folder / REPORT,
+        folder.name,
+        results,
+        sweep.config.sweep_best,
+        winner,
+        origin,
+        logarithmic=sweep.logarithmic,
+    )
     write_page(sweep.folder / TABLE, as_csv(results, list(sweep.config.sweep), winner))
     for result in results:
         if result.state != "finished":

@@ -1,0 +1,84 @@
+"""What a page of several runs says of itself: experiment, command, date and machines, and links to their pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+
+from cm3leon.evaluation.report import Code, Link, Section, Table
+from cm3leon.records import read_json
+from cm3leon.types import UserError
+
+ENVIRONMENT = "environment.json"
+"""In a run folder: Python, the machine and the packages that it was made with."""
+PAGES = {
+    "report.html": "report",
+    "reconstruction/report.html": "reconstructions",
+}
+"""The pages that a run may have, the one that says most first, and what a link to each is called."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a page comes from."""
+
+    experiment: str
+    """As it was named when it was started."""
+    command: str
+    """Makes the page again, and only what is missing of its runs."""
+    date: datetime
+    """When the page was made."""
+    machines: Sequence[str] = ()
+    """A line for each machine that its runs were made on, as far as they have written it down."""
+
+    def section(self) -> Section:
+        """The last section of a page."""
+        rows: list[tuple[str, str]] = [
+            ("experiment", self.experiment),
+            ("page made", f"{self.date.astimezone(UTC):%Y-%m-%d %H:%M} UTC"),
+            *(("machine", machine) for machine in self.machines),
+        ]
+        return Section(
+            "To run it again",
+            "This command makes the page again, and of its runs only what is missing.",
+            [Code(self.command), Table(("", ""), rows)],
+        )
+
+
+def machines(folders: Iterable[Path]) -> list[str]:
+    """A line for each machine and version that runs were made with, in the order of the folders.
+
+    Folders whose `environment.json` is missing or damaged are passed over.
+    """
+    lines = [line for folder in folders if (line := _machine(folder))]
+    return list(dict.fromkeys(lines))
+
+
+def _machine(folder: Path) -> str:
+    """The line of one run; empty where it has none, as no page is given up for want of it."""
+    shape = {"system": str, "python": str, "packages": {str: str}}
+    try:
+        environment = read_json(folder / ENVIRONMENT, shape)
+    except (OSError, UserError):
+        return ""
+    packages = environment["packages"]
+    versions = [f"{name} {packages[name]}" for name in ("torch", "cm3leon") if name in packages]
+    return ", ".join([environment["system"], f"Python {environment['python']}", *versions])
+
+
+def page_of(name: str, folder: Path) -> Link | None:
+    """The link to the page of the run that lies in `folder / name`; None where it has made none."""
+    for page, title in PAGES.items():
+        if (folder / name / page).is_file():
+            return Link(title, PurePath(name) / page)
+    return None
+
+
+def is_logarithmic(key: str, values: Sequence[float]) -> bool:
+    """Whether the axis of a swept key is logarithmic: that of a learning rate, and of numbers above 0 of which
+    the largest is at least ten times the smallest."""
+    if not values or min(values) <= 0:
+        return False
+    return key.endswith("learning_rate") or max(values) >= 10 * min(values)
