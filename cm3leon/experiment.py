@@ -263,6 +263,7 @@ def load_experiment(
     settings: Mapping[str, Any] | None = None,
     trusted_plugins: Sequence[str | Path] | None = None,
     sections: Mapping[str, Any] | None = None,
+    unfit: list[str] | None = None,
 ) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
@@ -271,6 +272,7 @@ def load_experiment(
     `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
     dotted keys with their values, for a caller that has no command line. `trusted_plugins` are all that may be loaded,
     see `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the place of the file's.
+    `unfit` is given what does not go together, in place of an error, by a caller that checks more (`stages/checks.py`).
 
     Raises:
         UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the overrides, or a plugin
@@ -289,7 +291,7 @@ def load_experiment(
         raise UserError(
             f"experiment: {name_or_path} is a sweep, which only the command run takes; give that of one of its points"
         )
-    return from_mapping(Experiment, mapping)
+    return from_mapping(Experiment, mapping, unfit=unfit)
 
 
 def load_mapping(

@@ -123,7 +123,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
             "change training.batch_tokens"
         )
     share = blocks // gpus
-    micro_batch = min(training.micro_batch or share, share)
+    micro_batch = training.blocks_at_once(shape.seq_len, share)
 
     def memory(choice: ActivationCheckpointing, blocks_at_once: int) -> Memory:
         settings = replace(training, activation_checkpointing=choice)

@@ -140,17 +140,16 @@ def run(arguments: Sequence[str]) -> int | None:
         refuse_other_kind(folder, "sweep")
         run_sweep(sweep)
         return None
-    experiment = load_experiment(named["experiment"], overrides)
+    mistakes: list[str] = []
+    experiment = load_experiment(named["experiment"], overrides, unfit=mistakes)
     refuse_other_kind(folder, "run")
+    from cm3leon.stages.stages import check_before_stages, run_experiment
+
+    check_before_stages(experiment, folder, until=until, found=mistakes)
     if _is_launched(experiment.launcher):
         from cm3leon.launch.runs import launch_experiment
 
         return launch_experiment(experiment, folder, until=until, redo=redo)
-    from cm3leon.stages.pipeline import number_of
-    from cm3leon.stages.stages import run_experiment, stages_of
-
-    if until:
-        number_of(stages_of(experiment), until, "until")
     run_experiment(experiment, folder, until=until, redo=redo, accepted=lambda: _record(folder))
     return None
 

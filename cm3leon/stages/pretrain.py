@@ -86,7 +86,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
         title="pretraining",
         callback=callback,
         shares=Shares(
-            parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
+            parts=lambda batch: batch.split(config.blocks_at_once(run.seq_len, len(batch.ids_BT))),
             weight=lambda part: float(part.weight_BT.sum()),
             ids=stream.ids,
         ),
@@ -158,6 +158,14 @@ def load_checkpoint(
     model.load_state_dict(whole_state(adapted))
 
 
+def another_tokenizer(start: Path, name: str) -> str:
+    """The sentence for a run to start from whose text or image tokenizer is another one than this run's."""
+    return (
+        f"training.start: {start} was trained with another {name} tokenizer than this run's; "
+        f"take its tokenizers over with shards.tokenizers={start}"
+    )
+
+
 def check_tokenizers(run: Run, start: Path) -> None:
     """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):
@@ -166,7 +174,4 @@ def check_tokenizers(run: Run, start: Path) -> None:
             continue
         opened_stage(theirs.parent, theirs.name, finished=False)
         if sha256(theirs) != sha256(ours):
-            raise UserError(
-                f"training.start: {start} was trained with another {name} tokenizer than this run's; "
-                f"take its tokenizers over with shards.tokenizers={start}"
-            )
+            raise UserError(another_tokenizer(start, name))

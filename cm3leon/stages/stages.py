@@ -15,6 +15,7 @@ from cm3leon.paths import make_folder
 from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.base import StrategyConfig
 from cm3leon.stages.artifacts import ENCODER, GEOMETRY, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
+from cm3leon.stages.checks import check_settings
 from cm3leon.stages.documents import make_documents
 from cm3leon.stages.evaluate import RESULTS, make_evaluation
 from cm3leon.stages.generate import make_generations
@@ -386,8 +387,9 @@ def run_experiment(
     until, stages = until or experiment.until, stages_of(experiment)
     check_redo(stages, redo)
     check_run_folder(folder)
+    check_before_stages(experiment, folder, until=until)
     place = find_place()
-    if place and not _reaches_pretraining(stages, until):
+    if place and not _reaches(stages, "pretraining", until):
         if place.rank > 0:
             return
         place = None
@@ -421,10 +423,26 @@ def run_experiment(
         print(f"report: {(folder / 'reconstruction' / 'report.html').resolve().as_uri()}")
 
 
-def _reaches_pretraining(stages: Sequence[Stage[Run]], until: str | None) -> bool:
-    return until is None or number_of(stages, until, "until") >= number_of(
-        stages, "pretraining", "until"
+def check_before_stages(
+    experiment: Experiment, folder: Path, *, until: str | None = None, found: Sequence[str] = ()
+) -> None:
+    """`check_settings` for the stages of an experiment up to `until`, or to the experiment's own last one.
+
+    Raises:
+        UserError: naming all mistakes, those in `found` too.
+    """
+    until, stages = until or experiment.until, stages_of(experiment)
+    check_settings(
+        experiment,
+        folder,
+        trains=_reaches(stages, "pretraining", until),
+        asks=_reaches(stages, "generation", until),
+        found=found,
     )
+
+
+def _reaches(stages: Sequence[Stage[Run]], name: str, until: str | None) -> bool:
+    return until is None or number_of(stages, until, "until") >= number_of(stages, name, "until")
 
 
 def _pretrain_together(

@@ -109,7 +109,8 @@ def _batches(run: Run, documents: Sequence[tuple[int, TokenDocument]]) -> Iterat
             blocks.append([])
         blocks[-1].append(sample)
     config = run.experiment.training
-    size = config.micro_batch or max(1, config.blocks(run.seq_len) // run.ranks.count)
+    share = max(1, config.blocks(run.seq_len) // run.ranks.count)
+    size = config.blocks_at_once(run.seq_len, share)
     for start in range(0, len(blocks), size):
         packed = [
             pack(samples, run.seq_len, run.vocab.pad) for samples in blocks[start : start + size]

@@ -13,6 +13,7 @@ from cm3leon.config import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Range,
     result_settings,
 )
 from cm3leon.training.device import Precision
@@ -26,13 +27,18 @@ CARE = NoEffect("when a training in trouble is given up or written about")
 """Fields so marked may change while a training goes on: how it is computed and looked after, not what it computes."""
 
 
+TOKENS_AT_ONCE = 2**17
+"""Tokens that a rank computes at a time where `micro_batch` does not say how many blocks: what they leave behind for
+the gradients has to lie in memory together."""
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Optimization of one module. Unstated in the paper: AdamW's betas, weight decay and clipping are OPT's."""
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
-    batch_size: PositiveInt = 32
+    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 32
     """Items of a step: blocks of tokens in pretraining, images or pairs elsewhere."""
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate."""
@@ -108,7 +114,8 @@ class DecoderTrainingConfig(TrainingConfig):
     batch_tokens: PositiveInt | None = None
     """Tokens of a step of all ranks together, a multiple of model.seq_len, in place of `batch_size`; None = that."""
     micro_batch: Annotated[PositiveInt, HOW] | None = None
-    """Blocks that a rank computes at a time, their gradients added up to the batch; None = its whole share at once."""
+    """Blocks that a rank computes at a time, their gradients added up to the batch; None = its whole share, or as
+    many blocks of it as have 131,072 tokens."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the mean squared log of the softmax's denominator, which keeps logits small (PaLM: 1e-4); 0 = off."""
     activation_checkpointing: Annotated[ActivationCheckpointing, HOW] = "none"
@@ -129,6 +136,10 @@ class DecoderTrainingConfig(TrainingConfig):
     start_with: Literal["weights", "everything"] = "weights"
     """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where that training ended,
     for another `steps` under this schedule, as the paper raised the learning rate again after an epoch."""
+
+    def blocks_at_once(self, seq_len: int, share: int) -> int:
+        """Blocks that a rank computes at a time, of the `share` of a step that is its own."""
+        return min(share, self.micro_batch or max(1, TOKENS_AT_ONCE // seq_len))
 
     def blocks(self, seq_len: int) -> int:
         """Blocks of a step of all ranks together. Raises UserError for tokens that are no whole blocks."""

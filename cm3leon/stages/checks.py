@@ -1,0 +1,118 @@
+"""What the settings of an experiment alone decide: all of it is known, and said, before the first stage.
+
+A mistake that a stage would find after an hour is found here by shapes and names: sizes that do not go together, and
+other runs that are not there or do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from cm3leon.experiment import Experiment
+from cm3leon.records import MARKER, read_stage
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.neighbours import bank_fingerprint
+from cm3leon.stages.pretrain import another_tokenizer
+from cm3leon.stages.training_data import mixed_fingerprints, start_digest
+from cm3leon.types import UserError, refuse, sentences_of
+from cm3leon.weights import check_fit
+
+AROUND = 4
+"""Tokens of the shortest pair beside its codes: two `<eos>`, a piece of text, and the `<break>` behind it."""
+
+
+def check_settings(
+    experiment: Experiment, folder: Path, *, trains: bool, asks: bool, found: Sequence[str] = ()
+) -> None:
+    """Check what the settings alone decide, for a run that nothing has been made of yet.
+
+    Args:
+        folder: the run folder, which need not exist.
+        trains: whether the run reaches its pretraining.
+        asks: whether it reaches the tasks, whose prompts hold an image each.
+        found: mistakes that are known already, which belong into the same answer.
+
+    Raises:
+        UserError: naming all mistakes.
+    """
+    run = Run(experiment, folder, torch.device("cpu"))
+    mistakes = list(found)
+    for check in _checks(run, trains=trains, asks=asks):
+        try:
+            check()
+        except UserError as error:
+            mistakes += sentences_of(error)
+    refuse(mistakes)
+
+
+def _checks(run: Run, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
+    """The checks that apply, each of which raises UserError for a mistake."""
+    experiment = run.experiment
+    if experiment.shards is not None:
+        if run.borrowed is not None:
+            yield lambda: run.borrowed_file(TEXT_TOKENIZER)
+            yield lambda: run.borrowed_file(IMAGE_TOKENIZER)
+        yield lambda: bank_fingerprint(run)
+    if not trains:
+        return
+
+    if experiment.shards is None or asks:
+        yield lambda: _check_block(run)
+    if experiment.shards is not None:
+        yield lambda: mixed_fingerprints(run)
+    yield lambda: experiment.training.blocks(run.seq_len)
+    yield lambda: run.objective
+    if experiment.training.start is not None:
+        yield lambda: start_digest(run)
+        if (experiment.training.start / "pretraining" / WEIGHTS).is_file():
+            yield lambda: _check_shapes(run, experiment.training.start)
+            yield lambda: _check_tokenizers(run, experiment.training.start)
+
+
+def _check_block(run: Run) -> None:
+    """Raise UserError where no image with a caption fits a block."""
+    codes = run.image_tokenizer_shape.grid**2
+    if codes + AROUND > run.seq_len:
+        raise UserError(
+            f"model.seq_len is {run.seq_len}; an image of {codes:,} codes with a caption takes "
+            f"{codes + AROUND:,} tokens or more; raise model.seq_len, or take an image_tokenizer with fewer codes"
+        )
+
+
+def _check_tokenizers(run: Run, start: Path | None) -> None:
+    """Raise UserError where the run to start from has tokenizers of other settings than those made here.
+
+    Tokenizers of the same settings may still be others, which is known when they are made.
+    """
+    assert start is not None
+    for name in ("text", "image"):
+        stage = f"{name}_tokenizer"
+        record = start / stage
+        if run.borrowed is not None or not (record / MARKER).is_file():
+            continue
+        theirs = read_stage(record).get("settings", {}).get(stage)
+        if theirs is not None and theirs != run.recorded(stage)[stage]:
+            raise UserError(another_tokenizer(start, name))
+
+
+def _check_shapes(run: Run, start: Path | None) -> None:
+    """Raise UserError where the weights of the run to start from are those of another model or vocabulary."""
+    assert start is not None
+    file = start / "pretraining" / WEIGHTS
+    with torch.device("meta"):
+        wanted = run.empty_model().state_dict()
+    with safe_open(file, framework="pt") as weights:
+        given = {
+            name: torch.empty(weights.get_slice(name).get_shape(), device="meta")
+            for name in weights.keys()  # noqa: SIM118  (it is no mapping)
+        }
+    try:
+        check_fit(file, given, wanted)
+    except UserError as error:
+        raise UserError(
+            f"training.start: the model is another one than this run's: {error}"
+        ) from error

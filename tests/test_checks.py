@@ -1,0 +1,130 @@
+"""What the settings alone decide is said before the first stage, all of it in one answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cm3leon.experiment import load_experiment
+from cm3leon.run import main
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.pipeline import write_json
+from cm3leon.stages.stages import check_before_stages
+from cm3leon.training.config import TOKENS_AT_ONCE, DecoderTrainingConfig
+from cm3leon.types import UserError, sentences_of
+from cm3leon.weights import save_tensors
+
+
+def mistakes(
+    *overrides: str, experiment: str = "digits_smoke", until: str | None = None
+) -> list[str]:
+    """The sentences about an experiment of which nothing is made."""
+    try:
+        check_before_stages(load_experiment(experiment, overrides), Path("none"), until=until)
+    except UserError as error:
+        return list(sentences_of(error))
+    return []
+
+
+def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "experiment=digits_smoke",
+        f"run={tmp_path / 'run'}",
+        "model.seq_len=18",
+        "training.warmup_steps=50",
+        "retriever_training.warmup_steps=90",
+        f"training.start={tmp_path / 'nowhere'}",
+    ]
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("cm3leon: ").partition(";")[0] for line in said] == [
+        "retriever_training: warmup_steps 90 must be below steps 10",
+        "training: warmup_steps 50 must be below steps 20",
+        "model.seq_len is 18",
+        f"training.start: {tmp_path / 'nowhere'} is no run with a finished pretraining",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_longer_than_the_block_is_known_by_its_tokenizer() -> None:
+    """256 pixels make 1,024 codes: with `<eos>`, a piece, `<break>` and `<eos>` 1,028 tokens."""
+    paper = ("image_tokenizer=vqgan", "augment.versions=0")
+    (sentence,) = mistakes(*paper, "model.seq_len=512")
+    assert sentence == (
+        "model.seq_len is 512; an image of 1,024 codes with a caption takes 1,028 tokens or more; raise "
+        "model.seq_len, or take an image_tokenizer with fewer codes"
+    )
+    assert len(mistakes(*paper, "model.seq_len=1027")) == 1
+    assert mistakes(*paper, "model.seq_len=1028") == []
+
+
+def test_what_a_run_does_not_come_to_is_not_checked() -> None:
+    assert mistakes("model.seq_len=18", until="reconstruction") == []
+    assert mistakes("model.seq_len=18", until="pretraining") != []
+    assert mistakes("training.start=nowhere", until="retriever") == []
+
+
+def test_other_runs_have_to_be_there() -> None:
+    overrides = ("data.path=tars", "shards.tokenizers=a", "shards.bank=b", "shards.mix.c=1.0")
+    said = mistakes(*overrides, experiment="corpus")
+    assert [sentence.partition(" is no run")[0] for sentence in said] == [
+        "shards.tokenizers: a",
+        "shards.tokenizers: a",
+        "shards.bank: b",
+        "shards.mix: c",
+    ]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A run with the weights of a pretraining and the record of a text tokenizer."""
+    folder = tmp_path / "start"
+    (folder / "pretraining").mkdir(parents=True)
+    (folder / "text_tokenizer").mkdir()
+    experiment = load_experiment("digits_smoke")
+    run = Run(experiment, folder, torch.device("cpu"))
+    save_tensors(folder / "pretraining" / "model.safetensors", run.new_model().state_dict())
+    record = {"fingerprint": "0" * 64, "seconds": 1.0, "files": {}}
+    write_json(folder / "pretraining" / "stage.json", record)
+    settings = run.recorded("text_tokenizer")
+    write_json(folder / "text_tokenizer" / "stage.json", {**record, "settings": settings})
+    return folder
+
+
+def test_weights_to_start_from_have_to_fit_the_model(start: Path) -> None:
+    fits = [s for s in mistakes(f"training.start={start}") if "another" in s]
+    assert fits == []
+    said = mistakes(f"training.start={start}", "model.width=32")
+    assert any(
+        s.startswith("training.start: the model is another one than this run's: ")
+        and "has another shape for" in s
+        for s in said
+    )
+
+
+def test_tokenizers_of_other_settings_are_other_tokenizers(start: Path) -> None:
+    said = mistakes(f"training.start={start}", "text_tokenizer.vocab_size=300")
+    assert (
+        f"training.start: {start} was trained with another text tokenizer than this run's; take its "
+        f"tokenizers over with shards.tokenizers={start}"
+    ) in said
+
+
+def test_large_batches_are_computed_in_parts() -> None:
+    config = DecoderTrainingConfig(steps=200, batch_size=65_536)
+    assert config.blocks_at_once(96, 65_536) == TOKENS_AT_ONCE // 96 == 1365
+    assert config.blocks_at_once(96, 24) == 24
+    assert config.blocks_at_once(2 * TOKENS_AT_ONCE, 8) == 1
+    assert DecoderTrainingConfig(steps=200, micro_batch=4).blocks_at_once(96, 24) == 4
+    (sentence,) = [s for s in _refused("training.batch_size=100000") if "batch_size" in s]
+    assert sentence == "training.batch_size is 100000; it must be a whole number from 1 to 65536"
+
+
+def _refused(*overrides: str) -> list[str]:
+    with pytest.raises(UserError) as refusal:
+        load_experiment("digits_smoke", overrides)
+    return list(sentences_of(refusal.value))
