@@ -33,6 +33,7 @@ PRINTED = (
 CALL = "-m cm3leon.run"
 CODE = ("f'", 'f"', '"""')
 """What the lines begin with in which Python makes a command; those are tried where they are printed."""
+from cm3leon.types import refuse
 
 
 def printed_commands() -> Iterator[tuple[str, str]]:
@@ -71,6 +72,11 @@ def test_commands_are_found() -> None:
     assert {name.partition("-")[0] for name in COMMANDS} >= {"README.md", "docs/data.md"}
 
 
+def _checks_settings(experiment: object, folder: Path, *, found: list[str], **_: object) -> None:
+    """What is wrong with the settings, whatever other runs there are."""
+    refuse(found)
+
+
 @pytest.fixture
 def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Commands come to where they would begin to work, and say so; files that they name are there."""
@@ -87,6 +93,8 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
     ):
         monkeypatch.setattr(target, lambda *_, target=target, **__: came_to.append(target))
     monkeypatch.setattr("cm3leon.run._record", lambda folder: None)
+    # The runs and files that a command names are not there; its settings alone are looked at.
+    monkeypatch.setattr("cm3leon.stages.stages.check_before_stages", _checks_settings)
     for name, command in run.COMMANDS.items():
         if command.options and name != "plan":
             monkeypatch.setitem(run.COMMANDS, name, checked(command, name, came_to))
