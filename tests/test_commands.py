@@ -15,6 +15,7 @@ from command_line import cm3leon
 from cm3leon import run
 from cm3leon.config import from_mapping
 from cm3leon.registry import discover
+from cm3leon.types import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINTED = (
@@ -33,7 +34,6 @@ PRINTED = (
 CALL = "-m cm3leon.run"
 CODE = ("f'", 'f"', '"""')
 """What the lines begin with in which Python makes a command; those are tried where they are printed."""
-from cm3leon.types import refuse
 
 
 def printed_commands() -> Iterator[tuple[str, str]]:
