@@ -22,6 +22,21 @@ import numpy as np
 from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
 
+STAGES = (
+    "documents",
+    "text_tokenizer",
+    "image_tokenizer",
+    "reconstruction",
+    "retriever",
+    "tokens",
+    "vectors",
+    "index",
+    "neighbours",
+    "pretraining",
+    "generation",
+    "evaluation",
+)
+"""Stages in the order in which they are made."""
 MARKER = "stage.json"
 """Written last: a stage is finished when its folder has one."""
 SETTLED = 1.0

@@ -15,9 +15,10 @@ from command_line import cm3leon
 from cm3leon.config import dump_yaml, recorded_settings
 from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
+from cm3leon.records import STAGES
 from cm3leon.stages import sharing
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.generations import NAMES, check_generations, finished_settings
+from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.stages import stages_of
 from cm3leon.stages.training_data import start_digest
@@ -58,7 +59,7 @@ def test_the_table_and_the_order_of_the_records_agree() -> None:
     for name in ("digits_smoke", "corpus"):
         overrides = ["data.path=none"] if name == "corpus" else []
         stages = [stage.name for stage in stages_of(load_experiment(name, overrides))]
-        assert stages == [known for known in NAMES if known in stages]
+        assert stages == [known for known in STAGES if known in stages]
 
 
 def test_settings_of_what_is_finished_win_over_what_was_asked_for_last(folder: Path) -> None:

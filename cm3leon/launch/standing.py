@@ -9,25 +9,11 @@ from typing import Any
 
 from cm3leon.config import load_yaml
 from cm3leon.locks import locked
-from cm3leon.records import KINDS, MARKER
+from cm3leon.records import KINDS, MARKER, STAGES
 from cm3leon.stages.pipeline import STARTED
 from cm3leon.training.steps import numbered, step_of
 from cm3leon.types import UserError
 
-ORDER = (
-    "documents",
-    "text_tokenizer",
-    "image_tokenizer",
-    "reconstruction",
-    "retriever",
-    "tokens",
-    "vectors",
-    "index",
-    "neighbours",
-    "pretraining",
-    "generation",
-    "evaluation",
-)
 TRAINED = {
     "image_tokenizer": "image_tokenizer_training",
     "retriever": "retriever_training",
@@ -56,7 +42,7 @@ def _summary(run: Path) -> str:
 
 
 def _stages(folder: Path) -> Iterator[tuple[str, str]]:
-    for name in ORDER:
+    for name in STAGES:
         place = folder / name
         finished, begun = _json(place / MARKER), (place / STARTED).is_file()
         if finished:

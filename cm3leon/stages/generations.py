@@ -13,25 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.experiment import Experiment
-from cm3leon.records import MARKER
+from cm3leon.records import MARKER, STAGES
 from cm3leon.stages.pipeline import SUPERSEDED, StageRecord, changed_parts, differences, read_record
 from cm3leon.types import UserError
 
-NAMES = (
-    "documents",
-    "text_tokenizer",
-    "image_tokenizer",
-    "reconstruction",
-    "retriever",
-    "tokens",
-    "vectors",
-    "index",
-    "neighbours",
-    "pretraining",
-    "generation",
-    "evaluation",
-)
-"""Stages in the order in which they are made."""
 SHOWN = 3
 """Settings that a refusal names."""
 OF_THIS_MACHINE = ("plugins", "launcher", "until")
@@ -46,7 +31,7 @@ def finished_settings(folder: Path) -> dict[str, Any]:
     """
     known = {field.name for field in fields(Experiment)} - set(OF_THIS_MACHINE)
     sections: dict[str, Any] = {}
-    for name in NAMES:
+    for name in STAGES:
         record = read_record(folder / name / MARKER)
         for section, content in record.settings.items() if record else ():
             if section in known:
@@ -64,7 +49,7 @@ def check_generations(folder: Path, needs: Collection[str] = (), where: str = "r
     Raises:
         UserError: if one was made with another part than the one that is there, naming both and what differs.
     """
-    wanted = list(needs or NAMES[: NAMES.index("pretraining") + 1])
+    wanted = list(needs or STAGES[: STAGES.index("pretraining") + 1])
     checked: set[str] = set()
     while wanted:
         name = wanted.pop()
