@@ -68,7 +68,7 @@ examples:
   python -m cm3leon.run logs run=runs/corpus follow=true
   python -m cm3leon.run experiment=digits_smoke sweep.training.learning_rate=1e-3,3e-3 'sweep.seed=range(3)'
   python -m cm3leon.run part stage=tokens part=0/8 experiment=corpus data.path=tars run=runs/tars
-  python -m cm3leon.run show sample=17 experiment=digits
+  python -m cm3leon.run show experiment=digits
   python -m cm3leon.run validate data.path=tars
   python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
   python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
@@ -293,7 +293,8 @@ COMMANDS = {
         "a worker's share of a stage in shards: stage=NAME part=k/n experiment=NAME run=DIR", part
     ),
     "show": Command(
-        "print a training sample and make a page of it: sample=N epoch=0 experiment=NAME run=DIR",
+        "print a training sample, the first with a moved span or sample=N, and make a page of it: "
+        "experiment=NAME run=DIR epoch=0",
         show_sample,
     ),
     "validate": _forwarded(

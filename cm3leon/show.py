@@ -1,6 +1,6 @@
 """One training sample: printed as the paper's figures 8 and 9 draw it, and as a page with its pictures.
 
-python -m cm3leon.run show experiment=digits sample=17
+python -m cm3leon.run show experiment=digits
 python -m cm3leon.run show experiment=digits sample=17 epoch=2 packing.method=stream out=sample.html
 
 `sample` counts the samples of an epoch in the order of the stream: in a batch of B blocks, block l is made of samples
@@ -59,6 +59,8 @@ from cm3leon.tokenizers.document import LaidOut, lay_out, token_count
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
+LOOKED_AT = 32
+"""Samples among which one with a moved span is looked for, where none was asked for."""
 LONG_TEXT = 600
 """Characters of a text that are printed; the page has all of them."""
 
@@ -78,7 +80,7 @@ def show(
     """Prints a training sample, and writes its page to `out`, `show/sample-N.html` in the run folder by default.
 
     Args:
-        sample: its number in the epoch, as the user wrote it.
+        sample: its number in the epoch, as the user wrote it; "" = the first one with a moved span.
         epoch: number of the epoch from 0, which is the default.
         again: the words of the command line that name the experiment, for the message that tells how to go on.
 
@@ -89,10 +91,14 @@ def show(
     run = Run(experiment, folder, torch.device("cpu"))
     require_finished(run, again)
     samples = training_samples(run)
-    number = _number("sample", sample, samples.epoch - 1)
     epoch_number = _number("epoch", epoch or "0", None)
-    position = epoch_number * samples.epoch + number
-    shown = shown_sample(run, samples, position)
+    first = epoch_number * samples.epoch
+    if sample:
+        number = _number("sample", sample, samples.epoch - 1)
+        shown = shown_sample(run, samples, first + number)
+    else:
+        number, shown = _first_with_spans(run, samples, first)
+    position = first + number
     facts = facts_of(run, samples, position, shown)
     name = (
         f"sample-{number}.html"
@@ -106,6 +112,18 @@ def show(
     except OSError as error:
         raise UserError(f"out: {path} cannot be written: {error.strerror}") from error
     print(f"\npage: {path}")
+
+
+def _first_with_spans(run: Run, samples: TrainingSamples, first: int) -> tuple[int, ShownSample]:
+    """The first sample of an epoch that shows what the objective does, a moved span, and its number.
+
+    The first of all where none of the first `LOOKED_AT` has one, as with an objective that moves none.
+    """
+    for number in range(min(LOOKED_AT, samples.epoch)):
+        shown = shown_sample(run, samples, first + number)
+        if shown.spans:
+            return number, shown
+    return 0, shown_sample(run, samples, first)
 
 
 def require_finished(run: Run, again: Sequence[str]) -> None:

@@ -407,13 +407,29 @@ def test_a_page_is_written_into_the_run_while_training_runs(words: list[str], ca
     assert "up to date" in capsys.readouterr().out
 
 
+def test_without_a_number_the_first_sample_with_a_moved_span_is_shown(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = opened(words)
+    samples = training_samples(run)
+    has_spans = [bool(shown_sample(run, samples, number).spans) for number in range(20)]
+    first = has_spans.index(True)
+    assert main(["show", *words]) == 0
+    said = capsys.readouterr().out
+    assert f"Sample {first} of epoch 0" in said
+    assert "<mask:0>" in said
+
+    # An objective that moves nothing has no such sample: the first of all is shown.
+    assert main(["show", *words, "objective=causal"]) == 0
+    assert "Sample 0 of epoch 0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["sample=1000"], "sample is 1000; write sample=N with a whole number N from 0 to 27"),
         (["sample=x"], "sample is x; write sample=N"),
         (["sample=-1"], "sample is -1; write sample=N"),
-        ([], "sample is missing; write sample=N"),
         (["sample=1", "epoch=1.5"], "epoch is 1.5; write epoch=N with a whole number N from 0 on"),
         (["sample=1", "model.seq_len=10"], "model.seq_len: document "),
         (
