@@ -244,6 +244,13 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             "decoder": "greedy",
             "most": 3,
         },
+        "fitting": {
+            "task": "text_to_image",
+            "documents": [document(model)],
+            "retrieved": [[]],
+            "most": 3,
+        },
+        "used_documents": {"rows": [0]},
         "rank": {
             "documents": [question(model)],
             "retrieved": [[]],
@@ -295,6 +302,7 @@ BAD: dict[str, list[Any]] = {
     "task": [7, None, "drawing", ""],
     "documents": [*LISTS, []],
     "retrieved": [*LISTS, [[10**9]], [[-1]], [["a"]], [[], []], [[1.5]]],
+    "rows": [*LISTS, [-1], ["a"], [1.5], [10**9]],
     "samples": [7, [0], None, range(-1, 1), range(0, 4, 2), "range(1)"],
     "options": [*LISTS, [["a"]], [[7]], [], [[], []], [[np.array([1.5])]], [[np.array([10**9])]]],
     "images_BHWC": [7, "a", picture()],
