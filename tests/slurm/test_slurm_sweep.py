@@ -29,6 +29,7 @@ SMALL = (
     "model.width=32",
     "model.head_size=16",
     "training.bad_steps=1",
+    "training.weight_decay=0",  # with a decay, a rate of 1e30 would be refused before anything runs
     *(
         f"{section}.{key}={value}"
         for section in ("image_tokenizer_training", "retriever_training", "training")
