@@ -786,10 +786,11 @@ def split_key(key: str) -> tuple[str, ...]:
 def settled(annotation: Any, value: Any, where: str = "") -> Any:
     """Plain data with every `Word` in it read as the annotated type wants it; what is no word stays as it is.
 
-    A text, a path or a choice among texts takes the word as it was typed, quotes and all; only `null` is none where
-    that is allowed. Anything else is read as YAML: a number, true, false, null, or a list or section in brackets, whose
-    parts are read by the same rule. A single value where a list is wanted is a list of it, and numbers with commas
-    between them are a list where numbers are wanted; what is no such list stays as it was typed.
+    A text or a path takes the word as it was typed, quotes and all; only `null` is none where that is
+    allowed. A choice among texts may stand in quotes. Anything else is read as YAML: a number, true,
+    false, null, or a list or section in brackets, whose parts are read by the same rule. A single
+    value where a list is wanted is a list of it, and numbers with commas between them are a list
+    where numbers are wanted; what is no such list stays as it was typed.
 
     Raises:
         UserError: for brackets that are not valid YAML.
@@ -830,6 +831,10 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
         alone = value is not None and not isinstance(value, list)
         takes_list = any(get_origin(each) in (list, tuple) for each in members)
         return [word] if alone and takes_list and not any(map(_takes_numbers, members)) else value
+    # A choice may stand in quotes, as YAML has it; a free text keeps the quotes that were typed.
+    unquoted = word.strip().strip("\"'")
+    if any(get_origin(each) is Literal and unquoted in get_args(each) for each in members):
+        return unquoted
     # Beside a text, the field may also take a list, or a number.
     others = [each for each in members if not _takes_text(each) and each is not types.NoneType]
     for other in others:

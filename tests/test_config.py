@@ -469,6 +469,13 @@ def test_a_text_or_a_list_takes_either(typed: str, path: str | list[str]) -> Non
     assert config.from_mapping(Sources, {"path": config.Word(typed)}).path == path
 
 
+@pytest.mark.parametrize("typed", ["exact", '"exact"', "'exact'"])
+def test_a_choice_may_stand_in_quotes(typed: str) -> None:
+    word = config.Word(typed)
+    outer = config.from_mapping(Outer, {"steps": 1, "mode": word, "inner": {"note": word}})
+    assert (outer.mode, outer.inner.note) == ("exact", typed)
+
+
 def test_an_empty_path_is_refused() -> None:
     with pytest.raises(UserError, match='root is ""; it must be a path'):
         config.from_mapping(Outer, {"steps": 1, "root": config.Word("")})
