@@ -328,7 +328,7 @@ def test_mistakes_in_the_data_end_in_a_sentence(run: Path, families: None, tmp_p
         open_blocks(BlocksConfig(run=tmp_path))
     shutil.copy(run / "config.yaml", tmp_path)
     with pytest.raises(
-        UserError, match=r"stage retriever of .* is not finished; run it with until=neighbours"
+        UserError, match=r"stage neighbours of .* is not finished; run it with until=neighbours"
     ):
         open_blocks(BlocksConfig(run=tmp_path))
 
