@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -40,6 +41,43 @@ def average(values_B: np.ndarray) -> Measured:
     mean = float(np.mean(values_B))
     half = Z95 * float(np.std(values_B, ddof=1)) / sqrt(n) if n > 1 else float("inf")
     return Measured(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class OverRuns:
+    """How a figure varies over runs that differ in their seed."""
+
+    deviation: float
+    """Standard deviation of a run's figure, that of a sample (n - 1)."""
+    low: float
+    """Lower end of the 95 % interval of the mean over seeds."""
+    high: float
+    """Upper end of it."""
+
+
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+)
+"""Quantiles of Student's t for a two-sided interval of 95 %, for 1, 2, ... degrees of freedom."""
+MOST_RUNS = len(_T95) + 1
+"""Runs of different seeds that `over_runs` takes at most."""
+
+
+def over_runs(values: Sequence[float]) -> OverRuns:
+    """Spread of a figure over runs, and the interval of its mean by Student's t (Student 1908).
+
+    Raises:
+        ValueError: for fewer than 2 values, or more than `MOST_RUNS`.
+    """
+    n = len(values)
+    if not 2 <= n <= MOST_RUNS:
+        raise ValueError(f"there are {n} runs; there must be 2 to {MOST_RUNS}")
+    deviation = float(np.std(values, ddof=1))
+    half = _T95[n - 2] * deviation / sqrt(n)
+    mean = float(np.mean(values))
+    return OverRuns(deviation, mean - half, mean + half)
 
 
 def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:

@@ -16,10 +16,12 @@ from cm3leon.data.corpus import split_of
 from cm3leon.evaluation.generated import UNKNOWN, Generated
 from cm3leon.evaluation.judge import Judge
 from cm3leon.evaluation.metrics import (
+    MOST_RUNS,
     Z95,
     average,
     codebook_use,
     equal_to_any,
+    over_runs,
     proportion,
     psnr,
 )
@@ -71,6 +73,23 @@ def test_average_has_the_interval_of_its_standard_error(values: list[float]) -> 
     assert measured.value == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
     assert (measured.low, measured.high) == pytest.approx((low, high), abs=1e-6)
     assert measured.n == len(values)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=MOST_RUNS))
+def test_runs_have_students_interval(values: list[float]) -> None:
+    found = over_runs(values)
+    error = stats.sem(values)
+    low, high = stats.t.interval(
+        0.95, len(values) - 1, loc=np.mean(values), scale=max(error, 1e-300)
+    )
+    assert found.deviation == pytest.approx(np.std(values, ddof=1))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-3, abs=1e-3 * error + 1e-12)
+
+
+def test_the_interval_of_runs_needs_two_of_them() -> None:
+    for count in (1, MOST_RUNS + 1):
+        with pytest.raises(ValueError, match=f"there are {count} runs; there must be 2 to 30"):
+            over_runs([0.5] * count)
 
 
 def test_one_value_has_no_finite_interval_and_none_has_no_figure() -> None:

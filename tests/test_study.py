@@ -29,6 +29,7 @@ from cm3leon.stages.tokens import token_documents
 from cm3leon.study import asking, load_study, run_study
 from cm3leon.study import report as study_page
 from cm3leon.study.config import combinations, rows, shown
+from cm3leon.study.run import rows_of_seeds
 from cm3leon.types import UserError
 
 MODEL = SHIPPED / "experiments" / "scenes" / "model.yaml"
@@ -524,7 +525,56 @@ def test_weights_of_a_checkpoint_are_those_of_the_step(made):
         CM3Leon.load(folder, checkpoint=3)
 
 
+def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, capsys):
+    """The first seed's run and answers are those of the study with one seed."""
+    file, folder = made
+    content = yaml.safe_load(file.read_text())
+    content["seeds"] = 2
+    del content["runs"]["tuned"], content["evaluations"]["questions"], content["aims"][1]
+    images = content["evaluations"]["images"]
+    del images["models"]["tuned"], images["sweep"], images["plot"]
+    content["aims"][0]["row"] = "first"
+    several = tmp_path / "several.yaml"
+    several.write_text(yaml.safe_dump(content))
+    study = load_study(str(several), (), tmp_path / "run")
+    assert list(study.runs) == ["first", "first-seed_1"]
+    shutil.copytree(folder / "first", tmp_path / "run" / "first")
+    run_study(study, tmp_path / "run")
+
+    other = tmp_path / "run" / "first-seed_1"
+    assert load_experiment(str(other / "config.yaml")).seed == 1
+    (row,) = results(tmp_path / "run")["evaluations"]["images"]
+    found = row["metrics"]["right"]
+    one, two = found["runs"]["values"]
+    assert one == results(folder)["evaluations"]["images"][0]["metrics"]["right"]["value"]
+    assert found["value"] == pytest.approx((one + two) / 2)
+    assert found["runs"]["deviation"] == pytest.approx(abs(one - two) / 2**0.5)
+    assert [each["setting"]["seed"] for each in row["identities"]] == [0, 2**20]
+    assert row["identities"][0]["model"] != row["identities"][1]["model"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the mean over 2 seeds" in page
+    assert "±" in capsys.readouterr().out
+
+    # What is written down is read again as it is, and makes nothing anew.
+    again = load_study(str(tmp_path / "run" / "study.yaml"), (), tmp_path / "run")
+    assert list(again.runs) == list(study.runs)
+    run_study(again, tmp_path / "run")
+    assert "up to date" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ what it says
+
+
+def test_runs_of_another_seed_refer_to_runs_of_that_seed(tmp_path):
+    study = load_study("scenes", ["seeds=3"], tmp_path)
+    assert study.runs["tuned-seed_2"].overrides["training.start"] == f"{tmp_path}/pretrain-seed_2"
+    assert {run.overrides.get("seed", 0) for run in study.runs.values()} == {0, 1, 2}
+    first = rows("text_to_image", study.evaluations["text_to_image"])[0]
+    (of_seeds, *_) = rows_of_seeds(study, "text_to_image", tmp_path)
+    assert (of_seeds[0].folder, of_seeds[0].setting) == (first.folder, first.setting)
+    assert of_seeds[2].folder == tmp_path / f"{first.folder.name}-seed_2"
+    with pytest.raises(UserError, match=r"seeds is 31; it must be .* 30"):
+        load_study("scenes", ["seeds=31"], tmp_path)
 
 
 def test_sweeps_of_runs_are_runs_of_their_own(tmp_path):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from cm3leon.config import (
     SHIPPED,
     Component,
+    Range,
     apply_overrides,
     choices,
     component_sections,
@@ -19,6 +20,7 @@ from cm3leon.config import (
     settled,
     split_key,
 )
+from cm3leon.evaluation.metrics import MOST_RUNS
 from cm3leon.experiment import (
     Experiment,
     load_experiment,
@@ -30,6 +32,7 @@ from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.asking import Row, Setting
+from cm3leon.study.seeds import first_runs, name_of, of_seed
 from cm3leon.types import UserError
 
 HERE = "{run}"
@@ -102,6 +105,8 @@ class Study:
     """What is below it."""
     name: str | None = None
     """What the report calls the study's file; null = as it was named when the study was first started."""
+    seeds: Annotated[int, Range(ge=1, le=MOST_RUNS)] = 1
+    """Seeds that every run is made with; figures are then their mean, with their spread."""
     runs: dict[str, StudyRun] = field(default_factory=dict)
     """By their names."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -166,6 +171,7 @@ def load_study(
     for name, run in study.runs.items():
         run.overrides = typed_settings(run.experiment, run.overrides)
         load_run(study, name)
+    study.runs |= _copies(study, folder)
     named = {
         name: [row.name for row in rows(name, each)] for name, each in study.evaluations.items()
     }
@@ -245,6 +251,21 @@ def _swept_runs(
             name,
             StudyRun(experiment=plan.experiment, overrides={**plan.overrides, **point, **said}),
         )
+
+
+def _copies(study: Study, folder: Path) -> dict[str, StudyRun]:
+    """The runs of all seeds but the first, of those that the study does not have yet."""
+    names, copies = first_runs(study.runs), {}
+    for seed in range(1, study.seeds):
+        for name in names:
+            if name_of(name, seed) not in study.runs:
+                first = study.runs[name]
+                overrides = of_seed(first.overrides, names, folder, seed)
+                overrides["seed"] = load_run(study, name).seed + seed
+                copies[name_of(name, seed)] = StudyRun(
+                    experiment=first.experiment, overrides=overrides
+                )
+    return copies
 
 
 def _with_folder(content: Any, folder: Path) -> Any:

@@ -30,6 +30,11 @@ from cm3leon.study.asking import Example
 from cm3leon.study.config import Aim, Evaluation, Study, shown
 
 NOTE = "In brackets the interval of 95 %."
+SEEDS = (
+    "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in round brackets the "
+    "interval of 95 % of that mean (Student's t over the runs), in square brackets that over the items of one run. "
+    "Answers that are shown are of the first seed."
+)
 ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
 CEILING = (
     "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
@@ -77,7 +82,7 @@ def _fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
     found = row["metrics"].get(aim.metric) if row else None
     if found is None:
         return Fact(aim.label, "–", f"no figure {aim.metric} of {aim.row}")
-    value, notes, status = found["value"], [_interval(found)], "plain"
+    value, notes, status = found["value"], [_spread(found), _interval(found)], "plain"
     met = True
     for text, bound, holds in (
         ("at least", aim.at_least, aim.at_least is None or value >= aim.at_least),
@@ -121,7 +126,8 @@ def _section(
         table = [
             [*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)
         ] + [[*line, ""] for line in table[len(rows) :]]
-    notes = [NOTE]
+    one = next(iter(rows[0]["metrics"].values()), {})
+    notes = [SEEDS.format(count=len(one["runs"]["values"])) if "runs" in one else NOTE]
     if "all documents" in columns:
         notes.append(ALL_DOCUMENTS)
     if "ceiling" in rows[0]:
@@ -264,7 +270,18 @@ def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"{_number(found['value'])} {_interval(found)}".strip()
+    if found is None:
+        return ""
+    parts = [_number(found["value"]), _spread(found), _interval(found)]
+    return " ".join(filter(None, parts))
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    """How a figure varies over the seeds, `± 0.012 (0.880 to 0.940)`; empty for a single seed."""
+    if "runs" not in found:
+        return ""
+    runs = found["runs"]
+    return f"± {_number(runs['deviation'])} ({_number(runs['low'])} to {_number(runs['high'])})"
 
 
 def _interval(found: Mapping[str, Any]) -> str:

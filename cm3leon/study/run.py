@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,11 @@ from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER, read_json, read_stage
 from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.stages import run_experiment, stages_of
-from cm3leon.study.asking import Asking
+from cm3leon.study.asking import Asking, Row
 from cm3leon.study.compute import training_flops
 from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
 from cm3leon.study.report import study_report
+from cm3leon.study.seeds import first_runs, over_seeds, row_of_seed
 from cm3leon.terminal import command_line
 from cm3leon.training.distributed import find_place, joined
 from cm3leon.types import UserError
@@ -84,11 +86,12 @@ def _run_study(
         for name in (name for name in wanted if name in study.evaluations):
             evaluation = study.evaluations[name]
             asking = Asking(evaluation.protocol, folder / "answers")
-            for row in rows(name, evaluation):
+            of_seeds = rows_of_seeds(study, name, folder)
+            for row in itertools.chain(*of_seeds):
                 asking.answer(row, range(share[0], asking.shards(row), share[1]))
             ranks.barrier()
             if asked is None and ranks.first:
-                found[name] = measured(asking, name, evaluation)
+                found[name] = measured(asking, name, evaluation, of_seeds)
         if asked is not None or not ranks.first or until is not None:
             return
         again = command_line(f"experiment={folder / STUDY_FILE}", f"run={folder}")
@@ -130,31 +133,46 @@ def check_study_redo(study: Study, redo: Collection[str]) -> None:
             )
 
 
+def rows_of_seeds(study: Study, name: str, folder: Path) -> list[list[Row]]:
+    """The rows of an evaluation; each is a list of what it is for every seed."""
+    names = first_runs(study.runs)
+    return [
+        [row_of_seed(row, names, folder, seed) for seed in range(study.seeds)]
+        for row in rows(name, study.evaluations[name])
+    ]
+
+
 def measured(
-    asking: Asking, name: str, evaluation: Evaluation
+    asking: Asking, name: str, evaluation: Evaluation, of_seeds: Sequence[Sequence[Row]]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The result of each row of an evaluation, and for each what is shown of it."""
+    """The result of each row of an evaluation, and for each what is shown of it: the first seed's."""
     results, pictures = [], []
-    for row in rows(name, evaluation):
-        result = asking.measure(row)
+    for of_row in of_seeds:
+        first = of_row[0]
+        result = over_seeds([asking.measure(row) for row in of_row])
         if evaluation.against == "compute":
-            result["training_flops"] = training_flops(row.folder, row.setting.checkpoint)
+            result["training_flops"] = training_flops(first.folder, first.setting.checkpoint)
+        if len(of_row) > 1:
+            result["identities"] = [asking.identity(row) for row in of_row]
         results.append(
             {
-                "row": row.name,
-                "model": row.model,
-                "point": row.point,
-                "identity": asking.identity(row),
+                "row": first.name,
+                "model": first.model,
+                "point": first.point,
+                "identity": asking.identity(first),
                 **result,
             }
         )
-        line = ", ".join(
-            f"{metric} {shown(round(value['value'], 4))}"
-            for metric, value in result["metrics"].items()
-        )
-        print(f"      {name} | {row.name}: {line}", flush=True)
-        pictures.append(asking.shown(row))
+        line = ", ".join(_said(metric, value) for metric, value in result["metrics"].items())
+        print(f"      {name} | {first.name}: {line}", flush=True)
+        pictures.append(asking.shown(first))
     return results, pictures
+
+
+def _said(metric: str, found: Mapping[str, Any]) -> str:
+    """A figure on the command line: `right 0.93`, and `right 0.93 ± 0.02` over several seeds."""
+    text = f"{metric} {shown(round(found['value'], 4))}"
+    return f"{text} ± {shown(round(found['runs']['deviation'], 4))}" if "runs" in found else text
 
 
 def _validation(folder: Path) -> dict[str, float]:
