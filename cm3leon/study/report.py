@@ -126,7 +126,7 @@ def _section(
         table = [
             [*line, f"{row['training_flops']:.2e}"] for line, row in zip(table, rows, strict=False)
         ] + [[*line, ""] for line in table[len(rows) :]]
-    one = next(iter(rows[0]["metrics"].values()), {})
+    one: Mapping[str, Any] = next(iter(rows[0]["metrics"].values()), {})
     notes = [SEEDS.format(count=len(one["runs"]["values"])) if "runs" in one else NOTE]
     if "all documents" in columns:
         notes.append(ALL_DOCUMENTS)
