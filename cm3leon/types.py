@@ -15,6 +15,7 @@ Names of arrays and tensors end in their shape, one letter a dimension:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
@@ -104,6 +105,15 @@ class Document:
     id: str
     segments: tuple[Segment, ...]
     label: int | None = None
+    group: str = ""
+    """Documents of one group, such as the questions about one picture, fall on one side of a split."""
+
+    @property
+    def split_key(self) -> str:
+        """What the split goes by: the group; without one, the words of a text, and the id of anything else."""
+        if self.group or self.images:
+            return self.group or self.id
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def text(self) -> str:

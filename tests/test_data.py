@@ -27,7 +27,7 @@ from cm3leon.data.images import UnusableImage, read_image, square
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES, discover
-from cm3leon.types import Document, UserError
+from cm3leon.types import Document, TextSegment, UserError
 
 discover()
 
@@ -606,6 +606,48 @@ def test_splits_cover_everything_and_do_not_depend_on_the_order(
     rng.shuffle(shuffled_ids)
     again = split_of(shuffled_ids, validation=validation, held_out=held_out)
     assert dict(zip(shuffled_ids, again, strict=True)) == dict(zip(ids, splits, strict=True))
+
+
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=3, max_size=40), shares, shares)
+def test_documents_about_one_picture_fall_into_one_split(
+    keys: list[str], validation: float, held_out: float
+) -> None:
+    ids = [str(number) for number in range(len(keys))]
+    if len(set(keys)) < 3:
+        with pytest.raises(UserError, match=f"are about {len(set(keys))} pictures, at least 3"):
+            split_of(ids, validation=validation, held_out=held_out, keys=keys)
+        return
+    splits = split_of(ids, validation=validation, held_out=held_out, keys=keys)
+    assert set(splits) == {"train", "validation", "held_out"}
+    sides: dict[str, set[str]] = {}
+    for key, split in zip(keys, splits, strict=True):
+        sides.setdefault(key, set()).add(split)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_copies_of_an_image_fall_together_whatever_their_names(tmp_path: Path) -> None:
+    for number in range(4):
+        for copy in ("a", "b"):
+            content = encoded(picture(number + 8, 8), "png")
+            (tmp_path / f"{copy}{number}.png").write_bytes(content)
+            (tmp_path / f"{copy}{number}.txt").write_text(f"{copy} {number}")
+    source = SOURCES.build({"name": "folder", "path": str(tmp_path)})
+    found = [document for document in source.documents() if isinstance(document, Document)]
+    keys = {document.id: document.split_key for document in found}
+    assert len(keys) == 8
+    assert len(set(keys.values())) == 4
+    by_number: dict[str, set[str]] = {}
+    for id_, key in keys.items():
+        by_number.setdefault(id_[1], set()).add(key)
+    assert all(len(same) == 1 for same in by_number.values())
+
+
+def test_texts_of_the_same_words_fall_together() -> None:
+    one, same, other = (
+        Document(id_, (TextSegment(text),))
+        for id_, text in (("1", "x y"), ("2", "x y"), ("3", "z"))
+    )
+    assert one.split_key == same.split_key != other.split_key
 
 
 def test_splits_are_the_same_on_every_machine() -> None:

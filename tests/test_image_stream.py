@@ -47,7 +47,7 @@ class Numbered(Source):
 
 def stream(*sizes: int, **settings: Any) -> ImageStream:
     defaults: dict[str, Any] = {
-        "keep": lambda id_: id_ != "2",
+        "keep": lambda document: document.id != "2",
         "size": 4,
         "batch_size": 3,
         "seed": 5,
@@ -80,7 +80,7 @@ def test_a_batch_has_images_of_many_parts() -> None:
 
 
 def test_all_images_of_a_page_are_drawn_at_times() -> None:
-    pages = stream(12, keep=lambda id_: id_ == "11")  # three images
+    pages = stream(12, keep=lambda document: document.id == "11")  # three images
     seen = {int(image_HWC[0, 0, 1]) for _ in range(10) for image_HWC in pages.next()}
     assert seen == {0, 1, 2}
 
@@ -112,7 +112,7 @@ def test_seeds_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sizes": (0, 0)}, {"sizes": (9,), "keep": lambda id_: False}]
+    "settings", [{"sizes": (0, 0)}, {"sizes": (9,), "keep": lambda document: False}]
 )
 def test_a_corpus_without_images_is_a_sentence(settings: dict[str, Any]) -> None:
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -202,6 +203,48 @@ def test_instruct_pix2pix(tmp_path: Path) -> None:
     )  # either of the seeds
     assert not np.array_equal(*documents[0].images)
     assert len(skipped) == 2
+
+
+def file_of(place: Path, pattern: str) -> set[str]:
+    """SHA-256 of the files in a folder."""
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in place.rglob(pattern)}
+
+
+def test_splits_go_by_the_picture_that_an_example_is_about(tmp_path: Path) -> None:
+    questions, _ = read("vqa", empty(tmp_path / "vqa"))
+    assert len(questions) > len({document.split_key for document in questions}) > 1
+    assert {document.split_key for document in questions} <= file_of(tmp_path / "vqa", "*.jpg")
+    assert all(
+        (one.split_key == other.split_key) == np.array_equal(one.images[0], other.images[0])
+        for one in questions
+        for other in questions
+    )
+    # Of an edit it is the image before it, of features the photograph that they are features of.
+    edits, _ = read("instruct_pix2pix", empty(tmp_path / "edits"))
+    assert {document.split_key for document in edits} <= file_of(tmp_path / "edits", "*_0.jpg")
+    maps, _ = read("features", empty(tmp_path / "features"))
+    assert maps
+    assert {document.split_key for document in maps} <= file_of(
+        tmp_path / "features" / "images", "*"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(INSTRUCTIONS) - {"scene_instructions"}))
+def test_every_published_source_names_its_pictures(name: str, tmp_path: Path) -> None:
+    documents, _ = read(name, tmp_path)
+    assert documents
+    files = file_of(tmp_path, "*.*g")
+    assert {document.split_key for document in documents} <= files
+
+
+def test_all_tasks_about_a_scene_fall_on_its_side() -> None:
+    keys = set()
+    for task in SCENE_TASKS:
+        config = from_mapping(SceneInstructionsSource.Config, {"task": task, "side": 32})
+        found = SceneInstructionsSource(config).document(7)
+        keys |= {found.split_key} if isinstance(found, Document) else set()
+    scenes = SOURCES.build({"name": "scenes", "count": 8, "side": 32})
+    assert keys == {scenes.document(7).split_key}
 
 
 def test_boxes_of_coco(tmp_path: Path) -> None:

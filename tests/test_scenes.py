@@ -398,6 +398,26 @@ def source(**fields: Any) -> ScenesSource:
     return ScenesSource(from_mapping(ScenesSource.Config, fields))
 
 
+def test_as_many_captions_are_wrong_as_asked_and_no_picture_changes() -> None:
+    true, noisy = (
+        ScenesSource(ScenesSource.Config(count=1000, side=24, wrong=wrong)) for wrong in (0.0, 0.3)
+    )
+    pairs = [
+        (one, other)
+        for part in true.parts()
+        for one, other in zip(true.read(part), noisy.read(part), strict=True)
+        if isinstance(one, Document) and isinstance(other, Document)
+    ]
+    assert len(pairs) == 1000
+    assert all(np.array_equal(one.image, other.image) for one, other in pairs)
+    # Of 1,000 draws with 0.3 four standard deviations are 58; another scene may have the same caption.
+    assert 0.24 < np.mean([one.text != other.text for one, other in pairs]) < 0.36
+    assert (
+        ScenesSource(ScenesSource.Config(count=1000, side=24)).fingerprint() == true.fingerprint()
+    )
+    assert noisy.fingerprint() != true.fingerprint()
+
+
 def test_a_corpus_has_its_scenes_in_parts_that_can_be_read_apart() -> None:
     scenes = source(count=2010, side=32, captions="both")
     assert scenes.parts() == ["0", "1000", "2000"]

@@ -44,7 +44,7 @@ from cm3leon.data.token_shards import (
     TokenShard,
     TokenShards,
     finish_tokens,
-    split_of_id,
+    split_of_key,
     write_token_shard,
 )
 from cm3leon.types import TokenDocument, TokenSegment, UserError
@@ -209,15 +209,15 @@ def test_a_split_depends_on_the_id_alone(
     ids: list[str], validation: float, held_out: float
 ) -> None:
     for id_ in ids:
-        split = split_of_id(id_, validation=validation, held_out=held_out)
-        assert split == split_of_id(id_, validation=validation, held_out=held_out)
+        split = split_of_key(id_, validation=validation, held_out=held_out)
+        assert split == split_of_key(id_, validation=validation, held_out=held_out)
         assert split != "validation" or validation > 0
         assert split != "held_out" or held_out > 0
 
 
 def test_splits_have_their_shares_and_are_near_those_of_a_corpus_in_memory() -> None:
     ids = [f"document {number}" for number in range(20_000)]
-    splits = [split_of_id(id_, validation=0.1, held_out=0.2) for id_ in ids]
+    splits = [split_of_key(id_, validation=0.1, held_out=0.2) for id_ in ids]
     for split, share in (("train", 0.7), ("validation", 0.1), ("held_out", 0.2)):
         assert (
             abs(splits.count(split) / len(ids) - share)

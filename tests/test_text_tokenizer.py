@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
-from cm3leon.data.token_shards import split_of_id
+from cm3leon.data.token_shards import split_of_key
 from cm3leon.experiment import load_experiment
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.documents import make_documents
@@ -423,7 +423,7 @@ def test_the_training_split_of_a_text_corpus_is_learned(
         ).source.documents()
     ]
     documents = [item for item in items if hasattr(item, "text")]
-    kept = [d for d in documents if split_of_id(d.id, validation=0.1, held_out=0.3) == "train"]
+    kept = [d for d in documents if split_of_key(d.id, validation=0.1, held_out=0.3) == "train"]
     assert 0 < len(kept) < len(documents)
     assert (told["documents"], told["skipped"]) == (len(kept), 2)
     assert told["bytes"] == sum(len(d.text.encode()) for d in kept)

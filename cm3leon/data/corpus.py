@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,11 +69,18 @@ class Corpus:
         )
 
 
-def split_of(ids: list[str], *, validation: float, held_out: float) -> list[Split]:
-    """A split for each id, fixed by the ids alone: documents are ordered by the hash of their id.
+def split_of(
+    ids: list[str], *, validation: float, held_out: float, keys: Sequence[str] | None = None
+) -> list[Split]:
+    """A split for each document, fixed by the keys alone: they are ordered by their hash.
 
-    Every split gets at least one document. Raises UserError for fewer than three documents or repeated ids.
+    Args:
+        keys: `Document.split_key` of each; documents of one key fall into one split. None = the ids.
+
+    Every split gets at least one document. Raises UserError for fewer than three documents, repeated
+    ids, or keys that leave a split without a document.
     """
+    keys = ids if keys is None else keys
     if len(ids) < 3:
         raise UserError(
             f"data: {len(ids)} usable documents, at least 3 are needed (train, validation, held-out)"
@@ -85,10 +93,27 @@ def split_of(ids: list[str], *, validation: float, held_out: float) -> list[Spli
         raise UserError(
             f"split: {len(ids)} documents leave none to train on; lower split.validation or split.held_out"
         )
-    order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    members: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        members.setdefault(key, []).append(place)
+    if len(members) < 3:
+        raise UserError(
+            f"data: the {len(ids)} documents are about {len(members)} pictures, at least 3 are needed "
+            "(train, validation, held-out)"
+        )
+
     splits: list[Split] = ["train"] * len(ids)
-    for i in order[:n_held_out]:
-        splits[i] = "held_out"
-    for i in order[n_held_out : n_held_out + n_validation]:
-        splits[i] = "validation"
+    order = sorted(members, key=lambda key: hashlib.sha256(key.encode()).digest())
+    shares: tuple[tuple[Split, int], ...] = (
+        ("held_out", n_held_out),
+        ("validation", n_validation),
+    )
+    for split, wanted in shares:
+        taken = 0
+        # One picture stays for each of the splits that come after this one.
+        while taken < wanted and len(order) > (2 if split == "held_out" else 1):
+            places = members[order.pop(0)]
+            taken += len(places)
+            for place in places:
+                splits[place] = split
     return splits

@@ -513,6 +513,8 @@ class Record:
     id: str
     segments: tuple[str | TextSegment | MarkedImage | Callable[[], bytes], ...]
     label: int | None = None
+    picture: int = 0
+    """Which of its images it is about: documents about the same one fall on one side of a split."""
 
 
 class BadRecord(ValueError):
@@ -716,6 +718,7 @@ class FileSource(Source):
     def _decoded(self, record: Record, size: int | None = None) -> Document | Skipped:
         """The document of a record; each image is brought to `size` before the next one is decoded."""
         segments: list[Segment] = []
+        digests: list[str] = []
         name = PurePosixPath(record.id).name
         try:
             for segment in record.segments:
@@ -726,6 +729,7 @@ class FileSource(Source):
                 content = (
                     image.content if isinstance(image.content, np.ndarray) else image.content()
                 )
+                digests.append(_digest(content))
                 if not isinstance(content, np.ndarray):
                     content = decode_image(content, self.config.max_pixels, name)
                 if size is not None:
@@ -733,7 +737,14 @@ class FileSource(Source):
                 segments.append(ImageSegment(content, image.role))
         except UnusableImage as error:
             return Skipped(record.id, str(error))
-        return Document(record.id, tuple(segments), record.label)
+        group = digests[record.picture] if digests else ""
+        return Document(record.id, tuple(segments), record.label, group)
+
+
+def _digest(content: bytes | np.ndarray) -> str:
+    """SHA-256 of an image's file, or of the pixels of one that has none."""
+    held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+    return hashlib.sha256(held).hexdigest()
 
 
 def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:

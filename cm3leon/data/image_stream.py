@@ -24,14 +24,14 @@ class ImageStream:
     random. The next batch is read while the last one is trained on.
 
     Args:
-        keep: whether a document is used, by its id.
+        keep: whether a document is used.
     """
 
     def __init__(
         self,
         source: Source,
         *,
-        keep: Callable[[str], bool],
+        keep: Callable[[Document], bool],
         size: int,
         batch_size: int,
         seed: int,
@@ -93,7 +93,7 @@ class ImageStream:
                 continue
             lanes[lane][1] += 1
             turn += 1
-            if isinstance(item, Skipped) or not item.images or not self._keep(item.id):
+            if isinstance(item, Skipped) or not item.images or not self._keep(item):
                 continue
             fruitless = 0
             rng = np.random.default_rng(mixed(self._seed, drawn))

@@ -38,9 +38,9 @@ class Tokenizers:
         )
 
 
-def split_of_id(id_: str, *, validation: float, held_out: float) -> Split:
-    """The split of a document by the SHA-256 of its id, whatever else the corpus holds."""
-    place = int.from_bytes(hashlib.sha256(id_.encode()).digest()[:8], "big") / 2**64
+def split_of_key(key: str, *, validation: float, held_out: float) -> Split:
+    """The split of a document by the SHA-256 of its `split_key`, whatever else the corpus holds."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     if place < held_out:
         return "held_out"
     return "validation" if place < held_out + validation else "train"

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from cm3leon.data.corpus import Corpus, Split, split_of
 from cm3leon.data.source import Skipped
+from cm3leon.data.token_shards import split_of_key
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.lengths import check_lengths_by_words
-from cm3leon.stages.tokens import DocumentSample, split_in
+from cm3leon.stages.tokens import DocumentSample
 from cm3leon.types import Document, UserError
 
 SKIPPED = "skipped.jsonl"
@@ -24,6 +25,7 @@ def make_documents(run: Run, folder: Path) -> None:
     """Reads the corpus, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
     size = run.image_tokenizer_shape.image_size
     ids: list[str] = []
+    keys: list[str] = []
     captions: list[str] = []
     labels: list[int | None] = []
     pixels = bytearray()  # of all images, one after the other: the array below is a view of it
@@ -42,6 +44,7 @@ def make_documents(run: Run, folder: Path) -> None:
                 skipped += 1
                 continue
             ids.append(found.id)
+            keys.append(found.split_key)
             captions.append(found.text)
             labels.append(found.label)
             pixels += found.images[0].tobytes()
@@ -60,7 +63,7 @@ def make_documents(run: Run, folder: Path) -> None:
         captions=captions,
         images_BHWC=np.frombuffer(pixels, np.uint8).reshape(len(ids), size, size, 3),
         labels=labels,
-        splits=_splits(run, ids, sample),
+        splits=_splits(run, ids, keys, sample),
     ).save(folder)
 
 
@@ -72,12 +75,16 @@ def _usable(item: Document | Skipped) -> Document | Skipped:
     return item
 
 
-def _splits(run: Run, ids: list[str], sample: DocumentSample | None) -> list[Split]:
+def _splits(
+    run: Run, ids: list[str], keys: list[str], sample: DocumentSample | None
+) -> list[Split]:
     """The split of each document; for a sample, that which it has in the whole corpus."""
     config = run.experiment.split
     if sample is None:
-        return split_of(ids, validation=config.validation, held_out=config.held_out)
-    splits = [split_in(run, id_) for id_ in ids]
+        return split_of(ids, validation=config.validation, held_out=config.held_out, keys=keys)
+    splits = [
+        split_of_key(key, validation=config.validation, held_out=config.held_out) for key in keys
+    ]
     for split in get_args(Split):
         if split not in splits and run.borrowed is None:
             if not sample.whole:

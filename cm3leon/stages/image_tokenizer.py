@@ -70,7 +70,7 @@ def _batches(run: Run, batch_size: int) -> Batches:
     if shards and shards.tokenizer_images == "corpus":
         return ImageStream(
             run.source,
-            keep=lambda id_: split_in(run, id_) == "train",
+            keep=lambda document: split_in(run, document) == "train",
             size=run.image_tokenizer_shape.image_size,
             batch_size=batch_size,
             seed=seed,

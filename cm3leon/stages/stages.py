@@ -200,7 +200,7 @@ def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
     return (
         Stage(
             "documents",
-            2,
+            3,
             _corpus_inputs,
             make_documents,
             needs=(),
@@ -256,7 +256,7 @@ def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
 # when the retriever changes.
 TOKENS = Stage(
     "tokens",
-    3,
+    4,
     _tokens_inputs,
     make_tokens,
     make_tokens_part,

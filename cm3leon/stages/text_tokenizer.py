@@ -132,7 +132,7 @@ def _training_texts(run: Run, items: Iterable[Document | Skipped], sample: Sampl
         if isinstance(item, Skipped):
             sample.first_skipped = sample.first_skipped or f"{item.file}: {item.reason}"
             sample.skipped += 1
-        elif split_in(run, item.id) == "train":
+        elif split_in(run, item) == "train":
             yield item.text
 
 

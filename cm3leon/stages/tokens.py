@@ -13,7 +13,7 @@ from cm3leon.data.corpus import Split
 from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
-from cm3leon.data.token_shards import TokenShards, finish_tokens, split_of_id, write_token_shard
+from cm3leon.data.token_shards import TokenShards, finish_tokens, split_of_key, write_token_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import batches, share_out, with_progress
@@ -31,11 +31,10 @@ VALIDATION = "validation.arrow"
 """Token shard of the sample's validation documents, of any segments."""
 
 
-def split_in(run: Run, id_: str) -> Split:
-    """The split of a document, by its id alone."""
-    return split_of_id(
-        id_, validation=run.experiment.split.validation, held_out=run.experiment.split.held_out
-    )
+def split_in(run: Run, document: Document) -> Split:
+    """The split of a document, by what it is about: its group or picture."""
+    shares = run.experiment.split
+    return split_of_key(document.split_key, validation=shares.validation, held_out=shares.held_out)
 
 
 def squared_items(run: Run, part: str) -> Iterator[Document | Skipped]:
@@ -152,7 +151,7 @@ def _documents_of(
     for item in items:
         if isinstance(item, Skipped):
             leave_out(item)
-        elif split_in(run, item.id) == split:
+        elif split_in(run, item) == split:
             yield item
 
 

@@ -24,7 +24,13 @@ from cm3leon.data.files import (
     page_text,
 )
 from cm3leon.data.images import UnusableImage
-from cm3leon.data.instructions.templates import ROLES, TABLE_5, check_templates, fill
+from cm3leon.data.instructions.templates import (
+    ROLES,
+    TABLE_5,
+    check_templates,
+    fill,
+    picture_of,
+)
 from cm3leon.data.source import Skipped
 from cm3leon.types import Document, UserError
 
@@ -136,7 +142,9 @@ class InstructionSource(FileSource):
                 yield Skipped(f"{self.config.path}:{number}", str(error))
                 continue
             template = self.templates[int(rng.random() * len(self.templates))]
-            yield Record(example.id, fill(template, example.values, ROLES[self.task])), example
+            segments = fill(template, example.values, ROLES[self.task])
+            picture = picture_of(template, example.values)
+            yield Record(example.id, segments, picture=picture), example
 
     # -------------------------------------------------------------------------------------------- parts
 

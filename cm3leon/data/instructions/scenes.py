@@ -14,7 +14,7 @@ from cm3leon.data.instructions.grounded import objects_text
 from cm3leon.data.instructions.reasoning import reasoning_slots
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.data.scenes import language, render
-from cm3leon.data.scenes.source import DrawnConfig, DrawnSource
+from cm3leon.data.scenes.source import DrawnConfig, DrawnSource, scene_name
 from cm3leon.data.scenes.world import BACKGROUNDS, COLOURS, ROWS, Scene, World, draw_scene, pick
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
@@ -77,7 +77,9 @@ class SceneInstructionsSource(DrawnSource):
         table, values = example.table, example.values
         if not table:
             return Document(
-                id_, (TextSegment(values["caption"]), ImageSegment(values["image"]))
+                id_,
+                (TextSegment(values["caption"]), ImageSegment(values["image"])),
+                group=scene_name(seed),
             ), example
         segments = fill(pick(rng, TABLE_5[table]), values, ROLES[table])
         document = Document(
@@ -88,6 +90,7 @@ class SceneInstructionsSource(DrawnSource):
                 else segment
                 for segment in segments
             ),
+            group=scene_name(seed),
         )
         return document, example
 

@@ -84,6 +84,14 @@ def check_templates(task: str, templates: list[str], where: str = "data.template
             raise UserError(f"{where} holds {template!r}, which must have one slot for the answer")
 
 
+def picture_of(template: str, values: Mapping[str, Any]) -> int:
+    """Which of the images of a filled template the example is about: the first of an edit, else the one asked for
+    or asked about, not the features of it. 0 where the template has neither."""
+    images = [slot for slot in _SLOT.findall(template) if not isinstance(values[slot], str)]
+    subject = next((slot for slot in ("image1", "image") if slot in images), None)
+    return images.index(subject) if subject else 0
+
+
 def fill(
     template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> tuple[TextSegment | MarkedImage, ...]:

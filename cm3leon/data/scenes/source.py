@@ -8,9 +8,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.config import NonNegativeInt, PositiveInt, Range
 from cm3leon.data.scenes.language import caption, long_caption
 from cm3leon.data.scenes.render import picture
 from cm3leon.data.scenes.world import BACKGROUNDS, Scene, Thing, World, draw_scene
@@ -20,6 +20,8 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 CHUNK = 1000
 """Scenes of a part."""
+ELSEWHERE = 2**40
+"""Distance of the seed of a scene whose caption a picture has wrongly: beyond those of any corpus."""
 
 
 @dataclass(kw_only=True)
@@ -64,15 +66,16 @@ class DrawnSource(Source):
             yield self.document(self.config.first + number)
 
     def fingerprint(self) -> str:
-        settings = json.dumps(
-            [type(self).__name__, self.version, asdict(self.config)], sort_keys=True
-        )
-        return f"scenes {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        return self._digest(asdict(self.config))
+
+    def _digest(self, settings: dict[str, Any]) -> str:
+        text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
+        return f"scenes {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 @SOURCES.register("scenes")
 class ScenesSource(DrawnSource):
-    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with captions that are true."""
+    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with captions."""
 
     version = 1
 
@@ -82,18 +85,35 @@ class ScenesSource(DrawnSource):
 
         captions: Literal["short", "long", "both"] = "short"
         """short: what is there, a single thing with its place. long: everything. both: half each."""
+        wrong: Annotated[float, Range(ge=0, le=1)] = 0.0
+        """Share of the pictures that have the caption of another scene, as some of the web's have."""
 
     config: Config
+
+    def fingerprint(self) -> str:
+        # Corpora with true captions are those that they were before captions could be wrong.
+        settings = {name: value for name, value in asdict(self.config).items() if name != "wrong"}
+        truth = f", {self.config.wrong} of the captions wrong" if self.config.wrong else ""
+        return f"{self._digest(settings)}{truth}"
 
     def document(self, seed: int) -> Document:
         """The scene of a seed: its caption, then its picture."""
         scene, rng = draw_scene(self.config.world, seed), Random(f"caption {seed}")
+        described = scene
+        if Random(f"wrong {seed}").random() < self.config.wrong:
+            described = draw_scene(self.config.world, seed + ELSEWHERE)
+
         kind = self.config.captions
         is_long = kind == "long" or (kind == "both" and rng.random() < 0.5)
-        text = long_caption(scene) if is_long else caption(scene, rng)
+        text = long_caption(described) if is_long else caption(described, rng)
         return Document(
-            f"scene-{seed:08d}", (TextSegment(text), ImageSegment(picture(scene, self.config.side)))
+            scene_name(seed), (TextSegment(text), ImageSegment(picture(scene, self.config.side)))
         )
+
+
+def scene_name(seed: int) -> str:
+    """The id of the picture of a scene; all that is asked about the scene falls on its side of a split."""
+    return f"scene-{seed:08d}"
 
 
 @SOURCES.register("scene_entities")
