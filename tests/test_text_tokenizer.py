@@ -423,7 +423,8 @@ def test_the_training_split_of_a_text_corpus_is_learned(
         ).source.documents()
     ]
     documents = [item for item in items if hasattr(item, "text")]
-    kept = [d for d in documents if split_of_key(d.id, validation=0.1, held_out=0.3) == "train"]
+    shares = {"validation": 0.1, "held_out": 0.3}
+    kept = [d for d in documents if split_of_key(d.split_key, **shares) == "train"]
     assert 0 < len(kept) < len(documents)
     assert (told["documents"], told["skipped"]) == (len(kept), 2)
     assert told["bytes"] == sum(len(d.text.encode()) for d in kept)
