@@ -135,7 +135,7 @@ def ours(vectors: VectorShards, place: Path, queries: np.ndarray, exact: np.ndar
     train(vectors, folder, config, seed=0)
     trained = time.perf_counter() - start
     for number in range(vectors.count):
-        add_shard(vectors, number, folder, config)
+        add_shard(vectors, number, folder)
     added = time.perf_counter() - start - trained
     merge(vectors, folder, config, seed=0)
     built = time.perf_counter() - start

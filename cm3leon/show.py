@@ -40,8 +40,8 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.objectives.packing import SAMPLE, Samples, Uncut, fit, new_lane, pack
 from cm3leon.paths import path_of
-from cm3leon.retrievers.bank import MemoryBank, Parts
-from cm3leon.retrievers.neighbours import MODALITIES, draw
+from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts
+from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run

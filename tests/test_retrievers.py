@@ -19,8 +19,8 @@ from cm3leon.data.corpus import split_of
 from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.neighbours import Neighbours, find_neighbours
-from cm3leon.retrievers.strategy import NONE, Rules, select
+from cm3leon.retrievers.neighbours import Neighbours, find_neighbours, neighbours_of
+from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import UserError
 
 discover()
@@ -195,7 +195,7 @@ def test_strategy_against_a_slow_reference(
         )
         assert got_QR[q].tolist() == expected + [NONE] * (count - len(expected))
         counted += seen
-    assert verdicts == counted
+    assert total(verdicts, np.arange(3)) == counted
 
 
 def test_strategy_by_hand() -> None:
@@ -221,7 +221,13 @@ def test_strategy_by_hand() -> None:
     assert rows_QR.tolist() == [
         [73, 75]
     ]  # not itself, a copy of the query, without a text, (73), a copy of 73, (75), enough
-    assert verdicts == {"seen": 6, "itself": 1, "like_query": 1, "modality": 1, "like_taken": 1}
+    assert total(verdicts, np.array([0])) == {
+        "seen": 6,
+        "itself": 1,
+        "like_query": 1,
+        "modality": 1,
+        "like_taken": 1,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ encoder
@@ -574,7 +580,8 @@ def test_parts_that_are_not_asked_for_are_zero(retriever: Any) -> None:
 @pytest.mark.parametrize("by", ["text", "image"])
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 2.0])
 def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) -> None:
-    retriever = build_retriever(threshold=threshold, candidates=10)
+    """Of two candidates at first, which are more and more until all documents were looked at."""
+    retriever = build_retriever(threshold=threshold, candidates=2)
     ids = [f"document {n}" for n in range(DOCUMENTS)]
     bank = retriever.bank(ids, TEXTS, pictures())
     queries = retriever.parts([f"a {text}" for text in TEXTS], pictures(seed=1))
@@ -584,7 +591,7 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
     expected_verdicts: collections.Counter[str] = collections.Counter()
     for q in range(DOCUMENTS):
         vector_D = (queries.text_BD if by == "text" else queries.image_BD)[q]
-        order = np.argsort(-(bank.parts.mean() @ vector_D), kind="stable")[:10]
+        order = np.argsort(-(bank.parts.mean() @ vector_D), kind="stable")
         rows, seen = slow_select(
             order.tolist(),
             bank.parts.rows(order),
@@ -658,8 +665,9 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
         for half, by in enumerate(("text", "image")):
             own, documents = np.arange(DOCUMENTS), retriever.parts(TEXTS, pictures())
+            taken = None if by == "text" else found.rows_VBK[variant, :, :2]
             expected, counted = retriever.retrieve(
-                bank, queries, by, exclude_Q=own, count=2, like=documents
+                bank, queries, by, exclude_Q=own, count=2, like=documents, taken_QT=taken
             )
             assert np.array_equal(found.rows_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
@@ -670,6 +678,98 @@ def test_neighbours_are_those_of_every_variant_and_modality() -> None:
         retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5
     )
     assert np.array_equal(again.rows_VBK, found.rows_VBK)
+
+
+def simulated_bank(seed: int, rows: int, text_only: float, noise: float = 0.8) -> Parts:
+    """Documents whose image is like their text; the given share has no image."""
+    rng = np.random.default_rng(seed)
+    text_BD = unit(rng, rows, 32)
+    image_BD = text_BD + noise * unit(rng, rows, 32)
+    image_BD = (image_BD / np.linalg.norm(image_BD, axis=1, keepdims=True)).astype(np.float32)
+    image_BD[rng.random(rows) < text_only] = 0
+    return Parts(text_BD, image_BD)
+
+
+def all_of(parts: Parts, rows: np.ndarray, query_D: np.ndarray) -> list[int]:
+    """Some rows in order of the inner products, by brute force."""
+    return rows[np.argsort(-(parts.mean()[rows] @ query_D), kind="stable")].tolist()
+
+
+@pytest.mark.parametrize("pairs_only", [True, False])
+def test_prompts_get_pairs_from_a_bank_that_is_half_text(pairs_only: bool) -> None:
+    """Whether others are left out of the index, or stand before the pairs and candidates grow beyond them."""
+    parts = simulated_bank(0, 2000, text_only=0.5)
+    bank = MemoryBank([str(row) for row in range(2000)], parts, pairs_only=pairs_only)
+    pairs = np.flatnonzero(parts.has("image"))
+    queries = Parts(unit(np.random.default_rng(1), 10, 32), np.zeros((10, 32), np.float32))
+    found, verdicts = build_retriever(candidates=4).retrieve(bank, queries, "text", count=3)
+    for q in range(10):
+        assert found[q].tolist() == all_of(parts, pairs, queries.text_BD[q])[:3]
+    assert ("modality" in verdicts) is not pairs_only
+    # Without growing, some queries found none at all among four candidates of a whole index.
+    if not pairs_only:
+        first_QK = bank.search(queries.text_BD, 4)
+        assert not np.isin(first_QK, pairs).any(axis=1).all()
+
+
+def test_candidates_grow_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only pair is the last of 300 candidates."""
+    parts = simulated_bank(0, 300, text_only=1.0)
+    query_1D = -parts.text_BD.mean(axis=0, keepdims=True)
+    last = all_of(parts, np.arange(300), query_1D[0])[-1]
+    parts.image_BD[last] = parts.text_BD[last]
+    bank = MemoryBank([str(row) for row in range(300)], parts)
+    assert all_of(parts, np.arange(300), query_1D[0])[-1] == last
+    asked: list[int] = []
+    search = MemoryBank.search
+
+    def counted(self: MemoryBank, query_QD: np.ndarray, count: int) -> np.ndarray:
+        asked.append(count)
+        return search(self, query_QD, count)
+
+    monkeypatch.setattr(MemoryBank, "search", counted)
+    retriever, query = build_retriever(), Parts(query_1D, np.zeros_like(query_1D))
+    found, verdicts = retriever.retrieve(bank, query, "text", count=1)
+    assert (found.tolist(), asked) == ([[last]], [64, 128, 256, 300])
+    assert verdicts == {"seen": 300, "modality": 299}  # each candidate is counted once
+    asked.clear()
+    monkeypatch.setattr("cm3leon.retrievers.base.MOST_CANDIDATES", 100)
+    assert retriever.retrieve(bank, query, "text", count=1)[0].tolist() == [[NONE]]
+    assert asked == [64, 100]
+
+
+def test_a_saved_bank_of_pairs_knows_its_rows(tmp_path: Path) -> None:
+    parts = simulated_bank(0, 40, text_only=0.5)
+    pairs = np.flatnonzero(parts.has("image"))
+    bank = MemoryBank([str(row) for row in range(40)], parts, pairs_only=True)
+    bank.save(tmp_path)
+    loaded = MemoryBank.load(tmp_path)
+    queries_QD = unit(np.random.default_rng(1), 4, 32)
+    for each in (bank, loaded):
+        found_QK = each.search(queries_QD, 40)
+        assert each.searchable == len(pairs)
+        assert found_QK.tolist() == [all_of(parts, pairs, query_D) for query_D in queries_QD]
+    none = MemoryBank(["a"], random_parts(0, 1, missing=1.0), pairs_only=True)
+    assert none.search(queries_QD[:, :4], 3).shape == (4, 0)
+
+
+def test_both_halves_of_the_neighbours_together_are_diverse() -> None:
+    """Every document has two copies; by text and by image the same ones are the nearest."""
+    once = simulated_bank(0, 60, text_only=0.0, noise=0.1)
+    parts = Parts.concatenate([once, once, once])
+    bank = MemoryBank([str(row) for row in range(180)], parts, pairs_only=True)
+    queries = simulated_bank(1, 20, text_only=0.0, noise=0.1)
+    retriever = build_retriever(threshold=0.95, per_modality=2)
+    rows_VBK, _ = neighbours_of(retriever, bank, [queries], np.full(20, NONE), like=queries)
+    for q in range(20):
+        by_text = list(
+            dict.fromkeys(row % 60 for row in all_of(parts, np.arange(180), queries.text_BD[q]))
+        )
+        by_image = list(
+            dict.fromkeys(row % 60 for row in all_of(parts, np.arange(180), queries.image_BD[q]))
+        )
+        expected = by_text[:2] + [row for row in by_image if row not in by_text[:2]][:2]
+        assert [row % 60 for row in rows_VBK[0, q].tolist()] == expected
 
 
 def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> None:

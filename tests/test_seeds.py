@@ -88,7 +88,7 @@ def test_retrieval_takes_any_seed(tmp_path: Path, seed: int) -> None:
     folder.mkdir()
     index.train(vectors, folder, settings, seed)
     for number in range(vectors.count):
-        index.add_shard(vectors, number, folder, settings)
+        index.add_shard(vectors, number, folder)
     index.merge(vectors, folder, settings, seed)
     LexicalEncoder().encode_images(np.zeros((1, 32, 32, 3), np.uint8), dropout=0.5, seed=seed)
 

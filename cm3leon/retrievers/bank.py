@@ -19,6 +19,8 @@ from cm3leon.retrievers.mips import Searcher, import_faiss
 from cm3leon.types import Modality, UserError
 from cm3leon.weights import check_finite
 
+MODALITIES: tuple[Modality, ...] = ("text", "image")
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -39,6 +41,12 @@ class Parts:
         """Which documents have that part, boolean (B,)."""
         return np.any(self.text_BD if modality == "text" else self.image_BD, axis=-1)
 
+    def searched(self, pairs_only: bool) -> np.ndarray:
+        """Places (N,) of the documents that an index holds: all, or those that have both parts."""
+        if not pairs_only:
+            return np.arange(len(self.text_BD))
+        return np.flatnonzero(self.has("text") & self.has("image"))
+
     def rows(self, rows: Any) -> Parts:
         """The parts of some documents."""
         return Parts(self.text_BD[rows], self.image_BD[rows])
@@ -54,6 +62,10 @@ class Parts:
 class SearchableBank(Protocol):
     """What the strategy asks of a memory bank, in memory or on disk."""
 
+    @property
+    def searchable(self) -> int:
+        """Number of documents that a search may find."""
+
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Rows (Q, K) of the best documents by inner product, the best first; K <= count, -1 where there are fewer."""
 
@@ -66,23 +78,41 @@ class SearchableBank(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
-    """Documents that can be retrieved: their ids, and the vectors of their parts."""
+    """Documents that can be retrieved: their ids, and the vectors of their parts.
+
+    Where `pairs_only`, documents without a text or an image keep their rows and are not searched.
+    """
 
     ids: list[str]
     parts: Parts
+    pairs_only: bool = False
 
     @cached_property
     def index(self) -> Any:
-        """FAISS inner-product index over `parts.mean()`. Raises UserError where FAISS is not installed."""
+        """FAISS inner-product index over `parts.mean()` of the documents that are searched.
+
+        Raises UserError where FAISS is not installed.
+        """
         faiss = import_faiss()
-        vectors_BD = np.ascontiguousarray(self.parts.mean(), dtype=np.float32)
+        means_BD = self.parts.mean()[self._searched]
+        vectors_BD = np.ascontiguousarray(means_BD, dtype=np.float32)
         index = faiss.IndexFlatIP(vectors_BD.shape[1])
         index.add(vectors_BD)
         return index
 
     @cached_property
+    def _searched(self) -> np.ndarray:
+        """Row of the bank of each vector in the index."""
+        return self.parts.searched(self.pairs_only)
+
+    @cached_property
     def _searcher(self) -> Searcher:
         return Searcher(self.index)
+
+    @property
+    def searchable(self) -> int:
+        """Number of documents that a search may find."""
+        return len(self._searched)
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -91,9 +121,11 @@ class MemoryBank:
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Rows (Q, count) of the best documents by inner product, the best first."""
-        return self._searcher.search(
-            np.ascontiguousarray(query_QD, dtype=np.float32), min(count, len(self.ids))
-        )
+        count = min(count, self.searchable)
+        if not count:
+            return np.zeros((len(query_QD), 0), np.int64)
+        query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+        return self._searched[self._searcher.search(query_QD, count)]
 
     def parts_of(self, rows: np.ndarray) -> Parts:
         """The parts of some rows, (*rows.shape, D) each; those of a negative row mean nothing."""
@@ -122,8 +154,13 @@ class MemoryBank:
         ids = read_json(folder / "ids.json", [str])
         try:
             with np.load(folder / "vectors.npz", allow_pickle=False) as vectors:
-                bank = cls(ids, Parts(vectors["text"], vectors["image"]))
-            bank.__dict__["index"] = import_faiss().read_index(str(folder / "index.faiss"))
+                parts = Parts(vectors["text"], vectors["image"])
+            index = import_faiss().read_index(str(folder / "index.faiss"))
+            # An index of fewer vectors than documents holds the pairs alone.
+            bank = cls(ids, parts, pairs_only=index.ntotal < len(ids))
+            if index.ntotal != bank.searchable:
+                raise ValueError(f"an index of {index.ntotal} vectors, not {bank.searchable}")
+            bank.__dict__["index"] = index
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError) as error:
             raise UserError(
                 f"the memory bank in {folder} is damaged ({error}); run the experiment again"

@@ -11,8 +11,13 @@ import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
-from cm3leon.retrievers.strategy import NONE, Rules, select
+from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import Modality
+
+MOST_CANDIDATES = 2048
+"""Most candidates of a query, if more are not asked for: as many as a search on a GPU returns."""
+AT_ONCE = 2**16
+"""Candidates of all queries together whose vectors are held at a time."""
 
 
 @dataclass(kw_only=True)
@@ -22,9 +27,10 @@ class StrategyConfig:
     threshold: float = 0.9
     """A candidate whose cosine to the query, or to a document already taken, is above this is skipped."""
     both_modalities: bool = True
-    """Take only documents that have both text and image."""
+    """Take only documents that have both text and image; others are not in the index."""
     candidates: PositiveInt = 64
-    """Candidates that the search hands to the strategy."""
+    """Candidates that the search hands to the strategy at first. Where its rules leave too few documents, twice as many
+    are looked at, and so on up to 2,048."""
     per_modality: PositiveInt = 2
     """Documents retrieved by the text as query, and as many by the image, for each training document."""
     max_documents: NonNegativeInt = 3
@@ -87,7 +93,8 @@ class Retriever:
 
     def bank(self, ids: Sequence[str], texts: Sequence[str], images_BHWC: np.ndarray) -> MemoryBank:
         """A memory bank of documents with a text and an image each."""
-        return MemoryBank(list(ids), self.parts(texts, images_BHWC))
+        parts = self.parts(texts, images_BHWC)
+        return MemoryBank(list(ids), parts, pairs_only=self.rules.both_modalities)
 
     def retrieve(
         self,
@@ -98,6 +105,7 @@ class Retriever:
         count: int,
         exclude_Q: np.ndarray | None = None,
         like: Parts | None = None,
+        taken_QT: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Counter[str]]:
         """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
 
@@ -107,18 +115,44 @@ class Retriever:
             exclude_Q: row of each query's own document, -1 for one that is not in the bank; None = none is.
             like: parts of the documents whose copies are not to be found; None = the queries'. A query that lost
                 tokens to dropout no longer tells its own document's copies.
+            taken_QT: rows that each query has already, -1 where there are fewer; neither they nor what is like them is
+                found. None = none.
 
         Returns:
             rows (Q, count), filled up with -1, and the verdicts.
         """
         vectors_QD = queries.text_BD if by == "text" else queries.image_BD
-        candidates_QK = bank.search(vectors_QD, self.config.candidates)
-        candidates_QK[~queries.has(by)] = NONE
-        return select(
-            candidates_QK,
-            bank.parts_of(candidates_QK),
-            queries if like is None else like,
-            exclude_Q=np.full(len(candidates_QK), NONE) if exclude_Q is None else exclude_Q,
-            count=count,
-            rules=self.rules,
-        )
+        like = queries if like is None else like
+        Q = len(vectors_QD)
+        exclude_Q = np.full(Q, NONE) if exclude_Q is None else exclude_Q
+        taken_QT = np.zeros((Q, 0), np.int64) if taken_QT is None else taken_QT
+        rows_QN = np.full((Q, count), NONE, np.int64)
+        verdicts: Counter[str] = Counter()
+
+        # Queries that find too few among their candidates are asked again for twice as many.
+        wanted = self.config.candidates
+        limit = min(bank.searchable, max(wanted, MOST_CANDIDATES))
+        pending = np.flatnonzero(queries.has(by)) if count else np.zeros(0, np.int64)
+        while len(pending):
+            candidates_PK = bank.search(vectors_QD[pending], wanted)
+            short = []
+            step = max(1, AT_ONCE // wanted)
+            for start in range(0, len(pending), step):
+                chosen = pending[start : start + step]
+                candidates_QK = candidates_PK[start : start + step]
+                rows_QN[chosen], counted = select(
+                    candidates_QK,
+                    bank.parts_of(candidates_QK),
+                    like.rows(chosen),
+                    exclude_Q=exclude_Q[chosen],
+                    count=count,
+                    rules=self.rules,
+                    taken_QT=taken_QT[chosen],
+                    taken=bank.parts_of(taken_QT[chosen]),
+                )
+                done = (rows_QN[chosen, -1] != NONE) | (wanted >= limit)
+                verdicts += total(counted, done)
+                short.append(chosen[~done])
+            pending = np.concatenate(short)
+            wanted = min(2 * wanted, limit)
+        return rows_QN, verdicts

@@ -8,7 +8,8 @@ An index is made in three steps, the middle one by any number of workers:
                           index.json                        what it is, and its recall against exact search
 
 Search takes the best candidates by their codes and orders them by their vectors, so that the codes decide only which
-candidates are seen.
+candidates are seen. Documents are known by their rows in the vectors; where only pairs may be retrieved (`pairs_only`),
+others keep their rows and are not in the index.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_jso
 from cm3leon.data.shuffle import wrapped
 from cm3leon.permissions import check_readable
 from cm3leon.records import check_shape, read_json
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.bank import MODALITIES, Parts
 from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
-from cm3leon.types import UserError
+from cm3leon.types import Modality, UserError
 
 TRAINED, INDEX, DATA, FIGURES, ADDED = (
     "trained.faiss",
@@ -57,7 +58,7 @@ class IndexConfig:
     """How a memory bank is searched."""
 
     exact_below: NonNegativeInt = 200_000
-    """Banks of fewer documents are searched exactly, held in memory."""
+    """Indexes of fewer documents are searched exactly, held in memory."""
     code_bytes: PositiveInt = 64
     """Bytes of a document's product-quantised code; it must divide the size of the encoder's embedding."""
     lists: PositiveInt | None = None
@@ -65,9 +66,10 @@ class IndexConfig:
     rescored: PositiveInt = 256
     """Candidates by code that are ordered by their vectors, if more are not asked for."""
     recall_target: Probability = 0.95
-    """Recall@2 against exact search for which lists enough are probed, if that many can bring it."""
+    """Recall@2 against exact search, by text and by image, for which lists enough are probed, if all of them bring
+    it. A query's own document does not count."""
     recall_queries: PositiveInt = 1000
-    """Documents whose texts (images, where they have no text) serve as queries to measure it."""
+    """Documents whose texts, and as many whose images, serve as queries to measure it."""
 
 
 def lists_for(documents: int, config: IndexConfig) -> int:
@@ -83,28 +85,40 @@ def is_exact(documents: int, config: IndexConfig) -> bool:
 # ------------------------------------------------------------------------------------------------ making
 
 
-def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -> None:
+def train(
+    vectors: VectorShards,
+    folder: Path,
+    config: IndexConfig,
+    seed: int,
+    *,
+    pairs_only: bool = False,
+) -> None:
     """Learns the lists and the codes, unless that is done, or the bank is searched exactly.
 
     Raises:
         UserError: for code_bytes that do not divide the vectors' width.
     """
+    # Vectors that are few even with those that are left out need not be counted.
     if is_exact(len(vectors), config) or (folder / TRAINED).is_file():
+        return
+    searched = _searched(vectors, pairs_only)
+    if is_exact(len(searched), config):
         return
     if vectors.width % config.code_bytes:
         raise UserError(
             f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, {vectors.width}"
         )
     faiss = import_faiss()
-    lists = lists_for(len(vectors), config)
+    lists = lists_for(len(searched), config)
     quantizer = f"IVF{lists}_HNSW32" if lists >= HNSW_FROM else f"IVF{lists}"
     index = faiss.index_factory(
         vectors.width, f"{quantizer},PQ{config.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
     wanted = min(
-        len(vectors), max(64 * lists, 2**18)
+        len(searched), max(64 * lists, 2**18)
     )  # FAISS asks for 39 a list, and 256 codes of 39 a subspace
-    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
+    chosen = np.random.default_rng(seed).choice(len(searched), wanted, replace=False)
+    rows = searched[np.sort(chosen)]
     index.cp.seed = index.pq.cp.seed = wrapped(seed + 1, bits=31)
     train_index(
         index, np.concatenate([vectors.parts(some).mean() for some in np.array_split(rows, 64)])
@@ -112,44 +126,70 @@ def train(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -
     _write(index, folder / TRAINED)
 
 
-def add_shard(vectors: VectorShards, number: int, folder: Path, config: IndexConfig) -> None:
-    """Writes the piece of the index with the vectors of one shard, unless it is there."""
+def _searched(vectors: VectorShards, pairs_only: bool) -> np.ndarray:
+    """Rows (N,) of the documents in the index."""
+    if not pairs_only:
+        return np.arange(len(vectors))
+    found = [
+        vectors.first(number) + vectors.shard(number).searched(pairs_only)
+        for number in range(vectors.count)
+    ]
+    return np.concatenate(found)
+
+
+def add_shard(
+    vectors: VectorShards, number: int, folder: Path, *, pairs_only: bool = False
+) -> None:
+    """Writes the piece of a trained index with the vectors of one shard, unless it is there.
+
+    Without a trained index the bank is searched exactly, and there are no pieces.
+    """
     path = _piece(folder, number)
-    if is_exact(len(vectors), config) or path.is_file():
+    if path.is_file() or not (folder / TRAINED).is_file():
         return
+    parts = vectors.shard(number)
+    places = parts.searched(pairs_only)
     trained = _opened(folder / TRAINED)
-    vectors_BD = vectors.shard(number).mean()
-    first = vectors.first(number)
-    _write(with_vectors(trained, vectors_BD, np.arange(first, first + len(vectors_BD))), path)
+    _write(with_vectors(trained, parts.mean()[places], vectors.first(number) + places), path)
 
 
-def merge(vectors: VectorShards, folder: Path, config: IndexConfig, seed: int) -> None:
+def merge(
+    vectors: VectorShards,
+    folder: Path,
+    config: IndexConfig,
+    seed: int,
+    *,
+    pairs_only: bool = False,
+) -> None:
     """Merges the pieces on disk, measures the recall, and writes index.json."""
     start = time.perf_counter()
-    documents = len(vectors)
     figures: dict[str, Any] = {
-        "documents": documents,
+        "documents": len(vectors),
+        "pairs_only": pairs_only,
         "width": vectors.width,
         "config": asdict(config),
     }
-    if is_exact(documents, config):
-        perfect = dict.fromkeys(map(str, RECALL_AT), 1.0)
-        replace_json(
-            folder / FIGURES,
-            {**figures, "kind": "exact", "recall": perfect, "bytes_per_document": 0},
-        )
+    if not (folder / TRAINED).is_file():
+        figures |= {
+            "kind": "exact",
+            "vectors": len(_searched(vectors, pairs_only)),
+            "recall": {by: dict.fromkeys(map(str, RECALL_AT), 1.0) for by in MODALITIES},
+            "bytes_per_document": 0,
+        }
+        replace_json(folder / FIGURES, figures)
         return
     _merge_on_disk(folder, vectors.count)
     merged = time.perf_counter() - start
     index = _read(folder)
-    nprobe, recall = _tuned(vectors, index, config, seed)
+    nprobe, recall = _tuned(vectors, index, config, seed, pairs_only)
     figures |= {
         "kind": "ivf_pq",
+        "vectors": index.ntotal,
         "lists": index.nlist,
         "nprobe": nprobe,
-        "recall": {str(k): value for k, value in recall.items()},
+        "recall": recall,
         "bytes_per_document": sum((folder / name).stat().st_size for name in (INDEX, DATA))
-        / documents,
+        / index.ntotal,
         "merge_seconds": merged,
         "recall_seconds": time.perf_counter() - start - merged,
     }
@@ -218,28 +258,57 @@ def _quiet() -> Iterator[None]:
 
 
 def _tuned(
-    vectors: VectorShards, index: Any, config: IndexConfig, seed: int
-) -> tuple[int, dict[int, float]]:
-    """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`."""
-    queries_QD = _queries(vectors, config.recall_queries, seed)
-    exact_QK = exact_search(vectors, queries_QD, max(RECALL_AT))
+    vectors: VectorShards, index: Any, config: IndexConfig, seed: int, pairs_only: bool
+) -> tuple[int, dict[str, dict[str, float]]]:
+    """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`.
+
+    Queries are texts and images of documents, as training asks them; the recall of each kind has to reach the target.
+    """
+    most = max(RECALL_AT)
+    asked = {by: _queries(vectors, config.recall_queries, seed, by) for by in MODALITIES}
+    asked = {by: queries for by, queries in asked.items() if len(queries.own_Q)}
+    exact = {
+        by: queries.others(exact_search(vectors, queries.vectors_QD, most + 1, pairs_only))
+        for by, queries in asked.items()
+    }
     searcher, lists = Searcher(index), index.nlist
     nprobe = 1
     while True:
-        found_QK = _rescored(searcher, nprobe, vectors, queries_QD, max(RECALL_AT), config.rescored)
-        recall = {k: recall_at(exact_QK, found_QK, k) for k in RECALL_AT}
-        if recall[RECALL_AT[0]] >= config.recall_target or nprobe >= lists:
+        recall: dict[str, dict[str, float]] = {}
+        for by, queries in asked.items():
+            found_QK = queries.others(
+                _rescored(
+                    searcher, nprobe, vectors, queries.vectors_QD, most + 1, config.rescored, lists
+                )
+            )
+            recall[by] = {str(k): recall_at(exact[by], found_QK, k) for k in RECALL_AT}
+        reached = min((of[str(RECALL_AT[0])] for of in recall.values()), default=1.0)
+        if reached >= config.recall_target or nprobe >= lists:
             return nprobe, recall
         nprobe = min(2 * nprobe, lists)
 
 
-def _queries(vectors: VectorShards, count: int, seed: int) -> np.ndarray:
-    """Texts of random documents, images of those without, (Q, D)."""
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Vectors (Q, D) of one part of documents, and the documents' rows (Q,)."""
+
+    vectors_QD: np.ndarray
+    own_Q: np.ndarray
+
+    def others(self, found_QK: np.ndarray) -> np.ndarray:
+        """The found rows (Q, K - 1) without each query's own document, or without the last."""
+        order_QK = np.argsort(found_QK == self.own_Q[:, None], axis=1, kind="stable")
+        return np.take_along_axis(found_QK, order_QK, axis=1)[:, :-1]
+
+
+def _queries(vectors: VectorShards, count: int, seed: int, by: Modality) -> Queries:
+    """One part of random documents, of those that have it."""
     rows = np.random.default_rng([seed, 1]).choice(
         len(vectors), min(count, len(vectors)), replace=False
     )
     parts = vectors.parts(rows)
-    return np.where(parts.has("text")[:, None], parts.text_BD, parts.image_BD)
+    has_Q = parts.has(by)
+    return Queries((parts.text_BD if by == "text" else parts.image_BD)[has_Q], rows[has_Q])
 
 
 def recall_at(exact_QK: np.ndarray, found_QK: np.ndarray, k: int) -> float:
@@ -248,18 +317,22 @@ def recall_at(exact_QK: np.ndarray, found_QK: np.ndarray, k: int) -> float:
     return float(hits.any(axis=2).sum() / max(1, (exact_QK[:, :k] != NONE).sum()))
 
 
-def exact_search(vectors: VectorShards, queries_QD: np.ndarray, count: int) -> np.ndarray:
+def exact_search(
+    vectors: VectorShards, queries_QD: np.ndarray, count: int, pairs_only: bool = False
+) -> np.ndarray:
     """Rows (Q, count) of the best documents by inner product, going once through all shards, piece by piece."""
     best_QK = np.full((len(queries_QD), count), NONE, np.int64)
     scores_QK = np.full((len(queries_QD), count), -np.inf, np.float32)
     for number in range(vectors.count):
-        vectors_MD, first = vectors.shard(number).mean(), vectors.first(number)
+        parts = vectors.shard(number)
+        places = parts.searched(pairs_only)
+        rows_M, vectors_MD = vectors.first(number) + places, parts.mean()[places]
         for start in range(0, len(vectors_MD), PIECE):
             piece_MD = vectors_MD[start : start + PIECE]
-            scores_QM, rows_QM = largest(queries_QD, piece_MD, min(count, len(piece_MD)))
+            scores_QM, places_QM = largest(queries_QD, piece_MD, min(count, len(piece_MD)))
             scores_QK, best_QK = _best(
                 np.concatenate([scores_QK, scores_QM], axis=1),
-                np.concatenate([best_QK, rows_QM + first + start], axis=1),
+                np.concatenate([best_QK, rows_M[start + places_QM]], axis=1),
                 count,
             )
     return best_QK
@@ -281,9 +354,17 @@ def _rescored(
     queries_QD: np.ndarray,
     count: int,
     rescored: int,
+    lists: int,
 ) -> np.ndarray:
-    """The best of `rescored` candidates by code, ordered by their vectors; -1 where there are fewer."""
-    candidates_QM = searcher.search(queries_QD, max(count, rescored), nprobe=nprobe)
+    """The best of `rescored` candidates by code, ordered by their vectors; -1 where there are fewer.
+
+    Queries whose probed lists hold fewer than `count` documents probe more lists.
+    """
+    most = max(count, rescored)
+    candidates_QM = searcher.search(queries_QD, most, nprobe=nprobe)
+    while nprobe < lists and len(short := np.flatnonzero(candidates_QM[:, count - 1] == NONE)):
+        nprobe = min(2 * nprobe, lists)
+        candidates_QM[short] = searcher.search(queries_QD[short], most, nprobe=nprobe)
     scores_QM = np.einsum("qmd,qd->qm", vectors.parts(candidates_QM).mean(), queries_QD)
     return _best(np.where(candidates_QM == NONE, -np.inf, scores_QM), candidates_QM, count)[1]
 
@@ -334,8 +415,16 @@ class Bank:
         self._exact = figures["kind"] == "exact"
         if not self._exact:
             check_shape(figures, {"nprobe": int}, str(index / FIGURES))
-        self._nprobe = 0 if self._exact else figures["nprobe"]
-        self._searcher = Searcher(_flat(self.vectors) if self._exact else _read(index))
+        # An index made before documents were left out has all of them.
+        self.pairs_only = bool(figures.get("pairs_only", False))
+        if self._exact:
+            self._searched = _searched(self.vectors, self.pairs_only)
+            made = _flat(self.vectors, self.pairs_only)
+        else:
+            self._nprobe, made = figures["nprobe"], _read(index)
+            self._lists = made.nlist
+        self._indexed = int(made.ntotal)
+        self._searcher = Searcher(made)
         self.added_ids: list[str] = []
         self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
         if with_added and (index / ADDED).is_file():
@@ -345,6 +434,11 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.vectors) + len(self.added_ids)
+
+    @property
+    def searchable(self) -> int:
+        """Number of documents that a search may find."""
+        return self._indexed + len(self._added.searched(self.pairs_only))
 
     @property
     def place(self) -> str:
@@ -367,19 +461,27 @@ class Bank:
         """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if self._exact:
-            found_QK = self._searcher.search(query_QD, count)
+            places_QK = self._searcher.search(query_QD, count)
+            found_QK = np.full_like(places_QK, NONE)
+            found = places_QK != NONE
+            found_QK[found] = self._searched[places_QK[found]]
         else:
             found_QK = _rescored(
-                self._searcher, self._nprobe, self.vectors, query_QD, count, self._rescored
+                self._searcher,
+                self._nprobe,
+                self.vectors,
+                query_QD,
+                count,
+                self._rescored,
+                self._lists,
             )
-        if not self.added_ids:
+        added_M = self._added.searched(self.pairs_only)
+        if not len(added_M):
             return found_QK
         scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
         scores_QK[found_QK == NONE] = -np.inf
-        added_QM = np.broadcast_to(
-            np.arange(len(self.vectors), len(self)), (len(query_QD), len(self.added_ids))
-        )
-        scores_QM = query_QD @ self._added.mean().T
+        added_QM = np.broadcast_to(len(self.vectors) + added_M, (len(query_QD), len(added_M)))
+        scores_QM = query_QD @ self._added.mean()[added_M].T
         return _best(
             np.concatenate([scores_QK, scores_QM], 1),
             np.concatenate([found_QK, added_QM], 1),
@@ -406,8 +508,9 @@ class Bank:
         )
 
 
-def _flat(vectors: VectorShards) -> Any:
+def _flat(vectors: VectorShards, pairs_only: bool) -> Any:
     index = import_faiss().IndexFlatIP(vectors.width)
     for number in range(vectors.count):
-        index.add(vectors.shard(number).mean())
+        parts = vectors.shard(number)
+        index.add(parts.mean()[parts.searched(pairs_only)])
     return index

@@ -15,12 +15,9 @@ import pyarrow as pa
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
 from cm3leon.data.shuffle import wrapped
 from cm3leon.records import read_array
-from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
+from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.types import Modality
-
-MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 
 def draw(
@@ -97,6 +94,9 @@ def neighbours_of(
 ) -> tuple[np.ndarray, Counter[str]]:
     """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
 
+    What the text finds is taken before the image is asked: the image's half has no document, and no copy of a document,
+    of the text's.
+
     Args:
         variants: the parts of the documents in each variant.
         own_B: the documents' own rows in the bank, -1 where they are not in it.
@@ -106,14 +106,14 @@ def neighbours_of(
     verdicts: Counter[str] = Counter()
     rows_VBK = []
     for queries in variants:
-        halves = []
+        taken_BT = np.zeros((len(own_B), 0), np.int64)
         for modality in MODALITIES:
             rows_BK, seen = retriever.retrieve(
-                bank, queries, modality, count=count, exclude_Q=own_B, like=like
+                bank, queries, modality, count=count, exclude_Q=own_B, like=like, taken_QT=taken_BT
             )
-            halves.append(rows_BK)
+            taken_BT = np.concatenate([taken_BT, rows_BK], axis=1)
             verdicts += seen
-        rows_VBK.append(np.concatenate(halves, axis=1))
+        rows_VBK.append(taken_BT)
     return np.stack(rows_VBK), verdicts
 
 

@@ -11,6 +11,8 @@ from cm3leon.retrievers.bank import Parts
 
 NONE = -1
 """Stands where there is no row."""
+VERDICTS = ("seen", "itself", "modality", "like_query", "like_taken")
+"""What is counted of the candidates: those looked at, and those that each rule rejected."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ def select(
     exclude_Q: np.ndarray,
     count: int,
     rules: Rules,
-) -> tuple[np.ndarray, Counter[str]]:
+    taken_QT: np.ndarray | None = None,
+    taken: Parts | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """For each query, takes up to `count` candidates in order of relevance, skipping those that a rule rejects.
 
     Similarity is cosine within a modality: image to image where both have one, text to text otherwise. (A mean of
@@ -40,34 +44,63 @@ def select(
         candidates: their parts, (Q, K, D) each.
         queries: the parts of the queries, (Q, D) each.
         exclude_Q: row of each query's own document, which is never taken; `NONE` if it is not in the bank.
+        taken_QT: rows that each query has already, `NONE` where there are fewer. They are not taken again, and nothing
+            that is like one of them is.
+        taken: their parts, (Q, T, D) each.
 
     Returns:
-        the rows taken (Q, count), filled up with `NONE`, and how many candidates were looked at (`seen`) and skipped by
-        each rule (`itself`, `modality`, `like_query`, `like_taken`).
+        the rows taken now (Q, count), filled up with `NONE`, and for each query (Q,) how many candidates were looked at
+        (`seen`) and skipped by each rule (`itself`, `modality`, `like_query`, `like_taken`).
     """
     Q, K = candidates_QK.shape
+    if taken_QT is None or taken is None:
+        taken_QT, taken = np.zeros((Q, 0), np.int64), candidates.rows(np.s_[:, :0])
+    T = taken_QT.shape[1]
+
+    # What was taken before stands in front of the places of what is taken now.
+    rows_QN = np.concatenate([taken_QT, np.full((Q, count), NONE, np.int64)], axis=1)
+    room_QRD = np.zeros((Q, count, candidates.text_BD.shape[-1]), np.float32)
+    text_QND = np.concatenate([taken.text_BD, room_QRD], axis=1)
+    image_QND = np.concatenate([taken.image_BD, room_QRD], axis=1)
+
     own = Parts(queries.text_BD[:, None], queries.image_BD[:, None])
     to_query_QK = _similarity(candidates, own)[:, :, 0]
-    among_QKK = _similarity(candidates, candidates)
     complete_QK = candidates.has("text") & candidates.has("image")
-    taken_QK = np.zeros((Q, K), bool)
-    rows = np.full((Q, count), NONE, np.int64)
-    verdicts: Counter[str] = Counter()
+    found_Q = np.zeros(Q, np.int64)
+    verdicts = {rule: np.zeros(Q, np.int64) for rule in VERDICTS}
     for k in range(K):
-        left = (taken_QK.sum(axis=1) < count) & (candidates_QK[:, k] != NONE)
-        verdicts["seen"] += int(left.sum())
-        like_taken = np.where(taken_QK, among_QKK[:, k], -np.inf).max(axis=1) > rules.threshold
+        row_Q = candidates_QK[:, k]
+        left = (found_Q < count) & (row_Q != NONE)
+        if not left.any():
+            break
+        verdicts["seen"] += left
+
+        # Similarity to what is taken is looked at one candidate at a time: that of all pairs has no room.
+        candidate = candidates.rows(np.s_[:, k : k + 1])
+        to_taken_QN = _similarity(candidate, Parts(text_QND, image_QND))[:, 0]
+        to_taken_QN[rows_QN == NONE] = -np.inf
+        like_taken = to_taken_QN.max(axis=1, initial=-np.inf) > rules.threshold
+        like_taken |= (rows_QN == row_Q[:, None]).any(axis=1)
         for rule, rejected in (
-            ("itself", candidates_QK[:, k] == exclude_Q),
+            ("itself", row_Q == exclude_Q),
             ("modality", ~complete_QK[:, k] & rules.both_modalities),
             ("like_query", to_query_QK[:, k] > rules.threshold),
             ("like_taken", like_taken),
         ):
-            verdicts[rule] += int((left & rejected).sum())
+            verdicts[rule] += left & rejected
             left &= ~rejected
-        rows[left, taken_QK[left].sum(axis=1)] = candidates_QK[left, k]
-        taken_QK[:, k] = left
-    return rows, +verdicts  # + leaves out the rules that rejected nothing
+
+        place_L = T + found_Q[left]
+        rows_QN[left, place_L] = row_Q[left]
+        text_QND[left, place_L] = candidates.text_BD[left, k]
+        image_QND[left, place_L] = candidates.image_BD[left, k]
+        found_Q += left
+    return rows_QN[:, T:], verdicts
+
+
+def total(verdicts: dict[str, np.ndarray], chosen_Q: np.ndarray) -> Counter[str]:
+    """The verdicts on the candidates of some queries, without the rules that rejected nothing."""
+    return +Counter({rule: int(count_Q[chosen_Q].sum()) for rule, count_Q in verdicts.items()})
 
 
 def _similarity(a: Parts, b: Parts) -> np.ndarray:

@@ -248,15 +248,30 @@ class Run:
             return MemoryBank.load(self.stage("retriever", *BANK_FILES))
         return self.open_bank()
 
+    @property
+    def retrieves_pairs_only(self) -> bool:
+        """Whether the strategy always refuses documents without a text or an image, which no index holds then."""
+        return bool(getattr(self.experiment.retriever.config, "both_modalities", False))
+
     def open_bank(self, *, with_added: bool = True) -> Bank:
-        """The memory bank of a sharded corpus, with or without the documents that were added to it."""
-        return Bank(
+        """The memory bank of a sharded corpus, with or without the documents that were added to it.
+
+        Raises:
+            UserError: for another run's index without the single modalities that this run retrieves.
+        """
+        bank = Bank(
             self.bank_stage("vectors", *SHARD_LISTS),
             self.bank_stage("index"),
             self.encoder_header,
             with_added=with_added,
             verify=self.verify,
         )
+        if bank.pairs_only and not self.retrieves_pairs_only:
+            raise UserError(
+                f"shards.bank: the index of {self.bank_folder} holds only documents with text and image; "
+                "set retriever.both_modalities=true, or make that run's index again with false"
+            )
+        return bank
 
     @cached_property
     def bank_tokens(self) -> TokenShards:

@@ -96,16 +96,28 @@ def make_index_part(run: Run, folder: Path, part: Part) -> None:
     """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
     vectors = run.vectors
     with locked(folder, ".training", wait=True):
-        train(vectors, folder, run.experiment.index, run.experiment.seed)
+        train(
+            vectors,
+            folder,
+            run.experiment.index,
+            run.experiment.seed,
+            pairs_only=run.retrieves_pairs_only,
+        )
     numbers = range(part[0], vectors.count, part[1])
     for number in tqdm(numbers, desc="index", unit="shard", mininterval=2.0, dynamic_ncols=True):
-        add_shard(vectors, number, folder, run.experiment.index)
+        add_shard(vectors, number, folder, pairs_only=run.retrieves_pairs_only)
 
 
 def make_index(run: Run, folder: Path) -> None:
     """Makes the pieces that no worker has made, merges all, and measures the recall."""
     share_out(run, folder, make_index_part)
-    merge(run.vectors, folder, run.experiment.index, run.experiment.seed)
+    merge(
+        run.vectors,
+        folder,
+        run.experiment.index,
+        run.experiment.seed,
+        pairs_only=run.retrieves_pairs_only,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ neighbours

@@ -161,6 +161,10 @@ def _tokens_inputs(run: Run) -> dict[str, Any]:
     return {**_corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
 
 
+def _index_inputs(run: Run) -> dict[str, Any]:
+    return {**run.depends_on("index", "seed"), "pairs_only": run.retrieves_pairs_only}
+
+
 def _neighbours_inputs(run: Run) -> dict[str, Any]:
     settings = _neighbour_settings(run)
     # Where training draws none, none are looked for.
@@ -240,7 +244,7 @@ def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
         ),
         Stage(
             "retriever",
-            2,
+            3,
             _retriever_inputs,
             make_retriever,
             needs=("documents",),
@@ -280,12 +284,12 @@ BANK = (
     ),
     Stage(
         "index",
-        2,
-        _depends_on("index", "seed"),
+        3,
+        _index_inputs,
         make_index,
         make_index_part,
         needs=("vectors",),
-        settings=_recorded("index", "seed"),
+        settings=_recorded("index", "retriever", "seed"),
         expensive=True,
     ),
 )
@@ -294,7 +298,7 @@ BANK = (
 def _neighbours(*needs: str) -> Stage[Run]:
     return Stage(
         "neighbours",
-        2,
+        3,
         _neighbours_inputs,
         make_neighbours,
         make_neighbours_part,
