@@ -29,7 +29,7 @@ from cm3leon.data.instructions.templates import ROLES, TABLE_5
 from cm3leon.data.instructions.templates import fill as fill_template
 from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import decoder_of
-from cm3leon.decoders.generate import Answerer, request_for
+from cm3leon.decoders.generate import Answerer, is_truncated, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.decoders.steps import Way
@@ -82,6 +82,19 @@ class UntunedWarning(Notice):
 
 class ShortageWarning(Notice):
     """Fewer retrieved documents than asked stand in a prompt."""
+
+
+class TruncatedWarning(Notice):
+    """A text was stopped by its length before it ended."""
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """A document with the answer that was asked for."""
+
+    document: TokenDocument
+    truncated: bool
+    """Whether the answer is a text that was stopped by its length before it ended."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +307,7 @@ class CM3Leon:
         seeds: Sequence[NonNegativeInt],
         decoder: DecoderChoice = None,
         most: PositiveInt = 64,
-    ) -> list[list[TokenDocument]]:
+    ) -> list[list[Completed]]:
         """Some of the samples of a registered task's answers: for each document, the completed ones.
 
         Sample n of a document is the same whichever others are asked for, up to rounding.
@@ -303,25 +316,28 @@ class CM3Leon:
             retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
             samples: their numbers.
             seeds: of the first sample of each document; the others count on from it.
-            most: pieces of an answer in text.
+            most: pieces of an answer in text; the answers say whether they were cut there.
         """
         _check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
         if samples.start < 0 or samples.step != 1:
             raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
         built = self._task_with_room(task, most)
-        requests = []
+        prompts, requests = [], []
         for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
             prompt, _ = self._fitting(built, document, list(rows))
             request = self._request(prompt, decoder, range(seed, seed + samples.stop))
+            prompts.append(prompt)
             requests.append(request.part(samples))
-        ends = self.run.vocab.end_of_span
-        return [
-            [
-                built.complete(document, np.array([t for t in tokens if t != ends], np.int64))
-                for tokens in drawn
-            ]
-            for document, drawn in zip(documents, self._answers(requests), strict=True)
-        ]
+
+        ends, found = self.run.vocab.end_of_span, self._answers(requests)
+        result: list[list[Completed]] = [[] for _ in documents]
+        for number, drawn in enumerate(found):
+            for tokens in drawn:
+                answer_T = np.array([token for token in tokens if token != ends], np.int64)
+                completed = built.complete(documents[number], answer_T)
+                cut = is_truncated(prompts[number], answer_T, self.run.seq_len)
+                result[number].append(Completed(completed, cut))
+        return result
 
     @checked
     def fitting(
@@ -382,7 +398,7 @@ class CM3Leon:
         seed: NonNegativeInt = 0,
         most: PositiveInt = 64,
     ) -> str:
-        """A text for an image, of at most so many pieces."""
+        """A text for an image, of at most so many pieces; a warning says where it was cut there."""
         task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
         pixels_HWC = self._pixels(image)
         document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
@@ -390,8 +406,7 @@ class CM3Leon:
         prompt, kept = self._fitting(task, document, rows)
         if shortage := _shortage(retrieve, len(rows), len(kept)):
             warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
-        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
-        return self.run.text_tokenizer.decode(tokens)
+        return self.run.text_tokenizer.decode(self._text_answer(prompt, decoder, seed))
 
     @checked
     def infill(
@@ -414,7 +429,7 @@ class CM3Leon:
             box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
                 central square, which is what the tokenizer sees.
             words: characters [start, end) of the text, whose pieces are asked for.
-            most: pieces that the new text may have.
+            most: pieces that the new text may have; a warning says where it was cut there.
         """
         pixels_HWC = self._pixels(image)
         spans: list[AskedSpan] = []
@@ -450,6 +465,8 @@ class CM3Leon:
         new = partial(grammar.infilling, self.run.vocab, gaps)
         of = self._of_each_modality(decoder, decoder)
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+        texts = [ids for kind, ids in grammar.segments_of(tokens, self.run.vocab) if kind == "text"]
+        self._warn_truncated([ids for ids in texts if len(ids) == most], most)
         completed = fill(document, spans, tokens, self.run.vocab)
         codes_N = self.run.tokenizer.codes(completed)
         return Filled(
@@ -496,7 +513,7 @@ class CM3Leon:
         seed: NonNegativeInt = 0,
         most: PositiveInt = 64,
     ) -> str:
-        """The answer to a question about an image, of at most so many pieces.
+        """The answer to a question about an image, of at most so many pieces; a warning says where it was cut there.
 
         Raises:
             UserError: for a model that was not fine-tuned on instructions.
@@ -507,9 +524,8 @@ class CM3Leon:
         )
         task = TASKS.build({"name": "instruction", "max_tokens": most}, **self._task_arguments())
         prompt = task.prompt(document)
-        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
-        kept = tokens[:-1] if tokens and tokens[-1] == prompt.end else tokens
-        return self.run.text_tokenizer.decode(np.array(kept, np.int64)).strip()
+        answer_T = self._text_answer(prompt, decoder, seed)
+        return self.run.text_tokenizer.decode(answer_T).strip()
 
     @checked
     def interleave(
@@ -527,7 +543,8 @@ class CM3Leon:
 
         Args:
             parts: texts, and images in any form but a path as a text, which would be a text.
-            most: pieces that each text may have, fewer where the model has not as many positions.
+            most: pieces that each text may have, fewer where the model has not as many positions; a warning says where
+                one was cut there.
         """
         given = tuple(
             self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
@@ -555,7 +572,10 @@ class CM3Leon:
         length = images * codes + texts * max(most, 1) + segments
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
         result: list[str | Image.Image] = []
-        for modality, ids in grammar.segments_of(tokens, self.run.vocab):
+        found = list(grammar.segments_of(tokens, self.run.vocab))
+        cut = [ids for modality, ids in found if modality == "text" and len(ids) == most]
+        self._warn_truncated(cut, most)
+        for modality, ids in found:
             if modality == "text":
                 result.append(self.run.text_tokenizer.decode(ids))
             else:
@@ -621,6 +641,26 @@ class CM3Leon:
     def _answers(self, requests: Sequence[Request]) -> list[list[list[int]]]:
         with self._computing():
             return self._answerer.answers(requests)
+
+    def _text_answer(self, prompt: Any, decoder: DecoderChoice, seed: int) -> np.ndarray:
+        """The only sample of a prompt for a text, without its end; a warning says where it was cut."""
+        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
+        ended = bool(tokens) and tokens[-1] == prompt.end
+        answer_T = np.array(tokens[:-1] if ended else tokens, np.int64)
+        cut = is_truncated(prompt, answer_T, self.run.seq_len)
+        self._warn_truncated([answer_T] if cut else [], len(answer_T), stacklevel=5)
+        return answer_T
+
+    def _warn_truncated(self, cut: Sequence[Any], pieces: int, *, stacklevel: int = 4) -> None:
+        """Say of texts that were stopped at so many pieces that they were."""
+        if cut:
+            what = "the text was" if len(cut) == 1 else f"{len(cut)} texts were"
+            warnings.warn(
+                f"{what} cut at {pieces} pieces, before the end; raise `most`, where the model's "
+                f"{self.run.seq_len} positions have room",
+                TruncatedWarning,
+                stacklevel=stacklevel,
+            )
 
     def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
         built = self._decoder(decoder, prompt.modality)

@@ -9,13 +9,15 @@ python -m cm3leon.run edit run=runs/scenes/tuned image=scene.png instruction="Ma
 
 `image` is a file, or a folder whose images are all asked, those below it too. Each gets a line of JSON, printed or in
 `out`; new images go beside the lines. An image that has its line is not asked again by the same command, and one that
-cannot be used is named at the end, which then has exit code 3.
+cannot be used is named at the end, which then has exit code 3. The line of a text that was cut at `most` pieces, before
+its end, has `truncated`, and their number is said at the end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -25,7 +27,7 @@ from typing import Annotated, Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from cm3leon.api import CM3Leon
+from cm3leon.api import CM3Leon, TruncatedWarning
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
 from cm3leon.data.images import SUFFIXES
 from cm3leon.decoders.steps import Way
@@ -67,6 +69,8 @@ class AskOptions(Opening):
 
     retrieve = 0
     """Documents of the memory bank that are put before a prompt; an option where the command has one."""
+    most = 0
+    """Pieces of a text that is asked for; an option where the command has one."""
 
 
 @dataclass(kw_only=True)
@@ -277,17 +281,48 @@ def _ask(options: AskOptions, out: Path | None, answer: Answer) -> None:
         )
         done = set() if out is None else _done(options, out, model, images)
         failed: dict[str, str] = {}
+        truncated, said = 0, set[str]()
         left = [name for name in images if name not in done]
         for name in tqdm(
             left, desc="ask", unit="image", dynamic_ncols=True, disable=len(images) == 1
         ):
             try:
-                found = answer(model, images[name], _saver(out, name))
+                found, cut = _counted(answer, model, images[name], _saver(out, name), said)
             except (UserError, OSError) as error:
                 failed[name] = str(error)
                 continue
-            _write({"image": name, "sha256": _digest(images[name]), **found}, out)
+            truncated += cut
+            told = {"truncated": True} if cut else {}
+            _write({"image": name, "sha256": _digest(images[name]), **found, **told}, out)
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(left) - len(failed)} texts were cut before their end; "
+            f"raise most, which is {options.most}",
+            TruncatedWarning,
+            stacklevel=3,
+        )
     _conclude(failed, done, images, out)
+
+
+def _counted(
+    answer: Answer, model: CM3Leon, image: Path, save: Save, said: set[str]
+) -> tuple[dict[str, Any], bool]:
+    """What is answered about an image, and whether a text of it was cut.
+
+    Args:
+        said: what other warnings have said; one that is not among them passes.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = answer(model, image, save)
+    cut = False
+    for each in caught:
+        if issubclass(each.category, TruncatedWarning):
+            cut = True
+        elif str(each.message) not in said:
+            said.add(str(each.message))
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return found, cut
 
 
 def _images(place: Path) -> dict[str, Path]:

@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
-from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning
+from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
+from cm3leon.decoders.request import Request
 from cm3leon.locks import locked
 from cm3leon.records import sha256
-from cm3leon.registry import DECODERS, discover
+from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.run import main
+from cm3leon.stages import generate as generate_stage
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 discover()
@@ -99,6 +103,61 @@ def test_captions_and_their_likelihoods(model: CM3Leon) -> None:
     one_by_one = [model.score(texts=[each], image=picture())[0] for each in texts]
     assert scores == pytest.approx(one_by_one, rel=1e-4)
     assert len(model.score(images=[picture(0), picture(1)], text="a seven")) == 2
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_texts_that_do_not_end_are_told(
+    model: CM3Leon, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """Each call is given a model that ends its texts behind two of three pieces, or never."""
+    vocab = model.run.vocab
+    piece = model.run.text_tokenizer.encode("a")[-1]
+    closed: dict[str, int] = {}
+
+    def answers(requests: Sequence[Request]) -> list[list[list[int]]]:
+        drawn = [piece, piece, closed["by"]] if ends else [piece] * 3
+        return [[drawn for _ in request.seeds] for request in requests]
+
+    monkeypatch.setattr(model, "_answers", answers)
+    calls = {
+        "caption": partial(model.caption, picture(), most=3),
+        "answer": partial(model.answer, picture(), "What is it?", most=3),
+        "infill": partial(model.infill, picture(), "a seven", words=(0, 1), most=3),
+        "interleave": partial(model.interleave, ["a seven", picture()], segments=1, most=3),
+    }
+    for name, call in calls.items():
+        closed["by"] = vocab.eos if name == "interleave" else vocab.end_of_span
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        told = [each for each in caught if issubclass(each.category, TruncatedWarning)]
+        assert len(told) == (0 if ends else 1), name
+        assert all("cut at 3 pieces" in str(each.message) for each in told)
+        assert all(each.filename == __file__ for each in told), "it names the caller's line"
+
+    closed["by"] = vocab.end_of_span
+    asked = {"task": "instruction", "documents": [question(model)], "retrieved": [[]]}
+    ((one, two),) = model.ask(**asked, samples=range(2), seeds=[0], most=3)  # type: ignore[arg-type]
+    assert (one.truncated, two.truncated) == (not ends, not ends)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_s_own_texts_say_whether_they_were_cut(
+    model: CM3Leon, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """The task allows a number of tokens; those of a model that ends are one short of it."""
+    task = TASKS.build({"name": "caption", "max_tokens": 5}, **model._task_arguments())
+    monkeypatch.setattr(generate_stage, "_build_task", lambda run, name: task)
+    piece = model.run.text_tokenizer.encode("a")[-1]
+    monkeypatch.setattr(
+        generate_stage,
+        "generate",
+        lambda module, prompts, *_, **__: [np.full(5 - ends, piece) for _ in prompts],
+    )
+    setting = generate_stage.Setting("caption", "held_out", 0, False, None)
+    found = list(generate_stage._generate(model.run, setting))
+    assert found
+    assert [generation.truncated for generation in found] == [not ends] * len(found)
 
 
 def test_answers_to_a_question_are_scored_as_they_are_asked_for(model: CM3Leon) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from command_line import cm3leon
 from PIL import Image
 
 from cm3leon import ask
+from cm3leon.api import ShortageWarning, TruncatedWarning
 from cm3leon.data.images import read_given_image
 from cm3leon.types import PARTLY
 
@@ -105,6 +107,27 @@ def test_only_what_is_missing_is_asked_again(model: Model, images: Path, tmp_pat
     model.digest = "trained anew"
     said = cm3leon(*words, check=False)
     assert (said.returncode, "was made with other settings (model)" in said.stderr) == (2, True)
+
+
+def test_texts_that_were_cut_have_it_in_their_lines_and_are_counted(
+    model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the three are cut; another warning, which comes with each, is shown once all the same."""
+
+    def caption(image: Path, **_: Any) -> str:
+        warnings.warn("no room", ShortageWarning, stacklevel=2)
+        shade = model._shade(image)
+        if shade:
+            warnings.warn("it was cut", TruncatedWarning, stacklevel=2)
+        return str(shade)
+
+    monkeypatch.setattr(model, "caption", caption)
+    out = tmp_path / "captions.jsonl"
+    said = cm3leon("caption", "run=x", f"image={images}", f"out={out}", "most=7")
+    assert [line.get("truncated") for line in lines(out)] == [None, True, True]
+    assert "2 of 3 texts were cut before their end; raise most, which is 7" in said.stderr
+    assert "it was cut" not in said.stderr
+    assert said.stderr.count("no room") == 1
 
 
 def test_images_go_beside_their_lines(model: Model, images: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from scipy.stats import chi2, kstest
 from cm3leon.config import from_mapping
 from cm3leon.decoders.decoders import Beam, ContrastiveK, Decoder, Edit, Greedy, TopP
 from cm3leon.decoders.engine import Answer
-from cm3leon.decoders.generate import generate
+from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
 from cm3leon.decoders.processors import draw, gumbel_noise, keep_top_p, split_mix, stream_key
 from cm3leon.models.transformer import Transformer
@@ -538,6 +538,41 @@ def test_text_is_cut_where_the_positions_end_for_each_prompt_by_itself() -> None
     ]
     answers = generate(model(), asked, Endless(), vocab=VOCAB, seeds=range(5))
     assert [len(answer_T) for answer_T in answers] == [30, 4, 30, 1, 30]
+    # All of them are truncated: three by their length, two by the model's positions.
+    cut = [is_truncated(*pair, SEQ_LEN) for pair in zip(asked, answers, strict=True)]
+    assert cut == [True] * 5
+
+
+class EndsAt:
+    """Would end a text behind so many pieces."""
+
+    streams = 1
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces, self.drawn = pieces, 0
+
+    def logits(
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+    ) -> torch.Tensor:
+        end = self.drawn == self.pieces
+        self.drawn += 1
+        likely = torch.full_like(conditional_BV, -torch.inf)
+        return likely.index_fill(1, torch.tensor([0 if end else 1]), 0.0)
+
+
+@pytest.mark.parametrize(("pieces", "cut"), [(0, False), (4, False), (5, True), (6, True)])
+def test_a_text_is_truncated_where_its_end_was_not_drawn(pieces: int, cut: bool) -> None:
+    """Of five tokens the end is one: behind four pieces it is drawn, behind five there is no room for it."""
+    asked = prompt(np.random.default_rng(0), 5, "text", 5, False)
+    (answer_T,) = generate(model(), [asked], EndsAt(pieces), vocab=VOCAB, seeds=[0])
+    assert len(answer_T) == min(pieces, 5)
+    assert is_truncated(asked, answer_T, SEQ_LEN) is cut
+
+
+def test_images_are_never_truncated() -> None:
+    asked = prompt(np.random.default_rng(0), 5, "image", 4, False)
+    (answer_T,) = generate(model(), [asked], built("greedy"), vocab=VOCAB, seeds=[0])
+    assert (len(answer_T), is_truncated(asked, answer_T, SEQ_LEN)) == (4, False)
 
 
 @pytest.mark.parametrize(

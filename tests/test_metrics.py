@@ -26,7 +26,7 @@ from cm3leon.evaluation.metrics import (
     psnr,
 )
 from cm3leon.registry import METRICS, SOURCES, discover
-from cm3leon.stages.evaluate import with_all_documents
+from cm3leon.stages.evaluate import truncated, with_all_documents
 from cm3leon.stages.generate import Generation, Setting
 
 discover()
@@ -278,3 +278,8 @@ def test_prompts_with_fewer_documents_than_asked_are_counted() -> None:
     retrieved: list[list[int]] = [[1, 2], [3], [], [4, 5]]
     generations = [Generation(0, rows, "a", []) for rows in retrieved]
     assert with_all_documents(setting, generations) == proportion(np.array([1, 0, 0, 1], bool))
+
+
+def test_truncated_texts_are_counted() -> None:
+    generations = [Generation(0, [], "a", [], cut) for cut in (True, False, True, True)]
+    assert truncated(generations) == proportion(np.array([1, 0, 1, 1], bool))

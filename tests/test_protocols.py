@@ -20,6 +20,7 @@ from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_ima
 from cm3leon.evaluation.protocols.scenes import SceneCompositions, SceneEntities, SceneTask
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
 from cm3leon.study import asking as asking_module
+from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.types import UserError
 
 discover()
@@ -269,6 +270,30 @@ def test_an_image_is_captioned_once_and_measured_against_all_its_captions(tmp_pa
     assert cider > next(
         measured.value for name, measured in wrong.items() if name.startswith("CIDEr")
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "measure", "max_tokens"),
+    [
+        ("vqa", "vqa", 32),
+        ("karpathy", "captions", 64),
+        ("image_paragraph", "captions", 256),
+        ("scienceqa", "options", 384),
+    ],
+)
+def test_answers_may_be_as_long_as_those_of_their_data_set(name, measure, max_tokens, tmp_path):
+    assert answering(name, tmp_path, measure).max_tokens == max_tokens
+
+
+@pytest.mark.parametrize("task", ["caption", "paragraph", "vqa", "reasoning"])
+def test_true_answers_about_scenes_are_not_cut(task):
+    """By a tokenizer of as many pieces as the studies of scenes have."""
+    asking = SceneTask(SceneTask.Config(world=World(), side=48, task=task, count=60))
+    answers = [true_answer(item, "text").text for item in asking.items()]
+    captions = SceneTask(SceneTask.Config(world=World(), side=48, task="caption", count=60))
+    texts = [true_answer(item, "text").text for item in captions.items()]
+    tokenizer = TextTokenizer.train(TextTokenizerConfig(vocab_size=512), texts)
+    assert max(len(tokenizer.encode(answer)) for answer in answers) < asking.max_tokens
 
 
 def test_options_are_told_by_letter_or_text(tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import yaml
 from instruction_corpora import dense_annotations, visdial
 
 from cm3leon.api import CM3Leon, UntunedWarning
-from cm3leon.config import SHIPPED
+from cm3leon.config import SHIPPED, Component
 from cm3leon.data.instructions.templates import TABLE_5
 from cm3leon.data.source import squared
 from cm3leon.experiment import Experiment, is_study, list_experiments, load_experiment
@@ -318,6 +319,84 @@ def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monke
     assert not any("all_documents" in row for row in again)
     assert [row["metrics"] for row in again] == [row["metrics"] for row in (without, two, nine)]
     assert ">all documents</th>" not in (folder / "report.html").read_text()
+
+
+def questions_study(made: tuple[Path, Path], place: Path, **setting: object) -> dict:
+    """The row of a study of ten questions, whose answers lie in `place / "run"`."""
+    questions = {
+        "title": "Questions",
+        "protocol": section("vqa", 10),
+        "models": {"tuned": str(made[1] / "tuned")},
+        "setting": setting,
+    }
+    file, folder = place / "questions.yaml", place / "run"
+    file.write_text(yaml.safe_dump({"title": "Questions", "evaluations": {"questions": questions}}))
+    run_study(load_study(str(file), (), folder), folder)
+    (row,) = results(folder)["evaluations"]["questions"]
+    return row
+
+
+@pytest.mark.parametrize(("endless", "share"), [(10, 1.0), (0, 0.0), (3, 0.3)])
+def test_truncated_answers_are_counted_stored_and_shown(
+    made, tmp_path, monkeypatch, capsys, endless, share
+):
+    """The first of the answers never end, the others do behind the last piece that leaves room for it."""
+    asked: list[int] = []
+
+    def drawn_by(self, requests):
+        drawn = []
+        for request in requests:
+            ends = len(asked) >= endless
+            asked.append(request.length)
+            piece, end = self.run.text_tokenizer.encode("a")[-1], self.run.vocab.end_of_span
+            drawn.append([[piece] * (request.length - ends) + [end] * ends])
+        return drawn
+
+    monkeypatch.setattr(CM3Leon, "_answers", drawn_by)
+    row = questions_study(made, tmp_path)
+    assert asked == [32] * 10
+    assert row["max_tokens"] == row["identity"]["setting"]["max_tokens"] == 32
+    assert (row["truncated"]["value"], row["truncated"]["n"]) == (share, 10)
+    held = np.concatenate([each["truncated"] for each in answers(tmp_path / "run").values()])
+    assert held.tolist() == [[number < endless] for number in range(10)]
+    assert f"truncated at 32 tokens {shown(share)}" in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ">truncated</th>" in page
+    assert "cut at their longest, 32 tokens" in page
+
+
+def test_another_length_is_another_row(made, tmp_path, monkeypatch):
+    """What the protocol allows is the same row whether it is said or not; another length is asked anew."""
+
+    def rows_answered() -> int:
+        return len({Path(name).parent for name in answers(tmp_path / "run")})
+
+    first = questions_study(made, tmp_path)
+    assert questions_study(made, tmp_path, max_tokens=32)["identity"] == first["identity"]
+    assert rows_answered() == 1
+    shorter = questions_study(made, tmp_path, max_tokens=3)
+    assert shorter["identity"]["setting"]["max_tokens"] == 3
+    assert rows_answered() == 2
+
+    # Where the protocol's own length changes, its rows are asked anew, too.
+    before = asking.Asking.max_tokens
+    monkeypatch.setattr(asking.Asking, "max_tokens", lambda *of: before(*of) and 33)
+    assert questions_study(made, tmp_path)["identity"]["setting"]["max_tokens"] == 33
+    assert rows_answered() == 3
+
+
+def test_a_length_of_images_is_refused(made, tmp_path):
+    (row, *_) = results(made[1])["evaluations"]["images"]
+    assert not {"max_tokens", "truncated"} & {*row, *row["identity"]["setting"]}
+    content = yaml.safe_load(made[0].read_text())
+    images = {**content["evaluations"]["images"], "models": {"first": str(made[1] / "first")}}
+    images["setting"] = {"max_tokens": 8, "decoder": {"name": "top_p"}}
+    file = tmp_path / "images.yaml"
+    file.write_text(yaml.safe_dump({"title": "Images", "evaluations": {"images": images}}))
+    with pytest.raises(
+        UserError, match=r"max_tokens is 8, and the answers of scene_task are images"
+    ):
+        run_study(load_study(str(file), (), tmp_path / "run"), tmp_path / "run")
 
 
 def test_a_model_that_learned_other_tasks_says_so(made):
@@ -659,3 +738,47 @@ def test_every_shipped_study_loads(tmp_path):
     for name in filter(is_study, list_experiments()):
         study = load_study(name, (), tmp_path)
         assert all(rows(key, evaluation) for key, evaluation in study.evaluations.items())
+
+
+def contrastive(decoder: Component | None) -> list[Any]:
+    """The settings of CD-K in a decoder, of those in a mixture too."""
+    if decoder is None:
+        return []
+    inner = getattr(decoder.config, "decoders", [])
+    own = [decoder.config] if decoder.name == "cd_k" else []
+    return [*own, *(config for each in inner for config in contrastive(each))]
+
+
+def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
+    """Those for 8,192 codes do not take over what was best for the digits' 128, and all pages say so."""
+    used = {}
+    for name in filter(is_study, list_experiments()):
+        study = load_study(name, (), tmp_path)
+        found = [
+            (config.alpha, config.k)
+            for key, evaluation in study.evaluations.items()
+            for row in rows(key, evaluation)
+            for config in contrastive(row.setting.decoder)
+        ]
+        if found and name != "eval_cd_k_sweep":
+            used[name] = set(found)
+            assert "not tuned" in study.about, name
+    paper, digits = {(0.1, 32)}, {(0.3, 2)}
+    assert used == {
+        "eval_samples_sweep": paper,
+        "eval_coco_fid30k": paper,
+        "gallery": paper,
+        "scenes_samples_sweep": digits,
+    }
+
+
+def test_cd_k_is_tuned_on_captions_that_no_other_study_measures(tmp_path):
+    tuning = load_study("eval_cd_k_sweep", (), tmp_path).evaluations["tuning"]
+    settings = [contrastive(row.setting.decoder)[0] for row in rows("tuning", tuning)]
+    assert {(0.1, 32), (0.3, 2)} <= {(config.alpha, config.k) for config in settings}
+    others = set()
+    for name in filter(is_study, list_experiments()):
+        for key, evaluation in load_study(name, (), tmp_path).evaluations.items():
+            if key != "tuning" and evaluation.protocol.name == "captioned_images":
+                others.add(getattr(evaluation.protocol.config.data.config, "path", None))
+    assert tuning.protocol.config.data.config.path not in others

@@ -190,18 +190,36 @@ def generate(
     return result
 
 
+def longest_answer(prompt: Prompt, seq_len: int) -> int:
+    """Tokens that an answer may have: those of an image exactly, a text's as far as the positions go."""
+    if prompt.modality == "image":
+        return prompt.length
+    streams = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
+    longest = max(len(ids_T) for ids_T in streams if ids_T is not None)
+    room = max(seq_len - longest, min(1, prompt.length))
+    return min(prompt.length, room)
+
+
+def is_truncated(prompt: Prompt, answer_T: Sequence[int] | np.ndarray, seq_len: int) -> bool:
+    """Whether a text was stopped by its length, or by the model's positions, before it ended.
+
+    Args:
+        answer_T: without the token that ends it. That one counts as a token of the answer, too, so that an answer which
+            ended is shorter than the longest one.
+    """
+    return prompt.modality == "text" and len(answer_T) >= longest_answer(prompt, seq_len)
+
+
 def request_for(
     prompt: Prompt, decoder: Decoder, *, vocab: Vocab, seeds: Sequence[int], seq_len: int
 ) -> Request:
     """Samples of a prompt, whose text answer ends at the latest where the model's positions do."""
     of_prompt = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
     streams = tuple(ids_T for ids_T in of_prompt if ids_T is not None)
+    length = longest_answer(prompt, seq_len)
     if prompt.modality == "image":
-        length = prompt.length
         new: grammar.NewGrammar = partial(grammar.image, vocab, length)
     else:
-        room = max(seq_len - max(map(len, streams)), min(1, prompt.length))
-        length = min(prompt.length, room)
         new = partial(grammar.text, vocab, length, prompt.end)
     of = [{prompt.modality: decoder_of(decoder, number)} for number in range(len(seeds))]
     return Request(streams, new, length, of, seeds)

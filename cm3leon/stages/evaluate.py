@@ -133,9 +133,11 @@ class Evaluator:
         """All metrics of a setting that apply to it."""
         generated = self.generated(setting)
         measured = {name: metric(generated) for name, metric in self.metrics.items()}
+        generations = read_generations(self.run.folder / "generation", setting)
         if setting.documents:
-            generations = read_generations(self.run.folder / "generation", setting)
             measured["all_documents"] = with_all_documents(setting, generations)
+        if TASKS.get(setting.task).answers_in == "text":
+            measured["truncated"] = truncated(generations)
         return {
             **asdict(setting),
             "n": len(generated.codes_BN),
@@ -204,6 +206,11 @@ def with_all_documents(setting: Setting, generations: Sequence[Generation]) -> M
     return proportion(
         np.array([len(generation.retrieved) >= setting.documents for generation in generations])
     )
+
+
+def truncated(generations: Sequence[Generation]) -> Measured:
+    """Share of the texts that were stopped by their length before they ended."""
+    return proportion(np.array([generation.truncated for generation in generations]))
 
 
 def chosen_cfg(measured: list[dict[str, Any]]) -> float | None:

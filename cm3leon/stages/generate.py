@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
 from cm3leon.data.shuffle import wrapped
-from cm3leon.decoders.generate import generate
+from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.models.serving import keep_weights
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
@@ -53,6 +53,8 @@ class Generation:
     retrieved: list[int]
     caption: str
     codes: list[int]
+    truncated: bool = False
+    """Whether the answer is a text that was stopped by its length before it ended."""
 
 
 def make_generations(run: Run, folder: Path) -> None:
@@ -141,10 +143,14 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
             batch_size=run.experiment.generation.batch_size,
             on_answer=lambda _: progress.update(),
         )
-    for row, others, document, answer in zip(rows, retrieved, documents, answers, strict=True):
-        completed = task.complete(document, answer)
+    for number, (row, others) in enumerate(zip(rows, retrieved, strict=True)):
+        completed = task.complete(documents[number], answers[number])
         yield Generation(
-            row, others, run.tokenizer.caption(completed), run.tokenizer.codes(completed).tolist()
+            row,
+            others,
+            run.tokenizer.caption(completed),
+            run.tokenizer.codes(completed).tolist(),
+            is_truncated(prompts[number], answers[number], run.seq_len),
         )
 
 

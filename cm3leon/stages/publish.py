@@ -54,6 +54,7 @@ LABELS = {
     "given_kept": "given part unchanged",
     "clip_score": "likeness of text and image",
     "copied": "copies",
+    "truncated": "cut by their length",
 }
 """Metrics whose names do not say enough."""
 
@@ -103,6 +104,12 @@ def closing(run: Run, metrics: Entry) -> list[str]:
             lines.append(
                 f"  {label:<28} {_percent(entry['accuracy']):>8}   95 % interval "
                 f"{100 * low:.1f} to {100 * high:.1f}   aim {100 * aim:.0f} %: {_AIMED[aim_status(figure, aim)]}"
+            )
+    for entry in found:
+        if entry.get("truncated"):
+            lines.append(
+                f"  {round(entry['truncated'] * entry['n'])} of {entry['n']} texts of {entry['task']} with "
+                f"{entry['documents']} documents were cut by their length; raise max_tokens of the task"
             )
     psnr = metrics["reconstruction_psnr"]
     lines.append(f"  {'images from their codes':<28} {psnr:>5.1f} dB   PSNR of held-out images")

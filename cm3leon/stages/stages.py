@@ -336,7 +336,7 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
         ),
         Stage(
             "generation",
-            3,
+            4,
             _depends_on(*generated),
             make_generations,
             needs=("pretraining",),
@@ -345,7 +345,7 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
         ),
         Stage(
             "evaluation",
-            4,
+            5,
             _depends_on("metrics"),
             make_evaluation,
             needs=("generation",),

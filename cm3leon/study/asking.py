@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon.api import CM3Leon, UsedDocument
+from cm3leon.api import CM3Leon, Completed, UsedDocument
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import (
@@ -60,6 +60,8 @@ class Setting:
     """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
     seed: Seed = 0
     """Of the first sample of the first item."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of an answer in text, at most; null = as many as the protocol says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +130,12 @@ class Asking:
             raise UserError(
                 f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be 1"
             )
+        if row.setting.max_tokens is not None and self.max_tokens(row) is None:
+            answers = "candidates that are ranked" if self.protocol.ranks else "images"
+            raise UserError(
+                f"setting.max_tokens is {row.setting.max_tokens}, and the answers of {self.component.name} are "
+                f"{answers}; leave it out"
+            )
         place = self.place(row)
         missing = [
             number for number in numbers if _samples_of(_file(place, number)) < row.setting.samples
@@ -175,6 +183,11 @@ class Asking:
                 "seconds": seconds,
                 "notes": self.protocol.notes(items),
             }
+            if (max_tokens := self.max_tokens(row)) is not None:
+                result["max_tokens"] = max_tokens
+                result["truncated"] = asdict(
+                    proportion(np.array([answer.truncated for answer in answers]))
+                )
             share = self._with_all_documents(row)
             if share is not None:
                 result["all_documents"] = asdict(share)
@@ -199,7 +212,10 @@ class Asking:
                 ]
                 continue
             if self.protocol.answers_in == "text":
-                found += [Answer(text=str(texts[0])) for texts in held["texts"]]
+                found += [
+                    Answer(text=str(texts[0]), truncated=bool(truncated[0]))
+                    for texts, truncated in zip(held["texts"], held["truncated"], strict=True)
+                ]
                 continue
             clip_In = held["clip"][:, : row.setting.samples]
             best_I = clip_In.argmax(axis=1)
@@ -259,7 +275,7 @@ class Asking:
         model = self.model(row)
         items = [self.items(row)[place] for place in places]
         documents = self._token_documents(model, items)
-        rows = self._retrieved(model, items, documents, row.setting.documents)
+        rows = self._retrieved(model, items, documents, row)
         return [model.used_documents(each) for each in rows]
 
     def place(self, row: Row) -> Path:
@@ -269,12 +285,15 @@ class Asking:
 
     def identity(self, row: Row) -> dict[str, Any]:
         """All that a row's answers depend on but the number of samples."""
-        left_out = {"samples", "bank"} | (
+        left_out = {"samples", "bank", "max_tokens"} | (
             {"checkpoint"} if row.setting.checkpoint is None else set()
         )
         setting = {
             name: value for name, value in to_mapping(row.setting).items() if name not in left_out
         }
+        # Those of the protocol, too: answers that were cut at another length are other answers.
+        if (max_tokens := self.max_tokens(row)) is not None:
+            setting["max_tokens"] = max_tokens
         return {
             "version": VERSION,
             "protocol": result_settings(self.component),
@@ -283,6 +302,17 @@ class Asking:
             "setting": setting,
             "bank": _bank_of(row.setting.bank) if row.setting.bank else None,
         }
+
+    def max_tokens(self, row: Row) -> int | None:
+        """Tokens that an answer in text may have; None where answers are images, or candidates that are ranked."""
+        if self.protocol.answers_in == "image" or self.protocol.ranks:
+            return None
+        return row.setting.max_tokens or self.protocol.max_tokens
+
+    def _most(self, row: Row) -> dict[str, int]:
+        """The same as the API's argument, which is left out where nothing is answered in text."""
+        max_tokens = self.max_tokens(row)
+        return {} if max_tokens is None else {"most": max_tokens}
 
     def _with_all_documents(self, row: Row) -> Measured | None:
         """Share of the items that had as many retrieved documents as the setting asks for.
@@ -334,9 +364,9 @@ class Asking:
         samples = range(_samples_of(file), setting.samples)
         wants_image = self.protocol.answers_in == "image"
         documents = self._token_documents(model, items)
-        drawn: list[list[Any]] = [[] for _ in items]
+        drawn: list[list[Completed]] = [[] for _ in items]
         made: dict[str, np.ndarray] = {}
-        retrieved = self._retrieved(model, items, documents, setting.documents)
+        retrieved = self._retrieved(model, items, documents, row)
         if self.protocol.ranks:
             made["scores"] = self._ranks(model, items, documents, retrieved)[:, None]
             samples = range(0)
@@ -349,12 +379,13 @@ class Asking:
                 samples=samples,
                 seeds=[(setting.seed + number * SHARD + place) * SEEDS for place in places],
                 decoder=setting.decoder,
+                **self._most(row),
             )
             for place, completed in zip(places, found, strict=True):
                 drawn[place] = completed
         if wants_image:
             made["codes"] = np.array(
-                [[_last_codes(model, each) for each in of] for of in drawn]
+                [[_last_codes(model, each.document) for each in of] for of in drawn]
             ).astype(np.int32)
             made["clip"] = np.stack(
                 [
@@ -363,7 +394,10 @@ class Asking:
                 ]
             )
         elif not self.protocol.ranks:
-            made["texts"] = np.array([[_answered_text(model, each) for each in of] for of in drawn])
+            made["texts"] = np.array(
+                [[_answered_text(model, each.document) for each in of] for of in drawn]
+            )
+            made["truncated"] = np.array([[each.truncated for each in of] for of in drawn])
         for name in made:
             if name in held:
                 made[name] = np.concatenate([held[name], made[name]], axis=1)
@@ -406,14 +440,17 @@ class Asking:
         model: CM3Leon,
         items: Sequence[Item],
         documents: Sequence[TokenDocument],
-        count: int,
+        row: Row,
     ) -> list[list[int]]:
-        """Rows of the bank that stand in each item's prompt, at most `count`: as many as are found and have room."""
+        """Rows of the bank that stand in each item's prompt: of those that the setting asks for, as many as are found
+        and leave room for the longest answer."""
+        count = row.setting.documents
         rows: list[list[int]] = [[] for _ in items]
         for task in dict.fromkeys(item.task for item in items if count):
             places = [place for place, item in enumerate(items) if item.task == task]
             found = self._found(model, task, [items[place] for place in places], count)
-            fitting = model.fitting(task, [documents[place] for place in places], found)
+            of_task = [documents[place] for place in places]
+            fitting = model.fitting(task, of_task, found, **self._most(row))
             for place, kept in zip(places, fitting, strict=True):
                 rows[place] = kept
         return rows

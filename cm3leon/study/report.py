@@ -36,6 +36,7 @@ SEEDS = (
     "Answers that are shown are of the first seed."
 )
 ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
+TRUNCATED = "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they ended."
 CEILING = (
     "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
     "items."
@@ -116,6 +117,12 @@ def _section(
                     rows[0]["items"],
                 ]
             )
+    if "truncated" in rows[0]:
+        columns.append("truncated")
+        for line, row in zip(table, rows, strict=False):
+            line.append(_cell(row["truncated"]))
+        for line in table[len(rows) :]:
+            line.append("")
     if any("all_documents" in row for row in rows):
         columns.append("all documents")
         table = [
@@ -128,6 +135,9 @@ def _section(
         ] + [[*line, ""] for line in table[len(rows) :]]
     one: Mapping[str, Any] = next(iter(rows[0]["metrics"].values()), {})
     notes = [SEEDS.format(count=len(one["runs"]["values"])) if "runs" in one else NOTE]
+    if "truncated" in columns:
+        lengths = list(dict.fromkeys(row["max_tokens"] for row in rows))
+        notes.append(TRUNCATED.format(lengths=" or ".join(map(str, lengths))))
     if "all documents" in columns:
         notes.append(ALL_DOCUMENTS)
     if "ceiling" in rows[0]:
@@ -228,10 +238,11 @@ def _card(example: Example) -> Card:
     status = None if example.right is None else "good" if example.right else "bad"
     # A retrieved document of text alone has no picture to stand under.
     texts = [f"retrieved: {each.text}" for each in example.retrieved if each.image is None]
+    cut = "truncated" if example.answer.truncated else ""
     return Card(
         [Picture(np.asarray(image)) for image in images],
         title=example.answer.text,
-        caption="; ".join(filter(None, [example.text, *texts])),
+        caption="; ".join(filter(None, [example.text, cut, *texts])),
         retrieved=[
             Picture(np.asarray(each.image), each.text)
             for each in example.retrieved

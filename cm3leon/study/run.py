@@ -163,7 +163,10 @@ def measured(
                 **result,
             }
         )
-        line = ", ".join(_said(metric, value) for metric, value in result["metrics"].items())
+        told = dict(result["metrics"])
+        if "truncated" in result:
+            told[f"truncated at {result['max_tokens']} tokens"] = result["truncated"]
+        line = ", ".join(_said(metric, value) for metric, value in told.items())
         print(f"      {name} | {first.name}: {line}", flush=True)
         pictures.append(asking.shown(first))
     return results, pictures

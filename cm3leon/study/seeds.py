@@ -26,6 +26,8 @@ DRAWS = 2**20
 """Distance between the first seeds of sampling of one seed and the next: more than items there are."""
 PARTS = ("metrics", "ceiling", "chance")
 """Groups of figures in the result of a row."""
+SHARES = ("all_documents", "truncated")
+"""Figures that stand by themselves in the result of a row, where it has them."""
 _COPY = re.compile(r"(.+)-seed_\d+")
 
 
@@ -81,8 +83,9 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 for name in first[part]
                 if all(name in result[part] for result in results)
             }
-    if "all_documents" in first:
-        first["all_documents"] = _combined([result["all_documents"] for result in results])
+    for share in SHARES:
+        if share in first:
+            first[share] = _combined([result[share] for result in results])
     first["seconds"] = sum(result["seconds"] for result in results)
     return first
 

@@ -14,7 +14,13 @@ from cm3leon.data.source import Skipped
 from cm3leon.evaluation.answers import ndcg, option_of, vqa_accuracy
 from cm3leon.evaluation.captions import caption_scores
 from cm3leon.evaluation.metrics import Measured, average, proportion
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing
+from cm3leon.evaluation.protocols.base import (
+    MAX_TOKENS,
+    Answer,
+    Item,
+    Protocol,
+    check_missing,
+)
 from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.types import Document, UserError
 
@@ -76,6 +82,11 @@ class Answers(Protocol):
 
     answers_in = "text"
     has_truth = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        task = SOURCES.get(config.data.name).task_of(config.data.config)
+        self.max_tokens = MAX_TOKENS.get(str(task), Protocol.max_tokens)
 
     @dataclass(kw_only=True)
     class Config:

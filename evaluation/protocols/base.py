@@ -13,6 +13,18 @@ from cm3leon.data.source import squared
 from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
 
+MAX_TOKENS = {"caption": 64, "vqa": 32, "paragraph": 256, "narrative": 256, "reasoning": 384}
+"""Tokens of an answer in text at most, by task: what nearly all answers of its data sets take, at 1.3 tokens a word.
+
+- caption: COCO's sentences have 10 words on average, Flickr30k's 12, hardly one has 45.
+- vqa: 99 % of VQA's answers have at most three words; VizWiz's are as short, 32 tokens hold the text of a label, too.
+- paragraph: those of Image Paragraph have 68 words with a standard deviation of 26 (Krause et al. 2017, table 1); mean
+  and four deviations are 172 words, 224 tokens.
+- narrative: 37 words on average (Pont-Tuset et al. 2020), with a longer tail than captions have.
+- reasoning: ScienceQA's answer is behind an explanation, of 48 words on average, or where that is missing behind a
+  lecture, of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words, more than twice a lecture.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Item:
@@ -37,6 +49,8 @@ class Answer:
     image_HWC: np.ndarray | None = None
     clip: float = float("nan")
     """NaN where the run's retriever has no CLIP."""
+    truncated: bool = False
+    """Whether the text was stopped by its length before it ended."""
     scores_K: np.ndarray | None = None
     """Log-likelihood of each candidate in nats; `text` is the likeliest one then."""
 
@@ -56,6 +70,8 @@ class Protocol(ABC):
     """Whether the items' `options` are scored, instead of an answer being made; in text only."""
     has_truth: bool = True
     """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
+    max_tokens: int = 64
+    """Tokens of an answer in text, at most, unless a study's setting says otherwise; see `MAX_TOKENS`."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -15,7 +15,7 @@ from cm3leon.data.files import MarkedImage
 from cm3leon.data.images import UnusableImage, read_image
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.evaluation.metrics import Measured, average
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, clip_score
+from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, clip_score
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -75,6 +75,7 @@ class Showcase(Protocol):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.answers_in = "text" if config.task in IN_TEXT else "image"
+        self.max_tokens = MAX_TOKENS.get(config.task, Protocol.max_tokens)
 
     def items(self) -> list[Item]:
         return [self._item(number, prompt) for number, prompt in enumerate(self.config.prompts)]
