@@ -41,7 +41,13 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import TUNED, Opening, open_run, tuned_on
 from cm3leon.stages.pretrain import load_checkpoint
-from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
+from cm3leon.tasks.prompts import (
+    AskedSpan,
+    box_spans,
+    fill,
+    spans_prompt,
+    unconditional_spans_prompt,
+)
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.device import Precision, autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
@@ -70,6 +76,10 @@ NO_MORE = "the retriever's rules leave no more of the memory bank"
 def _part(value: Any, where: str) -> str | np.ndarray:
     """A text, or the pixels of an image, whose file is given as a Path."""
     return any_text(value, where) if isinstance(value, str) else read_given_image(value, where)
+
+
+Parts = Sequence[Annotated[str | ImageInput, _part]]
+"""The texts and images of a page, in order."""
 
 
 class UnrankedWarning(Notice):
@@ -329,11 +339,11 @@ class CM3Leon:
             prompts.append(prompt)
             requests.append(request.part(samples))
 
-        ends, found = self.run.vocab.end_of_span, self._answers(requests)
+        found = self._answers(requests)
         result: list[list[Completed]] = [[] for _ in documents]
         for number, drawn in enumerate(found):
             for tokens in drawn:
-                answer_T = np.array([token for token in tokens if token != ends], np.int64)
+                answer_T = np.array(prompts[number].content(tokens), np.int64)
                 completed = built.complete(documents[number], answer_T)
                 cut = is_truncated(prompts[number], answer_T, self.run.seq_len)
                 result[number].append(Completed(completed, cut))
@@ -425,6 +435,9 @@ class CM3Leon:
         A box becomes a span of codes in each row that it touches, each with a sentinel of its own; the more there are,
         the further it is from what the model was trained on, one span or two in most samples.
 
+        Guidance and CD-K compare with a stream that has a mask for the text where a box is asked for,
+        and for the image where words are; where both are, there is nothing to compare with.
+
         Args:
             box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
                 central square, which is what the tokenizer sees.
@@ -454,7 +467,11 @@ class CM3Leon:
         document = TokenDocument(
             "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
         )
-        ids_T = spans_prompt(document, spans, (), self.run.vocab)
+        both = [
+            prompt_of(document, spans, (), self.run.vocab)
+            for prompt_of in (spans_prompt, unconditional_spans_prompt)
+        ]
+        streams = tuple(ids_T for ids_T in both if ids_T is not None)
         gaps = [
             grammar.Gap("text", most)
             if span.segment == 0
@@ -464,7 +481,7 @@ class CM3Leon:
         length = sum(gap.length + 2 for gap in gaps)
         new = partial(grammar.infilling, self.run.vocab, gaps)
         of = self._of_each_modality(decoder, decoder)
-        ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+        ((tokens,),) = self._answers([Request(streams, new, length, [of], [seed])])
         texts = [ids for kind, ids in grammar.segments_of(tokens, self.run.vocab) if kind == "text"]
         self._warn_truncated([ids for ids in texts if len(ids) == most], most)
         completed = fill(document, spans, tokens, self.run.vocab)
@@ -528,9 +545,76 @@ class CM3Leon:
         return self.run.text_tokenizer.decode(answer_T).strip()
 
     @checked
+    def page_image(
+        self,
+        parts: Parts,
+        *,
+        n: Samples = 1,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+    ) -> list[Picture]:
+        """The image that follows the texts and images of a page, n times, the best by CLIP first.
+
+        The n-th image of a page is asked for by the parts before it. Guidance compares with a stream
+        that has a mask for each text. Scores are cosines with all the texts. A page that is too long
+        for the model loses its documents, then segments from its beginning.
+
+        Args:
+            parts: texts, and images in any form but a path as a text, which would be a text.
+            retrieve: documents to put before the page, found by its texts.
+
+        Raises:
+            UserError: for a page that leaves the model no room for an image.
+        """
+        page = self._page(parts, self._fresh)
+        text = " ".join(part for part in parts if isinstance(part, str))
+        (rows,) = self.retrieved([text], None, "text", retrieve)
+        prompt, kept = self._fitting(self._task("page_image"), page, rows)
+        seeds = range(seed, seed + n)
+        (drawn,) = self._answers([self._request(prompt, decoder, seeds)])
+        codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
+        shortage = _shortage(retrieve, len(rows), len(kept))
+        return [
+            replace(picture, asked=retrieve, shortage=shortage)
+            for picture in self._pictures(text, codes_BN, seeds, self.used_documents(kept))
+        ]
+
+    @checked
+    def page_text(
+        self,
+        parts: Parts,
+        *,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+        most: PositiveInt = 64,
+    ) -> str:
+        """The text behind the image that a page ends in, of at most so many pieces.
+
+        A warning says where it was cut there.
+
+        Guidance compares with a stream that has a mask for each image. A page that is too long for the
+        model loses its documents, then segments from its beginning.
+
+        Args:
+            parts: texts and images, the last one an image.
+            retrieve: documents to put before the page, found by that image.
+        """
+        if not parts or isinstance(parts[-1], str):
+            raise UserError("parts does not end in an image, behind which a text is asked for")
+        page = self._page(parts)
+        (rows,) = self.retrieved(None, self._pixels(parts[-1])[None], "image", retrieve)
+        prompt, kept = self._fitting(self._task_with_room("page_text", most), page, rows)
+        if shortage := _shortage(retrieve, len(rows), len(kept)):
+            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
+        answer_T = self._text_answer(prompt, decoder, seed)
+        return self.run.text_tokenizer.decode(answer_T).strip()
+
+    @checked
     def interleave(
         self,
-        parts: Sequence[Annotated[str | ImageInput, _part]],
+        parts: Parts,
         *,
         first: Modality = "text",
         segments: PositiveInt = 2,
@@ -546,13 +630,7 @@ class CM3Leon:
             most: pieces that each text may have, fewer where the model has not as many positions; a warning says where
                 one was cut there.
         """
-        given = tuple(
-            self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
-            for part in parts
-        )
-        ids_T = lay_out(
-            Sample(TokenDocument("begun", (*given, self._fresh))), self.run.vocab
-        ).ids_T[:-1]
+        ids_T = lay_out(Sample(self._page(parts, self._fresh)), self.run.vocab).ids_T[:-1]
         codes = self.run.image_tokenizer.grid**2
         images = (segments + (first == "image")) // 2
         texts = segments - images
@@ -645,8 +723,7 @@ class CM3Leon:
     def _text_answer(self, prompt: Any, decoder: DecoderChoice, seed: int) -> np.ndarray:
         """The only sample of a prompt for a text, without its end; a warning says where it was cut."""
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
-        ended = bool(tokens) and tokens[-1] == prompt.end
-        answer_T = np.array(tokens[:-1] if ended else tokens, np.int64)
+        answer_T = np.array(prompt.content(tokens), np.int64)
         cut = is_truncated(prompt, answer_T, self.run.seq_len)
         self._warn_truncated([answer_T] if cut else [], len(answer_T), stacklevel=5)
         return answer_T
@@ -707,6 +784,14 @@ class CM3Leon:
                 segments.append(replace(image, role=segment.role))
         return TokenDocument(task, tuple(segments))
 
+    def _page(self, parts: Sequence[str | ImageInput], *more: TokenSegment) -> TokenDocument:
+        """Texts and images as a document, with more segments behind them."""
+        given = [
+            self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
+            for part in parts
+        ]
+        return TokenDocument("page", (*given, *more))
+
     def _text(self, text: str) -> TokenSegment:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))
 
@@ -748,12 +833,18 @@ class CM3Leon:
     def _fitting(
         self, task: Any, document: TokenDocument, rows: list[int]
     ) -> tuple[Any, list[int]]:
-        """The prompt with as many of the documents, the closest ones, as leave room for the answer."""
+        """The prompt with as many of the documents, the closest ones, as leave room for the answer.
+
+        Where there is none without any, a page loses segments from its beginning.
+        """
         while True:
             prompt = task.prompt(document, [self.run.bank_document(row) for row in rows])
-            if not rows or len(prompt.ids_T) + prompt.length <= self.run.seq_len:
+            if len(prompt.ids_T) + prompt.length <= self.run.seq_len:
                 return prompt, rows
-            rows = rows[1:]
+            shorter = None if rows else task.shortened(document)
+            if not rows and shorter is None:
+                return prompt, rows
+            rows, document = rows[1:], shorter or document
 
     @checked
     def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:

@@ -214,7 +214,8 @@ class Batch:
 class Prompt:
     """What the decoders are asked for: a continuation of `ids_T` by tokens of one modality.
 
-    An image answer has exactly `length` codes; a text answer has at most `length` pieces and ends early at `end`.
+    An image answer has exactly `length` codes; a text answer has at most `length` pieces and ends early at one of
+    `ends`: at `end`, or at one of `also_ends`.
     `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by;
     `partial_T` that of the third one, with a part of the conditions.
     """
@@ -225,3 +226,13 @@ class Prompt:
     end: int
     unconditional_T: np.ndarray | None = None
     partial_T: np.ndarray | None = None
+    also_ends: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a text answer early."""
+        return (self.end, *self.also_ends)
+
+    def content(self, answer: Sequence[int]) -> Sequence[int]:
+        """An answer without the token that ends it."""
+        return answer[:-1] if answer and answer[-1] in self.ends else answer

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cm3leon.evaluation.metrics import Measured
 from cm3leon.types import UserError
 
 LEAST = 2
@@ -68,6 +69,24 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         tokenizer="PTB" if has_java else "words (no Java for PTB)",
         images=len(captions),
     )
+
+
+def caption_figures(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, Measured]:
+    """The scores as figures, named with what cut the texts into words."""
+    found = caption_scores(captions, references)
+    figures = {
+        "CIDEr": found.cider,
+        "BLEU-4": found.bleu[3],
+        "ROUGE-L": found.rouge_l,
+        "METEOR": found.meteor,
+    }
+    return {
+        f"{name} ({found.tokenizer})": Measured(value, value, value, found.images)
+        for name, value in figures.items()
+        if value is not None
+    }
 
 
 def _penn_treebank(texts: dict[int, list[str]]) -> dict[int, list[str]]:

@@ -74,6 +74,24 @@ def jsonl(place: Path) -> dict[str, Any]:
     return {"path": str(place)}
 
 
+def page_corpus(place: Path, count: int) -> dict[str, Any]:
+    """Pages of a text, an image, a text, two images, and a text."""
+    place.mkdir(parents=True, exist_ok=True)
+    pages = []
+    for page in range(count):
+        names = [f"{page}_{number}.png" for number in range(3)]
+        for number, name in enumerate(names):
+            (place / name).write_bytes(encoded(picture(3 * page + number, side=48)))
+        first, second, third = [{"image": name} for name in names]
+        begins, between, ends = [
+            {"text": f"page {page} {word}"} for word in ("begins", "goes on", "ends here")
+        ]
+        segments = [begins, first, between, second, third, ends]
+        pages.append({"id": str(page), "segments": segments})
+    write_lines(place / "pages.jsonl", pages)
+    return {"path": str(place / "pages.jsonl")}
+
+
 def text_jsonl(place: Path) -> dict[str, Any]:
     """Two files of texts."""
     for name in "ab":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import page_corpus
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,9 +26,10 @@ from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
 from cm3leon.decoders.request import Request
 from cm3leon.locks import locked
 from cm3leon.records import sha256
-from cm3leon.registry import DECODERS, TASKS, discover
+from cm3leon.registry import DECODERS, PROTOCOLS, TASKS, discover
 from cm3leon.run import main
 from cm3leon.stages import generate as generate_stage
+from cm3leon.study.asking import Asking, Row, Setting
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 discover()
@@ -199,6 +201,113 @@ def test_infilled_words_leave_the_others_and_the_image(model: CM3Leon) -> None:
     assert np.array_equal(both.codes_N[4:], before_N[4:])
 
 
+def test_infilling_is_guided_by_the_text_and_words_by_the_image(model: CM3Leon) -> None:
+    """A weight of 0 is the unconditional stream alone, which does not see what the answer is guided by."""
+
+    def boxed(text: str, cfg: float) -> list[int]:
+        drawn = {"name": "top_p", "cfg": cfg}
+        return model.infill(picture(), text, box=(0, 8, 32, 32), decoder=drawn).codes_N.tolist()
+
+    assert boxed("a seven", 0) == boxed("two dogs", 0)
+    assert boxed("a seven", 1) != boxed("two dogs", 1)
+    assert boxed("a seven", 3) != boxed("a seven", 1)
+
+    def worded(number: int, cfg: float) -> str:
+        drawn = {"name": "top_p", "cfg": cfg}
+        image = picture(number)
+        return model.infill(image, "a big seven", words=(2, 5), decoder=drawn, most=6).text
+
+    assert worded(0, 0) == worded(1, 0)
+    assert worded(0, 1) != worded(1, 1)
+    assert worded(0, 3) != worded(0, 1)
+
+
+def test_pages_are_gone_on_with_by_images_and_texts(model: CM3Leon) -> None:
+    parts = ["a farm", picture(0), "its cow"]
+    drawn = model.page_image(parts, n=3, retrieve=1)
+    assert [one.score for one in drawn] == sorted((one.score for one in drawn), reverse=True)
+    assert sorted(one.seed for one in drawn) == [0, 1, 2]
+    assert all(one.codes_N.shape == (16,) and one.image.size == (32, 32) for one in drawn)
+
+    # A page of one text is what text to image draws, retrieved documents included.
+    (one,) = model.page_image(["a seven"], retrieve=2)
+    (other,) = model.generate("a seven", retrieve=2)
+    assert np.array_equal(one.codes_N, other.codes_N)
+    assert [document.id for document in one.documents] == [d.id for d in other.documents]
+
+    # The texts guide, the image before stays context: without the texts only it counts.
+    def drawn_by(cfg: float, *parts: Any) -> list[int]:
+        return model.page_image(parts, decoder={"name": "top_p", "cfg": cfg})[0].codes_N.tolist()
+
+    assert drawn_by(0, "a farm", picture(0), "its cow") == drawn_by(0, "x", picture(0), "a two")
+    assert drawn_by(0, "a farm", picture(0), "cow") != drawn_by(0, "a farm", picture(1), "cow")
+    assert drawn_by(1, "a farm", picture(0), "cow") != drawn_by(1, "x", picture(0), "a two")
+
+    said = model.page_text(["a farm", picture(0)], retrieve=1, most=5)
+    assert isinstance(said, str)
+    alone = {"name": "top_p", "cfg": 0}
+    assert model.page_text(["a farm", picture(0)], decoder=alone, most=5) == model.page_text(
+        ["a farm", picture(1)], decoder=alone, most=5
+    )
+    with pytest.raises(UserError, match="parts does not end in an image"):
+        model.page_text([picture(0), "a farm"])
+
+
+def test_a_page_that_is_too_long_loses_its_beginning(model: CM3Leon) -> None:
+    """As many of its last segments stay as fit: what is drawn is what they alone are answered with."""
+    parts = [part for number in range(20) for part in (f"a {number}", picture(number))]
+    greedy = {"decoder": "greedy"}
+
+    def fits(begun: list[Any], answer: int) -> bool:
+        tokens = sum(
+            len(model.run.text_tokenizer.encode(part)) if isinstance(part, str) else 16
+            for part in begun
+        )
+        return 1 + tokens + len(begun) + answer <= model.run.seq_len
+
+    images, texts = [*parts, "the last"], parts
+    while not fits(images, 16):
+        images = images[1:]
+    while not fits(texts, 8):
+        texts = texts[1:]
+    assert 1 < len(images) < len(parts)
+    (long,), (short,) = (
+        model.page_image(each, **greedy)  # type: ignore[arg-type]
+        for each in ([*parts, "the last"], images)
+    )
+    assert np.array_equal(long.codes_N, short.codes_N)
+    said = [model.page_text(each, most=8, **greedy) for each in (parts, texts)]  # type: ignore[arg-type]
+    assert said[0] == said[1]
+    with pytest.raises(UserError, match="do not fit the model's"):
+        model.page_image(["word " * 500])
+
+
+def test_a_study_asks_pages(
+    model: CM3Leon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row has its figures, a ceiling and a chance, and pages to look at."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # Java takes seconds to start
+    data = {"name": "jsonl", **page_corpus(tmp_path / "pages", 3)}
+    row = Row("row", "model", model.run.folder, Setting(documents=1), {})
+    for asks, figure in (("image", "SSIM"), ("text", "ROUGE-L (words (no Java for PTB))")):
+        section = {"name": "pages", "data": data, "asks": asks, "split": "all", "count": 4}
+        asking = Asking(PROTOCOLS.check(section, "protocol"), tmp_path / asks)
+        asking._opened = ((row.folder, None, None), model)
+        asking.answer(row, [0])
+        measured = asking.measure(row)
+        assert measured["items"] == len(asking.answers(row)) == 4
+        answered, ceiling, chance = (
+            measured[kind][figure]["value"] for kind in ("metrics", "ceiling", "chance")
+        )
+        if asks == "text":  # this tokenizer gives images back as noise, texts as they are
+            assert ceiling == pytest.approx(1)
+            assert max(answered, chance) < 0.9
+        shown = asking.shown(row)
+        assert len(shown) == 4
+        assert shown[0].text.startswith("page 0 begins")
+        assert shown[0].given_HWC is None if asks == "image" else shown[0].given_HWC is not None
+
+
 def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
     edited = model.edit(picture(), "make it red", n=3)
     assert len(edited) == 3
@@ -287,6 +396,8 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             "text_decoder": "greedy",
             **drawn,
         },
+        "page_image": {"parts": ["a seven", image, "a two"], "n": 1, "retrieve": 1, **drawn},
+        "page_text": {"parts": ["a seven", image], "retrieve": 1, "most": 3, **drawn},
         "score": {
             "texts": ["a"],
             "images": None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -29,7 +31,13 @@ from cm3leon.decoders.request import Request, Shape, shape_for
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.export import to_opt
 from cm3leon.registry import DECODERS
-from cm3leon.tasks.prompts import AskedSpan, box_spans, fill, spans_prompt
+from cm3leon.tasks.prompts import (
+    AskedSpan,
+    box_spans,
+    fill,
+    spans_prompt,
+    unconditional_spans_prompt,
+)
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 
@@ -411,6 +419,107 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
         with pytest.raises(UserError, match="spans"):
             spans_prompt(query, wrong, (), VOCAB)
+
+
+class Guided(Keeper):
+    """Draws the largest of the guided logits, and keeps what it was given."""
+
+    streams = 2
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def logits(self, *streams: torch.Tensor) -> torch.Tensor:
+        super().logits(*streams)
+        guided = classifier_free(*streams, self.weight)
+        best = guided.argmax(-1, keepdim=True)
+        return torch.full_like(guided, -torch.inf).scatter(-1, best, 0.0)
+
+
+class Recorded:
+    """Another decoder, and all that it has made."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder, self.streams = decoder, decoder.streams
+        self.made: list[torch.Tensor] = []
+
+    def logits(self, *streams: torch.Tensor) -> torch.Tensor:
+        self.made.append(self.decoder.logits(*streams))
+        return self.made[-1]
+
+
+FILLED = TokenDocument(
+    "q",
+    (
+        TokenSegment("text", np.array([10, 11, 12, 13, 14])),
+        TokenSegment("image", VOCAB.image_ids(np.arange(16))),
+    ),
+)
+ROWS = [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)], [grammar.Gap("image", 2)] * 2
+WORDS = [AskedSpan(0, 1, 3)], [grammar.Gap("text", 6)]
+
+
+def infilling_request(
+    asked: tuple[list[AskedSpan], list[grammar.Gap]], decoder: Any, seeds: Sequence[int]
+) -> Request:
+    spans, gaps = asked
+    streams = (
+        spans_prompt(FILLED, spans, (), VOCAB),
+        unconditional_spans_prompt(FILLED, spans, (), VOCAB),
+    )
+    assert streams[1] is not None
+    length = sum(gap.length + 2 for gap in gaps)
+    new = partial(grammar.infilling, VOCAB, gaps)
+    decoders = [{"text": decoder, "image": decoder}] * len(seeds)
+    return Request(streams, new, length, decoders, seeds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", [ROWS, WORDS], ids=["box", "words"])
+def test_batched_guidance_of_infilling_is_two_passes_combined_by_the_formula(asked: Any) -> None:
+    """Each token is the largest of uncond + w (cond - uncond), each stream computed by itself."""
+    module, decoder = model(), Guided(2.5)
+    request_ = infilling_request(asked, decoder, [3])
+    ((tokens,),) = answers(module, [request_], vocab=VOCAB)
+    given_TV, masked_TV = (alone(module, ids_T, np.array(tokens)) for ids_T in request_.streams)
+    guided_TV = masked_TV + 2.5 * (given_TV - masked_TV)
+
+    # The grammar's own tokens are not drawn: the decoder is asked for the others, in their order.
+    steps, running = iter(decoder.given), request_.grammar()
+    allowed, drawn = next(running), []
+    for place, token in enumerate(tokens):
+        if allowed.forced is None:
+            ids = [each for each in range(allowed.low, allowed.high) if each not in allowed.closed]
+            for kept, expected_TV in zip(next(steps), (given_TV, masked_TV), strict=True):
+                torch.testing.assert_close(kept[0], expected_TV[place, ids], rtol=0, atol=1e-5)
+            drawn.append(ids[int(guided_TV[place, ids].argmax())] == token)
+        with contextlib.suppress(StopIteration):
+            allowed = running.send(token)
+    assert drawn
+    assert all(drawn)
+    assert next(steps, None) is None
+
+
+@pytest.mark.parametrize("asked", [ROWS, WORDS], ids=["box", "words"])
+def test_infilling_guided_by_a_weight_of_one_is_unguided_bit_for_bit(asked: Any) -> None:
+    module, seeds = model(), range(4)
+    one = infilling_request(asked, built("top_p", cfg=1.0), seeds)
+    bare = replace(one, streams=one.streams[:1])
+    assert answers(module, [one], vocab=VOCAB) == answers(module, [bare], vocab=VOCAB)
+
+    # Not the answers alone: what they are drawn from has the same bits.
+    kept = []
+    for request_ in (one, bare):
+        recorded = Recorded(built("top_p", cfg=1.0, top_p=1.0))
+        decoders = [{"text": recorded, "image": recorded}] * 4
+        answers(module, [replace(request_, decoders=decoders)], vocab=VOCAB)
+        kept.append(recorded.made)
+    assert kept[0]
+    for given_, alone_ in zip(*kept, strict=True):
+        assert torch.equal(given_, alone_)
+
+    guided = infilling_request(asked, built("top_p", cfg=3.0), seeds)
+    assert answers(module, [guided], vocab=VOCAB) != answers(module, [bare], vocab=VOCAB)
 
 
 @pytest.mark.parametrize(

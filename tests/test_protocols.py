@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpora import page_corpus
 from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
@@ -497,6 +498,11 @@ def contract(name: str, place: Path) -> dict[str, Any]:
             "missing": 0.5,
         },
         "ranked_answers": ranking(place),
+        "pages": {
+            "data": {"name": "jsonl", **page_corpus(place, 3)},
+            "asks": "image",
+            "split": "all",
+        },
         "showcase": {
             "task": "text_to_image",
             "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from cm3leon.objectives.cm3 import rotate, unrotate
 from cm3leon.registry import TASKS, discover
 from cm3leon.tasks.base import infilling_prompt, with_segment
+from cm3leon.tasks.prompts import AskedSpan, unconditional_spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Prompt, Sample, TokenDocument, TokenSegment, UserError
@@ -94,8 +96,35 @@ def test_caption_prompt(retrieved: tuple[TokenDocument, ...], between: list[int]
 def test_infill_prompt(
     retrieved: tuple[TokenDocument, ...], between: list[int], name: str, image: list[int]
 ) -> None:
-    expected = [EOS, *between, 5, 6, 7, BREAK, *image, EOS, MASK], "image", 2, END, None
+    """The half keeps `<mask:0>` in both streams; the second one has `<mask:1>` for the caption."""
+    given_T = [EOS, *between, 5, 6, 7, BREAK, *image, EOS, MASK]
+    unconditional_T = [EOS, *between, MASK + 1, BREAK, *image, EOS, MASK]
+    expected = given_T, "image", 2, END, unconditional_T
     assert shown(built(name).prompt(QUERY, retrieved)) == expected
+
+
+def test_an_empty_caption_guides_by_nothing() -> None:
+    """Beside an empty caption a mask would say more, not less."""
+    prompt = built("infill").prompt(document([], [20, 22, 24, 26]))
+    assert shown(prompt) == ([EOS, BREAK, 20, 22, MASK, EOS, MASK], "image", 2, END, None)
+
+
+def test_spans_are_asked_for_beside_a_mask_of_the_other_modality() -> None:
+    """Two rows of codes under the caption's mask, two words beside the image's: by hand."""
+
+    def second_T(*spans: AskedSpan, query: TokenDocument = QUERY) -> list[int] | None:
+        return ids(unconditional_spans_prompt(query, spans, (CAT,), VOCAB))
+
+    cat = [8, 9, BREAK, 21, 21, 23, 23, BREAK]
+    of_codes = [EOS, *cat, MASK + 2, BREAK, MASK, 22, MASK + 1, 26, EOS, MASK]
+    assert second_T(AskedSpan(1, 0, 1), AskedSpan(1, 2, 3)) == of_codes
+    of_words = [EOS, *cat, MASK, 6, MASK + 1, BREAK, MASK + 2, EOS, MASK]
+    assert second_T(AskedSpan(0, 0, 1), AskedSpan(0, 2, 3)) == of_words
+    assert second_T(AskedSpan(0, 0, 1), AskedSpan(1, 2, 3)) is None
+    assert second_T(AskedSpan(1, 0, 1), query=document([], [20, 22, 24, 26])) is None
+    four = [AskedSpan(1, code, code + 1) for code in range(4)]
+    with pytest.raises(UserError, match="4 spans and 1 masked segments need a sentinel each"):
+        second_T(*four)
 
 
 def test_infilling_any_span() -> None:
@@ -193,13 +222,14 @@ def test_a_caption_for_an_image_that_has_none_comes_first() -> None:
 @pytest.mark.parametrize("name", TASKS.names())
 def test_the_right_answer_gives_the_document_back(name: str) -> None:
     task = built(name)
-    answer_T = QUERY.segment(task.answers_in).ids_T
+    query = replace(QUERY, segments=QUERY.segments[::-1]) if name == "page_text" else QUERY
+    answer_T = query.segment(task.answers_in).ids_T
     if hasattr(task, "span"):
         answer_T = answer_T[slice(*task.span)]
-    completed = task.complete(QUERY, answer_T)
-    assert segments(completed) == segments(QUERY)
-    assert completed.id == QUERY.id
-    assert task.keeps_given(QUERY, completed)
+    completed = task.complete(query, answer_T)
+    assert segments(completed) == segments(query)
+    assert completed.id == query.id
+    assert task.keeps_given(query, completed)
 
 
 @pytest.mark.parametrize(
@@ -265,9 +295,9 @@ def test_what_tasks_say_of_themselves() -> None:
     expected = {
         "text_to_image": ("text", "image", True),
         "caption": ("image", "text", False),
-        "infill": ("text", "image", False),
-        "infill_top": ("text", "image", False),
-        "infill_bottom": ("text", "image", False),
+        "infill": ("text", "image", True),
+        "infill_top": ("text", "image", True),
+        "infill_bottom": ("text", "image", True),
     }
     assert facts.items() >= expected.items()
     for name in TASKS.names():

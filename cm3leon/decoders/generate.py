@@ -149,8 +149,9 @@ def generate(
 ) -> list[np.ndarray]:
     """Answers to prompts: ids of the answer's modality, without what closes it.
 
-    An image answer is exactly `length` codes, a text answer is text until `end` or `length` pieces, or as many as the
-    model has positions for. Prompts of different lengths and modalities may be mixed; equal ones are computed once.
+    An image answer is exactly `length` codes, a text answer is text until one of `ends` or `length` pieces, or as many
+    as the model has positions for. Prompts of different lengths and modalities may be mixed; equal ones are computed
+    once.
 
     Args:
         model: from `MODELS`, in evaluation mode.
@@ -167,7 +168,7 @@ def generate(
             None if ids_T is None else ids_T.tobytes()
             for ids_T in (prompt.unconditional_T, prompt.partial_T)
         ]
-        key = (prompt.ids_T.tobytes(), *others, prompt.modality, prompt.length, prompt.end)
+        key = (prompt.ids_T.tobytes(), *others, prompt.modality, prompt.length, prompt.ends)
         same.setdefault(key, []).append(number)
     # Like lengths side by side: their prompts are computed together.
     groups = sorted(same.values(), key=lambda numbers: (len(prompts[numbers[0]].ids_T), numbers))
@@ -185,8 +186,7 @@ def generate(
     result: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     for numbers, tokens in zip(groups, found, strict=True):
         for number, answer in zip(numbers, tokens, strict=True):
-            closed = bool(answer) and answer[-1] == prompts[number].end
-            result[number] = np.array(answer[:-1] if closed else answer, np.int64)
+            result[number] = np.array(prompts[number].content(answer), np.int64)
     return result
 
 
@@ -220,6 +220,6 @@ def request_for(
     if prompt.modality == "image":
         new: grammar.NewGrammar = partial(grammar.image, vocab, length)
     else:
-        new = partial(grammar.text, vocab, length, prompt.end)
+        new = partial(grammar.text, vocab, length, *prompt.ends)
     of = [{prompt.modality: decoder_of(decoder, number)} for number in range(len(seeds))]
     return Request(streams, new, length, of, seeds)

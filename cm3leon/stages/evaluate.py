@@ -219,7 +219,11 @@ def chosen_cfg(measured: list[dict[str, Any]]) -> float | None:
     Ties go to the smaller weight.
     """
     candidates = [
-        entry for entry in measured if entry["split"] == "validation" and entry["cfg"] is not None
+        entry
+        for entry in measured
+        if entry["split"] == "validation"
+        and entry["task"] == "text_to_image"
+        and entry["cfg"] is not None
     ]
     by = "accuracy" if all("accuracy" in entry["metrics"] for entry in candidates) else "clip_score"
     if not candidates or not all(by in entry["metrics"] for entry in candidates):

@@ -75,8 +75,8 @@ def settings(run: Run) -> list[Setting]:
     result = []
     for component in run.experiment.tasks:
         weights: Sequence[float | None] = [None]
-        decoder = run.experiment.task_decoders.get(component.name, run.experiment.decoder)
-        if _build_task(run, component.name).guided and hasattr(decoder.config, "cfg"):
+        task = _build_task(run, component.name)
+        if task.guided and hasattr(_decoder(run, component.name, task).config, "cfg"):
             weights = config.cfg
             result += [
                 Setting(component.name, "validation", 0, False, weight) for weight in weights
@@ -120,8 +120,7 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
         _prompt(run, task, document, others)
         for document, others in zip(documents, retrieved, strict=True)
     ]
-    usual = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
-    decoder = run.experiment.task_decoders.get(setting.task, usual)
+    decoder = _decoder(run, setting.task, task)
     with (
         tqdm(
             total=len(rows),
@@ -204,6 +203,12 @@ def retrieved_rows(
 def _build_task(run: Run, name: str) -> Any:
     component = next(component for component in run.experiment.tasks if component.name == name)
     return TASKS.build(component, vocab=run.vocab, image_codes=run.image_tokenizer.grid**2)
+
+
+def _decoder(run: Run, name: str, task: Any) -> Component:
+    """How a task's answers are drawn: as is said for it, or for its modality."""
+    usual = run.experiment.decoder if task.answers_in == "image" else run.experiment.text_decoder
+    return run.experiment.task_decoders.get(name, usual)
 
 
 def _with_cfg(decoder: Component, cfg: float | None) -> Component:

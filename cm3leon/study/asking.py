@@ -461,8 +461,8 @@ class Asking:
         by = TASKS.get(task).retrieves_by
         if by == "text":
             return model.retrieved([item.document.text for item in items], None, by, count)
-        images = [item.document.image for item in items]
-        images_BHWC = np.stack([image for image in images if image is not None])
+        # The last image is the one that the text belongs to, on a page of several, too.
+        images_BHWC = np.stack([item.document.images[-1] for item in items])
         return model.retrieved(None, images_BHWC, by, count)
 
     def _rebuilt_truths(self, row: Row) -> list[Answer]:

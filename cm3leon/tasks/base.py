@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,10 @@ class Task:
         """The query with the answer put where it belongs."""
         raise NotImplementedError
 
+    def shortened(self, query: TokenDocument) -> TokenDocument | None:
+        """The query with less of its context, for a prompt that is too long; None where all of it is needed."""
+        return None
+
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
         """Whether a completed document has what the prompt gave, unchanged."""
         given: Modality = "image" if self.answers_in == "text" else "text"
@@ -59,6 +63,49 @@ def infilling_prompt(
     rotated_T, _ = rotate(laid_out.ids_T, [(start, end)], vocab)
     asked_T = rotated_T[: len(rotated_T) - (end - start) - 1]
     return Prompt(asked_T, modality, length, vocab.end_of_span)
+
+
+def masked(
+    document: TokenDocument, places: Collection[int], vocab: Vocab, *, first: int = 0
+) -> TokenDocument:
+    """The document with a sentinel for each segment of those numbers, as training masks segments whole.
+
+    Args:
+        first: number of the first sentinel; the others count on from it.
+
+    Raises:
+        UserError: for more masks than there are sentinels left.
+    """
+    if first + len(places) > vocab.sentinels:
+        raise UserError(
+            f"document {document.id}: {first} spans and {len(places)} masked segments need a sentinel "
+            f"each, the vocabulary has {vocab.sentinels}"
+        )
+    segments = list(document.segments)
+    for number, place in enumerate(sorted(places), first):
+        segments[place] = replace(segments[place], ids_T=np.array([vocab.sentinel(number)]))
+    return replace(document, segments=tuple(segments))
+
+
+def without_conditions(
+    query: TokenDocument, modality: Modality, vocab: Vocab, *, spans: int = 0
+) -> TokenDocument | None:
+    """What the unconditional stream sees of a query whose answer is of that modality.
+
+    Every segment of the other modality is masked whole: the texts where codes are asked for, the
+    images where words are. Spans that are asked for keep their sentinels, `<mask:0>` and on, in both
+    streams; the masks take the numbers behind them. None where there is nothing to mask: no segment
+    of the other modality, or only empty ones.
+
+    Args:
+        spans: spans that are asked for.
+    """
+    places = [
+        place
+        for place, segment in enumerate(query.segments)
+        if segment.modality != modality and len(segment.ids_T)
+    ]
+    return masked(query, places, vocab, first=spans) if places else None
 
 
 def required(document: TokenDocument, modality: Modality) -> TokenSegment:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from cm3leon.objectives.cm3 import Span
 from cm3leon.registry import TASKS
-from cm3leon.tasks.base import Task, infilling_prompt, required, with_segment
+from cm3leon.tasks.base import (
+    Task,
+    infilling_prompt,
+    required,
+    with_segment,
+    without_conditions,
+)
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument
 
 
@@ -41,7 +47,12 @@ class Infilling(Task):
 
 @TASKS.register("infill")
 class Infill(Infilling):
-    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays."""
+    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays.
+
+    The unconditional stream has `<mask:1>` for the caption, `<mask:0>` being the half that is asked for.
+    """
+
+    guided = True
 
     @dataclass(kw_only=True)
     class Config:
@@ -55,9 +66,14 @@ class Infill(Infilling):
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
         required(query, "text")
         required(query, "image")
-        span = self.span
-        return infilling_prompt(
-            Sample(query, tuple(retrieved)), "image", span, self.vocab, length=span[1] - span[0]
+
+        def ask(document: TokenDocument) -> Prompt:
+            sample, span = Sample(document, tuple(retrieved)), self.span
+            return infilling_prompt(sample, "image", span, self.vocab, length=span[1] - span[0])
+
+        unguided = without_conditions(query, "image", self.vocab, spans=1)
+        return replace(
+            ask(query), unconditional_T=None if unguided is None else ask(unguided).ids_T
         )
 
     @property

@@ -9,11 +9,11 @@ import numpy as np
 
 from cm3leon.config import PositiveInt
 from cm3leon.registry import TASKS
-from cm3leon.tasks.base import Task
+from cm3leon.tasks.base import Task, masked
 from cm3leon.tasks.prompts import AskedSpan, spans_prompt
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Modality, Prompt, Role, Sample, TokenDocument, TokenSegment, UserError
+from cm3leon.types import Modality, Prompt, Role, Sample, TokenDocument, UserError
 
 
 @TASKS.register("instruction")
@@ -101,12 +101,5 @@ def answer_place(document: TokenDocument) -> int:
 
 def with_masks(document: TokenDocument, roles: Collection[Role], vocab: Vocab) -> TokenDocument:
     """The document with a sentinel in the place of each segment of some roles, as training masks them."""
-    segments: list[TokenSegment] = []
-    masks = 0
-    for segment in document.segments:
-        if segment.role in roles:
-            segments.append(replace(segment, ids_T=np.array([vocab.sentinel(masks)])))
-            masks += 1
-        else:
-            segments.append(segment)
-    return replace(document, segments=tuple(segments))
+    places = [place for place, segment in enumerate(document.segments) if segment.role in roles]
+    return masked(document, places, vocab)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cm3leon.objectives.cm3 import rotate
+from cm3leon.tasks.base import without_conditions
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
@@ -51,6 +52,26 @@ def spans_prompt(
     rotated_T, _ = rotate(laid_out.ids_T, places, vocab)
     behind = sum(end - start + 2 for start, end in places)
     return rotated_T[: len(rotated_T) - behind + 1]
+
+
+def unconditional_spans_prompt(
+    query: TokenDocument,
+    spans: Sequence[AskedSpan],
+    retrieved: Sequence[TokenDocument],
+    vocab: Vocab,
+) -> np.ndarray | None:
+    """The unconditional stream of `spans_prompt`: the same spans, and a mask for what guides them.
+
+    `<eos> a red dog <break> I7 <mask:0> I4 <eos> <mask:0>` asks for I2 I9 under the text; beside it
+    stands `<eos> <mask:1> <break> I7 <mask:0> I4 <eos> <mask:0>`. Words are asked for beside a masked
+    image alike. None where spans of both modalities are asked for: what is left of a segment that is
+    itself asked for is context of the answer, and there is nothing to guide by.
+    """
+    modalities = {query.segments[span.segment].modality for span in spans}
+    if len(modalities) > 1:
+        return None
+    unguided = without_conditions(query, modalities.pop(), vocab, spans=len(spans))
+    return None if unguided is None else spans_prompt(unguided, spans, retrieved, vocab)
 
 
 def fill(

@@ -12,7 +12,7 @@ from cm3leon.config import Component, PositiveInt, Probability
 from cm3leon.data.instructions.base import InstructionSource
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.answers import ndcg, option_of, vqa_accuracy
-from cm3leon.evaluation.captions import caption_scores
+from cm3leon.evaluation.captions import caption_figures
 from cm3leon.evaluation.metrics import Measured, average, proportion
 from cm3leon.evaluation.protocols.base import (
     MAX_TOKENS,
@@ -125,18 +125,7 @@ class Answers(Protocol):
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         texts = [answer.text for answer in answers]
         if self.config.measure == "captions":
-            found = caption_scores(texts, [item.truth for item in items])
-            figures = {
-                "CIDEr": found.cider,
-                "BLEU-4": found.bleu[3],
-                "ROUGE-L": found.rouge_l,
-                "METEOR": found.meteor,
-            }
-            return {
-                f"{name} ({found.tokenizer})": Measured(value, value, value, len(items))
-                for name, value in figures.items()
-                if value is not None
-            }
+            return caption_figures(texts, [item.truth for item in items])
         if self.config.measure == "options":
             right = [self.right(item, answer) for item, answer in zip(items, answers, strict=True)]
             return {"accuracy": proportion(np.array(right))}

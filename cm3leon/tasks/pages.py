@@ -1,0 +1,143 @@
+"""Pages of several texts and images: an image by what stands before it, the text behind an image.
+
+The page "a farm" I2 I9 "its cow" I4 I7 asks for its second image, and for the text behind its first one, with
+
+    <eos> a farm <break> I2 I9 <break> its cow <break>        then the image's codes
+    <eos> a farm <break> I2 I9 <break>                        then text until <break> or <eos>
+
+which are beginnings of the page as it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cm3leon.config import PositiveInt
+from cm3leon.registry import TASKS
+from cm3leon.tasks.base import Task, without_conditions
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment, UserError
+
+
+class PageTask(Task):
+    """Base of the tasks that ask for one segment of a page by what stands before it; what follows is not seen."""
+
+    guided = True
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which image of the page."""
+
+        number: PositiveInt | None = None
+        """Which image of the page, counted from 1; null = the last one."""
+
+    config: Config
+
+    def answer_index(self, page: TokenDocument) -> int:
+        """Index of the segment that is asked for; the number of segments where it is to be added."""
+        raise NotImplementedError
+
+    def beginning(self, page: TokenDocument) -> TokenDocument:
+        """What stands before the segment that is asked for."""
+        return replace(page, segments=page.segments[: self.answer_index(page)])
+
+    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
+        index = self.answer_index(query)
+        before, behind = query.segments[:index], query.segments[index:]
+        answer = TokenSegment(self.answers_in, answer_T)
+        if behind and behind[0].modality == self.answers_in:
+            answer, behind = replace(behind[0], ids_T=answer_T), behind[1:]
+        return replace(query, segments=(*before, answer, *behind))
+
+    def shortened(self, query: TokenDocument) -> TokenDocument | None:
+        """Without the page's first segment, the farthest from the answer; one stays before it."""
+        if self.config.number is not None or self.answer_index(query) < 2:
+            return None
+        return replace(query, segments=query.segments[1:])
+
+    def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
+        given, kept = self.beginning(query).segments, self.beginning(completed).segments
+        return len(given) == len(kept) and all(
+            one.modality == other.modality and np.array_equal(one.ids_T, other.ids_T)
+            for one, other in zip(given, kept, strict=True)
+        )
+
+    def image_index(self, page: TokenDocument) -> int:
+        """Index of the image that the config names. Raises UserError for a page without it."""
+        images = [
+            index for index, segment in enumerate(page.segments) if segment.modality == "image"
+        ]
+        number = self.config.number or len(images) or 1
+        if number > len(images):
+            raise UserError(
+                f"document {page.id} has no image {number}, which this task is about: it has {len(images)}"
+            )
+        return images[number - 1]
+
+    def ask(
+        self, page: TokenDocument, retrieved: Sequence[TokenDocument]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of the prompt and of the unconditional stream: the page as far as the answer."""
+
+        def until_answer(begun: TokenDocument) -> np.ndarray:
+            empty = TokenSegment(self.answers_in, np.empty(0, np.int64))
+            whole = replace(begun, segments=(*begun.segments, empty))
+            # Without the <eos> that would close the empty answer.
+            return lay_out(Sample(whole, tuple(retrieved)), self.vocab).ids_T[:-1]
+
+        given = self.beginning(page)
+        unguided = without_conditions(given, self.answers_in, self.vocab)
+        return until_answer(given), None if unguided is None else until_answer(unguided)
+
+
+@TASKS.register("page_image")
+class PageImage(PageTask):
+    """An image of a page by what stands before it; the unconditional stream has a mask for each text."""
+
+    retrieves_by: Modality = "text"
+    answers_in: Modality = "image"
+    asked_again = True
+
+    def answer_index(self, page: TokenDocument) -> int:
+        return self.image_index(page)
+
+    def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
+        ids_T, unconditional_T = self.ask(query, retrieved)
+        return Prompt(ids_T, "image", self.image_codes, self.vocab.eos, unconditional_T)
+
+
+@TASKS.register("page_text")
+class PageText(PageTask):
+    """The text behind an image of a page, until the next segment or the page's end.
+
+    The unconditional stream has a mask for each image.
+    """
+
+    retrieves_by: Modality = "image"
+    answers_in: Modality = "text"
+
+    @dataclass(kw_only=True)
+    class Config(PageTask.Config):
+        """Which image, and how long the text behind it may be."""
+
+        max_tokens: PositiveInt = 64
+        """The text is cut at this many tokens."""
+
+    config: Config
+
+    def answer_index(self, page: TokenDocument) -> int:
+        return self.image_index(page) + 1
+
+    def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
+        ids_T, unconditional_T = self.ask(query, retrieved)
+        return Prompt(
+            ids_T,
+            "text",
+            self.config.max_tokens,
+            self.vocab.eos,
+            unconditional_T,
+            also_ends=(self.vocab.brk,),
+        )
