@@ -336,7 +336,7 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
         ),
         Stage(
             "generation",
-            4,
+            5,
             _depends_on(*generated),
             make_generations,
             needs=("pretraining",),
