@@ -197,6 +197,26 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(read._shards._open) <= 3
 
 
+def test_shards_that_stay_mapped_are_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in any order open 8 shards 8 times if there are maps for 8, and nearly each time if there are for 3."""
+    folder = write(tmp_path / "tokens", *(some(2, seed) for seed in range(8)))
+    opened = []
+    monkeypatch.setattr(
+        module, "open_shard", lambda path, **k: opened.append(path) or open_shard(path, **k)
+    )
+    rows = np.tile(np.arange(0, 16, 2), 10)
+    for most, expected in ((8, 8), (3, 80)):
+        monkeypatch.setattr(module, "most_open", lambda most=most: most)
+        opened.clear()
+        read = TokenShards(folder)
+        for row in rows.tolist():
+            read.document(row)
+        assert len(opened) == expected
+        assert read._shards.all_stay_mapped == (most == 8)
+
+
 def test_any_arrow_reader_opens_a_shard(tmp_path: Path) -> None:
     folder = write(tmp_path / "tokens", some(4))
     table = pa.ipc.open_file(shard_path(folder, 0, 1)).read_all()

@@ -349,6 +349,11 @@ class ShardFolder(Generic[T]):
                 self._open.popitem(last=False)
         return columns
 
+    @property
+    def all_stay_mapped(self) -> bool:
+        """Whether this process has maps for all shards, so that rows in any order open each of them once."""
+        return len(self.rows) <= self._most_open
+
     def locate(self, row: int) -> tuple[int, int]:
         """The shard of a row, and its place in it. Raises IndexError for a row that is not there."""
         if not 0 <= row < len(self):

@@ -68,6 +68,11 @@ class VectorShards:
         return len(self._shards)
 
     @property
+    def all_stay_mapped(self) -> bool:
+        """Whether rows in any order open each shard once, see `ShardFolder.all_stay_mapped`."""
+        return self._shards.all_stay_mapped
+
+    @property
     def count(self) -> int:
         """Number of shards."""
         return len(self._shards.rows)

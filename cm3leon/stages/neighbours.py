@@ -155,6 +155,13 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     bank = run.open_bank(with_added=False)
     if part[0] == 0:
         print(f"      memory bank: {bank.place}", flush=True)
+        if not bank.vectors.all_stay_mapped:
+            print(
+                f"      its {bank.vectors.count:,} shards of vectors are more than a process maps "
+                "(vm.max_map_count / 8), so that candidates open them again and again; raise it, or "
+                "make larger parts (docs/scale.md)",
+                flush=True,
+            )
 
     def make(number: int) -> None:
         width = 2 * config.per_modality

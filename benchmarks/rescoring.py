@@ -1,0 +1,96 @@
+"""What it takes to read the vectors of candidates from shards on disk, as the strategy does for each batch of queries.
+
+    python benchmarks/rescoring.py --documents 10000000 --folder /scratch/rescoring
+
+Shards of 10,000 and of 100,000 documents hold the same vectors (512 numbers of 16 bits for the text, and as many for
+the image). Rows are random: those of a real search lie no better, as a corpus is in no order of its vectors. A batch of
+256 queries has 64 candidates each, 16,384 in 340 million documents; here a batch has as many fewer as there are fewer
+documents, so that a shard gets as many of them. Each layout is read with maps for all shards, and with maps for 24 %
+of them, as 8,191 maps of a process are for 34,000 shards (docs/scale.md). Files are dropped from the page cache first
+(`cold`), then the same rows are read once more (`warm`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import cm3leon.data.shards as shards_module
+from cm3leon.data.shards import shard_path, write_plan
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+
+WIDTH = 512
+CANDIDATES, CORPUS = 256 * 64, 340_000_000
+FEW_MAPS = (65_530 // 8) / 34_000
+"""Share of 34,000 shards that a process maps where Linux grants it the usual number."""
+
+
+def write(folder: Path, documents: int, size: int) -> None:
+    """A folder of vectors in shards of `size` documents; every shard has the same ones, turned."""
+    rng = np.random.default_rng(0)
+    text_BD, image_BD = (rng.standard_normal((size, WIDTH), dtype=np.float32) for _ in range(2))
+    count = documents // size
+    write_plan(folder, {"width": WIDTH})
+    for number in tqdm(range(count), desc=f"shards of {size:,}", unit="shard"):
+        path = shard_path(folder, number, count)
+        if not path.is_file():
+            parts = Parts(np.roll(text_BD, number, axis=0), np.roll(image_BD, number, axis=0))
+            ids = [f"{number}/{row}" for row in range(size)]
+            write_vector_shard(path, ids, parts, {"width": WIDTH})
+    finish_vectors(folder, count)
+
+
+def drop(folder: Path) -> None:
+    """Drops the folder's files from the page cache."""
+    os.sync()  # what is not written yet stays in it
+    for path in folder.glob("*.arrow"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_a_candidate(vectors: VectorShards, batches: int, seed: int) -> float:
+    """Mean time to read the two vectors of a candidate."""
+    rng = np.random.default_rng(seed)
+    count = max(1, round(CANDIDATES * len(vectors) / CORPUS))
+    begun = time.perf_counter()
+    for _ in range(batches):
+        vectors.parts(rng.integers(0, len(vectors), count))
+    return (time.perf_counter() - begun) / (batches * count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk that is measured")
+    parser.add_argument("--batches", type=int, default=100)
+    options = parser.parse_args()
+    print("| documents a shard | shards | maps for | page cache | µs a candidate |")
+    print("|---|---|---|---|---|")
+    for size in (10_000, 100_000):
+        folder = options.folder / str(size)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, options.documents, size)
+        count = options.documents // size
+        for name, maps in (("all", count), (f"{FEW_MAPS:.0%}", max(1, int(FEW_MAPS * count)))):
+            shards_module.most_open = lambda maps=maps: maps
+            for cache in ("cold", "warm"):
+                if cache == "cold":
+                    drop(folder)
+                vectors = VectorShards(folder, verify=False)
+                vectors.parts(np.zeros((1, 1), np.int64))
+                took = seconds_a_candidate(vectors, options.batches, seed=0)
+                print(f"| {size:,} | {count:,} | {name} | {cache} | {1e6 * took:.1f} |", flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
