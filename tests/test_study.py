@@ -20,7 +20,7 @@ from instruction_corpora import dense_annotations, visdial
 
 from cm3leon.api import CM3Leon, UntunedWarning
 from cm3leon.config import SHIPPED, Component
-from cm3leon.data.instructions.templates import TABLE_5
+from cm3leon.data.instructions.templates import ROLES, TABLE_5, fill
 from cm3leon.data.source import squared
 from cm3leon.experiment import Experiment, is_study, list_experiments, load_experiment
 from cm3leon.registry import SOURCES
@@ -29,9 +29,10 @@ from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.study import asking, load_study, run_study
 from cm3leon.study import report as study_page
+from cm3leon.study.asking import text_asked
 from cm3leon.study.config import combinations, rows, shown
 from cm3leon.study.run import rows_of_seeds
-from cm3leon.types import UserError
+from cm3leon.types import Document, TextSegment, UserError
 
 MODEL = SHIPPED / "experiments" / "scenes" / "model.yaml"
 TINY = {
@@ -639,6 +640,15 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     assert list(again.runs) == list(study.runs)
     run_study(again, tmp_path / "run")
     assert "up to date" in capsys.readouterr().out
+
+
+def test_documents_are_not_found_by_the_true_answer():
+    values = {"question": "What is it?", "answer": "a red cube"}
+    template = "Question: {question} The answer is {answer}."
+    segments = fill(template, values, ROLES["vqa"])
+    assert text_asked(Document("1", segments)) == "Question: What is it? The answer is ."
+    caption = Document("2", (TextSegment("a red cube"),))
+    assert text_asked(caption) == "a red cube"
 
 
 # ------------------------------------------------------------------------------------------------ what it says

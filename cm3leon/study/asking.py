@@ -460,7 +460,8 @@ class Asking:
     ) -> list[list[int]]:
         by = TASKS.get(task).retrieves_by
         if by == "text":
-            return model.retrieved([item.document.text for item in items], None, by, count)
+            texts = [text_asked(item.document) for item in items]
+            return model.retrieved(texts, None, by, count)
         # The last image is the one that the text belongs to, on a page of several, too.
         images_BHWC = np.stack([item.document.images[-1] for item in items])
         return model.retrieved(None, images_BHWC, by, count)
@@ -478,6 +479,16 @@ class Asking:
             decoded_BHWC = tokenizer.decode(tokenizer.encode(np.stack(images)))
             rebuilt += [Answer(image_HWC=image_HWC) for image_HWC in decoded_BHWC]
         return rebuilt
+
+
+def text_asked(document: Document) -> str:
+    """The words of a document that its answer is asked by: all but the true answer, which nothing is found by."""
+    texts = [segment for segment in document.segments if isinstance(segment, TextSegment)]
+    return " ".join(
+        segment.text.strip()
+        for segment in texts
+        if segment.role != "answer" and segment.text.strip()
+    )
 
 
 def _with_place(document: Document, size: int) -> Document:
