@@ -15,8 +15,6 @@ set -euo pipefail
 readonly folder=${CLUSTER:-${TMPDIR:-/tmp}/cm3leon-slurm} nodes=${NODES:-2} cpus=${CPUS:-8} gpus=${GPUS:-2}
 readonly host=$(hostname -s) mark="# $folder: cm3leon-slurm"
 readonly munge=$folder/run/munge.sock
-# Two clusters in two folders get along: their ports are drawn from the names of their folders.
-readonly port=$((20000 + $(cksum <<<"$folder" | cut -d ' ' -f 1) % 240 * 50))
 export SLURM_CONF=$folder/slurm.conf
 
 fail() { echo "cluster.sh: $*" >&2; exit 1; }
@@ -45,6 +43,14 @@ install_packages() {
   fi
   { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } \
     >"$folder/log/apt.log" 2>&1 || { tail -n 5 "$folder/log/apt.log" >&2; fail "apt-get could not install SLURM"; }
+}
+
+find_ports() { # sets port: the controller listens on it, and the nodes on the ones behind it
+  local end
+  for ((port = end = 20000; port < 32000; port = end = port + 50)); do
+    while ! (: <>"/dev/tcp/127.0.0.1/$end") 2>/dev/null; do ((end++ < port + nodes)) || return 0; done
+  done
+  fail "no $((nodes + 1)) ports in a row are free between 20000 and 32000"
 }
 
 name_nodes() { # a node's name is the address that torch.distributed is given
@@ -122,8 +128,8 @@ start() {
   [[ $(id -u) == 0 ]] || fail "SLURM's daemons are started as root, and this is $(id -un)"
   ((${#munge} < 100)) || fail "CLUSTER is $folder, too long a path for a socket; it must be shorter than 80 letters"
   mkdir -p "$folder"/{run,log,state}
-  # One start at a time; the daemons must not inherit the lock.
-  exec 9>"$folder/.lock"
+  # One start at a time on a machine, as ports and /etc/hosts belong to all; the daemons must not inherit the lock.
+  exec 9>>/etc/hosts
   flock 9
   if is_up; then return; fi
   local number
@@ -131,6 +137,7 @@ start() {
   install_packages
   mkdir -p "$folder/state/slurmctld" $(seq -f "$folder/state/node%g" "$nodes")
   name_nodes
+  find_ports
   write_configuration
   # A munge of its own, with its own key: the machine's, if there is one, stays as it is.
   [[ -f $folder/munge.key ]] || (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
@@ -157,7 +164,7 @@ stop() {
   done
   kill "${ids[@]}" 2>/dev/null || true
   for id in "${ids[@]}"; do within 20 test ! -d "/proc/$id" || kill -9 "$id"; done
-  forget_nodes
+  (flock 9 && forget_nodes) 9>>/etc/hosts
   rm -rf "$folder/run" "$folder/state" "$SLURM_CONF" "$folder/gres.conf" "$folder/munge.key"
 }
 

@@ -18,6 +18,10 @@ def daemons() -> dict[str, str]:
     return {name: process for name, process in found.items() if Path("/proc", process).is_dir()}
 
 
+def port(settings: Path) -> str:
+    return next(line for line in settings.read_text().splitlines() if line.startswith("SlurmctldPort="))
+
+
 def test_a_second_start_changes_nothing() -> None:
     before = daemons()
     call(CLUSTER, "start")
@@ -37,6 +41,7 @@ def test_stop_ends_its_own_cluster_and_no_other(tmp_path: Path) -> None:
     call(CLUSTER, "start", env=other)
     assert call(CLUSTER, "status", env=other).count("node[1-3]") == 4
     assert hosts.read_text().count(str(folder)) == 3
+    assert port(folder / "slurm.conf") != port(Path(os.environ["SLURM_CONF"]))
     call(CLUSTER, "stop", env=other)
     assert str(folder) not in hosts.read_text()
     assert daemons() == before
