@@ -23,6 +23,7 @@ from cm3leon.config import (
     Probability,
     Range,
 )
+from cm3leon.config.files import parse_yaml
 from cm3leon.training.config import TrainingConfig
 from cm3leon.types import UserError, UserErrors
 
@@ -165,7 +166,7 @@ outers = st.builds(
 def test_mapping_and_dataclass_are_inverse_also_through_yaml(outer: Outer) -> None:
     mapping = config.to_mapping(outer)
     assert config.from_mapping(Outer, mapping) == outer
-    assert config.from_mapping(Outer, config._parse_yaml(config.dump_yaml(mapping))) == outer
+    assert config.from_mapping(Outer, parse_yaml(config.dump_yaml(mapping))) == outer
 
 
 @pytest.mark.parametrize(

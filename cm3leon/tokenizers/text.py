@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from cm3leon.config import Annotated, PositiveInt, Range
+from cm3leon.config import PositiveInt, Range
 from cm3leon.permissions import check_readable
 from cm3leon.tokenizers.vocab import SPECIALS
 from cm3leon.types import UserError

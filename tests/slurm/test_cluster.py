@@ -19,7 +19,9 @@ def daemons() -> dict[str, str]:
 
 
 def port(settings: Path) -> str:
-    return next(line for line in settings.read_text().splitlines() if line.startswith("SlurmctldPort="))
+    return next(
+        line for line in settings.read_text().splitlines() if line.startswith("SlurmctldPort=")
+    )
 
 
 def test_a_second_start_changes_nothing() -> None:

@@ -1,0 +1,128 @@
+"""Configs as plain data: whole, what a result depends on, or as a record that holds in any working directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from cm3leon.config.schema import Component, Location, NoEffect, hints_of
+
+M = TypeVar("M")
+
+_LEFT_OUT = object()
+
+
+def to_mapping(config: Any) -> Any:
+    """Plain data that YAML can hold; `from_mapping` is its inverse. Components become `{name: ..., **fields}`."""
+    if isinstance(config, Component):
+        return {"name": config.name, **to_mapping(config.config)}
+    if dataclasses.is_dataclass(config):
+        return {
+            field.name: to_mapping(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+        }
+    if isinstance(config, Mapping):
+        return {key: to_mapping(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_mapping(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> Any:
+    """The settings that a result depends on, as plain data: `to_mapping` without what changes no result.
+
+    Fields marked `NoEffect` are left out. Locations are left out too, or replaced by what lies there:
+
+        result_settings(config)                    # {"layout": "auto"}
+        result_settings(config, held=path_digest)  # {"path": "sha256:9f86...", "layout": "auto"}
+
+    Args:
+        held: a location -> what stands for its files, for example a digest; None where the caller says what the files
+            hold in another way.
+    """
+
+    def at(mark: Location, value: Any) -> Any:
+        if held is None:
+            return _LEFT_OUT
+        if isinstance(value, Mapping):  # the order of folders may count, so they stay a list
+            return [[held(str(key)), to_mapping(item)] for key, item in value.items()]
+        return _each(value, held)
+
+    return _plain(config, at, results_only=True)
+
+
+def recorded_settings(config: Any) -> Any:
+    """`to_mapping` with every local location absolute, so that it means the same in another working directory."""
+
+    def at(mark: Location, value: Any) -> Any:
+        def moved(place: str) -> str:
+            return place if mark.or_name and not Path(place).exists() else absolute_location(place)
+
+        if isinstance(value, Mapping):
+            return {moved(str(key)): to_mapping(item) for key, item in value.items()}
+        return _each(value, moved)
+
+    return _plain(config, at, results_only=False)
+
+
+def absolute_location(location: str) -> str:
+    """A local path, or a glob of such, made absolute; a URL, and an empty text, stay as they are."""
+    if "::" in location and not Path(location).exists():  # several paths, or one through another
+        return "::".join(
+            os.path.abspath(each) if Path(each).exists() else each for each in location.split("::")
+        )
+    if not location or "://" in location or location.startswith("{/"):
+        return location
+    home = str(Path(location).expanduser()) if location.startswith("~/") else location
+    return os.path.abspath(home)
+
+
+def _plain(config: Any, at: Callable[[Location, Any], Any], *, results_only: bool) -> Any:
+    """`to_mapping`, with locations given to `at` and, for results, without the fields that change none."""
+    again = functools.partial(_plain, at=at, results_only=results_only)
+    if isinstance(config, Component):
+        return {"name": config.name, **again(config.config)}
+    if isinstance(config, Mapping):
+        return {key: again(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [again(value) for value in config]
+    if not dataclasses.is_dataclass(config):
+        return to_mapping(config)
+
+    result = {}
+    for name, annotation in hints_of(typing.cast(type, type(config))).items():
+        value = getattr(config, name)
+        if results_only and _marked(annotation, NoEffect) is not None:
+            continue
+        place = _marked(annotation, Location)
+        found = at(place, value) if place and value is not None else again(value)
+        if found is not _LEFT_OUT:
+            result[name] = found
+    return result
+
+
+def _marked(annotation: Any, kind: type[M]) -> M | None:
+    """The mark of an annotation, also inside `X | None`, a list, or the keys of a mapping."""
+    if annotation is Path and kind is Location:
+        return typing.cast(M, Location())
+    for mark in getattr(annotation, "__metadata__", ()):
+        if isinstance(mark, kind):
+            return mark
+    inner = get_args(annotation)
+    if get_origin(annotation) is dict:
+        inner = inner[:1]
+    return next(filter(None, (_marked(each, kind) for each in inner)), None)
+
+
+def _each(value: Any, change: Callable[[str], Any]) -> Any:
+    """One location changed, or each of a list."""
+    return (
+        [change(str(item)) for item in value]
+        if isinstance(value, (list, tuple))
+        else change(str(value))
+    )
