@@ -1,13 +1,13 @@
-"""What it takes to read the vectors of candidates from shards on disk, as the strategy does for each batch of queries.
+"""What it takes to read the vectors of candidates from shards on disk, as a search does for each batch of queries.
 
     python benchmarks/rescoring.py --documents 10000000 --folder /scratch/rescoring
 
 Shards of 10,000 and of 100,000 documents hold the same vectors (512 numbers of 16 bits for the text, and as many for
 the image). Rows are random: those of a real search lie no better, as a corpus is in no order of its vectors. A batch of
-256 queries has 64 candidates each, 16,384 in 340 million documents; here a batch has as many fewer as there are fewer
-documents, so that a shard gets as many of them. Each layout is read with maps for all shards, and with maps for 24 %
-of them, as 8,191 maps of a process are for 34,000 shards (docs/scale.md). Files are dropped from the page cache first
-(`cold`), then the same rows are read once more (`warm`).
+256 queries orders 256 candidates each by their vectors, 65,536 in 340 million documents; here a batch has as many
+fewer as there are fewer documents, so that a shard gets as many of them. Each layout is read with maps for all shards,
+and with maps for 24 % of them, as 8,191 maps of a process are for 34,000 shards (docs/scale.md). Files are dropped from
+the page cache first (`cold`), then the same rows are read once more (`warm`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from tqdm import tqdm
 import cm3leon.data.shards as shards_module
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import IndexConfig
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+from cm3leon.stages.sharing import BATCH
 
 WIDTH = 512
-CANDIDATES, CORPUS = 256 * 64, 340_000_000
+CANDIDATES, CORPUS = BATCH * IndexConfig().rescored, 340_000_000
 FEW_MAPS = (65_530 // 8) / 34_000
 """Share of 34,000 shards that a process maps where Linux grants it the usual number."""
 
@@ -55,8 +57,13 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds_a_candidate(vectors: VectorShards, batches: int, seed: int) -> float:
-    """Mean time to read the two vectors of a candidate."""
+def seconds_a_candidate(folder: Path, batches: int, seed: int) -> float:
+    """Mean time to read the two vectors of a candidate, by a reader that has just been opened.
+
+    The reader ends with the call, and its maps with it: what a process maps stays in the page cache.
+    """
+    vectors = VectorShards(folder, verify=False)
+    vectors.parts(np.zeros((1, 1), np.int64))
     rng = np.random.default_rng(seed)
     count = max(1, round(CANDIDATES * len(vectors) / CORPUS))
     begun = time.perf_counter()
@@ -71,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is measured")
-    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
     print("| documents a shard | shards | maps for | page cache | µs a candidate |")
     print("|---|---|---|---|---|")
@@ -85,9 +92,7 @@ def main() -> None:
             for cache in ("cold", "warm"):
                 if cache == "cold":
                     drop(folder)
-                vectors = VectorShards(folder, verify=False)
-                vectors.parts(np.zeros((1, 1), np.int64))
-                took = seconds_a_candidate(vectors, options.batches, seed=0)
+                took = seconds_a_candidate(folder, options.batches, seed=0)
                 print(f"| {size:,} | {count:,} | {name} | {cache} | {1e6 * took:.1f} |", flush=True)
         shutil.rmtree(folder)
 
