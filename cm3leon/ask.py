@@ -15,7 +15,6 @@ its end, has `truncated`, and their number is said at the end.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,13 +30,12 @@ from cm3leon.api import CM3Leon, TruncatedWarning
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
 from cm3leon.data.images import SUFFIXES
 from cm3leon.decoders.steps import Way
+from cm3leon.io import read_json, sha256, write_json, write_text
 from cm3leon.locks import locked
 from cm3leon.models.serving import Weights
 from cm3leon.paths import make_folder, naming
-from cm3leon.records import read_json
 from cm3leon.registry import DECODERS, discover
 from cm3leon.stages.opening import Opening
-from cm3leon.stages.pipeline import write_json
 from cm3leon.terminal import is_printable, printable
 from cm3leon.training.device import Precision
 from cm3leon.types import Partly, UserError
@@ -293,7 +291,7 @@ def _ask(options: AskOptions, out: Path | None, answer: Answer) -> None:
                 continue
             truncated += cut
             told = {"truncated": True} if cut else {}
-            _write({"image": name, "sha256": _digest(images[name]), **found, **told}, out)
+            _write({"image": name, "sha256": sha256(images[name]), **found, **told}, out)
     if truncated:
         warnings.warn(
             f"{truncated} of {len(left) - len(failed)} texts were cut before their end; "
@@ -363,9 +361,9 @@ def _done(options: AskOptions, out: Path, model: CM3Leon, images: Mapping[str, P
     for entry in _lines(out):
         name = str(entry.get("image"))
         whole = all((out.parent / file).is_file() for file in entry.get("files", []))
-        if name in images and whole and entry.get("sha256") == _digest(images[name]):
+        if name in images and whole and entry.get("sha256") == sha256(images[name]):
             kept[name] = entry
-    out.write_text("".join(_line(entry) + "\n" for entry in kept.values()), encoding="utf-8")
+    write_text(out, "".join(_line(entry) + "\n" for entry in kept.values()))
     return set(kept)
 
 
@@ -415,11 +413,6 @@ def _line(entry: Mapping[str, Any]) -> str:
     """The entry as JSON, with escapes where a terminal would obey what is in it."""
     line = json.dumps(entry, ensure_ascii=False)
     return line if is_printable(line) else json.dumps(entry)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _conclude(

@@ -9,7 +9,7 @@ paths, sizes and times of what was read.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 import time
@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from cm3leon.io import digest_of_parts, write_json
 
 WHOLE = 64 * 2**20
 """Bytes up to which a file is read whole."""
@@ -55,11 +57,10 @@ def files_digest(files: Sequence[Path], names: Sequence[str]) -> str:
     if key is not None and key in _known:
         _used.add(key)
         return _known[key]
-    digest = hashlib.sha256()
     with ThreadPoolExecutor(READERS) as readers:
-        for name, content in zip(names, readers.map(_content, files), strict=True):
-            digest.update(f"{name!a}\0{content}\n".encode())
-    found = digest.hexdigest()
+        contents = readers.map(_content, files)
+        lines = zip(names, contents, strict=True)
+        found = digest_of_parts(f"{name!a}\0{content}\n" for name, content in lines)
     if key is not None:
         _known[key] = found
         _used.add(key)
@@ -68,15 +69,16 @@ def files_digest(files: Sequence[Path], names: Sequence[str]) -> str:
 
 def stream_digest(file: BinaryIO, size: int, *, blocks: int = BLOCKS) -> str:
     """A checksum of an open file of that size: of all of it, or of blocks of a large one. It must be seekable."""
-    digest = hashlib.sha256(str(size).encode())
-    if size <= WHOLE and blocks == BLOCKS:
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
-    for number in range(blocks):
-        file.seek(max(0, size - BLOCK) * number // (blocks - 1))
-        digest.update(file.read(BLOCK))
-    return digest.hexdigest()
+    whole = size <= WHOLE and blocks == BLOCKS
+    content = iter(lambda: file.read(2**20), b"") if whole else _blocks_of(file, size, blocks)
+    return digest_of_parts(itertools.chain([str(size)], content))
+
+
+def _blocks_of(file: BinaryIO, size: int, count: int) -> Iterator[bytes]:
+    """So many blocks, spread evenly over a file of that size."""
+    for number in range(count):
+        file.seek(max(0, size - BLOCK) * number // (count - 1))
+        yield file.read(BLOCK)
 
 
 @contextmanager
@@ -92,9 +94,7 @@ def remembered(file: Path) -> Iterator[Callable[[], None]]:
         used = {key: _known[key] for key in sorted(_used)}
         wanted = used if len(kept) > MANY else kept | used
         if wanted != kept:
-            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(wanted, indent=1))
-            os.replace(partial, file)
+            write_json(file, wanted, indent=1, shared=True)
 
     yield write
     write()
@@ -111,7 +111,7 @@ def _content(file: Path) -> str:
 def _key(files: Sequence[Path]) -> str | None:
     """What changes with every change of the files; None if one has changed within the last seconds, when another change
     might not show."""
-    digest = hashlib.sha256()
+    lines = []
     newest = time.time() - SETTLED
     for file in files:
         try:
@@ -121,5 +121,5 @@ def _key(files: Sequence[Path]) -> str | None:
         if max(status.st_mtime, status.st_ctime) > newest:
             return None
         state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        digest.update(f"{os.path.abspath(file)!a}\0{state}\n".encode())
-    return digest.hexdigest()
+        lines.append(f"{os.path.abspath(file)!a}\0{state}\n")
+    return digest_of_parts(lines)

@@ -25,16 +25,15 @@ from torch import Tensor
 
 from cm3leon import __version__
 from cm3leon.config import choices, from_mapping, to_mapping
+from cm3leon.io import read_json, write_json
 from cm3leon.locks import LOCK
 from cm3leon.models.adapter import has_adapter, merge_adapter
 from cm3leon.models.transformer import Transformer
 from cm3leon.paths import make_folder, naming, writing
 from cm3leon.permissions import check_folder_readable, use_umask
-from cm3leon.records import read_json
 from cm3leon.registry import MODELS, discover
 from cm3leon.stages.artifacts import TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.opening import Opening, open_run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError

@@ -30,13 +30,12 @@ from cm3leon.api import CM3Leon, Picture, found_of, shortened
 from cm3leon.arguments import worded_text
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, from_mapping, to_mapping
 from cm3leon.decoders.steps import Way
+from cm3leon.io import check_shape, read_json, write_json, write_json_lines
 from cm3leon.models.serving import Weights
 from cm3leon.paths import naming, writing
-from cm3leon.records import check_shape, read_json
 from cm3leon.registry import DECODERS, discover
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import Opening
-from cm3leon.stages.pipeline import write_json
 from cm3leon.training.device import Precision
 from cm3leon.training.distributed import Ranks, find_place, joined
 from cm3leon.types import Partly, UserError
@@ -277,9 +276,7 @@ def _done(out: Path, texts: list[str]) -> set[int]:
             raise UserError(f"{file} has other prompts than those given; take another folder")
         if all((out / Path(image["file"]).name).is_file() for image in entry["images"]):
             entries.append(entry)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    partial.replace(file)
+    write_json_lines(file, entries)
     return {entry["number"] for entry in entries}
 
 

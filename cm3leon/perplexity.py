@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3leon.config import PositiveInt, from_mapping, load_yaml
+from cm3leon.io import check_shape, read_json_lines
 from cm3leon.paths import make_folder, path_of
-from cm3leon.records import check_shape, read_json_lines
 from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 

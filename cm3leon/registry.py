@@ -17,7 +17,6 @@ model = MODELS.build({"name": "cm3leon_7b"}, vocab=vocab)
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -32,6 +31,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from cm3leon.config import Component, FieldDoc, check_config_class, choices, describe, from_mapping
+from cm3leon.io import digest_of
 from cm3leon.types import UserError
 
 T = TypeVar("T")
@@ -319,7 +319,7 @@ def _is_shipped(path: Path) -> bool:
 
 def _module_name(path: Path) -> str:
     """The name of a plugin's module. Two in different folders may share a file name, so the whole path makes it."""
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    digest = digest_of(str(path))[:8]
     return f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
 
 

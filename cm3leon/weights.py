@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cm3leon.io import atomic
 from cm3leon.paths import naming
 from cm3leon.permissions import check_readable, use_umask
 from cm3leon.types import NotFinite, UserError
@@ -23,16 +23,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: for a full disk or a folder that is not writable, of which no file is left.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic(path, sync=True) as partial:
         with naming(path):
             save_file(held, partial)
         use_umask(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

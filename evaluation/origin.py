@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 
 from cm3leon.evaluation.report import Code, Link, Section, Table
-from cm3leon.records import read_json
+from cm3leon.io import read_json
 from cm3leon.types import UserError
 
 ENVIRONMENT = "environment.json"

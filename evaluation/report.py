@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 from urllib.parse import quote
 
 import numpy as np
+
+from cm3leon.io import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,12 +209,8 @@ def write_page(path: str | Path, page: str) -> None:
     content = page.encode("utf-8", errors="xmlcharrefreplace")  # captions may hold lone surrogates
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic(path, shared=True) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def render(report: Report) -> str:

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from cm3leon import CM3Leon
 from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
 from cm3leon.decoders.request import Request
+from cm3leon.io import sha256
 from cm3leon.locks import locked
-from cm3leon.records import sha256
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS, discover
 from cm3leon.run import main
 from cm3leon.stages import generate as generate_stage

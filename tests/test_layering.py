@@ -16,6 +16,8 @@ FOUNDATION = (
     "locks",
     "paths",
     "permissions",
+    "io",
+    "seeds",
     "records",
     "digests",
     "weights",

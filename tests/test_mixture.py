@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cm3leon.data.mixture import Mixture, sampling_rates
-from cm3leon.data.shuffle import mixed, shuffled, shuffled_array
+from cm3leon.data.shuffle import shuffled, shuffled_array
+from cm3leon.seeds import mixed
 from cm3leon.types import UserError
 
 seeds = st.integers(0, 2**63)

@@ -21,7 +21,6 @@ from cm3leon.config import (
 )
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
-from cm3leon.records import read_json, read_json_lines
 from cm3leon.registry import METRICS, _module_name
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
@@ -148,15 +147,15 @@ def test_a_checkpoint_to_go_on_from_is_compared(tmp_path: Path) -> None:
 def test_a_file_is_read_for_its_checksum_once_in_a_process(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cm3leon import records
+    from cm3leon import io
 
-    monkeypatch.setattr(records, "SETTLED", 0.0)
-    monkeypatch.setattr(records, "_digests", {})
+    monkeypatch.setattr(io, "SETTLED", 0.0)
+    monkeypatch.setattr(io, "_digests", {})
     read: list[str] = []
     monkeypatch.setattr(
-        records.hashlib,
+        io.hashlib,
         "file_digest",
-        lambda file, kind, digest=records.hashlib.file_digest: (
+        lambda file, kind, digest=io.hashlib.file_digest: (
             read.append(file.name) or digest(file, kind)
         ),
     )
@@ -252,45 +251,6 @@ def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
 
 
 # ------------------------------------------------------------------------------------------------ records
-
-
-@pytest.mark.parametrize(
-    ("content", "shape", "sentence"),
-    [
-        ("{", dict, "is damaged: it is not JSON"),
-        ("[" * 100_000, list, "is damaged: it is not JSON"),
-        ('{"a": ' + "1" * 5000 + "}", dict, "is damaged: it is not JSON"),
-        ("[]", dict, r"is \[\]; it must be an object$"),
-        ("{}", {"a": int}, "has no a$"),
-        ('{"a": true}', {"a": int}, "a is true; it must be a whole number$"),
-        ('{"a": "x"}', {"a": (int, float)}, 'a is "x"; it must be a number$'),
-        ('{"a": [1, "x"]}', {"a": [int]}, 'a: 1 is "x"; it must be a whole number$'),
-        ('{"a": {"b": 1}}', {"a": {str: str}}, "a: b is 1; it must be a text$"),
-    ],
-)
-def test_json_of_another_shape_is_a_sentence(
-    content: str, shape: object, sentence: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "x.json"
-    file.write_text(content)
-    with pytest.raises(UserError, match=f"^{file}.*{sentence}"):
-        read_json(file, shape)
-    file.write_text(f"{{}}\n{content}\n")
-    if sentence.endswith("$"):
-        with pytest.raises(UserError, match=f"^{file}: line [12].*{sentence}|line 1 has no a"):
-            read_json_lines(file, shape)
-
-
-def test_json_of_the_shape_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "x.json"
-    file.write_text('{"a": 1, "more": [2], "b": null}')
-    content = read_json(file, {"a": (int, float), "b?": str, "c?": int})
-    assert content == {"a": 1, "more": [2], "b": None}
-    with pytest.raises(UserError, match=r"y.json is missing"):
-        read_json(tmp_path / "y.json")
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is damaged"):
-        read_json(file)
 
 
 @pytest.mark.parametrize(

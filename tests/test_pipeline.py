@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cm3leon.stages import pipeline
-from cm3leon.stages.pipeline import Stage, run_part, run_stages, write_json
+from cm3leon.stages.pipeline import Stage, run_part, run_stages
 from cm3leon.types import UserError
 
 
@@ -451,53 +451,6 @@ def test_a_shard_is_told_by_its_size_alone(folder: Path) -> None:
         run = Fake()
         run_stages(only, run, folder, print)
         assert run.made == made
-
-
-# ------------------------------------------------------------------------------------------------ write_json
-
-
-def test_json_is_written_and_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    for something in ({"a": [1, None, "ü"]}, [1, 2]):
-        write_json(path, something)
-        assert json.loads(path.read_text()) == something
-    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
-
-
-def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
-@pytest.mark.parametrize("step", ["write_text", "replace"])
-def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = tmp_path / "file.json"
-    write_json(path, {"a": 1})
-    write_text = Path.write_text
-
-    def half(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        write_text(self, text[: len(text) // 2])
-        raise OSError("no space left on device")
-
-    def fails(*args: Any) -> None:
-        raise OSError("interrupted")
-
-    with monkeypatch.context() as patch:
-        if step == "write_text":
-            patch.setattr(Path, "write_text", half)
-        else:
-            patch.setattr(os, "replace", fails)
-        with pytest.raises(OSError, match=r"no space left|interrupted"):
-            write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 3}
-    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
 
 
 # ------------------------------------------------------------------------------------------------ expensive work

@@ -43,7 +43,15 @@ def clone(tmp_path: Path) -> Path:
     """A clone with the registry and no built-in components, so that discovery has little to import."""
     clone = tmp_path / "clone"
     (clone / "cm3leon").mkdir(parents=True)
-    for name in ("__init__.py", "types.py", "locks.py", "paths.py", "registry.py"):
+    for name in (
+        "__init__.py",
+        "types.py",
+        "locks.py",
+        "paths.py",
+        "permissions.py",
+        "io.py",
+        "registry.py",
+    ):
         shutil.copy(ROOT / "cm3leon" / name, clone / "cm3leon")
     shutil.copytree(ROOT / "cm3leon/config", clone / "cm3leon/config")
     (clone / "experiments.yaml").write_text("")

@@ -17,12 +17,13 @@ from test_training import Interrupted, Numbers, Tiny, config, loss
 from cm3leon.config import from_mapping
 from cm3leon.data.augment import AugmentConfig, vary
 from cm3leon.data.mixture import Mixture, sampling_rates
-from cm3leon.data.shuffle import shuffled, shuffled_array, wrapped
+from cm3leon.data.shuffle import shuffled, shuffled_array
 from cm3leon.decoders.generate import answers
 from cm3leon.experiment import load_experiment
 from cm3leon.retrievers import index
 from cm3leon.retrievers.lexical import LexicalEncoder
 from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.seeds import wrapped
 from cm3leon.training.trainer import train
 from cm3leon.types import UserError
 

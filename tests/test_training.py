@@ -877,7 +877,9 @@ def test_only_the_newest_and_the_milestones_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000100", "step_01000000", "step_01000001"]
 
 
-@pytest.mark.parametrize("killed_in", ["dcp.async_save", "sha256", "_write", "_sync", "rename"])
+@pytest.mark.parametrize(
+    "killed_in", ["dcp.async_save", "sha256", "write_json", "sync_to_disk", "rename"]
+)
 def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:

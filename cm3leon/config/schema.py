@@ -38,7 +38,7 @@ Temperature = Annotated[float, Range(ge=0.01)]
 Guidance = Annotated[float, Range(ge=0, le=1000)]
 """Weights of guidance; with larger ones float32 logits of a trained model can overflow."""
 Seed = Annotated[int, Range(ge=0, le=2**64 - 1)]
-"""Any number of 64 bits, such as a time in nanoseconds; see `data.shuffle.wrapped`."""
+"""Any number of 64 bits, such as a time in nanoseconds; see `seeds.wrapped`."""
 Probability = Annotated[float, Range(ge=0, le=1)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from cm3leon.records import read_array, read_json_lines
+from cm3leon.io import digest_of, read_json_lines
+from cm3leon.records import read_array
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 Split = Literal["train", "validation", "held_out"]
@@ -103,7 +103,7 @@ def split_of(
         )
 
     splits: list[Split] = ["train"] * len(ids)
-    order = sorted(members, key=lambda key: hashlib.sha256(key.encode()).digest())
+    order = sorted(members, key=digest_of)
     shares: tuple[tuple[Split, int], ...] = (
         ("held_out", n_held_out),
         ("validation", n_validation),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 
 from cm3leon.config import Seed
 from cm3leon.data.source import Skipped, Source
+from cm3leon.io import digest_of_parts
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -78,7 +78,7 @@ class DigitsSource(Source):
 
         scans = load_digits()
         held = [np.ascontiguousarray(array).tobytes() for array in (scans.images, scans.target)]
-        return hashlib.sha256(b"".join(held)).hexdigest()
+        return digest_of_parts(held)
 
     def class_in(self, text: str) -> int | None:
         found = {

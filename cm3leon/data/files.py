@@ -6,7 +6,6 @@ import builtins
 import codecs
 import errno
 import gzip
-import hashlib
 import json
 import os
 import zlib
@@ -31,6 +30,7 @@ from cm3leon.data.paths import all_paths
 from cm3leon.data.remote import reaching
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
+from cm3leon.io import digest_of, digest_of_parts
 from cm3leon.permissions import check_readable
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
@@ -443,12 +443,10 @@ def fingerprint(files: Files, listed: Sequence[File]) -> str:
     if files.local:
         paths = [Path(files.full(file.name)) for file in listed]
         return files_digest(paths, [file.name for file in listed])
-    digest = hashlib.sha256()
-    for file in listed:
-        digest.update(
-            f"{file.name!a}\0{file.size}\0{file.checksum or _remote_blocks(files, file)}\n".encode()
-        )
-    return digest.hexdigest()
+    return digest_of_parts(
+        f"{file.name!a}\0{file.size}\0{file.checksum or _remote_blocks(files, file)}\n"
+        for file in listed
+    )
 
 
 def _remote_blocks(files: Files, file: File) -> str:
@@ -463,7 +461,7 @@ def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
     """
     names: list[str] = []
     paths: list[Path] = []
-    digest = hashlib.sha256()
+    remote: list[str] = []
     for record in records:
         if isinstance(record, Skipped):
             continue
@@ -477,8 +475,8 @@ def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
                 names.append(record.id)
                 paths.append(Path(files.full(name)))
             else:
-                digest.update(f"{record.id!a}\0{files.remote_checksum(name)}\n".encode())
-    return hashlib.sha256(f"{digest.hexdigest()} {files_digest(paths, names)}".encode()).hexdigest()
+                remote.append(f"{record.id!a}\0{files.remote_checksum(name)}\n")
+    return digest_of(f"{digest_of_parts(remote)} {files_digest(paths, names)}")
 
 
 def _file_of(load: Any) -> tuple[Files, str] | None:
@@ -744,7 +742,7 @@ class FileSource(Source):
 def _digest(content: bytes | np.ndarray) -> str:
     """SHA-256 of an image's file, or of the pixels of one that has none."""
     held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
-    return hashlib.sha256(held).hexdigest()
+    return digest_of(held)
 
 
 def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:

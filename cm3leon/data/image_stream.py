@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm3leon.data.shuffle import mixed, shuffled
+from cm3leon.data.shuffle import shuffled
 from cm3leon.data.source import Skipped, Source
+from cm3leon.seeds import mixed
 from cm3leon.types import Document, UserError
 
 State = dict[str, Any]

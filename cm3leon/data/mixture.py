@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon.data.shuffle import mixed, shuffled, shuffled_array
+from cm3leon.data.shuffle import shuffled, shuffled_array
+from cm3leon.seeds import mixed
 from cm3leon.types import UserError
 
 

@@ -12,7 +12,6 @@ appear, and a flipped bit anywhere is found. Any Arrow reader (pyarrow, Polars, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -27,8 +26,16 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cm3leon.io import (
+    atomic,
+    digest_of,
+    digest_of_parts,
+    partial_name,
+    read_json,
+    state_of,
+    write_json,
+)
 from cm3leon.permissions import check_readable
-from cm3leon.records import read_json, state_of
 from cm3leon.types import UserError
 
 T = TypeVar("T")
@@ -84,11 +91,6 @@ def shard_path(folder: Path, number: int, count: int) -> Path:
     return folder / f"shard-{number:05d}-of-{count:05d}.arrow"
 
 
-def partial_name(path: Path) -> Path:
-    """The name under which this process writes a file before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
 def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str, Any]) -> None:
     """Writes a shard under a name of this process, then renames it: nobody ever sees half of one.
 
@@ -104,16 +106,12 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
     frame = _frame_checksum(content, batch)
     metadata = {_HEADER: content, _FRAME: frame, _CHECKSUM: _checksum(frame, batch)}
     schema = batch.schema.with_metadata(metadata)
-    partial = partial_name(path)
-    try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(batch.replace_schema_metadata(metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic(path, shared=True, sync=True) as partial,
+        partial.open("wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+    ):
+        writer.write_batch(batch.replace_schema_metadata(metadata))
 
 
 def open_shard(path: Path, *, verify: bool = True) -> Shard:
@@ -157,17 +155,13 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
 def _frame_checksum(content: str, batch: pa.RecordBatch) -> str:
     """Over all but the values: the header, and the columns' names, types and rows."""
     frame = [content, [[field.name, str(field.type)] for field in batch.schema], batch.num_rows]
-    return hashlib.sha256(json.dumps(frame).encode()).hexdigest()
+    return digest_of(json.dumps(frame))
 
 
 def _checksum(frame: str, batch: pa.RecordBatch) -> str:
     """Over the values too."""
-    digest = hashlib.sha256(frame.encode())
-    for column in batch.columns:
-        for buffer in column.buffers():
-            if buffer is not None:
-                digest.update(buffer)
-    return digest.hexdigest()
+    buffers = (buffer for column in batch.columns for buffer in column.buffers())
+    return digest_of_parts([frame, *(buffer for buffer in buffers if buffer is not None)])
 
 
 def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
@@ -192,16 +186,6 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
                     f"{folder} was begun with another {key}: {_short(there.get(key))} instead of "
                     f"{_short(wanted.get(key))}; choose another folder, or delete this one"
                 ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all, over what is there."""
-    partial = partial_name(path)
-    try:
-        partial.write_text(json.dumps(content))
-        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -273,10 +257,8 @@ def finish(
     for number in range(count):
         shard = open_shard(shard_path(folder, number, count))
         entries.append({"rows": len(shard), **summary(shard)})
-    replace_json(
-        folder / INDEX,
-        {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {},
-    )
+    content = {key: [entry[key] for entry in entries] for key in entries[0]} if entries else {}
+    write_json(folder / INDEX, content, indent=None, shared=True)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import pyarrow as pa
 
 from cm3leon.data.corpus import Split
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, read_plan, write_shard
+from cm3leon.io import digest_of
 from cm3leon.types import Role, TokenDocument, TokenSegment, UserError
 
 JOINED, ROLE = 2, 4
@@ -40,7 +40,7 @@ class Tokenizers:
 
 def split_of_key(key: str, *, validation: float, held_out: float) -> Split:
     """The split of a document by the SHA-256 of its `split_key`, whatever else the corpus holds."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    place = int(digest_of(key)[:16], 16) / 2**64
     if place < held_out:
         return "held_out"
     return "validation" if place < held_out + validation else "train"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import Component, choices
+from cm3leon.io import read_json, write_json
 from cm3leon.launch.record import snapshot
-from cm3leon.records import read_json
 from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 
@@ -97,9 +96,7 @@ class Launch:
                 {**asdict(each), "log": each.log and str(each.log)} for each in submitted
             ],
         }
-        partial = self.folder / ".jobs.json"
-        partial.write_text(json.dumps(content, indent=2))
-        partial.rename(self.folder / "jobs.json")
+        write_json(self.folder / "jobs.json", content)
 
     def read(self) -> dict[str, Any]:
         """What `write` wrote, with `submitted` as such."""

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm3leon.records import MARKER, check_shape
+from cm3leon.io import check_shape
+from cm3leon.records import MARKER
 from cm3leon.stages.pipeline import STARTED, SUPERSEDED
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import AGAIN, REFUSED

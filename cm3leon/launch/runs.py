@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from cm3leon.config import Component, dump_yaml, recorded_settings
 from cm3leon.experiment import Experiment
+from cm3leon.io import digest_of, write_text
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of, write_whole
+from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo
@@ -175,9 +175,9 @@ def _shown(submitted: list[Submitted]) -> str:
 def _frozen(config: Experiment | Study, folder: Path) -> Path:
     """A file of the resolved configuration that nothing writes to later, for jobs that read it when they start."""
     text = dump_yaml(recorded_settings(config))
-    file = folder / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    file = folder / "launch" / f"{digest_of(text)[:12]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+    write_text(file, text)
     return file
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from cm3leon.io import read_json
 from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
-from cm3leon.records import check_stage, read_json
+from cm3leon.records import check_stage
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 from cm3leon.weights import check_fit, check_no_adapter, read_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from cm3leon.io import read_json, write_json
 from cm3leon.permissions import check_readable
-from cm3leon.records import read_json
 from cm3leon.retrievers.mips import Searcher, import_faiss
 from cm3leon.types import Modality, UserError
 from cm3leon.weights import check_finite
@@ -137,7 +136,7 @@ class MemoryBank:
 
     def save(self, folder: Path) -> None:
         """Writes `ids.json`, `vectors.npz` and `index.faiss`."""
-        (folder / "ids.json").write_text(json.dumps(self.ids))
+        write_json(folder / "ids.json", self.ids, indent=None)
         np.savez(folder / "vectors.npz", text=self.parts.text_BD, image=self.parts.image_BD)
         import_faiss().write_index(self.index, str(folder / "index.faiss"))
 

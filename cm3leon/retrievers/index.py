@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
-from cm3leon.data.shards import open_shard, partial_name, read_plan, replace_json
-from cm3leon.data.shuffle import wrapped
+from cm3leon.data.shards import open_shard, read_plan
+from cm3leon.io import atomic, check_shape, read_json, write_json
 from cm3leon.permissions import check_readable
-from cm3leon.records import check_shape, read_json
 from cm3leon.retrievers.bank import MODALITIES, Parts
 from cm3leon.retrievers.mips import Searcher, import_faiss, largest, train_index, with_vectors
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
+from cm3leon.seeds import wrapped
 from cm3leon.types import Modality, UserError
 
 TRAINED, INDEX, DATA, FIGURES, ADDED = (
@@ -176,7 +176,7 @@ def merge(
             "recall": {by: dict.fromkeys(map(str, RECALL_AT), 1.0) for by in MODALITIES},
             "bytes_per_document": 0,
         }
-        replace_json(folder / FIGURES, figures)
+        write_json(folder / FIGURES, figures, indent=None, shared=True)
         return
     _merge_on_disk(folder, vectors.count)
     merged = time.perf_counter() - start
@@ -193,7 +193,7 @@ def merge(
         "merge_seconds": merged,
         "recall_seconds": time.perf_counter() - start - merged,
     }
-    replace_json(folder / FIGURES, figures)
+    write_json(folder / FIGURES, figures, indent=None, shared=True)
 
 
 def _merge_on_disk(folder: Path, pieces: int) -> None:
@@ -214,12 +214,8 @@ def _piece(folder: Path, number: int) -> Path:
 
 def _write(index: Any, path: Path) -> None:
     """Writes an index whole or not at all."""
-    partial = partial_name(path)
-    try:
+    with atomic(path, shared=True) as partial:
         import_faiss().write_index(index, str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> Any:

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
-from cm3leon.data.shuffle import wrapped
 from cm3leon.records import read_array
 from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts, SearchableBank
 from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.strategy import NONE
+from cm3leon.seeds import wrapped
 
 
 def draw(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import PLAN, Shard, ShardFolder, finish, read_plan, write_shard
-from cm3leon.records import check_shape
+from cm3leon.io import check_shape
 from cm3leon.retrievers.bank import Parts
 from cm3leon.types import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,16 +15,17 @@ from cm3leon.config import recorded_settings, result_settings, to_mapping
 from cm3leon.data.augment import vary
 from cm3leon.data.corpus import Corpus
 from cm3leon.data.shards import INDEX, PLAN, open_shard
-from cm3leon.data.shuffle import wrapped
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
-from cm3leon.records import MARKER, check_stage, read_array, read_json, read_stage, sha256
+from cm3leon.io import digest_of, read_json, sha256
+from cm3leon.records import MARKER, check_stage, read_array, read_stage
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.neighbours import Neighbours
 from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.seeds import nth_seed
 from cm3leon.tokenizers.document import DocumentTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
@@ -96,8 +96,7 @@ class Run:
         images_BHWC = self.corpus.images_BHWC[self.corpus.rows("train")]
         config, seed = self.experiment.augment, self.experiment.seed
         varied = [
-            vary(images_BHWC, config, wrapped(seed * 1_000_003 + version))
-            for version in range(config.versions)
+            vary(images_BHWC, config, nth_seed(seed, version)) for version in range(config.versions)
         ]
         return np.concatenate([images_BHWC, *varied])
 
@@ -360,7 +359,7 @@ class Run:
             files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
             added = self.added_tokens_file
             files.append(sha256(added) if added.is_file() else "")
-        return {**parts, "memory bank": hashlib.sha256("".join(files).encode()).hexdigest()}
+        return {**parts, "memory bank": digest_of("".join(files))}
 
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""

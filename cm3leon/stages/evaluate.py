@@ -14,10 +14,10 @@ import numpy as np
 from cm3leon.evaluation.generated import UNKNOWN, Generated
 from cm3leon.evaluation.judge import Judge
 from cm3leon.evaluation.metrics import Measured, codebook_use, proportion, psnr
+from cm3leon.io import write_json
 from cm3leon.registry import METRICS, TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generate import Generation, Setting, read_generations, settings
-from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.retrieve import STRATEGY
 
 RESULTS = "results.json"

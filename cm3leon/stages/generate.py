@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from cm3leon.config import Component
 from cm3leon.data.corpus import Split
-from cm3leon.data.shuffle import wrapped
 from cm3leon.decoders.generate import generate, is_truncated
+from cm3leon.io import write_json_lines
 from cm3leon.models.serving import keep_weights
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
+from cm3leon.seeds import nth_seed
 from cm3leon.stages.artifacts import Run
 from cm3leon.training.device import autocast, uses_bf16
 from cm3leon.types import Prompt, TokenDocument
@@ -97,12 +98,8 @@ def read_generations(folder: Path, setting: Setting) -> list[Generation]:
 
 def _write(path: Path, setting: Setting, generations: Iterator[Generation]) -> None:
     """The setting, then a generation a line; the file gets its name when it is whole."""
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w") as file:
-        file.write(json.dumps(asdict(setting)) + "\n")
-        for generation in generations:
-            file.write(json.dumps(asdict(generation)) + "\n")
-    os.replace(partial, path)
+    lines = itertools.chain([asdict(setting)], map(asdict, generations))
+    write_json_lines(path, lines)
 
 
 def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
@@ -136,9 +133,7 @@ def _generate(run: Run, setting: Setting) -> Iterator[Generation]:
             prompts,
             DECODERS.build(_with_cfg(decoder, setting.cfg)),
             vocab=run.vocab,
-            seeds=[
-                wrapped(run.experiment.seed * 1_000_003 + number) for number in range(len(rows))
-            ],
+            seeds=[nth_seed(run.experiment.seed, number) for number in range(len(rows))],
             batch_size=run.experiment.generation.batch_size,
             on_answer=lambda _: progress.update(),
         )

@@ -12,8 +12,8 @@ import torch
 from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
+from cm3leon.io import write_json
 from cm3leon.stages.artifacts import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, Run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.training.checkpoint import load_weights, save_weights

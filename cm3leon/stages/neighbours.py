@@ -10,15 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon.data.images import square
-from cm3leon.data.shards import (
-    PLAN,
-    make_missing,
-    open_shard,
-    read_plan,
-    replace_json,
-    shard_path,
-    write_plan,
-)
+from cm3leon.data.shards import PLAN, make_missing, open_shard, read_plan, shard_path, write_plan
+from cm3leon.io import write_json
 from cm3leon.locks import locked
 from cm3leon.records import read_stage
 from cm3leon.retrievers.bank import Parts
@@ -28,7 +21,7 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations
-from cm3leon.stages.pipeline import Part, write_json
+from cm3leon.stages.pipeline import Part
 from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.types import Document, UserError
@@ -149,7 +142,7 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     plan = {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK}
     if (folder / PLAN).is_file() and read_plan(folder) != plan:
         # The stage is of the same bank, by what it holds: it was moved.
-        replace_json(folder / PLAN, plan)
+        write_json(folder / PLAN, plan, indent=None, shared=True)
     write_plan(folder, plan)
     # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
     bank = run.open_bank(with_added=False)

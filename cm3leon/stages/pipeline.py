@@ -16,7 +16,6 @@ and has to be asked for with `redo=`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -29,9 +28,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cm3leon.config import choices
+from cm3leon.io import digest_of, read_json, write_json
 from cm3leon.locks import LOCK, locked
 from cm3leon.paths import check_folder, make_folder, naming
-from cm3leon.records import MARKER, changed, checksum, read_json
+from cm3leon.records import MARKER, changed, checksum
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import UserError
 
@@ -402,7 +402,7 @@ def _wanted(
     needed = {name: fingerprints[name] for name in needs}
     content = [stage.name, stage.version, inputs, needed, made_with]
     return StageRecord(
-        fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        fingerprint=digest_of(json.dumps(content, sort_keys=True)),
         version=stage.version,
         needs=needed,
         made_with=made_with,
@@ -695,15 +695,3 @@ def _make_room(place: Path, fingerprint: str) -> None:
     earlier = _attic(place, fingerprint)
     if earlier.is_dir():
         earlier.rename(place)
-
-
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: nobody ever reads half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm3leon.io import sha256, write_json
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import BlockStream
-from cm3leon.records import sha256
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
 from cm3leon.stages.lengths import check_lengths
-from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, loss, validation_loss
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights

@@ -35,12 +35,12 @@ from cm3leon.evaluation.report import (
     Table,
     write_report,
 )
-from cm3leon.records import KINDS, read_json_lines
+from cm3leon.io import read_json_lines, write_json
+from cm3leon.records import KINDS
 from cm3leon.registry import TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.evaluate import RESULTS, Evaluator
 from cm3leon.stages.generate import Generation, Setting, read_generations
-from cm3leon.stages.pipeline import write_json
 from cm3leon.terminal import command_line
 from cm3leon.training.device import uses_bf16
 

@@ -17,8 +17,8 @@ from cm3leon.evaluation.report import (
     Strip,
     write_report,
 )
+from cm3leon.io import write_json
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.tokenizers.image.perceptual import Perceptual
 
 FIGURES = "figures.json"

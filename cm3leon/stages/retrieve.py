@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from cm3leon.data.shuffle import RowStream
+from cm3leon.io import write_json
 from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.neighbours import find_neighbours
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import ENCODER, WEIGHTS, Run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.trainer import train
 

@@ -11,6 +11,7 @@ from typing import Any
 from cm3leon.config import dump_yaml, recorded_settings, result_settings
 from cm3leon.digests import path_digest, remembered
 from cm3leon.experiment import Experiment
+from cm3leon.io import write_text
 from cm3leon.paths import make_folder
 from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.base import StrategyConfig
@@ -40,7 +41,6 @@ from cm3leon.stages.pipeline import (
     number_of,
     run_part,
     run_stages,
-    write_whole,
 )
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
@@ -500,7 +500,7 @@ def run_stage_part(
 
 def write_config(experiment: Experiment, folder: Path) -> None:
     """Write the settings of an experiment beside its stages, whole or not at all, with absolute paths."""
-    write_whole(folder / CONFIG, dump_yaml(recorded_settings(experiment)))
+    write_text(folder / CONFIG, dump_yaml(recorded_settings(experiment)))
 
 
 def _say(line: str) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 
 from cm3leon.config import result_settings
 from cm3leon.data.source import Skipped, Source
+from cm3leon.io import write_json
 from cm3leon.registry import SOURCES
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.lengths import check_lengths
-from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.text import TextTokenizer, unicode_text
 from cm3leon.types import Document, UserError

@@ -13,7 +13,8 @@ import numpy as np
 from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShards
-from cm3leon.records import read_stage, sha256
+from cm3leon.io import sha256
+from cm3leon.records import read_stage
 from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import SHARD_LISTS, WEIGHTS, Run, opened_stage
 from cm3leon.stages.generations import check_generations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +23,12 @@ from cm3leon.evaluation.protocols.base import (
     given_image,
     true_answer,
 )
+from cm3leon.io import atomic, digest_of, read_json, sha256, write_json
 from cm3leon.permissions import check_readable
-from cm3leon.records import MARKER, read_json, read_stage, sha256
+from cm3leon.records import MARKER, read_stage
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
 from cm3leon.retrievers.index import ADDED
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.stages.tokens import token_documents
 from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, UserError
 
@@ -281,7 +279,7 @@ class Asking:
     def place(self, row: Row) -> Path:
         """The folder of the row's answers: another for everything that they depend on, but the number of samples."""
         identity = json.dumps(self.identity(row), sort_keys=True)
-        return self.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self.folder / digest_of(identity)[:16]
 
     def identity(self, row: Row) -> dict[str, Any]:
         """All that a row's answers depend on but the number of samples."""
@@ -404,9 +402,8 @@ class Asking:
         spent = np.array([time.perf_counter() - begun])
         made["seconds"] = np.concatenate([held["seconds"], spent]) if held else spent
         made["documents"] = np.array([len(rows) for rows in retrieved], np.int32)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.npz")
-        np.savez_compressed(partial, allow_pickle=False, **made)  # type: ignore[arg-type]
-        os.replace(partial, file)
+        with atomic(file, shared=True) as partial, partial.open("wb") as content:
+            np.savez_compressed(content, allow_pickle=False, **made)  # type: ignore[arg-type]
 
     def _token_documents(self, model: CM3Leon, items: Sequence[Item]) -> list[TokenDocument]:
         """The items' documents in the model's tokens, with an empty image where one is asked for."""

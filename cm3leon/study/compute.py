@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cm3leon.config import load_yaml
-from cm3leon.records import read_json_lines
+from cm3leon.io import read_json_lines
 from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
 from cm3leon.evaluation.origin import Origin, machines
+from cm3leon.io import read_json, write_json, write_text
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
-from cm3leon.records import MARKER, read_json, read_stage
-from cm3leon.stages.pipeline import write_json
+from cm3leon.records import MARKER, read_stage
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.study.asking import Asking, Row
 from cm3leon.study.compute import training_flops
@@ -73,7 +73,7 @@ def _run_study(
 ) -> None:
     place = find_place()
     if asked is None and (place is None or place.rank == 0):
-        (folder / STUDY_FILE).write_text(dump_yaml(to_mapping(study)))
+        write_text(folder / STUDY_FILE, dump_yaml(to_mapping(study)))
     if asked is None:
         for number, name in enumerate((name for name in wanted if name in study.runs), 1):
             print(f"run {number} of {len(study.runs)}: {name}", flush=True)

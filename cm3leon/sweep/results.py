@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3leon.config import choices
-from cm3leon.records import read_json, read_json_lines
+from cm3leon.io import read_json, read_json_lines
 from cm3leon.study.config import shown
 from cm3leon.sweep.points import Point
 from cm3leon.types import UserError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,23 +16,18 @@ from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word,
 from cm3leon.evaluation.origin import Origin, machines
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
+from cm3leon.io import digest_of, read_json, write_json, write_text
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
 from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
 from cm3leon.locks import locked
 from cm3leon.paths import naming, writing
-from cm3leon.records import MARKER, read_json
+from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import Trust
-from cm3leon.stages.pipeline import (
-    check_redo,
-    first_unfinished,
-    number_of,
-    write_json,
-    write_whole,
-)
+from cm3leon.stages.pipeline import check_redo, first_unfinished, number_of
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.sweep.points import (
     Point,
@@ -151,7 +145,7 @@ def run_sweep(sweep: Sweep) -> None:
 
 def _run_sweep(sweep: Sweep) -> None:
     """Run the missing points of a sweep whose folder this process holds alone."""
-    (sweep.folder / SWEEP_FILE).write_text(dump_yaml(sweep.mapping))
+    write_text(sweep.folder / SWEEP_FILE, dump_yaml(sweep.mapping))
     missing = [name for name in sweep.points if _outcome(sweep, name).get("state") != "finished"]
     print(f"{len(sweep.points)} points in {sweep.folder}, {len(missing)} to run", flush=True)
     jobs = list(_jobs(sweep, missing)) if missing else []
@@ -315,7 +309,7 @@ def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
         for name in wanted:
             folder = sweep.folder / name
             folder.mkdir(exist_ok=True)
-            write_whole(folder / POINT_FILE, _config(sweep.experiments[name]))
+            write_text(folder / POINT_FILE, _config(sweep.experiments[name]))
             redo = (f"redo={','.join(sweep.redo)}",) if sweep.redo else ()
             words = (f"run={folder}", f"shared={shared}", *redo, *_plugin_words(sweep))
             commands[name] = ("point", *words)
@@ -369,7 +363,7 @@ def _config(experiment: Experiment) -> str:
 
 
 def _digest(config: str) -> str:
-    return hashlib.sha256(config.encode()).hexdigest()
+    return digest_of(config)
 
 
 def _outcome(sweep: Sweep, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from cm3leon.config import PositiveInt, Range
+from cm3leon.io import write_json
 from cm3leon.permissions import check_readable
 from cm3leon.tokenizers.vocab import SPECIALS
 from cm3leon.types import UserError
@@ -115,7 +116,7 @@ class TextTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        write_json(folder / "tokenizer_config.json", settings)
 
     @property
     def pieces(self) -> int:

@@ -7,7 +7,6 @@ training goes on. A folder gets its name when all files and their checksums are 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import threading
@@ -25,8 +24,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cm3leon.io import read_json, sha256, sync_to_disk, write_json
 from cm3leon.permissions import check_folder_readable
-from cm3leon.records import read_json, sha256
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import prime
@@ -211,7 +210,7 @@ class _Writing:
             self._future.result()
             rank, count = self._owner.ranks.rank, self._owner.ranks.count
             own = {path.name: sha256(path) for path in self._partial.glob(f"__{rank}_*")}
-            _write(self._partial / f"rank_{rank}.json", own)
+            write_json(self._partial / f"rank_{rank}.json", own, indent=None, sync=True)
             if rank == 0:
                 self._complete([self._partial / f"rank_{other}.json" for other in range(count)])
         except BaseException as error:
@@ -225,18 +224,18 @@ class _Writing:
                     f"no word of its shards from {sum(not path.is_file() for path in lists)} ranks"
                 )
             time.sleep(0.05)
-        _write(self._partial / STATE, self._state)
+        write_json(self._partial / STATE, self._state, indent=None, sync=True)
         files = {
             name: digest for path in lists for name, digest in json.loads(path.read_text()).items()
         }
         files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
         for path in lists:
             path.unlink()
-        _write(self._partial / MANIFEST, files)
-        _sync(self._partial)
+        write_json(self._partial / MANIFEST, files, indent=None, sync=True)
+        sync_to_disk(self._partial)
         shutil.rmtree(self._final, ignore_errors=True)
         self._partial.rename(self._final)
-        _sync(self._final.parent)
+        sync_to_disk(self._final.parent)
         self._owner.prune(self._state["step"])
 
 
@@ -435,25 +434,9 @@ def _damaged(path: Path, ranks: Ranks) -> list[str]:
         return [MANIFEST]
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON under another name first, so that who waits for it never reads half of it."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content))
-    _sync(new)
-    new.rename(path)
-
-
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

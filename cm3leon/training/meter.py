@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cm3leon.io import write_json_lines
 from cm3leon.training.distributed import Ranks
 
 Figure = Tensor | float | tuple[Tensor | float, Tensor | float]
@@ -208,9 +209,7 @@ def _cut(file: Path, step: int) -> list[Record]:
     """The lines of a file up to a step; what comes after them is cut off."""
     lines = file.read_text().splitlines() if file.is_file() else []
     kept = [record for record in map(_parsed, lines) if record and record["step"] <= step]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    partial.replace(file)
+    write_json_lines(file, kept)
     return kept
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cm3leon.data.shuffle import wrapped
 from cm3leon.objectives.packing import merge_states
+from cm3leon.seeds import nth_seed
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (
     Checkpoints,
@@ -165,7 +165,7 @@ def train(
         if callback and step > first and step % config.callback_every == 0 and not validated:
             validate()  # a kill during it has left a checkpoint, but no record
         while step < last:
-            torch.manual_seed(wrapped(seed * 1_000_003 + step))
+            torch.manual_seed(nth_seed(seed, step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
             before = batches.state_dict()
             parts = shares.parts(batches.next())

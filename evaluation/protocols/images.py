@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from cm3leon.evaluation.images import (
 )
 from cm3leon.evaluation.metrics import Measured
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, check_missing, clip_score
+from cm3leon.io import digest_of, digest_of_parts
 from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.types import Document, TextSegment, UserError
 
@@ -103,13 +103,13 @@ class CaptionedImages(Protocol):
         return self._source().fingerprint()
 
     def notes(self, items: Sequence[Item]) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for batch_BHWC in self._reference(items):
-            digest.update(np.ascontiguousarray(batch_BHWC).tobytes())
-        prompts = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()
+        pixels = digest_of_parts(
+            np.ascontiguousarray(batch_BHWC).tobytes() for batch_BHWC in self._reference(items)
+        )
+        prompts = digest_of("\n".join(item.id for item in items))
         size, inception = self.config.size, self.config.inception_file
         return {
-            "reference": f"sha256 of the pixels {digest.hexdigest()}",
+            "reference": f"sha256 of the pixels {pixels}",
             "prompts": f"sha256 of the ids {prompts}",
             "resized": f"the central square, bicubic with antialiasing, {size} x {size}",
             "features": f"Inception {inception}" if inception else "mean colours of 6 x 6 cells",
@@ -124,8 +124,8 @@ class CaptionedImages(Protocol):
     def _source(self) -> Any:
         return SOURCES.build(self.config.data)
 
-    def _order(self, id_: str) -> bytes:
-        return hashlib.sha256(f"{self.config.seed} {id_}".encode()).digest()
+    def _order(self, id_: str) -> str:
+        return digest_of(f"{self.config.seed} {id_}")
 
     def _extractor(self) -> Extractor:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cm3leon.data.images import UnusableImage, read_image
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, clip_score
+from cm3leon.io import digest_of_parts
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -88,11 +88,10 @@ class Showcase(Protocol):
         return clip_score(answers)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self.config.prompts:
-            for path in (prompt[slot] for slot in SLOTS[self.config.task] if slot in IMAGES):
-                digest.update(_existing(path).read_bytes())
-        return digest.hexdigest()
+        slots = [slot for slot in SLOTS[self.config.task] if slot in IMAGES]
+        return digest_of_parts(
+            _existing(prompt[slot]).read_bytes() for prompt in self.config.prompts for slot in slots
+        )
 
     # -------------------------------------------------------------------------------------------- parts
 

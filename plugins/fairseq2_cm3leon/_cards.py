@@ -13,6 +13,7 @@ from fairseq2.assets import AssetCard
 from fairseq2.composition import register_checkpoint_models
 from fairseq2.runtime.dependency import DependencyContainer
 
+from cm3leon.io import write_json
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon._families import (
     FAMILY,
@@ -24,7 +25,6 @@ from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2
 from cm3leon.registry import MODELS
 from cm3leon.stages.artifacts import WEIGHTS
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.pipeline import write_json
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from cm3leon.data.scenes.language import caption, long_caption
 from cm3leon.data.scenes.render import picture
 from cm3leon.data.scenes.world import BACKGROUNDS, Scene, Thing, World, draw_scene
 from cm3leon.data.source import Skipped, Source
+from cm3leon.io import digest_of
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -70,7 +70,7 @@ class DrawnSource(Source):
 
     def _digest(self, settings: dict[str, Any]) -> str:
         text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
-        return f"scenes {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"scenes {digest_of(text)[:16]}"
 
 
 @SOURCES.register("scenes")

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cm3leon.io import read_json
 from cm3leon.permissions import check_readable
-from cm3leon.records import read_json
 from cm3leon.types import UserError
 from cm3leon.weights import check_no_adapter
 

@@ -1,0 +1,129 @@
+"""Files: whole or not at all, JSON of a shape, SHA-256."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cm3leon.io import atomic, digest_of, digest_of_parts, read_json, read_json_lines, write_json
+from cm3leon.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_digest_is_that_of_the_parts_joined() -> None:
+    whole = hashlib.sha256("aä\0b".encode()).hexdigest()
+    assert (
+        digest_of("aä\0b") == digest_of_parts(["a", "ä".encode(), memoryview(b"\0"), "b"]) == whole
+    )
+
+
+def test_two_writers_of_one_file_do_not_share_a_name(tmp_path: Path) -> None:
+    with atomic(tmp_path / "file", shared=True) as mine, atomic(tmp_path / "file") as other:
+        assert mine != other
+        mine.write_text("mine")
+        other.write_text("other")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_files_are_hashed_and_renamed_into_place_here_alone() -> None:
+    """Where `atomic` or `digest_of` would do, nobody writes another."""
+    other = []
+    for folder in ("cm3leon", "evaluation", "plugins"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if (
+                    isinstance(node, ast.Import)
+                    and any(each.name == "hashlib" for each in node.names)
+                ) or (isinstance(node, ast.Attribute) and ast.unparse(node) == "os.replace"):
+                    other.append(file.name)
+    assert set(other) <= {"io.py", "types.py"}
+
+
+def test_json_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    for something in ({"a": [1, None, "ü"]}, [1, 2]):
+        write_json(path, something)
+        assert json.loads(path.read_text()) == something
+    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+def test_a_write_that_is_cut_off_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    write_text = Path.write_text
+
+    def half(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        write_text(self, text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    def fails(*args: Any) -> None:
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patch:
+        if step == "write_text":
+            patch.setattr(Path, "write_text", half)
+        else:
+            patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match=r"no space left|interrupted"):
+            write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "shape", "sentence"),
+    [
+        ("{", dict, "is damaged: it is not JSON"),
+        ("[" * 100_000, list, "is damaged: it is not JSON"),
+        ('{"a": ' + "1" * 5000 + "}", dict, "is damaged: it is not JSON"),
+        ("[]", dict, r"is \[\]; it must be an object$"),
+        ("{}", {"a": int}, "has no a$"),
+        ('{"a": true}', {"a": int}, "a is true; it must be a whole number$"),
+        ('{"a": "x"}', {"a": (int, float)}, 'a is "x"; it must be a number$'),
+        ('{"a": [1, "x"]}', {"a": [int]}, 'a: 1 is "x"; it must be a whole number$'),
+        ('{"a": {"b": 1}}', {"a": {str: str}}, "a: b is 1; it must be a text$"),
+    ],
+)
+def test_json_of_another_shape_is_a_sentence(
+    content: str, shape: object, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"^{file}.*{sentence}"):
+        read_json(file, shape)
+    file.write_text(f"{{}}\n{content}\n")
+    if sentence.endswith("$"):
+        with pytest.raises(UserError, match=f"^{file}: line [12].*{sentence}|line 1 has no a"):
+            read_json_lines(file, shape)
+
+
+def test_json_of_the_shape_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"a": 1, "more": [2], "b": null}')
+    content = read_json(file, {"a": (int, float), "b?": str, "c?": int})
+    assert content == {"a": 1, "more": [2], "b": None}
+    with pytest.raises(UserError, match=r"y.json is missing"):
+        read_json(tmp_path / "y.json")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is damaged"):
+        read_json(file)
