@@ -156,7 +156,7 @@ def run(arguments: Sequence[str]) -> int | None:
 
 def _record(folder: Path) -> None:
     """Writes down in the run folder what runs, once for all processes."""
-    from cm3leon.launch.record import record
+    from cm3leon.provenance import record
 
     if _is_first():
         make_folder(folder, "run")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 
 from cm3leon.evaluation.report import Code, Link, Section, Table
-from cm3leon.io import read_json
-from cm3leon.types import UserError
 
-ENVIRONMENT = "environment.json"
-"""In a run folder: Python, the machine and the packages that it was made with."""
 PAGES = {
     "report.html": "report",
     "reconstruction/report.html": "reconstructions",
@@ -45,27 +41,6 @@ class Origin:
             "This command makes the page again, and of its runs only what is missing.",
             [Code(self.command), Table(("", ""), rows)],
         )
-
-
-def machines(folders: Iterable[Path]) -> list[str]:
-    """A line for each machine and version that runs were made with, in the order of the folders.
-
-    Folders whose `environment.json` is missing or damaged are passed over.
-    """
-    lines = [line for folder in folders if (line := _machine(folder))]
-    return list(dict.fromkeys(lines))
-
-
-def _machine(folder: Path) -> str:
-    """The line of one run; empty where it has none, as no page is given up for want of it."""
-    shape = {"system": str, "python": str, "packages": {str: str}}
-    try:
-        environment = read_json(folder / ENVIRONMENT, shape)
-    except (OSError, UserError):
-        return ""
-    packages = environment["packages"]
-    versions = [f"{name} {packages[name]}" for name in ("torch", "cm3leon") if name in packages]
-    return ", ".join([environment["system"], f"Python {environment['python']}", *versions])
 
 
 def page_of(name: str, folder: Path) -> Link | None:

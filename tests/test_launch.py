@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from cm3leon import provenance
 from cm3leon.config import Component, to_mapping
 from cm3leon.experiment import load_experiment
-from cm3leon.launch import Job, follow, jobs, record, submit, work
+from cm3leon.launch import Job, follow, jobs, submit, work
 from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
 from cm3leon.launch.machine import Machine
@@ -49,7 +50,7 @@ def small_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the command line, jobs run one of ten lines, which starts at once."""
 
     def copy(folder: Path) -> None:
-        record.snapshot(folder)
+        provenance.snapshot(folder)
         (folder / "cm3leon" / "run.py").write_text(COMMANDS)
 
     monkeypatch.setattr(jobs, "snapshot", copy)
@@ -129,22 +130,22 @@ def test_what_made_a_run_is_written_down_without_secrets(
     monkeypatch.setenv("SLURM_JWT", "hidden-token")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-token")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    record.record(tmp_path)
-    found = json.loads((tmp_path / record.ENVIRONMENT).read_text())
+    provenance.record(tmp_path)
+    found = json.loads((tmp_path / provenance.ENVIRONMENT).read_text())
     assert found["variables"]["SLURM_JOB_ID"] == "77"
     assert "torch" in found["packages"]
-    assert "hidden-token" not in (tmp_path / record.ENVIRONMENT).read_text()
-    assert json.loads((tmp_path / record.CODE).read_text())["version"] == record.__version__
+    assert "hidden-token" not in (tmp_path / provenance.ENVIRONMENT).read_text()
+    assert json.loads((tmp_path / provenance.CODE).read_text())["version"] == provenance.__version__
 
 
 def test_a_snapshot_runs_by_itself_and_says_of_what_it_is_a_copy(tmp_path: Path) -> None:
     copy = tmp_path / "code"
-    record.snapshot(copy)
-    said = json.loads((copy / record.CODE).read_text())
+    provenance.snapshot(copy)
+    said = json.loads((copy / provenance.CODE).read_text())
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
     script = (
-        "import cm3leon, cm3leon.evaluation; from cm3leon.launch import record; from pathlib import Path;"
-        f"record.write_code(Path({str(tmp_path)!r})); print(cm3leon.__file__, cm3leon.evaluation.__file__)"
+        "import cm3leon, cm3leon.evaluation; from cm3leon import provenance; from pathlib import Path;"
+        f"provenance.write_code(Path({str(tmp_path)!r})); print(cm3leon.__file__, cm3leon.evaluation.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
@@ -153,7 +154,7 @@ def test_a_snapshot_runs_by_itself_and_says_of_what_it_is_a_copy(tmp_path: Path)
         str(copy / "cm3leon/__init__.py"),
         str(copy / "evaluation/__init__.py"),
     ]
-    assert json.loads((tmp_path / record.CODE).read_text()) == said
+    assert json.loads((tmp_path / provenance.CODE).read_text()) == said
     assert (copy / "experiments/digits.yaml").is_file()
 
 

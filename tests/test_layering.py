@@ -22,6 +22,7 @@ FOUNDATION = (
     "digests",
     "weights",
     "config",
+    "provenance",
     "arguments",
     "registry",
 )

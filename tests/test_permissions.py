@@ -14,9 +14,9 @@ import torch
 
 from cm3leon.data.files import Files
 from cm3leon.data.shards import ShardFolder, open_shard
-from cm3leon.launch.record import snapshot
 from cm3leon.models.pretrained import load_model
 from cm3leon.permissions import check_folder_readable, use_umask
+from cm3leon.provenance import snapshot
 from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.tokenizers.image.published_files import open_weights
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
@@ -92,7 +92,7 @@ def test_copied_code_does_not_keep_the_modes_of_its_original(
     shipped.mkdir(parents=True)
     (shipped / "run.py").write_text("")
     (shipped / "run.py").chmod(0o400)
-    monkeypatch.setattr("cm3leon.launch.record.SHIPPED", shipped)
+    monkeypatch.setattr("cm3leon.provenance.SHIPPED", shipped)
     snapshot(tmp_path / "code")
     assert mode(tmp_path / "code" / "cm3leon" / "run.py") == 0o666 & ~umask
     assert mode(tmp_path / "code" / "cm3leon") == 0o777 & ~umask

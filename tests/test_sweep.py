@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from test_report import Page
 
 from cm3leon.config import NoSettings, dump_yaml
-from cm3leon.evaluation.origin import Origin, machines
+from cm3leon.evaluation.origin import Origin
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
+from cm3leon.provenance import machines
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run

@@ -13,7 +13,7 @@ from typing import Any
 
 from cm3leon.config import Component, choices
 from cm3leon.io import read_json, write_json
-from cm3leon.launch.record import snapshot
+from cm3leon.provenance import snapshot
 from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 

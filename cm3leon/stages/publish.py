@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from cm3leon import __version__
-from cm3leon.config import SHIPPED, dump_yaml, to_mapping
+from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.data.shuffle import shuffled
 from cm3leon.evaluation.report import (
     Card,
@@ -36,6 +32,7 @@ from cm3leon.evaluation.report import (
     write_report,
 )
 from cm3leon.io import read_json_lines, write_json
+from cm3leon.provenance import commit, environment, processor
 from cm3leon.records import KINDS
 from cm3leon.registry import TASKS
 from cm3leon.stages.artifacts import Run
@@ -185,54 +182,23 @@ def _provenance(run: Run) -> Entry:
         "faiss-cpu",
         "faiss-gpu",
     )
+    made_with = environment()
+    installed = made_with["packages"]
     return {
         "command": command_line(f"experiment={run.folder / KINDS['run']}", f"run={run.folder}"),
         "cm3leon": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in packages if (found := _version(name))},
+        "git_commit": commit(),
+        "python": made_with["python"],
+        "packages": {name: installed[name] for name in packages if name in installed},
         "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else _processor(),
+            "platform": made_with["system"],
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else processor(),
             "cpu_cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "bf16": uses_bf16(run.device, run.experiment.training.precision),
         },
         "config": to_mapping(run.experiment),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the code, with "-dirty" if files differ from it; None outside a clone."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=SHIPPED,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
-
-
-def _processor() -> str:
-    """Name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- report.html

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
-from cm3leon.evaluation.origin import Origin, machines
+from cm3leon.evaluation.origin import Origin
 from cm3leon.io import read_json, write_json, write_text
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
+from cm3leon.provenance import machines
 from cm3leon.records import MARKER, read_stage
 from cm3leon.stages.stages import run_experiment, stages_of
 from cm3leon.study.asking import Asking, Row

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
-from cm3leon.evaluation.origin import Origin, machines
+from cm3leon.evaluation.origin import Origin
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
 from cm3leon.io import digest_of, read_json, write_json, write_text
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
-from cm3leon.launch.record import record
 from cm3leon.launch.runs import experiment_jobs, launched
 from cm3leon.locks import locked
 from cm3leon.paths import naming, writing
+from cm3leon.provenance import machines, record
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run

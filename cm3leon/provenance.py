@@ -1,4 +1,8 @@
-"""What a run was made by: version of the code, environment, and a copy of the code for jobs that start later."""
+"""What ran, where and with what: version of the code, environment, and a copy of the code for jobs that start later.
+
+A run folder holds `code.json` (version, commit and whether files differ from it), `code.diff` where they do, and
+`environment.json` (Python, the machine, packages, variables), all of the latest start.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cm3leon import __version__
 from cm3leon.config import SHIPPED
+from cm3leon.io import read_json, write_text
 from cm3leon.permissions import use_umask
+from cm3leon.types import UserError
 
 CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
 
@@ -59,7 +66,7 @@ def write_code(folder: Path) -> None:
     _write(folder / CODE, version)
     (folder / DIFF).unlink(missing_ok=True)
     if difference:
-        (folder / DIFF).write_text(difference)
+        write_text(folder / DIFF, difference)
 
 
 def code_version() -> tuple[dict[str, Any], str]:
@@ -84,6 +91,14 @@ def code_version() -> tuple[dict[str, Any], str]:
     }, difference
 
 
+def commit() -> str | None:
+    """The commit of the code that runs, with "-dirty" if files differ from it; None where it is not known."""
+    version, difference = code_version()
+    if version["commit"] is None:
+        return None
+    return version["commit"][:12] + ("-dirty" if difference else "")
+
+
 def _git(*words: str) -> str:
     """What git says of the repository; nothing where there is no git, or none that may look."""
     try:
@@ -106,6 +121,39 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "packages": dict(sorted(packages.items(), key=lambda pair: pair[0].lower())),
     }
+
+
+def machines(folders: Iterable[Path]) -> list[str]:
+    """A line for each machine and version that runs were made with, in the order of the folders.
+
+    Folders whose `environment.json` is missing or damaged are passed over.
+    """
+    lines = [line for folder in folders if (line := _machine(folder))]
+    return list(dict.fromkeys(lines))
+
+
+def _machine(folder: Path) -> str:
+    """The line of one run; empty where it has none, as no page is given up for want of it."""
+    shape = {"system": str, "python": str, "packages": {str: str}}
+    try:
+        found = read_json(folder / ENVIRONMENT, shape)
+    except (OSError, UserError):
+        return ""
+    packages = found["packages"]
+    versions = [f"{name} {packages[name]}" for name in ("torch", "cm3leon") if name in packages]
+    return ", ".join([found["system"], f"Python {found['python']}", *versions])
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def snapshot(folder: Path) -> None:
@@ -134,4 +182,4 @@ def _copy_code(folder: Path) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
