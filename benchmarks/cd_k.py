@@ -66,7 +66,7 @@ def main() -> None:
                 vocab=m.run.vocab,
                 seeds=range(len(prompts)),
             )
-        images_NHWC = tokenizer.decode(np.stack(codes) - m.run.vocab.image_start)
+        images_NHWC = tokenizer.decode(m.run.vocab.image_codes(np.stack(codes)))
         right = (judge.read(images_NHWC) == labels_N).mean()
         distance = frechet_distance(judge._features(images_NHWC), real_NF)
         name = ", ".join(

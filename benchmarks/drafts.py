@@ -66,7 +66,7 @@ def main() -> None:
             rate = len(images) / (time.perf_counter() - start)
             plain = plain or images
             same = np.mean([one == other for one, other in zip(images, plain, strict=True)])
-            ids_BN = np.array(images) - run.vocab.image_start
+            ids_BN = run.vocab.image_codes(np.array(images))
             right = (judge.read(run.image_tokenizer.decode(ids_BN)) == labels).mean()
             a_step = codes * len(images) / at_once / steps
             print(

@@ -250,7 +250,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
             "cm3leon": __version__,
             **run.section("model"),
             "vocab_size": model.vocab_size,
-            "ids": id_ranges(run.vocab),
+            "ids": run.vocab.ranges(),
             "experiment": to_mapping(run.experiment),
         }
         write_json(folder / EXTRAS, extras)
@@ -263,20 +263,6 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
         ):
             raise RuntimeError("the exported weights are not those of the run")
         _verify(model, written)
-
-
-def id_ranges(vocab: Vocab) -> dict[str, Any]:
-    """Single ids as numbers, ranges as [first, one past the last]."""
-    return {
-        "pad": vocab.pad,
-        "eos": vocab.eos,
-        "break": vocab.brk,
-        "end_of_span": vocab.end_of_span,
-        "text": list(vocab.id_range("text")),
-        "image": list(vocab.id_range("image")),
-        "sentinels": [vocab.sentinel_start, vocab.used],
-        "reserved": [vocab.used, vocab.size],
-    }
 
 
 def _finished(folder: Path, opening: Opening | None) -> tuple[Run, Transformer]:
@@ -301,7 +287,7 @@ def _readme(vocab: Vocab, seq_len: int) -> str:
         f"| `{name}` | {ids[0]} to {ids[1] - 1} |"
         if isinstance(ids, list)
         else f"| `{name}` | {ids} |"
-        for name, ids in id_ranges(vocab).items()
+        for name, ids in vocab.ranges().items()
         if not isinstance(ids, list) or ids[0] < ids[1]
     )
     return f"""\

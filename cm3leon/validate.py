@@ -353,7 +353,7 @@ class Cost:
         return cls(
             whose="the experiment's",
             codes=tokenizer.grid**2,
-            token_bytes=2 if vocab.used <= 1 << 16 else 4,
+            token_bytes=np.dtype(vocab.id_dtype).itemsize,
             width=RETRIEVERS.get(experiment.retriever.name).vector_width(
                 experiment.retriever.config
             ),

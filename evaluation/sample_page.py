@@ -55,11 +55,10 @@ class Names:
 
     def kind(self, id_: int) -> Kind:
         """What an id stands for."""
-        if id_ < len(SPECIALS):
+        kind = self.vocab.kind(id_)
+        if kind == "special":
             return SPECIAL_KINDS[id_]
-        if id_ < self.vocab.image_start:
-            return "text"
-        return "image" if id_ < self.vocab.sentinel_start else "mask"
+        return kind if kind in ("text", "image") else "mask"
 
     def token(self, id_: int) -> str:
         """One token: a special token's name, a code's number, or a piece with its spaces visible."""
@@ -67,9 +66,9 @@ class Names:
             case "text":
                 return visible(self.piece(id_)).replace(" ", "␣")
             case "image":
-                return str(id_ - self.vocab.image_start)
+                return str(self.vocab.image_codes(np.array(id_)))
             case "mask":
-                return mask_name(id_ - self.vocab.sentinel_start)
+                return mask_name(int(self.vocab.sentinel_numbers(np.array(id_))))
             case _:
                 return SPECIALS[id_]
 
@@ -201,7 +200,7 @@ class ShownSample:
         before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
         numbers_T = np.where(piece.source_T >= 0, self.span_numbers[piece.source_T], -1)
         masks_T = self.names.vocab.is_sentinel(piece.ids_T)
-        numbers_T[masks_T] = before + piece.ids_T[masks_T] - self.names.vocab.sentinel_start
+        numbers_T[masks_T] = before + self.names.vocab.sentinel_numbers(piece.ids_T[masks_T])
         return numbers_T
 
     def document_at(self, position: int) -> str:

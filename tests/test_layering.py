@@ -115,6 +115,18 @@ def test_every_part_has_its_place() -> None:
     assert parts <= set(PARTS)
 
 
+def test_id_ranges_are_known_to_the_vocabulary_alone() -> None:
+    """Others ask it what an id is, and for an id by its number."""
+    for module, file in modules():
+        if module != "cm3leon.tokenizers.vocab":
+            for node in ast.walk(ast.parse(file.read_text())):
+                is_bound = isinstance(node, ast.Attribute) and node.attr in (
+                    "image_start",
+                    "sentinel_start",
+                )
+                assert not is_bound, f"{module}, line {node.lineno}"
+
+
 def test_tests_and_benchmarks_import_by_the_full_name() -> None:
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     assert [line for file in files for line in violations(file.read_text(), file.stem)] == []

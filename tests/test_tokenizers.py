@@ -58,6 +58,16 @@ def test_id_ranges_are_disjoint_and_cover_the_ids_in_use(vocab: Vocab) -> None:
         vocab.is_image(ids)
         == ((ids >= vocab.id_range("image")[0]) & (ids < vocab.id_range("image")[1]))
     ).all()
+    by_kind = {
+        "special": ids < len(SPECIALS),
+        "text": vocab.is_text(ids) & (ids >= len(SPECIALS)),
+        "image": vocab.is_image(ids),
+        "sentinel": vocab.is_sentinel(ids),
+        "reserved": ids >= vocab.used,
+    }
+    for kind, those in by_kind.items():
+        assert {vocab.kind(id_) for id_ in ids[those].tolist()} <= {kind}
+    assert sum(map(np.sum, by_kind.values())) == vocab.size
     assert vocab.used == vocab.text_size + vocab.image_size + vocab.sentinels
     assert vocab.is_sentinel(ids).sum() == vocab.sentinels
     assert vocab.is_image(ids).sum() == vocab.image_size
@@ -83,7 +93,17 @@ def test_codes_round_trip_and_sentinels_are_numbered(vocab: Vocab, data: st.Data
     assert vocab.image_codes(ids).tolist() == [codes.tolist()]
     number = data.draw(st.integers(0, vocab.sentinels - 1))
     assert vocab.is_sentinel(np.array([vocab.sentinel(number)])).all()
-    assert vocab.sentinel(number) - vocab.sentinel(0) == number
+    assert vocab.sentinel_numbers(np.array([vocab.sentinel(number)])).tolist() == [number]
+
+
+def test_ids_of_other_kinds_are_no_sentinels() -> None:
+    with pytest.raises(ValueError, match="no number"):
+        PAPER.sentinel_numbers(np.array([PAPER.sentinel(0), PAPER.eos]))
+
+
+@pytest.mark.parametrize(("text", "dtype"), [(65_536 - 14, np.uint16), (65_536 - 13, np.uint32)])
+def test_ids_are_stored_in_16_bits_where_they_fit(text: int, dtype: type) -> None:
+    assert Vocab(text, 10, 4).id_dtype is dtype
 
 
 @pytest.mark.parametrize("id_", [0, 3, 39, 56, 57, 63, 64, 1000, -1])

@@ -14,6 +14,7 @@ import pyarrow as pa
 from cm3leon.data.corpus import Split
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, read_plan, write_shard
 from cm3leon.io import digest_of
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Role, TokenDocument, TokenSegment, UserError
 
 JOINED, ROLE = 2, 4
@@ -32,10 +33,8 @@ class Tokenizers:
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """16 bits an id where all ids fit, 32 bits otherwise."""
-        return (
-            np.uint16 if self.text_size + self.image_size + self.sentinels <= 1 << 16 else np.uint32
-        )
+        """What ids are stored as."""
+        return Vocab(self.text_size, self.image_size, self.sentinels).id_dtype
 
 
 def split_of_key(key: str, *, validation: float, held_out: float) -> Split:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality
 
 
@@ -46,9 +46,8 @@ def a_code(vocab: Vocab) -> Allowed:
 
 def text_or(vocab: Vocab, *ends: int) -> Allowed:
     """Any piece of text, or one of the special tokens `ends`."""
-    return Allowed(
-        0, vocab.text_size, tuple(token for token in range(len(SPECIALS)) if token not in ends)
-    )
+    first, end = vocab.id_range("text")
+    return Allowed(0, end, tuple(token for token in range(first) if token not in ends))
 
 
 def one_of(*tokens: int) -> Allowed:
@@ -130,11 +129,8 @@ def segments_of(tokens: Sequence[int], vocab: Vocab) -> Iterator[tuple[Modality,
     run: list[int] = []
     current: Modality | None = None
     for token in [*tokens, vocab.eos]:
-        modality: Modality | None = None
-        if len(SPECIALS) <= token < vocab.text_size:
-            modality = "text"
-        elif vocab.image_start <= token < vocab.sentinel_start:
-            modality = "image"
+        kind = vocab.kind(token)
+        modality: Modality | None = kind if kind in ("text", "image") else None
         if modality != current or modality is None:
             if current is not None and run:
                 yield current, run

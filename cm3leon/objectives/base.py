@@ -59,9 +59,9 @@ class Objective:
         loss, nll_N = linear_cross_entropy(
             hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss
         )
-        counted_N, vocab = weight_N > 0, self.vocab
-        image_N = counted_N & (target_N >= vocab.image_start) & (target_N < vocab.sentinel_start)
-        text_N = counted_N & (target_N < vocab.text_size)
+        counted_N = weight_N > 0
+        image_N = counted_N & self.vocab.is_image(target_N)
+        text_N = counted_N & self.vocab.is_text(target_N)
         return loss, {
             "loss_text": (torch.where(text_N, nll_N, 0).sum(), text_N.sum(dtype=torch.float32)),
             "loss_image": (torch.where(image_N, nll_N, 0).sum(), image_N.sum(dtype=torch.float32)),

@@ -80,7 +80,7 @@ def fill(
     """The document with the answer to `spans_prompt` put where the spans were."""
     contents: list[list[int]] = [[]]
     for token in answer:
-        if vocab.sentinel_start <= token < vocab.used:
+        if vocab.kind(token) == "sentinel":
             contents.append([])
         elif token != vocab.end_of_span:
             contents[-1].append(token)

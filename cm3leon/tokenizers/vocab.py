@@ -11,12 +11,22 @@ The paper's sizes, 56,320 text + 8,192 image + 512 sentinels, leave 512 reserved
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from cm3leon.types import Modality, UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
+
+Kind = Literal["special", "text", "image", "sentinel", "reserved"]
+"""What an id stands for."""
+
+Ids = TypeVar("Ids", np.ndarray, "Tensor")
+"""An array or a tensor of ids, of any shape."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +81,32 @@ class Vocab:
             )
         return self.sentinel_start + number
 
-    def is_sentinel(self, ids: np.ndarray) -> np.ndarray:
-        """Boolean array: which ids are sentinels."""
-        return (ids >= self.sentinel_start) & (ids < self.used)
+    @property
+    def id_dtype(self) -> type[np.unsignedinteger]:
+        """What ids are stored as: 16 bits where all in use fit, 32 bits otherwise."""
+        return np.uint16 if self.used <= 1 << 16 else np.uint32
 
-    def is_image(self, ids: np.ndarray) -> np.ndarray:
+    def kind(self, id_: int) -> Kind:
+        """What an id stands for."""
+        if id_ < len(SPECIALS):
+            return "special"
+        if id_ < self.image_start:
+            return "text"
+        if id_ < self.sentinel_start:
+            return "image"
+        return "sentinel" if id_ < self.used else "reserved"
+
+    def is_text(self, ids: Ids) -> Ids:
+        """Boolean array: which ids are pieces of text or special tokens."""
+        return ids < self.text_size
+
+    def is_image(self, ids: Ids) -> Ids:
         """Boolean array: which ids are image codes."""
         return (ids >= self.image_start) & (ids < self.sentinel_start)
+
+    def is_sentinel(self, ids: Ids) -> Ids:
+        """Boolean array: which ids are sentinels."""
+        return (ids >= self.sentinel_start) & (ids < self.used)
 
     def image_ids(self, codes: np.ndarray) -> np.ndarray:
         """Codes 0.. of the image tokenizer as ids, same shape, int64."""
@@ -88,6 +117,25 @@ class Vocab:
         if not self.is_image(np.asarray(ids)).all():
             raise ValueError("ids outside the image range cannot become image codes")
         return np.asarray(ids, dtype=np.int64) - self.image_start
+
+    def sentinel_numbers(self, ids: np.ndarray) -> np.ndarray:
+        """Inverse of `sentinel`, same shape, int64. Raises ValueError for an id that is no sentinel."""
+        if not self.is_sentinel(np.asarray(ids)).all():
+            raise ValueError("ids outside the range of the sentinels have no number")
+        return np.asarray(ids, dtype=np.int64) - self.sentinel_start
+
+    def ranges(self) -> dict[str, int | list[int]]:
+        """All of the vocabulary: single ids as numbers, ranges as [first, one past the last]."""
+        return {
+            "pad": self.pad,
+            "eos": self.eos,
+            "break": self.brk,
+            "end_of_span": self.end_of_span,
+            "text": list(self.id_range("text")),
+            "image": list(self.id_range("image")),
+            "sentinels": [self.sentinel_start, self.used],
+            "reserved": [self.used, self.size],
+        }
 
     def id_range(self, modality: Modality) -> tuple[int, int]:
         """First id, and one past the last, of the content tokens of a modality."""
