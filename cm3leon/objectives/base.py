@@ -45,6 +45,20 @@ class Objective:
         end = min(start + room, len(sample.ids_T))
         return self.corrupt(cut(sample, start, end), rng, room), end
 
+    def loss_of(
+        self, model: nn.Module, batch: Batch, *, z_loss: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
+        """`loss` of a model on a batch: what training and validation minimise and measure.
+
+        It is computed inside the model's forward pass, the only time that a sharded model has its head's weight.
+        """
+        return model(
+            batch.ids_BT,
+            position_BT=batch.position_BT,
+            sample_BT=batch.sample_BT,
+            readout=lambda hidden_BTD, head: self.loss(hidden_BTD, head, batch, z_loss=z_loss),
+        )
+
     def loss(
         self, hidden_BTD: Tensor, head: nn.Linear, batch: Batch, *, z_loss: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:

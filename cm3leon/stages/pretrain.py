@@ -17,7 +17,7 @@ from cm3leon.objectives.packing import BlockStream
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
 from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.training_data import training_samples
-from cm3leon.stages.validation import Drawing, loss, validation_loss
+from cm3leon.stages.validation import Drawing, validation_loss
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.costs import model_flops, peak_flops
@@ -61,7 +61,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
     drawing = Drawing(run)
 
     def micro_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        value, figures = loss(run, module, batch.to(run.device), z_loss=config.z_loss)
+        value, figures = run.objective.loss_of(module, batch.to(run.device), z_loss=config.z_loss)
         if isinstance(model.config, Transformer.Config):
             figures = {
                 **figures,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cm3leon.data.shards import open_shard
 from cm3leon.data.shuffle import shuffled
@@ -31,16 +31,6 @@ SHOWN = 16
 """Images drawn for TensorBoard at a time."""
 
 
-def loss(run: Run, model: nn.Module, batch: Batch, *, z_loss: float = 0.0) -> tuple[Tensor, Any]:
-    """The objective's loss and figures; computed inside the model's forward pass, see `Transformer.forward`."""
-    return model(
-        batch.ids_BT,
-        position_BT=batch.position_BT,
-        sample_BT=batch.sample_BT,
-        readout=lambda hidden_BTD, head: run.objective.loss(hidden_BTD, head, batch, z_loss=z_loss),
-    )
-
-
 @torch.inference_mode()
 def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
     """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
@@ -58,7 +48,7 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
         source, batch = batches[number % len(batches)]
         batch = batch.to(run.device)
         with autocast(run.device, run.experiment.training.precision):
-            value, figures = loss(run, model, batch)
+            value, figures = run.objective.loss_of(model, batch)
         weight = batch.weight_BT.sum()
         pairs = {"loss": (value * weight, weight)}
         pairs |= {name: figure for name, figure in figures.items() if isinstance(figure, tuple)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +19,29 @@ from cm3leon.tokenizers.image.discriminator import (
     generator_loss,
 )
 from cm3leon.tokenizers.image.perceptual import Perceptual
+from cm3leon.tokenizers.image.vq_model import VQModel
 
-if TYPE_CHECKING:
-    from cm3leon.tokenizers.image.vqgan import VQGAN
+
+class LossSettings(Protocol):
+    """Settings of the loss, see `VQGAN.Config`."""
+
+    perceptual_file: Path | None
+    perceptual: float
+    adversarial: float
+    adversarial_start: int
+    discriminator_channels: int
+    discriminator_layers: int
 
 
 class AdversarialTraining(TokenizerTraining):
-    """A VQGAN, its discriminator, and the loss of both at once.
+    """A tokenizer, its discriminator, and the loss of both at once.
 
     One backward pass gives each network the gradient of its own loss and of nothing else: the tokenizer is judged by a
     discriminator whose weights are constants, the discriminator judges reconstructions that are.
     """
 
-    def __init__(self, tokenizer: VQGAN) -> None:
+    def __init__(self, tokenizer: VQModel, config: LossSettings) -> None:
         super().__init__()
-        config = tokenizer.config
         self.config = config
         self.tokenizer = tokenizer
         self.discriminator = (

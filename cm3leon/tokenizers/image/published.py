@@ -37,7 +37,7 @@ from cm3leon.tokenizers.image.base import TokenizerTraining
 from cm3leon.tokenizers.image.network import GROUPS, Architecture
 from cm3leon.tokenizers.image.published_files import Stored, Weights, open_weights
 from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer
-from cm3leon.tokenizers.image.vqgan import VQModel
+from cm3leon.tokenizers.image.vq_model import VQModel
 from cm3leon.types import UserError
 from cm3leon.weights import check_finite
 
