@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,26 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
         f"training.start: {tmp_path / 'nowhere'} is no run with a finished pretraining",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("section", ["reconstruction", "image_tokenizer"])
+def test_the_package_of_the_perceptual_distance_is_missed_before_the_first_stage(
+    section: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    (tmp_path / "vgg.pth").touch()
+    words = (
+        "image_tokenizer=vqgan",
+        "image_tokenizer.image_size=64",
+        "augment.versions=0",
+        f"{section}.perceptual_file={tmp_path / 'vgg.pth'}",
+    )
+    assert mistakes(*words) == []
+    monkeypatch.setattr("cm3leon.tokenizers.image.perceptual.distribution", missing)
+    (sentence,) = mistakes(*words)
+    assert sentence.endswith("(pip install torchmetrics)")
 
 
 def test_an_image_longer_than_the_block_is_known_by_its_tokenizer() -> None:

@@ -18,6 +18,7 @@ from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, R
 from cm3leon.stages.neighbours import bank_fingerprint
 from cm3leon.stages.pretrain import another_tokenizer
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
+from cm3leon.tokenizers.image.perceptual import linear_weights_file
 from cm3leon.types import UserError, refuse, sentences_of
 from cm3leon.weights import check_fit
 
@@ -52,6 +53,9 @@ def check_settings(
 def _checks(run: Run, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
     """The checks that apply, each of which raises UserError for a mistake."""
     experiment = run.experiment
+    trained_with = getattr(experiment.image_tokenizer.config, "perceptual_file", None)
+    if trained_with or experiment.reconstruction.perceptual_file:
+        yield linear_weights_file
     if experiment.shards is not None:
         if run.borrowed is not None:
             yield lambda: run.borrowed_file(TEXT_TOKENIZER)

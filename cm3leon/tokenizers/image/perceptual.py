@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
@@ -56,7 +56,8 @@ class Perceptual(nn.Module):
         The classifier's are not used and may be absent. The linear weights come with the package torchmetrics.
 
         Raises:
-            UserError: for a file that is missing, cannot be read, or does not hold VGG16's weights.
+            UserError: for a file that is missing, cannot be read, or does not hold VGG16's weights, or without the
+                package torchmetrics.
         """
         import torchvision  # type: ignore[import-untyped]  # takes seconds, which nobody waits for who does not use it
 
@@ -117,11 +118,24 @@ def fit_weights(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> N
     module.load_state_dict({name: weight.float() for name, weight in given.items()}, assign=True)
 
 
-def _linear_weights() -> list[Tensor]:
-    """Weights (1, C, 1, 1) of the features of each of `LAYERS`, learned by the authors (version 0.1)."""
+def linear_weights_file() -> Path:
+    """Where the weights of the features lie, learned by the authors (version 0.1): in the package torchmetrics.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     # Importing torchmetrics takes seconds, and only a file of it is needed.
-    file = distribution("torchmetrics").locate_file(
-        "torchmetrics/functional/image/lpips_models/vgg.pth"
-    )
-    weights = read_weights(Path(str(file)))
+    try:
+        package = distribution("torchmetrics")
+    except PackageNotFoundError as error:
+        raise UserError(
+            "the perceptual distance (perceptual_file) needs weights that come with the package torchmetrics "
+            "(pip install torchmetrics)"
+        ) from error
+    return Path(str(package.locate_file("torchmetrics/functional/image/lpips_models/vgg.pth")))
+
+
+def _linear_weights() -> list[Tensor]:
+    """Weights (1, C, 1, 1) of the features of each of `LAYERS`."""
+    weights = read_weights(linear_weights_file())
     return [weights[f"lin{level}.model.1.weight"] for level in range(len(LAYERS))]
