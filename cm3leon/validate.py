@@ -120,11 +120,6 @@ def with_source_name(data: Any) -> Any:
     return {"name": name, **data}
 
 
-def source_name(path: str | list[str]) -> str:
-    """The source that reads the files under a path, see `told_source`."""
-    return told_source(path)[0]
-
-
 def told_source(path: str | list[str]) -> tuple[str, list[str]]:
     """The source that reads most of what lies under a path, and what lies there for other sources, in words.
 

@@ -532,12 +532,6 @@ def _band(upper: Sequence[_Bar], lower: Sequence[_Bar], span: int, row: int) -> 
     )
 
 
-def _sides(bars: Sequence[_Bar], span: int) -> tuple[float, float]:
-    """Where the boxes of a span begin and end."""
-    own = [bar for bar in bars if bar.span == span]
-    return own[0].left, own[-1].right
-
-
 def _bracket(role: str, bars: Sequence[_Bar]) -> str:
     left, right = bars[0].left, bars[-1].right
     return (

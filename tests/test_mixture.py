@@ -170,19 +170,6 @@ def test_mixture_against_brute_force(
         assert all(0 <= row < count and epoch <= whole for row, epoch in passes)
 
 
-@given(mixtures, seeds, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
-@settings(max_examples=60)
-def test_one_position_of_a_mixture_is_as_many(
-    sources: list[tuple[int, float]], seed: int, positions: list[int]
-) -> None:
-    mixture = Mixture(*[list(column) for column in zip(*sources, strict=True)], seed)
-    columns = mixture.at_array(np.array(positions))
-    assert all(column.dtype == np.int64 for column in columns)
-    assert list(zip(*(column.tolist() for column in columns), strict=True)) == [
-        mixture.at(p) for p in positions
-    ]
-
-
 def test_each_source_has_an_order_of_its_own() -> None:
     """The k-th place of a source holds its k-th row in the order of that source's seed."""
     mixture = Mixture([40, 40], [1.0, 1.5], 9)
@@ -197,20 +184,25 @@ def test_each_source_has_an_order_of_its_own() -> None:
     assert orders[0] != orders[1][:120]
 
 
+def columns(mixture: Mixture, positions: range) -> list[np.ndarray]:
+    """Sources, rows and epochs of the positions."""
+    return list(np.array([mixture.at(position) for position in positions]).T)
+
+
 def test_sources_are_spread_evenly_through_an_epoch() -> None:
     mixture = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 4)
-    sources_B, rows_B, _ = mixture.at_array(np.arange(len(mixture)))
+    sources_B, rows_B, _ = columns(mixture, range(len(mixture)))
     for source in range(3):
         at = np.flatnonzero(sources_B == source)
         assert stats.kstest(at / len(mixture), "uniform").pvalue > 1e-4
     assert stats.kstest(rows_B[sources_B == 0][:300] / 3000, "uniform").pvalue > 1e-4
-    again = Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 5).at_array(np.arange(len(mixture)))
+    again = columns(Mixture([3000, 500, 10], [1.0, 3.0, 2.0], 5), range(len(mixture)))
     assert (again[0] != sources_B).mean() > 0.3
 
 
 def test_a_mixture_of_340_million() -> None:
     mixture = Mixture([340_000_000, 2_000_000], [1.0, 3.0], 0)
-    sources_B, rows_B, epochs_B = mixture.at_array(np.arange(10**12, 10**12 + 100_000))
-    assert abs(sources_B.mean() - 6 / 346) < 0.002
+    sources_B, rows_B, epochs_B = columns(mixture, range(10**12, 10**12 + 20_000))
+    assert abs(sources_B.mean() - 6 / 346) < 0.004
     assert rows_B.max() < 340_000_000
     assert set(epochs_B[sources_B == 0]) == {10**12 // len(mixture)}

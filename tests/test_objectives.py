@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import VOCAB, document, documents
+from samples import VOCAB, document, documents, unrotate
 from scipy import stats
 
 from cm3leon.objectives.base import cut
-from cm3leon.objectives.cm3 import EXTRA, Span, rotate, unrotate
+from cm3leon.objectives.cm3 import EXTRA, Span, rotate
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import LaidOut, lay_out
 from cm3leon.tokenizers.vocab import Vocab

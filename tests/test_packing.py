@@ -13,12 +13,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from samples import VOCAB, document, documents, segment
+from samples import VOCAB, document, documents, segment, unrotate
 
 from cm3leon.config import from_mapping
 from cm3leon.data.shuffle import shuffled
 from cm3leon.objectives.base import Corrupted
-from cm3leon.objectives.cm3 import unrotate
 from cm3leon.objectives.packing import (
     BlockStream,
     PackingConfig,

@@ -14,13 +14,13 @@ from corpora import digit_tars, encoded, picture, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from samples import VOCAB
+from samples import VOCAB, unrotate
 from test_report import Page
 
 from cm3leon.evaluation.sample_page import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
-from cm3leon.objectives.cm3 import rotate, unrotate
+from cm3leon.objectives.cm3 import rotate
 from cm3leon.objectives.packing import BlockStream
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from cm3leon.data import parquet, webdataset
 from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS
 from cm3leon.data.files import Files
 from cm3leon.data.source import Skipped, Source
-from cm3leon.data.stream import DocumentStream
 from cm3leon.registry import SOURCES, discover
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
@@ -69,33 +68,17 @@ def the_bad(source: Source) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", FILE_SOURCES)
-def test_a_stream_goes_on_from_every_state(name: str, tmp_path: Path) -> None:
+def test_a_part_is_read_on_from_every_item(name: str, tmp_path: Path) -> None:
+    def names(items: Iterable[Document | Skipped]) -> list[str]:
+        return [item.id if isinstance(item, Document) else item.file for item in items]
+
     settings = CORPORA[name](tmp_path)
-    source = build(name, **settings)
-    ids = [item.id if isinstance(item, Document) else item.file for item in source.documents()]
-    seen = list(DocumentStream(source))
-    assert [item.id if isinstance(item, Document) else item.file for item, _ in seen] == ids
-    for place, (_, state) in enumerate(seen):
-        stream = DocumentStream(build(name, **settings))
-        stream.load_state_dict(json.loads(json.dumps(state)))
-        rest = [item.id if isinstance(item, Document) else item.file for item, _ in stream]
-        assert rest == ids[place + 1 :]
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_workers_have_every_part_once(workers: int, tmp_path: Path) -> None:
-    for number in range(5):
-        write_lines(tmp_path / f"{number}.jsonl", [{"text": f"{number} {k}"} for k in range(3)])
-    source = build("text_jsonl", path=str(tmp_path))
-    shares = [
-        [
-            item.text
-            for item, _ in DocumentStream(source, part=(k, workers))
-            if isinstance(item, Document)
-        ]
-        for k in range(workers)
-    ]
-    assert sorted(text for share in shares for text in share) == sorted(good(source).values())
+    source, again = build(name, **settings), build(name, **settings)
+    parts = [names(source.read(part, 0)) for part in source.parts()]
+    assert [each for part in parts for each in part] == names(source.documents())
+    for part, ids in zip(again.parts(), parts, strict=True):
+        for start in range(len(ids) + 1):
+            assert names(again.read(part, start)) == ids[start:]
 
 
 @pytest.mark.parametrize("name", FILE_SOURCES)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import unrotate
 
-from cm3leon.objectives.cm3 import rotate, unrotate
+from cm3leon.objectives.cm3 import rotate
 from cm3leon.registry import TASKS, discover
 from cm3leon.tasks.base import infilling_prompt, with_segment
 from cm3leon.tasks.prompts import AskedSpan, unconditional_spans_prompt

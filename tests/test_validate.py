@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from cm3leon.run import main
 from cm3leon.types import Document, TextSegment
-from cm3leon.validate import Seen, quantile, read, source_name
+from cm3leon.validate import Seen, quantile, read, told_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,9 +161,9 @@ def test_the_data_of_an_experiment(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["webdataset", "parquet", "jsonl", "folder"])
 def test_the_source_is_told_by_the_files(name: str, tmp_path: Path) -> None:
     settings = CORPORA[name](tmp_path)
-    assert source_name(settings["path"]) == ("folder" if name == "jsonl" else name)
+    assert told_source(settings["path"])[0] == ("folder" if name == "jsonl" else name)
     if name == "jsonl":  # a folder with images in it; its lines are told by their own path
-        assert source_name(f"{tmp_path}/*.jsonl") == "jsonl"
+        assert told_source(f"{tmp_path}/*.jsonl")[0] == "jsonl"
 
 
 def stray(kind: str, place: Path, size: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon.data.shuffle import shuffled, shuffled_array
+from cm3leon.data.shuffle import shuffled
 from cm3leon.seeds import mixed
 from cm3leon.types import UserError
 
@@ -83,17 +83,3 @@ class Mixture:
         first = self._ends[source] - places
         ordinal = position // len(self) * places + place - first
         return source, shuffled(self._seeds[source], ordinal, count), ordinal // count
-
-    def at_array(self, positions_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`at` of each of the positions (B,): sources, rows and epochs, (B,) each, int64."""
-        places_B = shuffled_array(self._seed, positions_B, len(self))
-        sources_B = np.searchsorted(self._ends, places_B, side="right")
-        first_B = np.array(self._ends)[sources_B] - self.places[sources_B]
-        ordinals_B = positions_B // len(self) * self.places[sources_B] + places_B - first_B
-        rows_B = np.empty_like(ordinals_B)
-        for source in np.unique(sources_B):
-            chosen_B = sources_B == source
-            rows_B[chosen_B] = shuffled_array(
-                self._seeds[source], ordinals_B[chosen_B], int(self.counts[source])
-            )
-        return sources_B, rows_B, ordinals_B // self.counts[sources_B]

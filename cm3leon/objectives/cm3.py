@@ -135,23 +135,3 @@ def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.n
     order_T = np.concatenate([*kept, np.arange(position, len(ids_T)), *moved]).astype(np.int64)
     source_T = np.maximum(order_T, -1)
     return np.where(order_T >= 0, ids_T[source_T], -1 - order_T), source_T
-
-
-def unrotate(ids_T: np.ndarray, vocab: Vocab) -> np.ndarray:
-    """The sample that `rotate` was given. Raises ValueError for ids that are no rotated sample."""
-    sentinels = np.flatnonzero(vocab.is_sentinel(ids_T))
-    count, odd = divmod(len(sentinels), 2)
-    if odd or (ids_T[sentinels[:count]] != ids_T[sentinels[count:]]).any():
-        raise ValueError("sentinels must occur twice each, in the same order")
-    if not count:
-        return ids_T
-    tail = sentinels[count]
-    pieces, position = [], 0
-    for number in range(count):
-        place, start = sentinels[number], sentinels[count + number]
-        end = sentinels[count + number + 1] if number + 1 < count else len(ids_T)
-        if ids_T[end - 1] != vocab.end_of_span:
-            raise ValueError(f"span {number} does not end in <end_of_span>")
-        pieces += [ids_T[position:place], ids_T[start + 1 : end - 1]]
-        position = place + 1
-    return np.concatenate([*pieces, ids_T[position:tail]])
