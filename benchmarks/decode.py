@@ -30,10 +30,11 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.request import Request
 from cm3leon.export import to_opt
-from cm3leon.models.serving import Weights, keep_weights
+from cm3leon.models.serving import keep_weights
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover
 from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.types import Weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {

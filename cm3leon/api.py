@@ -32,15 +32,15 @@ from cm3leon.decoders.decoders import decoder_of
 from cm3leon.decoders.generate import Answerer, is_truncated, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.decoders.steps import Way
 from cm3leon.models.pretrained import load_model
-from cm3leon.models.serving import Weights, keep_weights, share
+from cm3leon.models.serving import keep_weights, share
 from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.opening import TUNED, Opening, open_run, tuned_on
+from cm3leon.stages.opening import TUNED, open_run, tuned_on
 from cm3leon.stages.pretrain import load_checkpoint
+from cm3leon.stages.trust import Opening
 from cm3leon.tasks.prompts import (
     AskedSpan,
     box_spans,
@@ -49,16 +49,19 @@ from cm3leon.tasks.prompts import (
     unconditional_spans_prompt,
 )
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.training.device import Precision, autocast, device_named, uses_bf16
+from cm3leon.training.device import autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
+    Execution,
     Modality,
     Notice,
+    Precision,
     Sample,
     TextSegment,
     TokenDocument,
     TokenSegment,
     UserError,
+    Weights,
 )
 
 DecoderChoice = Annotated[str | dict[str, Any] | Component, DECODERS] | None
@@ -154,7 +157,7 @@ class CM3Leon:
         *,
         precision: Precision = "auto",
         window: int | None = None,
-        way: Way = "eager",
+        way: Execution = "eager",
     ) -> None:
         self.run = run
         self._answerer = Answerer(run.model, run.vocab, window=window, way=way)
@@ -171,7 +174,7 @@ class CM3Leon:
         precision: Precision = "auto",
         weights: Weights | None = None,
         window: PositiveInt | None = None,
-        way: Way = "eager",
+        way: Execution = "eager",
         ranks: Ranks | None = None,
         bank: Path | None = None,
         checkpoint: PositiveInt | None = None,

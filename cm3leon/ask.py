@@ -29,16 +29,13 @@ from tqdm import tqdm
 from cm3leon.api import CM3Leon, TruncatedWarning
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, from_mapping, to_mapping
 from cm3leon.data.images import SUFFIXES
-from cm3leon.decoders.steps import Way
 from cm3leon.io import read_json, sha256, write_json, write_text
 from cm3leon.locks import locked
-from cm3leon.models.serving import Weights
 from cm3leon.paths import make_folder, naming
 from cm3leon.registry import DECODERS, discover
-from cm3leon.stages.opening import Opening
+from cm3leon.stages.trust import Opening
 from cm3leon.terminal import is_printable, printable
-from cm3leon.training.device import Precision
-from cm3leon.types import Partly, UserError
+from cm3leon.types import Execution, Partly, Precision, UserError, Weights
 
 NAMED = 5
 """Images that are named among those that could not be used."""
@@ -62,7 +59,7 @@ class AskOptions(Opening):
     """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
     window: PositiveInt | None = None
     """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
-    way: Way = "eager"
+    way: Execution = "eager"
     """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
 
     retrieve = 0

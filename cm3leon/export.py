@@ -33,7 +33,8 @@ from cm3leon.paths import make_folder, naming, writing
 from cm3leon.permissions import check_folder_readable, use_umask
 from cm3leon.registry import MODELS, discover
 from cm3leon.stages.artifacts import TOKENIZER, WEIGHTS, Run
-from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.opening import open_run
+from cm3leon.stages.trust import Opening
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError

@@ -29,16 +29,13 @@ from tqdm import tqdm
 from cm3leon.api import CM3Leon, Picture, found_of, shortened
 from cm3leon.arguments import worded_text
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, from_mapping, to_mapping
-from cm3leon.decoders.steps import Way
 from cm3leon.io import check_shape, read_json, write_json, write_json_lines
-from cm3leon.models.serving import Weights
 from cm3leon.paths import naming, writing
 from cm3leon.registry import DECODERS, discover
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.opening import Opening
-from cm3leon.training.device import Precision
+from cm3leon.stages.trust import Opening
 from cm3leon.training.distributed import Ranks, find_place, joined
-from cm3leon.types import Partly, UserError
+from cm3leon.types import Execution, Partly, Precision, UserError, Weights
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 NAMED = 3
@@ -78,7 +75,7 @@ class GenerateOptions(Opening):
     """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
     window: PositiveInt | None = None
     """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
-    way: Way = "eager"
+    way: Execution = "eager"
     """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
 
     def check(self) -> None:

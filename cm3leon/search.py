@@ -25,9 +25,10 @@ from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import Bank
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.neighbours import document_parts
-from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.opening import open_run
 from cm3leon.stages.sharing import batches
 from cm3leon.stages.tokens import token_documents
+from cm3leon.stages.trust import Opening
 from cm3leon.terminal import printable
 from cm3leon.types import Document, TokenDocument, UserError
 from cm3leon.validate import with_source_name

@@ -29,6 +29,14 @@ Role = Literal["", "answer", "instruction", "condition"]
 """What a segment of an instruction is: the text that is asked for, the instruction, an image that it is about. An image
 that is asked for has none: it comes last, and is never masked."""
 
+# How a model computes, here where the options of commands find the words before torch is loaded.
+Precision = Literal["auto", "bf16", "float32"]
+"""Of matrix products; auto is bf16 where the processor computes in it."""
+Weights = Literal["float32", "bf16", "int8", "fp8"]
+"""What the matrices of layers are kept in."""
+Execution = Literal["eager", "compiled", "graph", "compiled graph"]
+"""How steps are run. A graph is recorded for each shape when it first occurs, and replayed from then on."""
+
 
 class UserError(ValueError):
     """A user's mistake: its message is one sentence (what, where, what is allowed) shown without a traceback."""

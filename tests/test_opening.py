@@ -25,8 +25,9 @@ from cm3leon.registry import METRICS, _module_name
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
 from cm3leon.search import SearchOptions
-from cm3leon.stages.opening import Opening, open_run
+from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
+from cm3leon.stages.trust import Opening
 from cm3leon.study import load_study
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run

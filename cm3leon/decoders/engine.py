@@ -18,9 +18,9 @@ from cm3leon.decoders.decoders import Decoder
 from cm3leon.decoders.grammar import Allowed, Grammar, NewGrammar, exactly
 from cm3leon.decoders.processors import draw, gumbel_noise, stream_key
 from cm3leon.decoders.request import Request, Shape
-from cm3leon.decoders.steps import Recorder, Steps, Way
+from cm3leon.decoders.steps import Recorder, Steps
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Modality, NotFinite, UserError
+from cm3leon.types import Execution, Modality, NotFinite, UserError
 
 PREFILL = 2**14
 """Prompt tokens that are computed at a time."""
@@ -192,7 +192,7 @@ class Engine:
         shape: Shape,
         *,
         window: int = 1,
-        way: Way = "eager",
+        way: Execution = "eager",
         recorder: Recorder | None = None,
     ) -> None:
         self.model, self.vocab, self.shape, self.window = model, vocab, shape, window

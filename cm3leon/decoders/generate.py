@@ -15,9 +15,8 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.decoders import Decoder, decoder_of
 from cm3leon.decoders.engine import Answer, Engine
 from cm3leon.decoders.request import Request, shape_for
-from cm3leon.decoders.steps import Way
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Prompt, UserError
+from cm3leon.types import Execution, Prompt, UserError
 
 WINDOW = 4
 """Window of the engine where a single image is asked for: more codes a step pay where few rows make it."""
@@ -35,7 +34,7 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, vocab: Vocab, *, window: int | None = None, way: Way = "eager"
+        self, model: Any, vocab: Vocab, *, window: int | None = None, way: Execution = "eager"
     ) -> None:
         self.model, self.vocab, self.window, self.way = model, vocab, window, way
         self._kept: Engine | None = None
@@ -128,7 +127,7 @@ def answers(
     vocab: Vocab,
     samples: int = 256,
     window: int | None = None,
-    way: Way = "eager",
+    way: Execution = "eager",
     on_answer: Callable[[Answer], object] | None = None,
 ) -> list[list[list[int]]]:
     """Tokens of all samples of all requests, see `Answerer`."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cm3leon.types import UserError
-
-Way = Literal["eager", "compiled", "graph", "compiled graph"]
-"""How steps are run. A graph is recorded for each shape when it first occurs, and replayed from then on."""
+from cm3leon.types import Execution, UserError
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Runs a function of tensors that stay where they are, and returns what does the same again without its Python."""
@@ -33,7 +30,13 @@ class Steps:
     """
 
     def __init__(
-        self, model: Any, cache: Any, *, window: int, way: Way, recorder: Recorder | None = None
+        self,
+        model: Any,
+        cache: Any,
+        *,
+        window: int,
+        way: Execution,
+        recorder: Recorder | None = None,
     ) -> None:
         graph = way.endswith("graph")
         if graph and recorder is None and cache.device.type != "cuda":

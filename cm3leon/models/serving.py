@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.models.transformer import Transformer
-from cm3leon.types import UserError
-
-Weights = Literal["float32", "bf16", "int8", "fp8"]
-"""What the matrices of layers are kept in."""
+from cm3leon.types import UserError, Weights
 
 
 def keep_weights(model: Any, kind: Weights) -> None:

@@ -12,7 +12,6 @@ Nothing that the run's folder says is believed before it is looked at:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,35 +23,13 @@ from cm3leon.records import MARKER
 from cm3leon.registry import SOURCES, PluginError
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
+from cm3leon.stages.trust import Opening
 from cm3leon.training.device import best_device
 from cm3leon.types import UserError
 
 CONFIG = "config.yaml"
 TUNED = "instruct"
 """The objective of fine-tuning on instructions."""
-
-
-@dataclass(kw_only=True)
-class Trust:
-    """Options of every command that reads settings which somebody else may have written."""
-
-    plugins: list[str] = field(default_factory=list)
-    """Plugins (.py files or package folders) to load; those that the run names are loaded if they are named here."""
-    trust: bool = False
-    """Load all plugins that the run names; their code is run."""
-
-    @property
-    def trusted_plugins(self) -> list[str] | None:
-        """The plugins that may be loaded, None for all, as `load_experiment` takes them."""
-        return None if self.trust else self.plugins
-
-
-@dataclass(kw_only=True)
-class Opening(Trust):
-    """Options of every command that opens a run."""
-
-    verify: bool = True
-    """Compare each file with its recorded checksum before it is read; false saves the time for large files."""
 
 
 def open_run(

@@ -26,9 +26,9 @@ from cm3leon.provenance import machines, record
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.opening import Trust
 from cm3leon.stages.pipeline import check_redo, first_unfinished, number_of
 from cm3leon.stages.stages import run_experiment, stages_of
+from cm3leon.stages.trust import Trust
 from cm3leon.sweep.points import (
     Point,
     SweepConfig,

@@ -16,8 +16,7 @@ from cm3leon.config import (
     Range,
     result_settings,
 )
-from cm3leon.training.device import Precision
-from cm3leon.types import UserError, refuse
+from cm3leon.types import Precision, UserError, refuse
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-from cm3leon.types import UserError
-
-Precision = Literal["auto", "bf16", "float32"]
+from cm3leon.types import Precision, UserError
 
 
 def best_device() -> torch.device:
