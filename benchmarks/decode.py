@@ -29,7 +29,7 @@ import torch
 from cm3leon.decoders import grammar
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.request import Request
-from cm3leon.export import to_opt
+from cm3leon.models.opt import to_opt
 from cm3leon.models.serving import keep_weights
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.export import to_opt
+from cm3leon.models.opt import to_opt
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy

@@ -7,6 +7,7 @@ both streams, whoever prints; `printable` is for a foreign text within a line, a
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
 def command_line(*words: object) -> str:
     """`python -m cm3leon.run` with these words, as a shell takes it: what messages and pages print to be typed."""
     return shlex.join(["python", "-m", "cm3leon.run", *map(str, words)])
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the first of those that work together, and so the one that says something."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def is_printable(text: str) -> bool:

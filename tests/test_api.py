@@ -929,7 +929,7 @@ def test_trust_loads_all_plugins_of_a_run(model: CM3Leon, tmp_path: Path, regist
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run={run}"], "prompt and prompts are both missing"),
+        (["run={run}"], "`generate` needs a text: prompt=TEXT, for example"),
         (["run={run}", "prompt=a", "prompts=b"], "prompt and prompts are both given"),
         (["run={run}", "prompts={run}/none.txt"], "none.txt cannot be read"),
         (["run={run}/none", "prompt=a"], "is no run with a finished pretraining"),

@@ -12,8 +12,7 @@ import pytest
 from command_line import cm3leon
 from PIL import Image
 
-from cm3leon import ask
-from cm3leon.api import ShortageWarning, TruncatedWarning
+from cm3leon.api import CM3Leon, ShortageWarning, TruncatedWarning
 from cm3leon.data.images import read_given_image
 from cm3leon.types import PARTLY
 
@@ -53,7 +52,7 @@ class Model:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     made = Model()
-    monkeypatch.setattr(ask.CM3Leon, "load", lambda *_, **__: made)
+    monkeypatch.setattr(CM3Leon, "load", lambda *_, **__: made)
     return made
 
 
@@ -172,14 +171,26 @@ def test_images_that_cannot_be_used_are_named_and_tried_again(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["caption", "run=x"], "image is missing; it must be a path"),
+        (
+            ["caption", "run=x"],
+            "`caption` needs an image file: image=FILE, for example image=seven.png",
+        ),
         (["caption", "run=x", "image={images}/gone"], "gone is not there; give an image file, or"),
         (["caption", "run=x", "image={images}/none"], "none holds no image files"),
-        (["answer", "run=x", "image={images}"], "question is missing; it must be a text"),
-        (["edit", "run=x", "image={images}"], "instruction is missing; it must be a text"),
-        (["score", "run=x", "image={images}"], "text and texts are both missing"),
+        (
+            ["answer", "run=x", "image={images}"],
+            "`answer` needs a question about each image: question=TEXT, for example",
+        ),
+        (
+            ["edit", "run=x", "image={images}"],
+            "`edit` needs an instruction that says what to change in each image: instruction=TEXT",
+        ),
+        (
+            ["score", "run=x", "image={images}"],
+            "`score` needs texts: texts=[TEXT,TEXT], for example",
+        ),
         (["score", "run=x", "image={images}", "text=a", "question=b"], "question is given without"),
-        (["infill", "run=x", "image={images}"], "box and words are both missing"),
+        (["infill", "run=x", "image={images}"], "`infill` needs what is to be made anew: box="),
         (
             ["infill", "run=x", "image={images}", "box=[1,2]"],
             "box is [1, 2]; it must be a list of 4",

@@ -29,7 +29,7 @@ from cm3leon.decoders.guidance import classifier_free, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
 from cm3leon.decoders.request import Request, Shape, shape_for
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.export import to_opt
+from cm3leon.models.opt import to_opt
 from cm3leon.registry import DECODERS
 from cm3leon.tasks.prompts import (
     AskedSpan,

@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from records import finish
 from safetensors.torch import load_file, save_file
 
-from cm3leon import export, run
-from cm3leon.config import dump_yaml, to_mapping
+from cm3leon import run
+from cm3leon.commands import export
+from cm3leon.config import dump_yaml, from_mapping, to_mapping
 from cm3leon.decoders.decoders import Greedy
 from cm3leon.decoders.generate import generate
 from cm3leon.experiment import load_experiment
-from cm3leon.export import (
+from cm3leon.models import opt
+from cm3leon.models.opt import (
     from_opt_config,
     from_opt_state,
-    main,
     to_opt,
     to_opt_config,
     to_opt_state,
@@ -42,6 +43,12 @@ from cm3leon.types import Prompt, UserError
 transformers = pytest.importorskip(
     "transformers", reason="the export needs transformers: pip install transformers"
 )
+
+
+def convert(**options: Any) -> None:
+    """The command export with these options."""
+    export.main(from_mapping(export.Options, options))
+
 
 VOCAB = Vocab(text_size=300, image_size=16, sentinels=4)
 CAPTIONS = ["a red dog", "a photo of 12 cats", "a red cat and a dog"] * 3
@@ -122,7 +129,7 @@ def test_state_and_shape_come_back(
     returned = from_opt_state(to_opt_state(state), layers)
     assert returned.keys() == state.keys()
     assert all(torch.equal(returned[name], state[name]) for name in state)
-    full = {**export.FIXED, **to_opt_config(config, 11)}
+    full = {**opt.FIXED, **to_opt_config(config, 11)}
     assert Transformer.Config(**from_opt_config(full)) == config
 
 
@@ -134,7 +141,7 @@ def test_the_config_has_our_special_ids_and_no_dropout() -> None:
         VOCAB.pad,
     )
     assert config.dropout == config.attention_dropout == config.layerdrop == 0
-    assert config.to_dict().items() >= export.FIXED.items()
+    assert config.to_dict().items() >= opt.FIXED.items()
 
 
 def test_without_the_library_the_message_says_how_to_get_it(
@@ -143,7 +150,7 @@ def test_without_the_library_the_message_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "transformers", None)
     for options in ({"to": "hf", "run": "x", "out": "y"}, {"to": "cm3leon", "hf": "x", "out": "y"}):
         with pytest.raises(UserError, match=r"pip install transformers$"):
-            main(options)
+            convert(**options)
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -173,7 +180,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_of = {"model": to_mapping(experiment.model), "vocab_size": VOCAB.size}
     (pretraining / "config.json").write_text(json.dumps(made_of))
     finish(pretraining, folder / "run" / "text_tokenizer")
-    main({"to": "hf", "run": str(folder / "run"), "out": str(folder / "hf")})
+    convert(to="hf", run=str(folder / "run"), out=str(folder / "hf"))
     return folder
 
 
@@ -219,7 +226,7 @@ def test_the_library_reads_the_tokenizer_as_it_is(made: Path) -> None:
 
 
 def test_the_way_back_is_exact(made: Path, tmp_path: Path) -> None:
-    main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(tmp_path / "back")})
+    convert(to="cm3leon", hf=str(made / "hf"), out=str(tmp_path / "back"))
     pretraining = made / "run" / "pretraining"
     assert sorted(file.name for file in (tmp_path / "back").iterdir()) == [
         "config.json",
@@ -238,7 +245,7 @@ def test_an_opt_that_never_was_ours_comes_in_half_precision(tmp_path: Path) -> N
         Transformer.Config(layers=1, width=32, head_size=8, seq_len=20, init_std=0.25), 100
     )
     to_opt(model).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
-    main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "back")})
+    convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "back"))
     back = decoder(tmp_path / "back")
     assert (back.config, back.vocab_size) == (model.config, 100)
     for name, weight in model.state_dict().items():
@@ -250,7 +257,7 @@ def test_an_out_folder_that_is_empty_is_used_and_one_in_a_new_folder_is_made(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
-        main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(out)})
+        convert(to="cm3leon", hf=str(made / "hf"), out=str(out))
         assert (out / "model.safetensors").is_file()
         assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -262,10 +269,10 @@ def test_a_failure_leaves_nothing(
     def fails(*_: Any) -> None:
         raise RuntimeError("differ")
 
-    monkeypatch.setattr(export, "_verify", fails)
+    monkeypatch.setattr(opt, "verify", fails)
     source = {"hf": {"run": str(made / "run")}, "cm3leon": {"hf": str(made / "hf")}}[to]
     with pytest.raises(RuntimeError, match="differ"):
-        main({"to": to, **source, "out": str(tmp_path / "out")})
+        convert(to=to, **source, out=str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,11 +292,11 @@ def test_a_wrong_conversion_is_noticed(
         }
 
     if damage == "model":
-        monkeypatch.setattr(export, "to_opt_config", with_other_activation)
+        monkeypatch.setattr(opt, "to_opt_config", with_other_activation)
     else:
-        monkeypatch.setattr(export, "to_opt_state", with_keys_and_queries_exchanged)
+        monkeypatch.setattr(opt, "to_opt_state", with_keys_and_queries_exchanged)
     with pytest.raises(RuntimeError, match=r"differ|are not those"):
-        main({"to": "hf", "run": str(made / "run"), "out": str(tmp_path / "out")})
+        convert(to="hf", run=str(made / "run"), out=str(tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------------------ greedy generation
@@ -334,18 +341,20 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, r"^to is missing; write to=hf run=DIR out=DIR, or to=cm3leon hf=DIR out=DIR$"),
+        ({"to": "hff", "out": "x"}, r'^to is "hff"; it must be one of hf, cm3leon$'),
+        ({"to": {"hf": 1}, "out": "x"}, r'^to is \{"hf": 1\}; it must be one of hf, cm3leon$'),
         (
-            {"to": "hff"},
-            r"^to is hff, which is not known; did you mean hf\? \(known: cm3leon, hf\)$",
+            {"to": "hf", "out": "x"},
+            "^`export to=hf` needs a folder to convert: run=DIR, for example run=runs/digits$",
         ),
-        ({"to": {"hf": 1}}, r"^to is \{'hf': 1\}, which is not known"),
-        ({"to": "hf", "out": "x"}, r"^run is missing; it must be a path$"),
-        ({"to": "cm3leon", "hf": "x"}, r"^out is missing; it must be a path$"),
+        (
+            {"to": "cm3leon", "out": "x"},
+            "^`export to=cm3leon` needs a folder to convert: hf=DIR, for example hf=exported$",
+        ),
         ({"to": "hf", "runn": "x", "out": "y"}, r"^runn is not a known key; did you mean run\?"),
         (
-            {"to": "cm3leon", "run": "x", "out": "y"},
-            r"^run is not a known key; known: hf, out, to\n",
+            {"to": "cm3leon", "hf": "x", "run": "x", "out": "y"},
+            "^run is given, which to=cm3leon does not read; give hf$",
         ),
         ({"to": "hf", "run": 7, "out": "y"}, r"^run is 7; it must be a path$"),
         (
@@ -360,7 +369,7 @@ def test_greedy_generation_of_the_library_is_our_greedy_decoder(made: Path) -> N
 )
 def test_unfit_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        main(options)
+        convert(**options)
 
 
 @pytest.mark.parametrize("to", ["hf", "cm3leon"])
@@ -376,7 +385,7 @@ def test_an_out_that_is_taken_is_refused(made: Path, tmp_path: Path, to: str, ta
     with pytest.raises(
         UserError, match=r"^out: .*/out exists already; out must be a new or empty folder$"
     ):
-        main({"to": to, **source, "out": str(out)})
+        convert(to=to, **source, out=str(out))
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -424,7 +433,7 @@ def test_runs_that_are_not_finished_are_refused(
     shutil.copytree(made / "run", tmp_path / "run")
     change(tmp_path / "run")
     with pytest.raises(UserError, match=sentence):
-        main({"to": "hf", "run": str(tmp_path / "run"), "out": str(tmp_path / "out")})
+        convert(to="hf", run=str(tmp_path / "run"), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -442,7 +451,7 @@ def test_a_model_of_another_class_is_refused(made: Path, tmp_path: Path) -> None
         UserError,
         match=r"^run: the model other has no form in hf; only cm3leon and its presets do$",
     ):
-        main({"to": "hf", "run": str(tmp_path / "run"), "out": str(tmp_path / "out")})
+        convert(to="hf", run=str(tmp_path / "run"), out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -480,7 +489,7 @@ def test_an_opt_that_is_not_this_decoder_is_refused(
     config = tmp_path / "hf" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(UserError, match=sentence) as refusal:
-        main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "out")})
+        convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "out"))
     assert str(refusal.value).startswith(f"hf: {tmp_path / 'hf'}")
     assert not (tmp_path / "out").exists()
 
@@ -488,7 +497,7 @@ def test_an_opt_that_is_not_this_decoder_is_refused(
 def test_the_defaults_of_an_opt_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     with pytest.raises(UserError, match=r"it must be (true|false)$"):
-        main({"to": "cm3leon", "hf": str(tmp_path), "out": str(tmp_path / "out")})
+        convert(to="cm3leon", hf=str(tmp_path), out=str(tmp_path / "out"))
 
 
 def without_head(folder: Path) -> None:
@@ -521,7 +530,7 @@ def with_another_config(folder: Path) -> None:
 
 def test_exported_files_have_the_mode_that_the_umask_gives(made: Path, tmp_path: Path) -> None:
     expected = 0o666 & ~_umask()
-    main({"to": "cm3leon", "hf": str(made / "hf"), "out": str(tmp_path / "out")})
+    convert(to="cm3leon", hf=str(made / "hf"), out=str(tmp_path / "out"))
     for folder in (made / "hf", tmp_path / "out"):
         files = list(folder.iterdir())
         assert any(file.suffix == ".safetensors" for file in files)
@@ -546,13 +555,13 @@ def test_an_adapter_beside_the_weights_is_merged(made: Path, tmp_path: Path) -> 
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["k_proj"]}
     (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(settings))
-    main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "out")})
+    convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "out"))
     merged = load_file(tmp_path / "out" / "model.safetensors")
     _, key, _ = merged["blocks.0.qkv.weight"].chunk(3)
     torch.testing.assert_close(key, weight + 2 * (second @ first))
     (tmp_path / "hf" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^hf: the weights in .* cannot be loaded"):
-        main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "other")})
+        convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "other"))
 
 
 def with_weights_of_its_own(folder: Path) -> None:
@@ -579,7 +588,7 @@ def test_damaged_folders_are_refused(
     shutil.copytree(made / "hf", tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(UserError, match=sentence):
-        main({"to": "cm3leon", "hf": str(tmp_path / "hf"), "out": str(tmp_path / "out")})
+        convert(to="cm3leon", hf=str(tmp_path / "hf"), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -609,7 +618,7 @@ def test_the_command_in_a_process(made: Path, tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["export", "to=hff"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "cm3leon: to is hff, which is not known; did you mean hf? (known: cm3leon, hf)\n"
+    assert capsys.readouterr().err == (
+        'cm3leon: to is "hff"; it must be one of hf, cm3leon\n'
+        "cm3leon: `export` needs a folder to make: out=DIR, for example out=exported\n"
     )

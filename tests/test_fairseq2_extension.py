@@ -22,8 +22,8 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.plugins.fairseq2_cm3leon import extension, guard
 from cm3leon.plugins.fairseq2_cm3leon.__main__ import main as main_of_plugin
 from cm3leon.run import main
-from cm3leon.search import open_run
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
@@ -125,7 +125,7 @@ import json, sys
 import soundfile
 from fairseq2 import init_fairseq2
 init_fairseq2()
-heavy = [name for name in ("cm3leon.stages", "cm3leon.search", "open_clip", "faiss") if name in sys.modules]
+heavy = [name for name in ("cm3leon.stages", "cm3leon.commands", "open_clip", "faiss") if name in sys.modules]
 from cm3leon.plugins.fairseq2_cm3leon.extension import get_cm3leon_model_hub
 hub = get_cm3leon_model_hub()
 shapes = {name: vars(hub.get_arch_config(name)) for name in hub.get_archs()}

@@ -30,19 +30,11 @@ CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
 TOP = (
     "experiment",
     "stages",
-    "validate",
-    "search",
-    "show",
-    "export",
     "api",
-    "generate",
-    "ask",
-    "plan",
-    "perplexity",
     "study",
     "launch",
     "sweep",
-    "listing",
+    "commands",
     "run",
 )
 PARTS = (*FOUNDATION, *CHAIN, "decoders", "tasks", "evaluation", *TOP, "plugins")

@@ -12,6 +12,7 @@ import torch
 from command_line import cm3leon
 from records import finish
 
+from cm3leon.commands import search
 from cm3leon.config import (
     apply_overrides,
     dump_yaml,
@@ -24,7 +25,6 @@ from cm3leon.experiment import load_experiment
 from cm3leon.registry import METRICS, _module_name
 from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.retrievers.neighbours import Neighbours
-from cm3leon.search import SearchOptions
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
 from cm3leon.stages.trust import Opening
@@ -209,7 +209,7 @@ def test_one_plugin_may_be_named_without_brackets(plugin: Path, word: str) -> No
     words = [word.format(plugin), "metrics=[of_a_plugin]"]
     assert load_experiment("digits_smoke", words).plugins == [str(plugin)]
     options = from_mapping(
-        SearchOptions, apply_overrides({}, map(parse_override, ["run=x", "text=a", words[0]]))
+        search.Options, apply_overrides({}, map(parse_override, ["run=x", "text=a", words[0]]))
     )
     assert options.plugins == [str(plugin)]
 

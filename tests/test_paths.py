@@ -14,8 +14,8 @@ import torch
 from command_line import cm3leon
 from safetensors.torch import save_file
 
+from cm3leon.commands import generate
 from cm3leon.config import from_mapping
-from cm3leon.generate import GenerateOptions
 from cm3leon.paths import make_folder, naming, path_of
 from cm3leon.types import UserError
 
@@ -33,7 +33,7 @@ def test_a_name_that_no_file_can_have_is_a_sentence_everywhere(name: str, senten
     with pytest.raises(UserError, match=sentence):
         path_of(name, "run")
     with pytest.raises(UserError, match=f"^out.* {sentence}|^out.*{sentence}"):
-        from_mapping(GenerateOptions, {"run": "runs/x", "prompt": "a", "out": name})
+        from_mapping(generate.Options, {"run": "runs/x", "prompt": "a", "out": name})
     for words in (
         ["experiment=digits", f"run={name}"],
         ["experiment=digits", f"run={name}", "until=documents"],

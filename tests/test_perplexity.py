@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cm3leon.config import dump_yaml
-from cm3leon.perplexity import curves_of, main
+from cm3leon.commands import perplexity
+from cm3leon.commands.perplexity import curves_of
+from cm3leon.config import dump_yaml, from_mapping
 from cm3leon.types import UserError
+
+
+def draw(options: dict[str, Any]) -> None:
+    """The command perplexity with these options."""
+    perplexity.main(from_mapping(perplexity.Options, options))
 
 
 def write_run(
@@ -50,7 +56,7 @@ def test_numbers_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         for name, b in (("small", 512), ("big", None))
     ]
     out = tmp_path / "figures" / "p.png"
-    main({"runs": [str(run) for run in runs], "out": str(out), "of": "loss_image", "width": 500})
+    draw({"runs": [str(run) for run in runs], "out": str(out), "of": "loss_image", "width": 500})
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["curve"], int(row["updates"])) for row in rows[9:11]] == [
@@ -89,7 +95,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".svg", ".pdf"])
 def test_other_formats(tmp_path: Path, suffix: str) -> None:
     run = write_run(tmp_path / "run", range(1, 3))
-    main({"runs": str(run), "out": str(tmp_path / f"p{suffix}"), "by": "tokens"})
+    draw({"runs": str(run), "out": str(tmp_path / f"p{suffix}"), "by": "tokens"})
     assert (tmp_path / f"p{suffix}").stat().st_size > 1000
 
 
@@ -117,4 +123,4 @@ def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], sentence: st
     }
     options["runs"] = [run.format(**folders) for run in options["runs"]]
     with pytest.raises(UserError, match=sentence):
-        main(options)
+        draw(options)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cm3leon.commands.plan import Options, Plan, plan
 from cm3leon.experiment import is_sweep, list_experiments, load_experiment
-from cm3leon.plan import Plan, PlanConfig, plan
 from cm3leon.run import main
 from cm3leon.training.costs import GPUS
 from cm3leon.types import UserError
@@ -22,7 +22,7 @@ RECIPES = [
 
 
 def planned(name: str, *overrides: str, **fields: Any) -> Plan:
-    return plan(load_experiment(name, overrides), PlanConfig(**fields))
+    return plan(load_experiment(name, overrides), Options(experiment=name, **fields))
 
 
 @pytest.mark.parametrize("name", RECIPES)

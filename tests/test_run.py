@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from cm3leon import __version__, run
+from cm3leon import __version__, commands, run
+from cm3leon.commands import COMMANDS, GROUPS, load_command
 from cm3leon.config import describe
 from cm3leon.records import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_EXPERIMENTS = {
+    "run": "run={}/run",
+    "show": "run={}/run",
+    "plan": "",
+    "part": "run={}/run stage=tokens part=0/2",
+}
+"""Commands that take the settings of an experiment, with further words that they need."""
 
 
 def cm3leon(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,8 +41,8 @@ def test_help_and_typos_answer_before_anything_heavy_is_imported() -> None:
     code = """
 import sys
 from cm3leon.run import main
-main(["--help"]), main(["ru"]), main(["experiment"]), main([])
-print({"torch", "numpy", "cm3leon.experiment"} & set(sys.modules))
+main(["--help"]), main(["generate", "--help"]), main(["ru"]), main(["experiment"]), main([])
+print({"torch", "pyarrow", "cm3leon.experiment"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("usage: python -m cm3leon.run")
@@ -44,7 +53,7 @@ def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
     sentence = "expert is not a known command; did you mean export? "
-    known = ", ".join(sorted(run.COMMANDS))
+    known = ", ".join(sorted(COMMANDS))
     assert done.stderr == f"cm3leon: {sentence}(known: {known})\n"
     assert done.stdout == ""
 
@@ -52,7 +61,7 @@ def test_exit_code_of_the_process_for_a_mistake() -> None:
 def test_help_names_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["-h"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {word} " in text for word in (*run.COMMANDS, *run.FLAGS))
+    assert all(f"  {word} " in text for word in (*COMMANDS, *run.FLAGS))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,14 +72,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "experiment is missing; write experiment=NAME"),
+        ([], "`run` needs an experiment: experiment=NAME, for example experiment=digits"),
         (["--shaw"], "--shaw is not a known flag; did you mean --show?"),
         (
             ["run", "digits"],
             "digits follows the command run; everything after it must be key=value",
         ),
         (["experiment=no/such.yaml"], "no/such.yaml is not a file"),
-        (["export", "to=[hf"], "to is [hf, which is not known; did you mean hf?"),
+        (["export", "to=[hf", "run=x", "out=x"], 'to is "[hf"; it must be one of hf, cm3leon'),
         (["search", "run=x", "text=x", "count=[5"], "count is [5, which is not valid YAML"),
     ],
 )
@@ -128,13 +137,6 @@ def test_a_sweep_on_the_command_line_has_a_folder_of_its_own(
     assert not list(tmp_path.iterdir())
 
 
-def raising(error: BaseException) -> run.Command:
-    def function(arguments: Sequence[str]) -> None:
-        raise error
-
-    return run.Command("fails", function)
-
-
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -162,8 +164,8 @@ def test_stops_that_are_no_bug(
     code: int,
     line: str,
 ) -> None:
-    monkeypatch.setitem(run.COMMANDS, "run", raising(error))
-    assert run.main(["run"]) == code
+    monkeypatch.setattr("cm3leon.commands.cancel.main", Mock(side_effect=error))
+    assert run.main(["cancel", "run=x"]) == code
     assert capsys.readouterr().err.startswith(line)
 
 
@@ -171,16 +173,130 @@ def test_stops_that_are_no_bug(
     "error", [FileNotFoundError(errno.ENOENT, "gone"), ZeroDivisionError(), ValueError("bug")]
 )
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setitem(run.COMMANDS, "run", raising(error))
+    monkeypatch.setattr("cm3leon.commands.cancel.main", Mock(side_effect=error))
     with pytest.raises(type(error)):
-        run.main(["run"])
+        run.main(["cancel", "run=x"])
 
 
-def test_commands_get_the_words_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Sequence[str]] = []
-    monkeypatch.setitem(run.COMMANDS, "export", run.Command("records", given.append))
-    assert run.main(["export", "to=hf", "run=a=b"]) == 0
-    assert given == [["to=hf", "run=a=b"]]
+def test_a_command_gets_its_options_and_says_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = Mock(return_value=75)
+    monkeypatch.setattr("cm3leon.commands.export.main", main)
+    assert run.main(["export", "to=hf", "run=a=b", "out=null"]) == 75
+    (options,) = main.call_args.args
+    assert (options.to, options.run, options.out) == ("hf", Path("a=b"), Path("null"))
+
+
+def test_a_command_takes_the_settings_of_its_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = Mock(return_value=None)
+    monkeypatch.setattr("cm3leon.commands.run.main", main)
+    words = [
+        "training.steps=2",
+        "experiment=digits",
+        "redo=tokens, vectors",
+        "until=",
+        "decoder=cfg",
+    ]
+    assert run.main(words) == 0
+    (options,) = main.call_args.args
+    assert (options.experiment, options.until) == ("digits", None)
+    assert options.folder == Path("runs/digits")
+    assert options.stages_to_redo == ["tokens", "vectors"]
+    assert options.overrides == ("training.steps=2", "decoder=cfg")
+
+
+# ------------------------------------------------------------------------------------------------ every command
+
+
+NOT_COMMANDS = {"__init__", "asking", "help", "listing", "sample", "words"}
+"""Modules that commands have in common."""
+
+
+def test_every_file_is_a_command_that_is_listed() -> None:
+    files = {file.stem for file in (ROOT / "cm3leon" / "commands").glob("*.py")}
+    assert files - NOT_COMMANDS == set(COMMANDS)
+    assert len(COMMANDS) == len(set(COMMANDS))
+
+
+def test_a_new_command_is_a_file_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    example = re.search(r'```python\n(""".+?\n)```', page, re.S)
+    assert example
+    (tmp_path / "count.py").write_text(example[1])
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.setattr(commands, "COMMANDS", (*COMMANDS, "count"))
+    assert run.main(["count", "--help"]) == 0
+    assert "  run: a path, required\n      A run folder whose" in capsys.readouterr().out
+    assert run.main(["count"]) == 2
+    said = capsys.readouterr().err.removeprefix("cm3leon: ").strip()
+    assert said in page.replace("\n", " ")
+
+
+def test_the_words_for_jobs_stand_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--help"]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    heading, *lines = next(block for block in blocks if "  part " in block).splitlines()
+    assert heading == "commands that launchers give to jobs:"
+    assert [line.split()[0] for line in lines] == list(GROUPS["that launchers give to jobs"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    command = load_command(name)
+    assert text.startswith(f"usage: python -m cm3leon.run {name} ")
+    assert command.summary in text
+    assert command.summary.endswith(".")
+    assert f"python -m cm3leon.run {name} {' '.join(command.example[:1])}" in text
+    for doc in describe(command.options):
+        default = ", required" if doc.default == "required" else f" = {doc.default}"
+        assert f"\n  {doc.name}: {doc.type}{default}"[:70] in text
+        assert doc.sentence[:40] in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_that_is_missing_is_answered_with_an_example(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in turn, of those without which the command cannot begin; the others as the example has them."""
+    command = load_command(name)
+    required = [doc.name for doc in describe(command.options) if doc.default == "required"]
+    assert required
+    monkeypatch.setattr("cm3leon.data.formats.told_source", lambda path: ("folder", []))
+    for missing in required:
+        given = [
+            word for word in command.example if not word.startswith((f"{missing}=", f"{missing}."))
+        ]
+        assert run.main([name, *given]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        key = rf"{missing}(\.path)?="
+        assert re.fullmatch(rf"cm3leon: `{name}` needs an? .+: {key}.+, for example {key}.+", line)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(OF_EXPERIMENTS)))
+def test_an_unknown_option_is_answered_with_the_nearest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = load_command(name)
+    known = describe(command.options)[0].name
+    given = [word for word in command.example if "." not in word.partition("=")[0]]
+    assert run.main([name, *given, f"{known}x=1"]) == 2
+    assert f"{known}x is not a known key; did you mean {known}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(set(OF_EXPERIMENTS)))
+def test_an_unknown_setting_is_answered_with_the_nearest(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=digits", "trainin.steps=1", *OF_EXPERIMENTS[name].format(tmp_path).split()]
+    assert run.main([name, *words]) == 2
+    assert "trainin is not a known key; did you mean training?" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ --list
 
 
 @pytest.mark.parametrize(
@@ -195,7 +311,7 @@ def test_commands_get_the_words_after_them(monkeypatch: pytest.MonkeyPatch) -> N
         (["cd_k"], ["  cd_k  (built-in)"], "  top_p  "),
         (["decoder.cfg"], ["  top_p  (built-in)", "      cfg: "], "temperature:"),
         (["digits_smoke"], ["EXPERIMENTS", "  digits_smoke\n    cost"], "  digits\n"),
-        (["plan", "export"], ["mfu: ", "hf: a path, required"], "SECTIONS"),
+        (["plan", "export"], ["mfu: ", "out: a path, required"], "SECTIONS"),
         (["sweep_trials"], ["sweep_trials: a whole number, at least 1"], "DECODERS"),
     ],
 )
@@ -218,11 +334,10 @@ def test_list_names_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None
 def test_list_has_the_options_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--list", "commands"]) == 0
     text = capsys.readouterr().out
-    for name, command in run.COMMANDS.items():
+    for name in COMMANDS:
         assert f"\n  {name}\n" in text
-        for options in map(run.options_class, command.options):
-            for doc in describe(options):
-                assert f"      {doc.name}: " in text
+        for doc in describe(load_command(name).options):
+            assert f"      {doc.name}: " in text
 
 
 def test_list_shows_every_component_and_experiment(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from samples import VOCAB, unrotate
 from test_report import Page
 
+from cm3leon.commands.sample import _places, facts_of, moved_spans, printed, shown_sample
 from cm3leon.evaluation.sample_page import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
@@ -24,7 +25,6 @@ from cm3leon.objectives.cm3 import rotate
 from cm3leon.objectives.packing import BlockStream
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
-from cm3leon.show import _places, facts_of, moved_spans, printed, shown_sample
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.stages import run_experiment
 from cm3leon.stages.training_data import CorpusInMemory, training_samples
@@ -432,9 +432,9 @@ def test_without_a_number_the_first_sample_with_a_moved_span_is_shown(
     ("more", "sentence"),
     [
         (["sample=1000"], "sample is 1000; write sample=N with a whole number N from 0 to 27"),
-        (["sample=x"], "sample is x; write sample=N"),
-        (["sample=-1"], "sample is -1; write sample=N"),
-        (["sample=1", "epoch=1.5"], "epoch is 1.5; write epoch=N with a whole number N from 0 on"),
+        (["sample=x"], 'sample is "x"; it must be a whole number'),
+        (["sample=-1"], "sample is -1; it must be a whole number, at least 0"),
+        (["sample=1", "epoch=1.5"], "epoch is 1.5; it must be a whole number, at least 0"),
         (["sample=1", "model.seq_len=10"], "model.seq_len: document "),
         (
             ["sample=1", "experiment=digts"],

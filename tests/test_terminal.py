@@ -103,15 +103,15 @@ def test_a_file_name_that_is_no_text_is_shown(tmp_path: Path) -> None:
 def test_our_warnings_are_a_line_and_those_of_libraries_are_not_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def function(arguments: Sequence[str]) -> None:
+    def function(options: object) -> None:
         for _ in range(2):
             warnings.warn("a library's", DeprecationWarning, stacklevel=1)
             warnings.warn("a library's", UserWarning, stacklevel=1)
             warnings.warn("said once\x1b", Notice, stacklevel=1)
 
     monkeypatch.setattr(sys, "warnoptions", [])
-    monkeypatch.setitem(run.COMMANDS, "run", run.Command("warns", function))
-    assert run.main(["run"]) == 0
+    monkeypatch.setattr("cm3leon.commands.run.main", function)
+    assert run.main(["run", "experiment=digits"]) == 0
     assert capsys.readouterr().err == "cm3leon: said once\\x1b\n"
 
 

@@ -19,9 +19,10 @@ from corpora import CORPORA, encoded, picture, write_lines, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cm3leon.data.formats import told_source
+from cm3leon.data.survey import Seen, quantile, read
 from cm3leon.run import main
 from cm3leon.types import Document, TextSegment
-from cm3leon.validate import Seen, quantile, read, told_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,7 +231,7 @@ def test_several_paths_are_validated(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "data.path is missing; write data.path=PATH"),
+        ([], "`validate` needs a corpus: data.path=PATH, for example data.path="),
         (["data.path=a0.tar", "data.path=a1.tar"], "data.path is given 2 times; several paths are"),
         (["data.path={tars}/b0.tar::{tars}/a.tar"], "b0.tar does not exist"),
         (["data.path=none"], "data.path: none does not exist"),

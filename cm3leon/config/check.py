@@ -208,8 +208,8 @@ def _convert_union(annotation: Any, value: Any, where: str, unfit: list[str] | N
     if value is None and types.NoneType in get_args(annotation):
         return None
     members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
-    if len(members) == 1 and isinstance(value, (Mapping, list, tuple)):
-        return _convert(members[0], value, where, unfit)  # its message names the item at fault
+    if len(members) == 1 and (members[0] is Path or isinstance(value, (Mapping, list, tuple))):
+        return _convert(members[0], value, where, unfit)  # its message says what is at fault
     for member in members:
         try:
             return _convert(member, value, where, unfit)

@@ -1,4 +1,4 @@
-"""What became of jobs: `python -m cm3leon.run status | cancel | logs run=DIR`.
+"""What became of jobs, for the commands status, cancel and logs.
 
 Read from the journals that jobs keep in the run folder, and from squeue's and scontrol's word on those that cannot
 speak; sacct is not needed.
@@ -6,23 +6,15 @@ speak; sacct is not needed.
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from cm3leon.config import NonNegativeInt, PositiveInt, choices, from_mapping
 from cm3leon.launch import cluster
-from cm3leon.launch.jobs import Launch, Submitted, launches, newest_launch
+from cm3leon.launch.jobs import Launch, Submitted, launches
 from cm3leon.launch.journal import ENDED, Event, progress, read_events
-from cm3leon.launch.standing import standing
-from cm3leon.terminal import command_line, printable
+from cm3leon.terminal import command_line
 from cm3leon.types import UserError
 
 WAITING = ("queued", "starting", "running", "ending")
@@ -161,49 +153,6 @@ def refuse_twice(folder: Path) -> None:
                 )
 
 
-# ------------------------------------------------------------------------------------------------ commands
-
-
-@dataclass(kw_only=True)
-class RunOptions:
-    """Which run."""
-
-    run: Path
-    """Its folder."""
-
-
-@dataclass(kw_only=True)
-class LogsOptions:
-    """Whose log."""
-
-    run: Path
-    """The run folder."""
-    job: str | None = None
-    """Name of the job; null = the one that runs, or ran last."""
-    number: NonNegativeInt | None = None
-    """Which element of an array; null = the one that runs, or ran last."""
-    lines: PositiveInt = 40
-    """How many of the last lines."""
-    follow: bool = False
-    """Whether to go on as it grows, until the job has ended."""
-
-
-def status(options: Mapping[str, Any]) -> None:
-    """Prints where the jobs of a run stand, or, of one that was made without jobs, its stages.
-
-    Raises:
-        UserError: for a folder in which nothing was begun.
-    """
-    folder = from_mapping(RunOptions, options).run.expanduser().absolute()
-    jobs = launches(folder)
-    lines = list(as_text(states(jobs[-1]))) if jobs else standing(folder)
-    if not lines:
-        raise UserError(
-            f"run: nothing was begun in {folder}; give the run= of a run that was started"
-        )
-    print("\n".join(map(printable, lines)))
-
-
 def as_text(found: Sequence[tuple[Submitted, State]]) -> Iterator[str]:
     """A line for each job; of an array, one for those of its elements that stand alike."""
     for job, group in groupby(found, key=lambda pair: pair[0].job):
@@ -217,80 +166,3 @@ def as_text(found: Sequence[tuple[Submitted, State]]) -> Iterator[str]:
                 else ""
             )
             yield f"{job:<16} {which:<12} {state.word:<10} {state.more}{log}".rstrip()
-
-
-def cancel(options: Mapping[str, Any]) -> None:
-    """Ends the jobs of a run; what runs writes a checkpoint first. Raises UserError as `status` does."""
-    folder = from_mapping(RunOptions, options).run.expanduser().absolute()
-    launch = newest_launch(folder)
-    waiting = [each for each, state in states(launch) if state.word in WAITING]
-    ids = list(dict.fromkeys(each.id.partition("_")[0] for each in waiting))
-    if launch.read()["launcher"] == "slurm":
-        cluster.cancel(ids)
-    else:
-        for id_ in ids:
-            os.kill(int(id_), signal.SIGTERM)
-    said = f"cancelled {', '.join(ids)}" if ids else "nothing runs or waits"
-    print(f"{said}; the same command as before goes on from the last checkpoint in {folder}")
-
-
-def logs(options: Mapping[str, Any]) -> None:
-    """Prints the end of a job's log. Raises UserError for a job that there is not, or that has printed nothing."""
-    config = from_mapping(LogsOptions, options)
-    launch = newest_launch(config.run.expanduser().absolute())
-    found = states(launch)
-    each = _chosen(found, config)
-    if not config.follow and not (each.log and each.log.is_file()):
-        state = dict(found)[each]
-        raise UserError(
-            f"job {each.job} has printed nothing yet, it is {state.word} {state.more}".rstrip()
-        )
-    for text in followed(each, launch, config.lines) if config.follow else _end(each, config.lines):
-        # A progress bar's carriage returns stay: each begins a write of its own.
-        for part in re.split(r"(?=\r)", text):
-            print(part, end="", flush=True)
-
-
-def _chosen(found: Sequence[tuple[Submitted, State]], config: LogsOptions) -> Submitted:
-    names = list(dict.fromkeys(each.job for each, _ in found))
-    if config.job is not None and config.job not in names:
-        raise UserError(
-            f"job is {config.job}, which was not launched; {choices(config.job, names)}"
-        )
-    fit = [
-        (each, state)
-        for each, state in found
-        if config.job in (None, each.job) and config.number in (None, each.number)
-    ]
-    if not fit:
-        raise UserError(f"number is {config.number}, which no job has")
-    running = [each for each, state in fit if state.word in ("running", "ending")]
-    printed = [each for each, _ in fit if each.log and each.log.is_file()]
-    return [*running, *reversed(printed), fit[0][0]][0]
-
-
-def _end(each: Submitted, lines: int) -> Iterator[str]:
-    assert each.log is not None
-    with each.log.open(errors="replace", newline="") as file:
-        yield from deque(file, maxlen=lines)
-
-
-def followed(each: Submitted, launch: Launch, lines: int, seconds: float = 1.0) -> Iterator[str]:
-    """The end of a log, then what is added to it, until the command has ended."""
-    while each.log is None or not each.log.is_file():
-        if dict(states(launch))[each].word not in WAITING:
-            return
-        time.sleep(seconds)
-    yield from _end(each, lines)
-    with each.log.open(errors="replace", newline="") as file:
-        file.seek(0, os.SEEK_END)
-        ended = False
-        while True:
-            text = file.read()
-            if text:
-                yield text
-            elif ended:
-                return
-            else:
-                ended = dict(states(launch))[each].word not in WAITING
-                time.sleep(0.0 if ended else seconds)

@@ -20,7 +20,6 @@ from cm3leon.io import digest_of, read_json, write_json, write_text
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job
 from cm3leon.launch.runs import experiment_jobs, launched
-from cm3leon.locks import locked
 from cm3leon.paths import naming, writing
 from cm3leon.provenance import machines, record
 from cm3leon.records import MARKER
@@ -28,7 +27,6 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import check_redo, first_unfinished, number_of
 from cm3leon.stages.stages import run_experiment, stages_of
-from cm3leon.stages.trust import Trust
 from cm3leon.sweep.points import (
     Point,
     SweepConfig,
@@ -170,7 +168,12 @@ def _run_sweep(sweep: Sweep) -> None:
         )
 
 
-def run_point(folder: Path, shared: Path | None, trust: Trust, redo: Sequence[str] = ()) -> None:
+def run_point(
+    folder: Path,
+    shared: Path | None,
+    trusted_plugins: Sequence[str] | None,
+    redo: Sequence[str] = (),
+) -> None:
     """Runs the experiment of a point in its folder, which has its `point.yaml`, and writes down how it ended.
 
     Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
@@ -195,9 +198,7 @@ def run_point(folder: Path, shared: Path | None, trust: Trust, redo: Sequence[st
                 stage.unlink(missing_ok=True)
                 stage.symlink_to(os.path.relpath(marker.parent, folder))
     try:
-        experiment = load_experiment(
-            str(folder / POINT_FILE), trusted_plugins=trust.trusted_plugins
-        )
+        experiment = load_experiment(str(folder / POINT_FILE), trusted_plugins=trusted_plugins)
         run_experiment(experiment, folder, redo=redo)
     except Again:
         raise
@@ -254,45 +255,6 @@ def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
     return pretraining, [
         key for key in keys if sections[key] not in (LAST if pretraining else LATE)
     ]
-
-
-# ------------------------------------------------------------------------------------------------ commands
-
-
-@dataclass(kw_only=True)
-class PointOptions(Trust):
-    """What `python -m cm3leon.run point` takes."""
-
-    run: Path
-    """Folder of the point."""
-    shared: Path | None = None
-    """Folder of what it shares with other points; null = nothing."""
-    redo: str = ""
-    """Stages, with commas between them, that may be made anew although they are expensive."""
-
-
-@dataclass(kw_only=True)
-class CollectOptions(Trust):
-    """What `python -m cm3leon.run collect` takes."""
-
-    run: Path
-    """Folder of the sweep."""
-
-
-def point(options: Mapping[str, Any]) -> None:
-    """Runs a point of a sweep, which stands ready in its folder."""
-    given = from_mapping(PointOptions, options)
-    redo = [name for name in given.redo.split(",") if name]
-    run_point(given.run, given.shared, given, redo)
-
-
-def collect(options: Mapping[str, Any]) -> None:
-    """Makes the table and the report of a sweep from the points as they stand."""
-    given = from_mapping(CollectOptions, options)
-    folder = given.run
-    sweep = load_sweep(str(folder / SWEEP_FILE), (), folder, trusted_plugins=given.trusted_plugins)
-    with locked(folder, wait=True):
-        make_table(sweep)
 
 
 # ------------------------------------------------------------------------------------------------ parts

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from cm3leon.config import FieldDoc, describe, nearest
-from cm3leon.experiment import Experiment, list_experiments
+from cm3leon.commands import COMMANDS, load_command
+from cm3leon.commands.help import default_of, described, option_lines, wrapped
+from cm3leon.config import FieldDoc, apply_overrides, describe, nearest, parse_override
+from cm3leon.experiment import Experiment, list_experiments, with_absolute_plugins
 from cm3leon.registry import REGISTRIES, Registry, discover
 from cm3leon.study.config import Study
 from cm3leon.sweep.points import SweepConfig
@@ -33,29 +34,26 @@ class Listed:
 
     def text(self, only: str = "") -> str:
         """The thing with its fields, or with those that are called `only` or are below it."""
-        lines = [f"  {self.title}", *(line for each in self.about for line in _wrapped(each, 4))]
+        lines = [f"  {self.title}", *(line for each in self.about for line in wrapped(each, 4))]
         for doc in self.fields:
             if not only or f"{self.prefix}{doc.name}.".startswith(f"{only}."):
-                lines += _wrapped(f"{self.prefix}{doc.name}: {doc.type}{_default(doc)}", 6)
-                lines += _wrapped(doc.sentence, 10)
+                lines += option_lines(doc, 6, self.prefix)
         return "\n".join(lines)
 
 
-def listing(
-    wanted: Sequence[str], plugins: Sequence[str], commands: Mapping[str, tuple[str, list[type]]]
-) -> str:
-    """All that can be named on a command line, or what is `wanted` of it, as text for a terminal.
+def listing(words: Sequence[str]) -> str:
+    """All that can be named on a command line, or what is wanted of it, as text for a terminal.
 
     Args:
-        wanted: names of commands, sections, components and experiments, dotted keys, or headings; empty for all.
-        plugins: paths of plugins whose components are shown too.
-        commands: by their names, what they do, and the classes of their options.
+        words: names of commands, sections, components and experiments, dotted keys, or headings, without any for all;
+            and `plugins=` with paths of plugins whose components are shown too.
 
     Raises:
         UserError: for a name that there is not.
     """
-    discover(plugins)
-    listed = [*_commands(commands), *_sections(), *_components(), *_experiments()]
+    wanted = [word for word in words if "=" not in word]
+    discover(_plugins(words))
+    listed = [*_commands(), *_sections(), *_components(), *_experiments()]
     if not wanted:
         return _under_headings([(each, "") for each in listed])
     chosen = [pair for name in wanted for pair in _found(name, listed)]
@@ -111,11 +109,17 @@ def _under_headings(chosen: Sequence[tuple[Listed, str]]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _commands(commands: Mapping[str, tuple[str, list[type]]]) -> Iterator[Listed]:
-    for name, (summary, classes) in commands.items():
-        # A command of two directions has an option of each name once.
-        docs = {doc.name: doc for cls in classes for doc in describe(cls)}
-        yield Listed("COMMANDS", name, name, [summary], list(docs.values()))
+def _plugins(words: Sequence[str]) -> list[str]:
+    """The plugins that a command line names, as absolute paths."""
+    named = [parse_override(word) for word in words if word.startswith("plugins=")]
+    return with_absolute_plugins(apply_overrides({}, named), Path.cwd()).get("plugins", [])
+
+
+def _commands() -> Iterator[Listed]:
+    for command in map(load_command, COMMANDS):
+        yield Listed(
+            "COMMANDS", command.name, command.name, [command.summary], described(command.options)
+        )
 
 
 def _sections() -> Iterator[Listed]:
@@ -123,7 +127,7 @@ def _sections() -> Iterator[Listed]:
     for doc in describe(Experiment):
         if "." not in doc.name:
             below = [each for each in describe(Experiment) if each.name.startswith(f"{doc.name}.")]
-            title = f"{doc.name}: {doc.type}{_default(doc)}"
+            title = f"{doc.name}: {doc.type}{default_of(doc)}"
             yield Listed("SECTIONS", doc.name, title, [doc.sentence], below)
     about = "Keys of an experiment that is run at several points."
     yield Listed("SECTIONS", "sweep", "sweep, sweep_...", [about], describe(SweepConfig))
@@ -152,14 +156,3 @@ def _experiments() -> Iterator[Listed]:
     for name, entry in list_experiments().items():
         title = f"{name}\n    cost    {entry.cost}\n    expect  {entry.expect}"
         yield Listed("EXPERIMENTS", name, title)
-
-
-def _default(doc: FieldDoc) -> str:
-    if doc.default == "required":
-        return ", required"
-    return f" = {doc.default}" if doc.default else ""
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)

@@ -1,30 +1,33 @@
-"""The paper's figure 3: validation perplexity against updates, several runs in one plot."""
+"""Draw the paper's figure 3, validation perplexity against updates, of several runs in one plot.
+
+python -m cm3leon.run perplexity runs=[runs/short,runs/long] out=perplexity.png
+"""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from cm3leon.config import PositiveInt, from_mapping, load_yaml
+from cm3leon.config import PositiveInt, load_yaml
 from cm3leon.io import check_shape, read_json_lines
 from cm3leon.paths import make_folder, path_of
-from cm3leon.stages.generations import finished_settings
 from cm3leon.types import UserError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(kw_only=True)
-class PerplexityConfig:
-    """What `python -m cm3leon.run perplexity` takes."""
+class Options:
+    """Options of the command perplexity."""
 
     runs: list[str]
-    """Run folders; one that goes on from another (training.start_with=everything) is drawn as its continuation."""
+    """A list of run folders with validation figures; one that goes on from another (training.start_with=everything) is
+    drawn as its continuation."""
     out: Path = Path("perplexity.png")
     """File of the picture, .png, .svg or .pdf; the numbers go beside it as .csv."""
     of: str = "loss"
@@ -73,17 +76,16 @@ class Curve:
         )
 
 
-def main(options: Mapping[str, Any]) -> None:
+def main(options: Options) -> None:
     """Draws the runs' validation perplexity, writes the numbers beside the picture, and prints where it ended.
 
     Raises:
         UserError: for runs without validation figures, or a mistake in the options.
     """
-    config = from_mapping(PerplexityConfig, options)
-    curves = curves_of([path_of(run, "runs") for run in config.runs], config.of)
-    make_folder(config.out.parent, "out")
-    draw(curves, config)
-    numbers = config.out.with_suffix(".csv")
+    curves = curves_of([path_of(run, "runs") for run in options.runs], options.of)
+    make_folder(options.out.parent, "out")
+    draw(curves, options)
+    numbers = options.out.with_suffix(".csv")
     with numbers.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["curve", "run", "updates", "tokens", "epochs", "perplexity"])
@@ -104,7 +106,7 @@ def main(options: Mapping[str, Any]) -> None:
         print(
             f"{curve.name}: {last.perplexity:.4g} after {last.updates:,} updates, {last.epochs:.3g} epochs"
         )
-    print(f"picture: {config.out}\nnumbers: {numbers}")
+    print(f"picture: {options.out}\nnumbers: {numbers}")
 
 
 def curves_of(folders: Sequence[Path], of: str) -> list[Curve]:
@@ -185,6 +187,8 @@ def _tokens_of_a_step(folder: Path) -> int:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The sections of a run as what is finished of it was made with them."""
+    from cm3leon.stages.generations import finished_settings
+
     return {**load_yaml(_existing(folder / "config.yaml", folder)), **finished_settings(folder)}
 
 
@@ -196,7 +200,7 @@ def _existing(file: Path, folder: Path) -> Path:
     return file
 
 
-def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
+def draw(curves: Sequence[Curve], options: Options) -> None:
     """The picture: a curve for each run, a ring where it begins another epoch, a break where it was gone on from."""
     import matplotlib as mpl
 
@@ -204,11 +208,11 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        figsize=(config.width / 100, config.width / 160), dpi=100, layout="constrained"
+        figsize=(options.width / 100, options.width / 160), dpi=100, layout="constrained"
     )
     for number, curve in enumerate(curves):
         color = f"C{number % 10}"
-        at = [getattr(point, config.by) for point in curve.points]
+        at = [getattr(point, options.by) for point in curve.points]
         axes.plot(
             at,
             [point.perplexity for point in curve.points],
@@ -217,7 +221,7 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
             linewidth=1.6,
         )
         for _, point in curve.epoch_ends():
-            x = getattr(point, config.by)
+            x = getattr(point, options.by)
             axes.axvline(x, color=color, linestyle=":", linewidth=1)
             axes.plot(x, point.perplexity, "o", color=color, markerfacecolor="white", markersize=6)
             axes.annotate(
@@ -231,7 +235,7 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
             )
         for _, point in curve.junctions():
             axes.plot(
-                getattr(point, config.by),
+                getattr(point, options.by),
                 point.perplexity,
                 "|",
                 color=color,
@@ -244,10 +248,10 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
         mpl.ticker.LogFormatter(minor_thresholds=(2, 0.8), labelOnlyBase=False)
     )
     axes.set_xlabel(
-        {"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}[config.by]
+        {"updates": "updates", "tokens": "tokens (padding counted)", "epochs": "epochs"}[options.by]
     )
     of = {"loss": "", "loss_text": " of text", "loss_image": " of images"}.get(
-        config.of, f", {config.of}"
+        options.of, f", {options.of}"
     )
     axes.set_ylabel(f"validation perplexity{of}")
     axes.grid(which="both", linewidth=0.3)
@@ -262,5 +266,5 @@ def draw(curves: Sequence[Curve], config: PerplexityConfig) -> None:
             label="continued, with the learning rate raised again",
         )
     axes.legend(framealpha=0.9, edgecolor="none")
-    figure.savefig(config.out)
+    figure.savefig(options.out)
     plt.close(figure)

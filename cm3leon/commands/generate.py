@@ -1,8 +1,8 @@
-"""Images for prompts, from the command line.
+"""Draw images for a text, the best by CLIP first.
 
-python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
-python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 decoder=mixture out=drawn
-torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"      # four GPUs share it
+    python -m cm3leon.run generate run=runs/digits prompt="a handwritten seven" n=8 retrieve=2 out=sevens
+    python -m cm3leon.run generate run=runs/digits prompts=prompts.txt n=8 keep=1 decoder=mixture out=drawn
+    torchrun --nproc-per-node 4 -m cm3leon.run generate run=runs/pretrain_7b prompt="a red dog"    # on four GPUs
 
 Each prompt's images are PNG files, the best by CLIP first, and a line of `manifest.jsonl`; a prompt that has its line
 and its images is not drawn again. `settings.json` says what all of them depend on, with the digests of the run's parts:
@@ -22,20 +22,20 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tqdm import tqdm
-
-from cm3leon.api import CM3Leon, Picture, found_of, shortened
 from cm3leon.arguments import worded_text
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, from_mapping, to_mapping
+from cm3leon.commands.words import AskingOptions
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
 from cm3leon.io import check_shape, read_json, write_json, write_json_lines
 from cm3leon.paths import naming, writing
-from cm3leon.registry import DECODERS, discover
-from cm3leon.stages.artifacts import Run
-from cm3leon.stages.trust import Opening
-from cm3leon.training.distributed import Ranks, find_place, joined
-from cm3leon.types import Execution, Partly, Precision, UserError, Weights
+from cm3leon.registry import DECODERS
+from cm3leon.types import Partly, UserError
+
+if TYPE_CHECKING:
+    from cm3leon.api import CM3Leon, Picture
+    from cm3leon.stages.artifacts import Run
+    from cm3leon.training.distributed import Ranks
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 NAMED = 3
@@ -48,11 +48,9 @@ TIMEOUT = 600
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(Opening):
+class Options(AskingOptions):
     """Options of the command generate."""
 
-    run: Path
-    """Run folder with a finished pretraining."""
     out: Path = Path("generated")
     """Folder for the images."""
     prompt: str | None = None
@@ -69,46 +67,36 @@ class GenerateOptions(Opening):
     """How codes are drawn; null = as the run's experiment says."""
     seed: Seed = 0
     """Seed of a prompt's first image; the others count on from it."""
-    precision: Precision = "auto"
-    """Of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
-    weights: Weights | None = None
-    """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
-    window: PositiveInt | None = None
-    """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
-    way: Execution = "eager"
-    """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
 
     def check(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            which = "both missing" if self.prompt is None else "both given"
-            raise UserError(f"prompt and prompts are {which}; give one of them")
+        if self.prompt is None and self.prompts is None:
+            raise UserError(
+                "`generate` needs a text: prompt=TEXT, for example prompt='a handwritten seven', "
+                "or prompts=FILE with a text a line"
+            )
+        if self.prompt is not None and self.prompts is not None:
+            raise UserError("prompt and prompts are both given; give one of them")
         if self.keep is not None and self.keep > self.n:
             raise UserError(f"keep is {self.keep}, of n = {self.n} images")
 
 
-def main(mapping: Mapping[str, Any]) -> None:
+def main(options: Options) -> None:
     """Draws the prompts that are not drawn yet, and says where the images are.
 
     Raises:
         UserError: for a mistake in the options, or a folder that holds images of other settings.
         Partly: where the others are drawn, for prompts that are too long for the model.
     """
-    discover()
-    options = from_mapping(GenerateOptions, mapping)
+    from tqdm import tqdm
+
+    from cm3leon.api import shortened
+    from cm3leon.commands.asking import load_model
+    from cm3leon.training.distributed import find_place, joined
+
     prompts = _prompts(options)
     texts = list(prompts.values())
     with joined(find_place(), TIMEOUT) as ranks, ExitStack() as held:
-        model = CM3Leon.load(
-            options.run,
-            precision=options.precision,
-            weights=options.weights,
-            window=options.window,
-            way=options.way,
-            ranks=ranks if ranks.joined else None,
-            plugins=options.plugins,
-            trust=options.trust,
-            verify=options.verify,
-        )
+        model = load_model(options, ranks if ranks.joined else None)
         if options.keep is not None and options.keep < options.n and not model.has_clip:
             raise UserError(
                 f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to choose by; leave it out"
@@ -151,13 +139,11 @@ def main(mapping: Mapping[str, Any]) -> None:
         raise Partly(f"{len(too_long)} of {len(texts)} prompts are too long, not drawn: {named}")
 
 
-def _named(options: GenerateOptions, line: int) -> str:
+def _named(options: Options, line: int) -> str:
     return f"{options.prompts}, line {line}" if options.prompts else "prompt"
 
 
-def _left(
-    options: GenerateOptions, texts: list[str], too_long: Mapping[int, str], run: Run
-) -> list[int]:
+def _left(options: Options, texts: list[str], too_long: Mapping[int, str], run: Run) -> list[int]:
     """Numbers of the prompts that are not drawn yet; what is too long is written down, and never drawn."""
     _check_settings(options, run)
     done = _done(options.out, texts)
@@ -171,13 +157,13 @@ def _left(
     return [number for number in range(len(texts)) if number not in {*done, *too_long}]
 
 
-def _draw(
-    model: CM3Leon, options: GenerateOptions, texts: Mapping[int, str], ranks: Ranks
-) -> Counter[str]:
+def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ranks) -> Counter[str]:
     """Draws some prompts, by their numbers: all ranks do, the first writes them down.
 
     Returns what is to be said of prompts with fewer documents than asked, and of how many.
     """
+    from cm3leon.api import found_of
+
     drawn = model.generate(
         list(texts.values()),
         n=options.n,
@@ -197,7 +183,7 @@ def _draw(
     )
 
 
-def _prompts(options: GenerateOptions) -> dict[int, str]:
+def _prompts(options: Options) -> dict[int, str]:
     """The texts to draw by the number of their line in the file, from 1.
 
     A line ends at a line feed and nothing else. Other separators of lines, the carriage return before it and a byte
@@ -219,7 +205,7 @@ def _prompts(options: GenerateOptions) -> dict[int, str]:
     return found
 
 
-def _check_settings(options: GenerateOptions, run: Run) -> None:
+def _check_settings(options: Options, run: Run) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
     names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights")
@@ -282,9 +268,7 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(errors="replace").split("\n") if file.is_file() else []
 
 
-def _write(
-    options: GenerateOptions, number: int, text: str, pictures: list[Picture]
-) -> dict[str, Any]:
+def _write(options: Options, number: int, text: str, pictures: list[Picture]) -> dict[str, Any]:
     """Writes the images of a prompt; returns its line of the manifest."""
     images = []
     for place, picture in enumerate(pictures[: options.keep]):

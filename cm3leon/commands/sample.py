@@ -1,12 +1,4 @@
-"""One training sample: printed as the paper's figures 8 and 9 draw it, and as a page with its pictures.
-
-python -m cm3leon.run show experiment=digits
-python -m cm3leon.run show experiment=digits sample=17 epoch=2 packing.method=stream out=sample.html
-
-`sample` counts the samples of an epoch in the order of the stream: in a batch of B blocks, block l is made of samples
-l, l + B, l + 2B ... What is shown is drawn, corrupted and packed by the objects that training uses, from the same
-seeds; the model plays no part in it, and need not be trained.
-"""
+"""One training sample, drawn again by the objects that training uses: printed, and as a page with its images."""
 
 from __future__ import annotations
 
@@ -39,7 +31,6 @@ from cm3leon.experiment import Experiment
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.objectives.packing import SAMPLE, Samples, Uncut, fit, new_lane, pack
-from cm3leon.paths import path_of
 from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.strategy import NONE
@@ -71,41 +62,39 @@ SPECIAL_LOOK = re.compile(rf"{'|'.join(SPECIALS)}|<mask:\d+>")
 def show(
     experiment: Experiment,
     folder: Path,
-    sample: str,
+    sample: int | None = None,
     *,
-    epoch: str = "",
-    out: str = "",
+    epoch: int = 0,
+    out: Path | None = None,
     again: Sequence[str] = (),
 ) -> None:
     """Prints a training sample, and writes its page to `out`, `show/sample-N.html` in the run folder by default.
 
     Args:
-        sample: its number in the epoch, as the user wrote it; "" = the first one with a moved span.
+        sample: its number in the epoch; None = the first one with a moved span.
         epoch: number of the epoch from 0, which is the default.
         again: the words of the command line that name the experiment, for the message that tells how to go on.
 
     Raises:
-        UserError: for a number that is none or out of range, or a stage before pretraining that is not finished.
+        UserError: for a number out of range, or a stage before pretraining that is not finished.
     """
     # On the CPU: training may be using the GPU, and there are only some images to decode.
     run = Run(experiment, folder, torch.device("cpu"))
     require_finished(run, again)
     samples = training_samples(run)
-    epoch_number = _number("epoch", epoch or "0", None)
-    first = epoch_number * samples.epoch
-    if sample:
-        number = _number("sample", sample, samples.epoch - 1)
-        shown = shown_sample(run, samples, first + number)
-    else:
+    first = epoch * samples.epoch
+    if sample is None:
         number, shown = _first_with_spans(run, samples, first)
+    else:
+        if sample >= samples.epoch:
+            raise UserError(
+                f"sample is {sample}; write sample=N with a whole number N from 0 to {samples.epoch - 1}"
+            )
+        number, shown = sample, shown_sample(run, samples, first + sample)
     position = first + number
     facts = facts_of(run, samples, position, shown)
-    name = (
-        f"sample-{number}.html"
-        if epoch_number == 0
-        else f"sample-{number}-epoch-{epoch_number}.html"
-    )
-    path = path_of(out, "out") if out else folder / "show" / name
+    name = f"sample-{number}.html" if epoch == 0 else f"sample-{number}-epoch-{epoch}.html"
+    path = out or folder / "show" / name
     print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
     try:
         write_sample_page(path, shown, facts)
@@ -136,15 +125,6 @@ def require_finished(run: Run, again: Sequence[str]) -> None:
         raise UserError(
             f"run: {run.folder} has no finished stage {missing} made with these settings; make it with: {command}"
         )
-
-
-def _number(name: str, text: str, last: int | None) -> int:
-    if text.isascii() and text.isdecimal() and (last is None or int(text) <= last):
-        return int(text)
-    allowed = "from 0 on" if last is None else f"from 0 to {last}"
-    raise UserError(
-        f"{name} is {text or 'missing'}; write {name}=N with a whole number N {allowed}"
-    )
 
 
 # ------------------------------------------------------------------------------------------------ what training does

@@ -1,8 +1,8 @@
-"""What a pretraining or fine-tuning takes: memory of each GPU, time, disk. Nothing is run, and no data need be there.
+"""Say what a training takes: memory of each GPU by part, time and disk.
 
     python -m cm3leon.run plan experiment=pretrain_7b launcher.nodes=64 gpu=h200
 
-docs/planning.md has the arithmetic, and what it was checked against.
+Nothing is run, and no data need be there. docs/planning.md has the arithmetic, and what it was checked against.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-
+from cm3leon.commands.words import ExperimentOptions
 from cm3leon.config import PositiveFloat, PositiveInt, choices
-from cm3leon.experiment import Experiment
-from cm3leon.models.transformer import Transformer
 from cm3leon.registry import LAUNCHERS, MODELS
-from cm3leon.stages.artifacts import Run
-from cm3leon.training.config import ActivationCheckpointing
-from cm3leon.training.costs import GPUS, flops_per_token
-from cm3leon.training.memory import USABLE, Memory, lora_parameters, parameters, training_memory
 from cm3leon.types import UserError
+
+if TYPE_CHECKING:
+    from cm3leon.experiment import Experiment
+    from cm3leon.training.config import ActivationCheckpointing
+    from cm3leon.training.memory import Memory
 
 PAPER_TOKENS = {(24, 1024): 1.4e12, (24, 1536): 1.9e12, (32, 4096): 2.4e12}
 """Training tokens of the paper's models (Table 3), by layers and width."""
@@ -35,11 +33,11 @@ CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6}
 
 
 @dataclass(kw_only=True)
-class PlanConfig:
-    """What the plan is for."""
+class Options(ExperimentOptions):
+    """Options of the command plan."""
 
     gpu: str = "h100"
-    """Name of the GPU."""
+    """Name of the GPU that is counted with."""
     mfu: PositiveFloat = 0.4
     """Share of its peak that is counted on: model FLOPs utilisation."""
     documents: PositiveInt = PAPER_DOCUMENTS
@@ -48,10 +46,23 @@ class PlanConfig:
     """For people, or for programs."""
 
     def check(self) -> None:
+        from cm3leon.training.costs import GPUS
+
         if self.gpu not in GPUS:
             raise UserError(f"gpu is {self.gpu}, which is not known; {choices(self.gpu, GPUS)}")
         if self.mfu > 1:
             raise UserError(f"mfu is {self.mfu:g}; it is a share of the peak, from above 0 to 1")
+
+
+def main(options: Options) -> None:
+    """Prints the plan. Raises UserError as `plan` does."""
+    from cm3leon.experiment import load_experiment
+
+    made = plan(load_experiment(options.experiment, options.overrides), options)
+    if options.format == "json":
+        print(json.dumps(asdict(made), indent=2))
+    else:
+        print("\n".join(as_text(made)))
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,21 @@ class Plan:
     data_bytes: dict[str, float]
 
 
-def plan(experiment: Experiment, config: PlanConfig) -> Plan:
+def plan(experiment: Experiment, options: Options) -> Plan:
     """The plan of an experiment's training.
 
     Raises:
         UserError: for a model that is not this project's decoder, a training in float32, or settings that GPUs and
             batches do not divide into.
     """
+    import torch
+
+    from cm3leon.models.transformer import Transformer
+    from cm3leon.stages.artifacts import Run
+    from cm3leon.training.config import ActivationCheckpointing
+    from cm3leon.training.costs import GPUS, flops_per_token
+    from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
+
     if MODELS.get(experiment.model.name) is not Transformer:
         raise UserError(
             f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can"
@@ -107,7 +126,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     shape: Transformer.Config = experiment.model.config
     training, gpus = experiment.training, LAUNCHERS.build(experiment.launcher).gpus
     vocab_size = Run(experiment, Path(), torch.device("cpu")).vocab.size
-    gpu = GPUS[config.gpu]
+    gpu = GPUS[options.gpu]
     if gpus % training.replicas:
         raise UserError(
             f"launcher has {gpus} GPUs, which training.replicas {training.replicas} does not divide"
@@ -140,7 +159,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
     count = parameters(shape, vocab_size)
     trained = lora_parameters(shape, training.lora_rank) if training.lora_rank else count.total
     flops = flops_per_token(shape, vocab_size)
-    rate = gpus * gpu.peak * config.mfu / flops
+    rate = gpus * gpu.peak * options.mfu / flops
     tokens = float(training.steps) * blocks * shape.seq_len
     paper = PAPER_TOKENS.get((shape.layers, shape.width)) if training.start is None else None
     kept_for_good = training.steps // training.keep_every if training.keep_every else 0
@@ -150,7 +169,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         parameters=count.total,
         parameters_without_embeddings=count.blocks,
         trained_parameters=trained,
-        gpu=config.gpu,
+        gpu=options.gpu,
         gpus=gpus,
         gpu_bytes=gpu.memory,
         usable_bytes=USABLE * gpu.memory,
@@ -162,7 +181,7 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         largest_micro_batch=largest,
         least_memory=memory("full", 1).total,
         flops_per_token=flops,
-        mfu=config.mfu,
+        mfu=options.mfu,
         tokens_per_second=rate,
         steps=training.steps,
         tokens=tokens,
@@ -176,9 +195,9 @@ def plan(experiment: Experiment, config: PlanConfig) -> Plan:
         )
         * trained,
         checkpoints=training.keep_checkpoints + kept_for_good,
-        documents=config.documents,
+        documents=options.documents,
         data_bytes={
-            name: float(size * config.documents) for name, size in BYTES_PER_DOCUMENT.items()
+            name: float(size * options.documents) for name, size in BYTES_PER_DOCUMENT.items()
         },
     )
 
@@ -243,11 +262,3 @@ def _span(tokens: float, days: float, gpu_hours: float) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e12:8.2f} TB" if size >= 1e12 else f"{size / 1e9:8.2f} GB"
-
-
-def main(experiment: Experiment, config: PlanConfig) -> None:
-    """Prints the plan. Raises UserError as `plan` does."""
-    made = plan(experiment, config)
-    print(
-        json.dumps(asdict(made), indent=2) if config.format == "json" else "\n".join(as_text(made))
-    )

@@ -1,0 +1,39 @@
+"""End the jobs of a run, which goes on later from its checkpoints.
+
+python -m cm3leon.run cancel run=runs/corpus
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+from cm3leon.commands.words import RunOptions
+from cm3leon.launch import cluster
+from cm3leon.launch.follow import WAITING, states
+from cm3leon.launch.jobs import newest_launch
+
+
+@dataclass(kw_only=True)
+class Options(RunOptions):
+    """Options of the command cancel."""
+
+
+def main(options: Options) -> None:
+    """Ends what runs, which writes a checkpoint first, and what waits.
+
+    Raises:
+        UserError: for a folder of which no jobs were launched.
+    """
+    folder = options.run.absolute()
+    launch = newest_launch(folder)
+    waiting = [each for each, state in states(launch) if state.word in WAITING]
+    ids = list(dict.fromkeys(each.id.partition("_")[0] for each in waiting))
+    if launch.read()["launcher"] == "slurm":
+        cluster.cancel(ids)
+    else:
+        for id_ in ids:
+            os.kill(int(id_), signal.SIGTERM)
+    said = f"cancelled {', '.join(ids)}" if ids else "nothing runs or waits"
+    print(f"{said}; the same command as before goes on from the last checkpoint in {folder}")

@@ -1,0 +1,51 @@
+"""Write captions for images.
+
+    python -m cm3leon.run caption run=runs/digits image=seven.png
+    python -m cm3leon.run caption run=runs/digits image=photos out=captions.jsonl
+
+Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
+its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
+code 3.
+The line of a text that was cut at `most` pieces, before its end, has `truncated`, and their number is said at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cm3leon.commands.asking import LineOptions, Save, ask
+from cm3leon.config import Component, NonNegativeInt, PositiveInt
+from cm3leon.registry import DECODERS
+
+if TYPE_CHECKING:
+    from cm3leon.api import CM3Leon
+
+
+@dataclass(kw_only=True)
+class Options(LineOptions):
+    """Options of the command caption."""
+
+    retrieve: NonNegativeInt = 0
+    """Documents of the memory bank that are put before a prompt."""
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the run's experiment says."""
+    most: PositiveInt = 64
+    """Pieces of a text that a caption may have."""
+
+
+def main(options: Options) -> None:
+    """Writes a text for each image. Raises as `ask` does."""
+
+    def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
+        said = model.caption(
+            image,
+            retrieve=options.retrieve,
+            decoder=options.decoder,
+            seed=options.seed,
+            most=options.most,
+        )
+        return {"caption": said}
+
+    ask(options, options.out, answer)

@@ -1,0 +1,66 @@
+"""Make a part of an image, or of its text, anew.
+
+    python -m cm3leon.run infill run=runs/digits image=seven.png text="a seven" box='[0,16,32,32]' out=filled
+
+Images of a folder are all asked, those below it too. Each gets a line of JSON in results.jsonl of `out`, beside the new
+images. An image that has its line is not asked again by the same command, and one that cannot be used is named at the
+end, which then has exit code 3.
+The line of a text that was cut at `most` pieces, before its end, has `truncated`, and their number is said at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cm3leon.commands.asking import RESULTS, ImageOptions, Save, ask
+from cm3leon.config import Component, PositiveInt
+from cm3leon.registry import DECODERS
+from cm3leon.types import UserError
+
+if TYPE_CHECKING:
+    from cm3leon.api import CM3Leon
+
+
+@dataclass(kw_only=True)
+class Options(ImageOptions):
+    """Options of the command infill."""
+
+    out: Path = Path("infilled")
+    """Folder for the images and the lines."""
+    text: str = ""
+    """The text that belongs to the image."""
+    box: tuple[int, int, int, int] | None = None
+    """Part of the image that is made anew: left, top, right, bottom in its pixels."""
+    words: tuple[int, int] | None = None
+    """Part of the text that is made anew: its characters from the first number to before the second."""
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the run's experiment says."""
+    most: PositiveInt = 64
+    """Pieces of a text that the new words may have."""
+
+    def check(self) -> None:
+        if self.box is None and self.words is None:
+            raise UserError(
+                "`infill` needs what is to be made anew: box=[LEFT,TOP,RIGHT,BOTTOM], for example "
+                "box=[0,16,32,32], or words=[FROM,TO]"
+            )
+
+
+def main(options: Options) -> None:
+    """Makes the part of each image, or of its text, anew. Raises as `ask` does."""
+
+    def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
+        filled = model.infill(
+            image,
+            options.text,
+            box=options.box,
+            words=options.words,
+            decoder=options.decoder,
+            seed=options.seed,
+            most=options.most,
+        )
+        return {"files": [save(filled.image, "")], "text": filled.text}
+
+    ask(options, options.out / RESULTS, answer)

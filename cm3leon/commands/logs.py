@@ -1,0 +1,101 @@
+"""Print the end of what a job of a run printed, and what it goes on to print.
+
+python -m cm3leon.run logs run=runs/corpus follow=true
+python -m cm3leon.run logs run=runs/corpus job=pretraining lines=200
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cm3leon.commands.words import RunOptions
+from cm3leon.config import NonNegativeInt, PositiveInt, choices
+from cm3leon.launch.follow import WAITING, State, states
+from cm3leon.launch.jobs import Launch, Submitted, newest_launch
+from cm3leon.types import UserError
+
+
+@dataclass(kw_only=True)
+class Options(RunOptions):
+    """Options of the command logs."""
+
+    job: str | None = None
+    """Name of the job; null = the one that runs, or ran last."""
+    number: NonNegativeInt | None = None
+    """Which element of an array; null = the one that runs, or ran last."""
+    lines: PositiveInt = 40
+    """How many of the last lines."""
+    follow: bool = False
+    """Whether to go on as it grows, until the job has ended."""
+
+
+def main(options: Options) -> None:
+    """Prints the end of a job's log.
+
+    Raises:
+        UserError: for a job that there is not, or that has printed nothing.
+    """
+    launch = newest_launch(options.run.absolute())
+    found = states(launch)
+    job = _chosen(found, options)
+    if not options.follow and not (job.log and job.log.is_file()):
+        state = dict(found)[job]
+        raise UserError(
+            f"job {job.job} has printed nothing yet, it is {state.word} {state.more}".rstrip()
+        )
+
+    texts = followed(job, launch, options.lines) if options.follow else _end(job, options.lines)
+    for text in texts:
+        # A progress bar's carriage returns stay: each begins a write of its own.
+        for part in re.split(r"(?=\r)", text):
+            print(part, end="", flush=True)
+
+
+def _chosen(found: Sequence[tuple[Submitted, State]], options: Options) -> Submitted:
+    names = list(dict.fromkeys(each.job for each, _ in found))
+    if options.job is not None and options.job not in names:
+        raise UserError(
+            f"job is {options.job}, which was not launched; {choices(options.job, names)}"
+        )
+    fit = [
+        (each, state)
+        for each, state in found
+        if options.job in (None, each.job) and options.number in (None, each.number)
+    ]
+    if not fit:
+        raise UserError(f"number is {options.number}, which no job has")
+    running = [each for each, state in fit if state.word in ("running", "ending")]
+    printed = [each for each, _ in fit if each.log and each.log.is_file()]
+    return [*running, *reversed(printed), fit[0][0]][0]
+
+
+def _end(each: Submitted, lines: int) -> Iterator[str]:
+    assert each.log is not None
+    with each.log.open(errors="replace", newline="") as file:
+        yield from deque(file, maxlen=lines)
+
+
+def followed(each: Submitted, launch: Launch, lines: int, seconds: float = 1.0) -> Iterator[str]:
+    """The end of a log, then what is added to it, until the command has ended."""
+    while each.log is None or not each.log.is_file():
+        if dict(states(launch))[each].word not in WAITING:
+            return
+        time.sleep(seconds)
+    yield from _end(each, lines)
+    with each.log.open(errors="replace", newline="") as file:
+        file.seek(0, os.SEEK_END)
+        ended = False
+        while True:
+            text = file.read()
+            if text:
+                yield text
+            elif ended:
+                return
+            else:
+                ended = dict(states(launch))[each].word not in WAITING
+                time.sleep(0.0 if ended else seconds)

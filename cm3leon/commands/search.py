@@ -1,0 +1,77 @@
+"""Ask a run's memory bank by a text or an image, and print the best documents: score, id and text.
+
+python -m cm3leon.run search run=runs/corpus text="a red dog"
+python -m cm3leon.run search run=runs/corpus image=dog.jpg count=10
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cm3leon.config import PositiveInt
+from cm3leon.stages.trust import Opening
+from cm3leon.terminal import printable
+from cm3leon.types import TokenDocument, UserError
+
+if TYPE_CHECKING:
+    from cm3leon.retrievers.bank import Parts
+    from cm3leon.stages.artifacts import Run
+
+
+@dataclass(kw_only=True)
+class Options(Opening):
+    """Options of the command search."""
+
+    run: Path
+    """A run folder whose memory bank is asked."""
+    text: str | None = None
+    """Text to find documents for."""
+    image: Path | None = None
+    """Image file to find documents for; with a text, for the mean of both."""
+    count: PositiveInt = 5
+    """Documents to find."""
+
+    def check(self) -> None:
+        if self.text is None and self.image is None:
+            raise UserError(
+                "`search` needs what to search for: text=TEXT, for example text='a red dog', or image=FILE"
+            )
+
+
+def main(options: Options) -> None:
+    """Prints the best documents by inner product: score, id and text.
+
+    Raises:
+        UserError: for a mistake in the options, or a run without a finished bank.
+    """
+    from cm3leon.stages.opening import open_run
+
+    run = open_run(options.run, options)
+    query = _query(run, options)
+    rows_1K = run.bank.search(query.mean(), options.count)
+    scores_K = (run.bank.parts_of(rows_1K).mean()[0] @ query.mean()[0]).tolist()
+    for row, score in zip(rows_1K[0].tolist(), scores_K, strict=True):
+        if row >= 0:
+            document = run.bank_document(row)
+            print(f"{score:.3f}  {printable(document.id)}  {printable(shown(run, document))}")
+
+
+def _query(run: Run, options: Options) -> Parts:
+    from cm3leon.data.images import read_given_image, square
+
+    images_BHWC = None
+    if options.image is not None:
+        pixels_HWC = read_given_image(options.image, "image")
+        images_BHWC = square(pixels_HWC, run.image_tokenizer_shape.image_size)[None]
+    return run.retriever.parts(None if options.text is None else [options.text], images_BHWC)
+
+
+def shown(run: Run, document: TokenDocument) -> str:
+    """A document on one line: its text, with <image> where its images stand."""
+    runs = (
+        run.text_tokenizer.decode(segment.ids_T) if segment.modality == "text" else "<image>"
+        for segment in document.segments
+    )
+    return " ".join(" ".join(runs).split())
