@@ -51,7 +51,10 @@ setup(
         *(f"cm3leon.{name}" for name in find_packages(ROOT, include=["evaluation*", "plugins*"])),
     ],
     package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
-    package_data={"cm3leon.plugins": ["**/*.yaml"]},
+    package_data={
+        "cm3leon.evaluation.report": ["templates/*"],
+        "cm3leon.plugins": ["**/*.yaml"],
+    },
     cmdclass={"build_py": BuildWithExperiments},
     entry_points={
         "lmms_eval.models": ["cm3leon = cm3leon.plugins.lmms_eval:manifest"],
@@ -72,6 +75,7 @@ setup(
         "scikit-learn",
         "scipy>=1.11",
         "matplotlib",
+        "jinja2",
         "pyarrow",
         "fsspec",
     ],

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3leon.evaluation import report as report_module
 from cm3leon.evaluation.report import (
     Card,
     Code,
@@ -31,9 +30,12 @@ from cm3leon.evaluation.report import (
     Strip,
     Table,
     Text,
+    numbers,
     render,
     write_report,
 )
+from cm3leon.evaluation.report.charts import line_of, moving_mean, thinned
+from cm3leon.evaluation.report.page import TEMPLATES
 
 VOID = {"meta", "img", "br"}
 HOSTILE = (
@@ -141,7 +143,9 @@ def test_hostile_text_changes_no_element():
 
 
 def test_style_asks_for_nothing():
-    assert not re.search(r"url\(|@import|//", report_module._STYLE)
+    sheets = list(TEMPLATES.glob("*.css"))
+    assert len(sheets) == 2
+    assert not any(re.search(r"url\(|@import|//", sheet.read_text()) for sheet in sheets)
 
 
 def test_headings_are_in_order_and_contents_lead_to_sections():
@@ -204,7 +208,7 @@ def test_numbers_stand_right_and_line_up():
     ],
 )
 def test_floats_keep_four_digits(values, expected):
-    assert report_module._column(values) == expected
+    assert numbers.column(values) == expected
 
 
 def test_columns_without_names_have_no_line_of_names():
@@ -274,16 +278,15 @@ def test_series_of_unequal_lengths_are_refused():
 def test_thinning_keeps_spikes():
     y = np.zeros(100_000)
     y[31_415] = 9.0
-    line = report_module._line(Series("run", np.arange(len(y)), y), log_x=False, log_y=False)
-    thin = report_module._thinned(line)
+    line = line_of(Series("run", np.arange(len(y)), y), log_x=False, log_y=False)
+    thin = thinned(line)
     assert len(thin.y) <= 500
     assert thin.x[thin.y == 9.0].tolist() == [31_415]
 
 
 def test_moving_mean():
-    mean = report_module._moving_mean
-    np.testing.assert_allclose(mean(np.array([1.0, 2, 6, 4, 5]), 3), [1.5, 3, 4, 5, 4.5])
-    np.testing.assert_allclose(mean(np.full(7, 2.0), 100), 2.0)
+    np.testing.assert_allclose(moving_mean(np.array([1.0, 2, 6, 4, 5]), 3), [1.5, 3, 4, 5, 4.5])
+    np.testing.assert_allclose(moving_mean(np.full(7, 2.0), 100), 2.0)
 
 
 def test_charts_take_their_colours_from_the_page():
@@ -301,7 +304,15 @@ def test_charts_take_their_colours_from_the_page():
     [(0.00025, "0.00025"), (-2, "\u22122"), (1500, "1,500"), (2.5e6, "2.5M"), (0, "0")],
 )
 def test_ticks(value, text):
-    assert report_module._tick(value) == text
+    assert numbers.tick(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [(1, "code", "1 code"), (0, "code", "0 codes"), (1024, "code", "1,024 codes")],
+)
+def test_what_is_counted_has_its_number(count, noun, text):
+    assert numbers.counted(count, noun) == text
 
 
 def test_same_report_same_bytes():

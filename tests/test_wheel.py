@@ -72,7 +72,9 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
     for folder in ("cm3leon", "evaluation", "plugins", "experiments"):
         prefix = Path("cm3leon") / ("" if folder == "cm3leon" else folder)
         for file in (
-            path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".yaml", ".html", ".css")
         ):
             assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
     assert (installed / "cm3leon/experiments.yaml").read_text() == (
@@ -106,3 +108,14 @@ print(all((SHIPPED / entry.file).is_file() for entry in list_experiments().value
         str(package / "plugins/example/__init__.py"),
         "True",
     ]
+
+
+def test_a_page_is_made_of_the_templates_inside(installed: Path, elsewhere: Path) -> None:
+    code = """
+from cm3leon.evaluation.report import Report, write_report
+write_report("page.html", Report("<b> & others"))
+"""
+    call(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(installed))
+    page = (elsewhere / "page.html").read_text()
+    assert "<h1>&lt;b&gt; &amp; others</h1>" in page
+    assert "--paper:" in page

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
-from cm3leon.evaluation.sample_page import (
+from cm3leon.evaluation.report.sample import (
     Companion,
     Names,
     ShownDocument,

@@ -1,0 +1,285 @@
+"""What a report is made of, and how it becomes a page: templates are filled with these dataclasses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, Literal, TypeAlias
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cm3leon.evaluation.report import numbers
+from cm3leon.evaluation.report.charts import Curves, chart
+from cm3leon.io import atomic
+
+Status = Literal["good", "bad", "plain"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to a file beside the page, or in a folder below it: `path` is relative to the page's folder."""
+
+    text: str
+    path: PurePath
+
+    @property
+    def address(self) -> str:
+        """The path as an address that no letter in it turns into a protocol, a query or a place in a page."""
+        return f"./{quote(self.path.as_posix())}"
+
+
+Cell = str | int | float | Link | None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One large figure at the top: `value` is what is read first, `label` what it measures, `note` its context."""
+
+    label: str
+    value: str
+    note: str = ""
+    status: Status = "plain"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image of uint8 with 1, 3 or 4 channels, drawn `height` CSS pixels tall.
+
+    Enlarged twice or more, a `pixelated` picture is drawn at the largest whole multiple of its size within `height`,
+    so that its pixels stay squares of one size. `label` stands under it and is its text for those who cannot see it.
+    """
+
+    pixels_HWC: np.ndarray
+    label: str = ""
+    pixelated: bool = True
+    height: int = 96
+
+    @property
+    def uri(self) -> str:
+        """The image as a data URI, one PNG pixel for each of its own."""
+        return png_uri(self.pixels_HWC)
+
+    def size(self, height: int) -> tuple[int, int]:
+        """Width and height in CSS pixels where `height` is given to it."""
+        native_height, native_width = self.pixels_HWC.shape[:2]
+        if self.pixelated and height >= 2 * native_height:
+            height -= height % native_height
+        return max(1, round(native_width * height / native_height)), height
+
+    def has_squares(self, height: int) -> bool:
+        """Whether its pixels, drawn `height` tall, are to be seen as squares."""
+        return self.pixelated and height % len(self.pixels_HWC) == 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample: its images, the title and caption under them, the retrieved documents at half the size beside."""
+
+    images: Sequence[Picture]
+    title: str = ""
+    caption: str = ""
+    retrieved: Sequence[Picture] = ()
+    status: Literal["good", "bad"] | None = None
+
+    @property
+    def width(self) -> int:
+        """CSS pixels it needs: its images side by side, and room for retrieved documents with their captions."""
+        gap, words, narrowest = 12, 104, 128
+        width = sum(image.size(image.height)[0] + gap for image in self.images)
+        if self.retrieved:
+            thumbnails = [image.size(image.height // 2)[0] for image in self.retrieved]
+            width += max(thumbnails) + gap + words
+        return max(width, narrowest)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards in a grid of at most `columns` columns; as many as fit without it."""
+
+    kind: ClassVar[str] = "gallery"
+
+    cards: Sequence[Card]
+    columns: int | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Titled rows of pictures aligned in columns, such as originals over their reconstructions."""
+
+    kind: ClassVar[str] = "strip"
+
+    rows: Sequence[tuple[str, Sequence[Picture]]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class WrittenCell:
+    """A cell of a table as the template writes it."""
+
+    text: str
+    is_number: bool
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, one for each column; the first cell of a row names it. `highlight` holds indices of rows.
+
+    Columns that are all called "" have no line of names above them.
+    """
+
+    kind: ClassVar[str] = "table"
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    highlight: frozenset[int] = frozenset()
+
+    def written(self) -> tuple[list[WrittenCell], list[list[WrittenCell]]]:
+        """The names of the columns and the rows, as text; floats of a column are lined up."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a row of the table has {len(row)} cells, for {len(self.columns)} columns: "
+                    f"{row!r}"
+                )
+
+        head: list[WrittenCell] = []
+        body: list[list[WrittenCell]] = [[] for _ in self.rows]
+        for index, name in enumerate(self.columns):
+            cells = [row[index] for row in self.rows]
+            texts = numbers.column([c.text if isinstance(c, Link) else c for c in cells])
+            is_number = numbers.is_numeric(texts)
+            head.append(WrittenCell(name, is_number))
+            for line, cell, text in zip(body, cells, texts, strict=True):
+                address = cell.address if isinstance(cell, Link) else ""
+                line.append(WrittenCell(text, is_number, address))
+        return head, body
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prose; a blank line starts a new paragraph."""
+
+    kind: ClassVar[str] = "text"
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text kept as it is, line by line: a command, a configuration."""
+
+    kind: ClassVar[str] = "code"
+
+    text: str
+
+
+Content: TypeAlias = "Table | Gallery | Strip | Curves | Text | Code | Folded"
+"""A block; `templates/blocks.html` has a macro for each kind."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that are seen when their title is clicked: what a reader looks up rather than reads."""
+
+    kind: ClassVar[str] = "folded"
+
+    title: str
+    blocks: Sequence[Content]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, an introduction, and what there is to see."""
+
+    title: str
+    text: str = ""
+    blocks: Sequence[Content] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page: title, the figures that matter, sections."""
+
+    title: str
+    subtitle: str = ""
+    facts: Sequence[Fact] = ()
+    sections: Sequence[Section] = ()
+    footer: str = ""
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write the page to `path`, in one step: a reader sees the old file or the new one, never half of either."""
+    write_page(path, render(report))
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Write HTML as a file, in one step."""
+    content = page.encode("utf-8", errors="xmlcharrefreplace")  # captions may hold lone surrogates
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path, shared=True) as partial:
+        partial.write_bytes(content)
+
+
+def render(report: Report) -> str:
+    """The page as HTML."""
+    return fill("report.html", report=report)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+
+def fill(template: str, **data: Any) -> str:
+    """Fill a file of `templates/` with data; every string of the data is escaped."""
+    return _environment().get_template(template).render(data)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(chart=chart, counted=numbers.counted, span=numbers.span)
+    environment.filters.update(paragraphs=paragraphs, png_uri=png_uri, px=px)
+    return environment
+
+
+def paragraphs(text: str) -> list[str]:
+    """The runs of text between blank lines."""
+    parts = [part.strip() for part in re.split(r"\n\s*\n", text)]
+    return [part for part in parts if part]
+
+
+def px(length: float) -> str:
+    """A length in a drawing: tenths of a CSS pixel are enough."""
+    return f"{length:.1f}"
+
+
+def png_uri(pixels_HWC: np.ndarray) -> str:
+    """An image as a data URI, one PNG pixel for each of its own."""
+    from PIL import Image
+
+    if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3, 4):
+        raise ValueError(
+            f"a picture is uint8 (H, W, 1, 3 or 4), not {pixels_HWC.dtype} {pixels_HWC.shape}"
+        )
+    pixels = pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,603 @@
+"""One training sample as an HTML page: what the model is trained on, drawn as the paper's figures 8 and 9 draw it.
+
+The page is one file with nothing to fetch and no script. Every string is escaped: captions and ids come from data sets
+and are trusted with nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from cm3leon.evaluation.report import numbers
+from cm3leon.evaluation.report.page import Cell, Picture, Table, fill, write_page
+from cm3leon.objectives.cm3 import Span
+from cm3leon.tokenizers.document import LaidOut, SegmentSpan
+from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.types import Block, Modality
+
+Kind = Literal["text", "image", "break", "eos", "mask", "end", "pad"]
+SPECIAL_KINDS: tuple[Kind, ...] = ("pad", "eos", "break", "end")
+"""Kinds of the special tokens, in the order of their ids."""
+
+MOST_CODES, FIRST_CODES, LAST_CODES = 16, 8, 3
+"""A longer run of codes is abbreviated to its first and last ones."""
+UNFOLDED = 8
+"""A longer run of codes is folded in the table of tokens."""
+PIXELS = 112
+"""Side of a picture, in CSS pixels."""
+GAP, LETTER, TALL, ROWS = 3, 6.7, 28, (34, 106, 178)
+"""The drawing of a rotation, in CSS pixels: between boxes, a letter, the height of a box, the tops of its rows."""
+LONG_LABEL = 17
+"""A longer label of a box is cut."""
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+@dataclass(frozen=True)
+class Names:
+    """Ids as people read them.
+
+    Args:
+        decode: ids of text -> the text.
+        piece: id of text -> its piece, bytes that are no whole character as `\\xe2`.
+    """
+
+    vocab: Vocab
+    decode: Callable[[np.ndarray], str]
+    piece: Callable[[int], str]
+
+    def kind(self, id_: int) -> Kind:
+        """What an id stands for."""
+        kind = self.vocab.kind(id_)
+        if kind == "special":
+            return SPECIAL_KINDS[id_]
+        return kind if kind in ("text", "image") else "mask"
+
+    def token(self, id_: int) -> str:
+        """One token: a special token's name, a code's number, or a piece with its spaces visible."""
+        match self.kind(id_):
+            case "text":
+                return visible(self.piece(id_)).replace(" ", "␣")
+            case "image":
+                return str(self.vocab.image_codes(np.array(id_)))
+            case "mask":
+                return mask_name(int(self.vocab.sentinel_numbers(np.array(id_))))
+            case _:
+                return SPECIALS[id_]
+
+    def run(self, ids_T: np.ndarray) -> str:
+        """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`, others by name."""
+        kind = self.kind(int(ids_T[0]))
+        if kind == "text":
+            return visible(self.decode(ids_T))
+        words = [self.token(int(id_)) for id_ in ids_T]
+        if kind == "image" and len(words) > MOST_CODES:
+            words = [*words[:FIRST_CODES], "...", *words[-LAST_CODES:]]
+        return " ".join(words)
+
+
+def mask_name(number: int) -> str:
+    """The name of a sentinel."""
+    return f"<mask:{number}>"
+
+
+def visible(text: str) -> str:
+    """The text with all that cannot be seen escaped: newlines as `\\n`, terminal codes, marks of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True, eq=False)
+class ShownSegment:
+    """A segment of the laid-out sample; for an image its pictures with their labels, that of its codes first."""
+
+    span: SegmentSpan
+    pictures: Sequence[tuple[str, np.ndarray]] = ()
+
+
+@dataclass(frozen=True)
+class ShownDocument:
+    """A document of the sample: its part in it, its id, how it was found, and its segments."""
+
+    role: str
+    id: str
+    note: str
+    segments: Sequence[ShownSegment]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A sample, or a piece of one, in a block: its name, the id of its query, and how many tokens it has there."""
+
+    name: str
+    query: str
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShownPiece:
+    """Positions [start, end) of the laid-out sample as they are trained on, in a block.
+
+    `spans` are those that were moved, as positions of the laid-out sample, and `source_T` has for each trained token
+    its position there, -1 for one that was added; both are None where the objective changed the sample otherwise.
+    """
+
+    start: int
+    end: int
+    step: int
+    lane: int
+    block: Block
+    number: int
+    samples: Sequence[Companion]
+    spans: Sequence[Span] | None
+    source_T: np.ndarray | None
+
+    @property
+    def first(self) -> int:
+        """Its first position in the block."""
+        return int(np.flatnonzero(self.block.sample_T == self.number)[0])
+
+    @property
+    def ids_T(self) -> np.ndarray:
+        """Its tokens."""
+        return self.block.ids_T[self.block.sample_T == self.number]
+
+    @property
+    def tail(self) -> int:
+        """Where its moved spans begin, each between its sentinel and `<end_of_span>`; its length if there are none."""
+        return len(self.ids_T) - sum(end - start + 2 for start, end in self.spans or ())
+
+    @property
+    def loss_T(self) -> np.ndarray:
+        """The weight of each of its tokens as a target; the first one is none."""
+        weight_T = self.block.weight_T[self.block.sample_T == self.number]
+        return np.concatenate([[0], weight_T[:-1]]).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ShownSample:
+    """All there is to see of a training sample.
+
+    `left_out` are the ids of retrieved documents that its block has no room for; `grid` is the side of an image, in
+    codes.
+    """
+
+    title: str
+    names: Names
+    laid_out: LaidOut
+    documents: Sequence[ShownDocument]
+    left_out: Sequence[str]
+    pieces: Sequence[ShownPiece]
+    grid: int
+
+    @cached_property
+    def spans(self) -> list[tuple[str, Span]]:
+        """The name and the positions of each moved span, over all pieces."""
+        found: list[tuple[str, Span]] = []
+        for number, piece in enumerate(self.pieces, 1):
+            where = f" of piece {number}" if len(self.pieces) > 1 else ""
+            found += [(mask_name(k) + where, span) for k, span in enumerate(piece.spans or ())]
+        return found
+
+    @cached_property
+    def span_numbers(self) -> np.ndarray:
+        """Which of `spans` each position of the laid-out sample lies in, -1 for none: int64 (T,)."""
+        numbers_T = np.full(len(self.laid_out.ids_T), -1)
+        for number, (_, (start, end)) in enumerate(self.spans):
+            numbers_T[start:end] = number
+        return numbers_T
+
+    def moved(self, piece: ShownPiece) -> np.ndarray:
+        """Which of `spans` each token of a piece belongs to, sentinels included, -1 for none: int64 (T,)."""
+        if piece.source_T is None:
+            return np.full(len(piece.ids_T), -1)
+        before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
+        numbers_T = np.where(piece.source_T >= 0, self.span_numbers[piece.source_T], -1)
+        masks_T = self.names.vocab.is_sentinel(piece.ids_T)
+        numbers_T[masks_T] = before + self.names.vocab.sentinel_numbers(piece.ids_T[masks_T])
+        return numbers_T
+
+    def document_at(self, position: int) -> str:
+        """The role of the document that a position of the laid-out sample belongs to, empty between documents."""
+        for document in self.documents:
+            if (
+                document.segments
+                and document.segments[0].span.start <= position < document.segments[-1].span.end
+            ):
+                return document.role
+        return ""
+
+
+def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Divides a sequence into runs [start, end) of text or of codes that agree in all keys, and single other tokens."""
+    kinds = [names.kind(int(id_)) for id_ in ids_T]
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        grows = (
+            end < len(kinds)
+            and kinds[end] == kinds[start]
+            and kinds[start] in ("text", "image")
+            and all(key_T[end] == key_T[start] for key_T in keys_T)
+        )
+        if not grows:
+            yield start, end
+            start = end
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def write_sample_page(path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]]) -> None:
+    """Write the page, whole or not at all."""
+    write_page(path, render_sample(sample, facts))
+
+
+def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]]) -> str:
+    """The page as HTML; `facts` are the rows of its first table."""
+    return fill(
+        "sample.html",
+        sample=sample,
+        facts=Table(("", ""), facts),
+        strip=_strip(sample),
+        pieces=[_piece(sample, piece) for piece in sample.pieces],
+        columns=COLUMNS,
+        visible=visible,
+    )
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token, and which of the sample's spans it belongs to; -1 for none."""
+
+    kind: Kind
+    text: str
+    span: int = -1
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Text, and which of the sample's spans it belongs to; -1 for none."""
+
+    text: str
+    span: int
+
+
+def _chip(names: Names, id_: int, span: int = -1) -> Chip:
+    return Chip(names.kind(id_), names.token(id_), span)
+
+
+# The strip of figures 8 and 9
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Codes of one span in one row of an image, `width` of them from column `x` on."""
+
+    span: int
+    x: int
+    y: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A segment: its words, or its pictures, the first one under the moved codes, with the codes."""
+
+    kind: ClassVar[str] = "box"
+
+    modality: Modality
+    where: str
+    words: Sequence[Marked] = ()
+    pictures: Sequence[Picture] = ()
+    moved: Sequence[Cells] = ()
+    codes: str = ""
+    shares: Sequence[Marked] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A document: its segments, and the special tokens between them."""
+
+    kind: ClassVar[str] = "frame"
+
+    document: ShownDocument
+    parts: Sequence[Chip | Box]
+
+
+def _strip(sample: ShownSample) -> list[Chip | Frame]:
+    """Documents in their order, special tokens between them."""
+    chips = [_chip(sample.names, int(id_)) for id_ in sample.laid_out.ids_T]
+    strip: list[Chip | Frame] = []
+    position = 0
+    for document in sample.documents:
+        parts: list[Chip | Box] = []
+        for number, segment in enumerate(document.segments):
+            between = chips[position : segment.span.start]
+            if number == 0:
+                strip += between
+            else:
+                parts += between
+            parts.append(_box(sample, segment))
+            position = segment.span.end
+        strip.append(Frame(document, parts))
+    return [*strip, *chips[position:]]
+
+
+def _box(sample: ShownSample, segment: ShownSegment) -> Box:
+    modality, start, end = segment.span.modality, segment.span.start, segment.span.end
+    ids_T, number_T = sample.laid_out.ids_T[start:end], sample.span_numbers[start:end]
+    unit = "code" if modality == "image" else "piece"
+    tokens = "token" if end - start == 1 else "tokens"
+    where = f"{numbers.counted(end - start, unit)}, {tokens} {numbers.span(start, end)}"
+
+    if modality == "text":
+        words = [
+            Marked(sample.names.run(ids_T[first:last]), int(number_T[first]))
+            for first, last in runs(ids_T, sample.names, number_T)
+        ]
+        return Box(modality, where, words=words)
+    shares = [
+        Marked(numbers.counted(int((number_T == number).sum()), "code"), number)
+        for number in np.unique(number_T[number_T >= 0]).tolist()
+    ]
+    return Box(
+        modality,
+        where,
+        pictures=[Picture(pixels, label, height=PIXELS) for label, pixels in segment.pictures],
+        moved=_moved_cells(number_T, sample.grid),
+        codes=sample.names.run(ids_T) if len(ids_T) else "",
+        shares=shares,
+    )
+
+
+def _moved_cells(number_T: np.ndarray, grid: int) -> list[Cells]:
+    """Moved codes of an image, a rectangle for each row of codes of one span."""
+    borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
+    cells = []
+    for start, end in pairwise(borders):
+        if start == end or number_T[start] < 0:
+            continue
+        for y in range(start // grid, (end - 1) // grid + 1):
+            left, right = max(start, y * grid), min(end, (y + 1) * grid)
+            cells.append(Cells(int(number_T[start]), left - y * grid, y, right - left))
+    return cells
+
+
+# A piece of it in its block
+
+
+@dataclass(frozen=True, eq=False)
+class PieceView:
+    """What the template shows of a piece that is trained on."""
+
+    piece: ShownPiece
+    rotation: Rotation
+    shares: Sequence[Share]
+    block: Table
+    tokens: Sequence[Fold]
+
+
+def _piece(sample: ShownSample, piece: ShownPiece) -> PieceView:
+    shares, block = _block(piece)
+    return PieceView(piece, _rotation(sample, piece), shares, block, list(_folds(sample, piece)))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A run of tokens from `start` on as a box of the drawing, its left and right side in CSS pixels."""
+
+    start: int
+    left: float
+    right: float
+    top: int
+    kind: Kind
+    label: str
+    span: int
+    has_loss: bool
+
+
+@dataclass(frozen=True)
+class Band:
+    """From the boxes of a span in one row, above, to those in the next, below."""
+
+    span: int
+    above: tuple[float, float]
+    below: tuple[float, float]
+    top: int
+    bottom: int
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The drawing of a rotation: the sides of each document, bands of moved spans, boxes of tokens."""
+
+    documents: Mapping[str, tuple[float, float]]
+    bands: Sequence[Band]
+    bars: Sequence[Bar]
+    width: float
+    height: int
+    tall: int = TALL
+
+
+def _rotation(sample: ShownSample, piece: ShownPiece) -> Rotation:
+    """Three rows: the piece as it is laid out, what stays of it, and the moved spans behind it."""
+    names, start, end, tail = sample.names, piece.start, piece.end, piece.tail
+    moved_T, has_loss_T = sample.moved(piece), piece.loss_T > 0
+    role_T = np.array([sample.document_at(position) for position in range(start, end)])
+    above = _bars(
+        names,
+        ROWS[0],
+        sample.laid_out.ids_T[start:end],
+        sample.span_numbers[start:end],
+        np.ones(end - start, bool),
+        role_T,
+    )
+    stays, behind = (
+        _bars(names, top, piece.ids_T[part], moved_T[part], has_loss_T[part])
+        for top, part in ((ROWS[1], slice(tail)), (ROWS[2], slice(tail, None)))
+    )
+
+    documents: dict[str, list[Bar]] = {}
+    for bar in above:
+        documents.setdefault(str(role_T[bar.start]), []).append(bar)
+    documents.pop("", None)  # special tokens between documents
+    bands = []
+    for span in dict.fromkeys(bar.span for bar in above if bar.span >= 0):
+        bands += [_band(above, stays, span), _band(stays, behind, span)]
+    rows = [above, stays, behind] if behind else [above]
+    return Rotation(
+        {role: _sides(bars) for role, bars in documents.items()},
+        bands,
+        [bar for row in rows for bar in row],
+        width=max(bars[-1].right for bars in (above, stays, behind) if bars) + 2,
+        height=ROWS[len(rows) - 1] + TALL + 2,
+    )
+
+
+def _bars(
+    names: Names,
+    top: int,
+    ids_T: np.ndarray,
+    span_T: np.ndarray,
+    has_loss_T: np.ndarray,
+    *keys_T: np.ndarray,
+) -> list[Bar]:
+    """Boxes wide enough for their labels; longer runs have wider ones, not in proportion: all of it is to be seen."""
+    bars, left = [], 0.0
+    for start, end in runs(ids_T, names, span_T, has_loss_T, *keys_T):
+        kind, label = names.kind(int(ids_T[start])), names.run(ids_T[start:end])
+        if kind == "image":
+            label = numbers.counted(end - start, "code")
+        elif len(label) > LONG_LABEL:
+            label = f"{label[: LONG_LABEL - 1]}…"
+        right = left + max(LETTER * len(label) + 10, 3 * (end - start) ** 0.5)
+        has_loss = bool(has_loss_T[start])
+        bars.append(Bar(start, left, right, top, kind, label, int(span_T[start]), has_loss))
+        left = right + GAP
+    return bars
+
+
+def _sides(bars: Sequence[Bar]) -> tuple[float, float]:
+    return bars[0].left, bars[-1].right
+
+
+def _band(upper: Sequence[Bar], lower: Sequence[Bar], span: int) -> Band:
+    above = [bar for bar in upper if bar.span == span]
+    below = [bar for bar in lower if bar.span == span]
+    return Band(span, _sides(above), _sides(below), above[0].top + TALL, below[0].top)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a block that a sample takes, or, without a name, padding."""
+
+    name: str
+    about: str
+    tokens: int
+    is_this: bool = False
+
+
+def _block(piece: ShownPiece) -> tuple[list[Share], Table]:
+    """The block as shares of its samples, and as a table of them."""
+    shares: list[Share] = []
+    rows: list[list[Cell]] = []
+    start, seq_len = 0, len(piece.block.ids_T)
+    for number, companion in enumerate(piece.samples):
+        is_this = number == piece.number
+        name = "this sample" if is_this else f"sample {companion.name}"
+        where = numbers.span(start, start + companion.tokens)
+        shares.append(Share(companion.name, f"{name}: {where}", companion.tokens, is_this))
+        rows.append([number, name, visible(companion.query), companion.tokens, where])
+        start += companion.tokens
+    if start < seq_len:
+        shares.append(Share("", "padding", seq_len - start))
+        rows.append([None, "padding", "", seq_len - start, numbers.span(start, seq_len)])
+    columns = ("in block", "sample", "query", "tokens", "positions")
+    return shares, Table(columns, rows, highlight=frozenset({piece.number}))
+
+
+# Its tokens
+
+COLUMNS = (
+    ("position", "its place in the block"),
+    ("id", "of the vocabulary"),
+    ("token", "the input"),
+    ("target", "the token to predict from here on"),
+    ("weight", "of the target in the loss"),
+    ("sample", "number in the block: attention stays within"),
+    ("position id", "that the model gets"),
+    ("was at", "place in the laid-out sample"),
+    ("document", "that it belongs to"),
+)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A token with what the model is given of it; the target's weight is 0 where nothing is learned from it."""
+
+    position: int
+    id: int
+    token: Chip
+    target: Chip
+    weight: float
+    sample: int
+    position_id: int
+    was_at: str
+    document: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tokens of a piece; a long run of codes is folded under where it stands, its length and its codes."""
+
+    rows: Sequence[TokenRow]
+    is_folded: bool = False
+    span: int = -1
+    where: str = ""
+    codes: str = ""
+
+
+def _folds(sample: ShownSample, piece: ShownPiece) -> Iterator[Fold]:
+    """The tokens of the piece in order: long runs of codes, and what lies between these."""
+    ids_T, moved_T, loss_T = piece.ids_T, sample.moved(piece), piece.loss_T
+    rows = [_row(sample, piece, t, int(moved_T[t])) for t in range(len(ids_T))]
+    begin = 0
+    for start, end in runs(ids_T, sample.names, moved_T, loss_T):
+        if sample.names.kind(int(ids_T[start])) == "image" and end - start > UNFOLDED:
+            if begin < start:
+                yield Fold(rows[begin:start])
+            where = numbers.span(piece.first + start, piece.first + end)
+            where += f": {numbers.counted(end - start, 'code')}"
+            where += "" if loss_T[start] > 0 else ", no loss"
+            codes = sample.names.run(ids_T[start:end])
+            yield Fold(rows[start:end], True, int(moved_T[start]), where, codes)
+            begin = end
+    if begin < len(ids_T):
+        yield Fold(rows[begin:])
+
+
+def _row(sample: ShownSample, piece: ShownPiece, t: int, moved: int) -> TokenRow:
+    block, at = piece.block, piece.first + t
+    id_, target = int(block.ids_T[at]), int(block.target_T[at])
+    source = -1 if piece.source_T is None else int(piece.source_T[t])
+    was_at = numbers.DASH
+    if piece.source_T is not None:
+        was_at = f"{source:,}" if source >= 0 else "added"
+    return TokenRow(
+        position=at,
+        id=id_,
+        token=_chip(sample.names, id_, moved),
+        target=_chip(sample.names, target),
+        weight=float(block.weight_T[at]),
+        sample=int(block.sample_T[at]),
+        position_id=int(block.position_T[at]),
+        was_at=was_at,
+        document=sample.document_at(source),
+    )
