@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 
-from cm3leon.data.scenes.parse import parse
-from cm3leon.data.scenes.render import picture
-from cm3leon.data.scenes.source import ScenesSource
-from cm3leon.data.scenes.world import World, draw_scene
-from cm3leon.evaluation.scenes import Field, counted
+from cm3leon.plugins.scenes.parse import parse
+from cm3leon.plugins.scenes.render import picture
+from cm3leon.plugins.scenes.scores import Field, counted
+from cm3leon.plugins.scenes.source import ScenesSource
+from cm3leon.plugins.scenes.world import World, draw_scene
 
 FIELDS: tuple[Field, ...] = (
     "kind",

@@ -12,9 +12,9 @@ from instruction_corpora import features, images
 
 from cm3leon.data.extractors import palette
 from cm3leon.data.instructions.templates import FEATURES
-from cm3leon.data.scenes import render
-from cm3leon.data.scenes.world import Scene, Thing
 from cm3leon.data.source import Skipped
+from cm3leon.plugins.scenes import render
+from cm3leon.plugins.scenes.world import Scene, Thing
 from cm3leon.registry import EXTRACTORS, SOURCES, discover
 from cm3leon.types import Document, TextSegment, UserError
 

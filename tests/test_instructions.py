@@ -16,18 +16,18 @@ from instruction_corpora import INSTRUCTIONS, dense_annotations
 
 from cm3leon.config import from_mapping
 from cm3leon.data.instructions.grounded import centred, location
-from cm3leon.data.instructions.scenes import TASKS as SCENE_TASKS
-from cm3leon.data.instructions.scenes import SceneInstructionsSource
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.data.instructions.write import in_reading_order
-from cm3leon.data.scenes.parse import parse
-from cm3leon.data.scenes.world import World, draw_scene
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import Tokenizers, finish_tokens, write_token_shard
 from cm3leon.data.token_shards import TokenShards as Shards
 from cm3leon.objectives.cm3 import rotate
 from cm3leon.objectives.instruct import Instruct
+from cm3leon.plugins.scenes.instructions import TASKS as SCENE_TASKS
+from cm3leon.plugins.scenes.instructions import SceneInstructionsSource
+from cm3leon.plugins.scenes.parse import parse
+from cm3leon.plugins.scenes.world import World, draw_scene
 from cm3leon.registry import SOURCES, TASKS, discover
 from cm3leon.tasks.instruction import answer_place
 from cm3leon.tokenizers.document import lay_out, token_count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def test_imports_go_one_way(module: str, file: Path) -> None:
     assert violations(file.read_text(), module, file.name == "__init__.py") == []
 
 
+def test_the_core_knows_no_plugin() -> None:
+    """What a folder of `plugins/` brings is found by the registry alone: no module outside names it."""
+    names = "|".join(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
+    known = re.compile(rf"\bplugins\.({names})\b")
+    core = [file for module, file in modules() if not module.startswith("cm3leon.plugins")]
+    assert [str(file) for file in core if known.search(file.read_text())] == []
+
+
 def test_every_part_has_its_place() -> None:
     parts = {module.split(".")[1] for module, _ in modules() if "." in module}
     assert parts <= set(PARTS)
@@ -137,6 +146,8 @@ def test_tests_and_benchmarks_import_by_the_full_name() -> None:
         ("cm3leon.evaluation.report", "from cm3leon.stages import run_experiment"),
         ("cm3leon.stages", "from evaluation import report"),
         ("cm3leon.stages", "import plugins.example"),
+        ("cm3leon.run", "from cm3leon.plugins.scenes.world import World"),
+        ("cm3leon.evaluation.report", "def f():\n    from cm3leon.plugins import scenes"),
     ],
 )
 def test_a_backward_import_is_caught(module: str, source: str) -> None:

@@ -12,8 +12,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cm3leon import CM3Leon
 from cm3leon.api import UnrankedWarning
-from cm3leon.data.scenes.world import entity_name
 from cm3leon.experiment import load_experiment
+from cm3leon.plugins.scenes.world import entity_name
 from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, direction
 from cm3leon.stages.artifacts import Run

@@ -14,11 +14,11 @@ from PIL import Image
 
 from cm3leon.config import from_mapping
 from cm3leon.data.images import square
-from cm3leon.data.scenes.world import World
 from cm3leon.evaluation.answers import vqa_accuracy
 from cm3leon.evaluation.images import cell_features, precision_recall
 from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_image, true_answer
-from cm3leon.evaluation.protocols.scenes import SceneCompositions, SceneEntities, SceneTask
+from cm3leon.plugins.scenes.protocols import SceneCompositions, SceneEntities, SceneTask
+from cm3leon.plugins.scenes.world import World
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
 from cm3leon.study import asking as asking_module
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig

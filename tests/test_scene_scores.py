@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm3leon.data.scenes import language, render
-from cm3leon.data.scenes.parse import parse
-from cm3leon.data.scenes.world import Scene, Thing, World, draw_scene
-from cm3leon.evaluation.scenes import (
+from cm3leon.plugins.scenes import language, render
+from cm3leon.plugins.scenes.parse import parse
+from cm3leon.plugins.scenes.scores import (
     TAGS,
     boxes_met,
     caption_right,
@@ -25,6 +24,7 @@ from cm3leon.evaluation.scenes import (
     shows,
     things_named,
 )
+from cm3leon.plugins.scenes.world import Scene, Thing, World, draw_scene
 
 SHAPES_ALONE = World(words=0, figures=0, overlap=0)
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3leon.config import from_mapping
-from cm3leon.data.scenes import language, render
-from cm3leon.data.scenes.parse import cells_of, parse
-from cm3leon.data.scenes.source import ScenesSource
-from cm3leon.data.scenes.world import (
+from cm3leon.plugins.scenes import language, render
+from cm3leon.plugins.scenes.parse import cells_of, parse
+from cm3leon.plugins.scenes.source import ScenesSource
+from cm3leon.plugins.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     COLUMNS,

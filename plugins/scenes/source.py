@@ -10,13 +10,14 @@ from random import Random
 from typing import Annotated, Any, Literal
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Range
-from cm3leon.data.scenes.language import caption, long_caption
-from cm3leon.data.scenes.render import picture
-from cm3leon.data.scenes.world import BACKGROUNDS, Scene, Thing, World, draw_scene
 from cm3leon.data.source import Skipped, Source
 from cm3leon.io import digest_of
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+from .language import caption, long_caption
+from .render import picture
+from .world import BACKGROUNDS, Scene, Thing, World, draw_scene
 
 CHUNK = 1000
 """Scenes of a part."""

@@ -1,6 +1,6 @@
 """Answers about scenes against the truth: what a parser reads in an image, and what a text names.
 
-All functions are pure; images are read by `cm3leon.data.scenes.parse.parse` before.
+All functions are pure; images are read by `parse.parse` before.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from cm3leon.data.scenes.language import NUMBERS
-from cm3leon.data.scenes.world import COLOURS, SHAPES, SIZES, Scene, Thing, World, pick
+from .language import NUMBERS
+from .world import COLOURS, SHAPES, SIZES, Scene, Thing, World, pick
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from cm3leon.data.scenes.render import DARK, covered, picture, stamp_of
-from cm3leon.data.scenes.world import (
+from .render import DARK, covered, picture, stamp_of
+from .world import (
     ANGLES,
     BACKGROUNDS,
     CELLS,

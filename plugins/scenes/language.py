@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from cm3leon.data.scenes.world import (
+from .world import (
     COLUMNS,
     ROWS,
     SIZES,

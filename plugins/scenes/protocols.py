@@ -9,17 +9,18 @@ from itertools import count
 import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Seed
-from cm3leon.data.instructions.scenes import SceneExample, SceneInstructionsSource
 from cm3leon.data.instructions.templates import FEATURES
-from cm3leon.data.scenes.language import short_name
-from cm3leon.data.scenes.parse import parse
-from cm3leon.data.scenes.render import boxes
-from cm3leon.data.scenes.source import DrawnConfig, entity_document, entity_scene
-from cm3leon.data.scenes.world import BACKGROUNDS, Scene, World
 from cm3leon.data.source import Skipped
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol
-from cm3leon.evaluation.scenes import (
+from cm3leon.registry import PROTOCOLS
+from cm3leon.types import Document, TextSegment, UserError
+
+from .instructions import SceneExample, SceneInstructionsSource
+from .language import short_name
+from .parse import parse
+from .render import boxes
+from .scores import (
     TAGS,
     boxes_met,
     caption_right,
@@ -28,8 +29,8 @@ from cm3leon.evaluation.scenes import (
     edited,
     shows,
 )
-from cm3leon.registry import PROTOCOLS
-from cm3leon.types import Document, TextSegment, UserError
+from .source import DrawnConfig, entity_document, entity_scene
+from .world import BACKGROUNDS, Scene, World
 
 FIRST = 100_000_000
 """Seed of the first scene that is asked about, far from those of training."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cm3leon.data.scenes.world import (
+from .world import (
     BACKGROUNDS,
     CELLS,
     COLOURS,

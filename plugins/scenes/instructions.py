@@ -13,12 +13,13 @@ from cm3leon.data.files import MarkedImage
 from cm3leon.data.instructions.grounded import objects_text
 from cm3leon.data.instructions.reasoning import reasoning_slots
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
-from cm3leon.data.scenes import language, render
-from cm3leon.data.scenes.source import DrawnConfig, DrawnSource, scene_name
-from cm3leon.data.scenes.world import BACKGROUNDS, COLOURS, ROWS, Scene, World, draw_scene, pick
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+from . import language, render
+from .source import DrawnConfig, DrawnSource, scene_name
+from .world import BACKGROUNDS, COLOURS, ROWS, Scene, World, draw_scene, pick
 
 Values = dict[str, Any]
 
