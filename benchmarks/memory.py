@@ -25,7 +25,7 @@ from torch import Tensor
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy
 from cm3leon.training.config import DecoderTrainingConfig
-from cm3leon.training.distributed import Ranks, find_place, joined
+from cm3leon.training.distributed import Ranks, current_rank, joined
 from cm3leon.training.memory import training_memory
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace, ranks: int, fields: dict[str, Any]) -> tuple[i
 def rank(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Trains for two steps of two micro-batches, and prints the peak of the fullest rank and the plan."""
     shape = Transformer.Config(layers=args.layers, width=args.width, seq_len=args.length)
-    place = find_place()
-    count = place.count if place else 1
+    rank = current_rank()
+    count = rank.count if rank else 1
     blocks = 2 * args.micro_batch * count
     config = DecoderTrainingConfig(
         precision="bf16", batch_size=blocks, micro_batch=args.micro_batch, **fields
@@ -114,7 +114,7 @@ def rank(args: argparse.Namespace, fields: dict[str, Any]) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    with joined(place, config.timeout_seconds) as ranks:
+    with joined(rank, config.timeout_seconds) as ranks:
         train(
             Transformer.Config(layers=1, width=64, seq_len=8), ranks
         )  # libraries and threads are there after it

@@ -19,9 +19,9 @@ from cm3leon.registry import MODELS, OBJECTIVES, discover
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
-from cm3leon.training.distributed import find_place, joined
+from cm3leon.training.distributed import current_rank, joined
 from cm3leon.training.parallel import distributed, whole_state
-from cm3leon.training.trainer import Shares, train
+from cm3leon.training.trainer import BatchSplit, train
 from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
@@ -61,7 +61,7 @@ def main(options: dict[str, Any]) -> int:
             ),
         )
 
-    with joined(find_place(), config.timeout_seconds) as ranks:
+    with joined(current_rank(), config.timeout_seconds) as ranks:
         stream = BlockStream(
             draw,
             objective,
@@ -74,7 +74,7 @@ def main(options: dict[str, Any]) -> int:
             ranks=ranks.count,
         )
         model = distributed(new_model, new_model, config, ranks)
-        shares = Shares(
+        split = BatchSplit(
             parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
             weight=lambda part: float(part.weight_BT.sum()),
             ids=stream.ids,
@@ -86,7 +86,7 @@ def main(options: dict[str, Any]) -> int:
             "title": "tiny",
         }
         try:
-            train(model, loss, stream, config, **where, shares=shares, ranks=ranks)
+            train(model, loss, stream, config, **where, split=split, ranks=ranks)
         except Again as again:
             print(again)
             return 75

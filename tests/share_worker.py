@@ -14,7 +14,7 @@ from cm3leon.decoders.generate import generate
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.models.serving import share
 from cm3leon.registry import DECODERS
-from cm3leon.training.distributed import find_place, joined
+from cm3leon.training.distributed import current_rank, joined
 
 
 def results(module: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def results(module: Any) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     module = model(5)  # of three heads
-    with joined(find_place(), 60) as ranks:
+    with joined(current_rank(), 60) as ranks:
         share(module, rank=ranks.rank, count=ranks.count)
         found = results(module)
         held = sum(weight.numel() for block in module.blocks for weight in block.parameters())

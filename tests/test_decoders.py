@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
 from cm3leon.config import from_mapping
-from cm3leon.decoders.decoders import Beam, ContrastiveK, Decoder, Edit, Greedy, TopP
+from cm3leon.decoders.decoders import Beam, ContrastiveK, Decoder, Greedy, TopP, TwoConditions
 from cm3leon.decoders.engine import Answer
 from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
@@ -598,7 +598,7 @@ def test_configs_are_checked() -> None:
         (TopP, {"temperature": 1e-40}),
         (TopP, {"temperature": math.nan}),
         (TopP, {"repetition_penalty": 1e-40}),
-        (Edit, {"text": math.inf}),
+        (TwoConditions, {"text": math.inf}),
         (Beam, {"length_penalty": 1e30}),
         (ContrastiveK, {"temperature": 1e-40}),
         (ContrastiveK, {"k": 0}),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cm3leon.training.distributed import Place, find_place
+from cm3leon.training.distributed import Rank, current_rank
 from cm3leon.training.steps import checkpoints
 
 WORKER = Path(__file__).parent / "rank_worker.py"
@@ -198,14 +198,14 @@ TORCHRUN = {
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "rank"),
     [
         ({}, None),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, None),
-        (TORCHRUN, Place(3, 4, 1, "node", 29401)),
-        (STEP_OF_SLURM, Place(5, 16, 1, "gpu03", 20_219)),
+        (TORCHRUN, Rank(3, 4, 1, "node", 29401)),
+        (STEP_OF_SLURM, Rank(5, 16, 1, "gpu03", 20_219)),
     ],
 )
-def test_places_by_the_environment(environment: dict[str, str], place: Place | None) -> None:
+def test_ranks_by_the_environment(environment: dict[str, str], rank: Rank | None) -> None:
     """torchrun's, a SLURM step's; a batch script of SLURM is one process."""
-    assert find_place(environment) == place
+    assert current_rank(environment) == rank

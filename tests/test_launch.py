@@ -22,7 +22,7 @@ from cm3leon.experiment import load_experiment
 from cm3leon.launch import Job, follow, jobs, submit, work
 from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
-from cm3leon.launch.machine import Machine
+from cm3leon.launch.machine import LocalJobs
 from cm3leon.launch.runs import experiment_jobs, study_jobs
 from cm3leon.locks import locked
 from cm3leon.registry import LAUNCHERS, discover
@@ -324,7 +324,7 @@ def test_gpus_are_shared_out_among_commands_side_by_side(
         "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     )
     asked = [job("a", tmp_path, "", "", "", together=False)]
-    Machine(launch, devices=("4", "5", "6", "7"), parallel=2).run(asked)
+    LocalJobs(launch, devices=("4", "5", "6", "7"), parallel=2).run(asked)
     seen = {(launch.logs / f"a-{number}.log").read_text().strip() for number in range(3)}
     assert seen <= {"4,5", "6,7"}
 
@@ -601,7 +601,7 @@ def test_the_batch_script_looks_back(
         write_event(launch.journal("a", 0), name, at="the beginning")
     slurm_says(slurm, "JobId=101 JobState=RUNNING ")
     monkeypatch.setenv("SLURM_JOB_ID", "101")
-    assert work.look_back(launch, "a", 0, 3, code) == code
+    assert work.after_step(launch, "a", 0, 3, code) == code
     assert read_events(launch.journal("a", 0))[-1]["event"] == event
     assert (slurm / "requeued").exists() == requeued
 

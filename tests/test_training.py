@@ -39,7 +39,7 @@ from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
-from cm3leon.training.trainer import Shares, _sound, train
+from cm3leon.training.trainer import BatchSplit, _sound, train
 from cm3leon.types import Again, UserError
 
 CPU = torch.device("cpu")
@@ -198,8 +198,8 @@ def run(
     module: nn.Module | None = None,
     loss: Any = loss,
     clipped: Sequence[nn.Module] = (),
-    shares: Shares = Shares(),  # noqa: B008
-    goes_on_from: Path | None = None,
+    split: BatchSplit = BatchSplit(),  # noqa: B008
+    resume_from: Path | None = None,
     **fields: Any,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     module = module or Tiny()
@@ -214,8 +214,8 @@ def run(
         title="tiny",
         callback=callback,
         clipped=clipped,
-        shares=shares,
-        goes_on_from=goes_on_from,
+        split=split,
+        resume_from=resume_from,
     )
     return module, log
 
@@ -540,7 +540,7 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
         return (value * 1000 if batches.count == 50 else value), figures
 
     batches = Numbers()
-    shares = Shares(ids=lambda: [f"document {batches.count}"])
+    split = BatchSplit(ids=lambda: [f"document {batches.count}"])
     run(
         tmp_path,
         batches=batches,
@@ -548,7 +548,7 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
         steps=60,
         clip=0.01,
         learning_rate=1e-3,
-        shares=shares,
+        split=split,
     )
     (event,) = events(tmp_path)
     assert (event["step"], event["event"], event["documents"]) == (
@@ -562,7 +562,7 @@ def test_spikes_are_written_down_with_their_documents(tmp_path: Path) -> None:
 def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Path) -> None:
     """Weights, moments and data are those of the other's end: by hand, two schedules over one optimizer."""
     run(tmp_path / "first", steps=20)
-    module, log = run(tmp_path / "second", steps=8, goes_on_from=tmp_path / "first")
+    module, log = run(tmp_path / "second", steps=8, resume_from=tmp_path / "first")
     by_hand, batches = Tiny().train(), Numbers()
     optimizer = new_optimizer(by_hand, config())
     for step in range(28):
@@ -584,7 +584,7 @@ def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Pa
     )
     assert [record["step"] for record in log] == [22, 24, 26, 28]
     again, log_again = run(
-        tmp_path / "second", steps=8, goes_on_from=tmp_path / "first", batches=Numbers(fails_at=0)
+        tmp_path / "second", steps=8, resume_from=tmp_path / "first", batches=Numbers(fails_at=0)
     )
     assert log_again == log
     assert all(
@@ -594,7 +594,7 @@ def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Pa
     with pytest.raises(
         UserError, match=r"has no checkpoint to go on from; set start_with=weights$"
     ):
-        run(tmp_path / "third", goes_on_from=tmp_path / "nothing")
+        run(tmp_path / "third", resume_from=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("bad_at", [0, 5, 7, 8, 18])
@@ -788,7 +788,7 @@ def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """The signal comes within a step of two micro-batches, which is made again as a whole."""
-    halves = Shares(
+    halves = BatchSplit(
         parts=lambda batch: list(zip(*(each.tensor_split(2) for each in batch), strict=True))
     )
     calls = iter(range(1000))
@@ -798,7 +798,7 @@ def test_a_record_that_a_signal_falls_into_is_of_all_its_steps(
             os.kill(os.getpid(), number)
         return loss(module, batch)
 
-    fields = {"steps": 10, "log_every": 5, "checkpoint_every": 10, "shares": halves}
+    fields = {"steps": 10, "log_every": 5, "checkpoint_every": 10, "split": halves}
     _, whole = run(tmp_path / "whole", **fields)
     for _ in range(3):
         with pytest.raises(Again):
@@ -892,7 +892,7 @@ def test_what_fails_while_saving_leaves_the_older_checkpoint_and_is_told(
     with monkeypatch.context() as patch:
         place = {"dcp.async_save": checkpoint.dcp, "rename": Path}.get(killed_in, checkpoint)
         patch.setattr(place, killed_in.split(".")[-1], full)
-        saved(tmp_path, 20, fill=1.0, tell=told.append)
+        saved(tmp_path, 20, fill=1.0, warn=told.append)
     assert names(tmp_path) == ["step_00000010"]
     assert told == [
         f"{tmp_path / 'step_00000020'}: no checkpoint was written ([Errno 28] No space left on device); the older one "
@@ -925,7 +925,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: st
         file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
     told: list[str] = []
     assert (
-        Checkpoints(tmp_path, Ranks(CPU), keep=2, tell=told.append).newest()
+        Checkpoints(tmp_path, Ranks(CPU), keep=2, warn=told.append).newest()
         == tmp_path / "step_00000010"
     )
     (sentence,) = told
@@ -1013,7 +1013,7 @@ def test_a_copy_under_another_number_is_passed_over_and_does_not_cost_a_new_chec
     saved(tmp_path, 10)
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000099")
     told: list[str] = []
-    newest = Checkpoints(tmp_path, Ranks(CPU), keep=1, tell=told.append).newest()
+    newest = Checkpoints(tmp_path, Ranks(CPU), keep=1, warn=told.append).newest()
     assert newest == tmp_path / "step_00000010"
     assert told == [
         f"{tmp_path / 'step_00000099'} is passed over: it is a copy of the checkpoint of step 10"

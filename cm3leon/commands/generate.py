@@ -91,11 +91,11 @@ def main(options: Options) -> None:
 
     from cm3leon.api import shortened
     from cm3leon.commands.asking import load_model
-    from cm3leon.training.distributed import find_place, joined
+    from cm3leon.training.distributed import current_rank, joined
 
     prompts = _prompts(options)
     texts = list(prompts.values())
-    with joined(find_place(), TIMEOUT) as ranks, ExitStack() as held:
+    with joined(current_rank(), TIMEOUT) as ranks, ExitStack() as held:
         model = load_model(options, ranks if ranks.joined else None)
         if options.keep is not None and options.keep < options.n and not model.has_clip:
             raise UserError(

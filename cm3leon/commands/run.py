@@ -129,9 +129,9 @@ def _record(folder: Path) -> None:
 
 
 def _is_launched(launcher: Any) -> bool:
-    from cm3leon.training.distributed import find_place
+    from cm3leon.training.distributed import current_rank
 
-    return launcher.name != "here" and find_place() is None
+    return launcher.name != "here" and current_rank() is None
 
 
 def resolved(options: Options) -> str:

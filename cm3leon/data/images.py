@@ -218,10 +218,10 @@ def _pillow(max_pixels: int, name: str) -> Iterator[None]:
     finally:
         for warning in caught:
             if warning.category is not Image.DecompressionBombWarning:  # the caller checks the size
-                _tell(" ".join(str(warning.message).split()), name)
+                _warn(" ".join(str(warning.message).split()), name)
 
 
-def _tell(warning: str, name: str) -> None:
+def _warn(warning: str, name: str) -> None:
     """Print a warning of Pillow beside a progress bar, for the first few files that it is about."""
     _warned[warning] += 1
     if _warned[warning] <= SHOWN_WARNINGS:

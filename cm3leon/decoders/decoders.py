@@ -120,7 +120,7 @@ class TopP(_Sampling):
 
 
 @DECODERS.register("edit")
-class Edit(_Sampling):
+class TwoConditions(_Sampling):
     """Sampling with two weights of guidance, for an image and an instruction (InstructPix2Pix, paper section 4.2).
 
     A prompt without a stream of the image alone is guided by the instruction's weight.
@@ -247,7 +247,7 @@ class Beam:
 
 
 @DECODERS.register("mixture")
-class Mixture:
+class Alternating:
     """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K, as in the paper's figure 4."""
 
     @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ from cm3leon.config import NonNegativeInt, PositiveFloat, PositiveInt, from_mapp
 from cm3leon.launch import cluster
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.jobs import Job, Launch, Submitted, begin_launch
-from cm3leon.launch.machine import Machine, gpus
-from cm3leon.launch.work import Work
+from cm3leon.launch.machine import LocalJobs, gpus
+from cm3leon.launch.work import SlurmTask
 from cm3leon.registry import LAUNCHERS
 from cm3leon.terminal import is_printable, printable
 from cm3leon.types import UserError
@@ -126,7 +126,7 @@ class Local:
         launch = begin_launch(folder)
         launch.write("local", jobs)
         parallel, deaths = self.config.array_parallelism, self.config.max_deaths
-        machine = Machine(launch, gpus(), self.config.processes, parallel, deaths)
+        machine = LocalJobs(launch, gpus(), self.config.processes, parallel, deaths)
         executor = submitit.LocalExecutor(launch.logs)
         executor.update_parameters(
             timeout_min=YEAR, gpus_per_node=len(machine.devices), stderr_to_stdout=True
@@ -267,7 +267,7 @@ def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str])
     executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**_sbatch(job, config, launch, after))
     work = [
-        Work(command, launch.journal(job.name, number))
+        SlurmTask(command, launch.journal(job.name, number))
         for number, command in enumerate(job.commands)
     ]
     queued = executor.submit_array(work)
@@ -325,10 +325,10 @@ def _before(job: Job, config: Slurm.Config, launch: Launch) -> Iterator[str]:
 
 
 def _after(job: Job, config: Slurm.Config, launch: Launch) -> list[str]:
-    """Shell lines after the step, see `work.look_back`."""
+    """Shell lines after the step, see `work.after_step`."""
     words = [sys.executable, "-m", "cm3leon.launch.work", str(launch.folder), job.name]
-    look_back = f"{shlex.join(words)} ${{SLURM_ARRAY_TASK_ID:-0}} {config.max_deaths}"
-    return ["code=$?", f"[ $code = 0 ] || exec {look_back} $code"]
+    after_step = f"{shlex.join(words)} ${{SLURM_ARRAY_TASK_ID:-0}} {config.max_deaths}"
+    return ["code=$?", f"[ $code = 0 ] || exec {after_step} $code"]
 
 
 def _run_to_the_end(
@@ -338,7 +338,7 @@ def _run_to_the_end(
     launch = begin_launch(folder)
     launch.write(name, jobs)
     alone = sum(len(job.commands) for job in jobs) == 1
-    machine = Machine(launch, devices, processes, to_terminal=alone)
+    machine = LocalJobs(launch, devices, processes, to_terminal=alone)
     before = signal.signal(signal.SIGTERM, machine.stop)
     try:
         submitted = machine.run(jobs)

@@ -27,7 +27,7 @@ def gpus() -> tuple[str, ...]:
 
 
 @dataclass
-class Machine:
+class LocalJobs:
     """Runs jobs to their end, each after those that it depends on.
 
     `devices` are shared out among the `parallel` commands that run at a time; each trains in `processes` of them, one a

@@ -23,7 +23,7 @@ STOPPED = 1
 
 
 @dataclass(frozen=True)
-class Work:
+class SlurmTask:
     """A command as submitit calls it, in each process of the job's step; the first keeps the journal.
 
     The training notes submitit's signal and ends with a checkpoint of all ranks; only then does the first one go
@@ -101,7 +101,7 @@ def is_running(job: str) -> bool:
     return bool(re.search(r"\bJobState=RUNNING\b", answer.stdout))
 
 
-def look_back(launch: Launch, job: str, number: int, max_deaths: int, code: int) -> int:
+def after_step(launch: Launch, job: str, number: int, max_deaths: int, code: int) -> int:
     """What the batch script does when its step has ended with a code that is not 0. Returns its own exit code.
 
     A step that was killed could not say so itself. It is queued again, unless it died at the same place too often.
@@ -120,4 +120,4 @@ def look_back(launch: Launch, job: str, number: int, max_deaths: int, code: int)
 
 
 if __name__ == "__main__":
-    sys.exit(look_back(Launch(Path(sys.argv[1])), sys.argv[2], *map(int, sys.argv[3:6])))
+    sys.exit(after_step(Launch(Path(sys.argv[1])), sys.argv[2], *map(int, sys.argv[3:6])))

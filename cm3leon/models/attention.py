@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm3leon.config import choices
+from cm3leon.config import NoSettings, choices
 from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
 
@@ -34,11 +33,6 @@ class Attention(Protocol):
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
         """The values attended to, (B, A, T, E); `plan` None means one sample a row."""
         ...
-
-
-@dataclass(kw_only=True)
-class _NoSettings:
-    """A backend has no settings."""
 
 
 def packed_mask(sample_BT: Tensor) -> Tensor:
@@ -78,7 +72,7 @@ def run_lengths(sample_BT: Tensor) -> list[int]:
 class Naive:
     """The formula, from a mask of all pairs of positions; in any precision, on any device."""
 
-    Config = _NoSettings
+    Config = NoSettings
 
     def __init__(self, config: Any = None) -> None:
         pass
@@ -109,7 +103,7 @@ class Sdpa:
     In long blocks on a CPU it takes the samples one by one: there the mask would not spare any of the work.
     """
 
-    Config = _NoSettings
+    Config = NoSettings
 
     def __init__(self, config: Any = None) -> None:
         pass
@@ -146,7 +140,7 @@ class Sdpa:
 class Flex:
     """torch's FlexAttention, which leaves out blocks of positions without a common sample; trains on CUDA only."""
 
-    Config = _NoSettings
+    Config = NoSettings
 
     def __init__(self, config: Any = None) -> None:
         pass
@@ -188,7 +182,7 @@ def _flex_attention(device: str) -> Callable[..., Tensor]:
 class Xformers:
     """xformers' memory_efficient_attention, with all samples of the blocks as one row and a block-diagonal mask."""
 
-    Config = _NoSettings
+    Config = NoSettings
 
     def __init__(self, config: Any = None) -> None:
         pass

@@ -57,7 +57,7 @@ class Transformer(Model):
         self.heads = config.width // config.head_size
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(config.seq_len, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, vocab_size, bias=False)
         self.reset_parameters()
 
@@ -96,7 +96,7 @@ class Transformer(Model):
         return str(choose(self.config.attention, device))
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: Transformer.Config) -> None:

@@ -24,7 +24,7 @@ from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
 from cm3leon.training.steps import checkpoints
-from cm3leon.training.trainer import Shares, train
+from cm3leon.training.trainer import BatchSplit, train
 from cm3leon.types import Batch, UserError
 
 
@@ -84,13 +84,13 @@ def make_pretraining(run: Run, folder: Path) -> None:
         seed=seed,
         title="pretraining",
         callback=callback,
-        shares=Shares(
+        split=BatchSplit(
             parts=lambda batch: batch.split(config.blocks_at_once(run.seq_len, len(batch.ids_BT))),
             weight=lambda part: float(part.weight_BT.sum()),
             ids=stream.ids,
         ),
         ranks=ranks,
-        goes_on_from=config.start / "pretraining"
+        resume_from=config.start / "pretraining"
         if config.start and config.start_with == "everything"
         else None,
         peak_flops=peak_flops(run.device, ranks.count),

@@ -51,7 +51,7 @@ from cm3leon.stages.tokens import longest_document, make_tokens, make_tokens_par
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
 from cm3leon.training.config import training_settings
 from cm3leon.training.device import best_device
-from cm3leon.training.distributed import Ranks, find_place, joined
+from cm3leon.training.distributed import Ranks, current_rank, joined
 from cm3leon.types import UserError
 
 CONFIG = "config.yaml"
@@ -392,11 +392,11 @@ def run_experiment(
     check_redo(stages, redo)
     check_run_folder(folder)
     check_before_stages(experiment, folder, until=until)
-    place = find_place()
-    if place and not _reaches(stages, "pretraining", until):
-        if place.rank > 0:
+    rank = current_rank()
+    if rank and not _reaches(stages, "pretraining", until):
+        if rank.number > 0:
             return
-        place = None
+        rank = None
 
     def bring(run: Run, last: str | None) -> dict[str, float]:
         make_folder(folder, "run")
@@ -414,7 +414,7 @@ def run_experiment(
         if experiment.shards is None:
             bring(Run(experiment, folder, best_device()), "retriever")
 
-    with joined(place, experiment.training.timeout_seconds, before=before) as ranks:
+    with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
             _pretrain_together(experiment, folder, ranks, redo, bring)
     if ranks.joined and (not ranks.first or until == "pretraining"):

@@ -23,7 +23,7 @@ from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
 from cm3leon.study.report import study_report
 from cm3leon.study.seeds import first_runs, over_seeds, row_of_seed
 from cm3leon.terminal import command_line
-from cm3leon.training.distributed import find_place, joined
+from cm3leon.training.distributed import current_rank, joined
 from cm3leon.types import UserError
 
 RESULTS = "results.json"
@@ -54,11 +54,11 @@ def run_study(
     check_study_redo(study, redo)
     wanted = names[: names.index(until) + 1] if until else names
     make_folder(folder, "run")
-    place = find_place()
+    rank = current_rank()
     # The answers of a study may be shared by jobs; whoever measures them holds the folder alone.
     shared = asked is not None
     with (
-        locked(folder, shared=shared) if not place or place.rank == 0 else nullcontext(),
+        locked(folder, shared=shared) if not rank or rank.number == 0 else nullcontext(),
         naming(folder),
     ):
         _run_study(study, folder, wanted, until, redo, asked)
@@ -72,8 +72,8 @@ def _run_study(
     redo: Collection[str],
     asked: tuple[int, int] | None,
 ) -> None:
-    place = find_place()
-    if asked is None and (place is None or place.rank == 0):
+    rank = current_rank()
+    if asked is None and (rank is None or rank.number == 0):
         write_text(folder / STUDY_FILE, dump_yaml(to_mapping(study)))
     if asked is None:
         for number, name in enumerate((name for name in wanted if name in study.runs), 1):
@@ -81,7 +81,7 @@ def _run_study(
             experiment = load_run(study, name)
             own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
             run_experiment(experiment, folder / name, redo=own)
-    with joined(place, WAIT) as ranks:
+    with joined(rank, WAIT) as ranks:
         share = asked or (ranks.rank, ranks.count)
         found = {}
         for name in (name for name in wanted if name in study.evaluations):

@@ -40,7 +40,7 @@ from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
 from cm3leon.sweep.values import Choice, Interval
 from cm3leon.terminal import command_line
-from cm3leon.training.distributed import find_place
+from cm3leon.training.distributed import current_rank
 from cm3leon.types import Again, UserError
 
 SWEEP_FILE, TABLE, REPORT = "sweep.yaml", "sweep.csv", "report.html"
@@ -132,7 +132,7 @@ def run_sweep(sweep: Sweep) -> None:
         UserError: for what a launcher can know to be impossible, for a run of this sweep that is under way, for a start
             as one of several ranks, and, from a launcher that waits, for points that failed.
     """
-    if find_place():
+    if current_rank():
         raise UserError(
             "a sweep starts the processes of its points itself; run it once, with launcher=torchrun or launcher=slurm"
         )
@@ -179,8 +179,8 @@ def run_point(
     Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
     in place of the link.
     """
-    place = find_place()
-    first = place is None or place.rank == 0
+    rank = current_rank()
+    first = rank is None or rank.number == 0
     config = (folder / POINT_FILE).read_text()
 
     def end(state: str, error: str = "") -> None:

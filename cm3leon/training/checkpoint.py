@@ -53,7 +53,7 @@ class Checkpoints:
         folder: seen by all ranks.
         keep: newest checkpoints that are kept.
         keep_every: steps whose multiples are kept for good.
-        tell: is given a sentence when a checkpoint could not be written.
+        warn: is given a sentence when a checkpoint could not be written.
         patience: seconds that the first rank waits for the files of the others.
     """
 
@@ -64,14 +64,14 @@ class Checkpoints:
         *,
         keep: int,
         keep_every: int | None = None,
-        tell: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
         patience: float = 600,
     ) -> None:
         self._folder = folder
         self.ranks = ranks
         self._keep = keep
         self._keep_every = keep_every
-        self._tell = tell
+        self._warn = warn
         self.patience = patience
         self._writing: _Writing | None = None
         self._writing_to = folder
@@ -122,7 +122,7 @@ class Checkpoints:
         if self._writing and not self._writing.thread.is_alive():
             error, self._writing = self._writing.error, None
             if error:
-                self._tell(
+                self._warn(
                     f"{self._writing_to}: no checkpoint was written ({_reason(error)}); the older one is kept, and "
                     "the training goes on and tries again"
                 )
@@ -149,7 +149,7 @@ class Checkpoints:
             else:
                 return path
             if self.ranks.first:
-                self._tell(f"{path} is passed over: {fault}")
+                self._warn(f"{path} is passed over: {fault}")
         return None
 
     def last(self) -> Path | None:
@@ -161,7 +161,7 @@ class Checkpoints:
         try:
             action()
         except OSError as error:
-            self._tell(f"{error.filename or self._folder}: {error.strerror}")
+            self._warn(f"{error.filename or self._folder}: {error.strerror}")
 
     def prune(self, newest: int) -> None:
         """Deletes all but the newest checkpoints and those that are kept for good.

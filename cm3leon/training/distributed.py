@@ -21,34 +21,34 @@ from cm3leon.types import Again, UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process stands among the others, and where the first of them listens."""
+class Rank:
+    """A process's number among the others, that on its node, and where the first of them listens."""
 
-    rank: int
+    number: int
     count: int
-    local_rank: int
+    local_number: int
     address: str
     port: int
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place by the variables of torchrun, or of a SLURM step with several tasks; None alone.
+def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """This process's rank by the variables of torchrun, or of a SLURM step with several tasks; None alone.
 
     A batch script or a shell of SLURM is one process, however many tasks its job has: only `srun` starts a step.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(
-            rank=int(environment["RANK"]),
+        return Rank(
+            number=int(environment["RANK"]),
             count=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            local_number=int(environment.get("LOCAL_RANK", 0)),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environment.get("MASTER_PORT", 29500)),
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        return Place(
-            rank=int(environment["SLURM_PROCID"]),
+        return Rank(
+            number=int(environment["SLURM_PROCID"]),
             count=int(environment["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(environment["SLURM_LOCALID"]),
+            local_number=int(environment["SLURM_LOCALID"]),
             address=environment.get("MASTER_ADDR")
             or _first_host(environment["SLURM_STEP_NODELIST"]),
             port=int(environment.get("MASTER_PORT", 0)) or _port(environment),
@@ -136,7 +136,7 @@ class Ranks:
 
 @contextmanager
 def joined(
-    place: Place | None, timeout_seconds: int, *, before: Callable[[], None] | None = None
+    rank: Rank | None, timeout_seconds: int, *, before: Callable[[], None] | None = None
 ) -> Iterator[Ranks]:
     """The ranks of this training, with a process group for as long as the context lasts where there are several.
 
@@ -150,28 +150,28 @@ def joined(
         UserError, Again: on all ranks, if `before` does.
     """
     device = best_device()
-    if place is None:
+    if rank is None:
         yield Ranks(device)
         return
     if device.type == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
+        if rank.local_number >= torch.cuda.device_count():
             raise UserError(
-                f"rank {place.rank} is number {place.local_rank} on its node, which has "
+                f"rank {rank.number} is number {rank.local_number} on its node, which has "
                 f"{torch.cuda.device_count()} GPUs; start one process a GPU"
             )
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", rank.local_number)
         torch.cuda.set_device(device)
     # Each time that this process joins the others has names of its own there.
-    store = dist.PrefixStore(f"joined {next(_times)}", _store(place))
+    store = dist.PrefixStore(f"joined {next(_times)}", _store(rank))
     if before:
-        _first_alone(store, place, before)
+        _first_alone(store, rank, before)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.count, timeout=timeout
+        backend, store=store, rank=rank.number, world_size=rank.count, timeout=timeout
     )
     try:
-        yield Ranks(device, place.rank, place.count, joined=True)
+        yield Ranks(device, rank.number, rank.count, joined=True)
     finally:
         dist.destroy_process_group()
 
@@ -180,31 +180,29 @@ _times = itertools.count()
 
 
 @functools.cache
-def _store(place: Place) -> dist.Store:
+def _store(rank: Rank) -> dist.Store:
     """Where the ranks find each other; kept for as long as the process is there, since the first of them serves it."""
     url = (
-        f"tcp://{place.address}:{place.port}"
-        if "TORCHELASTIC_RUN_ID" not in os.environ
-        else "env://"
+        f"tcp://{rank.address}:{rank.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
     )
-    return next(dist.rendezvous(url, place.rank, place.count))[0]
+    return next(dist.rendezvous(url, rank.number, rank.count))[0]
 
 
-def _first_alone(store: dist.Store, place: Place, action: Callable[[], None]) -> None:
+def _first_alone(store: dist.Store, rank: Rank, action: Callable[[], None]) -> None:
     """The first rank acts, and the others wait for a week at most; what stops it is raised on all of them."""
     kinds = {kind.__name__: kind for kind in (UserError, Again)}
-    if place.rank == 0:
+    if rank.number == 0:
         try:
             action()
         except (UserError, Again) as error:
             kind = "Again" if isinstance(error, Again) else "UserError"
             store.set("first", f"{kind}:{error}")
-            store.wait([f"heard {rank}" for rank in range(1, place.count)], timedelta(seconds=30))
+            store.wait([f"heard {other}" for other in range(1, rank.count)], timedelta(seconds=30))
             raise
         store.set("first", "")
         return
     store.wait(["first"], timedelta(days=7))
     name, _, sentence = store.get("first").decode().partition(":")
-    store.set(f"heard {place.rank}", "")
+    store.set(f"heard {rank.number}", "")
     if name:
         raise kinds[name](sentence)

@@ -51,10 +51,10 @@ def bad_gradients(module: nn.Module) -> list[str]:
     ]
 
 
-def diagnosis(*, step: int, in_row: int, loss: float, norm: float) -> str:
+def diagnosis(*, step: int, skipped_in_a_row: int, loss: float, norm: float) -> str:
     """Why a training that gets no finite loss or gradient any more has diverged."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    return f"{in_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
+    return f"{skipped_in_a_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
 
 
 def diverged(title: str, why: str, last: Path | None) -> FloatingPointError:

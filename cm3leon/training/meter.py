@@ -110,7 +110,7 @@ def _total(values: list[Figure]) -> tuple[float, float]:
     return totals, counts
 
 
-class Book:
+class TrainingLog:
     """The files of a training that people read: `log.jsonl`, `events.jsonl`, `validation.jsonl`, TensorBoard,
     and the progress bar.
 
@@ -126,11 +126,11 @@ class Book:
         self._folder = folder
         self._writes = ranks.first
         self.writer: Any = None
-        self.log: list[Record] = []
+        self.records: list[Record] = []
         self._unwritten: dict[str, str] = {}
         self._validated: set[int] = set()
         if self._writes:
-            self.log = _cut(folder / "log.jsonl", step)
+            self.records = _cut(folder / "log.jsonl", step)
             _cut(folder / "events.jsonl", step)
             validations = _cut(folder / "validation.jsonl", step)
             self._validated = {record["step"] for record in validations}
@@ -149,7 +149,7 @@ class Book:
         """Writes down a record of figures under its `step`."""
         if not self._writes:
             return
-        self.log.append(record)
+        self.records.append(record)
         self._append("log.jsonl", record)
         for name, value in record.items():
             if name != "step":

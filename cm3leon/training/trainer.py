@@ -27,7 +27,7 @@ from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.faults import Spikes, bad_gradients, diagnosis, diverged
-from cm3leon.training.meter import Book, Figure, Meter, Record, gpu_memory
+from cm3leon.training.meter import Figure, Meter, Record, TrainingLog, gpu_memory
 from cm3leon.training.optimizer import new_optimizer, set_rate
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.signals import Signals
@@ -51,7 +51,7 @@ Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Figure]]]
 
 
 @dataclass(frozen=True)
-class Shares:
+class BatchSplit:
     """How a batch of this rank is divided, and what its parts weigh; the default is one part.
 
     The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it does not depend on
@@ -76,9 +76,9 @@ def train(
     title: str,
     callback: Callable[[int, Any], dict[str, float] | None] | None = None,
     clipped: Sequence[nn.Module] = (),
-    shares: Shares = Shares(),
+    split: BatchSplit = BatchSplit(),
     ranks: Ranks | None = None,
-    goes_on_from: Path | None = None,
+    resume_from: Path | None = None,
     peak_flops: float | None = None,
 ) -> list[Record]:
     """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
@@ -93,7 +93,7 @@ def train(
         clipped: modules whose gradients are clipped by their own norms (networks with losses of their own); those of
             the whole module are if there is none.
         ranks: the processes that train together, each with its share of the batches; `module` is sharded already.
-        goes_on_from: folder of a finished training whose weights, optimizer, data and steps this one goes on from.
+        resume_from: folder of a finished training whose weights, optimizer, data and steps this one goes on from.
         peak_flops: FLOP/s of the ranks' devices together, for the share of it that is used (MFU).
 
     Returns:
@@ -119,13 +119,13 @@ def train(
         ranks,
         keep=config.keep_checkpoints,
         keep_every=config.keep_every,
-        tell=warnings.append,
+        warn=warnings.append,
     )
-    start = _resume(folder, goes_on_from, saved, tensors, batches, ranks)
-    step, first, in_row, spikes = (
+    start = _resume(folder, resume_from, saved, tensors, batches, ranks)
+    step, first, skipped_in_a_row, spikes = (
         start["step"],
         start["first"],
-        start["in_row"],
+        start["skipped_in_a_row"],
         Spikes(config.spike, start["losses"]),
     )
     last = first + config.steps
@@ -134,7 +134,7 @@ def train(
         place = {
             "step": step,
             "first": first,
-            "in_row": in_row,
+            "skipped_in_a_row": skipped_in_a_row,
             "losses": spikes.state(),
             "seed": seed,
         }
@@ -149,7 +149,7 @@ def train(
         assert callback is not None
         try:
             with meter.paused(), nullcontext() if ranks.joined else signals.at_once():
-                book.validation(step, callback(step, book.writer) or {})
+                log.validation(step, callback(step, log.writer) or {})
         except Again as error:
             checkpoint(batches.state_dict(), wait=True)
             raise Again(f"{title}: {error} in the validation after step {step}") from error
@@ -157,19 +157,19 @@ def train(
             raise diverged(title, str(error), saved.last()) from error
         module.train()
 
-    book = Book(folder, ranks, title=title, step=step, first=first, last=last)
+    log = TrainingLog(folder, ranks, title=title, step=step, first=first, last=last)
     meter = Meter(ranks)
     meter.load(start["meter"])
-    with closing(saved), closing(book), Signals(noted=True) as signals:
-        validated = ranks.gather(book.has_validation(step))[0]
+    with closing(saved), closing(log), Signals(noted=True) as signals:
+        validated = ranks.gather(log.has_validation(step))[0]
         if callback and step > first and step % config.callback_every == 0 and not validated:
             validate()  # a kill during it has left a checkpoint, but no record
         while step < last:
             torch.manual_seed(nth_seed(seed, step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
             before = batches.state_dict()
-            parts = shares.parts(batches.next())
-            weights = [shares.weight(part) for part in parts]
+            parts = split.parts(batches.next())
+            weights = [split.weight(part) for part in parts]
             whole = ranks.sum([sum(weights)])[0]
             value = torch.zeros((), device=device)
             measured = []
@@ -194,26 +194,30 @@ def train(
             )
             step += 1
             if odd:
-                in_row += 1
-                _skip(module, book, shares, ranks, step=step, loss=step_loss, norm=norm)
-                if in_row > config.bad_steps:
+                skipped_in_a_row += 1
+                _skip(module, log, split, ranks, step=step, loss=step_loss, norm=norm)
+                if skipped_in_a_row > config.bad_steps:
                     saved.finish()
-                    why = diagnosis(step=step, in_row=in_row, loss=step_loss, norm=norm)
+                    why = diagnosis(
+                        step=step, skipped_in_a_row=skipped_in_a_row, loss=step_loss, norm=norm
+                    )
                     raise diverged(title, why, saved.last())
             else:
-                in_row = 0
+                skipped_in_a_row = 0
                 optimizer.step()
                 if average:
                     average.update(step - first)
                 meter.add({"loss": step_loss, "gradient_norm": norm})
                 if spike := spikes.look_at(step_loss):
-                    book.event(step, "loss spike", **spike, documents=_documents(shares, ranks))
+                    log.event(step, "loss spike", **spike, documents=_documents(split, ranks))
             optimizer.zero_grad()
-            book.advance()
+            log.advance()
             if step == last:
                 saved.finish()
-                if in_row:
-                    why = diagnosis(step=step, in_row=in_row, loss=step_loss, norm=norm)
+                if skipped_in_a_row:
+                    why = diagnosis(
+                        step=step, skipped_in_a_row=skipped_in_a_row, loss=step_loss, norm=norm
+                    )
                     raise diverged(title, why, saved.last())
                 if ranks.any(not _sound(module, loss, parts[0], device, config, ranks)):
                     why = f"after step {step}, its last one, weights or loss are NaN or infinite"
@@ -221,25 +225,25 @@ def train(
 
             if step % config.log_every == 0 or step == last:
                 rates = _with_mfu(meter.read(), peak_flops)
-                book.record({"step": step, "learning_rate": rate, **rates, **gpu_memory(device)})
-            if (step % config.checkpoint_every == 0 or step == last) and not in_row:
+                log.record({"step": step, "learning_rate": rate, **rates, **gpu_memory(device)})
+            if (step % config.checkpoint_every == 0 or step == last) and not skipped_in_a_row:
                 checkpoint(batches.state_dict(), wait=step == last)
             if callback and step % config.callback_every == 0:
                 validate()
             saved.look()
             while warnings:
-                book.event(step, "warning", message=warnings.pop(0))
+                log.event(step, "warning", message=warnings.pop(0))
         if ranks.any(bool(signals.received)):
             raise Again(f"{title}: stopped at its end by {signals.received or 'a signal'}")
     if average:
         average.install()
     module.eval()
-    return book.log
+    return log.records
 
 
 def _resume(
     folder: Path,
-    goes_on_from: Path | None,
+    resume_from: Path | None,
     saved: Checkpoints,
     tensors: Mapping[str, Any],
     batches: Batches,
@@ -250,21 +254,22 @@ def _resume(
     path, state = saved.newest(), None
     if path:
         state = read_state(path)
-    elif goes_on_from:
-        others = checkpoints(goes_on_from)
+    elif resume_from:
+        others = checkpoints(resume_from)
         if not others:
             raise UserError(
-                f"training.start: {goes_on_from} has no checkpoint to go on from; set start_with=weights"
+                f"training.start: {resume_from} has no checkpoint to go on from; set start_with=weights"
             )
         path = others[-1]
         check_intact(path, ranks)
-        state = {**read_state(path), "in_row": 0, "losses": [], "meter": []}
+        state = {**read_state(path), "skipped_in_a_row": 0, "losses": [], "meter": []}
         state["first"] = state["step"]
     if path is None or state is None:
-        return {"step": 0, "first": 0, "in_row": 0, "losses": [], "meter": []}
+        return {"step": 0, "first": 0, "skipped_in_a_row": 0, "losses": [], "meter": []}
     read_tensors(path, tensors, ranks)
     batches.load_state_dict(state["data"])
-    return {"meter": [], **state}  # checkpoints did not always have it
+    # Checkpoints did not always have the meter, and called the skipped steps `in_row`.
+    return {"meter": [], "skipped_in_a_row": state.get("in_row", 0), **state}
 
 
 def _clip(modules: Sequence[nn.Module], most: float) -> float:
@@ -311,8 +316,8 @@ def _sound(
 
 def _skip(
     module: nn.Module,
-    book: Book,
-    shares: Shares,
+    log: TrainingLog,
+    split: BatchSplit,
     ranks: Ranks,
     *,
     step: int,
@@ -321,19 +326,19 @@ def _skip(
 ) -> None:
     """Writes down a step that is skipped: what was not finite, on any rank, and in which documents."""
     names = sorted({name for names in ranks.gather(bad_gradients(module)) for name in names})
-    book.event(
+    log.event(
         step,
         "step skipped",
         loss=loss,
         gradient_norm=norm,
         parameters=names,
-        documents=_documents(shares, ranks),
+        documents=_documents(split, ranks),
     )
 
 
-def _documents(shares: Shares, ranks: Ranks) -> list[str]:
+def _documents(split: BatchSplit, ranks: Ranks) -> list[str]:
     """Ids of the documents in the batch, those of all ranks."""
-    return [id_ for ids in ranks.gather(shares.ids()) for id_ in ids]
+    return [id_ for ids in ranks.gather(split.ids()) for id_ in ids]
 
 
 def _with_mfu(record: Record, peak_flops: float | None) -> Record:

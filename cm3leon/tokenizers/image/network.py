@@ -41,7 +41,7 @@ class Architecture:
         return 2 ** (len(self.multipliers) - 1)
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Images (B, 3, H, W) to (B, z_channels, H / downsampling, W / downsampling)."""
 
     def __init__(self, shape: Architecture) -> None:
@@ -64,8 +64,8 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x_BCHW))))
 
 
-class Decoder(nn.Module):
-    """The mirror of `Encoder`; its `levels` are in the order in which they are passed, the coarsest first."""
+class ImageDecoder(nn.Module):
+    """The mirror of `ImageEncoder`; its `levels` are in the order in which they are passed, the coarsest first."""
 
     def __init__(self, shape: Architecture) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Level(nn.Module):
         )
         has_attention = level in shape.attention_levels
         self.attentions = nn.ModuleList(
-            Attention(width) for _ in range(count if has_attention else 0)
+            SpatialAttention(width) for _ in range(count if has_attention else 0)
         )
         self.resample = resample or nn.Identity()
 
@@ -126,7 +126,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(h_BCHW)))
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
     """x + attention of every position to all others, one head as wide as the channels."""
 
     def __init__(self, width: int) -> None:
@@ -168,7 +168,9 @@ class Upsample(nn.Module):
 
 
 def _middle(width: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(width, width), Attention(width), ResidualBlock(width, width))
+    return nn.Sequential(
+        ResidualBlock(width, width), SpatialAttention(width), ResidualBlock(width, width)
+    )
 
 
 def _norm(width: int) -> nn.GroupNorm:

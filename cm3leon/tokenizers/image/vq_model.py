@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.tokenizers.image.base import ImageTokenizer
-from cm3leon.tokenizers.image.network import Architecture, Decoder, Encoder
+from cm3leon.tokenizers.image.network import Architecture, ImageDecoder, ImageEncoder
 from cm3leon.tokenizers.image.quantizer import Quantizer
 from cm3leon.weights import check_finite
 
@@ -31,11 +31,11 @@ class VQModel(ImageTokenizer):
             codebook_size,
             shape.downsampling,
         )
-        self.encoder = Encoder(shape)
+        self.encoder = ImageEncoder(shape)
         self.to_code = nn.Conv2d(shape.z_channels, code_dim, 1)
         self.quantizer = quantizer
         self.from_code = nn.Conv2d(code_dim, shape.z_channels, 1)
-        self.decoder = Decoder(shape)
+        self.decoder = ImageDecoder(shape)
 
     def forward(self, signal_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (reconstruction (B, 3, H, W), codes (B, H, W), the quantizer's loss). Signals are in [-1, 1]."""
