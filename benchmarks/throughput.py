@@ -1,7 +1,7 @@
 """Images a second against the batch (the paper's figure 11) and seconds an image (figure 10), beside the floor.
 
     OMP_NUM_THREADS=2 PYTHONPATH=. python benchmarks/throughput.py --preset cm3leon_350m --codes 16 --batch 1 2 4 8 16
-    python benchmarks/throughput.py --preset cm3leon_7b --way "compiled graph" --weights bf16 int8 fp8     # one H200
+    python benchmarks/throughput.py --preset cm3leon_7b --execution "compiled graph" --weights bf16 int8 fp8    # H200
 
 Random weights, one prompt of 32 tokens an image, classifier-free guidance: two rows an image. The floor is the time in
 which the device reads the weights of the layers and the head's part once a step, by the bandwidth that the same process
@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="cm3leon_7b")
     parser.add_argument("--weights", nargs="+", default=["bf16"])
-    parser.add_argument("--way", default="eager")
+    parser.add_argument("--execution", default="eager")
     parser.add_argument("--window", type=int, default=1)
     parser.add_argument("--codes", type=int, default=1024)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -50,13 +50,15 @@ def main() -> None:
     )
     speed = bandwidth()
     print(f"{device}, torch {torch.__version__}: reads {speed / 1e9:,.1f} GB/s")
-    print(f"{args.preset}, {args.codes} codes an image, steps {args.way}, window {args.window}\n")
+    print(
+        f"{args.preset}, {args.codes} codes an image, steps {args.execution}, window {args.window}\n"
+    )
     print("| weights | batch | s a batch | images/s | ms a step | floor, ms | share of the floor |")
     print("|---|---|---|---|---|---|---|")
     for weights in args.weights:
         model = decoder(args.preset, weights)
         floor = read_bytes(model) / speed
-        answerer = Answerer(model, VOCAB, window=args.window, way=args.way)
+        answerer = Answerer(model, VOCAB, window=args.window, execution=args.execution)
         for batch in args.batch:
             requests = requests_of(batch, args.codes)
             if shape_for(model, requests).groups < batch:

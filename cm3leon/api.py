@@ -120,7 +120,7 @@ class UsedDocument:
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class GeneratedImage:
     """A generated image."""
 
     image: Image.Image
@@ -157,10 +157,10 @@ class CM3Leon:
         *,
         precision: Precision = "auto",
         window: int | None = None,
-        way: Execution = "eager",
+        execution: Execution = "eager",
     ) -> None:
         self.run = run
-        self._answerer = Answerer(run.model, run.vocab, window=window, way=way)
+        self._answerer = Answerer(run.model, run.vocab, window=window, execution=execution)
         self._precision: Precision = precision
         self._fresh = TokenSegment("image", np.empty(0, np.int64))
 
@@ -174,7 +174,7 @@ class CM3Leon:
         precision: Precision = "auto",
         weights: Weights | None = None,
         window: PositiveInt | None = None,
-        way: Execution = "eager",
+        execution: Execution = "eager",
         ranks: Ranks | None = None,
         bank: Path | None = None,
         checkpoint: PositiveInt | None = None,
@@ -189,7 +189,7 @@ class CM3Leon:
                 fp8 take half of bf16's memory, and change results a little.
             window: image codes that a step computes, the next one and drafts behind it, which changes no result (up to
                 rounding); None = 4 for a single image, 1 for more.
-            way: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
+            execution: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
             ranks: processes that share the decoder; all of them have to ask the same.
             bank: run folder whose documents are the memory bank; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
@@ -229,7 +229,7 @@ class CM3Leon:
         )  # before a GPU has to hold them
         keep_weights(model.to(ranks.device), kind)
         opened.__dict__["model"] = model  # takes the place of the one that the run would load
-        return cls(opened, precision=precision, window=window, way=way)
+        return cls(opened, precision=precision, window=window, execution=execution)
 
     # -------------------------------------------------------------------------------------------- asking
 
@@ -253,7 +253,7 @@ class CM3Leon:
             seed: of the first sample; the others count on from it.
 
         Returns:
-            `Picture`s.
+            `GeneratedImage`s.
 
         Raises:
             UserError: before anything is drawn, for a prompt that is too long for the model, by its place in the list.
@@ -319,7 +319,7 @@ class CM3Leon:
         samples: range,
         seeds: Sequence[NonNegativeInt],
         decoder: DecoderChoice = None,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> list[list[Completed]]:
         """Some of the samples of a registered task's answers: for each document, the completed ones.
 
@@ -329,12 +329,12 @@ class CM3Leon:
             retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
             samples: their numbers.
             seeds: of the first sample of each document; the others count on from it.
-            most: pieces of an answer in text; the answers say whether they were cut there.
+            max_tokens: pieces of an answer in text; the answers say whether they were cut there.
         """
         _check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
         if samples.start < 0 or samples.step != 1:
             raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
-        built = self._task_with_room(task, most)
+        built = self._task_with_room(task, max_tokens)
         prompts, requests = [], []
         for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
             prompt, _ = self._fitting(built, document, list(rows))
@@ -359,16 +359,16 @@ class CM3Leon:
         documents: Sequence[TokenDocument],
         retrieved: Sequence[Sequence[NonNegativeInt]],
         *,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> list[list[int]]:
         """Those of each document's retrieved rows, the closest ones, that `ask` and `rank` have room for.
 
         Args:
             retrieved: rows of the bank for each document, the closest last.
-            most: pieces of an answer in text.
+            max_tokens: pieces of an answer in text.
         """
         _check_lengths(documents=documents, retrieved=retrieved)
-        built = self._task_with_room(task, most)
+        built = self._task_with_room(task, max_tokens)
         return [
             self._fitting(built, document, list(rows))[1]
             for document, rows in zip(documents, retrieved, strict=True)
@@ -409,10 +409,10 @@ class CM3Leon:
         retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> str:
         """A text for an image, of at most so many pieces; a warning says where it was cut there."""
-        task = TASKS.build({"name": "caption", "max_tokens": most}, **self._task_arguments())
+        task = TASKS.build({"name": "caption", "max_tokens": max_tokens}, **self._task_arguments())
         pixels_HWC = self._pixels(image)
         document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
         (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
@@ -431,7 +431,7 @@ class CM3Leon:
         words: tuple[int, int] | None = None,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> Filled:
         """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
 
@@ -445,7 +445,7 @@ class CM3Leon:
             box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
                 central square, which is what the tokenizer sees.
             words: characters [start, end) of the text, whose pieces are asked for.
-            most: pieces that the new text may have; a warning says where it was cut there.
+            max_tokens: pieces that the new text may have; a warning says where it was cut there.
         """
         pixels_HWC = self._pixels(image)
         spans: list[AskedSpan] = []
@@ -476,7 +476,7 @@ class CM3Leon:
         ]
         streams = tuple(ids_T for ids_T in both if ids_T is not None)
         gaps = [
-            grammar.Gap("text", most)
+            grammar.Gap("text", max_tokens)
             if span.segment == 0
             else grammar.Gap("image", span.end - span.start)
             for span in spans
@@ -486,7 +486,7 @@ class CM3Leon:
         of = self._of_each_modality(decoder, decoder)
         ((tokens,),) = self._answers([Request(streams, new, length, [of], [seed])])
         texts = [ids for kind, ids in grammar.segments_of(tokens, self.run.vocab) if kind == "text"]
-        self._warn_truncated([ids for ids in texts if len(ids) == most], most)
+        self._warn_truncated([ids for ids in texts if len(ids) == max_tokens], max_tokens)
         completed = fill(document, spans, tokens, self.run.vocab)
         codes_N = self.run.tokenizer.codes(completed)
         return Filled(
@@ -504,7 +504,7 @@ class CM3Leon:
         n: Samples = 1,
         decoder: DecoderChoice = "edit",
         seed: NonNegativeInt = 0,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
 
         The decoder `edit` has a weight for the image and one for the instruction.
@@ -531,7 +531,7 @@ class CM3Leon:
         *,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> str:
         """The answer to a question about an image, of at most so many pieces; a warning says where it was cut there.
 
@@ -542,7 +542,9 @@ class CM3Leon:
         document = self._instruction(
             "vqa", image=self._pixels(image), question=question, answer="?"
         )
-        task = TASKS.build({"name": "instruction", "max_tokens": most}, **self._task_arguments())
+        task = TASKS.build(
+            {"name": "instruction", "max_tokens": max_tokens}, **self._task_arguments()
+        )
         prompt = task.prompt(document)
         answer_T = self._text_answer(prompt, decoder, seed)
         return self.run.text_tokenizer.decode(answer_T).strip()
@@ -556,7 +558,7 @@ class CM3Leon:
         retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """The image that follows the texts and images of a page, n times, the best by CLIP first.
 
         The n-th image of a page is asked for by the parts before it. Guidance compares with a stream
@@ -591,7 +593,7 @@ class CM3Leon:
         retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
     ) -> str:
         """The text behind the image that a page ends in, of at most so many pieces.
 
@@ -608,7 +610,7 @@ class CM3Leon:
             raise UserError("parts does not end in an image, behind which a text is asked for")
         page = self._page(parts)
         (rows,) = self.retrieved(None, self._pixels(parts[-1])[None], "image", retrieve)
-        prompt, kept = self._fitting(self._task_with_room("page_text", most), page, rows)
+        prompt, kept = self._fitting(self._task_with_room("page_text", max_tokens), page, rows)
         if shortage := _shortage(retrieve, len(rows), len(kept)):
             warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
         answer_T = self._text_answer(prompt, decoder, seed)
@@ -621,7 +623,7 @@ class CM3Leon:
         *,
         first: Modality = "text",
         segments: PositiveInt = 2,
-        most: PositiveInt = 64,
+        max_tokens: PositiveInt = 64,
         decoder: DecoderChoice = None,
         text_decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
@@ -630,8 +632,8 @@ class CM3Leon:
 
         Args:
             parts: texts, and images in any form but a path as a text, which would be a text.
-            most: pieces that each text may have, fewer where the model has not as many positions; a warning says where
-                one was cut there.
+            max_tokens: pieces that each text may have, fewer where the model has not as many positions; a warning says
+                where one was cut there.
         """
         ids_T = lay_out(Sample(self._page(parts, self._fresh)), self.run.vocab).ids_T[:-1]
         codes = self.run.image_tokenizer.grid**2
@@ -640,22 +642,22 @@ class CM3Leon:
         room = (
             self.run.seq_len - len(ids_T) - images * codes - segments
         )  # a break or an end behind each
-        most = min(most, room // texts) if texts else most
+        max_tokens = min(max_tokens, room // texts) if texts else max_tokens
         new = partial(
             grammar.interleaved,
             self.run.vocab,
             first=first,
             codes=codes,
-            text_length=most,
+            text_length=max_tokens,
             segments=segments,
         )
         of = self._of_each_modality(decoder, text_decoder)
-        length = images * codes + texts * max(most, 1) + segments
+        length = images * codes + texts * max(max_tokens, 1) + segments
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
         result: list[str | Image.Image] = []
         found = list(grammar.segments_of(tokens, self.run.vocab))
-        cut = [ids for modality, ids in found if modality == "text" and len(ids) == most]
-        self._warn_truncated(cut, most)
+        cut = [ids for modality, ids in found if modality == "text" and len(ids) == max_tokens]
+        self._warn_truncated(cut, max_tokens)
         for modality, ids in found:
             if modality == "text":
                 result.append(self.run.text_tokenizer.decode(ids))
@@ -736,7 +738,7 @@ class CM3Leon:
         if cut:
             what = "the text was" if len(cut) == 1 else f"{len(cut)} texts were"
             warnings.warn(
-                f"{what} cut at {pieces} pieces, before the end; raise `most`, where the model's "
+                f"{what} cut at {pieces} pieces, before the end; raise `max_tokens`, where the model's "
                 f"{self.run.seq_len} positions have room",
                 TruncatedWarning,
                 stacklevel=stacklevel,
@@ -769,9 +771,9 @@ class CM3Leon:
     def _task(self, name: str) -> Any:
         return TASKS.build(name, **self._task_arguments())
 
-    def _task_with_room(self, name: str, most: int) -> Any:
+    def _task_with_room(self, name: str, max_tokens: int) -> Any:
         """The task, with room for so many pieces where it is answered in text."""
-        room = {"max_tokens": most} if hasattr(TASKS.config_class(name), "max_tokens") else {}
+        room = {"max_tokens": max_tokens} if hasattr(TASKS.config_class(name), "max_tokens") else {}
         return TASKS.build({"name": name, **room}, **self._task_arguments())
 
     def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
@@ -928,11 +930,11 @@ class CM3Leon:
         codes_BN: np.ndarray,
         seeds: Sequence[int],
         documents: tuple[UsedDocument, ...],
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         images_BHWC = self.run.image_tokenizer.decode(codes_BN)
         scores_B = self.clip_scores(text, codes_BN)
         pictures = [
-            Picture(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
+            GeneratedImage(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
             for pixels_HWC, codes_N, score, seed in zip(
                 images_BHWC, codes_BN, scores_B, seeds, strict=True
             )

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -25,6 +25,8 @@ from cm3leon.types import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+RENAMED = {"most": "max_tokens", "way": "execution"}
+"""Names that arguments and options had in earlier versions, which are still taken."""
 PLAIN = (bool, int, float, str, Path, types.NoneType, Any)
 """Types that a config holds too."""
 
@@ -64,13 +66,20 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
+        given = {current_name(name, signature.parameters): kwargs[name] for name in kwargs}
+        bound = signature.bind(*args, **given)
         for name, value in bound.arguments.items():
             if name in hints():
                 bound.arguments[name] = argument(hints()[name], value, name)
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def current_name(name: str, known: Collection[str]) -> str:
+    """The name that an argument or option has today, if it is an earlier one of something known."""
+    new = RENAMED.get(name, name)
+    return new if name not in known and new in known else name
 
 
 def argument(annotation: Any, value: Any, where: str) -> Any:

@@ -96,9 +96,9 @@ def test_several_prompts_and_decoders(model: CM3Leon) -> None:
 
 
 def test_captions_and_their_likelihoods(model: CM3Leon) -> None:
-    text = model.caption(picture(), retrieve=1, most=5)
+    text = model.caption(picture(), retrieve=1, max_tokens=5)
     assert isinstance(text, str)
-    searched = model.caption(picture(), decoder={"name": "beam", "beams": 3}, most=4)
+    searched = model.caption(picture(), decoder={"name": "beam", "beams": 3}, max_tokens=4)
     texts = ["a seven", "two", searched]
     scores = model.score(texts=texts, image=picture())
     assert all(score < 0 for score in scores)
@@ -122,10 +122,10 @@ def test_texts_that_do_not_end_are_told(
 
     monkeypatch.setattr(model, "_answers", answers)
     calls = {
-        "caption": partial(model.caption, picture(), most=3),
-        "answer": partial(model.answer, picture(), "What is it?", most=3),
-        "infill": partial(model.infill, picture(), "a seven", words=(0, 1), most=3),
-        "interleave": partial(model.interleave, ["a seven", picture()], segments=1, most=3),
+        "caption": partial(model.caption, picture(), max_tokens=3),
+        "answer": partial(model.answer, picture(), "What is it?", max_tokens=3),
+        "infill": partial(model.infill, picture(), "a seven", words=(0, 1), max_tokens=3),
+        "interleave": partial(model.interleave, ["a seven", picture()], segments=1, max_tokens=3),
     }
     for name, call in calls.items():
         closed["by"] = vocab.eos if name == "interleave" else vocab.end_of_span
@@ -139,7 +139,7 @@ def test_texts_that_do_not_end_are_told(
 
     closed["by"] = vocab.end_of_span
     asked = {"task": "instruction", "documents": [question(model)], "retrieved": [[]]}
-    ((one, two),) = model.ask(**asked, samples=range(2), seeds=[0], most=3)  # type: ignore[arg-type]
+    ((one, two),) = model.ask(**asked, samples=range(2), seeds=[0], max_tokens=3)  # type: ignore[arg-type]
     assert (one.truncated, two.truncated) == (not ends, not ends)
 
 
@@ -192,11 +192,11 @@ def test_an_infilled_box_leaves_the_other_codes(model: CM3Leon) -> None:
 
 def test_infilled_words_leave_the_others_and_the_image(model: CM3Leon) -> None:
     before_N = model.run.image_tokenizer.encode(np.asarray(picture())[None])[0]
-    filled = model.infill(picture(), "a big seven", words=(2, 5), most=3)
+    filled = model.infill(picture(), "a big seven", words=(2, 5), max_tokens=3)
     assert filled.text.startswith("a ")
     assert filled.text.endswith(" seven")
     assert np.array_equal(filled.codes_N, before_N)
-    both = model.infill(picture(), "a big seven", words=(2, 5), box=(0, 0, 32, 8), most=3)
+    both = model.infill(picture(), "a big seven", words=(2, 5), box=(0, 0, 32, 8), max_tokens=3)
     assert both.text.endswith(" seven")
     assert np.array_equal(both.codes_N[4:], before_N[4:])
 
@@ -215,7 +215,7 @@ def test_infilling_is_guided_by_the_text_and_words_by_the_image(model: CM3Leon) 
     def worded(number: int, cfg: float) -> str:
         drawn = {"name": "top_p", "cfg": cfg}
         image = picture(number)
-        return model.infill(image, "a big seven", words=(2, 5), decoder=drawn, most=6).text
+        return model.infill(image, "a big seven", words=(2, 5), decoder=drawn, max_tokens=6).text
 
     assert worded(0, 0) == worded(1, 0)
     assert worded(0, 1) != worded(1, 1)
@@ -243,11 +243,11 @@ def test_pages_are_gone_on_with_by_images_and_texts(model: CM3Leon) -> None:
     assert drawn_by(0, "a farm", picture(0), "cow") != drawn_by(0, "a farm", picture(1), "cow")
     assert drawn_by(1, "a farm", picture(0), "cow") != drawn_by(1, "x", picture(0), "a two")
 
-    said = model.page_text(["a farm", picture(0)], retrieve=1, most=5)
+    said = model.page_text(["a farm", picture(0)], retrieve=1, max_tokens=5)
     assert isinstance(said, str)
     alone = {"name": "top_p", "cfg": 0}
-    assert model.page_text(["a farm", picture(0)], decoder=alone, most=5) == model.page_text(
-        ["a farm", picture(1)], decoder=alone, most=5
+    assert model.page_text(["a farm", picture(0)], decoder=alone, max_tokens=5) == model.page_text(
+        ["a farm", picture(1)], decoder=alone, max_tokens=5
     )
     with pytest.raises(UserError, match="parts does not end in an image"):
         model.page_text([picture(0), "a farm"])
@@ -276,7 +276,7 @@ def test_a_page_that_is_too_long_loses_its_beginning(model: CM3Leon) -> None:
         for each in ([*parts, "the last"], images)
     )
     assert np.array_equal(long.codes_N, short.codes_N)
-    said = [model.page_text(each, most=8, **greedy) for each in (parts, texts)]  # type: ignore[arg-type]
+    said = [model.page_text(each, max_tokens=8, **greedy) for each in (parts, texts)]  # type: ignore[arg-type]
     assert said[0] == said[1]
     with pytest.raises(UserError, match="do not fit the model's"):
         model.page_image(["word " * 500])
@@ -316,10 +316,10 @@ def test_edits_and_what_goes_on_in_turn(model: CM3Leon) -> None:
     assert any(
         not np.array_equal(a.codes_N, b.codes_N) for a, b in zip(edited, by_text, strict=True)
     )
-    parts = model.interleave(["a seven", picture()], first="text", segments=3, most=4)
+    parts = model.interleave(["a seven", picture()], first="text", segments=3, max_tokens=4)
     assert len(parts) <= 3
     assert all(isinstance(part, (str, Image.Image)) for part in parts)
-    assert model.interleave(["a seven"], first="image", segments=5, most=10_000)
+    assert model.interleave(["a seven"], first="image", segments=5, max_tokens=10_000)
     with pytest.raises(UserError, match="do not fit the model's 256 positions"):
         model.interleave(["a seven"], first="image", segments=40)
     (image,) = model.interleave(["a seven"], first="image", segments=1)
@@ -377,27 +377,27 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
     return {
         "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, **drawn},
         "too_long": {"texts": ["a seven"]},
-        "caption": {"image": image, "retrieve": 1, "most": 3, **drawn},
+        "caption": {"image": image, "retrieve": 1, "max_tokens": 3, **drawn},
         "infill": {
             "image": image,
             "text": "a seven",
             "box": (0, 0, 8, 8),
             "words": (0, 1),
-            "most": 3,
+            "max_tokens": 3,
             **drawn,
         },
         "edit": {"image": image, "instruction": "make it red", "n": 1, **drawn},
-        "answer": {"image": image, "question": "What is it?", "most": 3, **drawn},
+        "answer": {"image": image, "question": "What is it?", "max_tokens": 3, **drawn},
         "interleave": {
             "parts": ["a seven", image],
             "first": "text",
             "segments": 1,
-            "most": 3,
+            "max_tokens": 3,
             "text_decoder": "greedy",
             **drawn,
         },
         "page_image": {"parts": ["a seven", image, "a two"], "n": 1, "retrieve": 1, **drawn},
-        "page_text": {"parts": ["a seven", image], "retrieve": 1, "most": 3, **drawn},
+        "page_text": {"parts": ["a seven", image], "retrieve": 1, "max_tokens": 3, **drawn},
         "score": {
             "texts": ["a"],
             "images": None,
@@ -412,13 +412,13 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             "samples": range(1),
             "seeds": [0],
             "decoder": "greedy",
-            "most": 3,
+            "max_tokens": 3,
         },
         "fitting": {
             "task": "text_to_image",
             "documents": [document(model)],
             "retrieved": [[]],
-            "most": 3,
+            "max_tokens": 3,
         },
         "used_documents": {"rows": [0]},
         "rank": {
@@ -454,7 +454,7 @@ BAD: dict[str, list[Any]] = {
     "n": [*NUMBERS, 0, 10**9],
     "retrieve": NUMBERS,
     "count": NUMBERS,
-    "most": [*NUMBERS, 0],
+    "max_tokens": [*NUMBERS, 0],
     "segments": [*NUMBERS, 0, 1000],
     "seed": NUMBERS,
     "seeds": [*LISTS, [-1], [1.5], [0, 1], []],
@@ -514,7 +514,9 @@ def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:
     assert np.array_equal(drawn.codes_N, same.codes_N)
     far = model.generate("a seven", n=2, seed=2**64 - 1)
     assert sorted(picture.seed for picture in far) == [2**64 - 1, 2**64]
-    assert model.caption(picture(), seed=1_764_363_600_000_000_000, most=np.int16(2)) is not None  # type: ignore[arg-type]
+    assert (
+        model.caption(picture(), seed=1_764_363_600_000_000_000, max_tokens=np.int16(2)) is not None
+    )  # type: ignore[arg-type]
     box = np.array([0, 0, 8, 8])
     filled = model.infill(picture(), "a", box=box)  # type: ignore[arg-type]
     assert np.array_equal(filled.codes_N, model.infill(picture(), "a", box=(0, 0, 8, 8)).codes_N)
@@ -529,8 +531,9 @@ def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:
         ({"weights": "x"}, 'weights is "x"; it must be'),
         ({"precision": "x"}, 'precision is "x"; it must be one of auto, bf16, float32'),
         ({"precision": None}, "precision is null; it must be"),
-        ({"way": "x"}, 'way is "x"; it must be one of eager, compiled, graph'),
-        ({"way": "fast"}, 'way is "fast"; it must be one of eager, compiled'),
+        ({"execution": "x"}, 'execution is "x"; it must be one of eager, compiled, graph'),
+        ({"way": "x"}, 'execution is "x"; it must be one of eager'),
+        ({"execution": "fast"}, 'execution is "fast"; it must be one of eager, compiled'),
         ({"window": 0}, "window is 0; it must be"),
         ({"window": 2.5}, r"window is 2.5; it must be"),
         ({"device": "gpu"}, "device is gpu, which cannot be used here"),
@@ -571,7 +574,9 @@ def test_every_decoder_answers_every_question_within_its_grammar(model: CM3Leon,
     ):
         assert drawn.codes_N.shape == (16,)
     for box, inside in (((8, 8, 24, 17), [5, 6, 9, 10]), ((0, 0, 32, 16), range(8))):
-        filled = model.infill(picture(), "a big seven", box=box, words=(2, 5), decoder=name, most=4)
+        filled = model.infill(
+            picture(), "a big seven", box=box, words=(2, 5), decoder=name, max_tokens=4
+        )
         assert np.array_equal(np.delete(filled.codes_N, inside), np.delete(before_N, inside))
         assert filled.codes_N.shape == (16,)
         assert filled.text.startswith("a ")
@@ -582,14 +587,14 @@ def test_every_decoder_answers_every_question_within_its_grammar(model: CM3Leon,
                 ["a"],
                 first=first,
                 segments=4,
-                most=5,
+                max_tokens=5,
                 decoder=name,
                 text_decoder=other,  # type: ignore[arg-type]
             )
             kinds = [isinstance(part, str) for part in found]
             assert all(a != b for a, b in pairwise(kinds))
-    assert isinstance(model.caption(picture(), decoder=name, most=5, retrieve=1), str)
-    assert isinstance(model.answer(picture(), "What is it?", decoder=name, most=5), str)
+    assert isinstance(model.caption(picture(), decoder=name, max_tokens=5, retrieve=1), str)
+    assert isinstance(model.answer(picture(), "What is it?", decoder=name, max_tokens=5), str)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -996,4 +1001,4 @@ def test_fewer_documents_than_asked_are_said_with_the_reason(
     assert f"found {len(drawn.documents)} of 50 documents: " in capsys.readouterr().out
     assert listed(out)[0]["shortage"] == drawn.shortage
     with pytest.warns(ShortageWarning, match="of 50 documents"):
-        model.caption(picture(), retrieve=50, most=3)
+        model.caption(picture(), retrieve=50, max_tokens=3)

@@ -31,8 +31,8 @@ class Model:
         self.asked.append(Path(image).name)
         return shade
 
-    def caption(self, image: Path, *, retrieve: int, most: int, **_: Any) -> str:
-        return f"{self._shade(image)} {retrieve} {most}"
+    def caption(self, image: Path, *, retrieve: int, max_tokens: int, **_: Any) -> str:
+        return f"{self._shade(image)} {retrieve} {max_tokens}"
 
     def answer(self, image: Path, question: str, **_: Any) -> str:
         return f"{question} {self._shade(image)}"
@@ -72,7 +72,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_a_folder_has_a_line_for_each_image(model: Model, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "captions.jsonl"
-    words = ["caption", "run=x", f"image={images}", f"out={out}", "retrieve=1", "most=7"]
+    words = ["caption", "run=x", f"image={images}", f"out={out}", "retrieve=1", "max_tokens=7"]
     assert cm3leon(*words).stdout == f"answers: {out}\n"
     assert [(line["image"], line["caption"]) for line in lines(out)] == [
         ("a.png", "0 1 7"),
@@ -101,11 +101,24 @@ def test_only_what_is_missing_is_asked_again(model: Model, images: Path, tmp_pat
     said = cm3leon(*words)
     assert "3 of 3 images were done already" in said.stdout
     assert len(model.asked) == 3
-    said = cm3leon(*words, "most=5", check=False)
-    assert (said.returncode, "was made with other settings (most)" in said.stderr) == (2, True)
+    said = cm3leon(*words, "max_tokens=5", check=False)
+    assert said.returncode == 2
+    assert "was made with other settings (max_tokens)" in said.stderr
     model.digest = "trained anew"
     said = cm3leon(*words, check=False)
     assert (said.returncode, "was made with other settings (model)" in said.stderr) == (2, True)
+
+
+def test_names_of_earlier_versions_are_still_read(
+    model: Model, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    words = ["caption", "run=x", f"image={images}", f"out={out}"]
+    cm3leon(*words, "most=7", "way=eager")
+    assert [line["caption"] for line in lines(out)] == ["0 0 7", "1 0 7", "2 0 7"]
+    settings = out.with_suffix(".settings.json")
+    settings.write_text(settings.read_text().replace("max_tokens", "most"))
+    assert "3 of 3 images were done already" in cm3leon(*words, "max_tokens=7").stdout
 
 
 def test_texts_that_were_cut_have_it_in_their_lines_and_are_counted(
@@ -122,9 +135,9 @@ def test_texts_that_were_cut_have_it_in_their_lines_and_are_counted(
 
     monkeypatch.setattr(model, "caption", caption)
     out = tmp_path / "captions.jsonl"
-    said = cm3leon("caption", "run=x", f"image={images}", f"out={out}", "most=7")
+    said = cm3leon("caption", "run=x", f"image={images}", f"out={out}", "max_tokens=7")
     assert [line.get("truncated") for line in lines(out)] == [None, True, True]
-    assert "2 of 3 texts were cut before their end; raise most, which is 7" in said.stderr
+    assert "2 of 3 texts were cut before their end; raise max_tokens, which is 7" in said.stderr
     assert "it was cut" not in said.stderr
     assert said.stderr.count("no room") == 1
 

@@ -666,7 +666,7 @@ def test_what_is_recorded_does_the_same_without_its_python() -> None:
     ]
     for window in (1, 3):
         shape = shape_for(module, requests, window=window, samples=6)
-        engine = Engine(module, VOCAB, shape, window=window, way="graph", recorder=recorder)
+        engine = Engine(module, VOCAB, shape, window=window, execution="graph", recorder=recorder)
         eager = Engine(module, VOCAB, shape, window=window)
         assert run_all(engine, requests) == run_all(eager, requests)
     assert 2 <= shapes < engine.steps / 2
@@ -674,7 +674,7 @@ def test_what_is_recorded_does_the_same_without_its_python() -> None:
 
 def test_graphs_need_cuda() -> None:
     with pytest.raises(UserError, match="needs CUDA"):
-        Engine(model(), VOCAB, Shape(1, 1, 8, 8), way="graph")
+        Engine(model(), VOCAB, Shape(1, 1, 8, 8), execution="graph")
 
 
 def test_an_engine_that_took_time_to_make_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,7 +682,7 @@ def test_an_engine_that_took_time_to_make_is_kept(monkeypatch: pytest.MonkeyPatc
     module = model()
     small, longer = (request([1, 2, *ids], built("top_p"), samples=2) for ids in ([3], range(3, 9)))
     wide = request([1, 2], built("top_p"), samples=3)
-    keeper = Answerer(module, VOCAB, way="compiled")
+    keeper = Answerer(module, VOCAB, execution="compiled")
     engines = []
     for one in (small, longer, wide, wide):
         assert keeper.answers([one]) == answers(module, [one], vocab=VOCAB)
@@ -693,7 +693,7 @@ def test_an_engine_that_took_time_to_make_is_kept(monkeypatch: pytest.MonkeyPatc
 def test_an_interrupted_answer_leaves_a_kept_engine_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
     two = [request([1, 2, 3], built("top_p"), length=length) for length in (2, 9)]
-    keeper = Answerer(model(), VOCAB, way="compiled", window=1)
+    keeper = Answerer(model(), VOCAB, execution="compiled", window=1)
 
     def stop(answer: Answer) -> None:
         raise KeyboardInterrupt
@@ -773,15 +773,15 @@ def test_keys_and_values_stay_within_the_memory_given(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", ["compiled", "graph", "compiled graph"])
+@pytest.mark.parametrize("execution", ["compiled", "graph", "compiled graph"])
 @pytest.mark.parametrize("window", [1, 4])
-def test_recorded_steps_on_a_gpu_are_those_from_python(way: Any, window: int) -> None:
+def test_recorded_steps_on_a_gpu_are_those_from_python(execution: Any, window: int) -> None:
     module, asked = model().cuda(), prompts(4)
     requests = [
         request_for(one, built("top_p", cfg=2), vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN - 3)
         for row, one in enumerate(asked)
     ]
-    keeper = Answerer(module, VOCAB, window=window, way=way)
+    keeper = Answerer(module, VOCAB, window=window, execution=execution)
     for _ in range(2):
         assert keeper.answers(requests) == answers(module, requests, vocab=VOCAB, window=1)
 
@@ -794,7 +794,7 @@ def test_compiled_steps_are_those_from_python() -> None:
         request_for(one, decoder, vocab=VOCAB, seeds=[row], seq_len=SEQ_LEN)
         for row, one in enumerate(asked)
     ]
-    assert answers(module, requests, vocab=VOCAB, way="compiled") == answers(
+    assert answers(module, requests, vocab=VOCAB, execution="compiled") == answers(
         module, requests, vocab=VOCAB
     )
 

@@ -57,7 +57,7 @@ def test_requests_are_answered_and_scored_as_the_model_does(run: Path) -> None:
         for n in range(3)
     ]
     assert model.generate_until(asked) == [
-        _until(model._model.answer(picture(n), "What is it?", most=4), ()) for n in range(3)
+        _until(model._model.answer(picture(n), "What is it?", max_tokens=4), ()) for n in range(3)
     ]
     scored = [
         Request("What is it?", lambda doc: " red", visual, n, "colours", "test") for n in range(2)
@@ -128,7 +128,7 @@ def test_lmms_eval_measures_a_local_task(
     )
     samples = found["samples"]["colours_local"]
     model = CM3Leon.load(run)
-    answers = [_until(model.answer(picture(n), "What is it?", most=4), ()) for n in range(4)]
+    answers = [_until(model.answer(picture(n), "What is it?", max_tokens=4), ()) for n in range(4)]
     assert [sample["filtered_resps"][0] for sample in samples] == answers
     assert (
         found["results"]["colours_local"]["exact_match,none"]

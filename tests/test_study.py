@@ -404,7 +404,7 @@ def test_a_model_that_learned_other_tasks_says_so(made):
     m, image = CM3Leon.load(made[1] / "tuned"), np.zeros((48, 48, 3), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntunedWarning)
-        m.answer(image, "What is it?", most=2)
+        m.answer(image, "What is it?", max_tokens=2)
         m.score(image=image, texts=["a"], question="What is it?")
     said = "edit needs .* of the task edit; the run .*tuned was fine-tuned on vqa alone"
     with pytest.warns(UntunedWarning, match=said):

@@ -4,8 +4,8 @@
 
 Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
 its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
-code 3.
-The line of a text that was cut at `most` pieces, before its end, has `truncated`, and their number is said at the end.
+code 3. The line of a text that was cut at `max_tokens` pieces, before its end, has `truncated`, and their number is
+said at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Options(LineOptions):
     """A question about each image."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null = as the run's experiment says."""
-    most: PositiveInt = 64
+    max_tokens: PositiveInt = 64
     """Pieces of a text that an answer may have."""
 
 
@@ -39,7 +39,11 @@ def main(options: Options) -> None:
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         said = model.answer(
-            image, options.question, decoder=options.decoder, seed=options.seed, most=options.most
+            image,
+            options.question,
+            decoder=options.decoder,
+            seed=options.seed,
+            max_tokens=options.max_tokens,
         )
         return {"question": options.question, "answer": said}
 

@@ -2,8 +2,8 @@
 
 `image` is a file, or a folder whose images are all asked, those below it too. Each gets a line of JSON, printed or in
 `out`; new images go beside the lines. An image that has its line is not asked again by the same command, and one that
-cannot be used is named at the end, which then has exit code 3. The line of a text that was cut at `most` pieces, before
-its end, has `truncated`, and their number is said at the end.
+cannot be used is named at the end, which then has exit code 3. The line of a text that was cut at `max_tokens` pieces,
+before its end, has `truncated`, and their number is said at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from cm3leon.arguments import current_name
 from cm3leon.commands.words import AskingOptions
 from cm3leon.config import NonNegativeInt, to_mapping
 from cm3leon.io import read_json, sha256, write_json, write_text
@@ -48,7 +49,7 @@ class ImageOptions(AskingOptions):
 
     retrieve = 0
     """Documents of the memory bank that are put before a prompt; an option where the command has one."""
-    most = 0
+    max_tokens = 0
     """Pieces of a text that is asked for; an option where the command has one."""
 
 
@@ -74,7 +75,7 @@ def load_model(options: AskingOptions, ranks: Ranks | None = None) -> CM3Leon:
         precision=options.precision,
         weights=options.weights,
         window=options.window,
-        way=options.way,
+        execution=options.execution,
         ranks=ranks,
         plugins=options.plugins,
         trust=options.trust,
@@ -118,7 +119,7 @@ def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:
     if truncated:
         warnings.warn(
             f"{truncated} of {len(left) - len(failed)} texts were cut before their end; "
-            f"raise most, which is {options.most}",
+            f"raise max_tokens, which is {options.max_tokens}",
             TruncatedWarning,
             stacklevel=3,
         )
@@ -197,7 +198,7 @@ def _done(options: ImageOptions, out: Path, model: CM3Leon, images: Mapping[str,
 def _check_settings(options: ImageOptions, out: Path, model: CM3Leon) -> None:
     """Writes down what the answers depend on, or compares with what is written."""
     file = out.with_suffix(".settings.json")
-    apart = {"run", "image", "out", "window", "way", *(each.name for each in fields(Opening))}
+    apart = {"run", "image", "out", "window", "execution", *(each.name for each in fields(Opening))}
     settings = {
         "command": type(options).__module__.rpartition(".")[2],
         **{name: value for name, value in to_mapping(options).items() if name not in apart},
@@ -208,7 +209,8 @@ def _check_settings(options: ImageOptions, out: Path, model: CM3Leon) -> None:
             raise UserError(f"out: {out} was not made by this command; take another name")
         write_json(file, settings)
         return
-    written = read_json(file)
+    # By today's names, also where an earlier version wrote them.
+    written = {current_name(name, settings): value for name, value in read_json(file).items()}
     settings = json.loads(json.dumps(settings))
     differing = sorted(name for name in settings if settings[name] != written.get(name))
     if differing:

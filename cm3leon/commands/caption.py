@@ -5,8 +5,8 @@
 
 Images of a folder are all asked, those below it too. Each gets a line of JSON, printed or in `out`. An image that has
 its line is not asked again by the same command, and one that cannot be used is named at the end, which then has exit
-code 3.
-The line of a text that was cut at `most` pieces, before its end, has `truncated`, and their number is said at the end.
+code 3. The line of a text that was cut at `max_tokens` pieces, before its end, has `truncated`, and their number is
+said at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Options(LineOptions):
     """Documents of the memory bank that are put before a prompt."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null = as the run's experiment says."""
-    most: PositiveInt = 64
+    max_tokens: PositiveInt = 64
     """Pieces of a text that a caption may have."""
 
 
@@ -44,7 +44,7 @@ def main(options: Options) -> None:
             retrieve=options.retrieve,
             decoder=options.decoder,
             seed=options.seed,
-            most=options.most,
+            max_tokens=options.max_tokens,
         )
         return {"caption": said}
 

@@ -33,7 +33,7 @@ from cm3leon.registry import DECODERS
 from cm3leon.types import Partly, UserError
 
 if TYPE_CHECKING:
-    from cm3leon.api import CM3Leon, Picture
+    from cm3leon.api import CM3Leon, GeneratedImage
     from cm3leon.stages.artifacts import Run
     from cm3leon.training.distributed import Ranks
 
@@ -268,7 +268,9 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(errors="replace").split("\n") if file.is_file() else []
 
 
-def _write(options: Options, number: int, text: str, pictures: list[Picture]) -> dict[str, Any]:
+def _write(
+    options: Options, number: int, text: str, pictures: list[GeneratedImage]
+) -> dict[str, Any]:
     """Writes the images of a prompt; returns its line of the manifest."""
     images = []
     for place, picture in enumerate(pictures[: options.keep]):

@@ -4,8 +4,8 @@
 
 Images of a folder are all asked, those below it too. Each gets a line of JSON in results.jsonl of `out`, beside the new
 images. An image that has its line is not asked again by the same command, and one that cannot be used is named at the
-end, which then has exit code 3.
-The line of a text that was cut at `most` pieces, before its end, has `truncated`, and their number is said at the end.
+end, which then has exit code 3. The line of a text that was cut at `max_tokens` pieces, before its end, has
+`truncated`, and their number is said at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Options(ImageOptions):
     """Part of the text that is made anew: its characters from the first number to before the second."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How tokens are drawn; null = as the run's experiment says."""
-    most: PositiveInt = 64
+    max_tokens: PositiveInt = 64
     """Pieces of a text that the new words may have."""
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
             words=options.words,
             decoder=options.decoder,
             seed=options.seed,
-            most=options.most,
+            max_tokens=options.max_tokens,
         )
         return {"files": [save(filled.image, "")], "text": filled.text}
 

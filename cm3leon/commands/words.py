@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from cm3leon.arguments import current_name
 from cm3leon.commands import Command
 from cm3leon.config import (
     Component,
@@ -106,7 +107,7 @@ class AskingOptions(Opening):
     """What the decoder's matrices are kept in: float32, bf16, int8, fp8; null = as the precision."""
     window: PositiveInt | None = None
     """Image codes that a step computes, the next one and drafts behind it; null = 4 for a single image, 1 for more."""
-    way: Execution = "eager"
+    execution: Execution = "eager"
     """How steps are run: eager, compiled, and on CUDA graph or compiled graph."""
 
 
@@ -144,6 +145,8 @@ def read_options(command: Command, words: Sequence[str]) -> Any:
         words, overrides = _split(words, cls)
     sections = component_sections(cls)
     mapping = apply_overrides({}, map(parse_override, words), sections)
+    known = [field.name for field in fields(cls)]
+    mapping = {current_name(name, known): value for name, value in mapping.items()}
 
     # A component may be that of a plugin named with it.
     if sections:
@@ -183,7 +186,7 @@ def _plugins(cls: type, mapping: Mapping[str, Any]) -> list[str]:
 def _told(command: Command, sentence: str) -> str:
     """A sentence about an option; of one that is missing, what the command needs, with an example."""
     for doc in describe(command.options):
-        if sentence.startswith(f"{doc.name} is missing;"):
+        if re.match(rf"{doc.name}(\.path)? is missing;", sentence):
             return need(command, doc)
     return sentence
 

@@ -181,7 +181,7 @@ class Engine:
         model: from `MODELS`, in evaluation mode.
         window: image codes of a sample that a step computes: the next one, and behind it drafts that this step checks.
             Answers are those of a window of one (up to rounding), steps are fewer.
-        way: how steps are run.
+        execution: how steps are run.
         recorder: in the place of CUDA graphs.
     """
 
@@ -192,7 +192,7 @@ class Engine:
         shape: Shape,
         *,
         window: int = 1,
-        way: Execution = "eager",
+        execution: Execution = "eager",
         recorder: Recorder | None = None,
     ) -> None:
         self.model, self.vocab, self.shape, self.window = model, vocab, shape, window
@@ -201,7 +201,9 @@ class Engine:
         self._cache = model.new_cache(
             groups=shape.groups, width=shape.width, prefix=shape.prefix, tail=shape.tail
         )
-        self._steps = Steps(model, self._cache, window=window, way=way, recorder=recorder)
+        self._steps = Steps(
+            model, self._cache, window=window, execution=execution, recorder=recorder
+        )
         self._device = self._cache.device
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Piece] = deque()

@@ -30,13 +30,13 @@ class Answerer:
     Args:
         model: from `MODELS`, in evaluation mode.
         window: see `Engine`; None = `WINDOW` for a single image, 1 for more.
-        way: see `Steps`; all but eager keep the engine, and its memory.
+        execution: see `Steps`; all but eager keep the engine, and its memory.
     """
 
     def __init__(
-        self, model: Any, vocab: Vocab, *, window: int | None = None, way: Execution = "eager"
+        self, model: Any, vocab: Vocab, *, window: int | None = None, execution: Execution = "eager"
     ) -> None:
-        self.model, self.vocab, self.window, self.way = model, vocab, window, way
+        self.model, self.vocab, self.window, self.execution = model, vocab, window, execution
         self._kept: Engine | None = None
 
     def answers(
@@ -106,7 +106,7 @@ class Answerer:
             and "image" in requests[0].decoders[0]
         )
         window = self.window or (WINDOW if single else 1)
-        if self.way == "eager":
+        if self.execution == "eager":
             shape = shape_for(self.model, requests, samples=samples, window=window)
             return Engine(self.model, self.vocab, shape, window=window)
         wanted = shape_for(self.model, requests, samples=samples, window=window, memory=sys.maxsize)
@@ -116,7 +116,9 @@ class Answerer:
             shape = shape_for(
                 self.model, requests, samples=samples, window=window, multiple=ROUNDING
             )
-            kept = self._kept = Engine(self.model, self.vocab, shape, window=window, way=self.way)
+            kept = self._kept = Engine(
+                self.model, self.vocab, shape, window=window, execution=self.execution
+            )
         return kept
 
 
@@ -127,11 +129,11 @@ def answers(
     vocab: Vocab,
     samples: int = 256,
     window: int | None = None,
-    way: Execution = "eager",
+    execution: Execution = "eager",
     on_answer: Callable[[Answer], object] | None = None,
 ) -> list[list[list[int]]]:
     """Tokens of all samples of all requests, see `Answerer`."""
-    return Answerer(model, vocab, window=window, way=way).answers(
+    return Answerer(model, vocab, window=window, execution=execution).answers(
         requests, samples=samples, on_answer=on_answer
     )
 

@@ -35,15 +35,17 @@ class Steps:
         cache: Any,
         *,
         window: int,
-        way: Execution,
+        execution: Execution,
         recorder: Recorder | None = None,
     ) -> None:
-        graph = way.endswith("graph")
+        graph = execution.endswith("graph")
         if graph and recorder is None and cache.device.type != "cuda":
-            raise UserError(f"way is {way}, which needs CUDA, not {cache.device.type}")
+            raise UserError(f"execution is {execution}, which needs CUDA, not {cache.device.type}")
         self._model, self._cache = model, cache
         self._recorder = (recorder or cuda_graph) if graph else None
-        self._compute = torch.compile(self._eager) if way.startswith("compiled") else self._eager
+        self._compute = (
+            torch.compile(self._eager) if execution.startswith("compiled") else self._eager
+        )
         self._recorded: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
         self.next_RW = torch.zeros(
             cache.groups * cache.width, window, dtype=torch.int64, device=cache.device

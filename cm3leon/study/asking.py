@@ -310,7 +310,7 @@ class Asking:
     def _most(self, row: Row) -> dict[str, int]:
         """The same as the API's argument, which is left out where nothing is answered in text."""
         max_tokens = self.max_tokens(row)
-        return {} if max_tokens is None else {"most": max_tokens}
+        return {} if max_tokens is None else {"max_tokens": max_tokens}
 
     def _with_all_documents(self, row: Row) -> Measured | None:
         """Share of the items that had as many retrieved documents as the setting asks for.

@@ -63,9 +63,12 @@ class CM3LeonModel(Base):
         found = []
         for context, settings, doc_to_visual, doc_id, task, split in self._arguments(requests):
             image = self._image(doc_to_visual, doc_id, task, split)
-            most = int(settings.get("max_new_tokens", 64))
+            max_tokens = int(settings.get("max_new_tokens", 64))
             found.append(
-                _until(self._model.answer(image, context, most=most), settings.get("until") or ())
+                _until(
+                    self._model.answer(image, context, max_tokens=max_tokens),
+                    settings.get("until") or (),
+                )
             )
         return found
 
