@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from cm3leon import CM3Leon
 from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
 from cm3leon.decoders.request import Request
+from cm3leon.evaluate import AskConfig, Evaluation, Row
 from cm3leon.io import sha256
 from cm3leon.locks import locked
 from cm3leon.registry import DECODERS, PROTOCOLS, TASKS, discover
 from cm3leon.run import main
 from cm3leon.stages import generate as generate_stage
-from cm3leon.study.asking import Asking, Row, Setting
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 discover()
@@ -288,10 +288,10 @@ def test_a_study_asks_pages(
     """Each row has its figures, a ceiling and a chance, and pages to look at."""
     monkeypatch.setattr(shutil, "which", lambda name: None)  # Java takes seconds to start
     data = {"name": "jsonl", **page_corpus(tmp_path / "pages", 3)}
-    row = Row("row", "model", model.run.folder, Setting(documents=1), {})
+    row = Row("row", "model", model.run.folder, AskConfig(documents=1), {})
     for asks, figure in (("image", "SSIM"), ("text", "ROUGE-L (words (no Java for PTB))")):
         section = {"name": "pages", "data": data, "asks": asks, "split": "all", "count": 4}
-        asking = Asking(PROTOCOLS.check(section, "protocol"), tmp_path / asks)
+        asking = Evaluation(PROTOCOLS.check(section, "protocol"), tmp_path / asks)
         asking._opened = ((row.folder, None, None), model)
         asking.answer(row, [0])
         measured = asking.measure(row)

@@ -32,6 +32,7 @@ TOP = (
     "experiment",
     "stages",
     "api",
+    "evaluate",
     "study",
     "launch",
     "sweep",

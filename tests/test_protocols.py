@@ -12,6 +12,7 @@ from corpora import page_corpus
 from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
+from cm3leon import evaluate
 from cm3leon.config import from_mapping
 from cm3leon.data.images import square
 from cm3leon.evaluation.answers import vqa_accuracy
@@ -20,7 +21,6 @@ from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_ima
 from cm3leon.plugins.scenes.protocols import SceneCompositions, SceneEntities, SceneTask
 from cm3leon.plugins.scenes.world import World
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
-from cm3leon.study import asking as asking_module
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.types import UserError
 
@@ -337,11 +337,11 @@ def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
     def opened(folder, **_):
         return SimpleNamespace(image_tokenizer_shape=SimpleNamespace(image_size=sizes[folder.name]))
 
-    monkeypatch.setattr(asking_module, "open_run", opened)
+    monkeypatch.setattr(evaluate, "open_run", opened)
     section = {"name": "scene_task", "task": "vqa", "count": 3, "side": 48, "world": SMALL}
-    asking = asking_module.Asking(PROTOCOLS.check(section, "protocol"), tmp_path)
+    asking = evaluate.Evaluation(PROTOCOLS.check(section, "protocol"), tmp_path)
     for name in ("small", "large", "small"):
-        row = asking_module.Row(name, name, Path(name), asking_module.Setting(), {})
+        row = evaluate.Row(name, name, Path(name), evaluate.AskConfig(), {})
         side = sizes[name]
         assert [item.document.image.shape for item in asking.items(row)] == [(side, side, 3)] * 3
         assert asking.shards(row) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,13 @@ from cm3leon.config import (
     SHIPPED,
     Component,
     Range,
-    apply_overrides,
     choices,
-    component_sections,
     from_mapping,
     parse_override,
     settled,
-    split_key,
 )
+from cm3leon.evaluate import Row
+from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, combinations, named, shown
 from cm3leon.evaluation.metrics import MOST_RUNS
 from cm3leon.experiment import (
     Experiment,
@@ -28,10 +26,9 @@ from cm3leon.experiment import (
     typed_settings,
     with_absolute_plugins,
 )
-from cm3leon.registry import LAUNCHERS, PROTOCOLS, discover
+from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.stages.pipeline import number_of
 from cm3leon.stages.stages import stages_of
-from cm3leon.study.asking import Row, Setting
 from cm3leon.study.seeds import first_runs, name_of, of_seed
 from cm3leon.types import UserError
 
@@ -52,21 +49,11 @@ class StudyRun:
 
 
 @dataclass(kw_only=True)
-class Evaluation:
+class StudyEvaluation(EvaluationConfig):
     """A protocol put to models under settings."""
 
-    title: str
-    """What the report calls it."""
-    protocol: Annotated[Component, PROTOCOLS]
-    """What is asked, and how the answers are measured."""
     models: dict[str, Path]
     """Run folders with a finished pretraining, by the names that the result gives them."""
-    setting: dict[str, Any] = field(default_factory=dict)
-    """How they are asked: documents, samples, decoder, bank, seed."""
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    """Dotted keys of the setting and the values they take; there is a row for each model and combination."""
-    plot: str | None = None
-    """The metric that is drawn; null = a table alone."""
     against: Literal["sweep", "compute"] = "sweep"
     """What it is drawn against: the first swept key, or the FLOPs that the model was trained with."""
 
@@ -75,24 +62,6 @@ class Evaluation:
             raise UserError("models is empty; give at least one run folder by a name")
         if self.plot and not self.sweep and self.against == "sweep":
             raise UserError("plot is against the first key of sweep, which is empty")
-
-
-@dataclass(kw_only=True)
-class Aim:
-    """What a figure should reach, shown at the top of the report."""
-
-    label: str
-    """What it is called there."""
-    evaluation: str
-    """Name of the evaluation."""
-    row: str
-    """Name of its row: the model, and the swept values behind it."""
-    metric: str
-    """Name of the figure."""
-    at_least: float | None = None
-    """What it should reach; null = nothing."""
-    at_most: float | None = None
-    """What it should not exceed; null = nothing."""
 
 
 @dataclass(kw_only=True)
@@ -109,7 +78,7 @@ class Study:
     """Seeds that every run is made with; figures are then their mean, with their spread."""
     runs: dict[str, StudyRun] = field(default_factory=dict)
     """By their names."""
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    evaluations: dict[str, StudyEvaluation] = field(default_factory=dict)
     """By their names."""
     aims: list[Aim] = field(default_factory=list)
     """Figures for the top of the report."""
@@ -151,7 +120,7 @@ def load_study(
     discover(mapping.get("plugins", []))
     for evaluation in mapping.get("evaluations", {}).values():
         if isinstance(evaluation, dict) and "setting" in evaluation:
-            evaluation["setting"] = settled(Setting, evaluation["setting"])
+            evaluation["setting"] = settled(AskConfig, evaluation["setting"])
     # The study's own file, written into its folder, keeps the name that it was first started by.
     if mapping.get("name") is None:
         mapping["name"] = name_or_path
@@ -196,41 +165,13 @@ def load_run(study: Study, name: str) -> Experiment:
         raise UserError(f"runs.{name}: {error}") from error
 
 
-def rows(name: str, evaluation: Evaluation) -> list[Row]:
+def rows(name: str, evaluation: StudyEvaluation) -> list[Row]:
     """The rows of an evaluation: each model under each combination of what is swept."""
-    sections = component_sections(Setting)
-    result = []
-    for model, folder in evaluation.models.items():
-        for point in combinations(evaluation.sweep):
-            mapping = apply_overrides(
-                evaluation.setting, [(split_key(key), v) for key, v in point.items()], sections
-            )
-            setting = from_mapping(Setting, mapping, f"evaluations.{name}.setting")
-            named = ", ".join(
-                [model, *(f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items())]
-            )
-            result.append(Row(named, model, folder, setting, point))
-    return result
-
-
-def combinations(sweep: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values of some keys; one, of none, where there are no keys."""
-    for values in itertools.product(*sweep.values()):
-        yield dict(zip(sweep, values, strict=True))
-
-
-def shown(value: Any) -> str:
-    """A value of a sweep as the name of a row has it."""
-    if isinstance(value, Mapping):
-        return " ".join(
-            [
-                str(value.get("name", "")),
-                *(f"{k} {shown(v)}" for k, v in value.items() if k != "name"),
-            ]
-        ).strip()
-    if isinstance(value, list):
-        return " and ".join(map(shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return [
+        Row(", ".join([model, *named(point)]), model, folder, setting, point)
+        for model, folder in evaluation.models.items()
+        for point, setting in evaluation.points(f"evaluations.{name}.setting")
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ parts

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.evaluate import Example
+from cm3leon.evaluation.config import Aim, shown
 from cm3leon.evaluation.origin import Origin, is_logarithmic, page_of
 from cm3leon.evaluation.report import (
     Card,
@@ -26,8 +28,7 @@ from cm3leon.evaluation.report import (
     Table,
     write_report,
 )
-from cm3leon.study.asking import Example
-from cm3leon.study.config import Aim, Evaluation, Study, shown
+from cm3leon.study.config import Study, StudyEvaluation
 
 NOTE = "In brackets the interval of 95 %."
 SEEDS = (
@@ -100,7 +101,9 @@ def _fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
 
 
 def _section(
-    evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], examples: Sequence[Sequence[Example]]
+    evaluation: StudyEvaluation,
+    rows: Sequence[Mapping[str, Any]],
+    examples: Sequence[Sequence[Example]],
 ) -> Section:
     metrics = list(rows[0]["metrics"])
     table = [
@@ -196,7 +199,7 @@ def _runs(study: Study, folder: Path) -> list[Section]:
     return [Section("Runs", blocks=[table])]
 
 
-def _curves(evaluation: Evaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
+def _curves(evaluation: StudyEvaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
     """The metric against the first swept key, a line for each model and combination of the other keys; or against
     the FLOPs of training, a line for each model and combination of all keys but the checkpoint's."""
     by_compute = evaluation.against == "compute"

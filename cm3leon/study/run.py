@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
+from cm3leon.evaluate import Evaluation, Row
+from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.origin import Origin
 from cm3leon.io import read_json, write_json, write_text
 from cm3leon.locks import locked
@@ -17,9 +19,8 @@ from cm3leon.paths import make_folder, naming
 from cm3leon.provenance import machines
 from cm3leon.records import MARKER, read_stage
 from cm3leon.stages.stages import run_experiment, stages_of
-from cm3leon.study.asking import Asking, Row
 from cm3leon.study.compute import training_flops
-from cm3leon.study.config import Evaluation, Study, load_run, rows, shown
+from cm3leon.study.config import Study, StudyEvaluation, load_run, rows
 from cm3leon.study.report import study_report
 from cm3leon.study.seeds import first_runs, over_seeds, row_of_seed
 from cm3leon.terminal import command_line
@@ -86,7 +87,7 @@ def _run_study(
         found = {}
         for name in (name for name in wanted if name in study.evaluations):
             evaluation = study.evaluations[name]
-            asking = Asking(evaluation.protocol, folder / "answers")
+            asking = Evaluation(evaluation.protocol, folder / "answers")
             of_seeds = rows_of_seeds(study, name, folder)
             for row in itertools.chain(*of_seeds):
                 asking.answer(row, range(share[0], asking.shards(row), share[1]))
@@ -144,7 +145,7 @@ def rows_of_seeds(study: Study, name: str, folder: Path) -> list[list[Row]]:
 
 
 def measured(
-    asking: Asking, name: str, evaluation: Evaluation, of_seeds: Sequence[Sequence[Row]]
+    asking: Evaluation, name: str, evaluation: StudyEvaluation, of_seeds: Sequence[Sequence[Row]]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The result of each row of an evaluation, and for each what is shown of it: the first seed's."""
     results, pictures = [], []

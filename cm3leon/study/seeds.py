@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from cm3leon.evaluate import Row
 from cm3leon.evaluation.metrics import over_runs
-from cm3leon.study.asking import Row
 
 DRAWS = 2**20
 """Distance between the first seeds of sampling of one seed and the next: more than items there are."""

@@ -19,8 +19,8 @@ from cm3leon.config import (
     split_key,
     typed_value,
 )
+from cm3leon.evaluation.config import combinations, shown
 from cm3leon.experiment import Experiment
-from cm3leon.study.config import combinations, shown
 from cm3leon.sweep.values import LEGEND, Choice, Interval, parse_values
 from cm3leon.types import UserError
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.origin import Origin, is_logarithmic, page_of
 from cm3leon.evaluation.report import (
     Cell,
@@ -18,7 +19,6 @@ from cm3leon.evaluation.report import (
     Table,
     write_report,
 )
-from cm3leon.study.config import shown
 from cm3leon.sweep.results import Result, columns
 
 COLUMNS = 12

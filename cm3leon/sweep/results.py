@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3leon.config import choices
+from cm3leon.evaluation.config import shown
 from cm3leon.io import read_json, read_json_lines
-from cm3leon.study.config import shown
 from cm3leon.sweep.points import Point
 from cm3leon.types import UserError
 

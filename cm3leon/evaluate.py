@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cm3leon.api import CM3Leon, Completed, UsedDocument
-from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, result_settings, to_mapping
+from cm3leon.config import Component, result_settings, to_mapping
+from cm3leon.evaluation.config import AskConfig
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import (
     Answer,
@@ -26,7 +27,7 @@ from cm3leon.evaluation.protocols.base import (
 from cm3leon.io import atomic, digest_of, read_json, sha256, write_json
 from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER, read_stage
-from cm3leon.registry import DECODERS, PROTOCOLS, TASKS
+from cm3leon.registry import PROTOCOLS, TASKS
 from cm3leon.retrievers.index import ADDED
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.tokens import token_documents
@@ -42,26 +43,6 @@ SEEDS = 65_536
 """Seeds from one item's to the next one's: the most samples there may be."""
 
 
-@dataclass(kw_only=True)
-class Setting:
-    """How a model is asked."""
-
-    documents: NonNegativeInt = 0
-    """Retrieved documents before the prompt."""
-    samples: PositiveInt = 1
-    """Answers drawn for an item; the best by the run's own CLIP is the one that counts."""
-    decoder: Annotated[Component, DECODERS] | None = None
-    """How tokens are drawn; null = as the model's own experiment says."""
-    bank: Path | None = None
-    """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
-    checkpoint: PositiveInt | None = None
-    """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
-    seed: Seed = 0
-    """Of the first sample of the first item."""
-    max_tokens: PositiveInt | None = None
-    """Tokens of an answer in text, at most; null = as many as the protocol says."""
-
-
 @dataclass(frozen=True, eq=False)
 class Row:
     """One line of a result: a model under a setting."""
@@ -70,7 +51,7 @@ class Row:
     model: str
     folder: Path
     """Run folder of the model."""
-    setting: Setting
+    setting: AskConfig
     point: dict[str, Any]
     """The swept keys and their values."""
 
@@ -89,7 +70,7 @@ class Example:
     """The documents that stood in the prompt, the closest last."""
 
 
-class Asking:
+class Evaluation:
     """The items of a protocol, put to one model after the other. `folder` holds the answers of all."""
 
     def __init__(self, protocol: Component, folder: Path) -> None:

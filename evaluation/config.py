@@ -1,0 +1,112 @@
+"""How models are asked, as YAML says it: settings of one evaluation, what is swept in them, and aims."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cm3leon.config import (
+    Component,
+    NoEffect,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    apply_overrides,
+    component_sections,
+    from_mapping,
+    split_key,
+)
+from cm3leon.registry import DECODERS, PROTOCOLS
+
+
+@dataclass(kw_only=True)
+class AskConfig:
+    """How a model is asked."""
+
+    documents: NonNegativeInt = 0
+    """Retrieved documents before the prompt."""
+    samples: PositiveInt = 1
+    """Answers drawn for an item; the best by the run's own CLIP is the one that counts."""
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the model's own experiment says."""
+    bank: Path | None = None
+    """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
+    checkpoint: PositiveInt | None = None
+    """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
+    seed: Seed = 0
+    """Of the first sample of the first item."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of an answer in text, at most; null = as many as the protocol says."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """A protocol, and the settings under which a model is asked by it."""
+
+    title: Annotated[str, NoEffect("what the report calls it")]
+    """What the report calls it."""
+    protocol: Annotated[Component, PROTOCOLS]
+    """What is asked, and how the answers are measured."""
+    setting: dict[str, Any] = field(default_factory=dict)
+    """How it is asked: documents, samples, decoder, bank, seed."""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """Dotted keys of the setting and the values they take; there is a row for each model and combination."""
+    plot: Annotated[str | None, NoEffect("what is drawn")] = None
+    """The metric that is drawn; null = a table alone."""
+
+    def points(self, where: str) -> Iterator[tuple[dict[str, Any], AskConfig]]:
+        """Each combination of what is swept, with the setting that it makes.
+
+        Args:
+            where: the section of the setting, for messages.
+
+        Raises:
+            UserError: for a setting that is none.
+        """
+        sections = component_sections(AskConfig)
+        for point in combinations(self.sweep):
+            overrides = [(split_key(key), value) for key, value in point.items()]
+            mapping = apply_overrides(self.setting, overrides, sections)
+            yield point, from_mapping(AskConfig, mapping, where)
+
+
+@dataclass(kw_only=True)
+class Aim:
+    """What a figure should reach, shown at the top of the report."""
+
+    label: str
+    """What it is called there."""
+    evaluation: str
+    """Name of the evaluation."""
+    row: str
+    """Name of its row: the model, and the swept values behind it."""
+    metric: str
+    """Name of the figure."""
+    at_least: float | None = None
+    """What it should reach; null = nothing."""
+    at_most: float | None = None
+    """What it should not exceed; null = nothing."""
+
+
+def combinations(sweep: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of some keys; one, of none, where there are no keys."""
+    for values in itertools.product(*sweep.values()):
+        yield dict(zip(sweep, values, strict=True))
+
+
+def named(point: Mapping[str, Any]) -> list[str]:
+    """The values of a point as the name of a row has them: `documents 2`, `cfg 3`."""
+    return [f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items()]
+
+
+def shown(value: Any) -> str:
+    """A value of a sweep as the name of a row has it."""
+    if isinstance(value, Mapping):
+        others = (f"{k} {shown(v)}" for k, v in value.items() if k != "name")
+        return " ".join([str(value.get("name", "")), *others]).strip()
+    if isinstance(value, list):
+        return " and ".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
