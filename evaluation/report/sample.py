@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from cm3leon.evaluation.report.page import Cell, Picture, Table, fill, write_pag
 from cm3leon.objectives.cm3 import Span
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
 from cm3leon.tokenizers.vocab import SPECIALS, Vocab
-from cm3leon.types import Block, Modality
+from cm3leon.types import Block
 
 Kind = Literal["text", "image", "break", "eos", "mask", "end", "pad"]
 SPECIAL_KINDS: tuple[Kind, ...] = ("pad", "eos", "break", "end")
@@ -204,6 +204,33 @@ class ShownSample:
         numbers_T[masks_T] = before + self.names.vocab.sentinel_numbers(piece.ids_T[masks_T])
         return numbers_T
 
+    def words(self, span: SegmentSpan) -> list[tuple[str, int]]:
+        """The text of a segment in parts, each with which of `spans` it lies in, -1 for none."""
+        ids_T = self.laid_out.ids_T[span.start : span.end]
+        number_T = self.span_numbers[span.start : span.end]
+        return [
+            (self.names.run(ids_T[start:end]), int(number_T[start]))
+            for start, end in runs(ids_T, self.names, number_T)
+        ]
+
+    def moved_codes(self, span: SegmentSpan) -> dict[int, int]:
+        """How many codes of an image lie in which of `spans`."""
+        number_T = self.span_numbers[span.start : span.end]
+        numbers_M, counts_M = np.unique(number_T[number_T >= 0], return_counts=True)
+        return dict(zip(numbers_M.tolist(), counts_M.tolist(), strict=True))
+
+    def moved_cells(self, span: SegmentSpan) -> Iterator[tuple[int, int, int, int]]:
+        """Moved codes of an image as (which of `spans`, column, row, width), one row of the image at a time."""
+        number_T = self.span_numbers[span.start : span.end]
+        borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
+        for start, end in pairwise(borders):
+            if start == end or number_T[start] < 0:
+                continue
+            for row in range(start // self.grid, (end - 1) // self.grid + 1):
+                first = row * self.grid
+                left, right = max(start, first), min(end, first + self.grid)
+                yield int(number_T[start]), left - first, row, right - left
+
     def document_at(self, position: int) -> str:
         """The role of the document that a position of the laid-out sample belongs to, empty between documents."""
         for document in self.documents:
@@ -245,148 +272,45 @@ def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]]) -> str:
         "sample.html",
         sample=sample,
         facts=Table(("", ""), facts),
-        strip=_strip(sample),
-        pieces=[_piece(sample, piece) for piece in sample.pieces],
-        columns=COLUMNS,
+        picture=lambda label, pixels_HWC: Picture(pixels_HWC, label, height=PIXELS),
         visible=visible,
+        rotation_of=rotation_of,
+        block_of=block_of,
+        folds_of=folds_of,
     )
 
 
-@dataclass(frozen=True)
-class Chip:
-    """A token, and which of the sample's spans it belongs to; -1 for none."""
-
-    kind: Kind
-    text: str
-    span: int = -1
-
-
-@dataclass(frozen=True)
-class Marked:
-    """Text, and which of the sample's spans it belongs to; -1 for none."""
-
-    text: str
-    span: int
-
-
-def _chip(names: Names, id_: int, span: int = -1) -> Chip:
-    return Chip(names.kind(id_), names.token(id_), span)
+def block_of(piece: ShownPiece) -> Table:
+    """The samples of the block, and the padding behind them."""
+    rows: list[list[Cell]] = []
+    start, seq_len = 0, len(piece.block.ids_T)
+    for number, companion in enumerate(piece.samples):
+        name = "this sample" if number == piece.number else f"sample {companion.name}"
+        end = start + companion.tokens
+        where = numbers.span(start, end)
+        rows.append([number, name, visible(companion.query), companion.tokens, where])
+        start = end
+    if start < seq_len:
+        rows.append([None, "padding", "", seq_len - start, numbers.span(start, seq_len)])
+    columns = ("in block", "sample", "query", "tokens", "positions")
+    return Table(columns, rows, highlight=frozenset({piece.number}))
 
 
-# The strip of figures 8 and 9
+def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int, bool]]:
+    """The tokens of a piece as long runs of codes, which are folded, and what lies between these."""
+    begin = 0
+    for start, end in runs(piece.ids_T, sample.names, sample.moved(piece), piece.loss_T):
+        is_image = sample.names.kind(int(piece.ids_T[start])) == "image"
+        if is_image and end - start > UNFOLDED:
+            if begin < start:
+                yield begin, start, False
+            yield start, end, True
+            begin = end
+    if begin < len(piece.ids_T):
+        yield begin, len(piece.ids_T), False
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Codes of one span in one row of an image, `width` of them from column `x` on."""
-
-    span: int
-    x: int
-    y: int
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class Box:
-    """A segment: its words, or its pictures, the first one under the moved codes, with the codes."""
-
-    kind: ClassVar[str] = "box"
-
-    modality: Modality
-    where: str
-    words: Sequence[Marked] = ()
-    pictures: Sequence[Picture] = ()
-    moved: Sequence[Cells] = ()
-    codes: str = ""
-    shares: Sequence[Marked] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """A document: its segments, and the special tokens between them."""
-
-    kind: ClassVar[str] = "frame"
-
-    document: ShownDocument
-    parts: Sequence[Chip | Box]
-
-
-def _strip(sample: ShownSample) -> list[Chip | Frame]:
-    """Documents in their order, special tokens between them."""
-    chips = [_chip(sample.names, int(id_)) for id_ in sample.laid_out.ids_T]
-    strip: list[Chip | Frame] = []
-    position = 0
-    for document in sample.documents:
-        parts: list[Chip | Box] = []
-        for number, segment in enumerate(document.segments):
-            between = chips[position : segment.span.start]
-            if number == 0:
-                strip += between
-            else:
-                parts += between
-            parts.append(_box(sample, segment))
-            position = segment.span.end
-        strip.append(Frame(document, parts))
-    return [*strip, *chips[position:]]
-
-
-def _box(sample: ShownSample, segment: ShownSegment) -> Box:
-    modality, start, end = segment.span.modality, segment.span.start, segment.span.end
-    ids_T, number_T = sample.laid_out.ids_T[start:end], sample.span_numbers[start:end]
-    unit = "code" if modality == "image" else "piece"
-    tokens = "token" if end - start == 1 else "tokens"
-    where = f"{numbers.counted(end - start, unit)}, {tokens} {numbers.span(start, end)}"
-
-    if modality == "text":
-        words = [
-            Marked(sample.names.run(ids_T[first:last]), int(number_T[first]))
-            for first, last in runs(ids_T, sample.names, number_T)
-        ]
-        return Box(modality, where, words=words)
-    shares = [
-        Marked(numbers.counted(int((number_T == number).sum()), "code"), number)
-        for number in np.unique(number_T[number_T >= 0]).tolist()
-    ]
-    return Box(
-        modality,
-        where,
-        pictures=[Picture(pixels, label, height=PIXELS) for label, pixels in segment.pictures],
-        moved=_moved_cells(number_T, sample.grid),
-        codes=sample.names.run(ids_T) if len(ids_T) else "",
-        shares=shares,
-    )
-
-
-def _moved_cells(number_T: np.ndarray, grid: int) -> list[Cells]:
-    """Moved codes of an image, a rectangle for each row of codes of one span."""
-    borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
-    cells = []
-    for start, end in pairwise(borders):
-        if start == end or number_T[start] < 0:
-            continue
-        for y in range(start // grid, (end - 1) // grid + 1):
-            left, right = max(start, y * grid), min(end, (y + 1) * grid)
-            cells.append(Cells(int(number_T[start]), left - y * grid, y, right - left))
-    return cells
-
-
-# A piece of it in its block
-
-
-@dataclass(frozen=True, eq=False)
-class PieceView:
-    """What the template shows of a piece that is trained on."""
-
-    piece: ShownPiece
-    rotation: Rotation
-    shares: Sequence[Share]
-    block: Table
-    tokens: Sequence[Fold]
-
-
-def _piece(sample: ShownSample, piece: ShownPiece) -> PieceView:
-    shares, block = _block(piece)
-    return PieceView(piece, _rotation(sample, piece), shares, block, list(_folds(sample, piece)))
+# The drawing of a rotation
 
 
 @dataclass(frozen=True)
@@ -426,7 +350,7 @@ class Rotation:
     tall: int = TALL
 
 
-def _rotation(sample: ShownSample, piece: ShownPiece) -> Rotation:
+def rotation_of(sample: ShownSample, piece: ShownPiece) -> Rotation:
     """Three rows: the piece as it is laid out, what stays of it, and the moved spans behind it."""
     names, start, end, tail = sample.names, piece.start, piece.end, piece.tail
     moved_T, has_loss_T = sample.moved(piece), piece.loss_T > 0
@@ -492,112 +416,3 @@ def _band(upper: Sequence[Bar], lower: Sequence[Bar], span: int) -> Band:
     above = [bar for bar in upper if bar.span == span]
     below = [bar for bar in lower if bar.span == span]
     return Band(span, _sides(above), _sides(below), above[0].top + TALL, below[0].top)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a block that a sample takes, or, without a name, padding."""
-
-    name: str
-    about: str
-    tokens: int
-    is_this: bool = False
-
-
-def _block(piece: ShownPiece) -> tuple[list[Share], Table]:
-    """The block as shares of its samples, and as a table of them."""
-    shares: list[Share] = []
-    rows: list[list[Cell]] = []
-    start, seq_len = 0, len(piece.block.ids_T)
-    for number, companion in enumerate(piece.samples):
-        is_this = number == piece.number
-        name = "this sample" if is_this else f"sample {companion.name}"
-        where = numbers.span(start, start + companion.tokens)
-        shares.append(Share(companion.name, f"{name}: {where}", companion.tokens, is_this))
-        rows.append([number, name, visible(companion.query), companion.tokens, where])
-        start += companion.tokens
-    if start < seq_len:
-        shares.append(Share("", "padding", seq_len - start))
-        rows.append([None, "padding", "", seq_len - start, numbers.span(start, seq_len)])
-    columns = ("in block", "sample", "query", "tokens", "positions")
-    return shares, Table(columns, rows, highlight=frozenset({piece.number}))
-
-
-# Its tokens
-
-COLUMNS = (
-    ("position", "its place in the block"),
-    ("id", "of the vocabulary"),
-    ("token", "the input"),
-    ("target", "the token to predict from here on"),
-    ("weight", "of the target in the loss"),
-    ("sample", "number in the block: attention stays within"),
-    ("position id", "that the model gets"),
-    ("was at", "place in the laid-out sample"),
-    ("document", "that it belongs to"),
-)
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A token with what the model is given of it; the target's weight is 0 where nothing is learned from it."""
-
-    position: int
-    id: int
-    token: Chip
-    target: Chip
-    weight: float
-    sample: int
-    position_id: int
-    was_at: str
-    document: str
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Tokens of a piece; a long run of codes is folded under where it stands, its length and its codes."""
-
-    rows: Sequence[TokenRow]
-    is_folded: bool = False
-    span: int = -1
-    where: str = ""
-    codes: str = ""
-
-
-def _folds(sample: ShownSample, piece: ShownPiece) -> Iterator[Fold]:
-    """The tokens of the piece in order: long runs of codes, and what lies between these."""
-    ids_T, moved_T, loss_T = piece.ids_T, sample.moved(piece), piece.loss_T
-    rows = [_row(sample, piece, t, int(moved_T[t])) for t in range(len(ids_T))]
-    begin = 0
-    for start, end in runs(ids_T, sample.names, moved_T, loss_T):
-        if sample.names.kind(int(ids_T[start])) == "image" and end - start > UNFOLDED:
-            if begin < start:
-                yield Fold(rows[begin:start])
-            where = numbers.span(piece.first + start, piece.first + end)
-            where += f": {numbers.counted(end - start, 'code')}"
-            where += "" if loss_T[start] > 0 else ", no loss"
-            codes = sample.names.run(ids_T[start:end])
-            yield Fold(rows[start:end], True, int(moved_T[start]), where, codes)
-            begin = end
-    if begin < len(ids_T):
-        yield Fold(rows[begin:])
-
-
-def _row(sample: ShownSample, piece: ShownPiece, t: int, moved: int) -> TokenRow:
-    block, at = piece.block, piece.first + t
-    id_, target = int(block.ids_T[at]), int(block.target_T[at])
-    source = -1 if piece.source_T is None else int(piece.source_T[t])
-    was_at = numbers.DASH
-    if piece.source_T is not None:
-        was_at = f"{source:,}" if source >= 0 else "added"
-    return TokenRow(
-        position=at,
-        id=id_,
-        token=_chip(sample.names, id_, moved),
-        target=_chip(sample.names, target),
-        weight=float(block.weight_T[at]),
-        sample=int(block.sample_T[at]),
-        position_id=int(block.position_T[at]),
-        was_at=was_at,
-        document=sample.document_at(source),
-    )
