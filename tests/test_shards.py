@@ -518,6 +518,25 @@ def test_an_open_shard_holds_no_open_file(tmp_path: Path) -> None:
     assert all(len(shard) == 30 for shard in shards)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says how files are mapped")
+def test_rows_here_and_there_are_read_without_what_is_around_them(tmp_path: Path) -> None:
+    def flags() -> list[bool]:
+        """Whether Linux reads nothing ahead (`rr`), for each map of the shard."""
+        maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+        return [" rr " in one.split("VmFlags:")[1].splitlines()[0] + " " for one in maps]
+
+    write_plan(tmp_path, {})
+    path = shard_path(tmp_path, 0, 1)
+    write_shard(path, {"x": pa.array(np.arange(5))}, {})
+    finish(tmp_path, 1)
+    folder = ShardFolder(tmp_path, lambda shard: shard.numbers("x"), verify=True, scattered=True)
+    here_and_there = folder.shard(0)
+    assert flags() == [True]
+    whole = folder.whole(0)
+    assert sorted(flags()) == [False, True]
+    assert here_and_there.tolist() == whole.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_numbers_are_views_of_the_file_and_cannot_be_written(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.arrow", columns(), {})
     numbers = open_shard(tmp_path / "a.arrow").numbers("number")

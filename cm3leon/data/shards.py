@@ -12,7 +12,9 @@ appear, and a flipped bit anywhere is found. Any Arrow reader (pyarrow, Polars, 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import socket
 import time
@@ -114,10 +116,14 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
         writer.write_batch(batch.replace_schema_metadata(metadata))
 
 
-def open_shard(path: Path, *, verify: bool = True) -> Shard:
+def open_shard(path: Path, *, verify: bool = True, scattered: bool = False) -> Shard:
     """Maps a shard into memory; `verify` reads it, once in a process, and compares its checksum.
 
     Without it only what the columns are is checked: header, names, types and rows.
+
+    Args:
+        scattered: a few rows here and there will be read. The system then reads their pages alone, where it otherwise
+            reads ahead around each, up to megabytes for a row of kilobytes.
 
     Raises:
         DamagedShard: for a missing, cut or changed file.
@@ -127,11 +133,11 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
     check_readable(path)
     try:
         state = state_of(path)
-        file = pa.memory_map(str(path))
+        mapped = pa.memory_map(str(path)).read_buffer()
     except FileNotFoundError as error:
         raise DamagedShard(f"{path} is missing; make the shard again") from error
     try:
-        batch = pa.ipc.open_file(file).get_batch(0)
+        batch = pa.ipc.open_file(pa.BufferReader(mapped)).get_batch(0)
         batch.validate()
         metadata = {key: value.decode() for key, value in (batch.schema.metadata or {}).items()}
         content, frame = metadata[_HEADER], metadata[_FRAME]
@@ -149,7 +155,16 @@ def open_shard(path: Path, *, verify: bool = True) -> Shard:
         )
     if verify and state is not None:
         _verified.add(state)
+    if scattered:
+        _do_not_read_ahead(mapped)
     return Shard(path, header, dict(zip(batch.schema.names, batch.columns, strict=True)))
+
+
+def _do_not_read_ahead(mapped: pa.Buffer) -> None:
+    """Tell the system that a mapped file is read here and there; it may ignore that, as some systems do."""
+    if hasattr(mmap, "MADV_RANDOM"):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), mmap.MADV_RANDOM)
 
 
 def _frame_checksum(content: str, batch: pa.RecordBatch) -> str:
@@ -283,16 +298,22 @@ class ShardFolder(Generic[T]):
         columns: shard -> the views of it that are read.
         verify: compare the checksum of each shard when it is first opened. Rows with a checksum of their own do
             without.
+        scattered: rows are read in any order, see `open_shard`.
 
     Raises:
         UserError: for a folder that is not finished.
     """
 
     def __init__(
-        self, folder: Path, columns: Callable[[Shard], T], *, verify: bool = False
+        self,
+        folder: Path,
+        columns: Callable[[Shard], T],
+        *,
+        verify: bool = False,
+        scattered: bool = False,
     ) -> None:
         self.folder = folder
-        self._verify = verify
+        self._verify, self._scattered = verify, scattered
         check_readable(folder / INDEX)
         try:
             self.index = read_json(folder / INDEX, {"rows": [int]})
@@ -321,15 +342,22 @@ class ShardFolder(Generic[T]):
         """The views of shard `number`, mapped. Raises DamagedShard for one that is not the one of index.json."""
         columns = self._open.get(number)
         if columns is None:
-            shard = open_shard(self.path(number), verify=self._verify)
-            if len(shard) != self.rows[number]:
-                raise DamagedShard(
-                    f"{shard.path} has {len(shard)} rows, {INDEX} says {self.rows[number]}; make it again"
-                )
-            columns = self._open[number] = self._columns(shard)
+            columns = self._open[number] = self._map(number, scattered=self._scattered)
             if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         return columns
+
+    def whole(self, number: int) -> T:
+        """The views of shard `number` by a map of their own, to be read from front to end. Raises as `shard` does."""
+        return self._map(number, scattered=False)
+
+    def _map(self, number: int, *, scattered: bool) -> T:
+        shard = open_shard(self.path(number), verify=self._verify, scattered=scattered)
+        if len(shard) != self.rows[number]:
+            raise DamagedShard(
+                f"{shard.path} has {len(shard)} rows, {INDEX} says {self.rows[number]}; make it again"
+            )
+        return self._columns(shard)
 
     @property
     def all_stay_mapped(self) -> bool:

@@ -53,7 +53,7 @@ class VectorShards:
         self, folder: Path, expect: Mapping[str, Any] | None = None, *, verify: bool = True
     ) -> None:
         self.folder = folder
-        self._shards = ShardFolder(folder, _Columns, verify=verify)
+        self._shards = ShardFolder(folder, _Columns, verify=verify, scattered=True)
         made_by = read_plan(folder)
         check_shape(made_by, {"width": int}, str(folder / PLAN))
         self.width = made_by["width"]
@@ -79,7 +79,7 @@ class VectorShards:
 
     def shard(self, number: int) -> Parts:
         """All vectors of a shard, float32."""
-        columns = self._shards.shard(number)
+        columns = self._shards.whole(number)
         return Parts(columns.text_MD.astype(np.float32), columns.image_MD.astype(np.float32))
 
     def first(self, number: int) -> int:
