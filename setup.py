@@ -1,4 +1,4 @@
-"""Packaging: `evaluation/` and `plugins/` become subpackages of `cm3leon`, and the experiments travel inside it."""
+"""Packaging: `cm3leon`, with what its links `evaluation` and `plugins` lead to; the experiments travel inside it."""
 
 import re
 import shutil
@@ -46,11 +46,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        *find_packages(ROOT, include=["cm3leon", "cm3leon.*"]),
-        *(f"cm3leon.{name}" for name in find_packages(ROOT, include=["evaluation*", "plugins*"])),
-    ],
-    package_dir={"cm3leon.evaluation": "evaluation", "cm3leon.plugins": "plugins"},
+    packages=find_packages(ROOT, include=["cm3leon", "cm3leon.*"]),
     package_data={
         "cm3leon.evaluation.report": ["templates/*"],
         "cm3leon.plugins": ["**/*.yaml"],

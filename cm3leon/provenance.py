@@ -25,7 +25,7 @@ from cm3leon.types import UserError
 
 CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
 
-FOLDERS = ("cm3leon", "evaluation", "plugins", "experiments", "experiments.yaml")
+FOLDERS = ("cm3leon", "experiments", "experiments.yaml")
 """What the code is made of in a clone; in an installed package all of it lies in the first."""
 
 VARIABLES = (

@@ -314,7 +314,7 @@ def is_known_plugin(path: Path) -> bool:
 def _is_shipped(path: Path) -> bool:
     plugins = importlib.util.find_spec("cm3leon.plugins")
     folders = (plugins.submodule_search_locations if plugins else None) or ()
-    return any(path.is_relative_to(folder) for folder in folders)
+    return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
 def _module_name(path: Path) -> str:

@@ -152,7 +152,7 @@ def test_a_snapshot_runs_by_itself_and_says_of_what_it_is_a_copy(tmp_path: Path)
     )
     assert done.stdout.split() == [
         str(copy / "cm3leon/__init__.py"),
-        str(copy / "evaluation/__init__.py"),
+        str(copy / "cm3leon/evaluation/__init__.py"),
     ]
     assert json.loads((tmp_path / provenance.CODE).read_text()) == said
     assert (copy / "experiments/digits.yaml").is_file()

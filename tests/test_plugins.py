@@ -57,6 +57,7 @@ def clone(tmp_path: Path) -> Path:
     (clone / "experiments.yaml").write_text("")
     (clone / "plugins").mkdir()
     (clone / "plugins/__init__.py").write_text("")
+    (clone / "cm3leon/plugins").symlink_to("../plugins")
     return clone
 
 

@@ -29,9 +29,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
     ).splitlines()
     for file in files:
-        if (ROOT / file).is_file():
+        if (ROOT / file).exists():
             (base / "source" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, base / "source" / file)
+            shutil.copy(ROOT / file, base / "source" / file, follow_symlinks=False)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     call(
         *pip,

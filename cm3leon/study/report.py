@@ -261,7 +261,9 @@ def _losses(validation: Mapping[str, Mapping[str, float]]) -> list[Section]:
     if not trained:
         return []
     columns = list(dict.fromkeys(column for losses in trained.values() for column in losses))
-    rows = [[name, *(losses.get(column) for column in columns)] for name, losses in trained.items()]
+    rows: list[list[Cell]] = [
+        [name, *(losses.get(column) for column in columns)] for name, losses in trained.items()
+    ]
     best = min(range(len(rows)), key=lambda row: list(trained.values())[row]["loss"])
     note = "In nats a token, without retrieved documents; runs of other documents or objectives do not compare."
     table = Table(["run", *columns], rows, note, frozenset({best} if len(rows) > 1 else ()))
@@ -271,8 +273,10 @@ def _losses(validation: Mapping[str, Mapping[str, float]]) -> list[Section]:
 def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
     if not seconds:
         return []
-    rows = [[name, " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items()), round(sum(of.values()))]
-            for name, of in seconds.items()]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for name, of in seconds.items():
+        stages = " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items())
+        rows.append([name, stages, round(sum(of.values()))])
     total = sum(sum(of.values()) for of in seconds.values())
     return [
         Section(

@@ -21,6 +21,7 @@ from fairseq2.models.transformer_lm import (
 )
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
+from torch import Tensor
 
 from cm3leon.config import PositiveInt, from_mapping
 from cm3leon.models.transformer import Transformer
@@ -92,7 +93,7 @@ def _new_model(config: CM3LeonConfig) -> TransformerLM:
     return create_transformer_lm(config, config.vocab_size, create_default_sdpa)
 
 
-def _under_fairseq2_names(state: dict[str, object], config: CM3LeonConfig) -> dict[str, object]:
+def _under_fairseq2_names(state: dict[str, Tensor], config: CM3LeonConfig) -> dict[str, Tensor]:
     """The weights of a checkpoint of ours; those of fairseq2's trainer have its names already."""
     from cm3leon.plugins.fairseq2_cm3leon.convert import to_fairseq2
 
