@@ -10,7 +10,6 @@ paths, sizes and times of what was read.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from cm3leon.io import digest_of_parts, write_json
+from cm3leon.io import digest_of_parts, read_json, write_json
+from cm3leon.types import UserError
 
 WHOLE = 64 * 2**20
 """Bytes up to which a file is read whole."""
@@ -86,8 +86,8 @@ def remembered(file: Path) -> Iterator[Callable[[], None]]:
     """Keep checksums in a file, from one process to the next. What it yields writes the file, as a good end does."""
     kept: dict[str, str] = {}
     # There is none the first time, and a full disk may have cut it: everything is read again then.
-    with suppress(OSError, ValueError, AttributeError):
-        kept = {str(key): str(value) for key, value in json.loads(file.read_text()).items()}
+    with suppress(OSError, UserError):
+        kept = read_json(file, {str: str})
     _known.update(kept)
 
     def write() -> None:

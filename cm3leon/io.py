@@ -185,6 +185,29 @@ def read_json_lines(path: Path, shape: Any = dict) -> list[Any]:
     return found
 
 
+def read_log(path: Path, shape: Any = dict) -> list[Any]:
+    """The lines of a JSON-lines file that is written a line at a time, each of the given shape, see `read_json`.
+
+    Without the file there are none. A line that a kill has cut short, inside a character perhaps, is left out.
+
+    Raises:
+        UserError: naming the first whole line that is not as it should be.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+    ):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        check_shape(content, shape, f"{path}: line {number}")
+        found.append(content)
+    return found
+
+
 def check_shape(content: Any, shape: Any, where: str) -> None:
     """Raises UserError if JSON content has not the shape, see `read_json`; `where` names it."""
     if isinstance(shape, list):

@@ -77,7 +77,7 @@ def code_version() -> tuple[dict[str, Any], str]:
     root = SHIPPED.parent if SHIPPED.name == "cm3leon" else SHIPPED
     if (root / CODE).is_file():
         difference = (root / DIFF).read_text() if (root / DIFF).is_file() else ""
-        return json.loads((root / CODE).read_text()), difference
+        return read_json(root / CODE), difference
     commit, difference, new = None, "", []
     if (SHIPPED / ".git").exists():
         commit = _git("rev-parse", "HEAD").strip() or None

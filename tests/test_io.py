@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from cm3leon.io import atomic, digest_of, digest_of_parts, read_json, read_json_lines, write_json
+from cm3leon.io import (
+    atomic,
+    digest_of,
+    digest_of_parts,
+    read_json,
+    read_json_lines,
+    read_log,
+    write_json,
+)
 from cm3leon.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +38,16 @@ def test_two_writers_of_one_file_do_not_share_a_name(tmp_path: Path) -> None:
         mine.write_text("mine")
         other.write_text("other")
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_a_log_is_read_without_the_line_that_a_kill_cut(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    assert read_log(file) == []
+    file.write_bytes('{"step": 1}\n{"step": 2, "text": "ä'.encode()[:-1])
+    assert read_log(file, {"step": int}) == [{"step": 1}]
+    file.write_text('{"step": 1}\n{"steps": 2}\n')
+    with pytest.raises(UserError, match="line 2 has no step"):
+        read_log(file, {"step": int})
 
 
 def test_files_are_hashed_and_renamed_into_place_here_alone() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image
 from cm3leon.arguments import current_name
 from cm3leon.commands.words import AskingOptions
 from cm3leon.config import NonNegativeInt, to_mapping
-from cm3leon.io import read_json, sha256, write_json, write_text
+from cm3leon.io import read_json, read_log, sha256, write_json, write_text
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.stages.trust import Opening
@@ -186,7 +186,7 @@ def _done(options: ImageOptions, out: Path, model: CM3Leon, images: Mapping[str,
     """
     _check_settings(options, out, model)
     kept: dict[str, dict[str, Any]] = {}
-    for entry in _lines(out):
+    for entry in read_log(out):
         name = str(entry.get("image"))
         whole = all((out.parent / file).is_file() for file in entry.get("files", []))
         if name in images and whole and entry.get("sha256") == sha256(images[name]):
@@ -217,17 +217,6 @@ def _check_settings(options: ImageOptions, out: Path, model: CM3Leon) -> None:
         raise UserError(
             f"out: {out} was made with other settings ({', '.join(differing)}); take another name"
         )
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file; one that a kill cut short is left out."""
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict):
-            yield entry
 
 
 def _write(entry: dict[str, Any], out: Path | None) -> None:

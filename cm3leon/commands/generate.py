@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cm3leon.arguments import worded_text
 from cm3leon.commands.words import AskingOptions
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
-from cm3leon.io import check_shape, read_json, write_json, write_json_lines
+from cm3leon.io import read_json, read_log, write_json, write_json_lines
 from cm3leon.paths import naming, writing
 from cm3leon.registry import DECODERS
 from cm3leon.types import Partly, UserError
@@ -245,27 +245,13 @@ def _done(out: Path, texts: list[str]) -> set[int]:
     """
     file = out / MANIFEST
     entries = []
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        check_shape(
-            entry,
-            {"number": int, "prompt": str, "images": [{"file": str}]},
-            f"{file}: line {number}",
-        )
+    for entry in read_log(file, {"number": int, "prompt": str, "images": [{"file": str}]}):
         if texts[entry["number"] : entry["number"] + 1] != [entry["prompt"]]:
             raise UserError(f"{file} has other prompts than those given; take another folder")
         if all((out / Path(image["file"]).name).is_file() for image in entry["images"]):
             entries.append(entry)
     write_json_lines(file, entries)
     return {entry["number"] for entry in entries}
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines of the manifest; a kill may have cut the last one inside a character."""
-    return file.read_text(errors="replace").split("\n") if file.is_file() else []
 
 
 def _write(

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm3leon.io import check_shape
+from cm3leon.io import read_log
 from cm3leon.records import MARKER
 from cm3leon.stages.pipeline import STARTED, SUPERSEDED
 from cm3leon.training.steps import checkpoints, step_of
@@ -43,15 +43,7 @@ def write_event(journal: Path, event: str, **details: Any) -> None:
 
 def read_events(journal: Path) -> list[Event]:
     """The events of a journal, none where there is no file; a line that a kill cut short is left out."""
-    events = []
-    for line in journal.read_text().splitlines() if journal.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        check_shape(event, {"event": str, "time": (int, float), "at?": str}, str(journal))
-        events.append(event)
-    return events
+    return read_log(journal, {"event": str, "time": (int, float), "at?": str})
 
 
 def outcome(

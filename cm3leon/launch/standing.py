@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3leon.config import load_yaml
+from cm3leon.io import read_log
 from cm3leon.locks import locked
 from cm3leon.records import KINDS, MARKER, STAGES
 from cm3leon.stages.pipeline import STARTED
@@ -99,15 +100,7 @@ def _is_working(folder: Path) -> bool:
 
 def _records(file: Path) -> list[dict[str, Any]]:
     """The records of a log that have a step; a last line that is being written is left out."""
-    found = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
+    return [record for record in read_log(file) if isinstance(record.get("step"), int)]
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from cm3leon.data.shards import INDEX, PLAN, open_shard
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
-from cm3leon.io import digest_of, read_json, sha256
+from cm3leon.io import digest_of, read_json, read_log, sha256
 from cm3leon.records import MARKER, check_stage, read_array, read_stage
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
 from cm3leon.retrievers.bank import MemoryBank
@@ -363,10 +362,7 @@ class Run:
 
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; empty if it did not train."""
-        file = self.folder / stage / "log.jsonl"
-        return (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        )
+        return read_log(self.folder / stage / "log.jsonl")
 
     def section(self, *names: str) -> dict[str, Any]:
         """Sections of the experiment as plain data."""

@@ -6,7 +6,6 @@ training goes on. A folder gets its name when all files and their checksums are 
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import threading
@@ -225,9 +224,7 @@ class _Writing:
                 )
             time.sleep(0.05)
         write_json(self._partial / STATE, self._state, indent=None, sync=True)
-        files = {
-            name: digest for path in lists for name, digest in json.loads(path.read_text()).items()
-        }
+        files = {name: digest for path in lists for name, digest in read_json(path).items()}
         files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
         for path in lists:
             path.unlink()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cm3leon.io import write_json_lines
+from cm3leon.io import read_log, write_json_lines
 from cm3leon.training.distributed import Ranks
 
 Figure = Tensor | float | tuple[Tensor | float, Tensor | float]
@@ -207,18 +207,9 @@ class TrainingLog:
 
 def _cut(file: Path, step: int) -> list[Record]:
     """The lines of a file up to a step; what comes after them is cut off."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    kept = [record for record in map(_parsed, lines) if record and record["step"] <= step]
+    kept = [record for record in read_log(file, {"step": int}) if record["step"] <= step]
     write_json_lines(file, kept)
     return kept
-
-
-def _parsed(line: str) -> Record | None:
-    """A line of a log; None for a last one that a kill cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 class _Board:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fairseq2.assets import AssetCard
 from fairseq2.composition import register_checkpoint_models
 from fairseq2.runtime.dependency import DependencyContainer
 
-from cm3leon.io import write_json
+from cm3leon.io import read_json, write_json
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon._families import (
     FAMILY,
@@ -58,7 +57,7 @@ def card_entries(folder: Path) -> dict[str, Any]:
     }
     trained = folder / "pretraining" / "config.json"
     if trained.is_file():
-        content = json.loads(trained.read_text())
+        content = read_json(trained, {"model": {"name": str}, "vocab_size": int})
         name = content["model"]["name"]
         if not issubclass(MODELS.config_class(name), Transformer.Config):
             raise UserError(f"{trained}: the model {name} is not of the family {FAMILY}")
