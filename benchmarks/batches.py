@@ -27,7 +27,8 @@ from cm3leon.data.mixture import Mixture
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, write_token_shard
-from cm3leon.objectives.packing import BlockStream, Draw, PackingConfig
+from cm3leon.objectives.block_stream import BlockStream, Draw
+from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.retrievers.neighbours import NeighbourShards, finish_neighbours, write_neighbour_shard
 from cm3leon.seeds import mixed

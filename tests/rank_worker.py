@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cm3leon.objectives.packing import BlockStream, PackingConfig
+from cm3leon.objectives.block_stream import BlockStream
+from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import MODELS, OBJECTIVES, discover
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights

@@ -273,7 +273,7 @@ def tokens(parts: list[Any]) -> list[list[int]]:
 def test_ranks_and_parts_read_the_blocks_of_our_trainer(
     run: Path, families: None, method: str
 ) -> None:
-    from cm3leon.objectives.packing import BlockStream
+    from cm3leon.objectives.block_stream import BlockStream
     from cm3leon.stages.training_data import training_samples
 
     blocks = extension.get_cm3leon_dataset_hub().open_dataset(extension.asset_card(run))

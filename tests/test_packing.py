@@ -18,16 +18,8 @@ from samples import VOCAB, document, documents, segment, unrotate
 from cm3leon.config import from_mapping
 from cm3leon.data.shuffle import shuffled
 from cm3leon.objectives.base import Corrupted
-from cm3leon.objectives.packing import (
-    BlockStream,
-    PackingConfig,
-    choose,
-    collate,
-    fit,
-    merge_states,
-    pack,
-    shorten,
-)
+from cm3leon.objectives.block_stream import BlockStream, merge_states
+from cm3leon.objectives.packing import PackingConfig, choose, collate, fit, pack, shorten
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError

@@ -21,8 +21,8 @@ from cm3leon.commands.sample import _places, facts_of, moved_spans, printed, sho
 from cm3leon.evaluation.report.sample import ShownSample, render_sample, visible
 from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
+from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.objectives.cm3 import rotate
-from cm3leon.objectives.packing import BlockStream
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run

@@ -29,8 +29,9 @@ from cm3leon.evaluation.report.sample import (
 )
 from cm3leon.experiment import Experiment
 from cm3leon.objectives.base import Corrupted
+from cm3leon.objectives.block_stream import SAMPLE, Samples, Uncut, new_lane
 from cm3leon.objectives.cm3 import Span, rotate
-from cm3leon.objectives.packing import SAMPLE, Samples, Uncut, fit, new_lane, pack
+from cm3leon.objectives.packing import fit, pack
 from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.strategy import NONE

@@ -11,10 +11,8 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from cm3leon.config import Location
-from cm3leon.data.files import (
-    CUT_STREAM,
+from cm3leon.data.file_source import (
     BadRecord,
-    Files,
     FilesConfig,
     FileSource,
     Record,
@@ -23,6 +21,7 @@ from cm3leon.data.files import (
     id_key,
     page_text,
 )
+from cm3leon.data.files import CUT_STREAM, Files
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError

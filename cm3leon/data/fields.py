@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from cm3leon.data.files import BadRecord, FilesConfig
+from cm3leon.data.file_source import BadRecord, FilesConfig
 from cm3leon.data.images import SUFFIXES
 
 TEXT_KEYS = (

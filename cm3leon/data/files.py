@@ -1,51 +1,37 @@
-"""Files of a corpus, local or remote, and what sources made of files share."""
+"""Files of a corpus, local or remote: listed, opened, and found by the names that records give."""
 
 from __future__ import annotations
 
 import builtins
-import codecs
 import errno
 import gzip
-import json
 import os
 import zlib
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 from unicodedata import normalize
 
 import fsspec
-import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
-from cm3leon.config import Location, PositiveInt
-from cm3leon.data.images import UnusableImage, decode_image, read_limited, square
+from cm3leon.data.images import UnusableImage, read_limited
 from cm3leon.data.paths import all_paths
 from cm3leon.data.remote import reaching
-from cm3leon.data.source import Skipped, Source
-from cm3leon.digests import files_digest, stream_digest
-from cm3leon.io import digest_of, digest_of_parts
+from cm3leon.data.source import Skipped
 from cm3leon.permissions import check_readable
-from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
+from cm3leon.types import UserError
 
 CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a damaged gzip file raises."""
 
-
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
-
 CHECKSUMS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id", "CRC")
 """Where file systems of fsspec keep what changes with a file's content, and with nothing else."""
-REMOTE_BLOCKS = 4
-"""Blocks that are read of a remote file without a checksum."""
 
 
 class File(NamedTuple):
@@ -433,324 +419,3 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def fingerprint(files: Files, listed: Sequence[File]) -> str:
-    """A checksum over the files' names and what they hold, wherever they lie, see `digests`.
-
-    Of a remote file it is the checksum that its file system has, or else its size and a few blocks.
-    """
-    if files.local:
-        paths = [Path(files.full(file.name)) for file in listed]
-        return files_digest(paths, [file.name for file in listed])
-    return digest_of_parts(
-        f"{file.name!a}\0{file.size}\0{file.checksum or _remote_blocks(files, file)}\n"
-        for file in listed
-    )
-
-
-def _remote_blocks(files: Files, file: File) -> str:
-    with files.open_raw(file.name) as content:
-        return stream_digest(content, file.size, blocks=REMOTE_BLOCKS)
-
-
-def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
-    """A checksum over the images that records name, where these are files of their own.
-
-    What a source draws or computes depends on its settings, and is not looked at.
-    """
-    names: list[str] = []
-    paths: list[Path] = []
-    remote: list[str] = []
-    for record in records:
-        if isinstance(record, Skipped):
-            continue
-        for segment in record.segments:
-            load = segment.content if isinstance(segment, MarkedImage) else segment
-            found = _file_of(load)
-            if found is None:
-                continue
-            files, name = found
-            if files.local:
-                names.append(record.id)
-                paths.append(Path(files.full(name)))
-            else:
-                remote.append(f"{record.id!a}\0{files.remote_checksum(name)}\n")
-    return digest_of(f"{digest_of_parts(remote)} {files_digest(paths, names)}")
-
-
-def _file_of(load: Any) -> tuple[Files, str] | None:
-    """The file that a call of `Files.image` would read, by its name; None for anything else."""
-    if not isinstance(load, partial) or getattr(load.func, "__func__", None) is not Files.image:
-        return None
-    files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]
-    try:
-        return files, files.located(name, load.keywords.get("beside", ""))
-    except UnusableImage:
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ records
-
-
-@dataclass(frozen=True, eq=False)
-class MarkedImage:
-    """An image with a role: pixels (H, W, C), or the function that gives them or its file."""
-
-    content: np.ndarray | Callable[[], bytes | np.ndarray]
-    role: Role = ""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A document whose images are not decoded: runs of text, and for each image the function that gives its file.
-
-    That function may raise UnusableImage.
-    """
-
-    id: str
-    segments: tuple[str | TextSegment | MarkedImage | Callable[[], bytes], ...]
-    label: int | None = None
-    picture: int = 0
-    """Which of its images it is about: documents about the same one fall on one side of a split."""
-
-
-class BadRecord(ValueError):
-    """Why one record is left out; the message is a short reason."""
-
-
-def caption_text(caption: str | bytes | None, max_bytes: int) -> str:
-    """A caption, decoded and without the white space around it. Raises BadRecord if it is empty or too long."""
-    if caption is None or len(caption) == 0:
-        raise BadRecord("the caption is empty")
-    if len(caption) > max_bytes:
-        raise BadRecord(f"the caption is longer than {max_bytes} bytes")
-    text = page_text(caption, "the caption").strip()
-    if not text:
-        raise BadRecord("the caption is empty")
-    if len(text.encode()) > max_bytes:
-        raise BadRecord(f"the caption is longer than {max_bytes} bytes")
-    return text
-
-
-def page_text(text: Any, what: str = "the text") -> str:
-    """A run of text as it is. Raises BadRecord for anything but a string that UTF-8 can hold."""
-    try:
-        if isinstance(text, bytes):
-            return text.removeprefix(codecs.BOM_UTF8).decode()
-        if not isinstance(text, str):
-            raise BadRecord(f"{what} is {type(text).__name__}, not a string")
-        text.encode()
-    except UnicodeError as error:
-        raise BadRecord(f"{what} is not UTF-8") from error
-    return text
-
-
-def parse_object(content: bytes, what: str) -> dict[str, Any]:
-    """A JSON object. Raises BadRecord for anything else."""
-    try:
-        value = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
-    except RecursionError as error:
-        raise BadRecord(f"{what} is not usable JSON: nested too deep") from error
-    except ValueError as error:
-        raise BadRecord(f"{what} is not usable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadRecord(f"{what} is not a JSON object")
-    return value
-
-
-def id_key(value: Any) -> int | str | None:
-    """What an id of a published file is compared by; None for what is no id.
-
-    A whole number is the same id however it is written: 7, 7.0, "7" and "0007" are.
-    """
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 30:
-        return int(value)
-    return value if isinstance(value, (int, str)) else None
-
-
-def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
-    number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
-        whole = len(line) <= max_bytes or line.endswith(b"\n")
-        while not whole:
-            rest = file.readline(max_bytes)
-            whole = not rest or rest.endswith(b"\n")
-            line = b""
-        if not line:
-            yield number, None
-        elif line.strip():
-            yield number, line
-
-
-def interleaved(
-    segments: Any, image: Callable[[str], Callable[[], bytes]]
-) -> tuple[str | Callable[[], bytes], ...]:
-    """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are dropped.
-
-    Args:
-        image: name -> the function that gives the image's file.
-
-    Raises:
-        BadRecord: for anything else, or a page without a segment.
-    """
-    if not isinstance(segments, list):
-        raise BadRecord("segments is not a list")
-    result: list[str | Callable[[], bytes]] = []
-    for number, segment in enumerate(segments):
-        text, name = (
-            (segment.get("text"), segment.get("image"))
-            if isinstance(segment, dict)
-            else (None, None)
-        )
-        if text is not None and name is None:
-            run = page_text(text, f"the text of segment {number}")
-            result += [run] if run.strip() else []
-        elif text is None and isinstance(name, str):
-            result.append(image(name))
-        else:
-            raise BadRecord(f'segment {number} is neither {{"text": ...}} nor {{"image": ...}}')
-    if not result:
-        raise BadRecord("the page is empty")
-    return tuple(result)
-
-
-# ------------------------------------------------------------------------------------------------ sources of files
-
-
-UNREADABLE = "what cannot be read"
-"""The part of a source that holds folders, links and devices that are left out, where there are any."""
-
-
-@dataclass(kw_only=True)
-class FilesConfig:
-    """Where the files are, and what is too much of one."""
-
-    path: Annotated[str | list[str], Location()]
-    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL; several
-    as a list, with braces or as a.tar::b.tar."""
-    max_pixels: PositiveInt = 64_000_000
-    """Images of more pixels than this are skipped."""
-    max_caption_bytes: PositiveInt = 10_000
-    """Captions longer than this, in UTF-8 bytes, are skipped with their images."""
-    max_file_bytes: PositiveInt = 256 * 2**20
-    """Images, members of a tar and lines longer than this, in bytes, are skipped without being read."""
-
-
-class FileSource(Source):
-    """A corpus of files, each a part; a subclass reads the records of one, and gets everything else."""
-
-    suffixes: tuple[str, ...]
-    """Endings of the files, in lower case."""
-    images_apart = False
-    """Whether images are files of their own that the listed files name."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.files = Files(config.path)
-
-    @abstractmethod
-    def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        """Every record of a part in order, also those before `start`, of which nothing but the id will be used.
-
-        FileNotFoundError and PermissionError mean that the part cannot be opened.
-        """
-
-    def parts(self) -> list[str]:
-        listing = self._found()
-        names = [file.name for file in listing.files]
-        return [*names, UNREADABLE] if listing.left_out else names
-
-    def fingerprint(self) -> str:
-        held = fingerprint(self.files, self._list())
-        if not self.images_apart:
-            return held
-        records = (record for part in self.parts() for record in self._safe_records(part, 0))
-        return f"{held} {images_fingerprint(records)}"
-
-    def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
-        return self._read(part, start)
-
-    def read_squared(self, part: str, start: int = 0, *, size: int) -> Iterator[Document | Skipped]:
-        return self._read(part, start, size)
-
-    def _read(self, part: str, start: int, size: int | None = None) -> Iterator[Document | Skipped]:
-        for record in islice(_without_repeats(self._safe_records(part, start)), start, None):
-            yield record if isinstance(record, Skipped) else self._decoded(record, size)
-
-    def _list(self) -> list[File]:
-        return self._found().files
-
-    def _found(self) -> Listing:
-        listing = self.files.listing(self.suffixes)
-        if not listing.files:
-            first = listing.left_out[0] if listing.left_out else None
-            more = f" but {first.file}, {first.reason}" if first is not None else ""
-            raise UserError(
-                f"data.path: {self.files.path} holds no files that end in "
-                f"{', '.join(self.suffixes)}{more}"
-            )
-        return listing
-
-    def _safe_records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        if part == UNREADABLE:
-            yield from self.files.listing(self.suffixes).left_out
-            return
-        if not is_utf8(part):
-            yield Skipped(ascii(part), "the file's name is not UTF-8")
-            return
-        try:
-            with reaching(f"{part} of {self.files.path}", "data.path"):
-                yield from self.records(part, start)
-        except FileNotFoundError:
-            yield Skipped(part, "deleted since the corpus was listed")
-        except PermissionError:
-            yield Skipped(part, "no permission to read the file")
-
-    def _decoded(self, record: Record, size: int | None = None) -> Document | Skipped:
-        """The document of a record; each image is brought to `size` before the next one is decoded."""
-        segments: list[Segment] = []
-        digests: list[str] = []
-        name = PurePosixPath(record.id).name
-        try:
-            for segment in record.segments:
-                if isinstance(segment, (str, TextSegment)):
-                    segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
-                    continue
-                image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)
-                content = (
-                    image.content if isinstance(image.content, np.ndarray) else image.content()
-                )
-                digests.append(_digest(content))
-                if not isinstance(content, np.ndarray):
-                    content = decode_image(content, self.config.max_pixels, name)
-                if size is not None:
-                    content = square(content, size)
-                segments.append(ImageSegment(content, image.role))
-        except UnusableImage as error:
-            return Skipped(record.id, str(error))
-        group = digests[record.picture] if digests else ""
-        return Document(record.id, tuple(segments), record.label, group)
-
-
-def _digest(content: bytes | np.ndarray) -> str:
-    """SHA-256 of an image's file, or of the pixels of one that has none."""
-    held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
-    return digest_of(held)
-
-
-def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
-    seen: set[str] = set()
-    for record in records:
-        if isinstance(record, Record):
-            if record.id in seen:
-                yield Skipped(record.id, "its id occurs twice in this part; the first one is kept")
-                continue
-            seen.add(record.id)
-        yield record

@@ -23,17 +23,16 @@ from cm3leon.data.fields import (
     image_path,
     under,
 )
-from cm3leon.data.files import (
+from cm3leon.data.file_source import (
     UNREADABLE,
     BadRecord,
     FileSource,
     Record,
     fingerprint,
-    is_utf8,
     json_lines,
     parse_object,
-    spellings,
 )
+from cm3leon.data.files import is_utf8, spellings
 from cm3leon.data.images import READABLE, SUFFIXES, UnusableImage, read_limited
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES

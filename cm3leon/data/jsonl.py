@@ -21,10 +21,8 @@ from cm3leon.data.fields import (
     image_path,
     image_paths,
 )
-from cm3leon.data.files import (
-    CUT_STREAM,
+from cm3leon.data.file_source import (
     BadRecord,
-    Files,
     FilesConfig,
     FileSource,
     Record,
@@ -34,6 +32,7 @@ from cm3leon.data.files import (
     page_text,
     parse_object,
 )
+from cm3leon.data.files import CUT_STREAM, Files
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 

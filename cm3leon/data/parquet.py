@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 
 from cm3leon.config import Location
 from cm3leon.data.fields import IMAGE_KEYS, TEXT_KEYS, first_text
-from cm3leon.data.files import (
+from cm3leon.data.file_source import (
     BadRecord,
-    Files,
     FilesConfig,
     FileSource,
     Record,
     caption_text,
     page_text,
 )
+from cm3leon.data.files import Files
 from cm3leon.data.images import UnusableImage
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES

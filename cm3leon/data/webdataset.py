@@ -10,18 +10,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cm3leon.config import PositiveInt
 from cm3leon.data.fields import Found, PairConfig, check_unread, find_text, first_text
-from cm3leon.data.files import (
-    CUT_STREAM,
+from cm3leon.data.file_source import (
     BadRecord,
     FileSource,
     Record,
     caption_text,
     interleaved,
-    is_utf8,
-    leaves_folder,
     page_text,
     parse_object,
 )
+from cm3leon.data.files import CUT_STREAM, is_utf8, leaves_folder
 from cm3leon.data.images import SUFFIXES, UnusableImage
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES

@@ -13,7 +13,7 @@ from cm3leon.io import sha256, write_json
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
-from cm3leon.objectives.packing import BlockStream
+from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
 from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.training_data import training_samples

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cm3leon.objectives.packing import merge_states
+from cm3leon.objectives.block_stream import merge_states
 from cm3leon.seeds import nth_seed
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import (

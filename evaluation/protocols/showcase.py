@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cm3leon.config import PositiveInt, choices
-from cm3leon.data.files import MarkedImage
+from cm3leon.data.file_source import MarkedImage
 from cm3leon.data.images import UnusableImage, read_image
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
 from cm3leon.evaluation.metrics import Measured, average

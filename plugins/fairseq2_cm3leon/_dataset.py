@@ -12,7 +12,7 @@ from fairseq2.device import SupportsDeviceTransfer
 from fairseq2.gang import Gangs, all_sum
 from fairseq2.nn import BatchLayout
 
-from cm3leon.objectives.packing import BlockStream
+from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.types import Batch, UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.data.files import MarkedImage
+from cm3leon.data.file_source import MarkedImage
 from cm3leon.data.instructions.grounded import objects_text
 from cm3leon.data.instructions.reasoning import reasoning_slots
 from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill

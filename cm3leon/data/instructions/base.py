@@ -11,10 +11,8 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location, Seed
-from cm3leon.data.files import (
-    CUT_STREAM,
+from cm3leon.data.file_source import (
     BadRecord,
-    Files,
     FilesConfig,
     FileSource,
     Record,
@@ -23,6 +21,7 @@ from cm3leon.data.files import (
     id_key,
     page_text,
 )
+from cm3leon.data.files import CUT_STREAM, Files
 from cm3leon.data.images import UnusableImage
 from cm3leon.data.instructions.templates import (
     ROLES,

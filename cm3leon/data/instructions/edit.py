@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from cm3leon.data.files import BadRecord, parse_object
+from cm3leon.data.file_source import BadRecord, parse_object
 from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, read_json
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from cm3leon.config import Component, Location, result_settings
-from cm3leon.data.files import Files, id_key
+from cm3leon.data.file_source import id_key
+from cm3leon.data.files import Files
 from cm3leon.data.images import decode_image, square
 from cm3leon.data.instructions.base import (
     Example,

@@ -10,7 +10,8 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location, PositiveInt
-from cm3leon.data.files import BadRecord, Files, id_key
+from cm3leon.data.file_source import BadRecord, id_key
+from cm3leon.data.files import Files
 from cm3leon.data.images import UnusableImage, image_size
 from cm3leon.data.instructions.base import (
     Example,

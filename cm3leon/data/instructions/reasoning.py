@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-from cm3leon.data.files import BadRecord
+from cm3leon.data.file_source import BadRecord
 from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,

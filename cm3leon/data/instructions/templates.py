@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cm3leon.data.files import MarkedImage
+from cm3leon.data.file_source import MarkedImage
 from cm3leon.types import Role, TextSegment, UserError
 
 TABLE_5: dict[str, tuple[str, ...]] = {

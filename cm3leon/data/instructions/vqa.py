@@ -9,7 +9,8 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location
-from cm3leon.data.files import BadRecord, Files, id_key
+from cm3leon.data.file_source import BadRecord, id_key
+from cm3leon.data.files import Files
 from cm3leon.data.instructions.base import (
     Example,
     InstructionConfig,

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from cm3leon.config import PositiveInt, Probability
-from cm3leon.data.files import BadRecord
+from cm3leon.data.file_source import BadRecord
 from cm3leon.data.instructions.base import Example, InstructionConfig, InstructionSource, read_json
 from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
