@@ -384,7 +384,7 @@ class Evaluation:
         made["seconds"] = np.concatenate([held["seconds"], spent]) if held else spent
         made["documents"] = np.array([len(rows) for rows in retrieved], np.int32)
         with atomic(file, shared=True) as partial, partial.open("wb") as content:
-            np.savez_compressed(content, allow_pickle=False, **made)  # type: ignore[arg-type]
+            np.savez_compressed(content, allow_pickle=False, **made)
 
     def _token_documents(self, model: CM3Leon, items: Sequence[Item]) -> list[TokenDocument]:
         """The items' documents in the model's tokens, with an empty image where one is asked for."""

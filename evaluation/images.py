@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from cm3leon.tokenizers.image.base import to_signal
@@ -276,7 +276,7 @@ class Inception:
 
 
 def _network() -> nn.Module:
-    from torchvision.models import inception  # type: ignore[import-untyped]  # takes seconds, see `perceptual.py`
+    from torchvision.models import inception  # takes seconds, see `perceptual.py`
 
     averaged = [
         _pooled(block, _average)
@@ -305,7 +305,7 @@ def _network() -> nn.Module:
 def _pooled(block: Any, pool: Callable[[Tensor], Tensor]) -> Any:
     """torchvision's block with another pooling in its last branch."""
 
-    class Pooled(block):
+    class Pooled(block):  # type: ignore[misc]  # torchvision's, which has no types
         def forward(self, x_BCHW: Tensor) -> Tensor:
             branches_BCHW, pooled_BCHW = super().forward(x_BCHW), self.branch_pool(pool(x_BCHW))
             return torch.cat([branches_BCHW[:, : -pooled_BCHW.shape[1]], pooled_BCHW], 1)

@@ -132,7 +132,7 @@ def parse_word(word: Word, where: str) -> Any:
             raise UserError(f"{where} is {text}, {problem}") from error
     # A plain scalar taken whole: inside it neither ": " nor " #" means anything.
     loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]  # PyYAML's
     return loader.construct_object(yaml.ScalarNode(tag, text))
 
 

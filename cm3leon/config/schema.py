@@ -141,4 +141,4 @@ def checker_of(annotation: Any) -> ComponentChecker | None:
 def nested_dataclass(annotation: Any) -> type | None:
     """The dataclass of `X` or `X | None`, None for any other annotation."""
     members = get_args(annotation) if is_union(annotation) else (annotation,)
-    return next((member for member in members if dataclasses.is_dataclass(member)), None)  # type: ignore[return-value]
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)  # type: ignore[return-value]  # a class

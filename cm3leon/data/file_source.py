@@ -75,7 +75,7 @@ def _file_of(load: Any) -> tuple[Files, str] | None:
     """The file that a call of `Files.image` would read, by its name; None for anything else."""
     if not isinstance(load, partial) or getattr(load.func, "__func__", None) is not Files.image:
         return None
-    files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]
+    files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]  # a method, see above
     try:
         return files, files.located(name, load.keywords.get("beside", ""))
     except UnusableImage:

@@ -158,7 +158,7 @@ class Files:
         file = self._open(name)
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        return _Unpacked(file) if packed else file  # type: ignore[return-value]
+        return _Unpacked(file) if packed else file  # type: ignore[return-value]  # read as one
 
     def open_raw(self, name: str) -> BinaryIO:
         """The bytes of a file as they are."""

@@ -400,7 +400,7 @@ def _header(block: bytes, *, searching: bool) -> tarfile.TarInfo | None:
         return None
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:  # type: ignore[attr-defined]
+    except tarfile.HeaderError:
         return None
     return header if 0 <= header.size < 2**50 else None
 

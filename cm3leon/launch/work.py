@@ -67,7 +67,7 @@ class SlurmTask:
         """
         if is_running(job_id()):
             number = JobEnvironment._usr_sig()
-            signal.getsignal(number)(number, None)  # type: ignore[operator, misc, arg-type]
+            signal.getsignal(number)(number, None)  # type: ignore[operator, misc]  # a handler, not None
         write_event(self.journal, "again", at=progress(self.command))
 
     def checkpoint(self) -> DelayedSubmission:

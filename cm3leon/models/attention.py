@@ -175,7 +175,7 @@ def _flex_attention(device: str) -> Callable[..., Tensor]:
     """Compiled on CUDA, where it is slow otherwise."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]  # by overloads
 
 
 @ATTENTIONS.register("xformers")

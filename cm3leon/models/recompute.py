@@ -43,13 +43,13 @@ def recompute(model: nn.Module, choice: Choice) -> None:
     }  # layers draw nothing
     if choice == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:  # type: ignore[union-attr]  # a list of modules
         block.forward = partial(checkpoint, block.forward, **options)
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Compiles the layers, which are alike, once; the hooks of FSDP stay outside."""
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:  # type: ignore[union-attr]  # a list of modules
         block.forward = torch.compile(block.forward)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -238,7 +238,9 @@ def _curves(evaluation: StudyEvaluation, metric: str, rows: Sequence[Mapping[str
 
 def _card(example: Example) -> Card:
     images = [image for image in (example.given_HWC, example.answer.image_HWC) if image is not None]
-    status = None if example.right is None else "good" if example.right else "bad"
+    status: Literal["good", "bad"] | None = None
+    if example.right is not None:
+        status = "good" if example.right else "bad"
     # A retrieved document of text alone has no picture to stand under.
     texts = [f"retrieved: {each.text}" for each in example.retrieved if each.image is None]
     cut = "truncated" if example.answer.truncated else ""
@@ -251,7 +253,7 @@ def _card(example: Example) -> Card:
             for each in example.retrieved
             if each.image is not None
         ],
-        status=status,  # type: ignore[arg-type]
+        status=status,
     )
 
 

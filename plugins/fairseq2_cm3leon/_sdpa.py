@@ -123,7 +123,7 @@ class XformersSDPA(SDPA):
             )
         return torch.cat(pieces), None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _mask(
         self, q_layout: BatchLayout, k_layout: BatchLayout, bias_cache: AttentionBiasCache
     ) -> Any:

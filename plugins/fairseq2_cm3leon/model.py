@@ -64,15 +64,15 @@ class Fairseq2Transformer(Model):
         )
 
     @property
-    def embedding(self) -> Any:  # type: ignore[override]
+    def embedding(self) -> Any:
         return self.decoder_frontend.embed
 
     @property
-    def blocks(self) -> Any:  # type: ignore[override]
+    def blocks(self) -> Any:
         return self.decoder.layers
 
     @property
-    def head(self) -> Any:  # type: ignore[override]
+    def head(self) -> Any:
         return self.final_proj
 
     def hidden(
@@ -83,7 +83,9 @@ class Fairseq2Transformer(Model):
         sample_BT: Tensor | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
-        from cm3leon.plugins.fairseq2_cm3leon._sdpa import BatchLayout, Pass
+        from fairseq2.nn import BatchLayout
+
+        from cm3leon.plugins.fairseq2_cm3leon._sdpa import Pass
 
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)

@@ -20,7 +20,7 @@ from cm3leon.types import UserError
 try:
     from lmms_eval.api.model import lmms as Base
 except ModuleNotFoundError:  # plugins are imported whether or not what they adapt to is installed
-    Base: Any = object  # type: ignore[no-redef]
+    Base: Any = object  # type: ignore[no-redef]  # where lmms-eval is not there
 
 
 def manifest() -> Any:

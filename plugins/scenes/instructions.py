@@ -19,7 +19,7 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 from . import language, render
 from .source import DrawnConfig, DrawnSource, scene_name
-from .world import BACKGROUNDS, COLOURS, ROWS, Scene, World, draw_scene, pick
+from .world import BACKGROUNDS, COLOURS, ROWS, SIZES, Scene, World, draw_scene, pick
 
 Values = dict[str, Any]
 
@@ -256,7 +256,7 @@ def _pose(scene: Scene, side: int) -> np.ndarray:
     y, x = (np.indices((side, side), np.float32) + 0.5) / side
     for thing in scene.things:
         if thing.kind == "figure":
-            half = render.SIZES[thing.size] / 2
+            half = SIZES[thing.size] / 2
             joints = render.joints(thing.pose).items()
             at = {name: (thing.x + jx * half, thing.y + jy * half) for name, (jx, jy) in joints}
             for number, (first, second) in enumerate((("head", "neck"), *render.BONES)):

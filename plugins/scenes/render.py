@@ -163,7 +163,8 @@ def _entity_stamp(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
             colours_CC3[divmod(cell, CELLS)] = COLOURS[name]
             cover_CC1[divmod(cell, CELLS)] = 1
     of_pixel = np.arange(side) * CELLS // side
-    return tuple(each[of_pixel][:, of_pixel] for each in (colours_CC3 * cover_CC1, 1 - cover_CC1))  # type: ignore[return-value]
+    within = np.ix_(of_pixel, of_pixel)
+    return (colours_CC3 * cover_CC1)[within], (1 - cover_CC1)[within]
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:

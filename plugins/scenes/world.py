@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.types import UserError
@@ -69,10 +69,10 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
 
-    def with_thing(self, number: int, **changes: object) -> Scene:
+    def with_thing(self, number: int, **changes: Any) -> Scene:
         """With one thing changed."""
         things = list(self.things)
-        things[number] = replace(things[number], **changes)  # type: ignore[arg-type]
+        things[number] = replace(things[number], **changes)
         return replace(self, things=tuple(things))
 
 

@@ -36,19 +36,18 @@ class OcrSource(InstructionSource):
 
     def entries(self) -> list[Any]:
         content = read_json(self.files, "data.path")
-        parts = [
-            content.get(key) if isinstance(content, Mapping) else None for key in ("imgs", "anns")
-        ]
-        if not all(isinstance(part, Mapping) for part in parts):
+        if not isinstance(content, Mapping):
+            content = {}
+        images, words = content.get("imgs"), content.get("anns")
+        if not isinstance(images, Mapping) or not isinstance(words, Mapping):
             raise UserError(
                 f"data.path: {self.config.path} has no imgs and anns; give TextOCR's or COCO-Text's JSON"
             )
-        images, words = parts
         of_image: dict[str, list[Any]] = {}
-        for word in words.values():  # type: ignore[union-attr]
+        for word in words.values():
             if isinstance(word, Mapping):
                 of_image.setdefault(str(word.get("image_id")), []).append(word)
-        return [(id_, image, of_image.get(str(id_), [])) for id_, image in images.items()]  # type: ignore[union-attr]
+        return [(id_, image, of_image.get(str(id_), [])) for id_, image in images.items()]
 
     def example(self, entry: Any, rng: Random) -> Example:
         id_, image, words = entry

@@ -59,7 +59,7 @@ class Perceptual(nn.Module):
             UserError: for a file that is missing, cannot be read, or does not hold VGG16's weights, or without the
                 package torchmetrics.
         """
-        import torchvision  # type: ignore[import-untyped]  # takes seconds, which nobody waits for who does not use it
+        import torchvision  # takes seconds, which nobody waits for who does not use it
 
         with torch.device(
             "meta"
