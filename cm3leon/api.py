@@ -228,7 +228,7 @@ class CM3Leon:
             model, "float32" if kind == "float32" else "bf16"
         )  # before a GPU has to hold them
         keep_weights(model.to(ranks.device), kind)
-        opened.__dict__["model"] = model  # takes the place of the one that the run would load
+        opened = replace(opened, asked_model=model)
         return cls(opened, precision=precision, window=window, execution=execution)
 
     # -------------------------------------------------------------------------------------------- asking

@@ -54,16 +54,19 @@ class Run:
     experiment: Experiment
     folder: Path
     device: torch.device
-    ranks: Ranks = None  # type: ignore[assignment]  # one process alone, set below
-    """The processes that train together."""
+    joined: Ranks | None = None
+    """The processes that train together; None = this one alone."""
     verify: bool = True
     """Whether a file is compared with its recorded checksum before it is read, once in a process."""
     finished: bool = False
     """Whether the run was opened to be asked: stages that are not finished are refused then."""
+    asked_model: Any = None
+    """The decoder that is asked in place of the one that the run trained; None = that one."""
 
-    def __post_init__(self) -> None:
-        if self.ranks is None:
-            object.__setattr__(self, "ranks", Ranks(self.device))
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The processes that train together, be it this one alone."""
+        return self.joined or Ranks(self.device)
 
     def stage(self, name: str, *files: str) -> Path:
         """The folder of a stage, whose files (all, if none is named) are compared with its record first.
@@ -319,7 +322,9 @@ class Run:
 
     @cached_property
     def model(self) -> Any:
-        """The trained decoder."""
+        """The trained decoder, or the one that is asked in its place."""
+        if self.asked_model is not None:
+            return self.asked_model
         model = self.new_model()
         load_weights(self.stage("pretraining", WEIGHTS) / WEIGHTS, model)
         return model.to(self.device).eval()
