@@ -179,7 +179,7 @@ def test_the_page_says_what_made_it_and_what_its_runs_are(made):
     page = (folder / "report.html").read_text()
     assert results(folder)["again"] in html.unescape(page)
     assert f">{file}<" in page
-    assert re.search(r"page made</th><td>\d{4}-\d\d-\d\d \d\d:\d\d UTC<", page)
+    assert re.search(r"page made</th>\s*<td>\d{4}-\d\d-\d\d \d\d:\d\d UTC<", page)
     assert '<a href="./first/report.html">report</a>' in page or (
         '<a href="./first/reconstruction/report.html">reconstructions</a>' in page
     )
