@@ -12,26 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cm3leon.commands.asking import LineOptions, Save, ask
-from cm3leon.config import Component, PositiveInt
-from cm3leon.registry import DECODERS
+from cm3leon.commands.asking import LineOptions, Save, TextOptions, ask
 
 if TYPE_CHECKING:
     from cm3leon.api import CM3Leon
 
 
 @dataclass(kw_only=True)
-class Options(LineOptions):
+class Options(LineOptions, TextOptions):
     """Options of the command answer."""
 
     question: str
     """A question about each image."""
-    decoder: Annotated[Component, DECODERS] | None = None
-    """How tokens are drawn; null = as the run's experiment says."""
-    max_tokens: PositiveInt = 64
-    """Pieces of a text that an answer may have."""
 
 
 def main(options: Options) -> None:

@@ -14,16 +14,17 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from PIL import Image
 
 from cm3leon.arguments import current_name
 from cm3leon.commands.words import AskingOptions
-from cm3leon.config import NonNegativeInt, to_mapping
+from cm3leon.config import Component, NonNegativeInt, PositiveInt, to_mapping
 from cm3leon.io import read_json, read_log, sha256, write_json, write_text
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
+from cm3leon.registry import DECODERS
 from cm3leon.stages.trust import Opening
 from cm3leon.terminal import is_printable, printable
 from cm3leon.types import Partly, UserError
@@ -51,6 +52,16 @@ class ImageOptions(AskingOptions):
     """Documents of the memory bank that are put before a prompt; an option where the command has one."""
     max_tokens = 0
     """Pieces of a text that is asked for; an option where the command has one."""
+
+
+@dataclass(kw_only=True)
+class TextOptions(ImageOptions):
+    """Options of a command that has the model write."""
+
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the run's experiment says."""
+    max_tokens: PositiveInt = 64
+    """Pieces of a text that the model may write."""
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cm3leon.commands.asking import RESULTS, ImageOptions, Save, ask
-from cm3leon.config import Component, PositiveInt
-from cm3leon.registry import DECODERS
+from cm3leon.commands.asking import RESULTS, Save, TextOptions, ask
 from cm3leon.types import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(ImageOptions):
+class Options(TextOptions):
     """Options of the command infill."""
 
     out: Path = Path("infilled")
@@ -35,10 +33,6 @@ class Options(ImageOptions):
     """Part of the image that is made anew: left, top, right, bottom in its pixels."""
     words: tuple[int, int] | None = None
     """Part of the text that is made anew: its characters from the first number to before the second."""
-    decoder: Annotated[Component, DECODERS] | None = None
-    """How tokens are drawn; null = as the run's experiment says."""
-    max_tokens: PositiveInt = 64
-    """Pieces of a text that the new words may have."""
 
     def check(self) -> None:
         if self.box is None and self.words is None:

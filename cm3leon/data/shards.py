@@ -160,11 +160,16 @@ def open_shard(path: Path, *, verify: bool = True, scattered: bool = False) -> S
     return Shard(path, header, dict(zip(batch.schema.names, batch.columns, strict=True)))
 
 
+@cache
+def _madvise() -> Any:
+    """The function of the C library, looked up once: where maps are few, shards are opened again and again."""
+    return ctypes.CDLL(None).madvise
+
+
 def _do_not_read_ahead(mapped: pa.Buffer) -> None:
     """Tell the system that a mapped file is read here and there; it may ignore that, as some systems do."""
     if hasattr(mmap, "MADV_RANDOM"):
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), mmap.MADV_RANDOM)
+        _madvise()(ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), mmap.MADV_RANDOM)
 
 
 def _frame_checksum(content: str, batch: pa.RecordBatch) -> str:

@@ -87,15 +87,18 @@ class VectorShards:
         return self._shards.first(number)
 
     def parts(self, rows: np.ndarray) -> Parts:
-        """The vectors of some rows, float32, (*rows.shape, D) each; a negative row is zeros."""
+        """The vectors of some rows, float32, (*rows.shape, D) each; a negative row is zeros.
+
+        Raises:
+            IndexError: for a row beyond the last.
+        """
         flat = rows.ravel()
         text, image = (np.zeros((len(flat), self.width), np.float32) for _ in range(2))
-        order = np.argsort(flat, kind="stable")
-        begins = np.searchsorted(flat[order], np.concatenate([[0], self._shards.ends]))
-        for number in np.flatnonzero(np.diff(begins)).tolist():
-            places = order[begins[number] : begins[number + 1]]
-            columns, wanted = self._shards.shard(number), flat[places] - self.first(number)
-            text[places], image[places] = columns.text_MD[wanted], columns.image_MD[wanted]
+        given = np.flatnonzero(flat >= 0)
+        for number, places, wanted in self._shards.by_shard(flat[given]):
+            columns = self._shards.shard(number)
+            text[given[places]] = columns.text_MD[wanted]
+            image[given[places]] = columns.image_MD[wanted]
         return Parts(text.reshape(*rows.shape, self.width), image.reshape(*rows.shape, self.width))
 
     def id(self, row: int) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from cm3leon.config import PositiveInt, choices
-from cm3leon.data.file_source import MarkedImage
 from cm3leon.data.images import UnusableImage, read_image
-from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
+from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill_with_pixels
 from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, clip_score
 from cm3leon.io import digest_of_parts
 from cm3leon.registry import PROTOCOLS
-from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+from cm3leon.types import Document, TextSegment, UserError
 
 SLOTS = {
     "text_to_image": ("text",),
@@ -114,15 +113,10 @@ class Showcase(Protocol):
                 if slot == "feature"
                 else value
             )
-        segments = fill(TABLE_5[task][0], values, ROLES[task])
+        segments = fill_with_pixels(TABLE_5[task][0], values, ROLES[task])
         document = Document(
             id_,
-            tuple(
-                ImageSegment(np.asarray(segment.content), segment.role)
-                if isinstance(segment, MarkedImage)
-                else segment
-                for segment in segments
-            ),
+            segments,
         )
         return Item(id_, "instruction", document)
 

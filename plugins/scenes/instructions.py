@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cm3leon.data.file_source import MarkedImage
 from cm3leon.data.instructions.grounded import objects_text
 from cm3leon.data.instructions.reasoning import reasoning_slots
-from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill
+from cm3leon.data.instructions.templates import FEATURES, ROLES, TABLE_5, fill_with_pixels
 from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
@@ -82,15 +81,10 @@ class SceneInstructionsSource(DrawnSource):
                 (TextSegment(values["caption"]), ImageSegment(values["image"])),
                 group=scene_name(seed),
             ), example
-        segments = fill(pick(rng, TABLE_5[table]), values, ROLES[table])
+        segments = fill_with_pixels(pick(rng, TABLE_5[table]), values, ROLES[table])
         document = Document(
             id_,
-            tuple(
-                ImageSegment(np.asarray(segment.content), segment.role)
-                if isinstance(segment, MarkedImage)
-                else segment
-                for segment in segments
-            ),
+            segments,
             group=scene_name(seed),
         )
         return document, example

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from cm3leon.data.file_source import MarkedImage
-from cm3leon.types import Role, TextSegment, UserError
+from cm3leon.types import ImageSegment, Role, TextSegment, UserError
 
 TABLE_5: dict[str, tuple[str, ...]] = {
     "edit": ("Edit first image following the instruction | {image1} | {instruction} | {image2}",),
@@ -108,6 +110,18 @@ def fill(
         else:
             segments += _texts(piece, slots, values, roles)
     return tuple(segments)
+
+
+def fill_with_pixels(
+    template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
+) -> tuple[TextSegment | ImageSegment, ...]:
+    """`fill` where the images among the values are pixels (H, W, 3), not files that are read later."""
+    return tuple(
+        ImageSegment(np.asarray(segment.content), segment.role)
+        if isinstance(segment, MarkedImage)
+        else segment
+        for segment in fill(template, values, roles)
+    )
 
 
 def _texts(
