@@ -201,7 +201,7 @@ def read_log(path: Path, shape: Any = dict) -> list[Any]:
     ):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         check_shape(content, shape, f"{path}: line {number}")
         found.append(content)

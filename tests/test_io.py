@@ -50,6 +50,12 @@ def test_a_log_is_read_without_the_line_that_a_kill_cut(tmp_path: Path) -> None:
         read_log(file, {"step": int})
 
 
+def test_a_line_nested_too_deep_for_json_is_no_line_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("[" * 100_000 + '\n{"step": 1}\n', encoding="utf-8")
+    assert read_log(path) == [{"step": 1}]
+
+
 def test_files_are_hashed_and_renamed_into_place_here_alone() -> None:
     """Where `atomic` or `digest_of` would do, nobody writes another."""
     other = []
