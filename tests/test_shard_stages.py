@@ -155,7 +155,10 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_there(
         process.wait()
         assert started.is_file()
     cm3leon(*arguments(tars, run))
-    for stage in ("image_tokenizer", "retriever"):  # what shards are made with, so that it is named first
+    for stage in (
+        "image_tokenizer",
+        "retriever",
+    ):  # what shards are made with, so that it is named first
         weights = [(each / stage / "model.safetensors").read_bytes() for each in (run, finished)]
         assert weights[0] == weights[1], stage
     assert shards(run) == shards(finished)
