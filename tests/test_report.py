@@ -30,6 +30,7 @@ from cm3leon.evaluation.report import (
     Strip,
     Table,
     Text,
+    logged,
     numbers,
     render,
     write_report,
@@ -313,6 +314,25 @@ def test_ticks(value, text):
 )
 def test_what_is_counted_has_its_number(count, noun, text):
     assert numbers.counted(count, noun) == text
+
+
+def test_an_interval_is_written_as_its_figure_is():
+    assert numbers.interval(0.88, 12.345) == "[0.880, 12.3]"
+    assert numbers.interval(0.88, 0.94, "{:.1%}".format) == "[88.0%, 94.0%]"
+
+
+def test_rows_that_name_their_cells_have_dashes_for_those_of_others():
+    table = Table.of([{"run": "a", "loss": 0.5}, {"run": "b", "accuracy": 1}], highlight={1})
+    assert table.columns == ["run", "loss", "accuracy"]
+    assert table.rows == [["a", 0.5, None], ["b", None, 1]]
+    assert table.highlight == {1}
+
+
+def test_figures_of_training_are_drawn_where_they_were_written():
+    log = [{"step": step, "loss": 1 / step} for step in range(1, 41)]
+    curves = logged("Loss", log, {"batch": "loss", "none": "psnr"}, "nats", is_noisy=True)
+    assert [(each.name, len(each.x)) for each in curves.series] == [("batch", 40)]
+    assert curves.smooth == 2
 
 
 def test_same_report_same_bytes():

@@ -8,13 +8,13 @@ from typing import Any
 from cm3leon.evaluation.images import Inception
 from cm3leon.evaluation.reconstruction import reconstruction_figures
 from cm3leon.evaluation.report import (
-    Curves,
     Fact,
     Picture,
     Report,
     Section,
-    Series,
     Strip,
+    logged,
+    numbers,
     write_report,
 )
 from cm3leon.io import write_json
@@ -69,18 +69,10 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
         )
     ]
     tokenizer, log = run.image_tokenizer, run.log("image_tokenizer")
-    curves = []
-    for name, label in CURVES.items():
-        records = [record for record in log if name in record]
-        if records:
-            steps, values = (
-                [record["step"] for record in records],
-                [record[name] for record in records],
-            )
-            smooth = len(values) // 20
-            curves.append(
-                Curves([Series("batch", steps, values)], "step", label, title=label, smooth=smooth)
-            )
+    curves = [
+        logged(label, log, {"batch": name}, label, is_noisy=True) for name, label in CURVES.items()
+    ]
+    drawn = [each for each in curves if each.series]
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(
@@ -106,7 +98,7 @@ def _report(run: Run, figures: dict[str, Any]) -> Report:
                 "Held-out images, and what comes back from their codes: everything a model draws is bounded by this.",
                 [Strip([("original", pictures[0]), ("from codes", pictures[1])])],
             ),
-            *([Section("Training", "Figures of training batches.", curves)] if curves else []),
+            *([Section("Training", "Figures of training batches.", drawn)] if drawn else []),
             Section("To make it again", "The settings are in config.yaml of the run's folder."),
         ],
     )
@@ -116,8 +108,8 @@ def _fact(
     label: str, figure: dict[str, float] | float | None, form: str, missing: str = "not measured"
 ) -> Fact:
     if figure is None:
-        return Fact(label, "–", missing)
+        return Fact(label, numbers.DASH, missing)
     if isinstance(figure, float):
         return Fact(label, form.format(figure))
-    low, high = form.format(figure["low"]), form.format(figure["high"])
-    return Fact(label, form.format(figure["value"]), f"[{low}, {high}]")
+    interval = numbers.interval(figure["low"], figure["high"], form.format)
+    return Fact(label, form.format(figure["value"]), interval)

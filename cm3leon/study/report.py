@@ -186,17 +186,18 @@ def _runs(study: Study, folder: Path) -> list[Section]:
     """The runs with their experiments, what was changed in these, and links to their pages."""
     if not study.runs:
         return []
-    rows: list[list[Cell]] = [
-        [
-            name,
-            run.experiment,
-            ", ".join(f"{key} {shown(value)}" for key, value in run.overrides.items()),
-            page_of(name, folder),
-        ]
+    rows: list[dict[str, Cell]] = [
+        {
+            "run": name,
+            "experiment": run.experiment,
+            "changed in it": ", ".join(
+                f"{key} {shown(value)}" for key, value in run.overrides.items()
+            ),
+            "page": page_of(name, folder),
+        }
         for name, run in study.runs.items()
     ]
-    table = Table(["run", "experiment", "changed in it", "page"], rows)
-    return [Section("Runs", blocks=[table])]
+    return [Section("Runs", blocks=[Table.of(rows)])]
 
 
 def _curves(evaluation: StudyEvaluation, metric: str, rows: Sequence[Mapping[str, Any]]) -> Curves:
@@ -262,31 +263,27 @@ def _losses(validation: Mapping[str, Mapping[str, float]]) -> list[Section]:
     trained = {name: losses for name, losses in validation.items() if losses}
     if not trained:
         return []
-    columns = list(dict.fromkeys(column for losses in trained.values() for column in losses))
-    rows: list[list[Cell]] = [
-        [name, *(losses.get(column) for column in columns)] for name, losses in trained.items()
-    ]
-    best = min(range(len(rows)), key=lambda row: list(trained.values())[row]["loss"])
+    best = min(range(len(trained)), key=lambda row: list(trained.values())[row]["loss"])
+    rows: list[dict[str, Cell]] = [{"run": name, **losses} for name, losses in trained.items()]
     note = "In nats a token, without retrieved documents; runs of other documents or objectives do not compare."
-    table = Table(["run", *columns], rows, note, frozenset({best} if len(rows) > 1 else ()))
+    table = Table.of(rows, note, {best} if len(rows) > 1 else ())
     return [Section("Validation losses", blocks=[table])]
 
 
 def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
     if not seconds:
         return []
-    rows: list[list[Cell]] = []
-    for name, of in seconds.items():
-        stages = " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items())
-        rows.append([name, stages, round(sum(of.values()))])
-    total = sum(sum(of.values()) for of in seconds.values())
-    return [
-        Section(
-            "Time",
-            f"All runs together took {total / 60:.1f} minutes.",
-            [Table(["run", "stages, in seconds", "seconds"], rows)],
-        )
+    rows: list[dict[str, Cell]] = [
+        {
+            "run": name,
+            "stages, in seconds": " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items()),
+            "seconds": round(sum(of.values())),
+        }
+        for name, of in seconds.items()
     ]
+    total = sum(sum(of.values()) for of in seconds.values())
+    text = f"All runs together took {total / 60:.1f} minutes."
+    return [Section("Time", text, [Table.of(rows)])]
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:

@@ -46,49 +46,37 @@ def sweep_report(
     facts = [Fact("points finished", f"{len(done)} of {len(results)}")]
     if winner:
         facts.insert(0, Fact(wanted, f"{winner.figures[column]:.4g}", winner.name))
-    write_report(
-        path,
-        Report(
-            title=title,
-            subtitle=f"A sweep of {origin.experiment} over {', '.join(results[0].point)}",
-            facts=facts,
-            sections=[
-                *(
-                    [Section("Curves", blocks=curves)]
-                    if (curves := list(_curves(done, column, logarithmic)))
-                    else []
-                ),
-                Section("Points", blocks=[_table(results, column, winner, path.parent)]),
-                *_failures(results),
-                origin.section(),
-            ],
-            footer="sweep.csv has all figures. Each point is a run folder beside it.",
-        ),
+    curves = list(_curves(done, column, logarithmic))
+    report = Report(
+        title=title,
+        subtitle=f"A sweep of {origin.experiment} over {', '.join(results[0].point)}",
+        facts=facts,
+        sections=[
+            *([Section("Curves", blocks=curves)] if curves else []),
+            Section("Points", blocks=[_table(results, column, winner, path.parent)]),
+            *_failures(results),
+            origin.section(),
+        ],
+        footer="sweep.csv has all figures. Each point is a run folder beside it.",
     )
+    write_report(path, report)
 
 
 def _table(results: Sequence[Result], column: str, winner: Result | None, folder: Path) -> Table:
-    keys = list(results[0].point)
+    """A row for each point: its values, its state, its page if any point has one, its figures."""
     named = columns(results)
-    names = [
-        *(name for name in named if name == column),
-        *(name for name in named if name != column),
-    ][:COLUMNS]
+    figures = sorted(named, key=lambda name: name != column)[:COLUMNS]
     pages = [page_of(result.name, folder) for result in results]
-    has_pages = any(pages)
-    rows: list[list[Cell]] = [
-        [
-            *(shown(result.point[key]) for key in keys),
-            result.state,
-            *([page] if has_pages else []),
-            *(result.figures.get(name) for name in names),
-        ]
-        for result, page in zip(results, pages, strict=True)
-    ]
-    marked = frozenset(index for index, result in enumerate(results) if result is winner)
-    caption = f"The best by {column} is marked." if winner else ""
-    titles = [*keys, "state", *(["page"] if has_pages else []), *names]
-    return Table(titles, rows, caption, marked)
+    rows = []
+    for result, page in zip(results, pages, strict=True):
+        row: dict[str, Cell] = {key: shown(value) for key, value in result.point.items()}
+        row["state"] = result.state
+        if any(pages):
+            row["page"] = page
+        row |= {name: result.figures.get(name) for name in figures}
+        rows.append(row)
+    best = [index for index, result in enumerate(results) if result is winner]
+    return Table.of(rows, f"The best by {column} is marked." if winner else "", best)
 
 
 def _curves(done: Sequence[Result], column: str, logarithmic: Collection[str]) -> list[Curves]:
@@ -147,6 +135,8 @@ def _failures(results: Sequence[Result]) -> list[Section]:
     failed = [result for result in results if result.state != "finished"]
     if not failed:
         return []
-    rows = [[result.name, result.state, result.error] for result in failed]
+    rows = [
+        {"point": result.name, "state": result.state, "reason": result.error} for result in failed
+    ]
     text = "The command of the sweep, given again, tries these and no others."
-    return [Section("Not finished", text, [Table(["point", "state", "reason"], rows)])]
+    return [Section("Not finished", text, [Table.of(rows)])]

@@ -20,7 +20,7 @@ pictures, tables and charts follow the reader's light or dark scheme; printing i
     templates/blocks.html is what both pages are made of, templates/page.html what stands around them
 """
 
-from cm3leon.evaluation.report.charts import Curves, Reference, Series
+from cm3leon.evaluation.report.charts import Curves, Reference, Series, logged
 from cm3leon.evaluation.report.page import (
     Card,
     Cell,
@@ -61,6 +61,7 @@ __all__ = [
     "Strip",
     "Table",
     "Text",
+    "logged",
     "render",
     "write_page",
     "write_report",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -76,6 +76,29 @@ class Curves:
     log_x: bool = False
     smooth: int = 0
     references: Sequence[Reference] = ()
+
+
+def logged(
+    title: str,
+    log: Sequence[Mapping[str, float]],
+    names: Mapping[str, str],
+    unit: str,
+    *,
+    is_noisy: bool = False,
+) -> Curves:
+    """Figures of training by step: a line for each of `names`, which say under which key it was written.
+
+    What is noisy is drawn as its moving mean over a twentieth of its points.
+    """
+    series = []
+    for name, key in names.items():
+        records = [record for record in log if key in record]
+        if records:
+            steps = [record["step"] for record in records]
+            series.append(Series(name, steps, [record[key] for record in records]))
+    longest = max((len(each.x) for each in series), default=0)
+    smooth = longest // 20 if is_noisy else 0
+    return Curves(series, "step", unit, title=title, smooth=smooth)
 
 
 @dataclass(frozen=True)

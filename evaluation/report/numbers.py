@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -60,6 +60,16 @@ def tick(value: float) -> str:
     else:
         text = f"{value:g}"
     return text.replace("-", MINUS)
+
+
+def metric(value: float) -> str:
+    """A figure of whatever size: 0.912, 27.3."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def interval(low: float, high: float, write: Callable[[float], str] = metric) -> str:
+    """The interval of a figure that `write` writes: [0.880, 0.940]."""
+    return f"[{write(low)}, {write(high)}]"
 
 
 def counted(count: int, noun: str) -> str:

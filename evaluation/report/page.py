@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
@@ -144,6 +144,15 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     highlight: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Mapping[str, Cell]], caption: str = "", highlight: Collection[int] = ()
+    ) -> Table:
+        """A table of rows that name their cells; a dash stands where a row has none."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[row.get(name) for name in columns] for row in rows]
+        return cls(columns, cells, caption, frozenset(highlight))
 
     def written(self) -> tuple[list[WrittenCell], list[list[WrittenCell]]]:
         """The names of the columns and the rows, as text; floats of a column are lined up."""
