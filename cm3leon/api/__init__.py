@@ -1,0 +1,43 @@
+"""A finished run, to be asked from Python.
+
+from cm3leon import CM3Leon
+
+m = CM3Leon.load("runs/digits")
+best = m.generate("a handwritten seven", n=8, retrieve=2)[0]
+best.image.save("seven.png")
+m.caption(best.image)
+"""
+
+from cm3leon.api.answers import (
+    NO_MORE,
+    NO_ROOM,
+    Completed,
+    Filled,
+    GeneratedImage,
+    ShortageWarning,
+    TruncatedWarning,
+    UnrankedWarning,
+    UntunedWarning,
+    UsedDocument,
+    found_of,
+    shortened,
+)
+from cm3leon.api.given import DecoderChoice
+from cm3leon.api.model import CM3Leon
+
+__all__ = [
+    "NO_MORE",
+    "NO_ROOM",
+    "CM3Leon",
+    "Completed",
+    "DecoderChoice",
+    "Filled",
+    "GeneratedImage",
+    "ShortageWarning",
+    "TruncatedWarning",
+    "UnrankedWarning",
+    "UntunedWarning",
+    "UsedDocument",
+    "found_of",
+    "shortened",
+]

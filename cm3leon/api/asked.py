@@ -1,0 +1,448 @@
+"""A finished run asked in tokens: what `CM3Leon` stands on, and what studies ask.
+
+Documents are `TokenDocument`s, retrieved ones are rows of the memory bank, and images are codes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cm3leon.api.answers import (
+    Completed,
+    GeneratedImage,
+    TruncatedWarning,
+    UntunedWarning,
+    UsedDocument,
+)
+from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths
+from cm3leon.arguments import Text, checked
+from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.data.images import ImageInput, read_given_image, square
+from cm3leon.data.instructions.templates import ROLES, TABLE_5
+from cm3leon.data.instructions.templates import fill as fill_template
+from cm3leon.decoders.decoders import decoder_of
+from cm3leon.decoders.generate import Answerer, is_truncated, request_for
+from cm3leon.decoders.request import Request
+from cm3leon.decoders.score import log_likelihoods
+from cm3leon.models.pretrained import load_model
+from cm3leon.models.serving import keep_weights, share
+from cm3leon.records import MARKER
+from cm3leon.registry import DECODERS, TASKS
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.opening import TUNED, open_run, tuned_on
+from cm3leon.stages.pretrain import load_checkpoint
+from cm3leon.stages.trust import Opening
+from cm3leon.training.device import autocast, device_named, uses_bf16
+from cm3leon.training.distributed import Ranks
+from cm3leon.types import (
+    Execution,
+    Modality,
+    Precision,
+    TextSegment,
+    TokenDocument,
+    TokenSegment,
+    UserError,
+    Weights,
+)
+
+
+class AskedRun:
+    """The tokenizers, the memory bank and the decoder of a finished run.
+
+    Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        precision: Precision = "auto",
+        window: int | None = None,
+        execution: Execution = "eager",
+    ) -> None:
+        self.run = run
+        self._answerer = Answerer(run.model, run.vocab, window=window, execution=execution)
+        self._precision: Precision = precision
+        self._fresh = TokenSegment("image", np.empty(0, np.int64))
+
+    @classmethod
+    @checked
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        precision: Precision = "auto",
+        weights: Weights | None = None,
+        window: PositiveInt | None = None,
+        execution: Execution = "eager",
+        ranks: Ranks | None = None,
+        bank: Path | None = None,
+        checkpoint: PositiveInt | None = None,
+        plugins: str | Sequence[str] = (),
+        trust: bool = False,
+        verify: bool = True,
+    ) -> Self:
+        """The run of that folder, on a device (None = a GPU where there is one).
+
+        Args:
+            weights: what the decoder's matrices are kept in; None = the precision, which changes no result. int8 and
+                fp8 take half of bf16's memory, and change results a little.
+            window: image codes that a step computes, the next one and drafts behind it, which changes no result (up to
+                rounding); None = 4 for a single image, 1 for more.
+            execution: eager, compiled, graph or compiled graph: how steps are run. The last two need CUDA.
+            ranks: processes that share the decoder; all of them have to ask the same.
+            bank: run folder whose documents are the memory bank; None = the run's own.
+            checkpoint: step of the pretraining whose weights are taken; None = the last.
+            plugins: plugins (.py files or package folders) to load; those of the run are loaded if they are named here.
+            trust: load all plugins that the run names; their code is run.
+            verify: compare each file with its recorded checksum before it is read, once in a process.
+
+        Raises:
+            UserError: for a folder without a finished pretraining, files that have changed, plugins that are not
+                trusted, or weights that cannot be had here.
+        """
+        ranks = ranks or Ranks(device_named(device))
+        named = [plugins] if isinstance(plugins, str) else list(plugins)
+        opening = Opening(plugins=named, trust=trust, verify=verify)
+        opened = open_run(run, opening, needs=("pretraining",), device=ranks.device)
+        experiment, folder = opened.experiment, opened.folder
+        if bank is not None:
+            if experiment.shards is None or not (bank / "index" / MARKER).is_file():
+                why = (
+                    f"{bank} has no finished index"
+                    if experiment.shards
+                    else f"the corpus of {folder} is in memory"
+                )
+                raise UserError(
+                    f"bank: {why}; a memory bank is a run in shards made with until=index"
+                )
+            shards = replace(experiment.shards, bank=bank)
+            opened = replace(opened, experiment=replace(experiment, shards=shards))
+        model = load_model(folder, verify=verify)
+        if checkpoint is not None:
+            load_checkpoint(model, experiment.training, folder, checkpoint, verify=verify)
+        if ranks.count > 1:
+            share(model, rank=ranks.rank, count=ranks.count)
+        kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")
+        # Half of the bytes, before a GPU has to hold them.
+        keep_weights(model, "float32" if kind == "float32" else "bf16")
+        keep_weights(model.to(ranks.device), kind)
+        opened = replace(opened, asked_model=model)
+        return cls(opened, precision=precision, window=window, execution=execution)
+
+    @checked
+    def ask(
+        self,
+        task: str,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
+        *,
+        samples: range,
+        seeds: Sequence[NonNegativeInt],
+        decoder: DecoderChoice = None,
+        max_tokens: PositiveInt = 64,
+    ) -> list[list[Completed]]:
+        """Some of the samples of a registered task's answers: for each document, the completed ones.
+
+        Sample n of a document is the same whichever others are asked for, up to rounding.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
+            samples: their numbers.
+            seeds: of the first sample of each document; the others count on from it.
+            max_tokens: pieces of an answer in text; the answers say whether they were cut there.
+        """
+        check_lengths(documents=documents, retrieved=retrieved, seeds=seeds)
+        if samples.start < 0 or samples.step != 1:
+            raise UserError(f"samples is {samples}; it must be a range of numbers from 0 on")
+        built = self._task_with_room(task, max_tokens)
+        prompts, requests = [], []
+        for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
+            prompt, _ = self._fitting(built, document, list(rows))
+            request = self._request(prompt, decoder, range(seed, seed + samples.stop))
+            prompts.append(prompt)
+            requests.append(request.part(samples))
+
+        found = self._answers(requests)
+        result: list[list[Completed]] = [[] for _ in documents]
+        for number, drawn in enumerate(found):
+            for tokens in drawn:
+                answer_T = np.array(prompts[number].content(tokens), np.int64)
+                completed = built.complete(documents[number], answer_T)
+                cut = is_truncated(prompts[number], answer_T, self.run.seq_len)
+                result[number].append(Completed(completed, cut))
+        return result
+
+    @checked
+    def fitting(
+        self,
+        task: str,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
+        *,
+        max_tokens: PositiveInt = 64,
+    ) -> list[list[int]]:
+        """Those of each document's retrieved rows, the closest ones, that `ask` and `rank` have room for.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last.
+            max_tokens: pieces of an answer in text.
+        """
+        check_lengths(documents=documents, retrieved=retrieved)
+        built = self._task_with_room(task, max_tokens)
+        return [
+            self._fitting(built, document, list(rows))[1]
+            for document, rows in zip(documents, retrieved, strict=True)
+        ]
+
+    @checked
+    def rank(
+        self,
+        documents: Sequence[TokenDocument],
+        retrieved: Sequence[Sequence[NonNegativeInt]],
+        options: Sequence[Sequence[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Log-likelihoods (K,) in nats of the candidates for each document's answer, all of them in text.
+
+        Args:
+            retrieved: rows of the bank for each document, the closest last; fewer are used where there is no room.
+            options: ids (T,) of each document's candidates; the `<end_of_span>` behind each counts with it.
+        """
+        check_lengths(documents=documents, retrieved=retrieved, options=options)
+        task, end = self._task("instruction"), self.run.vocab.end_of_span
+        result = []
+        for document, rows, candidates in zip(documents, retrieved, options, strict=True):
+            prompt, _ = self._fitting(task, document, list(rows))
+            for ids_T in candidates:
+                check_ids("options", ids_T, self.run.vocab.size)
+            given = [np.append(ids_T, end) for ids_T in candidates]
+            with self._computing():
+                result.append(
+                    np.array(log_likelihoods(self.run.model, [prompt.ids_T] * len(given), given))
+                )
+        return result
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with autocast(self.run.device, self._precision):
+            yield
+
+    def _answers(self, requests: Sequence[Request]) -> list[list[list[int]]]:
+        with self._computing():
+            return self._answerer.answers(requests)
+
+    def _text_answer(self, prompt: Any, decoder: DecoderChoice, seed: int) -> np.ndarray:
+        """The only sample of a prompt for a text, without its end; a warning says where it was cut."""
+        ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
+        answer_T = np.array(prompt.content(tokens), np.int64)
+        cut = is_truncated(prompt, answer_T, self.run.seq_len)
+        self._warn_truncated([answer_T] if cut else [], len(answer_T), stacklevel=5)
+        return answer_T
+
+    def _warn_truncated(self, cut: Sequence[Any], pieces: int, *, stacklevel: int = 4) -> None:
+        """Say of texts that were stopped at so many pieces that they were."""
+        if cut:
+            what = "the text was" if len(cut) == 1 else f"{len(cut)} texts were"
+            warnings.warn(
+                f"{what} cut at {pieces} pieces, before the end; raise `max_tokens`, where the model's "
+                f"{self.run.seq_len} positions have room",
+                TruncatedWarning,
+                stacklevel=stacklevel,
+            )
+
+    def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
+        built = self._decoder(decoder, prompt.modality)
+        return request_for(
+            prompt, built, vocab=self.run.vocab, seeds=seeds, seq_len=self.run.seq_len
+        )
+
+    def _decoder(self, choice: DecoderChoice, modality: Modality) -> Any:
+        usual = (
+            self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
+        )
+        return DECODERS.build(usual if choice is None else choice)
+
+    def _of_each_modality(
+        self, image: DecoderChoice, text: DecoderChoice
+    ) -> Mapping[Modality, Any]:
+        """The decoders of a prompt's only sample."""
+        return {
+            "image": decoder_of(self._decoder(image, "image"), 0),
+            "text": decoder_of(self._decoder(text, "text"), 0),
+        }
+
+    def _task_arguments(self) -> dict[str, Any]:
+        return {"vocab": self.run.vocab, "image_codes": self.run.image_tokenizer.grid**2}
+
+    def _task(self, name: str) -> Any:
+        return TASKS.build(name, **self._task_arguments())
+
+    def _task_with_room(self, name: str, max_tokens: int) -> Any:
+        """The task, with room for so many pieces where it is answered in text."""
+        room = {"max_tokens": max_tokens} if hasattr(TASKS.config_class(name), "max_tokens") else {}
+        return TASKS.build({"name": name, **room}, **self._task_arguments())
+
+    def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
+        """The first template of a task, filled: with texts and pixels, None for an image that is asked for."""
+        segments: list[TokenSegment] = []
+        for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
+            if isinstance(segment, TextSegment):
+                ids_T = self.run.text_tokenizer.encode(segment.text)
+                segments.append(TokenSegment("text", ids_T, segment.role, segment.joined))
+            else:
+                given: Any = segment.content
+                image = self._fresh if given is None else self._image(given)
+                segments.append(replace(image, role=segment.role))
+        return TokenDocument(task, tuple(segments))
+
+    def _page(self, parts: Sequence[str | ImageInput], *more: TokenSegment) -> TokenDocument:
+        """Texts and images as a document, with more segments behind them."""
+        given = [
+            self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
+            for part in parts
+        ]
+        return TokenDocument("page", (*given, *more))
+
+    def _text(self, text: str) -> TokenSegment:
+        return TokenSegment("text", self.run.text_tokenizer.encode(text))
+
+    def _pixels(self, image: ImageInput, argument: str = "image") -> np.ndarray:
+        return np.array(
+            square(read_given_image(image, argument), self.run.image_tokenizer.image_size)
+        )
+
+    def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
+        return TokenSegment(
+            "image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0])
+        )
+
+    @checked
+    def retrieved(
+        self,
+        texts: Sequence[Text] | None,
+        images_BHWC: np.ndarray | None,
+        by: Modality,
+        count: NonNegativeInt,
+    ) -> list[list[int]]:
+        """Rows of the bank for each query, the closest last.
+
+        Args:
+            images_BHWC: uint8, in the size of the image tokenizer.
+            by: the modality that is searched with.
+        """
+        given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
+        if given is None:
+            raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
+        if not count or not len(given):
+            return [[] for _ in given]
+        queries = self.run.retriever.parts(texts, images_BHWC)
+        # Every document takes at least a position: no more of them have room.
+        count = min(count, self.run.seq_len)
+        rows_QK, _ = self.run.retriever.retrieve(self.run.bank, queries, by, count=count)
+        return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
+
+    def _fitting(
+        self, task: Any, document: TokenDocument, rows: list[int]
+    ) -> tuple[Any, list[int]]:
+        """The prompt with as many of the documents, the closest ones, as leave room for the answer.
+
+        Where there is none without any, a page loses segments from its beginning.
+        """
+        while True:
+            prompt = task.prompt(document, [self.run.bank_document(row) for row in rows])
+            if len(prompt.ids_T) + prompt.length <= self.run.seq_len:
+                return prompt, rows
+            shorter = None if rows else task.shortened(document)
+            if not rows and shorter is None:
+                return prompt, rows
+            rows, document = rows[1:], shorter or document
+
+    @checked
+    def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:
+        """Rows of the bank, such as `retrieved` finds, as documents to look at: ids, texts and images."""
+        shown = []
+        for document in map(self.run.bank_document, rows):
+            image = None
+            if document.segment("image"):
+                (pixels_HWC,) = self.run.image_tokenizer.decode(
+                    self.run.tokenizer.codes(document)[None]
+                )
+                image = Image.fromarray(pixels_HWC)
+            shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
+        return tuple(shown)
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether the run's retriever has a CLIP, whose cosines rank samples."""
+        return bool(self.run.retriever.encoder.joint)
+
+    @checked
+    def clip_scores(self, text: Text, codes_BN: np.ndarray) -> np.ndarray:
+        """Cosine (B,) of each image and a text, by the run's own CLIP; NaN where its retriever has none.
+
+        Args:
+            codes_BN: codes of images, as the image tokenizer numbers them.
+        """
+        tokenizer = self.run.image_tokenizer
+        check_codes("codes_BN", codes_BN, tokenizer.grid**2, tokenizer.codebook_size)
+        if not self.has_clip:
+            return np.full(len(codes_BN), np.nan)
+        encoder = self.run.retriever.encoder
+        images_BHWC = tokenizer.decode(codes_BN.astype(np.int64))
+        return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+
+    @cached_property
+    def _learned(self) -> set[str] | None:
+        """The tasks of instructions that the model was fine-tuned on, None where that is not known."""
+        return tuned_on(self.run.experiment)
+
+    def _check_tuned(self, asked: str, tasks: Sequence[str]) -> None:
+        """Instructions are asked of a model that has learned from some: with the objective `instruct`.
+
+        One that has learned other tasks than these is asked all the same, and a warning says so.
+        """
+        objective = self.run.experiment.objective.name
+        if objective != TUNED:
+            raise UserError(
+                f"{asked} needs a model that was fine-tuned on instructions (objective.name={TUNED}, "
+                f"docs/tasks.md); the run {self.run.folder} was trained with {objective}"
+            )
+        learned = self._learned
+        if learned is not None and not learned.intersection(tasks):
+            warnings.warn(
+                f"{asked} needs a model that was fine-tuned on instructions of the task {' or '.join(tasks)}; "
+                f"the run {self.run.folder} was fine-tuned on {', '.join(sorted(learned))} alone",
+                UntunedWarning,
+                stacklevel=4,
+            )
+
+    def _pictures(
+        self,
+        text: str,
+        codes_BN: np.ndarray,
+        seeds: Sequence[int],
+        documents: tuple[UsedDocument, ...],
+    ) -> list[GeneratedImage]:
+        images_BHWC = self.run.image_tokenizer.decode(codes_BN)
+        scores_B = self.clip_scores(text, codes_BN)
+        pictures = [
+            GeneratedImage(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
+            for pixels_HWC, codes_N, score, seed in zip(
+                images_BHWC, codes_BN, scores_B, seeds, strict=True
+            )
+        ]
+        if not self.has_clip:
+            return pictures
+        return sorted(pictures, key=lambda picture: -picture.score)

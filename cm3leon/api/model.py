@@ -1,0 +1,445 @@
+"""A finished run asked in texts and images, from Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.api.answers import (
+    Filled,
+    GeneratedImage,
+    ShortageWarning,
+    UnrankedWarning,
+    found_of,
+    shortage_of,
+    shortened,
+)
+from cm3leon.api.asked import AskedRun
+from cm3leon.api.given import DecoderChoice, GivenImage, Parts, Samples
+from cm3leon.arguments import Text, Worded, checked
+from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.data.images import read_given_image
+from cm3leon.decoders import grammar
+from cm3leon.decoders.request import Request
+from cm3leon.decoders.score import log_likelihoods
+from cm3leon.registry import TASKS
+from cm3leon.tasks.prompts import (
+    AskedSpan,
+    box_spans,
+    fill,
+    spans_prompt,
+    unconditional_spans_prompt,
+)
+from cm3leon.tokenizers.document import lay_out
+from cm3leon.types import (
+    Modality,
+    Sample,
+    TokenDocument,
+    TokenSegment,
+    UserError,
+)
+
+QUESTIONS = ("vqa", "reasoning")
+"""Tasks of instructions that ask a question about an image."""
+
+
+class CM3Leon(AskedRun):
+    """A finished run, asked for images, texts and their likelihoods. Made by `load`.
+
+    Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
+    """
+
+    @checked
+    def generate(
+        self,
+        prompt: Worded | Sequence[Worded],
+        *,
+        n: Samples = 1,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+    ) -> list[Any]:
+        """Images for a text: n of them, the best by CLIP first; for several texts, a list for each.
+
+        Where the run's retriever has no CLIP, images stand in the order of their seeds, and their scores are NaN.
+
+        Args:
+            retrieve: documents to put before the prompt, fewer where the model has no room for as many.
+            decoder: how codes are drawn; `mixture` takes top-p and CD-K in turn, as the paper does before re-ranking.
+            seed: of the first sample; the others count on from it.
+
+        Returns:
+            `GeneratedImage`s.
+
+        Raises:
+            UserError: before anything is drawn, for a prompt that is too long for the model, by its place in the list.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for number, reason in self.too_long(texts).items():
+            where = "prompt" if isinstance(prompt, str) else f"prompt.{number}"
+            raise UserError(f"{where} ({shortened(texts[number])}): {reason}")
+        task = self._task("text_to_image")
+        documents = [TokenDocument(text, (self._text(text), self._fresh)) for text in texts]
+        found = self.retrieved(texts, None, "text", retrieve)
+        requests, used = [], []
+        for document, rows in zip(documents, found, strict=True):
+            asked, kept = self._fitting(task, document, rows)
+            used.append(kept)
+            requests.append(self._request(asked, decoder, range(seed, seed + n)))
+        if n > 1 and not self.has_clip:
+            name = self.run.experiment.retriever.name
+            warnings.warn(
+                f"the retriever {name} of this run has no CLIP: images stand in the order of their seeds",
+                UnrankedWarning,
+                stacklevel=3,
+            )
+        results = []
+        for text, document, rows, kept, drawn in zip(
+            texts, documents, found, used, self._answers(requests), strict=True
+        ):
+            codes_BN = np.stack(
+                [
+                    self.run.tokenizer.codes(task.complete(document, np.array(tokens)))
+                    for tokens in drawn
+                ]
+            )
+            pictures = self._pictures(
+                text, codes_BN, range(seed, seed + n), self.used_documents(kept)
+            )
+            shortage = shortage_of(retrieve, len(rows), len(kept))
+            results.append(
+                [replace(picture, asked=retrieve, shortage=shortage) for picture in pictures]
+            )
+        return results[0] if isinstance(prompt, str) else results
+
+    @checked
+    def too_long(self, texts: Sequence[Text]) -> dict[int, str]:
+        """Why a text is too long to be drawn, for those of `texts` that are, by their places in the list."""
+        task, reasons = self._task("text_to_image"), {}
+        for number, text in enumerate(texts):
+            prompt = task.prompt(TokenDocument(text, (self._text(text), self._fresh)))
+            if len(prompt.ids_T) + prompt.length > self.run.seq_len:
+                reasons[number] = (
+                    f"a prompt of {len(prompt.ids_T)} tokens and an image of {prompt.length} do not fit "
+                    f"the model's {self.run.seq_len} positions"
+                )
+        return reasons
+
+    @checked
+    def caption(
+        self,
+        image: GivenImage,
+        *,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+        max_tokens: PositiveInt = 64,
+    ) -> str:
+        """A text for an image, of at most so many pieces; a warning says where it was cut there."""
+        task = TASKS.build({"name": "caption", "max_tokens": max_tokens}, **self._task_arguments())
+        pixels_HWC = self._pixels(image)
+        document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
+        (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
+        prompt, kept = self._fitting(task, document, rows)
+        if shortage := shortage_of(retrieve, len(rows), len(kept)):
+            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
+        return self.run.text_tokenizer.decode(self._text_answer(prompt, decoder, seed))
+
+    @checked
+    def infill(
+        self,
+        image: GivenImage,
+        text: Text,
+        *,
+        box: tuple[int, int, int, int] | None = None,
+        words: tuple[int, int] | None = None,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+        max_tokens: PositiveInt = 64,
+    ) -> Filled:
+        """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
+
+        A box becomes a span of codes in each row that it touches, each with a sentinel of its own; the more there are,
+        the further it is from what the model was trained on, one span or two in most samples.
+
+        Guidance and CD-K compare with a stream that has a mask for the text where a box is asked for,
+        and for the image where words are; where both are, there is nothing to compare with.
+
+        Args:
+            box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
+                central square, which is what the tokenizer sees.
+            words: characters [start, end) of the text, whose pieces are asked for.
+            max_tokens: pieces that the new text may have; a warning says where it was cut there.
+        """
+        pixels_HWC = self._pixels(image)
+        spans: list[AskedSpan] = []
+        if box is None and words is None:
+            raise UserError("box and words are both missing; give what is to be made anew")
+        if words is not None:
+            start, end = words
+            if not 0 <= start < end <= len(text):
+                raise UserError(
+                    f"words is {words}; it must be (start, end), a part of the text of {len(text)} characters"
+                )
+            before, asked, after = text[:start], text[start:end], text[end:]
+            pieces = [self._text(part).ids_T for part in (before, asked, after)]
+            text_ids_T = np.concatenate(pieces)
+            spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
+        else:
+            text_ids_T = self._text(text).ids_T
+        tokenizer = self.run.image_tokenizer
+        if box is not None:
+            height, width = read_given_image(image, "image").shape[:2]
+            spans += box_spans(box, segment=1, grid=tokenizer.grid, width=width, height=height)
+        document = TokenDocument(
+            "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
+        )
+        both = [
+            prompt_of(document, spans, (), self.run.vocab)
+            for prompt_of in (spans_prompt, unconditional_spans_prompt)
+        ]
+        streams = tuple(ids_T for ids_T in both if ids_T is not None)
+        gaps = [
+            grammar.Gap("text", max_tokens)
+            if span.segment == 0
+            else grammar.Gap("image", span.end - span.start)
+            for span in spans
+        ]
+        length = sum(gap.length + 2 for gap in gaps)
+        new = partial(grammar.infilling, self.run.vocab, gaps)
+        of = self._of_each_modality(decoder, decoder)
+        ((tokens,),) = self._answers([Request(streams, new, length, [of], [seed])])
+        texts = [ids for kind, ids in grammar.segments_of(tokens, self.run.vocab) if kind == "text"]
+        self._warn_truncated([ids for ids in texts if len(ids) == max_tokens], max_tokens)
+        completed = fill(document, spans, tokens, self.run.vocab)
+        codes_N = self.run.tokenizer.codes(completed)
+        return Filled(
+            Image.fromarray(tokenizer.decode(codes_N[None])[0]),
+            self.run.tokenizer.caption(completed),
+            codes_N,
+        )
+
+    @checked
+    def edit(
+        self,
+        image: GivenImage,
+        instruction: Worded,
+        *,
+        n: Samples = 1,
+        decoder: DecoderChoice = "edit",
+        seed: NonNegativeInt = 0,
+    ) -> list[GeneratedImage]:
+        """The image changed as the instruction says, n times, the best by CLIP first (paper section 4.2).
+
+        The decoder `edit` has a weight for the image and one for the instruction.
+
+        Raises:
+            UserError: for a model that was not fine-tuned on instructions.
+        """
+        self._check_tuned("edit", ("edit",))
+        document = self._instruction(
+            "edit", image1=self._pixels(image), instruction=instruction, image2=None
+        )
+        seeds = range(seed, seed + n)
+        (drawn,) = self._answers(
+            [self._request(self._task("instruction").prompt(document), decoder, seeds)]
+        )
+        codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
+        return self._pictures(instruction, codes_BN, seeds, ())
+
+    @checked
+    def answer(
+        self,
+        image: GivenImage,
+        question: Worded,
+        *,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+        max_tokens: PositiveInt = 64,
+    ) -> str:
+        """The answer to a question about an image, of at most so many pieces; a warning says where it was cut there.
+
+        Raises:
+            UserError: for a model that was not fine-tuned on instructions.
+        """
+        self._check_tuned("answer", QUESTIONS)
+        document = self._instruction(
+            "vqa", image=self._pixels(image), question=question, answer="?"
+        )
+        task = TASKS.build(
+            {"name": "instruction", "max_tokens": max_tokens}, **self._task_arguments()
+        )
+        prompt = task.prompt(document)
+        answer_T = self._text_answer(prompt, decoder, seed)
+        return self.run.text_tokenizer.decode(answer_T).strip()
+
+    @checked
+    def page_image(
+        self,
+        parts: Parts,
+        *,
+        n: Samples = 1,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+    ) -> list[GeneratedImage]:
+        """The image that follows the texts and images of a page, n times, the best by CLIP first.
+
+        The n-th image of a page is asked for by the parts before it. Guidance compares with a stream
+        that has a mask for each text. Scores are cosines with all the texts. A page that is too long
+        for the model loses its documents, then segments from its beginning.
+
+        Args:
+            parts: texts, and images in any form but a path as a text, which would be a text.
+            retrieve: documents to put before the page, found by its texts.
+
+        Raises:
+            UserError: for a page that leaves the model no room for an image.
+        """
+        page = self._page(parts, self._fresh)
+        text = " ".join(part for part in parts if isinstance(part, str))
+        (rows,) = self.retrieved([text], None, "text", retrieve)
+        prompt, kept = self._fitting(self._task("page_image"), page, rows)
+        seeds = range(seed, seed + n)
+        (drawn,) = self._answers([self._request(prompt, decoder, seeds)])
+        codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
+        shortage = shortage_of(retrieve, len(rows), len(kept))
+        return [
+            replace(picture, asked=retrieve, shortage=shortage)
+            for picture in self._pictures(text, codes_BN, seeds, self.used_documents(kept))
+        ]
+
+    @checked
+    def page_text(
+        self,
+        parts: Parts,
+        *,
+        retrieve: NonNegativeInt = 0,
+        decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+        max_tokens: PositiveInt = 64,
+    ) -> str:
+        """The text behind the image that a page ends in, of at most so many pieces.
+
+        A warning says where it was cut there.
+
+        Guidance compares with a stream that has a mask for each image. A page that is too long for the
+        model loses its documents, then segments from its beginning.
+
+        Args:
+            parts: texts and images, the last one an image.
+            retrieve: documents to put before the page, found by that image.
+        """
+        if not parts or isinstance(parts[-1], str):
+            raise UserError("parts does not end in an image, behind which a text is asked for")
+        page = self._page(parts)
+        (rows,) = self.retrieved(None, self._pixels(parts[-1])[None], "image", retrieve)
+        prompt, kept = self._fitting(self._task_with_room("page_text", max_tokens), page, rows)
+        if shortage := shortage_of(retrieve, len(rows), len(kept)):
+            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
+        answer_T = self._text_answer(prompt, decoder, seed)
+        return self.run.text_tokenizer.decode(answer_T).strip()
+
+    @checked
+    def interleave(
+        self,
+        parts: Parts,
+        *,
+        first: Modality = "text",
+        segments: PositiveInt = 2,
+        max_tokens: PositiveInt = 64,
+        decoder: DecoderChoice = None,
+        text_decoder: DecoderChoice = None,
+        seed: NonNegativeInt = 0,
+    ) -> list[str | Image.Image]:
+        """What follows texts and images: at most so many more, in turn, the first of that modality.
+
+        Args:
+            parts: texts, and images in any form but a path as a text, which would be a text.
+            max_tokens: pieces that each text may have, fewer where the model has not as many positions; a warning says
+                where one was cut there.
+        """
+        ids_T = lay_out(Sample(self._page(parts, self._fresh)), self.run.vocab).ids_T[:-1]
+        codes = self.run.image_tokenizer.grid**2
+        images = (segments + (first == "image")) // 2
+        texts = segments - images
+        room = (
+            self.run.seq_len - len(ids_T) - images * codes - segments
+        )  # a break or an end behind each
+        max_tokens = min(max_tokens, room // texts) if texts else max_tokens
+        new = partial(
+            grammar.interleaved,
+            self.run.vocab,
+            first=first,
+            codes=codes,
+            text_length=max_tokens,
+            segments=segments,
+        )
+        of = self._of_each_modality(decoder, text_decoder)
+        length = images * codes + texts * max(max_tokens, 1) + segments
+        ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
+        result: list[str | Image.Image] = []
+        found = list(grammar.segments_of(tokens, self.run.vocab))
+        cut = [ids for modality, ids in found if modality == "text" and len(ids) == max_tokens]
+        self._warn_truncated(cut, max_tokens)
+        for modality, ids in found:
+            if modality == "text":
+                result.append(self.run.text_tokenizer.decode(ids))
+            else:
+                (pixels_HWC,) = self.run.image_tokenizer.decode(
+                    self.run.vocab.image_codes(np.array(ids))[None]
+                )
+                result.append(Image.fromarray(pixels_HWC))
+        return result
+
+    @checked
+    def score(
+        self,
+        *,
+        texts: Sequence[Text] | None = None,
+        images: Sequence[GivenImage] | None = None,
+        image: GivenImage | None = None,
+        text: Text | None = None,
+        question: Worded | None = None,
+    ) -> list[float]:
+        """Log-likelihoods in nats: of each of some `texts` for an `image`, or of each of some `images` for a `text`.
+
+        With a `question` about the image the texts are answers to it, else captions. A text counts with the
+        `<end_of_span>` behind it. Divide by lengths as the use demands.
+        """
+        vocab = self.run.vocab
+        of_an_image = texts is not None and image is not None and images is None and text is None
+        if question is not None:
+            if texts is None or image is None or not of_an_image:
+                raise UserError(
+                    "a question is asked about an image: give image, and texts that may answer it"
+                )
+            self._check_tuned("a question", QUESTIONS)
+            document = self._instruction(
+                "vqa", image=self._pixels(image), question=question, answer="?"
+            )
+            encode = self.run.text_tokenizer.encode
+            (found_K,) = self.rank(
+                [document], [[]], [[encode(f" {each}") for each in texts]]
+            )  # behind "Answer:"
+            return [float(score) for score in found_K]
+        if texts is not None and image is not None and of_an_image:
+            document = TokenDocument("image", (self._text(""), self._image(self._pixels(image))))
+            ids_T = self._task("caption").prompt(document).ids_T
+            given = [np.append(self._text(each).ids_T, vocab.end_of_span) for each in texts]
+        elif images is not None and text is not None and texts is None and image is None:
+            document = TokenDocument(text, (self._text(text), self._fresh))
+            ids_T = self._task("text_to_image").prompt(document).ids_T
+            given = [self._image(self._pixels(each)).ids_T for each in images]
+        else:
+            raise UserError(
+                "give texts and the image that they are for, or images and the text that they are for"
+            )
+        with self._computing():
+            return log_likelihoods(self.run.model, [ids_T] * len(given), given)
