@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -16,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
+from cm3leon.commands.sample_words import facts_of, printed
 from cm3leon.evaluation.report.sample import (
     Companion,
     Names,
@@ -23,8 +22,6 @@ from cm3leon.evaluation.report.sample import (
     ShownPiece,
     ShownSample,
     ShownSegment,
-    runs,
-    visible,
     write_sample_page,
 )
 from cm3leon.experiment import Experiment
@@ -48,16 +45,11 @@ from cm3leon.stages.training_data import (
 )
 from cm3leon.terminal import command_line
 from cm3leon.tokenizers.document import LaidOut, lay_out, token_count
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Sample, TokenDocument, TokenSegment, UserError
 
 LOOKED_AT = 32
 """Samples among which one with a moved span is looked for, where none was asked for."""
-LONG_TEXT = 600
-"""Characters of a text that are printed; the page has all of them."""
-
-SPECIAL_LOOK = re.compile(rf"{'|'.join(SPECIALS)}|<mask:\d+>")
-"""What looks like a special token; in a text it is printed with a backslash before it."""
 
 
 def show(
@@ -404,141 +396,3 @@ def _names(run: Run) -> Names:
         )
 
     return Names(run.vocab, run.text_tokenizer.decode, piece)
-
-
-# ------------------------------------------------------------------------------------------------ words
-
-
-def facts_of(
-    run: Run, samples: TrainingSamples, position: int, shown: ShownSample
-) -> list[tuple[str, str]]:
-    """What there is to say of a sample, by what it is about."""
-    source, row = samples.at(position)
-    corpus = samples.corpora[source]
-    mixed_in = (
-        f", mixed in from {corpus.folder}" if source and isinstance(corpus, ShardedCorpus) else ""
-    )
-    *retrieved, query = shown.documents
-    trained = sum(len(piece.ids_T) for piece in shown.pieces)
-    spans = [(name, _span(shown, span)) for name, span in shown.spans]
-    if not spans:
-        known = all(piece.spans is not None for piece in shown.pieces)
-        why = (
-            "none drawn"
-            if known
-            else f"unknown, {run.experiment.objective.name} does not change samples by moving spans"
-        )
-        spans = [("spans", why)]
-    return [
-        ("run", str(run.folder)),
-        ("place", f"position {position:,} of the stream, of which an epoch has {samples.epoch:,}"),
-        ("query", visible(query.id) + mixed_in),
-        ("retrieved", _retrieved(corpus.neighbours_VK(row), len(retrieved) + len(shown.left_out))),
-        *((document.role, f"{visible(document.id)}, {document.note}") for document in retrieved),
-        *(
-            ("left out", f"{visible(document)}, as it does not fit the block")
-            for document in shown.left_out
-        ),
-        ("tokens", f"{len(shown.laid_out.ids_T):,} as laid out, {trained:,} as trained on"),
-        *spans,
-        ("loss", _loss(shown)),
-        *(("block", _block(run, piece)) for piece in shown.pieces),
-    ]
-
-
-def _retrieved(rows_VK: np.ndarray, drawn: int) -> str:
-    """How many documents were drawn, and of how many."""
-    counts = sorted({len(set(rows_K.tolist()) - {NONE}) for rows_K in rows_VK})
-    found = " to ".join(str(number) for number in dict.fromkeys((counts[0], counts[-1])))
-    return f"{drawn or 'none'} drawn; the variants of query dropout found {found}"
-
-
-def _span(shown: ShownSample, span: Span) -> str:
-    """Where a span lies, and its text."""
-    start, end = span
-    segment = next(s for s in shown.laid_out.segments if s.start <= start < s.end)
-    unit = "codes" if segment.modality == "image" else "pieces"
-    share = f"{end - start:,} of {segment.end - segment.start:,} {unit}"
-    if (start, end) == (segment.start, segment.end):
-        share = f"all {end - start:,} {unit}"
-    role = shown.document_at(start)
-    document = "the query" if role == "query" else role
-    where = f"{share} of the {segment.modality} of {document}, {_tokens(start, end)}"
-    return (
-        where
-        if unit == "codes"
-        else f"{where}: {_shortened(shown.names.run(shown.laid_out.ids_T[start:end]))!r}"
-    )
-
-
-def _tokens(start: int, end: int) -> str:
-    return f"token {start:,}" if end - start == 1 else f"tokens {start:,} to {end - 1:,}"
-
-
-def _loss(shown: ShownSample) -> str:
-    loss_T = np.concatenate([piece.loss_T for piece in shown.pieces])
-    weights, counts = np.unique(loss_T[loss_T > 0], return_counts=True)
-    shares = " and ".join(
-        f"{n:,} with weight {w:g}" for w, n in zip(weights.tolist(), counts.tolist(), strict=True)
-    )
-    return f"on {np.count_nonzero(loss_T):,} of {len(loss_T):,} tokens" + (
-        f", {shares}" if shares else ""
-    )
-
-
-def _block(run: Run, piece: ShownPiece) -> str:
-    packing = run.experiment.packing
-    positions = "run on through the block" if packing.run_on else "restart in each sample"
-    others = len(piece.samples) - 1
-    return (
-        f"step {piece.step:,}, row {piece.lane} of {run.experiment.training.batch_size}, positions {piece.first:,} to "
-        f"{piece.first + len(piece.ids_T) - 1:,} of {run.seq_len:,}, beside {others} other "
-        f"{'sample' if others == 1 else 'samples'} (packing {packing.method}, position ids {positions})"
-    )
-
-
-def printed(shown: ShownSample, facts: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """The sample as lines for a terminal: what is known of it, the laid-out sequence, the pieces trained on."""
-    wide = 2 + max(len(key) for key, _ in facts)
-    lines = [shown.title]
-    for key, value in facts:
-        lines += _wrapped(value, width, f"  {key:<{wide}}", " " * (wide + 2))
-    lines += ["", "laid out", *_wrapped(_sequence(shown.names, shown.laid_out.ids_T), width)]
-    for number, piece in enumerate(shown.pieces, 1):
-        part = "" if len(shown.pieces) == 1 else f", piece {number} of {len(shown.pieces)}"
-        words = _sequence(shown.names, piece.ids_T, piece.loss_T > 0)
-        lines += [
-            "",
-            f"trained on{part} (no loss on what is in parentheses)",
-            *_wrapped(words, width),
-        ]
-    return lines
-
-
-def _wrapped(text: str, width: int, first: str = "  ", others: str = "  ") -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
-    )
-
-
-def _sequence(names: Names, ids_T: np.ndarray, has_loss_T: np.ndarray | None = None) -> str:
-    """Ids as the paper's figures write them: `<eos> a red dog <break> [image 1024 codes: 17 993 4 ... 12 8] <eos>`."""
-    has_loss_T = np.ones(len(ids_T), bool) if has_loss_T is None else has_loss_T
-    words = []
-    for start, end in runs(ids_T, names, has_loss_T):
-        word = names.run(ids_T[start:end])
-        match names.kind(int(ids_T[start])):
-            case "image":
-                word = f"[image {end - start} {'code' if end - start == 1 else 'codes'}: {word}]"
-            case "text":
-                word = SPECIAL_LOOK.sub(r"\\\g<0>", _shortened(word)).strip()
-        words.append(word if has_loss_T[start] else f"({word})")
-    return " ".join(words)
-
-
-def _shortened(text: str) -> str:
-    return (
-        text
-        if len(text) <= LONG_TEXT
-        else f"{text[: LONG_TEXT // 2]} ... {text[-LONG_TEXT // 2 :]}"
-    )
