@@ -28,9 +28,10 @@ from cm3leon.data.images import decode_image, square
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, write_token_shard
 from cm3leon.registry import IMAGE_TOKENIZERS, RETRIEVERS, discover
-from cm3leon.retrievers.bank import MemoryBank, Parts
-from cm3leon.retrievers.index import IndexConfig, lists_for
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import Bank, IndexConfig, lists_for, merge
 from cm3leon.retrievers.neighbours import neighbours_of
+from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 from cm3leon.types import TokenDocument, TokenSegment
 
 TEXT_TOKENS, CODES, WIDTH, VARIANTS = 16, 1024, 512, 4
@@ -125,7 +126,16 @@ def main() -> None:
     vectors = Parts(
         *(unit(rng.standard_normal((20_000, WIDTH), dtype=np.float32)) for _ in range(2))
     )
-    bank = MemoryBank([str(row) for row in range(20_000)], vectors)
+    header = {"encoder": "", "width": WIDTH}
+    with tempfile.TemporaryDirectory() as place:
+        index = Path(place) / "index"
+        index.mkdir()
+        write_plan(Path(place), header)
+        ids = [str(row) for row in range(20_000)]
+        write_vector_shard(shard_path(Path(place), 0, 1), ids, vectors, header)
+        finish_vectors(Path(place), 1)
+        merge(VectorShards(Path(place)), index, IndexConfig(), seed=0)
+        bank = Bank(Path(place), index)
     queries = vectors.rows(slice(0, 256))
     search = seconds(lambda: bank.search(queries.text_BD, retriever.config.candidates)) / 256
     both = seconds(lambda: neighbours_of(retriever, bank, [queries], np.arange(256), like=queries))

@@ -68,9 +68,10 @@ class SplitConfig:
 
 @dataclass(kw_only=True)
 class ShardsConfig:
-    """A corpus of any size: tokenised, embedded and given its neighbours in shards, one for each part of the source.
+    """How the corpus is tokenised, embedded and given its neighbours: in shards, one for each part of the source.
 
-    A sample of it trains the tokenizers and the retriever's encoder, and is what results are reported on.
+    A sample of it trains the tokenizers and the retriever's encoder, and is what results are reported on; of a small
+    corpus that is all of it.
     """
 
     sample: PositiveInt = 10_000
@@ -131,8 +132,8 @@ class Experiment:
     split: SplitConfig = field(default_factory=SplitConfig)
     """How documents are divided into training, validation and held-out."""
 
-    shards: ShardsConfig | None = None
-    """For corpora that do not fit into memory; None holds all documents there."""
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    """The shards of the corpus, its sample, and other runs that it is used with."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Varied versions of the training images, for small corpora."""
@@ -159,7 +160,7 @@ class Experiment:
     """Finds the documents that go before the query document."""
 
     index: IndexConfig = field(default_factory=IndexConfig)
-    """How the memory bank of a corpus in shards is searched."""
+    """How the memory bank is searched."""
 
     retriever_training: TrainingConfig | None = None
     """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded. It is left out for a
@@ -318,7 +319,10 @@ def load_mapping(
     discover(mapping.get("plugins", []))
     # What a sweep's key takes is read by the type of that key, see `cm3leon.sweep`.
     swept = {SWEEP: mapping.pop(SWEEP)} if SWEEP in mapping else {}
-    return {**settled(Experiment, mapping), **swept}
+    written = settled(Experiment, mapping)
+    if written.get("shards", {}) is None:  # what earlier versions wrote where they had none
+        del written["shards"]
+    return {**written, **swept}
 
 
 def typed_settings(

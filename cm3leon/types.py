@@ -164,6 +164,7 @@ class TokenDocument:
 
     id: str
     segments: tuple[TokenSegment, ...]
+    label: int | None = None
 
     def segment(self, modality: Modality) -> TokenSegment | None:
         """The first segment of that modality, None without one."""

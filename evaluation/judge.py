@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cm3leon.data.augment import AugmentConfig, vary
+from cm3leon.data.augment import AugmentConfig, varied
 
 
 class Judge:
@@ -23,8 +23,9 @@ class Judge:
     def __init__(self, images_BHWC: np.ndarray, labels_B: np.ndarray) -> None:
         from sklearn.svm import SVC
 
-        varied = [vary(images_BHWC, AugmentConfig(), seed) for seed in range(self.versions)]
-        features_BF = self._features(np.concatenate([images_BHWC, *varied]))
+        places = [str(place) for place in range(len(images_BHWC))]
+        moved = varied(images_BHWC, places, AugmentConfig(versions=self.versions), seed=0)
+        features_BF = self._features(np.concatenate([images_BHWC, *moved]))
         gamma = 2 / (features_BF.shape[1] * features_BF.var())  # twice scikit-learn's "scale"
         self._classifier = SVC(C=10, gamma=gamma).fit(
             features_BF, np.tile(labels_B, 1 + self.versions)

@@ -544,7 +544,7 @@ def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:
         ({"device": "cuda:99"}, "device is cuda:99, which cannot be used here"),
         ({"ranks": "x"}, "ranks is of type str; it must be Ranks"),
         ({"bank": 7}, "bank is 7; it must be"),
-        ({"bank": "nowhere"}, "bank: .*; a memory bank is a run in shards made with until=index"),
+        ({"bank": "nowhere"}, "bank: .*; a memory bank is a run made with until=index"),
         ({"checkpoint": 0}, "checkpoint is 0; it must be"),
         ({"checkpoint": 99999}, r"checkpoint is 99999, which .* does not have"),
         ({"checkpoint": 10**30}, r"checkpoint is 10+, which .* does not have"),

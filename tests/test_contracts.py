@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from banks import bank_of
 from corpora import CORPORA as CAPTIONED
 from instruction_corpora import INSTRUCTIONS
 from published import IMAGE_TOKENIZER_FILES
@@ -224,8 +225,8 @@ def test_retriever_never_returns_the_query_itself(registry: Registry[Any], name:
     retriever.encoder.eval()
     assert retriever.vector_width(retriever.config) == retriever.encoder.embed_dim
     images_BHWC = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    ids, texts = [f"document {n}" for n in range(6)], [f"text {n}" for n in range(6)]
-    bank = retriever.bank(ids, texts, images_BHWC)
+    texts = [f"text {n}" for n in range(6)]
+    bank = bank_of(retriever.parts(texts, images_BHWC), pairs_only=True)
     for modality in ("text", "image"):
         results, _ = retriever.retrieve(
             bank, retriever.parts(texts, images_BHWC), modality, exclude_Q=np.arange(6), count=3

@@ -20,12 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cm3leon.data.augment import AugmentConfig, vary
-from cm3leon.data.corpus import Corpus, split_of
+from cm3leon.data.augment import AugmentConfig, varied
+from cm3leon.data.corpus import Corpus, split_of_key
 from cm3leon.data.digits import TEMPLATES, WORDS
 from cm3leon.data.images import UnusableImage, read_image, square
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.data.source import Skipped
+from cm3leon.experiment import load_experiment
+from cm3leon.io import digest_of
 from cm3leon.registry import SOURCES, discover
 from cm3leon.types import Document, TextSegment, UserError
 
@@ -450,7 +452,8 @@ def test_a_file_name_that_is_no_utf8_does_not_end_a_run(good: Path) -> None:
     assert source.fingerprint()
     documents = [item for item in source.documents() if isinstance(item, Document)]
     assert "good.png" in [document.id for document in documents]
-    split_of([*(document.id for document in documents), "b", "c"], validation=0.1, held_out=0.1)
+    for document in documents:
+        split_of_key(document.split_key, validation=0.1, held_out=0.1)
 
 
 @pytest.mark.parametrize("what", ["missing", "a file"])
@@ -583,46 +586,9 @@ def test_no_templates_are_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------ corpus, splits
 
-unique_ids = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-    min_size=3,
-    max_size=60,
-    unique=True,
-)
-shares = st.floats(0, 0.33)  # two rounded shares of this size leave at least one of three documents
 
-
-@given(unique_ids, shares, shares, st.randoms())
-def test_splits_cover_everything_and_do_not_depend_on_the_order(
-    ids: list[str], validation: float, held_out: float, rng: random.Random
-) -> None:
-    splits = split_of(ids, validation=validation, held_out=held_out)
-    counts = collections.Counter(splits)
-    assert set(counts) == {"train", "validation", "held_out"}
-    assert len(splits) == len(ids)
-    assert counts["held_out"] == max(1, round(held_out * len(ids)))
-    assert counts["validation"] == max(1, round(validation * len(ids)))
-    shuffled_ids = list(ids)
-    rng.shuffle(shuffled_ids)
-    again = split_of(shuffled_ids, validation=validation, held_out=held_out)
-    assert dict(zip(shuffled_ids, again, strict=True)) == dict(zip(ids, splits, strict=True))
-
-
-@given(st.lists(st.sampled_from("abcdefghij"), min_size=3, max_size=40), shares, shares)
-def test_documents_about_one_picture_fall_into_one_split(
-    keys: list[str], validation: float, held_out: float
-) -> None:
-    ids = [str(number) for number in range(len(keys))]
-    if len(set(keys)) < 3:
-        with pytest.raises(UserError, match=f"are about {len(set(keys))} pictures, at least 3"):
-            split_of(ids, validation=validation, held_out=held_out, keys=keys)
-        return
-    splits = split_of(ids, validation=validation, held_out=held_out, keys=keys)
-    assert set(splits) == {"train", "validation", "held_out"}
-    sides: dict[str, set[str]] = {}
-    for key, split in zip(keys, splits, strict=True):
-        sides.setdefault(key, set()).add(split)
-    assert all(len(found) == 1 for found in sides.values())
+def splits_of(keys: list[str], *, validation: float, held_out: float) -> list[str]:
+    return [split_of_key(key, validation=validation, held_out=held_out) for key in keys]
 
 
 def test_copies_of_an_image_fall_together_whatever_their_names(tmp_path: Path) -> None:
@@ -651,33 +617,23 @@ def test_texts_of_the_same_words_fall_together() -> None:
 
 
 def test_splits_are_the_same_on_every_machine() -> None:
-    splits = split_of([f"scan-{n:04d}" for n in range(20)], validation=0.1, held_out=0.2)
+    ids = [f"scan-{n:04d}" for n in range(20)]
+    splits = splits_of(ids, validation=0.1, held_out=0.2)
     held_out = [n for n, split in enumerate(splits) if split == "held_out"]
     validation = [n for n, split in enumerate(splits) if split == "validation"]
     # by SHA-256 of the id, in order
-    assert (held_out, validation) == ([6, 8, 12, 17], [2, 7])
+    assert (held_out, validation) == ([2, 6, 7, 8, 12, 17], [10, 14, 18])
 
 
-def test_a_document_more_moves_few_of_the_others() -> None:
-    ids = [f"document {n}" for n in range(1000)]
-    before = split_of(ids, validation=0.1, held_out=0.1)
-    after = split_of([*ids, "another"], validation=0.1, held_out=0.1)
-    assert sum(a != b for a, b in zip(before, after, strict=False)) <= 2
-
-
-@pytest.mark.parametrize("count", [3, 4, 5])
-def test_small_corpora_have_all_three_splits(count: int) -> None:
-    splits = split_of([str(n) for n in range(count)], validation=0.01, held_out=0.01)
-    assert collections.Counter(splits) == {"train": count - 2, "validation": 1, "held_out": 1}
-
-
-def test_corpora_that_cannot_be_split_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="2 usable documents, at least 3 are needed"):
-        split_of(["a", "b"], validation=0.1, held_out=0.1)
-    with pytest.raises(UserError, match="document ids must be unique"):
-        split_of(["a", "b", "c", "a"], validation=0.1, held_out=0.1)
-    with pytest.raises(UserError, match="10 documents leave none to train on"):
-        split_of([str(n) for n in range(10)], validation=0.5, held_out=0.5)
+def test_the_digits_are_divided_by_number_as_ever() -> None:
+    """The images that its figures were always measured on: a fifth and a tenth in the order of the hashes."""
+    ids = [f"scan-{n:04d}" for n in range(1797)]
+    shares = load_experiment("digits").split
+    splits = splits_of(ids, validation=shares.validation, held_out=shares.held_out)
+    order = sorted(ids, key=digest_of)
+    expected = dict.fromkeys(order, "train") | dict.fromkeys(order[:539], "validation")
+    expected |= dict.fromkeys(order[:359], "held_out")
+    assert splits == [expected[id_] for id_ in ids]
 
 
 def test_corpus_is_saved_and_read_back(tmp_path: Path) -> None:
@@ -755,37 +711,53 @@ def test_square_agrees_with_a_crop_done_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------ augmentation
 
 
-def test_varied_images_are_fixed_by_their_seed_and_still_look_alike() -> None:
+def test_varied_images_are_fixed_by_seed_and_key_and_still_look_alike() -> None:
     images_BHWC = np.stack(
         [document.image for document, _ in zip(digits().documents(), range(40), strict=False)]
     )
-    first, again, other = (vary(images_BHWC, AugmentConfig(), seed) for seed in (0, 0, 1))
-    assert first.shape == images_BHWC.shape
+    keys = [f"scan-{number}" for number in range(40)]
+    config = AugmentConfig(versions=2)
+    first, again, other = (
+        np.stack(list(varied(images_BHWC, keys, config, seed))) for seed in (0, 0, 1)
+    )
+    assert first.shape == (2, *images_BHWC.shape)
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)
     assert (first != other).mean() > 0.2
+    assert (first[0] != first[1]).mean() > 0.2
     alike = [
-        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images_BHWC, first, strict=True)
+        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images_BHWC, first[0], strict=True)
     ]
     assert np.mean(alike) > 0.8
     unrelated = [
         np.corrcoef(a.ravel(), b.ravel())[0, 1]
-        for a, b in zip(images_BHWC, first[::-1], strict=True)
+        for a, b in zip(images_BHWC, first[0][::-1], strict=True)
     ]
     assert np.mean(unrelated) < np.mean(alike) - 0.2
 
 
-def test_without_any_movement_images_stay_as_they_are() -> None:
-    still = AugmentConfig(degrees=0, scale=0, shear=0, shift=0, elastic=0)
+def test_an_image_is_varied_alike_whatever_is_beside_it() -> None:
     images_BHWC = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    assert np.array_equal(vary(images_BHWC, still, 0), images_BHWC)
+    config = AugmentConfig(versions=2)
+    (together, _), (alone, _) = (
+        list(varied(images_BHWC[some], keys, config, 5))
+        for some, keys in ((slice(None), "abc"), ([1], "b"))
+    )
+    assert np.array_equal(together[1], alone[0])
+    assert list(varied(images_BHWC[:0], "", config, 5)) == []
+
+
+def test_without_any_movement_images_stay_as_they_are() -> None:
+    still = AugmentConfig(versions=1, degrees=0, scale=0, shear=0, shift=0, elastic=0)
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(next(varied(images_BHWC, "abc", still, 0)), images_BHWC)
 
 
 def test_varying_does_not_touch_the_global_generator() -> None:
     import torch
 
     state = torch.get_rng_state()
-    vary(np.zeros((2, 8, 8, 3), np.uint8), AugmentConfig(), 0)
+    list(varied(np.zeros((2, 8, 8, 3), np.uint8), "ab", AugmentConfig(versions=1), 0))
     assert torch.equal(torch.get_rng_state(), state)
 
 

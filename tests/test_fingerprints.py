@@ -152,7 +152,7 @@ def test_a_second_start_reads_nothing_unless_a_file_has_changed(
 
 
 def inputs(tmp_path: Path, *overrides: str, name: str = "digits_smoke") -> dict[str, Any]:
-    """What each stage of an experiment in memory depends on besides other stages."""
+    """What each stage of an experiment depends on besides other stages."""
     experiment = load_experiment(name, overrides)
     run = Run(experiment, tmp_path, torch.device("cpu"))
     return {
@@ -183,13 +183,13 @@ def test_settings_that_change_no_result_change_no_fingerprint(
         ("decoder.top_p=0.95", {"generation"}),  # training draws pictures by it, no more
         ("training.learning_rate=1e-4", {"pretraining"}),
         ("retriever.max_documents=1", {"pretraining"}),
-        ("retriever.threshold=0.5", {"retriever"}),
+        ("retriever.threshold=0.5", {"neighbours"}),
         ("retriever_training.steps=21", {"retriever"}),
-        ("text_tokenizer.vocab_size=300", {"text_tokenizer"}),
+        ("text_tokenizer.vocab_size=300", {"text_tokenizer", "tokens"}),
         ("image_tokenizer_training.steps=21", {"image_tokenizer"}),
-        ("augment.degrees=3", {"image_tokenizer", "retriever"}),
-        ("augment.versions=1", {"image_tokenizer", "retriever"}),
-        ("split.held_out=0.3", {"documents"}),
+        ("augment.degrees=3", {"image_tokenizer", "retriever", "tokens"}),
+        ("augment.versions=1", {"image_tokenizer", "retriever", "tokens"}),
+        ("split.held_out=0.3", {"documents", "tokens"}),
         ("metrics=[accuracy]", {"evaluation"}),
     ],
 )

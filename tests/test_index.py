@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from banks import bank_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3leon.config import from_mapping
 from cm3leon.data.shards import DamagedShard, shard_path, write_plan
 from cm3leon.retrievers import index as index_module
-from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.index import (
     Bank,
@@ -29,8 +30,8 @@ from cm3leon.retrievers.index import (
     train,
 )
 from cm3leon.retrievers.neighbours import (
-    Neighbours,
     NeighbourShards,
+    draw,
     finish_neighbours,
     neighbours_of,
     write_neighbour_shard,
@@ -427,15 +428,14 @@ def retriever() -> Any:
     return RETRIEVERS.build({"name": "dense", "encoder": encoder, "candidates": 12})
 
 
-def test_a_bank_on_disk_retrieves_as_one_in_memory(
+def test_a_bank_of_several_shards_retrieves_as_one_of_one_shard(
     tmp_path: Path, retriever: DenseRetriever
 ) -> None:
     parts = clustered(0, 300)
     vectors, folder = build(tmp_path, parts)
-    in_memory = MemoryBank([str(n) for n in range(300)], parts)
     own = np.arange(300)
     variants = [parts, clustered(3, 300)]
-    expected, verdicts = neighbours_of(retriever, in_memory, variants, own, like=parts)
+    expected, verdicts = neighbours_of(retriever, bank_of(parts), variants, own, like=parts)
     found, counted = neighbours_of(retriever, Bank(vectors, folder), variants, own, like=parts)
     assert np.array_equal(found, expected)
     assert counted == verdicts
@@ -457,15 +457,14 @@ def test_neighbours_are_read_back_from_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no finished folder"):
         NeighbourShards(tmp_path)
     finish_neighbours(tmp_path, 3)
-    shards, in_memory = NeighbourShards(tmp_path), Neighbours(rows_VBK)
+    shards = NeighbourShards(tmp_path)
+    assert np.array_equal(shards.shard(2), rows_VBK[:, 11:].transpose(1, 0, 2).reshape(19, 16))
     assert len(shards) == 30
     for document in range(30):
         assert np.array_equal(shards.rows(document), rows_VBK[:, document])
-        drawn = [
-            each.draw(document, most=3, random_count=True, rng=np.random.default_rng(document))
-            for each in (shards, in_memory)
-        ]
-        assert drawn[0] == drawn[1]
+        one, other = np.random.default_rng(document), np.random.default_rng(document)
+        drawn = shards.draw(document, most=3, random_count=True, rng=one)
+        assert drawn == draw(rows_VBK[:, document], most=3, random_count=True, rng=other)
 
 
 def test_damaged_neighbours_are_named_when_they_are_drawn(tmp_path: Path) -> None:

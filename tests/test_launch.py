@@ -165,7 +165,7 @@ def shown(found: list[Job]) -> dict[str, tuple[tuple[str, ...], int, bool]]:
     return {each.name: (each.after, len(each.commands), each.together) for each in found}
 
 
-def test_an_experiment_in_memory_is_one_job_that_reads_a_frozen_file(tmp_path: Path) -> None:
+def test_an_experiment_on_few_parts_is_one_job_that_reads_a_frozen_file(tmp_path: Path) -> None:
     experiment = load_experiment("digits_smoke", ["seed=3", "launcher=slurm", "launcher.nodes=2"])
     [only] = experiment_jobs(experiment, tmp_path, until="pretraining")
     [command] = only.commands
@@ -175,12 +175,13 @@ def test_an_experiment_in_memory_is_one_job_that_reads_a_frozen_file(tmp_path: P
     assert only.together
 
 
-def test_stages_in_shards_are_arrays_between_jobs_of_one_process(tmp_path: Path) -> None:
+def test_stages_of_many_parts_are_arrays_between_jobs_of_one_process(tmp_path: Path) -> None:
     fields = [
         "launcher=slurm",
         "launcher.nodes=2",
         "launcher.parts=4",
         "launcher.stages.index.parts=1",
+        f'data={{"name": "webdataset", "path": "{tmp_path}/not/here/*.tar"}}',
     ]
     experiment = load_experiment(
         "pretrain_350m", ["overrides=smoke", *fields, "launcher.stages.tokens.timeout_min=9"]

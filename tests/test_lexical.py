@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from banks import bank_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -61,7 +62,7 @@ def test_names_that_were_not_fitted_are_found() -> None:
     )
     new = [entity_name(n) for n in range(300, 900)]
     texts = [f"{name} on {ground}" for name in new for ground in ("grey", "black")]
-    bank = retriever.bank([str(n) for n in range(len(texts))], texts, pictures(len(texts)))
+    bank = bank_of(retriever.parts(texts, pictures(len(texts))), pairs_only=True)
     rows_QK, _ = retriever.retrieve(
         bank, retriever.parts([f"{n} on white" for n in new], None), "text", count=2
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cm3leon.data.corpus import split_of
+from cm3leon.data.corpus import split_of_key
 from cm3leon.evaluation.generated import UNKNOWN, Generated
 from cm3leon.evaluation.judge import Judge
 from cm3leon.evaluation.metrics import (
@@ -224,7 +224,7 @@ def test_all_metrics_of_this_file_are_registered() -> None:
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, labels, and which are held out."""
     documents = list(SOURCES.build("digits").documents())
-    splits = split_of([document.id for document in documents], validation=0.1, held_out=0.2)
+    splits = [split_of_key(document.id, validation=0.1, held_out=0.2) for document in documents]
     images_BHWC = np.stack([document.image for document in documents])
     return (
         images_BHWC,

@@ -20,7 +20,6 @@ import torch
 from test_index import SMALL_IVF, build, clustered
 
 from cm3leon.retrievers import mips
-from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
 from cm3leon.types import UserError
 
@@ -155,15 +154,6 @@ def test_a_bank_is_searched_on_the_gpu(kind: str, exact: Made, inverted: Made, g
     assert bank.place == "GPU 0"
     assert np.array_equal(bank.search(QUERIES_QD, 8), expected_QK)
     assert gpus.calls == [f"{'flat' if kind == 'exact' else 'lists'} on [0]", "search"]
-
-
-def test_a_bank_in_memory_is_searched_on_the_gpu(gpus: Gpus) -> None:
-    parts = clustered(0, 50)
-    found_QK = MemoryBank([str(row) for row in range(50)], parts).search(QUERIES_QD, 4)
-    assert gpus.calls == ["flat on [0]", "search"]
-    assert np.array_equal(
-        found_QK, np.argsort(-(QUERIES_QD @ parts.mean().T), axis=1, kind="stable")[:, :4]
-    )
 
 
 @pytest.mark.parametrize(

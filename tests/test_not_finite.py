@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from banks import write_bank
 from test_decoders import VOCAB, model
 from test_engine import built, request
 from test_retrievers import random_parts
@@ -16,7 +17,6 @@ from test_retrievers import random_parts
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import IMAGE_TOKENIZERS
-from cm3leon.retrievers.bank import MemoryBank, Parts
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.types import NotFinite
 from cm3leon.weights import is_finite
@@ -118,10 +118,7 @@ def test_an_image_tokenizer_gives_no_codes_and_no_pixels_of_such_numbers(
 
 def test_a_memory_bank_of_such_vectors_is_refused(tmp_path: Path) -> None:
     parts = random_parts(0, 3)
-    MemoryBank(["a", "b", "c"], parts).save(tmp_path)
-    text_BD = parts.text_BD.copy()
-    text_BD[1, 2] = math.nan
-    bad = Parts(text_BD, parts.image_BD)
-    np.savez(tmp_path / "vectors.npz", text=bad.text_BD, image=bad.image_BD)
-    with pytest.raises(NotFinite, match=rf"^{tmp_path}/vectors.npz {NUMBERS}"):
-        MemoryBank.load(tmp_path)
+    parts.text_BD[1, 2] = math.nan
+    with pytest.raises(NotFinite, match=rf"documents for {tmp_path}/vectors/shard-\S+ {NUMBERS}"):
+        write_bank(tmp_path, parts)
+    assert not list(tmp_path.glob("vectors/*.arrow"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from banks import write_bank
 from command_line import cm3leon
 from records import finish
 
@@ -22,16 +24,16 @@ from cm3leon.config import (
 )
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
-from cm3leon.registry import METRICS, _module_name
-from cm3leon.retrievers.bank import MemoryBank, Parts
-from cm3leon.retrievers.neighbours import Neighbours
+from cm3leon.io import sha256
+from cm3leon.registry import METRICS, RETRIEVERS, _module_name
+from cm3leon.retrievers.bank import Parts
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
 from cm3leon.stages.trust import Opening
 from cm3leon.study import load_study
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run
-from cm3leon.training.checkpoint import Checkpoints, check_intact
+from cm3leon.training.checkpoint import Checkpoints, check_intact, save_weights
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.trainer import _resume
 from cm3leon.types import UserError
@@ -39,31 +41,37 @@ from cm3leon.types import UserError
 READ = {
     "corpus": ("documents/documents.jsonl", "documents/images.npy"),
     "codes_MN": ("image_tokenizer/codes.npy",),
-    "varied_codes_VBN": ("image_tokenizer/varied_codes.npy",),
-    "bank": ("retriever/ids.json", "retriever/vectors.npz", "retriever/index.faiss"),
-    "neighbours": ("retriever/neighbours.npy",),
+    "bank": (
+        "retriever/model.safetensors",
+        "vectors/plan.json",
+        "vectors/index.json",
+        "index/index.json",
+    ),
 }
-"""Results of a run in memory, and the files that they are read from."""
+"""Results of a run, and the files that they are read from."""
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run with a corpus in memory, as its stages would have left it."""
+    """The folder of a run, as some of its stages would have left it."""
     folder = tmp_path / "run"
     for name in ("documents", "image_tokenizer", "retriever"):
         (folder / name).mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_yaml(to_mapping(load_experiment("digits_smoke"))))
+    experiment = load_experiment("digits_smoke")
+    (folder / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
     rng = np.random.default_rng(0)
     images_BHWC = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     Corpus(["a", "b", "c"], ["x", "y", "z"], images_BHWC, [0, 1, None], ["train"] * 3).save(
         folder / "documents"
     )
     np.save(folder / "image_tokenizer" / "codes.npy", rng.integers(0, 9, (3, 4)))
-    np.save(folder / "image_tokenizer" / "varied_codes.npy", rng.integers(0, 9, (1, 3, 4)))
-    text_BD, image_BD = rng.normal(size=(2, 3, 8)).astype(np.float32)
-    MemoryBank(["a", "b", "c"], Parts(text_BD, image_BD)).save(folder / "retriever")
-    Neighbours(rng.integers(0, 3, (1, 3, 2))).save(folder / "retriever" / "neighbours.npy")
-    finish(*(folder / stage for stage in ("documents", "image_tokenizer", "retriever")))
+    encoder = RETRIEVERS.build(experiment.retriever).encoder
+    weights = folder / "retriever" / "model.safetensors"
+    save_weights(weights, encoder)
+    parts = Parts(*rng.normal(size=(2, 3, encoder.embed_dim)).astype(np.float32))
+    write_bank(folder, parts, ["a", "b", "c"], pairs_only=True, encoder=sha256(weights))
+    stages = ("documents", "image_tokenizer", "retriever", "vectors", "index")
+    finish(*(folder / stage for stage in stages))
     return folder
 
 
@@ -81,7 +89,7 @@ def test_a_file_that_has_changed_is_named(run: Path, result: str, name: str) -> 
         with pytest.raises(UserError, match=f"^{file} has changed since it was written; put"):
             getattr(open_run(run), result)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"damaged|is not JSON"):
+    with pytest.raises(UserError, match=r"damaged|is not JSON|unreadable|is no |cannot be read"):
         getattr(open_run(run, Opening(verify=False)), result)
     file.unlink()
     with pytest.raises(UserError, match=f"^{file} is missing; put a copy back, or run"):
@@ -96,6 +104,15 @@ def test_a_stage_that_is_not_finished_is_refused(run: Path, verify: bool) -> Non
         _ = opened.corpus
     with pytest.raises(UserError, match=r"no run with a finished documents, .* is missing"):
         open_run(run, needs=["documents"])
+
+
+def test_a_run_without_an_index_has_no_memory_bank(run: Path) -> None:
+    """As one of an earlier version, which kept the bank of a corpus in memory beside its encoder."""
+    shutil.rmtree(run / "index")
+    with pytest.raises(
+        UserError, match=f"^{run} has no memory bank: its stage index is not finish"
+    ):
+        _ = open_run(run).bank
 
 
 def damage(file: Path) -> None:
@@ -162,7 +179,12 @@ def test_a_file_is_read_for_its_checksum_once_in_a_process(
     )
     for _ in range(2):
         _ = open_run(run).bank
-    assert sorted(Path(name).name for name in read) == ["ids.json", "index.faiss", "vectors.npz"]
+    assert sorted(Path(name).name for name in read) == [
+        "index.json",
+        "index.json",
+        "model.safetensors",
+        "plan.json",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ plugins

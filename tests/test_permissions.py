@@ -7,17 +7,20 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from banks import write_bank
 
 from cm3leon.data.files import Files
 from cm3leon.data.shards import ShardFolder, open_shard
 from cm3leon.models.pretrained import load_model
 from cm3leon.permissions import check_folder_readable, use_umask
 from cm3leon.provenance import snapshot
-from cm3leon.retrievers.bank import MemoryBank
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import Bank
 from cm3leon.tokenizers.image.published_files import open_weights
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.training.checkpoint import Checkpoints, save_weights
@@ -119,8 +122,13 @@ def test_what_the_system_refuses_is_an_error_of_the_system_with_the_files_name(
 
 
 def read_bank(file: Path) -> object:
-    np.savez(file.parent / "vectors.npz", text=np.zeros((1, 2)), image=np.zeros((1, 2)))
-    return MemoryBank.load(file.parent)
+    """Open the bank whose file was closed to this user, with all its other files beside it."""
+    parts = Parts(np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32))
+    with TemporaryDirectory() as made:
+        folders = write_bank(Path(made), parts)
+        closed = next(folder for folder in folders if (folder / file.name).is_file())
+        (closed / file.name).chmod(0)
+        return Bank(*folders)
 
 
 def read_step(file: Path) -> object:
@@ -142,8 +150,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "shard": ("0.arrow", open_shard),
     "shards": ("index.json", lambda file: ShardFolder(file.parent, lambda shard: shard)),
-    "bank": ("ids.json", read_bank),
-    "bank's index": ("index.faiss", read_bank),
+    "bank's vectors": ("shard-00000-of-00001.arrow", read_bank),
+    "bank's index": ("index.json", read_bank),
     "checkpoint": ("state.json", read_step),
     "folder of a library": ("model.safetensors", lambda file: check_folder_readable(file.parent)),
 }
@@ -153,8 +161,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 def test_a_file_that_may_not_be_read_is_called_that(unprivileged: Path, name: str) -> None:
     file = unprivileged / READERS[name][0]
     file.write_text("{}")
-    if name == "bank's index":
-        (unprivileged / "ids.json").write_text("[]")
     file.chmod(0)
     with pytest.raises(
         UserError, match=r"^no permission to read .*; its owner can allow it: chmod"

@@ -17,7 +17,7 @@ from corpora import CORPORA, encoded, write_lines, write_tar
 from cm3leon.data.corpus import Corpus
 from cm3leon.data.images import square
 from cm3leon.data.source import squared
-from cm3leon.experiment import SplitConfig
+from cm3leon.experiment import ShardsConfig, SplitConfig
 from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
 from cm3leon.stages.documents import make_documents
@@ -78,8 +78,9 @@ def run_of(settings: dict[str, Any], size: int) -> Any:
         source=SOURCES.build(settings),
         image_tokenizer_shape=SimpleNamespace(image_size=size, grid=1),
         seq_len=512,
+        shards=ShardsConfig(),
         experiment=SimpleNamespace(
-            shards=None,
+            seed=0,
             split=SplitConfig(validation=0.1, held_out=0.1),
             packing=PackingConfig(),
             text_tokenizer=SimpleNamespace(max_word=64),

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from banks import bank_of, stored, write_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3leon.config import from_mapping
-from cm3leon.data.corpus import split_of
+from cm3leon.data.corpus import split_of_key
 from cm3leon.registry import RETRIEVERS, discover
-from cm3leon.retrievers.bank import MemoryBank, Parts
+from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.neighbours import Neighbours, find_neighbours, neighbours_of
+from cm3leon.retrievers.index import Bank
+from cm3leon.retrievers.neighbours import draw, neighbours_of
 from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import UserError
 
@@ -30,7 +32,7 @@ discover()
 
 def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     vectors_BD = rng.normal(size=(rows, dim))
-    return (vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True)).astype(np.float32)
+    return stored(vectors_BD / np.linalg.norm(vectors_BD, axis=1, keepdims=True))
 
 
 def random_parts(seed: int, rows: int, dim: int = 4, missing: float = 0.0) -> Parts:
@@ -61,11 +63,13 @@ def test_mean_is_that_of_the_parts_a_document_has(seed: int, rows: int) -> None:
 def test_search_is_the_largest_inner_product_by_brute_force(
     seed: int, rows: int, count: int
 ) -> None:
-    bank = MemoryBank([str(row) for row in range(rows)], random_parts(seed, rows, 5, missing=0.2))
+    parts = random_parts(seed, rows, 5, missing=0.2)
     query_QD = np.random.default_rng(seed + 1).normal(size=(3, 5))
-    found_QK = bank.search(query_QD, count)
-    assert found_QK.shape == (3, min(count, rows))
-    scores_QB = query_QD @ bank.parts.mean().astype(np.float64).T
+    found_QK = bank_of(parts).search(query_QD, count)
+    assert found_QK.shape == (3, count)
+    assert (found_QK[:, rows:] == NONE).all()
+    found_QK = found_QK[:, :rows]
+    scores_QB = query_QD @ parts.mean().astype(np.float64).T
     for q in range(3):
         assert len(set(found_QK[q].tolist())) == found_QK.shape[1]
         best = np.sort(scores_QB[q])[::-1][: found_QK.shape[1]]
@@ -74,42 +78,11 @@ def test_search_is_the_largest_inner_product_by_brute_force(
         )  # ties may come in any order
 
 
-def test_bank_is_saved_and_read_back(tmp_path: Path) -> None:
-    bank = MemoryBank(["a/ü.png", "b", "c"], random_parts(0, 3, missing=0.3))
-    bank.save(tmp_path)
-    loaded = MemoryBank.load(tmp_path)
-    assert loaded.ids == bank.ids
-    assert loaded.row_of == {"a/ü.png": 0, "b": 1, "c": 2}
-    assert np.array_equal(loaded.parts.text_BD, bank.parts.text_BD)
-    assert np.array_equal(loaded.parts.image_BD, bank.parts.image_BD)
-    query_QD = unit(np.random.default_rng(1), 4, 4)
-    assert np.array_equal(loaded.search(query_QD, 3), bank.search(query_QD, 3))
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        pytest.param(
-            lambda folder: MemoryBank(["a"], random_parts(0, 1)).search(np.zeros((1, 4)), 1),
-            id="search",
-        ),
-        pytest.param(
-            lambda folder: MemoryBank(["a"], random_parts(0, 1)).save(folder),
-            id="save",
-        ),
-        pytest.param(
-            lambda folder: MemoryBank.load(folder),
-            id="load",
-        ),
-    ],
-)
-def test_missing_faiss_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any
-) -> None:
-    MemoryBank(["a"], random_parts(0, 1)).save(tmp_path)
+def test_missing_faiss_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write_bank(tmp_path, random_parts(0, 1))
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match="faiss is not installed: pip install faiss-cpu"):
-        act(tmp_path)
+        Bank(*folders)
 
 
 # ------------------------------------------------------------------------------------------------ strategy
@@ -566,6 +539,12 @@ def test_an_image_tower_without_patches_is_one_sentence(encoder: ClipEncoder) ->
 # ------------------------------------------------------------------------------------------------ retrieval
 
 
+def filled(retriever: Any, ids: list[str], texts: list[str], images_BHWC: np.ndarray) -> Bank:
+    """A memory bank of documents with a text and an image each."""
+    parts = retriever.parts(texts, images_BHWC)
+    return bank_of(parts, ids, pairs_only=retriever.rules.both_modalities)
+
+
 def test_parts_that_are_not_asked_for_are_zero(retriever: Any) -> None:
     texts_only, images_only = retriever.parts(TEXTS, None), retriever.parts(None, pictures())
     assert not texts_only.image_BD.any()
@@ -583,7 +562,8 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
     """Of two candidates at first, which are more and more until all documents were looked at."""
     retriever = build_retriever(threshold=threshold, candidates=2)
     ids = [f"document {n}" for n in range(DOCUMENTS)]
-    bank = retriever.bank(ids, TEXTS, pictures())
+    bank = filled(retriever, ids, TEXTS, pictures())
+    parts = bank.parts_of(np.arange(DOCUMENTS))
     queries = retriever.parts([f"a {text}" for text in TEXTS], pictures(seed=1))
     # Every second query stands for its own document, the others come from outside.
     own_Q = np.array([n if n % 2 else NONE for n in range(DOCUMENTS)])
@@ -591,10 +571,10 @@ def test_retrieval_is_brute_force_and_the_strategy(by: Any, threshold: float) ->
     expected_verdicts: collections.Counter[str] = collections.Counter()
     for q in range(DOCUMENTS):
         vector_D = (queries.text_BD if by == "text" else queries.image_BD)[q]
-        order = np.argsort(-(bank.parts.mean() @ vector_D), kind="stable")
+        order = np.argsort(-(parts.mean() @ vector_D), kind="stable")
         rows, seen = slow_select(
             order.tolist(),
-            bank.parts.rows(order),
+            parts.rows(order),
             queries.rows(slice(q, q + 1)),
             q if q % 2 else None,
             3,
@@ -610,20 +590,21 @@ def test_a_query_never_finds_itself_nor_its_exact_copy() -> None:
     images_BHWC = pictures()
     images_BHWC[5] = images_BHWC[0]
     ids = [str(n) for n in range(DOCUMENTS)]
-    bank = retriever.bank(ids, TEXTS, images_BHWC)
+    bank = filled(retriever, ids, TEXTS, images_BHWC)
+    parts = bank.parts_of(np.arange(DOCUMENTS))
     for by in ("text", "image"):
         found, _ = retriever.retrieve(
-            bank, bank.parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
+            bank, parts, by, exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
         )
         assert all(n not in rows for n, rows in enumerate(found))
         assert 5 not in found[0]
         assert 0 not in found[5]
-    outside, _ = build_retriever(threshold=2.0).retrieve(bank, bank.parts, "image", count=12)
+    outside, _ = build_retriever(threshold=2.0).retrieve(bank, parts, "image", count=12)
     assert all(n in rows for n, rows in enumerate(outside))
 
 
 def test_a_query_without_the_part_that_is_searched_by_finds_nothing(retriever: Any) -> None:
-    bank = retriever.bank([str(n) for n in range(DOCUMENTS)], TEXTS, pictures())
+    bank = filled(retriever, [str(n) for n in range(DOCUMENTS)], TEXTS, pictures())
     queries = retriever.parts(TEXTS[:3], pictures(3))
     queries.text_BD[1] = 0
     found, verdicts = retriever.retrieve(bank, queries, "text", count=2)
@@ -637,47 +618,55 @@ def test_a_query_without_the_part_that_is_searched_by_finds_nothing(retriever: A
 
 def test_held_out_documents_are_not_in_a_bank_of_the_training_documents(retriever: Any) -> None:
     ids = [f"document {n}" for n in range(DOCUMENTS)]
-    splits = split_of(ids, validation=0.2, held_out=0.3)
+    splits = [split_of_key(id_, validation=0.2, held_out=0.3) for id_ in ids]
     train = [n for n, split in enumerate(splits) if split == "train"]
-    bank = retriever.bank([ids[n] for n in train], [TEXTS[n] for n in train], pictures()[train])
+    bank = filled(retriever, [ids[n] for n in train], [TEXTS[n] for n in train], pictures()[train])
     held_out = {ids[n] for n in range(DOCUMENTS)} - {ids[n] for n in train}
     assert len(held_out) >= 4
-    assert not held_out & set(bank.ids)
+    assert not held_out & {bank.id(row) for row in range(len(bank))}
     found, _ = retriever.retrieve(
         bank, retriever.parts(TEXTS, pictures()), "image", count=DOCUMENTS
     )
-    assert not held_out & {bank.ids[row] for row in found.ravel() if row != NONE}
+    assert not held_out & {bank.id(row) for row in found.ravel() if row != NONE}
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
 
 
+def neighbours_in(
+    retriever: Any, bank: Bank, texts: list[str], images_BHWC: np.ndarray, seed: int
+) -> tuple[np.ndarray, collections.Counter[str]]:
+    """Neighbours (V, B, K) of the documents of the bank under every variant of dropout, and the verdicts."""
+    config, own_B = retriever.config, np.arange(len(texts))
+    variants = (
+        retriever.parts(texts, images_BHWC, dropout=config.query_dropout, seed=seed + variant)
+        for variant in range(config.dropout_variants)
+    )
+    return neighbours_of(retriever, bank, variants, own_B, like=retriever.parts(texts, images_BHWC))
+
+
 def test_neighbours_are_those_of_every_variant_and_modality() -> None:
     retriever = build_retriever(dropout_variants=3, per_modality=2, query_dropout=0.25)
     ids = [str(n) for n in range(DOCUMENTS)]
-    bank = retriever.bank(ids, TEXTS, pictures())
-    found, verdicts = find_neighbours(
-        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5
-    )
-    assert found.rows_VBK.shape == (3, DOCUMENTS, 4)
+    bank = filled(retriever, ids, TEXTS, pictures())
+    found_VBK, verdicts = neighbours_in(retriever, bank, TEXTS, pictures(), 5)
+    assert found_VBK.shape == (3, DOCUMENTS, 4)
     seen = 0
     for variant in range(3):
         queries = retriever.parts(TEXTS, pictures(), dropout=0.25, seed=5 + variant)
         for half, by in enumerate(("text", "image")):
             own, documents = np.arange(DOCUMENTS), retriever.parts(TEXTS, pictures())
-            taken = None if by == "text" else found.rows_VBK[variant, :, :2]
+            taken = None if by == "text" else found_VBK[variant, :, :2]
             expected, counted = retriever.retrieve(
                 bank, queries, by, exclude_Q=own, count=2, like=documents, taken_QT=taken
             )
-            assert np.array_equal(found.rows_VBK[variant, :, 2 * half : 2 * half + 2], expected)
+            assert np.array_equal(found_VBK[variant, :, 2 * half : 2 * half + 2], expected)
             seen += counted["seen"]
     assert verdicts["seen"] == seen
-    assert (found.rows_VBK != np.arange(DOCUMENTS)[None, :, None]).all()
-    assert not np.array_equal(found.rows_VBK[0], found.rows_VBK[1])
-    again, _ = find_neighbours(
-        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=pictures(), seed=5
-    )
-    assert np.array_equal(again.rows_VBK, found.rows_VBK)
+    assert (found_VBK != np.arange(DOCUMENTS)[None, :, None]).all()
+    assert not np.array_equal(found_VBK[0], found_VBK[1])
+    again_VBK, _ = neighbours_in(retriever, bank, TEXTS, pictures(), 5)
+    assert np.array_equal(again_VBK, found_VBK)
 
 
 def simulated_bank(seed: int, rows: int, text_only: float, noise: float = 0.8) -> Parts:
@@ -685,7 +674,7 @@ def simulated_bank(seed: int, rows: int, text_only: float, noise: float = 0.8) -
     rng = np.random.default_rng(seed)
     text_BD = unit(rng, rows, 32)
     image_BD = text_BD + noise * unit(rng, rows, 32)
-    image_BD = (image_BD / np.linalg.norm(image_BD, axis=1, keepdims=True)).astype(np.float32)
+    image_BD = stored(image_BD / np.linalg.norm(image_BD, axis=1, keepdims=True))
     image_BD[rng.random(rows) < text_only] = 0
     return Parts(text_BD, image_BD)
 
@@ -699,7 +688,7 @@ def all_of(parts: Parts, rows: np.ndarray, query_D: np.ndarray) -> list[int]:
 def test_prompts_get_pairs_from_a_bank_that_is_half_text(pairs_only: bool) -> None:
     """Whether others are left out of the index, or stand before the pairs and candidates grow beyond them."""
     parts = simulated_bank(0, 2000, text_only=0.5)
-    bank = MemoryBank([str(row) for row in range(2000)], parts, pairs_only=pairs_only)
+    bank = bank_of(parts, pairs_only=pairs_only)
     pairs = np.flatnonzero(parts.has("image"))
     queries = Parts(unit(np.random.default_rng(1), 10, 32), np.zeros((10, 32), np.float32))
     found, verdicts = build_retriever(candidates=4).retrieve(bank, queries, "text", count=3)
@@ -718,16 +707,16 @@ def test_candidates_grow_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     query_1D = -parts.text_BD.mean(axis=0, keepdims=True)
     last = all_of(parts, np.arange(300), query_1D[0])[-1]
     parts.image_BD[last] = parts.text_BD[last]
-    bank = MemoryBank([str(row) for row in range(300)], parts)
+    bank = bank_of(parts)
     assert all_of(parts, np.arange(300), query_1D[0])[-1] == last
     asked: list[int] = []
-    search = MemoryBank.search
+    search = Bank.search
 
-    def counted(self: MemoryBank, query_QD: np.ndarray, count: int) -> np.ndarray:
+    def counted(self: Bank, query_QD: np.ndarray, count: int) -> np.ndarray:
         asked.append(count)
         return search(self, query_QD, count)
 
-    monkeypatch.setattr(MemoryBank, "search", counted)
+    monkeypatch.setattr(Bank, "search", counted)
     retriever, query = build_retriever(), Parts(query_1D, np.zeros_like(query_1D))
     found, verdicts = retriever.retrieve(bank, query, "text", count=1)
     assert (found.tolist(), asked) == ([[last]], [64, 128, 256, 300])
@@ -738,26 +727,23 @@ def test_candidates_grow_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [64, 100]
 
 
-def test_a_saved_bank_of_pairs_knows_its_rows(tmp_path: Path) -> None:
+def test_a_bank_of_pairs_knows_its_rows() -> None:
     parts = simulated_bank(0, 40, text_only=0.5)
     pairs = np.flatnonzero(parts.has("image"))
-    bank = MemoryBank([str(row) for row in range(40)], parts, pairs_only=True)
-    bank.save(tmp_path)
-    loaded = MemoryBank.load(tmp_path)
+    bank = bank_of(parts, pairs_only=True)
     queries_QD = unit(np.random.default_rng(1), 4, 32)
-    for each in (bank, loaded):
-        found_QK = each.search(queries_QD, 40)
-        assert each.searchable == len(pairs)
-        assert found_QK.tolist() == [all_of(parts, pairs, query_D) for query_D in queries_QD]
-    none = MemoryBank(["a"], random_parts(0, 1, missing=1.0), pairs_only=True)
-    assert none.search(queries_QD[:, :4], 3).shape == (4, 0)
+    found_QK = bank.search(queries_QD, len(pairs))
+    assert bank.searchable == len(pairs)
+    assert found_QK.tolist() == [all_of(parts, pairs, query_D) for query_D in queries_QD]
+    none = bank_of(random_parts(0, 1, missing=1.0), pairs_only=True)
+    assert (none.search(queries_QD[:, :4], 3) == NONE).all()
 
 
 def test_both_halves_of_the_neighbours_together_are_diverse() -> None:
     """Every document has two copies; by text and by image the same ones are the nearest."""
     once = simulated_bank(0, 60, text_only=0.0, noise=0.1)
     parts = Parts.concatenate([once, once, once])
-    bank = MemoryBank([str(row) for row in range(180)], parts, pairs_only=True)
+    bank = bank_of(parts, pairs_only=True)
     queries = simulated_bank(1, 20, text_only=0.0, noise=0.1)
     retriever = build_retriever(threshold=0.95, per_modality=2)
     rows_VBK, _ = neighbours_of(retriever, bank, [queries], np.full(20, NONE), like=queries)
@@ -780,12 +766,10 @@ def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> Non
     images_BHWC = pictures()
     images_BHWC[1] = images_BHWC[0]
     ids = [str(n) for n in range(DOCUMENTS)]
-    bank = retriever.bank(ids, TEXTS, images_BHWC)
-    found, _ = find_neighbours(
-        retriever, bank, ids=ids, texts=TEXTS, images_BHWC=images_BHWC, seed=0
-    )
-    assert 1 not in found.rows_VBK[:, 0]
-    assert 0 not in found.rows_VBK[:, 1]
+    bank = filled(retriever, ids, TEXTS, images_BHWC)
+    found_VBK, _ = neighbours_in(retriever, bank, TEXTS, images_BHWC, 0)
+    assert 1 not in found_VBK[:, 0]
+    assert 0 not in found_VBK[:, 1]
     dropped = retriever.parts(TEXTS, images_BHWC, dropout=0.5, seed=0)
     unaware, _ = retriever.retrieve(
         bank, dropped, "image", exclude_Q=np.arange(DOCUMENTS), count=DOCUMENTS
@@ -793,16 +777,13 @@ def test_copies_are_told_by_the_document_not_by_what_dropout_left_of_it() -> Non
     assert 1 in unaware[0]  # which is what `like` is for
 
 
-def test_missing_neighbours_are_marked(tmp_path: Path) -> None:
+def test_missing_neighbours_are_marked() -> None:
     retriever = build_retriever(threshold=-1.0, dropout_variants=1)
-    bank = retriever.bank(["a", "b"], TEXTS[:2], pictures(2))
-    found, _ = find_neighbours(
-        retriever, bank, ids=["a", "b"], texts=TEXTS[:2], images_BHWC=pictures(2), seed=0
-    )
-    assert (found.rows_VBK == NONE).all()
-    assert found.draw(0, most=3, random_count=False, rng=np.random.default_rng(0)) == []
-    found.save(tmp_path / "neighbours.npy")
-    assert np.array_equal(Neighbours.load(tmp_path / "neighbours.npy").rows_VBK, found.rows_VBK)
+    bank = filled(retriever, ["a", "b"], TEXTS[:2], pictures(2))
+    found_VBK, _ = neighbours_in(retriever, bank, TEXTS[:2], pictures(2), 0)
+    assert (found_VBK == NONE).all()
+    rng = np.random.default_rng(0)
+    assert draw(found_VBK[:, 0], most=3, random_count=False, rng=rng) == []
 
 
 rows_of_one_document = st.lists(
@@ -814,10 +795,8 @@ rows_of_one_document = st.lists(
 def test_a_draw_is_distinct_and_most_relevant_last(
     rows: list[list[int]], most: int, random_count: bool, seed: int
 ) -> None:
-    neighbours = Neighbours(np.array(rows)[:, None])
-    drawn = neighbours.draw(
-        0, most=most, random_count=random_count, rng=np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    drawn = draw(np.array(rows), most=most, random_count=random_count, rng=rng)
     assert len(drawn) == len(set(drawn)) <= most
     assert NONE not in drawn
     orders = [list(dict.fromkeys(row for row in variant if row != NONE)) for variant in rows]
@@ -829,11 +808,9 @@ def test_a_draw_is_distinct_and_most_relevant_last(
 
 
 def test_count_choice_and_variant_are_drawn_evenly() -> None:
-    neighbours = Neighbours(
-        np.array([[[1, 2, 3, 4]], [[5, 6, 7, 5]]])
-    )  # the second has three distinct ones
+    rows_VK = np.array([[1, 2, 3, 4], [5, 6, 7, 5]])  # the second has three distinct ones
     rng, draws = np.random.default_rng(0), 6000
-    drawn = [neighbours.draw(0, most=3, random_count=True, rng=rng) for _ in range(draws)]
+    drawn = [draw(rows_VK, most=3, random_count=True, rng=rng) for _ in range(draws)]
     counts = collections.Counter(len(rows) for rows in drawn)
     for count in range(4):
         assert abs(counts[count] - draws / 4) < 4 * (draws * 3 / 16) ** 0.5
@@ -848,5 +825,5 @@ def test_count_choice_and_variant_are_drawn_evenly() -> None:
     )
     assert abs(first - second) < 4 * (first + second) ** 0.5
     assert min(pairs.values()) > first / 6 * 0.7
-    fixed = [neighbours.draw(0, most=3, random_count=False, rng=rng) for _ in range(100)]
+    fixed = [draw(rows_VK, most=3, random_count=False, rng=rng) for _ in range(100)]
     assert {len(rows) for rows in fixed} == {3}

@@ -15,7 +15,7 @@ from test_packing import stream
 from test_training import Interrupted, Numbers, Tiny, config, loss
 
 from cm3leon.config import from_mapping
-from cm3leon.data.augment import AugmentConfig, vary
+from cm3leon.data.augment import AugmentConfig, varied
 from cm3leon.data.mixture import Mixture, sampling_rates
 from cm3leon.data.shuffle import shuffled, shuffled_array
 from cm3leon.decoders.generate import answers
@@ -76,8 +76,8 @@ def test_data_take_any_seed(seed: int) -> None:
     assert shuffled_array(seed, np.arange(50), 50).tolist() == order
     Mixture([5, 7], sampling_rates([5, 7], [1.0, 1.0]), seed).at(3)
     images_BHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    version = wrapped(seed * 1_000_003 + 1)
-    assert not np.array_equal(vary(images_BHWC, AugmentConfig(), version), images_BHWC)
+    (version,) = varied(images_BHWC, "ab", AugmentConfig(versions=1), seed)
+    assert not np.array_equal(version, images_BHWC)
     assert stream(seed=seed).next().ids_BT.shape == stream(seed=0).next().ids_BT.shape
 
 

@@ -28,7 +28,8 @@ from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.stages import run_experiment
-from cm3leon.stages.training_data import CorpusInMemory, training_samples
+from cm3leon.stages.tokens import sampled_rows
+from cm3leon.stages.training_data import training_samples
 from cm3leon.types import Batch
 
 HOSTILE = (
@@ -66,8 +67,8 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def in_memory(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The words of a command line for a run of 40 documents in memory, finished up to the retriever."""
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words of a command line for a run of 40 documents in one shard, finished up to the neighbours."""
     place = tmp_path_factory.mktemp("images")
     for number in range(40):
         (place / f"{number}.png").write_bytes(encoded(picture(number)))
@@ -82,13 +83,13 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             *SETTINGS,
             "augment.versions=3",
         ],
-        "retriever",
+        "neighbours",
     )
 
 
 @pytest.fixture(scope="module")
 def in_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The same for a corpus in shards."""
+    """The same for a corpus in two shards, without varied versions."""
     place = tmp_path_factory.mktemp("shards")
     digit_tars(place, 2, 25)
     split = ("split.validation=0.1", "split.held_out=0.1")
@@ -98,7 +99,7 @@ def in_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
 
 
-@pytest.fixture(params=["in_memory", "in_shards"])
+@pytest.fixture(params=["small", "in_shards"])
 def words(request: pytest.FixtureRequest) -> list[str]:
     return request.getfixturevalue(request.param)
 
@@ -252,13 +253,13 @@ def test_the_page_fits_a_phone(in_shards: list[str]) -> None:
     assert re.search(r"\.box\.image \{ width: auto; min-width: 0; \}", phone)
 
 
-def test_text_is_trusted_with_nothing(in_memory: list[str], tmp_path: Path, capsys: Any) -> None:
-    run = opened(in_memory)
+def test_text_is_trusted_with_nothing(small: list[str], tmp_path: Path, capsys: Any) -> None:
+    run = opened(small)
     samples = training_samples(run)
     hostile = [
         p for p in range(samples.epoch) if HOSTILE in text_of(run, shown_sample(run, samples, p))
     ]
-    assert main(["show", *in_memory, f"sample={hostile[0]}", f"out={tmp_path}/x.html"]) == 0
+    assert main(["show", *small, f"sample={hostile[0]}", f"out={tmp_path}/x.html"]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert r"\x1b" in said
@@ -280,9 +281,9 @@ def text_of(run: Run, shown: ShownSample) -> str:
     return run.text_tokenizer.decode(shown.laid_out.ids_T[query.start : query.end])
 
 
-def test_what_cannot_be_seen_is_escaped(in_memory: list[str]) -> None:
+def test_what_cannot_be_seen_is_escaped(small: list[str]) -> None:
     assert visible("a\n\x1b[1m\u202eb é") == "a\\n\\x1b[1m\\u202eb é"
-    run = opened(in_memory)
+    run = opened(small)
     names = shown_sample(run, training_samples(run), 0).names
     text = "日本 é <b>\n"
     pieces = [names.token(int(id_)) for id_ in run.text_tokenizer.encode(text)]
@@ -293,8 +294,8 @@ def test_what_cannot_be_seen_is_escaped(in_memory: list[str]) -> None:
     assert unescaped.decode() == text
 
 
-def test_images_of_a_corpus_in_memory_stand_beside_their_originals(in_memory: list[str]) -> None:
-    run = opened(in_memory)
+def test_images_of_the_sample_stand_beside_their_originals(small: list[str]) -> None:
+    run = opened(small)
     samples = training_samples(run)
     varied = 0
     for position in range(8):
@@ -308,7 +309,8 @@ def test_images_of_a_corpus_in_memory_stand_beside_their_originals(in_memory: li
                 assert label.startswith("encoded: variation ")
                 # Of the tokenizer's codes in a batch: one by one, a code near a tie may be another.
                 version = int(label.removeprefix("encoded: variation ").split()[0])
-                codes_N = run.varied_codes_VBN[version, run.bank.row_of[document.id]]
+                tokens = run.tokens.document(sampled_rows(run)[document.id], version)
+                codes_N = run.tokenizer.codes(tokens)
                 assert np.array_equal(run.image_tokenizer.decode(codes_N[None])[0], decoded[1])
                 alone_N = run.image_tokenizer.encode(pixels_HWC[None])[0]
                 assert (alone_N == codes_N).mean() >= 0.9
@@ -332,11 +334,11 @@ def test_places_are_drawn_as_the_rows_are(
     assert [rows_VK.ravel()[place] for place in drawn(_places(rows_VK))] == drawn(rows_VK)
 
 
-def test_documents_are_said_to_be_found_by_what_found_them(in_memory: list[str]) -> None:
-    run = opened(in_memory)
+def test_documents_are_said_to_be_found_by_what_found_them(small: list[str]) -> None:
+    run = opened(small)
     samples = training_samples(run)
     corpus = samples.corpora[0]
-    assert isinstance(corpus, CorpusInMemory)
+    row_of = {run.bank.id(row): row for row in range(len(run.bank))}
     seen = set()
     for position in range(12):
         rows_VK = corpus.neighbours_VK(samples.at(position)[1])
@@ -345,7 +347,7 @@ def test_documents_are_said_to_be_found_by_what_found_them(in_memory: list[str])
             found = [modality for modality in halves if f"{modality} (score " in document.note]
             seen |= set(found)
             assert found
-            assert all(run.bank.row_of[document.id] in halves[modality] for modality in found)
+            assert all(row_of[document.id] in halves[modality] for modality in found)
     assert seen == {"text", "image"}
 
 
@@ -456,10 +458,10 @@ def test_without_a_number_the_first_sample_with_a_moved_span_is_shown(
     ],
 )
 def test_mistakes_end_in_a_sentence(
-    in_memory: list[str], capsys: Any, more: list[str], sentence: str
+    small: list[str], capsys: Any, more: list[str], sentence: str
 ) -> None:
-    folder = next(word for word in in_memory if word.startswith("run=")).removeprefix("run=")
-    assert main(["show", *in_memory, *(word.format(run=folder) for word in more)]) == 2
+    folder = next(word for word in small if word.startswith("run=")).removeprefix("run=")
+    assert main(["show", *small, *(word.format(run=folder) for word in more)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"cm3leon: {sentence.format(run=folder)}")
     assert error.count("\n") == 1
@@ -473,5 +475,5 @@ def test_an_unfinished_run_is_told_the_command_that_finishes_it(
         main(["show", "experiment=digits", f"run={tmp_path}", "sample=1", "training.batch_size=4"])
         == 2
     )
-    command = f"python -m cm3leon.run experiment=digits run={tmp_path} training.batch_size=4 until=retriever"
+    command = f"python -m cm3leon.run experiment=digits run={tmp_path} training.batch_size=4 until=neighbours"
     assert capsys.readouterr().err.endswith(f"make it with: {command}\n")

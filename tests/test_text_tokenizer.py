@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
-from cm3leon.data.token_shards import split_of_key
+from cm3leon.data.corpus import split_of_key
 from cm3leon.experiment import load_experiment
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.documents import make_documents

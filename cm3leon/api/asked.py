@@ -119,14 +119,9 @@ class AskedRun:
         opened = open_run(run, opening, needs=("pretraining",), device=ranks.device)
         experiment, folder = opened.experiment, opened.folder
         if bank is not None:
-            if experiment.shards is None or not (bank / "index" / MARKER).is_file():
-                why = (
-                    f"{bank} has no finished index"
-                    if experiment.shards
-                    else f"the corpus of {folder} is in memory"
-                )
+            if not (bank / "index" / MARKER).is_file():
                 raise UserError(
-                    f"bank: {why}; a memory bank is a run in shards made with until=index"
+                    f"bank: {bank} has no finished index; a memory bank is a run made with until=index"
                 )
             shards = replace(experiment.shards, bank=bank)
             opened = replace(opened, experiment=replace(experiment, shards=shards))

@@ -2,7 +2,7 @@
 
     python -m cm3leon.run add run=runs/corpus data.path=more/
 
-Those whose ids were added before are left out. The corpus of the run must be in shards.
+Those whose ids were added before are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Options(DataOptions, Opening):
     """Options of the command add."""
 
     run: Path
-    """A run folder to whose memory bank documents are added; its corpus must be in shards."""
+    """A run folder to whose memory bank documents are added."""
 
 
 def main(options: Options) -> None:
@@ -40,10 +40,6 @@ def main(options: Options) -> None:
     from cm3leon.stages.opening import open_run
 
     run = open_run(options.run, options)
-    if run.experiment.shards is None:
-        raise UserError(
-            f"run: the corpus of {options.run} is not in shards; make it with experiment=corpus to add to it"
-        )
     with locked(run.bank_folder), naming(run.bank_folder / "index"):
         _add(run, options)
 
@@ -55,13 +51,11 @@ def _add(run: Run, options: Options) -> None:
     from cm3leon.data.source import Skipped
     from cm3leon.data.token_shards import write_token_shard
     from cm3leon.retrievers.bank import Parts
-    from cm3leon.retrievers.index import Bank
     from cm3leon.stages.neighbours import document_parts
     from cm3leon.stages.sharing import batches
     from cm3leon.stages.tokens import token_documents
 
     bank = run.bank
-    assert isinstance(bank, Bank)
     documents, vectors = [run.added_tokens.document(row) for row in range(len(bank.added_ids))], []
     skipped = 0
     known = set(bank.added_ids)

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from cm3leon.commands.sample_words import facts_of, printed
+from cm3leon.data.augment import varied
 from cm3leon.evaluation.report.sample import (
     Companion,
     Names,
@@ -29,7 +30,7 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.block_stream import SAMPLE, Samples, Uncut, new_lane
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.objectives.packing import fit, pack
-from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts
+from cm3leon.retrievers.bank import MODALITIES, Parts
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
@@ -37,9 +38,9 @@ from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
 from cm3leon.stages.stages import stages_of
+from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import (
-    CorpusInMemory,
-    ShardedCorpus,
+    TrainingCorpus,
     TrainingSamples,
     training_samples,
 )
@@ -309,12 +310,8 @@ def _places(rows_VK: np.ndarray) -> np.ndarray:
     )
 
 
-def _vectors(
-    run: Run, corpus: CorpusInMemory | ShardedCorpus
-) -> Callable[[np.ndarray], Parts] | None:
+def _vectors(run: Run, corpus: TrainingCorpus) -> Callable[[np.ndarray], Parts] | None:
     """Rows of the bank -> their vectors; None where the query itself has none there."""
-    if isinstance(corpus, CorpusInMemory):
-        return run.bank.parts_of
     if bank_of(corpus.folder / "neighbours") != corpus.folder:
         return None
     try:
@@ -359,26 +356,29 @@ def _documents(
 def _pictures(
     run: Run, document: TokenDocument, segment: TokenSegment
 ) -> list[tuple[str, np.ndarray]]:
-    """An image as decoded from its codes; for a corpus in memory also what was encoded, and what that was made of."""
+    """An image as decoded from its codes; of the sample also what was encoded, and what that was made of."""
     if segment.modality == "text":
         return []
     codes_N = run.vocab.image_codes(segment.ids_T)
     if len(codes_N) < run.image_tokenizer.grid**2:  # cut off by packing, and so no whole image
         return []
     pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None])[0])]
-    if isinstance(run.bank, MemoryBank):
-        row = run.bank.row_of[document.id]
-        versions = np.flatnonzero((run.varied_codes_VBN[:, row] == codes_N).all(axis=1))
-        if versions[0]:
-            varied_HWC = run.varied_images[versions[0] * len(run.bank.ids) + row]
-            pictures.append(
-                (
-                    f"encoded: variation {versions[0]} of {run.experiment.augment.versions}",
-                    varied_HWC,
-                )
-            )
-        pictures.append(("original", run.corpus.images_BHWC[run.bank_rows[row]]))
-    return pictures
+    row = sampled_rows(run).get(document.id)
+    if row is None:
+        return pictures
+    versions = range(run.tokens.versions + 1)
+    encoded = [run.tokenizer.codes(run.tokens.document(row, version)) for version in versions]
+    version = next((v for v in versions if np.array_equal(encoded[v], codes_N)), None)
+    if version is None:  # another image of the document, or a document of another corpus
+        return pictures
+
+    original_HWC = run.corpus.images_BHWC[run.corpus.ids.index(document.id)]
+    if version:
+        config, seed = run.experiment.augment, run.experiment.seed
+        varied_VHWC = [each[0] for each in varied(original_HWC[None], [document.id], config, seed)]
+        title = f"encoded: variation {version} of {run.tokens.versions}"
+        pictures.append((title, varied_VHWC[version - 1]))
+    return [*pictures, ("original", original_HWC)]
 
 
 def _names(run: Run) -> Names:

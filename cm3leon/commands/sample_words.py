@@ -18,10 +18,7 @@ from cm3leon.evaluation.report.sample import (
 from cm3leon.objectives.cm3 import Span
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.training_data import (
-    ShardedCorpus,
-    TrainingSamples,
-)
+from cm3leon.stages.training_data import TrainingSamples
 from cm3leon.tokenizers.vocab import SPECIALS
 
 LONG_TEXT = 600
@@ -37,9 +34,7 @@ def facts_of(
     """What there is to say of a sample, by what it is about."""
     source, row = samples.at(position)
     corpus = samples.corpora[source]
-    mixed_in = (
-        f", mixed in from {corpus.folder}" if source and isinstance(corpus, ShardedCorpus) else ""
-    )
+    mixed_in = f", mixed in from {corpus.folder}" if source else ""
     *retrieved, query = shown.documents
     trained = sum(len(piece.ids_T) for piece in shown.pieces)
     spans = [(name, _span(shown, span)) for name, span in shown.spans]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cm3leon.config import NonNegativeFloat, NonNegativeInt
+from cm3leon.io import digest_of
 
 
 @dataclass(kw_only=True)
@@ -30,33 +32,52 @@ class AugmentConfig:
     """Standard deviation of a smooth local displacement, as a share of the image's side."""
 
 
-def vary(images_BHWC: np.ndarray, config: AugmentConfig, seed: int) -> np.ndarray:
-    """One version of each image, uint8 (B, H, W, C): an affine map and a smooth displacement, resampled bilinearly.
+def varied(
+    images_BHWC: np.ndarray, keys: Sequence[str], config: AugmentConfig, seed: int
+) -> Iterator[np.ndarray]:
+    """Yield each varied version of the images, uint8 (B, H, W, C): an affine map and a smooth displacement.
 
-    What comes in from outside is black.
+    What an image's versions are depends on the seed and its key alone, not on the images beside it, so that a corpus
+    gives the same ones in whatever batches it is read. What comes in from outside is black.
+
+    Args:
+        keys: a name of each image, such as its document's id.
     """
-    generator = torch.Generator().manual_seed(seed)
     B, H, W, _ = images_BHWC.shape
+    if not B or not config.versions:
+        return
+    pixels_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()
+    drawn = [_draws(key, config.versions, seed) for key in keys]
+    uniform_VB6 = torch.from_numpy(np.stack([uniform_V6 for uniform_V6, _ in drawn], axis=1))
+    normal_VB244 = torch.from_numpy(np.stack([normal_V244 for _, normal_V244 in drawn], axis=1))
 
-    def uniform(limit: float, *shape: int) -> torch.Tensor:
-        return (2 * torch.rand(B, *shape, generator=generator) - 1) * limit
+    for uniform_B6, normal_B244 in zip(uniform_VB6, normal_VB244, strict=True):
+        affine_B23 = _affine(uniform_B6, config)
+        grid_BHW2 = F.affine_grid(affine_B23, [B, 3, H, W], align_corners=False)
+        bumps_B244 = normal_B244 * 2 * config.elastic
+        bumps_B2HW = F.interpolate(bumps_B244, (H, W), mode="bicubic")
+        grid_BHW2 = grid_BHW2 + bumps_B2HW.permute(0, 2, 3, 1)
+        varied_BCHW = F.grid_sample(pixels_BCHW, grid_BHW2, align_corners=False)
+        bytes_BCHW = varied_BCHW.round().clamp(0, 255).to(torch.uint8)
+        yield bytes_BCHW.permute(0, 2, 3, 1).contiguous().numpy()
 
-    angle_B = uniform(math.radians(config.degrees))
-    size_B2 = 1 + uniform(config.scale, 2)
-    shear_B = uniform(config.shear)
+
+def _draws(key: str, versions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers for each version of one image: uniform from -1 to 1 (V, 6), and normal ones (V, 2, 4, 4)."""
+    rng = np.random.default_rng([seed, int(digest_of(key)[:16], 16)])
+    uniform_V6 = rng.uniform(-1, 1, (versions, 6)).astype(np.float32)
+    return uniform_V6, rng.standard_normal((versions, 2, 4, 4), dtype=np.float32)
+
+
+def _affine(uniform_B6: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
+    """Maps (B, 2, 3) that rotate, shear, stretch and shift."""
+    B = len(uniform_B6)
+    angle_B = uniform_B6[:, 0] * math.radians(config.degrees)
+    size_B2 = 1 + uniform_B6[:, 1:3] * config.scale
     cos_B, sin_B = angle_B.cos(), angle_B.sin()
     rotation_B22 = torch.stack([cos_B, -sin_B, sin_B, cos_B], 1).view(B, 2, 2)
     shear_B22 = torch.eye(2).repeat(B, 1, 1)
-    shear_B22[:, 0, 1] = shear_B
+    shear_B22[:, 0, 1] = uniform_B6[:, 3] * config.shear
     linear_B22 = rotation_B22 @ shear_B22 @ torch.diag_embed(size_B2)
-    shift_B21 = 2 * uniform(config.shift, 2, 1)  # the sampling grid runs from -1 to 1
-    grid_BHW2 = F.affine_grid(
-        torch.cat([linear_B22, shift_B21], 2), [B, 3, H, W], align_corners=False
-    )
-    bumps_B2 = torch.randn(B, 2, 4, 4, generator=generator) * 2 * config.elastic
-    grid_BHW2 = grid_BHW2 + F.interpolate(bumps_B2, (H, W), mode="bicubic").permute(0, 2, 3, 1)
-    pixels_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()
-    varied_BCHW = F.grid_sample(pixels_BCHW, grid_BHW2, align_corners=False)
-    return (
-        varied_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    )
+    shift_B21 = 2 * uniform_B6[:, 4:, None] * config.shift  # the sampling grid runs from -1 to 1
+    return torch.cat([linear_B22, shift_B21], 2)

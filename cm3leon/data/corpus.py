@@ -1,9 +1,8 @@
-"""Documents of one caption and one image, held in memory, with their split."""
+"""The sample of a corpus: documents of one caption and one image, held in memory, with their split."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ import numpy as np
 
 from cm3leon.io import digest_of, read_json_lines
 from cm3leon.records import read_array
-from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+from cm3leon.types import Document, ImageSegment, TextSegment
 
 Split = Literal["train", "validation", "held_out"]
 
@@ -69,51 +68,9 @@ class Corpus:
         )
 
 
-def split_of(
-    ids: list[str], *, validation: float, held_out: float, keys: Sequence[str] | None = None
-) -> list[Split]:
-    """A split for each document, fixed by the keys alone: they are ordered by their hash.
-
-    Args:
-        keys: `Document.split_key` of each; documents of one key fall into one split. None = the ids.
-
-    Every split gets at least one document. Raises UserError for fewer than three documents, repeated
-    ids, or keys that leave a split without a document.
-    """
-    keys = ids if keys is None else keys
-    if len(ids) < 3:
-        raise UserError(
-            f"data: {len(ids)} usable documents, at least 3 are needed (train, validation, held-out)"
-        )
-    if len(set(ids)) < len(ids):
-        raise UserError("data: document ids must be unique, at least one occurs twice")
-    n_held_out = max(1, round(held_out * len(ids)))
-    n_validation = max(1, round(validation * len(ids)))
-    if n_held_out + n_validation >= len(ids):
-        raise UserError(
-            f"split: {len(ids)} documents leave none to train on; lower split.validation or split.held_out"
-        )
-    members: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        members.setdefault(key, []).append(place)
-    if len(members) < 3:
-        raise UserError(
-            f"data: the {len(ids)} documents are about {len(members)} pictures, at least 3 are needed "
-            "(train, validation, held-out)"
-        )
-
-    splits: list[Split] = ["train"] * len(ids)
-    order = sorted(members, key=digest_of)
-    shares: tuple[tuple[Split, int], ...] = (
-        ("held_out", n_held_out),
-        ("validation", n_validation),
-    )
-    for split, wanted in shares:
-        taken = 0
-        # One picture stays for each of the splits that come after this one.
-        while taken < wanted and len(order) > (2 if split == "held_out" else 1):
-            places = members[order.pop(0)]
-            taken += len(places)
-            for place in places:
-                splits[place] = split
-    return splits
+def split_of_key(key: str, *, validation: float, held_out: float) -> Split:
+    """The split of a document by the SHA-256 of its `split_key`, whatever else the corpus holds."""
+    place = int(digest_of(key)[:16], 16) / 2**64
+    if place < held_out:
+        return "held_out"
+    return "validation" if place < held_out + validation else "train"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cm3leon.data.corpus import Split
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, read_plan, write_shard
-from cm3leon.io import digest_of
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Role, TokenDocument, TokenSegment, UserError
 
 JOINED, ROLE = 2, 4
 ROLES: tuple[Role, ...] = ("", "answer", "instruction", "condition")
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,21 @@ class Tokenizers:
         return Vocab(self.text_size, self.image_size, self.sentinels).id_dtype
 
 
-def split_of_key(key: str, *, validation: float, held_out: float) -> Split:
-    """The split of a document by the SHA-256 of its `split_key`, whatever else the corpus holds."""
-    place = int(digest_of(key)[:16], 16) / 2**64
-    if place < held_out:
-        return "held_out"
-    return "validation" if place < held_out + validation else "train"
-
-
 def write_token_shard(
-    path: Path, documents: Sequence[TokenDocument], tokenizers: Tokenizers
+    path: Path,
+    documents: Sequence[TokenDocument],
+    tokenizers: Tokenizers,
+    *,
+    varied: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Writes a shard of documents.
 
     Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of the segments), `image`
-    (1 for a segment of image codes, 2 added for a joined one, and 4 times the number of its role) and `crc` (CRC-32
-    over the bytes of the four).
+    (1 for a segment of image codes, 2 added for a joined one, and 4 times the number of its role), `label` if any
+    document has one (-1 for those without), `varied` if it is given, and `crc` (CRC-32 over the bytes of all others).
+
+    Args:
+        varied: for each document the ids of its images in each varied version (V, N), see `TokenShard.document`.
     """
     ids = [
         _concatenated([s.ids_T for s in document.segments], tokenizers.dtype)
@@ -63,14 +61,24 @@ def write_token_shard(
     ]
     image = [np.array([_kind(s) for s in document.segments], np.uint8) for document in documents]
     names = [document.id.encode() for document in documents]
-    crc = [_crc(*columns) for columns in zip(names, ids, lengths, image, strict=True)]
+    checked: list[Iterable[Any]] = [names, ids, lengths, image]
     columns = {
         "id": pa.array([document.id for document in documents], pa.large_string()),
         "ids": _list_array(ids, tokenizers.dtype),
         "lengths": _list_array(lengths, np.uint32),
         "image": _list_array(image, np.uint8),
-        "crc": pa.array(np.array(crc, np.uint32)),
     }
+    labels = [NO_LABEL if d.label is None else d.label for d in documents]
+    if any(label != NO_LABEL for label in labels):
+        columns["label"] = pa.array(np.array(labels, np.int32))
+        checked.append(np.array(labels, np.int32)[:, None])
+    if varied is not None:
+        flat = [_concatenated([ids_VN.ravel()], tokenizers.dtype) for ids_VN in varied]
+        columns["varied"] = _list_array(flat, tokenizers.dtype)
+        checked.append(flat)
+
+    crc = [_crc(*of_document) for of_document in zip(*checked, strict=True)]
+    columns["crc"] = pa.array(np.array(crc, np.uint32))
     write_shard(path, columns, asdict(tokenizers))
 
 
@@ -144,21 +152,46 @@ class TokenShard:
         self._image = shard.lists("image")[0]
         self._crc = shard.numbers("crc")
         self._joined_before = _joined_before(shard)
+        self._label = shard.numbers("label") if "label" in shard.columns else None
+        self._varied = shard.lists("varied") if "varied" in shard.columns else None
 
     def __len__(self) -> int:
         return len(self._crc)
 
-    def document(self, row: int) -> TokenDocument:
-        """One document. Raises DamagedShard, naming it, if its bytes are not as they were written."""
+    def id(self, row: int) -> str:
+        """The id of a document, which is not checked."""
+        return self._id[self._id_at[row] : self._id_at[row + 1]].tobytes().decode()
+
+    def document(self, row: int, version: int = 0) -> TokenDocument:
+        """One document. Raises DamagedShard, naming it, if its bytes are not as they were written.
+
+        Args:
+            version: 0 for the document as it is, or the number of a varied version of its images.
+        """
         id_ = self._id[self._id_at[row] : self._id_at[row + 1]].tobytes()
         ids_T = self._ids[self._ids_at[row] : self._ids_at[row + 1]]
         first, last = self._lengths_at[row], self._lengths_at[row + 1]
         lengths, image = self._lengths[first:last], self._image[first:last]
-        if _crc(id_, ids_T, lengths, image) != self._crc[row]:
+        checked: list[Any] = [id_, ids_T, lengths, image]
+        label = None
+        if self._label is not None:
+            checked.append(self._label[row : row + 1])
+            label = int(self._label[row])
+        varied = ids_T[:0]
+        if self._varied is not None:
+            values, begins = self._varied
+            varied = values[begins[row] : begins[row + 1]]
+            checked.append(varied)
+        if _crc(*checked) != self._crc[row]:
             raise DamagedShard(
                 f"{self.path}: document {row} is damaged, its checksum does not match; "
                 "delete the file and make it again"
             )
+
+        if version and len(varied):
+            is_image_T = np.repeat(image & 1, lengths).astype(bool)
+            ids_T = ids_T.copy()
+            ids_T[is_image_T] = varied.reshape(-1, is_image_T.sum())[version - 1]
         ends = np.cumsum(lengths)
         segments = tuple(
             TokenSegment(
@@ -171,7 +204,11 @@ class TokenShard:
                 ends.tolist(), lengths.tolist(), image.tolist(), strict=True
             )
         )
-        return TokenDocument(id_.decode(), segments)
+        return TokenDocument(id_.decode(), segments, None if label == NO_LABEL else label)
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """Labels of documents, -1 for those without; they are not checked."""
+        return np.full(len(rows), NO_LABEL) if self._label is None else self._label[rows]
 
     def token_counts(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of documents, breaks between segments included; their ids are neither read nor checked."""
@@ -191,7 +228,10 @@ class TokenShards:
         self.rows = self._shards.rows
         self.tokens = sum(self._shards.index["tokens"])
         self.longest = max(self._shards.index["longest"], default=0)
-        self._made_by = read_plan(folder)["tokenizers"]
+        plan = read_plan(folder)
+        self._made_by = plan["tokenizers"]
+        self.versions: int = plan.get("versions", 0)
+        """Varied versions of each document, besides itself."""
         for name, wanted in asdict(expect).items() if expect else ():
             if self._made_by[name] != wanted:
                 raise UserError(
@@ -209,10 +249,30 @@ class TokenShards:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def document(self, number: int) -> TokenDocument:
-        """One document. Raises DamagedShard, naming it, if its bytes are not as they were written."""
+    def document(self, number: int, version: int = 0) -> TokenDocument:
+        """One document, see `TokenShard.document`."""
         place, row = self._shards.locate(number)
-        return self._shards.shard(place).document(row)
+        return self._shards.shard(place).document(row, version)
+
+    def drawn(self, number: int, rng: np.random.Generator) -> TokenDocument:
+        """One document in a version that is drawn, if it has several."""
+        version = int(rng.integers(self.versions + 1)) if self.versions else 0
+        return self.document(number, version)
+
+    def shard(self, number: int) -> TokenShard:
+        """The documents of one shard."""
+        return self._shards.shard(number)
+
+    def first(self, number: int) -> int:
+        """The number of the first document of a shard."""
+        return self._shards.first(number)
+
+    def labels(self, numbers: np.ndarray) -> np.ndarray:
+        """Labels (Q,) of documents `numbers` (Q,), in any order, -1 for those without."""
+        labels = np.full(len(numbers), NO_LABEL)
+        for shard, places, rows in self._shards.by_shard(numbers):
+            labels[places] = self._shards.shard(shard).labels(rows)
+        return labels
 
     def token_counts(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens (Q,) of documents `numbers` (Q,), in any order, breaks between segments included.

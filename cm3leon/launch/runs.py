@@ -14,6 +14,7 @@ from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
+from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo
@@ -64,7 +65,7 @@ def experiment_jobs(
     redo: Collection[str] = (),
     name: str = "",
 ) -> list[Job]:
-    """The jobs of an experiment in a run folder: one, or several for a corpus in shards.
+    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts.
 
     There, each stage that workers share is an array, and what one process makes is a job before, between and behind
     them; the pretraining has a job of its own. `name` goes before the names of the jobs.
@@ -76,7 +77,7 @@ def experiment_jobs(
     frozen = _frozen(experiment, folder)
     own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
     words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *_redo(own))
-    if experiment.shards is None:
+    if not is_shared_out(experiment):
         return [Job(name or "run", (_until(words, until),))]
     jobs: list[Job] = []
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
-from cm3leon.retrievers.bank import MemoryBank, Parts, SearchableBank
+from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import Modality
 
@@ -91,14 +92,9 @@ class Retriever:
             text_BD = np.zeros_like(image_BD)
         return Parts(text_BD, np.zeros_like(text_BD) if image_BD is None else image_BD)
 
-    def bank(self, ids: Sequence[str], texts: Sequence[str], images_BHWC: np.ndarray) -> MemoryBank:
-        """A memory bank of documents with a text and an image each."""
-        parts = self.parts(texts, images_BHWC)
-        return MemoryBank(list(ids), parts, pairs_only=self.rules.both_modalities)
-
     def retrieve(
         self,
-        bank: SearchableBank,
+        bank: Bank,
         queries: Parts,
         by: Modality,
         *,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
-from cm3leon.records import read_array
-from cm3leon.retrievers.bank import MODALITIES, MemoryBank, Parts, SearchableBank
+from cm3leon.retrievers.bank import MODALITIES, Parts
 from cm3leon.retrievers.base import Retriever
+from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.seeds import wrapped
 
 
 def draw(
@@ -37,56 +35,9 @@ def draw(
     return [distinct[place] for place in reversed(chosen)]
 
 
-@dataclass(frozen=True, eq=False)
-class Neighbours:
-    """`rows_VBK`: for each dropout variant and training document the rows of the bank found by its text, then those
-    found by its image; -1 where the strategy left fewer. Most relevant first within each half."""
-
-    rows_VBK: np.ndarray
-
-    def draw(
-        self, document: int, *, most: int, random_count: bool, rng: np.random.Generator
-    ) -> list[int]:
-        """Rows of the bank for one training sample, see `draw`."""
-        return draw(self.rows_VBK[:, document], most=most, random_count=random_count, rng=rng)
-
-    def save(self, path: Path) -> None:
-        """Writes one .npy file."""
-        np.save(path, self.rows_VBK)
-
-    @classmethod
-    def load(cls, path: Path) -> Neighbours:
-        """Reads what `save` wrote."""
-        return cls(read_array(path))
-
-
-def find_neighbours(
-    retriever: Retriever,
-    bank: MemoryBank,
-    *,
-    ids: Sequence[str],
-    texts: Sequence[str],
-    images_BHWC: np.ndarray,
-    seed: int,
-) -> tuple[Neighbours, Counter[str]]:
-    """Neighbours of the documents under every dropout variant, and the strategy's verdicts in all."""
-    config = retriever.config
-    queries = (
-        retriever.parts(
-            texts, images_BHWC, dropout=config.query_dropout, seed=wrapped(seed + variant)
-        )
-        for variant in range(config.dropout_variants)
-    )
-    own_B = np.array([bank.row_of.get(id_, NONE) for id_ in ids])
-    rows_VBK, verdicts = neighbours_of(
-        retriever, bank, queries, own_B, like=retriever.parts(texts, images_BHWC)
-    )
-    return Neighbours(rows_VBK), verdicts
-
-
 def neighbours_of(
     retriever: Retriever,
-    bank: SearchableBank,
+    bank: Bank,
     variants: Iterable[Parts],
     own_B: np.ndarray,
     *,
@@ -169,6 +120,10 @@ class NeighbourShards:
                 "delete the file and make it again"
             )
         return rows[place].reshape(self._variants, -1)
+
+    def shard(self, number: int) -> np.ndarray:
+        """All rows (M, V * K) of one shard, which are not checked."""
+        return self._shards.shard(number)[0]
 
     def draw(
         self, document: int, *, most: int, random_count: bool, rng: np.random.Generator

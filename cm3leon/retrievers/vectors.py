@@ -8,17 +8,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cm3leon.data.shards import PLAN, Shard, ShardFolder, finish, read_plan, write_shard
 from cm3leon.io import check_shape
 from cm3leon.retrievers.bank import Parts
 from cm3leon.types import UserError
+from cm3leon.weights import check_finite
 
 
 def write_vector_shard(
     path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]
 ) -> None:
-    """Writes a shard of documents: the columns `id`, `text` and `image` (zero where a document lacks one)."""
+    """Writes a shard of documents: the columns `id`, `text` and `image` (zero where a document lacks one).
+
+    Raises:
+        NotFinite: for vectors that are NaN or infinite.
+    """
+    for vectors_BD in (parts.text_BD, parts.image_BD):
+        check_finite(
+            torch.from_numpy(vectors_BD), f"what the encoder makes of documents for {path}"
+        )
     columns = {
         "id": pa.array(ids, pa.large_string()),
         "text": _vectors(parts.text_BD),
@@ -92,14 +102,17 @@ class VectorShards:
         Raises:
             IndexError: for a row beyond the last.
         """
-        flat = rows.ravel()
-        text, image = (np.zeros((len(flat), self.width), np.float32) for _ in range(2))
-        given = np.flatnonzero(flat >= 0)
-        for number, places, wanted in self._shards.by_shard(flat[given]):
+        # Queries share many of their candidates: each row is read once, and in order.
+        distinct, place_of = np.unique(rows.ravel(), return_inverse=True)
+        text, image = (np.zeros((len(distinct), self.width), np.float32) for _ in range(2))
+        given = np.flatnonzero(distinct >= 0)
+        for number, places, wanted in self._shards.by_shard(distinct[given]):
             columns = self._shards.shard(number)
             text[given[places]] = columns.text_MD[wanted]
             image[given[places]] = columns.image_MD[wanted]
-        return Parts(text.reshape(*rows.shape, self.width), image.reshape(*rows.shape, self.width))
+
+        shape = (*rows.shape, self.width)
+        return Parts(text[place_of].reshape(shape), image[place_of].reshape(shape))
 
     def id(self, row: int) -> str:
         """The id of a document."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from cm3leon.config import recorded_settings, result_settings, to_mapping
-from cm3leon.data.augment import vary
-from cm3leon.data.corpus import Corpus
+from cm3leon.data.augment import varied
+from cm3leon.data.corpus import Corpus, Split
 from cm3leon.data.shards import INDEX, PLAN, open_shard
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
@@ -20,12 +20,9 @@ from cm3leon.experiment import Experiment, ShardsConfig
 from cm3leon.io import digest_of, read_json, read_log, sha256
 from cm3leon.records import MARKER, check_stage, read_array, read_stage
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
-from cm3leon.retrievers.bank import MemoryBank
 from cm3leon.retrievers.index import Bank
-from cm3leon.retrievers.neighbours import Neighbours
 from cm3leon.retrievers.vectors import VectorShards
-from cm3leon.seeds import nth_seed
-from cm3leon.tokenizers.document import DocumentTokenizer
+from cm3leon.tokenizers.document import DocumentTokenizer, token_count
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
@@ -43,8 +40,6 @@ GEOMETRY = "geometry.json"
 """What a run keeps of a published image tokenizer beside its weights."""
 SHARD_LISTS = (PLAN, INDEX)
 """Files of a stage in shards; the shards carry checksums of their own."""
-BANK_FILES, NEIGHBOURS = ("ids.json", "vectors.npz", "index.faiss"), "neighbours.npy"
-"""Files of the retriever of a corpus in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +72,7 @@ class Run:
         return opened_stage(self.folder / name, *files, verify=self.verify, finished=self.finished)
 
     def bank_stage(self, name: str, *files: str) -> Path:
-        """The same for a stage of the run whose documents are the memory bank of a sharded corpus."""
+        """The same for a stage of the run whose documents are the memory bank."""
         if self.bank_folder == self.folder:
             return self.stage(name, *files)
         return opened_stage(self.bank_folder / name, *files, verify=self.verify)
@@ -89,29 +84,27 @@ class Run:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """All documents, with their split."""
+        """The documents of the sample, with their split."""
         return Corpus.load(self.stage("documents"))
 
     @cached_property
     def varied_images(self) -> np.ndarray:
-        """The training images, then their varied versions one after the other: ((1 + versions) * B, H, W, C)."""
-        images_BHWC = self.corpus.images_BHWC[self.corpus.rows("train")]
-        config, seed = self.experiment.augment, self.experiment.seed
-        varied = [
-            vary(images_BHWC, config, nth_seed(seed, version)) for version in range(config.versions)
-        ]
-        return np.concatenate([images_BHWC, *varied])
+        """The training images of the sample, then their varied versions one after the other:
+        ((1 + versions) * B, H, W, C)."""
+        rows = self.corpus.rows("train")
+        images_BHWC, ids = self.corpus.images_BHWC[rows], [self.corpus.ids[row] for row in rows]
+        versions = varied(images_BHWC, ids, self.experiment.augment, self.experiment.seed)
+        return np.concatenate([images_BHWC, *versions])
 
     @property
     def shards(self) -> ShardsConfig:
-        """How the corpus is sharded, for the stages that only a sharded one has."""
-        assert self.experiment.shards is not None
+        """The section `shards` of the experiment."""
         return self.experiment.shards
 
     @property
     def borrowed(self) -> Path | None:
         """Run folder whose tokenizers and encoder are used instead of trained ones."""
-        return self.experiment.shards.tokenizers if self.experiment.shards else None
+        return self.shards.tokenizers
 
     def borrowed_file(self, name: str) -> Path:
         """A file of that run. Raises UserError where it is missing."""
@@ -165,13 +158,8 @@ class Run:
 
     @cached_property
     def codes_MN(self) -> np.ndarray:
-        """Image codes of all M documents."""
+        """Image codes of the M documents of the sample."""
         return read_array(self.stage("image_tokenizer", "codes.npy") / "codes.npy")
-
-    @cached_property
-    def varied_codes_VBN(self) -> np.ndarray:
-        """Image codes of `varied_images`: version, training document, code; version 0 is the image itself."""
-        return read_array(self.stage("image_tokenizer", "varied_codes.npy") / "varied_codes.npy")
 
     @cached_property
     def vocab(self) -> Vocab:
@@ -199,12 +187,30 @@ class Run:
 
     @cached_property
     def token_documents(self) -> list[TokenDocument]:
-        """All documents as ids."""
+        """The documents of the sample as ids."""
         corpus, codes_MN = self.corpus, self.codes_MN
         return [
             self.tokenizer.token_document(id_, caption, codes_N)
             for id_, caption, codes_N in zip(corpus.ids, corpus.captions, codes_MN, strict=True)
         ]
+
+    def rows_to_ask(self, split: Split) -> list[int]:
+        """Rows of the sample's documents of a split that a block holds.
+
+        Raises:
+            UserError: if there are none.
+        """
+        rows = [
+            int(row)
+            for row in self.corpus.rows(split)
+            if token_count(self.token_documents[row]) <= self.seq_len - 2
+        ]
+        if not rows:
+            raise UserError(
+                f"data: no {split} document that was read fits a block of model.seq_len={self.seq_len}; "
+                "raise it, or give more or shorter documents"
+            )
+        return rows
 
     @cached_property
     def retriever(self) -> Any:
@@ -227,26 +233,24 @@ class Run:
 
     @cached_property
     def tokens(self) -> TokenShards:
-        """The training documents of a sharded corpus, as ids."""
+        """The training documents, as ids."""
         return TokenShards(self.stage("tokens", *SHARD_LISTS), self.made_by)
 
     @cached_property
     def vectors(self) -> VectorShards:
-        """The vectors of the training documents of a sharded corpus."""
+        """The vectors of the training documents."""
         return VectorShards(
             self.stage("vectors", *SHARD_LISTS), self.encoder_header, verify=self.verify
         )
 
     @property
     def bank_folder(self) -> Path:
-        """The run folder whose training documents are the memory bank of a sharded corpus."""
+        """The run folder whose training documents are the memory bank."""
         return self.shards.bank or self.folder
 
     @cached_property
-    def bank(self) -> MemoryBank | Bank:
-        """The memory bank: the training documents, or those of `shards.bank`."""
-        if self.experiment.shards is None:
-            return MemoryBank.load(self.stage("retriever", *BANK_FILES))
+    def bank(self) -> Bank:
+        """The memory bank: the training documents, or those of `shards.bank`, and what was added to them."""
         return self.open_bank()
 
     @property
@@ -255,11 +259,17 @@ class Run:
         return bool(getattr(self.experiment.retriever.config, "both_modalities", False))
 
     def open_bank(self, *, with_added: bool = True) -> Bank:
-        """The memory bank of a sharded corpus, with or without the documents that were added to it.
+        """The memory bank, with or without the documents that were added to it.
 
         Raises:
-            UserError: for another run's index without the single modalities that this run retrieves.
+            UserError: for a bank without a finished index, or another run's without the single modalities that this
+                run retrieves.
         """
+        if not (self.bank_folder / "index" / MARKER).is_file():
+            raise UserError(
+                f"{self.bank_folder} has no memory bank: its stage index is not finished; run its experiment again, "
+                "with until=index at least"
+            )
         bank = Bank(
             self.bank_stage("vectors", *SHARD_LISTS),
             self.bank_stage("index"),
@@ -276,13 +286,11 @@ class Run:
 
     @cached_property
     def bank_tokens(self) -> TokenShards:
-        """The documents of a sharded corpus's memory bank, as ids."""
+        """The documents of the memory bank, as ids, without those that were added."""
         return TokenShards(self.bank_stage("tokens", *SHARD_LISTS), self.made_by)
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
-        if self.experiment.shards is None:
-            return self.token_documents[self.bank_rows[row]]
         made = len(self.bank_tokens)
         return (
             self.bank_tokens.document(row) if row < made else self.added_tokens.document(row - made)
@@ -290,25 +298,13 @@ class Run:
 
     @property
     def added_tokens_file(self) -> Path:
-        """Where the ids of documents are that were added to the memory bank of a sharded corpus."""
+        """Where the ids of documents are that were added to the memory bank."""
         return self.bank_folder / "index" / "added_tokens.arrow"
 
     @cached_property
     def added_tokens(self) -> TokenShard:
-        """The documents that were added to the memory bank of a sharded corpus, as ids."""
+        """The documents that were added to the memory bank, as ids."""
         return TokenShard(open_shard(self.added_tokens_file))
-
-    @cached_property
-    def bank_rows(self) -> np.ndarray:
-        """The row in the corpus of each document of the bank, for a corpus in memory."""
-        assert isinstance(self.bank, MemoryBank)
-        row_of = {id_: row for row, id_ in enumerate(self.corpus.ids)}
-        return np.array([row_of[id_] for id_ in self.bank.ids])
-
-    @cached_property
-    def neighbours(self) -> Neighbours:
-        """Retrieved documents of the training documents of a corpus in memory, as rows of the bank."""
-        return Neighbours.load(self.stage("retriever", NEIGHBOURS) / NEIGHBOURS)
 
     @cached_property
     def objective(self) -> Any:
@@ -354,15 +350,10 @@ class Run:
         }
         if not with_bank:
             return parts
-        if self.experiment.shards is None:
-            files = [_recorded(self.folder / "retriever", name) for name in BANK_FILES]
-            files.append(_recorded(self.folder / "documents", "documents.jsonl"))
-            files.append(_recorded(self.folder / "image_tokenizer", "codes.npy"))
-        else:
-            stages = ("tokens", "vectors", "index")
-            files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
-            added = self.added_tokens_file
-            files.append(sha256(added) if added.is_file() else "")
+        stages = ("tokens", "vectors", "index")
+        files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
+        added = self.added_tokens_file
+        files.append(sha256(added) if added.is_file() else "")
         return {**parts, "memory bank": digest_of("".join(files))}
 
     def log(self, stage: str) -> list[dict[str, float]]:

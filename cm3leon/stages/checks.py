@@ -56,18 +56,16 @@ def _checks(run: Run, *, trains: bool, asks: bool) -> Iterator[Callable[[], obje
     trained_with = getattr(experiment.image_tokenizer.config, "perceptual_file", None)
     if trained_with or experiment.reconstruction.perceptual_file:
         yield linear_weights_file
-    if experiment.shards is not None:
-        if run.borrowed is not None:
-            yield lambda: run.borrowed_file(TEXT_TOKENIZER)
-            yield lambda: run.borrowed_file(IMAGE_TOKENIZER)
-        yield lambda: bank_fingerprint(run)
+    if run.borrowed is not None:
+        yield lambda: run.borrowed_file(TEXT_TOKENIZER)
+        yield lambda: run.borrowed_file(IMAGE_TOKENIZER)
+    yield lambda: bank_fingerprint(run)
     if not trains:
         return
 
-    if experiment.shards is None or asks:
+    if asks:
         yield lambda: _check_block(run)
-    if experiment.shards is not None:
-        yield lambda: mixed_fingerprints(run)
+    yield lambda: mixed_fingerprints(run)
     yield lambda: experiment.training.blocks(run.seq_len)
     yield lambda: run.objective
     if experiment.training.start is not None:

@@ -1,4 +1,4 @@
-"""The stage that reads the corpus, or a sample of it, into memory."""
+"""The stage that reads a sample of the corpus, which is all of a small one, into memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import get_args
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon.data.corpus import Corpus, Split, split_of
+from cm3leon.data.corpus import Corpus, Split, split_of_key
 from cm3leon.data.source import Skipped
-from cm3leon.data.token_shards import split_of_key
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.lengths import check_lengths_by_words
 from cm3leon.stages.tokens import DocumentSample
 from cm3leon.types import Document, UserError
 
@@ -22,7 +20,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def make_documents(run: Run, folder: Path) -> None:
-    """Reads the corpus, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
+    """Reads the sample, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
     size = run.image_tokenizer_shape.image_size
     ids: list[str] = []
     keys: list[str] = []
@@ -31,11 +29,10 @@ def make_documents(run: Run, folder: Path) -> None:
     pixels = bytearray()  # of all images, one after the other: the array below is a view of it
     first_skipped, skipped = "", 0
 
-    sample = DocumentSample(run) if run.experiment.shards else None
-    items = run.source.documents(size=size) if sample is None else sample
+    sample = DocumentSample(run)
     with (folder / SKIPPED).open("w") as file:
         for item in tqdm(
-            items, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True
+            sample, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True
         ):
             found = _usable(item)
             if isinstance(found, Skipped):
@@ -57,13 +54,12 @@ def make_documents(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: no usable documents in the corpus ({skipped} items skipped{first_skipped})"
         )
-    check_lengths_by_words(run, ids, captions)
     Corpus(
         ids=ids,
         captions=captions,
         images_BHWC=np.frombuffer(pixels, np.uint8).reshape(len(ids), size, size, 3),
         labels=labels,
-        splits=_splits(run, ids, keys, sample),
+        splits=_splits(run, keys, sample),
     ).save(folder)
 
 
@@ -75,13 +71,9 @@ def _usable(item: Document | Skipped) -> Document | Skipped:
     return item
 
 
-def _splits(
-    run: Run, ids: list[str], keys: list[str], sample: DocumentSample | None
-) -> list[Split]:
-    """The split of each document; for a sample, that which it has in the whole corpus."""
+def _splits(run: Run, keys: list[str], sample: DocumentSample) -> list[Split]:
+    """The split of each document of the sample, which is that of the whole corpus."""
     config = run.experiment.split
-    if sample is None:
-        return split_of(ids, validation=config.validation, held_out=config.held_out, keys=keys)
     splits = [
         split_of_key(key, validation=config.validation, held_out=config.held_out) for key in keys
     ]
@@ -89,10 +81,10 @@ def _splits(
         if split not in splits and run.borrowed is None:
             if not sample.whole:
                 raise UserError(
-                    f"shards.sample: none of the {len(ids)} sampled documents is in the {split} split; raise it"
+                    f"shards.sample: none of the {len(keys)} sampled documents is in the {split} split; raise it"
                 )
             raise UserError(
-                f"split: none of the {len(ids)} usable documents, which are the whole corpus, is in the {split} "
+                f"split: none of the {len(keys)} usable documents, which are the whole corpus, is in the {split} "
                 "split; give a corpus of more documents, or other shares in split.validation and split.held_out"
             )
     return splits

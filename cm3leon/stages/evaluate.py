@@ -18,7 +18,8 @@ from cm3leon.io import write_json
 from cm3leon.registry import METRICS, TASKS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generate import Generation, Setting, read_generations, settings
-from cm3leon.stages.retrieve import STRATEGY
+from cm3leon.stages.neighbours import STRATEGY
+from cm3leon.stages.tokens import training_codes
 
 RESULTS = "results.json"
 
@@ -60,6 +61,11 @@ class Evaluator:
         if (labels_B == UNKNOWN).any() or len(set(labels_B.tolist())) < 2:
             return None
         return Judge(self.run.corpus.images_BHWC[self.training_rows], labels_B)
+
+    @cached_property
+    def training_MN(self) -> np.ndarray:
+        """Image codes of the training documents of the sample, in all their versions."""
+        return training_codes(self.run)
 
     def read_images(self, images_BHWC: np.ndarray) -> np.ndarray:
         """The class that the judge reads in each image, -1 without a judge."""
@@ -114,16 +120,16 @@ class Evaluator:
 
     def retriever_figures(self) -> dict[str, Any]:
         """The strategy's verdicts on the training queries, and the vote of retrieved documents on held-out images."""
-        sharded = self.run.experiment.shards is not None
-        figures = json.loads(
-            (self.run.folder / ("neighbours" if sharded else "retriever") / STRATEGY).read_text()
-        )
-        if self.judge is None or sharded:  # the labels of a sharded corpus's bank are not kept
+        figures = json.loads((self.run.folder / "neighbours" / STRATEGY).read_text())
+        if self.judge is None:
             return figures
         rows = self.run.corpus.rows("held_out")
         queries = self.run.retriever.parts(None, self.run.corpus.images_BHWC[rows])
         nearest_B1 = self.run.bank.search(queries.image_BD, 1)
-        read_B = self.labels_M[self.run.bank_rows[nearest_B1[:, 0]]]
+        found = [self.run.bank_document(row).label for row in nearest_B1[:, 0].tolist()]
+        if None in found:
+            return figures
+        read_B = np.array(found)
         return {
             **figures,
             "nearest_neighbour_vote": asdict(proportion(read_B == self.labels_M[rows])),
@@ -169,7 +175,7 @@ class Evaluator:
             codes_BN=codes_BN,
             texts=texts,
             given_texts=[run.corpus.captions[row] for row in rows],
-            training_MN=run.varied_codes_VBN.reshape(-1, codes_BN.shape[1]),
+            training_MN=self.training_MN,
             retrieved=[self._codes(generation.retrieved) for generation in generations],
             clip_B=(parts.text_BD * parts.image_BD).sum(axis=1)
             if run.retriever.encoder.joint

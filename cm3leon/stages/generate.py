@@ -164,7 +164,7 @@ def that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) ->
 
 def _rows(run: Run, setting: Setting, at_least: int) -> list[int]:
     """The documents of the split, all of them as often as it takes to have `at_least`."""
-    rows = run.corpus.rows(setting.split).tolist()
+    rows = run.rows_to_ask(setting.split)
     return rows * max(1, -(-at_least // len(rows)))
 
 

@@ -1,4 +1,4 @@
-"""The stage that makes the image tokenizer and encodes the images in memory."""
+"""The stage that makes the image tokenizer and encodes the images of the sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOKED_AT, SHOWN = 64, 8
 
 
 def make_image_tokenizer(run: Run, folder: Path) -> None:
-    """Trains the image tokenizer, or takes over another one, then encodes all images and their varied versions."""
+    """Trains the image tokenizer, or takes over another one, then encodes the images of the sample."""
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
     if run.borrowed:
@@ -34,11 +34,7 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
     tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):
-        codes_MN = tokenizer.encode(corpus.images_BHWC, title="encoding")
-        np.save(folder / "codes.npy", codes_MN)
-        varied_codes_KN = tokenizer.encode(run.varied_images, title="encoding training images")
-        shape_VBN = (-1, len(corpus.rows("train")), codes_MN.shape[1])
-        np.save(folder / "varied_codes.npy", varied_codes_KN.reshape(shape_VBN))
+        np.save(folder / "codes.npy", tokenizer.encode(corpus.images_BHWC, title="encoding"))
     save_weights(folder / WEIGHTS, tokenizer)
     write_json(folder / "config.json", run.recorded("image_tokenizer"))
     if (geometry := tokenizer.geometry()) is not None:
@@ -65,9 +61,9 @@ def _train(run: Run, tokenizer: ImageTokenizer, folder: Path) -> None:
 
 
 def _batches(run: Run, batch_size: int) -> Batches:
-    """Training images: all of the corpus, streamed, or those in memory with their varied versions."""
-    seed, shards = run.experiment.seed, run.experiment.shards
-    if shards and shards.tokenizer_images == "corpus":
+    """Training images: all of the corpus, streamed, or those of the sample with their varied versions."""
+    seed = run.experiment.seed
+    if run.shards.tokenizer_images == "corpus":
         return ImageStream(
             run.source,
             keep=lambda document: split_in(run, document) == "train",

@@ -1,31 +1,39 @@
-"""The stages that find the retrieved documents of a corpus of any size: vectors, index, neighbours."""
+"""The stages that find the retrieved documents: vectors, index, neighbours."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cm3leon.data.images import square
 from cm3leon.data.shards import PLAN, make_missing, open_shard, read_plan, shard_path, write_plan
+from cm3leon.data.token_shards import NO_LABEL
 from cm3leon.io import write_json
 from cm3leon.locks import locked
 from cm3leon.records import read_stage
 from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import add_shard, merge, train
-from cm3leon.retrievers.neighbours import finish_neighbours, neighbours_of, write_neighbour_shard
+from cm3leon.retrievers.neighbours import (
+    NeighbourShards,
+    finish_neighbours,
+    neighbours_of,
+    write_neighbour_shard,
+)
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.pipeline import Part
-from cm3leon.stages.retrieve import STRATEGY, neighbour_counts, strategy_figures
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.types import Document, UserError
 
+STRATEGY = "strategy.json"
+"""What the strategy did to the candidates, in the folder of the neighbours."""
 OWN_BANK = ".."
 """The run folder whose documents are the bank, as seen from the stage's folder."""
 
@@ -200,9 +208,56 @@ def make_neighbours(run: Run, folder: Path) -> None:
     for number in range(count):
         shard = open_shard(shard_path(folder, number, count), verify=False)
         verdicts += Counter(shard.header["verdicts"])
-        rows_BVK = shard.numbers("rows").reshape(len(shard), shard.header["variants"], -1)
-        found += neighbour_counts(rows_BVK)
-    write_json(folder / STRATEGY, strategy_figures(verdicts, found))
+        rows_MN, variants = shard.numbers("rows"), shard.header["variants"]
+        found += neighbour_counts(
+            rows_MN.reshape(len(shard) * variants, len(rows_MN.T) // variants)
+        )
+    figures = strategy_figures(verdicts, found)
+    write_json(folder / STRATEGY, {**figures, "same_label": _same_label(run, folder)})
+
+
+def _same_label(run: Run, folder: Path) -> float | None:
+    """Share of neighbours of the class of their query document; None where classes are unknown or another run's."""
+    if not run.source.class_names or run.shards.bank is not None:
+        return None
+    neighbours, tokens = NeighbourShards(folder), run.tokens
+    same = found = 0
+    for number in range(len(tokens.rows)):
+        rows_MN, labels_M = (
+            neighbours.shard(number),
+            tokens.shard(number).labels(np.arange(tokens.rows[number])),
+        )
+        if (labels_M == NO_LABEL).any():
+            return None
+        known_MN = rows_MN != NONE
+        labels_K = tokens.labels(rows_MN[known_MN])
+        own_K = np.broadcast_to(labels_M[:, None], rows_MN.shape)[known_MN]
+        same += int((labels_K == own_K).sum())
+        found += len(labels_K)
+    return same / found if found else None
+
+
+def neighbour_counts(rows: np.ndarray) -> Counter[int]:
+    """How many documents (in a variant) have 0, 1, 2 ... neighbours, of rows (..., K)."""
+    return Counter(dict(enumerate(np.bincount((rows != NONE).sum(axis=-1).ravel()).tolist())))
+
+
+def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, Any]:
+    """What the strategy did: the share of the candidates that each rule rejected, and how many neighbours it left.
+
+    Args:
+        verdicts: how many candidates were `seen` and how many rejected by each rule.
+        counts: how many documents have so many neighbours, see `neighbour_counts`.
+    """
+    seen, documents = verdicts.get("seen", 0), max(1, sum(counts.values()))
+    rejected = {rule: count / seen for rule, count in sorted(verdicts.items()) if rule != "seen"}
+    return {
+        "candidates_looked_at": seen,
+        "share_rejected": rejected,
+        "neighbours_per_document": sum(number * count for number, count in counts.items())
+        / documents,
+        "documents_without_neighbours": counts.get(0, 0) / documents,
+    }
 
 
 def bank_of(folder: Path) -> Path:

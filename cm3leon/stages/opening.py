@@ -82,8 +82,8 @@ def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set
     """
     tasks: set[str] = set()
     if experiment.objective.name == TUNED:
-        folders = experiment.shards.mix if experiment.shards else {}
-        for each in (experiment, *(_settings_of(Path(folder)) for folder in folders)):
+        mixed_in = (_settings_of(Path(folder)) for folder in experiment.shards.mix)
+        for each in (experiment, *mixed_in):
             task = SOURCES.get(each.data.name).task_of(each.data.config) if each else None
             if task is None:
                 return None

@@ -15,7 +15,6 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
-from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.training_data import training_samples
 from cm3leon.stages.validation import Drawing, validation_loss
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
@@ -41,7 +40,6 @@ def make_pretraining(run: Run, folder: Path) -> None:
             "shards.sample if the corpus has more documents, or stop at until=neighbours and mix this run into "
             "another with shards.mix"
         )
-    check_lengths(run, run.text_tokenizer)
     config, seed, ranks = run.experiment.training, run.experiment.seed, run.ranks
     samples = training_samples(run)
     stream = BlockStream(

@@ -529,14 +529,8 @@ class _Page:
         )
 
     def _retrieved(self, row: int) -> Picture:
-        """A document of the bank: its own image where the corpus is in memory, that of its codes otherwise."""
+        """A document of the bank, with the image of its codes, which is what the model saw."""
         run = self.run
-        if run.experiment.shards is None:
-            return Picture(
-                run.corpus.images_BHWC[run.bank_rows[row]],
-                run.corpus.captions[run.bank_rows[row]],
-                height=PIXELS,
-            )
         document = run.bank_document(row)
         image_HWC = run.image_tokenizer.decode(run.tokenizer.codes(document)[None])[0]
         return Picture(image_HWC, run.tokenizer.caption(document), height=PIXELS)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cm3leon.config import from_mapping, to_mapping
 from cm3leon.data.shards import open_shard, shard_path
 from cm3leon.experiment import Experiment
-from cm3leon.registry import discover
+from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.training.device import best_device
@@ -25,8 +25,18 @@ from cm3leon.types import Document, UserError
 T = TypeVar("T")
 MakePart = Callable[[Run, Path, Part], None]
 
+FEW_PARTS = 3
+"""Parts of a corpus that are not worth sharing out; a folder of up to a thousand images has three."""
 BATCH = 256
 """Documents that are encoded together."""
+
+
+def is_shared_out(experiment: Experiment) -> bool:
+    """Whether the corpus has parts enough for workers to share; also one that cannot be read from here."""
+    try:
+        return len(SOURCES.build(experiment.data).parts()) > FEW_PARTS
+    except UserError:
+        return True
 
 
 def share_out(run: Run, folder: Path, make_part: MakePart) -> None:

@@ -22,6 +22,7 @@ from cm3leon.stages.evaluate import RESULTS, make_evaluation
 from cm3leon.stages.generate import make_generations
 from cm3leon.stages.image_tokenizer import make_image_tokenizer
 from cm3leon.stages.neighbours import (
+    STRATEGY,
     bank_fingerprint,
     make_index,
     make_index_part,
@@ -45,7 +46,8 @@ from cm3leon.stages.pipeline import (
 from cm3leon.stages.pretrain import make_pretraining
 from cm3leon.stages.publish import publish
 from cm3leon.stages.reconstruction import FIGURES, make_reconstruction
-from cm3leon.stages.retrieve import STRATEGY, make_retriever
+from cm3leon.stages.retrieve import make_retriever
+from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.text_tokenizer import make_text_tokenizer, text_tokenizer_inputs
 from cm3leon.stages.tokens import longest_document, make_tokens, make_tokens_part
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
@@ -77,10 +79,8 @@ def _corpus_inputs(run: Run) -> dict[str, Any]:
 
 
 def _sample_inputs(run: Run) -> dict[str, Any]:
-    """The sample of a corpus in shards; the seed says from which parts it is, where they are more than it has."""
-    shards = run.experiment.shards
-    if shards is None:
-        return {}
+    """The size of the sample; the seed says from which parts it is, where they are more than it has."""
+    shards = run.shards
     drawn = len(run.source.parts()) > shards.sample
     return {"shards": {"sample": shards.sample}, **(run.depends_on("seed") if drawn else {})}
 
@@ -92,9 +92,7 @@ def _image_tokenizer_inputs(run: Run) -> dict[str, Any]:
     if _trains_image_tokenizer(run):
         inputs |= run.depends_on("image_tokenizer", "seed")
         inputs["image_tokenizer_training"] = training_settings(experiment.image_tokenizer_training)
-        inputs["streamed"] = bool(
-            experiment.shards and experiment.shards.tokenizer_images == "corpus"
-        )
+        inputs["streamed"] = run.shards.tokenizer_images == "corpus"
     else:
         inputs["image_tokenizer"] = result_settings(experiment.image_tokenizer)
         if run.borrowed is None:
@@ -105,7 +103,7 @@ def _image_tokenizer_inputs(run: Run) -> dict[str, Any]:
 def _varied_inputs(run: Run) -> dict[str, Any]:
     """The varied versions of the training images, which the seed draws."""
     if run.experiment.augment.versions:
-        return run.depends_on("augment", "seed")
+        return {**run.depends_on("augment", "seed"), "drawn_for": "document"}
     return {"augment": {"versions": 0}}
 
 
@@ -116,10 +114,7 @@ def _trains_image_tokenizer(run: Run) -> bool:
 def _retriever_inputs(run: Run) -> dict[str, Any]:
     experiment = run.experiment
     inputs: dict[str, Any] = {"weights": run.borrowed_digest(ENCODER), **run.depends_on("seed")}
-    if experiment.shards is None:
-        inputs["retriever"] = _neighbour_settings(run, path_digest)
-    else:
-        inputs["retriever"] = _encoder_settings(run, path_digest)
+    inputs["retriever"] = _encoder_settings(run, path_digest)
     if _trains_encoder(run):
         assert experiment.retriever_training is not None
         inputs["retriever_training"] = training_settings(experiment.retriever_training)
@@ -143,9 +138,9 @@ def _encoder_settings(run: Run, held: Callable[[str], Any] | None = None) -> dic
     return {name: value for name, value in settings.items() if name not in strategy}
 
 
-def _neighbour_settings(run: Run, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def _neighbour_settings(run: Run) -> dict[str, Any]:
     """The settings that find the neighbours; how many of them a sample gets is drawn in training."""
-    settings = result_settings(run.experiment.retriever, held)
+    settings = result_settings(run.experiment.retriever)
     return {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
 
 
@@ -158,7 +153,13 @@ def _text_tokenizer_settings(run: Run) -> dict[str, Any]:
 
 def _tokens_inputs(run: Run) -> dict[str, Any]:
     sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
-    return {**_corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
+    inputs = {**_corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
+    # Named only where there are some, so that tokens of a corpus that has neither are what they were.
+    if run.experiment.augment.versions:
+        inputs |= _varied_inputs(run)
+    if run.source.class_names:
+        inputs["labels"] = True
+    return inputs
 
 
 def _index_inputs(run: Run) -> dict[str, Any]:
@@ -198,9 +199,7 @@ SHARDS = ("*.arrow", "index.json", "plan.json")
 
 
 def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
-    text_of_its_own = experiment.text_data is not None or (
-        experiment.shards is not None and experiment.shards.tokenizers is not None
-    )
+    text_of_its_own = experiment.text_data is not None or experiment.shards.tokenizers is not None
     return (
         Stage(
             "documents",
@@ -251,7 +250,7 @@ def _first(experiment: Experiment) -> tuple[Stage[Run], ...]:
             settings=_recorded("retriever", "retriever_training", "augment", "seed", "shards"),
             expensive=True,
             trains=_trains_encoder,
-            results=("*.safetensors", "*.np?", "*.faiss", "*.json"),
+            results=("*.safetensors",),
         ),
     )
 
@@ -266,7 +265,7 @@ TOKENS = Stage(
     make_tokens_part,
     needs=(),
     files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
-    settings=_recorded("data", "split", "seed", "shards", "sentinels"),
+    settings=_recorded("data", "split", "seed", "shards", "sentinels", "augment"),
     results=SHARDS,
     expensive=True,
 )
@@ -310,7 +309,7 @@ def _neighbours(*needs: str) -> Stage[Run]:
     )
 
 
-def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Run], ...]:
+def _last() -> tuple[Stage[Run], ...]:
     generated = ("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed")
     return (
         Stage(
@@ -318,8 +317,8 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
             4,
             _pretraining_inputs,
             make_pretraining,
-            needs=needs,
-            files=files,
+            needs=("neighbours",),
+            files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
             settings=_recorded(
                 "sentinels",
                 "objective",
@@ -345,7 +344,7 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
         ),
         Stage(
             "evaluation",
-            5,
+            6,
             _depends_on("metrics"),
             make_evaluation,
             needs=("generation",),
@@ -356,11 +355,8 @@ def _last(needs: tuple[str, ...], files: tuple[str, ...] = ()) -> tuple[Stage[Ru
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage[Run], ...]:
-    """The stages of an experiment; those between retriever and pretraining are for a corpus in shards."""
-    first = _first(experiment)
-    if experiment.shards is None:
-        return (*first, *_last(("documents", "text_tokenizer", "image_tokenizer", "retriever")))
-    last = _last(("neighbours",), (TEXT_TOKENIZER, IMAGE_TOKENIZER))
+    """The stages of an experiment; one that takes another run's memory bank makes none of its own."""
+    first, last = _first(experiment), _last()
     if experiment.shards.bank:
         return (*first, TOKENS, _neighbours("tokens"), *last)
     return (*first, TOKENS, *BANK, _neighbours("tokens", "index"), *last)
@@ -410,9 +406,9 @@ def run_experiment(
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
     def before() -> None:
-        # Those of a corpus in shards take long, and are for jobs of one process.
-        if experiment.shards is None:
-            bring(Run(experiment, folder, best_device()), "retriever")
+        # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
+        if not is_shared_out(experiment):
+            bring(Run(experiment, folder, best_device()), "neighbours")
 
     with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:

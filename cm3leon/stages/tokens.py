@@ -1,4 +1,4 @@
-"""The stage that turns a corpus of any size into token shards, one for each part of the source."""
+"""The stage that turns the corpus into token shards, one for each part of the source."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cm3leon.data.corpus import Split
+from cm3leon.data.augment import varied
+from cm3leon.data.corpus import Split, split_of_key
 from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
-from cm3leon.data.token_shards import TokenShards, finish_tokens, split_of_key, write_token_shard
+from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import batches, share_out, with_progress
@@ -54,11 +55,11 @@ class DocumentSample:
         """Whether the sample turned out to be all that the source has; known when it was read."""
 
     def __iter__(self) -> Iterator[Document | Skipped]:
-        count, parts = self.run.shards.sample, self.run.source.parts()
-        order = np.random.default_rng(self.run.experiment.seed).permutation(len(parts))[:count]
-        whole = len(order) == len(parts)
-        for number in sorted(order.tolist()):
-            left = -(-count // len(order))
+        parts = self.run.source.parts()
+        numbers, of_each = sampled_parts(self.run)
+        whole = len(numbers) == len(parts)
+        for number in numbers:
+            left = of_each
             items = squared_items(self.run, parts[number])
             for item in items:
                 yield item
@@ -69,17 +70,46 @@ class DocumentSample:
         self.whole = whole
 
 
+def sampled_parts(run: Run) -> tuple[list[int], int]:
+    """Numbers of the source's parts that the sample is taken from, and how many documents from the front of each."""
+    count, parts = run.shards.sample, len(run.source.parts())
+    order = np.random.default_rng(run.experiment.seed).permutation(parts)[:count]
+    return sorted(order.tolist()), -(-count // len(order))
+
+
+def sampled_rows(run: Run) -> dict[str, int]:
+    """The row in `run.tokens` of each training document of the sample that has one, by its id.
+
+    A document that does not fit a block has none.
+    """
+    known = {run.corpus.ids[row] for row in run.corpus.rows("train")}
+    numbers, of_each = sampled_parts(run)
+    rows: dict[str, int] = {}
+    for number in numbers:
+        shard, first = run.tokens.shard(number), run.tokens.first(number)
+        ids = map(shard.id, range(min(of_each, len(shard))))
+        rows |= {id_: first + place for place, id_ in enumerate(ids) if id_ in known}
+    return rows
+
+
+def training_codes(run: Run) -> np.ndarray:
+    """Image codes (M, N) of the training documents of the sample, in all their versions."""
+    rows, versions = sampled_rows(run).values(), range(run.tokens.versions + 1)
+    documents = [run.tokens.document(row, version) for row in rows for version in versions]
+    if not documents:
+        return np.zeros((0, run.codes_MN.shape[1]), np.int64)
+    return np.array([run.tokenizer.codes(document) for document in documents])
+
+
 def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
     """Tokenises the training documents of this worker's parts of the source."""
-    parts = run.source.parts()
-    write_plan(
-        folder,
-        {
-            "tokenizers": asdict(run.made_by),
-            "parts": len(parts),
-            "source": run.source.fingerprint(),
-        },
-    )
+    parts, versions = run.source.parts(), run.experiment.augment.versions
+    plan = {
+        "tokenizers": asdict(run.made_by),
+        "parts": len(parts),
+        "source": run.source.fingerprint(),
+    }
+    write_plan(folder, plan | ({"versions": versions} if versions else {}))
 
     def make(number: int) -> None:
         listed = folder / "skipped" / f"{number:05d}.jsonl"
@@ -90,8 +120,14 @@ def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
                 file.write(json.dumps({"file": skipped.file, "reason": skipped.reason}) + "\n")
 
             items = squared_items(run, parts[number])
-            documents = _tokenized(run, items, "train", leave_out)
-        write_token_shard(shard_path(folder, number, len(parts)), documents, run.made_by)
+            documents: list[TokenDocument] = []
+            varied_VN: list[np.ndarray] = []
+            for originals, tokenized in _tokenized(run, items, "train", leave_out):
+                documents += tokenized
+                if versions:
+                    varied_VN += _varied_ids(run, originals)
+        path = shard_path(folder, number, len(parts))
+        write_token_shard(path, documents, run.made_by, varied=varied_VN if versions else None)
 
     with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
 
@@ -108,7 +144,8 @@ def make_tokens(run: Run, folder: Path) -> None:
         raise UserError(
             f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
         )
-    documents = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
+    found = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
+    documents = [document for _, tokenized in found for document in tokenized]
     write_token_shard(folder / VALIDATION, documents, run.made_by)
 
 
@@ -117,24 +154,48 @@ def _tokenized(
     items: Iterable[Document | Skipped],
     split: Split,
     leave_out: Callable[[Skipped], None],
-) -> list[TokenDocument]:
-    """The documents of a split among the items, as ids.
+) -> Iterator[tuple[list[Document], list[TokenDocument]]]:
+    """The documents of a split among the items in batches, as they are and as ids.
 
     Args:
         leave_out: called with what cannot be used, which documents of other splits can.
     """
-    documents: list[TokenDocument] = []
     room = longest_document(run)
     for batch in batches(_documents_of(run, items, split, leave_out)):
-        for document in token_documents(run, batch):
+        kept: tuple[list[Document], list[TokenDocument]] = ([], [])
+        for original, document in zip(batch, token_documents(run, batch), strict=True):
             length = token_count(document)
             if room is not None and length > room:
                 method = run.experiment.packing.method
                 reason = f"takes {length} tokens, packing.method {method} allows {room}"
                 leave_out(Skipped(document.id, reason))
             else:
-                documents.append(document)
-    return documents
+                kept[0].append(original)
+                kept[1].append(document)
+        yield kept
+
+
+def _varied_ids(run: Run, documents: Sequence[Document]) -> list[np.ndarray]:
+    """For each document the ids of its images in each varied version (V, N)."""
+    config, size = run.experiment.augment, run.image_tokenizer.image_size
+    images: list[np.ndarray] = []
+    keys: list[str] = []
+    for document in documents:
+        for place, pixels_HWC in enumerate(document.images):
+            images.append(square(pixels_HWC, size))
+            keys.append(f"{document.id}#{place}" if place else document.id)
+
+    ids_VBN = np.zeros((config.versions, 0, 0), np.int64)
+    if images:
+        versions = varied(np.stack(images), keys, config, run.experiment.seed)
+        codes = [run.image_tokenizer.encode(version_BHWC) for version_BHWC in versions]
+        ids_VBN = run.vocab.image_ids(np.stack(codes))
+    found, first = [], 0
+    for document in documents:
+        last = first + len(document.images)
+        found.append(ids_VBN[:, first:last].reshape(config.versions, -1))
+        first = last
+    return found
 
 
 def longest_document(run: Run) -> int | None:
@@ -176,4 +237,5 @@ def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDo
                 else TokenSegment("image", run.vocab.image_ids(next(codes)), segment.role)
                 for segment in document.segments
             ),
+            document.label,
         )

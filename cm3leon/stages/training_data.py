@@ -1,4 +1,4 @@
-"""Training samples: documents with the retrieved ones drawn for them, from memory or from shards."""
+"""Training samples: documents with the retrieved ones drawn for them, from the shards of one corpus or several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from cm3leon.data.mixture import Mixture, sampling_rates
-from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShards
 from cm3leon.io import sha256
 from cm3leon.records import read_stage
@@ -19,16 +18,15 @@ from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import SHARD_LISTS, WEIGHTS, Run, opened_stage
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.neighbours import bank_of
-from cm3leon.tasks.base import with_segment
 from cm3leon.training.steps import MANIFEST, checkpoints
-from cm3leon.types import Sample, TokenDocument, UserError
+from cm3leon.types import Sample, UserError
 
 
 @dataclass(frozen=True)
 class TrainingSamples:
     """The endless stream of training samples, a `Draw`: at each position a document of one of the corpora."""
 
-    corpora: Sequence[CorpusInMemory | ShardedCorpus]
+    corpora: Sequence[TrainingCorpus]
     at: Callable[[int], tuple[int, int]]
     """Position -> the number of the corpus, and the document's row in it."""
     epoch: int
@@ -40,14 +38,22 @@ class TrainingSamples:
 
 
 def training_samples(run: Run) -> TrainingSamples:
-    """The stream of training samples of an experiment."""
-    return _from_memory(run) if run.experiment.shards is None else _from_shards(run)
+    """The stream of training samples of an experiment: its own corpus, and those that are mixed in."""
+    mix = run.shards.mix
+    corpora = [TrainingCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
+    counts = [len(corpus.tokens) for corpus in corpora]
+    mixture = Mixture(counts, sampling_rates(counts, [1.0, *mix.values()]), run.experiment.seed)
+
+    def at(position: int) -> tuple[int, int]:
+        source, row, _ = mixture.at(position)
+        return source, row
+
+    return TrainingSamples(corpora, at, len(mixture))
 
 
 def mixed_fingerprints(run: Run) -> list[Any]:
     """Changes with other runs whose samples are mixed in, and with their shares."""
-    folders = run.experiment.shards.mix if run.experiment.shards else {}
-    return [[share, *_fingerprints(Path(name))] for name, share in folders.items()]
+    return [[share, *_fingerprints(Path(name))] for name, share in run.shards.mix.items()]
 
 
 def start_digest(run: Run) -> str | None:
@@ -92,49 +98,8 @@ def _fingerprints(folder: Path) -> list[str]:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ from memory
-
-
 @dataclass(frozen=True)
-class CorpusInMemory:
-    """The training documents of a corpus in memory, which are the memory bank too: both have the same rows."""
-
-    run: Run
-
-    def neighbours_VK(self, row: int) -> np.ndarray:
-        """Rows of the bank for a document, see `Neighbours`."""
-        return self.run.neighbours.rows_VBK[:, row]
-
-    def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """A document with retrieved documents drawn for it, a version of each image drawn too."""
-        config = self.run.experiment.retriever.config
-        rows = self.run.neighbours.draw(
-            row, most=config.max_documents, random_count=config.random_count, rng=rng
-        )
-        return Sample(self._version(row, rng), tuple(self._version(other, rng) for other in rows))
-
-    def _version(self, row: int, rng: np.random.Generator) -> TokenDocument:
-        """A document with one of the versions of its image."""
-        run = self.run
-        codes_N = run.varied_codes_VBN[rng.integers(len(run.varied_codes_VBN)), row]
-        original = run.token_documents[run.bank_rows[row]]
-        return with_segment(original, "image", run.vocab.image_ids(codes_N))
-
-
-def _from_memory(run: Run) -> TrainingSamples:
-    documents = len(run.corpus.rows("train"))
-
-    def at(position: int) -> tuple[int, int]:
-        return 0, shuffled(run.experiment.seed, position, documents)
-
-    return TrainingSamples([CorpusInMemory(run)], at, documents)
-
-
-# ------------------------------------------------------------------------------------------------ from shards
-
-
-@dataclass(frozen=True)
-class ShardedCorpus:
+class TrainingCorpus:
     """The training documents of a run's folder, with their neighbours and the documents of the bank these are in."""
 
     folder: Path
@@ -175,22 +140,10 @@ class ShardedCorpus:
         return self.neighbours.rows(row)
 
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """A document with retrieved documents drawn for it."""
+        """A document with retrieved documents drawn for it, and a version of each if they are varied."""
         config = self.run.experiment.retriever.config
         rows = self.neighbours.draw(
             row, most=config.max_documents, random_count=config.random_count, rng=rng
         )
-        return Sample(self.tokens.document(row), tuple(self.bank.document(other) for other in rows))
-
-
-def _from_shards(run: Run) -> TrainingSamples:
-    mix = run.shards.mix
-    corpora = [ShardedCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
-    counts = [len(corpus.tokens) for corpus in corpora]
-    mixture = Mixture(counts, sampling_rates(counts, [1.0, *mix.values()]), run.experiment.seed)
-
-    def at(position: int) -> tuple[int, int]:
-        source, row, _ = mixture.at(position)
-        return source, row
-
-    return TrainingSamples(corpora, at, len(mixture))
+        query = self.tokens.drawn(row, rng)
+        return Sample(query, tuple(self.bank.drawn(other, rng) for other in rows))

@@ -67,12 +67,9 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
 def validation_documents(run: Run) -> dict[str, list[tuple[int, TokenDocument]]]:
     """Validation documents that fit into a block, each with its number: those of this run, and of runs mixed into it.
 
-    Those of a corpus in shards are of any segments.
+    They are of any segments.
     """
-    if run.experiment.shards is None:
-        documents = [(int(row), run.token_documents[row]) for row in run.corpus.rows("validation")]
-        return {run.folder.name: documents}
-    folders = [run.folder, *map(Path, run.experiment.shards.mix)]
+    folders = [run.folder, *map(Path, run.shards.mix)]
     names = [folder.name for folder in folders]
     found = {}
     for folder, name in zip(folders, names, strict=True):
@@ -119,12 +116,11 @@ class Drawing:
         self._task = TASKS.build(
             "text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
         )
-        validation = run.corpus.rows("validation")
-        rows = [
+        validation = run.rows_to_ask("validation")
+        self._rows = [
             validation[shuffled(0, place, len(validation))]
             for place in range(min(SHOWN, len(validation)))
         ]
-        self._rows = [int(row) for row in rows]
 
     @cached_property
     def _retrieved(self) -> list[list[int]]:

@@ -214,12 +214,6 @@ def _words(longest: int) -> str:
     )
 
 
-def fewest_pieces(text: str, max_word: int) -> int:
-    """The pieces that a text has at least by any tokenizer with words of `max_word`: one for each word."""
-    words = pre_tokenizers.Split(Regex(_words(max_word)), behavior="isolated")
-    return len(words.pre_tokenize_str(unicode_text(text)))
-
-
 def _stretches(texts: Iterable[str], progress: tqdm[Any]) -> Iterator[str]:
     """The texts one after the other, long ones in stretches, with their bytes counted."""
     for text in texts:

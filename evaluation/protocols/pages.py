@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import numpy as np
 
 from cm3leon.config import Component, PositiveInt, Probability
+from cm3leon.data.corpus import split_of_key
 from cm3leon.data.source import Skipped, Source
-from cm3leon.data.token_shards import split_of_key
 from cm3leon.evaluation.captions import caption_figures
 from cm3leon.evaluation.images import WINDOW, ssim
 from cm3leon.evaluation.metrics import Measured, average

@@ -24,7 +24,7 @@ class BlocksConfig:
     """Whose blocks."""
 
     run: Path | None = None
-    """Run folder whose corpus is ready to be trained on: tokens and neighbours in shards, or a corpus in memory."""
+    """Run folder whose corpus is ready to be trained on: its tokens and neighbours are made."""
 
 
 def open_blocks(config: BlocksConfig) -> Blocks:
