@@ -224,7 +224,9 @@ def test_all_metrics_of_this_file_are_registered() -> None:
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, labels, and which are held out."""
     documents = list(SOURCES.build("digits").documents())
-    splits = [split_of_key(document.id, validation=0.1, held_out=0.2) for document in documents]
+    splits = [
+        split_of_key(document.id, validation=0.113, held_out=0.1946) for document in documents
+    ]
     images_BHWC = np.stack([document.image for document in documents])
     return (
         images_BHWC,

@@ -223,10 +223,8 @@ def _same_label(run: Run, folder: Path) -> float | None:
     neighbours, tokens = NeighbourShards(folder), run.tokens
     same = found = 0
     for number in range(len(tokens.rows)):
-        rows_MN, labels_M = (
-            neighbours.shard(number),
-            tokens.shard(number).labels(np.arange(tokens.rows[number])),
-        )
+        rows_MN = neighbours.shard(number)
+        labels_M = tokens.shard(number).labels(np.arange(len(rows_MN)))
         if (labels_M == NO_LABEL).any():
             return None
         known_MN = rows_MN != NONE
