@@ -17,6 +17,7 @@ from cm3leon.experiment import load_experiment
 from cm3leon.plugins.scenes.world import entity_name
 from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, direction
+from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.stages import run_experiment
 from cm3leon.training.device import best_device
@@ -142,7 +143,7 @@ def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     assert np.array_equal(
         run.retriever.encoder.encode_texts(captions[:5]), fitted.encode_texts(captions[:5])
     )
-    assert run.neighbours.rows_VBK.max() > 0
+    assert NeighbourShards(tmp_path / "neighbours").shard(0).max() > 0
     model = CM3Leon.load(tmp_path)
     assert np.isnan(model.clip_scores(captions[0], run.codes_MN[:2])).all()
     with pytest.warns(UnrankedWarning, match="lexical of this run has no CLIP") as said:
