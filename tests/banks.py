@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +41,8 @@ def write_bank(
 
 
 def bank_of(parts: Parts, ids: Sequence[str] | None = None, *, pairs_only: bool = False) -> Bank:
-    """A bank of the documents, whose files are gone when it is there: their maps stay."""
-    with TemporaryDirectory() as folder:
-        return Bank(*write_bank(Path(folder), parts, ids, pairs_only=pairs_only))
+    """A bank of the documents, whose files are there as long as it is."""
+    folder = TemporaryDirectory()
+    bank = Bank(*write_bank(Path(folder.name), parts, ids, pairs_only=pairs_only))
+    weakref.finalize(bank, folder.cleanup)
+    return bank
