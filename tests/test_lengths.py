@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,3 +92,28 @@ def test_long_documents_are_neither_trained_on_nor_asked_for(tmp_path: Path) -> 
     assert all(int(run.corpus.ids[row][:2]) % 2 == 0 for row in asked)
     listed = (tmp_path / "run" / "tokens" / "skipped" / "00000.jsonl").read_text()
     assert "tokens, packing.method whole allows" in listed
+
+
+def test_where_no_document_fits_the_reason_of_the_first_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "first").mkdir()
+    for number in range(30):
+        (tmp_path / "first" / f"{number}.png").write_bytes(encoded(picture(number)))
+        (tmp_path / "first" / f"{number}.txt").write_text("a dog")
+    words = (
+        "experiment=digits_smoke",
+        f'data={{"name": "folder", "path": "{tmp_path}/first"}}',
+        f"run={tmp_path}/run",
+        "split.validation=0.2",
+        "split.held_out=0.2",
+        "augment.versions=0",
+        "model.seq_len=18",
+        "until=tokens",
+    )
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "no document to train on" in said
+    assert re.search(
+        r"the first: \d+\.png: takes \d+ tokens, packing.method whole allows 16\)", said
+    )

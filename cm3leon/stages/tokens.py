@@ -15,6 +15,7 @@ from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
+from cm3leon.io import read_log
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import batches, share_out, with_progress
@@ -141,8 +142,12 @@ def make_tokens(run: Run, folder: Path) -> None:
     share_out(run, folder, make_tokens_part)
     finish_tokens(folder, len(run.source.parts()))
     if not len(TokenShards(folder)):
+        lists = sorted((folder / "skipped").glob("*.jsonl"))
+        first = next((item for file in lists for item in read_log(file)), None)
+        why = f" (the first: {first['file']}: {first['reason']})" if first else ""
         raise UserError(
-            f"data: the corpus has no document to train on; what was left out is listed in {folder}/skipped"
+            "data: the corpus has no document to train on; what was left out is listed in "
+            f"{folder}/skipped{why}"
         )
     found = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
     documents = [document for _, tokenized in found for document in tokenized]
