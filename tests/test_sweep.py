@@ -492,7 +492,7 @@ def test_points_run_in_their_folders_with_what_they_share(ran: list[str], tmp_pa
         *(f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.002) for seed in (0, 1)),
     ]
     point = tmp_path / "learning_rate=0.002,seed=1"
-    assert (point / "retriever").resolve() == tmp_path / "shared,seed=1" / "retriever"
+    assert (point / "neighbours").resolve() == tmp_path / "shared,seed=1" / "neighbours"
     lines = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [line["loss"] for line in lines] == ["2.9", "2.9", "2.8", "2.8"]
     assert [line["best"] for line in lines] == ["", "", "best", ""]
