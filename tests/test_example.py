@@ -182,7 +182,7 @@ def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
     for infilled in metrics["infill_accuracy"]:
         assert (infilled["task"], infilled["n"], infilled["given_kept"]) == (
             "infill_middle",
-            12,
+            9,
             1.0,
         )
     assert metrics["t2i_accuracy"][0]["cfg"] is None

@@ -170,19 +170,18 @@ def test_a_refused_command_writes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("experiment=digits_smoke", f"run={run}", "until=documents")
     cm3leon(*words)
-    record(
-        run, "pretraining", inputs={"training": {"steps": 20}}
-    )  # a finished one, of other inputs
+    # A finished one, of other inputs.
+    record(run, "retriever", inputs={"retriever_training": {"steps": 20}})
     before = everything(run)
     with locked(run):
         refused = cm3leon(*words, "split.held_out=0.5", check=False)
     assert refused.returncode == 2
     assert "another process is working" in refused.stderr
     assert everything(run) == before
-    refused = cm3leon(*words[:2], "training.steps=30", check=False)
+    refused = cm3leon(*words[:2], "retriever_training.steps=30", check=False)
     assert refused.returncode == 2
-    assert "training.steps was 20, is 30" in refused.stderr
-    assert "say redo=pretraining" in refused.stderr
+    assert "retriever_training.steps was 20, is 30" in refused.stderr
+    assert "say redo=retriever" in refused.stderr
     assert everything(run) == before
 
 

@@ -77,8 +77,10 @@ def _splits(run: Run, keys: list[str], sample: DocumentSample) -> list[Split]:
     splits = [
         split_of_key(key, validation=config.validation, held_out=config.held_out) for key in keys
     ]
+    shares = {"validation": config.validation, "held_out": config.held_out}
     for split in get_args(Split):
-        if split not in splits and run.borrowed is None:
+        # Whoever asks for no share of it wants none.
+        if split not in splits and shares.get(split, 1.0) and run.borrowed is None:
             if not sample.whole:
                 raise UserError(
                     f"shards.sample: none of the {len(keys)} sampled documents is in the {split} split; raise it"

@@ -75,7 +75,7 @@ def sampled_parts(run: Run) -> tuple[list[int], int]:
     """Numbers of the source's parts that the sample is taken from, and how many documents from the front of each."""
     count, parts = run.shards.sample, len(run.source.parts())
     order = np.random.default_rng(run.experiment.seed).permutation(parts)[:count]
-    return sorted(order.tolist()), -(-count // len(order))
+    return sorted(order.tolist()), -(-count // max(1, len(order)))
 
 
 def sampled_rows(run: Run) -> dict[str, int]:
