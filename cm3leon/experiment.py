@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cm3leon.config import (
     SHIPPED,
     Component,
-    Guidance,
     Location,
     NoEffect,
-    NonNegativeInt,
     Override,
     PositiveFloat,
     PositiveInt,
@@ -28,20 +26,21 @@ from cm3leon.config import (
     parse_override,
     settled,
     split_key,
+    to_mapping,
     typed_value,
 )
 from cm3leon.data.augment import AugmentConfig
+from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, named, with_values
 from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
     LAUNCHERS,
-    METRICS,
     MODELS,
     OBJECTIVES,
+    PROTOCOLS,
     RETRIEVERS,
     SOURCES,
-    TASKS,
     discover,
     is_known_plugin,
 )
@@ -50,8 +49,8 @@ from cm3leon.tokenizers.text import TextTokenizerConfig
 from cm3leon.training.config import DecoderTrainingConfig, TrainingConfig
 from cm3leon.types import Notice, UserError
 
-STUDY = frozenset({"runs", "evaluations"})
-"""Sections that a study has, and an experiment has not."""
+EARLIER = ("tasks", "task_decoders", "generation", "metrics")
+"""Sections of earlier versions, in place of which there is `evaluations`."""
 SWEEP = "sweep"
 """Section of dotted keys and the values that they take in turn, which makes an experiment a sweep."""
 
@@ -101,19 +100,12 @@ class ReconstructionConfig:
 
 
 @dataclass(kw_only=True)
-class GenerationConfig:
-    """What is generated, for every task of the experiment."""
+class RunEvaluation(EvaluationConfig):
+    """A protocol that the run's own model is asked by."""
 
-    samples: PositiveInt = 1000
-    """Generations of a setting where a prompt may be asked again with another seed (text to image), at least."""
-    documents: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
-    """Numbers of retrieved documents in the prompt, each a setting."""
-    shuffled_documents: NonNegativeInt = 2
-    """One more setting with this many unrelated documents: those retrieved for another prompt; 0 = none."""
-    cfg: list[Guidance] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0])
-    """Guidance weights, each a setting; the best is chosen on the validation split without documents."""
-    batch_size: Annotated[PositiveInt, NoEffect("how many are computed together")] = 256
-    """Prompts that run together."""
+    best_of: str | None = None
+    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one with the highest
+    of the figures that stand first."""
 
 
 @dataclass(kw_only=True)
@@ -183,23 +175,19 @@ class Experiment:
     )
     """Where it runs, and what its jobs are given."""
 
-    tasks: list[Annotated[Component, TASKS]]
-    """Tasks that are generated and evaluated."""
-
     decoder: Annotated[Component, DECODERS]
     """How image tokens are drawn from logits."""
 
     text_decoder: Annotated[Component, DECODERS]
     """How text tokens are drawn from logits."""
 
-    task_decoders: dict[str, Annotated[Component, DECODERS]] = field(default_factory=dict)
-    """Decoders of single tasks, by the task's name, in place of those two."""
+    evaluations: dict[str, RunEvaluation] = field(default_factory=dict)
+    """What the trained model is asked, by names for the report."""
 
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """How many are generated, and under which settings."""
-
-    metrics: list[Annotated[Component, METRICS]]
-    """Figures of each setting."""
+    aims: Annotated[list[Aim], NoEffect("what the report compares figures with")] = field(
+        default_factory=list
+    )
+    """Figures for the top of the report."""
 
     until: str | None = None
     """Stage after which a run of this experiment ends, if the command line names none; None = the last one."""
@@ -213,12 +201,81 @@ class Experiment:
                 Notice,
                 stacklevel=2,
             )
-        tasks = [task.name for task in self.tasks]
-        for name in self.task_decoders:
-            if name not in tasks:
-                raise UserError(
-                    f"task_decoders.{name} is for a task that is not in tasks; {choices(name, tasks)}"
+        self._check_aims(self._rows())
+
+    def _rows(self) -> dict[str, list[str]]:
+        """The names of the rows of each evaluation. Raises UserError for settings that do not go together."""
+        points: dict[str, list[dict[str, Any]]] = {}
+        for name, evaluation in self.evaluations.items():
+            best: Mapping[str, Any] = {}
+            if evaluation.best_of is not None:
+                if evaluation.best_of not in points:
+                    raise UserError(
+                        f"evaluations.{name}.best_of is {evaluation.best_of}, which is no evaluation above; "
+                        f"{choices(evaluation.best_of, points)}"
+                    )
+                # Any of its rows may turn out the best; all of them set the same keys.
+                best = points[evaluation.best_of][0]
+            points[name] = [point for point, _ in self.points_of(name, best)]
+            left_out = [key for key in evaluation.sweep if key not in points[name][0]]
+            if left_out:
+                warnings.warn(
+                    f"evaluations.{name}.sweep: {', '.join(left_out)} is left out, which the experiment's own decoder "
+                    "does not have",
+                    Notice,
+                    stacklevel=2,
                 )
+        return {name: [row_name(name, point) for point in of] for name, of in points.items()}
+
+    def points_of(
+        self, name: str, best: Mapping[str, Any]
+    ) -> list[tuple[dict[str, Any], AskConfig]]:
+        """Each combination of what an evaluation sweeps, with the setting that it makes.
+
+        Args:
+            best: the values of the best row of the evaluation that `best_of` names.
+
+        Raises:
+            UserError: for a setting that is none.
+        """
+        evaluation = self.evaluations[name]
+        setting, sweep = {"seed": self.seed, **evaluation.setting}, evaluation.sweep
+        in_decoder = any(key.startswith("decoder.") for key in (*sweep, *best))
+        if in_decoder and setting.get("decoder") is None:
+            in_text = PROTOCOLS.build(evaluation.protocol).answers_in == "text"
+            own = self.text_decoder if in_text else self.decoder
+            setting["decoder"] = to_mapping(AskConfig(decoder=own))["decoder"]
+            # So that decoder=greedy is enough for an experiment whose evaluations set a weight of guidance.
+            sweep, best = _without_others(sweep, own), _without_others(best, own)
+        whole = replace(evaluation, setting=with_values(setting, best), sweep=sweep)
+        return list(whole.points(f"evaluations.{name}.setting"))
+
+    def _check_aims(self, rows: Mapping[str, Sequence[str]]) -> None:
+        for aim in self.aims:
+            if aim.evaluation not in rows:
+                raise UserError(
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}; {choices(aim.evaluation, rows)}"
+                )
+            if aim.row not in rows[aim.evaluation]:
+                raise UserError(
+                    f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
+                    f"{choices(aim.row, rows[aim.evaluation])}"
+                )
+
+
+def _without_others(values: Mapping[str, Any], decoder: Component) -> dict[str, Any]:
+    """The values without those of keys that other decoders have and this one has not."""
+    own = {field.name for field in fields(decoder.config)}
+    others = {
+        field.name for name in DECODERS.names() for field in fields(DECODERS.get(name).Config)
+    }
+    left_out = {f"decoder.{name}" for name in others - own}
+    return {key: value for key, value in values.items() if key not in left_out}
+
+
+def row_name(evaluation: str, point: Mapping[str, Any]) -> str:
+    """The name of a row of a run's own evaluation: what is swept, or that of the evaluation."""
+    return ", ".join(named(point)) or evaluation
 
 
 @dataclass(kw_only=True)
@@ -265,6 +322,7 @@ def load_experiment(
     trusted_plugins: Sequence[str | Path] | None = None,
     sections: Mapping[str, Any] | None = None,
     unfit: list[str] | None = None,
+    earlier: bool = False,
 ) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
@@ -273,6 +331,7 @@ def load_experiment(
     `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
     dotted keys with their values, for a caller that has no command line. `trusted_plugins` are all that may be loaded,
     see `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the place of the file's.
+    `earlier` leaves out what earlier versions asked of a model, for a run that one of them made.
     `unfit` is given what does not go together, in place of an error, by a caller that checks more (`stages/checks.py`).
 
     Raises:
@@ -287,6 +346,7 @@ def load_experiment(
         settings=settings,
         trusted_plugins=trusted_plugins,
         sections=sections,
+        earlier=earlier,
     )
     if SWEEP in mapping:
         raise UserError(
@@ -303,15 +363,19 @@ def load_mapping(
     settings: Mapping[str, Any] | None = None,
     trusted_plugins: Sequence[str | Path] | None = None,
     sections: Mapping[str, Any] | None = None,
+    earlier: bool = False,
 ) -> dict[str, Any]:
     """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
-    if STUDY & mapping.keys():
+    if _is_study(mapping):
         raise UserError(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
         )
     mapping = with_absolute_plugins({**mapping, **(sections or {})}, Path.cwd())
+    if earlier:
+        mapping = {name: value for name, value in mapping.items() if name not in EARLIER}
+    _refuse_earlier(name_or_path, mapping)
     if trusted_plugins is not None:
         mapping["plugins"] = load_plugins(
             mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
@@ -365,7 +429,23 @@ def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is made of several runs, see `cm3leon.study`. Raises UserError where there is none."""
     file, _ = _find(name_or_path, shipped)
-    return bool(STUDY & load_yaml(file).keys())
+    return _is_study(load_yaml(file))
+
+
+def _is_study(mapping: Mapping[str, Any]) -> bool:
+    """Whether these are the sections of a study: it has runs, or evaluations of models without a corpus."""
+    return "runs" in mapping or ("evaluations" in mapping and "data" not in mapping)
+
+
+def _refuse_earlier(name_or_path: str, mapping: Mapping[str, Any]) -> None:
+    """Raises UserError for sections of an earlier version, saying what to write in their place."""
+    found = [section for section in EARLIER if section in mapping]
+    if found:
+        raise UserError(
+            f"{name_or_path}: {', '.join(found)} of earlier versions are no sections any more; write what the model is "
+            "asked as evaluations, for example evaluations={caption: {title: Captions, protocol: {name: corpus, "
+            "task: caption}}} (docs/evaluation.md)"
+        )
 
 
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:

@@ -31,7 +31,6 @@ STAGES = (
     "index",
     "neighbours",
     "pretraining",
-    "generation",
     "evaluation",
 )
 """Stages in the order in which they are made."""

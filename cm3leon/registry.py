@@ -193,7 +193,6 @@ MODELS: Registry[Any] = Registry("model", "models")
 ATTENTIONS: Registry[Any] = Registry("attention", "attentions")
 DECODERS: Registry[Any] = Registry("decoder", "decoders")
 TASKS: Registry[Any] = Registry("task", "tasks")
-METRICS: Registry[Any] = Registry("metric", "metrics")
 PROTOCOLS: Registry[Any] = Registry("protocol", "protocols")
 EXTRACTORS: Registry[Any] = Registry("extractor", "extractors")
 LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
@@ -207,7 +206,6 @@ REGISTRIES = (
     ATTENTIONS,
     DECODERS,
     TASKS,
-    METRICS,
     PROTOCOLS,
     EXTRACTORS,
     LAUNCHERS,

@@ -20,6 +20,7 @@ from cm3leon.config import (
     split_key,
 )
 from cm3leon.registry import DECODERS, PROTOCOLS
+from cm3leon.types import UserError
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,8 @@ class AskConfig:
 
     documents: NonNegativeInt = 0
     """Retrieved documents before the prompt."""
+    shuffled: bool = False
+    """Whether the documents are those of another prompt, which tells what unrelated ones do."""
     samples: PositiveInt = 1
     """Answers drawn for an item; the best by the run's own CLIP is the one that counts."""
     decoder: Annotated[Component, DECODERS] | None = None
@@ -57,6 +60,10 @@ class EvaluationConfig:
     plot: Annotated[str | None, NoEffect("what is drawn")] = None
     """The metric that is drawn; null = a table alone."""
 
+    def check(self) -> None:
+        if self.plot and not self.sweep:
+            raise UserError("plot is against the first key of sweep, which is empty")
+
     def points(self, where: str) -> Iterator[tuple[dict[str, Any], AskConfig]]:
         """Each combination of what is swept, with the setting that it makes.
 
@@ -66,11 +73,8 @@ class EvaluationConfig:
         Raises:
             UserError: for a setting that is none.
         """
-        sections = component_sections(AskConfig)
         for point in combinations(self.sweep):
-            overrides = [(split_key(key), value) for key, value in point.items()]
-            mapping = apply_overrides(self.setting, overrides, sections)
-            yield point, from_mapping(AskConfig, mapping, where)
+            yield point, from_mapping(AskConfig, with_values(self.setting, point), where)
 
 
 @dataclass(kw_only=True)
@@ -89,6 +93,12 @@ class Aim:
     """What it should reach; null = nothing."""
     at_most: float | None = None
     """What it should not exceed; null = nothing."""
+
+
+def with_values(setting: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting with the values of a point in it. Raises UserError for keys that lead nowhere."""
+    overrides = [(split_key(key), value) for key, value in point.items()]
+    return apply_overrides(dict(setting), overrides, component_sections(AskConfig))
 
 
 def combinations(sweep: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from cm3leon import CM3Leon
 from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
 from cm3leon.decoders.request import Request
-from cm3leon.evaluate import AskConfig, Evaluation, Row
+from cm3leon.evaluate import Evaluation, Row
+from cm3leon.evaluation.config import AskConfig
 from cm3leon.io import sha256
 from cm3leon.locks import locked
-from cm3leon.registry import DECODERS, PROTOCOLS, TASKS, discover
+from cm3leon.registry import DECODERS, PROTOCOLS, discover
 from cm3leon.run import main
-from cm3leon.stages import generate as generate_stage
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 discover()
@@ -141,25 +141,6 @@ def test_texts_that_do_not_end_are_told(
     asked = {"task": "instruction", "documents": [question(model)], "retrieved": [[]]}
     ((one, two),) = model.ask(**asked, samples=range(2), seeds=[0], max_tokens=3)  # type: ignore[arg-type]
     assert (one.truncated, two.truncated) == (not ends, not ends)
-
-
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_run_s_own_texts_say_whether_they_were_cut(
-    model: CM3Leon, monkeypatch: pytest.MonkeyPatch, ends: bool
-) -> None:
-    """The task allows a number of tokens; those of a model that ends are one short of it."""
-    task = TASKS.build({"name": "caption", "max_tokens": 5}, **model._task_arguments())
-    monkeypatch.setattr(generate_stage, "_build_task", lambda run, name: task)
-    piece = model.run.text_tokenizer.encode("a")[-1]
-    monkeypatch.setattr(
-        generate_stage,
-        "generate",
-        lambda module, prompts, *_, **__: [np.full(5 - ends, piece) for _ in prompts],
-    )
-    setting = generate_stage.Setting("caption", "held_out", 0, False, None)
-    found = list(generate_stage._generate(model.run, setting))
-    assert found
-    assert [generation.truncated for generation in found] == [not ends] * len(found)
 
 
 def test_answers_to_a_question_are_scored_as_they_are_asked_for(model: CM3Leon) -> None:
@@ -785,7 +766,7 @@ def test_a_flipped_bit_or_a_cut_file_is_refused_wherever_it_is_read(
         record.parent / name
         for record in sorted(run.glob("*/stage.json"))
         for name in json.loads(record.read_text())["files"]
-        if record.parent.name not in ("generation", "evaluation", "reconstruction")
+        if record.parent.name not in ("evaluation", "reconstruction")
     ]
     for file in files:
         content = file.read_bytes()

@@ -16,13 +16,11 @@ from published import IMAGE_TOKENIZER_FILES
 
 from cm3leon import config
 from cm3leon.data.source import Skipped
-from cm3leon.evaluation.generated import Generated
 from cm3leon.objectives.packing import collate, pack
 from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
     LAUNCHERS,
-    METRICS,
     MODELS,
     OBJECTIVES,
     REGISTRIES,
@@ -280,25 +278,3 @@ def test_launcher_counts_gpus_and_says_whether_it_waits(registry: Registry[Any],
     assert launcher.gpus >= 1
     assert launcher.detached in (True, False)
     assert callable(launcher.launch)
-
-
-@every(METRICS)
-@pytest.mark.parametrize("modality", ["text", "image"])
-def test_metric_is_a_figure_with_its_interval_or_none(
-    registry: Registry[Any], name: str, modality: Any
-) -> None:
-    rng = np.random.default_rng(0)
-    generated = Generated(
-        modality=modality,
-        asked_B=np.array([0, 1, 2]),
-        read_B=np.array([0, 1, 0]),
-        codes_BN=rng.integers(16, size=(3, CODES)),
-        texts=["a", "b", "c"],
-        given_texts=["a", "b", "d"],
-        training_MN=rng.integers(16, size=(5, CODES)),
-        retrieved=[rng.integers(16, size=(2, CODES))] * 3,
-        clip_B=rng.random(3),
-        exact_B=np.array([True, True, False]),
-    )
-    figure = registry.build(name)(generated)
-    assert figure is None or (figure.n == 3 and figure.low <= figure.value <= figure.high)

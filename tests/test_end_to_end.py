@@ -35,15 +35,15 @@ STAGES = (
     "index",
     "neighbours",
     "pretraining",
-    "generation",
     "evaluation",
 )
 KILLED = tuple(stage for stage in STAGES if stage not in ("text_tokenizer", "vectors", "index"))
 """Stages that a run is killed in; those left out are like one beside them."""
 TINY = (
-    "generation.samples=8",
-    "generation.documents=[0,1]",
-    "generation.cfg=[1,2]",
+    "evaluations.guidance.sweep={decoder.cfg: [1, 2]}",
+    "evaluations.guidance.protocol.at_least=1",
+    "evaluations.text_to_image.protocol.at_least=1",
+    "evaluations.text_to_image.sweep={documents: [0, 1]}",
     "model.layers=1",
     "model.width=64",
 )
@@ -77,6 +77,9 @@ def results(folder: Path) -> dict[str, object]:
     metrics = json.loads((folder / "metrics.json").read_text())
     for key in ("wall_seconds", "to_run_again"):
         del metrics[key]
+    for rows in metrics["evaluations"].values():
+        for row in rows:
+            del row["seconds"]
     losses = {
         stage: [
             {k: v for k, v in json.loads(line).items() if not k.endswith("per_second")}
@@ -86,10 +89,26 @@ def results(folder: Path) -> dict[str, object]:
     }
     files = {
         str(file.relative_to(folder)): file.read_bytes()
-        for pattern in ("generation/*.jsonl", "*/model.safetensors", "*/codes.npy", "*/*.arrow")
+        for pattern in ("*/model.safetensors", "*/codes.npy", "*/*.arrow")
         for file in sorted(folder.glob(pattern))
     }
-    return {"metrics": metrics, "losses": losses, "files": files}
+    answers = {}
+    for file in sorted(folder.glob("answers/*/*.npz")):
+        with np.load(file) as held:
+            arrays = {name: held[name].tolist() for name in held if name != "seconds"}
+        answers[str(file.relative_to(folder))] = arrays
+    assert answers
+    return {"metrics": metrics, "losses": losses, "files": files, "answers": answers}
+
+
+def answers(folder: Path) -> list[dict[str, np.ndarray]]:
+    """What the files of answers of a run hold."""
+    found = []
+    for file in sorted(folder.glob("answers/*/*.npz")):
+        with np.load(file) as held:
+            found.append(dict(held))
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +129,19 @@ def test_the_commands_that_pages_print_find_everything_done(finished: Path) -> N
 def test_metrics_and_report_are_complete(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["judge_accuracy_real"] > 0.97
-    assert {(e["documents"], e["shuffled"], e["cfg"]) for e in metrics["t2i_accuracy"]} == {
-        (0, False, 1), (0, False, 2), (1, False, 1), (1, False, 2), (1, True, 1), (1, True, 2),
-    }  # fmt: skip
+    names = {name: [row["row"] for row in rows] for name, rows in metrics["evaluations"].items()}
+    asked = ("text_to_image", "caption", "infill_top", "infill_bottom")
+    assert names["guidance"] == ["cfg 1", "cfg 2"]
+    assert [names[name] for name in asked] == [["documents 0", "documents 1"]] * 4
+    assert {*names} == {"guidance", *asked, "text_to_image_unrelated", "caption_unrelated"}
     held_out = metrics["documents"]["held_out"]
     assert sum(metrics["documents"].values()) == 1797
-    for entry in (
-        *metrics["t2i_accuracy"],
-        *metrics["caption_accuracy"],
-        *metrics["infill_accuracy"],
-    ):
-        assert entry["n"] == held_out
-        assert (
-            0
-            <= entry["accuracy_interval"][0]
-            <= entry["accuracy"]
-            <= entry["accuracy_interval"][1]
-            <= 1
-        )
-        assert entry["given_kept"] == 1
+    for row in (row for name in asked for row in metrics["evaluations"][name]):
+        assert row["items"] == held_out
+        accuracy = row["metrics"]["accuracy"]
+        assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
+        assert row["metrics"]["given_kept"]["value"] == 1
+        assert {"ceiling", "chance"} <= row.keys()
     assert set(metrics["wall_seconds"]) == {*STAGES, "total"}
     assert metrics["to_run_again"]["config"]["training"]["steps"] == 20
     page = (finished / "report.html").read_text()
@@ -139,11 +152,12 @@ def test_metrics_and_report_are_complete(finished: Path) -> None:
 
 
 def test_generated_images_have_exactly_their_number_of_codes(finished: Path) -> None:
-    for file in (finished / "generation").glob("*.jsonl"):
-        for line in file.read_text().splitlines()[1:]:
-            codes = json.loads(line)["codes"]
-            assert len(codes) == 16
-            assert all(0 <= code < 256 for code in codes)
+    drawn = [held["codes"] for held in answers(finished) if "codes" in held]
+    assert drawn
+    for codes_IsN in drawn:
+        assert codes_IsN.shape[-1] == 16
+        assert (codes_IsN >= 0).all()
+        assert (codes_IsN < 128).all()
 
 
 def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) -> None:
@@ -156,14 +170,14 @@ def test_held_out_documents_are_never_in_the_bank_nor_retrieved(finished: Path) 
     assert set(ids) == training
     rows_BN = NeighbourShards(finished / "neighbours").shard(0)
     assert not (rows_BN == np.arange(len(ids))[:, None]).any(), "a query never retrieves itself"
-    for file in (finished / "generation").glob("*.jsonl"):
-        for line in file.read_text().splitlines()[1:]:
-            # They are rows of the bank, whose documents are those of training alone.
-            assert all(0 <= row < len(ids) for row in json.loads(line)["retrieved"])
+    for held in answers(finished):
+        # They are rows of the bank, whose documents are those of training alone; -1 where there is none.
+        assert (held["rows"] < len(ids)).all()
 
 
 def test_a_second_run_makes_nothing_again(finished: Path) -> None:
     before = results(finished)
+    sorted(finished.glob("answers/*/00000.npz"))[0].unlink()  # made again for the page
     done = run("experiment=digits_smoke", f"run={finished}")
     lines = done.stdout.splitlines()
     assert [line.partition("] ")[2] for line in lines[: len(STAGES)]] == [
@@ -204,7 +218,12 @@ def _kill_in(folder: Path, stage: str) -> None:
 def test_a_changed_setting_makes_only_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     subprocess.run(["cp", "-r", finished, folder], check=True)
-    done = run("experiment=digits_smoke", f"run={folder}", "metrics=[accuracy]")
+    asked = set(folder.glob("answers/*"))
+    done = run(
+        "experiment=digits_smoke", f"run={folder}", "evaluations.caption.setting.max_tokens=8"
+    )
+    # Captions without a document and with one are asked at the new length, and nothing else is.
+    assert len(set(folder.glob("answers/*")) - asked) == 2
     up_to_date = [line for line in done.stdout.splitlines() if line.endswith("up to date")]
     assert len(up_to_date) == len(STAGES) - 1
     assert (folder / "superseded").is_dir()
@@ -230,7 +249,7 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
     """The losses are those of one process up to bf16's rounding; the stages behind it are made by the first rank."""
     folder = tmp_path / "digits_smoke"
     shutil.copytree(finished, folder)
-    for stage in ("pretraining", "generation", "evaluation"):
+    for stage in ("pretraining", "evaluation", "answers"):
         shutil.rmtree(folder / stage)
     (folder / "report.html").unlink()
     done = torchrun("experiment=digits_smoke", f"run={folder}")
@@ -244,9 +263,9 @@ def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Pa
         "bottom half infilled",
         "images from their codes",
     ]
-    entry = json.loads((folder / "metrics.json").read_text())["infill_accuracy"][0]
-    assert f"{100 * entry['accuracy']:.1f} %" in figures[2]
-    assert "aim 90 %: missed" in figures[2]
+    found = json.loads((folder / "metrics.json").read_text())["evaluations"]["infill_top"][0]
+    assert f"{found['metrics']['accuracy']['value']:.3f}" in figures[2]
+    assert "aim at least 0.900: missed; ceiling" in figures[2]
     # What is offered to be tried next works as it stands.
     words = shlex.split(following.removeprefix("next, for example: "))[3:]
     words = [f"out={folder / 'drawn'}" if word.startswith("out=") else word for word in words]
@@ -322,10 +341,9 @@ def test_a_folder_of_images(images: Path, tmp_path: Path) -> None:
     assert "5 of 29 items skipped" in done.stdout
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["judge_accuracy_real"] is None
-    assert all(
-        entry["accuracy"] is None and entry["clip_score"] is not None
-        for entry in metrics["t2i_accuracy"]
-    )
+    for row in metrics["evaluations"]["text_to_image"]:
+        assert "accuracy" not in row["metrics"]
+        assert "clip_score" in row["metrics"]
     assert (folder / "report.html").is_file()
 
 

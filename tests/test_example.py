@@ -179,14 +179,10 @@ def test_its_experiment_runs_through_every_stage(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["experiment=fill_in_the_middle", f"run={run}", data, *short]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    for infilled in metrics["infill_accuracy"]:
-        assert (infilled["task"], infilled["n"], infilled["given_kept"]) == (
-            "infill_middle",
-            9,
-            1.0,
-        )
-    assert metrics["t2i_accuracy"][0]["cfg"] is None
-    assert "infill_middle: The caption, the top and the bottom" in (run / "report.html").read_text()
+    held_out = metrics["documents"]["held_out"]
+    for infilled in metrics["evaluations"]["infill_middle"]:
+        assert (infilled["items"], infilled["metrics"]["given_kept"]["value"]) == (held_out, 1.0)
+    assert "The middle of an image" in (run / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("registries")
@@ -197,14 +193,18 @@ def test_it_is_loaded_once_where_an_experiment_names_it_too() -> None:
     }
 
 
+TASK = "evaluations.infill_middle.protocol.task"
+
+
 @pytest.mark.usefixtures("registries")
 def test_a_copy_under_other_names_is_a_plugin_of_its_own(tmp_path: Path) -> None:
     copy = tmp_path / "mine"
     shutil.copytree(EXAMPLE, copy)
     for file in copy.glob("*.py"):
         file.write_text(file.read_text().replace('.register("', '.register("my_'))
-    named = ["objective=my_fill_in_the_middle", "decoder=my_min_p", "tasks=[my_infill_middle]"]
+    named = ["objective=my_fill_in_the_middle", "decoder=my_min_p", f"{TASK}=my_infill_middle"]
     experiment = load_experiment("fill_in_the_middle", [f"plugins=[{copy}]", *named])
-    assert experiment.tasks[0].config.share == 0.5
+    asked = experiment.evaluations["infill_middle"].protocol
+    assert asked.config.task == "my_infill_middle"  # type: ignore[attr-defined]
     assert OBJECTIVES.origin("my_fill_in_the_middle") == str(copy)
     assert issubclass(OBJECTIVES.get("my_fill_in_the_middle"), Objective)

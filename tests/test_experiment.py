@@ -12,17 +12,17 @@ import torch
 
 from cm3leon import experiment
 from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
-from cm3leon.registry import METRICS
+from cm3leon.registry import PROTOCOLS
 from cm3leon.stages.artifacts import Run
 from cm3leon.types import UserError
 
 METRIC = '''
 from dataclasses import dataclass
 
-from cm3leon.registry import METRICS
+from cm3leon.registry import PROTOCOLS
 
 
-@METRICS.register("{name}")
+@PROTOCOLS.register("{name}")
 class {name}:
     """A metric of a plugin."""
 
@@ -46,7 +46,7 @@ class Small:
     plugins: list[str] = field(default_factory=list)
     """Plugins."""
 
-    metric: Annotated[Component, METRICS]
+    metric: Annotated[Component, PROTOCOLS]
     """A component."""
 
 
@@ -141,7 +141,7 @@ def test_plugins_of_the_command_line_are_relative_to_the_working_folder(
         (
             "plain",
             ["metric=alhpa"],
-            "metric.name is alhpa, which is not a known metric; did you mean alpha?",
+            "metric.name is alhpa, which is not a known protocol; did you mean alpha?",
         ),
         ("plain", ["plugins=[[3]]"], "plugins.0 is [3]; it must be a text"),
         ("plain", ["plugins=[gone.py]"], "gone.py does not exist"),

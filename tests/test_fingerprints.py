@@ -167,7 +167,7 @@ def inputs(tmp_path: Path, *overrides: str, name: str = "digits_smoke") -> dict[
         ["training.micro_batch=2", "training.compile=true", "training.bad_steps=3"],
         ["training.decay_share=0.5", "training.lora_alpha=3"],
         ["image_tokenizer_training.callback_every=3", "retriever_training.spike=9"],
-        ["model.attention=sdpa", "generation.batch_size=3", "launcher=local", "until=pretraining"],
+        ["model.attention=sdpa", "launcher=local", "until=pretraining"],
         ["training.batch_tokens=2304"],  # 24 blocks of 96, as batch_size has it
     ],
 )
@@ -180,7 +180,7 @@ def test_settings_that_change_no_result_change_no_fingerprint(
 @pytest.mark.parametrize(
     ("changed", "stages"),
     [
-        ("decoder.top_p=0.95", {"generation"}),  # training draws pictures by it, no more
+        ("decoder.top_p=0.95", {"evaluation"}),  # training draws pictures by it, no more
         ("training.learning_rate=1e-4", {"pretraining"}),
         ("retriever.max_documents=1", {"pretraining"}),
         ("retriever.threshold=0.5", {"neighbours"}),
@@ -190,7 +190,9 @@ def test_settings_that_change_no_result_change_no_fingerprint(
         ("augment.degrees=3", {"image_tokenizer", "retriever", "tokens"}),
         ("augment.versions=1", {"image_tokenizer", "retriever", "tokens"}),
         ("split.held_out=0.3", {"documents", "tokens"}),
-        ("metrics=[accuracy]", {"evaluation"}),
+        ("evaluations.caption.setting.max_tokens=8", {"evaluation"}),
+        ("evaluations.caption.title=Words", set()),
+        ("aims=[]", set()),
     ],
 )
 def test_a_setting_changes_the_stages_that_depend_on_it(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cm3leon.data.corpus import split_of_key
-from cm3leon.evaluation.generated import UNKNOWN, Generated
 from cm3leon.evaluation.judge import Judge
 from cm3leon.evaluation.metrics import (
     MOST_RUNS,
@@ -25,9 +26,10 @@ from cm3leon.evaluation.metrics import (
     proportion,
     psnr,
 )
-from cm3leon.registry import METRICS, SOURCES, discover
-from cm3leon.stages.evaluate import truncated, with_all_documents
-from cm3leon.stages.generate import Generation, Setting
+from cm3leon.evaluation.protocols.base import Answer, Item
+from cm3leon.evaluation.protocols.corpus import UNKNOWN, CorpusTask, OwnCorpus
+from cm3leon.registry import SOURCES, discover
+from cm3leon.types import Document, ImageSegment, TextSegment
 
 discover()
 
@@ -152,69 +154,91 @@ def test_equal_to_any_against_brute_force(codes: list[list[int]], known: list[li
     assert equal_to_any(codes_BN[:, ::-1], known_MN[:, ::-1]).tolist() == found.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ registered metrics
+# ------------------------------------------------------------------------------------------------ a run's own corpus
 
-IMAGES = Generated(
-    modality="image",
-    asked_B=np.array([3, 1, 4, 1, 5]),
-    read_B=np.array([3, 1, UNKNOWN, 2, 5]),
-    codes_BN=np.array([[1, 2], [3, 4], [1, 2], [5, 6], [1, 2]]),
-    texts=["a", "b", "c", "d", "e"],
-    given_texts=["a", "b", "c", "d", "e"],
-    training_MN=np.array([[3, 4], [9, 9], [2, 1]]),
-    retrieved=[
-        np.zeros((0, 2), np.int64),
-        np.zeros((0, 2), np.int64),
-        np.array([[7, 7], [1, 2]]),
-        np.array([[1, 2], [5, 7]]),
-        np.array([[5, 6]]),
-    ],
-    clip_B=np.array([0.1, 0.2, 0.3, 0.4, 0.5]),
-    exact_B=np.array([True, True, False, True, True]),
-)
+TRAINING_MN = np.array([[3, 4], [9, 9], [2, 1]])
+CLASSES = [3, 1, 4, 1, 5]
+READ = [3, 1, UNKNOWN, 2, 5]
+ANSWERS = [
+    Answer(image_HWC=np.full((1, 1, 3), read, np.int64), clip=clip, codes_N=np.array(codes))
+    for read, clip, codes in zip(
+        READ,
+        [0.1, 0.2, 0.3, 0.4, 0.5],
+        [[1, 2], [3, 4], [1, 2], [5, 6], [1, 2]],
+        strict=True,
+    )
+]
 
 
-def measure(name: str, **changes: Any) -> Any:
-    return METRICS.build(name)(dataclasses.replace(IMAGES, **changes))
+def corpus_task(task: str, training_MN: np.ndarray = TRAINING_MN) -> CorpusTask:
+    """A protocol whose judge reads the class off the first pixel."""
+    protocol = CorpusTask(CorpusTask.Config(task=task))
+    empty = np.zeros((0, 1, 1, 3), np.uint8)
+    corpus = OwnCorpus(
+        lambda split: [], empty, np.zeros(0), training_MN, lambda text: len(text) or None
+    )
+    read = SimpleNamespace(read=lambda images_BHWC: images_BHWC[:, 0, 0, 0])
+    vars(corpus)["judge"] = read
+    protocol.ask_about(corpus)
+    return protocol
+
+
+def measure(
+    answers: Sequence[Answer] = ANSWERS, classes: Sequence[int | None] = CLASSES, **of: Any
+) -> Any:
+    pair = Document("a", (TextSegment("a seven"), ImageSegment(np.zeros((1, 1, 3), np.uint8))))
+    items = [Item("a", "text_to_image", pair, truth=label) for label in classes]
+    return corpus_task("text_to_image", **of).score(items, answers)
 
 
 def test_accuracy_is_the_share_of_classes_read_as_asked() -> None:
-    assert measure("accuracy") == proportion(np.array([True, True, False, False, True]))
-    assert measure("accuracy", modality="text").value == 0.6
+    assert measure()["accuracy"] == proportion(np.array([True, True, False, False, True]))
+    texts = corpus_task("caption")
+    item = Item("a", "caption", Document("a", (TextSegment("abc"),)), truth=3)
+    figures = texts.score([item, item], [Answer(text="one"), Answer(text="")])
+    assert figures["accuracy"].value == 0.5
+    assert not {"copies", "distinct", "clip_score"} & set(figures)
+    assert [texts.right(item, Answer(text=text)) for text in ("one", "")] == [True, False]
 
 
 def test_accuracy_does_not_apply_where_a_class_is_unknown() -> None:
     """A class that nobody asked for and that nothing shows would otherwise count as read."""
-    assert measure("accuracy", asked_B=np.array([3, UNKNOWN, 4, 1, 5])) is None
-    assert measure("accuracy", asked_B=np.full(5, UNKNOWN), read_B=np.full(5, UNKNOWN)) is None
+    assert "accuracy" not in measure(classes=[3, None, 4, 1, 5])
 
 
 def test_copies_are_those_of_training_images_and_of_the_retrieved_ones() -> None:
-    assert measure("copies") == proportion(np.array([False, True, True, False, False]))
-    nothing = [np.zeros((0, 2), np.int64)] * 5
-    assert measure("copies", retrieved=nothing).value == 0.2
-    assert measure("copies", retrieved=nothing, training_MN=np.zeros((0, 2), np.int64)).value == 0
-    assert measure("copies", modality="text") is None
+    assert measure()["copies"].value == 0.2
+    retrieved = [(), (), ([7, 7], [1, 2]), ([1, 2], [5, 7]), ([5, 6],)]
+    answers = [
+        dataclasses.replace(answer, retrieved=[np.array(codes) for codes in found])
+        for answer, found in zip(ANSWERS, retrieved, strict=True)
+    ]
+    assert measure(answers)["copies"] == proportion(np.array([False, True, True, False, False]))
+    assert measure(training_MN=np.zeros((0, 2), np.int64))["copies"].value == 0
 
 
 def test_distinct_counts_every_answer_once() -> None:
-    assert measure("distinct") == proportion(np.array([True, True, False, True, False]))
-    assert measure("distinct", codes_BN=np.zeros((5, 2), int)).value == 0.2
-    assert measure("distinct", codes_BN=np.arange(10).reshape(5, 2)).value == 1
-    assert measure("distinct", modality="text") is None
+    assert measure()["distinct"] == proportion(np.array([True, True, False, True, False]))
 
 
 def test_clip_score_is_the_mean_cosine() -> None:
-    assert measure("clip_score") == average(np.array([0.1, 0.2, 0.3, 0.4, 0.5]))
-    assert measure("clip_score").value == pytest.approx(0.3)
+    assert measure()["clip_score"] == average(np.array([0.1, 0.2, 0.3, 0.4, 0.5]))
+    unknown = [dataclasses.replace(ANSWERS[0], clip=math.nan), *ANSWERS[1:]]
+    assert "clip_score" not in measure(unknown)
 
 
 def test_given_kept_is_the_share_of_exact_ones() -> None:
-    assert measure("given_kept") == proportion(np.array([True, True, False, True, True]))
+    answers = [dataclasses.replace(ANSWERS[0], given_kept=False), *ANSWERS[1:]]
+    assert measure(answers)["given_kept"].value == 0.8
 
 
-def test_all_metrics_of_this_file_are_registered() -> None:
-    assert {"accuracy", "copies", "clip_score", "distinct", "given_kept"} <= set(METRICS.names())
+def test_documents_are_asked_as_often_as_it_takes() -> None:
+    protocol = CorpusTask(CorpusTask.Config(task="text_to_image", at_least=5))
+    documents = [Document(id_, (TextSegment("a"),), 3) for id_ in "abc"]
+    protocol.ask_about(
+        dataclasses.replace(corpus_task("caption").corpus, documents=lambda split: documents)
+    )
+    assert [item.id for item in protocol.items()] == [*"abc", *(f"{id_}#1" for id_ in "abc")]
 
 
 # ------------------------------------------------------------------------------------------------ judge
@@ -273,15 +297,3 @@ def test_judge_is_the_same_every_time(
 def test_judge_refuses_sides_that_it_cannot_divide(judge: Judge, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"sides that are multiples of 8, got {size[0]}x{size[1]}"):
         judge.read(np.zeros((1, *size, 3), np.uint8))
-
-
-def test_prompts_with_fewer_documents_than_asked_are_counted() -> None:
-    setting = Setting("text_to_image", "held_out", 2, False, None)
-    retrieved: list[list[int]] = [[1, 2], [3], [], [4, 5]]
-    generations = [Generation(0, rows, "a", []) for rows in retrieved]
-    assert with_all_documents(setting, generations) == proportion(np.array([1, 0, 0, 1], bool))
-
-
-def test_truncated_texts_are_counted() -> None:
-    generations = [Generation(0, [], "a", [], cut) for cut in (True, False, True, True)]
-    assert truncated(generations) == proportion(np.array([1, 0, 1, 1], bool))

@@ -25,7 +25,7 @@ from cm3leon.config import (
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
 from cm3leon.io import sha256
-from cm3leon.registry import METRICS, RETRIEVERS, _module_name
+from cm3leon.registry import DECODERS, RETRIEVERS, _module_name
 from cm3leon.retrievers.bank import Parts
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
@@ -193,12 +193,12 @@ def test_a_file_is_read_for_its_checksum_once_in_a_process(
 PLUGIN = '''
 from dataclasses import dataclass
 
-from cm3leon.registry import METRICS
+from cm3leon.registry import DECODERS
 
 
-@METRICS.register("of_a_plugin")
-class Metric:
-    """A metric of a plugin."""
+@DECODERS.register("of_a_plugin")
+class Decoder:
+    """A decoder of a plugin."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -209,7 +209,7 @@ class Metric:
 
 @pytest.fixture
 def plugin(tmp_path: Path, registries: None) -> Path:
-    """A plugin that registers the metric `of_a_plugin`."""
+    """A plugin that registers the decoder `of_a_plugin`."""
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
     return file
@@ -218,7 +218,7 @@ def plugin(tmp_path: Path, registries: None) -> Path:
 def forget(plugin: Path) -> None:
     """As in another process, where the plugin was not loaded."""
     del sys.modules[_module_name(plugin)]
-    del METRICS._entries["of_a_plugin"]
+    del DECODERS._entries["of_a_plugin"]
 
 
 @pytest.mark.parametrize("word", ["plugins={}", "plugins=[{}]"])
@@ -228,7 +228,7 @@ def test_the_list_shows_components_of_plugins(plugin: Path, word: str) -> None:
 
 @pytest.mark.parametrize("word", ["plugins={}", "plugins=[{}]"])
 def test_one_plugin_may_be_named_without_brackets(plugin: Path, word: str) -> None:
-    words = [word.format(plugin), "metrics=[of_a_plugin]"]
+    words = [word.format(plugin), "decoder=of_a_plugin"]
     assert load_experiment("digits_smoke", words).plugins == [str(plugin)]
     options = from_mapping(
         search.Options, apply_overrides({}, map(parse_override, ["run=x", "text=a", words[0]]))
@@ -240,7 +240,7 @@ def test_a_study_loads_its_plugins(plugin: Path, tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(
         "title: a\nplugins: mine.py\n"
-        "runs: {a: {experiment: digits_smoke, overrides: {metrics: [of_a_plugin]}}}\n"
+        "runs: {a: {experiment: digits_smoke, overrides: {decoder: of_a_plugin}}}\n"
     )
     assert load_study(str(file), (), tmp_path / "run").plugins == [str(plugin)]
 
@@ -250,7 +250,7 @@ def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
 ) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
-    words = ["sweep.seed=1,2", f"plugins={plugin}", "metrics=[of_a_plugin]", "until=documents"]
+    words = ["sweep.seed=1,2", f"plugins={plugin}", "decoder=of_a_plugin", "until=documents"]
     sweep = load_sweep("digits_smoke", words, folder)
     (folder / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
     commands = [

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from cm3leon.registry import METRICS, PluginError, discover
+from cm3leon.registry import PROTOCOLS, PluginError, discover
 from cm3leon.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = '''
 from dataclasses import dataclass
 
-from cm3leon.registry import METRICS
+from cm3leon.registry import PROTOCOLS
 
 
-@METRICS.register("{name}")
+@PROTOCOLS.register("{name}")
 class Metric:
     """A metric of a plugin."""
 
@@ -64,8 +64,8 @@ def clone(tmp_path: Path) -> Path:
 PRINT_ORIGINS = """
 discover()
 discover()
-for name in METRICS.names():
-    print(f"{name}: {METRICS.origin(name)}")
+for name in PROTOCOLS.names():
+    print(f"{name}: {PROTOCOLS.origin(name)}")
 """
 
 
@@ -79,7 +79,7 @@ import sys
 sys.path[:0] = {folders}
 # An editable installation would lend the modules that the clone lacks.
 sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
-from cm3leon.registry import METRICS, discover
+from cm3leon.registry import PROTOCOLS, discover
 {code}"""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=clone.parent
@@ -96,10 +96,10 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
     write_plugin(package / "tests/__init__.py", "from_tests")
     for _ in range(2):
         discover([file, str(same_name), package])
-    assert METRICS.origin("from_file") == str(file)
-    assert METRICS.origin("from_second_file") == str(same_name)
-    assert METRICS.origin("from_subpackage") == str(package)
-    assert not {"from_test", "from_tests"} & set(METRICS.names())
+    assert PROTOCOLS.origin("from_file") == str(file)
+    assert PROTOCOLS.origin("from_second_file") == str(same_name)
+    assert PROTOCOLS.origin("from_subpackage") == str(package)
+    assert not {"from_test", "from_tests"} & set(PROTOCOLS.names())
 
 
 @pytest.mark.parametrize("name", ["missing.py", "empty_folder", "notes.txt"])

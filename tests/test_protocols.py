@@ -12,17 +12,20 @@ from corpora import page_corpus
 from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
-from cm3leon import evaluate
 from cm3leon.config import from_mapping
 from cm3leon.data.images import square
+from cm3leon.evaluate import Evaluation, Row
+from cm3leon.evaluate import evaluation as evaluating
 from cm3leon.evaluation.answers import vqa_accuracy
+from cm3leon.evaluation.config import AskConfig
 from cm3leon.evaluation.images import cell_features, precision_recall
 from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_image, true_answer
+from cm3leon.evaluation.protocols.corpus import UNKNOWN, CorpusTask, OwnCorpus
 from cm3leon.plugins.scenes.protocols import SceneCompositions, SceneEntities, SceneTask
 from cm3leon.plugins.scenes.world import World
 from cm3leon.registry import PROTOCOLS, SOURCES, discover
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3leon.types import UserError
+from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 discover()
 
@@ -187,6 +190,9 @@ def test_images_are_compared_with_those_that_were_captioned():
 
 def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash():
     one, other = captioned(120), captioned(120)
+    for protocol in (one, other):
+        if isinstance(protocol, CorpusTask):
+            protocol.ask_about(three_documents())
     items = one.items()
     assert [item.id for item in items] == [item.id for item in other.items()]
     assert all(item.document.images == [] for item in items)
@@ -337,11 +343,11 @@ def test_items_have_the_size_of_the_model_that_is_asked(tmp_path, monkeypatch):
     def opened(folder, **_):
         return SimpleNamespace(image_tokenizer_shape=SimpleNamespace(image_size=sizes[folder.name]))
 
-    monkeypatch.setattr(evaluate, "open_run", opened)
+    monkeypatch.setattr(evaluating, "open_run", opened)
     section = {"name": "scene_task", "task": "vqa", "count": 3, "side": 48, "world": SMALL}
-    asking = evaluate.Evaluation(PROTOCOLS.check(section, "protocol"), tmp_path)
+    asking = Evaluation(PROTOCOLS.check(section, "protocol"), tmp_path)
     for name in ("small", "large", "small"):
-        row = evaluate.Row(name, name, Path(name), evaluate.AskConfig(), {})
+        row = Row(name, name, Path(name), AskConfig(), {})
         side = sizes[name]
         assert [item.document.image.shape for item in asking.items(row)] == [(side, side, 3)] * 3
         assert asking.shards(row) == 1
@@ -507,13 +513,30 @@ def contract(name: str, place: Path) -> dict[str, Any]:
             "task": "text_to_image",
             "prompts": [{"text": "a red circle"}, {"text": "a blue cross"}],
         },
+        "corpus": {"task": "text_to_image", "at_least": 5},
     }[name]
+
+
+def three_documents() -> OwnCorpus:
+    """The corpus of a run that kept three documents from training."""
+    image_HWC = np.zeros((48, 48, 3), np.uint8)
+    documents = [Document(id_, (TextSegment(id_), ImageSegment(image_HWC)), 1) for id_ in "abc"]
+    return OwnCorpus(
+        documents=lambda split: documents,
+        training_images_BHWC=np.stack([image_HWC] * 3),
+        training_labels_B=np.array([1, UNKNOWN, 1]),
+        training_codes_MN=np.zeros((3, 4), np.int64),
+        class_in=lambda text: None,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(PROTOCOLS.names()))
 def test_every_protocol_keeps_the_contract(name, tmp_path):
     section = {"name": name, **contract(name, tmp_path)}
     one, other = PROTOCOLS.build(section), PROTOCOLS.build(section)
+    for protocol in (one, other):
+        if isinstance(protocol, CorpusTask):
+            protocol.ask_about(three_documents())
     items = one.items()
     assert [item.id for item in items] == [item.id for item in other.items()]
     assert len({item.id for item in items}) == len(items) > 0
@@ -522,7 +545,7 @@ def test_every_protocol_keeps_the_contract(name, tmp_path):
     answers = [
         Answer(text="two", scores_K=np.arange(len(item.options)))
         if one.answers_in == "text"
-        else Answer(image_HWC=picture_HWC, clip=0.1)
+        else Answer(image_HWC=picture_HWC, clip=0.1, codes_N=np.zeros(4, np.int64))
         for item in items
     ]
     for figure in one.score(items, answers).values():

@@ -306,7 +306,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest(
         (["training.steps"], ["      training.steps: a whole number, at least 1 = 1000"], "warmup"),
         (["generate"], ["COMMANDS", "n: a whole number, at least 1 = 8"], "DECODERS"),
         (["packing", "shards"], ["packing.method: one of", "shards.workers: a"], "training.steps"),
-        (["generation"], ["generation.samples: a whole number, at least 1 = 1000"], "COMMANDS"),
+        (["split"], ["split.held_out: "], "COMMANDS"),
         (["decoder"], ["DECODERS", "  cd_k  (built-in)"], "SOURCES"),
         (["cd_k"], ["  cd_k  (built-in)"], "  top_p  "),
         (["decoder.cfg"], ["  top_p  (built-in)", "      cfg: "], "temperature:"),

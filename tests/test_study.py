@@ -18,20 +18,21 @@ import torch
 import yaml
 from instruction_corpora import dense_annotations, visdial
 
-from cm3leon import evaluate
 from cm3leon.api import CM3Leon, UntunedWarning
 from cm3leon.config import SHIPPED, Component
 from cm3leon.data.instructions.templates import ROLES, TABLE_5, fill
 from cm3leon.data.source import squared
-from cm3leon.evaluate import text_asked
+from cm3leon.evaluate import Evaluation
+from cm3leon.evaluate import evaluation as evaluating
+from cm3leon.evaluate.asking import text_asked
 from cm3leon.evaluation.config import combinations, shown
+from cm3leon.evaluation.report.answers import _card
 from cm3leon.experiment import Experiment, is_study, list_experiments, load_experiment
 from cm3leon.registry import SOURCES
 from cm3leon.run import main
 from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
 from cm3leon.study import load_study, run_study
-from cm3leon.study import report as study_page
 from cm3leon.study.config import rows
 from cm3leon.study.run import rows_of_seeds
 from cm3leon.types import Document, TextSegment, UserError
@@ -130,7 +131,7 @@ def study_file(folder: Path) -> Path:
 def small_files():
     """A file of answers has few items, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "SHARD", 8)
+        patch.setattr(evaluating, "SHARD", 8)
         yield
 
 
@@ -382,8 +383,8 @@ def test_another_length_is_another_row(made, tmp_path, monkeypatch):
     assert rows_answered() == 2
 
     # Where the protocol's own length changes, its rows are asked anew, too.
-    before = evaluate.Evaluation.max_tokens
-    monkeypatch.setattr(evaluate.Evaluation, "max_tokens", lambda *of: before(*of) and 33)
+    before = Evaluation.max_tokens
+    monkeypatch.setattr(Evaluation, "max_tokens", lambda *of: before(*of) and 33)
     assert questions_study(made, tmp_path)["identity"]["setting"]["max_tokens"] == 33
     assert rows_answered() == 3
 
@@ -446,7 +447,7 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
     evaluation.sweep, evaluation.setting = {"samples": [1, 2]}, {}
     evaluation.models = {"first": made[1] / "first"}
-    asked = evaluate.Evaluation(evaluation.protocol, tmp_path)
+    asked = Evaluation(evaluation.protocol, tmp_path)
     one, two = rows("images", evaluation)
     with pytest.raises(UserError, match=r"setting\.samples is 2, .* has no CLIP .*must be 1"):
         asked.answer(two, [0])
@@ -462,7 +463,7 @@ def test_the_page_has_the_documents_that_stood_in_the_prompts(made, tmp_path):
     evaluation.sweep, evaluation.models = {"documents": [0, 2]}, {"first": folder / "first"}
     evaluation.setting = {"decoder": {"name": "top_p"}}
     none, two = rows("images", evaluation)
-    asker = evaluate.Evaluation(evaluation.protocol, tmp_path)
+    asker = Evaluation(evaluation.protocol, tmp_path)
     for row in (none, two):
         asker.answer(row, range(asker.shards(row)))
     assert all(not example.retrieved for example in asker.shown(none))
@@ -475,7 +476,7 @@ def test_the_page_has_the_documents_that_stood_in_the_prompts(made, tmp_path):
         wanted = [model.run.tokenizer.caption(model.run.bank_document(row)) for row in found]
         assert wanted
         assert texts == wanted[len(wanted) - len(texts) :]  # as many as have room, the closest ones
-        card = study_page._card(example)
+        card = _card(example)
         assert [picture.label for picture in card.retrieved] == texts
 
 
@@ -495,16 +496,16 @@ def test_answers_of_weights_that_a_run_holds_no_more_are_not_kept(made, tmp_path
     evaluation = load_study(str(file), (), folder).evaluations["images"]
     evaluation.models = {"first": tmp_path / "first"}
     row = rows("images", evaluation)[0]
-    before = evaluate.Evaluation(evaluation.protocol, tmp_path).place(row)
-    assert evaluate.Evaluation(evaluation.protocol, tmp_path).place(row) == before
+    before = Evaluation(evaluation.protocol, tmp_path).folder_of(row)
+    assert Evaluation(evaluation.protocol, tmp_path).folder_of(row) == before
     record = tmp_path / "first" / "pretraining" / "stage.json"
     content = json.loads(record.read_text())
     content["files"]["model.safetensors"] = "0" * 64  # trained anew, on another machine
     record.write_text(json.dumps(content))
-    assert evaluate.Evaluation(evaluation.protocol, tmp_path).place(row) != before
+    assert Evaluation(evaluation.protocol, tmp_path).folder_of(row) != before
     record.write_text("[]")
     with pytest.raises(UserError, match=r"stage.json is \[\]; it must be an object"):
-        evaluate.Evaluation(evaluation.protocol, tmp_path).place(row)
+        Evaluation(evaluation.protocol, tmp_path).folder_of(row)
 
 
 def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path):

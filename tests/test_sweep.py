@@ -238,7 +238,7 @@ def test_every_sweep_that_is_shipped_has_points(name: str) -> None:
 
 def finished_run(folder: Path, loss: float) -> None:
     """The files of a run that went to its end, as far as the table reads them."""
-    setting = {"task": "text_to_image", "documents": 1, "shuffled": True, "cfg": 2.0, "n": 9}
+    point, figures = {"documents": 1, "decoder.cfg": 2.0}, {"accuracy": {"value": 0.5, "n": 9}}
     files = {
         "pretraining/validation.json": json.dumps({"loss": loss, "loss_text": 2.0}),
         "pretraining/log.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 4.0}\n',
@@ -248,7 +248,7 @@ def finished_run(folder: Path, loss: float) -> None:
         ),
         "metrics.json": json.dumps(
             {
-                "t2i_accuracy": [{**setting, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}],
+                "evaluations": {"text_to_image": [{"point": point, "metrics": figures}]},
                 "wall_seconds": {"total": 7.0},
             }
         ),
@@ -267,7 +267,7 @@ def test_figures_are_those_of_the_stages_that_are_there(tmp_path: Path) -> None:
         "train.step": 2,
         "train.loss": 4.0,
         "reconstruction.psnr_db": 12.5,
-        "text_to_image-1-shuffled-cfg2.accuracy": 0.5,
+        "text_to_image-1-2.accuracy": 0.5,
         "seconds": 7.0,
     }
 
@@ -416,9 +416,9 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
     [
         (["training.learning_rate"], False, []),
         (["training.learning_rate", "seed"], False, ["seed"]),
-        (["generation.cfg"], True, []),
-        (["generation.cfg", "training.steps"], False, []),
-        (["generation.cfg", "seed"], True, ["seed"]),
+        (["evaluations.caption.setting.max_tokens"], True, []),
+        (["evaluations.caption.setting.max_tokens", "training.steps"], False, []),
+        (["evaluations.caption.setting.max_tokens", "seed"], True, ["seed"]),
         (["text_tokenizer.vocab_size"], True, ["text_tokenizer.vocab_size"]),
     ],
 )

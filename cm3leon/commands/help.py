@@ -20,7 +20,7 @@ usage: python -m cm3leon.run [command] [key=value ...]
 {commands}
 
 settings of an experiment:
-  section.key=value  replaces one value: training.steps=100, tasks.0.name=caption
+  section.key=value  replaces one value: training.steps=100, aims.0.at_least=0.9
   section=name       picks another component: decoder=cd_k
 
 values:

@@ -66,7 +66,9 @@ def open_run(
     experiment = load_experiment(
         str(config),
         trusted_plugins=opening.trusted_plugins,
-        sections=finished_settings(folder),
+        # Aims may be about evaluations that came later than those that are finished.
+        sections={**finished_settings(folder), "aims": []},
+        earlier=True,
     )
     return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)
 

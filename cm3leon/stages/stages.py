@@ -13,13 +13,12 @@ from cm3leon.digests import path_digest, remembered
 from cm3leon.experiment import Experiment
 from cm3leon.io import write_text
 from cm3leon.paths import make_folder
-from cm3leon.registry import RETRIEVERS
+from cm3leon.registry import PROTOCOLS, RETRIEVERS
 from cm3leon.retrievers.base import StrategyConfig
 from cm3leon.stages.artifacts import ENCODER, GEOMETRY, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.checks import check_settings
 from cm3leon.stages.documents import make_documents
-from cm3leon.stages.evaluate import RESULTS, make_evaluation
-from cm3leon.stages.generate import make_generations
+from cm3leon.stages.evaluation import RESULTS, make_evaluation
 from cm3leon.stages.image_tokenizer import make_image_tokenizer
 from cm3leon.stages.neighbours import (
     STRATEGY,
@@ -184,6 +183,17 @@ def _pretraining_inputs(run: Run) -> dict[str, Any]:
     }
 
 
+EVALUATED = ("evaluations", "decoder", "text_decoder", "seed")
+
+
+def _evaluation_inputs(run: Run) -> dict[str, Any]:
+    protocols = {
+        name: PROTOCOLS.build(evaluation.protocol).fingerprint()
+        for name, evaluation in run.experiment.evaluations.items()
+    }
+    return {**run.depends_on(*EVALUATED), "protocols": protocols}
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 
@@ -310,7 +320,6 @@ def _neighbours(*needs: str) -> Stage[Run]:
 
 
 def _last() -> tuple[Stage[Run], ...]:
-    generated = ("tasks", "decoder", "text_decoder", "task_decoders", "generation", "seed")
     return (
         Stage(
             "pretraining",
@@ -334,21 +343,12 @@ def _last() -> tuple[Stage[Run], ...]:
             trains=lambda run: True,
         ),
         Stage(
-            "generation",
-            5,
-            _depends_on(*generated),
-            make_generations,
-            needs=("pretraining",),
-            settings=_recorded(*generated),
-            results=("*.jsonl",),
-        ),
-        Stage(
             "evaluation",
             6,
-            _depends_on("metrics"),
+            _evaluation_inputs,
             make_evaluation,
-            needs=("generation",),
-            settings=_recorded("metrics"),
+            needs=("pretraining",),
+            settings=_recorded(*EVALUATED),
             results=(RESULTS,),
         ),
     )
@@ -436,7 +436,7 @@ def check_before_stages(
         experiment,
         folder,
         trains=_reaches(stages, "pretraining", until),
-        asks=_reaches(stages, "generation", until),
+        asks=_reaches(stages, "evaluation", until),
         found=found,
     )
 

@@ -18,8 +18,8 @@ from cm3leon.decoders.generate import generate
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
+from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.generate import retrieved_rows, that_fit
 from cm3leon.stages.tokens import VALIDATION
 from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.training.device import autocast
@@ -211,3 +211,26 @@ class Drawing:
                 )
             )
         return pictures_BHWC, texts
+
+
+def that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
+    """Retrieved documents without those, from the left, that leave too little room for the longest answer."""
+    while retrieved:
+        prompt = task.prompt(query, [run.bank_document(row) for row in retrieved])
+        if len(prompt.ids_T) + prompt.length <= run.seq_len:
+            break
+        retrieved = retrieved[1:]
+    return retrieved
+
+
+def retrieved_rows(run: Run, task: Any, rows: Sequence[int], *, documents: int) -> list[list[int]]:
+    """Rows of the bank to put before the prompt of each document, the most relevant last."""
+    if not documents:
+        return [[] for _ in rows]
+    by_text = task.retrieves_by == "text"
+    queries = run.retriever.parts(
+        [run.corpus.captions[row] for row in rows] if by_text else None,
+        None if by_text else run.corpus.images_BHWC[rows],
+    )
+    rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=documents)
+    return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]

@@ -60,8 +60,8 @@ class StudyEvaluation(EvaluationConfig):
     def check(self) -> None:
         if not self.models:
             raise UserError("models is empty; give at least one run folder by a name")
-        if self.plot and not self.sweep and self.against == "sweep":
-            raise UserError("plot is against the first key of sweep, which is empty")
+        if self.against == "sweep":
+            super().check()
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,8 @@ class Study:
         for aim in self.aims:
             if aim.evaluation not in self.evaluations:
                 raise UserError(
-                    f"aims: evaluation is {aim.evaluation}; {choices(aim.evaluation, self.evaluations)}"
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}; "
+                    f"{choices(aim.evaluation, self.evaluations)}"
                 )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cm3leon.config import choices, dump_yaml, to_mapping
-from cm3leon.evaluate import Evaluation, Row
-from cm3leon.evaluation.config import shown
+from cm3leon.evaluate import Evaluation, Row, figures_line
 from cm3leon.evaluation.origin import Origin
 from cm3leon.io import read_json, write_json, write_text
 from cm3leon.locks import locked
@@ -165,19 +164,9 @@ def measured(
                 **result,
             }
         )
-        told = dict(result["metrics"])
-        if "truncated" in result:
-            told[f"truncated at {result['max_tokens']} tokens"] = result["truncated"]
-        line = ", ".join(_said(metric, value) for metric, value in told.items())
-        print(f"      {name} | {first.name}: {line}", flush=True)
+        print(f"      {name} | {figures_line(first.name, result)}", flush=True)
         pictures.append(asking.shown(first))
     return results, pictures
-
-
-def _said(metric: str, found: Mapping[str, Any]) -> str:
-    """A figure on the command line: `right 0.93`, and `right 0.93 ± 0.02` over several seeds."""
-    text = f"{metric} {shown(round(found['value'], 4))}"
-    return f"{text} ± {shown(round(found['runs']['deviation'], 4))}" if "runs" in found else text
 
 
 def _validation(folder: Path) -> dict[str, float]:

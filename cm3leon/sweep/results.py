@@ -37,8 +37,8 @@ def read_figures(folder: Path) -> dict[str, float]:
     """The figures of a run folder, of the stages that it has.
 
     `loss` and others of the validation documents after pretraining, `train.*` of its last record,
-    `reconstruction.*`, and from metrics.json `TASK-DOCUMENTS-cfgWEIGHT.METRIC` of each setting on the held-out
-    documents, and `seconds`.
+    `reconstruction.*`, and from metrics.json `EVALUATION-VALUE-VALUE.METRIC` of each row of an evaluation, and
+    `seconds`.
     """
     found: dict[str, float] = dict(_numbers(_json(folder / "pretraining" / "validation.json")))
     log = folder / "pretraining" / "log.jsonl"
@@ -46,26 +46,17 @@ def read_figures(folder: Path) -> dict[str, float]:
         found |= _numbers(read_json_lines(log)[-1], "train.")
     found |= _numbers(_json(folder / "reconstruction" / "figures.json"), "reconstruction.")
     metrics = _json(folder / "metrics.json")
-    for name in ("t2i_accuracy", "caption_accuracy", "infill_accuracy", "other_tasks"):
-        for setting in metrics.get(name, []):
-            found |= _numbers(
-                {key: value for key, value in setting.items() if key not in _SETTING},
-                f"{_setting_name(setting)}.",
-            )
+    if "t2i_accuracy" in metrics:
+        raise UserError(
+            f"{folder / 'metrics.json'} is of an earlier version; run the point again, which makes its evaluation anew"
+        )
+    for name, rows in metrics.get("evaluations", {}).items():
+        for row in rows:
+            title = "-".join([name, *map(shown, row["point"].values())])
+            found |= _numbers(row["metrics"], f"{title}.")
     if "wall_seconds" in metrics:
         found["seconds"] = metrics["wall_seconds"]["total"]
     return found
-
-
-_SETTING = ("task", "documents", "shuffled", "cfg", "n")
-
-
-def _setting_name(setting: Mapping[str, Any]) -> str:
-    """As the files of the generations are named: `text_to_image-2-shuffled-cfg3`."""
-    parts = [setting["task"], str(setting["documents"])]
-    parts += ["shuffled"] if setting["shuffled"] else []
-    parts += [f"cfg{setting['cfg']:g}"] if setting["cfg"] is not None else []
-    return "-".join(parts)
 
 
 def _json(file: Path) -> dict[str, Any]:

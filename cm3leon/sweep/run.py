@@ -49,7 +49,7 @@ POINT_FILE = "point.yaml"
 OUTCOME = "outcome.json"
 """In the folder of a point whose run has ended: its `state`, the digest of the `config` it ran with, the `error`."""
 
-LAST = frozenset({"tasks", "text_decoder", "task_decoders", "generation", "metrics"})
+LAST = frozenset({"text_decoder", "evaluations", "aims"})
 """Sections that no stage up to pretraining depends on."""
 LATE = LAST | {"training", "model", "objective", "packing", "decoder"}
 """Sections that no stage before pretraining depends on."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -53,6 +53,23 @@ class Answer:
     """Whether the text was stopped by its length before it ended."""
     scores_K: np.ndarray | None = None
     """Log-likelihood of each candidate in nats; `text` is the likeliest one then."""
+    codes_N: np.ndarray | None = None
+    """Codes of an image."""
+    retrieved: Sequence[np.ndarray] = ()
+    """Codes of the images that were retrieved for its prompt, for a protocol of a run's own corpus."""
+    given_kept: bool = True
+    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own corpus."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """An item as a reader is shown it, without its answer."""
+
+    text: str
+    given_HWC: np.ndarray | None
+    """The image that is given with it."""
+    original_HWC: np.ndarray | None = None
+    """The true image, where an answer is looked at beside it."""
 
 
 def clip_score(answers: Sequence[Answer]) -> dict[str, Measured]:
@@ -72,6 +89,8 @@ class Protocol(ABC):
     """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
     max_tokens: int = 64
     """Tokens of an answer in text, at most, unless a study's setting says otherwise; see `MAX_TOKENS`."""
+    explained: ClassVar[Mapping[str, str]] = {}
+    """What there is to say on a page of a figure whose name does not say enough, in a sentence, by its name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -99,6 +118,10 @@ class Protocol(ABC):
     def right(self, item: Item, answer: Answer) -> bool | None:
         """Whether one answer is right; None where that cannot be said of one alone."""
         return None
+
+    def shown(self, item: Item) -> Shown:
+        """What a report shows of an item."""
+        return Shown(asked(item), given_image(item))
 
     def notes(self, items: Sequence[Item]) -> dict[str, str]:
         """What else a result has to say of how it came about."""

@@ -1,0 +1,55 @@
+"""The corpus that a run was made from, for the protocol that asks about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon.api import CM3Leon, Completed
+from cm3leon.evaluation.protocols.base import Item
+from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
+from cm3leon.registry import TASKS
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.tokens import training_codes
+from cm3leon.types import TokenDocument
+
+
+def own_corpus(run: Run) -> OwnCorpus:
+    """What a run knows of the documents that it was made from, for a protocol that asks about them."""
+    corpus, training = run.corpus, run.corpus.rows("train")
+    labels = [UNKNOWN if label is None else label for label in corpus.labels]
+    return OwnCorpus(
+        documents=lambda split: [corpus.document(row) for row in run.rows_to_ask(split)],
+        training_images_BHWC=corpus.images_BHWC[training],
+        training_labels_B=np.array(labels)[training],
+        training_codes_MN=training_codes(run),
+        class_in=run.source.class_in,
+    )
+
+
+def figures_of_own(
+    model: CM3Leon,
+    items: Sequence[Item],
+    documents: Sequence[TokenDocument],
+    drawn: Sequence[Sequence[Completed]],
+) -> dict[str, np.ndarray]:
+    """Whether each answer left what was given as it was; of texts, their cosines with the images, too."""
+    run = model.run
+    kept_In = np.zeros((len(drawn), len(drawn[0])), bool)
+    for index, answers in enumerate(drawn):
+        task = TASKS.build(
+            items[index].task, vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
+        )
+        for sample, answer in enumerate(answers):
+            kept_In[index, sample] = task.keeps_given(documents[index], answer.document)
+    if TASKS.get(items[0].task).answers_in == "image" or not model.has_clip:
+        return {"kept": kept_In}
+
+    images_BHWC = np.stack([item.document.images[-1] for item in items])
+    clip_In = np.zeros(kept_In.shape)
+    for sample in range(kept_In.shape[1]):
+        texts = [run.tokenizer.caption(answers[sample].document) for answers in drawn]
+        parts = run.retriever.parts(texts, images_BHWC)
+        clip_In[:, sample] = (parts.text_BD * parts.image_BD).sum(axis=1)
+    return {"kept": kept_In, "clip": clip_In}

@@ -1,0 +1,170 @@
+"""A run's own evaluation: its model asked by the protocols of `evaluations`, and its parts measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3leon.api import CM3Leon
+from cm3leon.evaluate import Evaluation, Row, figures_line, own_corpus
+from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
+from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
+from cm3leon.evaluation.report.answers import Example
+from cm3leon.experiment import row_name
+from cm3leon.io import write_json
+from cm3leon.models.serving import keep_weights
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.neighbours import STRATEGY
+from cm3leon.training.device import uses_bf16
+
+RESULTS = "results.json"
+ANSWERS = "answers"
+"""Folder of a run for answers, beside those of its stages: they are kept when more is asked."""
+
+
+def make_evaluation(run: Run, folder: Path) -> None:
+    """Ask everything that has no answer yet, measure, and write all figures as results.json."""
+    if uses_bf16(run.device, run.experiment.training.precision):
+        keep_weights(run.model, "bf16")  # what autocast would do again at every token
+    evaluator = Evaluator(run)
+    found: dict[str, Any] = {}
+    for name in run.experiment.evaluations:
+        found[name] = evaluator.measured(name, found)
+    write_json(
+        folder / RESULTS,
+        {
+            "documents": evaluator.documents(),
+            "judge": evaluator.judge_figures(),
+            "reconstruction": evaluator.reconstruction(),
+            "retriever": evaluator.retriever_figures(),
+            "evaluations": found,
+        },
+    )
+
+
+class Evaluator:
+    """The run's own model and corpus, asked by one evaluation after the other."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.corpus: OwnCorpus = own_corpus(run)
+        self.labels_M = np.array(
+            [UNKNOWN if label is None else label for label in run.corpus.labels]
+        )
+        self._model: CM3Leon | None = None
+
+    def measured(self, name: str, before: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The figures of each row of an evaluation, its answers made where they are missing.
+
+        Args:
+            before: those of the evaluations above it.
+        """
+        evaluation = self.evaluation(name)
+        results = []
+        for row in self.rows(name, before):
+            evaluation.answer(row, range(evaluation.shards(row)))
+            result = evaluation.measure(row)
+            print(f"      {name} | {figures_line(row.name, result)}", flush=True)
+            results.append({"row": row.name, "model": "", "point": row.point, **result})
+        return results
+
+    def shown(self, name: str, before: Mapping[str, Any]) -> list[list[Example]]:
+        """Some of the answers of each row; made anew where their files are gone."""
+        evaluation, found = self.evaluation(name), []
+        for row in self.rows(name, before):
+            evaluation.answer(row, range(evaluation.shards(row)))
+            found.append(evaluation.shown(row))
+        return found
+
+    def evaluation(self, name: str) -> Evaluation:
+        """The protocol of an evaluation, to be put to the run's own model."""
+        if self._model is None:
+            self._model = CM3Leon(self.run, precision=self.run.experiment.training.precision)
+        protocol = self.run.experiment.evaluations[name].protocol
+        return Evaluation(protocol, self.run.folder / ANSWERS, (self._model, self.corpus))
+
+    def rows(self, name: str, before: Mapping[str, Any]) -> list[Row]:
+        """The rows of an evaluation: the run's model under each combination of what is swept."""
+        best_of = self.run.experiment.evaluations[name].best_of
+        best = {} if best_of is None else best_row(before[best_of])["point"]
+        return [
+            Row(row_name(name, point), "", self.run.folder, setting, point)
+            for point, setting in self.run.experiment.points_of(name, best)
+        ]
+
+    def documents(self) -> dict[str, int]:
+        """How many documents each split has, and how many items were skipped."""
+        counts = {
+            split: len(self.run.corpus.rows(split)) for split in ("train", "validation", "held_out")
+        }
+        skipped = (self.run.folder / "documents" / "skipped.jsonl").read_text().splitlines()
+        return {**counts, "skipped": len(skipped)}
+
+    def judge_figures(self) -> dict[str, Any] | None:
+        """The judge's own accuracy on real held-out images, and on their reconstructions."""
+        if self.corpus.judge is None:
+            return None
+        rows = self.run.corpus.rows("held_out")
+        real_BHWC = self.run.corpus.images_BHWC[rows]
+        rebuilt_BHWC = self.run.image_tokenizer.decode(self.run.codes_MN[rows])
+        labels_B = self.labels_M[rows]
+        return {
+            "real": asdict(proportion(self.corpus.judge.read(real_BHWC) == labels_B)),
+            "reconstructed": asdict(proportion(self.corpus.judge.read(rebuilt_BHWC) == labels_B)),
+        }
+
+    def reconstruction(self) -> dict[str, Any]:
+        """PSNR in dB by split (the mean over images), and how the held-out images use the codebook."""
+        images_BHWC, codes_MN = self.run.corpus.images_BHWC, self.run.codes_MN
+        figures: dict[str, Any] = {}
+        for split in ("train", "held_out"):
+            rows = self.run.corpus.rows(split)
+            figures[f"psnr_{split}"] = psnr(
+                images_BHWC[rows], self.run.image_tokenizer.decode(codes_MN[rows])
+            )
+        use, perplexity = codebook_use(
+            codes_MN[self.run.corpus.rows("held_out")], self.run.image_tokenizer.codebook_size
+        )
+        rows_B = self.run.corpus.rows("train")
+        distinct = len(np.unique(codes_MN[rows_B], axis=0)) / len(rows_B)
+        return {
+            **figures,
+            "codes_per_image": codes_MN.shape[1],
+            "codebook_size": self.run.image_tokenizer.codebook_size,
+            "codebook_use": use,
+            "codebook_perplexity": perplexity,
+            "distinct_training_images": distinct,
+        }
+
+    def retriever_figures(self) -> dict[str, Any]:
+        """The strategy's verdicts on the training queries, and the vote of retrieved documents on held-out images."""
+        figures = json.loads((self.run.folder / "neighbours" / STRATEGY).read_text())
+        if self.corpus.judge is None:
+            return figures
+        rows = self.run.corpus.rows("held_out")
+        queries = self.run.retriever.parts(None, self.run.corpus.images_BHWC[rows])
+        nearest_B1 = self.run.bank.search(queries.image_BD, 1)
+        found = [self.run.bank_document(row).label for row in nearest_B1[:, 0].tolist()]
+        if None in found:
+            return figures
+        read_B = np.array(found)
+        return {
+            **figures,
+            "nearest_neighbour_vote": asdict(proportion(read_B == self.labels_M[rows])),
+        }
+
+
+def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row with the highest of the figures that stand first, such as accuracy; of equal ones the first."""
+
+    def first_figure(row: Mapping[str, Any]) -> float:
+        figures = [found["value"] for found in row["metrics"].values()]
+        return figures[0] if figures else -math.inf
+
+    return max(rows, key=first_figure)

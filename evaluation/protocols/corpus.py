@@ -1,0 +1,166 @@
+"""The documents that a model's run kept from training, asked for by one of its tasks, read by an independent judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from cm3leon.config import PositiveInt, choices
+from cm3leon.data.corpus import Split
+from cm3leon.evaluation.judge import Judge
+from cm3leon.evaluation.metrics import Measured, average, equal_to_any, proportion
+from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, Shown
+from cm3leon.registry import PROTOCOLS, TASKS
+from cm3leon.types import Document, Modality, UserError
+
+UNKNOWN = -1
+"""A class that nobody asked for, or that nothing shows."""
+GREY = 128
+"""What stands for the half of an image that is not given."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnCorpus:
+    """What a run knows of its corpus: the documents that it kept from training, and the training images."""
+
+    documents: Callable[[Split], Sequence[Document]]
+    """Those of a split that fit into a block of the model."""
+    training_images_BHWC: np.ndarray
+    training_labels_B: np.ndarray
+    """Classes of the training images; -1 where one is not known."""
+    training_codes_MN: np.ndarray
+    """Codes of the training images and of their varied versions."""
+    class_in: Callable[[str], int | None]
+    """The class that a text names."""
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Trained on the training images only; None where documents have no known class."""
+        labels_B = self.training_labels_B
+        if (labels_B == UNKNOWN).any() or len(set(labels_B.tolist())) < 2:
+            return None
+        return Judge(self.training_images_BHWC, labels_B)
+
+    def read(self, answers: Sequence[Answer]) -> np.ndarray:
+        """The class that the judge reads in each image, or that each text names; -1 where there is none."""
+        named = [UNKNOWN] * len(answers)
+        if answers and answers[0].image_HWC is not None:
+            if self.judge is None:
+                return np.array(named)
+            return self.judge.read(np.stack([np.asarray(answer.image_HWC) for answer in answers]))
+        for number, answer in enumerate(answers):
+            found = self.class_in(answer.text)
+            named[number] = UNKNOWN if found is None else found
+        return np.array(named)
+
+
+@PROTOCOLS.register("corpus")
+class CorpusTask(Protocol):
+    """A task of pairs, for the documents that the run of the model itself kept from training.
+
+    - accuracy: share of answers in which the class asked for is read, by the judge in an image, by its
+      name in a text; none where documents have no known class
+    - clip_score: mean cosine of text and image by the run's own retriever, which is not independent of it
+    - copies: share of images with the codes of a training image, of one of its varied versions, or of a
+      retrieved one, which are no generation
+    - distinct: share of different images among all; a low one tells of a collapse
+    - given_kept: share of answers beside which all that was given is as it was
+    """
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Which task, of which documents."""
+
+        task: str
+        """Name of the task: text_to_image, caption, infill_top, infill_bottom, or one of a plugin."""
+        split: Literal["validation", "held_out"] = "held_out"
+        """The documents that are asked for."""
+        at_least: PositiveInt = 1
+        """Prompts at least: all documents are asked for as often as that takes, with other seeds."""
+
+        def check(self) -> None:
+            if self.task not in TASKS.names():
+                raise UserError(f"task is {self.task}; {choices(self.task, TASKS.names())}")
+
+    config: Config
+    explained: ClassVar[Mapping[str, str]] = {
+        "accuracy": "Accuracy: the share in which the class asked for is read, in images by an independent judge.",
+        "copies": "Copies have the codes of a training image, of one of its varied versions, or of a retrieved one.",
+        "distinct": "Distinct: the share of different images.",
+        "given_kept": "Given kept: the share beside which what was given is as it was.",
+    }
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.answers_in: Modality = TASKS.get(config.task).answers_in
+        self.max_tokens = MAX_TOKENS.get(config.task, 64)
+        self._corpus: OwnCorpus | None = None
+
+    @property
+    def corpus(self) -> OwnCorpus:
+        """What is asked about: that of the model which is asked."""
+        assert self._corpus is not None
+        return self._corpus
+
+    def ask_about(self, corpus: OwnCorpus) -> None:
+        """Take the items from this corpus from now on."""
+        self._corpus = corpus
+
+    def items(self) -> list[Item]:
+        documents = self.corpus.documents(self.config.split)
+        rounds = max(1, -(-self.config.at_least // max(1, len(documents))))
+        return [
+            Item(
+                f"{document.id}#{number}" if number else document.id,
+                self.config.task,
+                document,
+                truth=document.label,
+            )
+            for number in range(rounds)
+            for document in documents
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        figures: dict[str, Measured] = {}
+        if all(item.truth is not None for item in items):
+            asked_B = np.array([item.truth for item in items])
+            figures["accuracy"] = proportion(self.corpus.read(answers) == asked_B)
+        clip_B = np.array([answer.clip for answer in answers])
+        if not np.isnan(clip_B).any():
+            figures["clip_score"] = average(clip_B)
+        if self.answers_in == "image":
+            codes_BN = np.stack([np.asarray(answer.codes_N) for answer in answers])
+            figures["copies"] = proportion(self._copied(answers, codes_BN))
+            _, first, of_row = np.unique(codes_BN, axis=0, return_index=True, return_inverse=True)
+            figures["distinct"] = proportion(first[of_row.ravel()] == np.arange(len(codes_BN)))
+        figures["given_kept"] = proportion(np.array([answer.given_kept for answer in answers]))
+        return figures
+
+    def _copied(self, answers: Sequence[Answer], codes_BN: np.ndarray) -> np.ndarray:
+        """Which images have the codes of a training image or of one that was retrieved for them."""
+        copied_B = equal_to_any(codes_BN, self.corpus.training_codes_MN)
+        for row, answer in enumerate(answers):
+            retrieved = (np.array_equal(codes_BN[row], codes_N) for codes_N in answer.retrieved)
+            copied_B[row] |= any(retrieved)
+        return copied_B
+
+    def right(self, item: Item, answer: Answer) -> bool | None:
+        known = item.truth is not None and (
+            answer.image_HWC is None or self.corpus.judge is not None
+        )
+        return bool(self.corpus.read([answer])[0] == item.truth) if known else None
+
+    def shown(self, item: Item) -> Shown:
+        text, image_HWC = item.document.text, item.document.image
+        if self.answers_in == "text":
+            return Shown(f"the document's caption: {text}", image_HWC)
+        if image_HWC is None or self.config.task not in ("infill_top", "infill_bottom"):
+            return Shown(text, None)
+        given_HWC, middle = image_HWC.copy(), len(image_HWC) // 2
+        missing = slice(0, middle) if self.config.task == "infill_top" else slice(middle, None)
+        given_HWC[missing] = GREY
+        return Shown(text, given_HWC, image_HWC)

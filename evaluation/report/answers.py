@@ -1,0 +1,286 @@
+"""What an evaluation shows on a page, of a run or of a study: its figures as a table and a plot, and some answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from cm3leon.config import choices
+from cm3leon.evaluation.config import Aim, EvaluationConfig, shown
+from cm3leon.evaluation.origin import is_logarithmic
+from cm3leon.evaluation.protocols.base import Answer
+from cm3leon.evaluation.report import (
+    Card,
+    Cell,
+    Content,
+    Curves,
+    Fact,
+    Folded,
+    Gallery,
+    Picture,
+    Section,
+    Series,
+    Status,
+    Table,
+    numbers,
+)
+from cm3leon.registry import PROTOCOLS
+
+NOTE = "In brackets the interval of 95 %."
+SEEDS = (
+    "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in round brackets the "
+    "interval of 95 % of that mean (Student's t over the runs), in square brackets that over the items of one run. "
+    "Answers that are shown are of the first seed."
+)
+ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
+TRUNCATED = "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they ended."
+CEILING = (
+    "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
+    "items."
+)
+
+
+class Retrieved(Protocol):
+    """A document that stood in a prompt."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def image(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An item with its answer, as a report shows it."""
+
+    text: str
+    given_HWC: np.ndarray | None
+    answer: Answer
+    right: bool | None
+    samples: Sequence[Answer] = ()
+    """All images that were drawn, the best by CLIP first; empty for answers in text."""
+    retrieved: Sequence[Retrieved] = ()
+    """The documents that stood in the prompt, the closest last."""
+    original_HWC: np.ndarray | None = None
+    """The true image, where the answer is looked at beside it."""
+
+
+def aim_fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
+    """The figure of an aim, large, with its interval and whether it reaches the aim."""
+    row = next((row for row in evaluations[aim.evaluation] if row["row"] == aim.row), None)
+    if row is None:
+        return Fact(aim.label, numbers.DASH, f"{aim.evaluation} has no row {aim.row}")
+    found = row["metrics"].get(aim.metric)
+    if found is None:
+        known = choices(aim.metric, row["metrics"])
+        return Fact(aim.label, numbers.DASH, f"{aim.row} has no figure {aim.metric}; {known}")
+
+    notes, bounds = [_spread(found), _interval(found)], []
+    if aim.at_least is not None:
+        bounds.append(f"at least {numbers.metric(aim.at_least)}")
+    if aim.at_most is not None:
+        bounds.append(f"at most {numbers.metric(aim.at_most)}")
+    status = aim_status(aim, found)
+    if bounds:
+        notes.append(f"aim {' and '.join(bounds)}: {AIMED[status]}")
+    for level in ("ceiling", "chance"):
+        if aim.metric in row.get(level, {}):
+            notes.append(f"{level} {numbers.metric(row[level][aim.metric]['value'])}")
+    return Fact(aim.label, numbers.metric(found["value"]), "; ".join(filter(None, notes)), status)
+
+
+AIMED: dict[Status, str] = {
+    "good": "met",
+    "plain": "missed, but within the interval",
+    "bad": "missed",
+}
+
+
+def aim_status(aim: Aim, found: Mapping[str, Any]) -> Status:
+    """Whether a figure reaches an aim, or its interval holds the bound that it does not reach."""
+    lowest = -math.inf if aim.at_least is None else aim.at_least
+    highest = math.inf if aim.at_most is None else aim.at_most
+    if lowest == -math.inf and highest == math.inf:
+        return "plain"
+    if lowest <= found["value"] <= highest:
+        return "good"
+    return "plain" if found["high"] >= lowest and found["low"] <= highest else "bad"
+
+
+def evaluation_section(
+    evaluation: EvaluationConfig,
+    rows: Sequence[Mapping[str, Any]],
+    examples: Sequence[Sequence[Example]],
+    *,
+    text: str = "",
+    best: Collection[int] = (),
+    by_compute: bool = False,
+) -> Section:
+    """The section of an evaluation.
+
+    Args:
+        examples: for each of its rows, what is shown of its answers.
+        text: what stands below its heading.
+        best: numbers of rows to mark.
+        by_compute: whether it is drawn against the FLOPs of training, not the first swept key.
+    """
+    blocks: list[Content] = [_table(evaluation, rows, best)]
+    if evaluation.plot and (by_compute or rows[0]["point"]):
+        blocks.insert(0, _curves(evaluation.plot, rows, by_compute))
+    for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
+        answered = Gallery([_card(example) for example in few], caption=row["row"])
+        several = [example for example in few if len(example.samples) > 1]
+        drawn = [_samples(row["row"], several)] if several else []
+        if number < _PICTURED:
+            blocks += [answered, *drawn]
+        else:
+            blocks.append(Folded(f"Answers of {row['row']}", [answered, *drawn]))
+    return Section(evaluation.title, text, blocks)
+
+
+def _table(
+    evaluation: EvaluationConfig, rows: Sequence[Mapping[str, Any]], best: Collection[int]
+) -> Table:
+    """A line for each row, then for its ceiling and its chance, with what there is to say of them below."""
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
+    levels = [level for level in ("ceiling", "chance") if level in rows[0]]
+    lines: list[dict[str, Cell]] = []
+    for row in rows:
+        line: dict[str, Cell] = {"": row["row"], **_cells(metrics, row["metrics"])}
+        line["items"] = row["items"]
+        for name in ("truncated", "all_documents"):
+            if any(name in other for other in rows):
+                line[name.replace("_", " ")] = _cell(row.get(name))
+        if "training_flops" in row:
+            line["FLOPs of training"] = f"{row['training_flops']:.2e}"
+        lines.append(line)
+    # What is no figure of the answers is left open in the lines of the levels.
+    open_cells: dict[str, Cell] = dict.fromkeys(lines[0], "")
+    for level in levels:
+        figures = _cells(metrics, rows[0][level])
+        lines.append({**open_cells, "": level, **figures, "items": rows[0]["items"]})
+
+    one: Mapping[str, Any] = next(iter(rows[0]["metrics"].values()), {})
+    notes = [SEEDS.format(count=len(one["runs"]["values"])) if "runs" in one else NOTE]
+    explained = PROTOCOLS.get(evaluation.protocol.name).explained
+    notes += [explained[metric] for metric in metrics if metric in explained]
+    if "truncated" in lines[0]:
+        lengths = list(dict.fromkeys(row["max_tokens"] for row in rows))
+        notes.append(TRUNCATED.format(lengths=" or ".join(map(str, lengths))))
+    if "all documents" in lines[0]:
+        notes.append(ALL_DOCUMENTS)
+    if levels:
+        notes.append(CEILING)
+    return Table.of(lines, " ".join(notes), best)
+
+
+def _cells(metrics: Sequence[str], found: Mapping[str, Any]) -> dict[str, Cell]:
+    return {metric.replace("_", " "): _cell(found.get(metric)) for metric in metrics}
+
+
+_PICTURED = 4
+"""Rows of an evaluation whose answers are seen at once; those of the others are behind their names."""
+
+
+def _samples(row: str, examples: Sequence[Example]) -> Folded:
+    """Every image that was drawn for some items, folded."""
+    count = max(len(example.samples) for example in examples)
+    cards = [
+        Card(
+            [
+                Picture(np.asarray(sample.image_HWC), f"CLIP {sample.clip:.3f}")
+                for sample in example.samples
+            ],
+            caption=example.text,
+        )
+        for example in examples
+    ]
+    caption = "The first one is the answer that counts."
+    return Folded(
+        f"All {count} samples of {row}, the best by CLIP first", [Gallery(cards, caption=caption)]
+    )
+
+
+def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> Curves:
+    """The metric against the first swept key, a line for each model and combination of the other keys; or against
+    the FLOPs of training, a line for each model and combination of all keys but the checkpoint's."""
+    swept = list(rows[0]["point"])
+    key = "" if by_compute else swept[0]
+    others = [each for each in swept if each != "checkpoint"] if by_compute else swept[1:]
+    most = max(row["training_flops"] for row in rows) if by_compute else 1.0
+    power = 3 * (math.floor(math.log10(most)) // 3)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        values = [f"{other.split('.')[-1]} {shown(row['point'][other])}" for other in others]
+        name = ", ".join(filter(None, [row["model"], *values]))
+        lines.setdefault(name, []).append(row)
+    series = [
+        Series(
+            name,
+            [
+                row["training_flops"] / 10**power if by_compute else float(row["point"][key])
+                for row in of
+            ],
+            *([row["metrics"][metric][part] for row in of] for part in ("value", "low", "high")),
+        )
+        for name, of in lines.items()
+    ]
+    label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
+    log_x = is_logarithmic(key, [x for of in series for x in of.x])
+    return Curves(series, x_label=label, y_label=metric, log_x=log_x)
+
+
+def _card(example: Example) -> Card:
+    looked_at = [
+        ("given", example.given_HWC),
+        ("answer", example.answer.image_HWC),
+        ("original", example.original_HWC),
+    ]
+    images = [(label, image) for label, image in looked_at if image is not None]
+    # A picture alone says what it is.
+    pictures = [Picture(image, label if len(images) > 1 else "") for label, image in images]
+    status: Literal["good", "bad"] | None = None
+    if example.right is not None:
+        status = "good" if example.right else "bad"
+    title = example.answer.text
+    if not title and example.answer.image_HWC is None:
+        title = "(empty)"
+    # A retrieved document of text alone has no picture to stand under.
+    texts = [f"retrieved: {each.text}" for each in example.retrieved if each.image is None]
+    cut = "truncated" if example.answer.truncated else ""
+    return Card(
+        pictures,
+        title=title,
+        caption="; ".join(filter(None, [example.text, cut, *texts])),
+        retrieved=[
+            Picture(np.asarray(each.image), each.text)
+            for each in example.retrieved
+            if each.image is not None
+        ],
+        status=status,
+    )
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    parts = [numbers.metric(found["value"]), _spread(found), _interval(found)]
+    return " ".join(filter(None, parts))
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    """How a figure varies over the seeds, `± 0.012 (0.880 to 0.940)`; empty for a single seed."""
+    if "runs" not in found:
+        return ""
+    deviation, low, high = (
+        numbers.metric(found["runs"][name]) for name in ("deviation", "low", "high")
+    )
+    return f"± {deviation} ({low} to {high})"
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return numbers.interval(found["low"], found["high"]) if found["low"] < found["high"] else ""
