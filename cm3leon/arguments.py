@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 import numpy as np
 
-from cm3leon.config import Component, Range, checked_value
+from cm3leon.config import Component, ComponentChecker, Range, checked_value
 from cm3leon.types import UserError
 
 P = ParamSpec("P")
@@ -127,7 +127,7 @@ def _one_of(members: Sequence[Any], value: Any, where: str) -> Any:
 
 def _annotated(base: Any, metadata: Sequence[Any], value: Any, where: str) -> Any:
     for check in metadata:
-        if hasattr(check, "check"):  # a registry
+        if isinstance(check, ComponentChecker):
             return value if isinstance(value, Component) else check.check(value, where)
         if not isinstance(check, Range):
             return check(value, where)

@@ -28,11 +28,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cm3leon.config import Component, FieldDoc, check_config_class, choices, describe, from_mapping
 from cm3leon.io import digest_of
 from cm3leon.types import UserError
+
+if TYPE_CHECKING:
+    # What is registered stands behind this module, which says only of what type it is.
+    from cm3leon.data.extractors import Extractor
+    from cm3leon.data.source import Source
+    from cm3leon.decoders.base import Decoder
+    from cm3leon.evaluation.protocols.base import Protocol
+    from cm3leon.launch.launchers import Launcher
+    from cm3leon.models.attention import Attention
+    from cm3leon.models.base import Model
+    from cm3leon.objectives.base import Objective
+    from cm3leon.retrievers.base import Retriever
+    from cm3leon.tasks.base import Task
+    from cm3leon.tokenizers.image.base import ImageTokenizer
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -51,21 +65,33 @@ class _Entry:
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name. Each has a nested `Config`, and is built as `cls(config, **runtime)`."""
+    """Classes of one kind by name. Each has a nested `Config`, and is built as `cls(config, **runtime)`.
 
-    def __init__(self, kind: str, plural: str) -> None:
+    Args:
+        base: full name of the class `T` that all derive from. A name, for it is defined behind this module; "" asks for
+            none.
+    """
+
+    def __init__(self, kind: str, plural: str, base: str = "") -> None:
         self.kind = kind
         self.plural = plural
+        self.base = base
         self._entries: dict[str, _Entry] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
         """Class decorator that registers a component.
 
         Raises:
-            TypeError: for a taken name, or a class whose `Config` is missing or not fit to be one.
+            TypeError: for a taken name, a class that does not derive from the base of its kind, or one whose `Config`
+                is missing or not fit to be one.
         """
 
         def add(cls: C) -> C:
+            bases = [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
+            if self.base and self.base not in bases:
+                raise TypeError(
+                    f"{cls.__qualname__} must derive from {self.base} to be registered as the {self.kind} {name}"
+                )
             config_class = getattr(cls, "Config", None)
             if config_class is None:
                 raise TypeError(
@@ -115,7 +141,7 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> type[T]:
         """The class of that name.
 
         Raises:
@@ -152,7 +178,7 @@ class Registry(Generic[T]):
             UserError: as `check` does.
         """
         component = section if isinstance(section, Component) else self.check(section)
-        return self.get(component.name)(component.config, **runtime)
+        return self._entry(component.name, "").cls(component.config, **runtime)
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -170,6 +196,10 @@ class Registry(Generic[T]):
         """The `Config` of a component, without the defaults of a preset."""
         return self._entry(name, "").cls.Config
 
+    def has_setting(self, name: str, key: str) -> bool:
+        """Whether the `Config` of a component has a field of that name."""
+        return key in (field.name for field in fields(self.config_class(name)))
+
     def describe(self, name: str) -> list[FieldDoc]:
         """The fields of a component, with the defaults of a preset."""
         entry = self._entry(name, "")
@@ -185,17 +215,31 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-SOURCES: Registry[Any] = Registry("source", "sources")
-IMAGE_TOKENIZERS: Registry[Any] = Registry("image tokenizer", "image tokenizers")
-RETRIEVERS: Registry[Any] = Registry("retriever", "retrievers")
-OBJECTIVES: Registry[Any] = Registry("objective", "objectives")
-MODELS: Registry[Any] = Registry("model", "models")
-ATTENTIONS: Registry[Any] = Registry("attention", "attentions")
-DECODERS: Registry[Any] = Registry("decoder", "decoders")
-TASKS: Registry[Any] = Registry("task", "tasks")
-PROTOCOLS: Registry[Any] = Registry("protocol", "protocols")
-EXTRACTORS: Registry[Any] = Registry("extractor", "extractors")
-LAUNCHERS: Registry[Any] = Registry("launcher", "launchers")
+SOURCES: Registry[Source] = Registry("source", "sources", "cm3leon.data.source.Source")
+IMAGE_TOKENIZERS: Registry[ImageTokenizer] = Registry(
+    "image tokenizer", "image tokenizers", "cm3leon.tokenizers.image.base.ImageTokenizer"
+)
+RETRIEVERS: Registry[Retriever] = Registry(
+    "retriever", "retrievers", "cm3leon.retrievers.base.Retriever"
+)
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", "objectives", "cm3leon.objectives.base.Objective"
+)
+MODELS: Registry[Model] = Registry("model", "models", "cm3leon.models.base.Model")
+ATTENTIONS: Registry[Attention] = Registry(
+    "attention", "attentions", "cm3leon.models.attention.Attention"
+)
+DECODERS: Registry[Decoder] = Registry("decoder", "decoders", "cm3leon.decoders.base.Decoder")
+TASKS: Registry[Task] = Registry("task", "tasks", "cm3leon.tasks.base.Task")
+PROTOCOLS: Registry[Protocol] = Registry(
+    "protocol", "protocols", "cm3leon.evaluation.protocols.base.Protocol"
+)
+EXTRACTORS: Registry[Extractor] = Registry(
+    "extractor", "extractors", "cm3leon.data.extractors.Extractor"
+)
+LAUNCHERS: Registry[Launcher] = Registry(
+    "launcher", "launchers", "cm3leon.launch.launchers.Launcher"
+)
 
 REGISTRIES = (
     SOURCES,

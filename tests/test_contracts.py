@@ -16,6 +16,7 @@ from published import IMAGE_TOKENIZER_FILES
 
 from cm3leon import config
 from cm3leon.data.source import Skipped
+from cm3leon.models.base import Model
 from cm3leon.objectives.packing import collate, pack
 from cm3leon.registry import (
     DECODERS,
@@ -45,7 +46,7 @@ def every(*registries: Registry[Any]) -> pytest.MarkDecorator:
             name,
             id=f"{registry.kind.replace(' ', '_')}-{name}",
             marks=pytest.mark.cluster
-            if registry is MODELS and hasattr(registry.get(name), "missing")
+            if registry is MODELS and MODELS.get(name).missing is not Model.missing
             else (),
         )
         for registry in registries
@@ -119,7 +120,7 @@ def document(name: str = "query", first_code: int = 0) -> TokenDocument:
 @every(MODELS)
 def test_model_gives_logits_and_the_same_from_its_cache(registry: Registry[Any], name: str) -> None:
     torch.manual_seed(0)
-    missing = getattr(registry.get(name), "missing", str)()
+    missing = registry.get(name).missing()
     if missing:
         with pytest.raises(UserError, match=re.escape(missing)):
             registry.build(small(registry, name), vocab_size=VOCAB.size)

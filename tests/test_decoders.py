@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
 from cm3leon.config import from_mapping
-from cm3leon.decoders.decoders import Beam, ContrastiveK, Decoder, Greedy, TopP, TwoConditions
+from cm3leon.decoders.base import Decoder
+from cm3leon.decoders.decoders import Beam, ContrastiveK, Greedy, TopP, TwoConditions
 from cm3leon.decoders.engine import Answer
 from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
@@ -300,7 +301,7 @@ def lists(answers: Sequence[np.ndarray]) -> list[list[int]]:
     return [answer_T.tolist() for answer_T in answers]
 
 
-class Recorder:
+class Recorder(Decoder):
     """A decoder that passes on to another, and keeps what it was given and what it gave."""
 
     def __init__(self, inner: Decoder) -> None:
@@ -435,16 +436,14 @@ def test_answers_keep_the_grammar(name: str, seed: int) -> None:
             assert len(answer_T) <= one.length
 
 
-class Fixed:
+class Fixed(Decoder):
     """A decoder that gives each row the columns of a script, one after the other; one that has had 0 leaves."""
-
-    streams = 1
 
     def __init__(self, columns: Sequence[Sequence[int]]) -> None:
         self.columns, self.step = columns, 0
 
     def logits(
-        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
         column_B1 = torch.tensor(
             [row[self.step] for row in self.columns if 0 not in row[: self.step]]
@@ -519,13 +518,14 @@ def test_prompts_that_fit_alone_fit_together() -> None:
     assert lists(generate(model(), asked, decoder, vocab=VOCAB, seeds=[0, 0])) == each
 
 
-class Endless:
+class Endless(Decoder):
     """A decoder that never ends a text: always column 1, the first text id."""
 
-    streams = 1
+    def __init__(self) -> None:
+        pass
 
     def logits(
-        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
         return torch.full_like(conditional_BV, -torch.inf).index_fill(1, torch.tensor([1]), 0.0)
 
@@ -543,16 +543,14 @@ def test_text_is_cut_where_the_positions_end_for_each_prompt_by_itself() -> None
     assert cut == [True] * 5
 
 
-class EndsAt:
+class EndsAt(Decoder):
     """Would end a text behind so many pieces."""
-
-    streams = 1
 
     def __init__(self, pieces: int) -> None:
         self.pieces, self.drawn = pieces, 0
 
     def logits(
-        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None
+        self, conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor | None = None
     ) -> torch.Tensor:
         end = self.drawn == self.pieces
         self.drawn += 1

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cm3leon.decoders import grammar
-from cm3leon.decoders.decoders import decoder_of
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.engine import Answer, Engine
 from cm3leon.decoders.generate import Answerer, answers, generate, request_for
 from cm3leon.decoders.guidance import classifier_free, two_conditions
@@ -59,7 +59,7 @@ def request(
     if modality == "text":
         new = partial(grammar.text, VOCAB, length, VOCAB.end_of_span)
     streams = (np.array(ids), *fields.get("others", ()))
-    of = [{modality: decoder_of(decoder, number)} for number in range(samples)]
+    of = [{modality: decoder.of(number)} for number in range(samples)]
     return Request(
         streams, new, length, of, range(fields.get("seed", 0), fields.get("seed", 0) + samples)
     )
@@ -252,7 +252,7 @@ def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
         assert found == expected
 
 
-class Keeper:
+class Keeper(Decoder):
     """Keeps the streams that it is given; draws greedily."""
 
     streams = 3
@@ -437,12 +437,16 @@ class Guided(Keeper):
         return torch.full_like(guided, -torch.inf).scatter(-1, best, 0.0)
 
 
-class Recorded:
+class Recorded(Decoder):
     """Another decoder, and all that it has made."""
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder, self.streams = decoder, decoder.streams
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
         self.made: list[torch.Tensor] = []
+
+    @property
+    def streams(self) -> int:
+        return self.decoder.streams
 
     def logits(self, *streams: torch.Tensor) -> torch.Tensor:
         self.made.append(self.decoder.logits(*streams))

@@ -148,10 +148,11 @@ def test_mistakes_are_said(
 def test_another_model_cannot_be_planned_for(registries: None) -> None:
     from dataclasses import dataclass
 
+    from cm3leon.models.base import Model
     from cm3leon.registry import MODELS
 
     @MODELS.register("other")
-    class Other:
+    class Other(Model):
         """Another model."""
 
         @dataclass(kw_only=True)

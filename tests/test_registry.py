@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cm3leon import registry as registry_module
 from cm3leon.config import Component, FieldDoc, PositiveInt
 from cm3leon.registry import REGISTRIES, Registry
 from cm3leon.types import UserError
@@ -125,3 +126,28 @@ def test_unfit_classes_and_presets_are_refused(engines: Registry[Engine]) -> Non
 
 def test_kinds_differ() -> None:
     assert len({registry.kind for registry in REGISTRIES}) == len(REGISTRIES)
+
+
+def test_a_class_without_the_base_of_its_kind_is_refused() -> None:
+    held: Registry[Engine] = Registry("engine", "engines", f"{__name__}.Engine")
+
+    class Loose:
+        """Is no engine."""
+
+        @dataclass(kw_only=True)
+        class Config:
+            """Nothing to choose."""
+
+    with pytest.raises(TypeError) as refused:
+        held.register("loose")(Loose)
+    assert str(refused.value) == (
+        f"{Loose.__qualname__} must derive from {__name__}.Engine to be registered as the engine loose"
+    )
+    held.register("plain")(Engine)
+
+
+def test_each_registry_says_its_base_to_the_type_checker_too() -> None:
+    for name, annotation in registry_module.__annotations__.items():
+        registry = getattr(registry_module, name)
+        if isinstance(registry, Registry) and registry.base:
+            assert annotation == f"Registry[{registry.base.rpartition('.')[2]}]"

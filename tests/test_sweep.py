@@ -24,6 +24,7 @@ from cm3leon.config import NoSettings, dump_yaml
 from cm3leon.evaluation.origin import Origin
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
+from cm3leon.launch.launchers import Launcher
 from cm3leon.provenance import machines
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
@@ -466,14 +467,10 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
     monkeypatch.setattr("cm3leon.stages.stages.run_experiment", run_experiment)
 
     @LAUNCHERS.register("inline")
-    class Inline:
+    class Inline(Launcher):
         """One command after the other, in this process."""
 
-        detached = False
         Config = NoSettings
-
-        def __init__(self, config: NoSettings) -> None:
-            pass
 
         def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
             for command in (command for job in jobs for command in job.commands):
@@ -588,14 +585,11 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
     seen: list[Job] = []
 
     @LAUNCHERS.register("kept")
-    class Kept:
+    class Kept(Launcher):
         """Keeps the jobs."""
 
         detached = True
         Config = NoSettings
-
-        def __init__(self, config: NoSettings) -> None:
-            pass
 
         def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
             seen.extend(jobs)

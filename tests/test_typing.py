@@ -1,4 +1,4 @@
-"""The type checker sees every package: a mistake in what `evaluation/` and `plugins/` offer is found."""
+"""The type checker sees every package and what a registry builds: a mistake about either is found."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 MISTAKES = """
 from cm3leon.evaluation.report.page import Fact
 from cm3leon.plugins.scenes.world import Scene
+from cm3leon.registry import DECODERS, TASKS
 
 Fact(nonsense=3)
 Scene(nonsense=3)
+DECODERS.build("greedy").nonsense
+TASKS.get("caption").nonsense
 """
+FOUND = (
+    (6, 'Unexpected keyword argument "nonsense" for "Fact"'),
+    (7, 'Unexpected keyword argument "nonsense" for "Scene"'),
+    (8, '"Decoder" has no attribute "nonsense"'),
+    (9, '"type[Task]" has no attribute "nonsense"'),
+)
 SETTINGS = f"""
 [mypy]
 mypy_path = {ROOT}
@@ -29,7 +38,7 @@ follow_imports_for_stubs = true
 """
 
 
-def test_mistakes_across_packages_are_found(tmp_path: Path) -> None:
+def test_mistakes_are_found(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
@@ -39,6 +48,5 @@ def test_mistakes_across_packages_are_found(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    for line, name in ((5, "Fact"), (6, "Scene")):
-        wrong = f'mistakes.py:{line}: error: Unexpected keyword argument "nonsense" for "{name}"'
-        assert wrong in done.stdout, done.stdout + done.stderr
+    for line, mistake in FOUND:
+        assert f"mistakes.py:{line}: error: {mistake}" in done.stdout, done.stdout + done.stderr

@@ -30,7 +30,7 @@ from cm3leon.config import NonNegativeInt, PositiveInt
 from cm3leon.data.images import ImageInput, read_given_image, square
 from cm3leon.data.instructions.templates import ROLES, TABLE_5
 from cm3leon.data.instructions.templates import fill as fill_template
-from cm3leon.decoders.decoders import decoder_of
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.generate import Answerer, is_truncated, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
@@ -43,12 +43,14 @@ from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import TUNED, open_run, tuned_on
 from cm3leon.stages.pretrain import load_checkpoint
 from cm3leon.stages.trust import Opening
+from cm3leon.tasks.base import Task
 from cm3leon.training.device import autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
     Execution,
     Modality,
     Precision,
+    Prompt,
     TextSegment,
     TokenDocument,
     TokenSegment,
@@ -238,7 +240,7 @@ class AskedRun:
         with self._computing():
             return self._answerer.answers(requests)
 
-    def _text_answer(self, prompt: Any, decoder: DecoderChoice, seed: int) -> np.ndarray:
+    def _text_answer(self, prompt: Prompt, decoder: DecoderChoice, seed: int) -> np.ndarray:
         """The only sample of a prompt for a text, without its end; a warning says where it was cut."""
         ((tokens,),) = self._answers([self._request(prompt, decoder, [seed])])
         answer_T = np.array(prompt.content(tokens), np.int64)
@@ -257,13 +259,13 @@ class AskedRun:
                 stacklevel=stacklevel,
             )
 
-    def _request(self, prompt: Any, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
+    def _request(self, prompt: Prompt, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
         built = self._decoder(decoder, prompt.modality)
         return request_for(
             prompt, built, vocab=self.run.vocab, seeds=seeds, seq_len=self.run.seq_len
         )
 
-    def _decoder(self, choice: DecoderChoice, modality: Modality) -> Any:
+    def _decoder(self, choice: DecoderChoice, modality: Modality) -> Decoder:
         usual = (
             self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
         )
@@ -271,22 +273,22 @@ class AskedRun:
 
     def _of_each_modality(
         self, image: DecoderChoice, text: DecoderChoice
-    ) -> Mapping[Modality, Any]:
+    ) -> Mapping[Modality, Decoder]:
         """The decoders of a prompt's only sample."""
         return {
-            "image": decoder_of(self._decoder(image, "image"), 0),
-            "text": decoder_of(self._decoder(text, "text"), 0),
+            "image": self._decoder(image, "image").of(0),
+            "text": self._decoder(text, "text").of(0),
         }
 
     def _task_arguments(self) -> dict[str, Any]:
         return {"vocab": self.run.vocab, "image_codes": self.run.image_tokenizer.grid**2}
 
-    def _task(self, name: str) -> Any:
+    def _task(self, name: str) -> Task:
         return TASKS.build(name, **self._task_arguments())
 
-    def _task_with_room(self, name: str, max_tokens: int) -> Any:
+    def _task_with_room(self, name: str, max_tokens: int) -> Task:
         """The task, with room for so many pieces where it is answered in text."""
-        room = {"max_tokens": max_tokens} if hasattr(TASKS.config_class(name), "max_tokens") else {}
+        room = {"max_tokens": max_tokens} if TASKS.has_setting(name, "max_tokens") else {}
         return TASKS.build({"name": name, **room}, **self._task_arguments())
 
     def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
@@ -349,8 +351,8 @@ class AskedRun:
         return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
 
     def _fitting(
-        self, task: Any, document: TokenDocument, rows: list[int]
-    ) -> tuple[Any, list[int]]:
+        self, task: Task, document: TokenDocument, rows: list[int]
+    ) -> tuple[Prompt, list[int]]:
         """The prompt with as many of the documents, the closest ones, as leave room for the answer.
 
         Where there is none without any, a page loses segments from its beginning.

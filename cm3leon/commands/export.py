@@ -49,13 +49,14 @@ class Options(Opening):
     """A folder to make; it must not exist, or be empty."""
 
     def check(self) -> None:
+        given = {"run": self.run, "hf": self.hf}
         source, other = ("run", "hf") if self.to == "hf" else ("hf", "run")
-        if getattr(self, source) is None:
+        if given[source] is None:
             raise UserError(
                 f"`export to={self.to}` needs a folder to convert: {source}=DIR, for example "
                 f"{source}={'runs/digits' if source == 'run' else 'exported'}"
             )
-        if getattr(self, other) is not None:
+        if given[other] is not None:
             raise UserError(f"{other} is given, which to={self.to} does not read; give {source}")
 
 
@@ -132,6 +133,7 @@ def _finished(folder: Path, opening: Opening | None) -> tuple[Run, Transformer]:
         raise UserError(
             f"run: the model {run.experiment.model.name} has no form in hf; only cm3leon and its presets do"
         )
+    assert isinstance(run.model, Transformer)
     return run, run.model
 
 
@@ -174,6 +176,7 @@ def export_to_cm3leon(hf: Path, out: Path) -> None:
     import torch
 
     from cm3leon.models.opt import from_opt_state, load_opt, transformers, verify
+    from cm3leon.models.transformer import Transformer
     from cm3leon.stages.artifacts import WEIGHTS
     from cm3leon.training.checkpoint import save_weights
 
@@ -183,6 +186,7 @@ def export_to_cm3leon(hf: Path, out: Path) -> None:
     content = {"model": section, "vocab_size": opt.config.vocab_size}
     with torch.device("meta"):
         model = MODELS.build(section, vocab_size=content["vocab_size"]).eval()
+    assert isinstance(model, Transformer)  # `_model_section` says cm3leon
     model.load_state_dict(from_opt_state(opt.state_dict(), section["layers"]), assign=True)
     verify(model, opt)
     with _new_folder(out) as folder:

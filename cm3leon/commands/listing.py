@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cm3leon.commands import COMMANDS, load_command
 from cm3leon.commands.help import default_of, described, option_lines, wrapped
@@ -141,7 +142,7 @@ def _components() -> Iterator[Listed]:
             yield _component(registry, name)
 
 
-def _component(registry: Registry[object], name: str) -> Listed:
+def _component(registry: Registry[Any], name: str) -> Listed:
     base = registry.preset_of(name)
     doc = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
     known = registry.describe(base) if base else []

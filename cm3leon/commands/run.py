@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cm3leon.commands.words import ExperimentRunOptions, RedoOptions
-from cm3leon.config import dump_yaml, to_mapping
+from cm3leon.config import Component, dump_yaml, to_mapping
 from cm3leon.paths import make_folder
 from cm3leon.terminal import speaks_for_all
 
@@ -128,7 +127,7 @@ def _record(folder: Path) -> None:
         record(folder)
 
 
-def _is_launched(launcher: Any) -> bool:
+def _is_launched(launcher: Component) -> bool:
     from cm3leon.training.distributed import current_rank
 
     return launcher.name != "here" and current_rank() is None

@@ -23,6 +23,7 @@ from cm3leon.types import UserError
 if TYPE_CHECKING:
     from cm3leon.data.survey import Seen
     from cm3leon.experiment import Experiment
+    from cm3leon.tokenizers.image.base import ImageTokenizer
 
 PAPER_CODES = 1024
 """Codes of an image of 256 x 256 pixels (paper section 2.1)."""
@@ -148,7 +149,7 @@ def cost(seen: Seen, experiment: Experiment | None) -> list[str]:
     return lines
 
 
-def _images_per_second(tokenizer: Any) -> float:
+def _images_per_second(tokenizer: ImageTokenizer) -> float:
     """Speed of encoding, which does not depend on the weights."""
     size = tokenizer.image_size
     images_BHWC = np.zeros((TIMED_IMAGES, size, size, 3), np.uint8)

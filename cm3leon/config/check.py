@@ -15,6 +15,7 @@ from cm3leon.config.files import FLOAT, Word, apply_overrides, parse_word
 from cm3leon.config.plain import to_mapping
 from cm3leon.config.schema import (
     Range,
+    SelfChecked,
     checker_of,
     component_sections,
     default_of,
@@ -72,7 +73,7 @@ def from_mapping(
         refuse([*mistakes, *objections])
 
     config = cls(**values)
-    if hasattr(config, "check"):
+    if isinstance(config, SelfChecked):
         try:
             config.check()
         except UserError as error:

@@ -87,9 +87,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    return f"{line}: {problem or error}"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f": {error}"
+    line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+    return f"{line}: {error.problem or error}"
 
 
 def parse_override(text: str) -> Override:

@@ -8,7 +8,7 @@ import os
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from cm3leon.config.schema import Component, Location, NoEffect, hints_of
 
@@ -110,7 +110,8 @@ def _marked(annotation: Any, kind: type[M]) -> M | None:
     """The mark of an annotation, also inside `X | None`, a list, or the keys of a mapping."""
     if annotation is Path and kind is Location:
         return typing.cast(M, Location())
-    for mark in getattr(annotation, "__metadata__", ()):
+    marks = annotation.__metadata__ if get_origin(annotation) is Annotated else ()
+    for mark in marks:
         if isinstance(mark, kind):
             return mark
     inner = get_args(annotation)

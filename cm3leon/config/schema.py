@@ -7,7 +7,7 @@ import functools
 import types
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, Union, get_args, get_origin
+from typing import Annotated, Any, Protocol, Union, get_args, get_origin, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ class NoSettings:
     """The `Config` of a component that has nothing to choose."""
 
 
+@runtime_checkable
+class SelfChecked(Protocol):
+    """A config class that refuses what the types of its fields cannot say."""
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not go together."""
+
+
+@runtime_checkable
 class ComponentChecker(Protocol):
     """What the metadata of an `Annotated[Component, ...]` has to offer; registries do."""
 

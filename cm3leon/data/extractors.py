@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +16,22 @@ from cm3leon.types import UserError
 from cm3leon.weights import check_no_adapter
 
 
-class Extractor(Protocol):
-    """What is seen in an image. Registered in `EXTRACTORS`, built as `cls(config)`."""
+class Extractor:
+    """Base of the extractors: what is seen in an image. Registered in `EXTRACTORS`, built as `cls(config)`."""
 
     kind: str
     """What the templates call it, of `FEATURES`."""
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         """The feature image (H, W, 3), uint8, of an image (H, W, 3), uint8."""
+        raise NotImplementedError
 
 
 @EXTRACTORS.register("canny")
-class Canny:
+class Canny(Extractor):
     """Canny's edges (1986), by scikit-image: white on black."""
 
     kind = "canny"
@@ -45,8 +47,7 @@ class Canny:
         high: NonNegativeFloat = 0.2
         """Gradient from which an edge begins."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         canny = _scikit_image("feature").canny
@@ -55,7 +56,7 @@ class Canny:
 
 
 @EXTRACTORS.register("soft_edge")
-class SoftEdge:
+class SoftEdge(Extractor):
     """How much the colours change, without any weights: it stands in for HED, whose edges are learned."""
 
     kind = "hed"
@@ -67,8 +68,7 @@ class SoftEdge:
         sigma: PositiveFloat = 1.5
         """Standard deviation of the Gaussian whose gradient is taken, in pixels."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         from scipy.ndimage import gaussian_gradient_magnitude
@@ -84,7 +84,7 @@ class SoftEdge:
 
 
 @EXTRACTORS.register("scribble")
-class Scribble:
+class Scribble(Extractor):
     """Strong edges as thick lines of one width, as a child would draw them."""
 
     kind = "scribble"
@@ -98,8 +98,7 @@ class Scribble:
         width: PositiveInt = 3
         """Of lines, in pixels."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         from scipy.ndimage import binary_dilation
@@ -111,7 +110,7 @@ class Scribble:
 
 
 @EXTRACTORS.register("regions")
-class Regions:
+class Regions(Extractor):
     """Felzenszwalb's regions of like colour (2004), each in a colour of its own: segments without their classes."""
 
     kind = "segmentation"
@@ -123,8 +122,7 @@ class Regions:
         scale: PositiveFloat = 200.0
         """Larger for larger regions."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
         segment = _scikit_image("segmentation").felzenszwalb
@@ -132,7 +130,7 @@ class Regions:
         return palette()[segment(pixels_HWC, scale=self.config.scale, min_size=least) % 256]
 
 
-class _Learned:
+class _Learned(Extractor):
     """Base of the extractors by a model in transformers' format on disk, which is loaded when it is first used."""
 
     loads: str
@@ -148,7 +146,7 @@ class _Learned:
     config: Config
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         if not (config.path / "config.json").is_file():
             raise UserError(
                 f"path is {config.path}, which holds no model in transformers' format: config.json is missing"
@@ -188,7 +186,7 @@ class Depth(_Learned):
 
 
 @EXTRACTORS.register("normals")
-class Normals:
+class Normals(Extractor):
     """Normals of the surface that the depth describes."""
 
     kind = "normals"
@@ -202,8 +200,10 @@ class Normals:
         strength: PositiveFloat = 4.0
         """Slope of a change of depth of 1 across the image's width."""
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self._depth = Depth(Depth.Config(path=config.path))
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from types import MethodType
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
@@ -73,9 +74,11 @@ def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
 
 def _file_of(load: Any) -> tuple[Files, str] | None:
     """The file that a call of `Files.image` would read, by its name; None for anything else."""
-    if not isinstance(load, partial) or getattr(load.func, "__func__", None) is not Files.image:
+    if not isinstance(load, partial) or not isinstance(load.func, MethodType):
         return None
-    files, name = load.func.__self__, load.args[0]  # type: ignore[attr-defined]  # a method, see above
+    files, name = load.func.__self__, load.args[0]
+    if load.func.__func__ is not Files.image or not isinstance(files, Files):
+        return None
     try:
         return files, files.located(name, load.keywords.get("beside", ""))
     except UnusableImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL.ImageFile import ImageFile
 from tqdm import tqdm
 
 from cm3leon.types import UserError
@@ -70,7 +72,8 @@ def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return decode_image(_file_content(image), max_pixels, Path(image).name)
     if isinstance(image, Image.Image):
-        with _reasons(getattr(image, "filename", "") or "image"):
+        name = os.fsdecode(image.filename) if isinstance(image, ImageFile) else ""
+        with _reasons(name or "image"):
             return _decoded(image, max_pixels)
     if isinstance(image, np.ndarray):
         return _array_pixels(image, max_pixels)
@@ -323,7 +326,7 @@ def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     value = image.info.get("transparency")
     if not isinstance(value, (int, tuple)) or image.mode == "P":
         return None
-    tiles = getattr(image, "tile", ())
+    tiles = image.tile if isinstance(image, ImageFile) else ()
     raw_mode = str(tiles[0].args) if tiles else image.mode
     if isinstance(value, tuple):
         return tuple(each >> 8 for each in value) if raw_mode.endswith(";16B") else value

@@ -178,8 +178,12 @@ class ParquetSource(FileSource):
     def _columns(self, schema: pa.Schema) -> _Columns:
         """The columns of a file. Raises BadRecord for a file that lacks one or has several."""
         config = self.config
-        for key in ("image_column", "caption_column", "id_column"):
-            name = getattr(config, key)
+        asked_for = {
+            "image_column": config.image_column,
+            "caption_column": config.caption_column,
+            "id_column": config.id_column,
+        }
+        for key, name in asked_for.items():
             if name is not None and name not in schema.names:
                 raise BadRecord(
                     f"has no column {name} for data.{key}; its columns are {', '.join(schema.names)}"

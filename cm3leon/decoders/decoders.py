@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated
 
 from torch import Tensor
 
@@ -18,37 +18,11 @@ from cm3leon.config import (
     Range,
     Temperature,
 )
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.guidance import classifier_free, contrastive_k, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, keep_top_p, penalize
 from cm3leon.registry import DECODERS
 from cm3leon.types import UserError
-
-
-class Decoder(Protocol):
-    """How the next token is chosen. Registered in `DECODERS`, built as `cls(config)`.
-
-    More attributes are looked for. `looks_back = True`: `logits` is also given `past`, for each row the columns of the
-    tokens that its answer has so far. `of(number)`: the decoder of that sample of a prompt, in its place. `beams`: rows
-    of a sample that are searched together, by `score`.
-    """
-
-    @property
-    def streams(self) -> int:
-        """Streams that it looks at, where a prompt has them: 1 the prompt alone, 2 also the unconditional one, 3 also
-        that with a part of the conditions."""
-
-    def __init__(self, config: Any) -> None: ...
-
-    def logits(
-        self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor
-    ) -> Tensor:
-        """Logits (B, V) that the next token is drawn from; -inf is never drawn.
-
-        Args:
-            conditional_BV: the model's float32 logits of the tokens that the grammar allows.
-            unconditional_BV: those of the unconditional stream; None without it.
-            others: those of a stream with a part of the conditions, where it asks for it and the prompt has one.
-        """
 
 
 @dataclass(kw_only=True)
@@ -68,7 +42,7 @@ class SamplingConfig:
     """For text: no run of so many tokens occurs twice in an answer; 0 allows all."""
 
 
-class _Sampling:
+class _Sampling(Decoder):
     """Draws from guided logits by temperature, top-k and top-p, with repetition control."""
 
     config: SamplingConfig
@@ -98,9 +72,6 @@ class TopP(_Sampling):
         """Weight of classifier-free guidance; 1 is none."""
 
     config: Config
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     @property
     def streams(self) -> int:
@@ -139,9 +110,6 @@ class TwoConditions(_Sampling):
 
     config: Config
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def logits(
         self,
         conditional_BV: Tensor,
@@ -161,7 +129,7 @@ class TwoConditions(_Sampling):
 
 
 @DECODERS.register("cd_k")
-class ContrastiveK:
+class ContrastiveK(Decoder):
     """Contrastive decoding with the k-th largest probability as its threshold (CD-K, paper section 3.2)."""
 
     streams = 2
@@ -180,8 +148,7 @@ class ContrastiveK:
         temperature: Temperature = 1.0
         """Divides the contrastive scores."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         if unconditional_BV is None:
@@ -193,15 +160,10 @@ class ContrastiveK:
 
 
 @DECODERS.register("greedy")
-class Greedy:
+class Greedy(Decoder):
     """The most likely token."""
 
-    streams = 1
-
     Config = NoSettings
-
-    def __init__(self, config: NoSettings) -> None:
-        self.config = config
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         best_B1 = conditional_BV.argmax(-1, keepdim=True)
@@ -211,14 +173,12 @@ class Greedy:
 
 
 @DECODERS.register("beam")
-class Beam:
+class Beam(Decoder):
     """Beam search: the tokens of the highest likelihood that so many beams find.
 
     Each run of tokens of one kind is searched by itself, a text, an image or a span of either: its best beam is kept,
     and what follows goes on from it.
     """
-
-    streams = 1
 
     @dataclass(kw_only=True)
     class Config:
@@ -229,12 +189,10 @@ class Beam:
         length_penalty: Annotated[float, Range(ge=0, le=10)] = 1.0
         """The log-likelihood of a run of tokens is divided by its length to this power; 0 favours short ones."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     @property
     def beams(self) -> int:
-        """Rows of a sample."""
         return self.config.beams
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
@@ -242,12 +200,11 @@ class Beam:
         return conditional_BV.log_softmax(-1)
 
     def score(self, log_likelihood: float, length: int) -> float:
-        """What finished answers are compared by."""
         return log_likelihood / max(length, 1) ** self.config.length_penalty
 
 
 @DECODERS.register("mixture")
-class Alternating:
+class Alternating(Decoder):
     """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K, as in the paper's figure 4."""
 
     @dataclass(kw_only=True)
@@ -264,25 +221,19 @@ class Alternating:
                 raise UserError("decoders is empty, at least one is needed")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self._decoders: list[Any] = [DECODERS.build(component) for component in config.decoders]
+        super().__init__(config)
+        self._decoders = [DECODERS.build(component) for component in config.decoders]
 
     @property
     def streams(self) -> int:
         return max(decoder.streams for decoder in self._decoders)
 
-    def of(self, number: int) -> Any:
-        """The decoder of a sample."""
+    def of(self, number: int) -> Decoder:
         rounds, own = divmod(number, len(self._decoders))
-        return decoder_of(self._decoders[own], rounds)
+        return self._decoders[own].of(rounds)
 
     def logits(
         self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor
     ) -> Tensor:
         """By the first of them, for a prompt's only sample."""
         return self._decoders[0].logits(conditional_BV, unconditional_BV, *others)
-
-
-def decoder_of(decoder: Any, number: int) -> Any:
-    """The decoder of a prompt's sample of that number."""
-    return decoder.of(number) if hasattr(decoder, "of") else decoder

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm3leon.decoders.decoders import Decoder
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.grammar import Allowed, Grammar, NewGrammar, exactly
 from cm3leon.decoders.processors import draw, gumbel_noise, stream_key
 from cm3leon.decoders.request import Request, Shape
 from cm3leon.decoders.steps import Recorder, Steps
+from cm3leon.models.base import Model
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Execution, Modality, NotFinite, UserError
 
@@ -32,7 +33,7 @@ class _Kind(NamedTuple):
     """Lanes of a kind choose their tokens in one go."""
 
     allowed: Allowed
-    decoder: Any
+    decoder: Decoder
     rows: int
     drafts: int
     """Drafts of a lane that are looked at."""
@@ -40,14 +41,14 @@ class _Kind(NamedTuple):
     """Tokens that are drawn for want of better drafts, all as if they were the next one."""
 
     @property
-    def beams(self) -> bool:
+    def searches(self) -> bool:
         """Whether its rows are beams, not streams."""
-        return hasattr(self.decoder, "beams") and self.allowed.forced is None
+        return self.decoder.beams > 0 and self.allowed.forced is None
 
     @property
     def streams(self) -> int:
         """Rows of a lane whose logits are wanted."""
-        return self.decoder.beams if self.beams else min(self.decoder.streams, self.rows)
+        return self.decoder.beams if self.searches else min(self.decoder.streams, self.rows)
 
 
 @dataclass(eq=False)
@@ -187,7 +188,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         vocab: Vocab,
         shape: Shape,
         *,
@@ -376,7 +377,7 @@ class Engine:
                     lane.chosen = lane.chosen[1:]
                 continue
             logits_CBWV = self._logits(kind, members, hidden_RWD)
-            if kind.beams:
+            if kind.searches:
                 for place, lane in enumerate(members):
                     self._search(kind, lane, logits_CBWV[:, place, 0])
             else:
@@ -398,7 +399,7 @@ class Engine:
         decoder = lane.decoders[lane.allowed.modality]
         if lane.chosen:
             return _Kind(exactly(lane.chosen[0]), decoder, len(lane.rows), 0, 0)
-        one_by_one = getattr(decoder, "looks_back", False) or hasattr(decoder, "beams")
+        one_by_one = decoder.looks_back or decoder.beams > 0
         most = self.window - 1 if lane.allowed.modality == "image" and not one_by_one else 0
         return _Kind(lane.allowed, decoder, len(lane.rows), min(len(lane.drafts), most), most)
 
@@ -440,7 +441,7 @@ class Engine:
         B, W = logits_CBWV.shape[1:3]
         column_V = self._columns(kind.allowed)
         past: dict[str, Any] = {}
-        if getattr(kind.decoder, "looks_back", False):
+        if kind.decoder.looks_back:
             place = {
                 int(column) + kind.allowed.low: place
                 for place, column in enumerate(column_V.tolist())

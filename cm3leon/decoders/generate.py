@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from cm3leon.decoders import grammar
-from cm3leon.decoders.decoders import Decoder, decoder_of
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.engine import Answer, Engine
 from cm3leon.decoders.request import Request, shape_for
+from cm3leon.models.base import Model
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Execution, Prompt, UserError
 
@@ -34,7 +35,12 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, vocab: Vocab, *, window: int | None = None, execution: Execution = "eager"
+        self,
+        model: Model,
+        vocab: Vocab,
+        *,
+        window: int | None = None,
+        execution: Execution = "eager",
     ) -> None:
         self.model, self.vocab, self.window, self.execution = model, vocab, window, execution
         self._kept: Engine | None = None
@@ -123,7 +129,7 @@ class Answerer:
 
 
 def answers(
-    model: Any,
+    model: Model,
     requests: Sequence[Request],
     *,
     vocab: Vocab,
@@ -139,7 +145,7 @@ def answers(
 
 
 def generate(
-    model: Any,
+    model: Model,
     prompts: Sequence[Prompt],
     decoder: Decoder,
     *,
@@ -222,5 +228,5 @@ def request_for(
         new: grammar.NewGrammar = partial(grammar.image, vocab, length)
     else:
         new = partial(grammar.text, vocab, length, *prompt.ends)
-    of = [{prompt.modality: decoder_of(decoder, number)} for number in range(len(seeds))]
+    of = [{prompt.modality: decoder.of(number)} for number in range(len(seeds))]
     return Request(streams, new, length, of, seeds)

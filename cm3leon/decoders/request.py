@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from cm3leon.decoders.decoders import Decoder
+from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.grammar import NewGrammar
 from cm3leon.decoders.memory import free_memory
+from cm3leon.models.base import Model
 from cm3leon.types import Modality, UserError
 
 WIDEST = 16
@@ -45,9 +45,9 @@ class Request:
 
     def rows(self) -> int:
         """Rows of a sample: its streams as often as its beams need them."""
-        beams = max(getattr(decoder, "beams", 1) for of in self.decoders for decoder in of.values())
+        beams = max(decoder.beams for of in self.decoders for decoder in of.values())
         streams = len(self.used())
-        return -(-beams // streams) * streams
+        return -(-max(1, beams) // streams) * streams
 
     def shared(self) -> int:
         """Tokens that all streams begin with; the last one of each is not counted."""
@@ -88,7 +88,7 @@ class Shape:
 
 
 def shape_for(
-    model: Any,
+    model: Model,
     requests: Sequence[Request],
     *,
     samples: int = 256,

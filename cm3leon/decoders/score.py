@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.models.base import Model
 from cm3leon.types import NotFinite, UserError
 
 TOKENS = 2**13
@@ -19,7 +19,7 @@ TOKENS = 2**13
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: Any, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    model: Model, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
 ) -> list[float]:
     """Sum over an answer's tokens of log p(token | prompt, tokens before), in nats, over the whole vocabulary.
 

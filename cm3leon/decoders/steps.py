@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cm3leon.models.base import Model
+from cm3leon.models.cache import KVCache
 from cm3leon.types import Execution, UserError
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -31,8 +32,8 @@ class Steps:
 
     def __init__(
         self,
-        model: Any,
-        cache: Any,
+        model: Model,
+        cache: KVCache,
         *,
         window: int,
         execution: Execution,

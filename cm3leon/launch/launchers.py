@@ -8,11 +8,11 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedSubmissionError, UncompletedJobError
@@ -29,31 +29,40 @@ from cm3leon.types import UserError
 
 YEAR = 365 * 24 * 60
 """Minutes; jobs of this machine have no time limit, and submitit wants one."""
-_DIRECTIVES = ("partition", "account", "qos", "constraint")
-"""Settings that are texts of the user's, each a line of the batch script."""
 UNSEEN = 66
 """Exit code of a job one of whose nodes does not see the run folder (EX_NOINPUT of sysexits.h)."""
 
 
-class Launcher(Protocol):
-    """What a registered launcher offers."""
+class Launcher:
+    """Base of the launchers. Registered in `LAUNCHERS`, built as `cls(config)`."""
 
-    detached: bool
+    detached: bool = False
     """Whether `launch` returns at once, and the jobs go on without it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @property
     def gpus(self) -> int:
         """GPUs of a training, on all nodes together; 1 where none are asked for."""
+        return 1
+
+    def parts(self, stage: str) -> int:
+        """Commands that make a stage in shards, or a study's answers."""
+        return 1
+
+    def resources(self, stage: str) -> Mapping[str, Any]:
+        """Settings that are other ones for the job of a stage."""
+        return {}
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
         """See `cm3leon.launch.submit`."""
+        raise NotImplementedError
 
 
 @LAUNCHERS.register("here")
-class Here:
+class Here(Launcher):
     """In this process, or as a rank of torchrun or srun; several commands run one after the other."""
-
-    detached = False
 
     @dataclass(kw_only=True)
     class Config:
@@ -62,8 +71,7 @@ class Here:
         gpus_per_node: PositiveInt = 8
         """GPUs of a node, in the files of older runs; nothing depends on it."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     @property
     def gpus(self) -> int:
@@ -74,18 +82,15 @@ class Here:
 
 
 @LAUNCHERS.register("torchrun")
-class Torchrun:
+class Torchrun(Launcher):
     """On this machine, in several processes that torchrun starts; several commands run one after the other."""
-
-    detached = False
 
     @dataclass(kw_only=True)
     class Config:
         processes: PositiveInt | None = None
         """Processes of a training; null = one a GPU, or a single one without a GPU."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     @property
     def gpus(self) -> int:
@@ -98,7 +103,7 @@ class Torchrun:
 
 
 @LAUNCHERS.register("local")
-class Local:
+class Local(Launcher):
     """A job of this machine (submitit's local executor) that goes on when the terminal is closed."""
 
     detached = True
@@ -114,12 +119,14 @@ class Local:
         max_deaths: PositiveInt = 3
         """Times that a command may die at the same step before it ends for good; until then it is started again."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     @property
     def gpus(self) -> int:
         return self.config.processes or 1
+
+    def parts(self, stage: str) -> int:
+        return self.config.parts
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
         refuse_twice(folder)
@@ -143,7 +150,7 @@ class Local:
 
 
 @LAUNCHERS.register("slurm")
-class Slurm:
+class Slurm(Launcher):
     """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays; they requeue themselves."""
 
     detached = True
@@ -190,8 +197,13 @@ class Slurm:
         def check(self) -> None:
             for name, given in self.stages.items():
                 from_mapping(Slurm.Config, given, f"stages.{name}")
-            # Each of these becomes a line of the batch script, which a line feed would end.
-            texts = {name: getattr(self, name) for name in _DIRECTIVES}
+            # Each of these texts becomes a line of the batch script, which a line feed would end.
+            texts = {
+                "partition": self.partition,
+                "account": self.account,
+                "qos": self.qos,
+                "constraint": self.constraint,
+            }
             for key, value in self.sbatch.items():
                 if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
                     raise UserError(
@@ -205,12 +217,17 @@ class Slurm:
                         f"{name} is {printable(text)}; it must not have control characters such as line feeds"
                     )
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     @property
     def gpus(self) -> int:
         return self.config.nodes * max(1, self.config.gpus_per_node)
+
+    def parts(self, stage: str) -> int:
+        return self.resources(stage).get("parts", self.config.parts)
+
+    def resources(self, stage: str) -> Mapping[str, Any]:
+        return self.config.stages.get(stage, {})
 
     def of(self, job: Job) -> Config:
         """The settings of one job."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cm3leon.config import Component, dump_yaml, recorded_settings
 from cm3leon.experiment import Experiment
@@ -79,17 +78,15 @@ def experiment_jobs(
     words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *_redo(own))
     if not is_shared_out(experiment):
         return [Job(name or "run", (_until(words, until),))]
+    launcher = LAUNCHERS.build(experiment.launcher)
     jobs: list[Job] = []
 
     def add(stage: str, *commands: Command, together: bool = False) -> None:
         title = f"{name}.{stage}" if name else stage
-        resources = _of_stage(experiment.launcher, stage)
-        jobs.append(Job(title, commands, resources, (jobs[-1].name,) if jobs else (), together))
+        after = (jobs[-1].name,) if jobs else ()
+        jobs.append(Job(title, commands, launcher.resources(stage), after, together))
 
-    parts = {
-        stage.name: _parts(experiment.launcher, stage.name) if stage.make_part else 1
-        for stage in stages
-    }
+    parts = {stage.name: launcher.parts(stage.name) if stage.make_part else 1 for stage in stages}
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         count = parts[stage.name]
         if count > 1:
@@ -125,19 +122,18 @@ def study_jobs(
         return jobs
     file = _frozen(replace(study, runs=frozen), folder)
     words = (f"experiment={file}", f"run={folder}", "launcher=here")
-    parts = _parts(study.launcher, ANSWERS)
+    launcher = LAUNCHERS.build(study.launcher)
+    parts = launcher.parts(ANSWERS)
     if parts > 1:
         after = (jobs[-1].name,) if jobs else ()
         commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
-        jobs.append(
-            Job(ANSWERS, commands, _of_stage(study.launcher, ANSWERS), after, together=False)
-        )
+        jobs.append(Job(ANSWERS, commands, launcher.resources(ANSWERS), after, together=False))
     after = (jobs[-1].name,) if jobs else ()
     jobs.append(
         Job(
             MEASURING,
             (_until(words, until),),
-            _of_stage(study.launcher, MEASURING),
+            launcher.resources(MEASURING),
             after,
             together=parts == 1,
         )
@@ -188,13 +184,3 @@ def _redo(names: Collection[str]) -> Command:
 
 def _until(words: Command, until: str | None) -> Command:
     return (*words, f"until={until}") if until else words
-
-
-def _of_stage(launcher: Component, stage: str) -> Mapping[str, Any]:
-    """What the launcher's section says of one stage."""
-    return getattr(launcher.config, "stages", {}).get(stage, {})
-
-
-def _parts(launcher: Component, stage: str) -> int:
-    """How many workers share what can be shared."""
-    return _of_stage(launcher, stage).get("parts", getattr(launcher.config, "parts", 1))

@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,26 @@ from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
 
 
-class Attention(Protocol):
-    """What a backend offers: softmax attention, scaled by 1/sqrt(E), inside the samples of packed blocks."""
+class Attention:
+    """Base of the backends: softmax attention, scaled by 1/sqrt(E), inside the samples of packed blocks."""
+
+    Config = NoSettings
+
+    def __init__(self, config: Any = None) -> None:
+        pass
 
     @staticmethod
     def missing(device: torch.device) -> str:
         """What is missing to train with it on that device, in a few words; "" if nothing is."""
-        ...
+        return ""
 
     def plan(self, sample_BT: Tensor) -> Any:
         """What all layers need of the samples' places: computed once a forward pass."""
-        ...
+        raise NotImplementedError
 
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
         """The values attended to, (B, A, T, E); `plan` None means one sample a row."""
-        ...
+        raise NotImplementedError
 
 
 def packed_mask(sample_BT: Tensor) -> Tensor:
@@ -69,17 +74,8 @@ def run_lengths(sample_BT: Tensor) -> list[int]:
 
 
 @ATTENTIONS.register("naive")
-class Naive:
+class Naive(Attention):
     """The formula, from a mask of all pairs of positions; in any precision, on any device."""
-
-    Config = NoSettings
-
-    def __init__(self, config: Any = None) -> None:
-        pass
-
-    @staticmethod
-    def missing(device: torch.device) -> str:
-        return ""
 
     def plan(self, sample_BT: Tensor) -> Tensor:
         return packed_mask(sample_BT)
@@ -97,20 +93,11 @@ LONG = 1024
 
 
 @ATTENTIONS.register("sdpa")
-class Sdpa:
+class Sdpa(Attention):
     """torch's scaled_dot_product_attention, from a mask of all pairs of positions; what a cache is read with, too.
 
     In long blocks on a CPU it takes the samples one by one: there the mask would not spare any of the work.
     """
-
-    Config = NoSettings
-
-    def __init__(self, config: Any = None) -> None:
-        pass
-
-    @staticmethod
-    def missing(device: torch.device) -> str:
-        return ""
 
     def plan(self, sample_BT: Tensor) -> Tensor | list[list[int]]:
         if sample_BT.device.type == "cpu" and sample_BT.shape[1] >= LONG:
@@ -137,13 +124,8 @@ class Sdpa:
 
 
 @ATTENTIONS.register("flex")
-class Flex:
+class Flex(Attention):
     """torch's FlexAttention, which leaves out blocks of positions without a common sample; trains on CUDA only."""
-
-    Config = NoSettings
-
-    def __init__(self, config: Any = None) -> None:
-        pass
 
     @staticmethod
     def missing(device: torch.device) -> str:
@@ -179,13 +161,8 @@ def _flex_attention(device: str) -> Callable[..., Tensor]:
 
 
 @ATTENTIONS.register("xformers")
-class Xformers:
+class Xformers(Attention):
     """xformers' memory_efficient_attention, with all samples of the blocks as one row and a block-diagonal mask."""
-
-    Config = NoSettings
-
-    def __init__(self, config: Any = None) -> None:
-        pass
 
     @staticmethod
     def missing(device: torch.device) -> str:

@@ -29,6 +29,11 @@ class Model(nn.Module):
     head: Any
     """The output layer, linear, without bias."""
 
+    @staticmethod
+    def missing() -> str:
+        """What is missing to build it on this machine, in a few words; "" if nothing is."""
+        return ""
+
     def hidden(
         self,
         ids_BT: Tensor,

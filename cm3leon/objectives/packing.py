@@ -11,7 +11,7 @@ query, and . is padding:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -124,12 +124,10 @@ def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool =
 def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
     """Blocks as one batch of tensors."""
 
-    def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(block, name) for block in blocks])).to(device)
-
-    return Batch(
-        stack("ids_T"), stack("target_T"), stack("weight_T"), stack("sample_T"), stack("position_T")
+    stacked = (
+        np.stack([getattr(block, field.name) for block in blocks]) for field in fields(Block)
     )
+    return Batch(*(torch.from_numpy(array).to(device) for array in stacked))
 
 
 def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> list[int]:

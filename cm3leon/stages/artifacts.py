@@ -14,15 +14,20 @@ from cm3leon.config import recorded_settings, result_settings, to_mapping
 from cm3leon.data.augment import varied
 from cm3leon.data.corpus import Corpus, Split
 from cm3leon.data.shards import INDEX, PLAN, open_shard
+from cm3leon.data.source import Source
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
 from cm3leon.io import digest_of, read_json, read_log, sha256
+from cm3leon.models.base import Model
+from cm3leon.objectives.base import Objective
 from cm3leon.records import MARKER, check_stage, read_array, read_stage
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
+from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.tokenizers.document import DocumentTokenizer, token_count
+from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
@@ -55,7 +60,7 @@ class Run:
     """Whether a file is compared with its recorded checksum before it is read, once in a process."""
     finished: bool = False
     """Whether the run was opened to be asked: stages that are not finished are refused then."""
-    asked_model: Any = None
+    asked_model: Model | None = None
     """The decoder that is asked in place of the one that the run trained; None = that one."""
 
     @cached_property
@@ -78,7 +83,7 @@ class Run:
         return opened_stage(self.bank_folder / name, *files, verify=self.verify)
 
     @cached_property
-    def source(self) -> Any:
+    def source(self) -> Source:
         """The corpus that the documents come from."""
         return SOURCES.build(self.experiment.data)
 
@@ -136,13 +141,13 @@ class Run:
         )
 
     @cached_property
-    def image_tokenizer(self) -> Any:
+    def image_tokenizer(self) -> ImageTokenizer:
         """The trained image tokenizer."""
         tokenizer = self.new_image_tokenizer()
         load_weights(self.stage("image_tokenizer", WEIGHTS) / WEIGHTS, tokenizer)
         return tokenizer.to(self.device).ready()
 
-    def new_image_tokenizer(self) -> Any:
+    def new_image_tokenizer(self) -> ImageTokenizer:
         """The image tokenizer before training; of a finished run, before its weights are read."""
         if self.finished and (self.folder / "image_tokenizer" / GEOMETRY).is_file():
             # Published files that the run was made from may be gone.
@@ -151,7 +156,7 @@ class Run:
         return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer)
 
     @cached_property
-    def image_tokenizer_shape(self) -> Any:
+    def image_tokenizer_shape(self) -> ImageTokenizer:
         """The image tokenizer without memory for its weights: sizes are all that it can be asked for."""
         with torch.device("meta"):
             return self.new_image_tokenizer()
@@ -213,7 +218,7 @@ class Run:
         return rows
 
     @cached_property
-    def retriever(self) -> Any:
+    def retriever(self) -> Retriever:
         """The trained retriever."""
         section = self.experiment.retriever
         # The run has the weights: published ones are neither read nor fetched again.
@@ -256,7 +261,7 @@ class Run:
     @property
     def retrieves_pairs_only(self) -> bool:
         """Whether the strategy always refuses documents without a text or an image, which no index holds then."""
-        return bool(getattr(self.experiment.retriever.config, "both_modalities", False))
+        return self.experiment.retriever.config.both_modalities
 
     def open_bank(self, *, with_added: bool = True) -> Bank:
         """The memory bank, with or without the documents that were added to it.
@@ -307,7 +312,7 @@ class Run:
         return TokenShard(open_shard(self.added_tokens_file))
 
     @cached_property
-    def objective(self) -> Any:
+    def objective(self) -> Objective:
         """The training objective."""
         return OBJECTIVES.build(self.experiment.objective, vocab=self.vocab)
 
@@ -317,7 +322,7 @@ class Run:
         return self.experiment.model.config.seq_len
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The trained decoder, or the one that is asked in its place."""
         if self.asked_model is not None:
             return self.asked_model
@@ -325,14 +330,14 @@ class Run:
         load_weights(self.stage("pretraining", WEIGHTS) / WEIGHTS, model)
         return model.to(self.device).eval()
 
-    def new_model(self) -> Any:
+    def new_model(self) -> Model:
         """The decoder as it is initialised, which the seed alone decides."""
         vocab_size = self.vocab.size
         torch.manual_seed(self.experiment.seed)
         self.new_image_tokenizer()  # its weights are the first numbers of this stream; the decoder's are to be others
         return MODELS.build(self.experiment.model, vocab_size=vocab_size)
 
-    def empty_model(self) -> Any:
+    def empty_model(self) -> Model:
         """The decoder, whatever its weights: for the meta device."""
         return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
 

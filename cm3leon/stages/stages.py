@@ -168,7 +168,7 @@ def _index_inputs(run: Run) -> dict[str, Any]:
 def _neighbours_inputs(run: Run) -> dict[str, Any]:
     settings = _neighbour_settings(run)
     # Where training draws none, none are looked for.
-    settings["max_documents"] = min(1, getattr(run.experiment.retriever.config, "max_documents", 1))
+    settings["max_documents"] = min(1, run.experiment.retriever.config.max_documents)
     return {"retriever": settings, **run.depends_on("seed"), "bank": bank_fingerprint(run)}
 
 

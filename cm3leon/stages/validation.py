@@ -15,6 +15,7 @@ from cm3leon.data.shards import open_shard
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShard
 from cm3leon.decoders.generate import generate
+from cm3leon.models.base import Model
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
@@ -138,7 +139,7 @@ class Drawing:
             ]
         return run.ranks.gather(found)[0]
 
-    def write(self, model: nn.Module, writer: Any, step: int) -> None:
+    def write(self, model: Model, writer: Any, step: int) -> None:
         """Draws, and puts the images into TensorBoard (`writer`, on the first rank). All ranks have to call it.
 
         `generated` has an image for each caption; in `generated_with_documents` those of the retrieved documents stand
@@ -160,7 +161,7 @@ class Drawing:
         writer.add_images("generated_with_documents", pictures_BHWC, step, dataformats="NHWC")
         writer.add_text("prompts_with_documents", "\n\n".join(texts), step)
 
-    def _draw(self, model: nn.Module, retrieved: Sequence[Sequence[int]]) -> np.ndarray:
+    def _draw(self, model: Model, retrieved: Sequence[Sequence[int]]) -> np.ndarray:
         """An image (H, W, C) for each document, on the first rank."""
         run, ranks = self._run, self._run.ranks
         mine = range(ranks.rank, len(self._rows), ranks.count)
@@ -202,8 +203,8 @@ class Drawing:
             documents = [run.bank_document(other) for other in found]
             with_image = [document for document in documents if document.segment("image")]
             codes = [run.tokenizer.codes(document) for document in with_image]
-            decoded = run.image_tokenizer.decode(np.stack(codes)) if codes else []
-            for place, shown_HWC in enumerate([*decoded, image_HWC], start=most - len(codes)):
+            shown = [*run.image_tokenizer.decode(np.stack(codes))] if codes else []
+            for place, shown_HWC in enumerate([*shown, image_HWC], start=most - len(codes)):
                 pictures_BHWC[number, :, place * (W + 2) : place * (W + 2) + W] = shown_HWC
             texts.append(
                 " | ".join(

@@ -155,7 +155,8 @@ def asked_items(
     Raises:
         UserError: where more than the share `missing` of them cannot be used.
     """
-    source: InstructionSource = SOURCES.build(data)
+    source = SOURCES.build(data)
+    assert isinstance(source, InstructionSource)  # see `check` of the protocols
     items: list[tuple[Document, Any]] = []
     skipped = 0
     for found in source.asked(size=size):

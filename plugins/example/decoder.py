@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm3leon.config import PositiveFloat, Probability
+from cm3leon.decoders.base import Decoder
 from cm3leon.registry import DECODERS
 
 
 @DECODERS.register("min_p")
-class MinP:
+class MinP(Decoder):
     """Samples among the tokens that are not much less likely than the most likely one.
 
     Of the probabilities 0.6, 0.3, 0.07 and 0.03, min_p = 0.1 keeps the first three.
     """
-
-    streams = 1
 
     @dataclass(kw_only=True)
     class Config:
@@ -28,8 +27,7 @@ class MinP:
         temperature: PositiveFloat = 1.0
         """Divides the logits before."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def logits(self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None) -> Tensor:
         scaled_BV = conditional_BV / self.config.temperature

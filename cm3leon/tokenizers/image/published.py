@@ -289,7 +289,7 @@ class PublishedVQ(VQModel):
         return files_digest(self._files, [f.suffix if single else f.name for f in self._files])
 
     def signal_of(self, codes_BHW: Tensor) -> Tensor:
-        if not hasattr(self, "decoder"):
+        if not self._geometry["decoder"]:
             raise UserError(
                 f"{self.config.path} has no decoder (transformers' Chameleon has none), so its codes cannot be turned "
                 "into images; Chameleon's own vqgan.ckpt has one"
