@@ -10,6 +10,9 @@ Number = TypeVar("Number", int, np.ndarray)
 """An int, or an array (B,) of uint64: one body of code serves both, as arithmetic on the latter is modulo 2^64."""
 
 GOLDEN = 0x9E3779B97F4A7C15
+"""What the states of SplitMix64 are apart, 2^64 over the golden ratio."""
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""Of SplitMix64's output function."""
 LOW_64 = (1 << 64) - 1
 
 
@@ -35,8 +38,11 @@ def mixed(*numbers: int) -> int:
 
 
 def split_mix(x: Number) -> Number:
-    """The output function of SplitMix64: a bijection of 64 bits in which each bit depends on all others."""
+    """The output function of SplitMix64: a bijection of 64 bits in which each bit depends on all others.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014.
+    """
     x = (x + GOLDEN) & LOW_64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & LOW_64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & LOW_64
+    x = ((x ^ (x >> 30)) * MULTIPLIERS[0]) & LOW_64
+    x = ((x ^ (x >> 27)) * MULTIPLIERS[1]) & LOW_64
     return x ^ (x >> 31)

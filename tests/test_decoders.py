@@ -20,7 +20,7 @@ from cm3leon.decoders.decoders import Beam, ContrastiveK, Greedy, TopP, TwoCondi
 from cm3leon.decoders.engine import Answer
 from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
-from cm3leon.decoders.processors import draw, gumbel_noise, keep_top_p, split_mix, stream_key
+from cm3leon.decoders.processors import draw, gumbel_noise, keep_top_p, random_bits, stream_key
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover
 from cm3leon.tokenizers.vocab import Vocab
@@ -192,7 +192,7 @@ def test_greedy_keeps_the_likeliest_alone() -> None:
 
 def test_numbers_are_those_of_split_mix() -> None:
     """Its stream from 1234567, as published for the generator of Java and Xoshiro's authors."""
-    found_N = split_mix(torch.tensor(1234567), torch.arange(5))
+    found_N = random_bits(torch.tensor(1234567), torch.arange(5))
     expected = [
         6457827717110365317,
         3203168211198807973,
@@ -253,7 +253,7 @@ def test_what_cannot_be_is_never_drawn(
     )  # at least one token may be drawn
     logits_BV = logits_BV.masked_fill(gone_BV, -torch.inf)
     numbers_BV = torch.full((4, size), bits, dtype=torch.int64) << 32
-    with patch("cm3leon.decoders.processors.split_mix", lambda key, index: numbers_BV):
+    with patch("cm3leon.decoders.processors.random_bits", lambda key, index: numbers_BV):
         noise_BV = gumbel_noise(torch.tensor(0), torch.tensor(0))
     assert noise_BV.isfinite().all()
     assert logits_BV.gather(1, draw(logits_BV, noise_BV)[:, None]).isfinite().all()

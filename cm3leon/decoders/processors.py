@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm3leon.seeds import GOLDEN, MULTIPLIERS
+
 
 def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
     """Keeps the `top_k` most likely tokens and those as likely as the last of them, others become -inf; 0 keeps all."""
@@ -58,23 +60,20 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     return logits_BV.masked_fill(removed_BV, -torch.inf)
 
 
-_GAMMA, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
 def stream_key(seed: int) -> int:
     """The start of a seed's stream of random numbers, well apart from those of other seeds."""
     return _signed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
-def split_mix(key: Tensor, index: Tensor) -> Tensor:
+def random_bits(key: Tensor, index: Tensor) -> Tensor:
     """Numbers of SplitMix64's stream that starts at `key`, all 64 bits, as int64 of the shapes broadcast.
 
-    Any number is had without those before it, on any device, so that a draw depends on its place alone.
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014; int64 wraps as uint64 does.
+    Any number is had without those before it, on any device, so that a draw depends on its place alone. It is
+    `seeds.split_mix` for tensors, which have no unsigned integers to compute with: int64 wraps as uint64 does.
     """
-    z = key + (index + 1) * _signed(_GAMMA)
-    z = (z ^ _shifted(z, 30)) * _signed(_MIX[0])
-    z = (z ^ _shifted(z, 27)) * _signed(_MIX[1])
+    z = key + (index + 1) * _signed(GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(MULTIPLIERS[0])
+    z = (z ^ _shifted(z, 27)) * _signed(MULTIPLIERS[1])
     return z ^ _shifted(z, 31)
 
 
@@ -84,7 +83,7 @@ def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
     The largest of logits + noise is drawn from softmax(logits).
     """
     # Half a step from 0, and rounded to float32 only here: small numbers, which make large noise, keep all their bits.
-    uniform = (_shifted(split_mix(key, index), 32) + 0.5) * 2.0**-32
+    uniform = (_shifted(random_bits(key, index), 32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 
