@@ -22,16 +22,11 @@ import numpy as np
 import torch
 
 from cm3leon.data.shards import shard_path, write_plan
-from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import (
-    Bank,
-    IndexConfig,
-    add_shard,
-    exact_search,
-    merge,
-    recall_at,
-    train,
-)
+from cm3leon.retrievers.bank import Bank
+from cm3leon.retrievers.index import IndexConfig, add_shard, merge, train
+from cm3leon.retrievers.parts import Parts
+from cm3leon.retrievers.recall import recall_at
+from cm3leon.retrievers.search import exact_search
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 
 WIDTH, LATENT, CENTRES, SHARD, QUERIES = 512, 64, 2_000, 50_000, 1024

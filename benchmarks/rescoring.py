@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import cm3leon.data.shards as shards_module
 from cm3leon.data.shards import shard_path, write_plan
-from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import IndexConfig
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 from cm3leon.stages.sharing import BATCH
 

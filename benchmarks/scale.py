@@ -28,9 +28,10 @@ from cm3leon.data.images import decode_image, square
 from cm3leon.data.shards import shard_path, write_plan
 from cm3leon.data.token_shards import Tokenizers, TokenShards, finish_tokens, write_token_shard
 from cm3leon.registry import IMAGE_TOKENIZERS, RETRIEVERS, discover
-from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank, IndexConfig, lists_for, merge
+from cm3leon.retrievers.bank import Bank
+from cm3leon.retrievers.index import IndexConfig, lists_for, merge
 from cm3leon.retrievers.neighbours import neighbours_of
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 from cm3leon.types import TokenDocument, TokenSegment
 

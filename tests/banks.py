@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from cm3leon.data.shards import shard_path, write_plan
-from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank, IndexConfig, merge
+from cm3leon.retrievers.bank import Bank
+from cm3leon.retrievers.index import IndexConfig, merge
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 
 

@@ -16,19 +16,10 @@ from hypothesis import strategies as st
 
 from cm3leon.config import from_mapping
 from cm3leon.data.shards import DamagedShard, shard_path, write_plan
-from cm3leon.retrievers import index as index_module
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers import search as search_module
+from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.dense import DenseRetriever
-from cm3leon.retrievers.index import (
-    Bank,
-    IndexConfig,
-    add_shard,
-    exact_search,
-    lists_for,
-    merge,
-    recall_at,
-    train,
-)
+from cm3leon.retrievers.index import IndexConfig, add_shard, lists_for, merge, train
 from cm3leon.retrievers.neighbours import (
     NeighbourShards,
     draw,
@@ -36,6 +27,9 @@ from cm3leon.retrievers.neighbours import (
     neighbours_of,
     write_neighbour_shard,
 )
+from cm3leon.retrievers.parts import Parts
+from cm3leon.retrievers.recall import recall_at
+from cm3leon.retrievers.search import exact_search
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
 from cm3leon.stages.neighbours import make_index, make_index_part
@@ -164,7 +158,7 @@ def assert_best(parts: Parts, queries_QD: np.ndarray, found_QK: np.ndarray) -> N
 def test_exact_search_through_all_shards_is_brute_force(
     tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "PIECE", piece)
+    monkeypatch.setattr(search_module, "PIECE", piece)
     parts, queries = clustered(0, 200), clustered(1, 20).text_BD
     vectors = VectorShards(write(tmp_path / "vectors", parts))
     assert_best(parts, queries, exact_search(vectors, queries, 7))

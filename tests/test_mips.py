@@ -20,7 +20,7 @@ import torch
 from test_index import SMALL_IVF, build, clustered
 
 from cm3leon.retrievers import mips
-from cm3leon.retrievers.index import Bank
+from cm3leon.retrievers.bank import Bank
 from cm3leon.types import UserError
 
 Made = tuple[tuple[Path, Path], np.ndarray]

@@ -26,7 +26,7 @@ from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import load_experiment
 from cm3leon.io import sha256
 from cm3leon.registry import DECODERS, RETRIEVERS, _module_name
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.parts import Parts
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretrain import first_weights
 from cm3leon.stages.trust import Opening

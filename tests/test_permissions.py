@@ -19,8 +19,8 @@ from cm3leon.data.shards import ShardFolder, open_shard
 from cm3leon.models.pretrained import load_model
 from cm3leon.permissions import check_folder_readable, use_umask
 from cm3leon.provenance import snapshot
-from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank
+from cm3leon.retrievers.bank import Bank
+from cm3leon.retrievers.parts import Parts
 from cm3leon.tokenizers.image.published_files import open_weights
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3leon.training.checkpoint import Checkpoints, save_weights

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from cm3leon.config import from_mapping
 from cm3leon.data.corpus import split_of_key
 from cm3leon.registry import RETRIEVERS, discover
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
-from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.neighbours import draw, neighbours_of
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import UserError
 

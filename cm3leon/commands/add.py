@@ -50,7 +50,7 @@ def _add(run: Run, options: Options) -> None:
 
     from cm3leon.data.source import Skipped
     from cm3leon.data.token_shards import write_token_shard
-    from cm3leon.retrievers.bank import Parts
+    from cm3leon.retrievers.parts import Parts
     from cm3leon.stages.neighbours import document_parts
     from cm3leon.stages.sharing import batches
     from cm3leon.stages.tokens import token_documents

@@ -30,8 +30,8 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.block_stream import SAMPLE, Samples, Uncut, new_lane
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.objectives.packing import fit, pack
-from cm3leon.retrievers.bank import MODALITIES, Parts
 from cm3leon.retrievers.neighbours import draw
+from cm3leon.retrievers.parts import MODALITIES, Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run

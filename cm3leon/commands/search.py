@@ -16,7 +16,7 @@ from cm3leon.terminal import printable
 from cm3leon.types import TokenDocument, UserError
 
 if TYPE_CHECKING:
-    from cm3leon.retrievers.bank import Parts
+    from cm3leon.retrievers.parts import Parts
     from cm3leon.stages.artifacts import Run
 
 

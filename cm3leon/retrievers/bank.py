@@ -1,50 +1,157 @@
-"""Vectors of the text and the image parts of documents, in memory."""
+"""The memory bank: documents on disk, known by their rows, that are searched by text or by image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cm3leon.types import Modality
+from cm3leon.data.shards import open_shard, read_plan
+from cm3leon.io import check_shape, read_json
+from cm3leon.permissions import check_readable
+from cm3leon.retrievers.index import ADDED, FIGURES, read_index
+from cm3leon.retrievers.mips import Searcher, import_faiss
+from cm3leon.retrievers.parts import Parts
+from cm3leon.retrievers.search import CodeSearch, best
+from cm3leon.retrievers.strategy import NONE
+from cm3leon.retrievers.vectors import VectorShards, write_vector_shard
+from cm3leon.types import UserError
 
-MODALITIES: tuple[Modality, ...] = ("text", "image")
 
+class Bank:
+    """A memory bank on disk, searched by text or by image; documents can be added without a rebuild.
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Unit vectors of the text and image parts of documents, (B, D) each; zeros where a document lacks one.
+    Added documents have the rows after all others, and are searched exactly; `added_ids` are theirs.
 
-    Documents may have several dimensions, such as the candidates of each query: (Q, K, D).
+    Args:
+        expect: what the vectors' plan has to say of the encoder.
+        with_added: whether documents that were added are in it.
+        verify: compare the checksum of each shard of vectors when it is first opened.
+
+    Raises:
+        UserError: for a folder that is not finished, or vectors of another encoder.
     """
 
-    text_BD: np.ndarray
-    image_BD: np.ndarray
+    def __init__(
+        self,
+        vectors: Path,
+        index: Path,
+        expect: Mapping[str, Any] | None = None,
+        *,
+        with_added: bool = True,
+        verify: bool = True,
+    ) -> None:
+        self.vectors = VectorShards(vectors, expect, verify=verify)
+        self._folder = index
+        check_readable(index / FIGURES)
+        try:
+            figures = read_json(
+                index / FIGURES, {"documents": int, "kind": str, "config": {"rescored": int}}
+            )
+        except UserError as error:
+            raise UserError(
+                f"{index} holds no finished index: its {FIGURES} is missing or unreadable"
+            ) from error
+        if figures["documents"] != len(self.vectors):
+            raise UserError(
+                f"{index} is the index of {figures['documents']} documents, {vectors} has {len(self.vectors)}; "
+                "make the index again"
+            )
+        self._exact = figures["kind"] == "exact"
+        if not self._exact:
+            check_shape(figures, {"nprobe": int}, str(index / FIGURES))
+        # An index made before documents were left out has all of them.
+        self.pairs_only = bool(figures.get("pairs_only", False))
+        made = _flat(self.vectors, self.pairs_only) if self._exact else read_index(index)
+        self._indexed = int(made.ntotal)
+        self._searcher = Searcher(made)
+        if self._exact:
+            self._searched = self.vectors.searched(self.pairs_only)
+        else:
+            self._nprobe = int(figures["nprobe"])
+            rescored = int(figures["config"]["rescored"])
+            self._by_codes = CodeSearch(self._searcher, self.vectors, made.nlist, rescored)
+        self.added_ids: list[str] = []
+        self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
+        if with_added and (index / ADDED).is_file():
+            shard = open_shard(index / ADDED)
+            parts = Parts(*(shard.numbers(name).astype(np.float32) for name in ("text", "image")))
+            self.add(shard.strings("id"), parts)
 
-    def mean(self) -> np.ndarray:
-        """One vector a document: the mean of its normalised parts (paper section 2.2), of the one where it has one."""
-        count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[..., None]
-        return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
+    def __len__(self) -> int:
+        return len(self.vectors) + len(self.added_ids)
 
-    def has(self, modality: Modality) -> np.ndarray:
-        """Which documents have that part, boolean (B,)."""
-        return np.any(self.text_BD if modality == "text" else self.image_BD, axis=-1)
+    @property
+    def searchable(self) -> int:
+        """Number of documents that a search may find."""
+        return self._indexed + len(self._added.searched(self.pairs_only))
 
-    def searched(self, pairs_only: bool) -> np.ndarray:
-        """Places (N,) of the documents that an index holds: all, or those that have both parts."""
-        if not pairs_only:
-            return np.arange(len(self.text_BD))
-        return np.flatnonzero(self.has("text") & self.has("image"))
+    @property
+    def place(self) -> str:
+        """Where it is searched, see `Searcher`."""
+        return self._searcher.place
 
-    def rows(self, rows: Any) -> Parts:
-        """The parts of some documents."""
-        return Parts(self.text_BD[rows], self.image_BD[rows])
+    def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
+        """Adds documents, and returns their rows; `save_added` keeps them for the next time."""
+        first = len(self)
+        self.added_ids += ids
+        self._added = Parts.concatenate([self._added, parts])
+        return np.arange(first, len(self))
 
-    @staticmethod
-    def concatenate(parts: Sequence[Parts]) -> Parts:
-        """The documents of all, one after the other."""
-        return Parts(
-            np.concatenate([p.text_BD for p in parts]), np.concatenate([p.image_BD for p in parts])
+    def save_added(self) -> None:
+        """Writes the added documents beside the index; whoever opens it finds them."""
+        plan = read_plan(self.vectors.folder)
+        write_vector_shard(self._folder / ADDED, self.added_ids, self._added, plan)
+
+    def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
+        """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
+        query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+        if self._exact:
+            places_QK = self._searcher.search(query_QD, count)
+            found_QK = np.full_like(places_QK, NONE)
+            found = places_QK != NONE
+            found_QK[found] = self._searched[places_QK[found]]
+        else:
+            found_QK = self._by_codes(query_QD, count, nprobe=self._nprobe)
+        added_M = self._added.searched(self.pairs_only)
+        if not len(added_M):
+            return found_QK
+        scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
+        scores_QK[found_QK == NONE] = -np.inf
+        added_QM = np.broadcast_to(len(self.vectors) + added_M, (len(query_QD), len(added_M)))
+        scores_QM = query_QD @ self._added.mean()[added_M].T
+        return best(
+            np.concatenate([scores_QK, scores_QM], 1),
+            np.concatenate([found_QK, added_QM], 1),
+            count,
+        )[1]
+
+    def parts_of(self, rows: np.ndarray) -> Parts:
+        """The parts of some rows, (*rows.shape, D) each; zeros for a negative row."""
+        added = rows >= len(self.vectors)
+        parts = self.vectors.parts(np.where(added, NONE, rows))
+        places = rows[added] - len(self.vectors)
+        parts.text_BD[added], parts.image_BD[added] = (
+            self._added.text_BD[places],
+            self._added.image_BD[places],
         )
+        return parts
+
+    def id(self, row: int) -> str:
+        """The id of a document."""
+        return (
+            self.vectors.id(row)
+            if row < len(self.vectors)
+            else self.added_ids[row - len(self.vectors)]
+        )
+
+
+def _flat(vectors: VectorShards, pairs_only: bool) -> Any:
+    """The vectors as they are, for exact search."""
+    index = import_faiss().IndexFlatIP(vectors.width)
+    for number in range(vectors.count):
+        parts = vectors.shard(number)
+        index.add(parts.mean()[parts.searched(pairs_only)])
+    return index

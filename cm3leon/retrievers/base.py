@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
-from cm3leon.retrievers.bank import Parts
-from cm3leon.retrievers.index import Bank
+from cm3leon.retrievers.bank import Bank
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import Modality
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, write_shard
-from cm3leon.retrievers.bank import MODALITIES, Parts
+from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.base import Retriever
-from cm3leon.retrievers.index import Bank
+from cm3leon.retrievers.parts import MODALITIES, Parts
 from cm3leon.retrievers.strategy import NONE
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.parts import Parts
 
 NONE = -1
 """Stands where there is no row."""

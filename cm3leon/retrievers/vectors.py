@@ -12,7 +12,7 @@ import torch
 
 from cm3leon.data.shards import PLAN, Shard, ShardFolder, finish, read_plan, write_shard
 from cm3leon.io import check_shape
-from cm3leon.retrievers.bank import Parts
+from cm3leon.retrievers.parts import Parts
 from cm3leon.types import UserError
 from cm3leon.weights import check_finite
 
@@ -95,6 +95,13 @@ class VectorShards:
     def first(self, number: int) -> int:
         """The first row of a shard."""
         return self._shards.first(number)
+
+    def searched(self, pairs_only: bool) -> np.ndarray:
+        """Rows (N,) of the documents that an index holds, see `Parts.searched`."""
+        if not pairs_only:
+            return np.arange(len(self))
+        found = [self.first(k) + self.shard(k).searched(pairs_only) for k in range(self.count)]
+        return np.concatenate(found)
 
     def parts(self, rows: np.ndarray) -> Parts:
         """The vectors of some rows, float32, (*rows.shape, D) each; a negative row is zeros.

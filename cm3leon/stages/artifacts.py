@@ -23,8 +23,8 @@ from cm3leon.models.base import Model
 from cm3leon.objectives.base import Objective
 from cm3leon.records import MARKER, check_stage, read_array, read_stage
 from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, OBJECTIVES, RETRIEVERS, SOURCES
+from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.base import Retriever
-from cm3leon.retrievers.index import Bank
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.tokenizers.document import DocumentTokenizer, token_count
 from cm3leon.tokenizers.image.base import ImageTokenizer

@@ -16,7 +16,6 @@ from cm3leon.data.token_shards import NO_LABEL
 from cm3leon.io import write_json
 from cm3leon.locks import locked
 from cm3leon.records import read_stage
-from cm3leon.retrievers.bank import Parts
 from cm3leon.retrievers.index import add_shard, merge, train
 from cm3leon.retrievers.neighbours import (
     NeighbourShards,
@@ -24,6 +23,7 @@ from cm3leon.retrievers.neighbours import (
     neighbours_of,
     write_neighbour_shard,
 )
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
