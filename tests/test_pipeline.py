@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from cm3leon.stages import pipeline
-from cm3leon.stages.pipeline import Stage, run_part, run_stages
+from cm3leon.stages.pipeline import run_part, run_stages
+from cm3leon.stages.stage import Stage, read_record
 from cm3leon.types import UserError
 
 
@@ -263,7 +264,8 @@ def test_a_stage_that_is_made_again_and_stopped_is_unfinished(folder: Path) -> N
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from cm3leon.stages.pipeline import Stage, run_stages
+from cm3leon.stages.stage import Stage
+from cm3leon.stages.pipeline import run_stages
 
 def make(run, folder):
     steps = sorted(folder.glob("step *.txt"))
@@ -649,7 +651,7 @@ def test_a_record_that_names_files_outside_deletes_nothing(
     assert victim.read_text() == "precious"
     marker.write_text(json.dumps({"fingerprint": "0" * 64, "files": {name: ""}}))
     with pytest.raises(UserError, match=r"stage\.json names .*, which is not a file in the stage"):
-        pipeline.read_record(marker)
+        read_record(marker)
 
 
 @pytest.mark.parametrize(
@@ -669,7 +671,7 @@ def test_a_record_that_is_none_is_named_and_made_anew(folder: Path, content: Any
     marker = folder / "b" / "stage.json"
     marker.write_text(json.dumps(content))
     with pytest.raises(UserError) as refusal:
-        pipeline.read_record(marker)
+        read_record(marker)
     assert str(refusal.value).startswith(str(marker))
     assert go(folder).made == ["b"]
 

@@ -62,7 +62,7 @@ def main(options: Options) -> int | None:
 
 def _run_study(options: Options) -> int | None:
     from cm3leon.records import refuse_other_kind
-    from cm3leon.stages.pipeline import check_run_folder
+    from cm3leon.stages.folders import check_run_folder
     from cm3leon.study import load_study, run_study
     from cm3leon.study.run import check_study_redo, check_until
 

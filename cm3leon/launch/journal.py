@@ -22,7 +22,8 @@ from typing import Any
 
 from cm3leon.io import read_log
 from cm3leon.records import MARKER
-from cm3leon.stages.pipeline import STARTED, SUPERSEDED
+from cm3leon.stages.folders import SUPERSEDED
+from cm3leon.stages.stage import STARTED
 from cm3leon.training.steps import checkpoints, step_of
 from cm3leon.types import AGAIN, REFUSED
 

@@ -12,8 +12,9 @@ from cm3leon.io import digest_of, write_text
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.pipeline import check_redo, check_run_folder, number_of
+from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.sharing import is_shared_out
+from cm3leon.stages.stage import check_redo, number_of
 from cm3leon.stages.stages import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo

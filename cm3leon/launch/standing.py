@@ -11,7 +11,7 @@ from cm3leon.config import load_yaml
 from cm3leon.io import read_log
 from cm3leon.locks import locked
 from cm3leon.records import KINDS, MARKER, STAGES
-from cm3leon.stages.pipeline import STARTED
+from cm3leon.stages.stage import STARTED
 from cm3leon.training.steps import numbered, step_of
 from cm3leon.types import UserError
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER, STAGES
-from cm3leon.stages.pipeline import SUPERSEDED, StageRecord, changed_parts, differences, read_record
+from cm3leon.stages.differences import changed_parts, differences
+from cm3leon.stages.folders import SUPERSEDED
+from cm3leon.stages.stage import StageRecord, read_record
 from cm3leon.types import UserError
 
 SHOWN = 3

@@ -28,8 +28,8 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations
-from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
+from cm3leon.stages.stage import Part
 from cm3leon.types import Document, UserError
 
 STRATEGY = "strategy.json"

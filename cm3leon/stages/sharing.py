@@ -18,7 +18,7 @@ from cm3leon.data.shards import open_shard, shard_path
 from cm3leon.experiment import Experiment
 from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import Part
+from cm3leon.stages.stage import Part
 from cm3leon.training.device import best_device
 from cm3leon.types import Document, UserError
 

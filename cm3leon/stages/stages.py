@@ -19,6 +19,7 @@ from cm3leon.stages.artifacts import ENCODER, GEOMETRY, IMAGE_TOKENIZER, TEXT_TO
 from cm3leon.stages.checks import check_settings
 from cm3leon.stages.documents import make_documents
 from cm3leon.stages.evaluation import RESULTS, make_evaluation
+from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.image_tokenizer import make_image_tokenizer
 from cm3leon.stages.neighbours import (
     STRATEGY,
@@ -31,14 +32,9 @@ from cm3leon.stages.neighbours import (
     make_vectors_part,
 )
 from cm3leon.stages.pipeline import (
-    Part,
-    Stage,
-    check_redo,
-    check_run_folder,
     check_unasked,
     first_unfinished,
     is_finished,
-    number_of,
     run_part,
     run_stages,
 )
@@ -47,6 +43,7 @@ from cm3leon.stages.publish import publish
 from cm3leon.stages.reconstruction import FIGURES, make_reconstruction
 from cm3leon.stages.retrieve import make_retriever
 from cm3leon.stages.sharing import is_shared_out
+from cm3leon.stages.stage import Part, Stage, check_redo, number_of
 from cm3leon.stages.text_tokenizer import make_text_tokenizer, text_tokenizer_inputs
 from cm3leon.stages.tokens import longest_document, make_tokens, make_tokens_part
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest

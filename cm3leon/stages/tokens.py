@@ -17,8 +17,8 @@ from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.pipeline import Part
 from cm3leon.stages.sharing import batches, share_out, with_progress
+from cm3leon.stages.stage import Part
 from cm3leon.tokenizers.document import token_count
 from cm3leon.types import (
     Document,

@@ -1,0 +1,58 @@
+"""What differs between two records of a stage, in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from cm3leon.stages.stage import StageRecord
+
+DIFFERENCES = 5
+"""Settings that a refusal names, if more differ."""
+
+
+def differences(before: StageRecord, now: StageRecord) -> list[str]:
+    """What differs between what a stage was made from and what it is to be made from, in words."""
+    if before.version is None:
+        return [
+            "it was made by an earlier version of CM3Leon, whose record does not say from which settings"
+        ]
+    was, is_ = _flat(before.inputs), _flat(now.inputs)
+    keys = [key for key in dict.fromkeys([*was, *is_]) if was.get(key) != is_.get(key)]
+    found = [
+        f"{key or 'its input'} was {_short(was.get(key))}, is {_short(is_.get(key))}"
+        for key in keys[:DIFFERENCES]
+    ]
+    if len(keys) > DIFFERENCES:
+        found.append(f"{len(keys) - DIFFERENCES} more settings differ")
+    if before.version != now.version:
+        found.append(f"its code is of version {now.version}, it was of version {before.version}")
+    return found
+
+
+def changed_parts(before: StageRecord, now: StageRecord) -> list[str]:
+    """The stages, and files of stages, that were others when a stage was made."""
+    pairs = ((before.needs, now.needs), (before.made_with, now.made_with))
+    return [name for old, new in pairs for name in new if old.get(name) != new[name]]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if re.fullmatch(r'"[0-9a-f]{64}"', text):  # a checksum, of which the beginning says enough
+        return text[1:13]
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of such, as one mapping with dotted keys."""
+    if isinstance(value, dict) and value:
+        entries = value.items()
+    elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+        entries = {str(number): inner for number, inner in enumerate(value)}.items()
+    else:
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, inner in entries:
+        flat |= _flat(inner, f"{key}.{name}".strip("."))
+    return flat

@@ -1,0 +1,218 @@
+"""What a run is about to do, found out before anything in its folder is touched.
+
+What would be lost, or made anew at great expense, is said and has to be asked for with `redo=`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+from cm3leon.io import digest_of
+from cm3leon.records import MARKER
+from cm3leon.stages.differences import DIFFERENCES, changed_parts, differences
+from cm3leon.stages.folders import SUPERSEDED, attic, damaged_files, is_kept, refuse_foreign_files
+from cm3leon.stages.stage import (
+    STARTED,
+    R,
+    Stage,
+    StageRecord,
+    depending_on,
+    read_record,
+    readable_record,
+    sources_of,
+)
+from cm3leon.training.steps import checkpoints, step_of
+from cm3leon.types import UserError
+
+
+@dataclass(frozen=True)
+class Step(Generic[R]):
+    """What a run is about to do with a stage."""
+
+    stage: Stage[R]
+    wanted: StageRecord | None
+    """What it is to be made from; None where that depends on files that are still to be made."""
+    standing: StageRecord | None = None
+    """The record of what stands in its folder, finished or not."""
+    finished: bool = False
+    """Whether what stands there is finished."""
+    anew: bool = False
+    """Whether what stands there was made from something else."""
+    kept: bool = False
+    """Whether what is wanted lies in `superseded`."""
+    differences: tuple[str, ...] = ()
+    """What differs, in words."""
+    changed: tuple[str, ...] = ()
+    """Stages before it, and files of such, that are others now."""
+    refusal: str = ""
+    """Why it cannot be made again unasked, although it was made from what is wanted."""
+
+
+def planned(stages: Sequence[Stage[R]], run: R, folder: Path) -> list[Step[R]]:
+    """What has to be done for each stage, found out without changing anything."""
+    steps: list[Step[R]] = []
+    fingerprints: dict[str, str] = {}
+    records: dict[str, StageRecord] = {}
+    for number, stage in enumerate(stages):
+        wanted = wanted_record(stage, run, fingerprints, records)
+        others = [step.stage.name for step in steps if step.anew and not step.kept]
+        changed = [name for name in sources_of(stages, number) if name in others]
+        step = step_for(stage, run, folder, wanted, changed)
+        steps.append(step)
+        if wanted is not None:
+            fingerprints[stage.name] = wanted.fingerprint
+        record = _record_to_stand(step, folder)
+        if record is not None:
+            records[stage.name] = record
+    return steps
+
+
+def wanted_record(
+    stage: Stage[R],
+    run: R,
+    fingerprints: Mapping[str, str],
+    records: Mapping[str, StageRecord],
+) -> StageRecord | None:
+    """What a stage is to be made from, None where a stage before it has still to be made for that.
+
+    Args:
+        fingerprints: of the stages before it, in order; those that are not known yet are left out.
+        records: of the stages before it whose files are there.
+    """
+    needs = list(fingerprints)[-1:] if stage.needs is None else list(stage.needs)
+    if any(name not in fingerprints for name in needs):
+        return None
+    made_with = {}
+    for file in stage.files:
+        name, _, inner = file.partition("/")
+        if name not in records or inner not in records[name].files:
+            return None
+        made_with[file] = records[name].files[inner]
+    inputs = json.loads(json.dumps(stage.inputs(run)))
+    needed = {name: fingerprints[name] for name in needs}
+    content = [stage.name, stage.version, inputs, needed, made_with]
+    return StageRecord(
+        fingerprint=digest_of(json.dumps(content, sort_keys=True)),
+        version=stage.version,
+        needs=needed,
+        made_with=made_with,
+        inputs=inputs,
+        settings=json.loads(json.dumps(stage.settings(run))),
+    )
+
+
+def step_for(
+    stage: Stage[R],
+    run: R,
+    folder: Path,
+    wanted: StageRecord | None,
+    changed: Sequence[str] = (),
+) -> Step[R]:
+    """What has to be done for a stage; `changed` are stages that it depends on and that will be others."""
+    place = folder / stage.name
+    record, unreadable = None, ""
+    try:
+        record = read_record(place / MARKER)
+    except UserError as error:
+        unreadable = str(error)
+    finished = record is not None
+    standing = record or readable_record(place / STARTED)
+    if place.is_symlink():
+        # A sweep's shared stage. The link may go: what it leads to stays where it is.
+        same = (
+            wanted is not None and record is not None and record.fingerprint == wanted.fingerprint
+        )
+        return Step(stage, wanted, standing if same else None, finished and same)
+    if standing is None:
+        refuse_foreign_files(place)
+        return Step(stage, wanted, kept=is_kept(place, wanted))
+    if wanted is None:
+        return Step(stage, wanted, standing, finished, anew=bool(changed), changed=tuple(changed))
+    if standing.fingerprint != wanted.fingerprint:
+        return Step(
+            stage,
+            wanted,
+            standing,
+            finished,
+            anew=True,
+            kept=is_kept(place, wanted),
+            differences=tuple(differences(standing, wanted)),
+            changed=tuple(changed_parts(standing, wanted)),
+        )
+
+    refusal = ""
+    if stage.expensive and stage.trains(run) and not checkpoints(place):
+        damaged = damaged_files(stage, place, record) if record else []
+        if unreadable or damaged:
+            what = unreadable or f"{place / damaged[0]} is missing or has changed"
+            refusal = (
+                f"{what}, and {place} has no checkpoint to make it of, so that {stage.name} would be trained again "
+                "from the first step"
+            )
+    return Step(stage, wanted, standing, finished, refusal=refusal)
+
+
+def _record_to_stand(step: Step[R], folder: Path) -> StageRecord | None:
+    """The record that a stage will have when its turn is over, where that is known beforehand."""
+    if step.kept and step.wanted is not None:
+        return readable_record(attic(folder / step.stage.name, step.wanted.fingerprint) / MARKER)
+    same = step.standing is not None and step.wanted is not None and not step.anew
+    return step.standing if same and step.finished else None
+
+
+def refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[str]) -> None:
+    """Raises UserError if an expensive stage would be made anew, or unfinished work set aside, without `redo`."""
+    lost = [step for step in steps if step.stage.expensive and step.stage.name not in covered]
+    for step in lost:
+        place = folder / step.stage.name
+        if step.refusal:
+            raise UserError(
+                f"run: {step.refusal}; put a copy of the file back, or say redo={step.stage.name} to make it anew"
+            )
+        if step.anew and not step.kept and not step.finished and checkpoints(place):
+            at = step_of(checkpoints(place)[-1])
+            raise UserError(
+                f"run: {place} has come to step {at} with other settings ({causes(step, steps)}); put them "
+                f"back, choose another run folder, or say redo={step.stage.name} to begin anew"
+            )
+
+    anew = [step for step in lost if step.anew and not step.kept and step.finished]
+    if not anew:
+        return
+    first = anew[0]
+    names = [step.stage.name for step in anew]
+    every = [step.stage for step in steps]
+    following = [name for name in names if name in depending_on(every, [first.stage.name])][1:]
+    asked = [first.stage.name, *(name for name in names[1:] if name not in following)]
+    also = f"; {_and(names[1:])} would follow" if names[1:] else ""
+    raise UserError(
+        f"run: {first.stage.name} in {folder} is finished, and these settings would make it anew "
+        f"({causes(first, steps)}){also}; say redo={','.join(asked)} to do so, which keeps what is there in "
+        f"{SUPERSEDED}, or put the settings back, or choose another run folder"
+    )
+
+
+def _and(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def causes(step: Step[R], steps: Sequence[Step[R]]) -> str:
+    """Why a stage is to be made anew: what differs of its own, and of the stages before it that are others."""
+    by_name = {each.stage.name: each for each in steps}
+    found: list[str] = []
+
+    def add(step: Step[R]) -> None:
+        found.extend(step.differences)
+        for part in step.changed:
+            before = by_name.get(part.partition("/")[0])
+            if before is not None and before.anew:
+                add(before)
+            else:
+                found.append(f"{part} is another")
+
+    add(step)
+    return "; ".join(list(dict.fromkeys(found))[: DIFFERENCES + 1])
