@@ -17,7 +17,7 @@ from scipy.stats import chi2, kstest
 from cm3leon.config import from_mapping
 from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.decoders import Beam, ContrastiveK, Greedy, TopP, TwoConditions
-from cm3leon.decoders.engine import Answer
+from cm3leon.decoders.engine import FinishedSample
 from cm3leon.decoders.generate import generate, is_truncated
 from cm3leon.decoders.guidance import classifier_free, contrastive_k
 from cm3leon.decoders.processors import draw, gumbel_noise, keep_top_p, random_bits, stream_key
@@ -487,7 +487,7 @@ def test_no_prompts_no_answers() -> None:
 
 
 def test_answers_are_announced_as_they_end() -> None:
-    told: list[Answer] = []
+    told: list[FinishedSample] = []
     asked = prompts()
     answers = generate(
         model(),

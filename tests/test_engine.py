@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cm3leon.decoders import grammar
 from cm3leon.decoders.base import Decoder
-from cm3leon.decoders.engine import Answer, Engine
+from cm3leon.decoders.engine import Engine, FinishedSample
 from cm3leon.decoders.generate import Answerer, answers, generate, request_for
 from cm3leon.decoders.guidance import classifier_free, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
@@ -699,7 +699,7 @@ def test_an_interrupted_answer_leaves_a_kept_engine_free(monkeypatch: pytest.Mon
     two = [request([1, 2, 3], built("top_p"), length=length) for length in (2, 9)]
     keeper = Answerer(model(), VOCAB, execution="compiled", window=1)
 
-    def stop(answer: Answer) -> None:
+    def stop(answer: FinishedSample) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -814,7 +814,7 @@ def test_a_cancelled_request_makes_room_at_once() -> None:
     engine.cancel(third)
     found = list(engine.run())
     ((alone_,),) = answers(module, [fast], vocab=VOCAB)
-    assert found == [Answer(second, 0, alone_)]
+    assert found == [FinishedSample(second, 0, alone_)]
     assert not engine.busy
 
 

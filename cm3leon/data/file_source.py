@@ -243,8 +243,6 @@ class FileSource(Source):
 
     suffixes: tuple[str, ...]
     """Endings of the files, in lower case."""
-    images_apart = False
-    """Whether images are files of their own that the listed files name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -261,6 +259,11 @@ class FileSource(Source):
         listing = self._found()
         names = [file.name for file in listing.files]
         return [*names, UNREADABLE] if listing.left_out else names
+
+    @property
+    def images_apart(self) -> bool:
+        """Whether images are files of their own that the listed files name."""
+        return False
 
     def fingerprint(self) -> str:
         held = fingerprint(self.files, self._list())

@@ -65,7 +65,7 @@ class ParquetSource(FileSource):
     suffixes = (".parquet",)
 
     @property
-    def images_apart(self) -> bool:  # type: ignore[override]  # the base has a constant
+    def images_apart(self) -> bool:
         """Whether the rows of the first readable file have paths of images and no bytes."""
         for file in self._list():
             try:

@@ -45,7 +45,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FinishedSample:
     """A finished sample."""
 
     ticket: int
@@ -89,7 +89,7 @@ class Engine:
         self._device = self._cache.device
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Piece] = deque()
-        self._answers: list[Answer] = []
+        self._answers: list[FinishedSample] = []
         self._tickets = 0
         self._chooser = Chooser(model, vocab, self._device)
 
@@ -112,7 +112,9 @@ class Engine:
             )
         ticket, self._tickets = self._tickets, self._tickets + 1
         if not request.length:
-            self._answers += [Answer(ticket, number, []) for number in range(len(request.seeds))]
+            self._answers += [
+                FinishedSample(ticket, number, []) for number in range(len(request.seeds))
+            ]
             return ticket
         at_once = self.shape.width // rows
         for start in range(0, len(request.seeds), at_once):
@@ -132,13 +134,13 @@ class Engine:
         """Whether anything is left to do."""
         return bool(self._groups or self._waiting or self._answers)
 
-    def run(self) -> Iterator[Answer]:
+    def run(self) -> Iterator[FinishedSample]:
         """Answers as they are finished, until nothing is left to do."""
         while self.busy:
             yield from self.step()
 
     @torch.inference_mode()
-    def step(self) -> list[Answer]:
+    def step(self) -> list[FinishedSample]:
         """Lets waiting requests in, adds a token to every sample, and returns those that are finished.
 
         Raises:
@@ -267,7 +269,9 @@ class Engine:
 
         self._advance([(lane, lane.grown - before[lane]) for lane in lanes if not lane.finished])
         finished = [lane for lane in lanes if lane.finished]
-        self._answers += [Answer(lane.ticket, lane.number, lane.tokens) for lane in finished]
+        self._answers += [
+            FinishedSample(lane.ticket, lane.number, lane.tokens) for lane in finished
+        ]
         if finished:
             for slot, group in list(self._groups.items()):
                 self._keep(slot, [lane for lane in group.lanes if not lane.finished])

@@ -13,7 +13,7 @@ import torch
 
 from cm3leon.decoders import grammar
 from cm3leon.decoders.base import Decoder
-from cm3leon.decoders.engine import Answer, Engine
+from cm3leon.decoders.engine import Engine, FinishedSample
 from cm3leon.decoders.request import Request, shape_for
 from cm3leon.models.base import Model
 from cm3leon.tokenizers.vocab import Vocab
@@ -50,7 +50,7 @@ class Answerer:
         requests: Sequence[Request],
         *,
         samples: int = 256,
-        on_answer: Callable[[Answer], object] | None = None,
+        on_answer: Callable[[FinishedSample], object] | None = None,
     ) -> list[list[list[int]]]:
         """Tokens of all samples of all requests.
 
@@ -65,7 +65,7 @@ class Answerer:
             request.check(self.model.seq_len)
         found: list[dict[int, list[int]]] = [{} for _ in requests]
 
-        def keep(answer: Answer) -> None:
+        def keep(answer: FinishedSample) -> None:
             found[answer.ticket][answer.number] = answer.tokens
             if on_answer:
                 on_answer(answer)
@@ -92,7 +92,7 @@ class Answerer:
         requests: Sequence[Request],
         left: Mapping[int, Sequence[int]],
         samples: int,
-        keep: Callable[[Answer], None],
+        keep: Callable[[FinishedSample], None],
     ) -> None:
         """Gives `keep` those samples of requests; an answer's ticket is the number of the request."""
         parts = {number: requests[number].part(numbers) for number, numbers in left.items()}
@@ -136,7 +136,7 @@ def answers(
     samples: int = 256,
     window: int | None = None,
     execution: Execution = "eager",
-    on_answer: Callable[[Answer], object] | None = None,
+    on_answer: Callable[[FinishedSample], object] | None = None,
 ) -> list[list[list[int]]]:
     """Tokens of all samples of all requests, see `Answerer`."""
     return Answerer(model, vocab, window=window, execution=execution).answers(
@@ -152,7 +152,7 @@ def generate(
     vocab: Vocab,
     seeds: Sequence[int],
     batch_size: int = 256,
-    on_answer: Callable[[Answer], object] | None = None,
+    on_answer: Callable[[FinishedSample], object] | None = None,
 ) -> list[np.ndarray]:
     """Answers to prompts: ids of the answer's modality, without what closes it.
 

@@ -65,9 +65,9 @@ def image(vocab: Vocab, codes: int) -> Grammar:
         yield a_code(vocab)
 
 
-def text(vocab: Vocab, most: int, *ends: int) -> Generator[Allowed, int, int | None]:
+def text(vocab: Vocab, max_tokens: int, *ends: int) -> Generator[Allowed, int, int | None]:
     """At most that many tokens of text; one of `ends` ends it, is the last token then, and is returned."""
-    for _ in range(most):
+    for _ in range(max_tokens):
         token = yield text_or(vocab, *ends)
         if token in ends:
             return token

@@ -211,7 +211,7 @@ PREFERRED = ("xformers", "flex", "sdpa")
 """What `auto` takes: the first that can train on the device."""
 
 
-class Choice(NamedTuple):
+class ChosenAttention(NamedTuple):
     """The backend that is used, and why `auto` did not take those it prefers; printed as a line for a log."""
 
     name: str
@@ -231,7 +231,7 @@ def check_name(name: str) -> None:
 
 
 @cache
-def choose(name: str, device: torch.device) -> Choice:
+def choose(name: str, device: torch.device) -> ChosenAttention:
     """The backend of that name, or with `auto` the preferred one for the device.
 
     Raises:
@@ -243,11 +243,11 @@ def choose(name: str, device: torch.device) -> Choice:
             raise UserError(
                 f"model.attention is {name}, which lacks {missing}; take attention=auto"
             )
-        return Choice(name, ATTENTIONS.build(name))
+        return ChosenAttention(name, ATTENTIONS.build(name))
     passed_over: list[str] = []
     for each in PREFERRED:
         missing = ATTENTIONS.get(each).missing(device)
         if not missing:
-            return Choice(each, ATTENTIONS.build(each), tuple(passed_over))
+            return ChosenAttention(each, ATTENTIONS.build(each), tuple(passed_over))
         passed_over.append(f"{each} lacks {missing}")
     raise AssertionError(f"{PREFERRED[-1]} runs everywhere")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.models.base import Model
 from cm3leon.models.transformer import Transformer
 from cm3leon.types import UserError
 
@@ -38,7 +39,7 @@ class LowRank(nn.Module):
 
 
 def add_lora(
-    model: Any, rank: int, alpha: float, *, frozen_dtype: torch.dtype | None = None
+    model: Model, rank: int, alpha: float, *, frozen_dtype: torch.dtype | None = None
 ) -> None:
     """Freezes all weights of a decoder, and adapts the matrices of its layers.
 

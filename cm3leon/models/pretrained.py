@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cm3leon.io import read_json
+from cm3leon.models.base import Model
 from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
 from cm3leon.records import check_stage
@@ -24,7 +24,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = True,
-) -> Any:
+) -> Model:
     """A trained decoder in evaluation mode, from `config.json` and `model.safetensors`.
 
     Memory is taken once, for the weights as they are in the file, and nothing is drawn. Plugins that define the model
@@ -56,7 +56,7 @@ def load_model(
     discover()
     component = MODELS.check(section, f"{file}: model")
     with torch.device("meta"):
-        model: Any = MODELS.build(component, vocab_size=vocab_size)
+        model = MODELS.build(component, vocab_size=vocab_size)
     weights = read_weights(folder / WEIGHTS)
     check_fit(folder / WEIGHTS, weights, model.state_dict())
     model.load_state_dict(

@@ -6,14 +6,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-Choice = Literal["none", "selective", "full"]
+from cm3leon.models.base import Model
+
+Checkpointing = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 KEPT = frozenset(
@@ -27,10 +28,10 @@ KEPT = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What selective checkpointing keeps because it is dear to compute again: matrix products and attention."""
+"""What selective checkpointing keeps because it is expensive to compute again: matrix products and attention."""
 
 
-def recompute(model: nn.Module, choice: Choice) -> None:
+def recompute(model: Model, choice: Checkpointing) -> None:
     """Has the backward pass compute the layers again instead of keeping what they computed.
 
     full: only the input of each layer is kept. selective: the results of matrix products and attention are, too.
@@ -43,13 +44,13 @@ def recompute(model: nn.Module, choice: Choice) -> None:
     }  # layers draw nothing
     if choice == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in model.blocks:  # type: ignore[union-attr]  # a list of modules
+    for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, **options)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: Model) -> None:
     """Compiles the layers, which are alike, once; the hooks of FSDP stay outside."""
-    for block in model.blocks:  # type: ignore[union-attr]  # a list of modules
+    for block in model.blocks:
         block.forward = torch.compile(block.forward)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.models.base import Model
 from cm3leon.models.transformer import Transformer
 from cm3leon.types import UserError, Weights
 
 
-def keep_weights(model: Any, kind: Weights) -> None:
+def keep_weights(model: Model, kind: Weights) -> None:
     """Changes what the weights of a decoder are kept in, in place.
 
     bf16: layers and head. Under bf16 autocast the results are bit for bit those of float32 weights, which it rounds to
@@ -63,7 +62,7 @@ class _Summed(nn.Module):
         return part
 
 
-def share(model: Any, *, rank: int, count: int) -> None:
+def share(model: Model, *, rank: int, count: int) -> None:
     """Leaves a rank its part of every layer, in place: some of the heads, and some of the MLP's hidden units.
 
     Embeddings and head stay whole. All ranks of the process group have to run the same passes; each gets the same

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.io import sha256, write_json
+from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
@@ -105,7 +106,7 @@ def make_pretraining(run: Run, folder: Path) -> None:
     ranks.barrier()
 
 
-def first_weights(run: Run) -> nn.Module:
+def first_weights(run: Run) -> Model:
     """The decoder before its training: with random weights, or those of the run that it starts from.
 
     Raises:

@@ -6,7 +6,6 @@ training goes on. A folder gets its name when all files and their checksums are 
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import threading
 import time
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -27,6 +25,7 @@ from cm3leon.io import read_json, sha256, sync_to_disk, write_json
 from cm3leon.permissions import check_folder_readable
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.distributed import Ranks
+from cm3leon.training.index_reader import UNREADABLE, IndexReader
 from cm3leon.training.optimizer import prime
 from cm3leon.training.steps import MANIFEST, checkpoint_of, checkpoints, numbered, step_of
 from cm3leon.types import UserError
@@ -109,14 +108,14 @@ class Checkpoints:
         """Waits for the checkpoint that is being written, if one is."""
         if self._writing:
             self._writing.thread.join()
-            self.look()
+            self.poll()
 
     def close(self) -> None:
         """Gives the checkpoint that is being written some time, when the training ends by an error."""
         if self._writing:
             self._writing.thread.join(LAST_WAIT)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Tells about a checkpoint that has failed since; does not wait."""
         if self._writing and not self._writing.thread.is_alive():
             error, self._writing = self._writing.error, None
@@ -277,8 +276,8 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
         UserError: for tensors that it lacks, or that have another shape there.
     """
     try:
-        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=ranks.count == 1)
-    except (*_UNREADABLE, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        dcp.load(dict(tensors), storage_reader=IndexReader(path), no_dist=ranks.count == 1)
+    except (*UNREADABLE, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         raise UserError(f"{path} does not fit this training: {_reason(error)}") from error
 
 
@@ -360,61 +359,6 @@ def load_weights(path: Path, module: nn.Module) -> None:
     given = read_weights(path)
     check_fit(path, given, module.state_dict())
     module.load_state_dict(given)
-
-
-# ------------------------------------------------------------------------------------------------ reading safely
-
-
-_UNREADABLE = (OSError, EOFError, pickle.UnpicklingError)
-"""What is raised for an index that is missing, cut or something else."""
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index of the shards without running what a pickle might hold.
-
-    At once: torch 2.9 passes over what goes wrong when it asks for the index.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with (path / ".metadata").open("rb") as file:
-            self._index = _Unpickler(file).load()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        metadata = self._index
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of an index of shards, and no other."""
-
-    _PLAIN = frozenset(
-        (
-            ("pathlib", "Path"),
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-        )
-    )
-    _INDEX = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or (module, name) in self._PLAIN or module in self._INDEX:
-            found = super().find_class(module, name)
-            if module not in self._INDEX or (
-                isinstance(found, type) and found.__module__ == module
-            ):
-                return found
-        raise pickle.UnpicklingError(
-            f"the index of a checkpoint names {module}.{name}, which is not read"
-        )
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 def _damaged(path: Path, ranks: Ranks) -> list[str]:

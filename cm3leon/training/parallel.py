@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
@@ -24,8 +25,11 @@ from cm3leon.types import UserError
 
 
 def distributed(
-    whole: Callable[[], Any], shape: Callable[[], Any], config: DecoderTrainingConfig, ranks: Ranks
-) -> Any:
+    whole: Callable[[], Model],
+    shape: Callable[[], Model],
+    config: DecoderTrainingConfig,
+    ranks: Ranks,
+) -> Model:
     """A model with its weights, sharded over the ranks; on one process without a group, as it is.
 
     Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and gradients are kept in
@@ -98,15 +102,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _adapted(
-    model: Any, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None
-) -> Any:
+    model: Model, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None
+) -> Model:
     """The model, with adapters if they are what is trained."""
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, frozen_dtype=frozen_dtype)
     return model
 
 
-def _prepare(model: nn.Module, config: DecoderTrainingConfig) -> None:
+def _prepare(model: Model, config: DecoderTrainingConfig) -> None:
     recompute(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model)

@@ -230,7 +230,7 @@ def train(
                 checkpoint(batches.state_dict(), wait=step == last)
             if callback and step % config.callback_every == 0:
                 validate()
-            saved.look()
+            saved.poll()
             while warnings:
                 log.event(step, "warning", message=warnings.pop(0))
         if ranks.any(bool(signals.received)):
