@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor, nn
 
 from cm3leon.config import NonNegativeInt, PositiveInt, Probability
 from cm3leon.retrievers.bank import Bank
@@ -44,14 +45,41 @@ class StrategyConfig:
     """Differently dropped-out queries a training document has; one is drawn in each epoch."""
 
 
+class Encoder(nn.Module):
+    """Base of the encoders: unit vectors of texts and of images."""
+
+    embed_dim: int
+    """Numbers of a vector."""
+    joint: bool = False
+    """Whether the inner product of a text and an image says how well they fit."""
+
+    def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
+        """Vectors (B, D), float32. `dropout` is the share of each text that is left out, drawn by `seed`."""
+        raise NotImplementedError
+
+    def encode_images(
+        self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
+        """Vectors (B, D), float32, of uint8 images. `dropout` is the share of each image that is left out."""
+        raise NotImplementedError
+
+    def loss(
+        self, texts: list[str], images_BHWC: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """What a trained encoder minimises over pairs of a text and an image, with the figures to record."""
+        raise NotImplementedError
+
+    def fit(self, texts: Sequence[str]) -> None:
+        """Takes from the training documents' texts what an encoder needs that is not trained."""
+        raise NotImplementedError
+
+
 class Retriever:
     """Maximum inner product search by an encoder's vectors; relevance, modality, diversity, query dropout."""
 
     trained: ClassVar[bool] = True
     """Whether the encoder is trained by gradient, by its method `loss`; else its method `fit(texts)` is called once."""
-    encoder: Any
-    """A `torch.nn.Module` with `embed_dim`, `encode_texts` and `encode_images` as `ClipEncoder` has them, and `joint`:
-    whether the inner product of a text and an image says how well they fit."""
+    encoder: Encoder
 
     def __init__(self, config: StrategyConfig) -> None:
         self.config = config

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm3leon.config import Location, PositiveInt
+from cm3leon.retrievers.base import Encoder
 from cm3leon.types import UserError
 from cm3leon.weights import check_finite
 
@@ -52,7 +53,7 @@ class EncoderConfig:
 _HEAD = 16
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(Encoder):
     """An open_clip model with its tokenizer and pixel normalisation. Raises UserError for an unknown architecture."""
 
     joint = True

@@ -11,10 +11,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cm3leon.registry import RETRIEVERS
-from cm3leon.retrievers.base import Retriever, StrategyConfig
+from cm3leon.retrievers.base import Encoder, Retriever, StrategyConfig
 
 TEXT_DIM = 256
 """Inner products of unit vectors are kept to 1/sqrt(256) = 0.06 (Johnson and Lindenstrauss 1984)."""
@@ -42,7 +41,7 @@ class LexicalRetriever(Retriever):
         self.encoder = LexicalEncoder()
 
 
-class LexicalEncoder(nn.Module):
+class LexicalEncoder(Encoder):
     """Texts as TF-IDF vectors, randomly projected; images as mean colours of cells less that of the whole image.
 
     Both have dimensions of their own, so the inner product of a text and an image is zero, and a search by text among
@@ -50,7 +49,6 @@ class LexicalEncoder(nn.Module):
     """
 
     embed_dim = TEXT_DIM + IMAGE_DIM
-    joint = False
 
     documents: torch.Tensor
     documents_with_H: torch.Tensor

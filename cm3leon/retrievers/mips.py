@@ -154,7 +154,7 @@ def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
 
 def _bytes_on_a_gpu(index: Any, vectors: int) -> int:
     """Bytes of an index with so many vectors: these, with their rows, and the centres of lists, twice."""
-    lists = getattr(index, "nlist", 0)
+    lists = getattr(index, "nlist", 0)  # FAISS gives them to indexes with inverted lists alone
     return vectors * (index.code_size + (ID_BYTES if lists else 0)) + 2 * lists * index.d * 4
 
 
@@ -177,9 +177,8 @@ def _copied(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
     faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
     options.shard = shard
-    options.useFloat16 = hasattr(
-        index, "pq"
-    )  # tables of more than 48 bytes a code do not fit otherwise
+    # Of product-quantised indexes, tables of more than 48 bytes a code do not fit otherwise.
+    options.useFloat16 = hasattr(index, "pq")
     options.allowCpuCoarseQuantizer = True  # lists found by a graph
     return faiss.index_cpu_to_gpu_multiple_py(
         [_resources(gpu) for gpu in gpus], index, options, gpus

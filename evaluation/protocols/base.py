@@ -157,7 +157,7 @@ def given_image(item: Item) -> np.ndarray | None:
     """The image (H, W, C) that is given with an item, None without one."""
     images = [segment for segment in item.document.segments if isinstance(segment, ImageSegment)]
     if (
-        any(getattr(segment, "role", "") == "answer" for segment in item.document.segments)
+        any(segment.role == "answer" for segment in item.document.segments)
         or item.task == "caption"
     ):
         return images[0].pixels_HWC if images else None
