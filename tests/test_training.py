@@ -735,15 +735,15 @@ def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
             stop()
         save(self, tensors, state, **rest)
 
-    look = Checkpoints.look
+    poll = Checkpoints.poll
 
-    def look_stops(self: Any) -> None:
+    def poll_stops(self: Any) -> None:
         if place == "end" and batches.count == 20:
             stop()
-        look(self)
+        poll(self)
 
     monkeypatch.setattr(Checkpoints, "save", save_stops)
-    monkeypatch.setattr(Checkpoints, "look", look_stops)
+    monkeypatch.setattr(Checkpoints, "poll", poll_stops)
     batches, start = Numbers(), time.monotonic()
     with pytest.raises(Again, match="SIGTERM"):
         run(tmp_path / "cut", batches=batches, loss=loss_stops, callback=callback)
