@@ -267,7 +267,7 @@ def _without_others(values: Mapping[str, Any], decoder: Component) -> dict[str, 
     """The values without those of keys that other decoders have and this one has not."""
     own = {field.name for field in fields(decoder.config)}
     others = {
-        field.name for name in DECODERS.names() for field in fields(DECODERS.get(name).Config)
+        field.name for name in DECODERS.names() for field in fields(DECODERS.config_class(name))
     }
     left_out = {f"decoder.{name}" for name in others - own}
     return {key: value for key, value in values.items() if key not in left_out}
