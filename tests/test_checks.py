@@ -12,7 +12,7 @@ from cm3leon.experiment import load_experiment
 from cm3leon.io import write_json
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.stages import check_before_stages
+from cm3leon.stages.running import check_before_stages
 from cm3leon.training.config import TOKENS_AT_ONCE, DecoderTrainingConfig
 from cm3leon.types import UserError, sentences_of
 from cm3leon.weights import save_tensors

@@ -80,8 +80,8 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
     """Commands come to where they would begin to work, and say so; files that they name are there."""
     came_to: list[str] = []
     for target in (
-        "cm3leon.stages.stages.run_experiment",
-        "cm3leon.stages.stages.run_stage_part",
+        "cm3leon.stages.running.run_experiment",
+        "cm3leon.stages.running.run_stage_part",
         "cm3leon.study.run_study",
         "cm3leon.sweep.run_sweep",
         "cm3leon.launch.runs.launch_experiment",
@@ -91,7 +91,7 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
         monkeypatch.setattr(target, lambda *_, target=target, **__: came_to.append(target))
     monkeypatch.setattr("cm3leon.commands.run._record", lambda folder: None)
     # The runs and files that a command names are not there; its settings alone are looked at.
-    monkeypatch.setattr("cm3leon.stages.stages.check_before_stages", _checks_settings)
+    monkeypatch.setattr("cm3leon.stages.running.check_before_stages", _checks_settings)
     monkeypatch.setattr("cm3leon.data.formats.told_source", lambda path: ("folder", []))
     planned = plan.plan
     monkeypatch.setattr(plan, "plan", lambda *given: came_to.append("plan") or planned(*given))

@@ -24,7 +24,7 @@ from cm3leon.plugins.fairseq2_cm3leon.__main__ import main as main_of_plugin
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.pretrain import first_weights
+from cm3leon.stages.pretraining import first_weights
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError

@@ -20,7 +20,7 @@ from cm3leon.experiment import load_experiment
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.encoder import EncoderConfig
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.stages import stages_of
+from cm3leon.stages.table import stages_of
 
 # ------------------------------------------------------------------------------------------------ settings
 

@@ -20,7 +20,7 @@ from cm3leon.stages import sharing
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.stages import stages_of
+from cm3leon.stages.table import stages_of
 from cm3leon.stages.training_data import start_digest
 from cm3leon.types import UserError
 

@@ -32,7 +32,7 @@ from cm3leon.retrievers.recall import recall_at
 from cm3leon.retrievers.search import exact_search
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
-from cm3leon.stages.neighbours import make_index, make_index_part
+from cm3leon.stages.index import make_index, make_index_part
 from cm3leon.types import UserError
 
 WIDTH = 16

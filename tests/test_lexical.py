@@ -19,7 +19,7 @@ from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, direction
 from cm3leon.retrievers.neighbours import NeighbourShards
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.stages import run_experiment
+from cm3leon.stages.running import run_experiment
 from cm3leon.training.device import best_device
 from cm3leon.types import Notice, UserError
 

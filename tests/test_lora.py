@@ -14,7 +14,7 @@ from cm3leon.models.lora import add_lora, lora_scale, merged
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
-from cm3leon.stages.pretrain import load_checkpoint
+from cm3leon.stages.pretraining import load_checkpoint
 from cm3leon.training.average import WeightAverage
 from cm3leon.training.checkpoint import Checkpoints, save_weights, training_tensors
 from cm3leon.training.config import DecoderTrainingConfig

@@ -28,7 +28,7 @@ from cm3leon.io import sha256
 from cm3leon.registry import DECODERS, RETRIEVERS, _module_name
 from cm3leon.retrievers.parts import Parts
 from cm3leon.stages.opening import open_run
-from cm3leon.stages.pretrain import first_weights
+from cm3leon.stages.pretraining import first_weights
 from cm3leon.stages.trust import Opening
 from cm3leon.study import load_study
 from cm3leon.sweep import load_sweep

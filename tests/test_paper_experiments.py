@@ -15,7 +15,7 @@ from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
-from cm3leon.stages.pretrain import check_tokenizers
+from cm3leon.stages.pretraining import check_tokenizers
 from cm3leon.types import UserError
 
 PAPER = {

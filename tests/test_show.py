@@ -27,7 +27,7 @@ from cm3leon.objectives.cm3 import rotate
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
 from cm3leon.stages.artifacts import Run
-from cm3leon.stages.stages import run_experiment
+from cm3leon.stages.running import run_experiment
 from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import training_samples
 from cm3leon.types import Batch

@@ -464,7 +464,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
 
     monkeypatch.setattr(sweep_run, "run_experiment", run_experiment)
     monkeypatch.setattr(sweep_run, "first_unfinished", first_unfinished)
-    monkeypatch.setattr("cm3leon.stages.stages.run_experiment", run_experiment)
+    monkeypatch.setattr("cm3leon.stages.running.run_experiment", run_experiment)
 
     @LAUNCHERS.register("inline")
     class Inline(Launcher):

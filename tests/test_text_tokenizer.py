@@ -21,7 +21,7 @@ from cm3leon.data.corpus import split_of_key
 from cm3leon.experiment import load_experiment
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.documents import make_documents
-from cm3leon.stages.stages import run_experiment
+from cm3leon.stages.running import run_experiment
 from cm3leon.stages.text_tokenizer import (
     TRAINED_ON,
     Sample,

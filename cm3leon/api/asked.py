@@ -41,7 +41,7 @@ from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import TUNED, open_run, tuned_on
-from cm3leon.stages.pretrain import load_checkpoint
+from cm3leon.stages.pretraining import load_checkpoint
 from cm3leon.stages.trust import Opening
 from cm3leon.tasks.base import Task
 from cm3leon.training.device import autocast, device_named, uses_bf16

@@ -51,9 +51,9 @@ def _add(run: Run, options: Options) -> None:
     from cm3leon.data.source import Skipped
     from cm3leon.data.token_shards import write_token_shard
     from cm3leon.retrievers.parts import Parts
-    from cm3leon.stages.neighbours import document_parts
     from cm3leon.stages.sharing import batches
     from cm3leon.stages.tokens import token_documents
+    from cm3leon.stages.vectors import document_parts
 
     bank = run.bank
     documents, vectors = [run.added_tokens.document(row) for row in range(len(bank.added_ids))], []

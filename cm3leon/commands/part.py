@@ -36,7 +36,7 @@ def main(options: Options) -> None:
         run_study(study, options.folder, asked=share)
         return
     from cm3leon.experiment import load_experiment
-    from cm3leon.stages.stages import run_stage_part
+    from cm3leon.stages.running import run_stage_part
 
     if not options.stage:
         raise UserError("`part` needs a stage: stage=NAME, for example stage=tokens")

@@ -105,7 +105,7 @@ def _run_experiment(options: Options) -> int | None:
     folder, redo = options.folder, options.stages_to_redo
     experiment = load_experiment(options.experiment, options.overrides, unfit=mistakes)
     refuse_other_kind(folder, "run")
-    from cm3leon.stages.stages import check_before_stages, run_experiment
+    from cm3leon.stages.running import check_before_stages, run_experiment
 
     check_before_stages(experiment, folder, until=options.until, found=mistakes)
     if _is_launched(experiment.launcher):

@@ -37,7 +37,7 @@ from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
-from cm3leon.stages.stages import stages_of
+from cm3leon.stages.table import stages_of
 from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import (
     TrainingCorpus,

@@ -15,7 +15,7 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.stage import check_redo, number_of
-from cm3leon.stages.stages import stages_of
+from cm3leon.stages.table import stages_of
 from cm3leon.study.config import Study, StudyRun, load_run
 from cm3leon.study.run import check_study_redo
 from cm3leon.terminal import command_line

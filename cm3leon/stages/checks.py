@@ -16,7 +16,7 @@ from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER, read_stage
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.neighbours import bank_fingerprint
-from cm3leon.stages.pretrain import another_tokenizer
+from cm3leon.stages.pretraining import another_tokenizer
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
 from cm3leon.tokenizers.image.perceptual import linear_weights_file
 from cm3leon.types import UserError, refuse, sentences_of

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from cm3leon.data.corpus import Corpus, Split, split_of_key
 from cm3leon.data.source import Skipped
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.inputs import corpus_inputs, recorded
+from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import DocumentSample
 from cm3leon.types import Document, UserError
 
@@ -90,3 +92,14 @@ def _splits(run: Run, keys: list[str], sample: DocumentSample) -> list[Split]:
                 "split; give a corpus of more documents, or other shares in split.validation and split.held_out"
             )
     return splits
+
+
+STAGE = Stage(
+    "documents",
+    version=3,
+    inputs=corpus_inputs,
+    make=make_documents,
+    needs=(),
+    settings=recorded("data", "split", "shards"),
+    results=("documents.jsonl", "images.npy"),
+)

@@ -19,8 +19,11 @@ from cm3leon.evaluation.report.answers import Example
 from cm3leon.experiment import row_name
 from cm3leon.io import write_json
 from cm3leon.models.serving import keep_weights
+from cm3leon.registry import PROTOCOLS
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.inputs import recorded
 from cm3leon.stages.neighbours import STRATEGY
+from cm3leon.stages.stage import Stage
 from cm3leon.training.device import uses_bf16
 
 RESULTS = "results.json"
@@ -168,3 +171,26 @@ def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         return figures[0] if figures else -math.inf
 
     return max(rows, key=first_figure)
+
+
+SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")
+
+
+def evaluation_inputs(run: Run) -> dict[str, Any]:
+    """What the figures depend on besides the model: how it is asked, and what the protocols hold."""
+    protocols = {
+        name: PROTOCOLS.build(evaluation.protocol).fingerprint()
+        for name, evaluation in run.experiment.evaluations.items()
+    }
+    return {**run.depends_on(*SECTIONS), "protocols": protocols}
+
+
+STAGE = Stage(
+    "evaluation",
+    version=6,
+    inputs=evaluation_inputs,
+    make=make_evaluation,
+    needs=("pretraining",),
+    settings=recorded(*SECTIONS),
+    results=(RESULTS,),
+)

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from cm3leon.config import result_settings
 from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
 from cm3leon.io import write_json
 from cm3leon.stages.artifacts import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, Run
+from cm3leon.stages.inputs import recorded, varied_inputs
+from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.training.checkpoint import load_weights, save_weights
+from cm3leon.training.config import training_settings
 from cm3leon.training.trainer import Batches, train
 
 LOOKED_AT, SHOWN = 64, 8
@@ -100,3 +104,37 @@ def _reconstructions(run: Run, tokenizer: ImageTokenizer) -> Callable[[int, Any]
         writer.add_images("reconstructions", pairs_BHWC, step, dataformats="NHWC")
 
     return callback
+
+
+def image_tokenizer_inputs(run: Run) -> dict[str, Any]:
+    """What the tokenizer depends on besides the sample: how it is trained, or the weights that are taken over."""
+    experiment = run.experiment
+    inputs: dict[str, Any] = {"weights": run.borrowed_digest(IMAGE_TOKENIZER)}
+    # The settings of the discriminator and so on shape the tokenizer only if it is trained here.
+    if is_trained(run):
+        inputs |= run.depends_on("image_tokenizer", "seed")
+        inputs["image_tokenizer_training"] = training_settings(experiment.image_tokenizer_training)
+        inputs["streamed"] = run.shards.tokenizer_images == "corpus"
+    else:
+        inputs["image_tokenizer"] = result_settings(experiment.image_tokenizer)
+        if run.borrowed is None:
+            inputs["weights"] = run.image_tokenizer_shape.fingerprint()
+    return inputs | varied_inputs(run)
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the tokenizer is trained in this run, and not another run's or a published one."""
+    return run.borrowed is None and not run.image_tokenizer_shape.pretrained
+
+
+STAGE = Stage(
+    "image_tokenizer",
+    version=2,
+    inputs=image_tokenizer_inputs,
+    make=make_image_tokenizer,
+    needs=("documents",),
+    settings=recorded("image_tokenizer", "image_tokenizer_training", "augment", "seed", "shards"),
+    results=("*.safetensors", "*.npy", "config.json", GEOMETRY),
+    expensive=True,
+    trains=is_trained,
+)

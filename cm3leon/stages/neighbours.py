@@ -1,127 +1,40 @@
-"""The stages that find the retrieved documents: vectors, index, neighbours."""
+"""The stage that finds the documents that may be retrieved for each training document."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from cm3leon.data.images import square
+from cm3leon.config import result_settings
 from cm3leon.data.shards import PLAN, make_missing, open_shard, read_plan, shard_path, write_plan
 from cm3leon.data.token_shards import NO_LABEL
+from cm3leon.experiment import Experiment
 from cm3leon.io import write_json
-from cm3leon.locks import locked
 from cm3leon.records import read_stage
-from cm3leon.retrievers.index import add_shard, merge, train
 from cm3leon.retrievers.neighbours import (
     NeighbourShards,
     finish_neighbours,
     neighbours_of,
     write_neighbour_shard,
 )
-from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.artifacts import ENCODER, Run
 from cm3leon.stages.generations import check_generations
+from cm3leon.stages.inputs import DRAWN_IN_TRAINING, SHARDS, recorded
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
-from cm3leon.stages.stage import Part
-from cm3leon.types import Document, UserError
+from cm3leon.stages.stage import Part, Stage
+from cm3leon.stages.vectors import document_parts
+from cm3leon.types import UserError
 
 STRATEGY = "strategy.json"
 """What the strategy did to the candidates, in the folder of the neighbours."""
 OWN_BANK = ".."
 """The run folder whose documents are the bank, as seen from the stage's folder."""
-
-
-# ------------------------------------------------------------------------------------------------ vectors
-
-
-def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
-    """Encodes the documents of this worker's token shards, read once more from the source for their pixels."""
-    parts = run.source.parts()
-    write_plan(folder, run.encoder_header)
-
-    def make(number: int) -> None:
-        ids: list[str] = []
-        vectors = [document_parts(run, [])]
-        for batch in shard_documents(run, parts, number):
-            ids += [document.id for document in batch]
-            vectors.append(document_parts(run, batch))
-        write_vector_shard(
-            shard_path(folder, number, len(parts)),
-            ids,
-            Parts.concatenate(vectors),
-            run.encoder_header,
-        )
-
-    with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
-
-
-def make_vectors(run: Run, folder: Path) -> None:
-    """Makes the shards that no worker has made, and the index of all."""
-    share_out(run, folder, make_vectors_part)
-    finish_vectors(folder, len(run.source.parts()))
-
-
-def document_parts(
-    run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
-) -> Parts:
-    """Vectors of the documents' texts and first images, zero where one lacks them."""
-    encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
-    texts = [document.text for document in documents]
-    images = [document.image for document in documents]
-    with_text = [place for place, text in enumerate(texts) if text]
-    with_image = [place for place, image in enumerate(images) if image is not None]
-    text_BD, image_BD = (
-        np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2)
-    )
-    if with_text:
-        text_BD[with_text] = encoder.encode_texts(
-            [texts[place] for place in with_text], dropout=dropout, seed=seed
-        )
-    if with_image:
-        squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
-        image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
-    return Parts(text_BD, image_BD)
-
-
-# ------------------------------------------------------------------------------------------------ index
-
-
-def make_index_part(run: Run, folder: Path, part: Part) -> None:
-    """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
-    vectors = run.vectors
-    with locked(folder, ".training", wait=True):
-        train(
-            vectors,
-            folder,
-            run.experiment.index,
-            run.experiment.seed,
-            pairs_only=run.retrieves_pairs_only,
-        )
-    numbers = range(part[0], vectors.count, part[1])
-    for number in tqdm(numbers, desc="index", unit="shard", mininterval=2.0, dynamic_ncols=True):
-        add_shard(vectors, number, folder, pairs_only=run.retrieves_pairs_only)
-
-
-def make_index(run: Run, folder: Path) -> None:
-    """Makes the pieces that no worker has made, merges all, and measures the recall."""
-    share_out(run, folder, make_index_part)
-    merge(
-        run.vectors,
-        folder,
-        run.experiment.index,
-        run.experiment.seed,
-        pairs_only=run.retrieves_pairs_only,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ neighbours
 
 
 def bank_fingerprint(run: Run) -> str | None:
@@ -261,3 +174,31 @@ def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> 
 def bank_of(folder: Path) -> Path:
     """The run folder whose documents the neighbours in a stage's folder are."""
     return folder.parent if (bank := read_plan(folder)["bank"]) == OWN_BANK else Path(bank)
+
+
+def neighbours_inputs(run: Run) -> dict[str, Any]:
+    """The settings that find the neighbours; how many of them a sample gets is drawn in training."""
+    settings = result_settings(run.experiment.retriever)
+    settings = {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
+    # Where training draws none, none are looked for.
+    settings["max_documents"] = min(1, run.experiment.retriever.config.max_documents)
+    return {"retriever": settings, **run.depends_on("seed"), "bank": bank_fingerprint(run)}
+
+
+STAGE = Stage(
+    "neighbours",
+    version=3,
+    inputs=neighbours_inputs,
+    make=make_neighbours,
+    make_part=make_neighbours_part,
+    needs=("tokens", "index"),
+    files=(ENCODER,),
+    settings=recorded("retriever", "seed", "shards"),
+    results=(*SHARDS, STRATEGY),
+    expensive=True,
+)
+
+
+def stage_of(experiment: Experiment) -> Stage[Run]:
+    """The stage, without the need of an index where the memory bank is another run's."""
+    return replace(STAGE, needs=("tokens",)) if experiment.shards.bank else STAGE

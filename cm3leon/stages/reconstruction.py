@@ -19,6 +19,8 @@ from cm3leon.evaluation.report import (
 )
 from cm3leon.io import write_json
 from cm3leon.stages.artifacts import Run
+from cm3leon.stages.inputs import depends_on, recorded
+from cm3leon.stages.stage import Stage
 from cm3leon.tokenizers.image.perceptual import Perceptual
 
 FIGURES = "figures.json"
@@ -113,3 +115,14 @@ def _fact(
         return Fact(label, form.format(figure))
     interval = numbers.interval(figure["low"], figure["high"], form.format)
     return Fact(label, form.format(figure["value"]), interval)
+
+
+STAGE = Stage(
+    "reconstruction",
+    version=2,
+    inputs=depends_on("reconstruction"),
+    make=make_reconstruction,
+    needs=("documents", "image_tokenizer"),
+    settings=recorded("reconstruction"),
+    results=(FIGURES,),
+)

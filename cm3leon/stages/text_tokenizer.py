@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 
 from cm3leon.config import result_settings
 from cm3leon.data.source import Skipped, Source
+from cm3leon.experiment import Experiment
 from cm3leon.io import write_json
 from cm3leon.registry import SOURCES
 from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
+from cm3leon.stages.inputs import recorded
 from cm3leon.stages.lengths import check_lengths
+from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.text import TextTokenizer, unicode_text
 from cm3leon.types import Document, UserError
@@ -148,3 +151,20 @@ def _as_text_data() -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(re.sub(r"^data\b", "text_data", str(error))) from error
+
+
+STAGE = Stage(
+    "text_tokenizer",
+    version=3,
+    inputs=text_tokenizer_inputs,
+    make=make_text_tokenizer,
+    needs=("documents",),
+    settings=recorded("text_tokenizer", "text_data", "split", "seed", "shards"),
+    results=("tokenizer.json",),
+)
+
+
+def stage_of(experiment: Experiment) -> Stage[Run]:
+    """The stage, without the need of the sample where its texts are not those of the captions."""
+    reads_captions = experiment.text_data is None and experiment.shards.tokenizers is None
+    return STAGE if reads_captions else replace(STAGE, needs=())

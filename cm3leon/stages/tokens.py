@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
+from cm3leon.stages.inputs import SHARDS, corpus_inputs, recorded, varied_inputs
 from cm3leon.stages.sharing import batches, share_out, with_progress
-from cm3leon.stages.stage import Part
+from cm3leon.stages.stage import Part, Stage
 from cm3leon.tokenizers.document import token_count
 from cm3leon.types import (
     Document,
@@ -244,3 +246,31 @@ def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDo
             ),
             document.label,
         )
+
+
+def tokens_inputs(run: Run) -> dict[str, Any]:
+    """What token shards depend on besides the tokenizers."""
+    sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
+    inputs = {**corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
+    # Named only where there are some, so that tokens of a corpus that has neither are what they were.
+    if run.experiment.augment.versions:
+        inputs |= varied_inputs(run)
+    if run.source.class_names:
+        inputs["labels"] = True
+    return inputs
+
+
+# This and the stages of the bank depend on the tokenizers and the encoder themselves, not on how they came to be: a
+# terabyte of tokens stays when the retriever changes.
+STAGE = Stage(
+    "tokens",
+    version=4,
+    inputs=tokens_inputs,
+    make=make_tokens,
+    make_part=make_tokens_part,
+    needs=(),
+    files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
+    settings=recorded("data", "split", "seed", "shards", "sentinels", "augment"),
+    results=SHARDS,
+    expensive=True,
+)

@@ -28,7 +28,7 @@ from cm3leon.experiment import (
 )
 from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.stages.stage import number_of
-from cm3leon.stages.stages import stages_of
+from cm3leon.stages.table import stages_of
 from cm3leon.study.seeds import first_runs, name_of, of_seed
 from cm3leon.types import UserError
 

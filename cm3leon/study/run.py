@@ -17,7 +17,8 @@ from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.provenance import machines
 from cm3leon.records import MARKER, read_stage
-from cm3leon.stages.stages import run_experiment, stages_of
+from cm3leon.stages.running import run_experiment
+from cm3leon.stages.table import stages_of
 from cm3leon.study.compute import training_flops
 from cm3leon.study.config import Study, StudyEvaluation, load_run, rows
 from cm3leon.study.report import study_report

@@ -26,8 +26,9 @@ from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.running import run_experiment
 from cm3leon.stages.stage import check_redo, number_of
-from cm3leon.stages.stages import run_experiment, stages_of
+from cm3leon.stages.table import stages_of
 from cm3leon.sweep.points import (
     Point,
     SweepConfig,

@@ -37,7 +37,7 @@ def open_blocks(config: BlocksConfig) -> Blocks:
         raise UserError("dataset: run is missing; set dataset.config_overrides.run to a run folder")
     from cm3leon.records import MARKER
     from cm3leon.stages.opening import open_run
-    from cm3leon.stages.stages import stages_of
+    from cm3leon.stages.table import stages_of
 
     run = open_run(config.run.expanduser())
     (needed,) = (

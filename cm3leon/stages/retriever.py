@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cm3leon.data.shuffle import RowStream
+from cm3leon.digests import path_digest
 from cm3leon.registry import RETRIEVERS
 from cm3leon.stages.artifacts import ENCODER, WEIGHTS, Run
+from cm3leon.stages.inputs import encoder_settings, recorded, varied_inputs
+from cm3leon.stages.stage import Stage
 from cm3leon.training.checkpoint import load_weights, save_weights
+from cm3leon.training.config import training_settings
 from cm3leon.training.trainer import train
 
 
@@ -47,3 +52,38 @@ def make_retriever(run: Run, folder: Path) -> None:
         )
     encoder.eval()
     save_weights(folder / WEIGHTS, encoder)
+
+
+def retriever_inputs(run: Run) -> dict[str, Any]:
+    """What the encoder depends on besides the sample."""
+    experiment = run.experiment
+    inputs: dict[str, Any] = {"weights": run.borrowed_digest(ENCODER), **run.depends_on("seed")}
+    inputs["retriever"] = encoder_settings(run, path_digest)
+    if is_trained(run):
+        assert experiment.retriever_training is not None
+        inputs["retriever_training"] = training_settings(experiment.retriever_training)
+        inputs |= varied_inputs(run)
+    return inputs
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the encoder is trained in this run."""
+    retriever = RETRIEVERS.get(run.experiment.retriever.name)
+    return (
+        retriever.trained
+        and run.experiment.retriever_training is not None
+        and not run.borrows_encoder
+    )
+
+
+STAGE = Stage(
+    "retriever",
+    version=3,
+    inputs=retriever_inputs,
+    make=make_retriever,
+    needs=("documents",),
+    settings=recorded("retriever", "retriever_training", "augment", "seed", "shards"),
+    results=("*.safetensors",),
+    expensive=True,
+    trains=is_trained,
+)

@@ -16,10 +16,12 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
-from cm3leon.stages.training_data import training_samples
+from cm3leon.stages.inputs import DRAWN_IN_TRAINING, recorded
+from cm3leon.stages.stage import Stage
+from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
 from cm3leon.stages.validation import Drawing, validation_loss
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
-from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
@@ -173,3 +175,31 @@ def check_tokenizers(run: Run, start: Path) -> None:
         opened_stage(theirs.parent, theirs.name, finished=False)
         if sha256(theirs) != sha256(ours):
             raise UserError(another_tokenizer(start, name))
+
+
+def pretraining_inputs(run: Run) -> dict[str, Any]:
+    """What the weights depend on besides the neighbours and the tokenizers."""
+    retriever = run.section("retriever")["retriever"]
+    return {
+        **run.depends_on("sentinels", "objective", "packing", "model", "seed"),
+        "training": training_settings(run.experiment.training, run.seq_len),
+        "retriever": {name: retriever.get(name) for name in DRAWN_IN_TRAINING},
+        "mix": mixed_fingerprints(run),
+        "start": start_digest(run),
+    }
+
+
+STAGE = Stage(
+    "pretraining",
+    version=4,
+    inputs=pretraining_inputs,
+    make=make_pretraining,
+    needs=("neighbours",),
+    files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
+    settings=recorded(
+        "sentinels", "objective", "packing", "model", "training", "retriever", "seed", "shards"
+    ),
+    results=("*.safetensors", "config.json"),
+    expensive=True,
+    trains=lambda run: True,
+)

@@ -1,0 +1,60 @@
+"""The stage that makes the memory bank's index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cm3leon.locks import locked
+from cm3leon.retrievers.index import add_shard, merge, train
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.inputs import recorded
+from cm3leon.stages.sharing import share_out
+from cm3leon.stages.stage import Part, Stage
+
+
+def make_index_part(run: Run, folder: Path, part: Part) -> None:
+    """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
+    vectors = run.vectors
+    with locked(folder, ".training", wait=True):
+        train(
+            vectors,
+            folder,
+            run.experiment.index,
+            run.experiment.seed,
+            pairs_only=run.retrieves_pairs_only,
+        )
+    numbers = range(part[0], vectors.count, part[1])
+    for number in tqdm(numbers, desc="index", unit="shard", mininterval=2.0, dynamic_ncols=True):
+        add_shard(vectors, number, folder, pairs_only=run.retrieves_pairs_only)
+
+
+def make_index(run: Run, folder: Path) -> None:
+    """Makes the pieces that no worker has made, merges all, and measures the recall."""
+    share_out(run, folder, make_index_part)
+    merge(
+        run.vectors,
+        folder,
+        run.experiment.index,
+        run.experiment.seed,
+        pairs_only=run.retrieves_pairs_only,
+    )
+
+
+def index_inputs(run: Run) -> dict[str, Any]:
+    """What the index depends on besides the vectors."""
+    return {**run.depends_on("index", "seed"), "pairs_only": run.retrieves_pairs_only}
+
+
+STAGE = Stage(
+    "index",
+    version=3,
+    inputs=index_inputs,
+    make=make_index,
+    make_part=make_index_part,
+    needs=("vectors",),
+    settings=recorded("index", "retriever", "seed"),
+    expensive=True,
+)

@@ -1,0 +1,173 @@
+"""Runs an experiment's stages in its folder: in one process, on several ranks, or one worker's share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from cm3leon.config import dump_yaml, recorded_settings
+from cm3leon.digests import remembered
+from cm3leon.experiment import Experiment
+from cm3leon.io import write_text
+from cm3leon.paths import make_folder
+from cm3leon.stages.artifacts import Run
+from cm3leon.stages.checks import check_settings
+from cm3leon.stages.folders import check_run_folder
+from cm3leon.stages.pipeline import (
+    check_unasked,
+    first_unfinished,
+    is_finished,
+    run_part,
+    run_stages,
+)
+from cm3leon.stages.publish import publish
+from cm3leon.stages.sharing import is_shared_out
+from cm3leon.stages.stage import Part, Stage, check_redo, number_of
+from cm3leon.stages.table import stages_of
+from cm3leon.training.device import best_device
+from cm3leon.training.distributed import Ranks, current_rank, joined
+from cm3leon.types import UserError
+
+CONFIG = "config.yaml"
+"""The settings that were last accepted; of what is finished, each stage's own record is the truth."""
+DIGESTS = "digests.json"
+"""Checksums of what the run was made from, so that a second start need not read it again."""
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+    accepted: Callable[[], None] = lambda: None,
+) -> None:
+    """Bring all stages of an experiment up to date in the run folder, and say where the report is.
+
+    Args:
+        redo: stages that may be made anew although they are expensive, with all that depend on them.
+        accepted: called before anything is made, when nothing is refused; on several ranks, on the first.
+
+    Raises:
+        UserError: for a user's mistake that only a stage can see, such as a corpus without documents; for settings
+            that would make an expensive stage anew unasked; on several ranks, if the stages before pretraining are not
+            finished.
+    """
+    until, stages = until or experiment.until, stages_of(experiment)
+    check_redo(stages, redo)
+    check_run_folder(folder)
+    check_before_stages(experiment, folder, until=until)
+    rank = current_rank()
+    if rank and not _reaches(stages, "pretraining", until):
+        if rank.number > 0:
+            return
+        rank = None
+
+    def bring(run: Run, last: str | None) -> dict[str, float]:
+        make_folder(folder, "run")
+        with remembered(folder / DIGESTS) as keep_digests:
+
+            def begin() -> None:
+                write_config(experiment, folder)
+                keep_digests()
+                accepted()
+
+            return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
+
+    def before() -> None:
+        # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
+        if not is_shared_out(experiment):
+            bring(Run(experiment, folder, best_device()), "neighbours")
+
+    with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
+        if ranks.joined:
+            _pretrain_together(experiment, folder, ranks, redo, bring)
+    if ranks.joined and (not ranks.first or until == "pretraining"):
+        return
+    run = Run(experiment, folder, best_device())
+    seconds = bring(run, until)
+    if "evaluation" in seconds:
+        print("\n".join(publish(run, seconds)))
+    elif "reconstruction" in seconds and len(run.corpus.rows("held_out")):
+        print(f"report: {(folder / 'reconstruction' / 'report.html').resolve().as_uri()}")
+
+
+def check_before_stages(
+    experiment: Experiment, folder: Path, *, until: str | None = None, found: Sequence[str] = ()
+) -> None:
+    """`check_settings` for the stages of an experiment up to `until`, or to the experiment's own last one.
+
+    Raises:
+        UserError: naming all mistakes, those in `found` too.
+    """
+    until, stages = until or experiment.until, stages_of(experiment)
+    check_settings(
+        experiment,
+        folder,
+        trains=_reaches(stages, "pretraining", until),
+        asks=_reaches(stages, "evaluation", until),
+        found=found,
+    )
+
+
+def _reaches(stages: Sequence[Stage[Run]], name: str, until: str | None) -> bool:
+    return until is None or number_of(stages, until, "until") >= number_of(stages, name, "until")
+
+
+def _pretrain_together(
+    experiment: Experiment,
+    folder: Path,
+    ranks: Ranks,
+    redo: Collection[str],
+    bring: Callable[[Run, str | None], dict[str, float]],
+) -> None:
+    """Bring the pretraining up to date, on all ranks; the first of them looks after the run folder."""
+    run = Run(experiment, folder, ranks.device, ranks)
+    stages = stages_of(experiment)
+    number = number_of(stages, "pretraining", "until")
+    before = stages[:number]
+    missing, needed, refusal = None, False, ""
+    if ranks.first:
+        make_folder(folder, "run")
+        with remembered(folder / DIGESTS):
+            missing, _ = first_unfinished(before, run, folder)
+            needed = not missing and not is_finished(stages[number], before, run, folder)
+            try:
+                check_unasked(stages[: number + 1], run, folder, redo)
+            except UserError as error:  # which all ranks end with: none is to wait for the first
+                refusal = str(error)
+    missing, needed, refusal = ranks.gather((missing, needed, refusal))[0]
+    if refusal:
+        raise UserError(refusal)
+    if missing:
+        raise UserError(
+            f"stage {missing} is not finished in {folder} with these settings, and one process makes it: "
+            f"run the same command once without torchrun or srun, with until={before[-1].name}"
+        )
+    if ranks.first:
+        bring(run, "pretraining")
+    elif needed:
+        stages[number].make(run, folder / "pretraining")
+
+
+def run_stage_part(
+    experiment: Experiment, folder: Path, stage: str, part: Part, *, redo: Collection[str] = ()
+) -> None:
+    """Make one worker's share of a stage's shards.
+
+    Raises:
+        UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
+    """
+    run = Run(experiment, folder, best_device())
+    with remembered(folder / DIGESTS) if folder.is_dir() else nullcontext():
+        run_part(stages_of(experiment), stage, run, folder, part, redo=redo)
+
+
+def write_config(experiment: Experiment, folder: Path) -> None:
+    """Write the settings of an experiment beside its stages, whole or not at all, with absolute paths."""
+    write_text(folder / CONFIG, dump_yaml(recorded_settings(experiment)))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,80 @@
+"""The stage that embeds the texts and images of the training documents, in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cm3leon.data.images import square
+from cm3leon.data.shards import make_missing, shard_path, write_plan
+from cm3leon.retrievers.parts import Parts
+from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
+from cm3leon.stages.artifacts import ENCODER, Run
+from cm3leon.stages.inputs import SHARDS, encoder_settings
+from cm3leon.stages.sharing import shard_documents, share_out, with_progress
+from cm3leon.stages.stage import Part, Stage
+from cm3leon.types import Document
+
+
+def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
+    """Encodes the documents of this worker's token shards, read once more from the source for their pixels."""
+    parts = run.source.parts()
+    write_plan(folder, run.encoder_header)
+
+    def make(number: int) -> None:
+        ids: list[str] = []
+        vectors = [document_parts(run, [])]
+        for batch in shard_documents(run, parts, number):
+            ids += [document.id for document in batch]
+            vectors.append(document_parts(run, batch))
+        write_vector_shard(
+            shard_path(folder, number, len(parts)),
+            ids,
+            Parts.concatenate(vectors),
+            run.encoder_header,
+        )
+
+    with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
+
+
+def make_vectors(run: Run, folder: Path) -> None:
+    """Makes the shards that no worker has made, and the index of all."""
+    share_out(run, folder, make_vectors_part)
+    finish_vectors(folder, len(run.source.parts()))
+
+
+def document_parts(
+    run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
+) -> Parts:
+    """Vectors of the documents' texts and first images, zero where one lacks them."""
+    encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
+    texts = [document.text for document in documents]
+    images = [document.image for document in documents]
+    with_text = [place for place, text in enumerate(texts) if text]
+    with_image = [place for place, image in enumerate(images) if image is not None]
+    text_BD, image_BD = (
+        np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2)
+    )
+    if with_text:
+        text_BD[with_text] = encoder.encode_texts(
+            [texts[place] for place in with_text], dropout=dropout, seed=seed
+        )
+    if with_image:
+        squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
+        image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
+    return Parts(text_BD, image_BD)
+
+
+STAGE = Stage(
+    "vectors",
+    version=2,
+    inputs=lambda run: {"retriever": encoder_settings(run)},
+    make=make_vectors,
+    make_part=make_vectors_part,
+    needs=("tokens",),
+    files=(ENCODER,),
+    results=SHARDS,
+    expensive=True,
+)
