@@ -413,20 +413,30 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("keys", "pretraining", "apart"),
+    ("words", "pretraining", "apart"),
     [
-        (["training.learning_rate"], False, []),
-        (["training.learning_rate", "seed"], False, ["seed"]),
-        (["evaluations.caption.setting.max_tokens"], True, []),
-        (["evaluations.caption.setting.max_tokens", "training.steps"], False, []),
-        (["evaluations.caption.setting.max_tokens", "seed"], True, ["seed"]),
-        (["text_tokenizer.vocab_size"], True, ["text_tokenizer.vocab_size"]),
+        (["sweep.training.learning_rate=1e-3,2e-3"], False, []),
+        (["sweep.training.log_every=1,5"], True, []),
+        (["sweep.training.learning_rate=1e-3,2e-3", "sweep.seed=0,1"], False, ["seed"]),
+        (["sweep.decoder.cfg=1.0,2.0"], True, []),
+        (["sweep.decoder.cfg=1.0,2.0", "sweep.training.batch_size=4,8"], False, []),
+        (["sweep.decoder.cfg=1.0,2.0", "sweep.seed=0,1"], True, ["seed"]),
+        (["sweep.evaluations.caption.setting.max_tokens=4,5"], True, []),
+        (["sweep.text_tokenizer.vocab_size=300,301"], True, ["text_tokenizer.vocab_size"]),
+        # A document has to fit the block, and so tokens depend on its length; they do not where it may be cut.
+        (["sweep.model.seq_len=64,65", "packing.method=whole"], True, ["model.seq_len"]),
+        (["sweep.model.seq_len=64,65", "packing.method=stream"], False, []),
+        (["sweep.model.width=32,64"], False, []),
+        (["sweep.retriever.max_documents=1,2"], False, []),
+        (["sweep.retriever.max_documents=0,2"], True, ["retriever.max_documents"]),
+        (["sweep.data=[{name: folder, path: none}, {name: digits}]"], True, ["data"]),
     ],
 )
-def test_what_points_share_depends_on_their_keys(
-    keys: list[str], pretraining: bool, apart: list[str]
+def test_what_points_share_depends_on_what_stages_read_of_their_keys(
+    tmp_path: Path, words: list[str], pretraining: bool, apart: list[str]
 ) -> None:
-    assert what_is_shared(keys) == (pretraining, apart)
+    sweep = load_sweep("digits_smoke", words, tmp_path)
+    assert what_is_shared(sweep) == (pretraining, apart)
 
 
 SWEPT = [

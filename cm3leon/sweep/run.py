@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
+from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.origin import Origin
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
@@ -27,7 +28,7 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import first_unfinished
 from cm3leon.stages.running import run_experiment
-from cm3leon.stages.stage import check_redo, number_of
+from cm3leon.stages.stage import Stage, check_redo, number_of
 from cm3leon.stages.table import stages_of
 from cm3leon.sweep.points import (
     Point,
@@ -50,11 +51,6 @@ POINT_FILE = "point.yaml"
 """In the folder of a point: its experiment, which its job reads."""
 OUTCOME = "outcome.json"
 """In the folder of a point whose run has ended: its `state`, the digest of the `config` it ran with, the `error`."""
-
-LAST = frozenset({"text_decoder", "evaluations", "aims"})
-"""Sections that no stage up to pretraining depends on."""
-LATE = LAST | {"training", "model", "objective", "packing", "decoder"}
-"""Sections that no stage before pretraining depends on."""
 
 
 @dataclass(frozen=True)
@@ -247,16 +243,40 @@ def make_table(sweep: Sweep) -> list[Result]:
     return results
 
 
-def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether points of a sweep of these keys share their pretraining too, and the keys of which they share nothing.
+def what_is_shared(sweep: Sweep) -> tuple[bool, list[str]]:
+    """Whether points share their pretraining too, and the keys of which they share nothing.
 
-    Points that differ in nothing but the others are made of the same tokenizers, tokens, vectors and neighbours.
+    Points that differ in nothing but the other keys are made of the same tokenizers, tokens, vectors and neighbours.
     """
-    sections = {key: key.partition(".")[0] for key in keys}
-    pretraining = not any(section in LATE - LAST for section in sections.values())
-    return pretraining, [
-        key for key in keys if sections[key] not in (LAST if pretraining else LATE)
-    ]
+    touched = {key: _stages_touched(sweep, key) for key in sweep.config.sweep}
+    apart = [key for key, names in touched.items() if names - {"pretraining"}]
+    return all("pretraining" not in touched[key] for key in touched if key not in apart), apart
+
+
+def _stages_touched(sweep: Sweep, key: str) -> set[str]:
+    """The stages up to pretraining whose own inputs are others at another value of a swept key."""
+    sections = {name: value for name, value in sweep.mapping.items() if not name.startswith(SWEEP)}
+    first = next(iter(sweep.points.values()))
+    found: list[dict[str, Any]] = []
+    for name, value in {shown(point[key]): point[key] for point in sweep.points.values()}.items():
+        experiment = experiment_at(sections, f"{key}={name}", {**first, key: value})
+        run = Run(experiment, sweep.folder, torch.device("cpu"))
+        stages = stages_of(experiment)
+        last = number_of(stages, "pretraining", "until")
+        found.append({stage.name: _inputs(stage, run) for stage in stages[: last + 1]})
+
+    names = {name for inputs in found for name in inputs}
+    return {
+        name for name in names if any(inputs.get(name) != found[0].get(name) for inputs in found)
+    }
+
+
+def _inputs(stage: Stage[Run], run: Run) -> Any:
+    """What a stage depends on; where that cannot be told, why, which its point will say."""
+    try:
+        return stage.inputs(run)
+    except UserError as error:
+        return str(error)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -265,9 +285,12 @@ def what_is_shared(keys: Sequence[str]) -> tuple[bool, list[str]]:
 def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
     """What several of the missing points share, once, and behind it an array of the points."""
     commands, after = {}, []
-    for number, (shared, names) in enumerate(_groups(sweep).items()):
+    pretraining, apart = what_is_shared(sweep)
+    last = "pretraining" if pretraining else "neighbours"
+    for number, (shared, names) in enumerate(_groups(sweep, apart).items()):
         wanted = [name for name in names if name in missing]
-        jobs = _shared_jobs(sweep, names[0], shared, f"shared{number}") if len(wanted) > 1 else []
+        title = f"shared{number}"
+        jobs = _shared_jobs(sweep, names[0], shared, title, last) if len(wanted) > 1 else []
         yield from jobs
         after += [job.name for job in jobs[-1:]]
         for name in wanted:
@@ -288,11 +311,9 @@ def _plugin_words(sweep: Sweep) -> tuple[str, ...]:
     return (f"plugins={json.dumps(plugins)}",) if plugins else ()
 
 
-def _groups(sweep: Sweep) -> dict[Path, list[str]]:
-    """The points by the folder of what they share with others."""
-    keys = list(sweep.config.sweep)
-    _, apart = what_is_shared(keys)
-    short = short_names(keys)
+def _groups(sweep: Sweep, apart: Sequence[str]) -> dict[Path, list[str]]:
+    """The points by the folder of what they share with others: they differ in none of the keys `apart`."""
+    short = short_names(list(sweep.config.sweep))
     groups: dict[Path, list[str]] = {}
     for name, point in sweep.points.items():
         own = point_name({key: point[key] for key in apart}, short)
@@ -300,12 +321,11 @@ def _groups(sweep: Sweep) -> dict[Path, list[str]]:
     return groups
 
 
-def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str) -> list[Job]:
+def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str, until: str) -> list[Job]:
     """The jobs of the stages that a point shares with others; none where they are made, or the point ends before."""
     experiment = sweep.experiments[name]
     stages = [stage.name for stage in stages_of(experiment)]
-    pretraining, _ = what_is_shared(list(sweep.config.sweep))
-    last = stages.index("pretraining") - (not pretraining)
+    last = stages.index(until)
     if experiment.until and stages.index(experiment.until) <= last:
         return []
     shared = Run(experiment, folder, torch.device("cpu"))
@@ -315,11 +335,11 @@ def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str) -> list[Job]
     jobs = experiment_jobs(
         replace(experiment, launcher=sweep.launcher),
         folder,
-        until=stages[last],
+        until=until,
         redo=sweep.redo,
         name=title,
     )
-    return jobs if pretraining else [replace(job, together=False) for job in jobs]
+    return jobs if until == "pretraining" else [replace(job, together=False) for job in jobs]
 
 
 def _config(experiment: Experiment) -> str:
