@@ -11,7 +11,7 @@ import torch
 from cm3leon.experiment import load_experiment
 from cm3leon.io import write_json
 from cm3leon.run import main
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import check_before_stages
 from cm3leon.training.config import TOKENS_AT_ONCE, DecoderTrainingConfig
 from cm3leon.types import UserError, sentences_of
@@ -107,7 +107,7 @@ def start(tmp_path: Path) -> Path:
     (folder / "pretraining").mkdir(parents=True)
     (folder / "text_tokenizer").mkdir()
     experiment = load_experiment("digits_smoke")
-    run = Run(experiment, folder, torch.device("cpu"))
+    run = RunFolder(experiment, folder, torch.device("cpu"))
     save_tensors(folder / "pretraining" / "model.safetensors", run.new_model().state_dict())
     record = {"fingerprint": "0" * 64, "seconds": 1.0, "files": {}}
     write_json(folder / "pretraining" / "stage.json", record)

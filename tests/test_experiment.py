@@ -13,7 +13,7 @@ import torch
 from cm3leon import experiment
 from cm3leon.config import Component, dump_yaml, from_mapping, to_mapping
 from cm3leon.registry import PROTOCOLS
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.types import UserError
 
 METRIC = '''
@@ -188,7 +188,7 @@ def test_shipped_experiments_resolve(name: str) -> None:
 def test_the_first_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     """Not on what a run has asked for before."""
     digits = experiment.load_experiment("digits_smoke")
-    fresh, asked = (Run(digits, tmp_path, torch.device("cpu")) for _ in range(2))
+    fresh, asked = (RunFolder(digits, tmp_path, torch.device("cpu")) for _ in range(2))
     assert asked.vocab.size == 512
     asked.new_image_tokenizer()
     weights = [run.new_model().state_dict() for run in (fresh, asked, asked)]

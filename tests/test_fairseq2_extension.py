@@ -22,9 +22,9 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.plugins.fairseq2_cm3leon import extension, guard
 from cm3leon.plugins.fairseq2_cm3leon.__main__ import main as main_of_plugin
 from cm3leon.run import main
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretraining import first_weights
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
@@ -349,7 +349,7 @@ def recipe(run: Path, families: None) -> Any:
     first.mkdir()
     save_weights(
         first / "model.safetensors",
-        first_weights(Run(opened.experiment, run, opened.device)).state_dict(),
+        first_weights(RunFolder(opened.experiment, run, opened.device)).state_dict(),
     )
     recipe = recipe_of(opened)
     recipe.model.path = first

@@ -19,7 +19,7 @@ from cm3leon.digests import BLOCK, WHOLE, files_digest, path_digest, remembered
 from cm3leon.experiment import load_experiment
 from cm3leon.retrievers.dense import DenseRetriever
 from cm3leon.retrievers.encoder import EncoderConfig
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.table import stages_of
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -154,7 +154,7 @@ def test_a_second_start_reads_nothing_unless_a_file_has_changed(
 def inputs(tmp_path: Path, *overrides: str, name: str = "digits_smoke") -> dict[str, Any]:
     """What each stage of an experiment depends on besides other stages."""
     experiment = load_experiment(name, overrides)
-    run = Run(experiment, tmp_path, torch.device("cpu"))
+    run = RunFolder(experiment, tmp_path, torch.device("cpu"))
     return {
         stage.name: json.loads(json.dumps(stage.inputs(run))) for stage in stages_of(experiment)
     }

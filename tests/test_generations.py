@@ -17,9 +17,9 @@ from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
 from cm3leon.records import STAGES
 from cm3leon.stages import sharing
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.stages.opening import open_run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.table import stages_of
 from cm3leon.stages.training_data import start_digest
 from cm3leon.types import UserError
@@ -144,7 +144,7 @@ def test_a_run_to_start_from_has_to_be_of_one_piece(folder: Path, tmp_path: Path
     with pytest.raises(
         UserError, match=r"^training\.start: pretraining in .* another text_tokenizer"
     ):
-        start_digest(Run(experiment, tmp_path / "new", torch.device("cpu")))
+        start_digest(RunFolder(experiment, tmp_path / "new", torch.device("cpu")))
 
 
 def test_a_damaged_record_is_a_sentence(folder: Path) -> None:
@@ -228,7 +228,7 @@ def test_workers_are_given_the_experiment_itself(
         sharing.multiprocessing, "get_context", lambda method: SimpleNamespace(Process=Process)
     )
     settings = ["data.path=none", "shards.workers=2", "split.held_out=0.125"]
-    run = Run(load_experiment("corpus", settings), tmp_path, torch.device("cpu"))
+    run = RunFolder(load_experiment("corpus", settings), tmp_path, torch.device("cpu"))
     sharing.share_out(run, tmp_path / "tokens", lambda run, folder, part: None)
     assert [args[0]["split"]["held_out"] for args in given] == [0.125, 0.125]
     made: list[Any] = []

@@ -18,7 +18,7 @@ from cm3leon.plugins.scenes.world import entity_name
 from cm3leon.registry import RETRIEVERS, discover
 from cm3leon.retrievers.lexical import CELLS, TEXT_DIM, LexicalEncoder, direction
 from cm3leon.retrievers.neighbours import NeighbourShards
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import run_experiment
 from cm3leon.training.device import best_device
 from cm3leon.types import Notice, UserError
@@ -136,7 +136,7 @@ SMALL = {
 def test_a_run_with_it_fits_keeps_and_finds(tmp_path: Path) -> None:
     experiment = load_experiment("digits_smoke", settings=SMALL)
     run_experiment(experiment, tmp_path)
-    run = Run(experiment, tmp_path, best_device())
+    run = RunFolder(experiment, tmp_path, best_device())
     captions = [run.corpus.captions[row] for row in run.corpus.rows("train")]
     fitted = LexicalEncoder()
     fitted.fit(captions)

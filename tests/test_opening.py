@@ -142,10 +142,10 @@ def test_files_taken_over_from_another_run_are_compared(run: Path, tmp_path: Pat
     finish(other)
     words = [f"data.path={tmp_path}", f"shards.tokenizers={tmp_path}/other"]
     taking = replace(open_run(run), experiment=load_experiment("corpus", words))
-    assert taking.borrowed_file("text_tokenizer/tokenizer.json").is_file()
+    assert taking.reused_file("text_tokenizer/tokenizer.json").is_file()
     damage(other / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer.json has changed since it was written"):
-        taking.borrowed_file("text_tokenizer/tokenizer.json")
+        taking.reused_file("text_tokenizer/tokenizer.json")
 
 
 def test_a_checkpoint_to_go_on_from_is_compared(tmp_path: Path) -> None:

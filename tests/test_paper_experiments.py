@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.pretraining import check_tokenizers
+from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
 from cm3leon.types import UserError
 
 PAPER = {
@@ -70,7 +70,7 @@ def test_settings_are_the_papers(name: str) -> None:
         0.2,
         "openai",
     )
-    assert Run(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
+    assert RunFolder(experiment, Path("none"), None).vocab.size == 2**16  # type: ignore[arg-type]  # no device is asked for
     blocks = training.blocks(model.seq_len)
     assert blocks % (LAUNCHERS.build(experiment.launcher).gpus * training.micro_batch) == 0
 

@@ -85,7 +85,7 @@ def run_of(settings: dict[str, Any], size: int) -> Any:
             packing=PackingConfig(),
             text_tokenizer=SimpleNamespace(max_word=64),
         ),
-        borrowed=None,
+        reused=None,
     )
 
 

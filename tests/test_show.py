@@ -26,7 +26,7 @@ from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.objectives.cm3 import rotate
 from cm3leon.retrievers.neighbours import draw
 from cm3leon.run import main
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import training_samples
@@ -109,17 +109,17 @@ def made(words: list[str], until: str) -> list[str]:
     return words
 
 
-def opened(words: list[str], *more: str) -> Run:
+def opened(words: list[str], *more: str) -> RunFolder:
     named = dict(word.split("=", 1) for word in words if word.startswith(("experiment=", "run=")))
     overrides = [word for word in words if word.split("=")[0] not in named]
-    return Run(
+    return RunFolder(
         load_experiment(named["experiment"], [*overrides, *more]),
         Path(named["run"]),
         torch.device("cpu"),
     )
 
 
-def batches(run: Run, count: int) -> list[Batch]:
+def batches(run: RunFolder, count: int) -> list[Batch]:
     """The first batches of the stream, made as pretraining makes it."""
     stream = BlockStream(
         training_samples(run),
@@ -276,7 +276,7 @@ def test_text_is_trusted_with_nothing(small: list[str], tmp_path: Path, capsys: 
     assert not re.search(r"https?://(?!evil)", (tmp_path / "x.html").read_text())
 
 
-def text_of(run: Run, shown: ShownSample) -> str:
+def text_of(run: RunFolder, shown: ShownSample) -> str:
     query = shown.documents[-1].segments[0].span
     return run.text_tokenizer.decode(shown.laid_out.ids_T[query.start : query.end])
 

@@ -28,7 +28,7 @@ from cm3leon.launch.launchers import Launcher
 from cm3leon.provenance import machines
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.sweep import load_sweep
 from cm3leon.sweep import run as sweep_run
 from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
@@ -468,7 +468,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
         else:
             finished_run(folder, 3.0 - 100 * rate)
 
-    def first_unfinished(stages: Sequence[Any], run: Run, folder: Path) -> tuple[str | None, Any]:
+    def first_unfinished(
+        stages: Sequence[Any], run: RunFolder, folder: Path
+    ) -> tuple[str | None, Any]:
         made = (folder / stages[-1].name / "stage.json").is_file()
         return (None if made else stages[-1].name), {}
 

@@ -19,8 +19,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 
 from cm3leon.data.corpus import split_of_key
 from cm3leon.experiment import load_experiment
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.documents import make_documents
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.text_tokenizer import (
     TRAINED_ON,
@@ -389,12 +389,12 @@ def corpus(folder: Path, parts: int = 3, lines: int = 40) -> Path:
     return folder
 
 
-def run_of(folder: Path, *overrides: str) -> Run:
+def run_of(folder: Path, *overrides: str) -> RunFolder:
     folder.mkdir(exist_ok=True)
-    return Run(load_experiment("digits", overrides), folder, torch.device("cpu"))
+    return RunFolder(load_experiment("digits", overrides), folder, torch.device("cpu"))
 
 
-def made(run: Run) -> tuple[TextTokenizer, dict[str, Any]]:
+def made(run: RunFolder) -> tuple[TextTokenizer, dict[str, Any]]:
     folder, documents = run.folder / "text_tokenizer", run.folder / "documents"
     folder.mkdir()
     if not documents.exists():
@@ -528,13 +528,13 @@ def test_a_run_takes_the_tokenizer_of_its_text_corpus_and_makes_it_again_when_th
     for said in ("[2/", "text_tokenizer: up to date"):
         run_experiment(experiment, run, until="text_tokenizer")
         assert said in capsys.readouterr().out
-    captions = Run(experiment, run, torch.device("cpu")).corpus.captions
+    captions = RunFolder(experiment, run, torch.device("cpu")).corpus.captions
     before = (run / "text_tokenizer/tokenizer.json").read_bytes()
     (path / "4.jsonl").write_text('{"text": "zebra zebra zebra"}\n' * 30)
     run_experiment(experiment, run, until="text_tokenizer")
     assert "up to date" in capsys.readouterr().out  # the documents, not the tokenizer
     assert (run / "text_tokenizer/tokenizer.json").read_bytes() != before
-    tokenizer = Run(experiment, run, torch.device("cpu")).text_tokenizer
+    tokenizer = RunFolder(experiment, run, torch.device("cpu")).text_tokenizer
     assert len(tokenizer.encode("zebra")) == 1
     assert [tokenizer.decode(tokenizer.encode(caption)) for caption in captions[:5]] == captions[:5]
 
@@ -547,6 +547,6 @@ def test_captions_beyond_the_sample_are_left_out(tmp_path: Path) -> None:
         sizes[limit] = json.loads((tmp_path / "run/text_tokenizer" / TRAINED_ON).read_text())
     assert sizes[100]["bytes"] == 100 < sizes[10**9]["bytes"]
     assert sizes[10**9]["documents"] == len(
-        Run(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train")
+        RunFolder(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train")
     )
     assert sizes[100]["text_data"] is None

@@ -39,9 +39,9 @@ from cm3leon.models.serving import keep_weights, share
 from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import TUNED, open_run, tuned_on
 from cm3leon.stages.pretraining import load_checkpoint
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.tasks.base import Task
 from cm3leon.training.device import autocast, device_named, uses_bf16
@@ -67,7 +67,7 @@ class AskedRun:
 
     def __init__(
         self,
-        run: Run,
+        run: RunFolder,
         *,
         precision: Precision = "auto",
         window: int | None = None,

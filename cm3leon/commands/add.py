@@ -20,7 +20,7 @@ from cm3leon.stages.trust import Opening
 from cm3leon.types import Document, UserError
 
 if TYPE_CHECKING:
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ def main(options: Options) -> None:
         _add(run, options)
 
 
-def _add(run: Run, options: Options) -> None:
+def _add(run: RunFolder, options: Options) -> None:
     """Add documents to a bank that this process holds alone, so that no other one's are lost."""
     from tqdm import tqdm
 
@@ -81,7 +81,7 @@ def _add(run: Run, options: Options) -> None:
     if not added:
         raise UserError(f"data: no documents to add ({skipped} items skipped or added before)")
     # The ids first: a bank has the documents that it has vectors of.
-    write_token_shard(run.added_tokens_file, documents, run.made_by)
+    write_token_shard(run.added_tokens_file, documents, run.tokenizer_digests)
     bank.add([document.id for document in added], Parts.concatenate(vectors))
     bank.save_added()
     print(f"{len(added):,} documents added, {skipped:,} items left out; the bank has {len(bank):,}")

@@ -30,7 +30,7 @@ from cm3leon.types import UserError
 
 if TYPE_CHECKING:
     from cm3leon.models.transformer import Transformer
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
 
 EXTRAS = "cm3leon.json"
 
@@ -86,7 +86,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
     import torch
 
     from cm3leon.models.opt import from_opt_state, load_opt, to_opt, transformers, verify
-    from cm3leon.stages.artifacts import TOKENIZER
+    from cm3leon.stages.run_folder import TOKENIZER
 
     transformers()
     run, model = _finished(run_folder, opening)
@@ -97,7 +97,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         extras = {
             "cm3leon": __version__,
-            **run.section("model"),
+            **run.settings_of("model"),
             "vocab_size": model.vocab_size,
             "ids": run.vocab.ranges(),
             "experiment": to_mapping(run.experiment),
@@ -114,7 +114,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
         verify(model, written)
 
 
-def _finished(folder: Path, opening: Opening | None) -> tuple[Run, Transformer]:
+def _finished(folder: Path, opening: Opening | None) -> tuple[RunFolder, Transformer]:
     """A run and its trained decoder, in evaluation mode on the CPU."""
     import torch
 
@@ -125,7 +125,7 @@ def _finished(folder: Path, opening: Opening | None) -> tuple[Run, Transformer]:
         folder, opening, needs=("text_tokenizer", "pretraining"), device=torch.device("cpu")
     )
     made = read_json(run.stage("pretraining", "config.json") / "config.json")
-    if made != {**run.section("model"), "vocab_size": run.vocab.size}:
+    if made != {**run.settings_of("model"), "vocab_size": run.vocab.size}:
         raise UserError(
             f"run: the model of {folder / 'config.yaml'} is not the one that was trained; run it to its end"
         )
@@ -177,7 +177,7 @@ def export_to_cm3leon(hf: Path, out: Path) -> None:
 
     from cm3leon.models.opt import from_opt_state, load_opt, transformers, verify
     from cm3leon.models.transformer import Transformer
-    from cm3leon.stages.artifacts import WEIGHTS
+    from cm3leon.stages.run_folder import WEIGHTS
     from cm3leon.training.checkpoint import save_weights
 
     transformers()

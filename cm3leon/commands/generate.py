@@ -34,7 +34,7 @@ from cm3leon.types import Partly, UserError
 
 if TYPE_CHECKING:
     from cm3leon.api import CM3Leon, GeneratedImage
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
     from cm3leon.training.distributed import Ranks
 
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
@@ -143,7 +143,9 @@ def _named(options: Options, line: int) -> str:
     return f"{options.prompts}, line {line}" if options.prompts else "prompt"
 
 
-def _left(options: Options, texts: list[str], too_long: Mapping[int, str], run: Run) -> list[int]:
+def _left(
+    options: Options, texts: list[str], too_long: Mapping[int, str], run: RunFolder
+) -> list[int]:
     """Numbers of the prompts that are not drawn yet; what is too long is written down, and never drawn."""
     _check_settings(options, run)
     done = _done(options.out, texts)
@@ -205,7 +207,7 @@ def _prompts(options: Options) -> dict[int, str]:
     return found
 
 
-def _check_settings(options: Options, run: Run) -> None:
+def _check_settings(options: Options, run: RunFolder) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
     names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights")
@@ -214,7 +216,7 @@ def _check_settings(options: Options, run: Run) -> None:
     settings["parts"] = run.parts_of_answers(with_bank=options.retrieve > 0)
     # What the options leave to the run is what its experiment says today.
     for name in ("decoder", "retriever") if options.retrieve else ("decoder",):
-        settings[name] = settings.get(name) or run.section(name)[name]
+        settings[name] = settings.get(name) or run.settings_of(name)[name]
     if not file.is_file():
         write_json(file, settings)
         return

@@ -114,7 +114,7 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     import torch
 
     from cm3leon.models.transformer import Transformer
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.costs import GPUS, flops_per_token
     from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
@@ -125,7 +125,7 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         )
     shape: Transformer.Config = experiment.model.config
     training, gpus = experiment.training, LAUNCHERS.build(experiment.launcher).gpus
-    vocab_size = Run(experiment, Path(), torch.device("cpu")).vocab.size
+    vocab_size = RunFolder(experiment, Path(), torch.device("cpu")).vocab.size
     gpu = GPUS[options.gpu]
     if gpus % training.replicas:
         raise UserError(

@@ -34,9 +34,9 @@ from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.parts import MODALITIES, Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
-from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.run_folder import TEXT_TOKENIZER, RunFolder
 from cm3leon.stages.table import stages_of
 from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import (
@@ -73,7 +73,7 @@ def show(
         UserError: for a number out of range, or a stage before pretraining that is not finished.
     """
     # On the CPU: training may be using the GPU, and there are only some images to decode.
-    run = Run(experiment, folder, torch.device("cpu"))
+    run = RunFolder(experiment, folder, torch.device("cpu"))
     require_finished(run, again)
     samples = training_samples(run)
     first = epoch * samples.epoch
@@ -97,7 +97,9 @@ def show(
     print(f"\npage: {path}")
 
 
-def _first_with_spans(run: Run, samples: TrainingSamples, first: int) -> tuple[int, ShownSample]:
+def _first_with_spans(
+    run: RunFolder, samples: TrainingSamples, first: int
+) -> tuple[int, ShownSample]:
     """The first sample of an epoch that shows what the objective does, a moved span, and its number.
 
     The first of all where none of the first `LOOKED_AT` has one, as with an objective that moves none.
@@ -109,7 +111,7 @@ def _first_with_spans(run: Run, samples: TrainingSamples, first: int) -> tuple[i
     return 0, shown_sample(run, samples, first)
 
 
-def require_finished(run: Run, again: Sequence[str]) -> None:
+def require_finished(run: RunFolder, again: Sequence[str]) -> None:
     """Raises UserError if a stage that the training samples depend on is not finished with these settings."""
     stages = stages_of(run.experiment)
     needed = stages[: [stage.name for stage in stages].index("pretraining")]
@@ -129,7 +131,7 @@ class TracedSamples(Samples):
 
     made: WeakKeyDictionary[Corrupted, tuple[int, int, int]]
 
-    def __init__(self, run: Run, samples: TrainingSamples) -> None:
+    def __init__(self, run: RunFolder, samples: TrainingSamples) -> None:
         super().__init__(samples, run.objective, seq_len=run.seq_len, seed=run.experiment.seed)
         self.made = WeakKeyDictionary()
         self._method = run.experiment.packing.method
@@ -172,7 +174,7 @@ class TracedSamples(Samples):
         return corrupted, end
 
 
-def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSample:
+def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> ShownSample:
     """The sample at a position of the stream as it is drawn, laid out, corrupted and packed in training.
 
     Raises:
@@ -202,7 +204,9 @@ def shown_sample(run: Run, samples: TrainingSamples, position: int) -> ShownSamp
     )
 
 
-def _pieces(run: Run, traced: TracedSamples, epoch: int, position: int) -> Iterator[ShownPiece]:
+def _pieces(
+    run: RunFolder, traced: TracedSamples, epoch: int, position: int
+) -> Iterator[ShownPiece]:
     """The pieces of a sample. Its lane is made from the start: what a block has room for depends on those before."""
     packing, lanes = run.experiment.packing, run.experiment.training.batch_size
     lane = new_lane(traced, packing, position % lanes, lanes)
@@ -274,7 +278,7 @@ def moved_spans(
 
 
 def _how_found(
-    run: Run, samples: TrainingSamples, traced: TracedSamples, position: int
+    run: RunFolder, samples: TrainingSamples, traced: TracedSamples, position: int
 ) -> list[str]:
     """For each retrieved document of a sample, by which part of the query it was found, and its score."""
     source, row = samples.at(position)
@@ -310,7 +314,7 @@ def _places(rows_VK: np.ndarray) -> np.ndarray:
     )
 
 
-def _vectors(run: Run, corpus: TrainingCorpus) -> Callable[[np.ndarray], Parts] | None:
+def _vectors(run: RunFolder, corpus: TrainingCorpus) -> Callable[[np.ndarray], Parts] | None:
     """Rows of the bank -> their vectors; None where the query itself has none there."""
     if bank_of(corpus.folder / "neighbours") != corpus.folder:
         return None
@@ -337,7 +341,7 @@ def _score(
 
 
 def _documents(
-    run: Run, sample: Sample, laid_out: LaidOut, notes: Sequence[str]
+    run: RunFolder, sample: Sample, laid_out: LaidOut, notes: Sequence[str]
 ) -> list[ShownDocument]:
     spans = iter(laid_out.segments)
     shown = []
@@ -354,7 +358,7 @@ def _documents(
 
 
 def _pictures(
-    run: Run, document: TokenDocument, segment: TokenSegment
+    run: RunFolder, document: TokenDocument, segment: TokenSegment
 ) -> list[tuple[str, np.ndarray]]:
     """An image as decoded from its codes; of the sample also what was encoded, and what that was made of."""
     if segment.modality == "text":
@@ -381,7 +385,7 @@ def _pictures(
     return [*pictures, ("original", original_HWC)]
 
 
-def _names(run: Run) -> Names:
+def _names(run: RunFolder) -> Names:
     tokenizer = Tokenizer.from_file(str(run.folder / TEXT_TOKENIZER))
     # All bytes that UTF-8 has, and the characters that byte-level BPE writes for them.
     probe = "".join(

@@ -17,7 +17,7 @@ from cm3leon.evaluation.report.sample import (
 )
 from cm3leon.objectives.cm3 import Span
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.training_data import TrainingSamples
 from cm3leon.tokenizers.vocab import SPECIALS
 
@@ -29,7 +29,7 @@ SPECIAL_LOOK = re.compile(rf"{'|'.join(SPECIALS)}|<mask:\d+>")
 
 
 def facts_of(
-    run: Run, samples: TrainingSamples, position: int, shown: ShownSample
+    run: RunFolder, samples: TrainingSamples, position: int, shown: ShownSample
 ) -> list[tuple[str, str]]:
     """What there is to say of a sample, by what it is about."""
     source, row = samples.at(position)
@@ -103,7 +103,7 @@ def _loss(shown: ShownSample) -> str:
     )
 
 
-def _block(run: Run, piece: ShownPiece) -> str:
+def _block(run: RunFolder, piece: ShownPiece) -> str:
     packing = run.experiment.packing
     positions = "run on through the block" if packing.run_on else "restart in each sample"
     others = len(piece.samples) - 1

@@ -17,7 +17,7 @@ from cm3leon.types import TokenDocument, UserError
 
 if TYPE_CHECKING:
     from cm3leon.retrievers.parts import Parts
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ def main(options: Options) -> None:
             print(f"{score:.3f}  {printable(document.id)}  {printable(shown(run, document))}")
 
 
-def _query(run: Run, options: Options) -> Parts:
+def _query(run: RunFolder, options: Options) -> Parts:
     from cm3leon.data.images import read_given_image, square
 
     images_BHWC = None
@@ -68,7 +68,7 @@ def _query(run: Run, options: Options) -> Parts:
     return run.retriever.parts(None if options.text is None else [options.text], images_BHWC)
 
 
-def shown(run: Run, document: TokenDocument) -> str:
+def shown(run: RunFolder, document: TokenDocument) -> str:
     """A document on one line: its text, with <image> where its images stand."""
     runs = (
         run.text_tokenizer.decode(segment.ids_T) if segment.modality == "text" else "<image>"

@@ -28,8 +28,8 @@ from cm3leon.records import MARKER, read_stage
 from cm3leon.registry import PROTOCOLS
 from cm3leon.retrievers.index import ADDED
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.opening import open_run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.types import UserError
 
 VERSION = 2
@@ -316,7 +316,7 @@ class Evaluation:
                 if row.setting.documents
                 else ("decoder", "text_decoder")
             )
-            left = run.section(*sections)
+            left = run.settings_of(*sections)
             if isinstance(self.protocol, CorpusTask):
                 left["documents"] = read_stage(row.folder / "documents")["fingerprint"]
             self._parts[key] = {**run.parts_of_answers(with_bank=with_bank), **left}
@@ -324,7 +324,7 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------------------- parts
 
-    def _run(self, row: Row) -> Run:
+    def _run(self, row: Row) -> RunFolder:
         if self._own and row.folder == self._own[0].run.folder:
             return self._own[0].run
         return open_run(row.folder, where="models", needs=("pretraining",))

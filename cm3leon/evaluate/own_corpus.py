@@ -10,12 +10,12 @@ from cm3leon.api import CM3Leon, Completed
 from cm3leon.evaluation.protocols.base import Item
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
 from cm3leon.registry import TASKS
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.tokens import training_codes
 from cm3leon.types import TokenDocument
 
 
-def own_corpus(run: Run) -> OwnCorpus:
+def own_corpus(run: RunFolder) -> OwnCorpus:
     """What a run knows of the documents that it was made from, for a protocol that asks about them."""
     corpus, training = run.corpus, run.corpus.rows("train")
     labels = [UNKNOWN if label is None else label for label in corpus.labels]

@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER, read_stage
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.neighbours import bank_fingerprint
 from cm3leon.stages.pretraining import another_tokenizer
+from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, RunFolder
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
 from cm3leon.tokenizers.image.perceptual import linear_weights_file
 from cm3leon.types import UserError, refuse, sentences_of
@@ -40,7 +40,7 @@ def check_settings(
     Raises:
         UserError: naming all mistakes.
     """
-    run = Run(experiment, folder, torch.device("cpu"))
+    run = RunFolder(experiment, folder, torch.device("cpu"))
     mistakes = list(found)
     for check in _checks(run, trains=trains, asks=asks):
         try:
@@ -50,15 +50,15 @@ def check_settings(
     refuse(mistakes)
 
 
-def _checks(run: Run, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
+def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
     """The checks that apply, each of which raises UserError for a mistake."""
     experiment = run.experiment
     trained_with = getattr(experiment.image_tokenizer.config, "perceptual_file", None)
     if trained_with or experiment.reconstruction.perceptual_file:
         yield linear_weights_file
-    if run.borrowed is not None:
-        yield lambda: run.borrowed_file(TEXT_TOKENIZER)
-        yield lambda: run.borrowed_file(IMAGE_TOKENIZER)
+    if run.reused is not None:
+        yield lambda: run.reused_file(TEXT_TOKENIZER)
+        yield lambda: run.reused_file(IMAGE_TOKENIZER)
     yield lambda: bank_fingerprint(run)
     if not trains:
         return
@@ -75,7 +75,7 @@ def _checks(run: Run, *, trains: bool, asks: bool) -> Iterator[Callable[[], obje
             yield lambda: _check_tokenizers(run, experiment.training.start)
 
 
-def _check_block(run: Run) -> None:
+def _check_block(run: RunFolder) -> None:
     """Raise UserError where no image with a caption fits a block."""
     codes = run.image_tokenizer_shape.grid**2
     if codes + AROUND > run.seq_len:
@@ -85,7 +85,7 @@ def _check_block(run: Run) -> None:
         )
 
 
-def _check_tokenizers(run: Run, start: Path | None) -> None:
+def _check_tokenizers(run: RunFolder, start: Path | None) -> None:
     """Raise UserError where the run to start from has tokenizers of other settings than those made here.
 
     Tokenizers of the same settings may still be others, which is known when they are made.
@@ -94,14 +94,14 @@ def _check_tokenizers(run: Run, start: Path | None) -> None:
     for name in ("text", "image"):
         stage = f"{name}_tokenizer"
         record = start / stage
-        if run.borrowed is not None or not (record / MARKER).is_file():
+        if run.reused is not None or not (record / MARKER).is_file():
             continue
         theirs = read_stage(record).get("settings", {}).get(stage)
         if theirs is not None and theirs != run.recorded(stage)[stage]:
             raise UserError(another_tokenizer(start, name))
 
 
-def _check_shapes(run: Run, start: Path | None) -> None:
+def _check_shapes(run: RunFolder, start: Path | None) -> None:
     """Raise UserError where the weights of the run to start from are those of another model or vocabulary."""
     assert start is not None
     file = start / "pretraining" / WEIGHTS

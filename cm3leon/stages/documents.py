@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from cm3leon.data.corpus import Corpus, Split, split_of_key
 from cm3leon.data.source import Skipped
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.inputs import corpus_inputs, recorded
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import DocumentSample
 from cm3leon.types import Document, UserError
@@ -21,7 +21,7 @@ from cm3leon.types import Document, UserError
 SKIPPED = "skipped.jsonl"
 
 
-def make_documents(run: Run, folder: Path) -> None:
+def make_documents(run: RunFolder, folder: Path) -> None:
     """Reads the sample, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
     size = run.image_tokenizer_shape.image_size
     ids: list[str] = []
@@ -51,8 +51,8 @@ def make_documents(run: Run, folder: Path) -> None:
     if skipped:
         total = skipped + len(ids)
         print(f"      {skipped} of {total} items skipped, listed in {folder / SKIPPED}")
-    # With borrowed tokenizers the corpus may be text alone, to be mixed into another run.
-    if not ids and run.borrowed is None:
+    # With reused tokenizers the corpus may be text alone, to be mixed into another run.
+    if not ids and run.reused is None:
         raise UserError(
             f"data: no usable documents in the corpus ({skipped} items skipped{first_skipped})"
         )
@@ -73,7 +73,7 @@ def _usable(item: Document | Skipped) -> Document | Skipped:
     return item
 
 
-def _splits(run: Run, keys: list[str], sample: DocumentSample) -> list[Split]:
+def _splits(run: RunFolder, keys: list[str], sample: DocumentSample) -> list[Split]:
     """The split of each document of the sample, which is that of the whole corpus."""
     config = run.experiment.split
     splits = [
@@ -82,7 +82,7 @@ def _splits(run: Run, keys: list[str], sample: DocumentSample) -> list[Split]:
     shares = {"validation": config.validation, "held_out": config.held_out}
     for split in get_args(Split):
         # Whoever asks for no share of it wants none.
-        if split not in splits and shares.get(split, 1.0) and run.borrowed is None:
+        if split not in splits and shares.get(split, 1.0) and run.reused is None:
             if not sample.whole:
                 raise UserError(
                     f"shards.sample: none of the {len(keys)} sampled documents is in the {split} split; raise it"

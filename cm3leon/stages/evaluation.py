@@ -20,9 +20,9 @@ from cm3leon.experiment import row_name
 from cm3leon.io import write_json
 from cm3leon.models.serving import keep_weights
 from cm3leon.registry import PROTOCOLS
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.inputs import recorded
 from cm3leon.stages.neighbours import STRATEGY
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.device import uses_bf16
 
@@ -31,7 +31,7 @@ ANSWERS = "answers"
 """Folder of a run for answers, beside those of its stages: they are kept when more is asked."""
 
 
-def make_evaluation(run: Run, folder: Path) -> None:
+def make_evaluation(run: RunFolder, folder: Path) -> None:
     """Ask everything that has no answer yet, measure, and write all figures as results.json."""
     if uses_bf16(run.device, run.experiment.training.precision):
         keep_weights(run.model, "bf16")  # what autocast would do again at every token
@@ -54,7 +54,7 @@ def make_evaluation(run: Run, folder: Path) -> None:
 class Evaluator:
     """The run's own model and corpus, asked by one evaluation after the other."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.corpus: OwnCorpus = own_corpus(run)
         self.labels_M = np.array(
@@ -176,7 +176,7 @@ def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")
 
 
-def evaluation_inputs(run: Run) -> dict[str, Any]:
+def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
     """What the figures depend on besides the model: how it is asked, and what the protocols hold."""
     protocols = {
         name: PROTOCOLS.build(evaluation.protocol).fingerprint()

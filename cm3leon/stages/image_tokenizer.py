@@ -14,8 +14,8 @@ from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
 from cm3leon.io import write_json
-from cm3leon.stages.artifacts import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, Run
 from cm3leon.stages.inputs import recorded, varied_inputs
+from cm3leon.stages.run_folder import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
@@ -27,12 +27,12 @@ LOOKED_AT, SHOWN = 64, 8
 """Validation images that are measured during training, and those that are drawn."""
 
 
-def make_image_tokenizer(run: Run, folder: Path) -> None:
+def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
     """Trains the image tokenizer, or takes over another one, then encodes the images of the sample."""
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
-    if run.borrowed:
-        load_weights(run.borrowed_file(IMAGE_TOKENIZER), tokenizer)
+    if run.reused:
+        load_weights(run.reused_file(IMAGE_TOKENIZER), tokenizer)
     elif not tokenizer.pretrained:
         _train(run, tokenizer, folder)
     tokenizer.to(run.device).ready()
@@ -45,7 +45,7 @@ def make_image_tokenizer(run: Run, folder: Path) -> None:
         write_json(folder / GEOMETRY, geometry)
 
 
-def _train(run: Run, tokenizer: ImageTokenizer, folder: Path) -> None:
+def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
     config, seed = run.experiment.image_tokenizer_training, run.experiment.seed
     module = tokenizer.training_module()
     for note in module.notes:
@@ -64,7 +64,7 @@ def _train(run: Run, tokenizer: ImageTokenizer, folder: Path) -> None:
     )
 
 
-def _batches(run: Run, batch_size: int) -> Batches:
+def _batches(run: RunFolder, batch_size: int) -> Batches:
     """Training images: all of the corpus, streamed, or those of the sample with their varied versions."""
     seed = run.experiment.seed
     if run.shards.tokenizer_images == "corpus":
@@ -81,7 +81,7 @@ def _batches(run: Run, batch_size: int) -> Batches:
     )
 
 
-def _reconstructions(run: Run, tokenizer: ImageTokenizer) -> Callable[[int, Any], None]:
+def _reconstructions(run: RunFolder, tokenizer: ImageTokenizer) -> Callable[[int, Any], None]:
     """A callback that measures some validation images, and draws some of them above their reconstructions."""
     validation = run.corpus.rows("validation")
     chosen = [
@@ -106,10 +106,10 @@ def _reconstructions(run: Run, tokenizer: ImageTokenizer) -> Callable[[int, Any]
     return callback
 
 
-def image_tokenizer_inputs(run: Run) -> dict[str, Any]:
+def image_tokenizer_inputs(run: RunFolder) -> dict[str, Any]:
     """What the tokenizer depends on besides the sample: how it is trained, or the weights that are taken over."""
     experiment = run.experiment
-    inputs: dict[str, Any] = {"weights": run.borrowed_digest(IMAGE_TOKENIZER)}
+    inputs: dict[str, Any] = {"weights": run.reused_digest(IMAGE_TOKENIZER)}
     # The settings of the discriminator and so on shape the tokenizer only if it is trained here.
     if is_trained(run):
         inputs |= run.depends_on("image_tokenizer", "seed")
@@ -117,14 +117,14 @@ def image_tokenizer_inputs(run: Run) -> dict[str, Any]:
         inputs["streamed"] = run.shards.tokenizer_images == "corpus"
     else:
         inputs["image_tokenizer"] = result_settings(experiment.image_tokenizer)
-        if run.borrowed is None:
+        if run.reused is None:
             inputs["weights"] = run.image_tokenizer_shape.fingerprint()
     return inputs | varied_inputs(run)
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: RunFolder) -> bool:
     """Whether the tokenizer is trained in this run, and not another run's or a published one."""
-    return run.borrowed is None and not run.image_tokenizer_shape.pretrained
+    return run.reused is None and not run.image_tokenizer_shape.pretrained
 
 
 STAGE = Stage(

@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from cm3leon.locks import locked
 from cm3leon.retrievers.index import add_shard, merge, train
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.inputs import recorded
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.sharing import share_out
 from cm3leon.stages.stage import Part, Stage
 
 
-def make_index_part(run: Run, folder: Path, part: Part) -> None:
+def make_index_part(run: RunFolder, folder: Path, part: Part) -> None:
     """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
     vectors = run.vectors
     with locked(folder, ".training", wait=True):
@@ -31,7 +31,7 @@ def make_index_part(run: Run, folder: Path, part: Part) -> None:
         add_shard(vectors, number, folder, pairs_only=run.retrieves_pairs_only)
 
 
-def make_index(run: Run, folder: Path) -> None:
+def make_index(run: RunFolder, folder: Path) -> None:
     """Makes the pieces that no worker has made, merges all, and measures the recall."""
     share_out(run, folder, make_index_part)
     merge(
@@ -43,7 +43,7 @@ def make_index(run: Run, folder: Path) -> None:
     )
 
 
-def index_inputs(run: Run) -> dict[str, Any]:
+def index_inputs(run: RunFolder) -> dict[str, Any]:
     """What the index depends on besides the vectors."""
     return {**run.depends_on("index", "seed"), "pairs_only": run.retrieves_pairs_only}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cm3leon.config import result_settings
 from cm3leon.retrievers.base import StrategyConfig
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 
 SHARDS = ("*.arrow", "index.json", "plan.json")
 """The files of a result in shards."""
@@ -20,17 +20,17 @@ DRAWN_IN_TRAINING = ("max_documents", "random_count")
 """Settings of the retriever that no neighbours depend on, as training draws among those that were found."""
 
 
-def recorded(*sections: str) -> Callable[[Run], dict[str, Any]]:
+def recorded(*sections: str) -> Callable[[RunFolder], dict[str, Any]]:
     """Sections of the experiment, whole, as a stage keeps them for those who open the run."""
     return lambda run: run.recorded(*sections)
 
 
-def depends_on(*sections: str) -> Callable[[Run], dict[str, Any]]:
+def depends_on(*sections: str) -> Callable[[RunFolder], dict[str, Any]]:
     """Sections of the experiment, without what changes no result."""
     return lambda run: run.depends_on(*sections)
 
 
-def corpus_inputs(run: Run) -> dict[str, Any]:
+def corpus_inputs(run: RunFolder) -> dict[str, Any]:
     """The documents and their splits: how the source reads them, and what it holds."""
     return {
         "data": result_settings(run.experiment.data),
@@ -41,21 +41,21 @@ def corpus_inputs(run: Run) -> dict[str, Any]:
     }
 
 
-def _sample_inputs(run: Run) -> dict[str, Any]:
+def _sample_inputs(run: RunFolder) -> dict[str, Any]:
     """The size of the sample; the seed says from which parts it is, where they are more than it has."""
     shards = run.shards
     drawn = len(run.source.parts()) > shards.sample
     return {"shards": {"sample": shards.sample}, **(run.depends_on("seed") if drawn else {})}
 
 
-def varied_inputs(run: Run) -> dict[str, Any]:
+def varied_inputs(run: RunFolder) -> dict[str, Any]:
     """The varied versions of the training images, which the seed draws."""
     if run.experiment.augment.versions:
         return {**run.depends_on("augment", "seed"), "drawn_for": "document"}
     return {"augment": {"versions": 0}}
 
 
-def encoder_settings(run: Run, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def encoder_settings(run: RunFolder, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
     """The settings of the retriever that shape its encoder, not the strategy.
 
     Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.tokens import longest_document
 from cm3leon.tokenizers.text import TextTokenizer, unicode_text
 from cm3leon.types import UserError
 
 
-def check_lengths(run: Run, tokenizer: TextTokenizer) -> None:
+def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
     """Say how many documents of the sample will be left out because a block cannot hold them.
 
     Raises:

@@ -23,9 +23,9 @@ from cm3leon.retrievers.neighbours import (
     write_neighbour_shard,
 )
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import ENCODER, Run
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, SHARDS, recorded
+from cm3leon.stages.run_folder import ENCODER, RunFolder
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.stages.vectors import document_parts
@@ -37,7 +37,7 @@ OWN_BANK = ".."
 """The run folder whose documents are the bank, as seen from the stage's folder."""
 
 
-def bank_fingerprint(run: Run) -> str | None:
+def bank_fingerprint(run: RunFolder) -> str | None:
     """Changes with the memory bank of another run; None where this run's own is used.
 
     Raises:
@@ -56,7 +56,7 @@ def bank_fingerprint(run: Run) -> str | None:
     return fingerprint
 
 
-def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
+def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
     """Finds the neighbours of this worker's documents, under every variant of query dropout."""
     parts, config = run.source.parts(), run.experiment.retriever.config
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
@@ -111,7 +111,7 @@ def make_neighbours_part(run: Run, folder: Path, part: Part) -> None:
     with_progress("neighbours", make_missing(folder, len(parts), make, part=part), len(parts), part)
 
 
-def make_neighbours(run: Run, folder: Path) -> None:
+def make_neighbours(run: RunFolder, folder: Path) -> None:
     """Makes the shards that no worker has made, the index of all, and the strategy's figures."""
     share_out(run, folder, make_neighbours_part)
     count = len(run.source.parts())
@@ -129,7 +129,7 @@ def make_neighbours(run: Run, folder: Path) -> None:
     write_json(folder / STRATEGY, {**figures, "same_label": _same_label(run, folder)})
 
 
-def _same_label(run: Run, folder: Path) -> float | None:
+def _same_label(run: RunFolder, folder: Path) -> float | None:
     """Share of neighbours of the class of their query document; None where classes are unknown or another run's."""
     if not run.source.class_names or run.shards.bank is not None:
         return None
@@ -176,7 +176,7 @@ def bank_of(folder: Path) -> Path:
     return folder.parent if (bank := read_plan(folder)["bank"]) == OWN_BANK else Path(bank)
 
 
-def neighbours_inputs(run: Run) -> dict[str, Any]:
+def neighbours_inputs(run: RunFolder) -> dict[str, Any]:
     """The settings that find the neighbours; how many of them a sample gets is drawn in training."""
     settings = result_settings(run.experiment.retriever)
     settings = {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
@@ -199,6 +199,6 @@ STAGE = Stage(
 )
 
 
-def stage_of(experiment: Experiment) -> Stage[Run]:
+def stage_of(experiment: Experiment) -> Stage[RunFolder]:
     """The stage, without the need of an index where the memory bank is another run's."""
     return replace(STAGE, needs=("tokens",)) if experiment.shards.bank else STAGE

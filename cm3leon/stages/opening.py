@@ -21,8 +21,8 @@ from cm3leon.paths import path_of
 from cm3leon.permissions import check_readable
 from cm3leon.records import MARKER
 from cm3leon.registry import SOURCES, PluginError
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.generations import check_generations, finished_settings
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.training.device import best_device
 from cm3leon.types import UserError
@@ -39,7 +39,7 @@ def open_run(
     where: str = "run",
     needs: Sequence[str] = (),
     device: torch.device | None = None,
-) -> Run:
+) -> RunFolder:
     """Open a finished run, which reads each of its results when it is first asked for.
 
     Args:
@@ -70,7 +70,9 @@ def open_run(
         sections={**finished_settings(folder), "aims": []},
         earlier=True,
     )
-    return Run(experiment, folder, device or best_device(), verify=opening.verify, finished=True)
+    return RunFolder(
+        experiment, folder, device or best_device(), verify=opening.verify, finished=True
+    )
 
 
 def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set[str] | None:

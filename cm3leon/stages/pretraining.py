@@ -15,8 +15,14 @@ from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.block_stream import BlockStream
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, Run, opened_stage
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, recorded
+from cm3leon.stages.run_folder import (
+    IMAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    WEIGHTS,
+    RunFolder,
+    opened_stage,
+)
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
 from cm3leon.stages.validation import Drawing, validation_loss
@@ -30,7 +36,7 @@ from cm3leon.training.trainer import BatchSplit, train
 from cm3leon.types import Batch, UserError
 
 
-def make_pretraining(run: Run, folder: Path) -> None:
+def make_pretraining(run: RunFolder, folder: Path) -> None:
     """Trains the decoder; draws validation figures and images for TensorBoard now and then.
 
     Raises:
@@ -103,12 +109,14 @@ def make_pretraining(run: Run, folder: Path) -> None:
         raise diverged("pretraining", why, good[-1] if good else None)
     if ranks.first:
         save_weights(folder / WEIGHTS, state)
-        write_json(folder / "config.json", {**run.section("model"), "vocab_size": run.vocab.size})
+        write_json(
+            folder / "config.json", {**run.settings_of("model"), "vocab_size": run.vocab.size}
+        )
         write_json(folder / "validation.json", figures)
     ranks.barrier()
 
 
-def first_weights(run: Run) -> Model:
+def first_weights(run: RunFolder) -> Model:
     """The decoder before its training: with random weights, or those of the run that it starts from.
 
     Raises:
@@ -166,7 +174,7 @@ def another_tokenizer(start: Path, name: str) -> str:
     )
 
 
-def check_tokenizers(run: Run, start: Path) -> None:
+def check_tokenizers(run: RunFolder, start: Path) -> None:
     """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):
         theirs, ours = start / file, run.folder / file
@@ -177,9 +185,9 @@ def check_tokenizers(run: Run, start: Path) -> None:
             raise UserError(another_tokenizer(start, name))
 
 
-def pretraining_inputs(run: Run) -> dict[str, Any]:
+def pretraining_inputs(run: RunFolder) -> dict[str, Any]:
     """What the weights depend on besides the neighbours and the tokenizers."""
-    retriever = run.section("retriever")["retriever"]
+    retriever = run.settings_of("retriever")["retriever"]
     return {
         **run.depends_on("sentinels", "objective", "packing", "model", "seed"),
         "training": training_settings(run.experiment.training, run.seq_len),

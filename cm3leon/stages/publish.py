@@ -29,8 +29,8 @@ from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
 from cm3leon.io import read_json_lines, write_json
 from cm3leon.provenance import commit, environment, processor
 from cm3leon.records import KINDS
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.evaluation import RESULTS, Evaluator, best_row
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.terminal import command_line
 from cm3leon.training.device import uses_bf16
 
@@ -41,7 +41,7 @@ COLUMNS = 12
 """Pictures in a strip."""
 
 
-def closing(run: Run, metrics: Entry) -> list[str]:
+def closing(run: RunFolder, metrics: Entry) -> list[str]:
     """What a run ends with: its figures beside their aims, the report's address, and a command to try next."""
     lines = []
     for aim in run.experiment.aims:
@@ -66,7 +66,7 @@ def closing(run: Run, metrics: Entry) -> list[str]:
     return lines
 
 
-def publish(run: Run, seconds: dict[str, float]) -> list[str]:
+def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
     """Writes `metrics.json` and `report.html` into the run folder; returns what is said of them, see `closing`."""
     results = json.loads((run.folder / "evaluation" / RESULTS).read_text())
     metrics = figures(run, results, seconds)
@@ -76,7 +76,7 @@ def publish(run: Run, seconds: dict[str, float]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------- metrics.json
-def figures(run: Run, results: Entry, seconds: dict[str, float]) -> Entry:
+def figures(run: RunFolder, results: Entry, seconds: dict[str, float]) -> Entry:
     """The content of metrics.json. Shares are in [0, 1], intervals 95 %, times in seconds."""
     judge = results["judge"] or {}
     return {
@@ -95,7 +95,7 @@ def _value(figure: Entry | None) -> float | None:
     return None if figure is None else figure["value"]
 
 
-def _provenance(run: Run) -> Entry:
+def _provenance(run: RunFolder) -> Entry:
     """Code, packages, machine and configuration of the run."""
     packages = (
         "torch",
@@ -129,7 +129,7 @@ def _provenance(run: Run) -> Entry:
 class _Page:
     """Composes the report; every picture and figure comes from the run folder."""
 
-    def __init__(self, run: Run, results: Entry, metrics: Entry) -> None:
+    def __init__(self, run: RunFolder, results: Entry, metrics: Entry) -> None:
         self.run = run
         self.results = results
         self.metrics = metrics

@@ -18,8 +18,8 @@ from cm3leon.evaluation.report import (
     write_report,
 )
 from cm3leon.io import write_json
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.inputs import depends_on, recorded
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.tokenizers.image.perceptual import Perceptual
 
@@ -37,7 +37,7 @@ CURVES = {
 """Training records that are drawn, and the names of their axes."""
 
 
-def make_reconstruction(run: Run, folder: Path) -> None:
+def make_reconstruction(run: RunFolder, folder: Path) -> None:
     """Measures the reconstructions of the held-out images, if there are any, and draws some of them."""
     rows = run.corpus.rows("held_out")
     if not len(rows):
@@ -61,7 +61,7 @@ def make_reconstruction(run: Run, folder: Path) -> None:
     write_report(folder / "report.html", _report(run, figures))
 
 
-def _report(run: Run, figures: dict[str, Any]) -> Report:
+def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
     rows = run.corpus.rows("held_out")[:SHOWN]
     pictures = [
         [Picture(pixels_HWC, height=HEIGHT) for pixels_HWC in images_BHWC]

@@ -11,15 +11,15 @@ import torch
 from cm3leon.data.shuffle import RowStream
 from cm3leon.digests import path_digest
 from cm3leon.registry import RETRIEVERS
-from cm3leon.stages.artifacts import ENCODER, WEIGHTS, Run
 from cm3leon.stages.inputs import encoder_settings, recorded, varied_inputs
+from cm3leon.stages.run_folder import ENCODER, WEIGHTS, RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
 from cm3leon.training.trainer import train
 
 
-def make_retriever(run: Run, folder: Path) -> None:
+def make_retriever(run: RunFolder, folder: Path) -> None:
     """Fits or trains the encoder on the training documents of the sample, unless it is frozen or taken over."""
     corpus, seed = run.corpus, run.experiment.seed
     torch.manual_seed(seed)
@@ -28,8 +28,8 @@ def make_retriever(run: Run, folder: Path) -> None:
     rows = corpus.rows("train")
     captions = [corpus.captions[row] for row in rows]
     config = run.experiment.retriever_training
-    if run.borrows_encoder:
-        load_weights(run.borrowed_file(ENCODER), encoder)
+    if run.reuses_encoder:
+        load_weights(run.reused_file(ENCODER), encoder)
     elif not retriever.trained:
         encoder.fit(captions)
     elif config is not None:
@@ -54,10 +54,10 @@ def make_retriever(run: Run, folder: Path) -> None:
     save_weights(folder / WEIGHTS, encoder)
 
 
-def retriever_inputs(run: Run) -> dict[str, Any]:
+def retriever_inputs(run: RunFolder) -> dict[str, Any]:
     """What the encoder depends on besides the sample."""
     experiment = run.experiment
-    inputs: dict[str, Any] = {"weights": run.borrowed_digest(ENCODER), **run.depends_on("seed")}
+    inputs: dict[str, Any] = {"weights": run.reused_digest(ENCODER), **run.depends_on("seed")}
     inputs["retriever"] = encoder_settings(run, path_digest)
     if is_trained(run):
         assert experiment.retriever_training is not None
@@ -66,13 +66,13 @@ def retriever_inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: RunFolder) -> bool:
     """Whether the encoder is trained in this run."""
     retriever = RETRIEVERS.get(run.experiment.retriever.name)
     return (
         retriever.trained
         and run.experiment.retriever_training is not None
-        and not run.borrows_encoder
+        and not run.reuses_encoder
     )
 
 

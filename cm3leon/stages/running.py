@@ -11,7 +11,6 @@ from cm3leon.digests import remembered
 from cm3leon.experiment import Experiment
 from cm3leon.io import write_text
 from cm3leon.paths import make_folder
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.checks import check_settings
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.pipeline import (
@@ -22,6 +21,7 @@ from cm3leon.stages.pipeline import (
     run_stages,
 )
 from cm3leon.stages.publish import publish
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.stage import Part, Stage, check_redo, number_of
 from cm3leon.stages.table import stages_of
@@ -64,7 +64,7 @@ def run_experiment(
             return
         rank = None
 
-    def bring(run: Run, last: str | None) -> dict[str, float]:
+    def bring(run: RunFolder, last: str | None) -> dict[str, float]:
         make_folder(folder, "run")
         with remembered(folder / DIGESTS) as keep_digests:
 
@@ -78,14 +78,14 @@ def run_experiment(
     def before() -> None:
         # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
         if not is_shared_out(experiment):
-            bring(Run(experiment, folder, best_device()), "neighbours")
+            bring(RunFolder(experiment, folder, best_device()), "neighbours")
 
     with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
         if ranks.joined:
             _pretrain_together(experiment, folder, ranks, redo, bring)
     if ranks.joined and (not ranks.first or until == "pretraining"):
         return
-    run = Run(experiment, folder, best_device())
+    run = RunFolder(experiment, folder, best_device())
     seconds = bring(run, until)
     if "evaluation" in seconds:
         print("\n".join(publish(run, seconds)))
@@ -111,7 +111,7 @@ def check_before_stages(
     )
 
 
-def _reaches(stages: Sequence[Stage[Run]], name: str, until: str | None) -> bool:
+def _reaches(stages: Sequence[Stage[RunFolder]], name: str, until: str | None) -> bool:
     return until is None or number_of(stages, until, "until") >= number_of(stages, name, "until")
 
 
@@ -120,10 +120,10 @@ def _pretrain_together(
     folder: Path,
     ranks: Ranks,
     redo: Collection[str],
-    bring: Callable[[Run, str | None], dict[str, float]],
+    bring: Callable[[RunFolder, str | None], dict[str, float]],
 ) -> None:
     """Bring the pretraining up to date, on all ranks; the first of them looks after the run folder."""
-    run = Run(experiment, folder, ranks.device, ranks)
+    run = RunFolder(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
     number = number_of(stages, "pretraining", "until")
     before = stages[:number]
@@ -159,7 +159,7 @@ def run_stage_part(
     Raises:
         UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
     """
-    run = Run(experiment, folder, best_device())
+    run = RunFolder(experiment, folder, best_device())
     with remembered(folder / DIGESTS) if folder.is_dir() else nullcontext():
         run_part(stages_of(experiment), stage, run, folder, part, redo=redo)
 

@@ -17,13 +17,13 @@ from cm3leon.config import from_mapping, to_mapping
 from cm3leon.data.shards import open_shard, shard_path
 from cm3leon.experiment import Experiment
 from cm3leon.registry import SOURCES, discover
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Part
 from cm3leon.training.device import best_device
 from cm3leon.types import Document, UserError
 
 T = TypeVar("T")
-MakePart = Callable[[Run, Path, Part], None]
+MakePart = Callable[[RunFolder, Path, Part], None]
 
 FEW_PARTS = 3
 """Parts of a corpus that are not worth sharing out; a folder of up to a thousand images has three."""
@@ -39,7 +39,7 @@ def is_shared_out(experiment: Experiment) -> bool:
         return True
 
 
-def share_out(run: Run, folder: Path, make_part: MakePart) -> None:
+def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
     """Makes the missing shards of a stage in `shards.workers` processes, in this one if that is 1.
 
     Raises:
@@ -79,7 +79,7 @@ def _work(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     try:
         discover(experiment["plugins"])
-        run = Run(from_mapping(Experiment, experiment), run_folder, best_device())
+        run = RunFolder(from_mapping(Experiment, experiment), run_folder, best_device())
         make_part(run, folder, part)
     except (UserError, OSError) as error:
         sys.exit(f"cm3leon: {error}")
@@ -102,7 +102,7 @@ def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
         yield batch
 
 
-def shard_documents(run: Run, parts: list[str], number: int) -> Iterator[list[Document]]:
+def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[list[Document]]:
     """The documents of token shard `number` with their text and pixels, in its order, in batches.
 
     Raises:

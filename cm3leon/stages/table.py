@@ -16,11 +16,11 @@ from cm3leon.stages import (
     tokens,
     vectors,
 )
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 
 
-def stages_of(experiment: Experiment) -> tuple[Stage[Run], ...]:
+def stages_of(experiment: Experiment) -> tuple[Stage[RunFolder], ...]:
     """The stages of an experiment; one that takes another run's memory bank makes none of its own."""
     bank = () if experiment.shards.bank else (vectors.STAGE, index.STAGE)
     return (

@@ -16,9 +16,9 @@ from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment
 from cm3leon.io import write_json
 from cm3leon.registry import SOURCES
-from cm3leon.stages.artifacts import TEXT_TOKENIZER, Run
 from cm3leon.stages.inputs import recorded
 from cm3leon.stages.lengths import check_lengths
+from cm3leon.stages.run_folder import TEXT_TOKENIZER, RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.text import TextTokenizer, unicode_text
@@ -27,10 +27,10 @@ from cm3leon.types import Document, UserError
 TRAINED_ON = "trained_on.json"
 
 
-def text_tokenizer_inputs(run: Run) -> Any:
+def text_tokenizer_inputs(run: RunFolder) -> Any:
     """What the tokenizer depends on besides the captions: a corpus of its own, or the file that is taken over."""
-    inputs = {**run.depends_on("text_tokenizer"), "file": run.borrowed_digest(TEXT_TOKENIZER)}
-    if run.borrowed is not None or run.experiment.text_data is None:
+    inputs = {**run.depends_on("text_tokenizer"), "file": run.reused_digest(TEXT_TOKENIZER)}
+    if run.reused is not None or run.experiment.text_data is None:
         return inputs
     with _as_text_data():
         return {
@@ -41,15 +41,15 @@ def text_tokenizer_inputs(run: Run) -> Any:
         }
 
 
-def make_text_tokenizer(run: Run, folder: Path) -> None:
+def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
     """Learns the merges on `text_data` or the training captions, or takes over another run's tokenizer.
 
     Raises:
         UserError: for a corpus without text.
     """
     config = run.experiment.text_tokenizer
-    if run.borrowed is not None:
-        TextTokenizer.load(run.borrowed_file(TEXT_TOKENIZER).parent, config).save(folder)
+    if run.reused is not None:
+        TextTokenizer.load(run.reused_file(TEXT_TOKENIZER).parent, config).save(folder)
         return
     sample = Sample()
     texts = (
@@ -67,7 +67,7 @@ def make_text_tokenizer(run: Run, folder: Path) -> None:
         "vocab_size": config.vocab_size,
         "sample_bytes": config.sample_bytes,
     }
-    write_json(folder / TRAINED_ON, {**asdict(sample), **made, **run.section("text_data")})
+    write_json(folder / TRAINED_ON, {**asdict(sample), **made, **run.settings_of("text_data")})
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Sample:
                     return
 
 
-def _captions(run: Run, sample: Sample) -> Iterator[str]:
+def _captions(run: RunFolder, sample: Sample) -> Iterator[str]:
     """The captions of the training documents; where they are more than the sample, from all over the corpus."""
     corpus = run.corpus
     rows = corpus.rows("train")
@@ -106,7 +106,7 @@ def _captions(run: Run, sample: Sample) -> Iterator[str]:
     return sample.take(texts, run.experiment.text_tokenizer.sample_bytes)
 
 
-def _corpus_texts(run: Run, sample: Sample) -> Iterator[str]:
+def _corpus_texts(run: RunFolder, sample: Sample) -> Iterator[str]:
     """Training documents of `text_data`, from the front of every part, until the sample is full.
 
     The parts come in an order drawn by the seed, each with an equal share of the bytes still wanted: what short parts
@@ -130,7 +130,9 @@ def _corpus_texts(run: Run, sample: Sample) -> Iterator[str]:
         )
 
 
-def _training_texts(run: Run, items: Iterable[Document | Skipped], sample: Sample) -> Iterator[str]:
+def _training_texts(
+    run: RunFolder, items: Iterable[Document | Skipped], sample: Sample
+) -> Iterator[str]:
     for item in items:
         if isinstance(item, Skipped):
             sample.first_skipped = sample.first_skipped or f"{item.file}: {item.reason}"
@@ -139,7 +141,7 @@ def _training_texts(run: Run, items: Iterable[Document | Skipped], sample: Sampl
             yield item.text
 
 
-def _text_source(run: Run) -> Source:
+def _text_source(run: RunFolder) -> Source:
     assert run.experiment.text_data is not None
     return SOURCES.build(run.experiment.text_data)
 
@@ -164,7 +166,7 @@ STAGE = Stage(
 )
 
 
-def stage_of(experiment: Experiment) -> Stage[Run]:
+def stage_of(experiment: Experiment) -> Stage[RunFolder]:
     """The stage, without the need of the sample where its texts are not those of the captions."""
     reads_captions = experiment.text_data is None and experiment.shards.tokenizers is None
     return STAGE if reads_captions else replace(STAGE, needs=())

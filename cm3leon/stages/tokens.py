@@ -17,8 +17,8 @@ from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
-from cm3leon.stages.artifacts import IMAGE_TOKENIZER, TEXT_TOKENIZER, Run
 from cm3leon.stages.inputs import SHARDS, corpus_inputs, recorded, varied_inputs
+from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
 from cm3leon.stages.sharing import batches, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.tokenizers.document import token_count
@@ -35,13 +35,13 @@ VALIDATION = "validation.arrow"
 """Token shard of the sample's validation documents, of any segments."""
 
 
-def split_in(run: Run, document: Document) -> Split:
+def split_in(run: RunFolder, document: Document) -> Split:
     """The split of a document, by what it is about: its group or picture."""
     shares = run.experiment.split
     return split_of_key(document.split_key, validation=shares.validation, held_out=shares.held_out)
 
 
-def squared_items(run: Run, part: str) -> Iterator[Document | Skipped]:
+def squared_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
     """The items of a part of the source, images brought to the size of the tokenizer as they are read."""
     return iter(run.source.read_squared(part, size=run.image_tokenizer_shape.image_size))
 
@@ -52,7 +52,7 @@ class DocumentSample:
     Parts with fewer are not made up for. Images have the size of the tokenizer.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.whole = False
         """Whether the sample turned out to be all that the source has; known when it was read."""
@@ -73,14 +73,14 @@ class DocumentSample:
         self.whole = whole
 
 
-def sampled_parts(run: Run) -> tuple[list[int], int]:
+def sampled_parts(run: RunFolder) -> tuple[list[int], int]:
     """Numbers of the source's parts that the sample is taken from, and how many documents from the front of each."""
     count, parts = run.shards.sample, len(run.source.parts())
     order = np.random.default_rng(run.experiment.seed).permutation(parts)[:count]
     return sorted(order.tolist()), -(-count // max(1, len(order)))
 
 
-def sampled_rows(run: Run) -> dict[str, int]:
+def sampled_rows(run: RunFolder) -> dict[str, int]:
     """The row in `run.tokens` of each training document of the sample that has one, by its id.
 
     A document that does not fit a block has none.
@@ -95,7 +95,7 @@ def sampled_rows(run: Run) -> dict[str, int]:
     return rows
 
 
-def training_codes(run: Run) -> np.ndarray:
+def training_codes(run: RunFolder) -> np.ndarray:
     """Image codes (M, N) of the training documents of the sample, in all their versions."""
     rows, versions = sampled_rows(run).values(), range(run.tokens.versions + 1)
     documents = [run.tokens.document(row, version) for row in rows for version in versions]
@@ -104,11 +104,11 @@ def training_codes(run: Run) -> np.ndarray:
     return np.array([run.tokenizer.codes(document) for document in documents])
 
 
-def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
+def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
     """Tokenises the training documents of this worker's parts of the source."""
     parts, versions = run.source.parts(), run.experiment.augment.versions
     plan = {
-        "tokenizers": asdict(run.made_by),
+        "tokenizers": asdict(run.tokenizer_digests),
         "parts": len(parts),
         "source": run.source.fingerprint(),
     }
@@ -130,12 +130,14 @@ def make_tokens_part(run: Run, folder: Path, part: Part) -> None:
                 if versions:
                     varied_VN += _varied_ids(run, originals)
         path = shard_path(folder, number, len(parts))
-        write_token_shard(path, documents, run.made_by, varied=varied_VN if versions else None)
+        write_token_shard(
+            path, documents, run.tokenizer_digests, varied=varied_VN if versions else None
+        )
 
     with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
 
 
-def make_tokens(run: Run, folder: Path) -> None:
+def make_tokens(run: RunFolder, folder: Path) -> None:
     """Makes the shards that no worker has made, the index of all, and the validation documents of the sample.
 
     Raises:
@@ -153,11 +155,11 @@ def make_tokens(run: Run, folder: Path) -> None:
         )
     found = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
     documents = [document for _, tokenized in found for document in tokenized]
-    write_token_shard(folder / VALIDATION, documents, run.made_by)
+    write_token_shard(folder / VALIDATION, documents, run.tokenizer_digests)
 
 
 def _tokenized(
-    run: Run,
+    run: RunFolder,
     items: Iterable[Document | Skipped],
     split: Split,
     leave_out: Callable[[Skipped], None],
@@ -182,7 +184,7 @@ def _tokenized(
         yield kept
 
 
-def _varied_ids(run: Run, documents: Sequence[Document]) -> list[np.ndarray]:
+def _varied_ids(run: RunFolder, documents: Sequence[Document]) -> list[np.ndarray]:
     """For each document the ids of its images in each varied version (V, N)."""
     config, size = run.experiment.augment, run.image_tokenizer.image_size
     images: list[np.ndarray] = []
@@ -205,13 +207,13 @@ def _varied_ids(run: Run, documents: Sequence[Document]) -> list[np.ndarray]:
     return found
 
 
-def longest_document(run: Run) -> int | None:
+def longest_document(run: RunFolder) -> int | None:
     """Tokens that a document may have where it has to lie in one block, between two `<eos>`."""
     return run.seq_len - 2 if run.experiment.packing.query_is_whole else None
 
 
 def _documents_of(
-    run: Run,
+    run: RunFolder,
     items: Iterable[Document | Skipped],
     split: Split,
     leave_out: Callable[[Skipped], None],
@@ -223,7 +225,7 @@ def _documents_of(
             yield item
 
 
-def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDocument]:
+def token_documents(run: RunFolder, documents: Sequence[Document]) -> Iterator[TokenDocument]:
     """Documents of any segments as ids, all their images encoded as one batch."""
     size = run.image_tokenizer.image_size
     images = [
@@ -248,7 +250,7 @@ def token_documents(run: Run, documents: Sequence[Document]) -> Iterator[TokenDo
         )
 
 
-def tokens_inputs(run: Run) -> dict[str, Any]:
+def tokens_inputs(run: RunFolder) -> dict[str, Any]:
     """What token shards depend on besides the tokenizers."""
     sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
     inputs = {**corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}

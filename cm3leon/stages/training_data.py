@@ -15,9 +15,9 @@ from cm3leon.data.token_shards import TokenShards
 from cm3leon.io import sha256
 from cm3leon.records import read_stage
 from cm3leon.retrievers.neighbours import NeighbourShards
-from cm3leon.stages.artifacts import SHARD_LISTS, WEIGHTS, Run, opened_stage
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.neighbours import bank_of
+from cm3leon.stages.run_folder import SHARD_LISTS, WEIGHTS, RunFolder, opened_stage
 from cm3leon.training.steps import MANIFEST, checkpoints
 from cm3leon.types import Sample, UserError
 
@@ -37,7 +37,7 @@ class TrainingSamples:
         return self.corpora[source].sample(row, rng)
 
 
-def training_samples(run: Run) -> TrainingSamples:
+def training_samples(run: RunFolder) -> TrainingSamples:
     """The stream of training samples of an experiment: its own corpus, and those that are mixed in."""
     mix = run.shards.mix
     corpora = [TrainingCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
@@ -51,12 +51,12 @@ def training_samples(run: Run) -> TrainingSamples:
     return TrainingSamples(corpora, at, len(mixture))
 
 
-def mixed_fingerprints(run: Run) -> list[Any]:
+def mixed_fingerprints(run: RunFolder) -> list[Any]:
     """Changes with other runs whose samples are mixed in, and with their shares."""
     return [[share, *_fingerprints(Path(name))] for name, share in run.shards.mix.items()]
 
 
-def start_digest(run: Run) -> str | None:
+def start_digest(run: RunFolder) -> str | None:
     """Changes with the weights that the training starts from; None where these are random.
 
     Raises:
@@ -103,12 +103,12 @@ class TrainingCorpus:
     """The training documents of a run's folder, with their neighbours and the documents of the bank these are in."""
 
     folder: Path
-    run: Run
+    run: RunFolder
 
     @cached_property
     def tokens(self) -> TokenShards:
         """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
-        tokens = TokenShards(self._stage("tokens"), self.run.made_by)
+        tokens = TokenShards(self._stage("tokens"), self.run.tokenizer_digests)
         room = self.run.seq_len - 2
         if self.run.experiment.packing.query_is_whole and tokens.longest > room:
             raise UserError(
@@ -129,7 +129,8 @@ class TrainingCorpus:
         own = self.folder == self.run.folder
         bank = self.run.bank_folder if own else bank_of(self._stage("neighbours"))
         return TokenShards(
-            opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify), self.run.made_by
+            opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify),
+            self.run.tokenizer_digests,
         )
 
     def _stage(self, name: str) -> Path:

@@ -20,7 +20,7 @@ from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
 from cm3leon.retrievers.strategy import NONE
-from cm3leon.stages.artifacts import Run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.tokens import VALIDATION
 from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.training.device import autocast
@@ -33,7 +33,7 @@ SHOWN = 16
 
 
 @torch.inference_mode()
-def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
+def validation_loss(run: RunFolder, model: nn.Module) -> dict[str, float]:
     """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
 
     `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of them too. The ranks
@@ -65,7 +65,7 @@ def validation_loss(run: Run, model: nn.Module) -> dict[str, float]:
     return meter.read()
 
 
-def validation_documents(run: Run) -> dict[str, list[tuple[int, TokenDocument]]]:
+def validation_documents(run: RunFolder) -> dict[str, list[tuple[int, TokenDocument]]]:
     """Validation documents that fit into a block, each with its number: those of this run, and of runs mixed into it.
 
     They are of any segments.
@@ -86,7 +86,7 @@ def validation_documents(run: Run) -> dict[str, list[tuple[int, TokenDocument]]]
     return found
 
 
-def _batches(run: Run, documents: Sequence[tuple[int, TokenDocument]]) -> Iterator[Batch]:
+def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> Iterator[Batch]:
     """The documents packed whole; the number of each is the seed of its corruption."""
     blocks: list[list[Corrupted]] = [[]]
     for row, document in documents:
@@ -112,7 +112,7 @@ class Drawing:
     The ranks share the prompts.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._task = TASKS.build(
             "text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
@@ -214,7 +214,7 @@ class Drawing:
         return pictures_BHWC, texts
 
 
-def that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
+def that_fit(run: RunFolder, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
     """Retrieved documents without those, from the left, that leave too little room for the longest answer."""
     while retrieved:
         prompt = task.prompt(query, [run.bank_document(row) for row in retrieved])
@@ -224,7 +224,9 @@ def that_fit(run: Run, task: Any, query: TokenDocument, retrieved: list[int]) ->
     return retrieved
 
 
-def retrieved_rows(run: Run, task: Any, rows: Sequence[int], *, documents: int) -> list[list[int]]:
+def retrieved_rows(
+    run: RunFolder, task: Any, rows: Sequence[int], *, documents: int
+) -> list[list[int]]:
     """Rows of the bank to put before the prompt of each document, the most relevant last."""
     if not documents:
         return [[] for _ in rows]

@@ -11,14 +11,14 @@ from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
-from cm3leon.stages.artifacts import ENCODER, Run
 from cm3leon.stages.inputs import SHARDS, encoder_settings
+from cm3leon.stages.run_folder import ENCODER, RunFolder
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.types import Document
 
 
-def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
+def make_vectors_part(run: RunFolder, folder: Path, part: Part) -> None:
     """Encodes the documents of this worker's token shards, read once more from the source for their pixels."""
     parts = run.source.parts()
     write_plan(folder, run.encoder_header)
@@ -39,14 +39,14 @@ def make_vectors_part(run: Run, folder: Path, part: Part) -> None:
     with_progress("vectors", make_missing(folder, len(parts), make, part=part), len(parts), part)
 
 
-def make_vectors(run: Run, folder: Path) -> None:
+def make_vectors(run: RunFolder, folder: Path) -> None:
     """Makes the shards that no worker has made, and the index of all."""
     share_out(run, folder, make_vectors_part)
     finish_vectors(folder, len(run.source.parts()))
 
 
 def document_parts(
-    run: Run, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
+    run: RunFolder, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
 ) -> Parts:
     """Vectors of the documents' texts and first images, zero where one lacks them."""
     encoder, size = run.retriever.encoder, run.image_tokenizer.image_size

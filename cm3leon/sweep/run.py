@@ -25,8 +25,8 @@ from cm3leon.paths import naming, writing
 from cm3leon.provenance import machines, record
 from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
-from cm3leon.stages.artifacts import Run
 from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.stage import Stage, check_redo, number_of
 from cm3leon.stages.table import stages_of
@@ -260,7 +260,7 @@ def _stages_touched(sweep: Sweep, key: str) -> set[str]:
     found: list[dict[str, Any]] = []
     for name, value in {shown(point[key]): point[key] for point in sweep.points.values()}.items():
         experiment = experiment_at(sections, f"{key}={name}", {**first, key: value})
-        run = Run(experiment, sweep.folder, torch.device("cpu"))
+        run = RunFolder(experiment, sweep.folder, torch.device("cpu"))
         stages = stages_of(experiment)
         last = number_of(stages, "pretraining", "until")
         found.append({stage.name: _inputs(stage, run) for stage in stages[: last + 1]})
@@ -271,7 +271,7 @@ def _stages_touched(sweep: Sweep, key: str) -> set[str]:
     }
 
 
-def _inputs(stage: Stage[Run], run: Run) -> Any:
+def _inputs(stage: Stage[RunFolder], run: RunFolder) -> Any:
     """What a stage depends on; where that cannot be told, why, which its point will say."""
     try:
         return stage.inputs(run)
@@ -328,7 +328,7 @@ def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str, until: str) 
     last = stages.index(until)
     if experiment.until and stages.index(experiment.until) <= last:
         return []
-    shared = Run(experiment, folder, torch.device("cpu"))
+    shared = RunFolder(experiment, folder, torch.device("cpu"))
     missing, _ = first_unfinished(stages_of(experiment)[: last + 1], shared, folder)
     if missing is None:
         return []

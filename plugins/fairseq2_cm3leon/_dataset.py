@@ -16,7 +16,7 @@ from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.types import Batch, UserError
 
 if TYPE_CHECKING:
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class Blocks:
     Objective, vocabulary, packing, retrieved documents, mixture of corpora and seed are the run's.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunFolder) -> None:
         from cm3leon.stages.training_data import training_samples
 
         self.run = run

@@ -58,7 +58,7 @@ from cm3leon.training.schedule import learning_rate
 from cm3leon.types import UserError
 
 if TYPE_CHECKING:
-    from cm3leon.stages.artifacts import Run
+    from cm3leon.stages.run_folder import RunFolder
 
 MODALITIES = ("text", "image")
 
@@ -250,7 +250,7 @@ def _say(error: Exception) -> int:
 # ------------------------------------------------------------------------------------------------ from an experiment
 
 
-def recipe_of(run: Run) -> PretrainConfig:
+def recipe_of(run: RunFolder) -> PretrainConfig:
     """The recipe that trains as a run's own pretraining does, on one process.
 
     Raises:

@@ -48,7 +48,7 @@ SHARD_LISTS = (PLAN, INDEX)
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunFolder:
     """Reads results of finished stages, each once. `folder / <stage name>` holds a stage's files."""
 
     experiment: Experiment
@@ -107,31 +107,31 @@ class Run:
         return self.experiment.shards
 
     @property
-    def borrowed(self) -> Path | None:
+    def reused(self) -> Path | None:
         """Run folder whose tokenizers and encoder are used instead of trained ones."""
         return self.shards.tokenizers
 
-    def borrowed_file(self, name: str) -> Path:
+    def reused_file(self, name: str) -> Path:
         """A file of that run. Raises UserError where it is missing."""
-        assert self.borrowed is not None
-        file = self.borrowed / name
+        assert self.reused is not None
+        file = self.reused / name
         if not file.is_file():
             raise UserError(
-                f"shards.tokenizers: {self.borrowed} is no run with trained tokenizers, {file} is missing"
+                f"shards.tokenizers: {self.reused} is no run with trained tokenizers, {file} is missing"
             )
         opened_stage(file.parent, file.name, verify=self.verify)
         return file
 
     @property
-    def borrows_encoder(self) -> bool:
+    def reuses_encoder(self) -> bool:
         """Whether that run has an encoder; one that stopped at its tokenizers has none."""
-        return self.borrowed is not None and (self.borrowed / ENCODER).is_file()
+        return self.reused is not None and (self.reused / ENCODER).is_file()
 
-    def borrowed_digest(self, name: str) -> str | None:
+    def reused_digest(self, name: str) -> str | None:
         """Changes with a file that is taken over, None where nothing is."""
-        if self.borrowed is None or (name == ENCODER and not self.borrows_encoder):
+        if self.reused is None or (name == ENCODER and not self.reuses_encoder):
             return None
-        return sha256(self.borrowed_file(name))
+        return sha256(self.reused_file(name))
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -180,7 +180,7 @@ class Run:
         return DocumentTokenizer(self.vocab, self.text_tokenizer, self.image_tokenizer)
 
     @cached_property
-    def made_by(self) -> Tokenizers:
+    def tokenizer_digests(self) -> Tokenizers:
         """What token shards say of the tokenizers that make them."""
         return Tokenizers(
             text=sha256(self.stage("text_tokenizer", TOKENIZER) / TOKENIZER),
@@ -239,7 +239,7 @@ class Run:
     @cached_property
     def tokens(self) -> TokenShards:
         """The training documents, as ids."""
-        return TokenShards(self.stage("tokens", *SHARD_LISTS), self.made_by)
+        return TokenShards(self.stage("tokens", *SHARD_LISTS), self.tokenizer_digests)
 
     @cached_property
     def vectors(self) -> VectorShards:
@@ -292,7 +292,7 @@ class Run:
     @cached_property
     def bank_tokens(self) -> TokenShards:
         """The documents of the memory bank, as ids, without those that were added."""
-        return TokenShards(self.bank_stage("tokens", *SHARD_LISTS), self.made_by)
+        return TokenShards(self.bank_stage("tokens", *SHARD_LISTS), self.tokenizer_digests)
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
@@ -365,7 +365,7 @@ class Run:
         """The training records of a stage; empty if it did not train."""
         return read_log(self.folder / stage / "log.jsonl")
 
-    def section(self, *names: str) -> dict[str, Any]:
+    def settings_of(self, *names: str) -> dict[str, Any]:
         """Sections of the experiment as plain data."""
         return {name: to_mapping(getattr(self.experiment, name)) for name in names}
 
@@ -389,7 +389,7 @@ def _recorded(stage: Path, name: str) -> str:
 
 
 def opened_stage(folder: Path, *files: str, verify: bool = True, finished: bool = True) -> Path:
-    """The folder of a stage whose files are about to be read, see `Run.stage`."""
+    """The folder of a stage whose files are about to be read, see `RunFolder.stage`."""
     if verify:
         check_stage(folder, files, finished=finished)
     elif finished and not (folder / MARKER).is_file():
