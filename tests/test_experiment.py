@@ -19,12 +19,13 @@ from cm3leon.types import UserError
 METRIC = '''
 from dataclasses import dataclass
 
+from cm3leon.evaluation.protocols.base import Protocol
 from cm3leon.registry import PROTOCOLS
 
 
 @PROTOCOLS.register("{name}")
-class {name}:
-    """A metric of a plugin."""
+class {name}(Protocol):
+    """A protocol of a plugin."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -32,7 +33,7 @@ class {name}:
         """Factor."""
 
         {name}_only: int = 0
-        """A field that the other metric lacks."""
+        """A field that the other protocol lacks."""
 '''
 
 
@@ -52,8 +53,8 @@ class Small:
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -> Path:
-    """A folder with experiments.yaml, one experiment, and one plugin with the metrics `alpha` and `beta`."""
-    monkeypatch.setattr(experiment, "Experiment", Small)
+    """A folder with experiments.yaml, one experiment, and one plugin with the protocols `alpha` and `beta`."""
+    monkeypatch.setattr("cm3leon.experiment.files.Experiment", Small)
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/plugin.py").write_text(
         METRIC.format(name="alpha") + METRIC.format(name="beta")

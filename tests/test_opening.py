@@ -193,11 +193,12 @@ def test_a_file_is_read_for_its_checksum_once_in_a_process(
 PLUGIN = '''
 from dataclasses import dataclass
 
+from cm3leon.decoders.base import Decoder
 from cm3leon.registry import DECODERS
 
 
 @DECODERS.register("of_a_plugin")
-class Decoder:
+class Scaled(Decoder):
     """A decoder of a plugin."""
 
     @dataclass(kw_only=True)

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from cm3leon.registry import PROTOCOLS, PluginError, discover
+from cm3leon.registry import DECODERS, PluginError, discover
 from cm3leon.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = '''
 from dataclasses import dataclass
 
-from cm3leon.registry import PROTOCOLS
+from cm3leon.decoders.base import Decoder
+from cm3leon.registry import DECODERS
 
 
-@PROTOCOLS.register("{name}")
-class Metric:
-    """A metric of a plugin."""
+@DECODERS.register("{name}")
+class Scaled(Decoder):
+    """A decoder of a plugin."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -54,6 +55,9 @@ def clone(tmp_path: Path) -> Path:
     ):
         shutil.copy(ROOT / "cm3leon" / name, clone / "cm3leon")
     shutil.copytree(ROOT / "cm3leon/config", clone / "cm3leon/config")
+    (clone / "cm3leon/decoders").mkdir()
+    (clone / "cm3leon/decoders/__init__.py").write_text("")
+    (clone / "cm3leon/decoders/base.py").write_text("class Decoder:\n    pass\n")
     (clone / "experiments.yaml").write_text("")
     (clone / "plugins").mkdir()
     (clone / "plugins/__init__.py").write_text("")
@@ -64,8 +68,8 @@ def clone(tmp_path: Path) -> Path:
 PRINT_ORIGINS = """
 discover()
 discover()
-for name in PROTOCOLS.names():
-    print(f"{name}: {PROTOCOLS.origin(name)}")
+for name in DECODERS.names():
+    print(f"{name}: {DECODERS.origin(name)}")
 """
 
 
@@ -79,7 +83,7 @@ import sys
 sys.path[:0] = {folders}
 # An editable installation would lend the modules that the clone lacks.
 sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
-from cm3leon.registry import PROTOCOLS, discover
+from cm3leon.registry import DECODERS, discover
 {code}"""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=clone.parent
@@ -96,10 +100,10 @@ def test_file_and_package_given_by_path(tmp_path: Path) -> None:
     write_plugin(package / "tests/__init__.py", "from_tests")
     for _ in range(2):
         discover([file, str(same_name), package])
-    assert PROTOCOLS.origin("from_file") == str(file)
-    assert PROTOCOLS.origin("from_second_file") == str(same_name)
-    assert PROTOCOLS.origin("from_subpackage") == str(package)
-    assert not {"from_test", "from_tests"} & set(PROTOCOLS.names())
+    assert DECODERS.origin("from_file") == str(file)
+    assert DECODERS.origin("from_second_file") == str(same_name)
+    assert DECODERS.origin("from_subpackage") == str(package)
+    assert not {"from_test", "from_tests"} & set(DECODERS.names())
 
 
 @pytest.mark.parametrize("name", ["missing.py", "empty_folder", "notes.txt"])
