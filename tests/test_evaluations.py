@@ -17,7 +17,7 @@ from cm3leon.evaluation.config import Aim, AskConfig, with_values
 from cm3leon.evaluation.protocols.base import Item, Protocol
 from cm3leon.evaluation.report.answers import aim_fact
 from cm3leon.experiment import load_experiment
-from cm3leon.registry import discover
+from cm3leon.registry import PROTOCOLS, discover
 from cm3leon.run import main
 from cm3leon.stages.evaluation import best_row
 from cm3leon.stages.opening import open_run
@@ -100,6 +100,12 @@ def test_the_best_row_has_the_highest_first_figure_and_is_the_first_of_equals() 
         each["metrics"] = {"copies": {"value": 0.5}, **each["metrics"]}
     assert best_row(rows)["row"] == "a"
     assert best_row([{"row": "a", "metrics": {}}])["row"] == "a"
+
+
+def test_of_distances_the_lowest_is_the_best() -> None:
+    rows = [{"row": str(value), "metrics": {"FID": {"value": value}}} for value in (9.0, 7.5, 8.0)]
+    assert best_row(rows, PROTOCOLS.get("captioned_images").lowest_is_best)["row"] == "7.5"
+    assert best_row(rows)["row"] == "9.0"
 
 
 def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:

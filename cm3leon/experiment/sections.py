@@ -87,8 +87,8 @@ class RunEvaluation(EvaluationConfig):
     """A protocol that the run's own model is asked by."""
 
     best_of: str | None = None
-    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one with the highest
-    of the figures that stand first."""
+    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one with the best of
+    the figures that stand first, which is the highest, or the lowest of a distance."""
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,18 @@ class Evaluator:
         protocol = self.run.experiment.evaluations[name].protocol
         return Evaluation(protocol, self.run.folder / ANSWERS, (self._model, self.corpus))
 
+    def lowest_is_best(self, name: str) -> Collection[str]:
+        """The figures of an evaluation of which the lowest is the best."""
+        return PROTOCOLS.get(self.run.experiment.evaluations[name].protocol.name).lowest_is_best
+
     def rows(self, name: str, before: Mapping[str, Any]) -> list[Row]:
         """The rows of an evaluation: the run's model under each combination of what is swept."""
         best_of = self.run.experiment.evaluations[name].best_of
-        best = {} if best_of is None else best_row(before[best_of])["point"]
+        best = (
+            {}
+            if best_of is None
+            else best_row(before[best_of], self.lowest_is_best(best_of))["point"]
+        )
         return [
             Row(row_name(name, point), "", self.run.folder, setting, point)
             for point, setting in self.run.experiment.points_of(name, best)
@@ -163,14 +171,21 @@ class Evaluator:
         }
 
 
-def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row with the highest of the figures that stand first, such as accuracy; of equal ones the first."""
+def best_row(
+    rows: Sequence[Mapping[str, Any]], lowest_is_best: Collection[str] = ()
+) -> Mapping[str, Any]:
+    """The row with the best of the figures that stand first, such as accuracy; of equal ones the first.
 
-    def first_figure(row: Mapping[str, Any]) -> float:
-        figures = [found["value"] for found in row["metrics"].values()]
-        return figures[0] if figures else -math.inf
+    Args:
+        lowest_is_best: names of figures of which the best is not the highest.
+    """
 
-    return max(rows, key=first_figure)
+    def goodness(row: Mapping[str, Any]) -> float:
+        for name, found in row["metrics"].items():
+            return -found["value"] if name in lowest_is_best else found["value"]
+        return -math.inf
+
+    return max(rows, key=goodness)
 
 
 SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -168,15 +169,20 @@ class _Page:
         sections = []
         for name in sorted(evaluations, key=lambda name: name in chosen_from):
             config, text = evaluations[name], ""
-            best = {} if config.best_of is None else best_row(found[config.best_of])["point"]
+            best = {} if config.best_of is None else self._best(evaluator, config.best_of)["point"]
             if best:
                 text = f"With {', '.join(named(best))}, the best row of “{evaluations[str(config.best_of)].title}”."
-            marked = [found[name].index(best_row(found[name]))] if name in chosen_from else []
+            chosen = name in chosen_from
+            marked = [found[name].index(self._best(evaluator, name))] if chosen else []
             examples = evaluator.shown(name, found)
             sections.append(
                 evaluation_section(config, found[name], examples, text=text, best=marked)
             )
         return sections
+
+    def _best(self, evaluator: Evaluator, name: str) -> Mapping[str, Any]:
+        """The row of an evaluation that others take their values from."""
+        return best_row(self.results["evaluations"][name], evaluator.lowest_is_best(name))
 
     def facts(self) -> list[Fact]:
         wall = self.metrics["wall_seconds"]["total"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -89,6 +89,8 @@ class Protocol(ABC):
     """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
     max_tokens: int = 64
     """Tokens of an answer in text, at most, unless a study's setting says otherwise; see `MAX_TOKENS`."""
+    lowest_is_best: ClassVar[Collection[str]] = ()
+    """Figures of which the lowest is the best, such as distances."""
     explained: ClassVar[Mapping[str, str]] = {}
     """What there is to say on a page of a figure whose name does not say enough, in a sentence, by its name."""
 

@@ -26,6 +26,7 @@ from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.types import Document, TextSegment, UserError
 
 BATCH = 256
+FID, CELLS = "FID", "Fréchet distance of cells"
 
 
 @PROTOCOLS.register("captioned_images")
@@ -38,6 +39,7 @@ class CaptionedImages(Protocol):
 
     answers_in = "image"
     has_truth = False
+    lowest_is_best = (FID, CELLS)
 
     @dataclass(kw_only=True)
     class Config:
@@ -94,7 +96,7 @@ class CaptionedImages(Protocol):
         for statistics, features_BD in zip(distances, (generated_BD, reference_BD), strict=True):
             statistics.add(features_BD)
         precision, recall = precision_recall(reference_BD, generated_BD)
-        name = "FID" if self.config.inception_file else "Fréchet distance of cells"
+        name = FID if self.config.inception_file else CELLS
         found = {name: distances[0].frechet(distances[1]), "precision": precision, "recall": recall}
         figures = {key: Measured(value, value, value, len(items)) for key, value in found.items()}
         return {**figures, **clip_score(answers)}
