@@ -17,6 +17,7 @@ from cm3leon.config import (
     apply_overrides,
     component_sections,
     from_mapping,
+    parse_lists,
     split_key,
 )
 from cm3leon.registry import DECODERS, PROTOCOLS
@@ -55,12 +56,14 @@ class EvaluationConfig:
     """What is asked, and how the answers are measured."""
     setting: dict[str, Any] = field(default_factory=dict)
     """How it is asked: documents, samples, decoder, bank, seed."""
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    """Dotted keys of the setting and the values they take; there is a row for each model and combination."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row for each model and
+    combination."""
     plot: Annotated[str | None, NoEffect("what is drawn")] = None
     """The metric that is drawn; null = a table alone."""
 
     def check(self) -> None:
+        self.sweep = parse_lists(self.sweep, "sweep")
         if self.plot and not self.sweep:
             raise UserError("plot is against the first key of sweep, which is empty")
 

@@ -678,6 +678,45 @@ def test_sweeps_of_runs_are_runs_of_their_own(tmp_path):
     assert study.runs["tuned"].overrides["training.start"] == f"{tmp_path}/pretrain"
 
 
+@pytest.mark.parametrize("values", ["range(3)", "0,1,2", "[0, 1, 2]"])
+def test_runs_and_evaluations_take_the_values_of_sweeps(tmp_path, values):
+    words = [
+        "aims=[]",
+        f"runs.tuned.sweep.seed={values}",
+        "runs.tuned.sweep.training.learning_rate=1e-3,2e-3",
+        f"evaluations.text_to_image.sweep.documents={values}",
+        "evaluations.text_to_image.sweep.decoder.cfg=1,2.5",
+    ]
+    study = load_study("scenes", words, tmp_path)
+    swept = [run.overrides for name, run in study.runs.items() if name.startswith("tuned-")]
+    assert [(run["seed"], run["training.learning_rate"]) for run in swept] == [
+        (seed, rate) for seed in range(3) for rate in (1e-3, 2e-3)
+    ]
+    evaluation = study.evaluations["text_to_image"]
+    assert evaluation.sweep["documents"] == [0, 1, 2]
+    assert evaluation.sweep["decoder.cfg"] == [1, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        (
+            "evaluations.text_to_image.sweep.documents=uniform(0,2)",
+            "evaluations.text_to_image: sweep.documents is uniform(0,2), a range to draw from, which is for sweeps",
+        ),
+        (
+            "runs.tuned.sweep.seed=rage(3)",
+            "runs.tuned: sweep.seed is rage(3), which is not understood",
+        ),
+        ("runs.tuned.sweep.seed=[]", "runs.tuned: sweep.seed is [], which has no values"),
+    ],
+)
+def test_values_that_are_none_are_refused(tmp_path, word, sentence):
+    with pytest.raises(UserError) as refused:
+        load_study("scenes", [word], tmp_path)
+    assert str(refused.value).startswith(sentence)
+
+
 def test_combinations_are_the_product():
     assert list(combinations({})) == [{}]
     assert list(combinations({"a": [1, 2], "b": ["x"]})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page
 
-from cm3leon.config import NoSettings, dump_yaml
+from cm3leon.config import Choice, Interval, NoSettings, dump_yaml, parse_values
 from cm3leon.evaluation.origin import Origin
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
@@ -35,7 +35,6 @@ from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_na
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
 from cm3leon.sweep.run import what_is_shared
-from cm3leon.sweep.values import Choice, Interval, parse_values
 from cm3leon.types import UserError
 
 NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
@@ -67,7 +66,7 @@ def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
 
 @given(st.lists(NUMBERS, min_size=1))
 def test_numbers_between_commas_are_read_as_they_were_written(values: list[float]) -> None:
-    parsed = parse_values("key", ",".join(map(repr, values)))
+    parsed = parse_values("sweep.key", ",".join(map(repr, values)))
     assert isinstance(parsed, Choice)
     assert list(parsed.values) == values
     assert list(map(type, parsed.values)) == list(map(type, values))
@@ -78,9 +77,9 @@ def test_ranges_are_pythons(start: int, stop: int, step: int) -> None:
     text = f"range({start}, {stop}, {step})"
     if not range(start, stop, step):
         with pytest.raises(UserError, match="has no values"):
-            parse_values("key", text)
+            parse_values("sweep.key", text)
     else:
-        assert parse_values("key", text) == Choice(range(start, stop, step))
+        assert parse_values("sweep.key", text) == Choice(range(start, stop, step))
 
 
 @given(st.floats(1e-8, 1e8), st.floats(1.001, 1e6), st.booleans(), st.integers())
@@ -88,7 +87,7 @@ def test_draws_lie_within_the_bounds(
     low: float, factor: float, logarithmic: bool, seed: int
 ) -> None:
     name = "loguniform" if logarithmic else "uniform"
-    interval = parse_values("key", f"{name}({low!r},{low * factor!r})")
+    interval = parse_values("sweep.key", f"{name}({low!r},{low * factor!r})")
     assert interval == Interval(low, low * factor, logarithmic)
     assert all(
         low <= interval.draw(random.Random(seed + number)) <= low * factor for number in range(20)
@@ -116,7 +115,7 @@ def test_draws_are_even_on_their_scale() -> None:
     ],
 )
 def test_values_may_be_of_any_type(given: Any, values: list[Any]) -> None:
-    parsed = parse_values("key", given)
+    parsed = parse_values("sweep.key", given)
     assert isinstance(parsed, Choice)
     assert list(parsed.values) == values
 

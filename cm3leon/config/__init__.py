@@ -15,6 +15,7 @@ least 1").
     describe  a config in words
     files     YAML, and the overrides of a command line
     check     plain data to a checked config
+    values    what a swept key takes: lists, ranges, intervals to draw from
 """
 
 from cm3leon.config.check import checked_value, from_mapping, settled, typed_value
@@ -48,13 +49,17 @@ from cm3leon.config.schema import (
     Temperature,
     component_sections,
 )
+from cm3leon.config.values import LEGEND, Choice, Interval, parse_lists, parse_values
 
 __all__ = [
+    "LEGEND",
     "SHIPPED",
+    "Choice",
     "Component",
     "ComponentChecker",
     "FieldDoc",
     "Guidance",
+    "Interval",
     "Location",
     "NoEffect",
     "NoSettings",
@@ -78,7 +83,9 @@ __all__ = [
     "from_mapping",
     "load_yaml",
     "nearest",
+    "parse_lists",
     "parse_override",
+    "parse_values",
     "parse_word",
     "recorded_settings",
     "result_settings",

@@ -231,9 +231,15 @@ def load_listed(
 
 
 def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
-    """The overrides with what is behind `sweep` in one piece: a dotted key of the experiment, which is a key there."""
+    """The overrides with what is behind `sweep` in one piece, as a dotted key is a key there.
+
+    `sweep` is a section of an experiment, and one of each run and evaluation (`evaluations.NAME.sweep.KEY`).
+    """
     for path, value in overrides:
-        yield (SWEEP, ".".join(path[1:])) if path[0] == SWEEP and len(path) > 1 else path, value
+        at = 2 if path[0] in ("runs", "evaluations") else 0
+        if path[at : at + 1] == (SWEEP,) and len(path) > at + 1:
+            path = (*path[: at + 1], ".".join(path[at + 1 :]))
+        yield path, value
 
 
 def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:

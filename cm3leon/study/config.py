@@ -13,6 +13,7 @@ from cm3leon.config import (
     Range,
     choices,
     from_mapping,
+    parse_lists,
     parse_override,
     settled,
 )
@@ -20,6 +21,7 @@ from cm3leon.evaluate import Row
 from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, combinations, named, shown
 from cm3leon.evaluation.metrics import MOST_RUNS
 from cm3leon.experiment import (
+    SWEEP,
     Experiment,
     load_experiment,
     load_listed,
@@ -44,8 +46,12 @@ class StudyRun:
     """Name of an experiment, or the path of its file, relative to the study's."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Dotted keys and the values they replace in it."""
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
-    """Dotted keys and the values they take; there is a run for each combination, named NAME-VALUE-VALUE."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys and what they take, a list, `1e-4,3e-4` or `range(3)`; there is a run for each combination, named
+    NAME-VALUE-VALUE."""
+
+    def check(self) -> None:
+        self.sweep = parse_lists(self.sweep, SWEEP)
 
 
 @dataclass(kw_only=True)
@@ -62,6 +68,7 @@ class StudyEvaluation(EvaluationConfig):
             raise UserError("models is empty; give at least one run folder by a name")
         if self.against == "sweep":
             super().check()
+        self.sweep = parse_lists(self.sweep, SWEEP)
 
 
 @dataclass(kw_only=True)
@@ -179,7 +186,9 @@ def rows(name: str, evaluation: StudyEvaluation) -> list[Row]:
 
 
 def _of_run(override: tuple[Any, Any]) -> bool:
-    return override[0][0] == "runs" and len(override[0]) > 2
+    """Whether an override is of the experiment of a run, not of what a study says of it."""
+    path = override[0]
+    return path[0] == "runs" and len(path) > 2 and path[2] != SWEEP
 
 
 def _swept_runs(

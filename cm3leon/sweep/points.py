@@ -10,18 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cm3leon.config import (
+    LEGEND,
+    Choice,
+    Interval,
     NonNegativeInt,
     PositiveInt,
     apply_overrides,
     component_sections,
     from_mapping,
+    parse_values,
     settled,
     split_key,
     typed_value,
 )
 from cm3leon.evaluation.config import combinations, shown
-from cm3leon.experiment import Experiment
-from cm3leon.sweep.values import LEGEND, Choice, Interval, parse_values
+from cm3leon.experiment import SWEEP, Experiment
 from cm3leon.types import UserError
 
 MAX_POINTS = 1000
@@ -81,7 +84,7 @@ def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str
         path = split_key(key)
         return lambda value: settled(Any, typed_value(Experiment, sections, path, value))
 
-    return {key: parse_values(key, given, reader(key)) for key, given in swept.items()}
+    return {key: parse_values(f"{SWEEP}.{key}", given, reader(key)) for key, given in swept.items()}
 
 
 def named_points(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> dict[str, Point]:

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from cm3leon.config import Component, Word, dump_yaml, from_mapping, parse_word, to_mapping
+from cm3leon.config import (
+    Choice,
+    Component,
+    Interval,
+    Word,
+    dump_yaml,
+    from_mapping,
+    parse_word,
+    to_mapping,
+)
 from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.origin import Origin
 from cm3leon.evaluation.report import write_page
@@ -41,7 +50,6 @@ from cm3leon.sweep.points import (
 )
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
-from cm3leon.sweep.values import Choice, Interval
 from cm3leon.terminal import command_line
 from cm3leon.training.distributed import current_rank
 from cm3leon.types import Again, UserError

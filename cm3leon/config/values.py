@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cm3leon.config import Word, parse_word, settled
+from cm3leon.config.check import settled
+from cm3leon.config.files import Word, parse_word
 from cm3leon.types import UserError
 
 DIGITS = 4
@@ -49,30 +50,49 @@ class Interval:
 
 
 def parse_values(
-    key: str, given: Any, read: Callable[[Any], Any] = lambda word: settled(Any, word)
+    where: str, given: Any, read: Callable[[Any], Any] = lambda word: settled(Any, word)
 ) -> Choice | Interval:
     """The values of a swept key: a list as it is, text as `LEGEND` says, anything else as a single value.
 
     Args:
+        where: the dotted path of the key, for messages.
         read: makes what the key takes of one value, which is a `Word` where it was typed.
 
     Raises:
         UserError: for text that is none of these, bounds in the wrong order, or no values at all.
     """
-    values = _values(key, given, read)
+    values = _values(where, given, read)
     if isinstance(values, Choice) and not len(values.values):
-        raise UserError(f"sweep.{key} is {given}, which has no values; {LEGEND}")
+        raise UserError(f"{where} is {given}, which has no values; {LEGEND}")
     return values
 
 
-def _values(key: str, given: Any, read: Callable[[Any], Any]) -> Choice | Interval:
+def parse_lists(swept: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
+    """The values of every key that is swept, for what has no draws.
+
+    Raises:
+        UserError: for values that are not understood, or of which there are infinitely many.
+    """
+    lists = {}
+    for key, given in swept.items():
+        values = parse_values(f"{where}.{key}", given)
+        if isinstance(values, Interval):
+            raise UserError(
+                f"{where}.{key} is {given}, a range to draw from, which is for sweeps with sweep_trials; "
+                "write values as a,b,c or range(n)"
+            )
+        lists[key] = list(values.values)
+    return lists
+
+
+def _values(where: str, given: Any, read: Callable[[Any], Any]) -> Choice | Interval:
     if isinstance(given, list):
         return Choice(tuple(given))
     if not isinstance(given, str):
         return Choice((given,))
     call = _CALL.fullmatch(given.strip())
     if call is None:
-        values = parse_word(Word(f"[{given}]"), f"sweep.{key}")
+        values = parse_word(Word(f"[{given}]"), where)
         # Typed with brackets around all of them, they are a list as a file has it.
         if isinstance(given, Word) and len(values) == 1 and isinstance(values[0], list):
             (values,) = values
@@ -90,10 +110,8 @@ def _values(key: str, given: Any, read: Callable[[Any], Any]) -> Choice | Interv
         if interval:
             return interval
         least = "0 < low < high" if name == "loguniform" else "low < high"
-        raise UserError(
-            f"sweep.{key} is {given}; it must be {name}(low,high) with numbers, {least}"
-        )
-    raise UserError(f"sweep.{key} is {given}, which is not understood; {LEGEND}")
+        raise UserError(f"{where} is {given}; it must be {name}(low,high) with numbers, {least}")
+    raise UserError(f"{where} is {given}, which is not understood; {LEGEND}")
 
 
 def _interval(low: str, high: str, *, logarithmic: bool) -> Interval | None:
