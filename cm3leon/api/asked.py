@@ -38,9 +38,9 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.models.serving import keep_weights, share
 from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, TASKS
-from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.opening import TUNED, open_run, tuned_on
 from cm3leon.stages.pretraining import load_checkpoint
+from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.tasks.base import Task
@@ -167,7 +167,7 @@ class AskedRun:
         built = self._task_with_room(task, max_tokens)
         prompts, requests = [], []
         for document, rows, seed in zip(documents, retrieved, seeds, strict=True):
-            prompt, _ = self._fitting(built, document, list(rows))
+            prompt, _ = fitting_prompt(self.run, built, document, list(rows))
             request = self._request(prompt, decoder, range(seed, seed + samples.stop))
             prompts.append(prompt)
             requests.append(request.part(samples))
@@ -200,7 +200,7 @@ class AskedRun:
         check_lengths(documents=documents, retrieved=retrieved)
         built = self._task_with_room(task, max_tokens)
         return [
-            self._fitting(built, document, list(rows))[1]
+            fitting_prompt(self.run, built, document, list(rows))[1]
             for document, rows in zip(documents, retrieved, strict=True)
         ]
 
@@ -221,7 +221,7 @@ class AskedRun:
         task, end = self._task("instruction"), self.run.vocab.end_of_span
         result = []
         for document, rows, candidates in zip(documents, retrieved, options, strict=True):
-            prompt, _ = self._fitting(task, document, list(rows))
+            prompt, _ = fitting_prompt(self.run, task, document, list(rows))
             for ids_T in candidates:
                 check_ids("options", ids_T, self.run.vocab.size)
             given = [np.append(ids_T, end) for ids_T in candidates]
@@ -342,29 +342,7 @@ class AskedRun:
         given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
         if given is None:
             raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
-        if not count or not len(given):
-            return [[] for _ in given]
-        queries = self.run.retriever.parts(texts, images_BHWC)
-        # Every document takes at least a position: no more of them have room.
-        count = min(count, self.run.seq_len)
-        rows_QK, _ = self.run.retriever.retrieve(self.run.bank, queries, by, count=count)
-        return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
-
-    def _fitting(
-        self, task: Task, document: TokenDocument, rows: list[int]
-    ) -> tuple[Prompt, list[int]]:
-        """The prompt with as many of the documents, the closest ones, as leave room for the answer.
-
-        Where there is none without any, a page loses segments from its beginning.
-        """
-        while True:
-            prompt = task.prompt(document, [self.run.bank_document(row) for row in rows])
-            if len(prompt.ids_T) + prompt.length <= self.run.seq_len:
-                return prompt, rows
-            shorter = None if rows else task.shortened(document)
-            if not rows and shorter is None:
-                return prompt, rows
-            rows, document = rows[1:], shorter or document
+        return retrieved_rows(self.run, texts, images_BHWC, by, count)
 
     @checked
     def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:

@@ -29,6 +29,7 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
+from cm3leon.stages.prompts import fitting_prompt
 from cm3leon.tasks.prompts import (
     AskedSpan,
     box_spans,
@@ -89,7 +90,7 @@ class CM3Leon(AskedRun):
         found = self.retrieved(texts, None, "text", retrieve)
         requests, used = [], []
         for document, rows in zip(documents, found, strict=True):
-            asked, kept = self._fitting(task, document, rows)
+            asked, kept = fitting_prompt(self.run, task, document, rows)
             used.append(kept)
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
         if n > 1 and not self.has_clip:
@@ -146,7 +147,7 @@ class CM3Leon(AskedRun):
         pixels_HWC = self._pixels(image)
         document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
         (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
-        prompt, kept = self._fitting(task, document, rows)
+        prompt, kept = fitting_prompt(self.run, task, document, rows)
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
             warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
         return self.run.text_tokenizer.decode(self._text_answer(prompt, decoder, seed))
@@ -305,7 +306,7 @@ class CM3Leon(AskedRun):
         page = self._page(parts, self._fresh)
         text = " ".join(part for part in parts if isinstance(part, str))
         (rows,) = self.retrieved([text], None, "text", retrieve)
-        prompt, kept = self._fitting(self._task("page_image"), page, rows)
+        prompt, kept = fitting_prompt(self.run, self._task("page_image"), page, rows)
         seeds = range(seed, seed + n)
         (drawn,) = self._answers([self._request(prompt, decoder, seeds)])
         codes_BN = np.stack([self.run.vocab.image_codes(np.array(tokens)) for tokens in drawn])
@@ -340,7 +341,9 @@ class CM3Leon(AskedRun):
             raise UserError("parts does not end in an image, behind which a text is asked for")
         page = self._page(parts)
         (rows,) = self.retrieved(None, self._pixels(parts[-1])[None], "image", retrieve)
-        prompt, kept = self._fitting(self._task_with_room("page_text", max_tokens), page, rows)
+        prompt, kept = fitting_prompt(
+            self.run, self._task_with_room("page_text", max_tokens), page, rows
+        )
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
             warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
         answer_T = self._text_answer(prompt, decoder, seed)

@@ -19,7 +19,7 @@ from cm3leon.models.base import Model
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
 from cm3leon.registry import DECODERS, TASKS
-from cm3leon.retrievers.strategy import NONE
+from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.tokens import VALIDATION
 from cm3leon.tokenizers.document import lay_out, sample_length
@@ -128,14 +128,14 @@ class Drawing:
         """Rows of the bank for each document, found once, by the first rank."""
         run, found = self._run, None
         if run.ranks.first:
+            captions = [run.corpus.captions[row] for row in self._rows]
             count = run.experiment.retriever.config.max_documents
+            of_rows = zip(
+                self._rows, retrieved_rows(run, captions, None, "text", count), strict=True
+            )
             found = [
-                that_fit(run, self._task, run.token_documents[row], others)
-                for row, others in zip(
-                    self._rows,
-                    retrieved_rows(run, self._task, self._rows, documents=count),
-                    strict=True,
-                )
+                fitting_prompt(run, self._task, run.token_documents[row], others)[1]
+                for row, others in of_rows
             ]
         return run.ranks.gather(found)[0]
 
@@ -212,28 +212,3 @@ class Drawing:
                 )
             )
         return pictures_BHWC, texts
-
-
-def that_fit(run: RunFolder, task: Any, query: TokenDocument, retrieved: list[int]) -> list[int]:
-    """Retrieved documents without those, from the left, that leave too little room for the longest answer."""
-    while retrieved:
-        prompt = task.prompt(query, [run.bank_document(row) for row in retrieved])
-        if len(prompt.ids_T) + prompt.length <= run.seq_len:
-            break
-        retrieved = retrieved[1:]
-    return retrieved
-
-
-def retrieved_rows(
-    run: RunFolder, task: Any, rows: Sequence[int], *, documents: int
-) -> list[list[int]]:
-    """Rows of the bank to put before the prompt of each document, the most relevant last."""
-    if not documents:
-        return [[] for _ in rows]
-    by_text = task.retrieves_by == "text"
-    queries = run.retriever.parts(
-        [run.corpus.captions[row] for row in rows] if by_text else None,
-        None if by_text else run.corpus.images_BHWC[rows],
-    )
-    rows_QK, _ = run.retriever.retrieve(run.bank, queries, task.retrieves_by, count=documents)
-    return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
