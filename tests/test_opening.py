@@ -29,6 +29,7 @@ from cm3leon.registry import DECODERS, RETRIEVERS, _module_name
 from cm3leon.retrievers.parts import Parts
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretraining import first_weights
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.study import load_study
 from cm3leon.sweep import load_sweep
@@ -113,6 +114,20 @@ def test_a_run_without_an_index_has_no_memory_bank(run: Path) -> None:
         UserError, match=f"^{run} has no memory bank: its stage index is not finish"
     ):
         _ = open_run(run).bank
+
+
+def test_a_bank_of_pairs_alone_is_refused_where_single_modalities_are_retrieved(run: Path) -> None:
+    """Its index has no texts and images that stand alone, and so they would never be found."""
+    pairs = load_experiment("digits_smoke")
+    singles = load_experiment("digits_smoke", ["retriever.both_modalities=false"])
+    folders = [RunFolder(each, run, torch.device("cpu")) for each in (pairs, singles)]
+    assert folders[0].bank.searchable == 3
+    with pytest.raises(UserError) as refused:
+        _ = folders[1].bank
+    assert str(refused.value) == (
+        f"shards.bank: the index of {run} holds only documents with text and image; set "
+        "retriever.both_modalities=true, or make that run's index again with false"
+    )
 
 
 def damage(file: Path) -> None:
