@@ -55,7 +55,7 @@ class EvaluationConfig:
     protocol: Annotated[Component, PROTOCOLS]
     """What is asked, and how the answers are measured."""
     setting: dict[str, Any] = field(default_factory=dict)
-    """How it is asked: documents, samples, decoder, bank, seed."""
+    """How it is asked: documents, shuffled, samples, decoder, bank, checkpoint, seed, max_tokens."""
     sweep: dict[str, Any] = field(default_factory=dict)
     """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row for each model and
     combination."""
@@ -64,6 +64,9 @@ class EvaluationConfig:
 
     def check(self) -> None:
         self.sweep = parse_lists(self.sweep, "sweep")
+        # The file that the settings are recorded in may be read from elsewhere.
+        if isinstance(bank := self.setting.get("bank"), str | Path):
+            self.setting = {**self.setting, "bank": str(Path(bank).expanduser().absolute())}
         if self.plot and not self.sweep:
             raise UserError("plot is against the first key of sweep, which is empty")
 

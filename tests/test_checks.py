@@ -89,6 +89,14 @@ def test_what_a_run_does_not_come_to_is_not_checked() -> None:
     assert mistakes("training.start=nowhere", until="retriever") == []
 
 
+@pytest.mark.parametrize("split", ["validation", "held_out"])
+def test_a_split_that_a_stage_needs_has_a_share(split: str) -> None:
+    stage = {"validation": "pretraining", "held_out": "evaluation"}[split]
+    (sentence,) = mistakes(f"split.{split}=0")
+    assert sentence.startswith(f"split.{split} is 0, and the stage {stage} needs documents")
+    assert mistakes(f"split.{split}=0", until="neighbours") == []
+
+
 def test_other_runs_have_to_be_there() -> None:
     overrides = ("data.path=tars", "shards.tokenizers=a", "shards.bank=b", "shards.mix.c=1.0")
     said = mistakes(*overrides, experiment="corpus")

@@ -9,18 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from records import finish
 
 from cm3leon.config import dump_yaml, to_mapping
 from cm3leon.evaluate.asking import Asker
-from cm3leon.evaluation.config import Aim, AskConfig, with_values
+from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, with_values
 from cm3leon.evaluation.protocols.base import Item, Protocol
-from cm3leon.evaluation.report.answers import aim_fact
+from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
 from cm3leon.experiment import load_experiment
 from cm3leon.registry import PROTOCOLS, discover
 from cm3leon.run import main
-from cm3leon.stages.evaluation import best_row
+from cm3leon.stages.evaluation import best_row, evaluation_inputs
 from cm3leon.stages.opening import open_run
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.sweep.results import read_figures
 from cm3leon.types import Document, Notice, TextSegment, TokenDocument, UserError
 
@@ -106,6 +109,74 @@ def test_of_distances_the_lowest_is_the_best() -> None:
     rows = [{"row": str(value), "metrics": {"FID": {"value": value}}} for value in (9.0, 7.5, 8.0)]
     assert best_row(rows, PROTOCOLS.get("captioned_images").lowest_is_best)["row"] == "7.5"
     assert best_row(rows)["row"] == "9.0"
+
+
+def test_what_copies_least_is_the_best_where_nothing_can_be_read() -> None:
+    rows = [{"row": str(value), "metrics": {"copies": {"value": value}}} for value in (0.5, 0.1)]
+    assert best_row(rows, PROTOCOLS.get("corpus").lowest_is_best)["row"] == "0.1"
+
+
+def test_a_metric_that_cannot_be_drawn_is_not() -> None:
+    evaluation = EvaluationConfig(
+        title="A",
+        protocol=PROTOCOLS.check({"name": "corpus", "task": "caption"}),
+        sweep={"documents": [0, 1]},
+        plot="accuracy",
+    )
+
+    def blocks(metric: str, values: tuple[Any, Any]) -> int:
+        rows = [
+            {
+                **row(str(value), 0.5, 0.4, 0.6),
+                "point": {"documents": value},
+                "model": "",
+                "items": 3,
+            }
+            for value in values
+        ]
+        asked = dataclasses.replace(evaluation, plot=metric)
+        return len(evaluation_section(asked, rows, [[], []]).blocks)
+
+    with_curves = blocks("accuracy", (0, 1))
+    assert blocks("acuracy", (0, 1)) == blocks("accuracy", (0, "many")) == with_curves - 1
+
+
+def test_a_bank_of_a_setting_is_recorded_wherever_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "evaluations={a: {title: A, protocol: {name: corpus, task: caption}, setting: {bank: b}}}"
+    ]
+    experiment = load_experiment("digits_smoke", [*words, "aims=[]"])
+    assert experiment.evaluations["a"].setting["bank"] == str(tmp_path / "b")
+
+
+def test_an_evaluation_is_made_anew_where_its_memory_bank_has_grown(tmp_path: Path) -> None:
+    """By what a bank holds: the run's own with documents that were added, and that of a setting, wherever it lies."""
+    banks = [tmp_path / name for name in ("one", "copy")]
+    for bank in banks:
+        (bank / "index").mkdir(parents=True)
+        (bank / "index" / "index.json").write_text("{}")
+        finish(bank / "index")
+    (tmp_path / "run" / "index").mkdir(parents=True)
+
+    def inputs(bank: Path) -> dict[str, Any]:
+        setting = f"setting: {{documents: 1, bank: {bank}}}"
+        words = [
+            f"evaluations={{a: {{title: A, protocol: {{name: corpus, task: caption}}, {setting}}}}}"
+        ]
+        experiment = load_experiment("digits_smoke", [*words, "aims=[]"])
+        run = RunFolder(experiment, tmp_path / "run", torch.device("cpu"))
+        return evaluation_inputs(run)
+
+    before = inputs(banks[0])
+    assert inputs(banks[1]) == before
+    (banks[0] / "index" / "added.arrow").write_bytes(b"more")
+    grown = inputs(banks[0])
+    assert grown != before
+    (tmp_path / "run" / "index" / "added_tokens.arrow").write_bytes(b"more")
+    assert inputs(banks[0]) != grown
 
 
 def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:

@@ -206,6 +206,15 @@ def test_accuracy_does_not_apply_where_a_class_is_unknown() -> None:
     assert "accuracy" not in measure(classes=[3, None, 4, 1, 5])
 
 
+def test_accuracy_does_not_apply_where_nobody_can_read_the_images() -> None:
+    """A judge is trained where every training image has a class; without one, all answers would count as wrong."""
+    protocol = corpus_task("text_to_image")
+    vars(protocol.corpus)["judge"] = None
+    pair = Document("a", (TextSegment("a seven"), ImageSegment(np.zeros((1, 1, 3), np.uint8))))
+    items = [Item("a", "text_to_image", pair, truth=label) for label in CLASSES]
+    assert "accuracy" not in protocol.score(items, ANSWERS)
+
+
 def test_copies_are_those_of_training_images_and_of_the_retrieved_ones() -> None:
     assert measure()["copies"].value == 0.2
     retrieved = [(), (), ([7, 7], [1, 2]), ([1, 2], [5, 7]), ([5, 6],)]

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page
 
-from cm3leon.config import Choice, Interval, NoSettings, dump_yaml, parse_values
+from cm3leon.config import Choice, Interval, NoSettings, dump_yaml, parse_lists, parse_values
 from cm3leon.evaluation.origin import Origin
 from cm3leon.experiment import Experiment, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
@@ -34,7 +34,7 @@ from cm3leon.sweep import run as sweep_run
 from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
 from cm3leon.sweep.report import sweep_report
 from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
-from cm3leon.sweep.run import what_is_shared
+from cm3leon.sweep.run import groups_of
 from cm3leon.types import UserError
 
 NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
@@ -118,6 +118,18 @@ def test_values_may_be_of_any_type(given: Any, values: list[Any]) -> None:
     parsed = parse_values("sweep.key", given)
     assert isinstance(parsed, Choice)
     assert list(parsed.values) == values
+
+
+@pytest.mark.parametrize("text", ["range(1,5,0)", "range(1,5,00)", "range(1,5,-0)"])
+def test_a_step_of_zero_is_a_sentence(text: str) -> None:
+    with pytest.raises(UserError, match=r"which is not understood"):
+        parse_values("sweep.key", text)
+
+
+def test_lists_of_values_are_bounded_before_they_are_made() -> None:
+    assert len(parse_lists({"seed": "range(1000)"}, "sweep")["seed"]) == 1000
+    with pytest.raises(UserError, match=r"sweep.seed has 999,999,999 values; .* at most 1,000"):
+        parse_lists({"seed": "range(999999999)"}, "sweep")
 
 
 # ---------------------------------------------------------------------------------------------------- points
@@ -412,30 +424,65 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "pretraining", "apart"),
+    ("words", "pretraining", "folders"),
     [
-        (["sweep.training.learning_rate=1e-3,2e-3"], False, []),
-        (["sweep.training.log_every=1,5"], True, []),
-        (["sweep.training.learning_rate=1e-3,2e-3", "sweep.seed=0,1"], False, ["seed"]),
-        (["sweep.decoder.cfg=1.0,2.0"], True, []),
-        (["sweep.decoder.cfg=1.0,2.0", "sweep.training.batch_size=4,8"], False, []),
-        (["sweep.decoder.cfg=1.0,2.0", "sweep.seed=0,1"], True, ["seed"]),
-        (["sweep.evaluations.caption.setting.max_tokens=4,5"], True, []),
-        (["sweep.text_tokenizer.vocab_size=300,301"], True, ["text_tokenizer.vocab_size"]),
+        (["sweep.training.learning_rate=1e-3,2e-3"], False, ["shared"]),
+        (["sweep.training.log_every=1,5"], True, ["shared"]),
+        (
+            ["sweep.training.learning_rate=1e-3,2e-3", "sweep.seed=0,1"],
+            False,
+            ["shared,seed=0", "shared,seed=1"],
+        ),
+        (["sweep.decoder.cfg=1.0,2.0"], True, ["shared"]),
+        (["sweep.decoder.cfg=1.0,2.0", "sweep.training.batch_size=4,8"], False, ["shared"]),
+        (
+            ["sweep.decoder.cfg=1.0,2.0", "sweep.seed=0,1"],
+            True,
+            ["shared,seed=0", "shared,seed=1"],
+        ),
+        (["sweep.evaluations.caption.setting.max_tokens=4,5"], True, ["shared"]),
+        (
+            ["sweep.text_tokenizer.vocab_size=300,301"],
+            True,
+            ["shared,vocab_size=300", "shared,vocab_size=301"],
+        ),
         # A document has to fit the block, and so tokens depend on its length; they do not where it may be cut.
-        (["sweep.model.seq_len=64,65", "packing.method=whole"], True, ["model.seq_len"]),
-        (["sweep.model.seq_len=64,65", "packing.method=stream"], False, []),
-        (["sweep.model.width=32,64"], False, []),
-        (["sweep.retriever.max_documents=1,2"], False, []),
-        (["sweep.retriever.max_documents=0,2"], True, ["retriever.max_documents"]),
-        (["sweep.data=[{name: folder, path: none}, {name: digits}]"], True, ["data"]),
+        (
+            ["sweep.model.seq_len=64,65", "packing.method=whole"],
+            True,
+            ["shared,seq_len=64", "shared,seq_len=65"],
+        ),
+        (["sweep.model.seq_len=64,65", "packing.method=stream"], False, ["shared"]),
+        (["sweep.model.width=32,64"], False, ["shared"]),
+        (["sweep.retriever.max_documents=1,2"], False, ["shared"]),
+        (
+            ["sweep.retriever.max_documents=0,2"],
+            True,
+            ["shared,max_documents=0", "shared,max_documents=2"],
+        ),
+        (
+            ["sweep.data=[{name: folder, path: none}, {name: digits}]"],
+            True,
+            ["shared,data=folder-path-none", "shared,data=digits"],
+        ),
     ],
 )
-def test_what_points_share_depends_on_what_stages_read_of_their_keys(
-    tmp_path: Path, words: list[str], pretraining: bool, apart: list[str]
+def test_what_points_share_depends_on_what_their_stages_read(
+    tmp_path: Path, words: list[str], pretraining: bool, folders: list[str]
 ) -> None:
-    sweep = load_sweep("digits_smoke", words, tmp_path)
-    assert what_is_shared(sweep) == (pretraining, apart)
+    groups = groups_of(load_sweep("digits_smoke", words, tmp_path))
+    assert [group.name for group in groups] == folders
+    assert {group.pretraining for group in groups} == {pretraining}
+
+
+def test_keys_that_only_matter_together_part_the_points_that_they_change(tmp_path: Path) -> None:
+    words = ["sweep.packing.method=stream,whole", "sweep.model.seq_len=64,65"]
+    groups = groups_of(load_sweep("digits_smoke", words, tmp_path))
+    assert [(group.name, len(group.points), group.pretraining) for group in groups] == [
+        ("shared,method=stream", 2, False),
+        ("shared,method=whole,seq_len=64", 1, True),
+        ("shared,method=whole,seq_len=65", 1, True),
+    ]
 
 
 SWEPT = [

@@ -13,6 +13,8 @@ from cm3leon.config.check import settled
 from cm3leon.config.files import Word, parse_word
 from cm3leon.types import UserError
 
+MAX_VALUES = 1000
+"""Values that a key of a run or an evaluation may take: there is a run, or a row, for each."""
 DIGITS = 4
 """Significant digits of a drawn value: few enough for the name of its point to tell it whole."""
 LEGEND = "write values as a,b,c or range(n), or uniform(low,high) and loguniform(low,high) for sweep_trials"
@@ -81,6 +83,10 @@ def parse_lists(swept: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
                 f"{where}.{key} is {given}, a range to draw from, which is for sweeps with sweep_trials; "
                 "write values as a,b,c or range(n)"
             )
+        if len(values.values) > MAX_VALUES:
+            raise UserError(
+                f"{where}.{key} has {len(values.values):,} values; it must have at most {MAX_VALUES:,}"
+            )
         lists[key] = list(values.values)
     return lists
 
@@ -102,7 +108,7 @@ def _values(where: str, given: Any, read: Callable[[Any], Any]) -> Choice | Inte
         name == "range"
         and 1 <= len(numbers) <= 3
         and all(map(_INT.fullmatch, numbers))
-        and numbers[2:] != ["0"]
+        and (len(numbers) < 3 or int(numbers[2]) != 0)
     ):
         return Choice(range(*map(int, numbers)))
     if name in ("uniform", "loguniform") and len(numbers) == 2:

@@ -62,7 +62,8 @@ class Asker:
             made = self._arrays(prompts, drawn)
         if isinstance(self.protocol, CorpusTask):
             made |= figures_of_own(self.model, prompts.items, prompts.documents, drawn)
-            rows_IK = np.full((len(prompts.items), max(1, self.setting.documents)), NONE, np.int64)
+            most = max(1, *map(len, prompts.retrieved))
+            rows_IK = np.full((len(prompts.items), most), NONE, np.int64)
             for index, rows in enumerate(prompts.retrieved):
                 rows_IK[index, : len(rows)] = rows
             made["rows"] = rows_IK
@@ -125,8 +126,7 @@ class Asker:
     def _retrieved(
         self, items: Sequence[Item], documents: Sequence[TokenDocument]
     ) -> list[list[int]]:
-        """Rows of the bank that stand in each item's prompt: of those that the setting asks for, as many as are found
-        and leave room for the longest answer."""
+        """Rows of the bank for each item's prompt: up to `documents`, fewer where fewer are found or have room."""
         rows: list[list[int]] = [[] for _ in items]
         if not self.setting.documents:
             return rows

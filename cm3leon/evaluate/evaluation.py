@@ -32,7 +32,7 @@ from cm3leon.stages.opening import open_run
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.types import UserError
 
-VERSION = 2
+VERSION = 3
 """Raised when the same setting starts to give other answers."""
 SHARD = 128
 """Items of a file of answers; a kill loses at most what one of them takes."""
@@ -70,7 +70,7 @@ class Evaluation:
         self._own = own
         self._items: tuple[tuple[int, Path | None], list[Item]] | None = None
         self._sizes: dict[Path, int] = {}
-        self._parts: dict[tuple[Path, bool], dict[str, Any]] = {}
+        self._parts: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._levels: dict[Path, dict[str, Any]] = {}
         self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
 
@@ -296,7 +296,7 @@ class Evaluation:
             "files": self.protocol.fingerprint(),
             "model": self._parts_of(row),
             "setting": setting,
-            "bank": _bank_of(row.setting.bank) if row.setting.bank else None,
+            "bank": bank_identity(row.setting.bank) if row.setting.bank else None,
         }
 
     def max_tokens(self, row: Row) -> int | None:
@@ -308,15 +308,13 @@ class Evaluation:
     def _parts_of(self, row: Row) -> dict[str, Any]:
         """What answers depend on in the model's run: digests of its parts, and what a setting leaves to it."""
         with_bank = row.setting.documents > 0 and row.setting.bank is None
-        key = (row.folder, with_bank)
+        own = "text_decoder" if self.protocol.answers_in == "text" else "decoder"
+        sections = [own] if row.setting.decoder is None else []
+        sections += ["retriever"] if row.setting.documents else []
+        key = (row.folder, with_bank, *sections)
         if key not in self._parts:
             run = self._run(row)
-            sections = (
-                ("decoder", "text_decoder", "retriever")
-                if row.setting.documents
-                else ("decoder", "text_decoder")
-            )
-            left = run.settings_of(*sections)
+            left = run.depends_on(*sections)
             if isinstance(self.protocol, CorpusTask):
                 left["documents"] = read_stage(row.folder / "documents")["fingerprint"]
             self._parts[key] = {**run.parts_of_answers(with_bank=with_bank), **left}
@@ -410,8 +408,12 @@ def _ranked(item: Item, scores_K: np.ndarray) -> Answer:
     return Answer(text=item.options[int(scores_K.argmax())], scores_K=scores_K)
 
 
-def _bank_of(folder: Path) -> list[str]:
-    """What identifies a memory bank: how its index was made, and the documents that were added to it."""
+def bank_identity(folder: Path) -> list[str]:
+    """What identifies a memory bank: how its index was made, and the documents that were added to it.
+
+    Raises:
+        UserError: for a folder without a finished index.
+    """
     check_readable(folder / "index" / MARKER)
     if not (folder / "index" / MARKER).is_file():
         raise UserError(f"setting.bank: {folder} is no run with a finished index")

@@ -34,7 +34,7 @@ def check_settings(
     Args:
         folder: the run folder, which need not exist.
         trains: whether the run reaches its pretraining.
-        asks: whether it reaches the tasks, whose prompts hold an image each.
+        asks: whether it reaches the evaluation, whose prompts hold an image each.
         found: mistakes that are known already, which belong into the same answer.
 
     Raises:
@@ -63,7 +63,9 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
     if not trains:
         return
 
+    yield lambda: _check_split("validation", experiment.split.validation, "pretraining")
     if asks:
+        yield lambda: _check_split("held_out", experiment.split.held_out, "evaluation")
         yield lambda: _check_block(run)
     yield lambda: mixed_fingerprints(run)
     yield lambda: experiment.training.blocks(run.seq_len)
@@ -73,6 +75,15 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
         if (experiment.training.start / "pretraining" / WEIGHTS).is_file():
             yield lambda: _check_shapes(run, experiment.training.start)
             yield lambda: _check_tokenizers(run, experiment.training.start)
+
+
+def _check_split(name: str, share: float, stage: str) -> None:
+    """Raise UserError where a stage would have no documents, as none are set aside for it."""
+    if share == 0:
+        raise UserError(
+            f"split.{name} is 0, and the stage {stage} needs documents of that split; give it a share, "
+            "or stop before with until"
+        )
 
 
 def _check_block(run: RunFolder) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from cm3leon.api import CM3Leon
-from cm3leon.evaluate import Evaluation, Row, figures_line, own_corpus
+from cm3leon.evaluate import Evaluation, Row, bank_identity, figures_line, own_corpus
 from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
 from cm3leon.evaluation.report.answers import Example
 from cm3leon.experiment import row_name
-from cm3leon.io import write_json
+from cm3leon.io import sha256, write_json
 from cm3leon.models.serving import keep_weights
 from cm3leon.registry import PROTOCOLS
 from cm3leon.stages.inputs import recorded
@@ -197,7 +197,17 @@ def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
         name: PROTOCOLS.build(evaluation.protocol).fingerprint()
         for name, evaluation in run.experiment.evaluations.items()
     }
-    return {**run.depends_on(*SECTIONS), "protocols": protocols}
+    inputs = {**run.depends_on(*SECTIONS), "protocols": protocols}
+    # A memory bank counts by what it holds, not by where it lies.
+    banks = {}
+    for name, asked in inputs["evaluations"].items():
+        if "bank" in asked["setting"]:
+            banks[name] = bank_identity(Path(asked["setting"].pop("bank")))
+    if banks:
+        inputs["banks"] = banks
+    if run.added_tokens_file.is_file():
+        inputs["added"] = sha256(run.added_tokens_file)
+    return inputs
 
 
 STAGE = Stage(

@@ -18,7 +18,7 @@ from cm3leon.stages.stage import STARTED, R, Stage, StageRecord, readable_record
 from cm3leon.types import UserError
 
 SUPERSEDED = "superseded"
-"""Folder of a run with results that were made from other inputs than those that stand now."""
+"""Folder of a run with results that were made from other inputs than the present ones."""
 
 
 RUN_FILES = (LOCK, "code.json", "sweep.yaml", "study.yaml", "point.yaml", "launch", SUPERSEDED)

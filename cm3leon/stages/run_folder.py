@@ -210,6 +210,10 @@ class RunFolder:
             for row in self.corpus.rows(split)
             if token_count(self.token_documents[row]) <= self.seq_len - 2
         ]
+        if not len(self.corpus.rows(split)):
+            raise UserError(
+                f"data: no document that was read is in the {split} split; raise shards.sample or split.{split}"
+            )
         if not rows:
             raise UserError(
                 f"data: no {split} document that was read fits a block of model.seq_len={self.seq_len}; "

@@ -22,7 +22,7 @@ from cm3leon.config import (
     parse_word,
     to_mapping,
 )
-from cm3leon.evaluation.config import shown
+from cm3leon.digests import remembered
 from cm3leon.evaluation.origin import Origin
 from cm3leon.evaluation.report import write_page
 from cm3leon.experiment import SWEEP, Experiment, load_experiment, load_mapping
@@ -36,7 +36,7 @@ from cm3leon.records import MARKER
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.pipeline import first_unfinished
 from cm3leon.stages.run_folder import RunFolder
-from cm3leon.stages.running import run_experiment
+from cm3leon.stages.running import DIGESTS, run_experiment
 from cm3leon.stages.stage import Stage, check_redo, number_of
 from cm3leon.stages.table import stages_of
 from cm3leon.sweep.points import (
@@ -251,38 +251,52 @@ def make_table(sweep: Sweep) -> list[Result]:
     return results
 
 
-def what_is_shared(sweep: Sweep) -> tuple[bool, list[str]]:
-    """Whether points share their pretraining too, and the keys of which they share nothing.
+@dataclass(frozen=True)
+class Group:
+    """Points of a sweep that are made of the same tokenizers, tokens, vectors and neighbours."""
 
-    Points that differ in nothing but the other keys are made of the same tokenizers, tokens, vectors and neighbours.
-    """
-    touched = {key: _stages_touched(sweep, key) for key in sweep.config.sweep}
-    apart = [key for key, names in touched.items() if names - {"pretraining"}]
-    return all("pretraining" not in touched[key] for key in touched if key not in apart), apart
-
-
-def _stages_touched(sweep: Sweep, key: str) -> set[str]:
-    """The stages up to pretraining whose own inputs are others at another value of a swept key."""
-    sections = {name: value for name, value in sweep.mapping.items() if not name.startswith(SWEEP)}
-    first = next(iter(sweep.points.values()))
-    found: list[dict[str, Any]] = []
-    for name, value in {shown(point[key]): point[key] for point in sweep.points.values()}.items():
-        experiment = experiment_at(sections, f"{key}={name}", {**first, key: value})
-        run = RunFolder(experiment, sweep.folder, torch.device("cpu"))
-        stages = stages_of(experiment)
-        last = number_of(stages, "pretraining", "until")
-        found.append({stage.name: _inputs(stage, run) for stage in stages[: last + 1]})
-
-    names = {name for inputs in found for name in inputs}
-    return {
-        name for name in names if any(inputs.get(name) != found[0].get(name) for inputs in found)
-    }
+    name: str
+    """Of the folder of what they share: `shared`, with what they have in common and others have not."""
+    points: tuple[str, ...]
+    pretraining: bool
+    """Whether they share their pretraining, too."""
 
 
-def _inputs(stage: Stage[RunFolder], run: RunFolder) -> Any:
-    """What a stage depends on; where that cannot be told, why, which its point will say."""
+def groups_of(sweep: Sweep) -> list[Group]:
+    """The points by what their stages read: those whose inputs up to pretraining are equal share them."""
+    alike: dict[str, list[str]] = {}
+    trained: dict[str, set[str]] = {}
+    with remembered(sweep.folder / DIGESTS):
+        for name, experiment in sweep.experiments.items():
+            run = RunFolder(experiment, sweep.folder, torch.device("cpu"))
+            stages = stages_of(experiment)
+            last = number_of(stages, "pretraining", "until")
+            inputs = [_inputs(stage, run) for stage in stages[: last + 1]]
+            before = digest_of("".join(inputs[:-1]))
+            alike.setdefault(before, []).append(name)
+            trained.setdefault(before, set()).add(inputs[-1])
+
+    short, points = short_names(list(sweep.config.sweep)), sweep.points
+    groups: dict[str, Group] = {}
+    for before, names in alike.items():
+        first = points[names[0]]
+        common = {
+            key: value
+            for key, value in first.items()
+            if all(points[name][key] == value for name in names)
+            and any(point[key] != value for point in points.values())
+        }
+        folder = ",".join(filter(None, ["shared", point_name(common, short)]))
+        if folder in groups:  # they differ in what values of several keys make together
+            folder = f"{folder},{before[:8]}"
+        groups[folder] = Group(folder, tuple(names), len(trained[before]) == 1)
+    return list(groups.values())
+
+
+def _inputs(stage: Stage[RunFolder], run: RunFolder) -> str:
+    """What a stage depends on, as text; where that cannot be told, why, which its point will say."""
     try:
-        return stage.inputs(run)
+        return json.dumps([stage.name, stage.inputs(run)], sort_keys=True)
     except UserError as error:
         return str(error)
 
@@ -293,12 +307,9 @@ def _inputs(stage: Stage[RunFolder], run: RunFolder) -> Any:
 def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
     """What several of the missing points share, once, and behind it an array of the points."""
     commands, after = {}, []
-    pretraining, apart = what_is_shared(sweep)
-    last = "pretraining" if pretraining else "neighbours"
-    for number, (shared, names) in enumerate(_groups(sweep, apart).items()):
-        wanted = [name for name in names if name in missing]
-        title = f"shared{number}"
-        jobs = _shared_jobs(sweep, names[0], shared, title, last) if len(wanted) > 1 else []
+    for number, group in enumerate(groups_of(sweep)):
+        wanted = [name for name in group.points if name in missing]
+        jobs = _shared_jobs(sweep, group, f"shared{number}") if len(wanted) > 1 else []
         yield from jobs
         after += [job.name for job in jobs[-1:]]
         for name in wanted:
@@ -306,7 +317,8 @@ def _jobs(sweep: Sweep, missing: Sequence[str]) -> Iterator[Job]:
             folder.mkdir(exist_ok=True)
             write_text(folder / POINT_FILE, _config(sweep.experiments[name]))
             redo = (f"redo={','.join(sweep.redo)}",) if sweep.redo else ()
-            words = (f"run={folder}", f"shared={shared}", *redo, *_plugin_words(sweep))
+            shared = f"shared={sweep.folder / group.name}"
+            words = (f"run={folder}", shared, *redo, *_plugin_words(sweep))
             commands[name] = ("point", *words)
     # A point can make what it would have shared: it says what is wrong with that, too.
     tries = {"max_deaths": 1 + sweep.config.sweep_retries}
@@ -319,19 +331,10 @@ def _plugin_words(sweep: Sweep) -> tuple[str, ...]:
     return (f"plugins={json.dumps(plugins)}",) if plugins else ()
 
 
-def _groups(sweep: Sweep, apart: Sequence[str]) -> dict[Path, list[str]]:
-    """The points by the folder of what they share with others: they differ in none of the keys `apart`."""
-    short = short_names(list(sweep.config.sweep))
-    groups: dict[Path, list[str]] = {}
-    for name, point in sweep.points.items():
-        own = point_name({key: point[key] for key in apart}, short)
-        groups.setdefault(sweep.folder / ",".join(filter(None, ["shared", own])), []).append(name)
-    return groups
-
-
-def _shared_jobs(sweep: Sweep, name: str, folder: Path, title: str, until: str) -> list[Job]:
-    """The jobs of the stages that a point shares with others; none where they are made, or the point ends before."""
-    experiment = sweep.experiments[name]
+def _shared_jobs(sweep: Sweep, group: Group, title: str) -> list[Job]:
+    """The jobs of the stages that points share; none where they are made, or the points end before."""
+    experiment, folder = sweep.experiments[group.points[0]], sweep.folder / group.name
+    until = "pretraining" if group.pretraining else "neighbours"
     stages = [stage.name for stage in stages_of(experiment)]
     last = stages.index(until)
     if experiment.until and stages.index(experiment.until) <= last:

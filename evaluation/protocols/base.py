@@ -88,7 +88,7 @@ class Protocol(ABC):
     has_truth: bool = True
     """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
     max_tokens: int = 64
-    """Tokens of an answer in text, at most, unless a study's setting says otherwise; see `MAX_TOKENS`."""
+    """Tokens of an answer in text, at most, unless the setting says otherwise; see `MAX_TOKENS`."""
     lowest_is_best: ClassVar[Collection[str]] = ()
     """Figures of which the lowest is the best, such as distances."""
     explained: ClassVar[Mapping[str, str]] = {}

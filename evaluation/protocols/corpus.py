@@ -87,6 +87,7 @@ class CorpusTask(Protocol):
                 raise UserError(f"task is {self.task}; {choices(self.task, TASKS.names())}")
 
     config: Config
+    lowest_is_best = ("copies",)
     explained: ClassVar[Mapping[str, str]] = {
         "accuracy": "Accuracy: the share in which the class asked for is read, in images by an independent judge.",
         "copies": "Copies have the codes of a training image, of one of its varied versions, or of a retrieved one.",
@@ -126,7 +127,7 @@ class CorpusTask(Protocol):
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         figures: dict[str, Measured] = {}
-        if all(item.truth is not None for item in items):
+        if all(item.truth is not None for item in items) and self._can_read:
             asked_B = np.array([item.truth for item in items])
             figures["accuracy"] = proportion(self.corpus.read(answers) == asked_B)
         clip_B = np.array([answer.clip for answer in answers])
@@ -148,11 +149,15 @@ class CorpusTask(Protocol):
             copied_B[row] |= any(retrieved)
         return copied_B
 
+    @property
+    def _can_read(self) -> bool:
+        """Whether there is somebody to read the class of an answer."""
+        return self.answers_in == "text" or self.corpus.judge is not None
+
     def right(self, item: Item, answer: Answer) -> bool | None:
-        known = item.truth is not None and (
-            answer.image_HWC is None or self.corpus.judge is not None
-        )
-        return bool(self.corpus.read([answer])[0] == item.truth) if known else None
+        if item.truth is None or not self._can_read:
+            return None
+        return bool(self.corpus.read([answer])[0] == item.truth)
 
     def shown(self, item: Item) -> Shown:
         text, image_HWC = item.document.text, item.document.image

@@ -129,7 +129,7 @@ def evaluation_section(
         by_compute: whether it is drawn against the FLOPs of training, not the first swept key.
     """
     blocks: list[Content] = [_table(evaluation, rows, best)]
-    if evaluation.plot and (by_compute or rows[0]["point"]):
+    if evaluation.plot and _can_be_drawn(evaluation.plot, rows, by_compute):
         blocks.insert(0, _curves(evaluation.plot, rows, by_compute))
     for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
         answered = Gallery([_card(example) for example in few], caption=row["row"])
@@ -203,6 +203,14 @@ def _samples(row: str, examples: Sequence[Example]) -> Folded:
     return Folded(
         f"All {count} samples of {row}, the best by CLIP first", [Gallery(cards, caption=caption)]
     )
+
+
+def _can_be_drawn(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> bool:
+    """Whether every row has the metric, and a number to draw it against."""
+    key = next(iter(rows[0]["point"]), "")
+    values = [row["point"].get(key) for row in rows]
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
+    return (by_compute or numbers) and all(metric in row["metrics"] for row in rows)
 
 
 def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> Curves:
