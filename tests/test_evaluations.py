@@ -128,6 +128,7 @@ def test_a_metric_that_cannot_be_drawn_is_not() -> None:
         rows = [
             {
                 **row(str(value), 0.5, 0.4, 0.6),
+                "ceiling": {},
                 "point": {"documents": value},
                 "model": "",
                 "items": 3,
