@@ -37,7 +37,8 @@ COMMANDS = '''
 import os, signal, sys, time
 words = dict(word.split("=") for word in sys.argv[1:])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-print("says", words, os.environ.get("RANK"), flush=True)
+sys.stdout.write(f"says {words} {os.environ.get('RANK')}\\n")  # in one piece: ranks speak at once
+sys.stdout.flush()
 time.sleep(float(words.get("sleep", 0)))
 if "kill" in words:
     os.kill(os.getpid(), int(words["kill"]))

@@ -65,7 +65,8 @@ def experiment_jobs(
     redo: Collection[str] = (),
     name: str = "",
 ) -> list[Job]:
-    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts.
+    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts, or where the launcher's
+    section says in how many a stage is made.
 
     There, each stage that workers share is an array, and what one process makes is a job before, between and behind
     them; the pretraining has a job of its own. `name` goes before the names of the jobs.
@@ -77,9 +78,10 @@ def experiment_jobs(
     frozen = _frozen(experiment, folder)
     own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
     words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *_redo(own))
-    if not is_shared_out(experiment):
-        return [Job(name or "run", (_until(words, until),))]
     launcher = LAUNCHERS.build(experiment.launcher)
+    asked_for = any("parts" in launcher.resources(stage.name) for stage in stages)
+    if not asked_for and not is_shared_out(experiment):
+        return [Job(name or "run", (_until(words, until),))]
     jobs: list[Job] = []
 
     def add(stage: str, *commands: Command, together: bool = False) -> None:
