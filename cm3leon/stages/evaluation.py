@@ -212,7 +212,7 @@ def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
 
 STAGE = Stage(
     "evaluation",
-    version=6,
+    version=7,
     inputs=evaluation_inputs,
     make=make_evaluation,
     needs=("pretraining",),
