@@ -63,7 +63,8 @@ class EvaluationConfig:
     """The metric that is drawn; null = a table alone."""
 
     def check(self) -> None:
-        self.sweep = parse_lists(self.sweep, "sweep")
+        given, self.sweep = self.sweep, {}  # so that values that are refused are no rows
+        self.sweep = parse_lists(given, "sweep")
         # The file that the settings are recorded in may be read from elsewhere.
         if isinstance(bank := self.setting.get("bank"), str | Path):
             self.setting = {**self.setting, "bank": str(Path(bank).expanduser().absolute())}

@@ -180,6 +180,14 @@ def test_an_evaluation_is_made_anew_where_its_memory_bank_has_grown(tmp_path: Pa
     assert inputs(banks[0]) != grown
 
 
+def test_values_that_are_none_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [ASKED.replace("[0, 1]", "'uniform(0,1)'"), "aims=[]"]
+    assert main(["experiment=digits_smoke", *words, "--show"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "sweep.documents is uniform(0,1), a range to draw from" in said[0]
+
+
 def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
     setting = {"decoder": {"name": "top_p", "cfg": 3}, "documents": 1}
     assert with_values(setting, {"decoder.cfg": 2, "seed": 5}) == {
