@@ -65,9 +65,6 @@ class EvaluationConfig:
     def check(self) -> None:
         given, self.sweep = self.sweep, {}  # so that values that are refused are no rows
         self.sweep = parse_lists(given, "sweep")
-        # The file that the settings are recorded in may be read from elsewhere.
-        if isinstance(bank := self.setting.get("bank"), str | Path):
-            self.setting = {**self.setting, "bank": str(Path(bank).expanduser().absolute())}
         if self.plot and not self.sweep:
             raise UserError("plot is against the first key of sweep, which is empty")
 

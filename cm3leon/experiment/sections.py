@@ -90,6 +90,12 @@ class RunEvaluation(EvaluationConfig):
     """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one with the best of
     the figures that stand first, which is the highest, or the lowest of a distance."""
 
+    def check(self) -> None:
+        super().check()
+        # The file that the settings are recorded in may be read from elsewhere.
+        if isinstance(bank := self.setting.get("bank"), str | Path):
+            self.setting = {**self.setting, "bank": str(Path(bank).expanduser().absolute())}
+
 
 @dataclass(kw_only=True)
 class Experiment:

@@ -201,8 +201,9 @@ def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
     # A memory bank counts by what it holds, not by where it lies.
     banks = {}
     for name, asked in inputs["evaluations"].items():
-        if "bank" in asked["setting"]:
-            banks[name] = bank_identity(Path(asked["setting"].pop("bank")))
+        given = [asked["setting"].pop("bank", None), *asked["sweep"].pop("bank", [])]
+        if any(given):
+            banks[name] = [bank and bank_identity(Path(bank)) for bank in given]
     if banks:
         inputs["banks"] = banks
     if run.added_tokens_file.is_file():
