@@ -834,3 +834,10 @@ def test_cd_k_is_tuned_on_captions_that_no_other_study_measures(tmp_path):
             if key != "tuning" and evaluation.protocol.name == "captioned_images":
                 others.add(getattr(evaluation.protocol.config.data.config, "path", None))
     assert tuning.protocol.config.data.config.path not in others
+
+
+def test_the_bank_of_a_seed_is_that_seeds_own_where_the_folder_is_relative() -> None:
+    folder = Path("runs/entities")
+    study = load_study("entities", ["seeds=2"], folder)
+    first, second = rows_of_seeds(study, "bank_only", folder)[0]
+    assert (first.setting.bank, second.setting.bank) == (folder / "bank", folder / "bank-seed_1")
