@@ -1,4 +1,4 @@
-"""One of two ranks that share a decoder, run as a process by tests/test_serving.py: answers and log-likelihoods."""
+"""One of three ranks that share decoders, run as a process by tests/test_serving.py: answers and log-likelihoods."""
 
 from __future__ import annotations
 
@@ -8,13 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_decoders import VOCAB, model, prompts
+from test_decoders import SEQ_LEN, VOCAB, model, prompts
 
 from cm3leon.decoders.generate import generate
 from cm3leon.decoders.score import log_likelihoods
+from cm3leon.models.llama import Llama
 from cm3leon.models.serving import share
 from cm3leon.registry import DECODERS
 from cm3leon.training.distributed import current_rank, joined
+
+
+def decoders() -> dict[str, Any]:
+    """The paper's decoder with three heads, and Llama's with six of queries and three of keys and values."""
+    config = Llama.Config(
+        layers=2, width=48, head_size=8, kv_heads=3, mlp_width=36, seq_len=SEQ_LEN, norm="behind"
+    )
+    llama = Llama(config, vocab_size=VOCAB.size).eval()
+    generator = torch.Generator().manual_seed(5)
+    for weight in llama.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    return {"cm3leon": model(5), "llama": llama}
 
 
 def results(module: Any) -> dict[str, Any]:
@@ -33,21 +46,22 @@ def results(module: Any) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    module = model(5)  # of three heads
+    found = {}
     with joined(current_rank(), 60) as ranks:
-        share(module, rank=ranks.rank, count=ranks.count)
-        found = results(module)
-        held = sum(weight.numel() for block in module.blocks for weight in block.parameters())
-        if ranks.first:
-            print(
-                json.dumps(
-                    {
-                        **found,
-                        "held": held,
-                        "cache": module.cache_bytes(groups=1, width=1, prefix=1, tail=1),
-                    }
-                )
-            )
+        for name, module in decoders().items():
+            share(module, rank=ranks.rank, count=ranks.count)
+            found[name] = {**results(module), **held(module)}
+    if ranks.first:
+        print(json.dumps(found))
+
+
+def held(module: Any) -> dict[str, int]:
+    """Numbers that a rank keeps: weights of matrices, and bytes of a small cache."""
+    matrices = [getattr(block, name) for block in module.blocks for name in module.matrices]
+    return {
+        "weights": sum(matrix.weight.numel() for matrix in matrices),
+        "cache": module.cache_bytes(groups=1, width=1, prefix=1, tail=1),
+    }
 
 
 if __name__ == "__main__":

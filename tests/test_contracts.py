@@ -88,6 +88,8 @@ VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 CODES = 4
 SMALL: dict[str, Any] = {
     "layers": 1,
+    "mlp_width": 48,
+    "kv_heads": 1,
     "width": 32,
     "head_size": 16,
     "seq_len": 32,

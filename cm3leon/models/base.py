@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cm3leon.models.cache import KVCache
+from cm3leon.types import UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
@@ -22,6 +23,10 @@ class Model(nn.Module):
     vocab_size: int
     heads: int
     """Heads of a layer; where ranks share them (`serving.share`), those of this one."""
+    kv_heads: int
+    """Heads of keys and values, each read by as many heads of queries: what a cache keeps."""
+    matrices: ClassVar[tuple[str, ...]] = ()
+    """Names of a layer's linear modules, all that LoRA adapts and int8 rounds; none where a model offers neither."""
     embedding: Any
     """Table of the tokens; its `weight` says where the decoder is, and in what precision."""
     blocks: Any
@@ -54,6 +59,14 @@ class Model(nn.Module):
             ValueError: for more positions than `seq_len`.
         """
         raise NotImplementedError
+
+    def share(self, rank: int, count: int) -> None:
+        """Leaves a rank its part of every layer, in place, as `serving.share` says.
+
+        Raises:
+            UserError: for a number of ranks that does not divide the heads, or a model whose layers are not shared.
+        """
+        raise UserError(f"several ranks cannot share the layers of a {type(self).__name__}")
 
     def attention_on(self, device: torch.device) -> str:
         """What attention is computed with in a training on that device, and why not with what is preferred."""
@@ -98,7 +111,7 @@ class Model(nn.Module):
         """An empty cache, see there. Call it under the autocast of the passes: its precision follows it."""
         return KVCache(
             layers=self.config.layers,
-            heads=self.heads,
+            heads=self.kv_heads,
             head_size=self.config.head_size,
             groups=groups,
             width=width,
@@ -111,7 +124,7 @@ class Model(nn.Module):
     def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
         """Bytes of such a cache."""
         columns = groups * (prefix + width * tail)
-        width = self.heads * self.config.head_size
+        width = self.kv_heads * self.config.head_size
         return 2 * self.config.layers * width * columns * self._cache_dtype().itemsize
 
     def _cache_dtype(self) -> torch.dtype:

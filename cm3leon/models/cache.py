@@ -21,7 +21,8 @@ class KVCache:
         group 1   prefix  <eos>                     rows 4 ...
 
     Args:
-        layers, heads, head_size: of the model.
+        layers, heads, head_size: of the model; `heads` are those of keys and values, which may be fewer than those of
+            queries. Each is then read by as many heads of queries in a row.
         prefix, tail: columns of each prefix and of each tail.
         dtype: of keys and values.
     """
@@ -103,7 +104,10 @@ class PrefixPass:
         cache, T = self._cache, q_BATE.shape[2]
         cache._prefix_k[layer, self._group_B, :, :T] = k_BATE.to(cache._prefix_k.dtype)
         cache._prefix_v[layer, self._group_B, :, :T] = v_BATE.to(cache._prefix_v.dtype)
-        return F.scaled_dot_product_attention(q_BATE, k_BATE, v_BATE, is_causal=True)
+        fewer = k_BATE.shape[1] < q_BATE.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BATE, k_BATE, v_BATE, is_causal=True, enable_gqa=fewer
+        )
 
 
 class TailPass:
@@ -192,7 +196,21 @@ def shared_attention(
 
     All queries of a group read its prefix in one matrix product. Scores and softmax are float32.
     """
-    R, _, T, E = q_RATE.shape
+    R, A, T, E = q_RATE.shape
+    shared = A // k_RASE.shape[1]
+    if shared > 1:
+        # Heads of queries that read the same keys are so many more queries of one head.
+        folded = shared_attention(
+            q_RATE.unflatten(1, (-1, shared)).flatten(2, 3),
+            prefix_k_GAPE,
+            prefix_v_GAPE,
+            k_RASE,
+            v_RASE,
+            mask_GP,
+            mask_RTS.repeat(1, shared, 1),
+        )
+        return folded.unflatten(2, (shared, T)).flatten(1, 2)
+
     G, _, P, _ = prefix_k_GAPE.shape
     W, dtype = R // G, k_RASE.dtype
 

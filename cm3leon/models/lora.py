@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.models.base import Model
-from cm3leon.models.transformer import Transformer
 from cm3leon.types import UserError
-
-ADAPTED = ("qkv", "out", "up", "down")
-"""Matrices of a layer that are adapted: all of them."""
 
 
 class LowRank(nn.Module):
@@ -52,13 +48,14 @@ def add_lora(
     Raises:
         UserError: for a decoder whose layers do not have these matrices.
     """
-    if not isinstance(model, Transformer):
+    if not model.matrices:
         raise UserError(
-            "training.lora_rank adapts the matrices of model.name=cm3leon; another model's weights are trained whole"
+            f"training.lora_rank: the layers of a {type(model).__name__} have no matrices to adapt; leave it out to "
+            "train all of its weights"
         )
     model.requires_grad_(False)
     for block in model.blocks:
-        for name in ADAPTED:
+        for name in model.matrices:
             linear = getattr(block, name)
             if frozen_dtype is not None:
                 linear.weight.data = linear.weight.data.to(frozen_dtype)

@@ -1,6 +1,6 @@
-"""The paper's three sizes (Table 3), and one for a laptop."""
+"""The paper's three sizes (Table 3), one for a laptop, and those of Chameleon, whose weights are public."""
 
-from cm3leon.models import transformer  # noqa: F401  registers the class that the presets are of
+from cm3leon.models import llama, transformer  # noqa: F401  registers the classes that the presets are of
 from cm3leon.registry import MODELS
 
 MODELS.preset("cm3leon_350m", of="cm3leon", layers=24, width=1024, head_size=64)
@@ -8,4 +8,15 @@ MODELS.preset("cm3leon_760m", of="cm3leon", layers=24, width=1536, head_size=64)
 MODELS.preset("cm3leon_7b", of="cm3leon", layers=32, width=4096, head_size=128)
 MODELS.preset(
     "cm3leon_tiny", of="cm3leon", layers=6, width=256, head_size=64, seq_len=256, init_std=0.02
+)
+
+MODELS.preset("chameleon_7b", of="llama")
+MODELS.preset(
+    "chameleon_34b",
+    of="llama",
+    layers=48,
+    width=8192,
+    mlp_width=22016,
+    kv_heads=8,
+    norm="behind",
 )

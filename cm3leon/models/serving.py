@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from cm3leon.models.base import Model
-from cm3leon.models.transformer import Transformer
 from cm3leon.types import UserError, Weights
 
 
@@ -24,11 +20,13 @@ def keep_weights(model: Model, kind: Weights) -> None:
     """
     if kind == "float32":
         return
-    if kind != "bf16" and not isinstance(model, Transformer):
+    if kind != "bf16" and not model.matrices:
         raise UserError(
-            f"weights are {kind}, which is for model.name=cm3leon; take float32 or bf16"
+            f"weights are {kind}, which a {type(model).__name__} does not offer; take float32 or bf16"
         )
-    for module in (*model.blocks, model.head):
+    # Norms stay as they are: autocast computes them in float32 as well.
+    matrices = [getattr(block, name) for block in model.blocks for name in model.matrices]
+    for module in (*(matrices or model.blocks), model.head):
         module.to(torch.bfloat16)
     if kind == "bf16":
         return
@@ -49,19 +47,6 @@ def keep_weights(model: Model, kind: Weights) -> None:
     quantize_(model.blocks, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
-class _Summed(nn.Module):
-    """A linear layer whose inputs are shared by the ranks: each computes its part, and the parts are added up."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = F.linear(x, self.weight)
-        dist.all_reduce(part)
-        return part
-
-
 def share(model: Model, *, rank: int, count: int) -> None:
     """Leaves a rank its part of every layer, in place: some of the heads, and some of the MLP's hidden units.
 
@@ -71,21 +56,4 @@ def share(model: Model, *, rank: int, count: int) -> None:
     Raises:
         UserError: for a number of ranks that does not divide the heads, or another model.
     """
-    if not isinstance(model, Transformer):
-        raise UserError("only the layers of model.name=cm3leon can be shared by several ranks")
-    head_size, width, heads = model.config.head_size, model.config.width, model.heads
-    if heads % count:
-        raise UserError(
-            f"{count} ranks cannot share the model's {heads} heads; the number must divide them"
-        )
-    model.heads = heads // count
-    for block in model.blocks:
-        qkv_3AED = block.qkv.weight.detach().view(3, heads, head_size, width)
-        block.qkv.weight = _part(qkv_3AED.chunk(count, 1)[rank].flatten(0, 2))
-        block.up.weight = _part(block.up.weight.detach().chunk(count)[rank])
-        block.out = _Summed(block.out.weight.detach().chunk(count, 1)[rank].clone())
-        block.down = _Summed(block.down.weight.detach().chunk(count, 1)[rank].clone())
-
-
-def _part(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.clone(), requires_grad=False)
+    model.share(rank, count)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
 from cm3leon.models.base import Attend, Model
+from cm3leon.models.split import Summed, frozen
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
 
@@ -50,11 +51,13 @@ class Transformer(Model):
             if self.width % self.head_size:
                 raise UserError(f"head_size {self.head_size} must divide width {self.width}")
 
+    matrices = ("qkv", "out", "up", "down")
+
     def __init__(self, config: Config, *, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.heads = config.width // config.head_size
+        self.heads = self.kv_heads = config.width // config.head_size
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(config.seq_len, config.width)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -94,6 +97,20 @@ class Transformer(Model):
 
     def attention_on(self, device: torch.device) -> str:
         return str(choose(self.config.attention, device))
+
+    def share(self, rank: int, count: int) -> None:
+        head_size, width, heads = self.config.head_size, self.config.width, self.heads
+        if heads % count:
+            raise UserError(
+                f"{count} ranks cannot share the model's {heads} heads; the number must divide them"
+            )
+        self.heads = self.kv_heads = heads // count
+        for block in self.blocks:
+            qkv_3AED = block.qkv.weight.view(3, heads, head_size, width)
+            block.qkv.weight = frozen(qkv_3AED.chunk(count, 1)[rank].flatten(0, 2))
+            block.up.weight = frozen(block.up.weight.chunk(count)[rank])
+            block.out = Summed(block.out.weight.chunk(count, 1)[rank])
+            block.down = Summed(block.down.weight.chunk(count, 1)[rank])
 
 
 class Layer(nn.Module):

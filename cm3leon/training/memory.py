@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cm3leon.models.lora import ADAPTED
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import tokens_at_once
 from cm3leon.training.config import DecoderTrainingConfig
@@ -54,7 +53,7 @@ def lora_parameters(config: Transformer.Config, rank: int) -> int:
     """Weights of the adapters of all layers."""
     D, hidden = config.width, config.mlp_ratio * config.width
     sizes = {"qkv": D + 3 * D, "out": D + D, "up": D + hidden, "down": hidden + D}
-    return config.layers * rank * sum(sizes[name] for name in ADAPTED)
+    return config.layers * rank * sum(sizes[name] for name in Transformer.matrices)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Fairseq2Transformer(Model):
 
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.heads = config.width // config.head_size
+        self.heads = self.kv_heads = config.width // config.head_size
         model = create_transformer_lm(config, vocab_size, SDPAS[config.attention])
         for layer, block in enumerate(model.decoder.layers):
             block.self_attn.sdpa = CacheableSDPA(layer, block.self_attn.sdpa)

@@ -1,0 +1,135 @@
+"""Chameleon's weights as transformers names them, and the decoder's names for them.
+
+Weights only move and change their names, so the way there and back is exact. The image tokenizer that a
+`ChameleonForConditionalGeneration` carries (its encoder, `model.vqmodel`) is left to `tokenizers/image/published.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm3leon.models.llama import Llama
+from cm3leon.types import UserError
+
+OUTER = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+INNER = {
+    "qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "out.weight": ("self_attn.o_proj.weight",),
+    "gate.weight": ("mlp.gate_proj.weight",),
+    "up.weight": ("mlp.up_proj.weight",),
+    "down.weight": ("mlp.down_proj.weight",),
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    "q_norm.weight": ("self_attn.q_norm.weight",),
+    "q_norm.bias": ("self_attn.q_norm.bias",),
+    "k_norm.weight": ("self_attn.k_norm.weight",),
+    "k_norm.bias": ("self_attn.k_norm.bias",),
+}
+"""A parameter of our layer, and Chameleon's that its rows are made of."""
+
+FIXED = {
+    "model_type": "chameleon",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+"""What makes a Chameleon this decoder."""
+
+
+def from_chameleon_config(chameleon: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Llama.Config` that a Chameleon is, from its config with all defaults of `ChameleonConfig`.
+
+    Raises:
+        UserError: for a Chameleon of another shape, naming the key and its allowed value.
+    """
+    for key, allowed in FIXED.items():
+        if chameleon[key] != allowed:
+            raise UserError(
+                f"{key} is {json.dumps(chameleon[key])}; it must be {json.dumps(allowed)}"
+            )
+    rope = chameleon.get("rope_parameters") or chameleon.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise UserError(f'rope_parameters.rope_type is {json.dumps(kind)}; it must be "default"')
+    width, heads = chameleon["hidden_size"], chameleon["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"num_attention_heads is {heads}; it must divide hidden_size {width}")
+    kv_heads = chameleon["num_key_value_heads"]
+    return {
+        "layers": chameleon["num_hidden_layers"],
+        "width": width,
+        "head_size": width // heads,
+        "kv_heads": None if kv_heads in (None, heads) else kv_heads,
+        "mlp_width": chameleon["intermediate_size"],
+        "seq_len": chameleon["max_position_embeddings"],
+        "rope_theta": float(rope.get("rope_theta", chameleon.get("rope_theta", 10_000.0))),
+        "norm": "behind" if chameleon["swin_norm"] else "before",
+        "norm_eps": chameleon["rms_norm_eps"],
+        "init_std": chameleon["initializer_range"],
+    }
+
+
+def to_chameleon_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
+    """Arguments of `ChameleonConfig` for a decoder of that shape.
+
+    Raises:
+        UserError: for a decoder without norms of queries and keys, which a Chameleon always has.
+    """
+    if not config.qk_norm:
+        raise UserError("model.qk_norm is false; a Chameleon normalises its queries and keys")
+    heads = config.width // config.head_size
+    return {
+        **{key: value for key, value in FIXED.items() if key != "model_type"},
+        "vocab_size": vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.kv_heads or heads,
+        "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "swin_norm": config.norm == "behind",
+        "initializer_range": config.init_std,
+    }
+
+
+def from_chameleon_state(
+    chameleon: Mapping[str, Tensor], layers: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Chameleon's weights under the decoder's names, one after the other, in their own precision.
+
+    `q_proj`, `k_proj` and `v_proj` of layer 0 become the rows of `blocks.0.qkv.weight`. A mapping that reads tensors
+    from files when they are asked for is read once, a layer at a time.
+    """
+    for ours, theirs in OUTER.items():
+        yield ours, chameleon[theirs]
+    for layer in range(layers):
+        for ours, names in INNER.items():
+            parts = [chameleon[f"model.layers.{layer}.{name}"] for name in names]
+            yield f"blocks.{layer}.{ours}", torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def to_chameleon_state(state: Mapping[str, Tensor], config: Llama.Config) -> dict[str, Tensor]:
+    """The decoder's weights under Chameleon's names; `from_chameleon_state` is the inverse."""
+    kv_width = (config.kv_heads or config.width // config.head_size) * config.head_size
+    chameleon = {theirs: state[ours] for ours, theirs in OUTER.items()}
+    for layer in range(config.layers):
+        for ours, names in INNER.items():
+            weight = state[f"blocks.{layer}.{ours}"]
+            parts = (
+                weight.split([config.width, kv_width, kv_width]) if len(names) > 1 else (weight,)
+            )
+            for theirs, part in zip(names, parts, strict=True):
+                chameleon[f"model.layers.{layer}.{theirs}"] = part.contiguous()
+    return chameleon

@@ -1,0 +1,244 @@
+"""The decoder of Chameleon and its relatives: Llama's layers, with norms of queries and keys.
+
+Chameleon (arXiv 2405.09818, section 2.2) follows CM3Leon's vocabulary and recipe with another layer: RMSNorm with
+weights, rotary positions, a gated MLP, and a norm of each head's queries and keys. The 34B has its norms behind
+attention and MLP, as Swin Transformer v2 has them, and fewer heads of keys and values than of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
+from cm3leon.models.attention import Attention, check_name, choose
+from cm3leon.models.base import Attend, Model
+from cm3leon.models.split import Summed, frozen
+from cm3leon.registry import MODELS
+from cm3leon.types import UserError
+
+
+@MODELS.register("llama")
+class Llama(Model):
+    """Decoder-only transformer of Llama's shape, as Chameleon and Anole have it."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The default is Chameleon's 7B."""
+
+        layers: PositiveInt = 32
+        """Number of blocks of attention and feed-forward."""
+        width: PositiveInt = 4096
+        """Size of the residual stream."""
+        head_size: PositiveInt = 128
+        """Size of one attention head, an even number; it must divide the width."""
+        kv_heads: PositiveInt | None = None
+        """Heads of keys and values, each read by as many heads of queries; None = as many as those."""
+        mlp_width: PositiveInt = 11008
+        """Hidden size of the gated feed-forward part."""
+        seq_len: PositiveInt = 4096
+        """Most positions of a sequence, and tokens of a training block."""
+        rope_theta: PositiveFloat = 10_000.0
+        """Base of the rotary positions' wavelengths."""
+        norm: Literal["before", "behind"] = "before"
+        """Where the norms stand: before attention and MLP, or behind them, on what they add to the residual stream."""
+        norm_eps: PositiveFloat = 1e-5
+        """Added to the mean square by the norms."""
+        qk_norm: bool = True
+        """Whether each head's queries and keys are normalised, with a weight and a bias for each of its numbers."""
+        init_std: PositiveFloat = 0.02
+        """Standard deviation of the normal initialisation, cut at three of them."""
+        attention: Annotated[str, NoEffect("how the same is computed")] = "auto"
+        """Backend of the attention in training, of those that --list shows; auto takes what suits the device."""
+
+        def check(self) -> None:
+            check_name(self.attention)
+            if self.width % self.head_size or self.head_size % 2:
+                raise UserError(
+                    f"head_size {self.head_size} must be even and divide width {self.width}"
+                )
+            heads = self.width // self.head_size
+            if self.kv_heads is not None and heads % self.kv_heads:
+                raise UserError(
+                    f"kv_heads {self.kv_heads} must divide the {heads} heads of queries"
+                )
+
+    matrices = ("qkv", "out", "gate", "up", "down")
+
+    def __init__(self, config: Config, *, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.heads = config.width // config.head_size
+        self.kv_heads = config.kv_heads or self.heads
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.blocks = nn.ModuleList(
+            Layer(config, self.heads, self.kv_heads) for _ in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal matrices, norms of ones. The zero head makes the first loss exactly ln(vocab_size)."""
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
+        nn.init.zeros_(self.head.weight)
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        name = "sdpa" if attend else self.config.attention
+        attention = choose(name, ids_BT.device).attention
+        plan = None if sample_BT is None else attention.plan(sample_BT)
+        if position_BT is None:
+            position_BT = self.default_positions(ids_BT)
+        rotation = rotations(position_BT, self.config.head_size, self.config.rope_theta)
+
+        x_BTD = self.embedding(ids_BT)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(
+                x_BTD, rotation, attention, plan, partial(attend, layer) if attend else None
+            )
+        return self.norm(x_BTD)
+
+    def attention_on(self, device: torch.device) -> str:
+        return str(choose(self.config.attention, device))
+
+    def share(self, rank: int, count: int) -> None:
+        if self.kv_heads % count or self.config.mlp_width % count:
+            raise UserError(
+                f"{count} ranks cannot share the model's {self.kv_heads} heads of keys and values and its MLP of "
+                f"{self.config.mlp_width}; the number must divide both"
+            )
+        for block in self.blocks:
+            block.share(rank, count)
+        self.heads, self.kv_heads = self.heads // count, self.kv_heads // count
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); or x + norm(attention(x)) and so on."""
+
+    def __init__(self, config: Llama.Config, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.head_size, self.heads, self.kv_heads = config.head_size, heads, kv_heads
+        self.norm_first = config.norm == "before"
+        width, qkv_heads = config.width, heads + 2 * kv_heads
+        self.qkv = nn.Linear(width, qkv_heads * config.head_size, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, config.mlp_width, bias=False)
+        self.up = nn.Linear(width, config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, width, bias=False)
+        self.attention_norm = nn.RMSNorm(width, config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
+        self.q_norm = HeadNorm(heads, config.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(kv_heads, config.head_size) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        plan: Any,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
+
+        def attended(y_BTD: Tensor) -> Tensor:
+            return self._attention(y_BTD, rotation, attention, plan, attend)
+
+        if self.norm_first:
+            x_BTD = x_BTD + attended(self.attention_norm(x_BTD))
+            return x_BTD + self._feed_forward(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.attention_norm(attended(x_BTD))
+        return x_BTD + self.mlp_norm(self._feed_forward(x_BTD))
+
+    def _attention(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        plan: Any,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q_BTAE, k_BTAE, v_BTAE = self.qkv(x_BTD).view(B, T, -1, self.head_size).split(heads, 2)
+        q_BATE = rotated(self.q_norm(q_BTAE).transpose(1, 2), rotation)
+        k_BATE = rotated(self.k_norm(k_BTAE).transpose(1, 2), rotation)
+        v_BATE = v_BTAE.transpose(1, 2)
+
+        if attend:
+            attended_BATE = attend(q_BATE, k_BATE, v_BATE)
+        else:
+            # A cache keeps the fewer heads of keys and values; in training they are gone after the layer.
+            shared = self.heads // self.kv_heads
+            k_BATE, v_BATE = (x.repeat_interleave(shared, 1) for x in (k_BATE, v_BATE))
+            attended_BATE = attention(q_BATE, k_BATE, v_BATE, plan)
+        return self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+    def share(self, rank: int, count: int) -> None:
+        """Leaves a rank its heads and hidden units, in place."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        parts = self.qkv.weight.split([number * self.head_size for number in heads])
+        rows = [part.chunk(count)[rank] for part in parts]
+        self.qkv.weight = frozen(torch.cat(rows))
+        for linear in (self.gate, self.up):
+            linear.weight = frozen(linear.weight.chunk(count)[rank])
+        self.out = Summed(self.out.weight.chunk(count, 1)[rank])
+        self.down = Summed(self.down.weight.chunk(count, 1)[rank])
+        for norm in (self.q_norm, self.k_norm):
+            for name, parameter in norm.named_parameters():
+                setattr(norm, name, frozen(parameter.chunk(count)[rank]))
+        self.heads, self.kv_heads = self.heads // count, self.kv_heads // count
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of each head's numbers, with a weight and a bias for each: (..., A, E) to the same."""
+
+    def __init__(self, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_size))
+        self.bias = nn.Parameter(torch.zeros(heads, head_size))
+
+    def forward(self, x_BTAE: Tensor) -> Tensor:
+        """The same shape; 1e-5 is added to the variance, as Chameleon does."""
+        return F.layer_norm(x_BTAE, x_BTAE.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
+def rotations(position_BT: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, E/2), float32, of the angles that heads are rotated by (RoPE, arXiv 2104.09864).
+
+    At position t the numbers e and e + E/2 of a head are a point of the plane, turned by t / theta^(2e / E).
+    """
+    exponent_E = torch.arange(0, head_size, 2, device=position_BT.device).float() / head_size
+    angle_BTE = position_BT[..., None].float() * (1.0 / theta**exponent_E)
+    return angle_BTE.cos()[:, None], angle_BTE.sin()[:, None]
+
+
+def rotated(x_BATE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads of queries or keys turned by their positions' angles, computed in float32."""
+    cos, sin = rotation
+    first, second = x_BATE.float().chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.to(x_BATE.dtype)
