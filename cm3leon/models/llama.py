@@ -128,8 +128,19 @@ class Llama(Model):
                 f"{count} ranks cannot share the model's {self.kv_heads} heads of keys and values and its MLP of "
                 f"{self.config.mlp_width}; the number must divide both"
             )
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        rows = [number * self.config.head_size for number in heads]
         for block in self.blocks:
-            block.share(rank, count)
+            parts = [part.chunk(count)[rank] for part in block.qkv.weight.split(rows)]
+            block.qkv.weight = frozen(torch.cat(parts))
+            for linear in (block.gate, block.up):
+                linear.weight = frozen(linear.weight.chunk(count)[rank])
+            block.out = Summed(block.out.weight.chunk(count, 1)[rank])
+            block.down = Summed(block.down.weight.chunk(count, 1)[rank])
+            for norm in (block.q_norm, block.k_norm):
+                for name, parameter in norm.named_parameters():
+                    setattr(norm, name, frozen(parameter.chunk(count)[rank]))
+            block.heads, block.kv_heads = self.heads // count, self.kv_heads // count
         self.heads, self.kv_heads = self.heads // count, self.kv_heads // count
 
 
@@ -196,21 +207,6 @@ class Layer(nn.Module):
 
     def _feed_forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-
-    def share(self, rank: int, count: int) -> None:
-        """Leaves a rank its heads and hidden units, in place."""
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        parts = self.qkv.weight.split([number * self.head_size for number in heads])
-        rows = [part.chunk(count)[rank] for part in parts]
-        self.qkv.weight = frozen(torch.cat(rows))
-        for linear in (self.gate, self.up):
-            linear.weight = frozen(linear.weight.chunk(count)[rank])
-        self.out = Summed(self.out.weight.chunk(count, 1)[rank])
-        self.down = Summed(self.down.weight.chunk(count, 1)[rank])
-        for norm in (self.q_norm, self.k_norm):
-            for name, parameter in norm.named_parameters():
-                setattr(norm, name, frozen(parameter.chunk(count)[rank]))
-        self.heads, self.kv_heads = self.heads // count, self.kv_heads // count
 
 
 class HeadNorm(nn.Module):
