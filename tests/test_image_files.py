@@ -14,7 +14,7 @@ import pytest
 from corpora import encoded, picture
 from PIL import Image, features
 
-from cm3leon.data import images
+from cm3leon.data import ahead, images
 from cm3leon.data.images import UnusableImage, decode_image
 from cm3leon.registry import SOURCES, discover
 from cm3leon.types import Document
@@ -90,7 +90,7 @@ def test_the_limit_on_pixels_is_the_only_one(
         assert decode_image(content, 1600).shape == (40, 40, 3)
     with pytest.raises(UnusableImage, match="too large: 40x40 pixels"):
         decode_image(content, 1599)
-    with pytest.raises(UnusableImage, match="too large: more than 1400 pixels"):
+    with pytest.raises(UnusableImage, match="too large: 40x40 pixels"):
         decode_image(content, 700)
     assert Image.MAX_IMAGE_PIXELS == 100
     assert capsys.readouterr().err == ""
@@ -125,6 +125,27 @@ def test_threads_read_images_at_the_same_time() -> None:
         thread.join()
     assert all(np.array_equal(found[number], picture(number, 30)) for number in range(8))
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_warning_names_the_file_that_its_thread_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(images, "_warned", type(images._warned)())
+    broken = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\x40\0\0\0\xff\xff\0\0\0\0\0\0"
+    good, bad = encoded(picture(), "jpeg"), encoded(picture(), "jpeg", exif=broken)
+    monkeypatch.setattr(ahead, "threads", lambda: 4)
+    list(
+        ahead.worked_ahead(
+            range(200), lambda n: decode_image(good if n % 50 else bad, 10**6, f"{n}.jpg")
+        )
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(":")[0] for line in told) == [
+        "'0.jpg'",
+        "'100.jpg'",
+        "'150.jpg'",
+        "'50.jpg'",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from command_line import cm3leon
 from corpora import digit_tars
 from PIL import Image
 
+from cm3leon.config import from_mapping
+from cm3leon.data import file_source
+from cm3leon.data.images import decode_image
 from cm3leon.data.shards import open_shard
+from cm3leon.experiment import Experiment
+from cm3leon.stages import sharing
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.stages.tokens import make_tokens_part
+from cm3leon.stages.vectors import make_vectors_part
 
 ROOT = Path(__file__).resolve().parent.parent
 TARS, PER_TAR = 4, 60
@@ -158,6 +169,41 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_there(
         assert weights[0] == weights[1], stage
     assert shards(run) == shards(finished)
     assert losses(run) == losses(finished)
+
+
+@pytest.mark.parametrize("room", [20.0, 0.0])
+def test_an_image_is_decoded_once_for_all_stages_that_read_it(
+    room: float, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not (finished / "tokens" / sharing.DECODED).exists()  # gone with the neighbours found
+    copy = tmp_path / "run"
+    for stage in ("text_tokenizer", "image_tokenizer", "retriever"):
+        shutil.copytree(finished / stage, copy / stage)
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    settings["shards"]["decoded_gb"] = room
+    run = RunFolder(from_mapping(Experiment, settings), copy, torch.device("cpu"))
+    decoded: list[str] = []
+    monkeypatch.setattr(
+        file_source,
+        "decode_image",
+        lambda content, limit, name, **more: (
+            decoded.append(name),
+            decode_image(content, limit, name, **more),
+        )[1],
+    )
+
+    (copy / "tokens").mkdir()
+    make_tokens_part(run, copy / "tokens", (0, 1))
+    assert len(decoded) == TARS * PER_TAR
+    assert {file.name: file.read_bytes() for file in (copy / "tokens").glob("shard-*.arrow")} == {
+        file.name: file.read_bytes() for file in (finished / "tokens").glob("shard-*.arrow")
+    }
+
+    (copy / "vectors").mkdir()
+    make_vectors_part(run, copy / "vectors", (0, 1))
+    assert len(decoded) == TARS * PER_TAR * (1 if room else 2)
+    for file in (copy / "vectors").glob("shard-*.arrow"):
+        assert file.read_bytes() == (finished / "vectors" / file.name).read_bytes()
 
 
 def test_a_deleted_shard_is_made_again(tars: Path, finished: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, BinaryIO
 import numpy as np
 
 from cm3leon.config import Location, PositiveInt
+from cm3leon.data.ahead import worked_ahead
 from cm3leon.data.files import File, Files, Listing, is_utf8
 from cm3leon.data.images import UnusableImage, decode_image, square
 from cm3leon.data.remote import reaching
@@ -273,14 +274,14 @@ class FileSource(Source):
         return f"{held} {images_fingerprint(records)}"
 
     def read(self, part: str, start: int = 0) -> Iterator[Document | Skipped]:
-        return self._read(part, start)
+        for record in self._read(part, start):
+            yield self._decoded(record)
 
     def read_squared(self, part: str, start: int = 0, *, size: int) -> Iterator[Document | Skipped]:
-        return self._read(part, start, size)
+        return worked_ahead(self._read(part, start), partial(self._decoded, size=size))
 
-    def _read(self, part: str, start: int, size: int | None = None) -> Iterator[Document | Skipped]:
-        for record in islice(_without_repeats(self._safe_records(part, start)), start, None):
-            yield record if isinstance(record, Skipped) else self._decoded(record, size)
+    def _read(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        return islice(_without_repeats(self._safe_records(part, start)), start, None)
 
     def _list(self) -> list[File]:
         return self._found().files
@@ -311,8 +312,10 @@ class FileSource(Source):
         except PermissionError:
             yield Skipped(part, "no permission to read the file")
 
-    def _decoded(self, record: Record, size: int | None = None) -> Document | Skipped:
+    def _decoded(self, record: Record | Skipped, size: int | None = None) -> Document | Skipped:
         """The document of a record; each image is brought to `size` before the next one is decoded."""
+        if isinstance(record, Skipped):
+            return record
         segments: list[Segment] = []
         digests: list[str] = []
         name = PurePosixPath(record.id).name
@@ -327,8 +330,8 @@ class FileSource(Source):
                 )
                 digests.append(_digest(content))
                 if not isinstance(content, np.ndarray):
-                    content = decode_image(content, self.config.max_pixels, name)
-                if size is not None:
+                    content = decode_image(content, self.config.max_pixels, name, size=size)
+                elif size is not None:
                     content = square(content, size)
                 segments.append(ImageSegment(content, image.role))
         except UnusableImage as error:

@@ -10,10 +10,10 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -74,7 +74,7 @@ def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if isinstance(image, Image.Image):
         name = os.fsdecode(image.filename) if isinstance(image, ImageFile) else ""
         with _reasons(name or "image"):
-            return _decoded(image, max_pixels)
+            return np.asarray(_decoded(image, max_pixels))
     if isinstance(image, np.ndarray):
         return _array_pixels(image, max_pixels)
     raise UnusableImage(
@@ -95,8 +95,10 @@ def read_given_image(image: ImageInput, argument: str) -> np.ndarray:
         raise UserError(f"{argument}: {shown} cannot be used: {error}") from error
 
 
-def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`.
+def decode_image(
+    content: bytes, max_pixels: int, name: str = "image", *, size: int | None = None
+) -> np.ndarray:
+    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`; any number of threads may decode at a time.
 
     The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced to 8, the first
     frame of an animation and the first page of a TIFF file are taken; colour profiles are not applied. What Pillow
@@ -105,6 +107,7 @@ def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.nda
     Args:
         max_pixels: the only limit on the image's size; Pillow's own does not count.
         name: what the reason calls the file.
+        size: side of the central square that the image is brought to, as by `square`; None = it is left as it is.
 
     Raises:
         UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its size is read from
@@ -114,9 +117,9 @@ def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.nda
     if suffix in RAW:
         raise UnusableImage(f"is a raw photograph ({suffix}); {_READ} are read")
 
-    with _reasons(name), _pillow(max_pixels, name):
+    with _reasons(name), _pillow(name):
         try:
-            return _opened_and_decoded(content, max_pixels)
+            return _opened_and_decoded(content, max_pixels, size)
         except UnidentifiedImageError:
             format_ = _format_of(content)
             if format_ is None:
@@ -126,7 +129,7 @@ def decode_image(content: bytes, max_pixels: int, name: str = "image") -> np.nda
             # Pillow gives up where a text or a colour profile unpacks to more than a megabyte. Neither is needed.
             if isinstance(error, UnusableImage) or not content.startswith(_PNG):
                 raise
-            return _opened_and_decoded(_without_texts(content), max_pixels)
+            return _opened_and_decoded(_without_texts(content), max_pixels, size)
 
 
 def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[int, int]:
@@ -137,28 +140,32 @@ def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[in
     """
     with (
         _reasons(name),
-        _pillow(max_pixels, name),
+        _pillow(name),
         Image.open(io.BytesIO(content), formats=FORMATS) as image,
     ):
         _check_size(image.width, image.height, max_pixels)
         return image.size
 
 
-def _opened_and_decoded(content: bytes, max_pixels: int) -> np.ndarray:
+def _opened_and_decoded(content: bytes, max_pixels: int, size: int | None) -> np.ndarray:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return _decoded(image, max_pixels)
+        _check_size(image.width, image.height, max_pixels)
+        with _room.taken(image.width * image.height):
+            rgb = _decoded(image, max_pixels)
+            return np.asarray(rgb if size is None else _squared(rgb, size))
 
 
-def _decoded(image: Image.Image, max_pixels: int) -> np.ndarray:
-    """Pixels (H, W, 3) of an image that Pillow has opened; one that holds no pixels yet is decoded here."""
+def _decoded(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An image that Pillow has opened, in RGB; one that holds no pixels yet is decoded here."""
     _check_size(image.width, image.height, max_pixels)
     mode, transparency = image.mode, _transparent_value(image)
     image.load()
-    pixels_HWC = np.asarray(_rgb(ImageOps.exif_transpose(image), transparency))
+    rgb = _rgb(ImageOps.exif_transpose(image), transparency)
     counter = _modes.get()
     if counter is not None:
-        counter[mode] += 1
-    return pixels_HWC
+        with _counting:
+            counter[mode] += 1
+    return rgb
 
 
 _READ = "JPEG, PNG, WebP, GIF, BMP, TIFF" + (" and AVIF" if "AVIF" in FORMATS else "")
@@ -194,41 +201,108 @@ def _without_texts(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-_PILLOW = threading.RLock()
 SHOWN_WARNINGS = 5
 """Files that are named for each of Pillow's warnings; it may have the same one for every file of a corpus."""
 _warned: Counter[str] = Counter()
+_counting = threading.Lock()
+
+
+class _Settings:
+    """Pillow's limit on pixels, taken away, and Python's warnings, gathered for each thread.
+
+    Both are of the whole process: the first thread that comes in changes them, the last one that leaves restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._restore = ExitStack()
+        self._own = threading.local()
+
+    @contextmanager
+    def changed(self) -> Iterator[list[Warning | str]]:
+        """Inside, this thread's warnings of any kind are gathered in the list."""
+        with self._lock:
+            if not self._inside:
+                self._change()
+            self._inside += 1
+        outer, self._own.caught = getattr(self._own, "caught", None), []
+        try:
+            yield self._own.caught
+        finally:
+            self._own.caught = outer
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._restore.close()
+
+    def _change(self) -> None:
+        self._restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+        self._restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always")
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, *told: Any, **more: Any) -> None:
+            caught = getattr(self._own, "caught", None)
+            if caught is None:  # of a thread that reads no image
+                show(message, *told, **more)
+            else:
+                caught.append(message)
+
+        warnings.showwarning = keep
+
+
+_settings = _Settings()
 
 
 @contextmanager
-def _pillow(max_pixels: int, name: str) -> Iterator[None]:
-    """Pillow with this limit on pixels, and with warnings that name the file.
+def _pillow(name: str) -> Iterator[None]:
+    """Pillow without its own limit on pixels, which is for the caller to check, and with warnings that name the file."""
+    with _settings.changed() as caught:
+        try:
+            yield
+        finally:
+            for warning in caught:
+                _warn(" ".join(str(warning).split()), name)
 
-    Both are settings of the whole process, so only one thread is inside at a time. Pillow refuses what has more than
-    twice the limit before any of it is decoded; the rest is for the caller to check.
-    """
-    caught: list[warnings.WarningMessage] = []
-    try:
-        with _PILLOW, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
-            try:
-                yield
-            finally:
-                Image.MAX_IMAGE_PIXELS = before
-    except Image.DecompressionBombError as error:
-        raise UnusableImage(f"too large: more than {2 * max_pixels} pixels") from error
-    finally:
-        for warning in caught:
-            if warning.category is not Image.DecompressionBombWarning:  # the caller checks the size
-                _warn(" ".join(str(warning.message).split()), name)
+
+PIXELS_AT_ONCE = 128_000_000
+"""Pixels of all images that are being decoded at a time, of which each takes 4 to 12 bytes; a larger one is alone."""
+
+
+class _Room:
+    """Bounds what threads hold together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Wait until there is room for the amount; one above the limit waits until nothing else is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._limit)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+_room = _Room(PIXELS_AT_ONCE)
 
 
 def _warn(warning: str, name: str) -> None:
     """Print a warning of Pillow beside a progress bar, for the first few files that it is about."""
-    _warned[warning] += 1
-    if _warned[warning] <= SHOWN_WARNINGS:
-        more = "; further files are not named" if _warned[warning] == SHOWN_WARNINGS else ""
+    with _counting:
+        _warned[warning] += 1
+        count = _warned[warning]
+    if count <= SHOWN_WARNINGS:
+        more = "; further files are not named" if count == SHOWN_WARNINGS else ""
         tqdm.write(f"{name!a}: Pillow warns: {warning}{more}", file=sys.stderr)
 
 
@@ -356,10 +430,13 @@ def _rgb(image: Image.Image, transparency: int | tuple[int, ...] | None = None) 
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     """The central square of an image, resized (bicubic, antialiased) to (size, size, 3), uint8."""
-    image = ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), method=Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(_squared(Image.fromarray(pixels_HWC), size))
+
+
+def _squared(image: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)

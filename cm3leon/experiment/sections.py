@@ -12,6 +12,7 @@ from cm3leon.config import (
     Component,
     Location,
     NoEffect,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -69,7 +70,11 @@ class ShardsConfig:
     """Run folders with more training documents, each with the share it is to have beside this corpus's 1.0; none is
     repeated more than 3 times in an epoch nor cut below 0.3 of it."""
     workers: PositiveInt = 1
-    """Processes on this machine that make shards; on a cluster, array jobs do (see the command part)."""
+    """Processes on this machine that make shards, spread over its GPUs; on a cluster, array jobs do (see the command
+    part)."""
+    decoded_gb: NonNegativeFloat = 20.0
+    """Gigabytes of the run's folder for images as the stage tokens decoded them, until their neighbours are found, so
+    that each is decoded once; parts that have no room there are decoded again. 0 keeps none."""
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ both, and candidates that codes find are ordered by their vectors.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -168,7 +169,8 @@ def _gpus() -> Sequence[int]:
     """GPUs that this process may use: all, or its own where it is one of several processes."""
     if not import_faiss().get_num_gpus() or not torch.cuda.is_available():
         return ()
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = joined or multiprocessing.parent_process() is not None
     return [torch.cuda.current_device()] if several else range(import_faiss().get_num_gpus())
 
 

@@ -18,21 +18,27 @@ from cm3leon.stages.stage import Part, Stage
 def make_index_part(run: RunFolder, folder: Path, part: Part) -> None:
     """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
     vectors = run.vectors
-    with locked(folder, ".training", wait=True):
-        train(
-            vectors,
-            folder,
-            run.experiment.index,
-            run.experiment.seed,
-            pairs_only=run.retrieves_pairs_only,
-        )
+    _train(run, folder)
     numbers = range(part[0], vectors.count, part[1])
     for number in tqdm(numbers, desc="index", unit="shard", mininterval=2.0, dynamic_ncols=True):
         add_shard(vectors, number, folder, pairs_only=run.retrieves_pairs_only)
 
 
+def _train(run: RunFolder, folder: Path) -> None:
+    """Trains what all pieces use, unless another worker has, or is about to."""
+    with locked(folder, ".training", wait=True):
+        train(
+            run.vectors,
+            folder,
+            run.experiment.index,
+            run.experiment.seed,
+            pairs_only=run.retrieves_pairs_only,
+        )
+
+
 def make_index(run: RunFolder, folder: Path) -> None:
     """Makes the pieces that no worker has made, merges all, and measures the recall."""
+    _train(run, folder)  # here, on all GPUs: a worker has one of them
     share_out(run, folder, make_index_part)
     merge(
         run.vectors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,7 +27,7 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, SHARDS, recorded
 from cm3leon.stages.run_folder import ENCODER, RunFolder
-from cm3leon.stages.sharing import shard_documents, share_out, with_progress
+from cm3leon.stages.sharing import DECODED, shard_documents, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.stages.vectors import document_parts
 from cm3leon.types import UserError
@@ -127,6 +128,7 @@ def make_neighbours(run: RunFolder, folder: Path) -> None:
         )
     figures = strategy_figures(verdicts, found)
     write_json(folder / STRATEGY, {**figures, "same_label": _same_label(run, folder)})
+    shutil.rmtree(run.folder / "tokens" / DECODED, ignore_errors=True)  # nothing reads it any more
 
 
 def _same_label(run: RunFolder, folder: Path) -> float | None:

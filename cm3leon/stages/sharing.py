@@ -14,12 +14,15 @@ import torch
 from tqdm import tqdm
 
 from cm3leon.config import from_mapping, to_mapping
+from cm3leon.data.ahead import share_processors
+from cm3leon.data.kept_images import kept_documents, kept_file
 from cm3leon.data.shards import open_shard, shard_path
 from cm3leon.experiment import Experiment
+from cm3leon.data.source import Skipped
 from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Part
-from cm3leon.training.device import best_device
+from cm3leon.training.device import device_of_worker
 from cm3leon.types import Document, UserError
 
 T = TypeVar("T")
@@ -29,6 +32,8 @@ FEW_PARTS = 3
 """Parts of a corpus that are not worth sharing out; a folder of up to a thousand images has three."""
 BATCH = 256
 """Documents that are encoded together."""
+DECODED = "decoded"
+"""Folder of the stage tokens for its images, for the stages that read the same ones; it may be deleted."""
 
 
 def is_shared_out(experiment: Experiment) -> bool:
@@ -77,9 +82,10 @@ def _work(
 ) -> None:
     """What a worker process does, with the settings of the process that started it, once its plugins are loaded."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
+    share_processors(part[1])
     try:
         discover(experiment["plugins"])
-        run = RunFolder(from_mapping(Experiment, experiment), run_folder, best_device())
+        run = RunFolder(from_mapping(Experiment, experiment), run_folder, device_of_worker(part[0]))
         make_part(run, folder, part)
     except (UserError, OSError) as error:
         sys.exit(f"cm3leon: {error}")
@@ -103,7 +109,9 @@ def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
 
 
 def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[list[Document]]:
-    """The documents of token shard `number` with their text and pixels, in its order, in batches.
+    """The documents of token shard `number` with their text and first image at least, in its order, in batches.
+
+    Images are those that were kept when the shard was made, or else they are decoded once more.
 
     Raises:
         UserError: if the source no longer holds the documents that the shard was made of.
@@ -111,13 +119,12 @@ def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[l
     shard = open_shard(shard_path(run.folder / "tokens", number, len(parts)))
     wanted = shard.strings("id")
     kept = set(wanted)
-    items = (
-        item
-        for item in run.source.read_squared(
-            parts[number], size=run.image_tokenizer_shape.image_size
-        )
-        if isinstance(item, Document) and item.id in kept
-    )
+    decoded = kept_file(run.folder / "tokens" / DECODED, number, len(parts))
+    if decoded.is_file():
+        read: Iterator[Document | Skipped] = kept_documents(decoded)
+    else:
+        read = run.source.read_squared(parts[number], size=run.image_tokenizer_shape.image_size)
+    items = (item for item in read if isinstance(item, Document) and item.id in kept)
     found = 0
     for batch in batches(items):
         if [document.id for document in batch] != wanted[found : found + len(batch)]:

@@ -13,13 +13,15 @@ import numpy as np
 from cm3leon.data.augment import varied
 from cm3leon.data.corpus import Split, split_of_key
 from cm3leon.data.images import square
+from cm3leon.data.kept_images import kept_file, keeping
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
+from cm3leon.records import MARKER
 from cm3leon.stages.inputs import SHARDS, corpus_inputs, recorded, varied_inputs
 from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
-from cm3leon.stages.sharing import batches, share_out, with_progress
+from cm3leon.stages.sharing import DECODED, batches, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.tokenizers.document import token_count
 from cm3leon.types import (
@@ -114,6 +116,12 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
     }
     write_plan(folder, plan | ({"versions": versions} if versions else {}))
 
+    size = run.image_tokenizer_shape.image_size
+    # Whoever has its neighbours already will not read the images again. If all parts are as long as this one, the
+    # first ones have the room, as many as fit.
+    found = (run.folder / "neighbours" / MARKER).is_file()
+    room = 0 if found else int(run.shards.decoded_gb * 1e9)
+
     def make(number: int) -> None:
         listed = folder / "skipped" / f"{number:05d}.jsonl"
         listed.parent.mkdir(exist_ok=True)
@@ -125,10 +133,16 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
             items = squared_items(run, parts[number])
             documents: list[TokenDocument] = []
             varied_VN: list[np.ndarray] = []
-            for originals, tokenized in _tokenized(run, items, "train", leave_out):
-                documents += tokenized
-                if versions:
-                    varied_VN += _varied_ids(run, originals)
+            with keeping(
+                kept_file(folder / DECODED, number, len(parts)),
+                size=size,
+                limit=room // (number + 1),
+            ) as keep:
+                for originals, tokenized in _tokenized(run, items, "train", leave_out):
+                    documents += tokenized
+                    keep(originals)
+                    if versions:
+                        varied_VN += _varied_ids(run, originals)
         path = shard_path(folder, number, len(parts))
         write_token_shard(
             path, documents, run.tokenizer_digests, varied=varied_VN if versions else None

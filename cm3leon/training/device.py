@@ -12,6 +12,15 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_of_worker(number: int) -> torch.device:
+    """The device of worker `number`, from 0, of several on this machine: GPUs in turn, from now on its current one."""
+    device = best_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", number % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
 def device_named(name: str | torch.device | None) -> torch.device:
     """The device of that name, as torch writes it: cpu, cuda, cuda:1; None = `best_device`.
 

@@ -11,6 +11,7 @@ from random import Random
 from typing import Annotated, Any
 
 from cm3leon.config import Location, Seed
+from cm3leon.data.ahead import MAX_AHEAD, worked_ahead
 from cm3leon.data.file_source import (
     BadRecord,
     FilesConfig,
@@ -47,6 +48,10 @@ class Example:
     """For evaluation: all answers or captions that people gave, or the options that there are."""
     group: str = ""
     """Examples of one group are asked about once; empty = alone."""
+
+
+def _group(example: Example) -> str:
+    return example.group or example.id
 
 
 @dataclass(kw_only=True)
@@ -118,17 +123,33 @@ class InstructionSource(FileSource):
         Images are brought to `size` as they are read, see `read_squared`; None leaves them in their own size.
         """
         self.parts()
+        # The first example of a group is decoded ahead; the others are only if it turns out to be unusable.
+        begun: set[str] = set()
+
+        def examples() -> Iterator[tuple[bool, tuple[Record, Example] | Skipped]]:
+            for found in self._examples(0, len(self._entries or [])):
+                key = "" if isinstance(found, Skipped) else _group(found[1])
+                yield key not in begun, found
+                begun.add(key)
+
+        def decoded(given: tuple[bool, tuple[Record, Example] | Skipped]) -> Any:
+            first, found = given
+            if isinstance(found, Skipped):
+                return found, None
+            return found, self._decoded(found[0], size) if first else None
+
         known: set[str] = set()
-        for found in self._examples(0, len(self._entries or [])):
+        # Photographs that are not brought to a size are not held.
+        for found, document in worked_ahead(examples(), decoded, most=MAX_AHEAD if size else 1):
             if isinstance(found, Skipped):
                 yield found
                 continue
             record, example = found
-            if (example.group or example.id) in known:
+            if _group(example) in known:
                 continue
-            document = self._decoded(record, size)
+            document = document or self._decoded(record, size)
             if isinstance(document, Document):
-                known.add(example.group or example.id)
+                known.add(_group(example))
             yield document if isinstance(document, Skipped) else (document, example)
 
     def _examples(self, first: int, count: int) -> Iterator[tuple[Record, Example] | Skipped]:

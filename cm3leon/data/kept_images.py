@@ -1,0 +1,118 @@
+"""Texts and images of a part as they were decoded, kept on disk for those who read the same part next.
+
+A file is an Arrow stream of the documents of one part in their order, a record batch for each batch that was handed over:
+
+    id (string)   text (string)   image (size * size * 3 bytes, null without one)   crc (of text and image)
+
+It is no result: it may be deleted at any time, and whoever misses it decodes the images again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from cm3leon.data.shards import DamagedShard
+from cm3leon.io import partial_name
+from cm3leon.types import Document, ImageSegment, TextSegment
+
+Keep = Callable[[Sequence[Document]], None]
+
+
+def kept_file(folder: Path, number: int, count: int) -> Path:
+    """The file of part `number` (from 0) of `count`."""
+    return folder / f"part-{number:05d}-of-{count:05d}.arrows"
+
+
+@contextmanager
+def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
+    """Yield a function that takes the next documents of a part; the file appears when the block ends well.
+
+    Of a document all its text is kept and its first image, which must be (size, size, 3). There is no file if it would
+    be longer than `limit` bytes, or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    schema = pa.schema(
+        {
+            "id": pa.large_string(),
+            "text": pa.large_string(),
+            "image": pa.binary(size * size * 3),
+            "crc": pa.uint32(),
+        }
+    )
+    fits = limit > 0
+    try:
+        with partial.open("wb", buffering=0) as file, pa.ipc.new_stream(file, schema) as writer:
+
+            def keep(documents: Sequence[Document]) -> None:
+                nonlocal fits
+                if not fits or not documents:
+                    return
+                try:
+                    writer.write_batch(_batch(documents, schema))
+                    fits = file.tell() <= limit
+                except OSError:
+                    fits = False
+                if not fits:
+                    file.truncate(0)
+
+            yield keep
+        if fits:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _batch(documents: Sequence[Document], schema: pa.Schema) -> pa.RecordBatch:
+    images = [document.image for document in documents]
+    columns = {
+        "id": [document.id for document in documents],
+        "text": [document.text for document in documents],
+        "image": [None if image is None else image.tobytes() for image in images],
+    }
+    columns["crc"] = [_crc(*each) for each in zip(columns["text"], columns["image"], strict=True)]
+    return pa.record_batch(columns, schema)
+
+
+def kept_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file, with all their text as one run, and their first image.
+
+    Raises:
+        DamagedShard: for a file that is not as it was written.
+    """
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield from _documents(batch, path)
+    except pa.ArrowException as error:
+        raise _damaged(path) from error
+
+
+def _documents(batch: pa.RecordBatch, path: Path) -> Iterator[Document]:
+    side = round((batch.schema.field("image").type.byte_width / 3) ** 0.5)
+    for row in range(batch.num_rows):
+        id_, text, crc = (batch.column(name)[row].as_py() for name in ("id", "text", "crc"))
+        held = batch.column("image")[row]
+        image = memoryview(held.as_buffer()) if held.is_valid else None
+        if _crc(text, image) != crc:
+            raise _damaged(path)
+        segments: list[TextSegment | ImageSegment] = [TextSegment(text)]
+        if image is not None:
+            segments.append(ImageSegment(np.frombuffer(image, np.uint8).reshape(side, side, 3)))
+        yield Document(id_, tuple(segments))
+
+
+def _crc(text: str, image: bytes | memoryview | None) -> int:
+    return zlib.crc32(image or b"", zlib.crc32(text.encode()))
+
+
+def _damaged(path: Path) -> DamagedShard:
+    return DamagedShard(
+        f"{path} is damaged; delete it, and the same command decodes its images again"
+    )

@@ -1,0 +1,81 @@
+"""Images that are kept as they were decoded: what comes back, what has no room, and what is damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cm3leon.data.kept_images import kept_documents, kept_file, keeping
+from cm3leon.data.shards import DamagedShard
+from cm3leon.types import Document, ImageSegment, TextSegment
+
+SIDE = 8
+
+
+def documents(count: int) -> list[Document]:
+    """Every third without an image, every fourth with two, the rest with one."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        images = 0 if number % 3 == 0 else 1 + (number % 4 == 0)
+        pixels = rng.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)
+        segments = (TextSegment(f"thing {number} ", joined=False), TextSegment("ä"))
+        made.append(Document(f"id {number}", (*segments, *map(ImageSegment, pixels))))
+    return made
+
+
+def keep(path: Path, given: list[Document], limit: int = 10**6) -> None:
+    with keeping(path, size=SIDE, limit=limit) as write:
+        for start in range(0, len(given), 5):
+            write(given[start : start + 5])
+
+
+def test_texts_and_first_images_come_back_in_order(tmp_path: Path) -> None:
+    path, given = kept_file(tmp_path / "decoded", 3, 7), documents(12)
+    keep(path, given)
+    assert path.name == "part-00003-of-00007.arrows"
+    found = list(kept_documents(path))
+    assert [each.id for each in found] == [each.id for each in given]
+    assert [each.text for each in found] == [each.text for each in given]
+    for ours, original in zip(found, given, strict=True):
+        if original.image is None:
+            assert ours.image is None
+        else:
+            assert np.array_equal(ours.image, original.image)
+
+
+def test_a_part_without_documents_is_kept_too(tmp_path: Path) -> None:
+    path = tmp_path / "empty.arrows"
+    keep(path, [])
+    assert list(kept_documents(path)) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1500])
+def test_what_has_no_room_leaves_no_file(limit: int, tmp_path: Path) -> None:
+    keep(tmp_path / "part.arrows", documents(40), limit)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stops_halfway_leaves_no_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="broken"),
+        keeping(tmp_path / "part.arrows", size=SIDE, limit=10**6) as write,
+    ):
+        write(documents(5))
+        raise ValueError("broken")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_and_a_cut_are_noticed(tmp_path: Path) -> None:
+    path, given = tmp_path / "part.arrows", documents(12)
+    keep(path, given)
+    content = path.read_bytes()
+    image = next(each.image for each in given if each.image is not None)
+    place = content.index(image.tobytes()) + 17
+    flipped = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    for damaged in (flipped, content[: len(content) // 2], b"no arrow"):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedShard, match=r"part.arrows is damaged; delete it"):
+            list(kept_documents(path))
