@@ -14,7 +14,6 @@ from cm3leon.data import ahead, images
 from cm3leon.data.ahead import share_processors, worked_ahead
 from cm3leon.stages import sharing
 
-
 usable_threads = ahead.threads
 
 

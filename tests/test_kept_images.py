@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cm3leon.data.kept_images import kept_documents, kept_file, keeping
+from cm3leon.data.kept_images import keeping, kept_documents, kept_file
 from cm3leon.data.shards import DamagedShard
 from cm3leon.types import Document, ImageSegment, TextSegment
 
@@ -59,12 +59,13 @@ def test_what_has_no_room_leaves_no_file(limit: int, tmp_path: Path) -> None:
 
 
 def test_what_stops_halfway_leaves_no_file(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="broken"),
-        keeping(tmp_path / "part.arrows", size=SIDE, limit=10**6) as write,
-    ):
-        write(documents(5))
-        raise ValueError("broken")
+    def stop() -> None:
+        with keeping(tmp_path / "part.arrows", size=SIDE, limit=10**6) as write:
+            write(documents(5))
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        stop()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -258,7 +258,7 @@ _settings = _Settings()
 
 @contextmanager
 def _pillow(name: str) -> Iterator[None]:
-    """Pillow without its own limit on pixels, which is for the caller to check, and with warnings that name the file."""
+    """Pillow without its own limit on pixels, which the caller checks, and with warnings that name the file."""
     with _settings.changed() as caught:
         try:
             yield

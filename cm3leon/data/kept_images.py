@@ -1,6 +1,6 @@
 """Texts and images of a part as they were decoded, kept on disk for those who read the same part next.
 
-A file is an Arrow stream of the documents of one part in their order, a record batch for each batch that was handed over:
+A file is an Arrow stream of the documents of one part in their order:
 
     id (string)   text (string)   image (size * size * 3 bytes, null without one)   crc (of text and image)
 
@@ -70,14 +70,12 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
 
 
 def _batch(documents: Sequence[Document], schema: pa.Schema) -> pa.RecordBatch:
-    images = [document.image for document in documents]
-    columns = {
-        "id": [document.id for document in documents],
-        "text": [document.text for document in documents],
-        "image": [None if image is None else image.tobytes() for image in images],
-    }
-    columns["crc"] = [_crc(*each) for each in zip(columns["text"], columns["image"], strict=True)]
-    return pa.record_batch(columns, schema)
+    rows = []
+    for document in documents:
+        text, pixels_HWC = document.text, document.image
+        image = None if pixels_HWC is None else pixels_HWC.tobytes()
+        rows.append({"id": document.id, "text": text, "image": image, "crc": _crc(text, image)})
+    return pa.RecordBatch.from_pylist(rows, schema)
 
 
 def kept_documents(path: Path) -> Iterator[Document]:

@@ -17,8 +17,8 @@ from cm3leon.config import from_mapping, to_mapping
 from cm3leon.data.ahead import share_processors
 from cm3leon.data.kept_images import kept_documents, kept_file
 from cm3leon.data.shards import open_shard, shard_path
-from cm3leon.experiment import Experiment
 from cm3leon.data.source import Skipped
+from cm3leon.experiment import Experiment
 from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Part

@@ -13,7 +13,7 @@ import numpy as np
 from cm3leon.data.augment import varied
 from cm3leon.data.corpus import Split, split_of_key
 from cm3leon.data.images import square
-from cm3leon.data.kept_images import kept_file, keeping
+from cm3leon.data.kept_images import keeping, kept_file
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
