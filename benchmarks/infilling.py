@@ -85,7 +85,7 @@ def main() -> None:
     print(f"{len(rows)} halves, {args.samples} samples each\n")
     print("| half | stream | greedy | 1 | 1.5 | 2 | 3 | CD-K |\n|---|---|---|---|---|---|---|---|")
     for half in ("infill_top", "infill_bottom"):
-        task = TASKS.build(half, vocab=m.run.vocab, image_codes=tokenizer.grid**2)
+        task = TASKS.build(half, vocab=m.run.vocab, grid=m.run.grid)
         prompts = [task.prompt(document) for document in documents]
         unguided = [
             read_right(task, prompts, {"name": "greedy"}, 1),

@@ -150,12 +150,15 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class TokenSegment:
-    """A segment as ids of the whole vocabulary: `ids_T`, int64, without `<break>` or `<eos>`."""
+    """A segment as ids of the whole vocabulary: `ids_T`, int64, without what a layout puts around it."""
 
     modality: Modality
     ids_T: np.ndarray
     role: Role = ""
     joined: bool = False
+    """Whether it goes on with what stands before it, as an answer does within its template."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of an image that has no codes yet; None where its codes tell, (0, 0) where nobody knows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +226,7 @@ class Batch:
 class Prompt:
     """What the decoders are asked for: a continuation of `ids_T` by tokens of one modality.
 
-    An image answer has exactly `length` codes; a text answer has at most `length` pieces and ends early at one of
+    An image answer has exactly `length` tokens; a text answer has at most `length` pieces and ends early at one of
     `ends`: at `end`, or at one of `also_ends`.
     `unconditional_T` is the prompt of guidance's second stream, None where there is nothing to guide by;
     `partial_T` that of the third one, with a part of the conditions.
@@ -236,6 +239,8 @@ class Prompt:
     unconditional_T: np.ndarray | None = None
     partial_T: np.ndarray | None = None
     also_ends: tuple[int, ...] = ()
+    closed: tuple[int, ...] = ()
+    """Tokens of an image answer, counted from its first, that close a row of codes: they are not drawn."""
 
     @property
     def ends(self) -> tuple[int, ...]:

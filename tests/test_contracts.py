@@ -179,7 +179,7 @@ def test_decoder_leaves_something_to_draw(registry: Registry[Any], name: str) ->
 
 @every(TASKS)
 def test_task_asks_and_reads_back(registry: Registry[Any], name: str) -> None:
-    task = registry.build(small(registry, name), vocab=VOCAB, image_codes=CODES)
+    task = registry.build(small(registry, name), vocab=VOCAB, grid=(2, 2))
     query = document()
     for retrieved in ((), (document("other", 8),)):
         prompt = task.prompt(query, retrieved)

@@ -38,6 +38,7 @@ from cm3leon.tasks.prompts import (
     spans_prompt,
     unconditional_spans_prompt,
 )
+from cm3leon.tokenizers.layout import PAPER
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
 
@@ -146,7 +147,7 @@ def test_beams_inside_a_grammar_find_the_best_of_each_run_of_tokens(
 @pytest.mark.parametrize("window", [1, 3])
 def test_one_beam_is_greedy_through_all_segments(window: int) -> None:
     """Texts and images, with drafts too: what a search leaves in the cache is what its tokens leave."""
-    new = partial(grammar.interleaved, VOCAB, first="text", codes=4, text_length=5, segments=4)
+    new = partial(grammar.interleaved, VOCAB, first="text", grid=(2, 2), text_length=5, segments=4)
     found = []
     for name, fields in (("greedy", {}), ("beam", {"beams": 1}), ("beam", {"beams": 3})):
         decoder = built(name, **fields)
@@ -369,7 +370,12 @@ def test_interleaved_answers_are_documents(
     first: Any, codes: int, text: int, segments: int, seed: int
 ) -> None:
     new = partial(
-        grammar.interleaved, VOCAB, first=first, codes=codes, text_length=text, segments=segments
+        grammar.interleaved,
+        VOCAB,
+        first=first,
+        grid=(1, codes),
+        text_length=text,
+        segments=segments,
     )
     tokens = spoken(new, np.random.default_rng(seed))
     assert tokens[-1] == VOCAB.eos
@@ -393,7 +399,10 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     query = TokenDocument(
         "q", (TokenSegment("text", np.array([10, 11, 12, 13])), TokenSegment("image", codes))
     )
-    spans = [AskedSpan(0, 1, 3), *box_spans((1, 1, 3, 3), segment=1, grid=4, width=4, height=4)]
+    spans = [
+        AskedSpan(0, 1, 3),
+        *box_spans((1, 1, 3, 3), segment=1, grid=4, width=4, height=4, layout=PAPER),
+    ]
     assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
     ids_T = spans_prompt(query, spans, (), VOCAB)
     assert ids_T.tolist() == [
@@ -415,7 +424,9 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     outside = np.delete(np.arange(16), [5, 6, 9, 10])
     assert np.array_equal(image_T[outside], codes[outside])
     assert VOCAB.is_image(image_T).all()
-    assert box_spans((0, 1, 4, 3), segment=1, grid=4, width=4, height=4) == [AskedSpan(1, 4, 12)]
+    assert box_spans((0, 1, 4, 3), segment=1, grid=4, width=4, height=4, layout=PAPER) == [
+        AskedSpan(1, 4, 12)
+    ]
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
         with pytest.raises(UserError, match="spans"):
             spans_prompt(query, wrong, (), VOCAB)
@@ -544,7 +555,7 @@ def test_a_box_is_in_the_pixels_of_the_image_that_is_given(
     box: tuple[int, int, int, int], width: int, height: int, codes: list[int] | None
 ) -> None:
     """Against the square that the tokenizer sees, pixel by pixel: a code is asked for if the box touches it."""
-    spans = box_spans(box, segment=1, grid=4, width=width, height=height)
+    spans = box_spans(box, segment=1, grid=4, width=width, height=height, layout=PAPER)
     found = [code for span in spans for code in range(span.start, span.end)]
     side = Fraction(min(width, height))
     margins = (width - side) / 2, (height - side) / 2
@@ -563,7 +574,7 @@ def test_a_box_outside_of_what_the_model_sees_is_a_sentence(box: Any) -> None:
     with pytest.raises(
         UserError, match=r"an image of 40 x 32 pixels, in the square \(4, 0, 36, 32\)"
     ):
-        box_spans(box, segment=1, grid=4, width=40, height=32)
+        box_spans(box, segment=1, grid=4, width=40, height=32, layout=PAPER)
 
 
 # ------------------------------------------------------------------------------------------------ sharing and queueing
@@ -633,7 +644,7 @@ def test_drafts_change_no_answer(window: int, seed: int, name: str) -> None:
 
 
 def test_drafts_change_no_answer_of_several_segments() -> None:
-    new = partial(grammar.interleaved, VOCAB, first="image", codes=5, text_length=4, segments=5)
+    new = partial(grammar.interleaved, VOCAB, first="image", grid=(1, 5), text_length=4, segments=5)
     of = {"image": built("top_p", cfg=1), "text": built("top_p", cfg=1, no_repeat=2)}
     one = Request((np.array([VOCAB.eos, 9, VOCAB.brk]),), new, 24, [of] * 8, range(8))
     plain = answers(model(), [one], vocab=VOCAB)

@@ -126,7 +126,7 @@ def test_too_few_sentinels_are_one_sentence() -> None:
 
 
 def test_the_prompt_and_its_answer_are_what_the_objective_trains() -> None:
-    task = TASKS.build("infill_middle", vocab=VOCAB, image_codes=CODES)
+    task = TASKS.build("infill_middle", vocab=VOCAB, grid=(2, 4))
     query, other = document(3, CODES), document(2, CODES, name="other")
     prompt = task.prompt(query, (other,))
     answer_T = query.segments[1].ids_T[2:6]
@@ -139,15 +139,15 @@ def test_the_prompt_and_its_answer_are_what_the_objective_trains() -> None:
 
 
 def test_what_is_given_stays() -> None:
-    task = TASKS.build({"name": "infill_middle", "share": 0.25}, vocab=VOCAB, image_codes=CODES)
+    task = TASKS.build({"name": "infill_middle", "share": 0.25}, vocab=VOCAB, grid=(2, 4))
     query = document(3, CODES)
     completed = task.complete(query, VOCAB.image_ids(np.array([9, 9])))
     assert VOCAB.image_codes(completed.segments[1].ids_T).tolist() == [0, 1, 2, 9, 9, 5, 6, 7]
     assert task.keeps_given(query, completed)
-    wider = TASKS.build("infill_middle", vocab=VOCAB, image_codes=CODES)
+    wider = TASKS.build("infill_middle", vocab=VOCAB, grid=(2, 4))
     spoilt = wider.complete(query, VOCAB.image_ids(np.array([9, 9, 9, 9])))
     assert not task.keeps_given(query, spoilt)
-    least = TASKS.build({"name": "infill_middle", "share": 0.0}, vocab=VOCAB, image_codes=CODES)
+    least = TASKS.build({"name": "infill_middle", "share": 0.0}, vocab=VOCAB, grid=(2, 4))
     assert least.prompt(query).length == 1
 
 

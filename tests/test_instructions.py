@@ -31,6 +31,7 @@ from cm3leon.plugins.scenes.world import World, draw_scene
 from cm3leon.registry import SOURCES, TASKS, discover
 from cm3leon.tasks.instruction import answer_place
 from cm3leon.tokenizers.document import lay_out, token_count
+from cm3leon.tokenizers.layout import PAPER
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import (
     Document,
@@ -449,7 +450,7 @@ def test_no_break_stands_before_what_is_joined() -> None:
     assert laid_out.ids_T.tolist() == [
         VOCAB.eos, 10, 11, 12, 13, 14, VOCAB.brk, *range(VOCAB.image_start, VOCAB.image_start + CODES), VOCAB.eos
     ]  # fmt: skip
-    assert token_count(instruction("question")) == len(laid_out.ids_T) - 2
+    assert token_count(instruction("question"), PAPER) == len(laid_out.ids_T) - 2
     assert [segment.role for segment in laid_out.segments] == ["", "answer", "", ""]
 
 
@@ -467,9 +468,9 @@ def test_shards_keep_roles(tmp_path: Path) -> None:
             (s.modality, s.role, s.joined, s.ids_T.tolist()) for s in document.segments
         ]
     assert shards.token_counts(np.array([2, 0, 1, 0])).tolist() == [
-        token_count(documents[number]) for number in (2, 0, 1, 0)
+        token_count(documents[number], PAPER) for number in (2, 0, 1, 0)
     ]
-    assert shards.longest == max(map(token_count, documents))
+    assert shards.longest == max(token_count(each, PAPER) for each in documents)
 
 
 def drawn(kind: str, count: int = 4000, **fields: Any) -> Counter[tuple[str, ...]]:
@@ -557,7 +558,7 @@ def test_pieces_of_a_sample_are_the_whole_of_it(kind: str) -> None:
 
 def test_prompts_are_beginnings_of_what_is_trained() -> None:
     """A prompt, the answer, and what closes it are the sample that training makes, stream by stream."""
-    task = TASKS.build("instruction", vocab=VOCAB, image_codes=CODES)
+    task = TASKS.build("instruction", vocab=VOCAB, grid=(2, 2))
     question, edit = instruction("question"), instruction("edit")
     prompt = task.prompt(question)
     laid_out = lay_out(Sample(question), VOCAB)
@@ -579,7 +580,7 @@ def test_prompts_are_beginnings_of_what_is_trained() -> None:
 
 @pytest.mark.parametrize("kind", ["question", "edit"])
 def test_answers_stand_where_they_belong(kind: str) -> None:
-    task = TASKS.build("instruction", vocab=VOCAB, image_codes=CODES)
+    task = TASKS.build("instruction", vocab=VOCAB, grid=(2, 2))
     query = instruction(kind)
     completed = task.complete(query, np.array([50, 51]))
     assert completed.segments[answer_place(query)].ids_T.tolist() == [50, 51]

@@ -22,6 +22,7 @@ from cm3leon.objectives.block_stream import BlockStream, merge_states
 from cm3leon.objectives.packing import PackingConfig, choose, collate, fit, pack, shorten
 from cm3leon.registry import OBJECTIVES, discover
 from cm3leon.tokenizers.document import lay_out, sample_length
+from cm3leon.tokenizers.layout import PAPER
 from cm3leon.types import Batch, Sample, TokenDocument, TokenSegment, UserError
 
 discover()
@@ -82,8 +83,8 @@ def test_fit_drops_retrieved_documents_from_the_left(
     query: TokenDocument, retrieved: tuple[TokenDocument, ...], seq_len: int
 ) -> None:
     sample = Sample(query, retrieved)
-    assume(sample_length(Sample(query)) <= seq_len)
-    fitted = fit(sample, seq_len)
+    assume(sample_length(Sample(query), PAPER) <= seq_len)
+    fitted = fit(sample, seq_len, PAPER)
     assert fitted.query is query
     kept = len(fitted.retrieved)
     assert all(
@@ -99,9 +100,9 @@ def test_fit_drops_retrieved_documents_from_the_left(
 
 def test_a_query_that_does_not_fit_is_one_sentence() -> None:
     query = document(6, 4, name="photo 7")  # 2 <eos>, 6 + 4 tokens, a <break>
-    assert fit(Sample(query, (document(1),)), 13).retrieved == ()
+    assert fit(Sample(query, (document(1),)), 13, PAPER).retrieved == ()
     with pytest.raises(UserError) as refusal:
-        fit(Sample(query, (document(1),)), 12)
+        fit(Sample(query, (document(1),)), 12, PAPER)
     assert str(refusal.value) == (
         "model.seq_len: document photo 7 takes 13 tokens, a block holds 12; raise model.seq_len"
     )
@@ -148,7 +149,7 @@ def laid_out(
 ) -> list[int]:
     """The sample at a position of the stream, as ids."""
     sample = draw(position, np.random.default_rng([seed, 1, position]))
-    return lay_out(sample if seq_len is None else fit(sample, seq_len), VOCAB).ids_T.tolist()
+    return lay_out(sample if seq_len is None else fit(sample, seq_len, PAPER), VOCAB).ids_T.tolist()
 
 
 def pieces(ids_T: torch.Tensor, sample_T: torch.Tensor) -> Iterator[list[int]]:
@@ -350,8 +351,8 @@ def test_shortening_takes_from_the_beginning_of_the_farthest_document(
     query: TokenDocument, retrieved: tuple[TokenDocument, ...], length: int
 ) -> None:
     sample = Sample(query, retrieved)
-    assume(sample_length(Sample(query)) <= length)
-    short, is_cut = shorten(sample, length)
+    assume(sample_length(Sample(query), PAPER) <= length)
+    short, is_cut = shorten(sample, length, PAPER)
     full_T = lay_out(sample, VOCAB).ids_T.tolist()
     ids_T = lay_out(short, VOCAB).ids_T.tolist()
     assert short.query is query
@@ -393,8 +394,8 @@ def test_where_a_cut_document_begins(length: int, begins: list[int]) -> None:
     near = TokenDocument("near", (TokenSegment("text", np.array([7, 8])), segment("image", 6)))
     query = document(4, 4)
     sample = Sample(query, (farthest, near))
-    assert sample_length(sample) == 30
-    short, is_cut = shorten(sample, length)
+    assert sample_length(sample, PAPER) == 30
+    short, is_cut = shorten(sample, length, PAPER)
     ids_T = lay_out(short, VOCAB).ids_T.tolist()
     assert ids_T[1 : 1 + len(begins)] == begins
     assert is_cut == (22 < length < 30)

@@ -53,7 +53,7 @@ CAT_IDS = [10, BREAK, 20, 20, 20, 20, BREAK]
 
 
 def built(name: str, **fields: Any) -> Any:
-    return TASKS.build({"name": name, **fields}, vocab=VOCAB, image_codes=4)
+    return TASKS.build({"name": name, **fields}, vocab=VOCAB, grid=(2, 2))
 
 
 def ids(array: np.ndarray | None) -> list[int] | None:
@@ -190,7 +190,7 @@ def test_answers_keep_to_their_grammar() -> None:
     """Of a random model: exactly the image's codes, and text that ends at its break or its end."""
 
     def of(name: str, **fields: Any) -> Any:
-        return TASKS.build({"name": name, **fields}, vocab=LARGER, image_codes=4)
+        return TASKS.build({"name": name, **fields}, vocab=LARGER, grid=(2, 2))
 
     codes = [image(*LARGER.image_ids(np.array(each))) for each in ([0, 2, 4, 6], [1, 3, 5, 7])]
     page = TokenDocument("page", (text(5, 6), codes[0], text(7), codes[1]))
@@ -210,7 +210,7 @@ def test_answers_keep_to_their_grammar() -> None:
 
 def test_text_ends_at_a_break_as_well_as_at_the_page_s_end() -> None:
     codes = image(*LARGER.image_ids(np.array([0, 2, 4, 6])))
-    task = TASKS.build({"name": "page_text", "max_tokens": 40}, vocab=LARGER, image_codes=4)
+    task = TASKS.build({"name": "page_text", "max_tokens": 40}, vocab=LARGER, grid=(2, 2))
     prompt = task.prompt(TokenDocument("page", (text(5), codes)))
     decoder = DECODERS.build({"name": "top_p", "cfg": 1.0, "top_p": 1.0, "temperature": 3.0})
     asked_for = request_for(prompt, decoder, vocab=LARGER, seeds=range(60), seq_len=64)

@@ -43,7 +43,7 @@ CAT_DOG = [8, 9, BREAK, 21, 21, 23, 23, BREAK, 10, BREAK, 27, 25, 27, 25, BREAK]
 
 
 def built(name: str, **fields: Any) -> Any:
-    return TASKS.build({"name": name, **fields}, vocab=VOCAB, image_codes=4)
+    return TASKS.build({"name": name, **fields}, vocab=VOCAB, grid=(2, 2))
 
 
 def ids(array: np.ndarray | None) -> list[int] | None:

@@ -28,8 +28,9 @@ from cm3leon.stages.text_tokenizer import (
     make_text_tokenizer,
     text_tokenizer_inputs,
 )
+from cm3leon.tokenizers.layout import SPECIALS
 from cm3leon.tokenizers.text import STRETCH, TextTokenizer, TextTokenizerConfig, unicode_text
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
 
 CONTROL = (

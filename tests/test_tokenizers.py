@@ -21,8 +21,9 @@ from cm3leon.registry import IMAGE_TOKENIZERS, discover
 from cm3leon.tokenizers.document import DocumentTokenizer, lay_out, sample_length, token_count
 from cm3leon.tokenizers.image.base import to_signal
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
+from cm3leon.tokenizers.layout import SPECIALS
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
 discover()
@@ -664,14 +665,16 @@ def test_layout_of_any_sample(sample: Sample) -> None:
     for number, (part, _) in enumerate(parts):
         expected += ([TINY.brk] if number else []) + part.ids_T.tolist()
     assert laid.ids_T.tolist() == [*expected, TINY.eos]
-    assert sample_length(sample) == len(laid.ids_T)
+    assert sample_length(sample, TINY.layout) == len(laid.ids_T)
     assert [(s.modality, s.is_query) for s in laid.segments] == [
         (part.modality, query) for part, query in parts
     ]
     for span, (part, _) in zip(laid.segments, parts, strict=True):
         assert laid.ids_T[span.start : span.end].tolist() == part.ids_T.tolist()
     for document in (*sample.retrieved, sample.query):
-        assert token_count(document) == sample_length(Sample(document)) - 2
+        assert (
+            token_count(document, TINY.layout) == sample_length(Sample(document), TINY.layout) - 2
+        )
 
 
 def test_documents_to_ids_and_back(vq: Any) -> None:

@@ -76,7 +76,7 @@ class AskedRun:
         self.run = run
         self._answerer = Answerer(run.model, run.vocab, window=window, execution=execution)
         self._precision: Precision = precision
-        self._fresh = TokenSegment("image", np.empty(0, np.int64))
+        self._fresh = TokenSegment("image", np.empty(0, np.int64), grid=run.grid)
 
     @classmethod
     @checked
@@ -281,7 +281,7 @@ class AskedRun:
         }
 
     def _task_arguments(self) -> dict[str, Any]:
-        return {"vocab": self.run.vocab, "image_codes": self.run.image_tokenizer.grid**2}
+        return {"vocab": self.run.vocab, "grid": self.run.grid}
 
     def _task(self, name: str) -> Task:
         return TASKS.build(name, **self._task_arguments())

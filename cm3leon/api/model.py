@@ -37,7 +37,7 @@ from cm3leon.tasks.prompts import (
     spans_prompt,
     unconditional_spans_prompt,
 )
-from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.document import prompt_until
 from cm3leon.types import (
     Modality,
     Sample,
@@ -194,10 +194,12 @@ class CM3Leon(AskedRun):
             spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
         else:
             text_ids_T = self._text(text).ids_T
-        tokenizer = self.run.image_tokenizer
+        tokenizer, layout = self.run.image_tokenizer, self.run.vocab.layout
         if box is not None:
             height, width = read_given_image(image, "image").shape[:2]
-            spans += box_spans(box, segment=1, grid=tokenizer.grid, width=width, height=height)
+            spans += box_spans(
+                box, segment=1, grid=tokenizer.grid, width=width, height=height, layout=layout
+            )
         document = TokenDocument(
             "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
         )
@@ -209,7 +211,11 @@ class CM3Leon(AskedRun):
         gaps = [
             grammar.Gap("text", max_tokens)
             if span.segment == 0
-            else grammar.Gap("image", span.end - span.start)
+            else grammar.Gap(
+                "image",
+                span.end - span.start,
+                layout.row_ends(tokenizer.grid, span.start, span.end),
+            )
             for span in spans
         ]
         length = sum(gap.length + 2 for gap in gaps)
@@ -368,24 +374,26 @@ class CM3Leon(AskedRun):
             max_tokens: pieces that each text may have, fewer where the model has not as many positions; a warning says
                 where one was cut there.
         """
-        ids_T = lay_out(Sample(self._page(parts, self._fresh)), self.run.vocab).ids_T[:-1]
-        codes = self.run.image_tokenizer.grid**2
+        layout = self.run.vocab.layout
+        asked = self._fresh if first == "image" else self._text("")
+        ids_T = prompt_until(Sample(self._page(parts, asked)), self.run.vocab)
         images = (segments + (first == "image")) // 2
         texts = segments - images
-        room = (
-            self.run.seq_len - len(ids_T) - images * codes - segments
-        )  # a break or an end behind each
+        of_images = images * (layout.image_length(self.run.grid) + layout.around_image)
+        # What stands between the segments, and the end.
+        between = segments * max(1, len(layout.between_segments))
+        room = self.run.seq_len - len(ids_T) - of_images - between
         max_tokens = min(max_tokens, room // texts) if texts else max_tokens
         new = partial(
             grammar.interleaved,
             self.run.vocab,
             first=first,
-            codes=codes,
+            grid=self.run.grid,
             text_length=max_tokens,
             segments=segments,
         )
         of = self._of_each_modality(decoder, text_decoder)
-        length = images * codes + texts * max(max_tokens, 1) + segments
+        length = of_images + texts * max(max_tokens, 1) + between
         ((tokens,),) = self._answers([Request((ids_T,), new, length, [of], [seed])])
         result: list[str | Image.Image] = []
         found = list(grammar.segments_of(tokens, self.run.vocab))

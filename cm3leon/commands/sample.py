@@ -149,7 +149,7 @@ class TracedSamples(Samples):
         """The sample at a position as blocks have it, and whether its first document is cut."""
         drawn = self.drawn(position)
         if self._method == "whole":
-            return fit(drawn, self.seq_len), False
+            return fit(drawn, self.seq_len, self.layout), False
         return self._fitted.get(position, (drawn, False))
 
     def whole(self, position: int) -> Corrupted:
@@ -188,7 +188,8 @@ def shown_sample(run: RunFolder, samples: TrainingSamples, position: int) -> Sho
     notes = _how_found(run, samples, traced, position)
     dropped = len(sample.retrieved) - len(fitted.retrieved)
     if is_cut:
-        lost = token_count(sample.retrieved[dropped]) - token_count(fitted.retrieved[0])
+        whole, rest = sample.retrieved[dropped], fitted.retrieved[0]
+        lost = token_count(whole, run.vocab.layout) - token_count(rest, run.vocab.layout)
         notes[dropped] += (
             f"; its first {lost:,} tokens are cut off, and it is context without a loss"
         )

@@ -19,7 +19,7 @@ from cm3leon.objectives.cm3 import Span
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.training_data import TrainingSamples
-from cm3leon.tokenizers.vocab import SPECIALS
+from cm3leon.tokenizers.layout import SPECIALS
 
 LONG_TEXT = 600
 """Characters of a text that are printed; the page has all of them."""

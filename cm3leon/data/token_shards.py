@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3leon.data.shards import DamagedShard, Shard, ShardFolder, finish, read_plan, write_shard
+from cm3leon.tokenizers.layout import PAPER, Layout
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Role, TokenDocument, TokenSegment, UserError
 
@@ -106,52 +107,41 @@ def _crc(*contents: Any) -> int:
     return value
 
 
-def finish_tokens(folder: Path, count: int) -> None:
+def finish_tokens(folder: Path, count: int, layout: Layout = PAPER) -> None:
     """Checks all shards, and writes down how many documents and tokens each has, and its longest document.
+
+    Args:
+        layout: what stands around and between the segments, which counts in a document's length.
 
     Raises:
         DamagedShard: naming the first shard that is missing or not as it was written.
     """
-    finish(folder, count, _summary)
+
+    def summary(shard: Shard) -> dict[str, int]:
+        counts = TokenShard(shard, layout).token_counts(np.arange(len(shard)))
+        return {"tokens": len(shard.lists("ids")[0]), "longest": int(counts.max(initial=0))}
+
+    finish(folder, count, summary)
 
 
-def _summary(shard: Shard) -> dict[str, int]:
-    ids, ids_at = shard.lists("ids")
-    lengths_at = shard.lists("lengths")[1]
-    counts = _token_counts(ids_at, lengths_at, _joined_before(shard), np.arange(len(shard)))
-    return {"tokens": len(ids), "longest": int(counts.max(initial=0))}
-
-
-def _joined_before(shard: Shard) -> np.ndarray | None:
-    """How many of the segments before each place are joined ones; None where no segment is."""
-    joined = (shard.lists("image")[0] & JOINED) > 0
-    return np.concatenate([[0], np.cumsum(joined)]) if joined.any() else None
-
-
-def _token_counts(
-    ids_at: np.ndarray, lengths_at: np.ndarray, joined_before: np.ndarray | None, rows: np.ndarray
-) -> np.ndarray:
-    """Tokens of documents, breaks included, by where their ids and their segments begin."""
-    first, last = lengths_at[rows], lengths_at[rows + 1]
-    apart = (
-        last - first
-        if joined_before is None
-        else last - first - joined_before[last] + joined_before[first]
-    )
-    return ids_at[rows + 1] - ids_at[rows] + np.maximum(apart - 1, 0)
+def _beside(kind: np.ndarray, layout: Layout) -> np.ndarray:
+    """Tokens around and before each of a shard's segments, by their kinds."""
+    before = np.where(kind & JOINED, 0, len(layout.between_segments))
+    return before + np.where(kind & 1, layout.around_image, 0)
 
 
 class TokenShard:
     """The documents of an open shard."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, layout: Layout = PAPER) -> None:
         self.path = shard.path
         self._id, self._id_at = shard.utf8("id")
         self._ids, self._ids_at = shard.lists("ids")
         self._lengths, self._lengths_at = shard.lists("lengths")
         self._image = shard.lists("image")[0]
         self._crc = shard.numbers("crc")
-        self._joined_before = _joined_before(shard)
+        self._between = len(layout.between_segments)
+        self._beside_before = np.concatenate([[0], np.cumsum(_beside(self._image, layout))])
         self._label = shard.numbers("label") if "label" in shard.columns else None
         self._varied = shard.lists("varied") if "varied" in shard.columns else None
 
@@ -212,7 +202,11 @@ class TokenShard:
 
     def token_counts(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of documents, breaks between segments included; their ids are neither read nor checked."""
-        return _token_counts(self._ids_at, self._lengths_at, self._joined_before, rows)
+        first, last = self._lengths_at[rows], self._lengths_at[rows + 1]
+        beside = self._beside_before[last] - self._beside_before[first]
+        # Nothing stands before the first segment.
+        beside -= np.where(last > first, self._between, 0)
+        return self._ids_at[rows + 1] - self._ids_at[rows] + beside
 
 
 class TokenShards:
@@ -222,8 +216,10 @@ class TokenShards:
         UserError: for an unfinished folder, or tokenizers other than `expect`, naming what differs.
     """
 
-    def __init__(self, folder: Path, expect: Tokenizers | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, expect: Tokenizers | None = None, layout: Layout = PAPER
+    ) -> None:
+        self.folder, self._layout = folder, layout
         self._shards = ShardFolder(folder, self._open)
         self.rows = self._shards.rows
         self.tokens = sum(self._shards.index["tokens"])
@@ -244,7 +240,7 @@ class TokenShards:
             raise DamagedShard(
                 f"{shard.path} was made by other tokenizers than its folder; make it again"
             )
-        return TokenShard(shard)
+        return TokenShard(shard, self._layout)
 
     def __len__(self) -> int:
         return len(self._shards)

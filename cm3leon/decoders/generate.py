@@ -225,7 +225,7 @@ def request_for(
     streams = tuple(ids_T for ids_T in of_prompt if ids_T is not None)
     length = longest_answer(prompt, seq_len)
     if prompt.modality == "image":
-        new: grammar.NewGrammar = partial(grammar.image, vocab, length)
+        new: grammar.NewGrammar = partial(grammar.image, vocab, length, prompt.closed)
     else:
         new = partial(grammar.text, vocab, length, *prompt.ends)
     of = [{prompt.modality: decoder.of(number)} for number in range(len(seeds))]

@@ -6,10 +6,11 @@ an image early or puts codes into a text, because nothing else is ever drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cm3leon.tokenizers.layout import Grid
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality
 
@@ -34,9 +35,9 @@ Grammar = Generator[Allowed, int, Any]
 NewGrammar = Callable[[], Grammar]
 
 
-def exactly(token: int) -> Allowed:
+def exactly(token: int, modality: Modality = "text") -> Allowed:
     """That token alone."""
-    return Allowed(token, token + 1)
+    return Allowed(token, token + 1, modality=modality)
 
 
 def a_code(vocab: Vocab) -> Allowed:
@@ -59,10 +60,20 @@ def one_of(*tokens: int) -> Allowed:
     )
 
 
-def image(vocab: Vocab, codes: int) -> Grammar:
-    """Exactly that many codes."""
-    for _ in range(codes):
-        yield a_code(vocab)
+def image(vocab: Vocab, tokens: int, closed: Collection[int] = ()) -> Grammar:
+    """Exactly that many tokens: codes, and at the places `closed` what closes their row."""
+    row_close = vocab.layout.row_close
+    for place in range(tokens):
+        if row_close is not None and place in closed:
+            yield exactly(row_close, "image")
+        else:
+            yield a_code(vocab)
+
+
+def in_order(tokens: Sequence[int]) -> Grammar:
+    """Exactly those tokens."""
+    for token in tokens:
+        yield exactly(token)
 
 
 def text(vocab: Vocab, max_tokens: int, *ends: int) -> Generator[Allowed, int, int | None]:
@@ -76,10 +87,12 @@ def text(vocab: Vocab, max_tokens: int, *ends: int) -> Generator[Allowed, int, i
 
 @dataclass(frozen=True)
 class Gap:
-    """A span that is asked for: exactly `length` codes, or at most `length` pieces of text."""
+    """A span that is asked for: exactly `length` tokens of an image, or at most `length` pieces of text."""
 
     modality: Modality
     length: int
+    closed: tuple[int, ...] = ()
+    """Tokens of an image's span that close a row."""
 
 
 def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
@@ -92,7 +105,7 @@ def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
         if number:
             yield exactly(vocab.sentinel(number))
         if gap.modality == "image":
-            yield from image(vocab, gap.length)
+            yield from image(vocab, gap.length, gap.closed)
             ended = False
         else:
             ended = (yield from text(vocab, gap.length, vocab.end_of_span)) is not None
@@ -101,34 +114,48 @@ def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
 
 
 def interleaved(
-    vocab: Vocab, *, first: Modality, codes: int, text_length: int, segments: int
+    vocab: Vocab, *, first: Modality, grid: Grid, text_length: int, segments: int
 ) -> Grammar:
-    """Text and images in turn, each image exactly `codes` codes, until `<eos>` or that many segments.
+    """Text and images in turn, each image of that many rows and columns, until a sample's end or that many segments.
 
-    A text ends in `<break>`, and an image follows, or in `<eos>`; an image is followed by `<break>` and text, or by
-    `<eos>`.
+    By the paper's layout a text ends in `<break>`, and an image follows, or in `<eos>`; an image is followed by
+    `<break>` and text, or by `<eos>`. Where nothing stands between an image and a text, the text may be empty.
     """
+    layout, end = vocab.layout, vocab.layout.end
+    tokens = layout.image_length(grid)
+    closed = layout.row_ends(grid[1], 0, tokens)
+    opening = (*layout.before_an_image, *layout.sizes.get(grid, ()))
     modality = first
     for number in range(segments):
         last = number == segments - 1
         if modality == "text":
-            ends = (vocab.eos,) if last else (vocab.brk, vocab.eos)
-            end = yield from text(vocab, text_length, *ends)
-            if end is None:
-                end = yield exactly(vocab.eos if last else vocab.brk)
+            ends = (end,) if last else (end, opening[0])
+            ended = yield from text(vocab, text_length, *ends)
+            if ended is None:
+                ended = yield exactly(ends[-1])
+            if ended != end:
+                yield from in_order(opening[1:])
         else:
-            yield from image(vocab, codes)
-            end = yield exactly(vocab.eos) if last else one_of(vocab.eos, vocab.brk)
-        if end == vocab.eos:
+            yield from image(vocab, tokens, closed)
+            yield from in_order(layout.image_close)
+            between = layout.between_segments
+            ended = None
+            if last or between:
+                ended = yield exactly(end) if last else one_of(end, between[0])
+                yield from in_order(between[1:] if ended != end else ())
+        if ended == end:
             return
         modality = "image" if modality == "text" else "text"
 
 
 def segments_of(tokens: Sequence[int], vocab: Vocab) -> Iterator[tuple[Modality, list[int]]]:
-    """An answer as runs of text and of image codes; special tokens and sentinels part them and are left out."""
+    """An answer as runs of text and of an image's tokens; special tokens and sentinels part them and are left out."""
     run: list[int] = []
     current: Modality | None = None
     for token in [*tokens, vocab.eos]:
+        if current == "image" and token == vocab.layout.row_close:
+            run.append(token)
+            continue
         kind = vocab.kind(token)
         modality: Modality | None = kind if kind in ("text", "image") else None
         if modality != current or modality is None:

@@ -38,9 +38,7 @@ def figures_of_own(
     run = model.run
     kept_In = np.zeros((len(drawn), len(drawn[0])), bool)
     for index, answers in enumerate(drawn):
-        task = TASKS.build(
-            items[index].task, vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
-        )
+        task = TASKS.build(items[index].task, vocab=run.vocab, grid=run.grid)
         for sample, answer in enumerate(answers):
             kept_In[index, sample] = task.keeps_given(documents[index], answer.document)
     if TASKS.get(items[0].task).answers_in == "image" or not model.has_clip:

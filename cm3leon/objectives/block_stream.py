@@ -36,12 +36,13 @@ class Samples:
         self._draw = draw
         self._objective = objective
         self.seq_len = seq_len
+        self.layout = objective.vocab.layout
         self._seed = seed
 
     def whole(self, position: int) -> Corrupted:
         """A sample that fits a block, corrupted."""
         rng = self._generator(SAMPLE, position)
-        sample = fit(self._draw(position, rng), self.seq_len)
+        sample = fit(self._draw(position, rng), self.seq_len, self.layout)
         return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self.seq_len)
 
     def uncut(self, position: int) -> Uncut:
@@ -49,7 +50,10 @@ class Samples:
         sample = self._draw(position, self._generator(SAMPLE, position))
         laid_out = lay_out(sample, self._objective.vocab)
         rng = self._generator(PIECE, 0, position)
-        return Uncut(sample, self._objective.corrupt(laid_out, rng, sys.maxsize))
+        spare = (
+            int(SPARE * token_count(sample.retrieved[0], self.layout)) if sample.retrieved else 0
+        )
+        return Uncut(sample, self._objective.corrupt(laid_out, rng, sys.maxsize), spare)
 
     def shortened(self, uncut: Uncut, position: int, length: int) -> Corrupted:
         """A sample of `uncut` cut to at most `length` tokens by `shorten`, corrupted.
@@ -57,12 +61,12 @@ class Samples:
         A document that lacks its beginning is context: none of its tokens is a target, since what
         they depend on is gone, and no span is taken from it.
         """
-        added = uncut.length - sample_length(uncut.sample)
+        added = uncut.length - sample_length(uncut.sample, self.layout)
         sample, is_cut = self.fitted(uncut, length)
         laid_out, context = lay_out(sample, self._objective.vocab), 0
         if is_cut:
             lost = laid_out.segments[: len(sample.retrieved[0].segments)]
-            context = lost[-1].end + 1
+            context = laid_out.segments[len(lost)].start
             laid_out = replace(laid_out, segments=laid_out.segments[len(lost) :])
 
         rng = self._generator(PIECE, 0, position)
@@ -78,9 +82,9 @@ class Samples:
         What corruption adds is taken off the retrieved documents too. The query stays whole even
         so, and has fewer spans where the block has no room for them.
         """
-        added = uncut.length - sample_length(uncut.sample)
-        query = sample_length(replace(uncut.sample, retrieved=()))
-        return shorten(uncut.sample, min(length, max(query, length - added)))
+        added = uncut.length - sample_length(uncut.sample, self.layout)
+        query = sample_length(replace(uncut.sample, retrieved=()), self.layout)
+        return shorten(uncut.sample, min(length, max(query, length - added)), self.layout)
 
     def laid_out(self, position: int) -> LaidOut:
         """A sample of any length, to take pieces of."""
@@ -106,17 +110,13 @@ class Uncut:
 
     sample: Sample
     corrupted: Corrupted
+    spare: int
+    """Tokens that it may lose so that another sample shares its block."""
 
     @property
     def length(self) -> int:
         """Tokens that it takes in a block, if nothing of it is cut."""
         return len(self.corrupted.ids_T)
-
-    @property
-    def spare(self) -> int:
-        """Tokens that it may lose so that another sample shares its block."""
-        farthest = self.sample.retrieved[:1]
-        return int(SPARE * token_count(farthest[0])) if farthest else 0
 
 
 class Lane(Protocol):

@@ -20,7 +20,8 @@ import torch
 from cm3leon.config import PositiveInt
 from cm3leon.objectives.base import Corrupted
 from cm3leon.tokenizers.document import sample_length, token_count
-from cm3leon.types import Batch, Block, Sample, TokenDocument, UserError
+from cm3leon.tokenizers.layout import Layout
+from cm3leon.types import Batch, Block, Sample, TokenDocument, TokenSegment, UserError
 
 
 @dataclass(kw_only=True)
@@ -48,24 +49,25 @@ class PackingConfig:
         return self.method != "stream"
 
 
-def fit(sample: Sample, seq_len: int) -> Sample:
+def fit(sample: Sample, seq_len: int, layout: Layout) -> Sample:
     """Drops retrieved documents from the left until the sample fits. Raises UserError if the query alone does not."""
-    while sample_length(sample) > seq_len:
+    while (length := sample_length(sample, layout)) > seq_len:
         if not sample.retrieved:
             raise UserError(
-                f"model.seq_len: document {sample.query.id} takes {sample_length(sample)} tokens, "
+                f"model.seq_len: document {sample.query.id} takes {length} tokens, "
                 f"a block holds {seq_len}; raise model.seq_len"
             )
         sample = replace(sample, retrieved=sample.retrieved[1:])
     return sample
 
 
-def shorten(sample: Sample, length: int) -> tuple[Sample, bool]:
+def shorten(sample: Sample, length: int, layout: Layout) -> tuple[Sample, bool]:
     """Take tokens from the beginning of the farthest retrieved document until the sample fits.
 
     A document that is used up is left out, and the next one loses its beginning. A document whose
     first segments are gone begins within the first segment that is left, without a `<break>` before
-    it: where a cut falls on a segment's end, the `<break>` is lost too.
+    it: where a cut falls on a segment's end, the `<break>` is lost too. An image that lacks its
+    beginning has no tokens that open it.
 
     Returns:
         The sample of at most `length` tokens, and whether its first document lacks its beginning.
@@ -73,28 +75,39 @@ def shorten(sample: Sample, length: int) -> tuple[Sample, bool]:
     Raises:
         UserError: if the query alone is longer than `length`.
     """
-    surplus = sample_length(sample) - length
+    surplus = sample_length(sample, layout) - length
+    between = len(layout.between_documents)
     if surplus <= 0:
         return sample, False
 
     for number, document in enumerate(sample.retrieved):
-        tokens = token_count(document) + 1  # with the `<break>` behind it
-        if tokens > surplus + 1:
-            rest = _without_beginning(document, surplus)
+        tokens = token_count(document, layout) + between
+        if tokens > surplus + between:
+            rest = _without_beginning(document, surplus, layout)
             return replace(sample, retrieved=(rest, *sample.retrieved[number + 1 :])), True
         surplus -= tokens
         if surplus <= 0:
             return replace(sample, retrieved=sample.retrieved[number + 1 :]), False
-    return fit(replace(sample, retrieved=()), length), False
+    return fit(replace(sample, retrieved=()), length, layout), False
 
 
-def _without_beginning(document: TokenDocument, lost: int) -> TokenDocument:
-    """A document without its first `lost` tokens; a `<break>` between segments counts as one."""
+def _without_beginning(document: TokenDocument, lost: int, layout: Layout) -> TokenDocument:
+    """A document without its first `lost` tokens, or some more; what stands around and between segments counts."""
     segments = list(document.segments)
-    while len(segments) > 1 and lost >= len(segments[0].ids_T):
-        lost = max(0, lost - len(segments.pop(0).ids_T) - (not segments[0].joined))
-    segments[0] = replace(segments[0], ids_T=segments[0].ids_T[lost:], joined=False)
+    while len(segments) > 1 and lost >= (first := _segment_length(segments[0], layout)):
+        segments.pop(0)
+        between = 0 if segments[0].joined else len(layout.between_segments)
+        lost = max(0, lost - first - between)
+
+    opening = len(layout.opening(segments[0]))
+    rest_T = segments[0].ids_T[max(0, lost - opening) :]
+    segments[0] = replace(segments[0], ids_T=rest_T, joined=opening > 0 and lost > 0)
     return replace(document, segments=tuple(segments))
+
+
+def _segment_length(segment: TokenSegment, layout: Layout) -> int:
+    around = len(layout.opening(segment)) + len(layout.closing(segment))
+    return len(segment.ids_T) + around
 
 
 def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool = False) -> Block:

@@ -28,6 +28,7 @@ from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.tokenizers.document import DocumentTokenizer, token_count
 from cm3leon.tokenizers.image.base import ImageTokenizer
+from cm3leon.tokenizers.layout import Grid
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
@@ -175,6 +176,12 @@ class RunFolder:
         )
 
     @cached_property
+    def grid(self) -> Grid:
+        """Rows and columns of an image's codes."""
+        side = self.image_tokenizer_shape.grid
+        return side, side
+
+    @cached_property
     def tokenizer(self) -> DocumentTokenizer:
         """Both tokenizers."""
         return DocumentTokenizer(self.vocab, self.text_tokenizer, self.image_tokenizer)
@@ -208,7 +215,7 @@ class RunFolder:
         rows = [
             int(row)
             for row in self.corpus.rows(split)
-            if token_count(self.token_documents[row]) <= self.seq_len - 2
+            if token_count(self.token_documents[row], self.vocab.layout) <= self.seq_len - 2
         ]
         if not len(self.corpus.rows(split)):
             raise UserError(
@@ -243,7 +250,9 @@ class RunFolder:
     @cached_property
     def tokens(self) -> TokenShards:
         """The training documents, as ids."""
-        return TokenShards(self.stage("tokens", *SHARD_LISTS), self.tokenizer_digests)
+        return TokenShards(
+            self.stage("tokens", *SHARD_LISTS), self.tokenizer_digests, self.vocab.layout
+        )
 
     @cached_property
     def vectors(self) -> VectorShards:
@@ -296,7 +305,9 @@ class RunFolder:
     @cached_property
     def bank_tokens(self) -> TokenShards:
         """The documents of the memory bank, as ids, without those that were added."""
-        return TokenShards(self.bank_stage("tokens", *SHARD_LISTS), self.tokenizer_digests)
+        return TokenShards(
+            self.bank_stage("tokens", *SHARD_LISTS), self.tokenizer_digests, self.vocab.layout
+        )
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""

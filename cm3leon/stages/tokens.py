@@ -158,7 +158,7 @@ def make_tokens(run: RunFolder, folder: Path) -> None:
         UserError: if there is not one document to train on.
     """
     share_out(run, folder, make_tokens_part)
-    finish_tokens(folder, len(run.source.parts()))
+    finish_tokens(folder, len(run.source.parts()), run.vocab.layout)
     if not len(TokenShards(folder)):
         lists = sorted((folder / "skipped").glob("*.jsonl"))
         first = next((item for file in lists for item in read_log(file)), None)
@@ -187,7 +187,7 @@ def _tokenized(
     for batch in batches(_documents_of(run, items, split, leave_out)):
         kept: tuple[list[Document], list[TokenDocument]] = ([], [])
         for original, document in zip(batch, token_documents(run, batch), strict=True):
-            length = token_count(document)
+            length = token_count(document, run.vocab.layout)
             if room is not None and length > room:
                 method = run.experiment.packing.method
                 reason = f"takes {length} tokens, packing.method {method} allows {room}"

@@ -108,7 +108,9 @@ class TrainingCorpus:
     @cached_property
     def tokens(self) -> TokenShards:
         """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
-        tokens = TokenShards(self._stage("tokens"), self.run.tokenizer_digests)
+        tokens = TokenShards(
+            self._stage("tokens"), self.run.tokenizer_digests, self.run.vocab.layout
+        )
         room = self.run.seq_len - 2
         if self.run.experiment.packing.query_is_whole and tokens.longest > room:
             raise UserError(
@@ -131,6 +133,7 @@ class TrainingCorpus:
         return TokenShards(
             opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify),
             self.run.tokenizer_digests,
+            self.run.vocab.layout,
         )
 
     def _stage(self, name: str) -> Path:

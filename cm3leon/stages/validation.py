@@ -79,7 +79,7 @@ def validation_documents(run: RunFolder) -> dict[str, list[tuple[int, TokenDocum
         fitting = [
             (row, document)
             for row, document in numbered
-            if sample_length(Sample(document)) <= run.seq_len
+            if sample_length(Sample(document), run.vocab.layout) <= run.seq_len
         ]
         if fitting:
             found[name if names.count(name) == 1 else str(folder)] = fitting
@@ -91,7 +91,7 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
     blocks: list[list[Corrupted]] = [[]]
     for row, document in documents:
         rng = np.random.default_rng([run.experiment.seed, 2, row])
-        laid_out = lay_out(fit(Sample(document), run.seq_len), run.vocab)
+        laid_out = lay_out(fit(Sample(document), run.seq_len, run.vocab.layout), run.vocab)
         sample = run.objective.corrupt(laid_out, rng, run.seq_len)
         if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
             blocks.append([])
@@ -114,9 +114,7 @@ class Drawing:
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._task = TASKS.build(
-            "text_to_image", vocab=run.vocab, image_codes=run.image_tokenizer.grid**2
-        )
+        self._task = TASKS.build("text_to_image", vocab=run.vocab, grid=run.grid)
         validation = run.rows_to_ask("validation")
         self._rows = [
             validation[shuffled(0, place, len(validation))]

@@ -10,6 +10,7 @@ import numpy as np
 
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.layout import UNKNOWN, Grid
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment, UserError
 
@@ -26,10 +27,33 @@ class Task:
     asked_again: bool = False
     """Whether a prompt has many right answers, so that asking it again with another seed tells more."""
 
-    def __init__(self, config: Any, *, vocab: Vocab, image_codes: int) -> None:
+    def __init__(self, config: Any, *, vocab: Vocab, grid: Grid) -> None:
         self.config = config
         self.vocab = vocab
-        self.image_codes = image_codes
+        self.grid = grid
+        self.image_tokens = vocab.layout.image_length(grid)
+
+    def image_prompt(
+        self,
+        ids_T: np.ndarray,
+        unconditional_T: np.ndarray | None = None,
+        partial_T: np.ndarray | None = None,
+    ) -> Prompt:
+        """The prompt for a whole image behind `ids_T`, with its other streams."""
+        return Prompt(
+            ids_T,
+            "image",
+            self.image_tokens,
+            self.vocab.layout.end,
+            unconditional_T,
+            partial_T,
+            closed=self.vocab.layout.row_ends(self.grid[1], 0, self.image_tokens),
+        )
+
+    @property
+    def fresh_image(self) -> TokenSegment:
+        """The image that is asked for, of which there are no codes yet."""
+        return TokenSegment("image", np.empty(0, np.int64), grid=self.grid)
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
         """The prompt that asks for the task's answer to `query`, with retrieved documents before it."""
@@ -50,19 +74,29 @@ class Task:
 
 
 def infilling_prompt(
-    sample: Sample, modality: Modality, span: Span, vocab: Vocab, *, length: int
+    sample: Sample,
+    modality: Modality,
+    span: Span,
+    vocab: Vocab,
+    *,
+    length: int,
+    closed: tuple[int, ...] = (),
 ) -> Prompt:
     """Asks for a span of the query's segment of that modality, by the form that the CM3 objective trains.
 
     The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog" asks with
     `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>` and ends in `<end_of_span>`.
+
+    Args:
+        length: most tokens of the answer.
+        closed: which of them close a row of codes.
     """
     laid_out = lay_out(sample, vocab)
     segment = next(s for s in laid_out.segments if s.is_query and s.modality == modality)
     start, end = segment.start + span[0], segment.start + span[1]
     rotated_T, _ = rotate(laid_out.ids_T, [(start, end)], vocab)
     asked_T = rotated_T[: len(rotated_T) - (end - start) - 1]
-    return Prompt(asked_T, modality, length, vocab.end_of_span)
+    return Prompt(asked_T, modality, length, vocab.end_of_span, closed=closed)
 
 
 def masked(
@@ -83,7 +117,8 @@ def masked(
         )
     segments = list(document.segments)
     for number, place in enumerate(sorted(places), first):
-        segments[place] = replace(segments[place], ids_T=np.array([vocab.sentinel(number)]))
+        mask_T = np.array([vocab.sentinel(number)])
+        segments[place] = replace(segments[place], ids_T=mask_T, grid=UNKNOWN)
     return replace(document, segments=tuple(segments))
 
 

@@ -28,7 +28,7 @@ class Infilling(Task):
 
     @property
     def span(self) -> Span:
-        """Codes [start, end) that are asked for; codes run row by row."""
+        """Tokens [start, end) of the image that are asked for; codes run row by row."""
         raise NotImplementedError
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
@@ -69,7 +69,14 @@ class Infill(Infilling):
 
         def ask(document: TokenDocument) -> Prompt:
             sample, span = Sample(document, tuple(retrieved)), self.span
-            return infilling_prompt(sample, "image", span, self.vocab, length=span[1] - span[0])
+            return infilling_prompt(
+                sample,
+                "image",
+                span,
+                self.vocab,
+                length=span[1] - span[0],
+                closed=self.vocab.layout.row_ends(self.grid[1], *span),
+            )
 
         unguided = without_conditions(query, "image", self.vocab, spans=1)
         return replace(
@@ -78,8 +85,9 @@ class Infill(Infilling):
 
     @property
     def span(self) -> Span:
-        middle = self.image_codes // 2
-        return (0, middle) if self.config.half == "top" else (middle, self.image_codes)
+        rows, columns = self.grid
+        middle = self.vocab.layout.image_length((rows // 2, columns))
+        return (0, middle) if self.config.half == "top" else (middle, self.image_tokens)
 
 
 TASKS.preset("infill_top", of="infill", half="top")

@@ -11,7 +11,7 @@ from cm3leon.config import PositiveInt
 from cm3leon.registry import TASKS
 from cm3leon.tasks.base import Task, masked
 from cm3leon.tasks.prompts import AskedSpan, spans_prompt
-from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.document import prompt_until
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Prompt, Role, Sample, TokenDocument, UserError
 
@@ -48,21 +48,16 @@ class Instruction(Task):
             asked = replace(query, segments=tuple(segments))
             ids_T = spans_prompt(asked, [AskedSpan(place, 0, 1)], retrieved, self.vocab)
             return Prompt(ids_T, "text", self.config.max_tokens, self.vocab.end_of_span)
-        segments[place] = replace(segments[place], ids_T=np.empty(0, np.int64))
+        segments[place] = replace(self.fresh_image, role=segments[place].role)
         asked = replace(query, segments=tuple(segments))
 
         def ask(*masked: Role) -> np.ndarray:
             sample = Sample(with_masks(asked, masked, self.vocab), tuple(retrieved))
-            return lay_out(sample, self.vocab).ids_T[
-                :-1
-            ]  # without the <eos> that would close an empty image
+            return prompt_until(sample, self.vocab)
 
         roles = {segment.role for segment in segments}
-        return Prompt(
+        return self.image_prompt(
             ask(),
-            "image",
-            self.image_codes,
-            self.vocab.eos,
             ask("instruction", "condition"),
             ask("instruction") if "condition" in roles else None,
         )

@@ -18,7 +18,7 @@ import numpy as np
 from cm3leon.config import PositiveInt
 from cm3leon.registry import TASKS
 from cm3leon.tasks.base import Task, without_conditions
-from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.document import prompt_until
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment, UserError
 
 
@@ -83,10 +83,10 @@ class PageTask(Task):
         """Ids of the prompt and of the unconditional stream: the page as far as the answer."""
 
         def until_answer(begun: TokenDocument) -> np.ndarray:
-            empty = TokenSegment(self.answers_in, np.empty(0, np.int64))
+            empty_text = TokenSegment("text", np.empty(0, np.int64))
+            empty = self.fresh_image if self.answers_in == "image" else empty_text
             whole = replace(begun, segments=(*begun.segments, empty))
-            # Without the <eos> that would close the empty answer.
-            return lay_out(Sample(whole, tuple(retrieved)), self.vocab).ids_T[:-1]
+            return prompt_until(Sample(whole, tuple(retrieved)), self.vocab)
 
         given = self.beginning(page)
         unguided = without_conditions(given, self.answers_in, self.vocab)
@@ -106,7 +106,7 @@ class PageImage(PageTask):
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
         ids_T, unconditional_T = self.ask(query, retrieved)
-        return Prompt(ids_T, "image", self.image_codes, self.vocab.eos, unconditional_T)
+        return self.image_prompt(ids_T, unconditional_T)
 
 
 @TASKS.register("page_text")
@@ -137,7 +137,7 @@ class PageText(PageTask):
             ids_T,
             "text",
             self.config.max_tokens,
-            self.vocab.eos,
+            self.vocab.layout.end,
             unconditional_T,
-            also_ends=(self.vocab.brk,),
+            also_ends=self.vocab.layout.before_an_image[:1],
         )

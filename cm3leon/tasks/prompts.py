@@ -12,6 +12,7 @@ import numpy as np
 from cm3leon.objectives.cm3 import rotate
 from cm3leon.tasks.base import without_conditions
 from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.layout import Layout
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
@@ -95,7 +96,13 @@ def fill(
 
 
 def box_spans(
-    box: tuple[int, int, int, int], *, segment: int, grid: int, width: int, height: int
+    box: tuple[int, int, int, int],
+    *,
+    segment: int,
+    grid: int,
+    width: int,
+    height: int,
+    layout: Layout,
 ) -> list[AskedSpan]:
     """The codes of an image that a box of its pixels touches, as spans: one for each row of codes, in order.
 
@@ -106,6 +113,7 @@ def box_spans(
         box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
         grid: codes of a row, and rows.
         width, height: of the image in pixels.
+        layout: which says whether rows of codes are closed.
 
     Raises:
         UserError: for a box that is empty or leaves the square.
@@ -129,6 +137,7 @@ def box_spans(
 
     first, last = code(left, width, up=False), code(right, width, up=True)
     rows = range(code(top, height, up=False), code(bottom, height, up=True))
+    stride = layout.image_length((1, grid))
     if (first, last) == (0, grid):
-        return [AskedSpan(segment, rows.start * grid, rows.stop * grid)]
-    return [AskedSpan(segment, row * grid + first, row * grid + last) for row in rows]
+        return [AskedSpan(segment, rows.start * stride, rows.stop * stride)]
+    return [AskedSpan(segment, row * stride + first, row * stride + last) for row in rows]

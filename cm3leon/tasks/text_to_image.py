@@ -10,7 +10,7 @@ import numpy as np
 
 from cm3leon.registry import TASKS
 from cm3leon.tasks.base import Task, required, with_segment
-from cm3leon.tokenizers.document import lay_out
+from cm3leon.tokenizers.document import prompt_until
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment
 
 
@@ -29,27 +29,25 @@ class TextToImage(Task):
 
         unconditional_documents: Literal["keep", "drop"] = "keep"
         """Whether the unconditional stream sees the retrieved documents."""
+        unconditional_text: Literal["mask", "none"] = "mask"
+        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all."""
 
     config: Config
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
         caption = required(query, "text")
         mask = TokenSegment("text", np.array([self.vocab.sentinel(0)]))
-        unconditional = retrieved if self.config.unconditional_documents == "keep" else ()
-        return Prompt(
-            self._ask(query.id, caption, retrieved),
-            "image",
-            self.image_codes,
-            self.vocab.eos,
-            self._ask(query.id, mask, unconditional),
+        others = retrieved if self.config.unconditional_documents == "keep" else ()
+        nothing = (mask,) if self.config.unconditional_text == "mask" else ()
+        return self.image_prompt(
+            self._ask(query.id, (caption,), retrieved), self._ask(query.id, nothing, others)
         )
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
         return with_segment(query, "image", answer_T)
 
-    def _ask(self, id_: str, text: TokenSegment, retrieved: Sequence[TokenDocument]) -> np.ndarray:
-        no_image = TokenSegment("image", np.empty(0, np.int64))
-        asked = Sample(TokenDocument(id_, (text, no_image)), tuple(retrieved))
-        return lay_out(asked, self.vocab).ids_T[
-            :-1
-        ]  # without the <eos> that would close an empty image
+    def _ask(
+        self, id_: str, before: Sequence[TokenSegment], retrieved: Sequence[TokenDocument]
+    ) -> np.ndarray:
+        asked = TokenDocument(id_, (*before, self.fresh_image))
+        return prompt_until(Sample(asked, tuple(retrieved)), self.vocab)

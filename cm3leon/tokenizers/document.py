@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cm3leon.tokenizers.layout import Layout
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Role, Sample, TokenDocument, TokenSegment
@@ -32,40 +34,52 @@ class LaidOut:
 
 
 def lay_out(sample: Sample, vocab: Vocab) -> LaidOut:
-    """A sample as ids: `<eos>` opens and closes it, `<break>` stands between segments and between documents.
+    """A sample as ids, by the vocabulary's layout.
 
-    None stands before a joined segment.
-
-    A retrieved document "a cat" + I4 I7 and the query "a dog" + I2 I9 make
+    By the paper's, `<eos>` opens and closes it, and `<break>` stands between segments and between documents; none
+    stands before a joined segment. A retrieved document "a cat" + I4 I7 and the query "a dog" + I2 I9 make
     `<eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>`.
     """
-    pieces = [np.array([vocab.eos])]
+    layout = vocab.layout
+    pieces: list[Sequence[int] | np.ndarray] = [[layout.begin]]
     segments: list[SegmentSpan] = []
     position = 1
     for document in (*sample.retrieved, sample.query):
+        between: tuple[int, ...] = layout.between_documents if segments else ()
         for segment in document.segments:
-            if segments and not segment.joined:
-                pieces.append(np.array([vocab.brk]))
-                position += 1
-            end = position + len(segment.ids_T)
-            segments.append(
-                SegmentSpan(position, end, segment.modality, document is sample.query, segment.role)
-            )
-            pieces.append(segment.ids_T)
-            position = end
-    pieces.append(np.array([vocab.eos]))
+            before = (*between, *layout.opening(segment)) if not segment.joined else ()
+            behind = layout.closing(segment)
+            start = position + len(before)
+            end = start + len(segment.ids_T)
+            is_query = document is sample.query
+            segments.append(SegmentSpan(start, end, segment.modality, is_query, segment.role))
+            pieces += [before, segment.ids_T, behind]
+            position = end + len(behind)
+            between = layout.between_segments
+    pieces.append([layout.end])
     return LaidOut(np.concatenate(pieces).astype(np.int64), tuple(segments))
 
 
-def token_count(document: TokenDocument) -> int:
-    """Tokens of a document's segments and the breaks between them."""
-    apart = sum(not segment.joined for segment in document.segments)
-    return sum(len(segment.ids_T) for segment in document.segments) + apart - 1
+def prompt_until(sample: Sample, vocab: Vocab) -> np.ndarray:
+    """Ids (T,) of a sample as far as its last segment, which is asked for: with what opens that, and without it."""
+    laid_out = lay_out(sample, vocab)
+    return laid_out.ids_T[: laid_out.segments[-1].start]
 
 
-def sample_length(sample: Sample) -> int:
+def token_count(document: TokenDocument, layout: Layout) -> int:
+    """Tokens of a document: its segments, what stands around them, and what stands between them."""
+    count = 0
+    for number, segment in enumerate(document.segments):
+        apart = len(layout.between_segments) if number and not segment.joined else 0
+        around = len(layout.opening(segment)) + len(layout.closing(segment))
+        count += len(segment.ids_T) + apart + around
+    return count
+
+
+def sample_length(sample: Sample, layout: Layout) -> int:
     """Length of `lay_out(sample)` without building it."""
-    return 2 + sum(token_count(d) + 1 for d in (*sample.retrieved, sample.query)) - 1
+    documents = sum(token_count(document, layout) for document in (*sample.retrieved, sample.query))
+    return 2 + documents + len(sample.retrieved) * len(layout.between_documents)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cm3leon.config import PositiveInt, Range
 from cm3leon.io import write_json
 from cm3leon.permissions import check_readable
-from cm3leon.tokenizers.vocab import SPECIALS
+from cm3leon.tokenizers.layout import SPECIALS
 from cm3leon.types import UserError
 
 BYTES = 256

@@ -1,6 +1,6 @@
 """The one vocabulary of text pieces, image codes and sentinels. No other file knows an id range.
 
-    [0, text_size)                       text, beginning with <pad> <eos> <break> <end_of_span>
+    [0, text_size)                       text, beginning with <pad> <eos> <break> <end_of_span> and other specials
     [text_size, + image_size)            image codes
     [.., + sentinels)                    <mask:0> <mask:1> ...
     [.., size)                           reserved, up to the next power of two
@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from cm3leon.tokenizers.layout import (
+    BREAK,
+    END_OF_SPAN,
+    EOS,
+    PAD,
+    PAPER,
+    SPECIALS,
+    Grid,
+    Layout,
+    square_grid,
+)
 from cm3leon.types import Modality, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
 
 Kind = Literal["special", "text", "image", "sentinel", "reserved"]
 """What an id stands for."""
@@ -31,7 +40,7 @@ Ids = TypeVar("Ids", np.ndarray, "Tensor")
 
 @dataclass(frozen=True)
 class Vocab:
-    """Id ranges. `text_size` counts the four special tokens; sizes are numbers of ids.
+    """Id ranges, and the layout of sequences in them. Sizes are numbers of ids; `text_size` counts the `specials`.
 
     >>> Vocab(text_size=56_320, image_size=8_192).size
     65536
@@ -40,16 +49,19 @@ class Vocab:
     text_size: int
     image_size: int
     sentinels: int = 512
+    specials: int = len(SPECIALS)
+    """Ids at the beginning of the text's that are no pieces: no text holds them, and none is drawn as one."""
+    layout: Layout = PAPER
 
-    pad = 0
-    eos = 1
-    brk = 2
-    end_of_span = 3
+    pad = PAD
+    eos = EOS
+    brk = BREAK
+    end_of_span = END_OF_SPAN
 
     def __post_init__(self) -> None:
-        if self.text_size <= len(SPECIALS) or self.image_size < 1 or self.sentinels < 1:
+        if self.text_size <= self.specials or self.image_size < 1 or self.sentinels < 1:
             raise UserError(
-                f"a vocabulary needs more than {len(SPECIALS)} text ids, an image code and a sentinel, "
+                f"a vocabulary needs more than {self.specials} text ids, an image code and a sentinel, "
                 f"got {self.text_size}, {self.image_size}, {self.sentinels}"
             )
 
@@ -88,7 +100,7 @@ class Vocab:
 
     def kind(self, id_: int) -> Kind:
         """What an id stands for."""
-        if id_ < len(SPECIALS):
+        if id_ < self.specials:
             return "special"
         if id_ < self.image_start:
             return "text"
@@ -108,15 +120,21 @@ class Vocab:
         """Boolean array: which ids are sentinels."""
         return (ids >= self.sentinel_start) & (ids < self.used)
 
-    def image_ids(self, codes: np.ndarray) -> np.ndarray:
-        """Codes 0.. of the image tokenizer as ids, same shape, int64."""
-        return np.asarray(codes, dtype=np.int64) + self.image_start
+    def image_ids(self, codes: np.ndarray, grid: Grid | None = None) -> np.ndarray:
+        """Codes 0.. (..., N) of images as ids (..., T), int64: as many, and one behind each row if the layout says so.
+
+        Args:
+            grid: rows and columns of an image; None = it is square.
+        """
+        ids = np.asarray(codes, dtype=np.int64) + self.image_start
+        return self.layout.closed_rows(ids, grid or square_grid(ids.shape[-1]))
 
     def image_codes(self, ids: np.ndarray) -> np.ndarray:
         """Inverse of `image_ids`. Raises ValueError for an id that is no image code."""
-        if not self.is_image(np.asarray(ids)).all():
+        ids = self.layout.open_rows(np.asarray(ids, dtype=np.int64))
+        if not self.is_image(ids).all():
             raise ValueError("ids outside the image range cannot become image codes")
-        return np.asarray(ids, dtype=np.int64) - self.image_start
+        return ids - self.image_start
 
     def sentinel_numbers(self, ids: np.ndarray) -> np.ndarray:
         """Inverse of `sentinel`, same shape, int64. Raises ValueError for an id that is no sentinel."""
@@ -140,7 +158,7 @@ class Vocab:
     def id_range(self, modality: Modality) -> tuple[int, int]:
         """First id, and one past the last, of the content tokens of a modality."""
         return (
-            (len(SPECIALS), self.text_size)
+            (self.specials, self.text_size)
             if modality == "text"
             else (self.image_start, self.sentinel_start)
         )

@@ -19,7 +19,8 @@ from cm3leon.evaluation.report import numbers
 from cm3leon.evaluation.report.page import Cell, Picture, Table, fill, write_page
 from cm3leon.objectives.cm3 import Span
 from cm3leon.tokenizers.document import LaidOut, SegmentSpan
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.layout import SPECIALS
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Block
 
 Kind = Literal["text", "image", "break", "eos", "mask", "end", "pad"]
@@ -71,7 +72,7 @@ class Names:
             case "mask":
                 return mask_name(int(self.vocab.sentinel_numbers(np.array(id_))))
             case _:
-                return SPECIALS[id_]
+                return SPECIALS[id_] if id_ < len(SPECIALS) else f"<special:{id_}>"
 
     def run(self, ids_T: np.ndarray) -> str:
         """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`, others by name."""

@@ -27,7 +27,7 @@ class InfillMiddle(Infilling):
         """How much is missing."""
 
         share: Probability = 0.5
-        """Share of the image's codes that is asked for; one code at least."""
+        """Share of the image's tokens that is asked for; one at least."""
 
     config: Config
 
@@ -43,10 +43,11 @@ class InfillMiddle(Infilling):
         asked_T = ids_T[
             : len(ids_T) - (end - start) - 1
         ]  # without the answer and the <eos> behind it
-        return Prompt(asked_T, "image", end - start, self.vocab.eos)
+        closed = self.vocab.layout.row_ends(self.grid[1], start, end)
+        return Prompt(asked_T, "image", end - start, self.vocab.layout.end, closed=closed)
 
     @property
     def span(self) -> Range:
-        missing = max(1, round(self.config.share * self.image_codes))
-        start = (self.image_codes - missing) // 2
+        missing = max(1, round(self.config.share * self.image_tokens))
+        start = (self.image_tokens - missing) // 2
         return start, start + missing

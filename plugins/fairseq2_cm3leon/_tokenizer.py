@@ -13,8 +13,9 @@ from fairseq2.data.tokenizers import TokenDecoder, TokenEncoder, Tokenizer, Voca
 from torch import Tensor
 
 from cm3leon.config import PositiveInt, from_mapping
+from cm3leon.tokenizers.layout import SPECIALS
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3leon.tokenizers.vocab import SPECIALS, Vocab
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
 
 MODES = {

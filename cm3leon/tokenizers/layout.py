@@ -1,0 +1,124 @@
+"""What stands beside texts and images in a sequence: data, so that another family's sequences need no code.
+
+paper      <eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>
+Chameleon  <s> a cat <break> I4 I7 <end_of_span> <next> a dog <break> I2 I9 <end_of_span> </s>
+with rows  <s> a dog <break> <1> <2> I2 I9 <row> I5 I6 <row> <end_of_span> </s>
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cm3leon.types import TokenSegment
+
+PAD, EOS, BREAK, END_OF_SPAN = range(4)
+SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
+"""Names of the special tokens that every vocabulary begins with."""
+
+Grid = tuple[int, int]
+"""Rows and columns of an image's codes."""
+UNKNOWN: Grid = (0, 0)
+"""The grid of an image that is masked: its size is not said."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ids that stand beside those of texts and images; the defaults are the paper's (section 2.1, figures 8 and 9)."""
+
+    begin: int = EOS
+    """Opens a sample."""
+    end: int = EOS
+    """Closes a sample."""
+    between_segments: tuple[int, ...] = (BREAK,)
+    """Between the segments of a document."""
+    between_documents: tuple[int, ...] = (BREAK,)
+    """Between the documents of a sample."""
+    image_open: tuple[int, ...] = ()
+    """In front of an image."""
+    image_close: tuple[int, ...] = ()
+    """Behind an image."""
+    row_close: int | None = None
+    """Behind each row of an image's codes; None = rows are not marked."""
+    sizes: Mapping[Grid, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Behind `image_open`, by the image's rows and columns; as many ids for each. Empty = sizes are not said."""
+
+    @property
+    def around_image(self) -> int:
+        """Ids in front of an image and behind it."""
+        size = len(next(iter(self.sizes.values()), ()))
+        return len(self.image_open) + size + len(self.image_close)
+
+    @property
+    def before_an_image(self) -> tuple[int, ...]:
+        """Ids between a text and the image behind it; the first of them ends the text."""
+        return (*self.between_segments, *self.image_open)
+
+    def opening(self, segment: TokenSegment) -> tuple[int, ...]:
+        """Ids in front of a segment; none for one that goes on with what stands before it.
+
+        Raises:
+            ValueError: for an image of a size that has no ids.
+        """
+        if segment.modality == "text" or segment.joined:
+            return ()
+        grid = segment.grid or self.grid_of(segment.ids_T)
+        if not self.sizes or grid == UNKNOWN:
+            return self.image_open
+        if grid not in self.sizes:
+            raise ValueError(f"images of {grid[0]} x {grid[1]} codes have no ids of their size")
+        return (*self.image_open, *self.sizes[grid])
+
+    def closing(self, segment: TokenSegment) -> tuple[int, ...]:
+        """Ids behind a segment."""
+        return () if segment.modality == "text" else self.image_close
+
+    def grid_of(self, ids_T: np.ndarray) -> Grid:
+        """Rows and columns of an image by its ids; where rows are not closed it is taken to be square."""
+        if self.row_close is None:
+            return square_grid(len(ids_T))
+        ends = np.flatnonzero(ids_T == self.row_close)
+        return (len(ends), int(ends[0])) if len(ends) else UNKNOWN
+
+    def image_length(self, grid: Grid) -> int:
+        """Ids of an image of that size, without those around it."""
+        rows, columns = grid
+        return rows * (columns + (self.row_close is not None))
+
+    def closed_rows(self, ids: np.ndarray, grid: Grid) -> np.ndarray:
+        """Ids of images (..., T) from those of their codes (..., N): the same, or each row closed."""
+        if self.row_close is None:
+            return ids
+        rows = ids.reshape(*ids.shape[:-1], *grid)
+        ends = np.full((*rows.shape[:-1], 1), self.row_close)
+        return np.concatenate([rows, ends], -1).reshape(*ids.shape[:-1], -1)
+
+    def open_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Ids of the codes alone (..., N); the inverse of `closed_rows`."""
+        if self.row_close is None:
+            return ids
+        return ids[ids != self.row_close].reshape(*ids.shape[:-1], -1)
+
+    def row_ends(self, columns: int, start: int, end: int) -> tuple[int, ...]:
+        """Which of an image's ids [start, end), counted from `start`, close a row of so many columns.
+
+        >>> Layout(row_close=9).row_ends(2, 1, 6)
+        (1, 4)
+        """
+        if self.row_close is None:
+            return ()
+        return tuple(
+            place - start for place in range(start, end) if place % (columns + 1) == columns
+        )
+
+
+def square_grid(codes: int) -> Grid:
+    """Rows and columns of a square image of so many codes."""
+    side = math.isqrt(codes)
+    return side, side
+
+
+PAPER = Layout()
