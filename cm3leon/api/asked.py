@@ -361,7 +361,7 @@ class AskedRun:
     @property
     def has_clip(self) -> bool:
         """Whether the run's retriever has a CLIP, whose cosines rank samples."""
-        return bool(self.run.retriever.encoder.joint)
+        return self.run.has_retriever and bool(self.run.retriever.encoder.joint)
 
     @checked
     def clip_scores(self, text: Text, codes_BN: np.ndarray) -> np.ndarray:

@@ -77,7 +77,8 @@ def described(options: type) -> list[FieldDoc]:
     """The options of a command: those that it needs, its own, then those that it has in common with others."""
 
     def rank(doc: FieldDoc) -> tuple[bool, int]:
-        classes = [cls for cls in options.__mro__ if doc.name in inspect.get_annotations(cls)]
+        names = {doc.name, f"{doc.name}_"}
+        classes = [cls for cls in options.__mro__ if names & inspect.get_annotations(cls).keys()]
         return doc.default != "required", options.__mro__.index(classes[0])
 
     return sorted(describe(options), key=rank)

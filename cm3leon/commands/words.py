@@ -19,6 +19,7 @@ from cm3leon.config import (
     component_sections,
     describe,
     from_mapping,
+    key_of,
     parse_override,
 )
 from cm3leon.paths import check_folder, path_of
@@ -145,7 +146,7 @@ def read_options(command: Command, words: Sequence[str]) -> Any:
         words, overrides = _split(words, cls)
     sections = component_sections(cls)
     mapping = apply_overrides({}, map(parse_override, words), sections)
-    known = [field.name for field in fields(cls)]
+    known = [key_of(field) for field in fields(cls)]
     mapping = {current_name(name, known): value for name, value in mapping.items()}
 
     # A component may be that of a plugin named with it.

@@ -48,6 +48,7 @@ from cm3leon.config.schema import (
     Seed,
     Temperature,
     component_sections,
+    key_of,
 )
 from cm3leon.config.values import LEGEND, Choice, Interval, parse_lists, parse_values
 
@@ -81,6 +82,7 @@ __all__ = [
     "describe",
     "dump_yaml",
     "from_mapping",
+    "key_of",
     "load_yaml",
     "nearest",
     "parse_lists",

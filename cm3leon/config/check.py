@@ -22,6 +22,7 @@ from cm3leon.config.schema import (
     hints_of,
     is_required,
     is_union,
+    key_of,
     nested_dataclass,
 )
 from cm3leon.paths import path_of
@@ -52,17 +53,19 @@ def from_mapping(
     if not isinstance(mapping, Mapping):
         raise _not_allowed(where, mapping, "a section of key: value")
     hints = hints_of(cls)
+    keys = [key_of(field) for field in dataclasses.fields(cls)]
     mistakes = [
-        f"{_join(where, key)} is not a known key; {choices(str(key), hints)}"
+        f"{_join(where, key)} is not a known key; {choices(str(key), keys)}"
         for key in mapping
-        if key not in hints
+        if key not in keys
     ]
     objections: list[str] = []
     values = {}
     for field in dataclasses.fields(cls):
-        path = _join(where, field.name)
-        if field.name in mapping:
-            value = _with_default_name(field, hints[field.name], mapping[field.name])
+        key = key_of(field)
+        path = _join(where, key)
+        if key in mapping:
+            value = _with_default_name(field, hints[field.name], mapping[key])
             try:
                 values[field.name] = _convert(hints[field.name], value, path, objections)
             except UserError as error:

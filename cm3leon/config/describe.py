@@ -26,6 +26,7 @@ from cm3leon.config.schema import (
     hints_of,
     is_required,
     is_union,
+    key_of,
     nested_dataclass,
 )
 
@@ -51,7 +52,7 @@ def describe(cls: type, defaults: Mapping[str, Any] | None = None) -> list[Field
 def _describe(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[FieldDoc]:
     hints, sentences = hints_of(cls), _sentences(cls)
     for field in dataclasses.fields(cls):
-        annotation, name = hints[field.name], prefix + field.name
+        annotation, name = hints[field.name], prefix + key_of(field)
         nested = nested_dataclass(annotation)
         if field.name in defaults and not nested:
             default = shown(to_mapping(defaults[field.name]))

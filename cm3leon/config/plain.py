@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from cm3leon.config.schema import Component, Location, NoEffect, hints_of
+from cm3leon.config.schema import Component, Location, NoEffect, hints_of, key_of
 
 M = TypeVar("M")
 
@@ -23,7 +23,7 @@ def to_mapping(config: Any) -> Any:
         return {"name": config.name, **to_mapping(config.config)}
     if dataclasses.is_dataclass(config):
         return {
-            field.name: to_mapping(getattr(config, field.name))
+            key_of(field): to_mapping(getattr(config, field.name))
             for field in dataclasses.fields(config)
         }
     if isinstance(config, Mapping):

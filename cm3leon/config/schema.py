@@ -107,6 +107,11 @@ def hints_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """The key of a field: its name, less the underscore of one that would be a word of Python, as `from_`."""
+    return field.name.removesuffix("_")
+
+
 def component_sections(cls: type) -> frozenset[str]:
     """Dotted paths of the component fields of a config class; `*` stands for the index in a list of components."""
     paths = set()

@@ -18,7 +18,7 @@ from cm3leon.data.source import Source
 from cm3leon.data.token_shards import Tokenizers, TokenShard, TokenShards
 from cm3leon.digests import path_digest
 from cm3leon.experiment import Experiment, ShardsConfig
-from cm3leon.io import digest_of, read_json, read_log, sha256
+from cm3leon.io import digest_of, digest_of_parts, read_json, read_log, sha256
 from cm3leon.models.base import Model
 from cm3leon.objectives.base import Objective
 from cm3leon.records import MARKER, check_stage, read_array, read_stage
@@ -28,8 +28,8 @@ from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.vectors import VectorShards
 from cm3leon.tokenizers.document import DocumentTokenizer, token_count
 from cm3leon.tokenizers.image.base import ImageTokenizer
-from cm3leon.tokenizers.layout import Grid
-from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.tokenizers.layout import Grid, LayoutTable
+from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, layout_table
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import load_weights
 from cm3leon.training.distributed import Ranks
@@ -170,10 +170,23 @@ class RunFolder:
     @cached_property
     def vocab(self) -> Vocab:
         """The common vocabulary."""
-        image_size = self.image_tokenizer_shape.codebook_size
+        table = self._layout_table()
         return Vocab(
-            self.experiment.text_tokenizer.vocab_size, image_size, self.experiment.sentinels
+            self.experiment.text_tokenizer.vocab_size,
+            self.image_tokenizer_shape.codebook_size,
+            self.experiment.sentinels,
+            len(table.specials),
+            table.layout,
         )
+
+    def _layout_table(self) -> LayoutTable:
+        """What stands beside this run's text tokenizer, or the one that it is to take over."""
+        for folder in (self.folder, self.reused):
+            place = folder and folder / "text_tokenizer"
+            if place and (place / LAYOUT).is_file():
+                opened_stage(place, LAYOUT, verify=self.verify, finished=False)
+                return layout_table(place)
+        return LayoutTable()
 
     @cached_property
     def grid(self) -> Grid:
@@ -189,8 +202,12 @@ class RunFolder:
     @cached_property
     def tokenizer_digests(self) -> Tokenizers:
         """What token shards say of the tokenizers that make them."""
+        text = self.stage("text_tokenizer", TOKENIZER)
+        digest = sha256(text / TOKENIZER)
+        if (text / LAYOUT).is_file():
+            digest = digest_of_parts([digest, sha256(text / LAYOUT)])
         return Tokenizers(
-            text=sha256(self.stage("text_tokenizer", TOKENIZER) / TOKENIZER),
+            text=digest,
             image=sha256(self.stage("image_tokenizer", WEIGHTS) / WEIGHTS),
             text_size=self.vocab.text_size,
             image_size=self.vocab.image_size,
@@ -227,6 +244,11 @@ class RunFolder:
                 "raise it, or give more or shorter documents"
             )
         return rows
+
+    @property
+    def has_retriever(self) -> bool:
+        """Whether there is an encoder; a run whose weights were made elsewhere has none."""
+        return (self.folder / ENCODER).is_file()
 
     @cached_property
     def retriever(self) -> Retriever:
@@ -366,8 +388,11 @@ class RunFolder:
             "model": _recorded(self.folder / "pretraining", WEIGHTS),
             "text tokenizer": _recorded(self.folder / "text_tokenizer", TOKENIZER),
             "image tokenizer": _recorded(self.folder / "image_tokenizer", WEIGHTS),
-            "encoder": _recorded(self.folder / "retriever", WEIGHTS),
         }
+        if self.has_retriever:
+            parts["encoder"] = _recorded(self.folder / "retriever", WEIGHTS)
+        if (self.folder / "text_tokenizer" / LAYOUT).is_file():
+            parts["layout"] = _recorded(self.folder / "text_tokenizer", LAYOUT)
         if not with_bank:
             return parts
         stages = ("tokens", "vectors", "index")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.run_folder import TEXT_TOKENIZER, RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
-from cm3leon.tokenizers.text import TextTokenizer, unicode_text
+from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, unicode_text
 from cm3leon.types import Document, UserError
 
 TRAINED_ON = "trained_on.json"
@@ -49,7 +50,10 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
     """
     config = run.experiment.text_tokenizer
     if run.reused is not None:
-        TextTokenizer.load(run.reused_file(TEXT_TOKENIZER).parent, config).save(folder)
+        reused = run.reused_file(TEXT_TOKENIZER).parent
+        TextTokenizer.load(reused, config).save(folder)
+        if (reused / LAYOUT).is_file():
+            shutil.copyfile(run.reused_file(f"text_tokenizer/{LAYOUT}"), folder / LAYOUT)
         return
     sample = Sample()
     texts = (
@@ -162,7 +166,7 @@ STAGE = Stage(
     make=make_text_tokenizer,
     needs=("documents",),
     settings=recorded("text_tokenizer", "text_data", "split", "seed", "shards"),
-    results=("tokenizer.json",),
+    results=("tokenizer.json", LAYOUT),
 )
 
 

@@ -8,12 +8,14 @@ with rows  <s> a dog <break> <1> <2> I2 I9 <row> I5 I6 <row> <end_of_span> </s>
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
-from cm3leon.types import TokenSegment
+from cm3leon.types import TokenSegment, UserError
 
 PAD, EOS, BREAK, END_OF_SPAN = range(4)
 SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
@@ -113,6 +115,62 @@ class Layout:
         return tuple(
             place - start for place in range(start, end) if place % (columns + 1) == columns
         )
+
+
+@dataclass(frozen=True)
+class LayoutTable:
+    """A layout by the names of its tokens, as a file beside the text tokenizer has it."""
+
+    specials: tuple[str, ...] = SPECIALS
+    """Names of the ids at the beginning of the vocabulary; `SPECIALS` come first."""
+    layout: Layout = field(default_factory=Layout)
+
+    @classmethod
+    def from_names(cls, content: Mapping[str, Any], where: str) -> LayoutTable:
+        """The table of a JSON object: `specials`, and the fields of `Layout` with names in the place of ids.
+
+        The keys of `sizes` are written as 16x16, rows first.
+
+        Raises:
+            UserError: for a field that is not known, a name that is no special token, or sizes of unequal length.
+        """
+        names = content.get("specials")
+        if not isinstance(names, list) or tuple(names[: len(SPECIALS)]) != SPECIALS:
+            raise UserError(
+                f"{where}: specials must be a list that begins with {', '.join(SPECIALS)}"
+            )
+        number = {name: id_ for id_, name in enumerate(names)}
+
+        def id_of(name: Any, key: str) -> int:
+            if name not in number:
+                raise UserError(f"{where}: {key} names {name!r}, which is not among its specials")
+            return number[name]
+
+        given: dict[str, Any] = {}
+        for key, value in content.items():
+            if key == "specials":
+                continue
+            if key not in {each.name for each in fields(Layout)}:
+                raise UserError(f"{where}: {key} is not known")
+            if key == "sizes":
+                given[key] = {
+                    _grid(text, where): tuple(id_of(name, key) for name in tokens)
+                    for text, tokens in value.items()
+                }
+            elif isinstance(value, list):
+                given[key] = tuple(id_of(name, key) for name in value)
+            else:
+                given[key] = None if value is None else id_of(value, key)
+        if len({len(tokens) for tokens in given.get("sizes", {}).values()}) > 1:
+            raise UserError(f"{where}: sizes must have as many tokens for each size")
+        return cls(tuple(names), Layout(**given))
+
+
+def _grid(text: str, where: str) -> Grid:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"{where}: sizes has {text!r}; it must be rows x columns, as in 16x16")
+    return int(match[1]), int(match[2])
 
 
 def square_grid(codes: int) -> Grid:

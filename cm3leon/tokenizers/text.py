@@ -13,13 +13,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from cm3leon.config import PositiveInt, Range
-from cm3leon.io import write_json
+from cm3leon.io import read_json, write_json
 from cm3leon.permissions import check_readable
-from cm3leon.tokenizers.layout import SPECIALS
+from cm3leon.tokenizers.layout import SPECIALS, LayoutTable
 from cm3leon.types import UserError
 
 BYTES = 256
 FILE = "tokenizer.json"
+LAYOUT = "layout.json"
+"""Beside it where its special tokens and the layout of sequences are not the paper's."""
 
 STRETCH = 1 << 16
 """Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""
@@ -49,9 +51,12 @@ class TextTokenizer:
     A lone surrogate, which JSON can smuggle into a Python string but no Unicode text may hold, counts as U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, specials: Sequence[str] = SPECIALS
+    ) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self.specials = tuple(specials)
 
     @classmethod
     def train(cls, config: TextTokenizerConfig, texts: Iterable[str]) -> TextTokenizer:
@@ -94,7 +99,8 @@ class TextTokenizer:
             raise UserError(
                 f"text_tokenizer: {path} is damaged or no tokenizer.json: {error}"
             ) from error
-        problem = _problem(tokenizer)
+        specials = layout_table(folder).specials
+        problem = _problem(tokenizer, specials)
         if problem:
             raise UserError(
                 f"text_tokenizer: {path} is no tokenizer of this project: {problem}; train one here"
@@ -104,7 +110,7 @@ class TextTokenizer:
                 f"text_tokenizer.vocab_size: {path} has {tokenizer.get_vocab_size()} pieces, "
                 f"at most {config.vocab_size} are allowed by the config"
             )
-        return cls(tokenizer, config.vocab_size)
+        return cls(tokenizer, config.vocab_size, specials)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, the library's standard format, and what transformers' `AutoTokenizer` asks for.
@@ -139,7 +145,7 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens and ids without a piece are left out, broken UTF-8 becomes U+FFFD."""
-        kept = [int(i) for i in ids if len(SPECIALS) <= i < self.pieces]
+        kept = [int(i) for i in ids if len(self.specials) <= i < self.pieces]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
@@ -156,6 +162,12 @@ class TextTokenizer:
         if None in ids:
             raise UserError(f"{tokens[ids.index(None)]!r} is no token of this tokenizer")
         return np.asarray(ids, dtype=np.int64)
+
+
+def layout_table(folder: Path) -> LayoutTable:
+    """The special tokens and the layout that stand beside a text tokenizer; without a file, the paper's."""
+    file = folder / LAYOUT
+    return LayoutTable.from_names(read_json(file), str(file)) if file.is_file() else LayoutTable()
 
 
 def unicode_text(text: str) -> str:
@@ -243,21 +255,20 @@ _PROBE = "".join(
 """All bytes that UTF-8 has, and what normalisers change."""
 
 
-def _problem(tokenizer: Tokenizer) -> str | None:
+def _problem(tokenizer: Tokenizer, specials: Sequence[str]) -> str | None:
     """Why the tokenizer does not keep what `TextTokenizer` promises, None if it does."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
         return f"its model is {model['type']}, not BPE"
-    if [model["vocab"].get(special) for special in SPECIALS] != list(range(len(SPECIALS))):
-        return f"ids 0 to {len(SPECIALS) - 1} are not {' '.join(SPECIALS)}"
+    if [model["vocab"].get(special) for special in specials] != list(range(len(specials))):
+        return f"ids 0 to {len(specials) - 1} are not {' '.join(specials)}"
     if sorted(model["vocab"].values()) != list(range(len(model["vocab"]))):
         return "its ids have gaps"
     if content["added_tokens"]:
         return f"it recognises {content['added_tokens'][0]['content']} inside any text as a token"
-    if model["ignore_merges"] or not {"".join(merge) for merge in model["merges"]}.isdisjoint(
-        SPECIALS
-    ):
+    merged = {"".join(merge) for merge in model["merges"]}
+    if model["ignore_merges"] or not merged.isdisjoint(specials):
         return "its merges can make a special token of text"
     if (
         tokenizer.decode(

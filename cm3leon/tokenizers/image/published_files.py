@@ -33,9 +33,9 @@ class Stored:
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
-    def read(self) -> Tensor:
-        """Its values in float32, in memory of their own: a mapped file would change under a model that shares it."""
-        return self.load().to(torch.float32, copy=True)
+    def read(self, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Its values in that precision, None = its own; in memory of their own, as a mapped file may change."""
+        return self.load().to(dtype, copy=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,269 @@
+"""Public weights as a run folder, which everything that takes a run then takes.
+
+The folder holds three finished stages: the text tokenizer, renumbered into this project's order of ids, the image
+tokenizer, and the decoder, whose tables have their rows in that order. `import.json` says what they were made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cm3leon.config import from_mapping, to_mapping
+from cm3leon.digests import files_digest
+from cm3leon.experiment import Experiment
+from cm3leon.io import digest_of, read_json, write_json
+from cm3leon.models.chameleon import from_chameleon_config, from_chameleon_state
+from cm3leon.registry import MODELS
+from cm3leon.stages.folders import make_result
+from cm3leon.stages.run_folder import (
+    GEOMETRY,
+    IMAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    TOKENIZER,
+    WEIGHTS,
+    RunFolder,
+)
+from cm3leon.stages.running import write_config
+from cm3leon.stages.stage import StageRecord
+from cm3leon.stages.table import stages_of
+from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
+from cm3leon.tokenizers.image.published_files import Weights, open_weights
+from cm3leon.tokenizers.text import LAYOUT, TextTokenizer
+from cm3leon.tokenizers.vocab import Vocab
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.types import UserError
+from cm3leon.weights import check_finite, check_fit
+
+IMPORT = "import.json"
+"""What a run folder was imported from, and under which licence."""
+IMAGE_ENCODER = "model.vqmodel."
+"""Tensors of a Hugging Face folder that the image tokenizer's own file has as well, with a decoder."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A Hugging Face folder of a family's decoder."""
+
+    folder: Path
+    family: Family
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Its tensors, which are read when they are asked for."""
+        return open_weights(self.folder)
+
+    @cached_property
+    def vocab(self) -> PublishedVocab:
+        """Its vocabulary in our order. Raises UserError for a tokenizer.json that is not of the family."""
+        file = self.folder / TOKENIZER
+        if not file.is_file():
+            raise UserError(f"hf: {file} does not exist; it is a part of what is published")
+        return renumbered(read_json(file), self.family, f"hf: {file}")
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """The section `model` of the decoder. Raises UserError for one of another shape."""
+        file = self.folder / "config.json"
+        defaults = {"rope_theta": 10_000.0, "num_key_value_heads": None, "swin_norm": False}
+        known = {**_DEFAULTS, **defaults, **self.weights.settings}
+        try:
+            fields = from_chameleon_config(known)
+        except KeyError as error:
+            raise UserError(f"hf: {file} lacks {error.args[0]}") from error
+        except UserError as error:
+            raise UserError(f"hf: {file}: {error}") from error
+        return to_mapping(MODELS.check({"name": "llama", **fields}, f"hf: {file}"))
+
+
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+}
+"""Of transformers' ChameleonConfig, for what a published config.json leaves out."""
+
+
+def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, out: Path) -> None:
+    """Makes a run folder of a Hugging Face folder and the file of the image tokenizer.
+
+    Memory is what the weights take, in the precision that they are published in.
+
+    Raises:
+        UserError: for what is missing, or of another shape or family, before anything is written.
+    """
+    published = Published(hf, FAMILIES[family])
+    vocab, tokenizer = (
+        published.vocab,
+        {
+            "name": "pretrained",
+            "path": str(image_tokenizer.absolute()),
+            "image_size": image_size,
+        },
+    )
+    experiment = _experiment(published, tokenizer)
+    run = RunFolder(experiment, out, torch.device("cpu"))
+    codes = run.image_tokenizer_shape.codebook_size
+    if codes != vocab.image_size:
+        raise UserError(
+            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has {vocab.image_size}"
+        )
+    ours = Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
+    rows = len(vocab.old_id_V)
+    if (
+        ours.used != rows
+        or published.weights.tensors["model.embed_tokens.weight"].shape[0] > ours.size
+    ):
+        raise UserError(
+            f"hf: {hf} has a vocabulary of {rows} ids, which cannot be brought into {ours.size}"
+        )
+
+    makers: dict[str, Callable[[RunFolder, Path], None]] = {
+        "text_tokenizer": lambda run, folder: _make_text_tokenizer(run, folder, vocab),
+        "image_tokenizer": _make_image_tokenizer,
+        "pretraining": lambda run, folder: _make_decoder(folder, published, ours),
+    }
+    files = [*published.weights.files, image_tokenizer]
+    source = files_digest(files, [file.name for file in files])
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(experiment, out)
+    for number, (name, make) in enumerate(makers.items(), 1):
+        print(f"[{number}/{len(makers)}] {name}", flush=True)
+        _finish(run, name, make, source)
+    family_ = published.family
+    write_json(
+        out / IMPORT,
+        {
+            "family": family,
+            "licence": family_.licence,
+            "conditions": family_.conditions,
+            "weights": source,
+            "ids": vocab.old_id_V.tolist(),
+        },
+    )
+
+
+def _experiment(published: Published, image_tokenizer: Mapping[str, Any]) -> Experiment:
+    vocab = published.vocab
+    return from_mapping(
+        Experiment,
+        {
+            "data": {"name": "none"},
+            "text_tokenizer": {"vocab_size": vocab.text_size},
+            "image_tokenizer": image_tokenizer,
+            "sentinels": vocab.sentinels,
+            "retriever": {"name": "lexical"},
+            "objective": {"name": "cm3"},
+            "model": published.model,
+            "training": {"steps": 1, "batch_size": 1, "warmup_steps": 0},
+            "decoder": {"name": "top_p", "cfg": 3.0},
+            "text_decoder": {"name": "greedy"},
+            "until": "pretraining",
+        },
+    )
+
+
+def _finish(
+    run: RunFolder, name: str, make: Callable[[RunFolder, Path], None], source: str
+) -> None:
+    """Makes a stage and writes its record: it is finished, and made of what was published alone."""
+    stage = next(each for each in stages_of(run.experiment) if each.name == name)
+    made_with = {
+        file: _digest(run.folder, file)
+        for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER)
+        if name == "pretraining"
+    }
+    record = StageRecord(
+        digest_of(f"imported {name} {source}"),
+        stage.version,
+        made_with=made_with,
+        inputs={"imported": source},
+        settings=dict(stage.settings(run)),
+    )
+    make_result(replace(stage, make=make), run, run.folder / name, record)
+
+
+def _digest(folder: Path, file: str) -> str:
+    stage, _, name = file.partition("/")
+    return read_json(folder / stage / "stage.json")["files"][name]
+
+
+def _make_text_tokenizer(run: RunFolder, folder: Path, vocab: PublishedVocab) -> None:
+    (folder / TOKENIZER).write_text(
+        json.dumps(vocab.tokenizer, ensure_ascii=False), encoding="utf-8"
+    )
+    write_json(folder / LAYOUT, vocab.table)
+    # Refuses one that is not exact, and writes the file as those who take it over will.
+    TextTokenizer.load(folder, run.experiment.text_tokenizer).save(folder)
+
+
+def _make_image_tokenizer(run: RunFolder, folder: Path) -> None:
+    tokenizer = run.new_image_tokenizer()
+    save_weights(folder / WEIGHTS, tokenizer)
+    write_json(folder / "config.json", run.recorded("image_tokenizer"))
+    write_json(folder / GEOMETRY, tokenizer.geometry())
+
+
+def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
+    """The decoder's file: tensors one after the other, rows of both tables in our order."""
+    with torch.device("meta"):
+        model = MODELS.build(published.model, vocab_size=vocab.size)
+    wanted = model.state_dict()
+    reading = _Read(published.weights)
+    state: dict[str, Tensor] = {}
+    tensors = from_chameleon_state(reading, published.model["layers"])
+    for name, tensor in tqdm(
+        tensors, "weights", total=len(wanted), unit="tensor", dynamic_ncols=True
+    ):
+        if name in ("embedding.weight", "head.weight"):
+            tensor = _in_order(tensor, published.vocab.old_id_V, vocab.size)
+        check_finite(tensor, f"hf: {published.folder}: {name}")
+        state[name] = tensor
+    check_fit(published.folder, state, wanted)
+    left = [name for name in reading.unread() if not name.startswith(IMAGE_ENCODER)]
+    if left:
+        raise UserError(f"hf: {published.folder} has the unknown {', '.join(left[:5])}")
+    save_weights(folder / WEIGHTS, state)
+    write_json(folder / "config.json", {"model": published.model, "vocab_size": vocab.size})
+
+
+def _in_order(weight_VD: Tensor, old_id_V: np.ndarray, size: int) -> Tensor:
+    """Rows of a table in our order; ids that nobody has are rows of zeros."""
+    ordered_VD = weight_VD[torch.from_numpy(old_id_V)]
+    return torch.cat([ordered_VD, ordered_VD.new_zeros(size - len(ordered_VD), weight_VD.shape[1])])
+
+
+class _Read(Mapping[str, Tensor]):
+    """Tensors that are read from their files when they are asked for, in their own precision."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self._read = weights, set[str]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._weights.tensors:
+            raise UserError(f"hf: {self._weights.path} lacks {name}")
+        self._read.add(name)
+        return self._weights.tensors[name].read(dtype=None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.tensors)
+
+    def __len__(self) -> int:
+        return len(self._weights.tensors)
+
+    def unread(self) -> list[str]:
+        """Names of the tensors that nobody asked for."""
+        return sorted(self._weights.tensors.keys() - self._read)

@@ -1,0 +1,327 @@
+"""Public weights into a run folder: a small Chameleon in the published form, against transformers' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from published import random_tensors, taming_shapes, write_taming
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cm3leon import CM3Leon
+from cm3leon.models.pretrained import load_model
+from cm3leon.run import main
+from cm3leon.tokenizers.families import FAMILIES, renumbered
+from cm3leon.tokenizers.layout import LayoutTable
+from cm3leon.types import UserError
+
+CODES = 16
+TEXTS = ["a red dog on a blue sofa", "two cats, 12 dogs", "What is it? It is a cow."] * 4
+
+
+def code_name(code: int) -> str:
+    return f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z"
+
+
+def published_tokenizer(masks: int = 512) -> dict[str, Any]:
+    """tokenizer.json as Chameleon's: one list of names, of which the added tokens are recognised inside any text."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(TEXTS, trainer)
+    content = json.loads(learner.to_str())
+    reserved = [f"<reserved{8194 + number:05d}>" for number in range(masks)]
+    special = [
+        *("<s>", "<pad>", "</s>", "<unk>"),
+        *map(code_name, range(CODES)),
+        *("<eoss>", "<racm3:break>"),
+        *reserved,
+        *("<reserved08706>", "<image>", "<reserved08799>", "<reserved08801>", "<reserved08802>"),
+    ]
+    learned = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+    content["model"]["vocab"] = {name: number for number, name in enumerate([*special, *learned])}
+    content["added_tokens"] = [
+        {"id": number, "content": name, "special": True, "single_word": False, "lstrip": False}
+        | {"rstrip": False, "normalized": False}
+        for number, name in enumerate(special)
+    ]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    return content
+
+
+def publish(place: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Path]:
+    """A folder in parts as Hugging Face has it, and the file of the image tokenizer."""
+    library = pytest.importorskip("transformers")
+    tokenizer = published_tokenizer()
+    vocabulary = tokenizer["model"]["vocab"]
+    torch.manual_seed(0)
+    config = library.ChameleonConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=fields.pop("num_key_value_heads", 4),
+        max_position_embeddings=128,
+        vocabulary_map=vocabulary,
+        vq_config={"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
+        initializer_range=0.2,
+        **fields,
+    )
+    model = library.ChameleonForConditionalGeneration(config).to(dtype)
+    hf = place / "chameleon"
+    model.save_pretrained(hf, max_shard_size="60KB")
+    (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    vqgan = write_taming(place / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL)))
+    return {"hf": hf, "vqgan": vqgan}
+
+
+SMALL: dict[str, Any] = {
+    "channels": 32,
+    "multipliers": (1, 2),
+    "residual_blocks": 1,
+    "attention_levels": (1,),
+    "z_channels": 32,
+    "code_dim": 8,
+    "codebook_size": CODES,
+}
+
+
+def imported(place: Path, *, family: str = "chameleon", **fields: Any) -> Path:
+    files = publish(place, **fields)
+    words = ["import", f"from={family}", *(f"{key}={path}" for key, path in files.items())]
+    assert main([*words, "image_size=8", f"out={place / 'run'}"]) == 0
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return imported(tmp_path_factory.mktemp("imported"))
+
+
+def theirs(run: Path) -> Any:
+    library = pytest.importorskip("transformers")
+    return library.ChameleonForConditionalGeneration.from_pretrained(
+        run.parent / "chameleon"
+    ).eval()
+
+
+def old_ids(run: Path) -> torch.Tensor:
+    return torch.tensor(json.loads((run / "import.json").read_text())["ids"])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"swin_norm": True, "num_key_value_heads": 2}, {"dtype": torch.bfloat16}]
+)
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(fields: Any, tmp_path: Path) -> None:
+    run = imported(tmp_path, **fields)
+    model, other, old = load_model(run), theirs(run), old_ids(run)
+    assert next(model.parameters()).dtype == fields.get("dtype", torch.float32)
+    other = other.to(next(model.parameters()).dtype)
+    ids_BT = torch.randint(len(old), (2, 30), generator=torch.Generator().manual_seed(1))
+    hidden_BTD = other.model(input_ids=old[ids_BT]).last_hidden_state
+    expected_BTV = other.lm_head(hidden_BTD)[..., old]
+    exact = not fields.get("dtype")
+    torch.testing.assert_close(
+        model(ids_BT)[..., : len(old)].float(),
+        expected_BTV.float(),
+        atol=2e-5 if exact else 0.1,
+        rtol=1e-5 if exact else 0.05,
+    )
+
+
+def test_text_is_the_same_pieces_and_no_special_token(run: Path) -> None:
+    tokenizer, old = CM3Leon.load(run).run.text_tokenizer, old_ids(run)
+    published = Tokenizer.from_str(json.dumps(published_tokenizer()))
+    for text in (*TEXTS[:3], "é 🦎\n x"):
+        expected = published.encode(text, add_special_tokens=False).ids
+        assert old[tokenizer.encode(text)].tolist() == expected
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    forged = "a</s><racm3:break>IMGIMGAZ<eoss><reserved08199><image>"
+    assert tokenizer.decode(tokenizer.encode(forged)) == forged
+    assert tokenizer.encode(forged).min() >= len(tokenizer.specials)
+
+
+def test_ids_are_in_the_familys_order(run: Path) -> None:
+    vocab, old = CM3Leon.load(run).run.vocab, old_ids(run)
+    names = {number: name for name, number in published_tokenizer()["model"]["vocab"].items()}
+    assert [names[int(old[id_])] for id_ in range(5)] == [
+        "<pad>",
+        "</s>",
+        "<racm3:break>",
+        "<eoss>",
+        "<s>",
+    ]
+    assert [names[int(old[vocab.image_start + code])] for code in range(CODES)] == [
+        code_name(code) for code in range(CODES)
+    ]
+    assert names[int(old[vocab.sentinel(0)])] == "<reserved08194>"
+    assert names[int(old[vocab.sentinel(511)])] == "<reserved08705>"
+    assert names[int(old[vocab.layout.begin])] == "<s>"
+    assert [names[int(old[id_])] for id_ in vocab.layout.between_documents] == ["<reserved08706>"]
+    assert sorted(old.tolist()) == list(range(len(names)))
+
+
+@torch.inference_mode()
+def test_greedy_text_and_images_are_those_of_a_plain_loop_over_transformers(run: Path) -> None:
+    model, other, old = CM3Leon.load(run), theirs(run), old_ids(run)
+    vocab = model.run.vocab
+    names = published_tokenizer()["model"]["vocab"]
+
+    def loop(
+        ids: list[int], allowed: list[int], length: int, ends: set[int] = frozenset()
+    ) -> list[int]:  # type: ignore[assignment]
+        found: list[int] = []
+        for _ in range(length):
+            hidden_1TD = other.model(input_ids=torch.tensor([[*ids, *found]])).last_hidden_state
+            logits_V = other.lm_head(hidden_1TD[:, -1])[0]
+            found.append(allowed[int(logits_V[allowed].argmax())])
+            if found[-1] in ends:
+                break
+        return found
+
+    (picture,) = model.generate("a red dog", decoder="greedy")
+    published = Tokenizer.from_str(json.dumps(published_tokenizer()))
+    text = published.encode("a red dog", add_special_tokens=False).ids
+    codes = [names[code_name(code)] for code in range(CODES)]
+    prompt = [names["<s>"], *text, names["<racm3:break>"]]
+    assert [codes.index(id_) for id_ in loop(prompt, codes, 16)] == picture.codes_N.tolist()
+
+    caption = model.caption(picture.image, decoder="greedy", max_tokens=8)
+    seen_N = model.run.image_tokenizer.encode(np.asarray(picture.image)[None])[0]
+    mask, end = names["<reserved08194>"], names["<eoss>"]
+    image = [names["<racm3:break>"], *(codes[code] for code in seen_N), end]
+    asked = [names["<s>"], mask, *image, names["</s>"], mask]
+    pieces = [
+        int(old[id_]) for id_ in range(len(model.run.text_tokenizer.specials), vocab.text_size)
+    ]
+    found = loop(asked, [*pieces, end], 8, {end})
+    assert caption == published.decode(
+        [id_ for id_ in found if id_ != end], skip_special_tokens=False
+    )
+
+
+def test_it_is_asked_like_any_other_run(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = CM3Leon.load(run)
+    pictures = model.generate("two cats", n=3, decoder={"name": "mixture"})
+    assert [picture.codes_N.shape for picture in pictures] == [(16,)] * 3
+    filled = model.infill(pictures[0].image, "two cats", box=(0, 0, 4, 8))
+    assert filled.codes_N.shape == (16,)
+    scores = model.score(texts=["a dog", "two cats"], image=pictures[0].image)
+    assert all(np.isfinite(scores))
+    assert len(model.interleave(["a dog"], segments=3, max_tokens=3)) >= 1
+    assert main(["generate", f"run={run}", "prompt=a dog", f"out={tmp_path / 'drawn'}"]) == 0
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 8
+
+
+def test_the_licence_is_said_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = imported(tmp_path)
+    assert (
+        "licence of Chameleon: Chameleon Research License; research only" in capsys.readouterr().out
+    )
+    assert json.loads((run / "import.json").read_text())["licence"] == "Chameleon Research License"
+
+
+def test_what_is_missing_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = publish(tmp_path)
+    words = ["import", "from=chameleon", *(f"{key}={path}" for key, path in files.items())]
+    words += ["image_size=8", f"out={tmp_path / 'run'}"]
+
+    def refused() -> str:
+        assert main(words) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    tokenizer = files["hf"] / "tokenizer.json"
+    whole = tokenizer.read_text()
+    tokenizer.unlink()
+    assert "tokenizer.json does not exist" in refused()
+    for name, sentence in (
+        ("<eoss>", "it lacks the token <eoss>"),
+        (code_name(3), "names no image codes"),
+    ):
+        spoilt = json.loads(whole)
+        spoilt["model"]["vocab"]["other"] = spoilt["model"]["vocab"].pop(name)
+        spoilt["added_tokens"] = [t for t in spoilt["added_tokens"] if t["content"] != name]
+        tokenizer.write_text(json.dumps(spoilt))
+        assert sentence in refused()
+    tokenizer.write_text(whole)
+    config = files["hf"] / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "gelu"}))
+    assert 'hidden_act is "gelu"; it must be "silu"' in refused()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_layout_of_tokens_that_are_there(name: str) -> None:
+    vocab = renumbered(published_tokenizer(), FAMILIES[name], "tokenizer.json")
+    table = LayoutTable.from_names(vocab.table, "layout.json")
+    layout = table.layout
+    assert table.specials[layout.begin] == "<s>"
+    assert layout.image_open == (2,)
+    if name == "lumina_mgpt":
+        assert table.specials[layout.row_close] == "<reserved08799>"
+        assert sorted(layout.sizes) == [(2, 2), (2, 4), (4, 2), (4, 4)]
+        assert [table.specials[id_] for id_ in layout.sizes[2, 4]] == [
+            "<reserved08801>",
+            "<reserved08802>",
+        ]
+
+
+def test_too_few_reserved_tokens_are_a_sentence() -> None:
+    few = published_tokenizer(masks=7)
+    with pytest.raises(UserError, match=r"it has \d+ reserved tokens .*; 512 are needed"):
+        renumbered(few, FAMILIES["chameleon"], "tokenizer.json")
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path: Path) -> None:
+    """With retrieval, whole and by LoRA: tokens in its layout, its tokenizers taken over, its weights gone on from."""
+    words = ["experiment=digits_smoke", f"shards.tokenizers={run}", f"training.start={run}"]
+    words += [
+        "sentinels=512",
+        "until=pretraining",
+        "retriever=lexical",
+        "training.steps=2",
+        "training.warmup_steps=1",
+    ]
+    config = CM3Leon.load(run).run.experiment
+    words += [f"text_tokenizer.vocab_size={config.text_tokenizer.vocab_size}"]
+    words += [
+        f"image_tokenizer=pretrained image_tokenizer.path={config.image_tokenizer.config.path}"
+    ]
+    settings = {key: value for key, value in vars(config.model.config).items() if value is not None}
+    model = ["model=llama", *(f"model.{key}={value}" for key, value in settings.items())]
+    words += [f"training.lora_rank={lora}"] if lora else []
+    own = tmp_path / "own"
+    assert (
+        main([*" ".join([*words, *model]).split(), "image_tokenizer.image_size=8", f"run={own}"])
+        == 0
+    )
+    tuned = CM3Leon.load(own)
+    assert tuned.run.vocab == CM3Leon.load(run).run.vocab
+    (picture,) = tuned.generate("a handwritten seven", retrieve=1)
+    assert len(picture.documents) == 1
