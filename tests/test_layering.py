@@ -38,6 +38,7 @@ TOP = (
     "stages.publish",
     "stages.table",
     "stages.running",
+    "stages.importing",
     "study",
     "launch",
     "sweep",

@@ -24,11 +24,11 @@ class Options:
     """Options of the command import."""
 
     from_: str
-    """Whose weights they are: chameleon, anole or lumina_mgpt."""
+    """A family of weights: chameleon, anole or lumina_mgpt."""
     hf: Path
     """A folder as transformers reads it: config.json, tokenizer.json and the weights, in one file or several."""
     vqgan: Path
-    """The file of the image tokenizer, with its decoder."""
+    """A file of the image tokenizer, with its decoder."""
     image_size: PositiveInt = 512
     """Height and width of the images, in pixels."""
     out: Path
