@@ -65,7 +65,7 @@ def compare(title: str, A: int, E: int, sample_1T: Tensor, args: argparse.Namesp
 
     def both_passes(name: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
         backend = choose(name, DEVICE).attention
-        plan = backend.plan(sample_1T) if len(lengths) > 1 else None
+        plan = backend.plan(sample_1T, DEVICE) if len(lengths) > 1 else None
         inputs = [each.to(dtype).requires_grad_() for each in given]
 
         def call() -> list[Tensor]:

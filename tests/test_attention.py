@@ -6,17 +6,22 @@ import math
 import re
 import sys
 import types
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cm3leon.models import attention
+from cm3leon.models import attention, packed
 from cm3leon.models.attention import Attention, choose, packed_mask, run_lengths
+from cm3leon.models.packed import Packing, packed_attention, packing_of
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
@@ -24,7 +29,7 @@ from cm3leon.types import UserError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 A, E = 2, 8
 
-packed = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
+packings = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
 """Lengths of the samples of each row."""
 
 
@@ -72,7 +77,9 @@ def with_gradients(function: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 def assert_is_the_formula(backend: Attention, sample_BT: Tensor) -> None:
     inputs = tensors(*sample_BT.shape)
-    found = with_gradients(lambda *qkv: backend(*qkv, backend.plan(sample_BT)), inputs)
+    found = with_gradients(
+        lambda *qkv: backend(*qkv, backend.plan(sample_BT, sample_BT.device)), inputs
+    )
     for one, other in zip(
         found, with_gradients(lambda *qkv: by_formula(*qkv, sample_BT), inputs), strict=True
     ):
@@ -80,7 +87,7 @@ def assert_is_the_formula(backend: Attention, sample_BT: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["naive", "sdpa"])
-@given(rows=packed)
+@given(rows=packings)
 @settings(max_examples=25)
 def test_outputs_and_gradients_are_the_formulas(name: str, rows: list[list[int]]) -> None:
     assert_is_the_formula(ATTENTIONS.build(name), places(rows))
@@ -90,7 +97,7 @@ def test_samples_one_by_one_are_the_formula(monkeypatch: pytest.MonkeyPatch) -> 
     """As on a CPU in long blocks."""
     monkeypatch.setattr(attention, "LONG", 8)
     for rows in ([[8]], [[3, 5], [2]], [[1, 1, 1], [2, 6], [8]], [[4, 4], [4, 5]]):
-        assert isinstance(attention.Sdpa().plan(places(rows)), list)
+        assert isinstance(attention.Sdpa().plan(places(rows), CPU), Packing)
         assert_is_the_formula(attention.Sdpa(), places(rows))
 
 
@@ -111,7 +118,7 @@ def test_flex_has_the_same_outputs(rows: list[list[int]]) -> None:
     inputs = [tensor.detach().float() for tensor in tensors(*sample_BT.shape)]
     expected = by_formula(*inputs, sample_BT)
     torch.testing.assert_close(
-        backend(*inputs, backend.plan(sample_BT)), expected, atol=1e-5, rtol=1e-5
+        backend(*inputs, backend.plan(sample_BT, sample_BT.device)), expected, atol=1e-5, rtol=1e-5
     )
     alone = by_formula(*inputs, torch.zeros_like(sample_BT))
     torch.testing.assert_close(backend(*inputs, None), alone, atol=1e-5, rtol=1e-5)
@@ -120,47 +127,160 @@ def test_flex_has_the_same_outputs(rows: list[list[int]]) -> None:
 # ------------------------------------------------------------------------------------------------ xformers
 
 
+Lse = Literal["packed", "padded"]
+"""How a kernel lays out the logarithms of its denominators: (1, A, N), or (S, A, positions of the longest, padded)."""
+
+
+@dataclass
+class Lengths:
+    """Stands for `_SeqLenInfo`."""
+
+    seqstart: Tensor
+    max_seqlen: int
+    min_seqlen: int
+    seqstart_py: list[int]
+
+
+@dataclass
 class Mask:
-    """Stands for BlockDiagonalCausalMask, as its documentation has it."""
+    """Stands for BlockDiagonalCausalMask."""
 
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    @classmethod
-    def from_seqlens(cls, q_seqlen: list[int]) -> Mask:
-        return cls(q_seqlen)
+    q_seqinfo: Lengths
+    k_seqinfo: Lengths
 
 
-def stand_in(query: Tensor, key: Tensor, value: Tensor, attn_bias: Mask) -> Tensor:
-    """memory_efficient_attention by its formula: (1, N, A, E) with the samples one after the other."""
-    assert query.shape[:2] == (1, sum(attn_bias.lengths))
-    pieces = []
-    for q, k, v in zip(*(x[0].split(attn_bias.lengths) for x in (query, key, value)), strict=True):
-        scores_ATT = torch.einsum("tae,sae->ats", q, k) / math.sqrt(query.shape[3])
-        hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        pieces.append(
-            torch.einsum("ats,sae->tae", scores_ATT.masked_fill(hidden, -math.inf).softmax(-1), v)
-        )
-    return torch.cat(pieces)[None]
+def sample_by_sample(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Values attended to and logarithms of denominators by the formula: (1, N, A, E) and (1, A, N)."""
+    outputs, lses = [], []
+    for start, end in pairwise(starts):
+        scores_ATT = torch.einsum("tae,sae->ats", q[0, start:end], k[0, start:end])
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        scores_ATT = (scores_ATT / math.sqrt(q.shape[3])).masked_fill(hidden, -math.inf)
+        outputs.append(torch.einsum("ats,sae->tae", scores_ATT.softmax(-1), v[0, start:end]))
+        lses.append(scores_ATT.logsumexp(-1))
+    return torch.cat(outputs)[None], torch.cat(lses, 1)[None]
 
 
-@pytest.fixture
-def xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def padded(lse: Tensor, starts: list[int]) -> Tensor:
+    """(1, A, N) with a row for each sample, as CUTLASS's kernels have it."""
+    longest = max(end - start for start, end in pairwise(starts))
+    rows = [lse[0, :, start:end] for start, end in pairwise(starts)]
+    width = -(-longest // 32) * 32
+    return torch.stack([F.pad(row, (0, width - row.shape[1]), value=math.inf) for row in rows])
+
+
+class Fmha:
+    """Stands for xformers.ops.fmha, of which one kernel suits, on any device."""
+
+    def __init__(self, lse: Lse) -> None:
+        self.lse = lse
+        self.Inputs = lambda *args: args
+
+    def memory_efficient_attention_forward_requires_grad(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask
+    ) -> tuple[Tensor, Tensor]:
+        starts = mask.q_seqinfo.seqstart.tolist()
+        output, lse = sample_by_sample(q, k, v, starts)
+        return output, lse if self.lse == "packed" else padded(lse, starts)
+
+    def memory_efficient_attention_backward(
+        self, grad: Tensor, output: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask
+    ) -> tuple[Tensor, ...]:
+        starts = mask.q_seqinfo.seqstart.tolist()
+        inputs = [each.detach().requires_grad_() for each in (q, k, v)]
+        with torch.enable_grad():
+            expected, own_lse = sample_by_sample(*inputs, starts)
+            gradients = torch.autograd.grad(expected, inputs, grad)
+        torch.testing.assert_close(output, expected)
+        if self.lse == "padded":
+            own_lse = padded(own_lse, starts)[:, :, : mask.q_seqinfo.max_seqlen]
+        torch.testing.assert_close(lse, own_lse)
+        return gradients
+
+
+@pytest.fixture(params=["packed", "padded"])
+def xformers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fmha:
     """A module xformers that computes the formulas of the real one's documentation on any device."""
+    fmha = Fmha(request.param)
+    bias: Any = types.ModuleType("xformers.ops.fmha.attn_bias")
+    bias.BlockDiagonalCausalMask, bias._SeqLenInfo = Mask, Lengths
+    dispatch: Any = types.ModuleType("xformers.ops.fmha.dispatch")
+    kernel = SimpleNamespace(VARLEN_LSE_PACKED=fmha.lse == "packed")
+    dispatch._dispatch_fw = lambda inputs, needs_gradient: kernel
+    ops: Any = types.ModuleType("xformers.ops")
+    ops.fmha = fmha
     modules = {
-        name: types.ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha")
+        "xformers": types.ModuleType("xformers"),
+        "xformers.ops": ops,
+        "xformers.ops.fmha": fmha,
+        "xformers.ops.fmha.attn_bias": bias,
+        "xformers.ops.fmha.dispatch": dispatch,
     }
-    modules["xformers.ops.fmha.attn_bias"] = bias = types.ModuleType("xformers.ops.fmha.attn_bias")
-    bias.BlockDiagonalCausalMask = Mask  # type: ignore[attr-defined]
-    modules["xformers.ops"].memory_efficient_attention = stand_in  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+    return fmha
+
+
+def assert_kernels_of_both_devices_agree(
+    rows: list[list[int]], dtype: torch.dtype, **tolerance: float
+) -> None:
+    """What runs on CUDA, here on the CPU, and what runs on a CPU: outputs, logarithms and gradients."""
+    packing = packing_of(places(rows), CPU)
+    N = int(packing.starts_cpu[-1])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, N, A, E, generator=generator).to(dtype)
+    outputs = packed_attention(q, k, v, *packing)
+    found = packed._by_xformers(q, k, v, *packing)
+    expected = [*outputs, *packed.packed_attention_backward(grad, q, k, v, *outputs, *packing)]
+    gradients = packed._backward_by_xformers(grad, q, k, v, *found, *packing)
+    for one, other in zip([*found, *gradients], expected, strict=True):
+        assert one.is_contiguous()
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+SAMPLES = [[[5]], [[3, 4], [2]], [[4, 3], [4, 3]], [[1, 1, 1], [2, 6], [8]], [[33, 2], [1, 40]]]
 
 
 @pytest.mark.usefixtures("xformers")
-@pytest.mark.parametrize("rows", [[[5]], [[3, 4], [2]], [[4, 3], [4, 3]], [[1, 1, 1], [2, 6], [8]]])
+@pytest.mark.parametrize("rows", SAMPLES)
 def test_xformers_is_given_the_samples_as_one_row(rows: list[list[int]]) -> None:
+    assert_kernels_of_both_devices_agree(rows, torch.float32)
+
+
+@pytest.mark.parametrize("rows", SAMPLES)
+def test_packed_attention_is_the_formula(rows: list[list[int]]) -> None:
     assert_is_the_formula(ATTENTIONS.build("xformers"), places(rows))
+
+
+def test_the_operator_is_what_it_says_it_is() -> None:
+    """Its shapes without numbers, its gradients, and that it may be traced."""
+    q, k, v = torch.randn(3, 10, A, E, dtype=torch.float64).requires_grad_().unbind()
+    arguments = (q, k, v, *packing_of(places([[2, 3], [4]]), CPU))
+    torch.library.opcheck(packed_attention, arguments)
+
+
+def test_samples_of_another_batch_are_refused() -> None:
+    """Kernels read beyond their tensors where they are told to."""
+    q, k, v = torch.randn(3, 9, A, E).unbind()
+    with pytest.raises(ValueError, match="samples of 10 positions were given with 9 queries"):
+        packed_attention(q, k, v, *packing_of(places([[2, 3], [4]]), CPU))
+
+
+def test_keys_are_taken_in_the_precision_of_the_values() -> None:
+    """Norms of queries and keys are float32 under autocast; kernels want one precision."""
+    q, k, v = (tensor.detach().float() for tensor in tensors(1, 6))
+    for name in ("xformers", "flex"):
+        backend = ATTENTIONS.build(name)
+        found = backend(q, k, v.bfloat16(), backend.plan(places([[2, 4]]), CPU))
+        assert found.dtype == torch.bfloat16
+
+
+def test_samples_on_the_cpu_are_planned_without_the_device() -> None:
+    """The numbers are read where they are; only the plan goes to the device."""
+    packing = packing_of(places([[2, 3], [4]]), torch.device("meta"))
+    assert packing.starts.device.type == "meta"
+    assert packing.starts_cpu.tolist() == [0, 2, 5, 9, 10]
 
 
 @pytest.mark.cluster
@@ -174,13 +294,86 @@ class TestInstalledXformers:
     @pytest.mark.parametrize("rows", [[[5]], [[3, 4], [2]], [[1, 1, 1], [2, 6], [8]]])
     def test_its_mask_is_that_of_the_samples(self, rows: list[list[int]]) -> None:
         sample_BT = places(rows)
-        mask_NN = attention.Xformers().plan(sample_BT).materialize((sample_BT.numel(),) * 2)
+        mask = packed._mask(*packing_of(sample_BT, CPU), sample_BT.numel())
+        mask_NN = mask.materialize((sample_BT.numel(),) * 2)
         expected_NN = torch.block_diag(*packed_mask(sample_BT)[:, 0].int()) == 1
         assert torch.equal(mask_NN == 0, expected_NN)
         assert torch.equal(mask_NN == -math.inf, ~expected_NN)
 
+    @pytest.mark.parametrize("rows", SAMPLES)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_its_own_code_around_kernels_of_the_cpu(
+        self, rows: list[list[int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its choice of a kernel, its checks and layouts: FlashAttention's for 16 bits, CUTLASS's for float32."""
+        kernels_on_the_cpu(monkeypatch)
+        assert_kernels_of_both_devices_agree(rows, dtype, atol=3e-2, rtol=3e-2)
 
-@given(rows=packed)
+
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the real xformers take stand-ins for its kernels on a CPU."""
+    from xformers.ops.fmha import cutlass, flash
+
+    def gradients(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = [each.detach().requires_grad_() for each in (q, k, v)]
+        with torch.enable_grad():
+            output, _ = sample_by_sample(*inputs, starts.tolist())
+            return torch.autograd.grad(output, inputs, grad)
+
+    def flash_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, **__: Any) -> Any:
+        output, lse = sample_by_sample(q[None], k[None], v[None], starts.tolist())
+        return output[0], lse[0].float(), torch.empty(2)
+
+    def flash_backward(
+        _: bool,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *rest: Any,
+        **__: Any,
+    ) -> Any:
+        assert lse.shape == (q.shape[1], len(q))
+        found = gradients(grad[None], q[None], k[None], v[None], rest[0])
+        return tuple(gradient[0] for gradient in found)
+
+    def cutlass_forward(**given: Any) -> Any:
+        starts = given["cu_seqlens_q"]
+        output, lse = sample_by_sample(
+            given["query"], given["key"], given["value"], starts.tolist()
+        )
+        return output, padded(lse, starts.tolist()), None, None, None, None
+
+    def cutlass_backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        logsumexp: Tensor,
+        **_: Any,
+    ) -> Any:
+        starts = cu_seqlens_q.tolist()
+        expected = padded(sample_by_sample(q, k, v, starts)[1], starts)
+        torch.testing.assert_close(logsumexp, expected)
+        return (*gradients(grad, q, k, v, cu_seqlens_q), None)
+
+    for module, forward, backward in (
+        (flash, flash_forward, flash_backward),
+        (cutlass, cutlass_forward, cutlass_backward),
+    ):
+        for operator, kernel in ((module.FwOp, forward), (module.BwOp, backward)):
+            monkeypatch.setattr(operator, "OPERATOR", staticmethod(kernel))
+            monkeypatch.setattr(operator, "SUPPORTED_DEVICES", {"cpu"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@given(rows=packings)
 def test_run_lengths_are_the_samples_and_the_padding(rows: list[list[int]]) -> None:
     T = max(map(sum, rows))
     expected = [
@@ -213,7 +406,6 @@ def logits_and_gradients(attention: str) -> list[Tensor]:
     ]
 
 
-@pytest.mark.usefixtures("xformers")
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "xformers"])
 def test_the_whole_model_is_the_same_with_each(
     attention: str, monkeypatch: pytest.MonkeyPatch
@@ -345,12 +537,15 @@ def test_outputs_and_gradients_on_a_gpu(name: str) -> None:
         for _ in range(3)
     ]
     found = with_gradients(
-        lambda *qkv: ATTENTIONS.build(name)(*qkv, ATTENTIONS.build(name).plan(sample_BT)), inputs
+        lambda *qkv: ATTENTIONS.build(name)(*qkv, ATTENTIONS.build(name).plan(sample_BT, CUDA)),
+        inputs,
     )
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     naive = ATTENTIONS.build("naive")
     for one, other in zip(
-        found, with_gradients(lambda *qkv: naive(*qkv, naive.plan(sample_BT)), exact), strict=True
+        found,
+        with_gradients(lambda *qkv: naive(*qkv, naive.plan(sample_BT, CUDA)), exact),
+        strict=True,
     ):
         torch.testing.assert_close(one.double(), other, atol=0.05, rtol=0.05)
 
@@ -372,7 +567,7 @@ def test_xformers_and_another_agree_on_a_gpu(name: str, head_size: int) -> None:
     ]
     results = []
     for backend in (ATTENTIONS.build("xformers"), ATTENTIONS.build(name)):
-        plan = backend.plan(sample_BT)
+        plan = backend.plan(sample_BT, sample_BT.device)
         results.append(
             with_gradients(lambda *qkv, backend=backend, plan=plan: backend(*qkv, plan), inputs)
         )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.config import NoSettings, choices
+from cm3leon.models.packed import Packing, attend_packed, one_sample_a_row, packing_of
 from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
 
@@ -31,8 +32,15 @@ class Attention:
         """What is missing to train with it on that device, in a few words; "" if nothing is."""
         return ""
 
-    def plan(self, sample_BT: Tensor) -> Any:
-        """What all layers need of the samples' places: computed once a forward pass."""
+    def plan(self, sample_BT: Tensor, device: torch.device) -> Any:
+        """What all layers need of the samples' places, on that device: computed once a forward pass.
+
+        Compiled layers get it as an argument, so it is made of tensors: what is a Python number in it is taken for a
+        constant, and another packing would have them compiled again.
+
+        Args:
+            sample_BT: on the device, or on the CPU, where looking at the numbers waits for no device.
+        """
         raise NotImplementedError
 
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
@@ -67,18 +75,15 @@ def run_lengths(sample_BT: Tensor) -> list[int]:
     >>> run_lengths(torch.tensor([[0, 0, 1, -1], [-1, 0, 0, 0]]))
     [2, 1, 1, 1, 3]
     """
-    starts_BT = torch.ones_like(sample_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = sample_BT[:, 1:] != sample_BT[:, :-1]
-    starts_N = starts_BT.flatten().nonzero()[:, 0]
-    return starts_N.diff(append=starts_N.new_tensor([sample_BT.numel()])).tolist()
+    return packing_of(sample_BT, torch.device("cpu")).starts_cpu.diff().tolist()
 
 
 @ATTENTIONS.register("naive")
 class Naive(Attention):
     """The formula, from a mask of all pairs of positions; in any precision, on any device."""
 
-    def plan(self, sample_BT: Tensor) -> Tensor:
-        return packed_mask(sample_BT)
+    def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor:
+        return packed_mask(sample_BT.to(device))
 
     def __call__(
         self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None
@@ -99,28 +104,19 @@ class Sdpa(Attention):
     In long blocks on a CPU it takes the samples one by one: there the mask would not spare any of the work.
     """
 
-    def plan(self, sample_BT: Tensor) -> Tensor | list[list[int]]:
-        if sample_BT.device.type == "cpu" and sample_BT.shape[1] >= LONG:
-            return [run_lengths(sample_1T) for sample_1T in sample_BT.split(1)]
-        return packed_mask(sample_BT)
+    def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor | Packing:
+        if device.type == "cpu" and sample_BT.shape[1] >= LONG:
+            return packing_of(sample_BT, device)
+        return packed_mask(sample_BT.to(device))
 
     def __call__(
-        self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | list[list[int]] | None
+        self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | Packing | None
     ) -> Tensor:
-        if isinstance(plan, list):
-            rows = zip(q_BATE.split(1), k_BATE.split(1), v_BATE.split(1), plan, strict=True)
-            return torch.cat([self._one_by_one(q, k, v, lengths) for q, k, v, lengths in rows])
+        if isinstance(plan, Packing):
+            return attend_packed(*_alike(q_BATE, k_BATE, v_BATE), plan)
         return F.scaled_dot_product_attention(
             q_BATE, k_BATE, v_BATE, attn_mask=plan, is_causal=plan is None
         )
-
-    def _one_by_one(
-        self, q_1ATE: Tensor, k_1ATE: Tensor, v_1ATE: Tensor, lengths: list[int]
-    ) -> Tensor:
-        samples = zip(
-            *(x_1ATE.split(lengths, 2) for x_1ATE in (q_1ATE, k_1ATE, v_1ATE)), strict=True
-        )
-        return torch.cat([self(q, k, v, None) for q, k, v in samples], 2)
 
 
 @ATTENTIONS.register("flex")
@@ -135,29 +131,35 @@ class Flex(Attention):
             else "a CUDA device: FlexAttention has no gradients elsewhere"
         )
 
-    def plan(self, sample_BT: Tensor) -> Any:
+    def plan(self, sample_BT: Tensor, device: torch.device) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
+
+        sample_BT = sample_BT.to(device)
 
         def same_and_earlier(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & (sample_BT[b, q] == sample_BT[b, k])
 
         B, T = sample_BT.shape
-        return create_block_mask(same_and_earlier, B, None, T, T, device=str(sample_BT.device))
+        return create_block_mask(same_and_earlier, B, None, T, T, device=str(device))
 
     def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
+        device = q_BATE.device
         if plan is None:
-            plan = self.plan(
-                torch.zeros(len(q_BATE), q_BATE.shape[2], dtype=torch.int64, device=q_BATE.device)
-            )
-        return _flex_attention(q_BATE.device.type)(q_BATE, k_BATE, v_BATE, block_mask=plan)
+            zeros_BT = torch.zeros(len(q_BATE), q_BATE.shape[2], dtype=torch.int64, device=device)
+            plan = self.plan(zeros_BT, device)
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # Inside of a layer that is compiled it is compiled with it; by itself it would be slow on CUDA.
+        alone = device.type == "cuda" and not torch.compiler.is_compiling()
+        attend = _compiled_flex_attention() if alone else flex_attention
+        return attend(*_alike(q_BATE, k_BATE, v_BATE), block_mask=plan)  # type: ignore[operator]  # by overloads
 
 
 @cache
-def _flex_attention(device: str) -> Callable[..., Tensor]:
-    """Compiled on CUDA, where it is slow otherwise."""
+def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]  # by overloads
+    return torch.compile(flex_attention)
 
 
 @ATTENTIONS.register("xformers")
@@ -170,21 +172,20 @@ class Xformers(Attention):
             return "a CUDA device: memory_efficient_attention has no operator elsewhere"
         return _missing_of_xformers()
 
-    def plan(self, sample_BT: Tensor) -> Any:
-        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+    def plan(self, sample_BT: Tensor, device: torch.device) -> Packing:
+        return packing_of(sample_BT, device)
 
-        return BlockDiagonalCausalMask.from_seqlens(run_lengths(sample_BT))
-
-    def __call__(self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Any) -> Tensor:
-        from xformers.ops import memory_efficient_attention
-
-        B, A, T, E = q_BATE.shape
+    def __call__(
+        self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Packing | None
+    ) -> Tensor:
         if plan is None:
-            plan = self.plan(torch.zeros(B, T, dtype=torch.int64))
-        rows_1NAE = (x.transpose(1, 2).reshape(1, B * T, A, E) for x in (q_BATE, k_BATE, v_BATE))
-        return (
-            memory_efficient_attention(*rows_1NAE, attn_bias=plan).view(B, T, A, E).transpose(1, 2)
-        )
+            plan = one_sample_a_row(len(q_BATE), q_BATE.shape[2], q_BATE.device)
+        return attend_packed(*_alike(q_BATE, k_BATE, v_BATE), plan)
+
+
+def _alike(q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys in the precision of the values: under autocast norms of them give float32, products bf16."""
+    return q_BATE.to(v_BATE.dtype), k_BATE.to(v_BATE.dtype), v_BATE
 
 
 @cache

@@ -27,6 +27,9 @@ class Model(nn.Module):
     """Heads of keys and values, each read by as many heads of queries: what a cache keeps."""
     matrices: ClassVar[tuple[str, ...]] = ()
     """Names of a layer's linear modules, all that LoRA adapts and int8 rounds; none where a model offers neither."""
+    recomputed: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods of a layer that selective activation checkpointing computes again. Where attention stands between them,
+    it is computed once, whatever computes it; of a layer in one piece, known operators' results are kept."""
     embedding: Any
     """Table of the tokens; its `weight` says where the decoder is, and in what precision."""
     blocks: Any

@@ -70,6 +70,7 @@ class Llama(Model):
                 )
 
     matrices = ("qkv", "out", "gate", "up", "down")
+    recomputed = ("before_attention", "after_attention")
 
     def __init__(self, config: Config, *, vocab_size: int) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Llama(Model):
     ) -> Tensor:
         name = "sdpa" if attend else self.config.attention
         attention = choose(name, ids_BT.device).attention
-        plan = None if sample_BT is None else attention.plan(sample_BT)
+        plan = None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
         rotation = rotations(position_BT, self.config.head_size, self.config.rope_theta)
@@ -171,31 +172,7 @@ class Layer(nn.Module):
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
-
-        def attended(y_BTD: Tensor) -> Tensor:
-            return self._attention(y_BTD, rotation, attention, plan, attend)
-
-        if self.norm_first:
-            x_BTD = x_BTD + attended(self.attention_norm(x_BTD))
-            return x_BTD + self._feed_forward(self.mlp_norm(x_BTD))
-        x_BTD = x_BTD + self.attention_norm(attended(x_BTD))
-        return x_BTD + self.mlp_norm(self._feed_forward(x_BTD))
-
-    def _attention(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        attention: Attention,
-        plan: Any,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
-    ) -> Tensor:
-        B, T, _ = x_BTD.shape
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        q_BTAE, k_BTAE, v_BTAE = self.qkv(x_BTD).view(B, T, -1, self.head_size).split(heads, 2)
-        q_BATE = rotated(self.q_norm(q_BTAE).transpose(1, 2), rotation)
-        k_BATE = rotated(self.k_norm(k_BTAE).transpose(1, 2), rotation)
-        v_BATE = v_BTAE.transpose(1, 2)
-
+        q_BATE, k_BATE, v_BATE = self.before_attention(x_BTD, rotation)
         if attend:
             attended_BATE = attend(q_BATE, k_BATE, v_BATE)
         else:
@@ -203,7 +180,30 @@ class Layer(nn.Module):
             shared = self.heads // self.kv_heads
             k_BATE, v_BATE = (x.repeat_interleave(shared, 1) for x in (k_BATE, v_BATE))
             attended_BATE = attention(q_BATE, k_BATE, v_BATE, plan)
-        return self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
+        return self.after_attention(x_BTD, attended_BATE)
+
+    def before_attention(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, A, T, E), and keys and values of as many heads or fewer."""
+        B, T, _ = x_BTD.shape
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        if self.norm_first:
+            x_BTD = self.attention_norm(x_BTD)
+        q_BTAE, k_BTAE, v_BTAE = self.qkv(x_BTD).view(B, T, -1, self.head_size).split(heads, 2)
+        q_BATE = rotated(self.q_norm(q_BTAE).transpose(1, 2), rotation)
+        k_BATE = rotated(self.k_norm(k_BTAE).transpose(1, 2), rotation)
+        return q_BATE, k_BATE, v_BTAE.transpose(1, 2)
+
+    def after_attention(self, x_BTD: Tensor, attended_BATE: Tensor) -> Tensor:
+        """The residual stream after this layer, from that before it and the values attended to."""
+        B, T, _ = x_BTD.shape
+        attended_BTD = self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
+        if self.norm_first:
+            x_BTD = x_BTD + attended_BTD
+            return x_BTD + self._feed_forward(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.attention_norm(attended_BTD)
+        return x_BTD + self.mlp_norm(self._feed_forward(x_BTD))
 
     def _feed_forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))

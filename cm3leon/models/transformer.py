@@ -52,6 +52,7 @@ class Transformer(Model):
                 raise UserError(f"head_size {self.head_size} must divide width {self.width}")
 
     matrices = ("qkv", "out", "up", "down")
+    recomputed = ("before_attention", "after_attention")
 
     def __init__(self, config: Config, *, vocab_size: int) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Transformer(Model):
             "sdpa" if attend else self.config.attention
         )  # the one that runs everywhere, where none is asked
         attention = choose(name, ids_BT.device).attention
-        plan = None if sample_BT is None else attention.plan(sample_BT)
+        plan = None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)
@@ -132,12 +133,20 @@ class Layer(nn.Module):
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The residual stream (B, T, D) after this layer; `attend(q, k, v)` takes the place of `attention`."""
+        qkv = self.before_attention(x_BTD)
+        attended_BATE = attend(*qkv) if attend else attention(*qkv, plan)
+        return self.after_attention(x_BTD, attended_BATE)
+
+    def before_attention(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, A, T, E) each."""
         B, T, _ = x_BTD.shape
         qkv_3BATE = self.qkv(_norm(x_BTD)).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         q_BATE, k_BATE, v_BATE = qkv_3BATE.unbind()
-        attended_BATE = (
-            attend(q_BATE, k_BATE, v_BATE) if attend else attention(q_BATE, k_BATE, v_BATE, plan)
-        )
+        return q_BATE, k_BATE, v_BATE
+
+    def after_attention(self, x_BTD: Tensor, attended_BATE: Tensor) -> Tensor:
+        """The residual stream after this layer, from that before it and the values attended to."""
+        B, T, _ = x_BTD.shape
         x_BTD = x_BTD + self.out(attended_BATE.transpose(1, 2).reshape(B, T, -1))
         return x_BTD + self.down(F.relu(self.up(_norm(x_BTD))))
 

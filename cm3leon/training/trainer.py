@@ -23,6 +23,7 @@ from cm3leon.training.checkpoint import (
     read_tensors,
     training_tensors,
 )
+from cm3leon.training.compilation import recompile_limits
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
 from cm3leon.training.distributed import Ranks
@@ -160,7 +161,8 @@ def train(
     log = TrainingLog(folder, ranks, title=title, step=step, first=first, last=last)
     meter = Meter(ranks)
     meter.load(start["meter"])
-    with closing(saved), closing(log), Signals(noted=True) as signals:
+    limits = recompile_limits(warnings.append)
+    with closing(saved), closing(log), limits, Signals(noted=True) as signals:
         validated = ranks.gather(log.has_validation(step))[0]
         if callback and step > first and step % config.callback_every == 0 and not validated:
             validate()  # a kill during it has left a checkpoint, but no record

@@ -1,0 +1,40 @@
+"""What torch.compile gives up on, said where the user looks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_LOGGER = "torch._dynamo.convert_frame"
+_LIMIT = "torch._dynamo hit config."
+"""How the message begins with which torch gives up on a function that it has compiled too often."""
+
+
+@contextmanager
+def recompile_limits(report: Callable[[str], object]) -> Iterator[None]:
+    """Calls `report` with a sentence for every function that is not compiled any more, because it was too often.
+
+    torch says so in its log alone, which scrolls by while the training becomes slower for good.
+    """
+    logger, handler = logging.getLogger(_LOGGER), _Limits(report)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Limits(logging.Handler):
+    def __init__(self, report: Callable[[str], object]) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (str(record.msg).startswith(_LIMIT) and isinstance(record.args, tuple)):
+            return
+        limit, number, function, reason = map(str, record.args[:4])
+        self._report(
+            f"torch.compile reached its limit of {number} ({limit}) at {function}; what it has not compiled so far "
+            f"runs without it from here on, slower; the last reason to compile again: {' '.join(reason.split())}"
+        )
