@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ Extractor = Callable[[np.ndarray], np.ndarray]
 """uint8 images (B, H, W, 3) to features (B, D)."""
 WINDOW = 11
 """Pixels of a side of the window in which structures are compared."""
+HELD = 2**23
+"""Numbers of a matrix of distances that are held at once: 64 MiB in float64."""
+SPARE = 4
+"""Neighbours beyond the k-th whose distances are computed anew."""
+ROUNDED = 1 + 1e-12
+"""Squared distances up to so many times a squared radius lie within it."""
 
 # ------------------------------------------------------------------------------------------------ pairs of images
 
@@ -169,51 +176,79 @@ def frechet_distance(features_MD: np.ndarray, other_ND: np.ndarray) -> float:
     return statistics[0].frechet(statistics[1])
 
 
+@torch.inference_mode()
 def precision_recall(
-    real_MD: np.ndarray, generated_ND: np.ndarray, neighbours: int = 3
+    real_MD: np.ndarray,
+    generated_ND: np.ndarray,
+    neighbours: int = 3,
+    device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
     Precision is the share of generated features within the hyperspheres of the real ones, each as wide as the distance
     to its k-th nearest neighbour among the real ones; recall the same with both exchanged.
 
+    Distances come from matrix products in float64. Where these are too close to a radius to tell, the differences
+    themselves decide; what lies outside by a part in 10^12 counts as inside.
+
+    Args:
+        device: where the products are computed; it must know float64.
+
     Raises:
         ValueError: for no more features of a kind than neighbours.
     """
     if min(len(real_MD), len(generated_ND)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images of each kind")
-    return _share_inside(generated_ND, real_MD, neighbours), _share_inside(
-        real_MD, generated_ND, neighbours
+    # Distances do not change if all features move; the products of those around 0 are rounded the least.
+    mean_D = real_MD.mean(0, dtype=np.float64)
+    real, generated = (
+        torch.from_numpy(features - mean_D).to(device) for features in (real_MD, generated_ND)
+    )
+    real_radius_M, generated_radius_N = (
+        _squared_radii(features, neighbours) for features in (real, generated)
     )
 
-
-def _share_inside(
-    points_ND: np.ndarray, of_MD: np.ndarray, neighbours: int, rows: int = 1024
-) -> float:
-    """Share of the points that lie in the hypersphere of at least one of the others."""
-
-    def from_each(given_ND: np.ndarray) -> Iterator[np.ndarray]:
-        return (
-            _distances(given_ND[first : first + rows], of_MD)
-            for first in range(0, len(given_ND), rows)
-        )
-
-    # The nearest one of a feature is itself.
-    radius_M = np.concatenate(
-        [np.partition(each_AM, neighbours, axis=1)[:, neighbours] for each_AM in from_each(of_MD)]
-    )
-    return float(
-        np.concatenate(
-            [(each_AM <= radius_M).any(axis=1) for each_AM in from_each(points_ND)]
-        ).mean()
-    )
+    within_real_N = torch.zeros(len(generated), dtype=torch.bool, device=device)
+    within_generated_M = torch.zeros(len(real), dtype=torch.bool, device=device)
+    rows = _rows_at_once(len(real))
+    for first in range(0, len(generated), rows):
+        part = slice(first, first + rows)
+        squares_AM, error_AM = _squared_distances(generated[part], real)
+        for radius in (real_radius_M[None, :], generated_radius_N[part, None]):
+            unsure = ((squares_AM - radius).abs() <= error_AM).nonzero()
+            for pairs in unsure.split(_rows_at_once(real.shape[1])):
+                a, m = pairs.unbind(1)
+                squares_AM[a, m] = (generated[part][a] - real[m]).square().sum(1)
+        within_real_N[part] = (squares_AM <= real_radius_M * ROUNDED).any(1)
+        within_generated_M |= (squares_AM <= generated_radius_N[part, None] * ROUNDED).any(0)
+    return float(within_real_N.double().mean()), float(within_generated_M.double().mean())
 
 
-def _distances(one_AD: np.ndarray, other_BD: np.ndarray) -> np.ndarray:
-    """Euclidean distances (A, B), in float64."""
-    from scipy.spatial.distance import cdist
+def _squared_radii(features_MD: Tensor, neighbours: int) -> Tensor:
+    """Squared distance (M,) of each feature to its k-th nearest other one."""
+    radii = []
+    for part_AD in features_MD.split(_rows_at_once(len(features_MD))):
+        # The nearest one of a feature is itself; a few more, as the products may take neighbours for each other.
+        squares_AM, _ = _squared_distances(part_AD, features_MD)
+        found = min(neighbours + 1 + SPARE, len(features_MD))
+        nearest_AK = squares_AM.topk(found, dim=1, largest=False).indices
+        columns = [
+            (part_AD - features_MD[nearest_A]).square().sum(1) for nearest_A in nearest_AK.unbind(1)
+        ]
+        radii.append(torch.stack(columns, 1).sort(1).values[:, neighbours])
+    return torch.cat(radii)
 
-    return cdist(one_AD.astype(np.float64), other_BD.astype(np.float64))
+
+def _squared_distances(a_AD: Tensor, b_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (A, B) by a matrix product, and a bound of the error of each."""
+    sizes_AB = a_AD.square().sum(1)[:, None] + b_BD.square().sum(1)
+    squares_AB = torch.addmm(sizes_AB, a_AD, b_BD.T, alpha=-2)
+    # A sum of D products is wrong by D times the precision of its terms at most.
+    return squares_AB, sizes_AB * (2 * a_AD.shape[1] * torch.finfo(torch.float64).eps)
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, HELD // columns)
 
 
 def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
@@ -272,7 +307,18 @@ class Inception:
         resized_BCHW = F.interpolate(
             images_BCHW, size=(299, 299), mode="bilinear", align_corners=False
         )
-        return self._network(2 * resized_BCHW - 1).cpu().numpy()
+        with _whole_float32():
+            return self._network(2 * resized_BCHW - 1).cpu().numpy()
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Inside, cuDNN does not round what it multiplies to 10 bits (TF32): images have the same distance on a GPU."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _network() -> nn.Module:

@@ -23,12 +23,14 @@ WORKER = Path(__file__).parent / "rank_worker.py"
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
 
 
-def start(folder: Path, ranks: int | None, **options: Any) -> list[subprocess.Popen[str]]:
+def start(
+    folder: Path, ranks: int | None, worker: Path = WORKER, **options: Any
+) -> list[subprocess.Popen[str]]:
     """Processes of a training; `ranks` None is one without a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(WORKER), json.dumps({"folder": str(folder), **options})]
+    command = [sys.executable, str(worker), json.dumps({"folder": str(folder), **options})]
     processes = []
     for rank in range(ranks or 1):
         place = (

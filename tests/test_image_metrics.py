@@ -17,16 +17,19 @@ from metric_weights import inception_weights as random_inception_weights
 from metric_weights import vgg_weights, write_inception, write_vgg
 from pytorch_fid import inception as published_inception
 from safetensors.torch import save_file
+from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from cm3leon.evaluation import images as metrics
 from cm3leon.evaluation.images import (
     FeatureStatistics,
     Inception,
     features,
     frechet_distance,
     lpips,
+    precision_recall,
     ssim,
 )
 from cm3leon.evaluation.metrics import psnr, psnr_each
@@ -399,6 +402,42 @@ def test_statistics_of_float32_are_in_float64() -> None:
     np.testing.assert_allclose(
         statistics.covariance_DD, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("held", [1, 200, 2**23])
+def test_precision_and_recall_are_those_of_every_distance(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "HELD", held)
+    rng = np.random.default_rng(held)
+    for _ in range(6):
+        # Features as Inception's: positive, far from 0, and some of them equal, so that radii are 0 or met exactly.
+        real_MD = (np.abs(rng.normal(size=(60, 24))) + 30).astype(np.float32)
+        made_ND = (np.abs(rng.normal(size=(45, 24))) * 1.1 + 30).astype(np.float32)
+        real_MD[:6], made_ND[:9] = real_MD[0], real_MD[2:11]
+        made_ND[20:25] = made_ND[20]
+
+        def share_inside(points_ND: np.ndarray, of_MD: np.ndarray) -> float:
+            radius_M = np.sort(cdist(of_MD, of_MD), axis=1)[:, 3]
+            return float((cdist(points_ND, of_MD) <= radius_M).any(axis=1).mean())
+
+        expected = share_inside(made_ND, real_MD), share_inside(real_MD, made_ND)
+        assert precision_recall(real_MD, made_ND) == expected
+        assert 0 < expected[0] < 1
+
+
+def test_inception_multiplies_in_whole_float32() -> None:
+    seen: list[bool] = []
+
+    class Network(nn.Module):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return x_BCHW.mean((2, 3))
+
+    before = torch.backends.cudnn.allow_tf32
+    Inception(Network(), torch.device("cpu"))(np.zeros((2, 5, 5, 3), np.uint8))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_what_has_no_frechet_distance() -> None:

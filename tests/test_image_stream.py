@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cm3leon.data.image_stream import ImageStream, random_square
 from cm3leon.data.source import Skipped, Source
+from cm3leon.objectives.block_stream import merge_states
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 
@@ -61,17 +62,75 @@ def drawn(batch_BHWC: np.ndarray) -> list[int]:
 
 
 def test_every_image_to_train_on_comes_once_in_an_epoch() -> None:
-    usable = [n for n in range(30) if n % 5 != 4 and n % 7 and n != 2]
-    images = stream(10, 3, 0, 17, batch_size=len(usable))
+    usable = [n for n in range(40) if n % 5 != 4 and n % 7 and n != 2]
+    images = stream(10, 10, 10, 10, lanes=1, batch_size=len(usable))
     for _ in range(4):
         batch_BHWC = images.next()
         assert batch_BHWC.shape == (len(usable), 4, 4, 3)
         assert batch_BHWC.dtype == np.uint8
-        counts = Counter(drawn(batch_BHWC))
-        assert set(counts) <= set(usable)
-        assert (
-            max(counts.values()) <= 2
-        )  # parts of the next epoch begin while others of this one last
+        assert sorted(drawn(batch_BHWC)) == usable
+
+
+def test_parts_of_any_length_come_equally_often_in_the_end() -> None:
+    counts: Counter[int] = Counter()
+    images = stream(10, 3, 0, 17, lanes=3, batch_size=6)
+    for _ in range(600):
+        counts.update(drawn(images.next()))
+    usable = [n for n in range(30) if n % 5 != 4 and n % 7 and n != 2]
+    assert sorted(counts) == usable
+    assert max(counts.values()) < 1.3 * min(counts.values())
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.sampled_from([1, 2, 3, 4, 6]),
+    st.integers(1, 9),
+    st.integers(0, 3),
+)
+def test_ranks_have_the_batches_of_one(
+    sizes: list[int], ranks: int, lanes: int, before: int
+) -> None:
+    """Each a part of them, also going on from what another number of ranks left."""
+    settings = {"batch_size": 12, "lanes": lanes}
+    one = stream(8, *sizes, **settings)
+    shares = [stream(8, *sizes, **settings, share=(rank, ranks)) for rank in range(ranks)]
+    for _ in range(before):
+        expected = one.next()
+        assert np.array_equal(np.concatenate([share.next() for share in shares]), expected)
+    merged = json.loads(json.dumps(merge_states([share.state_dict() for share in shares])))
+    assert merged == one.state_dict()
+    for count in (3, 1):
+        others = [stream(8, *sizes, **settings, share=(rank, count)) for rank in range(count)]
+        for other in others:
+            other.load_state_dict(merged)
+        again = stream(8, *sizes, **settings)
+        again.load_state_dict(one.state_dict())
+        for _ in range(2):
+            found = np.concatenate([other.next() for other in others])
+            assert np.array_equal(found, again.next())
+
+
+def test_a_rank_reads_its_own_parts_alone() -> None:
+    read: list[set[str]] = []
+    for rank in range(4):
+        images = stream(*[9] * 8, lanes=8, batch_size=16, share=(rank, 4))
+        parts: set[str] = set()
+        read.append(parts)
+        source, reading = images._source, images._source.read
+        source.read = lambda part, start=0, parts=parts, reading=reading: (  # type: ignore[method-assign]
+            parts.add(part),
+            reading(part, start),
+        )[1]
+        images.next()
+    assert sorted(part for parts in read for part in parts) == [str(part) for part in range(8)]
+
+
+def test_what_cannot_go_on_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="batch_size is 3; it must be a multiple of the 2 ranks"):
+        stream(9, share=(0, 2))
+    older = {"drawn": 6, "turn": 9, "next_part": 2, "lanes": [[0, 4], [1, 5]]}
+    with pytest.raises(UserError, match="checkpoints are of an earlier version"):
+        stream(9).load_state_dict(older)
 
 
 def test_a_batch_has_images_of_many_parts() -> None:

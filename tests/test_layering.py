@@ -23,6 +23,7 @@ FOUNDATION = (
     "records",
     "digests",
     "weights",
+    "collectives",
     "config",
     "provenance",
     "arguments",

@@ -19,6 +19,7 @@ from cm3leon.evaluate import evaluation as evaluating
 from cm3leon.evaluation.answers import vqa_accuracy
 from cm3leon.evaluation.config import AskConfig
 from cm3leon.evaluation.images import cell_features, precision_recall
+from cm3leon.evaluation.protocols import images as captioning
 from cm3leon.evaluation.protocols.base import Answer, Protocol, asked, given_image, true_answer
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, CorpusTask, OwnCorpus
 from cm3leon.plugins.scenes.protocols import SceneCompositions, SceneEntities, SceneTask
@@ -186,6 +187,47 @@ def test_images_are_compared_with_those_that_were_captioned():
     )
     assert grey["Fréchet distance of cells"].value > 1000
     assert grey["recall"].value == 0
+
+
+def kept_score(place: Path, **settings: Any) -> tuple[dict[str, Any], Any]:
+    """The figures of grey answers by a protocol that may keep its reference, and the protocol."""
+    asking = captioned(112, **settings)
+    asking.folder = place
+    items = asking.items()
+    answers = [Answer(image_HWC=np.full((48, 48, 3), n, np.uint8)) for n in range(len(items))]
+    return {"figures": asking.score(items, answers), "notes": asking.notes(items)}, asking
+
+
+def test_a_reference_is_made_once_for_all_that_are_asked(tmp_path, monkeypatch):
+    first, asking = kept_score(tmp_path)
+    (file,) = (tmp_path / "references").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(asking), "_reference_images", None)
+        assert kept_score(tmp_path)[0] == first
+
+    # Other images, or other features of them, have a reference of their own.
+    other, _ = kept_score(tmp_path, first=7)
+    assert other["notes"]["reference"] != first["notes"]["reference"]
+    assert len(list((tmp_path / "references").iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(type(asking), "scored_by", "cells 7")
+        patch.setattr(captioning, "cell_features", lambda images: cell_features(images)[:, ::-1])
+        kept_score(tmp_path)
+    assert len(list((tmp_path / "references").iterdir())) == 3
+    assert file.is_file()
+
+
+def test_a_damaged_reference_is_noticed_and_made_again(tmp_path, capsys):
+    first, _ = kept_score(tmp_path)
+    (file,) = (tmp_path / "references").iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert kept_score(tmp_path)[0] == first
+    assert f"{file} is damaged" in capsys.readouterr().out
+    assert bytes(content) != file.read_bytes()
+    kept_score(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_prompts_are_fixed_whatever_the_order_of_the_corpus_and_named_by_a_hash():

@@ -26,9 +26,11 @@ from cm3leon.evaluate import Evaluation
 from cm3leon.evaluate import evaluation as evaluating
 from cm3leon.evaluate.asking import text_asked
 from cm3leon.evaluation.config import combinations, shown
+from cm3leon.evaluation.protocols import images as captioning
+from cm3leon.evaluation.protocols.images import CaptionedImages
 from cm3leon.evaluation.report.answers import _card
 from cm3leon.experiment import Experiment, is_study, list_experiments, load_experiment
-from cm3leon.registry import SOURCES
+from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.run import main
 from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
@@ -454,6 +456,42 @@ def test_the_best_of_several_samples_needs_a_clip(made, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.npz"))
     asked.answer(one, [0])
     assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_features_of_answers_are_kept_by_whoever_draws_them(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(CaptionedImages, "_features", 2)  # so few need few images
+    monkeypatch.setattr(captioning, "cell_features", lambda images_BHWC: images_BHWC.mean((1, 2)))
+    data = {"name": "scenes", "count": 20, "side": 48}
+    section = {"name": "captioned_images", "data": data, "count": 12, "size": 48}
+    evaluation = load_study(str(made[0]), (), made[1]).evaluations["images"]
+    evaluation.sweep, evaluation.setting = {}, {}
+    evaluation.models = {"first": made[1] / "first"}
+    (row,) = rows("images", evaluation)
+    protocol = PROTOCOLS.check(section, "protocol")
+    for number in range(2):  # two parts, each its files
+        Evaluation(protocol, tmp_path).answer(row, [number])
+    kept = sorted(tmp_path.glob("*/features-1-*/*.npz"))
+    assert [file.name for file in kept] == ["00000.npz", "00001.npz"]
+
+    asked = Evaluation(protocol, tmp_path)
+    images = [answer for number in range(2) for answer in asked._answers_of(row, number)]
+    expected = asked.protocol.score(asked.items(row), images)
+    last = Evaluation(protocol, tmp_path)
+    monkeypatch.setattr(last, "_answers_of", None)  # not one image is decoded for the figures
+    found = last.measure(row)["metrics"]
+    assert {name: figure["value"] for name, figure in found.items()} == {
+        name: figure.value for name, figure in expected.items()
+    }
+
+    # Answers that are gone, and so may be others, take their features with them.
+    answers = kept[1].parents[1] / "00001.npz"
+    answers.unlink()
+    before = kept[1].stat().st_mtime_ns
+    asked.answer(row, range(2))
+    assert kept[1].stat().st_mtime_ns > before
+    kept[0].write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"00000\.npz is damaged; remove it"):
+        asked.answers(row)
 
 
 def test_the_page_has_the_documents_that_stood_in_the_prompts(made, tmp_path):

@@ -9,23 +9,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm3leon.data.shuffle import shuffled
+from cm3leon.data.ahead import threads
+from cm3leon.data.shuffle import own_slots, shuffled
 from cm3leon.data.source import Skipped, Source
 from cm3leon.seeds import mixed
 from cm3leon.types import Document, UserError
 
 State = dict[str, Any]
 
+FRUITLESS = 32
+"""Times that a lane may read as many parts as the corpus has without an image, before there is taken to be none."""
+
 
 class ImageStream:
     """Batches (B, size, size, 3), uint8, whose state another stream over the same corpus goes on from exactly.
 
-    `lanes` parts of the source are read at the same time and take turns, in an order that is new in every epoch, so
-    that neighbours in a part do not fill a batch. A document gives one of its images, which is cropped and mirrored at
-    random. The next batch is read while the last one is trained on.
+    Every image of a batch has a lane, which gives it batch after batch. `lanes` of them read a part of the source each,
+    so that neighbours in a part do not fill a batch; lane k of n reads the parts at the positions k, k + n, k + 2n ...
+    of their order, which is new in every epoch:
+
+        batch     0 1 2 3 | 4 5 6 7        images of 4 lanes, for 2 ranks of 4 images each
+        lanes     0 0 1 1 | 2 2 3 3        a rank decodes those of its own lanes, and no others
+
+    Where the ranks do not divide the lanes, several of them read the same one. A document gives one of its images,
+    which is cropped and mirrored at random. The next batch is read, in threads, while the last one is trained on.
 
     Args:
         keep: whether a document is used.
+        batch_size: images of all ranks.
+        share: (rank, ranks) that have a part of each batch, one after the other.
+
+    Raises:
+        UserError: for a batch that the ranks cannot share.
     """
 
     def __init__(
@@ -37,6 +52,7 @@ class ImageStream:
         batch_size: int,
         seed: int,
         lanes: int = 16,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._source = source
         self._parts = source.parts()
@@ -44,78 +60,86 @@ class ImageStream:
         self._size = size
         self._batch_size = batch_size
         self._seed = seed
-        lanes = min(lanes, len(self._parts))
-        self._state: State = {
-            "drawn": 0,
-            "turn": 0,
-            "next_part": lanes,
-            "lanes": [[lane, 0] for lane in range(lanes)],
-        }
-        self._thread = ThreadPoolExecutor(1)
-        self._batches: Iterator[tuple[np.ndarray, State]] | None = None
-        self._coming: Future[tuple[np.ndarray, State]]
+        self._lane_count = min(lanes, len(self._parts), batch_size)
+        self._slots = range(*own_slots(batch_size, share))
+        names = dict.fromkeys(self._lane_of(slot) for slot in self._slots)
+        self._state: State = {"batches": 0, "lanes": {str(lane): [lane, 0] for lane in names}}
+        self._pool = ThreadPoolExecutor(threads(), "decode")
+        self._lanes: dict[int, Iterator[tuple[Document, list[int]]]] | None = None
+        self._coming: dict[int, Future[tuple[list[np.ndarray], list[int]]]] = {}
 
     def next(self) -> np.ndarray:
         """The next batch. Raises UserError for a corpus without an image to train on."""
-        if self._batches is None:
-            self._batches = self._read(self._state)
-            self._coming = self._thread.submit(next, self._batches)
-        images_BHWC, self._state = self._coming.result()
-        self._coming = self._thread.submit(next, self._batches)
-        return images_BHWC
+        if self._lanes is None:
+            places = {int(lane): place for lane, place in self._state["lanes"].items()}
+            self._lanes = {
+                lane: self._images(*place)
+                for lane, place in places.items()
+                if lane in {self._lane_of(slot) for slot in self._slots}
+            }
+            self._read_on(self._state["batches"])
+        found = {lane: coming.result() for lane, coming in self._coming.items()}
+        number = self._state["batches"] + 1
+        places = {str(lane): place for lane, (_, place) in found.items()}
+        self._state = {"batches": number, "lanes": places}
+        self._read_on(number)
+        return np.stack([image for images, _ in found.values() for image in images])
 
     def state_dict(self) -> State:
-        """Where the stream is, as JSON."""
+        """Where the stream is, as JSON; of its own lanes, which those of the other ranks are put beside."""
         return self._state
 
     def load_state_dict(self, state: State) -> None:
-        """Goes on from there."""
+        """Goes on from there. Raises UserError for a state of an earlier version."""
+        if "batches" not in state:
+            raise UserError(
+                "image_tokenizer: its checkpoints are of an earlier version, which drew the images in another order; "
+                "delete the folders step_* of the stage to begin anew"
+            )
+        for coming in self._coming.values():
+            coming.exception()  # its lane must not be read any more
         self._state = state
-        self._batches = None
+        self._lanes, self._coming = None, {}
 
-    def _read(self, state: State) -> Iterator[tuple[np.ndarray, State]]:
-        drawn, turn, next_part = state["drawn"], state["turn"], state["next_part"]
-        lanes = [list(lane) for lane in state["lanes"]]
-        items = [self._items(position, item) for position, item in lanes]
+    def _lane_of(self, slot: int) -> int:
+        return slot * self._lane_count // self._batch_size
+
+    def _read_on(self, batch: int) -> None:
+        assert self._lanes is not None
+        self._coming = {
+            lane: self._pool.submit(self._of_batch, batch, lane, images)
+            for lane, images in self._lanes.items()
+        }
+
+    def _of_batch(
+        self, batch: int, lane: int, images: Iterator[tuple[Document, list[int]]]
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """This rank's images of a lane in a batch, and where the lane is then."""
+        own: list[np.ndarray] = []
+        place: list[int] = []
+        for slot in range(self._batch_size):
+            if self._lane_of(slot) != lane:
+                continue
+            rng = np.random.default_rng(mixed(self._seed, batch * self._batch_size + slot))
+            document, place = next(images)
+            if slot in self._slots:
+                image_HWC = document.images[int(rng.integers(len(document.images)))]
+                own.append(random_square(image_HWC, self._size, rng))
+        return own, place
+
+    def _images(self, position: int, item: int) -> Iterator[tuple[Document, list[int]]]:
+        """The documents with images of a lane from an item of a part on, each with the place behind it."""
         fruitless = 0  # parts that have ended since the last image
-        batch: list[np.ndarray] = []
-        while True:
-            lane = turn % len(lanes)
-            item = next(items[lane], None)
-            if item is None:
-                fruitless += 1
-                if fruitless > 2 * len(self._parts) * len(lanes) + len(
-                    lanes
-                ):  # each lane has come through all
-                    raise UserError("data: the corpus has no image to train the image tokenizer on")
-                lanes[lane] = [next_part, 0]
-                items[lane] = self._items(next_part, 0)
-                next_part += 1
-                continue
-            lanes[lane][1] += 1
-            turn += 1
-            if isinstance(item, Skipped) or not item.images or not self._keep(item):
-                continue
-            fruitless = 0
-            rng = np.random.default_rng(mixed(self._seed, drawn))
-            image_HWC = item.images[int(rng.integers(len(item.images)))]
-            batch.append(random_square(image_HWC, self._size, rng))
-            drawn += 1
-            if len(batch) == self._batch_size:
-                after = {
-                    "drawn": drawn,
-                    "turn": turn,
-                    "next_part": next_part,
-                    "lanes": [list(lane) for lane in lanes],
-                }
-                yield np.stack(batch), after
-                batch = []
-
-    def _items(self, position: int, start: int) -> Iterator[Document | Skipped]:
-        """The items of the part at a position of the endless stream of parts."""
-        return iter(
-            self._source.read(self._parts[shuffled(self._seed, position, len(self._parts))], start)
-        )
+        while fruitless <= FRUITLESS * len(self._parts):
+            part = self._parts[shuffled(self._seed, position, len(self._parts))]
+            for found in self._source.read(part, item):
+                item += 1
+                if not isinstance(found, Skipped) and found.images and self._keep(found):
+                    fruitless = 0
+                    yield found, [position, item]
+            fruitless += 1
+            position, item = position + self._lane_count, 0
+        raise UserError("data: the corpus has no image to train the image tokenizer on")
 
 
 def random_square(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cm3leon.seeds import GOLDEN, LOW_64, Number, mixed, split_mix
+from cm3leon.types import UserError
 
 FEW = 256
 ROUNDS, ROUNDS_OF_FEW = 8, 24
@@ -57,25 +58,45 @@ def _permuted(key: Number, place: Number, count: int) -> Number:
     return row * columns + column
 
 
+def own_slots(batch_size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """The first and the end of a rank's items in a batch. Raises UserError for a batch that the ranks cannot share."""
+    rank, ranks = share
+    if batch_size % ranks:
+        raise UserError(f"batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
+    own = batch_size // ranks
+    return rank * own, (rank + 1) * own
+
+
 class RowStream:
     """Endless batches of `batch_size` items out of `count`, shuffled; the place of the next one is the whole state.
 
     Args:
         make: numbers of the items (B,) -> batch.
+        share: (rank, ranks) that have a part of each batch, one after the other.
+
+    Raises:
+        UserError: for a batch that the ranks cannot share.
     """
 
     def __init__(
-        self, count: int, make: Callable[[np.ndarray], Any], *, batch_size: int, seed: int
+        self,
+        count: int,
+        make: Callable[[np.ndarray], Any],
+        *,
+        batch_size: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._count = count
         self._make = make
         self._batch_size = batch_size
+        self._own = own_slots(batch_size, share)
         self._seed = seed
         self._position = 0
 
     def next(self) -> Any:
         """The next batch."""
-        positions_B = np.arange(self._position, self._position + self._batch_size)
+        positions_B = self._position + np.arange(*self._own)
         self._position += self._batch_size
         return self._make(shuffled_array(self._seed, positions_B, self._count))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +15,33 @@ from tqdm import tqdm
 from cm3leon.api import CM3Leon, UsedDocument
 from cm3leon.config import Component, result_settings, to_mapping
 from cm3leon.evaluate.asking import Asker
-from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file
+from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file, write_arrays
 from cm3leon.evaluate.own_corpus import own_corpus
-from cm3leon.evaluation.config import AskConfig, shown
+from cm3leon.evaluate.row import Row, bank_identity
+from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, true_answer
 from cm3leon.evaluation.protocols.corpus import CorpusTask, OwnCorpus
 from cm3leon.evaluation.report.answers import Example
-from cm3leon.io import digest_of, read_json, sha256, write_json
-from cm3leon.permissions import check_readable
-from cm3leon.records import MARKER, read_stage
+from cm3leon.io import digest_of, read_json, write_json
+from cm3leon.records import read_stage
 from cm3leon.registry import PROTOCOLS
-from cm3leon.retrievers.index import ADDED
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.run_folder import RunFolder
+from cm3leon.training.device import best_device
 from cm3leon.types import UserError
 
 VERSION = 3
 """Raised when the same setting starts to give other answers."""
 SHARD = 128
 """Items of a file of answers; a kill loses at most what one of them takes."""
+FEATURES = "features-{}-{}"
+"""Folder of the features of the best of so many samples, by what gives them."""
 SHOWN = 12
 """Items that a result has pictures of."""
 SEEDS = 65_536
 """Seeds from one item's to the next one's: the most samples there may be."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One line of a result: a model under a setting."""
-
-    name: str
-    model: str
-    folder: Path
-    """Run folder of the model."""
-    setting: AskConfig
-    point: dict[str, Any]
-    """The swept keys and their values."""
 
 
 class Evaluation:
@@ -67,6 +56,8 @@ class Evaluation:
     ) -> None:
         self.component, self.folder = protocol, folder
         self.protocol: Protocol = PROTOCOLS.build(protocol)
+        self.protocol.device = own[0].run.device if own else best_device()
+        self.protocol.folder = folder
         self._own = own
         self._items: tuple[tuple[int, Path | None], list[Item]] | None = None
         self._sizes: dict[Path, int] = {}
@@ -106,8 +97,14 @@ class Evaluation:
         missing = [
             number for number in numbers if sample_count(shard_file(folder, number)) < samples
         ]
-        if not missing:
-            return
+        if missing:
+            self._make_missing(row, missing)
+        if self.protocol.scored_by:
+            for number in numbers:
+                self._features(row, number)
+
+    def _make_missing(self, row: Row, missing: Sequence[int]) -> None:
+        folder, samples = self.folder_of(row), row.setting.samples
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "setting.json").is_file():
             write_json(folder / "setting.json", self.identity(row))
@@ -170,8 +167,35 @@ class Evaluation:
         """The best answer to each item."""
         found: list[Answer] = []
         for number in range(self.shards(row)):
-            found += self._answers_of(row, number)
+            if self.protocol.scored_by:
+                found += self._scored_answers(row, number)
+            else:
+                found += self._answers_of(row, number)
         return found
+
+    def _scored_answers(self, row: Row, number: int) -> list[Answer]:
+        """The best answer to each item of a shard by its features, without its image."""
+        clip_In = read_answers(shard_file(self.folder_of(row), number))["clip"]
+        best_I = clip_In[:, : row.setting.samples].max(axis=1)
+        features_ID = self._features(row, number)
+        return [
+            Answer(features_D=features_D, clip=float(clip))
+            for features_D, clip in zip(features_ID, best_I, strict=True)
+        ]
+
+    def _features(self, row: Row, number: int) -> np.ndarray:
+        """Features (items, D) of the best answers of a shard, which whoever draws these keeps beside them."""
+        by = digest_of(self.protocol.scored_by)[:8]
+        folder = self.folder_of(row) / FEATURES.format(row.setting.samples, by)
+        file = shard_file(folder, number)
+        if file.is_file():
+            return read_answers(file)["features"]
+        answers = self._answers_of(row, number)
+        images = [answer.image_HWC for answer in answers if answer.image_HWC is not None]
+        features_ID = self.protocol.features(np.stack(images))
+        folder.mkdir(exist_ok=True)
+        write_arrays(file, {"features": features_ID})
+        return features_ID
 
     def _answers_of(self, row: Row, number: int) -> list[Answer]:
         """The best answer to each item of a shard."""
@@ -350,6 +374,9 @@ class Evaluation:
         first = setting.seed + number * SHARD
         seeds = [(first + index) * SEEDS for index in range(len(items))]
         samples = range(sample_count(file), setting.samples)
+        if not samples.start:  # features of answers that are gone
+            for kept in self.folder_of(row).glob(FEATURES.format("*", "*")):
+                shard_file(kept, number).unlink(missing_ok=True)
         made = asker.answers(asker.prompts(items), samples, seeds)
         add_answers(file, made, time.perf_counter() - begun)
 
@@ -406,22 +433,6 @@ def figures_line(row: str, result: Mapping[str, Any]) -> str:
 def _ranked(item: Item, scores_K: np.ndarray) -> Answer:
     scores_K = scores_K[: len(item.options)]
     return Answer(text=item.options[int(scores_K.argmax())], scores_K=scores_K)
-
-
-def bank_identity(folder: Path) -> list[str]:
-    """What identifies a memory bank: how its index was made, and the documents that were added to it.
-
-    Raises:
-        UserError: for a folder without a finished index.
-    """
-    check_readable(folder / "index" / MARKER)
-    if not (folder / "index" / MARKER).is_file():
-        raise UserError(f"setting.bank: {folder} is no run with a finished index")
-    added = folder / "index" / ADDED
-    return [
-        read_stage(folder / "index")["fingerprint"],
-        *([sha256(added)] if added.is_file() else []),
-    ]
 
 
 def _figures(measured: dict[str, Measured]) -> dict[str, Any]:

@@ -50,5 +50,10 @@ def add_answers(file: Path, made: Mapping[str, np.ndarray], seconds: float) -> N
         for name in set(whole) & set(held) - set(REPLACED):
             axis = 0 if name == "seconds" else 1
             whole[name] = np.concatenate([held[name], whole[name]], axis=axis)
+    write_arrays(file, whole)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays into a file, whole or not at all."""
     with atomic(file, shared=True) as partial, partial.open("wb") as content:
-        np.savez_compressed(content, allow_pickle=False, **whole)
+        np.savez_compressed(content, allow_pickle=False, **arrays)

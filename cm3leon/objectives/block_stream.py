@@ -381,5 +381,7 @@ class BlockStream:
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all ranks at the same step as one, that any number of ranks can load."""
+    if "lanes" not in states[0]:
+        return dict(states[0])  # the same on all ranks
     lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
     return {**states[0], "lanes": lanes}

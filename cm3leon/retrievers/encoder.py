@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm3leon.collectives import all_rows
 from cm3leon.config import Location, PositiveInt
 from cm3leon.retrievers.base import Encoder
 from cm3leon.types import UserError
@@ -73,9 +74,11 @@ class ClipEncoder(Encoder):
         from open_clip import ClipLoss
 
         image_BD, text_BD, scale = self.clip(self._pixels(images_BHWC), self._tokens(texts))[:3]
+        # Each pair is told apart from all others of the batch, those of other ranks too.
+        image_BD, text_BD = all_rows(image_BD), all_rows(text_BD)
         scores_BB = image_BD.detach() @ text_BD.detach().T
         accuracy = (
-            (scores_BB.argmax(1) == torch.arange(len(texts), device=scores_BB.device))
+            (scores_BB.argmax(1) == torch.arange(len(scores_BB), device=scores_BB.device))
             .float()
             .mean()
         )

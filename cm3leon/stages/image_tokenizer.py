@@ -21,6 +21,7 @@ from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
+from cm3leon.training.parallel import replicate
 from cm3leon.training.trainer import Batches, train
 
 LOOKED_AT, SHOWN = 64, 8
@@ -28,13 +29,18 @@ LOOKED_AT, SHOWN = 64, 8
 
 
 def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
-    """Trains the image tokenizer, or takes over another one, then encodes the images of the sample."""
+    """Trains the image tokenizer, or takes over another one, then encodes the images of the sample.
+
+    All ranks train it; what follows is for the first.
+    """
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
     if run.reused:
         load_weights(run.reused_file(IMAGE_TOKENIZER), tokenizer)
     elif not tokenizer.pretrained:
         _train(run, tokenizer, folder)
+    if not run.ranks.first:
+        return
     tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):
@@ -48,8 +54,10 @@ def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
 def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
     config, seed = run.experiment.image_tokenizer_training, run.experiment.seed
     module = tokenizer.training_module()
-    for note in module.notes:
-        print(f"      {note}")
+    if run.ranks.first:
+        for note in module.notes:
+            print(f"      {note}")
+    replicate(module, run.ranks)
     train(
         module,
         lambda module, batch_BHWC: module.loss(torch.from_numpy(batch_BHWC).to(run.device)),
@@ -61,12 +69,13 @@ def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
         title="image tokenizer",
         callback=_reconstructions(run, tokenizer),
         clipped=module.networks,
+        ranks=run.ranks,
     )
 
 
 def _batches(run: RunFolder, batch_size: int) -> Batches:
     """Training images: all of the corpus, streamed, or those of the sample with their varied versions."""
-    seed = run.experiment.seed
+    seed, share = run.experiment.seed, (run.ranks.rank, run.ranks.count)
     if run.shards.tokenizer_images == "corpus":
         return ImageStream(
             run.source,
@@ -74,10 +83,15 @@ def _batches(run: RunFolder, batch_size: int) -> Batches:
             size=run.image_tokenizer_shape.image_size,
             batch_size=batch_size,
             seed=seed,
+            share=share,
         )
     images_BHWC = run.varied_images
     return RowStream(
-        len(images_BHWC), lambda items: images_BHWC[items], batch_size=batch_size, seed=seed
+        len(images_BHWC),
+        lambda items: images_BHWC[items],
+        batch_size=batch_size,
+        seed=seed,
+        share=share,
     )
 
 
@@ -91,6 +105,8 @@ def _reconstructions(run: RunFolder, tokenizer: ImageTokenizer) -> Callable[[int
     images_BHWC = run.corpus.images_BHWC[chosen]
 
     def callback(step: int, writer: Any) -> None:
+        if not run.ranks.first:  # which has the same weights
+            return
         tokenizer.eval()
         codes_BN = tokenizer.encode(images_BHWC)
         rebuilt_BHWC = tokenizer.decode(codes_BN)

@@ -16,11 +16,15 @@ from cm3leon.stages.run_folder import ENCODER, WEIGHTS, RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
+from cm3leon.training.parallel import replicate
 from cm3leon.training.trainer import train
 
 
 def make_retriever(run: RunFolder, folder: Path) -> None:
-    """Fits or trains the encoder on the training documents of the sample, unless it is frozen or taken over."""
+    """Fits or trains the encoder on the training documents of the sample, unless it is frozen or taken over.
+
+    All ranks train it; the first keeps it.
+    """
     corpus, seed = run.corpus, run.experiment.seed
     torch.manual_seed(seed)
     retriever = RETRIEVERS.build(run.experiment.retriever)
@@ -40,16 +44,26 @@ def make_retriever(run: RunFolder, folder: Path) -> None:
                 varied_BHWC[items]
             )
 
+        replicate(encoder, run.ranks)
         train(
             encoder,
             lambda module, batch: module.loss(*batch),
-            RowStream(len(varied_BHWC), pairs, batch_size=config.batch_size, seed=seed),
+            RowStream(
+                len(varied_BHWC),
+                pairs,
+                batch_size=config.batch_size,
+                seed=seed,
+                share=(run.ranks.rank, run.ranks.count),
+            ),
             config,
             folder=folder,
             device=run.device,
             seed=seed,
             title="retriever",
+            ranks=run.ranks,
         )
+    if not run.ranks.first:
+        return
     encoder.eval()
     save_weights(folder / WEIGHTS, encoder)
 

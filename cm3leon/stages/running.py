@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from cm3leon.config import dump_yaml, recorded_settings
 from cm3leon.digests import remembered
 from cm3leon.experiment import Experiment
@@ -59,10 +61,7 @@ def run_experiment(
     check_run_folder(folder)
     check_before_stages(experiment, folder, until=until)
     rank = current_rank()
-    if rank and not _reaches(stages, "pretraining", until):
-        if rank.number > 0:
-            return
-        rank = None
+    together = trained_together(experiment, folder, until, rank.count) if rank else []
 
     def bring(run: RunFolder, last: str | None) -> dict[str, float]:
         make_folder(folder, "run")
@@ -75,15 +74,17 @@ def run_experiment(
 
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
-    def before() -> None:
-        # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
-        if not is_shared_out(experiment):
-            bring(RunFolder(experiment, folder, best_device()), "neighbours")
+    for name in together:
+        alone = stages[number_of(stages, name, "until") - 1].name
 
-    with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
-        if ranks.joined:
-            _pretrain_together(experiment, folder, ranks, redo, bring)
-    if ranks.joined and (not ranks.first or until == "pretraining"):
+        def before(last: str = alone, shared: bool = name == "pretraining") -> None:
+            # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
+            if not (shared and is_shared_out(experiment)):
+                bring(RunFolder(experiment, folder, best_device()), last)
+
+        with joined(rank, experiment.training.timeout_seconds, before=before) as ranks:
+            _train_together(experiment, folder, name, ranks, redo, bring)
+    if rank and (rank.number > 0 or until in together):
         return
     run = RunFolder(experiment, folder, best_device())
     seconds = bring(run, until)
@@ -91,6 +92,25 @@ def run_experiment(
         print("\n".join(publish(run, seconds)))
     elif "reconstruction" in seconds and len(run.corpus.rows("held_out")):
         print(f"report: {(folder / 'reconstruction' / 'report.html').resolve().as_uri()}")
+
+
+def trained_together(
+    experiment: Experiment, folder: Path, until: str | None, ranks: int
+) -> list[str]:
+    """The stages up to `until` that several ranks train together; what they cannot share, the first trains alone."""
+    run, stages = RunFolder(experiment, folder, torch.device("cpu")), stages_of(experiment)
+    batches = {
+        "image_tokenizer": experiment.image_tokenizer_training,
+        "retriever": experiment.retriever_training,
+    }
+    found = []
+    for stage in stages:
+        if not (stage.trains(run) and _reaches(stages, stage.name, until)):
+            continue
+        config = batches.get(stage.name)
+        if config is None or config.batch_size % ranks == 0:
+            found.append(stage.name)
+    return found
 
 
 def check_before_stages(
@@ -115,17 +135,18 @@ def _reaches(stages: Sequence[Stage[RunFolder]], name: str, until: str | None) -
     return until is None or number_of(stages, until, "until") >= number_of(stages, name, "until")
 
 
-def _pretrain_together(
+def _train_together(
     experiment: Experiment,
     folder: Path,
+    name: str,
     ranks: Ranks,
     redo: Collection[str],
     bring: Callable[[RunFolder, str | None], dict[str, float]],
 ) -> None:
-    """Bring the pretraining up to date, on all ranks; the first of them looks after the run folder."""
+    """Bring a stage that trains up to date, on all ranks; the first of them looks after the run folder."""
     run = RunFolder(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
-    number = number_of(stages, "pretraining", "until")
+    number = number_of(stages, name, "until")
     before = stages[:number]
     missing, needed, refusal = None, False, ""
     if ranks.first:
@@ -146,9 +167,9 @@ def _pretrain_together(
             f"run the same command once without torchrun or srun, with until={before[-1].name}"
         )
     if ranks.first:
-        bring(run, "pretraining")
+        bring(run, name)
     elif needed:
-        stages[number].make(run, folder / "pretraining")
+        stages[number].make(run, folder / name)
 
 
 def run_stage_part(

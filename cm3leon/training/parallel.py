@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from cm3leon.collectives import averaged
 from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
@@ -68,6 +69,37 @@ def distributed(
     state: dict[str, Any] = _adapted(whole(), config).state_dict() if ranks.first else {}
     set_model_state_dict(model, state, options=options)
     return model
+
+
+def replicate(module: nn.Module, ranks: Ranks) -> None:
+    """Average the gradients of a module that every rank holds whole, by one all-reduce at the end of a backward pass.
+
+    For tokenizers and encoders, which are small beside what they compute. The weights have to be the same on all ranks,
+    and stay so.
+    """
+    if not ranks.joined:
+        return
+    module.to(ranks.device)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    queued = False
+
+    def average() -> None:
+        nonlocal queued
+        queued = False
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        flat = averaged(torch.cat([gradient.flatten() for gradient in gradients]))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def queue(_: torch.Tensor) -> None:
+        nonlocal queued
+        if not queued:
+            queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(average)  # type: ignore[attr-defined]
+
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(queue)
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from cm3leon.data.source import squared
 from cm3leon.evaluation.metrics import Measured, average
@@ -57,6 +59,8 @@ class Answer:
     """Codes of an image."""
     retrieved: Sequence[np.ndarray] = ()
     """Codes of the images that were retrieved for its prompt, for a protocol of a run's own corpus."""
+    features_D: np.ndarray | None = None
+    """Features of an image, for a protocol that is `scored_by` them; the image itself may be missing then."""
     given_kept: bool = True
     """Whether all that was given stands beside the answer as it was, for a protocol of a run's own corpus."""
 
@@ -91,6 +95,12 @@ class Protocol(ABC):
     """Tokens of an answer in text, at most, unless the setting says otherwise; see `MAX_TOKENS`."""
     lowest_is_best: ClassVar[Collection[str]] = ()
     """Figures of which the lowest is the best, such as distances."""
+    scored_by: str = ""
+    """What features images are scored by, changing with whatever changes them; empty = by the images themselves."""
+    device: torch.device = torch.device("cpu")
+    """What features are computed on."""
+    folder: Path | None = None
+    """Where it may keep what is the same for all models that are asked; None = nowhere."""
     explained: ClassVar[Mapping[str, str]] = {}
     """What there is to say on a page of a figure whose name does not say enough, in a sentence, by its name."""
 
@@ -116,6 +126,10 @@ class Protocol(ABC):
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         """Figures of the answers, by name."""
+
+    def features(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Features (B, D) of images, for a protocol that is `scored_by` them."""
+        raise NotImplementedError
 
     def right(self, item: Item, answer: Answer) -> bool | None:
         """Whether one answer is right; None where that cannot be said of one alone."""

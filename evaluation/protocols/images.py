@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 
-from cm3leon.config import Component, PositiveInt, Probability, Seed
+from cm3leon.config import Component, PositiveInt, Probability, Seed, result_settings
+from cm3leon.data.shards import DamagedShard, open_shard, write_shard
 from cm3leon.data.source import Skipped
+from cm3leon.digests import path_digest
 from cm3leon.evaluation.images import (
     Extractor,
     FeatureStatistics,
@@ -26,6 +32,12 @@ from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.types import Document, TextSegment, UserError
 
 BATCH = 256
+AT_ONCE, AT_ONCE_ON_GPU = 32, 256
+"""Images that Inception looks at together."""
+VERSION = 1
+"""Raised when the same images get other features."""
+REFERENCES = "references"
+"""Folder for the features of reference images."""
 FID, CELLS = "FID", "Fréchet distance of cells"
 
 
@@ -60,12 +72,14 @@ class CaptionedImages(Protocol):
         """Of the order of the documents."""
 
     config: Config
+    _known: tuple[str, Reference] | None = None
+    """The reference that was asked for last, by what it was made from."""
 
     def items(self) -> list[Item]:
         config = self.config
         documents: dict[str, Document] = {}
         skipped = 0
-        for found in self._source().documents():
+        for found in self._source().documents(size=config.size):
             if isinstance(found, Skipped):
                 skipped += 1
             elif found.text and found.image is not None:
@@ -81,33 +95,35 @@ class CaptionedImages(Protocol):
         return [Item(id_, "text_to_image", documents[id_]) for id_ in sorted(chosen)]
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        extractor = self._extractor()
-        images = [answer.image_HWC for answer in answers if answer.image_HWC is not None]
-        generated_BD = np.concatenate(
-            [
-                features(extractor, np.stack(images[first : first + BATCH]))
-                for first in range(0, len(images), BATCH)
-            ]
-        )
-        reference_BD = np.concatenate(
-            [features(extractor, batch) for batch in self._reference(items)]
-        )
+        generated_BD = np.concatenate(list(self._features_of(answers)))
+        reference = self._reference(items)
         distances = FeatureStatistics(), FeatureStatistics()
-        for statistics, features_BD in zip(distances, (generated_BD, reference_BD), strict=True):
+        for statistics, features_BD in zip(
+            distances, (generated_BD, reference.features_BD), strict=True
+        ):
             statistics.add(features_BD)
-        precision, recall = precision_recall(reference_BD, generated_BD)
+        precision, recall = precision_recall(
+            reference.features_BD, generated_BD, device=self.device
+        )
         name = FID if self.config.inception_file else CELLS
         found = {name: distances[0].frechet(distances[1]), "precision": precision, "recall": recall}
         figures = {key: Measured(value, value, value, len(items)) for key, value in found.items()}
         return {**figures, **clip_score(answers)}
 
+    @cached_property
+    def scored_by(self) -> str:  # type: ignore[override]  # read only, and known by its file alone
+        inception = self.config.inception_file
+        return f"Inception {path_digest(inception)}" if inception else "cells 6"
+
+    def features(self, images_BHWC: np.ndarray) -> np.ndarray:
+        at_once = AT_ONCE_ON_GPU if self.device.type == "cuda" else AT_ONCE
+        return features(self._extractor, images_BHWC, at_once)
+
     def fingerprint(self) -> str:
         return self._source().fingerprint()
 
     def notes(self, items: Sequence[Item]) -> dict[str, str]:
-        pixels = digest_of_parts(
-            np.ascontiguousarray(batch_BHWC).tobytes() for batch_BHWC in self._reference(items)
-        )
+        pixels = self._reference(items).pixels
         prompts = digest_of("\n".join(item.id for item in items))
         size, inception = self.config.size, self.config.inception_file
         return {
@@ -129,23 +145,100 @@ class CaptionedImages(Protocol):
     def _order(self, id_: str) -> str:
         return digest_of(f"{self.config.seed} {id_}")
 
+    @cached_property
     def _extractor(self) -> Extractor:
-        return (
-            Inception.load(self.config.inception_file)
-            if self.config.inception_file
-            else cell_features
-        )
+        file = self.config.inception_file
+        return Inception.load(file, self.device) if file else cell_features
 
-    def _reference(self, items: Sequence[Item]) -> Iterator[np.ndarray]:
-        """The reference images in batches, read once more: a corpus of them need not fit into memory."""
-        wanted = {item.id for item in items}
-        batch: list[np.ndarray] = []
-        for found in self._source().documents(size=self.config.size):
-            if isinstance(found, Document) and found.id in wanted and found.image is not None:
-                wanted.remove(found.id)
-                batch.append(found.image)
-            if len(batch) == BATCH:
-                yield np.stack(batch)
-                batch = []
-        if batch:
+    def _features_of(self, answers: Sequence[Answer]) -> Iterator[np.ndarray]:
+        """Features of the answers, those that have none yet in batches."""
+        for first in range(0, len(answers), BATCH):
+            few = answers[first : first + BATCH]
+            known = [answer.features_D for answer in few if answer.features_D is not None]
+            if len(known) == len(few):
+                yield np.stack(known)
+                continue
+            images = [answer.image_HWC for answer in few if answer.image_HWC is not None]
+            yield self.features(np.stack(images))
+
+    def _reference(self, items: Sequence[Item]) -> Reference:
+        """The reference of these items, made once for all models; a file of it that is damaged is made again."""
+        ids = [item.id for item in items]
+        made_from = {
+            "version": VERSION,
+            "corpus": self.fingerprint(),
+            "data": result_settings(self.config.data),
+            "ids": digest_of("\n".join(ids)),
+            "size": self.config.size,
+            "features": self.scored_by,
+        }
+        key = digest_of(json.dumps(made_from, sort_keys=True))
+        if self._known is not None and self._known[0] == key:
+            return self._known[1]
+        file = None if self.folder is None else self.folder / REFERENCES / f"{key[:16]}.arrow"
+        reference = file and read_reference(file, made_from)
+        if not reference:
+            reference = self._made_reference(ids)
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_reference(file, reference, made_from)
+        self._known = key, reference
+        return reference
+
+    def _made_reference(self, ids: Sequence[str]) -> Reference:
+        """Read the reference images once more, in batches: a corpus of them need not fit into memory."""
+        found: list[np.ndarray] = []
+
+        def pixels() -> Iterator[bytes]:
+            for images_BHWC in self._reference_images(set(ids)):
+                found.append(self.features(images_BHWC))
+                yield np.ascontiguousarray(images_BHWC).tobytes()
+
+        digest = digest_of_parts(pixels())
+        return Reference(np.concatenate(found), digest)
+
+    def _reference_images(self, wanted: set[str]) -> Iterator[np.ndarray]:
+        images = (
+            self._taken(found, wanted) for found in self._source().documents(size=self.config.size)
+        )
+        there = (image for image in images if image is not None)
+        while batch := list(islice(there, BATCH)):
             yield np.stack(batch)
+
+    @staticmethod
+    def _taken(found: Document | Skipped, wanted: set[str]) -> np.ndarray | None:
+        """The image of a document that is wanted, which then is no more."""
+        if isinstance(found, Skipped) or found.id not in wanted or found.image is None:
+            return None
+        wanted.remove(found.id)
+        return found.image
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What answers are compared with."""
+
+    features_BD: np.ndarray
+    pixels: str
+    """SHA-256 of the images."""
+
+
+def write_reference(file: Path, reference: Reference, made_from: Mapping[str, Any]) -> None:
+    """Keep a reference, with checksums and what it was made from."""
+    features_BD = reference.features_BD
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features_BD.ravel()), features_BD.shape[1])
+    write_shard(file, {"features": column}, {"made_from": made_from, "pixels": reference.pixels})
+
+
+def read_reference(file: Path, made_from: Mapping[str, Any]) -> Reference | None:
+    """The reference in a file; None where there is none, it was made from something else, or is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        shard = open_shard(file)
+    except DamagedShard as error:
+        print(f"      {error}; it is made again", flush=True)
+        return None
+    if shard.header.get("made_from") != made_from:
+        return None
+    return Reference(shard.numbers("features"), str(shard.header["pixels"]))

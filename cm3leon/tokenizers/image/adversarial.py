@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cm3leon.tokenizers.image.base import TokenizerTraining, to_signal
+from cm3leon.tokenizers.image.base import (
+    TokenizerTraining,
+    psnr_of_batch,
+    to_signal,
+    use_of_batch,
+)
 from cm3leon.tokenizers.image.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -74,8 +79,8 @@ class AdversarialTraining(TokenizerTraining):
         reconstruction_BCHW = reconstruction_BCHW.float()
         likeness = F.l1_loss(reconstruction_BCHW, images_BCHW)
         figures: dict[str, Tensor | float] = {
-            "psnr_db": 10 * torch.log10(4 / F.mse_loss(reconstruction_BCHW.detach(), images_BCHW)),
-            **_use(codes_BHW, self.tokenizer.codebook_size),
+            "psnr_db": psnr_of_batch(F.mse_loss(reconstruction_BCHW, images_BCHW)),
+            **use_of_batch(codes_BHW, self.tokenizer.codebook_size),
             "quantizer_loss": pull.detach(),
             "images": float(len(images_BHWC)),
         }
@@ -108,13 +113,3 @@ class AdversarialTraining(TokenizerTraining):
         return verdict, discriminator_loss(
             discriminator(images_BCHW), discriminator(reconstruction_BCHW.detach())
         )
-
-
-def _use(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]:
-    """Share of the codes that occur in a batch, and the perplexity of their distribution."""
-    share_V = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
-    entropy = -torch.xlogy(share_V, share_V).sum()
-    return {
-        "codes_used_in_batch": (share_V > 0).float().mean(),
-        "perplexity_of_batch": entropy.exp(),
-    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cm3leon.collectives import averaged, rank_count, summed
 from cm3leon.weights import check_finite
 
 BATCH_PIXELS = 2**20
@@ -162,6 +163,22 @@ class ImageTokenizer(nn.Module):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(next(self.parameters()).device)
+
+
+def psnr_of_batch(squared_error: Tensor) -> Tensor:
+    """PSNR in dB of a batch by its mean squared error in [-1, 1]; on several ranks of all of it."""
+    return 10 * torch.log10(4 / averaged(squared_error))
+
+
+def use_of_batch(codes: Tensor, codebook_size: int) -> dict[str, Tensor | float]:
+    """Share of the codes that occur in a batch, and the perplexity of their distribution; of all ranks' batch."""
+    counts_V = torch.bincount(codes.flatten(), minlength=codebook_size)
+    share_V = summed(counts_V) / (codes.numel() * rank_count())
+    entropy = -torch.xlogy(share_V, share_V).sum()
+    return {
+        "codes_used_in_batch": (share_V > 0).float().mean(),
+        "perplexity_of_batch": entropy.exp(),
+    }
 
 
 def to_signal(images_BHWC: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.collectives import averaged
 from cm3leon.tokenizers.image.network import GROUPS
 
 STD = 0.02
@@ -65,14 +66,15 @@ def adaptive_weight(
 ) -> Tensor:
     """Weight that gives the generator's loss a gradient as long as the reconstruction's (Esser et al. 2021, eq. 7).
 
-    That is the ratio of the norms of their gradients by the weight of the decoder's last layer, at most 10^4. The
+    That is the ratio of the norms of their gradients by the weight of the decoder's last layer, at most 10^4; on
+    several ranks, of their mean gradients, which are those of the whole batch. The
     constant of the denominator is 1e-4, as in the published code (the paper has 1e-6).
 
     Returns:
         A scalar without gradient; the graphs of both losses are kept.
     """
     of_reconstruction, of_generator = (
-        torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0].float().norm()
+        averaged(torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0].float()).norm()
         for loss in (reconstruction_loss, generator_loss)
     )
     return (of_reconstruction / (of_generator + 1e-4)).clamp(0, 1e4).detach()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.collectives import all_rows, rank_count, rows_of_all, summed
+
 MAX_DISTANCES = 2**26
 """Distances of vectors to codes that are held at once: 256 MiB in float32."""
 
@@ -166,22 +168,28 @@ class EMAQuantizer(Quantizer):
             one_hot_NV = F.one_hot(codes, len(self.codebook_VD)).to(z.dtype)
             count_V += one_hot_NV.sum(0)
             sum_VD += one_hot_NV.T @ z
-        self.count_V.lerp_(count_V, 1 - self.decay)
-        self.sum_VD.lerp_(sum_VD, 1 - self.decay)
+        self.count_V.lerp_(summed(count_V), 1 - self.decay)
+        self.sum_VD.lerp_(summed(sum_VD), 1 - self.decay)
         self.codebook_VD.copy_(self.sum_VD / self.count_V.clamp(min=1e-5)[:, None])
-        even_use = len(z_ND) / len(self.codebook_VD)
+        even_use = rank_count() * len(z_ND) / len(self.codebook_VD)
         dead_M = (self.count_V < self.revive_below * even_use).nonzero()[:, 0]
         if len(dead_M):
             self._move(dead_M, z_ND, far_N)
 
     @torch.no_grad()
     def _move(self, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
-        """Moves codes onto vectors of the batch, drawn by weight or else evenly, as if each had had even use."""
+        """Moves codes onto vectors of the batch, drawn by weight or else evenly, as if each had had even use.
+
+        All ranks draw the same ones, as their random numbers are the same.
+        """
+        total = rank_count() * len(z_ND)
         if weight_N is None:
-            chosen_M = torch.randint(len(z_ND), (len(dead_M),), device=z_ND.device)
+            chosen_M = torch.randint(total, (len(dead_M),), device=z_ND.device)
         else:
-            chosen_M = torch.multinomial(weight_N + 1e-12, len(dead_M), replacement=True)
-        even_use = len(z_ND) / len(self.codebook_VD)
-        self.codebook_VD[dead_M] = z_ND[chosen_M]
-        self.sum_VD[dead_M] = z_ND[chosen_M] * even_use
+            weights = all_rows(weight_N) + 1e-12
+            chosen_M = torch.multinomial(weights, len(dead_M), replacement=True)
+        even_use = total / len(self.codebook_VD)
+        chosen_MD = rows_of_all(z_ND, chosen_M)
+        self.codebook_VD[dead_M] = chosen_MD
+        self.sum_VD[dead_M] = chosen_MD * even_use
         self.count_V[dead_M] = even_use

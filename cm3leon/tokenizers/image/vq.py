@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config import NonNegativeFloat, PositiveInt, Probability
 from cm3leon.registry import IMAGE_TOKENIZERS
-from cm3leon.tokenizers.image.base import ImageTokenizer, TokenizerTraining, to_signal
+from cm3leon.tokenizers.image.base import (
+    ImageTokenizer,
+    TokenizerTraining,
+    psnr_of_batch,
+    to_signal,
+    use_of_batch,
+)
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.types import UserError
 from cm3leon.weights import check_finite
@@ -79,11 +84,11 @@ class Autoencoder(ImageTokenizer, TokenizerTraining):
         images_BCHW = to_signal(images_BHWC)
         reconstruction_BCHW, codes_BN, pull = self(images_BCHW)
         squared_error = F.mse_loss(reconstruction_BCHW.float(), images_BCHW)
-        psnr = 10 * torch.log10(4 / squared_error.detach())
-        used = codes_BN.unique().numel() / self.codebook_size
         return squared_error + pull, {
-            "psnr_db": psnr,
-            "codes_used_in_batch": used,
+            "psnr_db": psnr_of_batch(squared_error),
+            "codes_used_in_batch": use_of_batch(codes_BN, self.codebook_size)[
+                "codes_used_in_batch"
+            ],
             "images": float(len(images_BHWC)),
         }
 

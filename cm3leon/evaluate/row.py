@@ -1,0 +1,43 @@
+"""A line of a result: a model under a setting, and the memory bank that it is asked with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cm3leon.evaluation.config import AskConfig
+from cm3leon.io import sha256
+from cm3leon.permissions import check_readable
+from cm3leon.records import MARKER, read_stage
+from cm3leon.retrievers.index import ADDED
+from cm3leon.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a result: a model under a setting."""
+
+    name: str
+    model: str
+    folder: Path
+    """Run folder of the model."""
+    setting: AskConfig
+    point: dict[str, Any]
+    """The swept keys and their values."""
+
+
+def bank_identity(folder: Path) -> list[str]:
+    """What identifies a memory bank: how its index was made, and the documents that were added to it.
+
+    Raises:
+        UserError: for a folder without a finished index.
+    """
+    check_readable(folder / "index" / MARKER)
+    if not (folder / "index" / MARKER).is_file():
+        raise UserError(f"setting.bank: {folder} is no run with a finished index")
+    added = folder / "index" / ADDED
+    return [
+        read_stage(folder / "index")["fingerprint"],
+        *([sha256(added)] if added.is_file() else []),
+    ]

@@ -1,0 +1,101 @@
+"""Image tokenizers and the encoder trained on several ranks, as on one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from module_ranks import CODES, STEPS, train_all
+from safetensors.torch import load_file
+from test_distributed import finish, start
+from torch import Tensor
+
+from cm3leon.registry import discover
+from cm3leon.tokenizers.image.quantizer import EMAQuantizer
+from cm3leon.training import parallel
+from cm3leon.training.distributed import Ranks
+
+WORKER = Path(__file__).with_name("module_ranks.py")
+NAMES = ("adversarial", "far", "clip")
+MOVED: Counter[str] = Counter()
+"""Codes that the training alone moved onto vectors, by how these were drawn."""
+
+discover()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the trainings by one process."""
+    folder, move = tmp_path_factory.mktemp("alone"), EMAQuantizer._move
+
+    def counted(self: Any, dead_M: Tensor, z_ND: Tensor, weight_N: Tensor | None) -> None:
+        MOVED["evenly" if weight_N is None else "by distance"] += len(dead_M)
+        move(self, dead_M, z_ND, weight_N)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EMAQuantizer, "_move", counted)
+        train_all(folder, Ranks(torch.device("cpu")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same trainings by two ranks, each with half of every batch."""
+    folder = tmp_path_factory.mktemp("together")
+    assert finish(start(folder, 2, WORKER)) == [0, 0]
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """The figures of each step, but for times."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.endswith("_second")}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_train_as_one(name: str, alone: Path, together: Path) -> None:
+    one, two = records(alone / name), records(together / name)
+    assert [record["step"] for record in two] == list(range(1, STEPS + 1))
+    for record, expected in zip(two, one, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    weights = load_file(together / name / "model.safetensors")
+    others = numbers = 0
+    for key, weight in load_file(alone / name / "model.safetensors").items():
+        close = torch.isclose(weights[key], weight, atol=1e-4, rtol=1e-3)
+        assert close.all() or "quantizer" not in key
+        others, numbers = others + int((~close).sum()), numbers + close.numel()
+    # AdamW makes whole steps of the rounding of gradients that are 0, as those of biases before a norm are.
+    assert others < 0.02 * numbers
+    if name == "adversarial":
+        assert {"adversarial_weight", "discriminator_loss"} <= set(two[-1])
+
+
+def test_dead_codes_were_moved(alone: Path) -> None:
+    """Else the test above would not see that ranks move the same ones onto the same vectors."""
+    assert MOVED["evenly"] > 2 * CODES + 5  # besides all codes at the first step of both tokenizers
+    assert MOVED["by distance"] > 5
+
+
+def test_gradients_are_averaged_once_in_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def averaged(value: torch.Tensor) -> torch.Tensor:
+        sizes.append(value.numel())
+        return value / 2
+
+    monkeypatch.setattr(parallel, "averaged", averaged)
+    module: Any = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    module[0].bias.requires_grad_(False)
+    parallel.replicate(module, Ranks(torch.device("cpu"), 0, 2, joined=True))
+    for _ in range(3):
+        module(torch.ones(5, 3)).sum().backward()
+    assert sizes == [12 + 8 + 2] * 3
+    # Each backward pass halves what is there: 10/2, then (5 + 10)/2, then (7.5 + 10)/2 for a bias of five rows' 5.
+    assert module[1].bias.grad.tolist() == [4.375, 4.375]
