@@ -63,7 +63,7 @@ class GpuIndex:
 class Gpus(ModuleType):
     """The module `faiss` as a build for GPUs is; `free` is the memory of each of them, in bytes."""
 
-    GpuMultipleClonerOptions = StandardGpuResources = SimpleNamespace
+    StandardGpuResources = SimpleNamespace
     code_lengths = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 
     def __init__(self, free: Sequence[int]) -> None:
@@ -77,10 +77,15 @@ class Gpus(ModuleType):
     def get_num_gpus(self) -> int:
         return len(self.free)
 
+    def GpuMultipleClonerOptions(self) -> SimpleNamespace:
+        """As some builds with cuVS make them, which use it unless they are told not to."""
+        return SimpleNamespace(use_cuvs=True)
+
     def index_cpu_to_gpu_multiple_py(
         self, resources: list[Any], index: Any, co: Any, gpus: Sequence[int]
     ) -> Any:
         assert len(resources) == len(gpus)
+        assert not co.use_cuvs  # it has other results
         if not hasattr(index, "nlist"):
             self.calls.append(f"flat on {list(gpus)}")
             assert not co.useFloat16  # it would be rounded, and search no longer exact
@@ -237,24 +242,56 @@ def test_an_index_is_built_on_gpus(
 # ------------------------------------------------------------------------------------------------ the library
 
 
-def test_both_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mips, "version", lambda package: "1.15.1")
-    mips._check_packages.cache_clear()
-    with pytest.raises(
-        UserError, match="faiss-cpu and faiss-gpu are both installed and overwrite each other"
-    ):
-        mips.import_faiss()
-    monkeypatch.undo()
-    mips.import_faiss()
-
-
-def test_missing_libraries_of_cuda_are_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("installed", "refused"),
+    [
+        (["faiss-cpu"], ""),
+        (["faiss-gpu"], ""),
+        (["faiss-gpu-cuvs"], ""),
+        (["faiss-cpu", "faiss-gpu"], "faiss-cpu and faiss-gpu are installed together"),
+        (["faiss-gpu-cuvs", "faiss-gpu"], "faiss-gpu and faiss-gpu-cuvs are installed together"),
+        (["faiss-gpu-cuvs", "faiss-cpu"], "faiss-cpu and faiss-gpu-cuvs are installed together"),
+    ],
+)
+def test_one_package_of_faiss_serves_and_two_are_refused(
+    installed: list[str], refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "faiss.py").write_text("raise RuntimeError('nvidia-cublas-cu12 is missing')")
+    monkeypatch.setattr(mips, "_is_installed", installed.__contains__)
+    mips._check_packages.cache_clear()
+    try:
+        if refused:
+            with pytest.raises(UserError, match=f"^{refused} and overwrite each other"):
+                mips.import_faiss()
+        else:
+            assert mips.import_faiss() is faiss
+    finally:
+        mips._check_packages.cache_clear()
+
+
+def test_a_worker_of_several_searches_on_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: Gpus, inverted: Made
+) -> None:
+    gpus.free = [80 * 10**9] * 4
+    monkeypatch.setattr(mips.multiprocessing, "parent_process", lambda: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert Bank(*inverted[0]).place == "GPU 2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("RuntimeError", "faiss-gpu installed but nvidia-cublas-cu12 is missing"),
+        ("RuntimeError", "faiss-gpu-cuvs installed but the cuVS runtime wheels are missing"),
+        ("OSError", "libcuvs.so: cannot open shared object file"),
+    ],
+)
+def test_missing_libraries_of_cuda_are_one_sentence(
+    kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faiss.py").write_text(f"raise {kind}({said!r})")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "faiss")
-    with pytest.raises(UserError, match="faiss cannot be loaded: nvidia-cublas-cu12 is missing"):
+    with pytest.raises(UserError, match=f"faiss cannot be loaded: {said}"):
         mips.import_faiss()
 
 

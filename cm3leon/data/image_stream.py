@@ -71,12 +71,9 @@ class ImageStream:
     def next(self) -> np.ndarray:
         """The next batch. Raises UserError for a corpus without an image to train on."""
         if self._lanes is None:
-            places = {int(lane): place for lane, place in self._state["lanes"].items()}
-            self._lanes = {
-                lane: self._images(*place)
-                for lane, place in places.items()
-                if lane in {self._lane_of(slot) for slot in self._slots}
-            }
+            # A state may have the lanes of other ranks, too.
+            own = dict.fromkeys(self._lane_of(slot) for slot in self._slots)
+            self._lanes = {lane: self._images(*self._state["lanes"][str(lane)]) for lane in own}
             self._read_on(self._state["batches"])
         found = {lane: coming.result() for lane, coming in self._coming.items()}
         number = self._state["batches"] + 1

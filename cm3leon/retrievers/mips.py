@@ -17,6 +17,8 @@ import torch
 
 from cm3leon.types import UserError
 
+PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12", "faiss-gpu-cu11")
+"""Distributions of FAISS, any one of which serves; all install the module `faiss`."""
 MOST = 2048
 """Most results of a search on a GPU, and most lists that it probes."""
 SHARE = 0.8
@@ -38,19 +40,22 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UserError(
-            "faiss is not installed: pip install faiss-cpu (or faiss-gpu on a cluster)"
+            "faiss is not installed: pip install faiss-cpu (on a cluster faiss-gpu, which brings CUDA 12, or "
+            "faiss-gpu-cuvs, which brings CUDA 13)"
         ) from error
-    except RuntimeError as error:  # what faiss-gpu raises without the libraries that it needs
+    except (RuntimeError, OSError) as error:  # without the libraries that those for GPUs need
         raise UserError(f"faiss cannot be loaded: {error}") from error
     return faiss
 
 
 @cache
 def _check_packages() -> None:
-    """Either package overwrites files of the other: without a word, the GPU is not used, or nothing can be imported."""
-    if all(_is_installed(name) for name in ("faiss-cpu", "faiss-gpu")):
+    """Each package overwrites files of the others: without a word, no GPU is used, or nothing can be imported."""
+    found = [name for name in PACKAGES if _is_installed(name)]
+    if len(found) > 1:
         raise UserError(
-            "faiss-cpu and faiss-gpu are both installed and overwrite each other: pip uninstall both, install one again"
+            f"{' and '.join(found)} are installed together and overwrite each other: pip uninstall all of them, "
+            "install one again"
         )
 
 
@@ -182,6 +187,8 @@ def _copied(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
     # Of product-quantised indexes, tables of more than 48 bytes a code do not fit otherwise.
     options.useFloat16 = hasattr(index, "pq")
     options.allowCpuCoarseQuantizer = True  # lists found by a graph
+    # cuVS has numerical behaviour of its own and no lists found by a graph. Some builds with it use it unasked.
+    options.use_cuvs = False
     return faiss.index_cpu_to_gpu_multiple_py(
         [_resources(gpu) for gpu in gpus], index, options, gpus
     )

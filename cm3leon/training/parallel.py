@@ -96,7 +96,7 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
         nonlocal queued
         if not queued:
             queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(average)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(average)
 
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(queue)
