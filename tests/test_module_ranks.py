@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import cm3leon
 from module_ranks import CODES, STEPS, train_all
 from safetensors.torch import load_file
 from test_distributed import finish, start
@@ -20,6 +23,7 @@ from cm3leon.training import parallel
 from cm3leon.training.distributed import Ranks
 
 WORKER = Path(__file__).with_name("module_ranks.py")
+ROOT = WORKER.parent.parent
 NAMES = ("adversarial", "far", "clip")
 MOVED: Counter[str] = Counter()
 """Codes that the training alone moved onto vectors, by how these were drawn."""
@@ -99,3 +103,26 @@ def test_gradients_are_averaged_once_in_a_backward_pass(monkeypatch: pytest.Monk
     assert sizes == [12 + 8 + 2] * 3
     # Each backward pass halves what is there: 10/2, then (5 + 10)/2, then (7.5 + 10)/2 for a bias of five rows' 5.
     assert module[1].bias.grad.tolist() == [4.375, 4.375]
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_stages_that_one_process_makes(tmp_path: Path) -> None:
+    """Image tokenizer and encoder, trained together; what lies between them is made by the first rank."""
+    steps = [
+        f"{stage}.{setting}"
+        for stage in ("image_tokenizer_training", "retriever_training")
+        for setting in ("steps=4", "log_every=1", "callback_every=2", "precision=float32")
+    ]
+    words = ["experiment=digits_smoke", "until=retriever", *steps]
+    cm3leon(*words, f"run={tmp_path / 'one'}")
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = ["-m", "cm3leon.run", *words, f"run={tmp_path / 'two'}"]
+    subprocess.run([sys.executable, *start, *run], check=True, cwd=ROOT, timeout=300)
+    for stage in ("image_tokenizer", "retriever"):
+        one, two = (tmp_path / name / stage for name in ("one", "two"))
+        assert [record["loss"] for record in records(two)] == pytest.approx(
+            [record["loss"] for record in records(one)], rel=1e-5
+        )
+        weights = load_file(two / "model.safetensors")
+        for key, weight in load_file(one / "model.safetensors").items():
+            torch.testing.assert_close(weights[key], weight, atol=2e-4, rtol=1e-3)
