@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from test_distributed import finish, start
 from torch import Tensor
 
+from cm3leon.experiment import load_experiment
 from cm3leon.registry import discover
+from cm3leon.stages.running import trained_together
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.training import parallel
 from cm3leon.training.distributed import Ranks
@@ -103,6 +105,22 @@ def test_gradients_are_averaged_once_in_a_backward_pass(monkeypatch: pytest.Monk
     assert sizes == [12 + 8 + 2] * 3
     # Each backward pass halves what is there: 10/2, then (5 + 10)/2, then (7.5 + 10)/2 for a bias of five rows' 5.
     assert module[1].bias.grad.tolist() == [4.375, 4.375]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "until", "together"),
+    [
+        (2, None, ["image_tokenizer", "retriever", "pretraining"]),
+        (2, "tokens", ["image_tokenizer", "retriever"]),
+        (2, "text_tokenizer", []),
+        (7, None, ["pretraining"]),  # which cannot share the batches of the others
+    ],
+)
+def test_what_ranks_train_together(
+    ranks: int, until: str | None, together: list[str], tmp_path: Path
+) -> None:
+    experiment = load_experiment("digits_smoke", ())
+    assert trained_together(experiment, tmp_path, until, ranks) == together
 
 
 @pytest.mark.slow
