@@ -7,7 +7,6 @@ their own. `xformers` is the operator that stands around its kernels on CUDA; on
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from graphs import Graphs
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 
 from cm3leon.models import attention
 from cm3leon.models.attention import choose
@@ -33,28 +31,6 @@ from cm3leon.training.trainer import train
 
 T, V = 32, 50
 BACKENDS = ("naive", "sdpa", "sdpa of long blocks", "flex", "xformers")
-ATTENTION = {
-    "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "cm3leon.packed_attention.default",
-    "flex_attention",
-}
-"""Operators of a forward pass of attention."""
-
-
-class Graphs:
-    """A backend of torch.compile that counts the graphs it is given, and in them the forward passes of attention."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-        self.attentions: Counter[str] = Counter()
-        self.backend = aot_autograd(
-            fw_compiler=partial(self._take, "forward"), bw_compiler=partial(self._take, "backward")
-        )
-
-    def _take(self, kind: str, graph: torch.fx.GraphModule, _: Any) -> Any:
-        self.count[kind] += 1
-        self.attentions[kind] += sum(str(node.target) in ATTENTION for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
 
 
 @pytest.fixture

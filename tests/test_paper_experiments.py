@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from graphs import Graphs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cm3leon.decoders.generate import generate
 from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
+from cm3leon.stages import validation
 from cm3leon.stages.pretraining import check_tokenizers
 from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
+from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.types import UserError
 
 PAPER = {
@@ -111,6 +117,35 @@ def test_pretraining_runs_when_shrunken(name: str, prepared: Path, tmp_path: Pat
         assert any(
             drawn[0].width % width == 0 for width in widths
         )  # some images in a row, with what stood before them
+
+
+def test_images_are_drawn_in_one_batch_and_spend_no_graph(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two drawings of the captions, each without and with documents; the layers stay one graph all along."""
+    graphs = Graphs()
+    asked: list[int] = []
+    decoded: list[int] = []
+
+    def counted_generate(model: Any, prompts: Any, *args: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(model, prompts, *args, **options)
+
+    def counted_decode(self: Any, codes_BN: Any, *args: Any) -> Any:
+        decoded.append(len(codes_BN))
+        return decode(self, codes_BN, *args)
+
+    decode = ImageTokenizer.decode
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
+    monkeypatch.setattr(validation, "generate", counted_generate)
+    monkeypatch.setattr(ImageTokenizer, "decode", counted_decode)
+    torch._dynamo.reset()
+    smoke("pretrain_350m", prepared, tmp_path / "run", "training.compile=true")
+    torch._dynamo.reset()
+    assert graphs.count == {"forward": 1, "backward": 1}
+    assert len(asked) == len(decoded) == 2
+    assert asked[0] == asked[1] <= 2 * validation.SHOWN
+    assert all(images > prompts for images, prompts in zip(decoded, asked, strict=True))
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)

@@ -143,70 +143,84 @@ class Drawing:
         `generated` has an image for each caption; in `generated_with_documents` those of the retrieved documents stand
         before it.
         """
-        run = self._run
+        run, retrieved = self._run, self._retrieved
         captions = [run.corpus.captions[row] for row in self._rows]
         none: list[list[int]] = [[] for _ in self._rows]
         with gathered(model):
-            images_BHWC = self._draw(model, none)
-            beside_BHWC = self._draw(model, self._retrieved) if any(self._retrieved) else None
+            codes = self._draw(model, [none, retrieved] if any(retrieved) else [none])
         if writer is None:
             return
-        writer.add_images("generated", images_BHWC, step, dataformats="NHWC")
+
+        # All images, drawn and retrieved, are decoded at once.
+        drawn = len(codes)
+        beside = [self._documents_with_images(found) for found in retrieved]
+        codes += [run.tokenizer.codes(document) for found in beside for document in found]
+        images_BHWC = run.image_tokenizer.decode(np.stack(codes))
+        count = len(self._rows)
+        writer.add_images("generated", images_BHWC[:count], step, dataformats="NHWC")
         writer.add_text("prompts", "\n\n".join(captions), step)
-        if beside_BHWC is None:
+        if not any(retrieved):
             return
-        pictures_BHWC, texts = self._with_documents(beside_BHWC)
+        pictures_BHWC = _in_rows(
+            images_BHWC[drawn:],
+            list(map(len, beside)),
+            max(map(len, retrieved)),
+            images_BHWC[count:drawn],
+        )
         writer.add_images("generated_with_documents", pictures_BHWC, step, dataformats="NHWC")
+        texts = [
+            " | ".join([*self._captions(found), f"**{caption}**"])
+            for found, caption in zip(retrieved, captions, strict=True)
+        ]
         writer.add_text("prompts_with_documents", "\n\n".join(texts), step)
 
-    def _draw(self, model: Model, retrieved: Sequence[Sequence[int]]) -> np.ndarray:
-        """An image (H, W, C) for each document, on the first rank."""
+    def _draw(self, model: Model, columns: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
+        """Codes of an image for each document, on the first rank: for all of them by a column of retrieved rows, then
+        by the next. They are drawn together: a step of many rows takes hardly longer than one of few."""
         run, ranks = self._run, self._run.ranks
-        mine = range(ranks.rank, len(self._rows), ranks.count)
-        documents = [run.token_documents[self._rows[place]] for place in mine]
-        others = [[run.bank_document(row) for row in retrieved[place]] for place in mine]
+        asked = [(place, found[place]) for found in columns for place in range(len(self._rows))]
+        mine = asked[ranks.rank :: ranks.count]
+        documents = [run.token_documents[self._rows[place]] for place, _ in mine]
+        prompts = [
+            self._task.prompt(document, [run.bank_document(row) for row in found])
+            for document, (_, found) in zip(documents, mine, strict=True)
+        ]
         with autocast(run.device, run.experiment.training.precision):
             answers = generate(
                 model,
-                [
-                    self._task.prompt(document, found)
-                    for document, found in zip(documents, others, strict=True)
-                ],
+                prompts,
                 DECODERS.build(run.experiment.decoder),
                 vocab=run.vocab,
-                seeds=list(mine),
+                seeds=[place for place, _ in mine],
             )
         codes = [
             run.tokenizer.codes(self._task.complete(*pair))
             for pair in zip(documents, answers, strict=True)
         ]
         shares = ranks.gather(codes)
-        if not ranks.first:
-            return np.empty(0)
-        in_order = [
-            shares[place % ranks.count][place // ranks.count] for place in range(len(self._rows))
-        ]
-        return run.image_tokenizer.decode(np.stack(in_order))
+        return [shares[n % ranks.count][n // ranks.count] for n in range(len(asked))]
 
-    def _with_documents(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The images with those of their retrieved documents before them, and the captions of all."""
-        run = self._run
-        most = max(map(len, self._retrieved))
-        B, H, W, C = images_BHWC.shape
-        pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
-        texts = []
-        for number, (row, found, image_HWC) in enumerate(
-            zip(self._rows, self._retrieved, images_BHWC, strict=True)
-        ):
-            documents = [run.bank_document(other) for other in found]
-            with_image = [document for document in documents if document.segment("image")]
-            codes = [run.tokenizer.codes(document) for document in with_image]
-            shown = [*run.image_tokenizer.decode(np.stack(codes))] if codes else []
-            for place, shown_HWC in enumerate([*shown, image_HWC], start=most - len(codes)):
-                pictures_BHWC[number, :, place * (W + 2) : place * (W + 2) + W] = shown_HWC
-            texts.append(
-                " | ".join(
-                    [*map(run.tokenizer.caption, documents), f"**{run.corpus.captions[row]}**"]
-                )
-            )
-        return pictures_BHWC, texts
+    def _documents_with_images(self, rows: Sequence[int]) -> list[TokenDocument]:
+        documents = [self._run.bank_document(row) for row in rows]
+        return [document for document in documents if document.segment("image")]
+
+    def _captions(self, rows: Sequence[int]) -> list[str]:
+        return [self._run.tokenizer.caption(self._run.bank_document(row)) for row in rows]
+
+
+def _in_rows(
+    beside_NHWC: np.ndarray, counts: Sequence[int], most: int, images_BHWC: np.ndarray
+) -> np.ndarray:
+    """Images with those of their retrieved documents before them, two white pixels apart, ending at the same place.
+
+    Args:
+        beside_NHWC: images of documents, `counts` of them for each image.
+        most: documents that any image may have before it.
+    """
+    B, H, W, C = images_BHWC.shape
+    pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
+    parts = np.split(beside_NHWC, np.cumsum(counts)[:-1])
+    for picture_HWC, part_NHWC, image_HWC in zip(pictures_BHWC, parts, images_BHWC, strict=True):
+        for place, shown_HWC in enumerate([*part_NHWC, image_HWC], start=most - len(part_NHWC)):
+            picture_HWC[:, place * (W + 2) : place * (W + 2) + W] = shown_HWC
+    return pictures_BHWC
