@@ -216,10 +216,24 @@ class Batch:
         return [Batch(*part) for part in parts]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        return Batch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        """The batch on a device, but for the samples' numbers: where they begin is looked up on the CPU."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "sample_BT"
+        }
+        return Batch(**moved, sample_BT=self.sample_BT)
+
+    def pinned(self) -> Batch:
+        """The batch in memory that a GPU copies from while both go on."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class OnCpu:
+    """A tensor that a model is to get on the CPU: FSDP moves those that it sees to its device."""
+
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import current_rank, joined
 from cm3leon.training.parallel import distributed, whole_state
-from cm3leon.training.trainer import BatchSplit, train
+from cm3leon.training.prefetch import BatchSplit
+from cm3leon.training.trainer import train
 from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
@@ -78,7 +79,7 @@ def main(options: dict[str, Any]) -> int:
         split = BatchSplit(
             parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
             weight=lambda part: float(part.weight_BT.sum()),
-            ids=stream.ids,
+            ids=lambda _: stream.ids(stream.drawn),
         )
         where: dict[str, Any] = {
             "folder": folder,

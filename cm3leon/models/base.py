@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.models.cache import KVCache
-from cm3leon.types import UserError
+from cm3leon.types import OnCpu, UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
@@ -80,7 +80,7 @@ class Model(nn.Module):
         ids_BT: Tensor,
         *,
         position_BT: Tensor | None = None,
-        sample_BT: Tensor | None = None,
+        sample_BT: Tensor | OnCpu | None = None,
         attend: Attend | None = None,
         readout: Callable[[Tensor, nn.Linear], Any] | None = None,
     ) -> Any:
@@ -89,6 +89,8 @@ class Model(nn.Module):
         `readout(hidden_BTD, head)` is called instead where it is given, and its result returned: a loss that never
         holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
         """
+        if isinstance(sample_BT, OnCpu):
+            sample_BT = sample_BT.tensor
         hidden_BTD = self.hidden(
             ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend
         )

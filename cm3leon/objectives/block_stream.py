@@ -341,18 +341,14 @@ class BlockStream:
         ]
         return collate(blocks, self._device)
 
-    def ids(self) -> list[str]:
-        """Ids of the query documents in the rank's lanes of the batch that was made last; they are drawn again."""
-        positions = sorted({position for lane in self._lanes.values() for position in lane.drawn})
-        return [self._samples.id_of(position) for position in positions]
-
     @property
-    def drawn(self) -> int:
-        """About how many samples of the stream were drawn so far, by all ranks together."""
-        return (
-            max((position for lane in self._lanes.values() for position in lane.drawn), default=-1)
-            + 1
-        )
+    def drawn(self) -> list[int]:
+        """Positions of the samples in the rank's lanes of the batch that was made last."""
+        return sorted({position for lane in self._lanes.values() for position in lane.drawn})
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Ids of the query documents of samples, which are drawn again."""
+        return [self._samples.id_of(position) for position in positions]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rank's lanes are, as JSON."""

@@ -22,7 +22,8 @@ from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings
 from cm3leon.training.parallel import replicate
-from cm3leon.training.trainer import Batches, train
+from cm3leon.training.prefetch import Batches
+from cm3leon.training.trainer import train
 
 LOOKED_AT, SHOWN = 64, 8
 """Validation images that are measured during training, and those that are drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.prefetch import BatchSplit
 from cm3leon.training.steps import checkpoints
-from cm3leon.training.trainer import BatchSplit, train
+from cm3leon.training.trainer import train
 from cm3leon.types import Batch, UserError
 
 
@@ -66,21 +68,21 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     if ranks.first:
         print(f"      attention: {model.attention_on(run.device)}", flush=True)
     drawing = Drawing(run)
+    drawn = 0  # about how many samples the batches held so far, of all ranks together
 
-    def micro_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        value, figures = run.objective.loss_of(module, batch.to(run.device), z_loss=config.z_loss)
-        if isinstance(model.config, Transformer.Config):
-            figures = {
-                **figures,
-                "flops": model_flops(model.config, model.vocab_size, batch.sample_BT),
-            }
-        return value, figures
+    def micro_loss(module: nn.Module, part: Part) -> tuple[Tensor, Any]:
+        nonlocal drawn
+        drawn = part.positions[-1] + 1
+        batch = part.batch.to(run.device)
+        value, figures = run.objective.loss_of(module, batch, z_loss=config.z_loss)
+        return value, {**figures, **part.counts}
 
     def callback(step: int, writer: Any) -> dict[str, float]:
         model.eval()
         drawing.write(model, writer, step)
-        return {"epoch": stream.drawn / samples.epoch, **validation_loss(run, model)}
+        return {"epoch": drawn / samples.epoch, **validation_loss(run, model)}
 
+    at_once = config.blocks_at_once(run.seq_len, config.blocks(run.seq_len) // ranks.count)
     train(
         model,
         micro_loss,
@@ -92,9 +94,11 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         title="pretraining",
         callback=callback,
         split=BatchSplit(
-            parts=lambda batch: batch.split(config.blocks_at_once(run.seq_len, len(batch.ids_BT))),
-            weight=lambda part: float(part.weight_BT.sum()),
-            ids=stream.ids,
+            parts=lambda batch: [
+                _part(run, model, each, stream.drawn) for each in batch.split(at_once)
+            ],
+            weight=lambda part: float(part.batch.weight_BT.sum()),
+            ids=lambda parts: stream.ids(parts[0].positions),
         ),
         ranks=ranks,
         resume_from=config.start / "pretraining"
@@ -114,6 +118,26 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         )
         write_json(folder / "validation.json", figures)
     ranks.barrier()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank computes at a time."""
+
+    batch: Batch
+    counts: dict[str, float]
+    """Its tokens without padding, and model FLOPs."""
+    positions: list[int]
+    """Positions in the stream of the samples in the whole batch, in ascending order."""
+
+
+def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> Part:
+    """Counts on the CPU what is to be known of a batch, and has a GPU copy it while both go on."""
+    counts = {"tokens": float((batch.sample_BT >= 0).sum())}
+    if isinstance(model.config, Transformer.Config):
+        counts["flops"] = model_flops(model.config, model.vocab_size, batch.sample_BT)
+    pinned = run.device.type == "cuda"
+    return Part(batch.pinned() if pinned else batch, counts, positions)
 
 
 def first_weights(run: RunFolder) -> Model:

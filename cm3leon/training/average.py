@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cm3leon.training.distributed import local
+
 
 class WeightAverage:
     """Exponential moving average of a module's parameters; its buffers are not averaged.
@@ -20,11 +22,16 @@ class WeightAverage:
         self._decay = decay
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes in the weights after that many steps."""
+    def update(self, step: int, bad: Tensor) -> None:
+        """Takes in the weights after that many steps; nothing of a step that was bad.
+
+        Args:
+            bad: 1 for such a step, else 0; a float32 scalar on the weights' device, which is not waited for.
+        """
         decay = min(self._decay, (1 + step) / (10 + step))
+        share = (1 - decay) * (1 - bad)
         for name, average in self._average.items():
-            average.lerp_(self._parameters[name], 1 - decay)
+            local(average).lerp_(local(self._parameters[name]), share)
 
     @torch.no_grad()
     def install(self) -> None:

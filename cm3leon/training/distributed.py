@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from cm3leon.training.device import best_device
 from cm3leon.types import Again, UserError
@@ -77,7 +79,7 @@ def _port(environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together; one alone by default. All methods but the properties wait for all ranks."""
+    """The processes that train together; one alone by default. Methods but `tensor` and `mesh` wait for all ranks."""
 
     device: torch.device
     rank: int = 0
@@ -97,6 +99,19 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def tensor(self, values: Sequence[float]) -> Tensor:
+        """The values on this rank's device, float64; it is not waited for."""
+        if self.device.type != "cuda":
+            return torch.tensor(values, dtype=torch.float64, device=self.device)
+        there = torch.tensor(values, dtype=torch.float64, pin_memory=True)
+        return there.to(self.device, non_blocking=True)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sums over the ranks, in place and on the device, which is not waited for."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
 
     def any(self, value: bool) -> bool:
         """Whether it is true on any rank."""
@@ -132,6 +147,11 @@ class Ranks:
         return init_device_mesh(
             self.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard")
         )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

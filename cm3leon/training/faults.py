@@ -8,10 +8,6 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-
 WINDOW, LEAST = 100, 20
 """Losses that a spike is compared with, and how many there have to be."""
 
@@ -42,15 +38,6 @@ class Spikes:
         return list(self._losses)
 
 
-def bad_gradients(module: nn.Module) -> list[str]:
-    """Names of parameters whose gradient, or this rank's share of it, is not finite."""
-    return [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(_local(parameter.grad)).all())
-    ]
-
-
 def diagnosis(*, step: int, skipped_in_a_row: int, loss: float, norm: float) -> str:
     """Why a training that gets no finite loss or gradient any more has diverged."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
@@ -65,7 +52,3 @@ def diverged(title: str, why: str, last: Path | None) -> FloatingPointError:
     """
     kept = f"the last good checkpoint is {last}" if last else "it has no good checkpoint"
     return FloatingPointError(f"{title} diverged: {why}; {kept}")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -50,9 +50,9 @@ class Meter:
         The ranks have to have the same figures.
         """
         seconds = time.perf_counter() - self._start
-        names = list(self._values)
-        pairs = [number for name in names for number in _total(self._values[name])]
-        summed = self._ranks.sum(pairs)
+        totals = self._totals()
+        names = list(totals)
+        summed = self._ranks.sum([number for pair in totals.values() for number in pair])
         result = {}
         for name, total, count in zip(names, summed[::2], summed[1::2], strict=True):
             if name in COUNTS:
@@ -65,12 +65,9 @@ class Meter:
 
     def state(self) -> MeterState:
         """Sums and time since the last reading, for a meter of a later process; waits for the device."""
-        self._values = {name: [_total(values)] for name, values in self._values.items()}
-        seconds = time.perf_counter() - self._start
-        return {
-            "seconds": seconds,
-            "sums": {name: values[0] for name, values in self._values.items()},
-        }
+        totals = self._totals()
+        self._values = {name: [pair] for name, pair in totals.items()}
+        return {"seconds": time.perf_counter() - self._start, "sums": totals}
 
     def load(self, states: Sequence[MeterState]) -> None:
         """Goes on from the states of all ranks, the same for all, on as many ranks or another number of them."""
@@ -89,6 +86,22 @@ class Meter:
             sums = {name: (counted * pair).tolist() for name, pair in whole.items()}
         self._values = {name: [(total, count)] for name, (total, count) in sums.items()}
 
+    def _totals(self) -> dict[str, tuple[float, float]]:
+        """Sum and count, by figure, of the values that are finite."""
+        pairs = [
+            (name, value if isinstance(value, tuple) else (value, 1.0))
+            for name, values in self._values.items()
+            for value in values
+        ]
+        numbers = _read([number for _, pair in pairs for number in pair])
+        totals = dict.fromkeys(self._values, (0.0, 0.0))
+        for (name, _), total, count in zip(pairs, numbers[::2], numbers[1::2], strict=True):
+            # One after the other, so that a sum that goes on from a state is the same to the last bit.
+            if math.isfinite(total):
+                before = totals[name]
+                totals[name] = before[0] + total, before[1] + count
+        return totals
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The time inside is not counted in rates."""
@@ -97,17 +110,13 @@ class Meter:
         self._start += time.perf_counter() - start
 
 
-def _total(values: list[Figure]) -> tuple[float, float]:
-    """Sum and count of the values that are finite."""
-    pairs = [
-        (float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for v in values
-    ]
-    totals = counts = 0.0
-    for total, count in pairs:
-        # One after the other, so that a sum that goes on from a state is the same to the last bit.
-        if math.isfinite(total):
-            totals, counts = totals + total, counts + count
-    return totals, counts
+def _read(values: Sequence[Tensor | float]) -> list[float]:
+    """The values as numbers; those on a device come from it together."""
+    there = [value for value in values if isinstance(value, Tensor)]
+    if not there:
+        return [float(value) for value in values]
+    read = iter(torch.stack([value.detach().double().reshape(()) for value in there]).tolist())
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 class TrainingLog:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cm3leon.objectives.block_stream import merge_states
 from cm3leon.seeds import nth_seed
@@ -26,43 +24,26 @@ from cm3leon.training.checkpoint import (
 from cm3leon.training.compilation import recompile_limits
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
-from cm3leon.training.distributed import Ranks
-from cm3leon.training.faults import Spikes, bad_gradients, diagnosis, diverged
+from cm3leon.training.distributed import Ranks, local
+from cm3leon.training.faults import Spikes, diagnosis, diverged
 from cm3leon.training.meter import Figure, Meter, Record, TrainingLog, gpu_memory
 from cm3leon.training.optimizer import new_optimizer, set_rate
+from cm3leon.training.outcome import (
+    Gradients,
+    Outcome,
+    adds_to_gradients,
+    reduced,
+    skips_on_device,
+)
+from cm3leon.training.prefetch import WHOLE, Batches, BatchSplit, Prefetch
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.signals import Signals
 from cm3leon.training.steps import checkpoints
 from cm3leon.types import Again, NotFinite, UserError
 from cm3leon.weights import is_finite
 
-
-class Batches(Protocol):
-    """An endless stream of batches with a state, from which another stream goes on exactly."""
-
-    def next(self) -> Any: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Figure]]]
 """(module, micro-batch) -> mean loss and figures to record; those named `tokens`, `images`, `flops` give rates."""
-
-
-@dataclass(frozen=True)
-class BatchSplit:
-    """How a batch of this rank is divided, and what its parts weigh; the default is one part.
-
-    The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it does not depend on
-    how many ranks and parts there are.
-    """
-
-    parts: Callable[[Any], Sequence[Any]] = lambda batch: [batch]
-    weight: Callable[[Any], float] = lambda part: 1.0
-    ids: Callable[[], list[str]] = list
-    """Ids of the documents in the batch that was drawn last."""
 
 
 def train(
@@ -77,7 +58,7 @@ def train(
     title: str,
     callback: Callable[[int, Any], dict[str, float] | None] | None = None,
     clipped: Sequence[nn.Module] = (),
-    split: BatchSplit = BatchSplit(),
+    split: BatchSplit = WHOLE,
     ranks: Ranks | None = None,
     resume_from: Path | None = None,
     peak_flops: float | None = None,
@@ -87,6 +68,10 @@ def train(
     All randomness of a step is a function of (seed, step), so that a resumed run equals an uninterrupted one bit for
     bit. Figures go to `log.jsonl` and TensorBoard, what went wrong to `events.jsonl`, all in `folder`. A step whose
     loss or gradient is not finite changes no weight.
+
+    Nothing in a step waits for the device: batches are made in a thread, the ranks' one reduction is on the device,
+    and the host reads a step's loss after it has launched the next step. Several ranks learn there, too, that one of
+    them was asked to stop: they end the step in which it was, and the next one. One rank stops at its next micro-batch.
 
     Args:
         callback: called as (step, TensorBoard writer) now and then, on all ranks; the writer is None but on the first.
@@ -123,13 +108,46 @@ def train(
         warn=warnings.append,
     )
     start = _resume(folder, resume_from, saved, tensors, batches, ranks)
-    step, first, skipped_in_a_row, spikes = (
-        start["step"],
-        start["first"],
-        start["skipped_in_a_row"],
-        Spikes(config.spike, start["losses"]),
-    )
+    step, first, skipped_in_a_row = start["step"], start["first"], start["skipped_in_a_row"]
+    spikes = Spikes(config.spike, start["losses"])
     last = first + config.steps
+    gradients = Gradients(module, clipped or (module,), ranks)
+    late = skips_on_device(optimizer)
+    outcome: Outcome | None = None  # of the last step, until it is read
+
+    def settle() -> bool:
+        """Reads what the last step came to, and writes it down; whether a rank was asked to stop in it."""
+        nonlocal outcome, skipped_in_a_row
+        if outcome is None:
+            return False
+        done, outcome = outcome, None
+        figures = {"loss": done.loss, "gradient_norm": done.norm}
+        if not done.bad:
+            skipped_in_a_row = 0
+            meter.add(figures)
+            if spike := spikes.look_at(done.loss):
+                log.event(done.step, "loss spike", **spike, documents=documents(done))
+            return done.asked
+
+        skipped_in_a_row += 1
+        bad_here = ranks.gather(done.bad_gradients())
+        names = sorted({name for names in bad_here for name in names})
+        log.event(done.step, "step skipped", **figures, parameters=names, documents=documents(done))
+        if skipped_in_a_row > config.bad_steps:
+            saved.finish()
+            raise diverged(title, trouble(done), saved.last())
+        return done.asked
+
+    def trouble(done: Outcome) -> str:
+        return diagnosis(
+            step=done.step, skipped_in_a_row=skipped_in_a_row, loss=done.loss, norm=done.norm
+        )
+
+    def documents(done: Outcome) -> list[str]:
+        """Ids of the documents in the step's batch, those of all ranks."""
+        with source.idle():
+            own = split.ids(done.parts)
+        return [id_ for ids in ranks.gather(own) for id_ in ids]
 
     def checkpoint(data: dict[str, Any], *, wait: bool) -> None:
         place = {
@@ -149,88 +167,107 @@ def train(
         """Calls the callback; alone, a signal stops it at once, and a checkpoint says that it is still to be made."""
         assert callback is not None
         try:
-            with meter.paused(), nullcontext() if ranks.joined else signals.at_once():
+            with (
+                source.idle(),
+                meter.paused(),
+                nullcontext() if ranks.joined else signals.at_once(),
+            ):
                 log.validation(step, callback(step, log.writer) or {})
         except Again as error:
-            checkpoint(batches.state_dict(), wait=True)
+            checkpoint(source.state, wait=True)
             raise Again(f"{title}: {error} in the validation after step {step}") from error
         except NotFinite as error:
             raise diverged(title, str(error), saved.last()) from error
         module.train()
 
+    def stopped() -> Again:
+        return Again(f"{title}: stopped at step {step} by {signals.received or 'a signal'}")
+
     log = TrainingLog(folder, ranks, title=title, step=step, first=first, last=last)
     meter = Meter(ranks)
     meter.load(start["meter"])
     limits = recompile_limits(warnings.append)
-    with closing(saved), closing(log), limits, Signals(noted=True) as signals:
+    source = Prefetch(batches, split, count=last - step, device=device)
+    with (
+        closing(saved),
+        closing(log),
+        closing(source),
+        limits,
+        Signals(noted=True) as signals,
+    ):
         validated = ranks.gather(log.has_validation(step))[0]
         if callback and step > first and step % config.callback_every == 0 and not validated:
             validate()  # a kill during it has left a checkpoint, but no record
+        whole: Tensor | float = 0.0
+        if ranks.count > 1 and step < last:
+            whole = ranks.tensor(ranks.sum([source.coming_weight()]))[0]
         while step < last:
             torch.manual_seed(nth_seed(seed, step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
-            before = batches.state_dict()
-            parts = split.parts(batches.next())
-            weights = [split.weight(part) for part in parts]
-            whole = ranks.sum([sum(weights)])[0]
+            before = source.state
+            ready = source.next()
+            if ranks.count == 1:
+                whole = sum(ready.weights)
             value = torch.zeros((), device=device)
             measured = []
-            for part, weight in zip(parts, weights, strict=True):
-                if ranks.any(bool(signals.received)):
+            for number, (part, weight) in enumerate(zip(ready.parts, ready.weights, strict=True)):
+                if ranks.count == 1 and signals.received:
+                    settle()
                     checkpoint(before, wait=True)
-                    raise Again(
-                        f"{title}: stopped at step {step} by {signals.received or 'a signal'}"
-                    )
+                    raise stopped()
+                adds_to_gradients(module, number + 1 < len(ready.parts))
                 with autocast(device, config.precision):
                     part_loss, figures = loss(module, part)
                 # FSDP takes the mean of the ranks' gradients; the sum is what is wanted.
-                (part_loss * (weight * ranks.count / whole)).backward()
-                value = value + part_loss.detach() * (weight / whole)
+                (part_loss * _float32(weight * ranks.count / whole)).backward()
+                value = value + part_loss.detach() * _float32(weight / whole)
                 measured.append(figures)
             # Not before the step is complete: one that a signal cuts short is made again.
             for figures in measured:
                 meter.add(figures)
-            norm = _clip(clipped or (module,), config.clip)
-            step_loss, odd = ranks.sum(
-                [float(value), float(not math.isfinite(float(value) + norm))]
-            )
-            step += 1
-            if odd:
-                skipped_in_a_row += 1
-                _skip(module, log, split, ranks, step=step, loss=step_loss, norm=norm)
-                if skipped_in_a_row > config.bad_steps:
-                    saved.finish()
-                    why = diagnosis(
-                        step=step, skipped_in_a_row=skipped_in_a_row, loss=step_loss, norm=norm
-                    )
-                    raise diverged(title, why, saved.last())
-            else:
-                skipped_in_a_row = 0
+
+            # What the next batch weighs is told the other ranks with this step's loss.
+            coming = source.coming_weight() if ranks.count > 1 and step + 1 < last else 0.0
+            asked = bool(signals.received)
+            sums = reduced(value, gradients, ranks, coming_weight=coming, asked=asked)
+            whole = sums.coming_weight
+            gradients.clip(sums.norms, config.clip)
+            this = Outcome(step + 1, sums, gradients, ready.parts)
+            if late:
+                optimizer.found_inf = sums.bad  # type: ignore[attr-defined]  # GradScaler sets it so, too
+            if late or not this.bad:
                 optimizer.step()
-                if average:
-                    average.update(step - first)
-                meter.add({"loss": step_loss, "gradient_norm": norm})
-                if spike := spikes.look_at(step_loss):
-                    log.event(step, "loss spike", **spike, documents=_documents(split, ranks))
+            if average:
+                average.update(step + 1 - first, sums.bad)
             optimizer.zero_grad()
+            step += 1
             log.advance()
+
+            # The device has this step's work by now; the host looks at the one before.
+            stop = settle()
+            outcome = this
+            records = step % config.log_every == 0 or step == last
+            validates = callback is not None and step % config.callback_every == 0
+            if records or validates or stop:
+                stop |= settle()
             if step == last:
                 saved.finish()
                 if skipped_in_a_row:
-                    why = diagnosis(
-                        step=step, skipped_in_a_row=skipped_in_a_row, loss=step_loss, norm=norm
-                    )
-                    raise diverged(title, why, saved.last())
-                if ranks.any(not _sound(module, loss, parts[0], device, config, ranks)):
+                    raise diverged(title, trouble(this), saved.last())
+                if ranks.any(not _sound(module, loss, ready.parts[0], device, config, ranks)):
                     why = f"after step {step}, its last one, weights or loss are NaN or infinite"
                     raise diverged(title, why, saved.last())
 
-            if step % config.log_every == 0 or step == last:
+            if records:
                 rates = _with_mfu(meter.read(), peak_flops)
                 log.record({"step": step, "learning_rate": rate, **rates, **gpu_memory(device)})
-            if (step % config.checkpoint_every == 0 or step == last) and not skipped_in_a_row:
-                checkpoint(batches.state_dict(), wait=step == last)
-            if callback and step % config.callback_every == 0:
+            saves = step % config.checkpoint_every == 0 and not skipped_in_a_row
+            stops = ranks.count > 1 and stop and step < last
+            if saves or step == last or stops:
+                checkpoint(source.state, wait=step == last or stops)
+            if stops:
+                raise stopped()
+            if validates:
                 validate()
             saved.poll()
             while warnings:
@@ -274,14 +311,9 @@ def _resume(
     return {"meter": [], "skipped_in_a_row": state.get("in_row", 0), **state}
 
 
-def _clip(modules: Sequence[nn.Module], most: float) -> float:
-    """Clips the gradients of each module by its own norm; returns the norm of all of them together."""
-    norms = [nn.utils.clip_grad_norm_(module.parameters(), most) for module in modules]
-    return float(
-        torch.stack(
-            [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        ).norm()
-    )
+def _float32(number: Tensor | float) -> Tensor | float:
+    """A share of the loss in its precision: a product with a float64 tensor would not be."""
+    return number.float() if isinstance(number, Tensor) else number
 
 
 def _sound(
@@ -298,11 +330,7 @@ def _sound(
     the decoder's validation does that. The forward pass of a training may change buffers, which are put back.
     """
     # What is kept, that is: CLIP's mask of minus infinities is a buffer too, but no part of what is trained.
-    kept = [
-        each.to_local() if isinstance(each, DTensor) else each
-        for each in module.state_dict().values()
-    ]
-    if not all(is_finite(tensor) for tensor in kept):
+    if not all(is_finite(local(tensor)) for tensor in module.state_dict().values()):
         return False
     if ranks.joined:
         return True
@@ -314,33 +342,6 @@ def _sound(
         for buffer, old in zip(module.buffers(), before, strict=True):
             buffer.copy_(old)
     return math.isfinite(float(value.detach()))
-
-
-def _skip(
-    module: nn.Module,
-    log: TrainingLog,
-    split: BatchSplit,
-    ranks: Ranks,
-    *,
-    step: int,
-    loss: float,
-    norm: float,
-) -> None:
-    """Writes down a step that is skipped: what was not finite, on any rank, and in which documents."""
-    names = sorted({name for names in ranks.gather(bad_gradients(module)) for name in names})
-    log.event(
-        step,
-        "step skipped",
-        loss=loss,
-        gradient_norm=norm,
-        parameters=names,
-        documents=_documents(split, ranks),
-    )
-
-
-def _documents(split: BatchSplit, ranks: Ranks) -> list[str]:
-    """Ids of the documents in the batch, those of all ranks."""
-    return [id_ for ids in ranks.gather(split.ids()) for id_ in ids]
 
 
 def _with_mfu(record: Record, peak_flops: float | None) -> Record:
