@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from traffic import Collectives, HostReads, seen
 
+from cm3leon.io import write_json
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.objectives.packing import PackingConfig
 from cm3leon.registry import MODELS, OBJECTIVES, discover
@@ -52,8 +54,12 @@ def main(options: dict[str, Any]) -> int:
             {"name": options.get("model", "cm3leon"), **shape}, vocab_size=VOCAB.size
         )
 
+    reads, collectives = HostReads(), Collectives()
+    counted: list[Any] = []
+
     def loss(model: Any, batch: Any) -> Any:
         time.sleep(options.get("pause", 0))
+        counted.append(seen(reads, collectives))
         return model(
             batch.ids_BT,
             position_BT=batch.position_BT,
@@ -88,10 +94,13 @@ def main(options: dict[str, Any]) -> int:
             "title": "tiny",
         }
         try:
-            train(model, loss, stream, config, **where, split=split, ranks=ranks)
+            with reads, collectives:
+                train(model, loss, stream, config, **where, split=split, ranks=ranks)
         except Again as again:
             print(again)
             return 75
+        if options.get("counts"):
+            write_json(folder / f"counts_{ranks.rank}.json", counted)
         state = whole_state(model)
         if ranks.first:
             save_weights(folder / "model.safetensors", state)

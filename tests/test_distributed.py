@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from traffic import difference
 
 from cm3leon.training.distributed import Rank, current_rank
 from cm3leon.training.steps import checkpoints
@@ -141,6 +144,21 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     again = trained(tmp_path / "stopped", 2)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
+    """Of two ranks, in two micro-batches: one sum over the ranks, and the loss of the step before is read."""
+    fields = {"micro_batch": 1, "log_every": 8, "checkpoint_every": 8}
+    trained(tmp_path, 2, fields=fields, counts=True)
+    for rank in range(2):
+        counts = json.loads((tmp_path / f"counts_{rank}.json").read_text())[::2]
+        for number, (before, after) in enumerate(pairwise(counts[:-1])):
+            reads = difference(Counter(after["reads"]), Counter(before["reads"]))
+            assert reads == ({"tolist": 1} if number else {})
+            sent = difference(Counter(after["collectives"]), Counter(before["collectives"]))
+            # FSDP gathers three groups forward and two backward, and scatters three, in each micro-batch.
+            expected = {"allreduce_": 1, "_allgather_base_": 10, "_reduce_scatter_base_": 6}
+            assert sent == expected
 
 
 def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:

@@ -1,0 +1,77 @@
+"""Counts what a training reads from its device, and what it sends to other ranks; for tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts, by name, what waits for a device where the tensor is on one; in this thread alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in READS:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by name, and the bytes of what they make, in this thread and its backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            self.counts[name] += 1
+            self.bytes[name] += sum(each.nbytes for each in _tensors(args[0]))
+            if "scatter" in name:  # the whole of what is shared, as in a gathering
+                self.bytes[name] += sum(each.nbytes for each in _tensors(args[1])) - sum(
+                    each.nbytes for each in _tensors(args[0])
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [each for inner in value for each in _tensors(inner)]
+    return []
+
+
+def difference(after: Counter[str], before: Counter[str]) -> dict[str, int]:
+    """What was counted in between, without what was not."""
+    return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+
+
+def seen(reads: HostReads, collectives: Collectives) -> dict[str, Counter[str]]:
+    """All counts so far."""
+    return {
+        "reads": reads.counts.copy(),
+        "collectives": collectives.counts.copy(),
+        "bytes": collectives.bytes.copy(),
+    }
