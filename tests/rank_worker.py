@@ -30,6 +30,14 @@ from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 SEQ_LEN = 48
+SHAPE = {
+    "name": "cm3leon",
+    "layers": 2,
+    "width": 32,
+    "head_size": 16,
+    "seq_len": SEQ_LEN,
+    "init_std": 0.05,
+}
 
 
 def draw(position: int, rng: np.random.Generator) -> Sample:
@@ -49,9 +57,8 @@ def main(options: dict[str, Any]) -> int:
 
     def new_model() -> Any:
         torch.manual_seed(1)
-        shape = {"layers": 2, "width": 32, "head_size": 16, "seq_len": SEQ_LEN, "init_std": 0.05}
         return MODELS.build(
-            {"name": options.get("model", "cm3leon"), **shape}, vocab_size=VOCAB.size
+            {**SHAPE, "name": options.get("model", "cm3leon")}, vocab_size=VOCAB.size
         )
 
     reads, collectives = HostReads(), Collectives()
@@ -81,7 +88,13 @@ def main(options: dict[str, Any]) -> int:
             rank=ranks.rank,
             ranks=ranks.count,
         )
-        model = distributed(new_model, new_model, config, ranks)
+        state = torch.Generator().manual_seed(1).get_state() if options.get("drawn", True) else None
+        model = distributed(new_model, new_model, config, ranks, random_state=state)
+        if options.get("only_first"):
+            first_weights = whole_state(model)
+            if ranks.first:
+                save_weights(folder / "model.safetensors", first_weights)
+            return 0
         split = BatchSplit(
             parts=lambda batch: batch.split(config.micro_batch or len(batch.ids_BT)),
             weight=lambda part: float(part.weight_BT.sum()),
@@ -101,9 +114,9 @@ def main(options: dict[str, Any]) -> int:
             return 75
         if options.get("counts"):
             write_json(folder / f"counts_{ranks.rank}.json", counted)
-        state = whole_state(model)
+        weights = whole_state(model)
         if ranks.first:
-            save_weights(folder / "model.safetensors", state)
+            save_weights(folder / "model.safetensors", weights)
     return 0
 
 

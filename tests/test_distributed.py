@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from rank_worker import SHAPE, VOCAB
 from safetensors.torch import load_file
 from traffic import difference
 
+from cm3leon.registry import MODELS
 from cm3leon.training.distributed import Rank, current_rank
 from cm3leon.training.steps import checkpoints
 
@@ -144,6 +146,19 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     again = trained(tmp_path / "stopped", 2)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize(("ranks", "fields"), [(None, {}), (1, {}), (3, {}), (4, {"replicas": 2})])
+def test_first_weights_are_those_of_one_process_that_builds_the_model(
+    tmp_path: Path, ranks: int | None, fields: dict[str, Any]
+) -> None:
+    """Bit for bit, though each rank draws its own shards alone; three ranks share no matrix evenly."""
+    options: dict[str, Any] = {"fields": fields, "only_first": True}
+    torch.manual_seed(1)
+    expected = MODELS.build(SHAPE, vocab_size=VOCAB.size).state_dict()
+    found = trained(tmp_path, ranks, **options)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.models.cache import KVCache
+from cm3leon.models.initial import First, fill
 from cm3leon.types import OnCpu, UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -63,6 +64,13 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def firsts(self) -> list[First]:
+        """How each parameter begins, in the order in which they are drawn; empty for a model that begins otherwise.
+
+        Ranks draw shards of such models by it, where others are built whole by the first rank and sent.
+        """
+        return []
+
     def share(self, rank: int, count: int) -> None:
         """Leaves a rank its part of every layer, in place, as `serving.share` says.
 
@@ -70,6 +78,12 @@ class Model(nn.Module):
             UserError: for a number of ranks that does not divide the heads, or a model whose layers are not shared.
         """
         raise UserError(f"several ranks cannot share the layers of a {type(self).__name__}")
+
+    def reset_parameters(self) -> None:
+        """The parameters as they begin, by `firsts`, from torch's stream of random numbers."""
+        parameters = dict(self.named_parameters())
+        for first in self.firsts():
+            fill(parameters[first.name], first)
 
     def attention_on(self, device: torch.device) -> str:
         """What attention is computed with in a training on that device, and why not with what is preferred."""

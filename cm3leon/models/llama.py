@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
 from cm3leon.models.base import Attend, Model
+from cm3leon.models.initial import First
 from cm3leon.models.split import Summed, frozen
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
@@ -86,17 +87,17 @@ class Llama(Model):
         self.head = nn.Linear(config.width, vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def firsts(self) -> list[First]:
         """Truncated normal matrices, norms of ones. The zero head makes the first loss exactly ln(vocab_size)."""
-        std = self.config.init_std
-        for name, parameter in self.named_parameters():
+        firsts = []
+        for name, _ in self.named_parameters():
             if name.endswith("norm.bias"):
-                nn.init.zeros_(parameter)
+                firsts.append(First(name, "zeros"))
             elif name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
+                firsts.append(First(name, "ones"))
             else:
-                nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
-        nn.init.zeros_(self.head.weight)
+                firsts.append(First(name, "normal", self.config.init_std))
+        return [*firsts, First("head.weight", "zeros")]
 
     def hidden(
         self,

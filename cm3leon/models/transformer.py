@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
 from cm3leon.models.base import Attend, Model
+from cm3leon.models.initial import First
 from cm3leon.models.split import Summed, frozen
 from cm3leon.registry import MODELS
 from cm3leon.types import UserError
@@ -65,16 +66,16 @@ class Transformer(Model):
         self.head = nn.Linear(config.width, vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def firsts(self) -> list[First]:
         """The paper's initialisation. The zero head makes the first loss exactly ln(vocab_size)."""
-        for weight in self.parameters():
-            _truncated_normal(weight, self.config.init_std)
-        _truncated_normal(self.positions.weight, self.config.position_init_std)
-        nn.init.zeros_(self.head.weight)
+        names = [name for name, _ in self.named_parameters()]
+        firsts = [First(name, "normal", self.config.init_std) for name in names]
+        firsts.append(First("positions.weight", "normal", self.config.position_init_std))
+        firsts.append(First("head.weight", "zeros"))
         if self.config.zero_residual:
-            for name, weight in self.named_parameters():
-                if name.endswith((".out.weight", ".down.weight")):
-                    nn.init.zeros_(weight)
+            ends = (".out.weight", ".down.weight")
+            firsts += [First(name, "zeros") for name in names if name.endswith(ends)]
+        return firsts
 
     def hidden(
         self,
@@ -154,7 +155,3 @@ class Layer(nn.Module):
 def _norm(x_BTD: Tensor) -> Tensor:
     """Layer norm without learned parameters."""
     return F.layer_norm(x_BTD, x_BTD.shape[-1:])
-
-
-def _truncated_normal(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

@@ -64,7 +64,16 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         rank=ranks.rank,
         ranks=ranks.count,
     )
-    model = distributed(lambda: first_weights(run), run.empty_model, config, ranks)
+    if config.start:
+        check_tokenizers(run, config.start)
+    begins_anew = config.start is None or config.start_with == "everything"
+    model = distributed(
+        lambda: first_weights(run),
+        run.empty_model,
+        config,
+        ranks,
+        random_state=run.state_of_new_model() if begins_anew else None,
+    )
     if ranks.first:
         print(f"      attention: {model.attention_on(run.device)}", flush=True)
     drawing = Drawing(run)
@@ -144,11 +153,9 @@ def first_weights(run: RunFolder) -> Model:
     """The decoder before its training: with random weights, or those of the run that it starts from.
 
     Raises:
-        UserError: for a run to start from that has no weights, those of another model, or another vocabulary.
+        UserError: for a run to start from that has no weights, or those of another model.
     """
     model, start = run.new_model(), run.experiment.training.start
-    if start:
-        check_tokenizers(run, start)
     if start and run.experiment.training.start_with == "weights":
         load_weights(opened_stage(start / "pretraining", WEIGHTS) / WEIGHTS, model)
     return model

@@ -369,10 +369,14 @@ class RunFolder:
 
     def new_model(self) -> Model:
         """The decoder as it is initialised, which the seed alone decides."""
-        vocab_size = self.vocab.size
+        torch.set_rng_state(self.state_of_new_model())
+        return self.empty_model()
+
+    def state_of_new_model(self) -> torch.Tensor:
+        """Of torch's generator, from which the first weights of the decoder are drawn."""
         torch.manual_seed(self.experiment.seed)
         self.new_image_tokenizer()  # its weights are the first numbers of this stream; the decoder's are to be others
-        return MODELS.build(self.experiment.model, vocab_size=vocab_size)
+        return torch.get_rng_state()
 
     def empty_model(self) -> Model:
         """The decoder, whatever its weights: for the meta device."""

@@ -65,7 +65,7 @@ class Gradients:
         found = [(name, weight) for name, weight in self._named if weight.grad is not None]
         self.names = [name for name, _ in found]
         shares = [local(weight.grad) for _, weight in found if weight.grad is not None]
-        norms = torch._foreach_norm(shares) if shares else []
+        norms = list(torch._foreach_norm(shares)) if shares else []
         self.norms = torch.stack(norms) if norms else torch.zeros(0)
         self._shares, squares = [], []
         for members in self._clipped:

@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cm3leon.collectives import averaged
 from cm3leon.models.base import Model
+from cm3leon.models.initial import draw
 from cm3leon.models.lora import add_lora, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
@@ -30,6 +33,8 @@ def distributed(
     shape: Callable[[], Model],
     config: DecoderTrainingConfig,
     ranks: Ranks,
+    *,
+    random_state: Tensor | None = None,
 ) -> Model:
     """A model with its weights, sharded over the ranks; on one process without a group, as it is.
 
@@ -43,8 +48,18 @@ def distributed(
         whole: makes the model with its weights, on the CPU; called on the first rank only, which sends the others
             their shards, so that no other ever holds all of it.
         shape: makes the model without looking at its weights.
+        random_state: of the generator from which `whole` draws all weights, so that each rank may draw its own shards
+            (`models/initial.py`); None for weights that come from elsewhere.
     """
     mesh = ranks.mesh(config.replicas)
+    with torch.device("meta"):
+        model = shape()
+    drawn = random_state is not None and not config.lora_rank and _draws_itself(model)
+    if mesh is None and drawn:
+        model.to_empty(device=ranks.device)
+        _draw(model, random_state)
+        _prepare(model, config)
+        return model
     if mesh is None:
         frozen = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
         model = _adapted(whole(), config, frozen_dtype=frozen).to(ranks.device)
@@ -55,7 +70,7 @@ def distributed(
             "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one process, without torchrun"
         )
     with torch.device("meta"):
-        model = _adapted(shape(), config)
+        model = _adapted(model, config)
     _prepare(model, config)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None,
@@ -65,6 +80,9 @@ def distributed(
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
+    if drawn:
+        _draw(model, random_state)
+        return model
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state: dict[str, Any] = _adapted(whole(), config).state_dict() if ranks.first else {}
     set_model_state_dict(model, state, options=options)
@@ -100,6 +118,30 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
 
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(queue)
+
+
+def _draws_itself(model: Model) -> bool:
+    """Whether all that a model begins with is known from its `firsts`."""
+    begun = {first.name for first in model.firsts()}
+    return not list(model.buffers()) and begun == {name for name, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+def _draw(model: Model, random_state: Tensor | None) -> None:
+    """Draws this rank's shards of a model's first weights."""
+    assert random_state is not None
+
+    def rows(weight: nn.Parameter) -> tuple[Tensor, int]:
+        if not isinstance(weight, DTensor):
+            return weight, 0
+        _, offset = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        return weight.to_local(), offset[0]
+
+    draw(model, model.firsts(), random_state, rows)
+
+
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
