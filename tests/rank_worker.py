@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from traffic import Collectives, HostReads, seen
+from counted import Collectives, HostReads, seen
 
 from cm3leon.io import write_json
 from cm3leon.objectives.block_stream import BlockStream
@@ -30,8 +30,7 @@ from cm3leon.types import Again, Sample, TokenDocument, TokenSegment
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=8)
 SEQ_LEN = 48
-SHAPE = {
-    "name": "cm3leon",
+SHAPE: dict[str, Any] = {
     "layers": 2,
     "width": 32,
     "head_size": 16,
@@ -58,7 +57,7 @@ def main(options: dict[str, Any]) -> int:
     def new_model() -> Any:
         torch.manual_seed(1)
         return MODELS.build(
-            {**SHAPE, "name": options.get("model", "cm3leon")}, vocab_size=VOCAB.size
+            {"name": options.get("model", "cm3leon"), **SHAPE}, vocab_size=VOCAB.size
         )
 
     reads, collectives = HostReads(), Collectives()

@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from counted import difference
 from rank_worker import SHAPE, VOCAB
 from safetensors.torch import load_file
-from traffic import difference
 
-from cm3leon.registry import MODELS
+from cm3leon.models.transformer import Transformer
+from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Rank, current_rank
 from cm3leon.training.steps import checkpoints
+from cm3leon.training.traffic import traffic
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
@@ -110,6 +112,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, {}),
         (2, {}),
         (2, {"micro_batch": 1, "activation_checkpointing": "full"}),
+        (2, {"micro_batch": 1, "replicas": 2}),
         (4, {}),
         (4, {"replicas": 2, "activation_checkpointing": "selective"}),
     ],
@@ -153,10 +156,10 @@ def test_first_weights_are_those_of_one_process_that_builds_the_model(
     tmp_path: Path, ranks: int | None, fields: dict[str, Any]
 ) -> None:
     """Bit for bit, though each rank draws its own shards alone; three ranks share no matrix evenly."""
-    options: dict[str, Any] = {"fields": fields, "only_first": True}
     torch.manual_seed(1)
-    expected = MODELS.build(SHAPE, vocab_size=VOCAB.size).state_dict()
-    found = trained(tmp_path, ranks, **options)
+    expected = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
+    fields = {"batch_size": 12, **fields}
+    found = trained(tmp_path, ranks, fields=fields, only_first=True)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
@@ -174,6 +177,35 @@ def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
             # FSDP gathers three groups forward and two backward, and scatters three, in each micro-batch.
             expected = {"allreduce_": 1, "_allgather_base_": 10, "_reduce_scatter_base_": 6}
             assert sent == expected
+
+
+@pytest.mark.parametrize(("ranks", "replicas", "nodes"), [(2, 1, 1), (4, 2, 2)])
+def test_bytes_of_a_step_are_those_that_a_plan_counts(
+    tmp_path: Path, ranks: int, replicas: int, nodes: int
+) -> None:
+    """In two micro-batches, of which replicas add up their gradients in the last one alone."""
+    fields = {"micro_batch": 1, "batch_size": 2 * ranks, "replicas": replicas, "steps": 3}
+    fields |= {"log_every": 3, "checkpoint_every": 3}
+    trained(tmp_path, ranks, fields=fields, counts=True)
+    counts = json.loads((tmp_path / "counts_0.json").read_text())[::2]
+    counted = difference(*(Counter(counts[step]["bytes"]) for step in (2, 1)))
+    planned = traffic(
+        Transformer.Config(**SHAPE),
+        VOCAB.size,
+        DecoderTrainingConfig(replicas=replicas),
+        gpus=ranks,
+        nodes=nodes,
+        micro_batches=2,
+        weight_bytes=4,
+    )
+    whole: Counter[str] = Counter()
+    for each in planned.everything():
+        whole[each.kind] += int(each.size * each.times)
+    assert counted["_allgather_base_"] == whole["gather"] > 0
+    assert counted["_reduce_scatter_base_"] == whole["scatter"] > 0
+    told = 4 * 8  # the step's own reduction: four numbers in float64
+    assert counted["allreduce_"] - told == whole["sum"]
+    assert (whole["sum"] > 0) == (replicas > 1)
 
 
 def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:

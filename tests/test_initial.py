@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cm3leon.models.base import Model
 from cm3leon.models.initial import draw, skip
-from cm3leon.registry import MODELS
+from cm3leon.models.llama import Llama
+from cm3leon.models.transformer import Transformer
 
 TINY: dict[str, Any] = {"layers": 2, "width": 24, "head_size": 8, "seq_len": 13, "init_std": 0.05}
 
@@ -45,24 +46,22 @@ def test_far_jumps_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"name": "cm3leon"},
-        {"name": "cm3leon", "zero_residual": True},
-        {"name": "llama"},
-    ],
+    ("kind", "fields"),
+    [(Transformer, {}), (Transformer, {"zero_residual": True}), (Llama, {"mlp_width": 40})],
 )
 @pytest.mark.parametrize("shares", [1, 3])
-def test_shares_are_those_of_the_whole_bit_for_bit(config: dict[str, Any], shares: int) -> None:
+def test_shares_are_those_of_the_whole_bit_for_bit(
+    kind: Any, fields: dict[str, Any], shares: int
+) -> None:
     """The vocabulary is odd, so that neither rows nor torch's blocks of numbers come out even."""
     torch.manual_seed(11)
     torch.rand(100)  # something else was drawn before
     state = torch.get_rng_state()
-    whole: Model = MODELS.build({**TINY, **config}, vocab_size=37)
+    whole: Model = kind(kind.Config(**TINY, **fields), vocab_size=37)
     drawn = []
     for share in range(shares):
         with torch.device("meta"):
-            model: Model = MODELS.build({**TINY, **config}, vocab_size=37)
+            model: Model = kind(kind.Config(**TINY, **fields), vocab_size=37)
         model.to_empty(device="cpu")
         parts: list[Tensor] = []
 

@@ -46,11 +46,34 @@ def test_the_7b_by_hand() -> None:
     assert made.gpu_hours == pytest.approx(24 * 512 * made.days)
     assert made.paper_tokens == 2.4e12
     assert made.paper_days == pytest.approx(2.4e12 / rate / 86_400)
-    assert made.memory.weights == pytest.approx(4 * 6_996_099_072 / 512)
+    assert made.memory.weights == pytest.approx(4 * 6_996_099_072 / 8)
     assert made.memory.optimizer == 2 * made.memory.weights
     assert made.checkpoint_bytes == 12 * 6_996_099_072
     assert made.checkpoints == 2 + 286_102 // 20_000
     assert made.data_bytes["tokens"] == pytest.approx(0.7293e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("pretrain_350m", 32), ("pretrain_7b", 64), ("sft_760m", 8), ("sft_7b", 16)]
+)
+@pytest.mark.parametrize("gpu", ["a100", "h100", "h200"])
+def test_recipes_shard_inside_a_node_which_is_best_and_fits(
+    name: str, nodes: int, gpu: str
+) -> None:
+    made = planned(name, gpu=gpu)
+    assert made.replicas == made.nodes == made.best_replicas == nodes
+    assert made.fits
+    (own,) = [each for each in made.layouts if each.replicas == nodes]
+    assert (own.memory, own.shards) == (made.memory.total, 8)
+    assert own.step_seconds < 1.05 * made.compute_seconds
+    assert own.step_seconds == made.compute_seconds + own.exposed_seconds
+
+
+def test_slower_links_are_seen() -> None:
+    usual, slow = (planned("pretrain_7b", gpu="h100", across=across) for across in (50.0, 1.0))
+    assert slow.layouts[0].across_bytes == usual.layouts[0].across_bytes
+    assert slow.layouts[0].step_seconds > 2 * usual.layouts[0].step_seconds
+    assert planned("pretrain_7b", gpu="h100", inside=1.0).links.inside == 1e9
 
 
 def test_the_largest_micro_batch_is_the_largest() -> None:
@@ -96,6 +119,9 @@ def test_the_command_says_it_to_people_and_programs(capsys: pytest.CaptureFixtur
         == 0
     )
     said = capsys.readouterr().out
+    assert "450 GB/s inside a node, 50 GB/s to others" in said
+    assert "*       64       8  48.00 GB   6.89 GB" in said
+    assert "the settings' layout (*) is the best that fits" in said
     assert "parameters                6,996,099,072 (6,442,450,944 without embeddings)" in said
     assert "fits: 129.72 GB of 141.00 GB can be used" in said
     assert "1,000 pairs               0.00 GB" in said

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from counted import Collectives, HostReads, difference, seen
 from torch import nn
-from traffic import Collectives, HostReads, difference, seen
 
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.prefetch import AHEAD, WHOLE, BatchSplit, Prefetch

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cm3leon.experiment import Experiment
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.memory import Memory
+    from cm3leon.training.traffic import Layout, Links
 
 PAPER_TOKENS = {(24, 1024): 1.4e12, (24, 1536): 1.9e12, (32, 4096): 2.4e12}
 """Training tokens of the paper's models (Table 3), by layers and width."""
@@ -40,6 +41,10 @@ class Options(ExperimentOptions):
     """Name of the GPU that is counted with."""
     mfu: PositiveFloat = 0.4
     """Share of its peak that is counted on: model FLOPs utilisation."""
+    across: PositiveFloat = 50.0
+    """GB (1e9 bytes) a second that a GPU sends to other nodes, one way: 50 is a network card of 400 Gbit/s for each."""
+    inside: PositiveFloat | None = None
+    """GB a second that it sends to the others of its node, one way; null = as the datasheet of the GPU says."""
     documents: PositiveInt = PAPER_DOCUMENTS
     """Documents of the corpus, for the disk."""
     format: Literal["text", "json"] = "text"
@@ -78,6 +83,9 @@ class Plan:
     gpus: int
     gpu_bytes: float
     usable_bytes: float
+    nodes: int
+    replicas: int
+    """Copies of the model."""
     blocks_per_step: int
     micro_batch: int
     activation_checkpointing: str
@@ -90,6 +98,13 @@ class Plan:
     flops_per_token: float
     mfu: float
     tokens_per_second: float
+    links: Links
+    compute_seconds: float
+    """Of a step, at that MFU."""
+    layouts: list[Layout]
+    """Ways to lay the model out that the GPUs allow, by replicas; empty on one GPU."""
+    best_replicas: int
+    """Of the best layout that fits (`training/traffic.py`); 1 where none does."""
     steps: int
     tokens: float
     days: float
@@ -118,18 +133,21 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.costs import GPUS, flops_per_token
     from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
+    from cm3leon.training.traffic import Links, best, layout, possible_replicas, traffic
 
     if MODELS.get(experiment.model.name) is not Transformer:
         raise UserError(
             f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can"
         )
     shape: Transformer.Config = experiment.model.config
-    training, gpus = experiment.training, LAUNCHERS.build(experiment.launcher).gpus
+    launcher = LAUNCHERS.build(experiment.launcher)
+    training, gpus, nodes = experiment.training, launcher.gpus, launcher.nodes
     vocab_size = RunFolder(experiment, Path(), torch.device("cpu")).vocab.size
     gpu = GPUS[options.gpu]
-    if gpus % training.replicas:
+    replicas = training.copies(nodes)
+    if gpus % replicas:
         raise UserError(
-            f"launcher has {gpus} GPUs, which training.replicas {training.replicas} does not divide"
+            f"launcher has {gpus} GPUs, which training.replicas {replicas} does not divide"
         )
     if training.precision == "float32":
         raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
@@ -144,8 +162,10 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     share = blocks // gpus
     micro_batch = training.blocks_at_once(shape.seq_len, share)
 
-    def memory(choice: ActivationCheckpointing, blocks_at_once: int) -> Memory:
-        settings = replace(training, activation_checkpointing=choice)
+    def memory(
+        choice: ActivationCheckpointing, blocks_at_once: int, copies: int = replicas
+    ) -> Memory:
+        settings = replace(training, activation_checkpointing=choice, replicas=copies)
         return training_memory(shape, vocab_size, settings, gpus=gpus, micro_batch=blocks_at_once)
 
     held = memory(training.activation_checkpointing, micro_batch)
@@ -160,6 +180,32 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     trained = lora_parameters(shape, training.lora_rank) if training.lora_rank else count.total
     flops = flops_per_token(shape, vocab_size)
     rate = gpus * gpu.peak * options.mfu / flops
+    links = Links((options.inside or gpu.link / 1e9) * 1e9, options.across * 1e9)
+    compute_seconds = blocks * shape.seq_len / rate
+    layouts = []
+    for copies in possible_replicas(gpus, nodes) if gpus > 1 else []:
+        settings = replace(training, replicas=copies)
+        made = traffic(
+            shape,
+            vocab_size,
+            settings,
+            gpus=gpus,
+            nodes=nodes,
+            micro_batches=-(-share // micro_batch),
+        )
+        needed = memory(training.activation_checkpointing, micro_batch, copies)
+        layouts.append(
+            layout(
+                made,
+                links,
+                compute_seconds,
+                replicas=copies,
+                shards=gpus // copies,
+                memory=needed.total,
+                fits=needed.fits(gpu.memory),
+            )
+        )
+    best_layout = best(layouts)
     tokens = float(training.steps) * blocks * shape.seq_len
     paper = PAPER_TOKENS.get((shape.layers, shape.width)) if training.start is None else None
     kept_for_good = training.steps // training.keep_every if training.keep_every else 0
@@ -171,6 +217,8 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         trained_parameters=trained,
         gpu=options.gpu,
         gpus=gpus,
+        nodes=nodes,
+        replicas=replicas,
         gpu_bytes=gpu.memory,
         usable_bytes=USABLE * gpu.memory,
         blocks_per_step=blocks,
@@ -183,6 +231,10 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         flops_per_token=flops,
         mfu=options.mfu,
         tokens_per_second=rate,
+        links=links,
+        compute_seconds=compute_seconds,
+        layouts=layouts,
+        best_replicas=best_layout.replicas if best_layout else 1,
         steps=training.steps,
         tokens=tokens,
         days=tokens / rate / 86_400,
@@ -234,6 +286,9 @@ def as_text(plan: Plan) -> Iterator[str]:
     if plan.paper_tokens and plan.paper_days and plan.paper_gpu_hours:
         yield f"  the paper's tokens        {_span(plan.paper_tokens, plan.paper_days, plan.paper_gpu_hours)}"
     yield ""
+    if plan.layouts:
+        yield from _traffic_as_text(plan)
+        yield ""
     yield "disk"
     one, all_of_them = (
         _gb(count * plan.checkpoint_bytes).strip() for count in (1, plan.checkpoints)
@@ -244,6 +299,31 @@ def as_text(plan: Plan) -> Iterator[str]:
         f"  {plan.documents:,} pairs".ljust(28)
         + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
     )
+
+
+def _traffic_as_text(plan: Plan) -> Iterator[str]:
+    """A row for each layout; the one of the settings is marked, and the best one named."""
+    inside, across = plan.links.inside / 1e9, plan.links.across / 1e9
+    yield (
+        f"traffic of a GPU and step, beside {plan.compute_seconds:.2f} s of computation; {inside:g} GB/s inside a node, "
+        f"{across:g} GB/s to others"
+    )
+    yield "  replicas  shards    inside    across   traffic  not overlapped      step    memory"
+    for each in plan.layouts:
+        mark = "*" if each.replicas == plan.replicas else " "
+        room = "" if each.fits else "  does not fit"
+        yield (
+            f"{mark} {each.replicas:8,}  {each.shards:6,}  {_gb(each.inside_bytes).strip():>8}  "
+            f"{_gb(each.across_bytes).strip():>8}  {each.traffic_seconds:6.3f} s  {each.exposed_seconds:12.3f} s  "
+            f"{each.step_seconds:6.3f} s  {_gb(each.memory).strip():>8}{room}"
+        )
+    if not any(each.fits for each in plan.layouts):
+        yield "  none of them fits"
+    elif plan.best_replicas == plan.replicas:
+        yield "  the settings' layout (*) is the best that fits"
+    else:
+        as_nodes = ", one a node" if plan.best_replicas == plan.nodes else ""
+        yield f"  best that fits            training.replicas={plan.best_replicas}{as_nodes}"
 
 
 def _advice(plan: Plan) -> str:

@@ -47,6 +47,11 @@ class Launcher:
         """GPUs of a training, on all nodes together; 1 where none are asked for."""
         return 1
 
+    @property
+    def nodes(self) -> int:
+        """Nodes of a training."""
+        return 1
+
     def parts(self, stage: str) -> int:
         """Commands that make a stage in shards, or a study's answers."""
         return 1
@@ -69,13 +74,17 @@ class Here(Launcher):
         gpus: PositiveInt = 1
         """GPUs that `plan` counts with, on all nodes together; the training takes the ranks that it is started on."""
         gpus_per_node: PositiveInt = 8
-        """GPUs of a node, in the files of older runs; nothing depends on it."""
+        """GPUs of a node, that `plan` counts with."""
 
     config: Config
 
     @property
     def gpus(self) -> int:
         return self.config.gpus
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.config.gpus // self.config.gpus_per_node)
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
         return _run_to_the_end("here", jobs, folder, devices=gpus(), processes=1)
@@ -222,6 +231,10 @@ class Slurm(Launcher):
     @property
     def gpus(self) -> int:
         return self.config.nodes * max(1, self.config.gpus_per_node)
+
+    @property
+    def nodes(self) -> int:
+        return self.config.nodes
 
     def parts(self, stage: str) -> int:
         return self.resources(stage).get("parts", self.config.parts)

@@ -41,9 +41,9 @@ class First(NamedTuple):
 def fill(weight: Tensor, first: First, generator: torch.Generator | None = None) -> None:
     """Gives a parameter, or rows of it, the numbers that it begins with.
 
-    One number of the stream makes one of the normal distribution, by the inverse of its cumulative function, as torch's
-    `trunc_normal_` did up to 2.9. Later ones draw until all numbers of a tensor lie inside the bounds, so that its parts
-    could not be drawn alone.
+    One number of the stream makes one of the normal distribution, by the inverse of its cumulative function, as
+    torch's `trunc_normal_` did up to 2.9. Later ones draw until all numbers of a tensor lie inside the bounds, so that
+    its parts could not be drawn alone.
     """
     if first.rule != "normal":
         nn.init.constant_(weight, float(first.rule == "ones"))

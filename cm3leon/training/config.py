@@ -122,8 +122,9 @@ class DecoderTrainingConfig(TrainingConfig):
     inside a layer."""
     compile: Annotated[bool, HOW] = False
     """Whether torch.compile makes kernels of each layer."""
-    replicas: Annotated[PositiveInt, HOW] = 1
-    """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding)."""
+    replicas: Annotated[PositiveInt, HOW] | Literal["nodes"] = 1
+    """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding).
+    nodes = as many as there are nodes, so that weights travel inside a node, and only gradients between nodes."""
     timeout_seconds: Annotated[PositiveInt, CARE] = 600
     """Time after which a rank that waits for the others gives up, and ends the job."""
     lora_rank: NonNegativeInt = 0
@@ -135,6 +136,10 @@ class DecoderTrainingConfig(TrainingConfig):
     start_with: Literal["weights", "everything"] = "weights"
     """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where that training ended,
     for another `steps` under this schedule, as the paper raised the learning rate again after an epoch."""
+
+    def copies(self, nodes: int) -> int:
+        """Copies of the model on so many nodes."""
+        return nodes if self.replicas == "nodes" else self.replicas
 
     def blocks_at_once(self, seq_len: int, share: int) -> int:
         """Blocks that a rank computes at a time, of the `share` of a step that is its own."""

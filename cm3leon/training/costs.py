@@ -20,21 +20,23 @@ class Gpu(NamedTuple):
     """Bytes."""
     peak: float
     """Dense bf16 FLOP/s, added up in float32."""
+    link: float
+    """Bytes a second to the other GPUs of its node, one way: NVLink, or PCIe where a node has no switch for that."""
 
 
 GPUS = {
-    "a100_40": Gpu("A100 40GB", 40e9, 312e12),
-    "a100": Gpu("A100", 80e9, 312e12),
-    "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12),
-    "h100": Gpu("H100", 80e9, 989.4e12),
-    "h100_nvl": Gpu("H100 NVL", 94e9, 835.5e12),
-    "h200": Gpu("H200", 141e9, 989.4e12),
-    "gh200": Gpu("GH200", 96e9, 989.4e12),
-    "l40s": Gpu("L40S", 48e9, 362.05e12),
-    "a10g": Gpu("A10G", 24e9, 70e12),
-    "l4": Gpu("L4", 24e9, 121e12),
-    "rtx3090": Gpu("RTX 3090", 24e9, 71e12),
-    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12),
+    "a100_40": Gpu("A100 40GB", 40e9, 312e12, 300e9),
+    "a100": Gpu("A100", 80e9, 312e12, 300e9),
+    "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12, 64e9),
+    "h100": Gpu("H100", 80e9, 989.4e12, 450e9),
+    "h100_nvl": Gpu("H100 NVL", 94e9, 835.5e12, 64e9),
+    "h200": Gpu("H200", 141e9, 989.4e12, 450e9),
+    "gh200": Gpu("GH200", 96e9, 989.4e12, 450e9),
+    "l40s": Gpu("L40S", 48e9, 362.05e12, 32e9),
+    "a10g": Gpu("A10G", 24e9, 70e12, 32e9),
+    "l4": Gpu("L4", 24e9, 121e12, 32e9),
+    "rtx3090": Gpu("RTX 3090", 24e9, 71e12, 32e9),
+    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12, 32e9),
 }
 """By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device, the longer one holds."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,6 +129,10 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all ranks."""
         self.sum([0.0])
+
+    def nodes(self) -> int:
+        """Machines that the ranks are on."""
+        return len(set(self.gather(socket.gethostname())))
 
     def mesh(self, replicas: int) -> DeviceMesh | None:
         """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a process group.

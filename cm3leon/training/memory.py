@@ -85,13 +85,14 @@ def training_memory(
     *,
     gpus: int,
     micro_batch: int,
+    nodes: int = 1,
 ) -> Memory:
-    """What each of `gpus` GPUs holds at its fullest, in bf16.
+    """What each of `gpus` GPUs, on so many nodes together, holds at its fullest, in bf16.
 
     Args:
         micro_batch: blocks that a GPU computes at a time.
     """
-    count, shards = parameters(config, vocab_size), gpus // training.replicas
+    count, shards = parameters(config, vocab_size), gpus // training.copies(nodes)
     adapters = lora_parameters(config, training.lora_rank) if training.lora_rank else 0
     trained = adapters or count.total
     tokens = micro_batch * config.seq_len

@@ -51,7 +51,7 @@ def distributed(
         random_state: of the generator from which `whole` draws all weights, so that each rank may draw its own shards
             (`models/initial.py`); None for weights that come from elsewhere.
     """
-    mesh = ranks.mesh(config.replicas)
+    mesh = ranks.mesh(config.copies(ranks.nodes()))
     with torch.device("meta"):
         model = shape()
     drawn = random_state is not None and not config.lora_rank and _draws_itself(model)

@@ -287,7 +287,7 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
         z_loss=training.z_loss,
         trainer=TrainerSection(
             data_parallelism="fsdp",
-            fsdp=FSDPConfig(hybrid=training.replicas > 1),
+            fsdp=FSDPConfig(hybrid=training.replicas != 1),
             mixed_precision=MixedPrecisionConfig(mode="static" if bf16 else "off"),
             grad_accumulation=GradAccumulationConfig(
                 num_batches=batch_size // (training.micro_batch or batch_size)

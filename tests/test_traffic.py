@@ -1,0 +1,110 @@
+"""What ranks send each other, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cm3leon.models.transformer import Transformer
+from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.training.memory import parameters
+from cm3leon.training.traffic import (
+    HOP_ACROSS,
+    HOP_INSIDE,
+    LAUNCH,
+    Collective,
+    Layout,
+    Links,
+    best,
+    exposed,
+    possible_replicas,
+    traffic,
+)
+
+SEVEN_B = Transformer.Config(layers=32, width=4096, head_size=128)
+LINKS = Links(inside=100.0, across=10.0)
+
+
+def test_a_ring_by_hand() -> None:
+    """Four ranks on two nodes: two of four hops are between nodes, and each rank sends three quarters of the bytes."""
+    gather = Collective("gather", 400.0, ranks=4, nodes=2)
+    assert gather.sent == (150.0, 150.0)
+    waits = LAUNCH + HOP_ACROSS + 2 * HOP_INSIDE
+    assert gather.seconds(LINKS) == pytest.approx(waits + 15.0)
+    inside = Collective("sum", 400.0, ranks=4, nodes=1, times=3)
+    assert inside.sent == (1800.0, 0.0)
+    assert inside.seconds(LINKS) == pytest.approx(3 * (LAUNCH + 6 * HOP_INSIDE) + 18.0)
+    alone_on_their_nodes = Collective("sum", 400.0, ranks=4, nodes=4)
+    assert alone_on_their_nodes.sent == (0.0, 600.0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_7b_by_hand(micro_batches: int) -> None:
+    """One copy a node: weights are gathered twice and gradients scattered inside it, and an eighth is added up."""
+    count = parameters(SEVEN_B, 65_536)
+    config = DecoderTrainingConfig(replicas="nodes")
+    made = traffic(SEVEN_B, 65_536, config, gpus=512, nodes=64, micro_batches=micro_batches)
+    inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
+    gathered = 2 * count.root + 2 * 2 * count.blocks
+    assert inside == pytest.approx(7 / 8 * micro_batches * (gathered + 4 * count.total))
+    assert across == pytest.approx(2 * 63 / 64 * 4 * count.total / 8)
+
+    flat = DecoderTrainingConfig(replicas=1)
+    made = traffic(SEVEN_B, 65_536, flat, gpus=512, nodes=64, micro_batches=micro_batches)
+    sent = 511 / 512 * micro_batches * (gathered + 4 * count.total)
+    inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
+    assert (inside, across) == (pytest.approx(7 / 8 * sent), pytest.approx(sent / 8))
+    assert not made.sums
+
+
+def test_adapters_alone_are_scattered_and_added_up() -> None:
+    config = DecoderTrainingConfig(replicas="nodes", lora_rank=16, start="run")  # type: ignore[arg-type]
+    made = traffic(SEVEN_B, 65_536, config, gpus=16, nodes=2, micro_batches=1)
+    assert not made.last
+    adapters = 32 * 16 * 4096 * (4 + 2 + 5 + 5)
+    scattered = sum(each.size * each.times for each in made.backward if each.kind == "scatter")
+    assert scattered == pytest.approx(4 * adapters)
+
+
+def test_one_gpu_sends_nothing() -> None:
+    made = traffic(SEVEN_B, 65_536, DecoderTrainingConfig(), gpus=1, nodes=1, micro_batches=1)
+    assert not made.everything()
+    assert exposed(made, LINKS, 1.0) == 0
+
+
+def test_what_the_computation_is_too_short_for_is_exposed() -> None:
+    made = traffic(SEVEN_B, 65_536, DecoderTrainingConfig(), gpus=8, nodes=1, micro_batches=1)
+    links = Links(450e9, 50e9)
+    ends = sum(each.seconds(links) for each in [*made.first, *made.last])
+    everything = sum(each.seconds(links) for each in made.everything())
+    assert exposed(made, links, 1e9) == pytest.approx(ends)
+    assert exposed(made, links, 0.0) == pytest.approx(everything)
+
+
+def test_copies_fill_nodes_or_equal_parts_of_one() -> None:
+    assert possible_replicas(8, 1) == [1, 2, 4, 8]
+    assert possible_replicas(24, 3) == [1, 3, 6, 12, 24]
+
+
+def test_the_best_layout() -> None:
+    def layout(
+        replicas: int, step: float, awaited: float, memory: float, fits: bool = True
+    ) -> Layout:
+        return Layout(
+            replicas=replicas,
+            shards=1,
+            inside_bytes=0,
+            across_bytes=0,
+            awaited_bytes=awaited,
+            traffic_seconds=0,
+            exposed_seconds=0,
+            step_seconds=step,
+            memory=memory,
+            fits=fits,
+        )
+
+    slow, fast = layout(1, 2.0, 0, 1), layout(2, 1.0, 9, 1)
+    close, large = layout(4, 1.009, 0, 2), layout(8, 1.0, 0, 3)
+    too_large = layout(16, 0.1, 0, 9, fits=False)
+    assert best([slow, fast]) is fast
+    assert best([slow, fast, large, close, too_large]) is close
+    assert best([too_large]) is None
