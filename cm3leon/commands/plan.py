@@ -305,8 +305,8 @@ def _traffic_as_text(plan: Plan) -> Iterator[str]:
     """A row for each layout; the one of the settings is marked, and the best one named."""
     inside, across = plan.links.inside / 1e9, plan.links.across / 1e9
     yield (
-        f"traffic of a GPU and step, beside {plan.compute_seconds:.2f} s of computation; {inside:g} GB/s inside a node, "
-        f"{across:g} GB/s to others"
+        f"traffic of a GPU and step, beside {plan.compute_seconds:.2f} s of computation; "
+        f"{inside:g} GB/s inside a node, {across:g} GB/s to others"
     )
     yield "  replicas  shards    inside    across   traffic  not overlapped      step    memory"
     for each in plan.layouts:
