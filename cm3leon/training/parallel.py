@@ -142,8 +142,6 @@ def _draw(model: Model, random_state: Tensor | None) -> None:
     draw(model, model.firsts(), random_state, rows)
 
 
-
-
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """All weights by name on the CPU, on the first rank; empty on the others. All ranks have to call it.
 
