@@ -83,7 +83,7 @@ class Naive(Attention):
     """The formula, from a mask of all pairs of positions; in any precision, on any device."""
 
     def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor:
-        return packed_mask(sample_BT.to(device))
+        return packed_mask(sample_BT.to(device, non_blocking=True))
 
     def __call__(
         self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | None
@@ -107,7 +107,7 @@ class Sdpa(Attention):
     def plan(self, sample_BT: Tensor, device: torch.device) -> Tensor | Packing:
         if device.type == "cpu" and sample_BT.shape[1] >= LONG:
             return packing_of(sample_BT, device)
-        return packed_mask(sample_BT.to(device))
+        return packed_mask(sample_BT.to(device, non_blocking=True))
 
     def __call__(
         self, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor, plan: Tensor | Packing | None
@@ -134,7 +134,7 @@ class Flex(Attention):
     def plan(self, sample_BT: Tensor, device: torch.device) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        sample_BT = sample_BT.to(device)
+        sample_BT = sample_BT.to(device, non_blocking=True)
 
         def same_and_earlier(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & (sample_BT[b, q] == sample_BT[b, k])

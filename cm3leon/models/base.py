@@ -104,7 +104,7 @@ class Model(nn.Module):
         holds all logits needs the head's weight, which a sharded model has only while its forward pass runs.
         """
         if isinstance(sample_BT, OnCpu):
-            sample_BT = sample_BT.tensor.to(ids_BT.device, non_blocking=True)
+            sample_BT = sample_BT.tensor
         hidden_BTD = self.hidden(
             ids_BT, position_BT=position_BT, sample_BT=sample_BT, attend=attend
         )
