@@ -32,6 +32,8 @@ that is asked for has none: it comes last, and is never masked."""
 # How a model computes, here where the options of commands find the words before torch is loaded.
 Precision = Literal["auto", "bf16", "float32"]
 """Of matrix products; auto is bf16 where the processor computes in it."""
+TrainingPrecision = Literal["auto", "bf16", "float32", "float8"]
+"""Of a training: in float8 the layers' products are, and all else is in bf16."""
 Weights = Literal["float32", "bf16", "int8", "fp8"]
 """What the matrices of layers are kept in."""
 Execution = Literal["eager", "compiled", "graph", "compiled graph"]

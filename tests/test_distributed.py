@@ -208,6 +208,21 @@ def test_bytes_of_a_step_are_those_that_a_plan_counts(
     assert (whole["sum"] > 0) == (replicas > 1)
 
 
+def test_muon_does_the_same_on_any_number_of_ranks_and_when_it_goes_on(tmp_path: Path) -> None:
+    """Its matrices are orthogonalised in bf16, so that rounding shows more than elsewhere."""
+    fields = {"optimizer": "muon", "learning_rate": 0.003}
+    trained(tmp_path / "alone", None, fields=fields)
+    processes = start(tmp_path / "shared", 2, pause=0.2, fields=fields)
+    wait_for(tmp_path / "shared", 1)
+    processes[1].send_signal(signal.SIGUSR1)
+    assert finish(processes) == [75, 75]
+    trained(tmp_path / "shared", 2, fields=fields)
+    alone, shared = figures(tmp_path / "alone"), figures(tmp_path / "shared")
+    assert alone.keys() == shared.keys() == set(range(1, 9))
+    for step, numbers in shared.items():
+        assert numbers == pytest.approx(alone[step], rel=2e-3), step
+
+
 def test_kills_at_any_instant_change_nothing(tmp_path: Path, alone: Path) -> None:
     """kill -9 again and again, each time a little after another checkpoint, or while it is written."""
     for delay in (0.0, 0.05, 0.1, 0.0):

@@ -110,7 +110,7 @@ def test_schedules_rise_to_the_peak_once_and_never_are_zero(
         ),
         (
             {"precision": "fp16"},
-            'training.precision is "fp16"; it must be one of auto, bf16, float32',
+            'training.precision is "fp16"; it must be one of auto, bf16, float32, float8',
         ),
     ],
 )

@@ -29,8 +29,6 @@ PAPER_TOKENS = {(24, 1024): 1.4e12, (24, 1536): 1.9e12, (32, 4096): 2.4e12}
 BYTES_PER_DOCUMENT = {"tokens": 2145, "vectors": 2048, "index": 72, "neighbours": 65}
 """On disk, of a pair of a caption and 1,024 codes: docs/scale.md."""
 PAPER_DOCUMENTS = 340_000_000
-CHECKPOINT_BYTES = {"adamw": 12, "adamw_8bit": 6}
-"""Bytes a trained weight: itself and its two moments. The average of the weights, where there is one, takes 4 more."""
 
 
 @dataclass(kw_only=True)
@@ -132,7 +130,13 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     from cm3leon.stages.run_folder import RunFolder
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.costs import GPUS, flops_per_token
-    from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
+    from cm3leon.training.memory import (
+        USABLE,
+        lora_parameters,
+        optimizer_bytes,
+        parameters,
+        training_memory,
+    )
     from cm3leon.training.traffic import Links, best, layout, possible_replicas, traffic
 
     if MODELS.get(experiment.model.name) is not Transformer:
@@ -178,6 +182,7 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     }
     count = parameters(shape, vocab_size)
     trained = lora_parameters(shape, training.lora_rank) if training.lora_rank else count.total
+    in_layers = trained if training.lora_rank else count.blocks
     flops = flops_per_token(shape, vocab_size)
     rate = gpus * gpu.peak * options.mfu / flops
     links = Links((options.inside or gpu.link / 1e9) * 1e9, options.across * 1e9)
@@ -242,10 +247,8 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         paper_tokens=paper,
         paper_days=paper and paper / rate / 86_400,
         paper_gpu_hours=paper and gpus * paper / rate / 3600,
-        checkpoint_bytes=(
-            CHECKPOINT_BYTES[training.optimizer] + (4 if training.average_decay else 0)
-        )
-        * trained,
+        checkpoint_bytes=(8 if training.average_decay else 4) * trained
+        + optimizer_bytes(training, in_layers, trained - in_layers),
         checkpoints=training.keep_checkpoints + kept_for_good,
         documents=options.documents,
         data_bytes={

@@ -88,7 +88,8 @@ class Evaluator:
     def evaluation(self, name: str) -> Evaluation:
         """The protocol of an evaluation, to be put to the run's own model."""
         if self._model is None:
-            self._model = CM3Leon(self.run, precision=self.run.experiment.training.precision)
+            asked = self.run.experiment.training.precision
+            self._model = CM3Leon(self.run, precision="bf16" if asked == "float8" else asked)
         protocol = self.run.experiment.evaluations[name].protocol
         return Evaluation(protocol, self.run.folder / ANSWERS, (self._model, self.corpus))
 

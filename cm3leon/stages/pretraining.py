@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.precision import chosen_precision
 from cm3leon.training.prefetch import BatchSplit
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import train
@@ -64,6 +65,9 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         rank=ranks.rank,
         ranks=ranks.count,
     )
+    width = getattr(run.experiment.model.config, "width", None)
+    precision = chosen_precision(config.precision, folder, ranks, width=width)
+    config = replace(config, precision=precision)
     if config.start:
         check_tokenizers(run, config.start)
     begins_anew = config.start is None or config.start_with == "everything"
@@ -76,7 +80,8 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     )
     if ranks.first:
         print(f"      attention: {model.attention_on(run.device)}", flush=True)
-    drawing = Drawing(run)
+        print(f"      precision: {precision}", flush=True)
+    drawing = Drawing(run, precision)
     drawn = 0  # about how many samples the batches held so far, of all ranks together
 
     def micro_loss(module: nn.Module, part: Part) -> tuple[Tensor, Any]:
@@ -89,7 +94,7 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     def callback(step: int, writer: Any) -> dict[str, float]:
         model.eval()
         drawing.write(model, writer, step)
-        return {"epoch": drawn / samples.epoch, **validation_loss(run, model)}
+        return {"epoch": drawn / samples.epoch, **validation_loss(run, model, precision)}
 
     at_once = config.blocks_at_once(run.seq_len, config.blocks(run.seq_len) // ranks.count)
     train(
@@ -115,7 +120,7 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         else None,
         peak_flops=peak_flops(run.device, ranks.count),
     )
-    state, figures = whole_state(model), validation_loss(run, model)
+    state, figures = whole_state(model), validation_loss(run, model, precision)
     if not math.isfinite(figures.get("loss", math.nan)):
         why = "the loss of the validation documents with its last weights is NaN or infinite"
         good = checkpoints(folder)[:-1]

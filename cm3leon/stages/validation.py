@@ -26,14 +26,16 @@ from cm3leon.tokenizers.document import lay_out, sample_length
 from cm3leon.training.device import autocast
 from cm3leon.training.meter import Meter
 from cm3leon.training.parallel import gathered
-from cm3leon.types import Batch, Sample, TokenDocument
+from cm3leon.types import Batch, Sample, TokenDocument, TrainingPrecision
 
 SHOWN = 16
 """Images drawn for TensorBoard at a time."""
 
 
 @torch.inference_mode()
-def validation_loss(run: RunFolder, model: nn.Module) -> dict[str, float]:
+def validation_loss(
+    run: RunFolder, model: nn.Module, precision: TrainingPrecision
+) -> dict[str, float]:
     """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
 
     `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of them too. The ranks
@@ -48,7 +50,7 @@ def validation_loss(run: RunFolder, model: nn.Module) -> dict[str, float]:
         number = first + ranks.rank
         source, batch = batches[number % len(batches)]
         batch = batch.to(run.device)
-        with autocast(run.device, run.experiment.training.precision):
+        with autocast(run.device, precision):
             value, figures = run.objective.loss_of(model, batch)
         weight = batch.weight_BT.sum()
         pairs = {"loss": (value * weight, weight)}
@@ -110,10 +112,14 @@ class Drawing:
     """Images for the captions of some validation documents, drawn now and then: without and with retrieved documents.
 
     The ranks share the prompts.
+
+    Args:
+        precision: that of the training.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, precision: TrainingPrecision) -> None:
         self._run = run
+        self._precision = precision
         self._task = TASKS.build("text_to_image", vocab=run.vocab, grid=run.grid)
         validation = run.rows_to_ask("validation")
         self._rows = [
@@ -185,7 +191,7 @@ class Drawing:
             self._task.prompt(document, [run.bank_document(row) for row in found])
             for document, (_, found) in zip(documents, mine, strict=True)
         ]
-        with autocast(run.device, run.experiment.training.precision):
+        with autocast(run.device, self._precision):
             answers = generate(
                 model,
                 prompts,

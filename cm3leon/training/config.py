@@ -16,7 +16,7 @@ from cm3leon.config import (
     Range,
     result_settings,
 )
-from cm3leon.types import Precision, UserError, refuse
+from cm3leon.types import TrainingPrecision, UserError, refuse
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -50,8 +50,9 @@ class TrainingConfig:
     """Learning rate after the last step, as a share of the peak."""
     decay_share: Probability = 0.2
     """Schedule wsd: share of the steps in which the rate falls."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed; one process only."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed; one process only. muon
+    is for the decoder: Muon for the matrices of its layers, at AdamW's rate, and AdamW for all else."""
     beta1: Probability = 0.9
     """AdamW's decay of the mean of gradients."""
     beta2: Probability = 0.95
@@ -64,8 +65,9 @@ class TrainingConfig:
     """Largest norm of the gradient of all parameters together."""
     average_decay: Probability | None = None
     """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
-    precision: Precision = "auto"
-    """Precision of matrix products: bf16, float32, or auto = bf16 where the processor computes in it."""
+    precision: TrainingPrecision = "auto"
+    """Precision of matrix products: bf16, float32, float8 (the decoder's layers in float8, the rest in bf16, by torchao
+    on an H100 or newer), or auto = bf16 where the processor computes in it and the model is wide enough to gain."""
     log_every: Annotated[PositiveInt, KEPT] = 20
     """Steps between two records of the figures."""
     checkpoint_every: Annotated[PositiveInt, KEPT] = 200
@@ -103,6 +105,10 @@ class TrainingConfig:
             mistakes.append(
                 f"learning_rate {self.learning_rate:g} times weight_decay {self.weight_decay:g} must be below 1"
             )
+        if not isinstance(self, DecoderTrainingConfig):
+            for name, value in (("optimizer", "muon"), ("precision", "float8")):
+                if getattr(self, name) == value:
+                    mistakes.append(f"{name} {value} is for the decoder's training only")
         return mistakes
 
 
@@ -162,6 +168,10 @@ class DecoderTrainingConfig(TrainingConfig):
         if self.lora_rank and (self.start is None or self.start_with == "everything"):
             mistakes.append(
                 "lora_rank adapts trained weights: set start to a run folder, and start_with=weights"
+            )
+        if self.lora_rank and self.precision == "float8":
+            mistakes.append(
+                "precision float8 computes no adapters; take bf16, or leave lora_rank out"
             )
         return mistakes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cm3leon.types import Precision, UserError
+from cm3leon.types import TrainingPrecision, UserError
 
 
 def best_device() -> torch.device:
@@ -38,7 +38,7 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: TrainingPrecision) -> torch.autocast:
     """Context that runs matrix products in bf16 (weights stay float32), or does nothing for float32.
 
     `auto` is bf16 where the processor computes in it: elsewhere it is emulated, and slower than float32.
@@ -46,10 +46,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-def uses_bf16(device: torch.device, precision: Precision) -> bool:
-    """What `precision` means on `device`."""
+def uses_bf16(device: torch.device, precision: TrainingPrecision) -> bool:
+    """What `precision` means on `device`; in float8, all but the layers' products are in bf16."""
     if precision != "auto":
-        return precision == "bf16"
+        return precision in ("bf16", "float8")
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

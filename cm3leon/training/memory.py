@@ -78,6 +78,16 @@ class Memory:
         return self.total <= USABLE * gpu_bytes
 
 
+def optimizer_bytes(training: DecoderTrainingConfig, in_layers: int, outside: int) -> float:
+    """Bytes of the moments of so many trained weights: Muon keeps one for those of the layers, where AdamW keeps two.
+
+    adamw_8bit keeps one byte of each, and a float32 scale for 256 of them.
+    """
+    if training.optimizer == "muon":
+        return 4 * in_layers + 8 * outside
+    return (8 if training.optimizer == "adamw" else 2 + 8 / 256) * (in_layers + outside)
+
+
 def training_memory(
     config: Transformer.Config,
     vocab_size: int,
@@ -100,7 +110,8 @@ def training_memory(
     if adapters and gpus == 1:
         weights = 4 * (count.root + adapters) + 2 * count.blocks
     gradients: float = 4 * trained / shards
-    moments: float = (8 if training.optimizer == "adamw" else 2 + 8 / 256) * trained / shards
+    in_layers = adapters or count.blocks
+    moments: float = optimizer_bytes(training, in_layers, trained - in_layers) / shards
     if training.average_decay:
         moments += 4 * trained / shards
     layer = (count.blocks + adapters) / config.layers

@@ -1,31 +1,40 @@
-"""AdamW, with its groups of parameters."""
+"""AdamW or Muon, with its groups of parameters."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from cm3leon.models.base import Model
 from cm3leon.training.config import TrainingConfig
+from cm3leon.training.muon import MuonWithAdamW
 from cm3leon.types import UserError
 
 
 def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained; matrices decay, vectors (biases, norms) and `undecayed` ones do not.
+    """The optimizer of the parameters that are trained.
+
+    Matrices decay; vectors (biases, norms) and `undecayed` ones do not. Muon takes the matrices of a decoder's layers,
+    and AdamW its embeddings, positions, head and vectors.
 
     Raises:
         UserError: for 8-bit moments without torchao.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(word in name for word in config.undecayed)
-            (others if spared else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     betas = (config.beta1, config.beta2)
+    if config.optimizer == "muon":
+        assert isinstance(module, Model)
+        inside = {id(p) for p in module.blocks.parameters() if p.ndim == 2}
+        return MuonWithAdamW(
+            _groups([(n, p) for n, p in trained if id(p) in inside], config),
+            _groups([(n, p) for n, p in trained if id(p) not in inside], config),
+            rate=config.learning_rate,
+            betas=betas,
+        )
+    groups = _groups(trained, config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     try:
@@ -37,6 +46,21 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     return AdamW8bit(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=betas
     )
+
+
+def _groups(
+    named: Sequence[tuple[str, nn.Parameter]], config: TrainingConfig
+) -> list[dict[str, Any]]:
+    """The parameters that decay, and those that do not."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        spared = parameter.ndim < 2 or any(word in name for word in config.undecayed)
+        (others if spared else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -59,4 +83,5 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     set_rate(optimizer, rate)
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if "step" in state:
+            state["step"].zero_()

@@ -25,6 +25,7 @@ from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
 from cm3leon.training.distributed import Ranks
+from cm3leon.training.float8 import check_device, to_float8
 from cm3leon.types import UserError
 
 
@@ -42,7 +43,8 @@ def distributed(
     float32; layers are gathered in bf16 where the precision is bf16, and gradients are summed in float32.
 
     Raises:
-        UserError: for replicas that the ranks cannot be divided into, or 8-bit moments on several ranks.
+        UserError: for replicas that the ranks cannot be divided into, 8-bit moments on several ranks, or float8 on
+            devices that do not compute in it.
 
     Args:
         whole: makes the model with its weights, on the CPU; called on the first rank only, which sends the others
@@ -51,6 +53,8 @@ def distributed(
         random_state: of the generator from which `whole` draws all weights, so that each rank may draw its own shards
             (`models/initial.py`); None for weights that come from elsewhere.
     """
+    if config.precision == "float8":
+        check_device(ranks.device)
     mesh = ranks.mesh(config.copies(ranks.nodes()))
     with torch.device("meta"):
         model = shape()
@@ -183,6 +187,8 @@ def _adapted(
 
 
 def _prepare(model: Model, config: DecoderTrainingConfig) -> None:
+    if config.precision == "float8":
+        to_float8(model)
     recompute(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from cm3leon.training.outcome import (
     reduced,
     skips_on_device,
 )
+from cm3leon.training.precision import chosen_precision
 from cm3leon.training.prefetch import WHOLE, Batches, BatchSplit, Prefetch
 from cm3leon.training.schedule import learning_rate
 from cm3leon.training.signals import Signals
@@ -93,6 +95,7 @@ def train(
         UserError: for a checkpoint that does not fit.
     """
     ranks = ranks or Ranks(device)
+    config = replace(config, precision=chosen_precision(config.precision, folder, ranks))
     if not ranks.joined:
         module.to(device)
     module.train()

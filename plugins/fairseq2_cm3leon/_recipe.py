@@ -261,6 +261,7 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
         ("average_decay", training.average_decay is not None),
         ("lora_rank", training.lora_rank > 0),
         ("optimizer", training.optimizer != "adamw"),
+        ("precision", training.precision == "float8"),
         ("start_with", training.start_with != "weights"),
     ):
         if asked:
