@@ -12,15 +12,12 @@ against the formula in float32, as a share of the largest number.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from cm3leon.models.attention import choose, run_lengths
-from cm3leon.registry import ATTENTIONS, MODELS, discover
+from cm3leon.doctor.attention import compare
+from cm3leon.models.attention import choose
+from cm3leon.registry import discover
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -48,70 +45,20 @@ def main() -> None:
         "| size | documents | backend | ms | TFLOP/s | MiB | error |\n|---|---|---|---|---|---|---|"
     )
     for size in args.sizes:
-        config = MODELS.check(size).config
         for length in (args.length, 1100 * args.length // 4096):
             sample_1T = torch.arange(args.length, device=DEVICE)[None] // length
-            title = f"| {size} | {'one' if length == args.length else 'packed'} |"
-            compare(title, config.width // config.head_size, config.head_size, sample_1T, args)
-
-
-def compare(title: str, A: int, E: int, sample_1T: Tensor, args: argparse.Namespace) -> None:
-    """A line for every backend; the naive one in float32 is what they are judged by."""
-    lengths = run_lengths(sample_1T)
-    torch.manual_seed(0)
-    shape = (4, 1, A, args.length, E)  # q, k, v and the gradient of what is attended to
-    *given, gradient = torch.randn(shape, device=DEVICE).to(getattr(torch, args.dtype)).unbind()
-    flops = 6 * E * A * sum(n**2 for n in lengths)
-
-    def both_passes(name: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
-        backend = choose(name, DEVICE).attention
-        plan = backend.plan(sample_1T, DEVICE) if len(lengths) > 1 else None
-        inputs = [each.to(dtype).requires_grad_() for each in given]
-
-        def call() -> list[Tensor]:
-            output = backend(*inputs, plan)
-            return [output.detach(), *torch.autograd.grad(output, inputs, gradient.to(dtype))]
-
-        return call
-
-    exact = both_passes("naive", torch.float32)()
-    for name in ATTENTIONS.names():
-        if missing := ATTENTIONS.get(name).missing(DEVICE):
-            print(f"{title} {name} | lacks {missing} |")
-            continue
-        call = both_passes(name, gradient.dtype)
-        error = max(
-            ((one.float() - other).abs().max() / other.abs().max()).item()
-            for one, other in zip(call(), exact, strict=True)
-        )
-        memory = f"{peak(call) / 2**20:.0f}" if GPU else ""
-        taken = statistics.median(seconds(call) for _ in range(args.repeats))
-        print(
-            f"{title} {name} | {1000 * taken:.3g} | {flops / taken / 1e12:.3g} | {memory} | {error:.1e} |"
-        )
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call, its work on the device included."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def peak(call: Callable[[], object]) -> int:
-    """The most bytes that a call holds beyond what is there already."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def synchronize() -> None:
-    """Waits for the device."""
-    if GPU:
-        torch.cuda.synchronize()
+            documents = "one" if length == args.length else "packed"
+            dtype = getattr(torch, args.dtype)
+            for row in compare(size, sample_1T, dtype, repeats=args.repeats):
+                title = f"| {size} | {documents} | {row.backend} |"
+                if row.lacks:
+                    print(f"{title} {row.lacks} |")
+                    continue
+                memory = f"{row.memory / 2**20:.0f}" if GPU else ""
+                print(
+                    f"{title} {1000 * row.seconds:.3g} | {row.rate / 1e12:.3g} | {memory} | {row.error:.1e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -21,43 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cm3leon.data.shards import shard_path, write_plan
+from cm3leon.doctor.data import WIDTH, timed_index, unit, write_vectors
 from cm3leon.retrievers.bank import Bank
-from cm3leon.retrievers.index import IndexConfig, add_shard, merge, train
-from cm3leon.retrievers.parts import Parts
+from cm3leon.retrievers.index import IndexConfig
 from cm3leon.retrievers.recall import recall_at
 from cm3leon.retrievers.search import exact_search
-from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vector_shard
+from cm3leon.retrievers.vectors import VectorShards
 
-WIDTH, LATENT, CENTRES, SHARD, QUERIES = 512, 64, 2_000, 50_000, 1024
-HEADER = {"encoder": "simulated", "width": WIDTH}
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def write_vectors(folder: Path, documents: int) -> VectorShards:
-    """Vectors in shards."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((CENTRES, LATENT), dtype=np.float32)
-    turn = rng.standard_normal((LATENT, WIDTH), dtype=np.float32)
-    write_plan(folder, HEADER)
-    count = -(-documents // SHARD)
-    for number in range(count):
-        rng = np.random.default_rng([1, number])
-        rows = min(SHARD, documents - number * SHARD)
-        points = centres[rng.integers(CENTRES, size=rows)] + 0.7 * rng.standard_normal(
-            (rows, LATENT), dtype=np.float32
-        )
-        near = unit(points @ turn)
-        text, image = (
-            unit(near + 0.03 * rng.standard_normal(near.shape, dtype=np.float32)) for _ in range(2)
-        )
-        ids = [str(number * SHARD + row) for row in range(rows)]
-        write_vector_shard(shard_path(folder, number, count), ids, Parts(text, image), HEADER)
-    finish_vectors(folder, count)
-    return VectorShards(folder, HEADER)
+QUERIES = 1024
 
 
 def rate(
@@ -126,23 +97,16 @@ def ours(vectors: VectorShards, place: Path, queries: np.ndarray, exact: np.ndar
     folder = place / "index"
     folder.mkdir()
     config = IndexConfig(exact_below=0)
-    start = time.perf_counter()
-    train(vectors, folder, config, seed=0)
-    trained = time.perf_counter() - start
-    for number in range(vectors.count):
-        add_shard(vectors, number, folder)
-    added = time.perf_counter() - start - trained
-    merge(vectors, folder, config, seed=0)
-    built = time.perf_counter() - start
+    times = timed_index(vectors, folder, config)
     figures = json.loads((folder / "index.json").read_text())
     bank = Bank(vectors.folder, folder)
     name = (
         f"ours: IVF{figures['lists']},PQ{config.code_bytes}, nprobe {figures['nprobe']}, {config.rescored} rescored "
-        f"(train {trained:.0f} s, add {added:.0f} s, merge and recall {built - trained - added:.0f} s)"
+        f"(train {times.train:.0f} s, add {times.add:.0f} s, merge and recall {times.merge:.0f} s)"
     )
     row(
         name,
-        built,
+        sum(times),
         figures["bytes_per_document"],
         lambda some: bank.search(some, 10),
         queries,

@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,8 @@ from torch import Tensor, nn
 
 from cm3leon.models.opt import to_opt
 from cm3leon.models.recompute import compile_blocks, recompute
-from cm3leon.models.transformer import Transformer
-from cm3leon.objectives.loss import linear_cross_entropy
-from cm3leon.registry import MODELS, discover
+from cm3leon.registry import discover
 from cm3leon.training.config import DecoderTrainingConfig
-from cm3leon.training.costs import model_flops
-from cm3leon.training.optimizer import new_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = ("steps", "memory", "mfu")
@@ -56,7 +51,9 @@ def main() -> None:
     parser.add_argument(
         "--preset", help="mfu: a registered model instead of that shape, at its own length"
     )
-    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), default="adamw"
+    )
+    parser.add_argument("--precision", choices=("bf16", "float8", "float32"), default="bf16")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--compile", action="store_true")
@@ -82,51 +79,24 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------ models and batches
 
 
-def shape(args: argparse.Namespace) -> Transformer:
-    """Our decoder on the CPU, with random numbers in the head too: a zero head would make all gradients zero."""
-    torch.manual_seed(0)
-    settings = {
-        "layers": args.layers,
-        "width": args.width,
-        "seq_len": args.length,
-        "attention": args.attention,
-    }
-    if args.preset:
-        settings = {"attention": args.attention}
-    with torch.device(DEVICE):
-        model = MODELS.build(
-            {"name": args.preset or "cm3leon", **settings}, vocab_size=args.vocabulary
-        )
-    nn.init.normal_(model.head.weight, std=0.02)
-    return model
+def shape(args: argparse.Namespace) -> Model:
+    """Our decoder with random weights."""
+    settings = {"name": args.preset or "cm3leon", "attention": args.attention}
+    if not args.preset:
+        settings |= {"layers": args.layers, "width": args.width, "seq_len": args.length}
+    return new_model(settings, args.vocabulary, DEVICE)
 
 
-def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+def ours(args: argparse.Namespace) -> tuple[nn.Module, Loss]:
     """The decoder, and its mean loss of ids (B, T) with the number of the document at each position."""
     model = shape(args)
     recompute(model, args.checkpointing)
     if args.compile:
         compile_blocks(model)
-
-    def loss(ids_BT: Tensor, sample_BT: Tensor) -> Tensor:
-        target_BT = ids_BT.roll(-1, 1)
-        weight_BT = ((sample_BT == sample_BT.roll(-1, 1)) & (sample_BT >= 0)).float()
-        weight_BT[:, -1] = 0
-        alone = bool((sample_BT == 0).all())
-        flat = (target_BT.flatten(), weight_BT.flatten())
-        return model(
-            ids_BT,
-            position_BT=None if alone else positions(sample_BT),
-            sample_BT=None if alone else sample_BT,
-            readout=lambda hidden_BTD, head: linear_cross_entropy(
-                hidden_BTD.flatten(0, 1), head.weight, *flat
-            )[0],
-        )
-
-    return model, loss
+    return model, packed_loss(model)
 
 
-def opt(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+def opt(args: argparse.Namespace) -> tuple[nn.Module, Loss]:
     """The same weights in transformers' OPT, with its own loss; padding is masked, and in no target."""
     other = to_opt(shape(args), use_cache=False).to(DEVICE)
 
@@ -139,14 +109,6 @@ def opt(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor],
         ).loss
 
     return other.train(), loss
-
-
-def positions(sample_BT: Tensor) -> Tensor:
-    """Position numbers that begin anew in every document."""
-    at_T = torch.arange(sample_BT.shape[1], device=sample_BT.device)
-    begins_BT = torch.ones_like(sample_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = sample_BT[:, 1:] != sample_BT[:, :-1]
-    return at_T - torch.where(begins_BT, at_T, 0).cummax(1).values
 
 
 def lengths(count: int, longest: int) -> np.ndarray:
@@ -183,32 +145,20 @@ def padded(documents: Sequence[int], args: argparse.Namespace) -> Iterator[Tenso
         )
 
 
-def stepper(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], args: argparse.Namespace
-) -> Callable[..., None]:
-    """One step on ids and document numbers."""
-    optimizer = new_optimizer(
-        model, DecoderTrainingConfig(optimizer=args.optimizer, learning_rate=1e-4)
+def config_of(args: argparse.Namespace) -> DecoderTrainingConfig:
+    """How a step is computed."""
+    return DecoderTrainingConfig(
+        optimizer=args.optimizer,
+        learning_rate=1e-4,
+        precision=args.precision,
+        activation_checkpointing=args.checkpointing,
+        compile=args.compile,
     )
 
-    def step(sample_BT: Tensor) -> None:
-        ids_BT = torch.randint(8, args.vocabulary, sample_BT.shape, device=DEVICE)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            value = loss(ids_BT, sample_BT.to(DEVICE))
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def step_of(made: tuple[nn.Module, Loss], args: argparse.Namespace) -> Callable[[Tensor], None]:
+    """One step on document numbers."""
+    return stepper(*made, args.vocabulary, config_of(args), DEVICE)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -216,12 +166,12 @@ def seconds(function: Callable[[], object]) -> float:
 
 def steps(args: argparse.Namespace) -> None:
     """Ours beside OPT, one step of each in turn."""
-    ways = {name: stepper(*make(args), args) for name, make in (("ours", ours), ("opt", opt))}
+    ways = {name: step_of(make(args), args) for name, make in (("ours", ours), ("opt", opt))}
     whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(args.repeats + 1):
         for name, step in ways.items():
-            taken = seconds(partial(step, whole_BT))
+            taken = seconds(partial(step, whole_BT), DEVICE)
             if repeat:
                 times[name].append(taken)
     middle = {name: statistics.median(values) for name, values in times.items()}
@@ -240,7 +190,7 @@ def steps(args: argparse.Namespace) -> None:
     for name, step in ways.items():
         step(batches[name][0])
     for name, step in ways.items():
-        taken = sum(seconds(partial(step, batch)) for batch in batches[name])
+        taken = sum(seconds(partial(step, batch), DEVICE) for batch in batches[name])
         useful = sum(int((batch >= 0).sum()) for batch in batches[name])
         positions_ = sum(batch.numel() for batch in batches[name])
         rates[name] = (taken / len(batches[name]), useful / taken, useful / positions_)
@@ -261,7 +211,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def peak(args: argparse.Namespace) -> int:
     """The most bytes that a process holds during three steps, beyond what it held before them."""
-    step = stepper(*(ours if args.one == "ours" else opt)(args), args)
+    step = step_of((ours if args.one == "ours" else opt)(args), args)
     whole_BT = torch.zeros(args.rows, args.length, dtype=torch.int64)
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else of_process("VmRSS")
     for _ in range(3):
@@ -281,27 +231,21 @@ def mfu(args: argparse.Namespace) -> None:
     """Our step's model FLOPs beside what a matrix product reaches on this device."""
     if args.preset:
         args.vocabulary, args.length = 65_536, 4096
-    side = 8192 if DEVICE.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    a @ b
-    matmul = 2 * side**3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))
-    model, loss = ours(args)
-    step = stepper(model, loss, args)
+    matmul = product_rate(DEVICE, 8192 if DEVICE.type == "cuda" else 2048, torch.bfloat16)
     rows = args.rows if not args.preset else 1 if args.preset == "cm3leon_7b" else 4
-    sample_BT = (torch.arange(args.length) // (args.length // 3 + 1)).expand(rows, -1).contiguous()
-    for _ in range(2):
-        step(sample_BT)
-    taken = statistics.median(seconds(partial(step, sample_BT)) for _ in range(args.repeats))
-    rate = model_flops(model.config, model.vocab_size, sample_BT) / taken  # type: ignore[arg-type]
+    step = timed_step(
+        shape(args), config_of(args), rows=rows, length=args.length, repeats=args.repeats
+    )
     print(
         "| tokens a step | s a step | tokens/s | model TFLOP/s | matmul TFLOP/s | share |\n|---|---|---|---|---|---|"
     )
-    figures = (f"{sample_BT.numel():,}", f"{taken:.3g}", f"{sample_BT.numel() / taken:,.0f}")
+    rate = step.tokens / step.seconds
     print(
-        f"| {' | '.join(figures)} | {rate / 1e12:.3g} | {matmul / 1e12:.3g} | {rate / matmul:.0%} |"
+        f"| {step.tokens:,} | {step.seconds:.3g} | {rate:,.0f} | {step.flops / 1e12:.3g} | "
+        f"{matmul / 1e12:.3g} | {step.flops / matmul:.0%} |"
     )
     if DEVICE.type == "cuda":
-        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"\npeak memory {step.peak_bytes / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ TOP = (
     "study",
     "launch",
     "sweep",
+    "doctor",
     "commands",
     "run",
 )

@@ -24,6 +24,7 @@ from cm3leon.config import choices
 from cm3leon.types import UserError
 
 GROUPS = {
+    "to know a machine": ("doctor",),
     "to make a model": ("run", "import", "validate", "plan", "show", "perplexity"),
     "to ask a finished run": (
         "generate",

@@ -1,0 +1,91 @@
+"""What is measured, beside its goal and what others reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number, or the reason why it is not there."""
+
+    part: str
+    """The measurement that it is of."""
+    name: str
+    value: float | None
+    unit: str
+    note: str = ""
+    """With what it was measured; the reason, where there is no value."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number to be reached on a device, and what others reach."""
+
+    gpu: str
+    """A word of the device's name by CUDA."""
+    name: str
+    """That of the figure."""
+    bound: float
+    lowest: bool
+    """Whether the figure is to be at least this; at most otherwise."""
+    anchor: str
+    """What others reach, with its source."""
+
+    def is_met(self, value: float) -> bool:
+        """Whether a figure reaches it."""
+        return value >= self.bound if self.lowest else value <= self.bound
+
+    @property
+    def text(self) -> str:
+        """For a table."""
+        return f"{'≥' if self.lowest else '≤'} {self.bound:g}"
+
+
+MFU_7B = "MFU, layers of the 7B, bf16"
+FLOAT8_GAIN = "float8 over bf16, layers of the 7B"
+ONE_IMAGE = {kind: f"one image, 7B, {kind}" for kind in ("bf16", "int8", "fp8")}
+MANY_IMAGES = {kind: f"64 images at once, 7B, {kind}" for kind in ("bf16", "int8", "fp8")}
+
+_PAPER = "the paper: 11.8 s in bf16, 9.1 s in int8, on its hardware; floor of the bandwidth: 4.1 s in bf16"
+_TENSORRT = "2.6: what TensorRT-LLM's published rate comes to"
+GOALS = (
+    Goal("H100", MFU_7B, 0.5, True, "llm-foundry 7B: 0.404; torchtitan 8B: 0.33 to 0.39"),
+    Goal("H100", FLOAT8_GAIN, 1.25, True, "torchtitan: 1.28 over compiled bf16"),
+    Goal("H100", ONE_IMAGE["bf16"], 6.0, False, _PAPER),
+    Goal("H100", ONE_IMAGE["int8"], 3.7, False, _PAPER),
+    Goal("H100", ONE_IMAGE["fp8"], 3.7, False, _PAPER),
+    Goal("H100", MANY_IMAGES["bf16"], 4.0, True, _TENSORRT),
+    Goal("H200", MFU_7B, 0.5, True, "llm-foundry 7B on H100: 0.404; torchtitan 8B: 0.33 to 0.39"),
+    Goal("H200", FLOAT8_GAIN, 1.25, True, "torchtitan on H100: 1.28 over compiled bf16"),
+    Goal("H200", ONE_IMAGE["bf16"], 4.0, False, _PAPER),
+    Goal("H200", ONE_IMAGE["int8"], 3.7, False, _PAPER),
+    Goal("H200", ONE_IMAGE["fp8"], 3.7, False, _PAPER),
+    Goal("H200", MANY_IMAGES["bf16"], 5.0, True, _TENSORRT),
+)
+
+
+def goal_of(name: str, device: str) -> tuple[Goal | None, bool]:
+    """The goal of a figure, and whether it is one for this device; the H100's stands beside the figures of others."""
+    goals = [goal for goal in GOALS if goal.name == name]
+    own = next((goal for goal in goals if goal.gpu in device), None)
+    return own or next(iter(goals), None), own is not None
+
+
+def attempted(
+    part: str, name: str, unit: str, measure: Callable[[], tuple[float, str]]
+) -> Iterator[Figure]:
+    """The figure of `measure`, which gives value and note; what it raises becomes the reason of a figure without."""
+    try:
+        value, note = measure()
+    except Exception as error:  # of any kernel and library: the next figure may still be there
+        yield Figure(part, name, None, unit, reason(error))
+        return
+    yield Figure(part, name, value, unit, note)
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,298 @@
+"""What a machine has: software, GPUs and their links, what computes on them, SLURM, cores and memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from cm3leon import __version__
+from cm3leon.doctor.findings import Finding, good, warning, wrong
+from cm3leon.launch.cluster import partitions
+from cm3leon.models.attention import choose
+from cm3leon.registry import ATTENTIONS
+from cm3leon.retrievers.mips import import_faiss
+from cm3leon.training import float8
+from cm3leon.training.costs import peak_flops
+from cm3leon.training.device import uses_bf16
+from cm3leon.types import UserError
+
+OPTIONAL = {
+    "torchao": "int8 and fp8 weights, adamw_8bit and float8 training",
+    "xformers": "the attention that is preferred on GPUs",
+    "open_clip_torch": "CLIP as the retriever's encoder",
+}
+"""Packages that may be missing, and what needs them."""
+OPEN_FILES = 4096
+"""Files that a process with many shards has open at a time."""
+
+
+def look_at_machine(device: torch.device) -> Iterator[Finding]:
+    """All but the file system and NCCL."""
+    yield from look_at_software(device)
+    yield from look_at_gpus(device)
+    yield from look_at_precisions(device)
+    yield from look_at_attention(device)
+    yield look_at_faiss(device)
+    yield look_at_slurm()
+    yield from look_at_limits()
+
+
+# ------------------------------------------------------------------------------------------------ software and GPUs
+
+
+def look_at_software(device: torch.device) -> Iterator[Finding]:
+    """Versions, and packages that are missing."""
+    yield good(
+        "cm3leon", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    yield good("torch", f"{torch.__version__}, {cuda}")
+    for package, needed_for in OPTIONAL.items():
+        try:
+            yield good(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            if package != "xformers" or device.type == "cuda":
+                yield warning(
+                    package, f"not installed: {needed_for}", f"pip install {package} to have them"
+                )
+
+
+def look_at_gpus(device: torch.device) -> Iterator[Finding]:
+    """Driver, each GPU, and the links between them."""
+    rows = smi("driver_version", "name", "ecc.errors.uncorrected.volatile.total", "power.limit",
+               "power.default_limit")  # fmt: skip
+    if device.type != "cuda":
+        if rows:
+            yield wrong(
+                "GPUs",
+                f"the driver {rows[0][0]} has {len(rows)}, and torch {torch.__version__} sees none",
+                "install a torch built for this driver's CUDA (https://pytorch.org), or check CUDA_VISIBLE_DEVICES",
+            )
+        else:
+            yield warning(
+                "GPUs", "none: everything runs on the CPU", "fine for experiment=digits and tests"
+            )
+        return
+    if rows:
+        yield good("driver", rows[0][0])
+    for number in range(torch.cuda.device_count()):
+        yield look_at_gpu(number)
+    for number, (_, name, errors, limit, usual) in enumerate(rows):
+        if errors.isdigit() and int(errors):
+            yield wrong(
+                f"GPU {number}",
+                f"{name} has {errors} uncorrected memory errors since it was started",
+                "take it out of use, and have it reset or replaced",
+            )
+        if _number(limit) < 0.98 * _number(usual):
+            yield warning(
+                f"GPU {number}",
+                f"its power is limited to {limit} W of {usual} W",
+                "figures will be lower; nvidia-smi -pl sets it back",
+            )
+    yield from look_at_links(torch.cuda.device_count())
+
+
+def look_at_gpu(number: int) -> Finding:
+    """One GPU by torch: whether torch has kernels for it, its memory, and whether others use it."""
+    of = torch.cuda.get_device_properties(number)
+    name = f"GPU {number}"
+    text = f"{of.name}, {of.total_memory / 1e9:,.0f} GB, capability {of.major}.{of.minor}"
+    built = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    if not any(each // 10 == of.major and each % 10 <= of.minor for each in built):
+        return wrong(
+            name,
+            f"{text}; torch {torch.__version__} has no kernels for it",
+            "install a torch built for it (https://pytorch.org)",
+        )
+    free, total = torch.cuda.mem_get_info(number)
+    if free < 0.95 * total:
+        return warning(
+            name,
+            f"{text}; {(total - free) / 1e9:,.1f} GB are in use",
+            "see nvidia-smi: another process slows it down and takes its memory",
+        )
+    if peak_flops(torch.device("cuda", number), 1) is None:
+        return warning(
+            name,
+            f"{text}; its peak is not known",
+            "the MFU is left out of logs; add it to GPUS in cm3leon/training/costs.py",
+        )
+    return good(name, text)
+
+
+def look_at_links(gpus: int) -> Iterator[Finding]:
+    """How GPUs are connected, from `nvidia-smi topo -m`: NV18 is 18 NVLinks, PIX to SYS are ways over PCIe."""
+    if gpus < 2:
+        return
+    kinds = links(_run("nvidia-smi", "topo", "-m"))
+    if not kinds:
+        yield warning("links", "nvidia-smi topo -m says nothing", "check it by hand")
+    elif all(kind.startswith("NV") for kind in kinds):
+        yield good("links", f"every pair of GPUs has NVLink ({', '.join(sorted(set(kinds)))})")
+    else:
+        yield warning(
+            "links",
+            f"not every pair of GPUs has NVLink ({', '.join(sorted(set(kinds)))})",
+            "sharded weights travel over PCIe: use training.replicas, or fewer GPUs a model",
+        )
+
+
+def links(matrix: str) -> list[str]:
+    """The kinds of links between different GPUs in the matrix that nvidia-smi prints."""
+    kinds = []
+    for line in matrix.splitlines():
+        cells = re.sub(r"\x1b\[[0-9;]*m", "", line).split()
+        if cells and re.fullmatch(r"GPU\d+", cells[0]) and len(cells) > 1 and "X" in cells:
+            kinds += [
+                cell for cell in cells[1:] if re.fullmatch(r"NV\d+|PIX|PXB|PHB|NODE|SYS", cell)
+            ]
+    return kinds
+
+
+def smi(*fields: str) -> list[list[str]]:
+    """Fields of each GPU by nvidia-smi; none where it is not there or fails."""
+    printed = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines()]
+    return [row for row in rows if len(row) == len(fields)]
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _number(text: str) -> float:
+    """A number as nvidia-smi prints it; 0 for [N/A]."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+# ------------------------------------------------------------------------------------------------ what computes
+
+
+def look_at_precisions(device: torch.device) -> Iterator[Finding]:
+    """bf16 and float8."""
+    if uses_bf16(device, "auto"):
+        yield good("bf16", f"{device.type} computes in it")
+    else:
+        yield warning(
+            "bf16", f"{device.type} does not compute in it", "precision=auto takes float32 here"
+        )
+    lacks = float8.missing(device)
+    if not lacks:
+        yield good("float8", "training.precision=float8 can be used")
+    elif device.type == "cuda":
+        yield warning("float8", f"it needs {lacks}", "training.precision=float8 is refused here")
+    else:
+        yield good("float8", f"it needs {lacks}, which a CPU is not")
+
+
+def look_at_attention(device: torch.device) -> Iterator[Finding]:
+    """Every backend: whether it loads, and computes what the formula does."""
+    chosen = choose("auto", device)
+    yield good("attention", f"auto takes {chosen.name}")
+    for name in ATTENTIONS.names():
+        lacks = ATTENTIONS.get(name).missing(device)
+        title = f"attention, {name}"
+        if not lacks:
+            yield _tried(title, name, device)
+        elif device.type == "cuda":
+            yield warning(title, f"it lacks {lacks}", f"training uses {chosen.name} instead")
+        else:
+            yield good(title, f"not used here, as it lacks {lacks}")
+
+
+def _tried(title: str, name: str, device: torch.device) -> Finding:
+    """Two samples in a block, forward and backward, against the formula in float32."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    given = torch.randn(3, 1, 2, 256, 64, device=device)
+    sample_1T = (torch.arange(256, device=device) >= 100).long()[None]
+    results = []
+    try:
+        for backend, precision in ((name, dtype), ("naive", torch.float32)):
+            attention = choose(backend, device).attention
+            q, k, v = (each.to(precision).requires_grad_() for each in given)
+            output = attention(q, k, v, attention.plan(sample_1T))
+            results.append(torch.stack([output, *torch.autograd.grad(output.sum(), (q, k, v))]))
+    except Exception as error:  # whatever a kernel raises on a device that it was not made for
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return wrong(title, f"it does not run ({reason})", "set model.attention to another one")
+    error = (results[0].float() - results[1]).abs().max().item()
+    if not error < (0.1 if dtype == torch.bfloat16 else 1e-3):
+        return wrong(
+            title, f"it is {error:.2g} from the formula", "set model.attention to another one"
+        )
+    return good(title, "it runs, and computes what the formula does")
+
+
+def look_at_faiss(device: torch.device) -> Finding:
+    """The library, and whether it has the GPUs."""
+    try:
+        faiss = import_faiss()
+    except UserError as error:
+        return wrong("faiss", str(error), "install one of faiss-cpu and faiss-gpu")
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if device.type == "cuda" and not gpus:
+        return warning(
+            "faiss",
+            f"{faiss.__version__} is built without GPUs: search and index training run on the CPU",
+            "install faiss-gpu or its cuVS build in place of faiss-cpu",
+        )
+    return good(
+        "faiss", f"{faiss.__version__}, {gpus} GPUs" if gpus else f"{faiss.__version__}, CPU"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ around them
+
+
+def look_at_slurm() -> Finding:
+    """Whether there is a cluster, and its partitions."""
+    if shutil.which("sbatch") is None:
+        return good("SLURM", "sbatch is not on the PATH: launcher=slurm is not for this machine")
+    nodes = partitions()
+    if not nodes:
+        return warning("SLURM", "sinfo does not answer", "ask whether the controller is up")
+    described = ", ".join(
+        f"{each.partition}{'*' if each.default else ''} ({each.count} nodes, {each.gpus} GPUs each)"
+        for each in nodes
+    )
+    if not any(each.gpus for each in nodes):
+        return warning(
+            "SLURM",
+            f"{described}; no partition names GPUs",
+            "launcher.gpus_per_node may be refused",
+        )
+    return good("SLURM", described)
+
+
+def look_at_limits() -> Iterator[Finding]:
+    """Cores, memory, and how many files a process may open."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield good("cores", f"{cores} of {os.cpu_count()}, {memory / 1e9:,.0f} GB of memory")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES:
+        yield warning(
+            "open files",
+            f"a process may open {soft}",
+            f"ulimit -n {min(hard, 65_536) if hard > 0 else 65_536}, before a run over many shards",
+        )
+    else:
+        yield good("open files", f"a process may open {soft:,}")

@@ -1,0 +1,99 @@
+"""Sums between the GPUs of this machine by NCCL, each GPU a process: whether they are right, and how fast.
+
+Run as a module it is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from cm3leon.doctor.findings import Finding, good, warning, wrong
+
+NUMBERS = 2**26
+"""float32 numbers of the sum: 256 MB."""
+LIMIT = 120
+"""Seconds; a link that hangs is reported after them."""
+SLOW = 50e9
+"""Bytes a second and GPU (bus bandwidth) below which GPUs are not connected by NVLink."""
+ADVICE = (
+    "run it again with NCCL_DEBUG=INFO and read what it says; try NCCL_P2P_DISABLE=1, and check "
+    "`nvidia-smi topo -m`, /dev/shm and the IOMMU"
+)
+
+
+def look_at_nccl(gpus: int) -> Finding:
+    """A sum over all visible GPUs.
+
+    Bus bandwidth is 2 (n - 1) / n times the bytes over the time, as NVIDIA's nccl-tests count.
+    """
+    if gpus < 2:
+        return good("NCCL", "fewer than two GPUs are visible: nothing to send")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(gpus):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(gpus), "MASTER_PORT": str(port)}
+        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    deadline = time.monotonic() + LIMIT
+    try:
+        printed = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in processes]
+    except subprocess.TimeoutExpired:
+        return wrong("NCCL", f"{gpus} GPUs have not summed anything within {LIMIT} s", ADVICE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(processes, printed, strict=True):
+        if process.returncode:
+            last = ([*errors.strip().splitlines(), "no reason was given"])[-1 if errors else 0]
+            return wrong("NCCL", f"{gpus} GPUs cannot sum: {last}", ADVICE)
+    seconds = json.loads(printed[0][0].splitlines()[-1])
+    rate = 2 * (gpus - 1) / gpus * 4 * NUMBERS / seconds
+    text = f"{gpus} GPUs sum right, at {rate / 1e9:,.0f} GB/s (bus bandwidth)"
+    if rate < SLOW:
+        return warning(
+            "NCCL", text, "no NVLink is at work: sharding will be slow, prefer training.replicas"
+        )
+    return good("NCCL", text)
+
+
+def main() -> None:
+    """One rank: prints the seconds of a sum, the median of five."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    numbers = torch.empty(NUMBERS, device="cuda")
+    times = []
+    for _ in range(6):
+        numbers.fill_(rank + 1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        dist.all_reduce(numbers)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    if not bool((numbers == count * (count + 1) / 2).all()):
+        raise SystemExit(f"GPU {rank} has a wrong sum")
+    dist.destroy_process_group()
+    print(json.dumps(sorted(times[1:])[2]))
+
+
+if __name__ == "__main__":
+    main()
