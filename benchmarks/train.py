@@ -28,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm3leon.doctor.hardware import product_rate, seconds
+from cm3leon.doctor.training import Loss, new_model, packed_loss, stepper, timed_step
+from cm3leon.models.base import Model
 from cm3leon.models.opt import to_opt
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.registry import discover
@@ -51,8 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--preset", help="mfu: a registered model instead of that shape, at its own length"
     )
-    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), default="adamw"
-    )
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), default="adamw")
     parser.add_argument("--precision", choices=("bf16", "float8", "float32"), default="bf16")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--attention", default="auto")

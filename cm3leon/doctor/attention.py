@@ -51,12 +51,12 @@ def compare(
 
     def both_passes(name: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
         backend = choose(name, device).attention
-        plan = backend.plan(sample_1T) if len(lengths) > 1 else None
-        inputs = [each.to(dtype).requires_grad_() for each in given]
+        plan = backend.plan(sample_1T, device) if len(lengths) > 1 else None
+        q, k, v = (each.to(dtype).requires_grad_() for each in given)
 
         def call() -> list[Tensor]:
-            output = backend(*inputs, plan)
-            return [output.detach(), *torch.autograd.grad(output, inputs, gradient.to(dtype))]
+            output = backend(q, k, v, plan)
+            return [output.detach(), *torch.autograd.grad(output, (q, k, v), gradient.to(dtype))]
 
         return call
 

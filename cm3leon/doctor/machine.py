@@ -148,14 +148,14 @@ def look_at_links(gpus: int) -> Iterator[Finding]:
 
 def links(matrix: str) -> list[str]:
     """The kinds of links between different GPUs in the matrix that nvidia-smi prints."""
-    kinds = []
+    rows = []
     for line in matrix.splitlines():
         cells = re.sub(r"\x1b\[[0-9;]*m", "", line).split()
-        if cells and re.fullmatch(r"GPU\d+", cells[0]) and len(cells) > 1 and "X" in cells:
-            kinds += [
-                cell for cell in cells[1:] if re.fullmatch(r"NV\d+|PIX|PXB|PHB|NODE|SYS", cell)
-            ]
-    return kinds
+        if cells and re.fullmatch(r"GPU\d+", cells[0]) and "X" in cells:
+            rows.append(cells)
+
+    # The columns of the GPUs come first; those of network cards and of cores stand behind them.
+    return [cell for row in rows for cell in row[1 : 1 + len(rows)] if cell != "X"]
 
 
 def smi(*fields: str) -> list[list[str]]:
@@ -228,15 +228,15 @@ def _tried(title: str, name: str, device: torch.device) -> Finding:
         for backend, precision in ((name, dtype), ("naive", torch.float32)):
             attention = choose(backend, device).attention
             q, k, v = (each.to(precision).requires_grad_() for each in given)
-            output = attention(q, k, v, attention.plan(sample_1T))
+            output = attention(q, k, v, attention.plan(sample_1T, device))
             results.append(torch.stack([output, *torch.autograd.grad(output.sum(), (q, k, v))]))
     except Exception as error:  # whatever a kernel raises on a device that it was not made for
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return wrong(title, f"it does not run ({reason})", "set model.attention to another one")
-    error = (results[0].float() - results[1]).abs().max().item()
-    if not error < (0.1 if dtype == torch.bfloat16 else 1e-3):
+    apart = (results[0].float() - results[1]).abs().max().item()
+    if not apart < (0.1 if dtype == torch.bfloat16 else 1e-3):
         return wrong(
-            title, f"it is {error:.2g} from the formula", "set model.attention to another one"
+            title, f"it is {apart:.2g} from the formula", "set model.attention to another one"
         )
     return good(title, "it runs, and computes what the formula does")
 

@@ -11,7 +11,7 @@ import torch
 
 from cm3leon.doctor.figures import Figure, goal_of
 from cm3leon.doctor.findings import Finding
-from cm3leon.evaluation.report.numbers import column
+from cm3leon.evaluation.report.numbers import column, counted
 from cm3leon.evaluation.report.page import Cell, Fact, Report, Section, Status, Table, write_report
 from cm3leon.io import write_json
 
@@ -26,7 +26,7 @@ def device_name(device: torch.device) -> str:
     """As CUDA calls it; a CPU by its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def write(
