@@ -63,7 +63,7 @@ def look_at_nccl(gpus: int) -> Finding:
             process.wait()
     for process, (_, errors) in zip(processes, printed, strict=True):
         if process.returncode:
-            last = ([*errors.strip().splitlines(), "no reason was given"])[-1 if errors else 0]
+            last = (errors.strip().splitlines() or ["no reason was given"])[-1]
             return wrong("NCCL", f"{gpus} GPUs cannot sum: {last}", ADVICE)
     seconds = json.loads(printed[0][0].splitlines()[-1])
     rate = 2 * (gpus - 1) / gpus * 4 * NUMBERS / seconds
