@@ -25,6 +25,8 @@ from cm3leon.registry import discover
 from cm3leon.training.device import best_device
 
 TESTS = Path(__file__).parents[2] / "tests"
+TESTS_LIMIT = 170
+"""Seconds; below the limit of their part, which would end the part and leave its tests running."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,18 @@ def gpu_tests(device: torch.device, full: bool) -> Iterator[Figure]:
         lacks = "no tests beside the package" if device.type == "cuda" else "no GPU"
         yield Figure("tests", "pytest -m gpu", None, "failed", lacks)
         return
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", str(TESTS)],
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", str(TESTS)],
+            cwd=TESTS.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TESTS_LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        yield Figure("tests", "pytest -m gpu", None, "failed", f"not done after {TESTS_LIMIT} s")
+        return
     lines = done.stdout.strip().splitlines()
     failed = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
     note = "; ".join([lines[-1] if lines else done.stderr.strip()[-200:], *failed])
