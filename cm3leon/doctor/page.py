@@ -18,8 +18,8 @@ from cm3leon.io import write_json
 PAGE, JSON = "doctor.html", "doctor.json"
 HOW_TO_READ = (
     "Figures are medians after calls that are not counted; a batch of images is timed once. Weights are random, which "
-    "changes the factor of a window alone. A goal is judged only on the GPU that it is for; beside figures of other GPUs "
-    "stands the H100's."
+    "changes the factor of a window alone. A goal is judged only on the GPU that it is for; beside figures of other "
+    "GPUs stands the H100's."
 )
 
 
