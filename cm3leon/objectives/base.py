@@ -66,8 +66,8 @@ class Objective:
 
         `head` is the output layer, without a bias. `loss_text` and `loss_image` are pairs (sum, count) over the targets
         of each modality that carry a loss, float32 scalars: such pairs are averaged over everything that is counted,
-        micro-batches, ranks and steps. An objective of another kind overrides this; `head(hidden_BTD)` are the logits
-        (B, T, V).
+        micro-batches, ranks and steps. `tokens` counts the positions that are not padding. An objective of another kind
+        overrides this; `head(hidden_BTD)` are the logits (B, T, V).
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
         loss, nll_N = linear_cross_entropy(
@@ -79,6 +79,7 @@ class Objective:
         return loss, {
             "loss_text": (torch.where(text_N, nll_N, 0).sum(), text_N.sum(dtype=torch.float32)),
             "loss_image": (torch.where(image_N, nll_N, 0).sum(), image_N.sum(dtype=torch.float32)),
+            "tokens": (batch.sample_BT >= 0).sum(dtype=torch.float32),
         }
 
 
