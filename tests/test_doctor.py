@@ -280,7 +280,9 @@ def test_a_part_that_dies_keeps_what_it_had(
     assert [(each.value, each.note) for each in found] == [(1.0, ""), (None, reason)]
 
 
-@pytest.mark.parametrize("part", [p for p in PARTS if p.name not in ("tests", "index")], ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "part", [p for p in PARTS if p.name not in ("tests", "index")], ids=lambda part: part.name
+)
 def test_every_part_measures_in_small_on_a_cpu(part: Part, tmp_path: Path) -> None:
     """What a CPU cannot do has its reason; nothing else is without a value."""
     figures = list(part.measure(CPU, False))

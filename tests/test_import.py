@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from published import random_tensors, taming_shapes, write_taming
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cm3leon import CM3Leon
+from cm3leon.commands.sample import _names
 from cm3leon.models.pretrained import load_model
 from cm3leon.run import main
+from cm3leon.stages.pretraining import check_tokenizers
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.stages.text_tokenizer import text_tokenizer_inputs
 from cm3leon.tokenizers.families import FAMILIES, renumbered
-from cm3leon.tokenizers.layout import LayoutTable
+from cm3leon.tokenizers.layout import Layout, LayoutTable
 from cm3leon.types import UserError
 
 CODES = 16
@@ -325,3 +330,107 @@ def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path:
     assert tuned.run.vocab == CM3Leon.load(run).run.vocab
     (picture,) = tuned.generate("a handwritten seven", retrieve=1)
     assert len(picture.documents) == 1
+
+
+def spoil(files: dict[str, Path], change: Any) -> None:
+    """Writes the folder's weights anew, in one file, with some tensor changed."""
+    from safetensors.torch import load_file, save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for part in sorted(files["hf"].glob("*.safetensors")):
+        tensors |= load_file(part)
+        part.unlink()
+    (files["hf"] / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, files["hf"] / "model.safetensors")
+
+
+LAST = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: tensors.pop(LAST), f"lacks {LAST}"),
+        (
+            lambda tensors: tensors.pop("model.embed_tokens.weight"),
+            "lacks model.embed_tokens.weight",
+        ),
+        (
+            lambda tensors: tensors.update({"model.other": torch.zeros(2)}),
+            "has the unknown model.other",
+        ),
+        (
+            lambda tensors: tensors.update({LAST: torch.zeros(3, 64)}),
+            f"has another shape for {LAST}",
+        ),
+        (
+            lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(40, 64)}),
+            "have 40 rows; for the",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(
+    change: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = publish(tmp_path)
+    spoil(files, change)
+    words = ["import", "from=chameleon", *(f"{key}={path}" for key, path in files.items())]
+    assert main([*words, "image_size=8", f"out={tmp_path / 'run'}"]) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chameleon", "vqgan.ckpt"]
+
+
+def test_a_size_without_tokens_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = publish(tmp_path)
+    words = ["import", "from=lumina_mgpt", *(f"{key}={path}" for key, path in files.items())]
+    assert main([*words, "image_size=16", f"out={tmp_path / 'run'}"]) == 2
+    assert "images of 8 x 8 codes have no tokens of their size" in capsys.readouterr().err
+    assert main([*words, "image_size=8", f"out={tmp_path / 'run'}"]) == 0
+    (picture,) = CM3Leon.load(tmp_path / "run").generate("a red dog")
+    assert picture.codes_N.shape == (16,)
+
+
+def test_a_layout_is_a_part_of_what_stages_are_made_from(run: Path, tmp_path: Path) -> None:
+    """Two families may share a tokenizer.json to the byte, and differ in the layout alone."""
+    other = imported(tmp_path, family="lumina_mgpt")
+    names = ("text_tokenizer/tokenizer.json", "text_tokenizer/layout.json")
+    first, second = ([(each / name).read_bytes() for name in names] for each in (run, other))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    records = [json.loads((each / "pretraining/stage.json").read_text()) for each in (run, other)]
+    assert records[0]["fingerprint"] != records[1]["fingerprint"]
+
+    def wanted(tokenizers: Path | None) -> tuple[Any, Any]:
+        experiment = CM3Leon.load(run).run.experiment
+        experiment.shards.tokenizers = tokenizers
+        fresh = RunFolder(experiment, tmp_path / "own", torch.device("cpu"))
+        return text_tokenizer_inputs(fresh), fresh.vocab.layout
+
+    (chameleon, theirs), (lumina, closed), (_, paper) = wanted(run), wanted(other), wanted(None)
+    assert chameleon != lumina
+    assert theirs.row_close is None
+    assert closed.row_close is not None
+    assert paper == Layout()
+
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    tuned = RunFolder(CM3Leon.load(run).run.experiment, own, torch.device("cpu"))
+    check_tokenizers(tuned, run)
+    with pytest.raises(UserError, match="was trained with another text tokenizer"):
+        check_tokenizers(tuned, other)
+
+
+def test_special_tokens_are_shown_by_their_names(run: Path) -> None:
+    opened = CM3Leon.load(run).run
+    names = _names(opened)
+    assert names.token(opened.vocab.layout.begin) == "<s>"
+    assert names.kind(opened.vocab.layout.begin) == "break"
+    assert names.token(1) == "<eos>"
+
+
+def test_an_imported_run_has_no_memory_bank(run: Path) -> None:
+    with pytest.raises(UserError, match="has no memory bank, as its weights were made elsewhere"):
+        CM3Leon.load(run).generate("a dog", retrieve=1)

@@ -20,6 +20,7 @@ from cm3leon.models.llama import Llama
 from cm3leon.objectives.cm3 import rotate
 from cm3leon.objectives.packing import shorten
 from cm3leon.registry import DECODERS, TASKS, discover
+from cm3leon.tasks.base import without_conditions
 from cm3leon.tasks.prompts import box_spans, spans_prompt
 from cm3leon.tokenizers.document import lay_out, sample_length, token_count
 from cm3leon.tokenizers.layout import PAPER, Layout
@@ -211,6 +212,12 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
     )
     without = lay_out(Sample(TokenDocument("", query.segments[1:])), ids).ids_T.tolist()
     assert [*alone.prompt(query, retrieved).unconditional_T, *answer["image"], *behind] == without
+
+    # An image that is masked keeps what says its size, as in training.
+    masked = without_conditions(query, "text", ids)
+    hidden_T, _ = rotate(laid_out.ids_T, [(codes.start, codes.end)], ids)
+    trained = hidden_T[: len(laid_out.ids_T) - len(answer["image"]) + 1]
+    assert lay_out(Sample(masked, retrieved), ids).ids_T.tolist() == trained.tolist()
 
     captioned = asked(layout, "caption").prompt(query, retrieved)
     assert [*captioned.ids_T, *answer["text"], ids.end_of_span] == rotated_T.tolist()

@@ -17,6 +17,7 @@ from cm3leon.run import main
 from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.opening import open_run
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
+from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
 
 TOKENIZER = TextTokenizer.train(TextTokenizerConfig(vocab_size=300), ["a dog and a cat"] * 9)
@@ -31,7 +32,8 @@ def run_of(captions: list[str], *, room: int, method: str = "whole") -> Any:
     return SimpleNamespace(
         corpus=corpus,
         seq_len=room + 4 + 1 + 2,
-        image_tokenizer_shape=SimpleNamespace(grid=2),
+        grid=(2, 2),
+        vocab=Vocab(TOKENIZER.vocab_size, 16),
         experiment=SimpleNamespace(
             packing=PackingConfig(method=method),  # type: ignore[arg-type]
             text_tokenizer=SimpleNamespace(max_word=64),

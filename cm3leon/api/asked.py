@@ -340,6 +340,11 @@ class AskedRun:
             by: the modality that is searched with.
         """
         given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
+        if count and not self.run.has_retriever:
+            raise UserError(
+                f"retrieve: the run {self.run.folder} has no memory bank, as its weights were made elsewhere; retrieve "
+                "from a run of your own that starts from it (training.start)"
+            )
         if given is None:
             raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
         return retrieved_rows(self.run, texts, images_BHWC, by, count)

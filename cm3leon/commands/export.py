@@ -90,7 +90,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
 
     transformers()
     run, model = _finished(run_folder, opening)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         to_opt(model).save_pretrained(folder)
         shutil.copyfile(run.stage("text_tokenizer", TOKENIZER) / TOKENIZER, folder / TOKENIZER)
         # The plain class runs tokenizer.json as it is; the one that OPT names would replace its pipeline.
@@ -189,7 +189,7 @@ def export_to_cm3leon(hf: Path, out: Path) -> None:
     assert isinstance(model, Transformer)  # `_model_section` says cm3leon
     model.load_state_dict(from_opt_state(opt.state_dict(), section["layers"]), assign=True)
     verify(model, opt)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         save_weights(folder / WEIGHTS, model)
         write_json(folder / "config.json", content)
 
@@ -222,7 +222,7 @@ def _model_section(hf: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it takes its place when all is written, and vanishes if that fails."""
     out = out.resolve()
     make_folder(out.parent, "out")

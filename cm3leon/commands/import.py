@@ -2,7 +2,7 @@
 
     python -m cm3leon.run import from=chameleon hf=chameleon-7b vqgan=vqgan.ckpt out=runs/chameleon
 
-The folder is then generated from, captioned with, scored, searched, exported and fine-tuned like any other:
+The folder is then generated from, captioned with, scored and fine-tuned like any other:
 
     python -m cm3leon.run generate run=runs/chameleon prompt="a red dog"
 
@@ -49,14 +49,14 @@ def main(options: Options) -> None:
     Raises:
         UserError: for files that are missing or are not of the family, or a folder that holds something.
     """
+    from cm3leon.commands.export import new_folder
     from cm3leon.registry import discover
     from cm3leon.stages.importing import import_run
     from cm3leon.tokenizers.families import FAMILIES
 
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"out: {options.out} exists already; out must be a new or empty folder")
     discover()
     family = FAMILIES[options.from_]
     print(f"licence of {family.title}: {family.licence}; {family.conditions}")
-    import_run(options.from_, options.hf, options.vqgan, options.image_size, options.out)
+    with new_folder(options.out) as folder:
+        import_run(options.from_, options.hf, options.vqgan, options.image_size, folder)
     print(f"written: {options.out}")

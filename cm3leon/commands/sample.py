@@ -400,4 +400,4 @@ def _names(run: RunFolder) -> Names:
             "utf-8", "backslashreplace"
         )
 
-    return Names(run.vocab, run.text_tokenizer.decode, piece)
+    return Names(run.vocab, run.text_tokenizer.decode, piece, run.text_tokenizer.specials)

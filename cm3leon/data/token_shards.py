@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,14 @@ class TokenShard:
         self._lengths, self._lengths_at = shard.lists("lengths")
         self._image = shard.lists("image")[0]
         self._crc = shard.numbers("crc")
-        self._between = len(layout.between_segments)
-        self._beside_before = np.concatenate([[0], np.cumsum(_beside(self._image, layout))])
+        self._layout = layout
         self._label = shard.numbers("label") if "label" in shard.columns else None
         self._varied = shard.lists("varied") if "varied" in shard.columns else None
+
+    @cached_property
+    def _beside_before(self) -> np.ndarray:
+        """Tokens around and before the segments in front of each place; made where lengths are asked for alone."""
+        return np.concatenate([[0], np.cumsum(_beside(self._image, self._layout))])
 
     def __len__(self) -> int:
         return len(self._crc)
@@ -205,7 +210,7 @@ class TokenShard:
         first, last = self._lengths_at[rows], self._lengths_at[rows + 1]
         beside = self._beside_before[last] - self._beside_before[first]
         # Nothing stands before the first segment.
-        beside -= np.where(last > first, self._between, 0)
+        beside -= np.where(last > first, len(self._layout.between_segments), 0)
         return self._ids_at[rows + 1] - self._ids_at[rows] + beside
 
 

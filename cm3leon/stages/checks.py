@@ -88,11 +88,17 @@ def _check_split(name: str, share: float, stage: str) -> None:
 
 def _check_block(run: RunFolder) -> None:
     """Raise UserError where no image with a caption fits a block."""
-    codes = run.image_tokenizer_shape.grid**2
-    if codes + AROUND > run.seq_len:
+    layout, (rows, columns) = run.vocab.layout, run.grid
+    if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
-            f"model.seq_len is {run.seq_len}; an image of {codes:,} codes with a caption takes "
-            f"{codes + AROUND:,} tokens or more; raise model.seq_len, or take an image_tokenizer with fewer codes"
+            f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in {run.layout_file}; "
+            "take another image_size"
+        )
+    least = layout.image_length(run.grid) + layout.around_image + AROUND
+    if least > run.seq_len:
+        raise UserError(
+            f"model.seq_len is {run.seq_len}; an image of {rows * columns:,} codes with a caption takes "
+            f"{least:,} tokens or more; raise model.seq_len, or take an image_tokenizer with fewer codes"
         )
 
 

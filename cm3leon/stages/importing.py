@@ -22,7 +22,14 @@ from cm3leon.config import from_mapping, to_mapping
 from cm3leon.digests import files_digest
 from cm3leon.experiment import Experiment
 from cm3leon.io import digest_of, read_json, write_json
-from cm3leon.models.chameleon import from_chameleon_config, from_chameleon_state
+from cm3leon.models.chameleon import (
+    INNER,
+    OUTER,
+    from_chameleon_config,
+    from_chameleon_state,
+    to_chameleon_state,
+)
+from cm3leon.models.llama import Llama
 from cm3leon.registry import MODELS
 from cm3leon.stages.folders import make_result
 from cm3leon.stages.run_folder import (
@@ -38,6 +45,7 @@ from cm3leon.stages.stage import StageRecord
 from cm3leon.stages.table import stages_of
 from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
 from cm3leon.tokenizers.image.published_files import Weights, open_weights
+from cm3leon.tokenizers.layout import LayoutTable
 from cm3leon.tokenizers.text import LAYOUT, TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
@@ -116,44 +124,71 @@ def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, ou
     )
     experiment = _experiment(published, tokenizer)
     run = RunFolder(experiment, out, torch.device("cpu"))
-    codes = run.image_tokenizer_shape.codebook_size
-    if codes != vocab.image_size:
-        raise UserError(
-            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has {vocab.image_size}"
-        )
+    _check(published, run, image_tokenizer)
     ours = Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
-    rows = len(vocab.old_id_V)
-    if (
-        ours.used != rows
-        or published.weights.tensors["model.embed_tokens.weight"].shape[0] > ours.size
-    ):
-        raise UserError(
-            f"hf: {hf} has a vocabulary of {rows} ids, which cannot be brought into {ours.size}"
-        )
 
     makers: dict[str, Callable[[RunFolder, Path], None]] = {
         "text_tokenizer": lambda run, folder: _make_text_tokenizer(run, folder, vocab),
         "image_tokenizer": _make_image_tokenizer,
         "pretraining": lambda run, folder: _make_decoder(folder, published, ours),
     }
-    files = [*published.weights.files, image_tokenizer]
-    source = files_digest(files, [file.name for file in files])
-    out.mkdir(parents=True, exist_ok=True)
+    files = [*published.weights.files, hf / TOKENIZER, image_tokenizer]
+    source = digest_of(family + files_digest(files, [file.name for file in files]))
     write_config(experiment, out)
     for number, (name, make) in enumerate(makers.items(), 1):
         print(f"[{number}/{len(makers)}] {name}", flush=True)
         _finish(run, name, make, source)
-    family_ = published.family
     write_json(
         out / IMPORT,
         {
             "family": family,
-            "licence": family_.licence,
-            "conditions": family_.conditions,
+            "licence": published.family.licence,
+            "conditions": published.family.conditions,
             "weights": source,
             "ids": vocab.old_id_V.tolist(),
         },
     )
+
+
+def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
+    """Raises UserError for what is missing, left over, or of another shape, by names and sizes alone."""
+    vocab, hf = published.vocab, published.folder
+    codes = run.image_tokenizer_shape.codebook_size
+    if codes != vocab.image_size:
+        raise UserError(
+            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has {vocab.image_size}"
+        )
+    layout = LayoutTable.from_names(vocab.table, f"hf: {hf / TOKENIZER}").layout
+    if layout.sizes and run.grid not in layout.sizes:
+        raise UserError(
+            f"image_size: images of {run.grid[0]} x {run.grid[1]} codes have no tokens of their size in "
+            f"{published.family.title}; take another image_size"
+        )
+
+    # Tables have a row for each published id, and may have more.
+    given = published.weights.tensors
+    rows, ours = len(vocab.old_id_V), Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
+    table = given.get("model.embed_tokens.weight")
+    size = table.shape[0] if table else rows
+    if not rows <= size <= ours.size:
+        raise UserError(
+            f"hf: the tables in {hf} have {size} rows; for the {rows} tokens of its tokenizer.json it must be from "
+            f"{rows} to {ours.size}"
+        )
+    section = MODELS.check(published.model, "model")
+    with torch.device("meta"):
+        model = MODELS.build(section, vocab_size=size)
+    assert isinstance(model, Llama)
+    wanted = to_chameleon_state(model.state_dict(), model.config)
+    decoder = {
+        name: torch.empty(stored.shape, device="meta")
+        for name, stored in given.items()
+        if not name.startswith(IMAGE_ENCODER)
+    }
+    try:
+        check_fit(hf, decoder, wanted)
+    except UserError as error:
+        raise UserError(f"hf: {error}") from error
 
 
 def _experiment(published: Published, image_tokenizer: Mapping[str, Any]) -> Experiment:
@@ -219,23 +254,15 @@ def _make_image_tokenizer(run: RunFolder, folder: Path) -> None:
 
 def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
     """The decoder's file: tensors one after the other, rows of both tables in our order."""
-    with torch.device("meta"):
-        model = MODELS.build(published.model, vocab_size=vocab.size)
-    wanted = model.state_dict()
-    reading = _Read(published.weights)
     state: dict[str, Tensor] = {}
-    tensors = from_chameleon_state(reading, published.model["layers"])
-    for name, tensor in tqdm(
-        tensors, "weights", total=len(wanted), unit="tensor", dynamic_ncols=True
-    ):
+    layers = published.model["layers"]
+    tensors = from_chameleon_state(_Read(published.weights), layers)
+    count = len(OUTER) + layers * len(INNER)
+    for name, tensor in tqdm(tensors, "weights", total=count, unit="tensor", dynamic_ncols=True):
         if name in ("embedding.weight", "head.weight"):
             tensor = _in_order(tensor, published.vocab.old_id_V, vocab.size)
         check_finite(tensor, f"hf: {published.folder}: {name}")
         state[name] = tensor
-    check_fit(published.folder, state, wanted)
-    left = [name for name in reading.unread() if not name.startswith(IMAGE_ENCODER)]
-    if left:
-        raise UserError(f"hf: {published.folder} has the unknown {', '.join(left[:5])}")
     save_weights(folder / WEIGHTS, state)
     write_json(folder / "config.json", {"model": published.model, "vocab_size": vocab.size})
 
@@ -250,12 +277,9 @@ class _Read(Mapping[str, Tensor]):
     """Tensors that are read from their files when they are asked for, in their own precision."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights, self._read = weights, set[str]()
+        self._weights = weights
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._weights.tensors:
-            raise UserError(f"hf: {self._weights.path} lacks {name}")
-        self._read.add(name)
         return self._weights.tensors[name].read(dtype=None)
 
     def __iter__(self) -> Iterator[str]:
@@ -263,7 +287,3 @@ class _Read(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights.tensors)
-
-    def unread(self) -> list[str]:
-        """Names of the tensors that nobody asked for."""
-        return sorted(self._weights.tensors.keys() - self._read)

@@ -15,10 +15,14 @@ def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
         UserError: naming the longest one and what to do, if no training document is left.
     """
     room = longest_document(run)
-    codes = run.image_tokenizer_shape.grid**2
-    if room is None or codes + 2 > room:  # no document with an image fits, whatever its caption
+    layout = run.vocab.layout
+    codes = layout.image_length(run.grid) + layout.around_image
+    between = len(layout.between_segments)
+    if (
+        room is None or codes + between + 1 > room
+    ):  # no document with an image fits, whatever its caption
         return
-    allowed = room - codes - 1  # a break stands between the caption and its image
+    allowed = room - codes - between
 
     corpus = run.corpus
     too_long: list[tuple[int, int]] = []

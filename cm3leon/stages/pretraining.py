@@ -27,6 +27,7 @@ from cm3leon.stages.run_folder import (
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
 from cm3leon.stages.validation import Drawing, validation_loss
+from cm3leon.tokenizers.text import LAYOUT
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
 from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
@@ -212,6 +213,8 @@ def another_tokenizer(start: Path, name: str) -> str:
 
 def check_tokenizers(run: RunFolder, start: Path) -> None:
     """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
+    if _layout_digest(start) != _layout_digest(run.folder):
+        raise UserError(another_tokenizer(start, "text"))
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):
         theirs, ours = start / file, run.folder / file
         if not (theirs.is_file() and ours.is_file()):
@@ -219,6 +222,11 @@ def check_tokenizers(run: RunFolder, start: Path) -> None:
         opened_stage(theirs.parent, theirs.name, finished=False)
         if sha256(theirs) != sha256(ours):
             raise UserError(another_tokenizer(start, name))
+
+
+def _layout_digest(folder: Path) -> str | None:
+    file = folder / "text_tokenizer" / LAYOUT
+    return sha256(file) if file.is_file() else None
 
 
 def pretraining_inputs(run: RunFolder) -> dict[str, Any]:
@@ -230,6 +238,7 @@ def pretraining_inputs(run: RunFolder) -> dict[str, Any]:
         "retriever": {name: retriever.get(name) for name in DRAWN_IN_TRAINING},
         "mix": mixed_fingerprints(run),
         "start": start_digest(run),
+        **run.layout_inputs(),
     }
 
 

@@ -179,14 +179,32 @@ class RunFolder:
             table.layout,
         )
 
+    @property
+    def layout_file(self) -> Path | None:
+        """The layout that stands beside the text tokenizer: a finished run's own, or the one that is taken over.
+
+        None is the paper's, which every tokenizer that is trained here has.
+        """
+        folder = self.folder
+        if not self.finished:
+            if self.reused is None:
+                return None
+            # The run that tokenizers were taken from may be gone.
+            if (self.reused / TEXT_TOKENIZER).is_file():
+                folder = self.reused
+        file = folder / "text_tokenizer" / LAYOUT
+        return file if file.is_file() else None
+
+    def layout_inputs(self) -> dict[str, str]:
+        """What changes with the layout, for the inputs of a stage; nothing where it is the paper's."""
+        return {"layout": sha256(self.layout_file)} if self.layout_file else {}
+
     def _layout_table(self) -> LayoutTable:
-        """What stands beside this run's text tokenizer, or the one that it is to take over."""
-        for folder in (self.folder, self.reused):
-            place = folder and folder / "text_tokenizer"
-            if place and (place / LAYOUT).is_file():
-                opened_stage(place, LAYOUT, verify=self.verify, finished=False)
-                return layout_table(place)
-        return LayoutTable()
+        file = self.layout_file
+        if file is None:
+            return LayoutTable()
+        opened_stage(file.parent, file.name, verify=self.verify, finished=False)
+        return layout_table(file.parent)
 
     @cached_property
     def grid(self) -> Grid:

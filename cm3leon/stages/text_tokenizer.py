@@ -30,7 +30,8 @@ TRAINED_ON = "trained_on.json"
 
 def text_tokenizer_inputs(run: RunFolder) -> Any:
     """What the tokenizer depends on besides the captions: a corpus of its own, or the file that is taken over."""
-    inputs = {**run.depends_on("text_tokenizer"), "file": run.reused_digest(TEXT_TOKENIZER)}
+    file = run.reused_digest(TEXT_TOKENIZER)
+    inputs = {**run.depends_on("text_tokenizer"), "file": file, **run.layout_inputs()}
     if run.reused is not None or run.experiment.text_data is None:
         return inputs
     with _as_text_data():

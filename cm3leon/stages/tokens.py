@@ -273,7 +273,7 @@ def tokens_inputs(run: RunFolder) -> dict[str, Any]:
         inputs |= varied_inputs(run)
     if run.source.class_names:
         inputs["labels"] = True
-    return inputs
+    return inputs | run.layout_inputs()
 
 
 # This and the stages of the bank depend on the tokenizers and the encoder themselves, not on how they came to be: a

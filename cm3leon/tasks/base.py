@@ -10,7 +10,7 @@ import numpy as np
 
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.tokenizers.layout import UNKNOWN, Grid
+from cm3leon.tokenizers.layout import Grid
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment, UserError
 
@@ -117,8 +117,10 @@ def masked(
         )
     segments = list(document.segments)
     for number, place in enumerate(sorted(places), first):
-        mask_T = np.array([vocab.sentinel(number)])
-        segments[place] = replace(segments[place], ids_T=mask_T, grid=UNKNOWN)
+        old = segments[place]
+        # As in training, an image keeps the size that is said in front of it.
+        grid = old.grid or (vocab.layout.grid_of(old.ids_T) if old.modality == "image" else None)
+        segments[place] = replace(old, ids_T=np.array([vocab.sentinel(number)]), grid=grid)
     return replace(document, segments=tuple(segments))
 
 

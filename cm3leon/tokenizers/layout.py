@@ -24,7 +24,7 @@ SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
 Grid = tuple[int, int]
 """Rows and columns of an image's codes."""
 UNKNOWN: Grid = (0, 0)
-"""The grid of an image that is masked: its size is not said."""
+"""The grid of an image without codes: its size is not said."""
 
 
 @dataclass(frozen=True)

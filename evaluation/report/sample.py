@@ -49,17 +49,19 @@ class Names:
     Args:
         decode: ids of text -> the text.
         piece: id of text -> its piece, bytes that are no whole character as `\\xe2`.
+        specials: names of the special tokens, in the order of their ids.
     """
 
     vocab: Vocab
     decode: Callable[[np.ndarray], str]
     piece: Callable[[int], str]
+    specials: Sequence[str] = SPECIALS
 
     def kind(self, id_: int) -> Kind:
         """What an id stands for."""
         kind = self.vocab.kind(id_)
         if kind == "special":
-            return SPECIAL_KINDS[id_]
+            return SPECIAL_KINDS[id_] if id_ < len(SPECIAL_KINDS) else "break"
         return kind if kind in ("text", "image") else "mask"
 
     def token(self, id_: int) -> str:
@@ -72,7 +74,7 @@ class Names:
             case "mask":
                 return mask_name(int(self.vocab.sentinel_numbers(np.array(id_))))
             case _:
-                return SPECIALS[id_] if id_ < len(SPECIALS) else f"<special:{id_}>"
+                return self.specials[id_]
 
     def run(self, ids_T: np.ndarray) -> str:
         """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`, others by name."""
