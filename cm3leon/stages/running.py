@@ -74,10 +74,23 @@ def run_experiment(
 
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
+    def refuse_at_once() -> None:
+        """What would be refused of a later stage, said before an earlier one has been trained for hours."""
+        if folder.is_dir():
+            last = stages if until is None else stages[: number_of(stages, until, "until") + 1]
+            with remembered(folder / DIGESTS):
+                check_unasked(last, RunFolder(experiment, folder, best_device()), folder, redo)
+
     for name in together:
         alone = stages[number_of(stages, name, "until") - 1].name
 
-        def before(last: str = alone, shared: bool = name == "pretraining") -> None:
+        def before(
+            last: str = alone,
+            shared: bool = name == "pretraining",
+            begins: bool = name == together[0],
+        ) -> None:
+            if begins:
+                refuse_at_once()
             # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
             if not (shared and is_shared_out(experiment)):
                 bring(RunFolder(experiment, folder, best_device()), last)
