@@ -7,14 +7,15 @@ import struct
 import threading
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import encoded, picture
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 
-from cm3leon.data import ahead, images
+from cm3leon.data import ahead, images, pillow
 from cm3leon.data.images import UnusableImage, decode_image
 from cm3leon.registry import SOURCES, discover
 from cm3leon.types import Document
@@ -96,12 +97,15 @@ def test_the_limit_on_pixels_is_the_only_one(
     assert capsys.readouterr().err == ""
 
 
+BROKEN = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\x40\0\0\0\xff\xff\0\0\0\0\0\0"
+"""EXIF whose first value lies behind its end, of which Pillow warns."""
+
+
 def test_warnings_name_the_file_a_few_times_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(images, "_warned", type(images._warned)())
-    broken = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\x40\0\0\0\xff\xff\0\0\0\0\0\0"
-    content = encoded(picture(), "jpeg", exif=broken)
+    monkeypatch.setattr(pillow, "_warned", Counter())
+    content = encoded(picture(), "jpeg", exif=BROKEN)
     for number in range(9):
         decode_image(content, 10**6, f"{number}.jpg")
     told = capsys.readouterr().err.splitlines()
@@ -127,12 +131,49 @@ def test_threads_read_images_at_the_same_time() -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+def test_pythons_warnings_are_left_alone_while_a_thread_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's filters begin while an image is decoded and end behind it, or the other way round."""
+    monkeypatch.setattr(pillow, "_warned", Counter())
+    bad = encoded(picture(), "jpeg", exif=BROKEN)
+    inside, leave = threading.Event(), threading.Event()
+    decoded = images._decoded
+
+    def waits(image: Image.Image, max_pixels: int) -> Image.Image:
+        inside.set()
+        assert leave.wait(30)
+        return decoded(image, max_pixels)
+
+    monkeypatch.setattr(images, "_decoded", waits)
+    thread = threading.Thread(target=decode_image, args=(bad, 10**6, "bad.jpg"))
+    before = (warnings.filters[:], warnings.showwarning)
+    with warnings.catch_warnings(action="ignore"):
+        own = warnings.filters[:]
+        thread.start()
+        assert inside.wait(30)
+        assert warnings.filters == own
+        with warnings.catch_warnings(action="error"):
+            with pytest.raises(UserWarning, match="mine"):
+                warnings.warn("mine", stacklevel=1)
+            leave.set()
+            thread.join()
+        assert warnings.filters == own
+    assert (warnings.filters, warnings.showwarning) == before
+    assert capsys.readouterr().err.startswith("'bad.jpg': Pillow warns: ")
+
+
+def test_pillow_warns_others_as_ever() -> None:
+    with pytest.warns(UserWarning, match="Tag data") as told:
+        Image.open(io.BytesIO(encoded(picture(), "jpeg", exif=BROKEN))).getexif()
+    assert told[0].filename == TiffImagePlugin.__file__
+
+
 def test_a_warning_names_the_file_that_its_thread_reads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(images, "_warned", type(images._warned)())
-    broken = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\x40\0\0\0\xff\xff\0\0\0\0\0\0"
-    good, bad = encoded(picture(), "jpeg"), encoded(picture(), "jpeg", exif=broken)
+    monkeypatch.setattr(pillow, "_warned", Counter())
+    good, bad = encoded(picture(), "jpeg"), encoded(picture(), "jpeg", exif=BROKEN)
     monkeypatch.setattr(ahead, "threads", lambda: 4)
     list(
         ahead.worked_ahead(

@@ -5,21 +5,19 @@ from __future__ import annotations
 import io
 import os
 import re
-import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from PIL.ImageFile import ImageFile
-from tqdm import tqdm
 
+from cm3leon.data.pillow import bare_pillow
 from cm3leon.types import UserError
 
 READABLE = {
@@ -117,7 +115,7 @@ def decode_image(
     if suffix in RAW:
         raise UnusableImage(f"is a raw photograph ({suffix}); {_READ} are read")
 
-    with _reasons(name), _pillow(name):
+    with _reasons(name), bare_pillow(name):
         try:
             return _opened_and_decoded(content, max_pixels, size)
         except UnidentifiedImageError:
@@ -140,7 +138,7 @@ def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[in
     """
     with (
         _reasons(name),
-        _pillow(name),
+        bare_pillow(name),
         Image.open(io.BytesIO(content), formats=FORMATS) as image,
     ):
         _check_size(image.width, image.height, max_pixels)
@@ -201,72 +199,6 @@ def _without_texts(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-SHOWN_WARNINGS = 5
-"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a corpus."""
-_warned: Counter[str] = Counter()
-_counting = threading.Lock()
-
-
-class _Settings:
-    """Pillow's limit on pixels, taken away, and Python's warnings, gathered for each thread.
-
-    Both are of the whole process: the first thread that comes in changes them, the last one that leaves restores them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._restore = ExitStack()
-        self._own = threading.local()
-
-    @contextmanager
-    def changed(self) -> Iterator[list[Warning | str]]:
-        """Inside, this thread's warnings of any kind are gathered in the list."""
-        with self._lock:
-            if not self._inside:
-                self._change()
-            self._inside += 1
-        outer, self._own.caught = getattr(self._own, "caught", None), []
-        try:
-            yield self._own.caught
-        finally:
-            self._own.caught = outer
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    self._restore.close()
-
-    def _change(self) -> None:
-        self._restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        Image.MAX_IMAGE_PIXELS = None
-        self._restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("always")
-        show = warnings.showwarning
-
-        def keep(message: Warning | str, *told: Any, **more: Any) -> None:
-            caught = getattr(self._own, "caught", None)
-            if caught is None:  # of a thread that reads no image
-                show(message, *told, **more)
-            else:
-                caught.append(message)
-
-        warnings.showwarning = keep
-
-
-_settings = _Settings()
-
-
-@contextmanager
-def _pillow(name: str) -> Iterator[None]:
-    """Pillow without its own limit on pixels, which the caller checks, and with warnings that name the file."""
-    with _settings.changed() as caught:
-        try:
-            yield
-        finally:
-            for warning in caught:
-                _warn(" ".join(str(warning).split()), name)
-
-
 PIXELS_AT_ONCE = 128_000_000
 """Pixels of all images that are being decoded at a time, of which each takes 4 to 12 bytes; a larger one is alone."""
 
@@ -294,16 +226,6 @@ class _Room:
 
 
 _room = _Room(PIXELS_AT_ONCE)
-
-
-def _warn(warning: str, name: str) -> None:
-    """Print a warning of Pillow beside a progress bar, for the first few files that it is about."""
-    with _counting:
-        _warned[warning] += 1
-        count = _warned[warning]
-    if count <= SHOWN_WARNINGS:
-        more = "; further files are not named" if count == SHOWN_WARNINGS else ""
-        tqdm.write(f"{name!a}: Pillow warns: {warning}{more}", file=sys.stderr)
 
 
 def _file_content(path: str | Path) -> bytes:
@@ -389,6 +311,7 @@ def counted_modes() -> Iterator[Counter[str]]:
 
 
 _BUFFER = re.compile(r"<_io\.BytesIO object at 0x[0-9a-fA-F]+>")
+_counting = threading.Lock()
 _modes: ContextVar[Counter[str] | None] = ContextVar("modes", default=None)
 
 

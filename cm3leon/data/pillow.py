@@ -1,0 +1,108 @@
+"""Pillow without a limit of its own, and with warnings that name the file, in any number of threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from tqdm import tqdm
+
+SHOWN_WARNINGS = 5
+"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a corpus."""
+_warned: Counter[str] = Counter()
+_counting = threading.Lock()
+
+
+class _Told:
+    """What stands for the module `warnings` inside of Pillow: a thread that decodes gathers what Pillow warns of.
+
+    Python's own filters and hooks are of the whole process, and anyone may change them and put them back at any time
+    (`warnings.catch_warnings`). They are left alone, and do not count while an image is decoded. Elsewhere Pillow warns
+    as ever.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(warnings, name)
+
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning] | None = None,
+        stacklevel: int = 1,
+        **more: Any,
+    ) -> None:
+        caught = getattr(self._own, "caught", None)
+        if caught is None:
+            warnings.warn(message, category, max(stacklevel, 1) + 1, **more)
+        else:
+            caught.append(message)
+
+    @contextmanager
+    def gathered(self) -> Iterator[list[Warning | str]]:
+        """Inside, what Pillow warns this thread of goes into the list."""
+        outer, self._own.caught = getattr(self._own, "caught", None), []
+        try:
+            yield self._own.caught
+        finally:
+            self._own.caught = outer
+
+
+_told = _Told()
+for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
+    # Of the modules that read `FORMATS`, those that warn. Once for good: nothing is to be put back.
+    vars(_module)["warnings"] = _told
+
+
+class _NoLimit:
+    """Pillow's limit on pixels, which is of the whole process, taken away: the first thread that comes in takes it
+    away, the last one that leaves restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_no_limit = _NoLimit()
+
+
+@contextmanager
+def bare_pillow(name: str) -> Iterator[None]:
+    """Pillow without its own limit on pixels, which the caller checks, and with warnings that name the file."""
+    with _no_limit, _told.gathered() as caught:
+        try:
+            yield
+        finally:
+            for warning in caught:
+                _warn(" ".join(str(warning).split()), name)
+
+
+def _warn(warning: str, name: str) -> None:
+    """Print a warning of Pillow beside a progress bar, for the first few files that it is about."""
+    with _counting:
+        _warned[warning] += 1
+        count = _warned[warning]
+    if count <= SHOWN_WARNINGS:
+        more = "; further files are not named" if count == SHOWN_WARNINGS else ""
+        tqdm.write(f"{name!a}: Pillow warns: {warning}{more}", file=sys.stderr)
