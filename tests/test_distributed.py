@@ -20,9 +20,10 @@ from counted import difference
 from rank_worker import SHAPE, VOCAB
 from safetensors.torch import load_file
 
+from cm3leon.data import ahead
 from cm3leon.models.transformer import Transformer
 from cm3leon.training.config import DecoderTrainingConfig
-from cm3leon.training.distributed import Rank, current_rank
+from cm3leon.training.distributed import Rank, Ranks, current_rank, joined
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.traffic import traffic
 
@@ -291,3 +292,27 @@ TORCHRUN = {
 def test_ranks_by_the_environment(environment: dict[str, str], rank: Rank | None) -> None:
     """torchrun's, a SLURM step's; a batch script of SLURM is one process."""
     assert current_rank(environment) == rank
+
+
+def test_ranks_on_the_same_processors_share_them_for_decoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two of four ranks may use the processors of this one: one is on another node, one has its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours = frozenset(range(24))
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: set(ours), raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "gpu03")
+    places = [("gpu03", ours), ("gpu03", ours), ("gpu04", ours), ("gpu03", frozenset({24, 25}))]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: places)
+    counts: list[int] = []
+
+    def count() -> None:
+        counts.append(ahead.threads())
+
+    with joined(Rank(0, 1, 0, "127.0.0.1", port), 60, before=count):
+        count()
+    # Alone before and after, when the others wait or have ended.
+    count()
+    assert counts == [24, 12, 24]

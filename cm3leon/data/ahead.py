@@ -35,12 +35,16 @@ def share_processors(processes: int) -> None:
     _share = max(1, processes)
 
 
+def usable_processors() -> frozenset[int]:
+    """Numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
 def threads() -> int:
     """Threads that decode in this process: its share of the processors that it may use."""
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(max(1, usable // _share), MAX_THREADS)
+    return min(max(1, len(usable_processors()) // _share), MAX_THREADS)
 
 
 def worked_ahead(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from cm3leon.data.ahead import share_processors, usable_processors
 from cm3leon.training.device import best_device
 from cm3leon.types import Again, UserError
 
@@ -134,6 +135,14 @@ class Ranks:
         """Machines that the ranks are on."""
         return len(set(self.gather(socket.gethostname())))
 
+    def on_same_processors(self) -> int:
+        """Ranks that run where this one does, itself included: on its node, on processors of which it may use some.
+
+        torchrun leaves all processors of a node to each of its ranks, SLURM may give every task its own.
+        """
+        own = (socket.gethostname(), usable_processors())
+        return sum(host == own[0] and bool(used & own[1]) for host, used in self.gather(own))
+
     def mesh(self, replicas: int) -> DeviceMesh | None:
         """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a process group.
 
@@ -166,6 +175,7 @@ def joined(
     """The ranks of this training, with a process group for as long as the context lasts where there are several.
 
     What is to be done `before` is done by the first of several ranks, without a process group, while the others wait.
+    Within the context, ranks on the same processors share them for decoding.
 
     Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the timeout raises, and so
     does one whose peer has died: the job ends, it does not hang.
@@ -195,9 +205,12 @@ def joined(
     dist.init_process_group(
         backend, store=store, rank=rank.number, world_size=rank.count, timeout=timeout
     )
+    ranks = Ranks(device, rank.number, rank.count, joined=True)
     try:
-        yield Ranks(device, rank.number, rank.count, joined=True)
+        share_processors(ranks.on_same_processors())
+        yield ranks
     finally:
+        share_processors(1)
         dist.destroy_process_group()
 
 
