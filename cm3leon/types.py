@@ -202,7 +202,10 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Blocks stacked as tensors of shape (B, T); the fields are those of `Block`."""
+    """Blocks stacked as tensors of shape (B, T); the fields are those of `Block`.
+
+    In a training or a validation all are on the model's device but `sample_BT`, which stays on the CPU (see `to`).
+    """
 
     ids_BT: torch.Tensor
     target_BT: torch.Tensor

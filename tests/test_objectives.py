@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -372,6 +373,21 @@ def batch_of(target_BT: np.ndarray, weight_BT: np.ndarray, sample_BT: np.ndarray
     tensors = (torch.from_numpy(a) for a in (target_BT, weight_BT.astype(np.float32), sample_BT))
     target, weight, sample = tensors
     return Batch(torch.zeros_like(target), target, weight, sample, torch.zeros_like(target))
+
+
+def test_all_of_a_batch_but_the_samples_numbers_goes_to_the_device() -> None:
+    values_BT = np.arange(6).reshape(2, 3)
+    batch = batch_of(values_BT, values_BT, values_BT)
+    there = batch.to(torch.device("meta"))
+    places = {field.name: getattr(there, field.name).device.type for field in fields(Batch)}
+    assert places == {
+        "ids_BT": "meta",
+        "target_BT": "meta",
+        "weight_BT": "meta",
+        "sample_BT": "cpu",
+        "position_BT": "meta",
+    }
+    assert there.sample_BT is batch.sample_BT
 
 
 LOGITS = torch.nn.Linear(VOCAB.size, VOCAB.size, bias=False)

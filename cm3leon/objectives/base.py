@@ -68,6 +68,10 @@ class Objective:
         of each modality that carry a loss, float32 scalars: such pairs are averaged over everything that is counted,
         micro-batches, ranks and steps. `tokens` counts the positions that are not padding. An objective of another kind
         overrides this; `head(hidden_BTD)` are the logits (B, T, V).
+
+        The hidden states, the head and the batch's tensors are on the model's device; `batch.sample_BT` alone is on the
+        CPU, and so is what is counted of it. Beside others it is used as `batch.sample_BT.to(hidden_BTD.device,
+        non_blocking=True)`.
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
         loss, nll_N = linear_cross_entropy(
