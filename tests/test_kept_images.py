@@ -36,7 +36,7 @@ def test_texts_and_first_images_come_back_in_order(tmp_path: Path) -> None:
     path, given = kept_file(tmp_path / "decoded", 3, 7), documents(12)
     keep(path, given)
     assert path.name == "part-00003-of-00007.arrows"
-    found = list(kept_documents(path))
+    found = list(kept_documents(path) or ())
     assert [each.id for each in found] == [each.id for each in given]
     assert [each.text for each in found] == [each.text for each in given]
     for ours, original in zip(found, given, strict=True):
@@ -49,7 +49,8 @@ def test_texts_and_first_images_come_back_in_order(tmp_path: Path) -> None:
 def test_a_part_without_documents_is_kept_too(tmp_path: Path) -> None:
     path = tmp_path / "empty.arrows"
     keep(path, [])
-    assert list(kept_documents(path)) == []
+    assert list(kept_documents(path) or [None]) == []
+    assert kept_documents(tmp_path / "missing.arrows") is None
 
 
 @pytest.mark.parametrize("limit", [0, 1500])
@@ -79,4 +80,28 @@ def test_a_flipped_bit_and_a_cut_are_noticed(tmp_path: Path) -> None:
     for damaged in (flipped, content[: len(content) // 2], b"no arrow"):
         path.write_bytes(damaged)
         with pytest.raises(DamagedShard, match=r"part.arrows is damaged; delete it"):
-            list(kept_documents(path))
+            list(kept_documents(path) or ())
+
+
+def test_a_file_cut_between_two_batches_is_noticed(tmp_path: Path) -> None:
+    """Whole batches are left, which read like a shorter part."""
+    path, given = tmp_path / "part.arrows", documents(12)
+    keep(path, given)
+    content = path.read_bytes()
+    first = given[:5]
+    keep(tmp_path / "short.arrows", first)
+    ending = len((tmp_path / "short.arrows").read_bytes())
+    # The stream of the first five documents, less its last, empty batch and the mark behind that.
+    for end in range(ending - 400, ending):
+        path.write_bytes(content[:end])
+        with pytest.raises(DamagedShard):
+            list(kept_documents(path) or ())
+
+
+def test_a_file_that_is_open_may_be_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "part.arrows"
+    keep(path, documents(12))
+    found = kept_documents(path)
+    assert found is not None
+    path.unlink()
+    assert len(list(found)) == 12

@@ -4,7 +4,8 @@ A file is an Arrow stream of the documents of one part in their order:
 
     id (string)   text (string)   image (size * size * 3 bytes, null without one)   crc (of text and image)
 
-It is no result: it may be deleted at any time, and whoever misses it decodes the images again.
+Its last batch is empty, so that a file which was cut behind another one is noticed. It is no result: it may be deleted
+at any time, and whoever misses it decodes the images again.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
                     file.truncate(0)
 
             yield keep
+            if fits:
+                writer.write_batch(_batch([], schema))
         if fits:
             partial.replace(path)
     finally:
@@ -78,18 +81,31 @@ def _batch(documents: Sequence[Document], schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema)
 
 
-def kept_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file, with all their text as one run, and their first image.
+def kept_documents(path: Path) -> Iterator[Document] | None:
+    """The documents of a file, with all their text as one run, and their first image; None without the file.
+
+    It is open when this returns, and may be deleted from then on.
 
     Raises:
-        DamagedShard: for a file that is not as it was written.
+        DamagedShard: for a file that is not as it was written; also while the documents are read.
     """
     try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        return _read(pa.memory_map(str(path)), path)
+    except FileNotFoundError:
+        return None
+
+
+def _read(file: pa.MemoryMappedFile, path: Path) -> Iterator[Document]:
+    ended = False
+    try:
+        with file, pa.ipc.open_stream(file) as batches:
             for batch in batches:
+                ended = not batch.num_rows
                 yield from _documents(batch, path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise _damaged(path) from error
+    if not ended:
+        raise _damaged(path)
 
 
 def _documents(batch: pa.RecordBatch, path: Path) -> Iterator[Document]:

@@ -99,7 +99,7 @@ class Evaluation:
         ]
         if missing:
             self._make_missing(row, missing)
-        if self.protocol.scored_by:
+        if self.protocol.scored_by and not self._result_file(row).is_file():
             for number in numbers:
                 self._features(row, number)
 
@@ -124,9 +124,12 @@ class Evaluation:
                 self._make(asker, row, number)
                 progress.update(len(self._of_shard(row, number)) * samples)
 
+    def _result_file(self, row: Row) -> Path:
+        return self.folder_of(row) / f"result-{row.setting.samples}.json"
+
     def measure(self, row: Row) -> dict[str, Any]:
         """The figures of a row whose answers are all there, the ceiling and the chance level where they are known."""
-        done = self.folder_of(row) / f"result-{row.setting.samples}.json"
+        done = self._result_file(row)
         if not done.is_file():
             write_json(done, self._result(row))
         return read_json(done, {"metrics": dict})

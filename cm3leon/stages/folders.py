@@ -114,7 +114,7 @@ def is_kept(place: Path, wanted: StageRecord | None) -> bool:
     return wanted is not None and attic(place, wanted.fingerprint).is_dir()
 
 
-def make_room(place: Path, fingerprint: str) -> None:
+def make_room(stage: Stage[R], place: Path, fingerprint: str) -> None:
     """Move away what other inputs made, and back what these inputs made earlier."""
     if place.is_symlink():
         record = readable_record(place / MARKER)
@@ -128,6 +128,8 @@ def make_room(place: Path, fingerprint: str) -> None:
         old = attic(place, standing.fingerprint)
         old.parent.mkdir(exist_ok=True)
         shutil.rmtree(old, ignore_errors=True)
+        for name in stage.scratch:
+            shutil.rmtree(place / name, ignore_errors=True)
         place.rename(old)
     else:
         refuse_foreign_files(place)

@@ -128,7 +128,9 @@ def make_neighbours(run: RunFolder, folder: Path) -> None:
         )
     figures = strategy_figures(verdicts, found)
     write_json(folder / STRATEGY, {**figures, "same_label": _same_label(run, folder)})
-    shutil.rmtree(run.folder / "tokens" / DECODED, ignore_errors=True)  # nothing reads it any more
+    # Nothing reads it any more, but for other runs where the stage is shared with them.
+    if not (run.folder / "tokens").is_symlink():
+        shutil.rmtree(run.folder / "tokens" / DECODED, ignore_errors=True)
 
 
 def _same_label(run: RunFolder, folder: Path) -> float | None:

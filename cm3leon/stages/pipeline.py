@@ -107,7 +107,7 @@ def _bring_up_to_date(
 ) -> StageRecord:
     """Make the room for a stage's result, and the result where it is not there. Return its record."""
     assert step.wanted is not None
-    make_room(place, step.wanted.fingerprint)
+    make_room(step.stage, place, step.wanted.fingerprint)
     record = readable_record(place / MARKER)
     if record is not None:
         damaged = damaged_files(step.stage, place, record)
@@ -172,7 +172,7 @@ def run_part(
             refuse_unasked(
                 [step_for(stage, run, folder, wanted)], folder, depending_on(stages, redo)
             )
-            make_room(place, wanted.fingerprint)
+            make_room(stage, place, wanted.fingerprint)
             if not (place / MARKER).is_file() and not (place / STARTED).is_file():
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / STARTED, asdict(wanted))

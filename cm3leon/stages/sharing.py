@@ -17,7 +17,6 @@ from cm3leon.config import from_mapping, to_mapping
 from cm3leon.data.ahead import share_processors
 from cm3leon.data.kept_images import kept_documents, kept_file
 from cm3leon.data.shards import open_shard, shard_path
-from cm3leon.data.source import Skipped
 from cm3leon.experiment import Experiment
 from cm3leon.registry import SOURCES, discover
 from cm3leon.stages.run_folder import RunFolder
@@ -119,11 +118,9 @@ def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[l
     shard = open_shard(shard_path(run.folder / "tokens", number, len(parts)))
     wanted = shard.strings("id")
     kept = set(wanted)
-    decoded = kept_file(run.folder / "tokens" / DECODED, number, len(parts))
-    if decoded.is_file():
-        read: Iterator[Document | Skipped] = kept_documents(decoded)
-    else:
-        read = run.source.read_squared(parts[number], size=run.image_tokenizer_shape.image_size)
+    decoded = kept_documents(kept_file(run.folder / "tokens" / DECODED, number, len(parts)))
+    size = run.image_tokenizer_shape.image_size
+    read = decoded or run.source.read_squared(parts[number], size=size)
     items = (item for item in read if isinstance(item, Document) and item.id in kept)
     found = 0
     for batch in batches(items):

@@ -55,6 +55,8 @@ class Stage(Generic[R]):
     results: tuple[str, ...] = ("*",)
     """Patterns of the files that make up its result; `*` stands for any text, also across folders. Logs, events, pages
     and checkpoints are none: whatever happens to them, the stage stays finished."""
+    scratch: tuple[str, ...] = ()
+    """Folders in its own that only serve stages behind it: they go when the result is set aside."""
     expensive: bool = False
     """Whether it trains, or takes hours on a large corpus: it is made anew only where `redo` asks for it."""
     trains: Callable[[R], bool] = lambda run: False

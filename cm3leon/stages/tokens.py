@@ -136,7 +136,7 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
             with keeping(
                 kept_file(folder / DECODED, number, len(parts)),
                 size=size,
-                limit=room // (number + 1),
+                limit=min(room // (number + 1), room - _size_of(folder / DECODED)),
             ) as keep:
                 for originals, tokenized in _tokenized(run, items, "train", leave_out):
                     documents += tokenized
@@ -149,6 +149,11 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
         )
 
     with_progress("tokens", make_missing(folder, len(parts), make, part=part), len(parts), part)
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files in a folder, which other workers may be writing to."""
+    return sum(file.stat().st_size for file in folder.glob("*.arrows"))
 
 
 def make_tokens(run: RunFolder, folder: Path) -> None:
@@ -288,5 +293,6 @@ STAGE = Stage(
     files=(TEXT_TOKENIZER, IMAGE_TOKENIZER),
     settings=recorded("data", "split", "seed", "shards", "sentinels", "augment"),
     results=SHARDS,
+    scratch=(DECODED,),
     expensive=True,
 )

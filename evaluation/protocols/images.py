@@ -113,7 +113,8 @@ class CaptionedImages(Protocol):
     @cached_property
     def scored_by(self) -> str:  # type: ignore[override]  # read only, and known by its file alone
         inception = self.config.inception_file
-        return f"Inception {path_digest(inception)}" if inception else "cells 6"
+        extractor = f"Inception {path_digest(inception)}" if inception else "cells 6"
+        return f"{extractor}, version {VERSION}"
 
     def features(self, images_BHWC: np.ndarray) -> np.ndarray:
         at_once = AT_ONCE_ON_GPU if self.device.type == "cuda" else AT_ONCE
@@ -165,7 +166,6 @@ class CaptionedImages(Protocol):
         """The reference of these items, made once for all models; a file of it that is damaged is made again."""
         ids = [item.id for item in items]
         made_from = {
-            "version": VERSION,
             "corpus": self.fingerprint(),
             "data": result_settings(self.config.data),
             "ids": digest_of("\n".join(ids)),
