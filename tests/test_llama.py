@@ -176,9 +176,10 @@ def test_the_presets_are_chameleons(name: str) -> None:
     assert counts[0] == counts[1]
     if name == "chameleon_7b":
         default = library.ChameleonConfig().to_dict()
-        assert {key: default[key] for key in to_chameleon_config(ours.config, 65_536)} == (
-            to_chameleon_config(ours.config, 65_536)
-        )
+        ours_there = to_chameleon_config(ours.config, 65_536)
+        shared = default.keys() & ours_there.keys()  # transformers 4 writes its positions otherwise
+        assert {"num_key_value_heads", "intermediate_size", "swin_norm"} <= shared
+        assert {key: default[key] for key in shared} == {key: ours_there[key] for key in shared}
 
 
 @torch.inference_mode()
