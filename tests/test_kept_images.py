@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cm3leon.data import kept_images
 from cm3leon.data.kept_images import keeping, kept_documents, kept_file
 from cm3leon.data.shards import DamagedShard
 from cm3leon.types import Document, ImageSegment, TextSegment
@@ -105,3 +109,25 @@ def test_a_file_that_is_open_may_be_deleted(tmp_path: Path) -> None:
     assert found is not None
     path.unlink()
     assert len(list(found)) == 12
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = kept_images._batch
+
+    def full_at_the_end(given: Sequence[Document], schema: Any) -> Any:
+        if not given:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(given, schema)
+
+    monkeypatch.setattr(kept_images, "_batch", full_at_the_end)
+    keep(tmp_path / "part.arrows", documents(12))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", range(3000, 6000, 250))
+def test_a_file_is_never_longer_than_its_limit(limit: int, tmp_path: Path) -> None:
+    path = tmp_path / "part.arrows"
+    keep(path, documents(12), limit)
+    assert not path.is_file() or path.stat().st_size <= limit

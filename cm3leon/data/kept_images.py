@@ -49,23 +49,28 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
     )
     fits = limit > 0
     try:
-        with partial.open("wb", buffering=0) as file, pa.ipc.new_stream(file, schema) as writer:
+        with partial.open("wb", buffering=0) as file:
+            writer = pa.ipc.new_stream(file, schema)
 
-            def keep(documents: Sequence[Document]) -> None:
+            def write(documents: Sequence[Document], *, last: bool = False) -> None:
                 nonlocal fits
-                if not fits or not documents:
-                    return
                 try:
                     writer.write_batch(_batch(documents, schema))
+                    if last:
+                        writer.close()
                     fits = file.tell() <= limit
                 except OSError:
                     fits = False
                 if not fits:
                     file.truncate(0)
 
+            def keep(documents: Sequence[Document]) -> None:
+                if fits and documents:
+                    write(documents)
+
             yield keep
             if fits:
-                writer.write_batch(_batch([], schema))
+                write((), last=True)
         if fits:
             partial.replace(path)
     finally:

@@ -118,11 +118,13 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
 
     size = run.image_tokenizer_shape.image_size
     # Whoever has its neighbours already will not read the images again. If all parts are as long as this one, the
-    # first ones have the room, as many as fit.
+    # first ones have the room, as many as fit; what is left of it is divided among the workers.
     found = (run.folder / "neighbours" / MARKER).is_file()
     room = 0 if found else int(run.shards.decoded_gb * 1e9)
+    own = max(0, room - _size_of(folder / DECODED)) // part[1]
 
     def make(number: int) -> None:
+        nonlocal own
         listed = folder / "skipped" / f"{number:05d}.jsonl"
         listed.parent.mkdir(exist_ok=True)
         with listed.open("w") as file:  # what is left out is written down as it is met, not held
@@ -133,16 +135,15 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
             items = squared_items(run, parts[number])
             documents: list[TokenDocument] = []
             varied_VN: list[np.ndarray] = []
-            with keeping(
-                kept_file(folder / DECODED, number, len(parts)),
-                size=size,
-                limit=min(room // (number + 1), room - _size_of(folder / DECODED)),
-            ) as keep:
+            decoded = kept_file(folder / DECODED, number, len(parts))
+            limit = min(room // (number + 1), own)
+            with keeping(decoded, size=size, limit=limit) as keep:
                 for originals, tokenized in _tokenized(run, items, "train", leave_out):
                     documents += tokenized
                     keep(originals)
                     if versions:
                         varied_VN += _varied_ids(run, originals)
+        own -= decoded.stat().st_size if decoded.is_file() else 0
         path = shard_path(folder, number, len(parts))
         write_token_shard(
             path, documents, run.tokenizer_digests, varied=varied_VN if versions else None
@@ -152,7 +153,7 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, which other workers may be writing to."""
+    """Bytes of the kept files in a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.arrows"))
 
 
