@@ -99,8 +99,10 @@ class Evaluation:
         ]
         if missing:
             self._make_missing(row, missing)
-        if self.protocol.scored_by and not self._result_file(row).is_file():
-            for number in numbers:
+        if self.protocol.scored_by:
+            # A row that is scored needs those of answers that have just been made alone.
+            wanted = missing if self._result_file(row).is_file() else numbers
+            for number in wanted:
                 self._features(row, number)
 
     def _make_missing(self, row: Row, missing: Sequence[int]) -> None:
