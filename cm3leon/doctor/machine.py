@@ -8,14 +8,13 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 
 import torch
 
 from cm3leon import __version__
 from cm3leon.doctor.findings import Finding, good, warning, wrong
-from cm3leon.launch.cluster import partitions
+from cm3leon.launch.cluster import ask, partitions
 from cm3leon.models.attention import choose
 from cm3leon.registry import ATTENTIONS
 from cm3leon.retrievers.mips import import_faiss
@@ -133,7 +132,7 @@ def look_at_links(gpus: int) -> Iterator[Finding]:
     """How GPUs are connected, from `nvidia-smi topo -m`: NV18 is 18 NVLinks, PIX to SYS are ways over PCIe."""
     if gpus < 2:
         return
-    kinds = links(_run("nvidia-smi", "topo", "-m"))
+    kinds = links(ask("nvidia-smi", "topo", "-m"))
     if not kinds:
         yield warning("links", "nvidia-smi topo -m says nothing", "check it by hand")
     elif all(kind.startswith("NV") for kind in kinds):
@@ -160,18 +159,9 @@ def links(matrix: str) -> list[str]:
 
 def smi(*fields: str) -> list[list[str]]:
     """Fields of each GPU by nvidia-smi; none where it is not there or fails."""
-    printed = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    printed = ask("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines()]
     return [row for row in rows if len(row) == len(fields)]
-
-
-def _run(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _number(text: str) -> float:

@@ -25,7 +25,7 @@ class Nodes:
 
 
 def ask(*command: str) -> str:
-    """What a command of SLURM prints; nothing where it fails, or is not there."""
+    """What a command prints; nothing where it fails, or is not there."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=60

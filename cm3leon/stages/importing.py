@@ -39,6 +39,7 @@ from cm3leon.stages.run_folder import (
     TOKENIZER,
     WEIGHTS,
     RunFolder,
+    recorded_digest,
 )
 from cm3leon.stages.running import write_config
 from cm3leon.stages.stage import StageRecord
@@ -217,7 +218,7 @@ def _finish(
     """Makes a stage and writes its record: it is finished, and made of what was published alone."""
     stage = next(each for each in stages_of(run.experiment) if each.name == name)
     made_with = {
-        file: _digest(run.folder, file)
+        file: recorded_digest((run.folder / file).parent, Path(file).name)
         for file in (TEXT_TOKENIZER, IMAGE_TOKENIZER)
         if name == "pretraining"
     }
@@ -229,11 +230,6 @@ def _finish(
         settings=dict(stage.settings(run)),
     )
     make_result(replace(stage, make=make), run, run.folder / name, record)
-
-
-def _digest(folder: Path, file: str) -> str:
-    stage, _, name = file.partition("/")
-    return read_json(folder / stage / "stage.json")["files"][name]
 
 
 def _make_text_tokenizer(run: RunFolder, folder: Path, vocab: PublishedVocab) -> None:

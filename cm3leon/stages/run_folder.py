@@ -407,14 +407,14 @@ class RunFolder:
             with_bank: whether documents are retrieved.
         """
         parts = {
-            "model": _recorded(self.folder / "pretraining", WEIGHTS),
-            "text tokenizer": _recorded(self.folder / "text_tokenizer", TOKENIZER),
-            "image tokenizer": _recorded(self.folder / "image_tokenizer", WEIGHTS),
+            "model": recorded_digest(self.folder / "pretraining", WEIGHTS),
+            "text tokenizer": recorded_digest(self.folder / "text_tokenizer", TOKENIZER),
+            "image tokenizer": recorded_digest(self.folder / "image_tokenizer", WEIGHTS),
         }
         if self.has_retriever:
-            parts["encoder"] = _recorded(self.folder / "retriever", WEIGHTS)
+            parts["encoder"] = recorded_digest(self.folder / "retriever", WEIGHTS)
         if (self.folder / "text_tokenizer" / LAYOUT).is_file():
-            parts["layout"] = _recorded(self.folder / "text_tokenizer", LAYOUT)
+            parts["layout"] = recorded_digest(self.folder / "text_tokenizer", LAYOUT)
         if not with_bank:
             return parts
         stages = ("tokens", "vectors", "index")
@@ -442,7 +442,7 @@ class RunFolder:
         }
 
 
-def _recorded(stage: Path, name: str) -> str:
+def recorded_digest(stage: Path, name: str) -> str:
     """The digest of a file of a finished stage, as it is recorded."""
     files = read_stage(stage)["files"]
     if name not in files:
