@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cm3leon.decoders import grammar
+from cm3leon.decoders import request as requests_module
 from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.engine import Engine, FinishedSample
 from cm3leon.decoders.generate import Answerer, answers, generate, request_for
@@ -40,6 +41,14 @@ from cm3leon.tasks.prompts import (
 )
 from cm3leon.tokenizers.layout import PAPER
 from cm3leon.types import TokenDocument, TokenSegment, UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_prefixes() -> Iterator[None]:
+    """The prompts here are short, and what they have in common is a prefix all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests_module, "SHORTEST", 1)
+        yield
 
 
 def built(name: str, **fields: Any) -> Any:
@@ -284,6 +293,18 @@ def test_three_streams_are_three_separate_passes() -> None:
                 torch.testing.assert_close(
                     given_[stream][sample], expected_TV[step], rtol=0, atol=1e-5
                 )
+
+
+def test_a_short_prefix_is_part_of_the_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, decoder = model(), built("top_p", cfg=3.0)
+    streams = [np.array([VOCAB.eos, 8, 9, last, VOCAB.brk]) for last in (30, 31)]
+    one = request(streams[0].tolist(), decoder, samples=3, others=streams[1:])
+    assert one.shared() == 3
+    shared = answers(module, [one], vocab=VOCAB)
+    monkeypatch.setattr(requests_module, "SHORTEST", 4)
+    assert one.shared() == 0
+    assert one.tail() == 4 + one.length
+    assert answers(module, [one], vocab=VOCAB) == shared
 
 
 def test_two_conditions_by_the_formula_and_at_its_ends() -> None:

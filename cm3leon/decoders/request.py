@@ -15,6 +15,8 @@ from cm3leon.types import Modality, UserError
 
 WIDEST = 16
 """Most rows of a group; more samples of a prompt take several groups."""
+SHORTEST = 16
+"""Tokens from which a common beginning is a prefix, computed and kept once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +52,18 @@ class Request:
         return -(-max(1, beams) // streams) * streams
 
     def shared(self) -> int:
-        """Tokens that all streams begin with; the last one of each is not counted."""
+        """Tokens of the prefix that all streams begin with; the last one of each is not counted.
+
+        Fewer than `SHORTEST` are none, and are computed by each row: attention to a prefix beside that to the tail
+        costs more operators than it saves then.
+        """
         streams = self.used()
         shortest = min(map(len, streams)) - 1
         differ = np.zeros(shortest, bool)
         for other in streams[1:]:
             differ |= streams[0][:shortest] != other[:shortest]
-        return int(differ.argmax()) if differ.any() else shortest
+        alike = int(differ.argmax()) if differ.any() else shortest
+        return alike if alike >= SHORTEST else 0
 
     def tail(self) -> int:
         """Columns that a row needs behind what is shared."""

@@ -57,6 +57,11 @@ class KVCache:
         """Where keys and values are."""
         return self._tail_k.device
 
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """That of attention's scores, float32 at least."""
+        return torch.promote_types(self._tail_k.dtype, torch.float32)
+
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(
@@ -131,14 +136,14 @@ class TailPass:
         cache._tail_k[layer, self._row_QN, :, :T] = k_QATE[:, None]
         cache._tail_v[layer, self._row_QN, :, :T] = v_QATE[:, None]
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=q_QATE.device).tril()
+        seen_BP = _below(self._length_B, self._prefix)
         return shared_attention(
             q_QATE,
             cache._prefix_k[layer, self._group_B, :, : self._prefix],
             cache._prefix_v[layer, self._group_B, :, : self._prefix],
             k_QATE,
             v_QATE,
-            _below(self._length_B, self._prefix),
-            causal_TT.expand(len(q_QATE), T, T),
+            _bias(seen_BP, causal_TT.expand(len(q_QATE), T, T), cache.score_dtype),
         )
 
 
@@ -147,34 +152,36 @@ class StepPass:
 
     def __init__(self, cache: KVCache, groups: int, prefix: int, tail: int, tokens: int) -> None:
         self._cache, self._groups, self._prefix, self._tail = cache, groups, prefix, tail
-        rows = groups * cache.width
-        self._row_R1 = torch.arange(rows, device=cache.device)[:, None]
+        self._rows = rows = groups * cache.width
         column_RT = cache.tail_length_R[:rows, None] + torch.arange(tokens, device=cache.device)
         self._column_RT = column_RT.clamp(max=cache.tail - 1)  # rows that nobody uses may be full
         self._length_G = cache.prefix_length_G[:groups]
-        self._mask_GP = _below(self._length_G, prefix)
-        self._mask_RTS = _below(self._column_RT + 1, tail)
+
+        # The same in all layers, so made once: where keys and values go, counted through rows, heads and columns,
+        # and which columns each query sees.
+        heads = cache._tail_k.shape[2]
+        strip_RA = torch.arange(rows * heads, device=cache.device).view(rows, heads)
+        self._place_N = (strip_RA[..., None] * cache.tail + self._column_RT[:, None]).flatten()
+        self._bias_RTX = _bias(
+            _below(self._length_G, prefix), _below(self._column_RT + 1, tail), cache.score_dtype
+        )
 
     def positions(self, T: int) -> Tensor:
         """Position numbers (R, T)."""
         return self._length_G.repeat_interleave(self._cache.width)[:, None] + self._column_RT
 
     def __call__(self, layer: int, q_RATE: Tensor, k_RATE: Tensor, v_RATE: Tensor) -> Tensor:
-        cache, rows = self._cache, len(self._row_R1)
-        cache._tail_k[layer, self._row_R1, :, self._column_RT] = k_RATE.transpose(1, 2).to(
-            cache._tail_k.dtype
-        )
-        cache._tail_v[layer, self._row_R1, :, self._column_RT] = v_RATE.transpose(1, 2).to(
-            cache._tail_v.dtype
-        )
+        cache, rows, E = self._cache, self._rows, q_RATE.shape[-1]
+        for store, new_RATE in ((cache._tail_k, k_RATE), (cache._tail_v, v_RATE)):
+            new_NE = new_RATE.reshape(-1, E).to(store.dtype)
+            store[layer].view(-1, E).index_copy_(0, self._place_N, new_NE)
         return shared_attention(
             q_RATE,
             cache._prefix_k[layer, : self._groups, :, : self._prefix],
             cache._prefix_v[layer, : self._groups, :, : self._prefix],
             cache._tail_k[layer, :rows, :, : self._tail],
             cache._tail_v[layer, :rows, :, : self._tail],
-            self._mask_GP,
-            self._mask_RTS,
+            self._bias_RTX,
         )
 
 
@@ -183,64 +190,86 @@ def _below(length_N: Tensor, columns: int) -> Tensor:
     return torch.arange(columns, device=length_N.device) < length_N[..., None]
 
 
+def _bias(seen_GP: Tensor, seen_RTS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What scores (R, T, P + S) of a group's prefix and the row's own columns are added to: 0, or -inf if not seen."""
+    R, T, _ = seen_RTS.shape
+    seen_RTP = seen_GP.repeat_interleave(R // len(seen_GP), 0)[:, None].expand(R, T, -1)
+    seen_RTX = torch.cat([seen_RTP, seen_RTS], -1)
+    return torch.zeros_like(seen_RTX, dtype=dtype).masked_fill_(~seen_RTX, -math.inf)
+
+
 def shared_attention(
     q_RATE: Tensor,
-    prefix_k_GAPE: Tensor,
-    prefix_v_GAPE: Tensor,
-    k_RASE: Tensor,
-    v_RASE: Tensor,
-    mask_GP: Tensor,
-    mask_RTS: Tensor,
+    prefix_k_GBPE: Tensor,
+    prefix_v_GBPE: Tensor,
+    k_RBSE: Tensor,
+    v_RBSE: Tensor,
+    bias_RTX: Tensor,
 ) -> Tensor:
     """Softmax attention to a group's prefix and the row's own columns together, scaled by 1/sqrt(E): (R, A, T, E).
 
-    All queries of a group read its prefix in one matrix product. Scores and softmax are float32.
+    All queries of a group read its prefix in one matrix product, and A / B heads of queries that read the same keys are
+    so many more queries of one head, Q in all. Scores and softmax are float32. Steps of few rows cost what the number
+    of operators costs, so scores are added to a copy of the bias, those of prefix and tail side by side.
+
+    Args:
+        bias_RTX: 0 for the columns (X = P + S) that a query sees and -inf for others, in the dtype of the scores.
     """
     R, A, T, E = q_RATE.shape
-    shared = A // k_RASE.shape[1]
-    if shared > 1:
-        # Heads of queries that read the same keys are so many more queries of one head.
-        folded = shared_attention(
-            q_RATE.unflatten(1, (-1, shared)).flatten(2, 3),
-            prefix_k_GAPE,
-            prefix_v_GAPE,
-            k_RASE,
-            v_RASE,
-            mask_GP,
-            mask_RTS.repeat(1, shared, 1),
-        )
-        return folded.unflatten(2, (shared, T)).flatten(1, 2)
-
-    G, _, P, _ = prefix_k_GAPE.shape
-    W, dtype = R // G, k_RASE.dtype
-
-    def by_group(x_RATN: Tensor) -> Tensor:
-        return x_RATN.unflatten(0, (G, W)).transpose(1, 2).flatten(2, 3)
-
-    def by_row(x_GAQN: Tensor) -> Tensor:
-        return x_GAQN.unflatten(2, (W, T)).transpose(1, 2).flatten(0, 1)
+    G, B, P, _ = prefix_k_GBPE.shape
+    S, W, Q, dtype = k_RBSE.shape[2], R // G, A // B * T, k_RBSE.dtype
+    scale = 1 / math.sqrt(E)
 
     with torch.autocast(q_RATE.device.type, enabled=False):
-        scaled_RATE = q_RATE.to(dtype) / math.sqrt(E)
-        own_RATS = _float_product(scaled_RATE, k_RASE.transpose(2, 3)).masked_fill(
-            ~mask_RTS[:, None], -math.inf
-        )
+        q_NQE = q_RATE.to(dtype).reshape(R * B, Q, E)
+        k_NSE, v_NSE = k_RBSE.flatten(0, 1), v_RBSE.flatten(0, 1)
         if not P:
-            return (own_RATS.softmax(-1).to(dtype) @ v_RASE).to(q_RATE.dtype)
-        prefix_GAQP = _float_product(by_group(scaled_RATE), prefix_k_GAPE.transpose(2, 3))
-        prefix_GAQP = prefix_GAQP.masked_fill(~mask_GP[:, None, None], -math.inf)
-        share_RATX = torch.cat([by_row(prefix_GAQP), own_RATS], -1).softmax(-1).to(dtype)
-        attended_RATE = (
-            by_row(by_group(share_RATX[..., :P]) @ prefix_v_GAPE) + share_RATX[..., P:] @ v_RASE
+            score_NQS = _for_each_head(bias_RTX, 1, B, A // B).view(R * B, Q, S)
+            _add_product(score_NQS, q_NQE, k_NSE, scale)
+            attended_NQE = score_NQS.softmax(-1).to(dtype) @ v_NSE
+            return attended_NQE.view(R, A, T, E).to(q_RATE.dtype)
+
+        # The prefix, for all rows of a group at once ...
+        score_MLX = _for_each_head(bias_RTX, W, B, A // B).view(G * B, W * Q, P + S)
+        q_MLE = q_NQE.view(G, W, B, Q, E).transpose(1, 2).reshape(G * B, W * Q, E)
+        _add_product(score_MLX[..., :P], q_MLE, prefix_k_GBPE.flatten(0, 1), scale)
+
+        # ... and behind it each row's own columns.
+        own_NQS = _float_product(q_NQE, k_NSE.transpose(1, 2))
+        own_GBWQS = score_MLX.view(G, B, W, Q, P + S)[..., P:]
+        own_GBWQS.add_(own_NQS.view(G, W, B, Q, S).transpose(1, 2), alpha=scale)
+
+        share_MLX = score_MLX.softmax(-1).to(dtype)
+        own_NQS = share_MLX.view(G, B, W, Q, P + S)[..., P:].transpose(1, 2).reshape(R * B, Q, S)
+        shared_MLE = share_MLX[..., :P] @ prefix_v_GBPE.flatten(0, 1)
+        attended_GWBQE = shared_MLE.view(G, B, W, Q, E).transpose(1, 2) + (own_NQS @ v_NSE).view(
+            G, W, B, Q, E
         )
-    return attended_RATE.to(q_RATE.dtype)
+    return attended_GWBQE.reshape(R, A, T, E).to(q_RATE.dtype)
 
 
-def _float_product(x_BAMK: Tensor, y_BAKN: Tensor) -> Tensor:
+def _for_each_head(bias_RTX: Tensor, rows: int, heads: int, queries: int) -> Tensor:
+    """A copy of the bias for each head of keys, and for the heads of queries that read it.
+
+    Its shape is (R / rows, heads, rows, queries, T, X).
+    """
+    R, T, X = bias_RTX.shape
+    bias_GBWHTX = bias_RTX.view(R // rows, 1, rows, 1, T, X).expand(-1, heads, -1, queries, -1, -1)
+    return bias_GBWHTX.clone(memory_format=torch.contiguous_format)
+
+
+def _add_product(score_NQS: Tensor, q_NQE: Tensor, k_NSE: Tensor, scale: float) -> None:
+    """Add scaled products of queries and keys to scores, in place."""
+    if score_NQS.dtype == q_NQE.dtype:
+        score_NQS.baddbmm_(q_NQE, k_NSE.transpose(1, 2), alpha=scale)
+    else:
+        score_NQS.add_(_float_product(q_NQE, k_NSE.transpose(1, 2)), alpha=scale)
+
+
+def _float_product(x_NMK: Tensor, y_NKL: Tensor) -> Tensor:
     """The product, in float32 where the factors have 16 bits; on a GPU it is added up in that, too."""
-    if x_BAMK.dtype.itemsize >= 4:
-        return x_BAMK @ y_BAKN
-    if x_BAMK.device.type != "cuda":
-        return (x_BAMK @ y_BAKN).float()
-    product = torch.bmm(x_BAMK.flatten(0, 1), y_BAKN.flatten(0, 1), out_dtype=torch.float32)
-    return product.unflatten(0, x_BAMK.shape[:2])
+    if x_NMK.dtype.itemsize >= 4:
+        return x_NMK @ y_NKL
+    if x_NMK.device.type != "cuda":
+        return (x_NMK @ y_NKL).float()
+    return torch.bmm(x_NMK, y_NKL, out_dtype=torch.float32)
