@@ -92,9 +92,9 @@ def rank(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     config = DecoderTrainingConfig(
         precision="bf16", batch_size=blocks, micro_batch=args.micro_batch, **fields
     )
-    planned = training_memory(
-        shape, args.vocabulary, config, gpus=count, micro_batch=args.micro_batch
-    ).total
+    with torch.device("meta"):
+        sizes = Transformer(shape, vocab_size=args.vocabulary)
+    planned = training_memory(sizes, config, gpus=count, micro_batch=args.micro_batch).total
 
     def train(shape: Transformer.Config, ranks: Ranks) -> None:
         def new() -> Transformer:

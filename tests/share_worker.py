@@ -1,4 +1,4 @@
-"""One of three ranks that share decoders, run as a process by tests/test_serving.py: answers and log-likelihoods."""
+"""One of three ranks that share models, as a process of tests/test_model_contracts.py: answers and log-likelihoods."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_decoders import SEQ_LEN, VOCAB, model, prompts
+from test_decoders import SEQ_LEN, VOCAB, prompts
 
 from cm3leon.decoders.generate import generate
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.models.llama import Llama
 from cm3leon.models.serving import share
-from cm3leon.registry import DECODERS
+from cm3leon.registry import DECODERS, MODELS, discover
 from cm3leon.training.distributed import current_rank, joined
 
+discover()
 
-def decoders() -> dict[str, Any]:
-    """The paper's decoder with three heads, and Llama's with six of queries and three of keys and values."""
-    config = Llama.Config(
-        layers=2, width=48, head_size=8, kv_heads=3, mlp_width=36, seq_len=SEQ_LEN, norm="behind"
-    )
-    llama = Llama(config, vocab_size=VOCAB.size).eval()
+
+def new_model(name: str) -> Any:
+    """A small one of a registered name that three ranks can share: six heads, half as many of keys and values."""
+    shape = {"layers": 2, "width": 48, "head_size": 8, "kv_heads": 3, "mlp_width": 36}
+    shape |= {"seq_len": SEQ_LEN, "init_std": 1}
+    section = {key: value for key, value in shape.items() if MODELS.has_setting(name, key)}
+    model = MODELS.build({"name": name, **section}, vocab_size=VOCAB.size).eval()
     generator = torch.Generator().manual_seed(5)
-    for weight in llama.parameters():
+    for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
-    return {"cm3leon": model(5), "llama": llama}
+    return model
 
 
 def results(module: Any) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     with joined(current_rank(), 60) as ranks:
-        for name, module in decoders().items():
+        for name in sys.argv[1:]:
+            module = new_model(name)
             share(module, rank=ranks.rank, count=ranks.count)
             found[name] = {**results(module), **held(module)}
     if ranks.first:

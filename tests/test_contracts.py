@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,34 +116,6 @@ def document(name: str = "query", first_code: int = 0) -> TokenDocument:
     return TokenDocument(
         name, (TokenSegment("text", np.array([10, 11, 12])), TokenSegment("image", codes))
     )
-
-
-@every(MODELS)
-def test_model_gives_logits_and_the_same_from_its_cache(registry: Registry[Any], name: str) -> None:
-    torch.manual_seed(0)
-    missing = registry.get(name).missing()
-    if missing:
-        with pytest.raises(UserError, match=re.escape(missing)):
-            registry.build(small(registry, name), vocab_size=VOCAB.size)
-        pytest.skip(f"needs {missing}")
-    model = registry.build(small(registry, name), vocab_size=VOCAB.size)
-    ids_BT = torch.randint(VOCAB.used, (2, 9))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    logits_BTV = model(ids_BT)
-    assert logits_BTV.shape == (2, 9, VOCAB.size)
-    torch.testing.assert_close(model.head(model.hidden(ids_BT)), logits_BTV)
-    cache = model.new_cache(groups=2, width=1, prefix=4, tail=5)
-    assert cache.nbytes() == model.cache_bytes(groups=2, width=1, prefix=4, tail=5)
-    attend = cache.prefix_pass(torch.arange(2), torch.tensor([4, 4]))
-    parts = [model(ids_BT[:, :4], position_BT=attend.positions(4), attend=attend)]
-    for t in range(4, 9):
-        attend = cache.step_pass(2, 4, t - 3)
-        parts.append(model(ids_BT[:, t : t + 1], position_BT=attend.positions(1), attend=attend))
-        cache.tail_length_R += 1
-    torch.testing.assert_close(torch.cat(parts, 1), logits_BTV, atol=1e-5, rtol=1e-5)
-    logits_BTV.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @every(OBJECTIVES)

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from cm3leon.models.base import Model
+from cm3leon.models.llama import Llama
 from cm3leon.models.transformer import Transformer
-from cm3leon.training.costs import matrix_weights, model_flops, peak_flops
+from cm3leon.training.costs import model_flops, peak_flops
 
-CONFIG = Transformer.Config(layers=3, width=64, head_size=16, seq_len=32)
-
-
-def test_matrix_weights_are_those_of_the_module() -> None:
-    model = Transformer(CONFIG, vocab_size=128)
-    tables = model.embedding.weight.numel() + model.positions.weight.numel()
-    assert (
-        matrix_weights(CONFIG, 128) == sum(weight.numel() for weight in model.parameters()) - tables
-    )
+SHAPE = {"layers": 3, "width": 64, "head_size": 16, "seq_len": 32, "attention": "naive"}
 
 
-def test_flops_of_a_whole_block_as_torch_counts_them() -> None:
-    """Torch counts attention as if nothing were masked: twice our count; and backward 2.5 times forward, for us 2."""
-    model, sample_BT = Transformer(CONFIG, vocab_size=128), torch.zeros(2, 32, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counted:
-        model(torch.zeros(2, 32, dtype=torch.int64)).sum().backward()
-    products = counted.get_flop_counts()["Global"]
-    by_products = sum(n for operator, n in products.items() if operator == torch.ops.aten.mm)
-    attention = 6 * 3 * 64 * 2 * 32**2
-    # The gradient of the first layer's input is needed for the embeddings: all products have their three parts.
-    assert by_products == model_flops(CONFIG, 128, sample_BT) - attention
+def decoders() -> dict[str, Model]:
+    grouped = Llama.Config(**SHAPE, mlp_width=88, kv_heads=2, norm="behind")
+    return {
+        "cm3leon": Transformer(Transformer.Config(**SHAPE), vocab_size=128),
+        "llama": Llama(Llama.Config(**SHAPE, mlp_width=88), vocab_size=128),
+        "llama, grouped": Llama(grouped, vocab_size=128),
+    }
 
 
-def test_samples_are_counted_alone_and_padding_not_at_all() -> None:
-    one = model_flops(CONFIG, 128, torch.zeros(1, 10, dtype=torch.int64))
-    other = model_flops(CONFIG, 128, torch.zeros(1, 6, dtype=torch.int64))
+every_decoder = pytest.mark.parametrize(
+    "model", [pytest.param(m, id=n) for n, m in decoders().items()]
+)
+
+
+@every_decoder
+def test_samples_are_counted_alone_and_padding_not_at_all(model: Model) -> None:
+    one = model_flops(model, torch.zeros(1, 10, dtype=torch.int64))
+    other = model_flops(model, torch.zeros(1, 6, dtype=torch.int64))
     packed_BT = torch.tensor([[0] * 10 + [1] * 6 + [-1] * 4, [0] * 6 + [-1] * 14])
-    assert model_flops(CONFIG, 128, packed_BT) == pytest.approx(one + 2 * other)
+    assert model_flops(model, packed_BT) == pytest.approx(one + 2 * other)
+
+
+def test_grouped_heads_make_smaller_matrices_alone() -> None:
+    every, grouped = decoders()["llama"], decoders()["llama, grouped"]
+    assert every.matrix_weights - grouped.matrix_weights == 3 * 2 * 64 * (64 - 32)
+    assert grouped.matrix_weights == 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 88) + 64 * 128
 
 
 @pytest.mark.parametrize(

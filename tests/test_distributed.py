@@ -191,8 +191,7 @@ def test_bytes_of_a_step_are_those_that_a_plan_counts(
     counts = json.loads((tmp_path / "counts_0.json").read_text())[::2]
     counted = difference(*(Counter(counts[step]["bytes"]) for step in (2, 1)))
     planned = traffic(
-        Transformer.Config(**SHAPE),
-        VOCAB.size,
+        Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size),
         DecoderTrainingConfig(replicas=replicas),
         gpus=ranks,
         nodes=nodes,

@@ -15,8 +15,6 @@ from cm3leon.models.chameleon import (
     to_chameleon_state,
 )
 from cm3leon.models.llama import Llama, rotated, rotations
-from cm3leon.models.lora import add_lora, merged
-from cm3leon.models.serving import keep_weights
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 
@@ -82,42 +80,6 @@ def test_logits_and_gradients_are_those_of_transformers(norm: str, kv_heads: int
         torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-@SHAPES
-@torch.inference_mode()
-def test_a_prefix_that_rows_share_and_their_steps_give_the_same_logits(
-    norm: str, kv_heads: int | None
-) -> None:
-    model = decoder(norm=norm, kv_heads=kv_heads)
-    shared_T, tails_BT = IDS_BT[0, :6], IDS_BT[:2, 6:]
-    whole_BTV = model(torch.cat([shared_T.expand(2, 6), tails_BT], 1))
-    cache = model.new_cache(groups=1, width=2, prefix=6, tail=T)
-    assert cache.nbytes() == 2 * 3 * model.kv_heads * 16 * (6 + 2 * T) * 4
-
-    attend = cache.prefix_pass(torch.tensor([0]), torch.tensor([6]))
-    prefix_BTV = model(shared_T[None], position_BT=attend.positions(6), attend=attend)
-    torch.testing.assert_close(prefix_BTV[0], whole_BTV[0, :6])
-    attend = cache.tail_pass(torch.tensor([0]), torch.tensor([[[0], [1]]]), torch.tensor([[4, 4]]))
-    tail_BTV = model(tails_BT[:, :4], position_BT=attend.positions(4), attend=attend)
-    torch.testing.assert_close(tail_BTV, whole_BTV[:, 6:10])
-    for t in range(4, tails_BT.shape[1] - 1, 2):
-        attend = cache.step_pass(1, 6, T, tokens=2)
-        step_BTV = model(tails_BT[:, t : t + 2], position_BT=attend.positions(2), attend=attend)
-        torch.testing.assert_close(step_BTV, whole_BTV[:, 6 + t : 8 + t], atol=2e-5, rtol=1e-4)
-        cache.tail_length_R += 2
-
-
-@SHAPES
-@torch.inference_mode()
-def test_packed_samples_are_as_alone(norm: str, kv_heads: int | None) -> None:
-    model = decoder(norm=norm, kv_heads=kv_heads)
-    lengths = (5, 8, 7)
-    sample_1T = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    position_1T = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed_TV = model(IDS_BT[:1], position_BT=position_1T, sample_BT=sample_1T)[0]
-    alone = [model(ids_1T)[0] for ids_1T in IDS_BT[:1].split(lengths, 1)]
-    torch.testing.assert_close(packed_TV, torch.cat(alone), atol=2e-5, rtol=1e-5)
-
-
 def test_rotated_heads_depend_on_distances_alone() -> None:
     """The product of a query and a key is that of the complex numbers turned by their distance (RoPE, equation 16)."""
     q_E, k_E = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -180,22 +142,3 @@ def test_the_presets_are_chameleons(name: str) -> None:
         shared = default.keys() & ours_there.keys()  # transformers 4 writes its positions otherwise
         assert {"num_key_value_heads", "intermediate_size", "swin_norm"} <= shared
         assert {key: default[key] for key in shared} == {key: ours_there[key] for key in shared}
-
-
-@torch.inference_mode()
-def test_adapters_and_fewer_bits_work_as_for_the_papers_decoder() -> None:
-    plain, adapted, small = decoder(kv_heads=2), decoder(kv_heads=2), decoder(kv_heads=2)
-    add_lora(adapted, 2, 4.0)
-    torch.testing.assert_close(adapted(IDS_BT), plain(IDS_BT))
-    for name, weight in adapted.named_parameters():
-        if name.endswith("lora_b"):
-            torch.nn.init.normal_(weight, std=0.1)
-    plain.load_state_dict(merged(adapted.state_dict(), 2.0))
-    torch.testing.assert_close(adapted(IDS_BT), plain(IDS_BT), atol=2e-5, rtol=1e-4)
-
-    pytest.importorskip("torchao")
-    keep_weights(small, "int8")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected_BTV = decoder(kv_heads=2)(IDS_BT).float().log_softmax(-1)
-        found_BTV = small(IDS_BT).float().log_softmax(-1)
-    assert 0 < (expected_BTV.exp() * (expected_BTV - found_BTV)).sum(-1).mean() < 0.02  # nats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cm3leon.models.lora import add_lora
+from cm3leon.models.base import Model
+from cm3leon.models.llama import Llama
 from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.loss import linear_cross_entropy
 from cm3leon.registry import MODELS, discover
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Ranks
-from cm3leon.training.memory import USABLE, lora_parameters, parameters, training_memory
+from cm3leon.training.memory import USABLE, parameters, training_memory
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 
@@ -29,20 +30,29 @@ discover()
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "cm3leon_tiny"])
-def test_weights_are_those_of_the_module(name: str) -> None:
+def shaped(config: Any, vocab_size: int) -> Model:
+    """A decoder without memory for its weights."""
+    with torch.device("meta"):
+        if isinstance(config, Llama.Config):
+            return Llama(config, vocab_size=vocab_size)
+        return Transformer(config, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("cm3leon_350m", 440_401_920),
+        ("cm3leon_7b", 6_996_099_072),
+        ("chameleon_7b", 7_013_666_816),
+    ],
+)
+def test_weights_are_those_of_the_published_sizes(name: str, total: int) -> None:
     with torch.device("meta"):
         model: Any = MODELS.build(name, vocab_size=65_536)
-        count = parameters(model.config, 65_536)
-        for part in ("embedding", "positions", "blocks", "head"):
-            assert getattr(count, part) == sum(
-                weight.numel() for weight in getattr(model, part).parameters()
-            ), part
-        assert count.total == sum(weight.numel() for weight in model.parameters())
-        assert count.root == count.total - count.blocks
-        add_lora(model, 8, 16.0)
-        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        assert lora_parameters(model.config, 8) == trained
+    count = parameters(model)
+    assert count.total == total
+    assert count.embedding == count.head == 65_536 * model.config.width
+    assert count.root == count.total - count.blocks
 
 
 class Live(TorchDispatchMode):
@@ -76,8 +86,7 @@ class Live(TorchDispatchMode):
 
 
 def peak(
-    shape: Transformer.Config,
-    vocab_size: int,
+    new: Callable[[], Model],
     config: DecoderTrainingConfig,
     micro_batch: int,
     parts: int,
@@ -85,16 +94,13 @@ def peak(
     """The most bytes held in a step after the first, with so many micro-batches."""
     torch.manual_seed(0)
 
-    def new() -> Transformer:
-        return Transformer(shape, vocab_size=vocab_size)
-
     with Live() as live:
         model = distributed(new, new, config, Ranks(CPU))
         optimizer = new_optimizer(model, config)
         for _ in range(2):
             live.peak = live.now
             for _ in range(parts):
-                ids_BT = torch.randint(vocab_size, (micro_batch, shape.seq_len))
+                ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
                 ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
 
                 def readout(
@@ -132,8 +138,46 @@ def test_a_training_holds_what_is_planned(
         lora_rank=lora,
         batch_size=micro_batch * parts,
     )
-    planned = training_memory(shape, vocab_size, config, gpus=1, micro_batch=micro_batch)
-    measured = peak(shape, vocab_size, config, micro_batch, parts)
+    planned = training_memory(shaped(shape, vocab_size), config, gpus=1, micro_batch=micro_batch)
+    measured = peak(lambda: Transformer(shape, vocab_size=vocab_size), config, micro_batch, parts)
+    assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's RMS norm keeps: its input in float32, and a number a row. A CPU's keeps three times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x.float(), x.float().square().mean(-1, keepdim=True).rsqrt())
+        return x.float() * weight
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        return d, d.flatten(0, -2).sum(0)
+
+
+LLAMAS = [
+    {"norm": "before"},
+    {"norm": "behind", "kv_heads": 1},
+    {"norm": "before", "kv_heads": 2, "qk_norm": False},
+]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize("fields", LLAMAS)
+def test_a_training_of_chameleons_shape_holds_what_is_planned(
+    checkpointing: Any, lora: int, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight)
+    )
+    shape = Llama.Config(layers=4, width=256, head_size=64, mlp_width=688, seq_len=256, **fields)
+    config = DecoderTrainingConfig(
+        precision="bf16", activation_checkpointing=checkpointing, lora_rank=lora, batch_size=8
+    )
+    planned = training_memory(shaped(shape, 2048), config, gpus=1, micro_batch=4)
+    measured = peak(lambda: Llama(shape, vocab_size=2048), config, 4, 2)
     assert planned.total == pytest.approx(measured, rel=0.1)
 
 
@@ -150,6 +194,14 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_BATE: Tensor) -> Any:
         return d_BATE, d_BATE, d_BATE
+
+
+def in_training(layer: int, q_BATE: Tensor, k_BATE: Tensor, v_BATE: Tensor) -> Tensor:
+    """As a layer calls it: with as many heads of keys and values, all in the precision of the values."""
+    shared = q_BATE.shape[1] // k_BATE.shape[1]
+    if shared > 1:
+        k_BATE, v_BATE = (x.repeat_interleave(shared, 1) for x in (k_BATE, v_BATE))
+    return Fused.apply(*(x.to(v_BATE.dtype) for x in (q_BATE, k_BATE, v_BATE)))
 
 
 @contextmanager
@@ -170,17 +222,25 @@ def cuda_autocast() -> Iterator[None]:
 )
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Transformer.Config(layers=4, width=256, seq_len=512),
+        *(
+            Llama.Config(layers=4, width=256, head_size=64, mlp_width=688, seq_len=512, **fields)
+            for fields in LLAMAS
+        ),
+    ],
+)
 def test_what_autograd_keeps_on_cuda_is_counted(
-    gpus: int, checkpointing: Any, monkeypatch: pytest.MonkeyPatch
+    gpus: int, checkpointing: Any, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of tensors without contents, which have CUDA's precisions; under FSDP the gathered weights are bf16."""
-    monkeypatch.setattr(
-        Transformer, "reset_parameters", lambda self: None
-    )  # there are no contents to draw
-    shape = Transformer.Config(layers=4, width=256, seq_len=512)
+    monkeypatch.setattr(Model, "reset_parameters", lambda self: None)  # no contents to draw
     kept: dict[int, Any] = {}
+    build = Llama if isinstance(shape, Llama.Config) else Transformer
     with FakeTensorMode(), torch.device("cuda"):
-        model = Transformer(shape, vocab_size=512)
+        model = build(shape, vocab_size=512)
         if gpus > 1:
             for module in model.modules():
                 for name, weight in list(module.named_parameters(recurse=False)):
@@ -189,6 +249,9 @@ def test_what_autograd_keeps_on_cuda_is_counted(
                         name,
                         torch.nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)),
                     )
+            # As FSDP does: a layer's input in the precision of its weights.
+            for block in model.blocks:
+                block.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
         recompute(model, checkpointing)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
 
@@ -199,26 +262,24 @@ def test_what_autograd_keeps_on_cuda_is_counted(
             return tensor
 
         with cuda_autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.hidden(
-                torch.zeros(2, 512, dtype=torch.int64), attend=lambda layer, *qkv: Fused.apply(*qkv)
-            )
+            model.hidden(torch.zeros(2, 512, dtype=torch.int64), attend=in_training)
     config = DecoderTrainingConfig(
         precision="bf16", activation_checkpointing=checkpointing, batch_size=16
     )
-    planned = training_memory(shape, 512, config, gpus=gpus, micro_batch=2)
-    copies = 2 * parameters(shape, 512).blocks if gpus == 1 and checkpointing == "none" else 0
+    planned = training_memory(shaped(shape, 512), config, gpus=gpus, micro_batch=2)
+    copies = (
+        2 * parameters(shaped(shape, 512)).blocks if gpus == 1 and checkpointing == "none" else 0
+    )
     assert planned.activations + copies == pytest.approx(
         sum(each.nbytes() for each in kept.values()), rel=0.02
     )
 
 
 def test_shards_share_what_is_kept() -> None:
-    shape = Transformer.Config(layers=32, width=4096, head_size=128)
+    model = shaped(Transformer.Config(layers=32, width=4096, head_size=128), 65_536)
     config = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full")
-    eight, many = (
-        training_memory(shape, 65_536, config, gpus=gpus, micro_batch=1) for gpus in (8, 512)
-    )
-    total = parameters(shape, 65_536).total
+    eight, many = (training_memory(model, config, gpus=gpus, micro_batch=1) for gpus in (8, 512))
+    total = parameters(model).total
     assert (eight.weights, eight.gradients, eight.optimizer) == (
         4 * total / 8,
         4 * total / 8,
@@ -227,7 +288,7 @@ def test_shards_share_what_is_kept() -> None:
     assert many.weights == eight.weights / 64
     assert many.activations == eight.activations
     two_copies = DecoderTrainingConfig(batch_size=2048, activation_checkpointing="full", replicas=2)
-    assert training_memory(shape, 65_536, two_copies, gpus=16, micro_batch=1) == eight
+    assert training_memory(model, two_copies, gpus=16, micro_batch=1) == eight
     assert eight.fits(80e9)
     assert not eight.fits(eight.total / USABLE - 1)
 
@@ -265,5 +326,5 @@ def test_a_gpu_holds_what_is_planned(checkpointing: Any) -> None:
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    planned = training_memory(shape, 32_768, config, gpus=1, micro_batch=4)
+    planned = training_memory(shaped(shape, 32_768), config, gpus=1, micro_batch=4)
     assert planned.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)

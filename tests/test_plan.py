@@ -186,7 +186,10 @@ def test_another_model_cannot_be_planned_for(registries: None) -> None:
             seq_len: int = 4096
             """Positions."""
 
+        def __init__(self, config: Config, *, vocab_size: int) -> None:
+            super().__init__()
+
     with pytest.raises(
-        UserError, match="model other cannot be planned for; only cm3leon and its presets can"
+        UserError, match="model other cannot be planned for: it does not say what its layers hold"
     ):
         planned("pretrain_7b", "model=other")

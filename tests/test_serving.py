@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from share_worker import decoders, held, results
 from test_decoders import VOCAB, model, prompts
 
 from cm3leon.decoders.generate import generate
@@ -20,8 +14,6 @@ from cm3leon.models.serving import keep_weights, share
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS
 from cm3leon.types import UserError
-
-WORKER = Path(__file__).parent / "share_worker.py"
 
 
 def wide() -> Transformer:
@@ -35,17 +27,6 @@ def wide() -> Transformer:
 
 
 IDS_BT = torch.randint(300, (4, 60), generator=torch.Generator().manual_seed(1))
-
-
-@torch.inference_mode()
-def test_bf16_weights_are_what_autocast_makes_of_them() -> None:
-    module = wide()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected_BTV = module(IDS_BT)
-        keep_weights(module, "bf16")
-        assert module.blocks[0].up.weight.dtype == torch.bfloat16
-        assert module.embedding.weight.dtype == torch.float32
-        assert torch.equal(module(IDS_BT), expected_BTV)
 
 
 @torch.inference_mode()
@@ -94,34 +75,6 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match="3 ranks cannot share the model's 4 heads; the number must divide them"
     ):
         share(wide(), rank=0, count=3)
-
-
-def test_three_ranks_answer_as_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(3):
-        place = {
-            "RANK": str(rank),
-            "WORLD_SIZE": "3",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        environment = {**os.environ, **place, "PYTHONPATH": str(WORKER.parent.parent)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(WORKER)], env=environment, stdout=subprocess.PIPE, text=True
-            )
-        )
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    found = json.loads(said[0].splitlines()[-1])
-    for name, alone in decoders().items():
-        expected = results(alone)
-        assert found[name]["answers"] == expected["answers"]
-        assert found[name]["scores"] == pytest.approx(expected["scores"], rel=1e-5)
-        assert {key: 3 * found[name][key] for key in held(alone)} == held(alone)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cm3leon.models.transformer import Transformer
 from cm3leon.training.config import DecoderTrainingConfig
@@ -20,7 +21,10 @@ from cm3leon.training.traffic import (
     traffic,
 )
 
-SEVEN_B = Transformer.Config(layers=32, width=4096, head_size=128)
+with torch.device("meta"):
+    SEVEN_B = Transformer(
+        Transformer.Config(layers=32, width=4096, head_size=128), vocab_size=65_536
+    )
 LINKS = Links(inside=100.0, across=10.0)
 
 
@@ -40,16 +44,16 @@ def test_a_ring_by_hand() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_7b_by_hand(micro_batches: int) -> None:
     """One copy a node: weights are gathered twice and gradients scattered inside it, and an eighth is added up."""
-    count = parameters(SEVEN_B, 65_536)
+    count = parameters(SEVEN_B)
     config = DecoderTrainingConfig(replicas="nodes")
-    made = traffic(SEVEN_B, 65_536, config, gpus=512, nodes=64, micro_batches=micro_batches)
+    made = traffic(SEVEN_B, config, gpus=512, nodes=64, micro_batches=micro_batches)
     inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
     gathered = 2 * count.root + 2 * 2 * count.blocks
     assert inside == pytest.approx(7 / 8 * micro_batches * (gathered + 4 * count.total))
     assert across == pytest.approx(2 * 63 / 64 * 4 * count.total / 8)
 
     flat = DecoderTrainingConfig(replicas=1)
-    made = traffic(SEVEN_B, 65_536, flat, gpus=512, nodes=64, micro_batches=micro_batches)
+    made = traffic(SEVEN_B, flat, gpus=512, nodes=64, micro_batches=micro_batches)
     sent = 511 / 512 * micro_batches * (gathered + 4 * count.total)
     inside, across = (sum(each.sent[link] for each in made.everything()) for link in (0, 1))
     assert (inside, across) == (pytest.approx(7 / 8 * sent), pytest.approx(sent / 8))
@@ -58,7 +62,7 @@ def test_the_7b_by_hand(micro_batches: int) -> None:
 
 def test_adapters_alone_are_scattered_and_added_up() -> None:
     config = DecoderTrainingConfig(replicas="nodes", lora_rank=16, start="run")  # type: ignore[arg-type]
-    made = traffic(SEVEN_B, 65_536, config, gpus=16, nodes=2, micro_batches=1)
+    made = traffic(SEVEN_B, config, gpus=16, nodes=2, micro_batches=1)
     assert not made.last
     adapters = 32 * 16 * 4096 * (4 + 2 + 5 + 5)
     scattered = sum(each.size * each.times for each in made.backward if each.kind == "scatter")
@@ -66,13 +70,13 @@ def test_adapters_alone_are_scattered_and_added_up() -> None:
 
 
 def test_one_gpu_sends_nothing() -> None:
-    made = traffic(SEVEN_B, 65_536, DecoderTrainingConfig(), gpus=1, nodes=1, micro_batches=1)
+    made = traffic(SEVEN_B, DecoderTrainingConfig(), gpus=1, nodes=1, micro_batches=1)
     assert not made.everything()
     assert exposed(made, LINKS, 1.0) == 0
 
 
 def test_what_the_computation_is_too_short_for_is_exposed() -> None:
-    made = traffic(SEVEN_B, 65_536, DecoderTrainingConfig(), gpus=8, nodes=1, micro_batches=1)
+    made = traffic(SEVEN_B, DecoderTrainingConfig(), gpus=8, nodes=1, micro_batches=1)
     links = Links(450e9, 50e9)
     ends = sum(each.seconds(links) for each in [*made.first, *made.last])
     everything = sum(each.seconds(links) for each in made.everything())

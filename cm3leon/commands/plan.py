@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from cm3leon.commands.words import ExperimentOptions
 from cm3leon.config import PositiveFloat, PositiveInt, choices
-from cm3leon.registry import LAUNCHERS, MODELS
+from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 
 if TYPE_CHECKING:
+    from cm3leon.decoders.footprint import Footprint
     from cm3leon.experiment import Experiment
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.memory import Memory
     from cm3leon.training.traffic import Layout, Links
 
-PAPER_TOKENS = {(24, 1024): 1.4e12, (24, 1536): 1.9e12, (32, 4096): 2.4e12}
-"""Training tokens of the paper's models (Table 3), by layers and width."""
+PAPER_TOKENS = {"cm3leon_350m": 1.4e12, "cm3leon_760m": 1.9e12, "cm3leon_7b": 2.4e12}
+"""Training tokens of the paper's models (Table 3)."""
 BYTES_PER_DOCUMENT = {"tokens": 2145, "vectors": 2048, "index": 72, "neighbours": 65}
 """On disk, of a pair of a caption and 1,024 codes: docs/scale.md."""
 PAPER_DOCUMENTS = 340_000_000
@@ -115,18 +116,20 @@ class Plan:
     """Kept at the end: the newest, and those kept for good."""
     documents: int
     data_bytes: dict[str, float]
+    drawing: Footprint
+    """Of the trained model, when one such GPU draws images."""
 
 
 def plan(experiment: Experiment, options: Options) -> Plan:
     """The plan of an experiment's training.
 
     Raises:
-        UserError: for a model that is not this project's decoder, a training in float32, or settings that GPUs and
+        UserError: for a model that does not say what its layers hold, a training in float32, or settings that GPUs and
             batches do not divide into.
     """
     import torch
 
-    from cm3leon.models.transformer import Transformer
+    from cm3leon.decoders.footprint import footprint
     from cm3leon.stages.run_folder import RunFolder
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.costs import GPUS, flops_per_token
@@ -139,14 +142,15 @@ def plan(experiment: Experiment, options: Options) -> Plan:
     )
     from cm3leon.training.traffic import Links, best, layout, possible_replicas, traffic
 
-    if MODELS.get(experiment.model.name) is not Transformer:
+    run = RunFolder(experiment, Path(), torch.device("cpu"))
+    with torch.device("meta"):
+        model = run.empty_model()
+    if model.layer_bytes(sharded=False, frozen=False) is None:
         raise UserError(
-            f"model {experiment.model.name} cannot be planned for; only cm3leon and its presets can"
+            f"model {experiment.model.name} cannot be planned for: it does not say what its layers hold in a training"
         )
-    shape: Transformer.Config = experiment.model.config
     launcher = LAUNCHERS.build(experiment.launcher)
     training, gpus, nodes = experiment.training, launcher.gpus, launcher.nodes
-    vocab_size = RunFolder(experiment, Path(), torch.device("cpu")).vocab.size
     gpu = GPUS[options.gpu]
     replicas = training.copies(nodes)
     if gpus % replicas:
@@ -157,20 +161,20 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         raise UserError("training.precision is float32, which cannot be planned for; only bf16 can")
     if gpus > 1 and training.optimizer == "adamw_8bit":
         raise UserError("training.optimizer is adamw_8bit, which is for one GPU")
-    blocks = training.blocks(shape.seq_len)
+    blocks = training.blocks(model.seq_len)
     if blocks % gpus:
         raise UserError(
-            f"a step has {blocks} blocks of {shape.seq_len} tokens, which the {gpus} GPUs of launcher do not divide; "
+            f"a step has {blocks} blocks of {model.seq_len} tokens, which the {gpus} GPUs of launcher do not divide; "
             "change training.batch_tokens"
         )
     share = blocks // gpus
-    micro_batch = training.blocks_at_once(shape.seq_len, share)
+    micro_batch = training.blocks_at_once(model.seq_len, share)
 
     def memory(
         choice: ActivationCheckpointing, blocks_at_once: int, copies: int = replicas
     ) -> Memory:
         settings = replace(training, activation_checkpointing=choice, replicas=copies)
-        return training_memory(shape, vocab_size, settings, gpus=gpus, micro_batch=blocks_at_once)
+        return training_memory(model, settings, gpus=gpus, micro_batch=blocks_at_once)
 
     held = memory(training.activation_checkpointing, micro_batch)
     largest = {
@@ -180,19 +184,18 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         )
         for choice in get_args(ActivationCheckpointing)
     }
-    count = parameters(shape, vocab_size)
-    trained = lora_parameters(shape, training.lora_rank) if training.lora_rank else count.total
+    count = parameters(model)
+    trained = lora_parameters(model, training.lora_rank) if training.lora_rank else count.total
     in_layers = trained if training.lora_rank else count.blocks
-    flops = flops_per_token(shape, vocab_size)
+    flops = flops_per_token(model)
     rate = gpus * gpu.peak * options.mfu / flops
     links = Links((options.inside or gpu.link / 1e9) * 1e9, options.across * 1e9)
-    compute_seconds = blocks * shape.seq_len / rate
+    compute_seconds = blocks * model.seq_len / rate
     layouts = []
     for copies in possible_replicas(gpus, nodes) if gpus > 1 else []:
         settings = replace(training, replicas=copies)
         made = traffic(
-            shape,
-            vocab_size,
+            model,
             settings,
             gpus=gpus,
             nodes=nodes,
@@ -211,12 +214,12 @@ def plan(experiment: Experiment, options: Options) -> Plan:
             )
         )
     best_layout = best(layouts)
-    tokens = float(training.steps) * blocks * shape.seq_len
-    paper = PAPER_TOKENS.get((shape.layers, shape.width)) if training.start is None else None
+    tokens = float(training.steps) * blocks * model.seq_len
+    paper = PAPER_TOKENS.get(experiment.model.name) if training.start is None else None
     kept_for_good = training.steps // training.keep_every if training.keep_every else 0
     return Plan(
         model=experiment.model.name,
-        vocabulary=vocab_size,
+        vocabulary=model.vocab_size,
         parameters=count.total,
         parameters_without_embeddings=count.blocks,
         trained_parameters=trained,
@@ -254,6 +257,7 @@ def plan(experiment: Experiment, options: Options) -> Plan:
         data_bytes={
             name: float(size * options.documents) for name, size in BYTES_PER_DOCUMENT.items()
         },
+        drawing=footprint(model, run.vocab.layout.image_length(run.grid), gpu.bandwidth),
     )
 
 
@@ -302,6 +306,20 @@ def as_text(plan: Plan) -> Iterator[str]:
         f"  {plan.documents:,} pairs".ljust(28)
         + f"{_gb(sum(plan.data_bytes.values())).strip()}: {parts}"
     )
+    yield ""
+    yield from _drawing_as_text(plan)
+
+
+def _drawing_as_text(plan: Plan) -> Iterator[str]:
+    """What one of the GPUs takes to draw images with guidance."""
+    drawing = plan.drawing
+    yield f"drawing an image of {drawing.ids:,} ids with guidance, on one {plan.gpu}"
+    weights = ", ".join(f"{kind} {_gb(size).strip()}" for kind, size in drawing.weights.items())
+    yield f"  weights                   {weights}"
+    cache, full = (_gb(size).strip() for size in (drawing.cache, drawing.full_cache))
+    yield f"  keys and values           {cache}, with documents that fill the context {full}"
+    seconds = ", ".join(f"{kind} {size:.1f} s" for kind, size in drawing.seconds.items())
+    yield f"  at least, one code a step {seconds}"
 
 
 def _traffic_as_text(plan: Plan) -> Iterator[str]:

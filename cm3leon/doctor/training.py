@@ -117,7 +117,7 @@ def timed_step(
     step(sample_BT)
     taken = median_seconds(partial(step, sample_BT), device, repeats)
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    flops = model_flops(model.config, model.vocab_size, sample_BT)
+    flops = model_flops(model, sample_BT)
     return Step(sample_BT.numel(), taken, flops / taken, held)
 
 

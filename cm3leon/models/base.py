@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,17 @@ from cm3leon.types import OnCpu, UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> what is attended to, (B, A, T, E) each."""
+
+
+class LayerBytes(NamedTuple):
+    """What a training in bf16 on a GPU holds of a layer for each token, in bytes, by activation checkpointing."""
+
+    none: float
+    """Kept for the backward pass where nothing is computed again."""
+    selective: float
+    full: float
+    backward: float
+    """Of gradients of its widest part, while they are computed."""
 
 
 class Model(nn.Module):
@@ -85,6 +96,32 @@ class Model(nn.Module):
         for first in self.firsts():
             fill(parameters[first.name], first)
 
+    def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes | None:
+        """What a training holds of a layer beside weights, as a plan counts it; None = it is not known.
+
+        Args:
+            sharded: whether ranks gather the weights in bf16 (FSDP), so that layers hand on bf16.
+            frozen: whether adapters alone are trained.
+        """
+        return None
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights that each token is multiplied by: those of the layers' matrices and the head, not of the tables."""
+        return self.head.weight.numel() + sum(matrix.numel() for matrix in self._matrices())
+
+    @property
+    def matrix_sizes(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of a layer's `matrices`, by name."""
+        block = self.blocks[0]
+        return {name: tuple(getattr(block, name).weight.shape) for name in self.matrices}
+
+    def _matrices(self) -> list[Tensor]:
+        """Weights of the layers' linear modules; where they are not named, all that have two dimensions."""
+        if self.matrices:
+            return [getattr(block, name).weight for block in self.blocks for name in self.matrices]
+        return [weight for weight in self.blocks.parameters() if weight.dim() == 2]
+
     def attention_on(self, device: torch.device) -> str:
         """What attention is computed with in a training on that device, and why not with what is preferred."""
         raise NotImplementedError
@@ -143,8 +180,12 @@ class Model(nn.Module):
     def cache_bytes(self, *, groups: int, width: int, prefix: int, tail: int) -> int:
         """Bytes of such a cache."""
         columns = groups * (prefix + width * tail)
-        width = self.kv_heads * self.config.head_size
-        return 2 * self.config.layers * width * columns * self._cache_dtype().itemsize
+        return self.cache_numbers * columns * self._cache_dtype().itemsize
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers of a position's keys and values in all layers."""
+        return 2 * self.config.layers * self.kv_heads * self.config.head_size
 
     def _cache_dtype(self) -> torch.dtype:
         """That of what is computed on a GPU; float32 on a CPU, whose 16-bit products do not keep their sums."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
-from cm3leon.models.base import Attend, Model
+from cm3leon.models.base import Attend, LayerBytes, Model
 from cm3leon.models.initial import First
 from cm3leon.models.split import Summed, frozen
 from cm3leon.registry import MODELS
@@ -123,6 +123,36 @@ class Llama(Model):
 
     def attention_on(self, device: torch.device) -> str:
         return str(choose(self.config.attention, device))
+
+    def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes:
+        """For A heads of queries and K of keys and values, of E numbers each, width D and M hidden units of the MLP.
+
+        Where nothing is computed again: what the norms read in float32 (2 x 4 D); what the matrices read behind or
+        beside them, the MLP's twice (3 x 2 D); queries and keys as their norms read them, and as they leave them for
+        the gradients of their weights, in float32 (2 x 4 (A + K) E); all heads' q, k and v, and what is attended to
+        (4 x 2 A E); the MLP's four products (4 x 2 M). Where keys and values have as many heads as queries, v is a part
+        of the whole product of its matrix, which stays (4 A E more).
+        """
+        D, M, heads = self.config.width, self.config.mlp_width, self.heads
+        q_width, k_width = heads * self.config.head_size, self.kv_heads * self.config.head_size
+        repeated = k_width < q_width
+        product = 2 * (q_width + 2 * k_width)
+        values = 2 * q_width if repeated else product
+        attended = 2 * q_width + 4 * heads
+
+        head_norms = 0
+        if self.config.qk_norm:
+            copies = 1 if frozen else 2
+            head_norms = 4 * copies * (q_width + k_width) + 8 * (heads + self.kv_heads)
+        handed_on = (2 if sharded else 4) * D
+        return LayerBytes(
+            none=14 * D + 8 + head_norms + 4 * q_width + values + attended + 8 * M,
+            selective=handed_on
+            + (product + 4 * q_width + repeated * values + attended)
+            + (4 * D + 4 * M),
+            full=handed_on,
+            backward=6 * M,
+        )
 
     def share(self, rank: int, count: int) -> None:
         if self.kv_heads % count or self.config.mlp_width % count:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
 from cm3leon.models.attention import Attention, check_name, choose
-from cm3leon.models.base import Attend, Model
+from cm3leon.models.base import Attend, LayerBytes, Model
 from cm3leon.models.initial import First
 from cm3leon.models.split import Summed, frozen
 from cm3leon.registry import MODELS
@@ -99,6 +99,21 @@ class Transformer(Model):
 
     def attention_on(self, device: torch.device) -> str:
         return str(choose(self.config.attention, device))
+
+    def layer_bytes(self, *, sharded: bool, frozen: bool) -> LayerBytes:
+        """28 D for m = 4 where nothing is computed again.
+
+        The inputs of both halves of the layer as the norm reads them (2 x 4 D), the normed inputs (2 x 2 D), q, k and v
+        (6 D), what is attended to (2 D) and the MLP's hidden state (2 m D), with numbers of the norms and of attention.
+        """
+        D, m, heads = self.config.width, self.config.mlp_ratio, self.heads
+        handed_on = (2 if sharded else 4) * D
+        return LayerBytes(
+            none=(8 + 4 + 6 + 2 + 2 * m) * D + 16 + 4 * heads,
+            selective=handed_on + (6 + 2 + 2 + 2 * m + 2) * D + 4 * heads,
+            full=handed_on,
+            backward=4 * m * D,
+        )
 
     def share(self, rank: int, count: int) -> None:
         head_size, width, heads = self.config.head_size, self.config.width, self.heads

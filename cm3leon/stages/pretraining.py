@@ -14,7 +14,6 @@ from cm3leon.io import sha256, write_json
 from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
-from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, recorded
 from cm3leon.stages.run_folder import (
@@ -149,8 +148,7 @@ class Part:
 def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> Part:
     """Counts on the CPU what is to be known of a batch, and has a GPU copy it while both go on."""
     counts = {"tokens": float((batch.sample_BT >= 0).sum())}
-    if isinstance(model.config, Transformer.Config):
-        counts["flops"] = model_flops(model.config, model.vocab_size, batch.sample_BT)
+    counts["flops"] = model_flops(model, batch.sample_BT)
     pinned = run.device.type == "cuda"
     return Part(batch.pinned() if pinned else batch, counts, positions)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cm3leon.models.transformer import Transformer
+from cm3leon.models.base import Model
 
 
 class Gpu(NamedTuple):
@@ -20,39 +20,36 @@ class Gpu(NamedTuple):
     """Bytes."""
     peak: float
     """Dense bf16 FLOP/s, added up in float32."""
+    bandwidth: float
+    """Bytes a second from its own memory."""
     link: float
     """Bytes a second to the other GPUs of its node, one way: NVLink, or PCIe where a node has no switch for that."""
 
 
 GPUS = {
-    "a100_40": Gpu("A100 40GB", 40e9, 312e12, 300e9),
-    "a100": Gpu("A100", 80e9, 312e12, 300e9),
-    "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12, 64e9),
-    "h100": Gpu("H100", 80e9, 989.4e12, 450e9),
-    "h100_nvl": Gpu("H100 NVL", 94e9, 835.5e12, 64e9),
-    "h200": Gpu("H200", 141e9, 989.4e12, 450e9),
-    "gh200": Gpu("GH200", 96e9, 989.4e12, 450e9),
-    "l40s": Gpu("L40S", 48e9, 362.05e12, 32e9),
-    "a10g": Gpu("A10G", 24e9, 70e12, 32e9),
-    "l4": Gpu("L4", 24e9, 121e12, 32e9),
-    "rtx3090": Gpu("RTX 3090", 24e9, 71e12, 32e9),
-    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12, 32e9),
+    "a100_40": Gpu("A100 40GB", 40e9, 312e12, 1555e9, 300e9),
+    "a100": Gpu("A100", 80e9, 312e12, 2039e9, 300e9),
+    "h100_pcie": Gpu("H100 PCIe", 80e9, 756e12, 2000e9, 64e9),
+    "h100": Gpu("H100", 80e9, 989.4e12, 3350e9, 450e9),
+    "h100_nvl": Gpu("H100 NVL", 94e9, 835.5e12, 3900e9, 64e9),
+    "h200": Gpu("H200", 141e9, 989.4e12, 4800e9, 450e9),
+    "gh200": Gpu("GH200", 96e9, 989.4e12, 4000e9, 450e9),
+    "l40s": Gpu("L40S", 48e9, 362.05e12, 864e9, 32e9),
+    "a10g": Gpu("A10G", 24e9, 70e12, 600e9, 32e9),
+    "l4": Gpu("L4", 24e9, 121e12, 300e9, 32e9),
+    "rtx3090": Gpu("RTX 3090", 24e9, 71e12, 936e9, 32e9),
+    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12, 1008e9, 32e9),
 }
 """By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device, the longer one holds."""
 
 
-def matrix_weights(config: Transformer.Config, vocab_size: int) -> int:
-    """Weights that each token is multiplied by: those of the layers and the head, not the embeddings."""
-    layer = (3 + 1 + 2 * config.mlp_ratio) * config.width**2
-    return config.layers * layer + config.width * vocab_size
-
-
-def model_flops(config: Transformer.Config, vocab_size: int, sample_BT: Tensor) -> float:
+def model_flops(model: Model, sample_BT: Tensor) -> float:
     """Forward and backward FLOPs of a batch, without anything computed twice.
 
-    6 for each matrix weight and token (2 forward, 4 backward; padding is not counted), and for attention 6 L D times
-    the squared length of each sample: its tokens attend to half of it on average. PaLM's formula (arXiv 2204.02311,
-    appendix B) counts whole blocks, 12 L D T a token, whatever is masked.
+    6 for each matrix weight and token (2 forward, 4 backward; padding is not counted), and for attention 6 L A E times
+    the squared length of each sample, with A heads of queries of E numbers: its tokens attend to half of it on average.
+    Fewer heads of keys and values make smaller matrices, and no fewer of these products. PaLM's formula
+    (arXiv 2204.02311, appendix B) counts whole blocks, 12 L A E T a token, whatever is masked.
     """
     rows_B = torch.arange(len(sample_BT), device=sample_BT.device) * (int(sample_BT.max()) + 1)
     numbers_BT = torch.where(
@@ -60,15 +57,18 @@ def model_flops(config: Transformer.Config, vocab_size: int, sample_BT: Tensor) 
     )  # none has the same in two rows
     numbers_N, length_N = torch.unique_consecutive(numbers_BT.flatten(), return_counts=True)
     real_N = length_N[numbers_N >= 0].double()
-    attention = 6 * config.layers * config.width * float(real_N.square().sum())
-    return 6 * matrix_weights(config, vocab_size) * float(real_N.sum()) + attention
+    attention = 6 * _attention_width(model) * float(real_N.square().sum())
+    return 6 * model.matrix_weights * float(real_N.sum()) + attention
 
 
-def flops_per_token(config: Transformer.Config, vocab_size: int) -> float:
+def flops_per_token(model: Model) -> float:
     """Forward and backward FLOPs of a token of a block that is one sample; shorter samples take less for attention."""
-    return (
-        6 * matrix_weights(config, vocab_size) + 6 * config.layers * config.width * config.seq_len
-    )
+    return 6 * model.matrix_weights + 6 * _attention_width(model) * model.seq_len
+
+
+def _attention_width(model: Model) -> int:
+    """Numbers of all heads of queries of all layers."""
+    return model.config.layers * model.heads * model.config.head_size
 
 
 def peak_flops(device: torch.device, ranks: int) -> float | None:

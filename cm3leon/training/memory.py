@@ -1,9 +1,7 @@
 """Memory of a training, by arithmetic: what each GPU holds at its fullest, part by part.
 
-Per token and layer autograd keeps, in bytes for width D and an MLP of m widths: the inputs of both halves of the layer
-as the norm reads them (2 x 4 D), the normed inputs (2 x 2 D), q, k and v (6 D), what is attended to (2 D) and the MLP's
-hidden state (2 m D): 28 D for m = 4 under bf16 autocast. Under FSDP weights are gathered in bf16, and what layers hand
-on is bf16 too; on a GPU their norms read a float32 copy of it. Three moments are looked at: the end of the forward
+What autograd keeps of a layer the model says (`layer_bytes`). Under FSDP weights are gathered in bf16, and what layers
+hand on is bf16 too; on a GPU their norms read a float32 copy of it. Three moments are looked at: the end of the forward
 pass, when all that is kept and the loss is computed; the beginning of the backward pass, when a layer is computed again
 and its gradients are on their way; and its end, when all gradients are there.
 """
@@ -12,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cm3leon.models.transformer import Transformer
+from cm3leon.models.base import Model
 from cm3leon.objectives.loss import tokens_at_once
 from cm3leon.training.config import DecoderTrainingConfig
+from cm3leon.types import UserError
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors can have; CUDA's context, libraries and fragmentation take the rest."""
@@ -27,14 +26,15 @@ class Parameters:
     """Numbers of weights, by part."""
 
     embedding: int
-    positions: int
+    other: int
+    """Positions, and norms outside the layers."""
     blocks: int
     head: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.embedding + self.positions + self.blocks + self.head
+        return self.embedding + self.other + self.blocks + self.head
 
     @property
     def root(self) -> int:
@@ -42,18 +42,20 @@ class Parameters:
         return self.total - self.blocks
 
 
-def parameters(config: Transformer.Config, vocab_size: int) -> Parameters:
-    """Weights of a decoder of that shape."""
-    table = vocab_size * config.width
-    block = (4 + 2 * config.mlp_ratio) * config.width**2
-    return Parameters(table, config.seq_len * config.width, config.layers * block, table)
+def parameters(model: Model) -> Parameters:
+    """Weights of a decoder, which may be one without memory for them, on the meta device."""
+    count = {
+        name: sum(weight.numel() for weight in part.parameters())
+        for name, part in (("all", model), ("blocks", model.blocks), ("head", model.head))
+    }
+    embedding = model.embedding.weight.numel()
+    other = count["all"] - count["blocks"] - count["head"] - embedding
+    return Parameters(embedding, other, count["blocks"], count["head"])
 
 
-def lora_parameters(config: Transformer.Config, rank: int) -> int:
+def lora_parameters(model: Model, rank: int) -> int:
     """Weights of the adapters of all layers."""
-    D, hidden = config.width, config.mlp_ratio * config.width
-    sizes = {"qkv": D + 3 * D, "out": D + D, "up": D + hidden, "down": hidden + D}
-    return config.layers * rank * sum(sizes[name] for name in Transformer.matrices)
+    return model.config.layers * rank * sum(map(sum, model.matrix_sizes.values()))
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def optimizer_bytes(training: DecoderTrainingConfig, in_layers: int, outside: in
 
 
 def training_memory(
-    config: Transformer.Config,
-    vocab_size: int,
+    model: Model,
     training: DecoderTrainingConfig,
     *,
     gpus: int,
@@ -101,11 +102,15 @@ def training_memory(
 
     Args:
         micro_batch: blocks that a GPU computes at a time.
+
+    Raises:
+        UserError: for a model that does not say what its layers hold.
     """
-    count, shards = parameters(config, vocab_size), gpus // training.copies(nodes)
-    adapters = lora_parameters(config, training.lora_rank) if training.lora_rank else 0
+    layers, seq_len = model.config.layers, model.seq_len
+    count, shards = parameters(model), gpus // training.copies(nodes)
+    adapters = lora_parameters(model, training.lora_rank) if training.lora_rank else 0
     trained = adapters or count.total
-    tokens = micro_batch * config.seq_len
+    tokens = micro_batch * seq_len
     weights: float = 4 * (count.total + adapters) / shards
     if adapters and gpus == 1:
         weights = 4 * (count.root + adapters) + 2 * count.blocks
@@ -114,7 +119,7 @@ def training_memory(
     moments: float = optimizer_bytes(training, in_layers, trained - in_layers) / shards
     if training.average_decay:
         moments += 4 * trained / shards
-    layer = (count.blocks + adapters) / config.layers
+    layer = (count.blocks + adapters) / layers
     if gpus == 1:
         copies = 2.0 * (adapters or count.blocks)
         late = 2 * layer
@@ -123,10 +128,10 @@ def training_memory(
         copies = 2 * count.root + IN_FLIGHT * 2 * layer
         late = copies
         root = 0 if adapters else count.root
-        gradients_on_way = (2 + 4) * max(root, adapters / config.layers if adapters else layer)
-    kept, again, on_way = _activations(config, training, tokens, sharded=gpus > 1)
-    output = _output(config, vocab_size, tokens, trained_head=not adapters, sharded=gpus > 1)
-    many = training.blocks(config.seq_len) > gpus * micro_batch
+        gradients_on_way = (2 + 4) * max(root, adapters / layers if adapters else layer)
+    kept, again, on_way = _activations(model, training, tokens, sharded=gpus > 1)
+    output = _output(model, tokens, trained_head=not adapters, sharded=gpus > 1)
+    many = training.blocks(seq_len) > gpus * micro_batch
     steady = weights + moments + (gradients if many else 0)
     moment = max(
         steady + copies + kept + output,
@@ -139,33 +144,31 @@ def training_memory(
 
 
 def _activations(
-    config: Transformer.Config, training: DecoderTrainingConfig, tokens: int, *, sharded: bool
+    model: Model, training: DecoderTrainingConfig, tokens: int, *, sharded: bool
 ) -> tuple[float, float, float]:
     """Bytes kept of all layers until the backward pass, computed again of one layer, and of gradients in it."""
-    D, m, heads = config.width, config.mlp_ratio, config.width // config.head_size
-    whole = (8 + 4 + 6 + 2 + 2 * m) * D + 16 + 4 * heads
-    handed_on = (2 if sharded else 4) * D
-    kept = {
-        "none": whole,
-        "selective": handed_on + (6 + 2 + 2 + 2 * m + 2) * D + 4 * heads,
-        "full": handed_on,
-    }[training.activation_checkpointing]
-    if training.activation_checkpointing == "selective" and training.lora_rank:
-        kept += (6 + 2 + 2 * m + 2) * D  # the adapters' products beside those of the weights
-    of_final_norm = 4 * D
-    again = 0 if training.activation_checkpointing == "none" else max(0, whole - kept)
-    return tokens * (config.layers * kept + of_final_norm), tokens * again, tokens * 4 * m * D
+    layer = model.layer_bytes(sharded=sharded, frozen=bool(training.lora_rank))
+    if layer is None:
+        raise UserError(
+            f"a {type(model).__name__} does not say what its layers hold in a training, so it cannot be planned for"
+        )
+    choice = training.activation_checkpointing
+    kept = getattr(layer, choice)
+    if choice == "selective" and training.lora_rank:
+        # The adapters' products are kept beside those of the weights.
+        kept += 2 * sum(outputs for outputs, _ in model.matrix_sizes.values())
+    of_final_norm = 4 * model.head.weight.shape[1]
+    again = 0 if choice == "none" else max(0, layer.none - kept)
+    held = model.config.layers * kept + of_final_norm
+    return tokens * held, tokens * again, tokens * layer.backward
 
 
-def _output(
-    config: Transformer.Config, vocab_size: int, tokens: int, *, trained_head: bool, sharded: bool
-) -> float:
+def _output(model: Model, tokens: int, *, trained_head: bool, sharded: bool) -> float:
     """A chunk's logits in bf16 and float32; the head in bf16, unless it was gathered so, its gradient and the chunk's
     share of that; hidden states in float32 and bf16, and their gradient."""
-    rows, head = tokens_at_once(vocab_size), vocab_size * config.width
+    vocab_size, width = model.head.weight.shape
+    rows, head = tokens_at_once(vocab_size), vocab_size * width
     copy = 0 if sharded else 2 * head
     if tokens <= rows:
-        return tokens * (12 * vocab_size + 6 * config.width) + copy
-    return (
-        rows * vocab_size * 6 + copy + (6 * head if trained_head else 0) + tokens * 8 * config.width
-    )
+        return tokens * (12 * vocab_size + 6 * width) + copy
+    return rows * vocab_size * 6 + copy + (6 * head if trained_head else 0) + tokens * 8 * width

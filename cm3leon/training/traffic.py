@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cm3leon.models.transformer import Transformer
+from cm3leon.models.base import Model
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.memory import lora_parameters, parameters
 
@@ -107,8 +107,7 @@ class Layout:
 
 
 def traffic(
-    config: Transformer.Config,
-    vocab_size: int,
+    model: Model,
     training: DecoderTrainingConfig,
     *,
     gpus: int,
@@ -126,8 +125,8 @@ def traffic(
         return Traffic([], [], [], [], [])
     replicas = training.copies(nodes)
     shards, a_node = gpus // replicas, gpus // nodes
-    count, layers, k = parameters(config, vocab_size), config.layers, micro_batches
-    adapters = lora_parameters(config, training.lora_rank) if training.lora_rank else 0
+    count, layers, k = parameters(model), model.config.layers, micro_batches
+    adapters = lora_parameters(model, training.lora_rank) if training.lora_rank else 0
     layer = (count.blocks + adapters) / layers
     trained_layer = (adapters or count.blocks) / layers
     trained_root = 0 if adapters else count.root
