@@ -19,8 +19,9 @@ from cm3leon.experiment import is_sweep, list_experiments, load_experiment
 from cm3leon.registry import LAUNCHERS
 from cm3leon.run import main
 from cm3leon.stages import validation
+from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from cm3leon.stages.pretraining import check_tokenizers
-from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.types import UserError
 

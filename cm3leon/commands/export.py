@@ -86,7 +86,7 @@ def export_to_hf(run_folder: Path, out: Path, opening: Opening | None = None) ->
     import torch
 
     from cm3leon.models.opt import from_opt_state, load_opt, to_opt, transformers, verify
-    from cm3leon.stages.run_folder import TOKENIZER
+    from cm3leon.stages.files import TOKENIZER
 
     transformers()
     run, model = _finished(run_folder, opening)
@@ -177,7 +177,7 @@ def export_to_cm3leon(hf: Path, out: Path) -> None:
 
     from cm3leon.models.opt import from_opt_state, load_opt, transformers, verify
     from cm3leon.models.transformer import Transformer
-    from cm3leon.stages.run_folder import WEIGHTS
+    from cm3leon.stages.files import WEIGHTS
     from cm3leon.training.checkpoint import save_weights
 
     transformers()

@@ -34,9 +34,10 @@ from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.parts import MODALITIES, Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.stages.files import TEXT_TOKENIZER
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
-from cm3leon.stages.run_folder import TEXT_TOKENIZER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.table import stages_of
 from cm3leon.stages.tokens import sampled_rows
 from cm3leon.stages.training_data import (

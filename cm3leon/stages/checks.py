@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from cm3leon.experiment import Experiment
 from cm3leon.records import MARKER, read_stage
+from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS
 from cm3leon.stages.neighbours import bank_fingerprint
 from cm3leon.stages.pretraining import another_tokenizer
-from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest
 from cm3leon.tokenizers.image.perceptual import linear_weights_file
 from cm3leon.types import UserError, refuse, sentences_of

@@ -14,8 +14,9 @@ from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
 from cm3leon.io import write_json
+from cm3leon.stages.files import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS
 from cm3leon.stages.inputs import recorded, varied_inputs
-from cm3leon.stages.run_folder import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.image.base import ImageTokenizer

@@ -31,16 +31,16 @@ from cm3leon.models.chameleon import (
 )
 from cm3leon.models.llama import Llama
 from cm3leon.registry import MODELS
-from cm3leon.stages.folders import make_result
-from cm3leon.stages.run_folder import (
+from cm3leon.stages.files import (
     GEOMETRY,
     IMAGE_TOKENIZER,
     TEXT_TOKENIZER,
     TOKENIZER,
     WEIGHTS,
-    RunFolder,
     recorded_digest,
 )
+from cm3leon.stages.folders import make_result
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import write_config
 from cm3leon.stages.stage import StageRecord
 from cm3leon.stages.table import stages_of

@@ -24,9 +24,10 @@ from cm3leon.retrievers.neighbours import (
     write_neighbour_shard,
 )
 from cm3leon.retrievers.strategy import NONE
+from cm3leon.stages.files import ENCODER
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, SHARDS, recorded
-from cm3leon.stages.run_folder import ENCODER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.sharing import DECODED, shard_documents, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.stages.vectors import document_parts

@@ -15,14 +15,9 @@ from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.objectives.block_stream import BlockStream
+from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, opened_stage
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, recorded
-from cm3leon.stages.run_folder import (
-    IMAGE_TOKENIZER,
-    TEXT_TOKENIZER,
-    WEIGHTS,
-    RunFolder,
-    opened_stage,
-)
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
 from cm3leon.stages.validation import Drawing, validation_loss

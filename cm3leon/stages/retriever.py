@@ -11,8 +11,9 @@ import torch
 from cm3leon.data.shuffle import RowStream
 from cm3leon.digests import path_digest
 from cm3leon.registry import RETRIEVERS
+from cm3leon.stages.files import ENCODER, WEIGHTS
 from cm3leon.stages.inputs import encoder_settings, recorded, varied_inputs
-from cm3leon.stages.run_folder import ENCODER, WEIGHTS, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.training.config import training_settings

@@ -17,9 +17,10 @@ from cm3leon.data.source import Skipped, Source
 from cm3leon.experiment import Experiment
 from cm3leon.io import write_json
 from cm3leon.registry import SOURCES
+from cm3leon.stages.files import TEXT_TOKENIZER
 from cm3leon.stages.inputs import recorded
 from cm3leon.stages.lengths import check_lengths
-from cm3leon.stages.run_folder import TEXT_TOKENIZER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
 from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, unicode_text

@@ -19,8 +19,9 @@ from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
 from cm3leon.records import MARKER
+from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from cm3leon.stages.inputs import SHARDS, corpus_inputs, recorded, varied_inputs
-from cm3leon.stages.run_folder import IMAGE_TOKENIZER, TEXT_TOKENIZER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.sharing import DECODED, batches, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.tokenizers.document import token_count

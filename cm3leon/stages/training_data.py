@@ -15,9 +15,10 @@ from cm3leon.data.token_shards import TokenShards
 from cm3leon.io import sha256
 from cm3leon.records import read_stage
 from cm3leon.retrievers.neighbours import NeighbourShards
+from cm3leon.stages.files import SHARD_LISTS, WEIGHTS, opened_stage
 from cm3leon.stages.generations import check_generations
 from cm3leon.stages.neighbours import bank_of
-from cm3leon.stages.run_folder import SHARD_LISTS, WEIGHTS, RunFolder, opened_stage
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.training.steps import MANIFEST, checkpoints
 from cm3leon.types import Sample, UserError
 

@@ -11,8 +11,9 @@ from cm3leon.data.images import square
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.vectors import finish_vectors, write_vector_shard
+from cm3leon.stages.files import ENCODER
 from cm3leon.stages.inputs import SHARDS, encoder_settings
-from cm3leon.stages.run_folder import ENCODER, RunFolder
+from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.sharing import shard_documents, share_out, with_progress
 from cm3leon.stages.stage import Part, Stage
 from cm3leon.types import Document
