@@ -27,6 +27,7 @@ from cm3leon.launch.runs import experiment_jobs, study_jobs
 from cm3leon.locks import locked
 from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.run import main
+from cm3leon.stages.running import trained_together
 from cm3leon.study.config import load_run, load_study
 from cm3leon.types import UserError
 
@@ -189,7 +190,9 @@ def test_stages_of_many_parts_are_arrays_between_jobs_of_one_process(tmp_path: P
     )
     found = experiment_jobs(experiment, tmp_path, until="evaluation")
     assert shown(found) == {
-        "retriever": ((), 1, False),
+        "text_tokenizer": ((), 1, False),
+        "image_tokenizer": (("text_tokenizer",), 1, True),
+        "retriever": (("image_tokenizer",), 1, False),
         "tokens": (("retriever",), 4, False),
         "tokens_end": (("tokens",), 1, False),
         "vectors": (("tokens_end",), 4, False),
@@ -206,11 +209,40 @@ def test_stages_of_many_parts_are_arrays_between_jobs_of_one_process(tmp_path: P
     tokens, pretraining = slurm.of(by_name["tokens"]), slurm.of(by_name["pretraining"])
     assert (tokens.nodes, tokens.timeout_min) == (1, 9)
     assert (pretraining.nodes, pretraining.timeout_min) == (2, 1440)
+    assert slurm.of(by_name["image_tokenizer"]).nodes == 2
     assert [each.name for each in experiment_jobs(experiment, tmp_path, until="tokens")] == [
+        "text_tokenizer",
+        "image_tokenizer",
         "retriever",
         "tokens",
         "tokens_end",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "together", "nodes"),
+    [
+        ([], ["image_tokenizer", "retriever"], 2),
+        (["launcher.stages.retriever.nodes=4"], ["image_tokenizer", "retriever"], 4),
+        (["retriever_training.batch_size=9"], ["image_tokenizer"], 2),
+        (["launcher.stages.image_tokenizer.tasks_per_node=3"], ["retriever"], 2),
+    ],
+)
+def test_what_is_trained_has_all_ranks_where_they_can_share_its_batch(
+    fields: list[str], together: list[str], nodes: int, tmp_path: Path
+) -> None:
+    """As the ranks themselves will see it: a batch that they cannot divide is one process's."""
+    given = ["launcher=slurm", "launcher.nodes=2", "launcher.stages.vectors.parts=4"]
+    given += ["image_tokenizer_training.batch_size=8", "retriever_training.batch_size=8"]
+    experiment = load_experiment("digits_smoke", [*given, *fields])
+    found = {each.name: each for each in experiment_jobs(experiment, tmp_path)}
+    assert [name for name, each in found.items() if each.together] == [*together, "pretraining"]
+    for name in together:
+        assert found[name].commands[0][-1] == f"until={name}"
+        processes = LAUNCHERS.build(experiment.launcher).processes(name)
+        assert name in trained_together(experiment, tmp_path, None, processes)
+    if "retriever" in together:
+        assert LAUNCHERS.build(experiment.launcher).of(found["retriever"]).nodes == nodes
 
 
 def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(

@@ -663,7 +663,7 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
     shared, points, collect = seen
     assert (shared.after, points.after, collect.after) == ((), ("shared0",), ("points",))
     assert (points.always, collect.always) == (True, True)
-    assert (shared.together, points.together, collect.together) == (False, True, False)
+    assert (shared.together, points.together, collect.together) == (True, True, False)
     assert points.resources == {"max_deaths": 3}
     assert [command[:2] for command in points.commands] == [
         ("point", f"run={tmp_path / 'learning_rate=0.001'}"),

@@ -52,6 +52,10 @@ class Launcher:
         """Nodes of a training."""
         return 1
 
+    def processes(self, stage: str) -> int:
+        """Processes that train a stage together, on all nodes."""
+        return 1
+
     def parts(self, stage: str) -> int:
         """Commands that make a stage in shards, or a study's answers."""
         return 1
@@ -105,6 +109,9 @@ class Torchrun(Launcher):
     def gpus(self) -> int:
         return self.config.processes or 1
 
+    def processes(self, stage: str) -> int:
+        return self.config.processes or len(gpus()) or 1
+
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
         return _run_to_the_end(
             "torchrun", jobs, folder, devices=gpus(), processes=self.config.processes
@@ -133,6 +140,9 @@ class Local(Launcher):
     @property
     def gpus(self) -> int:
         return self.config.processes or 1
+
+    def processes(self, stage: str) -> int:
+        return self.config.processes or len(gpus()) // self.config.array_parallelism or 1
 
     def parts(self, stage: str) -> int:
         return self.config.parts
@@ -235,6 +245,10 @@ class Slurm(Launcher):
     @property
     def nodes(self) -> int:
         return self.config.nodes
+
+    def processes(self, stage: str) -> int:
+        given = {**to_mapping(self.config), **self.resources(stage)}
+        return given["nodes"] * (given["tasks_per_node"] or max(1, given["gpus_per_node"]))
 
     def parts(self, stage: str) -> int:
         return self.resources(stage).get("parts", self.config.parts)

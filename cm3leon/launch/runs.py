@@ -13,6 +13,7 @@ from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
 from cm3leon.stages.folders import check_run_folder
+from cm3leon.stages.running import trained_together
 from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.stage import check_redo, number_of
 from cm3leon.stages.table import stages_of
@@ -68,8 +69,8 @@ def experiment_jobs(
     """The jobs of an experiment in a run folder: one, or several for a corpus of many parts, or where the launcher's
     section says in how many a stage is made.
 
-    There, each stage that workers share is an array, and what one process makes is a job before, between and behind
-    them; the pretraining has a job of its own. `name` goes before the names of the jobs.
+    There, each stage that workers share is an array, and each that is trained by all ranks together a job of its own;
+    what one process makes is a job before, between and behind them. `name` goes before the names of the jobs.
     """
     until = until or experiment.until
     stages = stages_of(experiment)
@@ -81,7 +82,9 @@ def experiment_jobs(
     launcher = LAUNCHERS.build(experiment.launcher)
     asked_for = any("parts" in launcher.resources(stage.name) for stage in stages)
     if not asked_for and not is_shared_out(experiment):
-        return [Job(name or "run", (_until(words, until),))]
+        # All ranks start it where there is something that they train together.
+        trains = bool(trained_together(experiment, folder, until, launcher.processes("")))
+        return [Job(name or "run", (_until(words, until),), together=trains)]
     jobs: list[Job] = []
 
     def add(stage: str, *commands: Command, together: bool = False) -> None:
@@ -90,6 +93,11 @@ def experiment_jobs(
         jobs.append(Job(title, commands, launcher.resources(stage), after, together))
 
     parts = {stage.name: launcher.parts(stage.name) if stage.make_part else 1 for stage in stages}
+    trained = {
+        stage.name
+        for stage in stages
+        if stage.name in trained_together(experiment, folder, until, launcher.processes(stage.name))
+    }
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         count = parts[stage.name]
         if count > 1:
@@ -100,9 +108,9 @@ def experiment_jobs(
                     for k in range(count)
                 ),
             )
-        if stage.name == "pretraining":
+        if stage.name in trained:
             add(stage.name, _until(words, stage.name), together=True)
-        elif following is None or following.name == "pretraining" or parts[following.name] > 1:
+        elif following is None or following.name in trained or parts[following.name] > 1:
             add(stage.name if count == 1 else f"{stage.name}_end", _until(words, stage.name))
     return jobs
 

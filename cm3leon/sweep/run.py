@@ -343,14 +343,13 @@ def _shared_jobs(sweep: Sweep, group: Group, title: str) -> list[Job]:
     missing, _ = first_unfinished(stages_of(experiment)[: last + 1], shared, folder)
     if missing is None:
         return []
-    jobs = experiment_jobs(
+    return experiment_jobs(
         replace(experiment, launcher=sweep.launcher),
         folder,
         until=until,
         redo=sweep.redo,
         name=title,
     )
-    return jobs if until == "pretraining" else [replace(job, together=False) for job in jobs]
 
 
 def _config(experiment: Experiment) -> str:
