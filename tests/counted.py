@@ -44,15 +44,17 @@ class Collectives(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::")
             self.counts[name] += 1
-            self.bytes[name] += sum(each.nbytes for each in _tensors(args[0]))
-            if "scatter" in name:  # the whole of what is shared, as in a gathering
-                self.bytes[name] += sum(each.nbytes for each in _tensors(args[1])) - sum(
-                    each.nbytes for each in _tensors(args[0])
-                )
-        return func(*args, **(kwargs or {}))
+            # Of what is scattered the whole, as of what is gathered.
+            counted = args[1] if "scatter" in name else args[0]
+            self.bytes[name] += sum(each.nbytes for each in _tensors(counted))
+        elif func.namespace == "_c10d_functional" and name != "wait_tensor":
+            self.counts[name] += 1
+            self.bytes[name] += sum(each.nbytes for each in _tensors(result))
+        return result
 
 
 def _tensors(value: Any) -> list[Tensor]:

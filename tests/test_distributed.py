@@ -180,19 +180,22 @@ def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:
             assert sent == expected
 
 
-@pytest.mark.parametrize(("ranks", "replicas", "nodes"), [(2, 1, 1), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "nodes", "optimizer"),
+    [(2, 1, 1, "adamw"), (4, 2, 2, "adamw"), (2, 1, 1, "muon"), (4, 2, 2, "muon")],
+)
 def test_bytes_of_a_step_are_those_that_a_plan_counts(
-    tmp_path: Path, ranks: int, replicas: int, nodes: int
+    tmp_path: Path, ranks: int, replicas: int, nodes: int, optimizer: Any
 ) -> None:
     """In two micro-batches, of which replicas add up their gradients in the last one alone."""
     fields = {"micro_batch": 1, "batch_size": 2 * ranks, "replicas": replicas, "steps": 3}
-    fields |= {"log_every": 3, "checkpoint_every": 3}
+    fields |= {"log_every": 3, "checkpoint_every": 3, "optimizer": optimizer}
     trained(tmp_path, ranks, fields=fields, counts=True)
     counts = json.loads((tmp_path / "counts_0.json").read_text())[::2]
     counted = difference(*(Counter(counts[step]["bytes"]) for step in (2, 1)))
     planned = traffic(
         Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size),
-        DecoderTrainingConfig(replicas=replicas),
+        DecoderTrainingConfig(replicas=replicas, optimizer=optimizer),
         gpus=ranks,
         nodes=nodes,
         micro_batches=2,
@@ -201,7 +204,11 @@ def test_bytes_of_a_step_are_those_that_a_plan_counts(
     whole: Counter[str] = Counter()
     for each in planned.everything():
         whole[each.kind] += int(each.size * each.times)
-    assert counted["_allgather_base_"] == whole["gather"] > 0
+    # FSDP gathers weights, and the optimizer matrices, by operators of other names.
+    gathered = counted["_allgather_base_"], counted.get("all_gather_into_tensor", 0)
+    assert sum(gathered) == whole["gather"] > 0
+    assert counted.get("broadcast_", 0) == whole["broadcast"]
+    assert (gathered[1] > 0) == (whole["broadcast"] > 0) == (optimizer == "muon")
     assert counted["_reduce_scatter_base_"] == whole["scatter"] > 0
     told = 4 * 8  # the step's own reduction: four numbers in float64
     assert counted["allreduce_"] - told == whole["sum"]

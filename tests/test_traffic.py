@@ -69,6 +69,24 @@ def test_adapters_alone_are_scattered_and_added_up() -> None:
     assert scattered == pytest.approx(4 * adapters)
 
 
+def test_muon_gathers_each_matrix_and_sends_its_step_to_all() -> None:
+    """In bf16: inside a node where a copy fills one, then around all ranks, which crosses 63 of 511 times."""
+    config = DecoderTrainingConfig(replicas="nodes", optimizer="muon")
+    made, without = (
+        traffic(SEVEN_B, each, gpus=512, nodes=64, micro_batches=1)
+        for each in (config, DecoderTrainingConfig(replicas="nodes"))
+    )
+    gathered, sent = made.last[-2:]
+    assert made.last[:-2] == without.last
+    assert (gathered.kind, gathered.ranks, gathered.nodes) == ("gather", 8, 1)
+    whole = 2 * parameters(SEVEN_B).blocks
+    for each in (gathered, sent):
+        assert each.times == 4 * 32
+        assert each.size * each.times == pytest.approx(whole)
+    assert sent.sent == (pytest.approx(whole * 448 / 512), pytest.approx(whole * 63 / 512))
+    assert sent.seconds(LINKS) > gathered.seconds(LINKS)
+
+
 def test_one_gpu_sends_nothing() -> None:
     made = traffic(SEVEN_B, DecoderTrainingConfig(), gpus=1, nodes=1, micro_batches=1)
     assert not made.everything()

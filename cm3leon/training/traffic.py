@@ -1,10 +1,11 @@
 """What the ranks of a training send each other in a step, by arithmetic, and the time it takes.
 
 FSDP gathers each layer's weights for the forward and again for the backward pass, embeddings and head once, and
-scatters their gradients, in every micro-batch; replicas add up their shards of the gradients in the last one.
+scatters their gradients, in every micro-batch; replicas add up their shards of the gradients in the last one. Muon
+gathers each matrix of the layers for its step, and the rank that has computed the step sends it to all.
 Collectives are rings: of g ranks each sends (g - 1) / g of the bytes, twice for a sum, in as many hops. Where a ring
 goes over n nodes, n of its g hops are between nodes; NCCL makes as many rings as a node has network cards, so that
-these share the bytes.
+these share the bytes. What one rank sends to all takes a ring's hops but the one that would lead back to it.
 
     4 ranks on 2 nodes      0 -> 1 => 2 -> 3 => 0          -> inside a node, => between nodes
 """
@@ -38,9 +39,9 @@ class Links:
 class Collective:
     """Of a kind and size that ranks make `times` a step."""
 
-    kind: Literal["gather", "scatter", "sum"]
+    kind: Literal["gather", "scatter", "sum", "broadcast"]
     size: float
-    """Bytes of the whole: gathered, or before they are scattered or added up."""
+    """Bytes of the whole: gathered, or before they are scattered, added up or sent to all."""
     ranks: int
     nodes: int
     times: float = 1
@@ -51,6 +52,8 @@ class Collective:
         passes = 2 if self.kind == "sum" else 1
         sent = self.times * passes * self.size * (self.ranks - 1) / self.ranks
         between = self.nodes / self.ranks if self.nodes > 1 else 0.0
+        if self.kind == "broadcast":
+            between = (self.nodes - 1) / (self.ranks - 1)
         return sent * (1 - between), sent * between
 
     def seconds(self, links: Links) -> float:
@@ -76,7 +79,7 @@ class Traffic:
     sums: list[Collective]
     """Of replicas, while gradients are computed; other links are at work than for what is scattered inside a node."""
     last: list[Collective]
-    """After the last gradient."""
+    """After the last gradient: of what is not in layers, and Muon's."""
 
     def everything(self) -> list[Collective]:
         """All of them."""
@@ -144,12 +147,21 @@ def traffic(
     def add_up(weights: float, times: float) -> Collective:
         return replace(replica, size=4.0 * weights / shards, times=times)
 
+    # In bf16, one matrix of the layers after the other (`muon.py`); adapters are two beside each.
+    muon: list[Collective] = []
+    if training.optimizer == "muon":
+        weights = [each.numel() for each in model.blocks.parameters() if each.ndim == 2]
+        size = 2.0 * (adapters or sum(weights))
+        matrices = 2 * layers * len(model.matrix_sizes) if adapters else len(weights)
+        to_all = Collective("broadcast", size / matrices, gpus, nodes, matrices)
+        muon = [replace(shard, size=size / matrices, times=matrices), to_all]
+
     made = Traffic(
         first=[gather(count.root, k), gather(layer, k)],
         forward=[gather(layer, k * (layers - 1))],
         backward=[gather(layer, k * layers), scatter(trained_layer, k * layers)],
         sums=[add_up(trained_layer, layers)],
-        last=[scatter(trained_root, k), add_up(trained_root, 1)],
+        last=[scatter(trained_root, k), add_up(trained_root, 1), *muon],
     )
     return Traffic(*(list(_needed(part)) for part in vars(made).values()))
 
