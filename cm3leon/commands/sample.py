@@ -34,6 +34,7 @@ from cm3leon.retrievers.neighbours import draw
 from cm3leon.retrievers.parts import MODALITIES, Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.stages.attribution import attribution
 from cm3leon.stages.files import TEXT_TOKENIZER
 from cm3leon.stages.neighbours import bank_of
 from cm3leon.stages.pipeline import first_unfinished
@@ -92,7 +93,7 @@ def show(
     path = out or folder / "show" / name
     print("\n".join(printed(shown, facts, width=min(shutil.get_terminal_size().columns, 120))))
     try:
-        write_sample_page(path, shown, facts)
+        write_sample_page(path, shown, facts, attribution([experiment]))
     except OSError as error:
         raise UserError(f"out: {path} cannot be written: {error.strerror}") from error
     print(f"\npage: {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from cm3leon.data.images import square
 from cm3leon.types import Document, ImageSegment
@@ -39,6 +39,10 @@ class Source(ABC):
 
     class_names: tuple[str, ...] = ()
     """Names of the classes that `Document.label` numbers; empty where documents have no known class."""
+
+    attribution: ClassVar[str] = ""
+    """Whose the pictures are and under which licence, in sentences, where the licence asks for it: every page that shows
+    them says so."""
 
     @classmethod
     def task_of(cls, config: Any) -> str | None:

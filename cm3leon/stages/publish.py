@@ -30,6 +30,7 @@ from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
 from cm3leon.io import read_json_lines, write_json
 from cm3leon.provenance import commit, environment, processor
 from cm3leon.records import KINDS
+from cm3leon.stages.attribution import attribution
 from cm3leon.stages.evaluation import RESULTS, Evaluator, best_row
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.terminal import command_line
@@ -154,6 +155,7 @@ class _Page:
                 )
                 if section.blocks
             ],
+            footer=attribution([self.run.experiment], self.run.experiment.evaluations.values()),
         )
 
     def pictures_first(self) -> list[Section]:

@@ -103,6 +103,7 @@ def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
             *([Section("Training", "Figures of training batches.", drawn)] if drawn else []),
             Section("To make it again", "The settings are in config.yaml of the run's folder."),
         ],
+        footer=attribution([run.experiment]),
     )
 
 

@@ -18,6 +18,8 @@ from cm3leon.evaluation.report import (
 from cm3leon.evaluation.report.answers import Example, aim_fact, evaluation_section
 from cm3leon.study.config import Study
 
+KEPT = "All figures and settings are in results.json; the same command makes only what is missing."
+
 
 def study_report(
     path: Path,
@@ -25,11 +27,13 @@ def study_report(
     results: Mapping[str, Any],
     examples: Mapping[str, Sequence[Sequence[Example]]],
     origin: Origin,
+    attribution: str = "",
 ) -> None:
     """Writes the page, with links to the pages of the runs, whose folders lie beside it.
 
     Args:
         examples: for each evaluation, those of each of its rows.
+        attribution: what there is to say of whose the pictures are.
     """
     evaluations = results["evaluations"]
     sections = [
@@ -56,7 +60,7 @@ def study_report(
                 *_times(results["seconds"]),
                 origin.section(),
             ],
-            footer="All figures and settings are in results.json; the same command makes only what is missing.",
+            footer="\n\n".join(filter(None, [KEPT, attribution])),
         ),
     )
 

@@ -17,6 +17,7 @@ from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.provenance import machines
 from cm3leon.records import MARKER, read_stage
+from cm3leon.stages.attribution import attribution
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.table import stages_of
 from cm3leon.study.compute import training_flops
@@ -111,6 +112,11 @@ def _run_study(
             results,
             {name: shown for name, (_, shown) in found.items()},
             Origin(str(study.name), again, datetime.now(UTC), machines([folder])),
+            attribution(
+                [load_run(study, name) for name in study.runs],
+                study.evaluations.values(),
+                [path for each in study.evaluations.values() for path in each.models.values()],
+            ),
         )
     print(f"report: {folder / 'report.html'}")
 

@@ -101,6 +101,8 @@ class Protocol(ABC):
     """What features are computed on."""
     folder: Path | None = None
     """Where it may keep what is the same for all models that are asked; None = nowhere."""
+    attribution: ClassVar[str] = ""
+    """What a page that shows its items has to say of whose they are, as in a source (`data/source.py`)."""
     explained: ClassVar[Mapping[str, str]] = {}
     """What there is to say on a page of a figure whose name does not say enough, in a sentence, by its name."""
 

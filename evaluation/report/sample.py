@@ -264,16 +264,19 @@ def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def write_sample_page(path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]]) -> None:
+def write_sample_page(
+    path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = ""
+) -> None:
     """Write the page, whole or not at all."""
-    write_page(path, render_sample(sample, facts))
+    write_page(path, render_sample(sample, facts, footer))
 
 
-def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]]) -> str:
-    """The page as HTML; `facts` are the rows of its first table."""
+def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = "") -> str:
+    """The page as HTML; `facts` are the rows of its first table, `footer` says whose the pictures are."""
     return fill(
         "sample.html",
         sample=sample,
+        footer=footer,
         facts=Table(("", ""), facts),
         picture=lambda label, pixels_HWC: Picture(pixels_HWC, label, height=PIXELS),
         visible=visible,

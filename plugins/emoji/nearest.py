@@ -1,0 +1,164 @@
+"""Which drawing an image comes closest to, among all there are: the measure, which nothing here was trained for.
+
+By pixels, and by features that have nothing to do with any tokenizer: histograms of oriented gradients (Dalal and
+Triggs 2005) and the mean colours of cells in CIELAB, both by scikit-image. Drawings are made from their files at the
+size of the answers; nothing of the corpus, its split or its codes is used.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from cm3leon.io import digest_of
+from cm3leon.types import UserError
+
+from .catalogue import Emoji, catalogue
+from .drawings import drawings
+
+CELLS = 6
+"""Cells along a side, of gradients and of colours."""
+ORIENTATIONS = 8
+AT_ONCE = 256
+"""Images that are compared at a time."""
+
+
+class Drawings:
+    """All drawings at a size, with what images are compared with them by."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        images_MHWC = drawings(side)
+        self.looks = [digest_of(image_HWC.tobytes()) for image_HWC in images_MHWC]
+        """Equal for drawings that cannot be told apart at this size."""
+        twins: dict[str, list[Emoji]] = {}
+        for emoji, look in zip(catalogue(), self.looks, strict=True):
+            twins.setdefault(look, []).append(emoji)
+        self._twins = [twins[look] for look in self.looks]
+        self._pixels_MD = _flat(images_MHWC)
+        gradients_MD, colours_MD = gradients(images_MHWC), colours(images_MHWC)
+        # Both parts weigh the same: each is measured in units of its own spread over all drawings.
+        self._units = tuple(float(np.sqrt(p.var(axis=0).sum())) for p in (gradients_MD, colours_MD))
+        self._features_MD = self._scaled(gradients_MD, colours_MD)
+
+    def nearest_by_pixels(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """The number of the drawing with the least squared distance to each image, (B,)."""
+        return _nearest(_flat(self._checked(images_BHWC)), self._pixels_MD)
+
+    def nearest_by_features(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """The number of the drawing with the least squared distance of features to each image, (B,)."""
+        images_BHWC = self._checked(images_BHWC)
+        features_BD = self._scaled(gradients(images_BHWC), colours(images_BHWC))
+        return _nearest(features_BD, self._features_MD)
+
+    def same(self, one: int, other: int) -> bool:
+        """Whether two drawings cannot be told apart at this size."""
+        return self.looks[one] == self.looks[other]
+
+    def named(self, number: int) -> list[Emoji]:
+        """All emojis that have this drawing: it is the man's as much as the pilot's."""
+        return self._twins[number]
+
+    def _scaled(self, gradients_BD: np.ndarray, colours_BD: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [gradients_BD / self._units[0], colours_BD / self._units[1]], axis=1
+        ).astype(np.float32)
+
+    def _checked(self, images_BHWC: np.ndarray) -> np.ndarray:
+        if images_BHWC.shape[1:] != (self.side, self.side, 3):
+            raise ValueError(f"images are {images_BHWC.shape[1:]}, drawings {self.side} wide")
+        return images_BHWC
+
+
+@cache
+def all_drawings(side: int) -> Drawings:
+    """The drawings of a size, prepared once in a process."""
+    return Drawings(side)
+
+
+def meets(asked: Emoji, found: Emoji) -> bool:
+    """Whether a drawing is one that a caption may mean: it differs only in what the caption leaves open.
+
+    `firefighter` leaves the gender open, and a name of which there are several tones leaves the tone open.
+    """
+    if found.subject != asked.subject:
+        return False
+    return gender_met(asked, found) and tone_met(asked, found)
+
+
+def gender_met(asked: Emoji, found: Emoji) -> bool:
+    """Whether a drawing has the gender that a caption says, if it says one."""
+    return asked.gender not in ("woman", "man") or found.gender == asked.gender
+
+
+def tone_met(asked: Emoji, found: Emoji) -> bool:
+    """Whether a drawing has the tones that a caption says, if it says any."""
+    return found.tones == asked.tones or (not asked.tones and asked.has_tones)
+
+
+@cache
+def by_caption() -> dict[str, int]:
+    """Numbers of the drawings by their captions, in small letters."""
+    return {emoji.caption.lower(): number for number, emoji in enumerate(catalogue())}
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def gradients(images_BHWC: np.ndarray) -> np.ndarray:
+    """Histograms of oriented gradients (B, D) of uint8 images.
+
+    One block is the whole image, so that what noise leaves in plain cells is not raised to the height of outlines.
+    """
+    hog = _scikit_image("feature").hog
+    side = images_BHWC.shape[1]
+    cell = max(2, side // CELLS)
+    return np.stack(
+        [
+            hog(
+                image_HWC,
+                orientations=ORIENTATIONS,
+                pixels_per_cell=(cell, cell),
+                cells_per_block=(CELLS, CELLS),
+                channel_axis=-1,
+            )
+            for image_HWC in images_BHWC
+        ]
+    )
+
+
+def colours(images_BHWC: np.ndarray) -> np.ndarray:
+    """Mean colours (B, D) of the cells of uint8 images, in CIELAB."""
+    lab_BHWC = _scikit_image("color").rgb2lab(np.asarray(images_BHWC))
+    edges = np.linspace(0, images_BHWC.shape[1], CELLS + 1).round().astype(int)[:-1]
+    sums_BYXC = np.add.reduceat(np.add.reduceat(lab_BHWC, edges, axis=1), edges, axis=2)
+    sizes_Y = np.diff([*edges, images_BHWC.shape[1]])
+    means_BYXC = sums_BYXC / (sizes_Y[:, None] * sizes_Y)[..., None]
+    return means_BYXC.reshape(len(means_BYXC), -1)
+
+
+def _scikit_image(module: str) -> object:
+    from importlib import import_module
+
+    try:
+        return import_module(f"skimage.{module}")
+    except ImportError as error:
+        raise UserError(
+            "protocol: emoji compares images by scikit-image (pip install scikit-image)"
+        ) from error
+
+
+def _flat(images_BHWC: np.ndarray) -> np.ndarray:
+    return images_BHWC.reshape(len(images_BHWC), -1).astype(np.float32) / 255
+
+
+def _nearest(queries_BD: np.ndarray, known_MD: np.ndarray) -> np.ndarray:
+    """The row of `known_MD` that is closest to each query; the first of several."""
+    squares_M = np.square(known_MD).sum(axis=1)
+    found = [
+        # The query's own square is the same for all, and is left out.
+        (squares_M - 2 * queries_BD[first : first + AT_ONCE] @ known_MD.T).argmin(axis=1)
+        for first in range(0, len(queries_BD), AT_ONCE)
+    ]
+    return np.concatenate(found)

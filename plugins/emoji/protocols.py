@@ -1,0 +1,224 @@
+"""What models are asked about drawings, and how it is scored (docs/emoji.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from cm3leon.config import PositiveInt
+from cm3leon.evaluation.images import FeatureStatistics, cell_features
+from cm3leon.evaluation.metrics import Measured, proportion
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, Shown, clip_score
+from cm3leon.evaluation.protocols.corpus import GREY
+from cm3leon.registry import PROTOCOLS
+from cm3leon.types import Document, ImageSegment, TextSegment, UserError
+
+from .catalogue import ATTRIBUTION, Emoji, catalogue
+from .drawings import drawings, made_with
+from .edits import EditKind, edits
+from .nearest import Drawings, all_drawings, by_caption, gender_met, meets, tone_met
+from .source import DrawnAt, check_kinds, edit_document
+from .splits import Part, share, shown_once
+
+CELLS = "Fréchet distance of cells"
+LEAST = 110
+"""Images of which the covariance of the 108 colours of cells has full rank."""
+
+
+@PROTOCOLS.register("emoji")
+class EmojiTask(Protocol):
+    """Drawings that were held out, by task: whether the nearest of all drawings is the one that was asked for."""
+
+    attribution = ATTRIBUTION
+    lowest_is_best = (CELLS,)
+    explained: ClassVar[Mapping[str, str]] = {
+        "right": (
+            "Right: of all drawings that there are, the nearest by pixels is the one asked for, or differs from it "
+            "only in what the prompt leaves open; a caption is one of the drawing's."
+        ),
+        "right_by_features": (
+            "Right by features: the same by histograms of gradients and colours of cells (scikit-image)."
+        ),
+        "tone": "Tone, gender, subject: what the nearest drawing by pixels, or the caption, has of them.",
+        "base_name": "Base name: the caption without its tone.",
+    }
+
+    @dataclass(kw_only=True)
+    class Config(DrawnAt):
+        """Which task, about which drawings."""
+
+        task: Literal["text_to_image", "caption", "infill_top", "infill_bottom", "edit"]
+        """What is asked for."""
+        part: Part = "compositions"
+        """compositions: tone, gender and subject that were not seen together. objects: things that were not seen.
+        train: what was. Edits are those that lead to a drawing that was not seen."""
+        kinds: list[str] | None = None
+        """Of drawings, as in the source; null = all. Of edits: tone, gender, time."""
+        count: PositiveInt | None = None
+        """Items, drawn by hash, evenly from the kinds of edits; null = all."""
+
+        def check(self) -> None:
+            if self.task == "edit":
+                for kind in self.kinds or ():
+                    if kind not in ("tone", "gender", "time"):
+                        raise UserError(f"kinds holds {kind}; edits are of tone, gender or time")
+            else:
+                check_kinds(self.kinds or [])
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.answers_in = "text" if config.task == "caption" else "image"
+        self.max_tokens = 32
+
+    def items(self) -> list[Item]:
+        items = self._edits() if self.config.task == "edit" else self._drawings()
+        if not items:
+            raise UserError("protocol: there is no drawing of these kinds in this part")
+        return items
+
+    def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        if self.answers_in == "text":
+            return self._captions(items, answers)
+        numbers = [item.truth for item in items]
+        images_BHWC = np.stack([np.asarray(answer.image_HWC) for answer in answers])
+        known = all_drawings(self.config.side)
+        by_pixels = known.nearest_by_pixels(images_BHWC)
+        by_features = known.nearest_by_features(images_BHWC)
+
+        right_B = self._right(known, numbers, by_pixels)
+        figures = {
+            "right": proportion(right_B),
+            "right_by_features": proportion(self._right(known, numbers, by_features)),
+            **_aspects(known, numbers, by_pixels),
+        }
+        kinds = sorted({item.kind for item in items})
+        if len(kinds) > 1:
+            for kind in kinds:
+                figures[kind] = proportion(right_B[np.array([i.kind == kind for i in items])])
+        if len(items) >= LEAST:
+            truths_BHWC = drawings(self.config.side)[numbers]
+            figures[CELLS] = _frechet(images_BHWC, truths_BHWC)
+        return {**figures, **clip_score(answers)}
+
+    def right(self, item: Item, answer: Answer) -> bool:
+        if self.answers_in == "text":
+            found = by_caption().get(_read(answer.text))
+            return found is not None and self._met(
+                all_drawings(self.config.side), item.truth, found
+            )
+        assert answer.image_HWC is not None
+        known = all_drawings(self.config.side)
+        nearest = known.nearest_by_pixels(np.asarray(answer.image_HWC)[None])
+        return bool(self._right(known, [item.truth], nearest)[0])
+
+    def shown(self, item: Item) -> Shown:
+        image_HWC, task = item.document.images[-1], self.config.task
+        if task in ("caption", "edit"):
+            of_base = super().shown(item)
+            truth = item.document.text if task == "caption" else of_base.text
+            return replace(
+                of_base, text=truth, original_HWC=None if task == "caption" else image_HWC
+            )
+        if task == "text_to_image":
+            return Shown(item.document.text, None, image_HWC)
+        given_HWC = image_HWC.copy()
+        middle = len(image_HWC) // 2
+        given_HWC[slice(0, middle) if task == "infill_top" else slice(middle, None)] = GREY
+        return Shown(item.document.text, given_HWC, image_HWC)
+
+    def fingerprint(self) -> str:
+        return made_with()
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def _drawings(self) -> list[Item]:
+        config = self.config
+        numbers = {emoji.code: number for number, emoji in enumerate(catalogue())}
+        images_MHWC = drawings(config.side)
+        chosen = [e for e in shown_once(config.part) if not config.kinds or e.kind in config.kinds]
+        if config.count is not None:
+            chosen = sorted(chosen, key=lambda emoji: share(f"asked {emoji.code}"))[: config.count]
+        items = []
+        for emoji in chosen:
+            number = numbers[emoji.code]
+            segments = (TextSegment(emoji.caption), ImageSegment(images_MHWC[number]))
+            document = Document(emoji.code, segments)
+            items.append(Item(emoji.code, config.task, document, number, emoji.kind))
+        return items
+
+    def _edits(self) -> list[Item]:
+        config = self.config
+        kinds: tuple[EditKind, ...] = ("tone", "gender", "time")
+        wanted = [kind for kind in kinds if not config.kinds or kind in config.kinds]
+        items = []
+        for kind in wanted:
+            of_kind = [edit for edit in edits(held_out=True) if edit.kind == kind]
+            if config.count is not None:
+                of_kind = of_kind[: -(-config.count // len(wanted))]
+            for edit in of_kind:
+                document = edit_document(edit, config.side)
+                items.append(Item(edit.id, "instruction", document, edit.after, kind))
+        return items
+
+    def _met(self, known: Drawings, asked: int, found: int) -> bool:
+        """Whether a drawing is the one asked for, or one that the prompt may mean."""
+        if known.same(asked, found):
+            return True
+        # The given drawing leaves nothing open of what an edit is to show, nor the drawing of what a caption says.
+        is_open = self.config.task not in ("edit", "caption")
+        return is_open and any(meets(catalogue()[asked], each) for each in known.named(found))
+
+    def _right(self, known: Drawings, asked: Sequence[int], found: Sequence[int]) -> np.ndarray:
+        return np.array([self._met(known, *pair) for pair in zip(asked, found, strict=True)])
+
+    def _captions(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
+        """What captions say that is true of the drawings; equal drawings may have each other's names."""
+        known = all_drawings(self.config.side)
+        right, base, tone = [], [], []
+        for item, answer in zip(items, answers, strict=True):
+            emoji, text = catalogue()[item.truth], _read(answer.text)
+            name, _, tones = text.partition(": ")
+            right.append(self.right(item, answer))
+            base.append(name in {each.name.lower() for each in known.named(item.truth)})
+            tone.append(tones == emoji.caption.lower().partition(": ")[2])
+        has_tone_B = np.array([bool(catalogue()[item.truth].tones) for item in items])
+        figures = {"right": right, "base_name": base}
+        found = {key: proportion(np.array(hits)) for key, hits in figures.items()}
+        if has_tone_B.any():
+            found["tone"] = proportion(np.array(tone)[has_tone_B])
+        return found
+
+
+def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dict[str, Measured]:
+    """Of what is asked for by name, the share that the nearest drawings have: each over the items that have it."""
+    aspects: dict[str, tuple[Callable[[Emoji], Any], Callable[[Emoji, Emoji], bool]]] = {
+        "tone": (lambda emoji: emoji.tones, tone_met),
+        "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
+        "subject": (lambda emoji: True, lambda emoji, other: emoji.subject == other.subject),
+    }
+    pairs = [(catalogue()[a], known.named(f)) for a, f in zip(asked, found, strict=True)]
+    figures = {}
+    for name, (says, met) in aspects.items():
+        hits = [any(met(emoji, twin) for twin in twins) for emoji, twins in pairs if says(emoji)]
+        if hits:
+            figures[name] = proportion(np.array(hits))
+    return figures
+
+
+def _frechet(images_BHWC: np.ndarray, truths_BHWC: np.ndarray) -> Measured:
+    """The distance between the colours of cells of images and of true drawings (no FID: that takes Inception)."""
+    sides = FeatureStatistics(), FeatureStatistics()
+    for statistics, pixels_BHWC in zip(sides, (images_BHWC, truths_BHWC), strict=True):
+        statistics.add(cell_features(pixels_BHWC))
+    value = sides[0].frechet(sides[1])
+    return Measured(value, value, value, len(images_BHWC))
+
+
+def _read(text: str) -> str:
+    """A caption as captions are compared: in small letters, without spaces around it, or tags."""
+    return text.partition(" | ")[0].strip().lower()
