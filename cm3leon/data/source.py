@@ -41,8 +41,8 @@ class Source(ABC):
     """Names of the classes that `Document.label` numbers; empty where documents have no known class."""
 
     attribution: ClassVar[str] = ""
-    """Whose the pictures are and under which licence, in sentences, where the licence asks for it: every page that shows
-    them says so."""
+    """Whose the pictures are and under which licence, in sentences, where the licence asks for it: every page that
+    shows them says so."""
 
     @classmethod
     def task_of(cls, config: Any) -> str | None:

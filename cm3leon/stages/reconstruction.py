@@ -18,6 +18,7 @@ from cm3leon.evaluation.report import (
     write_report,
 )
 from cm3leon.io import write_json
+from cm3leon.stages.attribution import attribution
 from cm3leon.stages.inputs import depends_on, recorded
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
