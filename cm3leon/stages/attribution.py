@@ -47,8 +47,9 @@ def attribution(
         opened.add(folder)
         settings = _settings(folder)
         said += _of_source(settings.get("data"))
-        shards = settings.get("shards") or {}
-        waiting += [Path(each) for each in (*(shards.get("mix") or ()), shards.get("bank")) if each]
+        section = settings.get("shards") or {}
+        others = (*(section.get("mix") or ()), section.get("bank"))
+        waiting += [Path(each) for each in others if each]
     return "\n\n".join(dict.fromkeys(filter(None, said)))
 
 

@@ -8,6 +8,7 @@ size of the answers; nothing of the corpus, its split or its codes is used.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -42,12 +43,12 @@ class Drawings:
         self._units = tuple(float(np.sqrt(p.var(axis=0).sum())) for p in (gradients_MD, colours_MD))
         self._features_MD = self._scaled(gradients_MD, colours_MD)
 
-    def nearest_by_pixels(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """The number of the drawing with the least squared distance to each image, (B,)."""
+    def nearest_by_pixels(self, images_BHWC: np.ndarray) -> list[int]:
+        """The number of the drawing with the least squared distance to each image."""
         return _nearest(_flat(self._checked(images_BHWC)), self._pixels_MD)
 
-    def nearest_by_features(self, images_BHWC: np.ndarray) -> np.ndarray:
-        """The number of the drawing with the least squared distance of features to each image, (B,)."""
+    def nearest_by_features(self, images_BHWC: np.ndarray) -> list[int]:
+        """The number of the drawing with the least squared distance of features to each image."""
         images_BHWC = self._checked(images_BHWC)
         features_BD = self._scaled(gradients(images_BHWC), colours(images_BHWC))
         return _nearest(features_BD, self._features_MD)
@@ -138,7 +139,7 @@ def colours(images_BHWC: np.ndarray) -> np.ndarray:
     return means_BYXC.reshape(len(means_BYXC), -1)
 
 
-def _scikit_image(module: str) -> object:
+def _scikit_image(module: str) -> Any:
     from importlib import import_module
 
     try:
@@ -153,12 +154,12 @@ def _flat(images_BHWC: np.ndarray) -> np.ndarray:
     return images_BHWC.reshape(len(images_BHWC), -1).astype(np.float32) / 255
 
 
-def _nearest(queries_BD: np.ndarray, known_MD: np.ndarray) -> np.ndarray:
+def _nearest(queries_BD: np.ndarray, known_MD: np.ndarray) -> list[int]:
     """The row of `known_MD` that is closest to each query; the first of several."""
     squares_M = np.square(known_MD).sum(axis=1)
-    found = [
+    found: list[int] = []
+    for first in range(0, len(queries_BD), AT_ONCE):
         # The query's own square is the same for all, and is left out.
-        (squares_M - 2 * queries_BD[first : first + AT_ONCE] @ known_MD.T).argmin(axis=1)
-        for first in range(0, len(queries_BD), AT_ONCE)
-    ]
-    return np.concatenate(found)
+        distances_BM = squares_M - 2 * queries_BD[first : first + AT_ONCE] @ known_MD.T
+        found += distances_BM.argmin(axis=1).tolist()
+    return found
