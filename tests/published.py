@@ -28,7 +28,7 @@ def pretrained(place: Path) -> dict[str, Any]:
     return {"path": str(write_taming(place / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))))}
 
 
-IMAGE_TOKENIZER_FILES = {"pretrained": pretrained}
+IMAGE_TOKENIZER_FILES = {"pretrained": pretrained, "chameleon": pretrained}
 """For image tokenizers that need one: a function that writes a small file and returns the settings that name it."""
 
 

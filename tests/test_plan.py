@@ -69,6 +69,27 @@ def test_recipes_shard_inside_a_node_which_is_best_and_fits(
     assert own.step_seconds == made.compute_seconds + own.exposed_seconds
 
 
+@pytest.mark.parametrize("name", ["sft_chameleon_7b", "sft_anole_7b"])
+def test_chameleon_is_adapted_on_24_gb_and_drawn_with_there(name: str) -> None:
+    made = planned(name, gpu="rtx4090")
+    assert made.vocabulary == 65_536
+    assert made.trained_parameters == 32 * 16 * (16_384 + 8192 + 3 * (4096 + 11_008))
+    assert made.fits
+    assert made.drawing.ids == 1024
+    assert made.drawing.cache == 2 * 1024 * 2 * 32 * 4096 * 2  # both streams, keys and values, bf16
+    read = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 65_536 * 4096
+    seconds = 1024 * (read + made.drawing.cache / 2) / 1008e9
+    assert made.drawing.seconds["bf16"] == pytest.approx(seconds)
+    assert made.drawing.weights["bf16"] + made.drawing.full_cache < made.usable_bytes
+
+
+def test_all_of_chameleon_is_trained_on_eight_gpus_and_on_no_small_one() -> None:
+    assert planned("sft_chameleon_7b_8x80gb", gpu="h100").fits
+    whole = planned("sft_chameleon_7b", "training.lora_rank=0", gpu="rtx4090")
+    assert not whole.fits
+    assert set(whole.largest_micro_batch.values()) == {0}
+
+
 def test_slower_links_are_seen() -> None:
     usual, slow = (planned("pretrain_7b", gpu="h100", across=across) for across in (50.0, 1.0))
     assert slow.layouts[0].across_bytes == usual.layouts[0].across_bytes

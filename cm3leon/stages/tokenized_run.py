@@ -131,12 +131,19 @@ class TokenizedRun:
         return tokenizer.to(self.device).ready()
 
     def new_image_tokenizer(self) -> ImageTokenizer:
-        """The image tokenizer before training; of a finished run, before its weights are read."""
-        if self.finished and (self.folder / "image_tokenizer" / GEOMETRY).is_file():
-            # Published files that the run was made from may be gone.
-            kept = read_json(self.stage("image_tokenizer", GEOMETRY) / GEOMETRY)
-            return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer, kept=kept)
-        return IMAGE_TOKENIZERS.build(self.experiment.image_tokenizer)
+        """The image tokenizer before training; of a finished run, before its weights are read.
+
+        Published files that a run was made from may be gone: it opens without them, and so does one that takes its
+        tokenizers over.
+        """
+        section = self.experiment.image_tokenizer
+        folder = self.folder if self.finished else self.reused
+        if folder is not None and IMAGE_TOKENIZERS.get(section.name).pretrained:
+            file = folder / "image_tokenizer" / GEOMETRY
+            if file.is_file():
+                opened_stage(file.parent, file.name, verify=self.verify, finished=self.finished)
+                return IMAGE_TOKENIZERS.build(section, kept=read_json(file))
+        return IMAGE_TOKENIZERS.build(section)
 
     @cached_property
     def image_tokenizer_shape(self) -> ImageTokenizer:

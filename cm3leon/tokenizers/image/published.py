@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,22 @@ from cm3leon.weights import check_finite
 IMAGE_SIZE = 256
 """Height and width of the images, in pixels, where neither the user nor the files say one."""
 
+CHAMELEON: Mapping[str, Any] = {
+    "channels": 128,
+    "multipliers": (1, 1, 2, 2, 4),
+    "residual_blocks": 2,
+    "attention_levels": (),
+    "z_channels": 256,
+    "image_size": 512,
+    "codebook_size": 8192,
+    "code_dim": 256,
+    "gumbel": False,
+    "normalized": False,
+    "decoder": True,
+    "layout": "taming",
+}
+"""Geometry of Chameleon's `vqgan.ckpt`, by the configuration of transformers' ChameleonVQVAE."""
+
 
 @IMAGE_TOKENIZERS.register("pretrained")
 class PublishedVQ(VQModel):
@@ -54,16 +70,21 @@ class PublishedVQ(VQModel):
 
     @dataclass(kw_only=True)
     class Config:
-        """Only the path has to be said."""
+        """Only the path has to be said, unless another run's tokenizers are taken over."""
 
-        path: Path
-        """The published file (.ckpt, .pt, .safetensors), or a Hugging Face folder with its config.json."""
+        path: Path | None = None
+        """The published file (.ckpt, .pt, .safetensors), or a Hugging Face folder with its config.json; None = what the
+        run of shards.tokenizers has kept of one."""
         layout: Literal["auto", "taming", "llamagen", "janus", "diffusers"] = "auto"
         """Whose names the tensors have; auto = read from them."""
         image_size: PositiveInt | None = None
-        """Height and width of the images, in pixels; None = that of a folder's config.json, 256 where there is none."""
+        """Height and width of the images, in pixels; None = that of a folder's config.json, where there is none 256, of
+        Chameleon's 512."""
 
     pretrained = True
+    known: ClassVar[Mapping[str, Any] | None] = None
+    """Its geometry where it needs no file to be known."""
+    usual_size = IMAGE_SIZE
     layout: str
     """The layout that was found."""
 
@@ -82,6 +103,15 @@ class PublishedVQ(VQModel):
         if kept is not None:
             self._build(config, kept)
             return
+        if config.path is None:
+            # Before anything is there, a plan asks for sizes alone.
+            if self.known is None or torch.get_default_device().type != "meta":
+                raise UserError(
+                    "image_tokenizer.path is missing; it must be a published file, or shards.tokenizers a run that was "
+                    "made from one"
+                )
+            self._build(config, self.known)
+            return
         weights = open_weights(config.path)
         _check_settings(weights.path, weights.settings)
         layout, tensors = layout_of(weights, config.layout)
@@ -93,7 +123,7 @@ class PublishedVQ(VQModel):
             found.architecture(),
             found.shape("quantizer.codebook_VD"),
         )
-        image_size = config.image_size or _image_size(weights.settings, shape) or IMAGE_SIZE
+        image_size = config.image_size or _image_size(weights.settings, shape) or self.usual_size
         if image_size % shape.downsampling:
             raise UserError(
                 f"image_size is {image_size}; it must be a multiple of {shape.downsampling}, "
@@ -126,6 +156,7 @@ class PublishedVQ(VQModel):
 
     def _build(self, config: Config, geometry: Mapping[str, Any]) -> None:
         """Its networks, with any weights."""
+        geometry = {**geometry, "image_size": config.image_size or geometry["image_size"]}
         size, dim = geometry["codebook_size"], geometry["code_dim"]
         super().__init__(
             Architecture(
@@ -169,6 +200,14 @@ class PublishedVQ(VQModel):
                 "into images; Chameleon's own vqgan.ckpt has one"
             )
         return super().signal_of(codes_BHW)
+
+
+@IMAGE_TOKENIZERS.register("chameleon")
+class ChameleonVQ(PublishedVQ):
+    """Chameleon's, Anole's and Lumina-mGPT's: their `vqgan.ckpt`, or what an imported run has kept of it."""
+
+    known = CHAMELEON
+    usual_size = CHAMELEON["image_size"]
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
