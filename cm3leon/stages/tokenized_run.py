@@ -137,8 +137,10 @@ class TokenizedRun:
         tokenizers over.
         """
         section = self.experiment.image_tokenizer
-        folder = self.folder if self.finished else self.reused
-        if folder is not None and IMAGE_TOKENIZERS.get(section.name).pretrained:
+        if not IMAGE_TOKENIZERS.get(section.name).pretrained:
+            return IMAGE_TOKENIZERS.build(section)
+        kept = [self.folder] if self.finished else [self.reused, self.folder] if self.reused else []
+        for folder in kept:
             file = folder / "image_tokenizer" / GEOMETRY
             if file.is_file():
                 opened_stage(file.parent, file.name, verify=self.verify, finished=self.finished)
