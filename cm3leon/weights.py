@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,6 +60,47 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         check_finite(tensor, f"{path}: the tensor {name}")
     return dict(weights)
+
+
+def read_rows(path: Path, rows: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Read rows of the tensors of a safetensors file into other tensors, in their precision, and nothing else of it.
+
+    Args:
+        rows: by name, the tensor that is read into, and the number of its first row in the file's.
+
+    Raises:
+        UserError: for a file that is missing, may not be read or is damaged, or lacks a tensor or its rows.
+        NotFinite: naming a tensor whose rows hold NaN or infinite numbers.
+    """
+    with _opened(path) as file:
+        for name, (own, first) in rows.items():
+            if own.numel():
+                given = file.get_slice(name)[first : first + len(own)]
+                check_finite(given, f"{path}: the tensor {name}")
+                own.copy_(given)
+
+
+def shapes_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, on the meta device: their shapes.
+
+    Raises:
+        UserError: for a file that is missing, may not be read or is damaged.
+    """
+    with _opened(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    check_readable(path)
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors") from error
 
 
 def is_finite(tensor: Tensor) -> bool:

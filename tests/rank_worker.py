@@ -45,6 +45,11 @@ def draw(position: int, rng: np.random.Generator) -> Sample:
     return Sample(TokenDocument(f"document {position}", (text, image)))
 
 
+def not_called() -> Any:
+    """In the place of what builds a model whole."""
+    raise AssertionError("ranks make their own shards")
+
+
 def main(options: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     discover()
@@ -88,7 +93,14 @@ def main(options: dict[str, Any]) -> int:
             ranks=ranks.count,
         )
         state = torch.Generator().manual_seed(1).get_state() if options.get("drawn", True) else None
-        model = distributed(new_model, new_model, config, ranks, random_state=state)
+        model = distributed(
+            new_model if state is None else not_called,
+            new_model,
+            config,
+            ranks,
+            random_state=state,
+            weights=Path(options["weights"]) if "weights" in options else None,
+        )
         if options.get("only_first"):
             first_weights = whole_state(model)
             if ranks.first:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from cm3leon.data import ahead
 from cm3leon.models.transformer import Transformer
+from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Rank, Ranks, current_rank, joined
 from cm3leon.training.steps import checkpoints
@@ -163,6 +164,32 @@ def test_first_weights_are_those_of_one_process_that_builds_the_model(
     found = trained(tmp_path, ranks, fields=fields, only_first=True)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_first_weights_that_are_a_file_are_read_by_each_rank(
+    tmp_path: Path, ranks: int | None
+) -> None:
+    torch.manual_seed(5)
+    expected = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
+    file = tmp_path / "start.safetensors"
+    save_weights(file, expected)
+    fields = {"batch_size": 12}
+    found = trained(tmp_path, ranks, fields=fields, only_first=True, weights=str(file))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_all_ranks_end_with_the_fault_of_a_shard_that_one_reads(tmp_path: Path) -> None:
+    """The last rows of one matrix, which only the second rank looks at."""
+    state = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
+    state["blocks.1.up.weight"][-1, 0] = torch.nan
+    save_weights(file := tmp_path / "start.safetensors", state)
+    processes = start(tmp_path, 2, only_first=True, weights=str(file))
+    for process in processes:
+        said = process.communicate(timeout=120)[0]
+        assert "the tensor blocks.1.up.weight holds numbers that are NaN or infinite" in said
+        assert process.returncode
 
 
 def test_a_step_reduces_once_and_reads_once(tmp_path: Path) -> None:

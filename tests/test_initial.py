@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cm3leon.models.base import Model
-from cm3leon.models.initial import draw, skip
+from cm3leon.models.initial import Beginning, draw, skip
 from cm3leon.models.llama import Llama
 from cm3leon.models.transformer import Transformer
 
@@ -70,7 +70,7 @@ def test_shares_are_those_of_the_whole_bit_for_bit(
             parts.append(chunks[share])
             return chunks[share], sum(map(len, chunks[:share]))
 
-        draw(model, model.firsts(), state, rows)
+        draw(model, Beginning(model, model.firsts()), state, rows)
         drawn.append(model)
     for name, expected in whole.state_dict().items():
         chunks = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_worker import SHAPE, VOCAB
 from test_distributed import assert_alike, figures, finish, start, trained, wait_for
 
 from cm3leon.config import from_mapping
@@ -20,6 +21,7 @@ from cm3leon.training.checkpoint import Checkpoints, save_weights, training_tens
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.optimizer import new_optimizer
+from cm3leon.training.parallel import distributed
 from cm3leon.types import UserError
 
 
@@ -160,6 +162,30 @@ def test_two_ranks_are_one_and_a_stopped_training_goes_on_bit_for_bit(tmp_path: 
     again = trained(tmp_path / "stopped", None, fields=FIELDS)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "alone")
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_adapters_begin_as_if_the_decoder_had_been_built_whole(tmp_path: Path) -> None:
+    """Weights of a file, adapters from the stream behind those of the decoder, which nobody draws."""
+    torch.manual_seed(3)
+    built = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size)
+    add_lora(built, 3, 6.0)
+    file = tmp_path / "start.safetensors"
+    torch.manual_seed(4)
+    given = Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size).state_dict()
+    save_weights(file, given)
+
+    config = DecoderTrainingConfig(lora_rank=3, lora_alpha=6.0, precision="float32")
+    model = distributed(
+        lambda: pytest.fail("nobody builds it whole"),
+        lambda: Transformer(Transformer.Config(**SHAPE), vocab_size=VOCAB.size),
+        config,
+        Ranks(torch.device("cpu")),
+        random_state=torch.Generator().manual_seed(3).get_state(),
+        weights=file,
+    )
+    for name, weight in model.state_dict().items():
+        expected = built.state_dict()[name] if "lora" in name else given[name]
+        assert torch.equal(weight, expected), name
 
 
 @pytest.mark.parametrize("fields", [{}, {"start": "runs/x", "start_with": "everything"}])

@@ -58,20 +58,45 @@ Rows = Callable[[nn.Parameter], tuple[Tensor, int]]
 """Parameter -> the rows of it that are this rank's, to be written into, and the number of the first of them."""
 
 
-def draw(module: nn.Module, firsts: list[First], state: Tensor, rows: Rows) -> None:
-    """Draws a rank's rows of all parameters, as building the module on the CPU would have drawn them from `state` on.
+class Beginning:
+    """What a module begins with, and where in the stream; from its shapes, which may be on the meta device.
 
     Building draws twice: torch's own initialisation of each part, of which nothing is left, and then `firsts`.
 
     Args:
         firsts: in the order in which they are drawn.
+    """
+
+    def __init__(self, module: nn.Module, firsts: list[First]) -> None:
+        self.firsts = firsts
+        self.shapes = {name: weight.shape for name, weight in module.named_parameters()}
+        self.by_torch = sum(_drawn_by_torch(part) for part in module.modules())
+
+    def end(self) -> int:
+        """Numbers of the stream that building takes."""
+        normal = [self.shapes[each.name] for each in self.firsts if each.rule == "normal"]
+        return self.by_torch + sum(shape.numel() for shape in normal)
+
+
+def generator_at(state: Tensor, place: int) -> torch.Generator:
+    """A generator on the CPU so many numbers behind a state (`torch.get_rng_state`)."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    skip(generator, place)
+    return generator
+
+
+def draw(module: nn.Module, beginning: Beginning, state: Tensor, rows: Rows) -> None:
+    """Draws a rank's rows of all parameters, as building the module on the CPU would have drawn them from `state` on.
+
+    Args:
+        module: with the parameters of `beginning`; others are left as they are.
         state: of a generator on the CPU (`torch.get_rng_state`).
     """
     parameters = dict(module.named_parameters())
-    place = sum(_drawn_by_torch(part) for part in module.modules())
+    place, firsts = beginning.by_torch, beginning.firsts
     at = 0
-    generator = torch.Generator()
-    generator.set_state(state)
+    generator = generator_at(state, 0)
     last = {first.name: number for number, first in enumerate(firsts)}
     for number, first in enumerate(firsts):
         parameter = parameters[first.name]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.models.base import Model
+from cm3leon.models.initial import Rows
 from cm3leon.types import UserError
 
 
@@ -26,7 +27,12 @@ class LowRank(nn.Module):
         factory: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **factory))
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **factory))
-        nn.init.normal_(self.lora_a, std=linear.in_features**-0.5)
+        self.draw(self.lora_a.data)
+
+    @staticmethod
+    def draw(a_RK: Tensor, generator: torch.Generator | None = None) -> None:
+        """Draws A (rank, inputs), from torch's generator if no other is given."""
+        a_RK.normal_(std=a_RK.shape[1] ** -0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.scale * F.linear(
@@ -60,6 +66,18 @@ def add_lora(
             if frozen_dtype is not None:
                 linear.weight.data = linear.weight.data.to(frozen_dtype)
             setattr(block, name, LowRank(linear, rank, alpha))
+
+
+@torch.no_grad()
+def draw_adapters(model: nn.Module, generator: torch.Generator, rows: Rows) -> None:
+    """Draws a rank's rows of all adapters of a decoder, as `add_lora` would. Each A is small, and is drawn whole."""
+    for module in model.modules():
+        if isinstance(module, LowRank):
+            a_RK = torch.empty(module.lora_a.shape)
+            LowRank.draw(a_RK, generator)
+            own, first = rows(module.lora_a)
+            own.copy_(a_RK[first : first + len(own)])
+            rows(module.lora_b)[0].zero_()
 
 
 def lora_scale(model: nn.Module) -> float | None:

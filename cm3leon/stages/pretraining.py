@@ -25,6 +25,7 @@ from cm3leon.tokenizers.text import LAYOUT
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
 from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
+from cm3leon.training.distributed import Ranks
 from cm3leon.training.faults import diverged
 from cm3leon.training.parallel import distributed, whole_state
 from cm3leon.training.precision import chosen_precision
@@ -65,13 +66,13 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     config = replace(config, precision=precision)
     if config.start:
         check_tokenizers(run, config.start)
-    begins_anew = config.start is None or config.start_with == "everything"
     model = distributed(
         lambda: first_weights(run),
         run.empty_model,
         config,
         ranks,
-        random_state=run.state_of_new_model() if begins_anew else None,
+        random_state=run.state_of_new_model(),
+        weights=_weights_to_start_from(config, ranks),
     )
     if ranks.first:
         print(f"      attention: {model.attention_on(run.device)}", flush=True)
@@ -146,6 +147,24 @@ def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> P
     counts["flops"] = model_flops(model, batch.sample_BT)
     pinned = run.device.type == "cuda"
     return Part(batch.pinned() if pinned else batch, counts, positions)
+
+
+def _weights_to_start_from(config: DecoderTrainingConfig, ranks: Ranks) -> Path | None:
+    """The weights of the run that a training starts from, if they are all that it takes over.
+
+    The first rank compares them with their recorded checksum, and all end with the fault that it finds.
+    """
+    if config.start is None or config.start_with == "everything":
+        return None
+    folder, fault = config.start / "pretraining", ""
+    if ranks.first:
+        try:
+            opened_stage(folder, WEIGHTS)
+        except UserError as error:
+            fault = str(error)
+    if fault := ranks.gather(fault)[0]:
+        raise UserError(fault)
+    return folder / WEIGHTS
 
 
 def first_weights(run: RunFolder) -> Model:

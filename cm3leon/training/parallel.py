@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from cm3leon.collectives import averaged
 from cm3leon.models.base import Model
-from cm3leon.models.initial import draw
-from cm3leon.models.lora import add_lora, lora_scale, merged
+from cm3leon.models.initial import Beginning, draw, generator_at
+from cm3leon.models.lora import add_lora, draw_adapters, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.float8 import check_device, to_float8
 from cm3leon.types import UserError
+from cm3leon.weights import check_fit, read_rows, shapes_of
 
 
 def distributed(
@@ -36,6 +38,7 @@ def distributed(
     ranks: Ranks,
     *,
     random_state: Tensor | None = None,
+    weights: Path | None = None,
 ) -> Model:
     """A model with its weights, sharded over the ranks; on one process without a group, as it is.
 
@@ -47,26 +50,30 @@ def distributed(
             devices that do not compute in it.
 
     Args:
-        whole: makes the model with its weights, on the CPU; called on the first rank only, which sends the others
-            their shards, so that no other ever holds all of it.
+        whole: makes the model with its first weights, on the CPU. It is called where these are not known from what
+            follows, and on the first rank only, which sends the others their shards, so that no other ever holds all
+            of it.
         shape: makes the model without looking at its weights.
-        random_state: of the generator from which `whole` draws all weights, so that each rank may draw its own shards
-            (`models/initial.py`); None for weights that come from elsewhere.
+        random_state: of the generator from which `whole` draws, so that each rank may draw its own shards
+            (`models/initial.py`), those of adapters too; None for a model that begins otherwise.
+        weights: a safetensors file that has the first weights, which each rank reads its own shards of.
     """
     if config.precision == "float8":
         check_device(ranks.device)
     mesh = ranks.mesh(config.copies(ranks.nodes()))
     with torch.device("meta"):
         model = shape()
-    drawn = random_state is not None and not config.lora_rank and _draws_itself(model)
-    if mesh is None and drawn:
-        model.to_empty(device=ranks.device)
-        _draw(model, random_state)
-        _prepare(model, config)
-        return model
+    begin = None
+    if random_state is not None and _draws_itself(model):
+        begin = _beginning(model, random_state, weights, ranks)
+    frozen = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
     if mesh is None:
-        frozen = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
-        model = _adapted(whole(), config, frozen_dtype=frozen).to(ranks.device)
+        if begin:
+            with torch.device("meta"):
+                model = _adapted(model, config, frozen_dtype=frozen)
+            begin(model.to_empty(device=ranks.device))
+        else:
+            model = _adapted(whole(), config, frozen_dtype=frozen).to(ranks.device)
         _prepare(model, config)
         return model
     if config.optimizer == "adamw_8bit":
@@ -84,8 +91,8 @@ def distributed(
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
-    if drawn:
-        _draw(model, random_state)
+    if begin:
+        begin(model)
         return model
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state: dict[str, Any] = _adapted(whole(), config).state_dict() if ranks.first else {}
@@ -130,20 +137,45 @@ def _draws_itself(model: Model) -> bool:
     return not list(model.buffers()) and begun == {name for name, _ in model.named_parameters()}
 
 
-@torch.no_grad()
-def _draw(model: Model, random_state: Tensor | None) -> None:
-    """Draws this rank's shards of a model's first weights."""
-    assert random_state is not None
+def _beginning(
+    plain: Model, state: Tensor, weights: Path | None, ranks: Ranks
+) -> Callable[[nn.Module], None]:
+    """What gives this rank's shards of a model their first weights, and those of adapters that it has by then."""
+    beginning, wanted = Beginning(plain, plain.firsts()), plain.state_dict()
 
-    def rows(weight: nn.Parameter) -> tuple[Tensor, int]:
-        if not isinstance(weight, DTensor):
-            return weight, 0
-        _, offset = compute_local_shape_and_global_offset(
-            weight.shape, weight.device_mesh, weight.placements
-        )
-        return weight.to_local(), offset[0]
+    @torch.no_grad()
+    def begin(model: nn.Module) -> None:
+        if weights is None:
+            draw(model, beginning, state, _own_rows)
+        else:
+            _read(model, weights, wanted, ranks)
+        if lora_scale(model) is not None:
+            draw_adapters(model, generator_at(state, beginning.end()), _own_rows)
 
-    draw(model, model.firsts(), random_state, rows)
+    return begin
+
+
+def _own_rows(weight: nn.Parameter) -> tuple[Tensor, int]:
+    """The rows of a parameter that this rank holds, and the number of the first of them."""
+    if not isinstance(weight, DTensor):
+        return weight, 0
+    _, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return weight.to_local(), offset[0]
+
+
+def _read(model: nn.Module, path: Path, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Reads this rank's rows of the weights in `wanted`. All ranks end with a fault that one of them finds."""
+    parameters, fault = dict(model.named_parameters()), ""
+    try:
+        check_fit(path, shapes_of(path), wanted)
+        read_rows(path, {name: _own_rows(parameters[name]) for name in wanted})
+    except UserError as error:
+        fault = str(error)
+    for said in ranks.gather(fault):
+        if said:
+            raise UserError(said)
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
