@@ -1,5 +1,6 @@
 # make demo          train and evaluate the small experiment; ends with its figures, its report and what to try next
 # make test          run the tests
+# make test-all      run them all: those of test, those marked slow, those that need SLURM, those of the cluster's stack
 # make test-slurm    run those that need SLURM, on a small cluster brought up here (root on Debian or Ubuntu)
 # make test-cluster  run the tests with the versions of requirements/cluster.lock, those of fairseq2 and xformers too
 # make lint          check style and types
@@ -13,13 +14,18 @@ CLUSTER_VENV ?= .venv-cluster
 CLUSTER_BIN := $(CLUSTER_VENV)/bin
 CLUSTER_INSTALLED := $(CLUSTER_VENV)/.installed
 
-.PHONY: demo test test-slurm test-cluster lint
+.PHONY: demo test test-all test-slurm test-cluster lint
 
 demo: $(INSTALLED)
 	$(BIN)/python -m cm3leon.run experiment=digits
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slurm'
+	$(BIN)/python -m pytest -m slurm
+	$(MAKE) test-cluster
 
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -m slurm

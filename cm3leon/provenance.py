@@ -112,6 +112,7 @@ def _git(*words: str) -> str:
 def environment() -> dict[str, Any]:
     """Python, the machine, versions of all packages, and the variables that matter to a training."""
     packages = {each.name: each.version for each in importlib.metadata.distributions() if each.name}
+    packages["cm3leon"] = __version__  # also where it runs from a folder that is not installed
     return {
         "python": platform.python_version(),
         "executable": sys.executable,

@@ -1,4 +1,7 @@
-"""The command line: `python -m cm3leon.run [command] experiment=name [key=value ...]`."""
+"""The command line: `python -m cm3leon.run [command] experiment=name [key=value ...]`.
+
+The console script `cm3leon` takes the same words.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from cm3leon import __version__
 from cm3leon.commands import load_command
@@ -149,6 +152,11 @@ def _complain(sentence: str, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Ends the process with what `main` returns: the console script `cm3leon`, and `python -m cm3leon.run`."""
     guard()  # for good: the traceback of a bug is printed after the end of `main`
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

@@ -1,14 +1,23 @@
-"""The built wheel: complete, and neither shadowing nor shadowed by packages called `evaluation` or `plugins`."""
+"""The wheel, built from the sdist: complete, usable from any folder, and beside other packages.
+
+It neither shadows nor is shadowed by packages called `evaluation` or `plugins`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from email import message_from_string
 from pathlib import Path
 
 import pytest
+import yaml
+
+from cm3leon import __version__
+from cm3leon.records import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +32,10 @@ def call(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the wheel's content; built from a copy, so that no build folder appears in the tree."""
+    """A folder into which the wheel was installed, which was built from the sdist, as packagers do it.
+
+    The sdist is made of a copy, so that no build folder appears in the tree.
+    """
     base = tmp_path_factory.mktemp("wheel")
     files = call(
         "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
@@ -32,6 +44,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / file).exists():
             (base / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, base / "source" / file, follow_symlinks=False)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    call(sys.executable, "-c", build, base, cwd=base / "source")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     call(
         *pip,
@@ -41,7 +55,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-index",
         "-w",
         base,
-        base / "source",
+        *base.glob("*.tar.gz"),
         cwd=base,
     )
     call(
@@ -68,13 +82,13 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> None:
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert names == {"cm3leon"}
+    assert names == {"cm3leon", "bin"}
     for folder in ("cm3leon", "evaluation", "plugins", "experiments"):
         prefix = Path("cm3leon") / ("" if folder == "cm3leon" else folder)
         for file in (
             path
             for path in (ROOT / folder).rglob("*")
-            if path.suffix in (".py", ".yaml", ".html", ".css")
+            if path.suffix in (".py", ".typed", ".yaml", ".html", ".css")
         ):
             assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
     assert (installed / "cm3leon/experiments.yaml").read_text() == (
@@ -119,3 +133,51 @@ write_report("page.html", Report("<b> & others"))
     page = (elsewhere / "page.html").read_text()
     assert "<h1>&lt;b&gt; &amp; others</h1>" in page
     assert "--paper:" in page
+
+
+def script(installed: Path, *words: str, cwd: Path) -> str:
+    """What the console script of the installed wheel prints."""
+    return call(
+        sys.executable, installed / "bin/cm3leon", *words, cwd=cwd, PYTHONPATH=str(installed)
+    )
+
+
+def test_the_console_script_takes_the_same_words_as_the_module(
+    installed: Path, elsewhere: Path
+) -> None:
+    words = ("experiment=digits", "seed=3", "--show")
+    module = call(
+        sys.executable, "-m", "cm3leon.run", *words, cwd=elsewhere, PYTHONPATH=str(installed)
+    )
+    assert script(installed, *words, cwd=elsewhere) == module
+    assert script(installed, "--version", cwd=elsewhere) == f"{__version__}\n"
+
+
+def test_what_an_index_of_packages_is_told(installed: Path) -> None:
+    (folder,) = installed.glob("cm3leon-*.dist-info")
+    told = message_from_string((folder / "METADATA").read_text())
+    assert told["Version"] == __version__
+    assert told["License-Expression"] == "MIT"
+    assert told.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert told["Project-URL"] == "Paper, https://arxiv.org/abs/2309.02591"
+    wanted = {"cpu", "cluster", "hf", "eval", "features", "dev", "wandb", "mlflow", "trackio"}
+    assert wanted <= set(told.get_all("Provides-Extra", ()))
+    core = [line for line in told.get_all("Requires-Dist", ()) if "extra ==" not in line]
+    assert all(">=" in line for line in core), core
+
+
+def test_the_version_is_the_same_wherever_it_is_told() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_another_folder(installed: Path, elsewhere: Path) -> None:
+    script(installed, "experiment=digits_smoke", cwd=elsewhere)
+    run = elsewhere / "runs/digits_smoke"
+    assert json.loads((run / "code.json").read_text())["version"] == __version__
+    for stage in STAGES:
+        record = json.loads((run / stage / "stage.json").read_text())
+        assert record["made_by"] == f"cm3leon {__version__}", stage
+    assert (run / "report.html").is_file()

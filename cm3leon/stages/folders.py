@@ -10,6 +10,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from cm3leon import __version__
 from cm3leon.io import write_json
 from cm3leon.locks import LOCK
 from cm3leon.paths import check_folder, naming
@@ -74,7 +75,8 @@ def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> St
         stage.make(run, place)
     seconds = time.perf_counter() - start
     files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(stage, place)}
-    record = StageRecord(**{**asdict(wanted), "seconds": seconds, "files": files})
+    made = {"made_by": f"cm3leon {__version__}", "seconds": seconds, "files": files}
+    record = StageRecord(**{**asdict(wanted), **made})
     write_json(place / MARKER, asdict(record))
     return record
 

@@ -8,6 +8,7 @@ last, from what it was made and what its files are:
      "made_with": {"retriever/model.safetensors": "..."},   single files of stages, by their checksums
      "inputs": {"training": {"steps": 1000}},            what else its result depends on
      "settings": {"training": {"steps": 1000, ...}},     the sections of the experiment as they were, whole
+     "made_by": "cm3leon 0.1.0",
      "seconds": 12.5, "files": {"model.safetensors": "9a1b..."}}
 """
 
@@ -74,6 +75,8 @@ class StageRecord:
     made_with: dict[str, str] = field(default_factory=dict)
     inputs: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
+    made_by: str = ""
+    """Name and version of the package; empty in records of versions that did not say it."""
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
 
@@ -84,6 +87,7 @@ RECORD = {
     "needs?": {str: str},
     "made_with?": {str: str},
     "settings?": dict,
+    "made_by?": str,
     "seconds?": (int, float),
     "files?": {str: str},
 }
