@@ -21,6 +21,7 @@ from cm3leon import __version__
 from cm3leon.config import SHIPPED
 from cm3leon.io import read_json, write_text
 from cm3leon.permissions import use_umask
+from cm3leon.secrets import masked, without_secrets
 from cm3leon.types import UserError
 
 CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "environment.json"
@@ -66,7 +67,7 @@ def write_code(folder: Path) -> None:
     _write(folder / CODE, version)
     (folder / DIFF).unlink(missing_ok=True)
     if difference:
-        write_text(folder / DIFF, difference)
+        write_text(folder / DIFF, masked(difference))
 
 
 def code_version() -> tuple[dict[str, Any], str]:
@@ -118,8 +119,8 @@ def environment() -> dict[str, Any]:
         "executable": sys.executable,
         "system": platform.platform(),
         "host": platform.node(),
-        "command": sys.argv,
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "command": without_secrets(sys.argv),
+        "variables": {name: masked(os.environ[name]) for name in VARIABLES if name in os.environ},
         "packages": dict(sorted(packages.items(), key=lambda pair: pair[0].lower())),
     }
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cm3leon.decoders.base import Decoder
     from cm3leon.evaluation.protocols.base import Protocol
     from cm3leon.launch.launchers import Launcher
+    from cm3leon.loggers.base import Logger
     from cm3leon.models.attention import Attention
     from cm3leon.models.base import Model
     from cm3leon.objectives.base import Objective
@@ -237,6 +238,7 @@ PROTOCOLS: Registry[Protocol] = Registry(
 EXTRACTORS: Registry[Extractor] = Registry(
     "extractor", "extractors", "cm3leon.data.extractors.Extractor"
 )
+LOGGERS: Registry[Logger] = Registry("logger", "loggers", "cm3leon.loggers.base.Logger")
 LAUNCHERS: Registry[Launcher] = Registry(
     "launcher", "launchers", "cm3leon.launch.launchers.Launcher"
 )
@@ -252,6 +254,7 @@ REGISTRIES = (
     TASKS,
     PROTOCOLS,
     EXTRACTORS,
+    LOGGERS,
     LAUNCHERS,
 )
 
@@ -264,6 +267,7 @@ BUILT_IN = (
     "retrievers",
     "objectives",
     "models",
+    "loggers",
     "training",
     "decoders",
     "tasks",
@@ -344,7 +348,7 @@ def _load_path(path: Path) -> None:
         return  # already loaded
     with _plugin(_module_name(path), str(path)) as name:
         if name not in sys.modules:
-            _import_file(name, package_file if path.is_dir() else path)
+            import_file(name, package_file if path.is_dir() else path)
         _import_all(name)
 
 
@@ -365,7 +369,8 @@ def _module_name(path: Path) -> str:
     return f"cm3leon_plugin_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
 
 
-def _import_file(name: str, file: Path) -> None:
+def import_file(name: str, file: Path) -> None:
+    """Import a file, or the package of an `__init__.py`, as the module of that name."""
     folders = [str(file.parent)] if file.name == "__init__.py" else None
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
     assert spec is not None

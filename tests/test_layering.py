@@ -18,6 +18,7 @@ FOUNDATION = (
     "locks",
     "paths",
     "permissions",
+    "secrets",
     "io",
     "seeds",
     "records",
@@ -29,7 +30,7 @@ FOUNDATION = (
     "arguments",
     "registry",
 )
-CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "training")
+CHAIN = ("tokenizers", "data", "retrievers", "objectives", "models", "loggers", "training")
 TOP = (
     "experiment",
     "stages",

@@ -27,6 +27,7 @@ from cm3leon.registry import (
     DECODERS,
     IMAGE_TOKENIZERS,
     LAUNCHERS,
+    LOGGERS,
     MODELS,
     OBJECTIVES,
     PROTOCOLS,
@@ -164,6 +165,11 @@ class Experiment:
     training: DecoderTrainingConfig
     """Pretraining."""
 
+    loggers: list[Annotated[Component, LOGGERS]] = field(
+        default_factory=lambda: [LOGGERS.check("tensorboard")]
+    )
+    """Where figures, images and tables of the trainings go, beside the lines of JSON in the run's folder."""
+
     launcher: Annotated[Component, LAUNCHERS] = field(
         default_factory=lambda: LAUNCHERS.check("here")
     )
@@ -194,6 +200,11 @@ class Experiment:
                 f"retriever_training is left out: the retriever {self.retriever.name} has nothing to train",
                 Notice,
                 stacklevel=2,
+            )
+        names = [logger.name for logger in self.loggers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(
+                f"loggers: {', '.join(twice)} is named twice; each may stand there once"
             )
         self._check_aims(self._rows())
 

@@ -12,6 +12,7 @@ from cm3leon.io import digest_of, write_text
 from cm3leon.launch.jobs import Command, Job, Submitted, submit
 from cm3leon.paths import make_folder
 from cm3leon.registry import LAUNCHERS
+from cm3leon.secrets import places_of_secrets
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.running import trained_together
 from cm3leon.stages.sharing import is_shared_out
@@ -22,6 +23,7 @@ from cm3leon.study.run import check_study_redo
 from cm3leon.terminal import command_line
 from cm3leon.training.checkpoint import check_format
 from cm3leon.training.steps import numbered
+from cm3leon.types import UserError
 
 ANSWERS, MEASURING = "answers", "measuring"
 
@@ -182,7 +184,13 @@ def _shown(submitted: list[Submitted]) -> str:
 
 def _frozen(config: Experiment | Study, folder: Path) -> Path:
     """A file of the resolved configuration that nothing writes to later, for jobs that read it when they start."""
-    text = dump_yaml(recorded_settings(config))
+    settings = recorded_settings(config)
+    if found := places_of_secrets(settings):
+        raise UserError(
+            f"{', '.join(found)} holds a password or a token, and jobs read their settings from the run's "
+            "folder, where no secret is written; give it by the environment, or by fsspec's configuration file"
+        )
+    text = dump_yaml(settings)
     file = folder / "launch" / f"{digest_of(text)[:12]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text)

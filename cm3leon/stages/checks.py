@@ -7,12 +7,14 @@ other runs that are not there or do not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from cm3leon.experiment import Experiment
+from cm3leon.loggers.base import check_installed
 from cm3leon.records import MARKER, read_stage
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS
 from cm3leon.stages.neighbours import bank_fingerprint
@@ -54,6 +56,8 @@ def check_settings(
 def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
     """The checks that apply, each of which raises UserError for a mistake."""
     experiment = run.experiment
+    for number, logger in enumerate(experiment.loggers):
+        yield partial(check_installed, logger.name, f"loggers.{number}")
     trained_with = getattr(experiment.image_tokenizer.config, "perceptual_file", None)
     if trained_with or experiment.reconstruction.perceptual_file:
         yield linear_weights_file

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cm3leon.data.corpus import Corpus, Split, split_of_key
 from cm3leon.data.source import Skipped
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.inputs import corpus_inputs, recorded
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
@@ -38,7 +39,7 @@ def make_documents(run: RunFolder, folder: Path) -> None:
         ):
             found = _usable(item)
             if isinstance(found, Skipped):
-                file.write(json.dumps(dataclasses.asdict(found)) + "\n")
+                file.write(json.dumps(without_secrets(dataclasses.asdict(found))) + "\n")
                 first_skipped = first_skipped or f", for example {found.file}: {found.reason}"
                 skipped += 1
                 continue

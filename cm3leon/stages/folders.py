@@ -15,6 +15,7 @@ from cm3leon.io import write_json
 from cm3leon.locks import LOCK
 from cm3leon.paths import check_folder, naming
 from cm3leon.records import MARKER, changed, checksum
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.stage import STARTED, R, Stage, StageRecord, readable_record
 from cm3leon.types import UserError
 
@@ -69,7 +70,7 @@ def damaged_files(stage: Stage[R], place: Path, record: StageRecord) -> list[str
 def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> StageRecord:
     place.mkdir(parents=True, exist_ok=True)
     (place / MARKER).unlink(missing_ok=True)
-    write_json(place / STARTED, asdict(wanted))
+    write_json(place / STARTED, without_secrets(asdict(wanted)))
     start = time.perf_counter()
     with naming(place):
         stage.make(run, place)
@@ -77,7 +78,7 @@ def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> St
     files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(stage, place)}
     made = {"made_by": f"cm3leon {__version__}", "seconds": seconds, "files": files}
     record = StageRecord(**{**asdict(wanted), **made})
-    write_json(place / MARKER, asdict(record))
+    write_json(place / MARKER, without_secrets(asdict(record)))
     return record
 
 
@@ -91,7 +92,7 @@ def _results(stage: Stage[R], place: Path) -> Iterator[Path]:
 def _is_result(stage: Stage[R], name: str) -> bool:
     """Whether a file belongs to a stage's result: no marker, no log or checkpoint, which serve while it is made."""
     inner = name.partition("/")[0]
-    if inner in (MARKER, STARTED, "tensorboard") or inner.startswith(("step_", ".")):
+    if inner in (MARKER, STARTED, "tensorboard", "loggers") or inner.startswith(("step_", ".")):
         return False
     return any(fnmatchcase(name, pattern) for pattern in stage.results)
 

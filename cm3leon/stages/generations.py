@@ -21,7 +21,7 @@ from cm3leon.types import UserError
 
 SHOWN = 3
 """Settings that a refusal names."""
-OF_THIS_MACHINE = ("plugins", "launcher", "until")
+OF_THIS_MACHINE = ("plugins", "launcher", "loggers", "until")
 """Sections of which no result depends."""
 
 

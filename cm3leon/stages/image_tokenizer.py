@@ -14,6 +14,7 @@ from cm3leon.data.image_stream import ImageStream
 from cm3leon.data.shuffle import RowStream, shuffled
 from cm3leon.evaluation.reconstruction import averages
 from cm3leon.io import write_json
+from cm3leon.loggers.base import Loggers
 from cm3leon.stages.files import GEOMETRY, IMAGE_TOKENIZER, WEIGHTS
 from cm3leon.stages.inputs import recorded, varied_inputs
 from cm3leon.stages.run_folder import RunFolder
@@ -72,6 +73,7 @@ def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
         callback=_reconstructions(run, tokenizer),
         clipped=module.networks,
         ranks=run.ranks,
+        tracking=run.tracking,
     )
 
 
@@ -97,7 +99,9 @@ def _batches(run: RunFolder, batch_size: int) -> Batches:
     )
 
 
-def _reconstructions(run: RunFolder, tokenizer: ImageTokenizer) -> Callable[[int, Any], None]:
+def _reconstructions(
+    run: RunFolder, tokenizer: ImageTokenizer
+) -> Callable[[int, Loggers | None], dict[str, float]]:
     """A callback that measures some validation images, and draws some of them above their reconstructions."""
     validation = run.corpus.rows("validation")
     chosen = [
@@ -106,20 +110,18 @@ def _reconstructions(run: RunFolder, tokenizer: ImageTokenizer) -> Callable[[int
     ]
     images_BHWC = run.corpus.images_BHWC[chosen]
 
-    def callback(step: int, writer: Any) -> None:
-        if not run.ranks.first:  # which has the same weights
-            return
+    def callback(step: int, loggers: Loggers | None) -> dict[str, float]:
+        if loggers is None:  # the first rank has the same weights
+            return {}
         tokenizer.eval()
         codes_BN = tokenizer.encode(images_BHWC)
         rebuilt_BHWC = tokenizer.decode(codes_BN)
-        for name, value in averages(
-            images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size
-        ).items():
-            writer.add_scalar(f"validation/{name}", value, step)
         pairs_BHWC = np.concatenate(
             [images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1
         )  # originals above
-        writer.add_images("reconstructions", pairs_BHWC, step, dataformats="NHWC")
+        loggers.images(step, "reconstructions", pairs_BHWC)
+        figures = averages(images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size)
+        return {name: float(value) for name, value in figures.items()}
 
     return callback
 

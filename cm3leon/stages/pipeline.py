@@ -19,6 +19,7 @@ from cm3leon.io import write_json
 from cm3leon.locks import locked
 from cm3leon.paths import make_folder, naming
 from cm3leon.records import MARKER
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.folders import (
     SUPERSEDED,
     check_run_folder,
@@ -175,7 +176,7 @@ def run_part(
             make_room(stage, place, wanted.fingerprint)
             if not (place / MARKER).is_file() and not (place / STARTED).is_file():
                 place.mkdir(parents=True, exist_ok=True)
-                write_json(place / STARTED, asdict(wanted))
+                write_json(place / STARTED, without_secrets(asdict(wanted)))
         with naming(place):
             stage.make_part(run, place, part)
 

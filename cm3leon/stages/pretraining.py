@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3leon.io import sha256, write_json
+from cm3leon.loggers.base import Loggers
 from cm3leon.models.base import Model
 from cm3leon.models.lora import add_lora
 from cm3leon.models.pretrained import load_model
@@ -36,7 +37,7 @@ from cm3leon.types import Batch, UserError
 
 
 def make_pretraining(run: RunFolder, folder: Path) -> None:
-    """Trains the decoder; draws validation figures and images for TensorBoard now and then.
+    """Trains the decoder; draws validation figures and images for the loggers now and then.
 
     Raises:
         UserError: if no document is there to validate with.
@@ -87,9 +88,9 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         value, figures = run.objective.loss_of(module, batch, z_loss=config.z_loss)
         return value, {**figures, **part.counts}
 
-    def callback(step: int, writer: Any) -> dict[str, float]:
+    def callback(step: int, loggers: Loggers | None) -> dict[str, float]:
         model.eval()
-        drawing.write(model, writer, step)
+        drawing.write(model, loggers, step)
         return {"epoch": drawn / samples.epoch, **validation_loss(run, model, precision)}
 
     at_once = config.blocks_at_once(run.seq_len, config.blocks(run.seq_len) // ranks.count)
@@ -115,6 +116,7 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         if config.start and config.start_with == "everything"
         else None,
         peak_flops=peak_flops(run.device, ranks.count),
+        tracking=run.tracking,
     )
     state, figures = whole_state(model), validation_loss(run, model, precision)
     if not math.isfinite(figures.get("loss", math.nan)):

@@ -30,6 +30,7 @@ from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
 from cm3leon.io import read_json_lines, write_json
 from cm3leon.provenance import commit, environment, processor
 from cm3leon.records import KINDS
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.attribution import attribution
 from cm3leon.stages.evaluation import RESULTS, Evaluator, best_row
 from cm3leon.stages.run_folder import RunFolder
@@ -123,7 +124,7 @@ def _provenance(run: RunFolder) -> Entry:
             "threads": torch.get_num_threads(),
             "bf16": uses_bf16(run.device, run.experiment.training.precision),
         },
-        "config": to_mapping(run.experiment),
+        "config": without_secrets(to_mapping(run.experiment)),
     }
 
 

@@ -62,6 +62,7 @@ def make_retriever(run: RunFolder, folder: Path) -> None:
             seed=seed,
             title="retriever",
             ranks=run.ranks,
+            tracking=run.tracking,
         )
     if not run.ranks.first:
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cm3leon.config import to_mapping
 from cm3leon.data.shards import open_shard
 from cm3leon.data.token_shards import TokenShard, TokenShards
 from cm3leon.io import digest_of, read_log, sha256
@@ -19,6 +20,7 @@ from cm3leon.registry import MODELS, OBJECTIVES, RETRIEVERS
 from cm3leon.retrievers.bank import Bank
 from cm3leon.retrievers.base import Retriever
 from cm3leon.retrievers.vectors import VectorShards
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.files import (
     ENCODER,
     SHARD_LISTS,
@@ -30,6 +32,7 @@ from cm3leon.stages.files import (
 from cm3leon.stages.tokenized_run import TokenizedRun
 from cm3leon.tokenizers.text import LAYOUT
 from cm3leon.training.checkpoint import load_weights
+from cm3leon.training.log import Tracking
 from cm3leon.types import TokenDocument, UserError
 
 
@@ -39,6 +42,11 @@ class RunFolder(TokenizedRun):
 
     asked_model: Model | None = None
     """The decoder that is asked in place of the one that the run trained; None = that one."""
+
+    @property
+    def tracking(self) -> Tracking:
+        """Where its trainings are logged, and what is told of them there."""
+        return Tracking(self.experiment.loggers, without_secrets(to_mapping(self.experiment)))
 
     def bank_stage(self, name: str, *files: str) -> Path:
         """The same as `stage`, of the run whose documents are the memory bank."""

@@ -13,6 +13,7 @@ from cm3leon.digests import remembered
 from cm3leon.experiment import Experiment
 from cm3leon.io import write_text
 from cm3leon.paths import make_folder
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.checks import check_settings
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.pipeline import (
@@ -199,8 +200,12 @@ def run_stage_part(
 
 
 def write_config(experiment: Experiment, folder: Path) -> None:
-    """Write the settings of an experiment beside its stages, whole or not at all, with absolute paths."""
-    write_text(folder / CONFIG, dump_yaml(recorded_settings(experiment)))
+    """Write the settings of an experiment beside its stages, whole or not at all.
+
+    Paths are absolute, and secrets masked.
+    """
+    settings = without_secrets(recorded_settings(experiment))
+    write_text(folder / CONFIG, dump_yaml(settings))
 
 
 def _say(line: str) -> None:

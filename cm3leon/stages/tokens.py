@@ -19,6 +19,7 @@ from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
 from cm3leon.io import read_log
 from cm3leon.records import MARKER
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from cm3leon.stages.inputs import SHARDS, corpus_inputs, recorded, varied_inputs
 from cm3leon.stages.run_folder import RunFolder
@@ -131,7 +132,8 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
         with listed.open("w") as file:  # what is left out is written down as it is met, not held
 
             def leave_out(skipped: Skipped) -> None:
-                file.write(json.dumps({"file": skipped.file, "reason": skipped.reason}) + "\n")
+                line = {"file": skipped.file, "reason": skipped.reason}
+                file.write(json.dumps(without_secrets(line)) + "\n")
 
             items = squared_items(run, parts[number])
             documents: list[TokenDocument] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from cm3leon.data.shards import open_shard
 from cm3leon.data.shuffle import shuffled
 from cm3leon.data.token_shards import TokenShard
 from cm3leon.decoders.generate import generate
+from cm3leon.loggers.base import Loggers
 from cm3leon.models.base import Model
 from cm3leon.objectives.base import Corrupted
 from cm3leon.objectives.packing import collate, fit, pack
@@ -29,7 +29,7 @@ from cm3leon.training.parallel import gathered
 from cm3leon.types import Batch, Sample, TokenDocument, TrainingPrecision
 
 SHOWN = 16
-"""Images drawn for TensorBoard at a time."""
+"""Images drawn for the loggers at a time."""
 
 
 @torch.inference_mode()
@@ -143,8 +143,8 @@ class Drawing:
             ]
         return run.ranks.gather(found)[0]
 
-    def write(self, model: Model, writer: Any, step: int) -> None:
-        """Draws, and puts the images into TensorBoard (`writer`, on the first rank). All ranks have to call it.
+    def write(self, model: Model, loggers: Loggers | None, step: int) -> None:
+        """Draws, and gives the images to the loggers, which the first rank has. All ranks have to call it.
 
         `generated` has an image for each caption; in `generated_with_documents` those of the retrieved documents stand
         before it.
@@ -154,7 +154,7 @@ class Drawing:
         none: list[list[int]] = [[] for _ in self._rows]
         with gathered(model):
             codes = self._draw(model, [none, retrieved] if any(retrieved) else [none])
-        if writer is None:
+        if loggers is None:
             return
 
         # All images, drawn and retrieved, are decoded at once.
@@ -163,8 +163,8 @@ class Drawing:
         codes += [run.tokenizer.codes(document) for found in beside for document in found]
         images_BHWC = run.image_tokenizer.decode(np.stack(codes))
         count = len(self._rows)
-        writer.add_images("generated", images_BHWC[:count], step, dataformats="NHWC")
-        writer.add_text("prompts", "\n\n".join(captions), step)
+        loggers.images(step, "generated", images_BHWC[:count])
+        loggers.table(step, "prompts", ["prompt"], [[caption] for caption in captions])
         if not any(retrieved):
             return
         pictures_BHWC = _in_rows(
@@ -173,12 +173,12 @@ class Drawing:
             max(map(len, retrieved)),
             images_BHWC[count:drawn],
         )
-        writer.add_images("generated_with_documents", pictures_BHWC, step, dataformats="NHWC")
-        texts = [
-            " | ".join([*self._captions(found), f"**{caption}**"])
+        loggers.images(step, "generated_with_documents", pictures_BHWC)
+        rows = [
+            [" / ".join(self._captions(found)), caption]
             for found, caption in zip(retrieved, captions, strict=True)
         ]
-        writer.add_text("prompts_with_documents", "\n\n".join(texts), step)
+        loggers.table(step, "prompts_with_documents", ["documents", "prompt"], rows)
 
     def _draw(self, model: Model, columns: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
         """Codes of an image for each document, on the first rank: for all of them by a column of retrieved rows, then

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm3leon.loggers.base import Loggers
 from cm3leon.objectives.block_stream import merge_states
 from cm3leon.seeds import nth_seed
 from cm3leon.training.average import WeightAverage
@@ -27,7 +28,8 @@ from cm3leon.training.config import TrainingConfig
 from cm3leon.training.device import autocast
 from cm3leon.training.distributed import Ranks, local
 from cm3leon.training.faults import Spikes, diagnosis, diverged
-from cm3leon.training.meter import Figure, Meter, Record, TrainingLog, gpu_memory
+from cm3leon.training.log import Tracking, TrainingLog
+from cm3leon.training.meter import Figure, Meter, Record, gpu_memory
 from cm3leon.training.optimizer import new_optimizer, set_rate
 from cm3leon.training.outcome import (
     Gradients,
@@ -58,31 +60,33 @@ def train(
     device: torch.device,
     seed: int,
     title: str,
-    callback: Callable[[int, Any], dict[str, float] | None] | None = None,
+    callback: Callable[[int, Loggers | None], dict[str, float] | None] | None = None,
     clipped: Sequence[nn.Module] = (),
     split: BatchSplit = WHOLE,
     ranks: Ranks | None = None,
     resume_from: Path | None = None,
     peak_flops: float | None = None,
+    tracking: Tracking | None = None,
 ) -> list[Record]:
     """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
 
     All randomness of a step is a function of (seed, step), so that a resumed run equals an uninterrupted one bit for
-    bit. Figures go to `log.jsonl` and TensorBoard, what went wrong to `events.jsonl`, all in `folder`. A step whose
-    loss or gradient is not finite changes no weight.
+    bit. Figures go to `log.jsonl` and the loggers, what went wrong to `events.jsonl`, in `folder`. A step whose loss or
+    gradient is not finite changes no weight.
 
     Nothing in a step waits for the device: batches are made in a thread, the ranks' one reduction is on the device,
     and the host reads a step's loss after it has launched the next step. Several ranks learn there, too, that one of
     them was asked to stop: they end the step in which it was, and the next one. One rank stops at its next micro-batch.
 
     Args:
-        callback: called as (step, TensorBoard writer) now and then, on all ranks; the writer is None but on the first.
-            Figures that it returns go to `validation.jsonl` and TensorBoard.
+        callback: called as (step, loggers) now and then, on all ranks; the loggers take images and tables, and are None
+            but on the first. Figures that it returns go to `validation.jsonl` and the loggers.
         clipped: modules whose gradients are clipped by their own norms (networks with losses of their own); those of
             the whole module are if there is none.
         ranks: the processes that train together, each with its share of the batches; `module` is sharded already.
         resume_from: folder of a finished training whose weights, optimizer, data and steps this one goes on from.
         peak_flops: FLOP/s of the ranks' devices together, for the share of it that is used (MFU).
+        tracking: the loggers; None = TensorBoard's files.
 
     Returns:
         the records of the whole run, on the first rank.
@@ -175,7 +179,7 @@ def train(
                 meter.paused(),
                 nullcontext() if ranks.joined else signals.at_once(),
             ):
-                log.validation(step, callback(step, log.writer) or {})
+                log.validation(step, callback(step, log.images) or {})
         except Again as error:
             checkpoint(source.state, wait=True)
             raise Again(f"{title}: {error} in the validation after step {step}") from error
@@ -186,7 +190,9 @@ def train(
     def stopped() -> Again:
         return Again(f"{title}: stopped at step {step} by {signals.received or 'a signal'}")
 
-    log = TrainingLog(folder, ranks, title=title, step=step, first=first, last=last)
+    log = TrainingLog(
+        folder, ranks, tracking or Tracking(), title=title, step=step, first=first, last=last
+    )
     meter = Meter(ranks)
     meter.load(start["meter"])
     limits = recompile_limits(warnings.append)

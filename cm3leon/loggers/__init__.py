@@ -1,0 +1,7 @@
+"""Loggers: where the figures, images and tables of trainings go.
+
+base         what a logger is; several of them as one, where none that fails stops a training
+jsonl        lines of JSON in the run's folder, which status, reports and studies read
+tensorboard  files for TensorBoard
+wandb, mlflow, trackio    services, each in a process of its own (process.py, served by child.py)
+"""

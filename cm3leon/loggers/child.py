@@ -1,0 +1,142 @@
+"""The process of a logger: `python -m cm3leon.loggers.child`, which reads messages and does what they say.
+
+What was logged is remembered beside the stage, with the id by which the service knows the record, so that a resumed
+training goes on with the same record, and steps that it repeats after a kill are not logged a second time.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.io import read_json, write_json
+from cm3leon.loggers.base import Logger, Training, reason
+from cm3leon.registry import LOGGERS, import_file
+from cm3leon.secrets import masked
+
+SECONDS_ALONE = 30.0
+"""What is left to end in, once the training has gone without a word."""
+RECORDS = "loggers"
+"""Folder beside a stage's files: what each logger has logged."""
+
+
+def main() -> None:
+    """Serve the messages on the standard input; what went wrong, or `done`, goes to the standard output."""
+    # The services' packages print, and ask for passwords: neither reaches the pipes.
+    messages, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(nowhere, stream)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        _serve(messages)
+        answer = "done"
+    except BaseException as error:
+        answer = reason(error) if isinstance(error, Exception) else type(error).__name__
+    os.write(answers, masked(answer).encode())
+    # Packages leave threads and functions for the end of the process, which may hang.
+    os._exit(0)
+
+
+def _serve(file: BinaryIO) -> None:
+    messages = _messages(file)
+    first = next(messages)
+    training = Training(**{**first["training"], "folder": Path(first["training"]["folder"])})
+    _import(first["module"], first["file"])
+    name = first["component"]["name"]
+    logger = LOGGERS.build(first["component"])
+    record = Record(training.folder / RECORDS / f"{name}.json")
+    logger.start(replace(training, id=record.id))
+    for message in messages:
+        if message["do"] == "close":
+            logger.close(finished=message["finished"])
+            return
+        key = message.get("kind") or message["name"]
+        if record.is_new(key, message["step"]):
+            _do(logger, message)
+            record.add(key, message["step"])
+    logger.close(finished=False)  # the training was killed
+
+
+def _do(logger: Logger, message: dict[str, Any]) -> None:
+    step = message["step"]
+    if message["do"] == "figures":
+        logger.figures(step, message["kind"], message["figures"])
+    elif message["do"] == "images":
+        logger.images(
+            step, message["name"], np.stack([_pixels(each) for each in message["images"]])
+        )
+    else:
+        logger.table(step, message["name"], message["columns"], message["rows"])
+
+
+def _messages(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    for line in file:
+        message = json.loads(line)
+        yield message
+        if message.get("do") == "close":
+            return
+    timer = threading.Timer(SECONDS_ALONE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _pixels(png: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+
+
+def _import(module: str, file: str | None) -> None:
+    """Import the module that registers the logger: that of a package, or of a plugin that was loaded from a path."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None and file is not None:
+        import_file(top, Path(file))
+    importlib.import_module(module)
+
+
+class Record:
+    """The last step that was logged of each kind of figures, images and tables; the id of the whole."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        shape = {"id": str, "steps": {str: int}}
+        self._content: dict[str, Any] = read_json(file, shape) if file.is_file() else {}
+        if not self._content:
+            self._content = {"id": uuid.uuid4().hex[:16], "steps": {}}
+            self._write()
+
+    @property
+    def id(self) -> str:
+        """By which the service knows the training."""
+        return self._content["id"]
+
+    def is_new(self, key: str, step: int) -> bool:
+        """Whether nothing of a later step, nor of this one, was logged."""
+        return step > self._content["steps"].get(key, -1)
+
+    def add(self, key: str, step: int) -> None:
+        """Remember that it was logged."""
+        self._content["steps"][key] = step
+        self._write()
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._file, self._content)
+
+
+if __name__ == "__main__":
+    main()

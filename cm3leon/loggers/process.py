@@ -1,0 +1,152 @@
+"""A logger in a process of its own, which gets its work in lines of JSON.
+
+    training ── queue ── thread ── pipe ──▶ child.py: wandb, mlflow, trackio ──▶ a network
+
+The training puts what it has to say into the queue and goes on. Whatever happens behind it (an import
+that fails, a network that hangs, a library that ends its process) is told once and keeps nobody waiting:
+what a full queue does not take is left out, and a process that does not end in time is killed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.config import Component, to_mapping
+from cm3leon.loggers.base import Kind, Logger, Training
+from cm3leon.registry import LOGGERS
+from cm3leon.secrets import masked
+
+HERE = Path(__file__).resolve().parents[2]
+"""Where the package lies."""
+WAITING = 1000
+"""Messages that may wait for the process."""
+SECONDS_TO_END = 60.0
+"""What the process is given at the end of a training to send what it has."""
+
+
+class Process(Logger):
+    """The logger of a component, at work in another process.
+
+    Args:
+        say: is given a sentence where it has failed.
+    """
+
+    def __init__(self, component: Component, say: Callable[[str], None]) -> None:
+        self._component, self._say = component, say
+        self._messages: queue.Queue[Callable[[], dict[str, Any]] | None] = queue.Queue(WAITING)
+        self._left_out = 0
+        self._failed = False
+
+    def start(self, training: Training) -> None:
+        module = sys.modules[LOGGERS.get(self._component.name).__module__]
+        top = sys.modules[module.__name__.partition(".")[0]]
+        first = {
+            "module": module.__name__,
+            "file": getattr(top, "__file__", None),
+            "component": to_mapping(self._component),
+            "training": {**asdict(training), "folder": str(training.folder.absolute())},
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cm3leon.loggers.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])},
+            # Ctrl-C and what SLURM sends are for the training, which ends this process in its turn.
+            start_new_session=True,
+        )
+        self._put(lambda: first)
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._send, self._listen)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def figures(self, step: int, kind: Kind, figures: Mapping[str, float]) -> None:
+        self._put(lambda: {"do": "figures", "step": step, "kind": kind, "figures": dict(figures)})
+
+    def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
+        images = images_BHWC.copy()
+        self._put(
+            lambda: {"do": "images", "step": step, "name": name, "images": list(map(_png, images))}
+        )
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
+        rows = [list(map(masked, row)) for row in rows]
+        self._put(
+            lambda: {"do": "table", "step": step, "name": name, "columns": columns, "rows": rows}
+        )
+
+    def close(self, *, finished: bool) -> None:
+        end = time.monotonic() + SECONDS_TO_END
+        # A queue that is full may have room again before the end.
+        for last in (lambda: {"do": "close", "finished": finished}, None):
+            with suppress(queue.Full):
+                self._messages.put(last, timeout=max(0.0, end - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if self._threads[1].is_alive():
+            self._fail(
+                f"did not end within {SECONDS_TO_END:.0f} seconds; some of it may be missing"
+            )
+        elif self._left_out:
+            self._fail(f"{self._left_out:,} messages were left out, as it was too slow for them")
+
+        # Whatever it has started is of its session, and goes with it.
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _put(self, message: Callable[[], dict[str, Any]] | None) -> None:
+        """Queue what makes a message; it is made in the thread."""
+        try:
+            self._messages.put_nowait(message)
+        except queue.Full:
+            self._left_out += 1
+
+    def _send(self) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        # Of a process that has gone, the other thread says why.
+        with suppress(OSError, ValueError):
+            while (message := self._messages.get()) is not None:
+                pipe.write(json.dumps(message()).encode() + b"\n")
+                pipe.flush()
+        with suppress(OSError):
+            pipe.close()
+
+    def _listen(self) -> None:
+        """Wait for the process to say that it has failed, or to end."""
+        assert self._process.stdout is not None
+        said = self._process.stdout.read().decode(errors="replace").strip()
+        if said != "done":
+            self._fail(f"{said or 'its process has ended'}; it is left out from here on")
+
+    def _fail(self, what: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._say(f"{self._component.name}: {masked(what)}")
+
+
+def _png(image_HWC: np.ndarray) -> str:
+    """An image as base64 of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image_HWC).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
