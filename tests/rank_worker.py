@@ -93,8 +93,9 @@ def main(options: dict[str, Any]) -> int:
             ranks=ranks.count,
         )
         state = torch.Generator().manual_seed(1).get_state() if options.get("drawn", True) else None
+        drawn = state is not None and "model" not in options  # others do not say how they begin
         model = distributed(
-            new_model if state is None else not_called,
+            not_called if drawn else new_model,
             new_model,
             config,
             ranks,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from graphs import Graphs
+from test_compile import graphs, packings, step  # noqa: F401  # a fixture
 from test_decoders import VOCAB, prompts
 from test_decoders import model as small_decoder
 from test_distributed import assert_alike, figures, trained
@@ -16,8 +19,9 @@ from test_models import cached, decoder, random_ids
 from torch import Tensor
 
 from cm3leon.decoders.generate import generate
+from cm3leon.models import packed as packed_module
 from cm3leon.models.pretrained import load_model
-from cm3leon.models.recompute import recompute
+from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.models.transformer import Transformer
 from cm3leon.objectives.packing import Corrupted, collate, pack
 from cm3leon.plugins.fairseq2_cm3leon import guard
@@ -132,6 +136,50 @@ def test_the_loss_of_packed_documents_and_its_gradients_are_ours(choice: Any) ->
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
     assert not results[1][1]["decoder_frontend.pos_encoder.weight"][0].any()
+
+
+@pytest.mark.parametrize(("choice", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_compiled_layers_are_one_graph_for_all_packings(
+    choice: Any,
+    again: int,
+    graphs: Graphs,  # noqa: F811
+) -> None:
+    """For all layers as well; and selective checkpointing computes no attention again."""
+    model = twin(decoder()).train()
+    recompute(model, choice)
+    compile_blocks(model)
+    for sample_BT in packings(20):
+        step(model, sample_BT)
+    assert graphs.count == {"forward": 1, "backward": 1}
+    assert graphs.attentions == {"forward": 1, "backward": again}
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize(("choice", "passes"), [("none", 1), ("selective", 1), ("full", 2)])
+@pytest.mark.usefixtures("graphs")
+def test_attention_is_computed_once_a_layer_where_the_rest_is_computed_again(
+    choice: Any, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not compiled: counted in the operator's kernel, which takes samples one by one."""
+    kernel, calls = packed_module._aten._scaled_dot_product_flash_attention_for_cpu, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return kernel(*args)
+
+    backward = packed_module._aten._scaled_dot_product_flash_attention_for_cpu_backward
+    monkeypatch.setattr(
+        packed_module,
+        "_aten",
+        SimpleNamespace(
+            _scaled_dot_product_flash_attention_for_cpu=counted,
+            _scaled_dot_product_flash_attention_for_cpu_backward=backward,
+        ),
+    )
+    model = twin(decoder()).train()
+    recompute(model, choice)
+    step(model, next(packings(1)))
+    assert len(calls) == passes * 2 * model.config.layers  # two rows
 
 
 def corrupted(length: int, seed: int) -> Corrupted:
@@ -457,9 +505,7 @@ def test_the_reason_on_a_cpu_is_logged_once(caplog: pytest.LogCaptureFixture) ->
             assert_is_torchs((2, 5), None, CausalAttentionBias())
     assert caplog.text.count("not by xformers: it lacks a CUDA device") == 1
     assert (
-        twin(decoder())
-        .attention_on(torch.device("cpu"))
-        .startswith("sdpa of fairseq2 (xformers lacks a CUDA")
+        twin(decoder()).attention_on(torch.device("cpu")).startswith("sdpa (xformers lacks a CUDA")
     )
 
 

@@ -28,6 +28,7 @@ KEPT = frozenset(
         "aten._scaled_dot_product_efficient_attention.default",
         "aten._scaled_dot_product_cudnn_attention.default",
         "aten._efficient_attention_forward.default",
+        "cm3leon.packed_attention.default",
         "xformers_flash.flash_fwd.default",
         "xformers_flash3.flash_fwd.default",
     }

@@ -20,6 +20,7 @@ from fairseq2.models.transformer import (
 from fairseq2.nn import BatchLayout
 from torch import Tensor
 
+from cm3leon.models.attention import Attention
 from cm3leon.models.base import Attend
 from cm3leon.registry import ATTENTIONS
 
@@ -188,8 +189,19 @@ class Pass:
         self.attend = attend
 
 
+class Packed:
+    """Stands where a BatchLayout does in a training whose attention is done by a backend of ours.
+
+    Where samples begin is a tensor in its plan, so that one compiled graph is for every packing; fairseq2's layouts
+    have Python's numbers.
+    """
+
+    def __init__(self, attention: Attention, plan: Any) -> None:
+        self.attention, self.plan = attention, plan
+
+
 class CacheableSDPA(SDPA):
-    """Attention of one layer: by the pass that stands in the place of the layout, or by another SDPA."""
+    """Attention of one layer: by what stands in the place of the layout, or by another SDPA."""
 
     def __init__(self, layer: int, sdpa: SDPA) -> None:
         super().__init__()
@@ -198,15 +210,19 @@ class CacheableSDPA(SDPA):
     def forward(
         self,
         q: Tensor,
-        q_layout: BatchLayout | Pass,
+        q_layout: BatchLayout | Pass | Packed,
         k: Tensor,
-        k_layout: BatchLayout | Pass,
+        k_layout: BatchLayout | Pass | Packed,
         v: Tensor,
         bias_cache: AttentionBiasCache,
         *,
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(q_layout, Pass):
-            return self.sdpa(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
         q_BATE, k_BATE, v_BATE = (each.transpose(1, 2) for each in (q, k, v))
-        return q_layout.attend(self.layer, q_BATE, k_BATE, v_BATE).transpose(1, 2), None
+        if isinstance(q_layout, Packed):
+            attended_BATE = q_layout.attention(q_BATE, k_BATE, v_BATE, q_layout.plan)
+        elif isinstance(q_layout, Pass):
+            attended_BATE = q_layout.attend(self.layer, q_BATE, k_BATE, v_BATE)
+        else:
+            return self.sdpa(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
+        return attended_BATE.transpose(1, 2), None

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm3leon.config import choices
-from cm3leon.models.attention import run_lengths
+from cm3leon.models.attention import choose, run_lengths
 from cm3leon.models.base import Attend, Model
 from cm3leon.models.transformer import Transformer
 from cm3leon.plugins.fairseq2_cm3leon import guard
-from cm3leon.registry import ATTENTIONS, MODELS
+from cm3leon.registry import MODELS
 from cm3leon.types import UserError
 
 ATTENTION = ("auto", "sdpa", "naive")
@@ -33,7 +33,7 @@ class Fairseq2Transformer(Model):
         """The shape is that of `cm3leon`."""
 
         attention: str = "auto"
-        """Attention in training: auto (xformers on CUDA, else torch's), or fairseq2's own, sdpa (torch's) and naive."""
+        """Attention in training: auto (what `cm3leon` takes), or fairseq2's own, sdpa (torch's) and naive."""
 
         def check(self) -> None:
             if self.attention not in ATTENTION:
@@ -85,7 +85,7 @@ class Fairseq2Transformer(Model):
     ) -> Tensor:
         from fairseq2.nn import BatchLayout
 
-        from cm3leon.plugins.fairseq2_cm3leon._sdpa import Pass
+        from cm3leon.plugins.fairseq2_cm3leon._sdpa import Packed, Pass
 
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
@@ -95,6 +95,10 @@ class Fairseq2Transformer(Model):
         x_BTD = self.embedding(ids_BT) + place_BTD
         if attend:
             return self.decoder(x_BTD, Pass(attend))
+        if self.config.attention == "auto":
+            attention = choose("auto", ids_BT.device).attention
+            plan = None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)
+            return self.decoder(x_BTD, Packed(attention, plan))
         if sample_BT is None:
             return self.decoder(x_BTD, BatchLayout.of(ids_BT))
         layout = BatchLayout(
@@ -105,5 +109,4 @@ class Fairseq2Transformer(Model):
     def attention_on(self, device: torch.device) -> str:
         if self.config.attention != "auto":
             return f"{self.config.attention} of fairseq2"
-        missing = ATTENTIONS.get("xformers").missing(device)
-        return f"sdpa of fairseq2 (xformers lacks {missing})" if missing else "xformers"
+        return str(choose("auto", device))
