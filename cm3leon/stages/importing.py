@@ -7,6 +7,7 @@ tokenizer, and the decoder, whose tables have their rows in that order. `import.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +24,6 @@ from cm3leon.digests import files_digest
 from cm3leon.experiment import Experiment
 from cm3leon.io import digest_of, read_json, write_json
 from cm3leon.models.chameleon import (
-    INNER,
-    OUTER,
     from_chameleon_config,
     from_chameleon_state,
     to_chameleon_state,
@@ -253,12 +252,21 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
     state: dict[str, Tensor] = {}
     layers = published.model["layers"]
     tensors = from_chameleon_state(_Read(published.weights), layers)
-    count = len(OUTER) + layers * len(INNER)
-    for name, tensor in tqdm(tensors, "weights", total=count, unit="tensor", dynamic_ncols=True):
+    count = sum(
+        math.prod(stored.shape)
+        for name, stored in published.weights.tensors.items()
+        if not name.startswith(IMAGE_ENCODER)
+    )
+    progress = tqdm(
+        desc="weights", total=count, unit="weight", unit_scale=True, dynamic_ncols=True
+    )
+    for name, tensor in tensors:
+        progress.update(tensor.numel())
         if name in ("embedding.weight", "head.weight"):
             tensor = _in_order(tensor, published.vocab.old_id_V, vocab.size)
         check_finite(tensor, f"hf: {published.folder}: {name}")
         state[name] = tensor
+    progress.close()
     save_weights(folder / WEIGHTS, state)
     write_json(folder / "config.json", {"model": published.model, "vocab_size": vocab.size})
 

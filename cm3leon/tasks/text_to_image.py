@@ -29,8 +29,9 @@ class TextToImage(Task):
 
         unconditional_documents: Literal["keep", "drop"] = "keep"
         """Whether the unconditional stream sees the retrieved documents."""
-        unconditional_text: Literal["mask", "none"] = "mask"
-        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all."""
+        unconditional_text: Literal["mask", "none"] | None = None
+        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all; null = as
+        the layout of the tokenizers says."""
 
     config: Config
 
@@ -38,7 +39,8 @@ class TextToImage(Task):
         caption = required(query, "text")
         mask = TokenSegment("text", np.array([self.vocab.sentinel(0)]))
         others = retrieved if self.config.unconditional_documents == "keep" else ()
-        nothing = (mask,) if self.config.unconditional_text == "mask" else ()
+        convention = self.config.unconditional_text or self.vocab.layout.unconditional_text
+        nothing = (mask,) if convention == "mask" else ()
         return self.image_prompt(
             self._ask(query.id, (caption,), retrieved), self._ask(query.id, nothing, others)
         )

@@ -55,8 +55,9 @@ CHAMELEON_LAYOUT = {
     "between_documents": ["<reserved08706>"],
     "image_open": ["<racm3:break>"],
     "image_close": ["<eoss>"],
+    "unconditional_text": "none",
 }
-"""Images are opened and closed; documents are parted by the token that ends a turn."""
+"""Images are opened and closed; documents are parted by the token that ends a turn; guidance drops the text."""
 CHAMELEON_LICENCE = "Chameleon Research License"
 CHAMELEON_CONDITIONS = (
     "research only: no commercial use of the weights or of what they make, attribution is asked for, and functionality "
@@ -192,7 +193,8 @@ def _digits(name: str) -> str:
 def _named(layout: Any) -> set[str]:
     """All names of tokens in a layout."""
     if isinstance(layout, Mapping):
-        return set().union(*map(_named, layout.values()))
+        tokens = (value for key, value in layout.items() if key != "unconditional_text")
+        return set().union(*map(_named, tokens))
     if isinstance(layout, list):
         return set(layout)
     return {layout} if isinstance(layout, str) else set()

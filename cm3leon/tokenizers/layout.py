@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ PAD, EOS, BREAK, END_OF_SPAN = range(4)
 SPECIALS = ("<pad>", "<eos>", "<break>", "<end_of_span>")
 """Names of the special tokens that every vocabulary begins with."""
 
+Unconditional = Literal["mask", "none"]
 Grid = tuple[int, int]
 """Rows and columns of an image's codes."""
 UNKNOWN: Grid = (0, 0)
@@ -45,6 +46,8 @@ class Layout:
     """Behind an image."""
     row_close: int | None = None
     """Behind each row of an image's codes; None = rows are not marked."""
+    unconditional_text: Unconditional = "mask"
+    """What the unconditional stream has in the place of a text: a mask, or nothing, as models without masks have it."""
     sizes: Mapping[Grid, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """Behind `image_open`, by the image's rows and columns; as many ids for each. Empty = sizes are not said."""
 
@@ -152,7 +155,11 @@ class LayoutTable:
                 continue
             if key not in {each.name for each in fields(Layout)}:
                 raise UserError(f"{where}: {key} is not known")
-            if key == "sizes":
+            if key == "unconditional_text":
+                if value not in get_args(Unconditional):
+                    raise UserError(f"{where}: {key} is {value!r}; it must be mask or none")
+                given[key] = value
+            elif key == "sizes":
                 given[key] = {
                     _grid(text, where): tuple(id_of(name, key) for name in tokens)
                     for text, tokens in value.items()
