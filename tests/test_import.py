@@ -22,7 +22,7 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.text_tokenizer import text_tokenizer_inputs
 from cm3leon.tokenizers.families import FAMILIES, renumbered
 from cm3leon.tokenizers.layout import Layout, LayoutTable
-from cm3leon.types import UserError
+from cm3leon.types import TokenDocument, UserError
 
 CODES = 16
 TEXTS = ["a red dog on a blue sofa", "two cats, 12 dogs", "What is it? It is a cow."] * 4
@@ -300,6 +300,40 @@ def test_too_few_reserved_tokens_are_a_sentence() -> None:
     few = published_tokenizer(masks=7)
     with pytest.raises(UserError, match=r"it has \d+ reserved tokens .*; 512 are needed"):
         renumbered(few, FAMILIES["chameleon"], "tokenizer.json")
+
+
+@torch.inference_mode()
+def test_a_question_is_asked_in_turns_as_the_publisher_does(run: Path) -> None:
+    """By the processor of transformers: bos, the question, the image, and the separator of chat behind them."""
+    model, other, old = CM3Leon.load(run, precision="float32"), theirs(run), old_ids(run)
+    names, vocab = published_tokenizer()["model"]["vocab"], model.run.vocab
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    codes_N = model.run.image_tokenizer.encode(image[None])[0]
+    question = Tokenizer.from_str(json.dumps(published_tokenizer())).encode(
+        "What is it?", add_special_tokens=False
+    )
+    drawn = [names["<racm3:break>"], *(names[code_name(code)] for code in codes_N), names["<eoss>"]]
+    ids = [names["<s>"], *question.ids, *drawn, names["<reserved08706>"]]
+    pieces = old[len(model.run.text_tokenizer.specials) : vocab.text_size].tolist()
+    found: list[int] = []
+    for _ in range(6):
+        hidden_1TD = other.model(input_ids=torch.tensor([[*ids, *found]])).last_hidden_state
+        logits_V, allowed = other.lm_head(hidden_1TD[:, -1])[0], [*pieces, names["</s>"]]
+        found.append(allowed[int(logits_V[allowed].argmax())])
+        if found[-1] == names["</s>"]:
+            break
+    back = {int(theirs_): number for number, theirs_ in enumerate(old)}
+    expected = model.run.text_tokenizer.decode([back[id_] for id_ in found if id_ in pieces])
+    asked: dict[str, Any] = {"decoder": "greedy", "max_tokens": 6}
+    assert model.caption(image, question="What is it?", **asked) == expected
+    assert model.answer(image, "What is it?", **asked) == expected.strip()
+
+
+def test_guidance_drops_the_text_as_the_publisher_does(run: Path) -> None:
+    model = CM3Leon.load(run)
+    layout, task = model.run.vocab.layout, model._task("text_to_image")
+    document = TokenDocument("", (model._text("a dog"), model._fresh))
+    assert task.prompt(document).unconditional_T.tolist() == [layout.begin, *layout.image_open]
 
 
 @pytest.mark.parametrize("lora", [None, 2])

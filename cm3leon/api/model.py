@@ -29,6 +29,7 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
+from cm3leon.stages.opening import TUNED
 from cm3leon.stages.prompts import fitting_prompt
 from cm3leon.tasks.prompts import (
     AskedSpan,
@@ -138,11 +139,25 @@ class CM3Leon(AskedPages):
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
         max_tokens: PositiveInt = 64,
+        question: Worded | None = None,
     ) -> str:
-        """A text for an image, of at most so many pieces; a warning says where it was cut there."""
-        task = TASKS.build({"name": "caption", "max_tokens": max_tokens}, **self._task_arguments())
+        """A text for an image, of at most so many pieces; a warning says where it was cut there.
+
+        Args:
+            question: asks in turns, as public chat weights were tuned, e.g. "What do you see in this image?"; None =
+                by the form that is trained here.
+
+        Raises:
+            UserError: for a question to a model that has no turns.
+        """
+        if question is not None and not self.run.vocab.layout.turn:
+            raise UserError(
+                "question: this run has no token that ends a turn, as imported chat weights have; leave it out"
+            )
+        name = "caption" if question is None else "chat"
+        task = TASKS.build({"name": name, "max_tokens": max_tokens}, **self._task_arguments())
         pixels_HWC = self._pixels(image)
-        document = TokenDocument("image", (self._text(""), self._image(pixels_HWC)))
+        document = TokenDocument("image", (self._text(question or ""), self._image(pixels_HWC)))
         (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
         prompt, kept = fitting_prompt(self.run, task, document, rows)
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
@@ -269,9 +284,15 @@ class CM3Leon(AskedPages):
     ) -> str:
         """The answer to a question about an image, of at most so many pieces; a warning says where it was cut there.
 
+        Public weights that were tuned for chat are asked in turns, a model of one's own as its instructions were.
+
         Raises:
-            UserError: for a model that was not fine-tuned on instructions.
+            UserError: for a model that was not fine-tuned on instructions, here or by its publisher.
         """
+        if self.run.vocab.layout.turn and self.run.experiment.objective.name != TUNED:
+            return self.caption(
+                image, question=question, decoder=decoder, seed=seed, max_tokens=max_tokens
+            ).strip()
         self._check_tuned("answer", QUESTIONS)
         document = self._instruction(
             "vqa", image=self._pixels(image), question=question, answer="?"

@@ -28,6 +28,8 @@ class Options(LineOptions, TextOptions):
 
     retrieve: NonNegativeInt = 0
     """Documents of the memory bank that are put before a prompt."""
+    question: str | None = None
+    """Asks in turns, as imported chat weights were tuned, for example What do you see in this image?"""
 
 
 def main(options: Options) -> None:
@@ -37,6 +39,7 @@ def main(options: Options) -> None:
         said = model.caption(
             image,
             retrieve=options.retrieve,
+            question=options.question,
             decoder=options.decoder,
             seed=options.seed,
             max_tokens=options.max_tokens,

@@ -55,6 +55,7 @@ CHAMELEON_LAYOUT = {
     "between_documents": ["<reserved08706>"],
     "image_open": ["<racm3:break>"],
     "image_close": ["<eoss>"],
+    "turn": ["<reserved08706>"],
     "unconditional_text": "none",
 }
 """Images are opened and closed; documents are parted by the token that ends a turn; guidance drops the text."""

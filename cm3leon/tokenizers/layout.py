@@ -46,6 +46,8 @@ class Layout:
     """Behind an image."""
     row_close: int | None = None
     """Behind each row of an image's codes; None = rows are not marked."""
+    turn: tuple[int, ...] = ()
+    """Behind a question, where a model answers in turns; empty = it does not."""
     unconditional_text: Unconditional = "mask"
     """What the unconditional stream has in the place of a text: a mask, or nothing, as models without masks have it."""
     sizes: Mapping[Grid, tuple[int, ...]] = field(default_factory=dict, hash=False)
