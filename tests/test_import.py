@@ -17,6 +17,7 @@ from cm3leon import CM3Leon
 from cm3leon.commands.sample import _names
 from cm3leon.models.pretrained import load_model
 from cm3leon.run import main
+from cm3leon.stages import importing
 from cm3leon.stages.pretraining import check_tokenizers
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.text_tokenizer import text_tokenizer_inputs
@@ -278,6 +279,23 @@ def test_what_is_missing_is_named_before_anything_is_written(
     config = files["hf"] / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "gelu"}))
     assert 'hidden_act is "gelu"; it must be "silu"' in refused()
+
+
+def test_an_import_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    files = publish(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    words = ["import", "from=chameleon", *(f"{key}={path}" for key, path in files.items())]
+    monkeypatch.setattr(importing, "check_finite", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        raise SystemExit(main([*words, "image_size=8", f"out={tmp_path / 'run'}"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    assert main([*words, "image_size=8", f"out={tmp_path / 'run'}"]) == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

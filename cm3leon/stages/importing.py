@@ -257,9 +257,7 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
         for name, stored in published.weights.tensors.items()
         if not name.startswith(IMAGE_ENCODER)
     )
-    progress = tqdm(
-        desc="weights", total=count, unit="weight", unit_scale=True, dynamic_ncols=True
-    )
+    progress = tqdm(desc="weights", total=count, unit="weight", unit_scale=True, dynamic_ncols=True)
     for name, tensor in tensors:
         progress.update(tensor.numel())
         if name in ("embedding.weight", "head.weight"):
