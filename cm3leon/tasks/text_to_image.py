@@ -30,8 +30,8 @@ class TextToImage(Task):
         unconditional_documents: Literal["keep", "drop"] = "keep"
         """Whether the unconditional stream sees the retrieved documents."""
         unconditional_text: Literal["mask", "none"] | None = None
-        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all; null = what
-        the layout says."""
+        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all;
+        null = what the layout says."""
 
     config: Config
 
