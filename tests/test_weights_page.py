@@ -41,7 +41,7 @@ def shrunk(words: list[str], text_size: int) -> list[str]:
     if words[0].startswith("experiment="):
         return [*words, *SHRUNK, f"text_tokenizer.vocab_size={text_size}"]
     if words[0] == "infill":
-        return [*words, "box=[0,0,4,8]"]
+        return [*(word for word in words if not word.startswith("box=")), "box=[0,6,12,12]"]
     return words
 
 
