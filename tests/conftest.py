@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -94,6 +95,30 @@ def registries() -> Iterator[None]:
     for name in set(sys.modules) - modules:
         if name.startswith("cm3leon_plugin_"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def tuned_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A shrunken run tuned on instructions, as a `CM3Leon`.
+
+    Its weights are made larger, so that what it draws depends on what it is given.
+    """
+    import torch
+
+    from cm3leon import CM3Leon
+    from cm3leon.run import main
+
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    words = ["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]
+    assert main([*words, "objective=instruct"]) == 0
+    loaded = CM3Leon.load(run, precision="float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in loaded.run.model.named_parameters():
+            weight.normal_(
+                std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator
+            )
+    return loaded
 
 
 @pytest.fixture

@@ -35,20 +35,9 @@ from cm3leon.types import TokenDocument, TokenSegment, UserError
 discover()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> CM3Leon:
-    """A shrunken run; its weights are made larger, so that what it draws depends on what it is given."""
-    run = tmp_path_factory.mktemp("api") / "run"
-    words = ["experiment=pretrain_350m", "overrides=smoke", f"run={run}", "retriever.threshold=2"]
-    assert main([*words, "objective=instruct"]) == 0
-    loaded = CM3Leon.load(run, precision="float32")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in loaded.run.model.named_parameters():
-            weight.normal_(
-                std=0.5 if name.startswith(("embedding", "positions")) else 0.2, generator=generator
-            )
-    return loaded
+@pytest.fixture
+def model(tuned_model: CM3Leon) -> CM3Leon:
+    return tuned_model
 
 
 def picture(number: int = 0) -> Image.Image:
@@ -169,6 +158,33 @@ def test_an_infilled_box_leaves_the_other_codes(model: CM3Leon) -> None:
     assert np.array_equal(filled.codes_N[~inside.ravel()], before_N[~inside.ravel()])
     assert not np.array_equal(filled.codes_N, before_N)
     assert np.array_equal(np.asarray(filled.image), tokenizer.decode(filled.codes_N[None])[0])
+
+
+def test_a_mask_of_a_box_is_the_box_and_any_mask_leaves_what_it_does_not_touch(
+    model: CM3Leon,
+) -> None:
+    mask_HW = np.zeros((32, 32), bool)
+    mask_HW[9:20, 3:12] = True
+    boxed = model.infill(picture(), "a seven", box=(3, 9, 12, 20), seed=4)
+    masked = model.infill(picture(), "a seven", mask=mask_HW, seed=4)
+    assert np.array_equal(boxed.codes_N, masked.codes_N)
+
+    # One pixel in a code is enough; each of the samples has its own seed.
+    mask_HW = np.zeros((32, 32), bool)
+    mask_HW[[0, 31, 12], [0, 31, 17]] = True
+    pixels_HWC = np.asarray(picture())
+    given_N = model.run.image_tokenizer.encode(pixels_HWC[None])[0]
+    drawn: Any = {
+        "mask": mask_HW,
+        "decoder": {"name": "top_p", "temperature": 50, "top_p": 1, "cfg": 1},
+    }
+    several = model.infills(picture(), "a seven", n=3, seed=7, **drawn)
+    for number, filled in enumerate(several):
+        changed = np.flatnonzero(filled.codes_N != given_N)
+        assert set(changed) <= {0, 1 * 4 + 2, 15}
+        alone = model.infill(picture(), "a seven", seed=7 + number, **drawn)
+        assert np.array_equal(filled.codes_N, alone.codes_N)
+    assert len({filled.codes_N.tobytes() for filled in several}) > 1
 
 
 def test_infilled_words_leave_the_others_and_the_image(model: CM3Leon) -> None:
@@ -316,7 +332,7 @@ def test_mistakes_are_said(model: CM3Leon, tmp_path: Path) -> None:
         UserError, match=r"box is \(8, 8, 40, 16\); it must be .* inside an image of 32 x 32 pixels"
     ):
         model.infill(picture(), "a", box=(8, 8, 40, 16))
-    with pytest.raises(UserError, match="box and words are both missing"):
+    with pytest.raises(UserError, match="box, mask and words are missing"):
         model.infill(picture(), "a")
     with pytest.raises(
         UserError,
@@ -363,6 +379,17 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             "image": image,
             "text": "a seven",
             "box": (0, 0, 8, 8),
+            "mask": None,
+            "words": (0, 1),
+            "max_tokens": 3,
+            **drawn,
+        },
+        "infills": {
+            "image": image,
+            "text": "a seven",
+            "n": 2,
+            "box": None,
+            "mask": np.eye(32, dtype=bool),
             "words": (0, 1),
             "max_tokens": 3,
             **drawn,
@@ -379,6 +406,7 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
         },
         "page_image": {"parts": ["a seven", image, "a two"], "n": 1, "retrieve": 1, **drawn},
         "page_text": {"parts": ["a seven", image], "retrieve": 1, "max_tokens": 3, **drawn},
+        "search": {"text": None, "image": image, "count": 2},
         "score": {
             "texts": ["a"],
             "images": None,
@@ -446,6 +474,7 @@ BAD: dict[str, list[Any]] = {
     "parts": [*LISTS, [7], [Path("no such file.png")], [np.zeros((4, 4))], ["\ud83d"]],
     "box": [7, "0008", (0, 0, 8), (0.0, 0.0, 8.0, 8.0), (0, 0, 0, 8), (8, 0, 0, 8), (-1, 0, 8, 8),
             (0, 0, 33, 8), (0, 0, 8, float("nan")), (True, 0, 8, 8), [None] * 4],
+    "mask": [7, "a", [[True]], np.eye(32), np.ones((3, 3), bool), np.zeros((32, 32), bool)],
     "words": [7, "01", (0,), (1, 1), (3, 1), (-3, -1), (0, 99), (0.0, 1.0), ("a", "b"), (None, 1)],
     "first": [7, "video", None, "", "Text"],
     "by": [7, "video", None, "image"],

@@ -45,6 +45,7 @@ TOP = (
     "launch",
     "sweep",
     "doctor",
+    "serve",
     "commands",
     "run",
 )

@@ -13,6 +13,7 @@ from cm3leon.api.answers import (
     NO_ROOM,
     Completed,
     Filled,
+    FoundDocument,
     GeneratedImage,
     ShortageWarning,
     TruncatedWarning,
@@ -23,7 +24,7 @@ from cm3leon.api.answers import (
     shortened,
 )
 from cm3leon.api.given import DecoderChoice
-from cm3leon.api.model import CM3Leon
+from cm3leon.api.model import CM3Leon, asked_through
 
 __all__ = [
     "NO_MORE",
@@ -32,12 +33,14 @@ __all__ = [
     "Completed",
     "DecoderChoice",
     "Filled",
+    "FoundDocument",
     "GeneratedImage",
     "ShortageWarning",
     "TruncatedWarning",
     "UnrankedWarning",
     "UntunedWarning",
     "UsedDocument",
+    "asked_through",
     "found_of",
     "shortened",
 ]

@@ -51,6 +51,16 @@ class UsedDocument:
 
 
 @dataclass(frozen=True, eq=False)
+class FoundDocument(UsedDocument):
+    """A document of the memory bank that was searched for."""
+
+    row: int
+    """Of the bank."""
+    score: float
+    """Inner product with what was searched by."""
+
+
+@dataclass(frozen=True, eq=False)
 class GeneratedImage:
     """A generated image."""
 

@@ -31,7 +31,7 @@ from cm3leon.data.images import ImageInput, read_given_image, square
 from cm3leon.data.instructions.templates import ROLES, TABLE_5
 from cm3leon.data.instructions.templates import fill as fill_template
 from cm3leon.decoders.base import Decoder
-from cm3leon.decoders.generate import Answerer, is_truncated, request_for
+from cm3leon.decoders.generate import Answerer, Answers, is_truncated, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.models.pretrained import load_model
@@ -49,6 +49,7 @@ from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
     Execution,
     Modality,
+    Notice,
     Precision,
     Prompt,
     TextSegment,
@@ -74,7 +75,8 @@ class AskedRun:
         execution: Execution = "eager",
     ) -> None:
         self.run = run
-        self._answerer = Answerer(run.model, run.vocab, window=window, execution=execution)
+        self._answerer: Answers = Answerer(run.model, run.vocab, window=window, execution=execution)
+        self._notices: list[Notice] | None = None
         self._precision: Precision = precision
         self._fresh = TokenSegment("image", np.empty(0, np.int64), grid=run.grid)
 
@@ -138,6 +140,13 @@ class AskedRun:
         keep_weights(model.to(ranks.device), kind)
         opened = replace(opened, asked_model=model)
         return cls(opened, precision=precision, window=window, execution=execution)
+
+    def _notify(self, notice: Notice, *, stacklevel: int) -> None:
+        """Warn the caller of the public method, so many calls above."""
+        if self._notices is None:
+            warnings.warn(notice, stacklevel=stacklevel + 1)
+        else:
+            self._notices.append(notice)
 
     @checked
     def ask(
@@ -252,12 +261,11 @@ class AskedRun:
         """Say of texts that were stopped at so many pieces that they were."""
         if cut:
             what = "the text was" if len(cut) == 1 else f"{len(cut)} texts were"
-            warnings.warn(
+            sentence = (
                 f"{what} cut at {pieces} pieces, before the end; raise `max_tokens`, where the model's "
-                f"{self.run.seq_len} positions have room",
-                TruncatedWarning,
-                stacklevel=stacklevel,
+                f"{self.run.seq_len} positions have room"
             )
+            self._notify(TruncatedWarning(sentence), stacklevel=stacklevel)
 
     def _request(self, prompt: Prompt, decoder: DecoderChoice, seeds: Sequence[int]) -> Request:
         built = self._decoder(decoder, prompt.modality)
@@ -340,14 +348,18 @@ class AskedRun:
             by: the modality that is searched with.
         """
         given: Sequence[Any] | np.ndarray | None = texts if by == "text" else images_BHWC
-        if count and not self.run.has_retriever:
-            raise UserError(
-                f"retrieve: the run {self.run.folder} has no memory bank, as its weights were made elsewhere; retrieve "
-                "from a run of your own that starts from it (training.start)"
-            )
+        if count:
+            self._check_bank("retrieve")
         if given is None:
             raise UserError(f"by is {by}, and no {'texts' if by == 'text' else 'images'} are given")
         return retrieved_rows(self.run, texts, images_BHWC, by, count)
+
+    def _check_bank(self, where: str) -> None:
+        if not self.run.has_retriever:
+            raise UserError(
+                f"{where}: the run {self.run.folder} has no memory bank, as its weights were made elsewhere; retrieve "
+                "from a run of your own that starts from it (training.start)"
+            )
 
     @checked
     def used_documents(self, rows: Sequence[NonNegativeInt]) -> tuple[UsedDocument, ...]:
@@ -401,12 +413,11 @@ class AskedRun:
             )
         learned = self._learned
         if learned is not None and not learned.intersection(tasks):
-            warnings.warn(
+            sentence = (
                 f"{asked} needs a model that was fine-tuned on instructions of the task {' or '.join(tasks)}; "
-                f"the run {self.run.folder} was fine-tuned on {', '.join(sorted(learned))} alone",
-                UntunedWarning,
-                stacklevel=4,
+                f"the run {self.run.folder} was fine-tuned on {', '.join(sorted(learned))} alone"
             )
+            self._notify(UntunedWarning(sentence), stacklevel=4)
 
     def _pictures(
         self,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cm3leon.api.answers import (
-    Filled,
+    FoundDocument,
     GeneratedImage,
     ShortageWarning,
     UnrankedWarning,
@@ -20,27 +18,19 @@ from cm3leon.api.answers import (
     shortage_of,
     shortened,
 )
+from cm3leon.api.filling import AskedFilling
 from cm3leon.api.given import DecoderChoice, GivenImage, Samples
 from cm3leon.api.pages import AskedPages
 from cm3leon.arguments import Text, Worded, checked
 from cm3leon.config import NonNegativeInt, PositiveInt
-from cm3leon.data.images import read_given_image
-from cm3leon.decoders import grammar
-from cm3leon.decoders.request import Request
+from cm3leon.decoders.generate import Answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
 from cm3leon.stages.opening import TUNED
-from cm3leon.stages.prompts import fitting_prompt
-from cm3leon.tasks.prompts import (
-    AskedSpan,
-    box_spans,
-    fill,
-    spans_prompt,
-    unconditional_spans_prompt,
-)
+from cm3leon.stages.prompts import fitting_prompt, found_rows
 from cm3leon.types import (
+    Notice,
     TokenDocument,
-    TokenSegment,
     UserError,
 )
 
@@ -48,7 +38,7 @@ QUESTIONS = ("vqa", "reasoning")
 """Tasks of instructions that ask a question about an image."""
 
 
-class CM3Leon(AskedPages):
+class CM3Leon(AskedPages, AskedFilling):
     """A finished run, asked for images, texts and their likelihoods. Made by `load`.
 
     Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
@@ -93,11 +83,8 @@ class CM3Leon(AskedPages):
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
         if n > 1 and not self.has_clip:
             name = self.run.experiment.retriever.name
-            warnings.warn(
-                f"the retriever {name} of this run has no CLIP: images stand in the order of their seeds",
-                UnrankedWarning,
-                stacklevel=3,
-            )
+            sentence = f"the retriever {name} of this run has no CLIP: images stand in the order of their seeds"
+            self._notify(UnrankedWarning(sentence), stacklevel=3)
         results = []
         for text, document, rows, kept, drawn in zip(
             texts, documents, found, used, self._answers(requests), strict=True
@@ -161,88 +148,9 @@ class CM3Leon(AskedPages):
         (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
         prompt, kept = fitting_prompt(self.run, task, document, rows)
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
-            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
+            notice = ShortageWarning(found_of(len(kept), retrieve, shortage))
+            self._notify(notice, stacklevel=3)
         return self.run.text_tokenizer.decode(self._text_answer(prompt, decoder, seed))
-
-    @checked
-    def infill(
-        self,
-        image: GivenImage,
-        text: Text,
-        *,
-        box: tuple[int, int, int, int] | None = None,
-        words: tuple[int, int] | None = None,
-        decoder: DecoderChoice = None,
-        seed: NonNegativeInt = 0,
-        max_tokens: PositiveInt = 64,
-    ) -> Filled:
-        """An image and its text with a part of either made anew: what is not asked for keeps its codes and pieces.
-
-        A box becomes a span of codes in each row that it touches, each with a sentinel of its own; the more there are,
-        the further it is from what the model was trained on, one span or two in most samples.
-
-        Guidance and CD-K compare with a stream that has a mask for the text where a box is asked for,
-        and for the image where words are; where both are, there is nothing to compare with.
-
-        Args:
-            box: (left, top, right, bottom) in pixels of the given image, upright as its EXIF block says; inside its
-                central square, which is what the tokenizer sees.
-            words: characters [start, end) of the text, whose pieces are asked for.
-            max_tokens: pieces that the new text may have; a warning says where it was cut there.
-        """
-        pixels_HWC = self._pixels(image)
-        spans: list[AskedSpan] = []
-        if box is None and words is None:
-            raise UserError("box and words are both missing; give what is to be made anew")
-        if words is not None:
-            start, end = words
-            if not 0 <= start < end <= len(text):
-                raise UserError(
-                    f"words is {words}; it must be (start, end), a part of the text of {len(text)} characters"
-                )
-            before, asked, after = text[:start], text[start:end], text[end:]
-            pieces = [self._text(part).ids_T for part in (before, asked, after)]
-            text_ids_T = np.concatenate(pieces)
-            spans.append(AskedSpan(0, len(pieces[0]), len(pieces[0]) + len(pieces[1])))
-        else:
-            text_ids_T = self._text(text).ids_T
-        tokenizer, layout = self.run.image_tokenizer, self.run.vocab.layout
-        if box is not None:
-            height, width = read_given_image(image, "image").shape[:2]
-            spans += box_spans(
-                box, segment=1, grid=tokenizer.grid, width=width, height=height, layout=layout
-            )
-        document = TokenDocument(
-            "infill", (TokenSegment("text", text_ids_T), self._image(pixels_HWC))
-        )
-        both = [
-            prompt_of(document, spans, (), self.run.vocab)
-            for prompt_of in (spans_prompt, unconditional_spans_prompt)
-        ]
-        streams = tuple(ids_T for ids_T in both if ids_T is not None)
-        gaps = [
-            grammar.Gap("text", max_tokens)
-            if span.segment == 0
-            else grammar.Gap(
-                "image",
-                span.end - span.start,
-                layout.row_ends(tokenizer.grid, span.start, span.end),
-            )
-            for span in spans
-        ]
-        length = sum(gap.length + 2 for gap in gaps)
-        new = partial(grammar.infilling, self.run.vocab, gaps)
-        of = self._of_each_modality(decoder, decoder)
-        ((tokens,),) = self._answers([Request(streams, new, length, [of], [seed])])
-        texts = [ids for kind, ids in grammar.segments_of(tokens, self.run.vocab) if kind == "text"]
-        self._warn_truncated([ids for ids in texts if len(ids) == max_tokens], max_tokens)
-        completed = fill(document, spans, tokens, self.run.vocab)
-        codes_N = self.run.tokenizer.codes(completed)
-        return Filled(
-            Image.fromarray(tokenizer.decode(codes_N[None])[0]),
-            self.run.tokenizer.caption(completed),
-            codes_N,
-        )
 
     @checked
     def edit(
@@ -305,6 +213,30 @@ class CM3Leon(AskedPages):
         return self.run.text_tokenizer.decode(answer_T).strip()
 
     @checked
+    def search(
+        self,
+        text: Worded | None = None,
+        image: GivenImage | None = None,
+        *,
+        count: PositiveInt = 5,
+    ) -> list[FoundDocument]:
+        """The documents of the memory bank that are closest to a text, an image, or the mean of both, the best first.
+
+        Raises:
+            UserError: for neither of them, or a run without a memory bank.
+        """
+        if text is None and image is None:
+            raise UserError("text and image are both missing; give what documents are searched by")
+        self._check_bank("search")
+        pixels_HWC = None if image is None else self._pixels(image)
+        found = found_rows(self.run, text, pixels_HWC, min(count, len(self.run.bank)))
+        shown = self.used_documents([row for row, _ in found])
+        return [
+            FoundDocument(each.id, each.text, each.image, row, score)
+            for each, (row, score) in zip(shown, found, strict=True)
+        ]
+
+    @checked
     def score(
         self,
         *,
@@ -349,3 +281,14 @@ class CM3Leon(AskedPages):
             )
         with self._computing():
             return log_likelihoods(self.run.model, [ids_T] * len(given), given)
+
+
+def asked_through(model: CM3Leon, answerer: Answers, notices: list[Notice]) -> CM3Leon:
+    """The same model, answered by another answerer, with what would be warned of put into a list.
+
+    Python's warnings are of a whole process: each thread that asks takes a copy of its own.
+    """
+    _ = model._learned  # found out once, for all copies
+    other = copy(model)
+    other._answerer, other._notices = answerer, notices
+    return other

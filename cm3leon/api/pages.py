@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -89,7 +88,8 @@ class AskedPages(AskedRun):
             self.run, self._task_with_room("page_text", max_tokens), page, rows
         )
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
-            warnings.warn(found_of(len(kept), retrieve, shortage), ShortageWarning, stacklevel=3)
+            notice = ShortageWarning(found_of(len(kept), retrieve, shortage))
+            self._notify(notice, stacklevel=3)
         answer_T = self._text_answer(prompt, decoder, seed)
         return self.run.text_tokenizer.decode(answer_T).strip()
 

@@ -36,6 +36,7 @@ GROUPS = {
         "search",
         "add",
         "export",
+        "serve",
     ),
     "to follow jobs": ("status", "logs", "cancel"),
     "that launchers give to jobs": ("part", "point", "collect"),

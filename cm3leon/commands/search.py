@@ -16,7 +16,6 @@ from cm3leon.terminal import printable
 from cm3leon.types import TokenDocument, UserError
 
 if TYPE_CHECKING:
-    from cm3leon.retrievers.parts import Parts
     from cm3leon.stages.run_folder import RunFolder
 
 
@@ -46,26 +45,18 @@ def main(options: Options) -> None:
     Raises:
         UserError: for a mistake in the options, or a run without a finished bank.
     """
+    from cm3leon.data.images import read_given_image, square
     from cm3leon.stages.opening import open_run
+    from cm3leon.stages.prompts import found_rows
 
     run = open_run(options.run, options)
-    query = _query(run, options)
-    rows_1K = run.bank.search(query.mean(), options.count)
-    scores_K = (run.bank.parts_of(rows_1K).mean()[0] @ query.mean()[0]).tolist()
-    for row, score in zip(rows_1K[0].tolist(), scores_K, strict=True):
-        if row >= 0:
-            document = run.bank_document(row)
-            print(f"{score:.3f}  {printable(document.id)}  {printable(shown(run, document))}")
-
-
-def _query(run: RunFolder, options: Options) -> Parts:
-    from cm3leon.data.images import read_given_image, square
-
-    images_BHWC = None
+    pixels_HWC = None
     if options.image is not None:
-        pixels_HWC = read_given_image(options.image, "image")
-        images_BHWC = square(pixels_HWC, run.image_tokenizer_shape.image_size)[None]
-    return run.retriever.parts(None if options.text is None else [options.text], images_BHWC)
+        given_HWC = read_given_image(options.image, "image")
+        pixels_HWC = square(given_HWC, run.image_tokenizer_shape.image_size)
+    for row, score in found_rows(run, options.text, pixels_HWC, options.count):
+        document = run.bank_document(row)
+        print(f"{score:.3f}  {printable(document.id)}  {printable(shown(run, document))}")
 
 
 def shown(run: RunFolder, document: TokenDocument) -> str:

@@ -130,6 +130,25 @@ def decode_image(
             return _opened_and_decoded(_without_texts(content), max_pixels, size)
 
 
+def decode_transparency(content: bytes, max_pixels: int, name: str = "mask") -> np.ndarray:
+    """Which pixels of an image file are wholly transparent: boolean (H, W), upright as EXIF says.
+
+    Raises:
+        UnusableImage: as `decode_image`, and for an image without transparency.
+    """
+    with (
+        _reasons(name),
+        bare_pillow(name),
+        Image.open(io.BytesIO(content), formats=FORMATS) as image,
+    ):
+        _check_size(image.width, image.height, max_pixels)
+        with _room.taken(image.width * image.height):
+            if not image.has_transparency_data:
+                raise UnusableImage("it has no transparency")
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGBA").getchannel("A")) == 0
+
+
 def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[int, int]:
     """Width and height of an image file by its header, in which it lies as it does in the file.
 

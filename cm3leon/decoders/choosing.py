@@ -28,13 +28,29 @@ class Chooser:
         self._model, self._vocab, self._device = model, vocab, device
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def logits(self, kind: LaneKind, lanes: list[Lane], hidden_RWD: Tensor) -> Tensor:
-        """Logits (C, B, W, V) of lanes of a kind, of the ids that are allowed."""
-        allowed = kind.allowed
-        hidden_CBWD = hidden_RWD[self._rows(lanes, kind.streams), : 1 + kind.drafts]
-        logits_CBWV = F.linear(
-            hidden_CBWD, self._model.head.weight[allowed.low : allowed.high]
-        ).float()
+    def all_logits(self, hidden_RWD: Tensor) -> Tensor:
+        """Logits (R, W, V) of all rows and all ids: a product of one shape, whoever is asked for."""
+        return F.linear(hidden_RWD, self._model.head.weight).float()
+
+    def logits(
+        self,
+        kind: LaneKind,
+        lanes: list[Lane],
+        hidden_RWD: Tensor,
+        logits_RWV: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (C, B, W, V) of lanes of a kind, of the ids that are allowed.
+
+        Args:
+            logits_RWV: of `all_logits`; None = those that are wanted are computed here.
+        """
+        allowed, tokens = kind.allowed, 1 + kind.drafts
+        row_CB = self._rows(lanes, kind.streams)
+        if logits_RWV is None:
+            weight_VD = self._model.head.weight[allowed.low : allowed.high]
+            logits_CBWV = F.linear(hidden_RWD[row_CB, :tokens], weight_VD).float()
+        else:
+            logits_CBWV = logits_RWV[..., allowed.low : allowed.high][row_CB, :tokens]
         return logits_CBWV[..., self._columns(allowed)] if allowed.closed else logits_CBWV
 
     def draw(self, kind: LaneKind, lanes: list[Lane], logits_CBWV: Tensor) -> Tensor:
@@ -85,7 +101,7 @@ class Chooser:
         parents: list[int] = []
         for log_likelihood, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if math.isnan(log_likelihood):
-                raise not_finite(lane)
+                raise NotFiniteLogits(lane)
             if log_likelihood == -torch.inf and (running or search.finished):
                 break  # beams without a chance are all that is left
             parent, token = place // V, int(column_V[place % V]) + lane.allowed.low
@@ -132,9 +148,12 @@ class Chooser:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
-def not_finite(lane: Lane) -> NotFinite:
-    """The error that says whose logits cannot be drawn from."""
-    return NotFinite(
-        f"the logits of token {lane.grown + 1} of the answer to request {lane.ticket} are NaN or infinite: the model's "
-        "weights are damaged or have diverged, or the decoder's guidance is too strong for them"
-    )
+class NotFiniteLogits(NotFinite):
+    """The logits of a lane cannot be drawn from; says whose they are."""
+
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(
+            f"the logits of token {lane.grown + 1} of the answer to request {lane.ticket} are NaN or infinite: the "
+            "model's weights are damaged or have diverged, or the decoder's guidance is too strong for them"
+        )
+        self.ticket = lane.ticket

@@ -4,7 +4,7 @@ own seed."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cm3leon.decoders.choosing import NO_TOKEN, Chooser, not_finite
+from cm3leon.decoders.choosing import NO_TOKEN, Chooser, NotFiniteLogits
 from cm3leon.decoders.lanes import Lane, LaneKind
 from cm3leon.decoders.processors import stream_key
 from cm3leon.decoders.request import Request, Shape
@@ -65,6 +65,9 @@ class Engine:
             Answers are those of a window of one (up to rounding), steps are fewer.
         execution: how steps are run.
         recorder: in the place of CUDA graphs.
+        batch_invariant: every pass has one shape, whatever else is in the making: a prompt is computed by itself, and
+            a step computes all rows and all columns that there are, used or not. So the bits of a sample depend on its
+            request alone, where a matrix product of one shape computes each of its rows alike, in whatever row it is.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class Engine:
         window: int = 1,
         execution: Execution = "eager",
         recorder: Recorder | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         self.model, self.vocab, self.shape, self.window = model, vocab, shape, window
+        self.batch_invariant = batch_invariant
         self.steps = 0
         """Passes over next tokens so far."""
         self._cache = model.new_cache(
@@ -93,12 +98,8 @@ class Engine:
         self._tickets = 0
         self._chooser = Chooser(model, vocab, self._device)
 
-    def submit(self, request: Request) -> int:
-        """Queues a request; returns its ticket.
-
-        Raises:
-            UserError: for a request that this engine has no room for, or the model no positions.
-        """
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that this engine has no room for, or the model no positions."""
         request.check(self.model.seq_len)
         rows, tail = request.rows(), request.tail() + self.window - 1
         if (
@@ -110,13 +111,17 @@ class Engine:
                 f"a request of {rows} rows, {request.shared()} shared and {tail} own tokens does not "
                 f"fit the engine's {self.shape}"
             )
+
+    def submit(self, request: Request) -> int:
+        """Queues a request; returns its ticket. Raises as `check` does."""
+        self.check(request)
         ticket, self._tickets = self._tickets, self._tickets + 1
         if not request.length:
             self._answers += [
                 FinishedSample(ticket, number, []) for number in range(len(request.seeds))
             ]
             return ticket
-        at_once = self.shape.width // rows
+        at_once = self.shape.width // request.rows()
         for start in range(0, len(request.seeds), at_once):
             numbers = range(start, min(start + at_once, len(request.seeds)))
             self._waiting.append(_Piece(ticket, request, numbers))
@@ -128,6 +133,22 @@ class Engine:
         self._answers = [answer for answer in self._answers if answer.ticket != ticket]
         for slot, group in list(self._groups.items()):
             self._keep(slot, [lane for lane in group.lanes if lane.ticket != ticket])
+
+    @property
+    def free(self) -> int:
+        """Groups that the next step has room for, beside those that are in use or waiting."""
+        return self.shape.groups - len(self._groups) - len(self._waiting)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values, which stay the same."""
+        return self._cache.nbytes()
+
+    def growing(self) -> Iterator[tuple[int, int, Sequence[int]]]:
+        """Ticket, number and tokens so far of each sample in the making."""
+        for group in self._groups.values():
+            for lane in group.lanes:
+                yield lane.ticket, lane.number, lane.tokens
 
     @property
     def busy(self) -> bool:
@@ -144,7 +165,8 @@ class Engine:
         """Lets waiting requests in, adds a token to every sample, and returns those that are finished.
 
         Raises:
-            NotFinite: for logits that are NaN or infinite, naming the token and the request.
+            NotFiniteLogits: for logits that are NaN or infinite, naming the token and the request, which is forgotten;
+                the others go on with the next step.
         """
         self._admit()
         if self._groups:
@@ -157,15 +179,18 @@ class Engine:
     def _admit(self) -> None:
         free = [slot for slot in range(self.shape.groups) if slot not in self._groups]
         entering = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
-        for batch in _in_budget(entering):
+        for batch in self._batches(entering):
             self._prefill_prefixes(batch)
         for streams in {len(piece.request.used()) for _, piece in entering}:
-            for batch in _in_budget(
-                [each for each in entering if len(each[1].request.used()) == streams]
-            ):
+            alike = [each for each in entering if len(each[1].request.used()) == streams]
+            for batch in self._batches(alike):
                 self._prefill_tails(batch, streams)
         for slot, piece in entering:
             self._start(slot, piece)
+
+    def _batches(self, pieces: Sequence[tuple[int, _Piece]]) -> Iterable[list[tuple[int, _Piece]]]:
+        """The pieces whose prompts are computed together."""
+        return [[each] for each in pieces] if self.batch_invariant else _in_budget(pieces)
 
     def _prefill_prefixes(self, batch: Sequence[tuple[int, _Piece]]) -> None:
         prefixes = [piece.request.streams[0][: piece.request.shared()] for _, piece in batch]
@@ -248,26 +273,34 @@ class Engine:
         for lane in lanes:
             kinds.setdefault(lane.kind(self.window), []).append(lane)
         drawn: list[tuple[LaneKind, list[Lane], Tensor]] = []
+        failed: dict[Lane, NotFiniteLogits] = {}
+        logits_RWV = self._chooser.all_logits(hidden_RWD) if self.batch_invariant else None
         for kind, members in kinds.items():
             if kind.allowed.forced is not None:
                 for lane in members:
                     lane.take([kind.allowed.forced], 0)
                     lane.chosen = lane.chosen[1:]
                 continue
-            logits_CBWV = self._chooser.logits(kind, members, hidden_RWD)
+            logits_CBWV = self._chooser.logits(kind, members, hidden_RWD, logits_RWV)
             if not kind.searches:
                 drawn.append((kind, members, self._chooser.draw(kind, members, logits_CBWV)))
                 continue
             for number, lane in enumerate(members):
-                self._search(kind, lane, logits_CBWV[:, number, 0])
+                try:
+                    self._search(kind, lane, logits_CBWV[:, number, 0])
+                except NotFiniteLogits as error:
+                    failed[lane] = error
 
         for kind, members, token_BN in drawn:
             for lane, tokens in zip(members, token_BN.tolist(), strict=True):
                 if NO_TOKEN in tokens:
-                    raise not_finite(lane)
-                lane.take(tokens, kind.drafts)
+                    failed[lane] = NotFiniteLogits(lane)
+                else:
+                    lane.take(tokens, kind.drafts)
 
-        self._advance([(lane, lane.grown - before[lane]) for lane in lanes if not lane.finished])
+        # A lane that failed stands where it stood, and would fail again.
+        going_on = [lane for lane in lanes if not lane.finished and lane not in failed]
+        self._advance([(lane, lane.grown - before[lane]) for lane in going_on])
         finished = [lane for lane in lanes if lane.finished]
         self._answers += [
             FinishedSample(lane.ticket, lane.number, lane.tokens) for lane in finished
@@ -275,13 +308,18 @@ class Engine:
         if finished:
             for slot, group in list(self._groups.items()):
                 self._keep(slot, [lane for lane in group.lanes if not lane.finished])
+        for failure in failed.values():
+            self.cancel(failure.ticket)
+            raise failure
 
     def _hidden(self) -> Tensor:
         """Hidden states (R, W, D) of the tokens that are next in each row, whose keys and values go to the cache."""
+        self.steps += 1
+        if self.batch_invariant:
+            return self._steps(self.shape.groups, self.shape.prefix, self.shape.tail)
         groups = self._groups.values()
         tail = max(group.tail + max(lane.grown for lane in group.lanes) for group in groups)
         prefix = max(group.prefix for group in groups)
-        self.steps += 1
         return self._steps(max(self._groups) + 1, prefix, tail + self.window)
 
     def _search(self, kind: LaneKind, lane: Lane, logits_KV: Tensor) -> None:

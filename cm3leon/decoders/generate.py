@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ WINDOW = 4
 """Window of the engine where a single image is asked for: more codes a step pay where few rows make it."""
 ROUNDING = 256
 """Columns of an engine that is kept are a multiple of this, so that more requests fit it."""
+
+
+class Answers(Protocol):
+    """What answers requests, as `Answerer` does."""
+
+    def answers(self, requests: Sequence[Request], /) -> list[list[list[int]]]:
+        """Tokens of all samples of all requests."""
 
 
 class Answerer:

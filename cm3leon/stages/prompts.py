@@ -36,6 +36,23 @@ def retrieved_rows(
     return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
 
 
+def found_rows(
+    run: RunFolder, text: str | None, pixels_HWC: np.ndarray | None, count: int
+) -> list[tuple[int, float]]:
+    """Rows of the bank and their scores, the best first: inner products with the mean of a text and an image.
+
+    Args:
+        pixels_HWC: uint8, in the size of the image tokenizer; one of both may be None.
+    """
+    query = run.retriever.parts(
+        None if text is None else [text], None if pixels_HWC is None else pixels_HWC[None]
+    )
+    rows_1K = run.bank.search(query.mean(), count)
+    scores_K = run.bank.parts_of(rows_1K).mean()[0] @ query.mean()[0]
+    found = zip(rows_1K[0].tolist(), scores_K.tolist(), strict=True)
+    return [(row, score) for row, score in found if row != NONE]
+
+
 def fitting_prompt(
     run: RunFolder, task: Task, document: TokenDocument, rows: list[int]
 ) -> tuple[Prompt, list[int]]:

@@ -107,6 +107,11 @@ class RunFolder(TokenizedRun):
         """Whether the strategy always refuses documents without a text or an image, which no index holds then."""
         return self.experiment.retriever.config.both_modalities
 
+    @property
+    def has_bank(self) -> bool:
+        """Whether the memory bank is finished."""
+        return (self.bank_folder / "index" / MARKER).is_file()
+
     def open_bank(self, *, with_added: bool = True) -> Bank:
         """The memory bank, with or without the documents that were added to it.
 
@@ -114,7 +119,7 @@ class RunFolder(TokenizedRun):
             UserError: for a bank without a finished index, or another run's without the single modalities that this
                 run retrieves.
         """
-        if not (self.bank_folder / "index" / MARKER).is_file():
+        if not self.has_bank:
             raise UserError(
                 f"{self.bank_folder} has no memory bank: its stage index is not finished; run its experiment again, "
                 "with until=index at least"

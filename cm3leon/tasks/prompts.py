@@ -135,9 +135,49 @@ def box_spans(
         rounded = -(-numerator // denominator) if up else numerator // denominator
         return min(max(rounded, 0), grid)
 
-    first, last = code(left, width, up=False), code(right, width, up=True)
-    rows = range(code(top, height, up=False), code(bottom, height, up=True))
-    stride = layout.image_length((1, grid))
-    if (first, last) == (0, grid):
-        return [AskedSpan(segment, rows.start * stride, rows.stop * stride)]
-    return [AskedSpan(segment, row * stride + first, row * stride + last) for row in rows]
+    asked_GG = np.zeros((grid, grid), bool)
+    rows = slice(code(top, height, up=False), code(bottom, height, up=True))
+    asked_GG[rows, code(left, width, up=False) : code(right, width, up=True)] = True
+    return code_spans(asked_GG, segment=segment, layout=layout)
+
+
+def mask_codes(mask_HW: np.ndarray, grid: int) -> np.ndarray:
+    """Which of an image's codes a mask of its pixels touches: boolean (grid, grid).
+
+    The tokenizer sees the central square of an image, cut into `grid` x `grid` cells; a code is touched if a single
+    pixel of its cell is, be it cut by the cell's edge. Pixels outside the square touch none.
+    """
+    side = min(mask_HW.shape)
+
+    def pixels(cell: int, length: int) -> slice:
+        """The pixels of one axis that a row or column of cells touches."""
+        start = (length - side) * grid + 2 * cell * side
+        return slice(start // (2 * grid), -(-(start + 2 * side) // (2 * grid)))
+
+    height, width = mask_HW.shape
+    touched_GG = np.zeros((grid, grid), bool)
+    for row, column in np.ndindex(grid, grid):
+        touched_GG[row, column] = mask_HW[pixels(row, height), pixels(column, width)].any()
+    return touched_GG
+
+
+def code_spans(asked_GG: np.ndarray, *, segment: int, layout: Layout) -> list[AskedSpan]:
+    """The codes of an image that are asked for, as spans: each run of them in reading order is one.
+
+    . 1 1 .      two spans, of the codes 1 2 and 5 6
+    . 1 1 .
+
+    . . 1 1      one span, of the codes 2 to 7
+    1 1 1 1
+
+    What closes a row belongs to a span where the whole row does.
+    """
+    rows, columns = asked_GG.shape
+    asked_RT = np.zeros((rows, layout.image_length((1, columns))), bool)
+    asked_RT[:, :columns] = asked_GG
+    asked_RT[:, columns:] = asked_GG.all(1, keepdims=True)
+    edges_N = np.flatnonzero(np.diff(asked_RT.ravel(), prepend=False, append=False))
+    return [
+        AskedSpan(segment, int(start), int(end))
+        for start, end in zip(edges_N[::2], edges_N[1::2], strict=True)
+    ]

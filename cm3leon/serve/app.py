@@ -1,0 +1,246 @@
+"""OpenAI's endpoints, answered by a service. What they take is in `asked.py`, what they have in common in `work.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from cm3leon.serve import chat, drawing
+from cm3leon.serve.asked import (
+    Asked,
+    ChatAsked,
+    EditAsked,
+    GenerationAsked,
+    RetrieveAsked,
+    file_of,
+    form_values,
+    read_asked,
+    read_json_body,
+)
+from cm3leon.serve.desk import Desk, Told
+from cm3leon.serve.errors import Refusal, refusal_of
+from cm3leon.serve.gate import Gate
+from cm3leon.serve.metrics import Metrics
+from cm3leon.serve.pictures import encoded, given_pixels
+from cm3leon.serve.service import Service, is_tuned
+from cm3leon.serve.setting import Limits, Setting
+from cm3leon.types import UserError
+
+HEALTH = "/health"
+FORM_FIELDS = 64
+
+
+class Server:
+    """The application and what it stands on."""
+
+    def __init__(
+        self, service: Service, *, limits: Limits | None = None, key: str | None = None
+    ) -> None:
+        limits = limits or Limits()
+        self.service = service
+        self.desk = Desk(service, limits.requests)
+        self.setting = Setting(self.desk, limits, service.model.run.folder.resolve().name)
+        self.metrics = Metrics(self.desk)
+        self.stopping = False
+        """Whether new requests are refused."""
+        self._created = int(time.time())
+        application = FastAPI(
+            title="CM3Leon", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers={}
+        )
+        routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("POST", "/v1/images/generations", self._generations),
+            ("POST", "/v1/images/edits", self._edits),
+            ("POST", "/v1/chat/completions", self._chat),
+            ("POST", "/v1/retrieve", self._retrieve),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/models/{name}", self._model),
+            ("GET", HEALTH, self._health),
+            ("GET", "/metrics", self._metrics),
+        ]
+        for method, path, answer in routes:
+            application.add_api_route(
+                path, self._counted(path, answer), methods=[method], response_model=None
+            )
+        for kind in (Refusal, HTTPException, Exception):
+            application.add_exception_handler(kind, _said)
+        self.app = Gate(application, key=key, body_bytes=limits.body_bytes, open_paths=(HEALTH,))
+
+    def described(self) -> str:
+        """What is served, and the memory that it has taken, in a line."""
+        engine = self.service.engine.engine
+        shape = engine.shape
+        return (
+            f"{self.setting.name}: {shape.groups} samples at a time, {shape.width} rows of {shape.tail} tokens "
+            f"each behind a prefix of {shape.prefix}; {engine.cache_bytes / 1e6:,.1f} MB of keys "
+            f"and values, taken for good; {self.service.engine.waiting_limit} more samples may wait"
+        )
+
+    def close(self, timeout: float) -> None:
+        """Finishes what was accepted, and ends all threads."""
+        self.stopping = True
+        self.service.engine.stop(timeout=timeout)
+        self.desk.close()
+
+    def _counted(
+        self, path: str, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint, counted and timed, to the end of a stream."""
+
+        async def counted(request: Request) -> Response:
+            started = time.monotonic()
+
+            def count(status: int) -> None:
+                self.metrics.count(path, status, time.monotonic() - started)
+
+            try:
+                if self.stopping and request.method == "POST":
+                    raise Refusal(503, "the server is being stopped", retry=5)
+                response = await answer(request)
+            except Exception as error:
+                refusal = refusal_of(error)
+                count(500 if refusal is None else refusal.status)
+                if refusal is None:
+                    raise
+                raise refusal from error
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = _until_the_end(response.body_iterator, count)
+            else:
+                count(response.status_code)
+            return response
+
+        return counted
+
+    # -------------------------------------------------------------------------------------------- endpoints
+
+    async def _generations(self, request: Request) -> Response:
+        asked = await self._asked(GenerationAsked, request)
+        return await self._answer(request, asked, drawing.generation(self.setting, asked))
+
+    async def _edits(self, request: Request) -> Response:
+        async with request.form(max_files=4, max_fields=FORM_FIELDS) as form:
+            files = await _files(form)
+            texts = {name: value for name, value in form.items() if isinstance(value, str)}
+        asked = read_asked(EditAsked, form_values(EditAsked, texts))
+        self.setting.check(asked)
+        return await self._answer(request, asked, await drawing.edit(self.setting, asked, files))
+
+    async def _chat(self, request: Request) -> Response:
+        asked = await self._asked(ChatAsked, request)
+        return await self._answer(request, asked, chat.completion(self.setting, asked))
+
+    async def _answer(self, request: Request, asked: Asked, task: Told[Any]) -> Response:
+        client = _client(request, asked)
+        if not asked.stream:
+            answered = await self.desk.answer(request.receive, client, task.work)
+            return JSONResponse(task.body(answered))
+        growing = await self.desk.grow(request.receive, client, task.work, every=task.every)
+        return StreamingResponse(task.events(growing), media_type="text/event-stream")
+
+    async def _retrieve(self, request: Request) -> Response:
+        asked = await self._asked(RetrieveAsked, request)
+        setting = self.setting
+        image = None if asked.image is None else file_of(asked.image, "image")
+
+        def work(model: Any) -> list[dict[str, Any]]:
+            pixels_HWC = None
+            if image is not None:
+                pixels_HWC = given_pixels(
+                    image, "image", size=setting.size, max_pixels=setting.limits.pixels
+                )
+            documents = []
+            for found in model.search(asked.text, pixels_HWC, count=asked.count):
+                picture = found.image if asked.images else None
+                documents.append(
+                    {
+                        "id": found.id,
+                        "text": found.text,
+                        "score": found.score,
+                        "b64_json": None if picture is None else encoded(picture, "png"),
+                    }
+                )
+            return documents
+
+        answered = await self.desk.answer(request.receive, _client(request, asked), work)
+        return JSONResponse({"object": "list", "data": answered.result})
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _model(self, request: Request) -> Response:
+        self.setting.check_name(request.path_params["name"])
+        return JSONResponse(self._described())
+
+    async def _health(self, request: Request) -> Response:
+        if not self.service.engine.alive or self.stopping:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _described(self) -> dict[str, Any]:
+        run = self.service.model.run
+        return {
+            "id": self.setting.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "cm3leon",
+            "image_size": self.setting.image_size,
+            "codes": list(run.grid),
+            "positions": self.service.engine.engine.shape.prefix,
+            "retrieves": run.has_retriever and run.has_bank,
+            "takes_instructions": is_tuned(self.service.model),
+        }
+
+    async def _asked(self, cls: type[Any], request: Request) -> Any:
+        body = await request.body()
+        asked = read_asked(cls, read_json_body(body, request.headers.get("content-type", "")))
+        self.setting.check(asked)
+        return asked
+
+
+def _client(request: Request, asked: Asked) -> str:
+    """Whose turn it is: the user that is named, else the address."""
+    address = request.client.host if request.client else "?"
+    return f"user {asked.user}" if asked.user else f"address {address}"
+
+
+async def _files(form: FormData) -> dict[str, bytes]:
+    """The files of a form by their names; a list of one is that one."""
+    files: dict[str, bytes] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            plain = name.removesuffix("[]")
+            if plain in files:
+                raise UserError(f"{plain} is given several times; give one file")
+            files[plain] = await value.read()
+    return files
+
+
+async def _until_the_end(
+    stream: AsyncIterable[Any], count: Callable[[int], None]
+) -> AsyncIterator[Any]:
+    status = 499
+    try:
+        async for each in stream:
+            yield each
+        status = 200
+    finally:
+        count(status)
+
+
+async def _said(request: Request, error: Exception) -> Response:
+    """An error as OpenAI has it."""
+    if isinstance(error, HTTPException):
+        known = {404: f"{request.url.path} is not an endpoint of this server",
+                 405: f"{request.url.path} does not take {request.method}"}  # fmt: skip
+        refusal = Refusal(error.status_code, known.get(error.status_code, str(error.detail)))
+    else:
+        refusal = refusal_of(error) or Refusal(500, "the server failed; its log says why")
+    return JSONResponse(refusal.body(), refusal.status, refusal.headers)

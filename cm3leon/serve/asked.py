@@ -1,0 +1,314 @@
+"""What clients may ask for: the fields of OpenAI's requests that mean something here, and those of our own."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from cm3leon.config import (
+    Component,
+    Guidance,
+    NonNegativeInt,
+    PositiveInt,
+    Probability,
+    Range,
+    Seed,
+    from_mapping,
+    to_mapping,
+)
+from cm3leon.registry import DECODERS
+from cm3leon.serve.errors import Refusal
+from cm3leon.types import UserError
+
+C = TypeVar("C", bound="Asked")
+
+LONGEST_TEXT = 32_000
+"""Characters of a text, as OpenAI's longest prompt has."""
+MOST_PARTS = 64
+"""Texts and images of a conversation."""
+DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,", re.IGNORECASE)
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """Fields of every request."""
+
+    model: str | None = None
+    """Name of the model, as /v1/models has it; null = the one that there is."""
+    user: str | None = None
+    """Who asks; users take turns. Null = told by the address."""
+    seed: Seed | None = None
+    """Seed of the first sample, the others count on from it; null = any, which the answer names."""
+    decoder: Annotated[Component, DECODERS] | None = None
+    """How tokens are drawn; null = as the run's experiment says."""
+    stream: bool = False
+    """Whether the answer comes in server-sent events, as it grows."""
+
+    not_for_us: ClassVar[tuple[str, ...]] = (
+        "safety_identifier",
+        "metadata",
+        "store",
+        "service_tier",
+    )
+    """Fields that clients of OpenAI send, and that change nothing here."""
+
+
+@dataclass(kw_only=True)
+class ImagesAsked(Asked):
+    """What is asked for in images."""
+
+    prompt: str
+    """What the image is to show; of an edit without a mask, the instruction."""
+    n: PositiveInt = 1
+    """Images that are drawn."""
+    size: str = "auto"
+    """WIDTHxHEIGHT as the model draws, or auto."""
+    response_format: str = "b64_json"
+    """b64_json: images are in the answer."""
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    """Format of the image files."""
+    guidance: Guidance | None = None
+    """Weight of guidance by the text, in the place of the decoder's."""
+    partial_images: Annotated[int, Range(ge=0, le=1024)] | None = None
+    """Images that a stream shows of each before it is whole; null = one for each row of codes."""
+
+    not_for_us = (*Asked.not_for_us, "quality", "style", "background", "moderation",
+                  "output_compression", "input_fidelity")  # fmt: skip
+
+    def check(self) -> None:
+        if not self.prompt.strip():
+            raise UserError("prompt is empty; it must be a text")
+        if len(self.prompt) > LONGEST_TEXT:
+            raise UserError(
+                f"prompt has {len(self.prompt)} characters; it must have at most {LONGEST_TEXT}"
+            )
+        if self.response_format != "b64_json":
+            raise UserError(
+                f"response_format is {self.response_format!r}; it must be b64_json: this server keeps no images, and "
+                "so has no URLs of them"
+            )
+
+
+@dataclass(kw_only=True)
+class GenerationAsked(ImagesAsked):
+    """POST /v1/images/generations."""
+
+    retrieve: NonNegativeInt = 0
+    """Documents of the memory bank that are put before the prompt."""
+
+
+@dataclass(kw_only=True)
+class EditAsked(ImagesAsked):
+    """POST /v1/images/edits, beside its files."""
+
+    box: tuple[int, int, int, int] | None = None
+    """Left, top, right, bottom in pixels of the image, in the place of a mask."""
+
+
+@dataclass(kw_only=True)
+class ChatAsked(Asked):
+    """POST /v1/chat/completions."""
+
+    messages: list[Any]
+    """The conversation, with texts and images in it."""
+    n: Annotated[int, Range(ge=1, le=1)] = 1
+    """Answers."""
+    max_tokens: PositiveInt | None = None
+    """Pieces of a text; null = 64."""
+    max_completion_tokens: PositiveInt | None = None
+    """The same by its new name."""
+    temperature: Annotated[float, Range(ge=0, le=2)] | None = None
+    """Draws texts by this temperature; 0 takes the likeliest; null = the run's own decoder of texts."""
+    top_p: Probability | None = None
+    """Probability kept where texts are drawn."""
+    modalities: list[Literal["text", "image"]] = field(default_factory=lambda: ["text"])
+    """What the answer may hold; with image, texts and images that go on with the conversation."""
+    segments: Annotated[int, Range(ge=1, le=16)] = 2
+    """Texts and images of such an answer, at most."""
+    retrieve: NonNegativeInt = 0
+    """Documents of the memory bank that are put before an image that is to be described."""
+    stream_options: Any = None
+    """Taken, and of no consequence: the last event of a stream has the usage."""
+
+    not_for_us = (*Asked.not_for_us, "frequency_penalty", "presence_penalty", "logprobs",
+                  "parallel_tool_calls", "reasoning_effort")  # fmt: skip
+
+    @property
+    def longest(self) -> int:
+        """Pieces that a text may have."""
+        return self.max_completion_tokens or self.max_tokens or 64
+
+    @property
+    def text_decoder(self) -> Component | dict[str, Any] | None:
+        """How texts are drawn; None = as the run says."""
+        if self.decoder is not None or (self.temperature is None and self.top_p is None):
+            return self.decoder
+        if self.temperature is not None and self.temperature < 0.01:
+            return {"name": "greedy"}
+        drawn = {
+            "temperature": self.temperature or 1.0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+        return {"name": "top_p", "cfg": 1, **drawn}
+
+
+@dataclass(kw_only=True)
+class RetrieveAsked(Asked):
+    """POST /v1/retrieve."""
+
+    text: str | None = None
+    """Text to find documents for."""
+    image: str | None = None
+    """Image to find documents for, as a data URL or in base64; with a text, for the mean of both."""
+    count: Annotated[int, Range(ge=1, le=100)] = 5
+    """Documents to find."""
+    images: bool = True
+    """Whether images of the documents are in the answer."""
+
+    def check(self) -> None:
+        if self.text is None and self.image is None:
+            raise UserError("text and image are missing; give what documents are searched by")
+        if self.text is not None and len(self.text) > LONGEST_TEXT:
+            raise UserError(f"text is too long; it must have at most {LONGEST_TEXT} characters")
+
+
+def read_asked(cls: type[C], mapping: Any) -> C:
+    """A request by its JSON. Fields that are null count as missing, those that mean nothing here are left out.
+
+    Raises:
+        UserError: for a mistake in it.
+    """
+    if not isinstance(mapping, Mapping):
+        raise UserError("the request must be a JSON object")
+    given = {
+        key: value
+        for key, value in mapping.items()
+        if value is not None and key not in cls.not_for_us
+    }
+    return from_mapping(cls, given)
+
+
+def read_json_body(body: bytes, content_type: str) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        Refusal: for another type of content, which pages of other sites could send.
+        UserError: for what is no JSON.
+    """
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(
+            415, f"the content type is {content_type or 'missing'}; it must be application/json"
+        )
+    try:
+        return json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the request is not JSON: {error}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def form_values(cls: type[Asked], items: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a form as JSON has them: what is no text is read as JSON, decoder[cfg]=2 is a section's field."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in items.items():
+        section = re.fullmatch(r"(\w+)\[(\w+)\]", name)
+        if section:
+            inner = values.setdefault(section[1], {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{name} and {section[1]} are both given")
+            inner[section[2]] = _json_or_text(value)
+        elif hints.get(name) in (str, str | None):
+            values[name] = value
+        else:
+            values[name] = _json_or_text(value)
+    return values
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return value
+
+
+def decoder_of(
+    choice: Component | None, guidance: float | None, usual: Component | str
+) -> Component | dict[str, Any] | str:
+    """The decoder that is asked for, with that weight of guidance.
+
+    Args:
+        usual: the decoder where none is chosen.
+
+    Raises:
+        UserError: for a weight where the decoder has none.
+    """
+    chosen = choice or usual
+    if guidance is None:
+        return chosen
+    component = DECODERS.check(chosen) if isinstance(chosen, str) else chosen
+    names = [each.name for each in fields(component.config)]
+    weight = next((name for name in ("cfg", "text") if name in names), None)
+    if weight is None:
+        raise UserError(f"guidance is {guidance}, and the decoder {component.name} has none")
+    return {**to_mapping(component), weight: guidance}
+
+
+def parts_of(messages: list[Any]) -> list[str | bytes]:
+    """The texts and images of a conversation in order; what a system says is left out.
+
+    Raises:
+        UserError: for a part that is no text and no image, or one that is not in the request.
+    """
+    parts: list[str | bytes] = []
+    for number, message in enumerate(messages):
+        where = f"messages.{number}"
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UserError(f"{where} must be an object with role and content")
+        if message["role"] in ("system", "developer"):
+            continue
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise UserError(f"{where}.content must be a text, or a list of parts")
+        parts += [_part(part, f"{where}.content.{index}") for index, part in enumerate(content)]
+    if not parts:
+        raise UserError("messages has no text and no image")
+    if len(parts) > MOST_PARTS:
+        raise UserError(f"messages has {len(parts)} parts; it must have at most {MOST_PARTS}")
+    return parts
+
+
+def _part(part: Any, where: str) -> str | bytes:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        if len(part["text"]) > LONGEST_TEXT:
+            raise UserError(
+                f"{where}.text is too long; it must have at most {LONGEST_TEXT} characters"
+            )
+        return str(part["text"])
+    if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
+        url = part["image_url"].get("url")
+        if isinstance(url, str) and DATA_URL.match(url):
+            return file_of(url, f"{where}.image_url.url")
+        raise UserError(
+            f"{where}.image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing"
+        )
+    raise UserError(f"{where} must be a part of the type text, or image_url with a data URL")
+
+
+def file_of(text: str, where: str) -> bytes:
+    """The bytes of a file, as a data URL or in base64. Raises UserError for what is neither."""
+    found = DATA_URL.match(text)
+    try:
+        return base64.b64decode(text[found.end() if found else 0 :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{where} is no image in base64: {error}") from error

@@ -1,0 +1,170 @@
+"""Conversations: an image described, a question about it answered, texts and images gone on with."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm3leon.api import CM3Leon, TruncatedWarning
+from cm3leon.serve.asked import ChatAsked, parts_of
+from cm3leon.serve.desk import Answered, Growing, Work
+from cm3leon.serve.events import ALIVE, event, with_errors
+from cm3leon.serve.pictures import data_url, given_pixels
+from cm3leon.serve.service import takes_questions
+from cm3leon.serve.setting import Setting
+from cm3leon.types import Modality, UserError
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""Stands at the end of a text whose last character is not whole yet."""
+
+
+@dataclass
+class Conversation:
+    """An answer in the making, and how it is told."""
+
+    setting: Setting
+    asked: ChatAsked
+    parts: list[str | bytes]
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def with_images(self) -> bool:
+        """Whether the answer may hold images."""
+        return "image" in self.asked.modalities
+
+    @property
+    def every(self) -> int:
+        """Tokens after which a stream shows a text."""
+        return 1
+
+    @property
+    def work(self) -> Work[list[str | Image.Image]]:
+        """What a thread does."""
+        return self._ask
+
+    def _ask(self, model: CM3Leon) -> list[str | Image.Image]:
+        asked, setting = self.asked, self.setting
+        given: list[Any] = [
+            part if isinstance(part, str) else self._pixels(part) for part in self.parts
+        ]
+        drawn: Any = {"seed": asked.seed, "max_tokens": asked.longest}
+        decoder: Any = asked.text_decoder
+        if self.with_images:
+            first: Modality = "image" if isinstance(given[-1], str) else "text"
+            text_decoder = None if asked.decoder else decoder
+            return model.interleave(
+                given,
+                first=first,
+                segments=asked.segments,
+                decoder=asked.decoder,
+                text_decoder=text_decoder,
+                **drawn,
+            )
+        texts = [part for part in given if isinstance(part, str)]
+        images = [part for part in given if not isinstance(part, str)]
+        if not images:
+            raise UserError(
+                "messages has no image: give one to be described, or ask for images by modalities: "
+                '["text", "image"]'
+            )
+        if len(images) == 1 and not texts:
+            return [model.caption(images[0], retrieve=asked.retrieve, decoder=decoder, **drawn)]
+        if len(images) == 1 and takes_questions(model):
+            question = " ".join(texts)
+            return [model.answer(images[0], question, decoder=decoder, **drawn)]
+        if not isinstance(given[-1], str):
+            return [model.page_text(given, retrieve=asked.retrieve, decoder=decoder, **drawn)]
+        raise UserError(
+            f"{setting.name} was not fine-tuned on questions (docs/tasks.md): give an image alone, which is described, "
+            "or end with one"
+            if len(images) == 1
+            else "a question is about one image: give one, or end with an image, behind which the model goes on"
+        )
+
+    def _pixels(self, image: bytes) -> np.ndarray:
+        setting = self.setting
+        return given_pixels(
+            image, "messages: an image", size=setting.size, max_pixels=setting.limits.pixels
+        )
+
+    def body(self, answered: Answered[list[str | Image.Image]]) -> dict[str, Any]:
+        """OpenAI's JSON of a completion."""
+        choice = {"index": 0, "message": self._message(answered.result), "logprobs": None}
+        return {
+            **self._head("chat.completion"),
+            "choices": [{**choice, "finish_reason": _reason(answered)}],
+            "usage": answered.usage,
+            "warnings": [str(notice) for notice in answered.notices],
+            "seed": self.asked.seed,
+        }
+
+    def events(self, growing: Growing[list[str | Image.Image]]) -> AsyncIterator[bytes]:
+        """OpenAI's chunks: of a text as it grows; texts and images in turn when they are all there."""
+        return with_errors(self._events(growing))
+
+    async def _events(self, growing: Growing[list[str | Image.Image]]) -> AsyncIterator[bytes]:
+        sent = ""
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            async for state in growing.states():
+                if state is None or self.with_images:
+                    yield ALIVE
+                    continue
+                text = self.setting.model.run.text_tokenizer.decode(np.array(state[1])).strip()
+                if text.startswith(sent) and len(text) > len(sent) and UNFINISHED not in text:
+                    yield self._chunk({"content": text[len(sent) :]})
+                    sent = text
+            answered = growing.answered()
+            message = self._message(answered.result)
+            rest = {"content": message.pop("content").removeprefix(sent)}
+            message.pop("role")
+            yield self._chunk({**rest, **message})
+            yield self._chunk({}, finish_reason=_reason(answered), usage=answered.usage)
+        finally:
+            await growing.close()
+
+    def _message(self, result: list[str | Image.Image]) -> dict[str, Any]:
+        texts = [part.strip() for part in result if isinstance(part, str)]
+        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(filter(None, texts))}
+        if self.with_images:
+            parts = [
+                {"type": "text", "text": part} if isinstance(part, str) else _image_part(part)
+                for part in result
+            ]
+            message["images"] = [part for part in parts if part["type"] == "image_url"]
+            message["parts"] = parts
+        return message
+
+    def _chunk(self, delta: dict[str, Any], **more: Any) -> bytes:
+        reason = more.pop("finish_reason", None)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return event({**self._head("chat.completion.chunk"), "choices": [choice], **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.setting.name,
+        }
+
+
+def completion(setting: Setting, asked: ChatAsked) -> Conversation:
+    """The answer to a conversation. Raises UserError as `parts_of` does."""
+    return Conversation(setting, asked, parts_of(asked.messages))
+
+
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def _reason(answered: Answered[Any]) -> str:
+    cut = any(isinstance(notice, TruncatedWarning) for notice in answered.notices)
+    return "length" if cut else "stop"

@@ -1,0 +1,202 @@
+"""What every request passes before it is read: who may ask, from where, and how much may be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cm3leon.serve.errors import Refusal
+from cm3leon.types import UserError
+
+LOG = logging.getLogger(__name__)
+KEY_VARIABLE = "CM3LEON_API_KEY"
+LOCAL = ("127.0.0.1", "::1", "localhost")
+"""Hosts that only this machine reaches."""
+BODY_SECONDS = 60
+"""Time that a client may take to send its request."""
+
+DRAIN_SECONDS = 2
+"""Time for which the rest of a refused request is read."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def read_key(file: Path | None) -> str | None:
+    """The API key: of a file, else of the environment; None without one.
+
+    Raises:
+        UserError: for a file that cannot be read, or an empty key.
+    """
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        where = KEY_VARIABLE
+    else:
+        where = f"key_file: {file}"
+        try:
+            key = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{where} cannot be read: {error}") from error
+    if key is not None and not key.strip():
+        raise UserError(f"{where} is empty; it must hold the API key")
+    return None if key is None else key.strip()
+
+
+class Gate:
+    """An ASGI application in front of another one.
+
+    Args:
+        key: that requests have to bear; None = none, and then only pages of this server's own may ask by a browser.
+        body_bytes: that a request may have, however it is sent.
+        open_paths: that are answered without a key.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Message, Receive, Send], Awaitable[None]],
+        *,
+        key: str | None,
+        body_bytes: int,
+        open_paths: tuple[str, ...] = (),
+    ) -> None:
+        self._app, self._body_bytes, self._open_paths = app, body_bytes, open_paths
+        self._digest = None if key is None else _digest(key.encode())
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(receive, dict(scope["headers"]), self._body_bytes)
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            if body.whole:
+                await send(message)
+                return
+            # A connection that is closed with bytes unread loses the answer, too.
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                await send({**message, "headers": headers})
+            elif message.get("more_body", False):
+                await send(message)
+            else:
+                await send({**message, "more_body": True})
+                await body.drain()
+                await send({"type": "http.response.body", "body": b""})
+
+        try:
+            self._check(scope)
+            await self._app(scope, body.receive, sending)
+        except Refusal as refusal:
+            await _answer(sending, refusal)
+        except Exception:
+            # The client gets a sentence, the log gets the traceback.
+            LOG.exception("a request failed")
+            if not begun:
+                await _answer(sending, Refusal(500, "the server failed; its log says why"))
+
+    def _check(self, scope: Message) -> None:
+        """Raises Refusal for who may not ask, or sends too much."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["path"] not in self._open_paths:
+            self._check_asker(headers)
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Refusal(415, "the request is compressed; send it as it is")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._body_bytes:
+            raise _too_large(self._body_bytes)
+
+    def _check_asker(self, headers: dict[bytes, bytes]) -> None:
+        if self._digest is not None:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(
+                _digest(given.strip()), self._digest
+            ):
+                sentence = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
+                raise Refusal(401, sentence)
+            return
+
+        # Any page that this machine's browser shows could ask a server without a key, by this machine's address or by
+        # a name that somebody points at it.
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = urlsplit(f"//{host}").hostname
+        origin = headers.get(b"origin")
+        foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != host
+        if name not in LOCAL or foreign:
+            raise Refusal(
+                403,
+                f"without an API key only programs of this machine may ask, at {LOCAL[0]} or "
+                f"{LOCAL[2]}; set {KEY_VARIABLE} where the server is started",
+            )
+
+
+class _Body:
+    """A request's body as it comes in, of so many bytes in so much time."""
+
+    def __init__(self, receive: Receive, headers: dict[bytes, bytes], limit: int) -> None:
+        self._receive, self._limit, self._received = receive, limit, 0
+        self._end = time.monotonic() + BODY_SECONDS
+        has_none = headers.get(b"content-length", b"0") == b"0"
+        self.whole = has_none and b"transfer-encoding" not in headers
+        """Whether all of it has come."""
+
+    async def receive(self) -> Message:
+        """The next message. Raises Refusal for more bytes, or more time."""
+        if self.whole:
+            return await self._receive()
+        message = await self._next(self._end)
+        if self._received > self._limit:
+            raise _too_large(self._limit)
+        return message
+
+    async def drain(self) -> None:
+        """Reads what is left, as far as it is little and comes soon."""
+        end, most = time.monotonic() + DRAIN_SECONDS, self._received + 2 * self._limit
+        with suppress(Refusal):
+            while not self.whole and self._received < most:
+                if (await self._next(end))["type"] == "http.disconnect":
+                    return
+
+    async def _next(self, end: float) -> Message:
+        try:
+            message = await asyncio.wait_for(self._receive(), max(end - time.monotonic(), 0))
+        except TimeoutError:
+            sentence = f"the request was not sent whole within {BODY_SECONDS} seconds"
+            raise Refusal(408, sentence) from None
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            self.whole = not message.get("more_body", False)
+        return message
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"the request is too large; it may have {limit} bytes")
+
+
+async def _answer(send: Send, refusal: Refusal) -> None:
+    content = json.dumps(refusal.body()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        **refusal.headers,
+    }
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

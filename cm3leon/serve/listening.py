@@ -1,0 +1,83 @@
+"""The server at its port, until a signal stops it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from cm3leon.serve.app import Server
+from cm3leon.training.signals import SIGNALS
+from cm3leon.types import UserError
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends by signals, without raising them once more when it has ended."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, *SIGNALS)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._server.stopping:
+            print("stopping: what was accepted is finished first", flush=True)
+        self._server.stopping = True
+        super().handle_exit(sig, frame)
+
+
+def listen(server: Server, *, host: str, port: int, grace: int) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what was accepted.
+
+    Args:
+        port: 0 = any that is free.
+        grace: seconds that it may take.
+
+    Raises:
+        UserError: for an address that cannot be listened at.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"host={host} port={port} cannot be listened at: {error.strerror or error}; take another port, or 0 for "
+            "any that is free"
+        ) from error
+    with listener:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {server.described()}", flush=True)
+        print(f"http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        uvicorn_of(server, grace).run(sockets=[listener])
+    server.close(grace)
+
+
+def uvicorn_of(server: Server, grace: int) -> uvicorn.Server:
+    """What answers at a socket; `should_exit` ends it."""
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace,
+        timeout_keep_alive=30,
+    )
+    return _Uvicorn(config, server)
