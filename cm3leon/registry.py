@@ -197,6 +197,13 @@ class Registry(Generic[T]):
         """The `Config` of a component, without the defaults of a preset."""
         return self._entry(name, "").cls.Config
 
+    def summary(self, name: str) -> str:
+        """What a component is, in a line: the first of its docstring, or whose preset it is."""
+        base = self.preset_of(name)
+        if base:
+            return f"{base} with other defaults"
+        return (self.get(name).__doc__ or "").strip().partition("\n")[0]
+
     def has_setting(self, name: str, key: str) -> bool:
         """Whether the `Config` of a component has a field of that name."""
         return key in (field.name for field in fields(self.config_class(name)))

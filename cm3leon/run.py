@@ -24,7 +24,7 @@ from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserErr
 
 # Nothing else is imported up here: --help and a mistyped command answer at once, before torch is loaded.
 
-FLAGS = ("--help", "--list", "--show", "--version")
+FLAGS = ("--help", "--list", "--schema", "--show", "--version")
 
 ADVICE = {
     errno.ENOSPC: "make room; the same command goes on from there",
@@ -55,6 +55,11 @@ def dispatch(arguments: Sequence[str]) -> int:
         from cm3leon.commands.listing import listing
 
         print(listing(words), end="")
+        return 0
+    if flags == ["--schema"]:
+        from cm3leon.commands.schema import schema
+
+        print(schema(words), end="")
         return 0
     named = words.pop(0) if words and "=" not in words[0] else None
     for flag in flags:

@@ -14,6 +14,7 @@ from cm3leon.config import (
     NonNegativeInt,
     PositiveInt,
     Seed,
+    Settings,
     apply_overrides,
     component_sections,
     from_mapping,
@@ -54,9 +55,9 @@ class EvaluationConfig:
     """What the report calls it."""
     protocol: Annotated[Component, PROTOCOLS]
     """What is asked, and how the answers are measured."""
-    setting: dict[str, Any] = field(default_factory=dict)
+    setting: Annotated[dict[str, Any], Settings(AskConfig)] = field(default_factory=dict)
     """How it is asked: documents, shuffled, samples, decoder, bank, checkpoint, seed, max_tokens."""
-    sweep: dict[str, Any] = field(default_factory=dict)
+    sweep: Annotated[dict[str, Any], Settings(AskConfig, swept=True)] = field(default_factory=dict)
     """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row for each model and
     combination."""
     plot: Annotated[str | None, NoEffect("what is drawn")] = None

@@ -207,7 +207,16 @@ def test_a_command_takes_the_settings_of_its_experiment(monkeypatch: pytest.Monk
 # ------------------------------------------------------------------------------------------------ every command
 
 
-NOT_COMMANDS = {"__init__", "asking", "help", "listing", "sample", "sample_words", "words"}
+NOT_COMMANDS = {
+    "__init__",
+    "asking",
+    "help",
+    "listing",
+    "schema",
+    "sample",
+    "sample_words",
+    "words",
+}
 """Modules that commands have in common."""
 
 

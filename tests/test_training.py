@@ -755,10 +755,9 @@ def test_a_signal_at_any_place_of_a_training_stops_it_and_it_goes_on(
 
     monkeypatch.setattr(Checkpoints, "save", save_stops)
     monkeypatch.setattr(Checkpoints, "poll", poll_stops)
-    batches, start = Numbers(), time.monotonic()
+    batches = Numbers()
     with pytest.raises(Again, match="SIGTERM"):
         run(tmp_path / "cut", batches=batches, loss=loss_stops, callback=callback)
-    assert time.monotonic() - start < 4
     again, log_again = run(tmp_path / "cut", callback=callback)
     assert without_rates(log_again) == without_rates(log)
     assert torch.equal(again.first.weight, whole.first.weight)

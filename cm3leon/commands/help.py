@@ -15,7 +15,7 @@ USAGE = """\
 usage: python -m cm3leon.run [command] [key=value ...]
        python -m cm3leon.run [command] --help
        python -m cm3leon.run experiment=NAME [key=value ...] --show
-       python -m cm3leon.run --list [NAME ...] | --help | --version
+       python -m cm3leon.run --list [NAME ...] | --schema | --help | --version
 
 {commands}
 
@@ -32,6 +32,7 @@ flags:
   --show             print the experiment with every default filled in, and stop
   --list [NAME ...]  list commands with their options, the sections of an experiment, components with their settings,
                      and experiments; or what has one of the names: --list training, --list decoder, --list generate
+  --schema           print the JSON Schema by which editors complete and check experiments and studies
   --version          print the version
   --help             print this; behind a command, its options and examples
 

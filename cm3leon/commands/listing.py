@@ -53,7 +53,7 @@ def listing(words: Sequence[str]) -> str:
         UserError: for a name that there is not.
     """
     wanted = [word for word in words if "=" not in word]
-    discover(_plugins(words))
+    discover(plugins_of(words))
     listed = [*_commands(), *_sections(), *_components(), *_experiments()]
     if not wanted:
         return _under_headings([(each, "") for each in listed])
@@ -110,7 +110,7 @@ def _under_headings(chosen: Sequence[tuple[Listed, str]]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _plugins(words: Sequence[str]) -> list[str]:
+def plugins_of(words: Sequence[str]) -> list[str]:
     """The plugins that a command line names, as absolute paths."""
     named = [parse_override(word) for word in words if word.startswith("plugins=")]
     return with_absolute_plugins(apply_overrides({}, named), Path.cwd()).get("plugins", [])
@@ -144,10 +144,9 @@ def _components() -> Iterator[Listed]:
 
 def _component(registry: Registry[Any], name: str) -> Listed:
     base = registry.preset_of(name)
-    doc = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
     known = registry.describe(base) if base else []
     fields = [doc for doc in registry.describe(name) if doc not in known]
-    about = f"{base} with other defaults:" if base else doc
+    about = registry.summary(name) + (":" if base else "")
     return Listed(
         registry.plural.upper(), name, f"{name}  ({registry.origin(name)})", [about], fields
     )

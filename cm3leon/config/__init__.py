@@ -13,6 +13,7 @@ least 1").
     schema    what a config class is made of: bounds, marks, components
     plain     a config as plain data: whole, or what a result depends on
     describe  a config in words
+    json_schema  a config as a JSON Schema, for editors
     files     YAML, and the overrides of a command line
     check     plain data to a checked config
     values    what a swept key takes: lists, ranges, intervals to draw from
@@ -46,6 +47,7 @@ from cm3leon.config.schema import (
     Probability,
     Range,
     Seed,
+    Settings,
     Temperature,
     component_sections,
     key_of,
@@ -72,6 +74,7 @@ __all__ = [
     "Probability",
     "Range",
     "Seed",
+    "Settings",
     "Temperature",
     "Word",
     "apply_overrides",

@@ -50,7 +50,7 @@ def describe(cls: type, defaults: Mapping[str, Any] | None = None) -> list[Field
 
 
 def _describe(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[FieldDoc]:
-    hints, sentences = hints_of(cls), _sentences(cls)
+    hints, sentences = hints_of(cls), sentences_of_fields(cls)
     for field in dataclasses.fields(cls):
         annotation, name = hints[field.name], prefix + key_of(field)
         nested = nested_dataclass(annotation)
@@ -75,7 +75,7 @@ def check_config_class(cls: type) -> None:
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__qualname__} must be a dataclass")
-    hints, sentences = hints_of(cls), _sentences(cls)
+    hints, sentences = hints_of(cls), sentences_of_fields(cls)
     for field in dataclasses.fields(cls):
         if not field.kw_only:
             raise TypeError(
@@ -172,7 +172,7 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def _sentences(cls: type) -> dict[str, str]:
+def sentences_of_fields(cls: type) -> dict[str, str]:
     """The string under each field, inherited fields included. A class without source has none."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):

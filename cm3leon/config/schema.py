@@ -55,6 +55,18 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Marks a mapping of keys of a config class, dotted ones or whole sections, with their values.
+
+    The mapping is checked by whoever applies it; the schema for editors knows the keys by this mark.
+    """
+
+    cls: type
+    swept: bool = False
+    """Whether each key has several values, a list or words such as range(3)."""
+
+
+@dataclass(frozen=True)
 class NoEffect:
     """Marks a field that changes no result: `Annotated[int, NoEffect("how often figures are written down")]`."""
 
@@ -98,6 +110,12 @@ class ComponentChecker(Protocol):
 
     def config_class(self, name: str) -> Any:
         """The `Config` of a component. Raises UserError for an unknown name."""
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+
+    def summary(self, name: str) -> str:
+        """What a component is, in a line."""
 
 
 @functools.cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cm3leon.config import (
     SHIPPED,
     Override,
+    Settings,
     apply_overrides,
     choices,
     component_sections,
@@ -46,7 +47,7 @@ class Entry:
     expect: str
     """The numbers to expect, in one line."""
 
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Annotated[dict[str, Any], Settings(Experiment)] = field(default_factory=dict)
     """Dotted keys and the values they replace in the file."""
 
 

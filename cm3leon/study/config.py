@@ -11,6 +11,7 @@ from cm3leon.config import (
     SHIPPED,
     Component,
     Range,
+    Settings,
     choices,
     from_mapping,
     parse_lists,
@@ -44,9 +45,9 @@ class StudyRun:
 
     experiment: str
     """Name of an experiment, or the path of its file, relative to the study's."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Annotated[dict[str, Any], Settings(Experiment)] = field(default_factory=dict)
     """Dotted keys and the values they replace in it."""
-    sweep: dict[str, Any] = field(default_factory=dict)
+    sweep: Annotated[dict[str, Any], Settings(Experiment, swept=True)] = field(default_factory=dict)
     """Dotted keys and what they take, a list, `1e-4,3e-4` or `range(3)`; there is a run for each combination, named
     NAME-VALUE-VALUE."""
 

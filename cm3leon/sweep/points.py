@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from cm3leon.config import (
     LEGEND,
@@ -15,6 +15,7 @@ from cm3leon.config import (
     Interval,
     NonNegativeInt,
     PositiveInt,
+    Settings,
     apply_overrides,
     component_sections,
     from_mapping,
@@ -39,7 +40,7 @@ _DRAWS = 100
 class SweepConfig:
     """What an experiment says of its sweep, beside the sections of an experiment."""
 
-    sweep: dict[str, Any] = field(default_factory=dict)
+    sweep: Annotated[dict[str, Any], Settings(Experiment, swept=True)] = field(default_factory=dict)
     """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
     `loguniform(1e-5,1e-3)`."""
     sweep_trials: PositiveInt | None = None

@@ -1,0 +1,65 @@
+"""What `--schema` prints: experiments and studies as a JSON Schema, by which editors complete and check YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cm3leon.commands.listing import plugins_of
+from cm3leon.config.json_schema import Schemas
+from cm3leon.experiment import Experiment
+from cm3leon.experiment.files import Entry
+from cm3leon.registry import discover
+from cm3leon.study.config import Study
+from cm3leon.sweep.points import SweepConfig
+
+
+def schema(words: Sequence[str]) -> str:
+    """The schema as JSON: of experiments and studies; its definitions have those of other files.
+
+    Args:
+        words: `plugins=` with paths of plugins whose components are known too.
+    """
+    discover(plugins_of(words))
+    return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
+
+
+def document() -> dict[str, Any]:
+    """The schema with all components that are loaded.
+
+    `#/definitions/overrides` is that of files of dotted keys, `#/definitions/list` that of experiments.yaml.
+    """
+    schemas = Schemas()
+    study = schemas.section(Study)
+    # A sweep's keys stand beside the sections of an experiment, and beside their dotted keys.
+    swept = schemas.properties(SweepConfig)
+    experiment = {
+        "description": "An experiment, or one that is run at several points.",
+        "type": "object",
+        "properties": {**schemas.properties(Experiment), **swept},
+        "additionalProperties": False,
+    }
+    dotted = schemas.definition(schemas.settings(Experiment))
+    overrides = {
+        **dotted,
+        "properties": {**dotted["properties"], **swept},
+        "patternProperties": {**dotted["patternProperties"], r"^sweep\.": {}},
+    }
+    entry = schemas.definition(schemas.section(Entry))
+    entry["properties"]["overrides"] = {"$ref": "#/definitions/overrides"}
+    schemas.definitions |= {
+        "experiment": experiment,
+        "overrides": overrides,
+        "list": {"type": "object", "additionalProperties": schemas.section(Entry)},
+    }
+    # As `experiment.files` tells them apart.
+    asks_alone = {"required": ["evaluations"], "not": {"required": ["data"]}}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "CM3Leon: experiments and studies",
+        "if": {"anyOf": [{"required": ["runs"]}, asks_alone]},
+        "then": study,
+        "else": {"$ref": "#/definitions/experiment"},
+        "definitions": dict(sorted(schemas.definitions.items())),
+    }
