@@ -13,6 +13,7 @@ from cm3leon.config import Component, NoSettings
 from cm3leon.loggers.base import Logger, Loggers, Training
 from cm3leon.loggers.jsonl import JsonLines
 from cm3leon.loggers.process import Process
+from cm3leon.loggers.tensorboard import TensorBoard
 from cm3leon.registry import LOGGERS
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.meter import Record
@@ -22,7 +23,7 @@ from cm3leon.training.meter import Record
 class Tracking:
     """Where a training is logged beside the lines of JSON in its folder, and what is told of it there."""
 
-    loggers: Sequence[Component] = (Component("tensorboard", NoSettings()),)
+    loggers: Sequence[Component] = (Component("tensorboard", TensorBoard.Config()),)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The experiment as plain data, without secrets."""
 
