@@ -374,7 +374,13 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
     return {
         "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, **drawn},
         "too_long": {"texts": ["a seven"]},
-        "caption": {"image": image, "retrieve": 1, "max_tokens": 3, **drawn},
+        "caption": {
+            "image": image,
+            "retrieve": 1,
+            "max_tokens": 3,
+            "question": None,
+            **drawn,
+        },
         "infill": {
             "image": image,
             "text": "a seven",
