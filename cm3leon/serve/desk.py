@@ -157,8 +157,10 @@ class _Job(Generic[T]):
         with self._desk.service.asking(self.caller, self._notices) as model:
             return work(model)
 
-    def _ended(self, _: object) -> None:
+    def _ended(self, done: asyncio.Future[T]) -> None:
         self._desk.open -= 1
+        if not done.cancelled():
+            done.exception()  # where the client has left nobody asks for it
 
     def answered(self) -> Answered[T]:
         return Answered(self.done.result(), self.caller, self._notices)
@@ -168,7 +170,6 @@ class _Job(Generic[T]):
         if not self.done.done():
             self.caller.cancel()
             await asyncio.wait({self.done})
-            self.done.exception()  # nobody asks for it any more
 
 
 @dataclass
@@ -198,8 +199,10 @@ class Growing(Generic[T]):
         """Waits until there is something new, the work is done, the client has gone, or some time has passed."""
         changed = asyncio.ensure_future(self._changed.wait())
         waited: set[asyncio.Future[Any]] = {changed, self.gone, self.job.done}
-        await asyncio.wait(waited, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-        changed.cancel()
+        try:
+            await asyncio.wait(waited, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
         self._changed.clear()
 
     async def states(self) -> AsyncIterator[tuple[int, list[int]] | None]:
