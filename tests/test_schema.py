@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from command_line import cm3leon
 
@@ -19,6 +18,8 @@ from cm3leon.config import from_mapping, load_yaml, to_mapping
 from cm3leon.experiment import Experiment, load_experiment, load_mapping
 from cm3leon.registry import REGISTRIES, discover
 from cm3leon.types import UserError
+
+jsonschema = pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "experiments/schema.json"
@@ -36,18 +37,18 @@ def schema() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def validator(schema: dict[str, Any]) -> jsonschema.Draft7Validator:
+def validator(schema: dict[str, Any]) -> Any:
     jsonschema.Draft7Validator.check_schema(schema)
     return jsonschema.Draft7Validator(schema)
 
 
-def of_definition(schema: dict[str, Any], name: str) -> jsonschema.Draft7Validator:
+def of_definition(schema: dict[str, Any], name: str) -> Any:
     return jsonschema.Draft7Validator(
         {"$ref": f"#/definitions/{name}", "definitions": schema["definitions"]}
     )
 
 
-def mistakes(validator: jsonschema.Draft7Validator, content: Any) -> list[str]:
+def mistakes(validator: Any, content: Any) -> list[str]:
     return [f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(content)]
 
 
@@ -74,7 +75,7 @@ def test_every_shipped_file_names_its_schema() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_shipped_file_is_taken(validator: jsonschema.Draft7Validator, file: Path) -> None:
+def test_every_shipped_file_is_taken(validator: Any, file: Path) -> None:
     assert not mistakes(validator, load_yaml(file))
 
 
@@ -85,7 +86,7 @@ def test_lists_and_overrides_are_taken(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "pretrain_7b", "fill_in_the_middle"])
-def test_what_is_filled_in_is_taken_too(validator: jsonschema.Draft7Validator, name: str) -> None:
+def test_what_is_filled_in_is_taken_too(validator: Any, name: str) -> None:
     """The whole experiment with every default, as `--show` prints it and a run's folder keeps it."""
     resolved = json.loads(json.dumps(to_mapping(load_experiment(name))))
     assert not mistakes(validator, resolved)
@@ -120,9 +121,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG, ids=[f"{key}={value}" for key, value in WRONG])
-def test_what_is_wrong_is_refused_as_by_our_own_check(
-    validator: jsonschema.Draft7Validator, key: str, value: Any
-) -> None:
+def test_what_is_wrong_is_refused_as_by_our_own_check(validator: Any, key: str, value: Any) -> None:
     mapping = load_mapping("digits")
     assert not mistakes(validator, mapping)
     from_mapping(Experiment, mapping)
@@ -154,7 +153,7 @@ def test_dotted_keys_are_known(schema: dict[str, Any], name: str, content: Any) 
     assert mistakes(of_definition(schema, name), content)
 
 
-def test_studies_are_told_from_experiments(validator: jsonschema.Draft7Validator) -> None:
+def test_studies_are_told_from_experiments(validator: Any) -> None:
     study: dict[str, Any] = {
         "title": "Two rates",
         "runs": {"a": {"experiment": "digits", "overrides": {"training.learning_rate": 1e-3}}},
