@@ -526,6 +526,28 @@ def test_a_body_is_bounded_also_without_its_length(served: Served, path: str) ->
     assert sent < 1000
 
 
+def test_the_bytes_of_all_requests_are_bounded(
+    tuned_model: CM3Leon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cm3leon.serve.gate.BODIES", 1)
+    with serving(tuned_model, samples=1) as served, held(served) as go:
+        spaces = b" " * (2**20 - 100)
+        body = spaces + b'{"prompt": "a", "seed": 1}'
+        headers = {"content-type": "application/json"}
+
+        def ask() -> httpx.Response:
+            return served.http.post("/v1/images/generations", content=body, headers=headers)
+
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ask)
+            until(lambda: served.server.service.engine.running == 1)
+            refused(ask(), 429, "as many requests as it can")
+            assert served.http.get("/health").status_code == 200
+            go.set()
+            assert first.result().status_code == 200
+        assert ask().status_code == 200
+
+
 def test_a_request_that_is_sent_too_slowly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cm3leon.serve.gate.BODY_SECONDS", 0.05)
     monkeypatch.setattr("cm3leon.serve.gate.DRAIN_SECONDS", 0.05)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 BODY_SECONDS = 60
 """Time that a client may take to send its request."""
 
+BODIES = 16
+"""Largest requests whose bytes are held at a time, of all clients."""
 DRAIN_SECONDS = 2
 """Time for which the rest of a refused request is read."""
 
@@ -72,12 +75,13 @@ class Gate:
     ) -> None:
         self._app, self._body_bytes, self._open_paths = app, body_bytes, open_paths
         self._digest = None if key is None else _digest(key.encode())
+        self._held = _Held(BODIES * body_bytes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, dict(scope["headers"]), self._body_bytes)
+        body = _Body(receive, dict(scope["headers"]), self._body_bytes, self._held)
         begun = False
 
         async def sending(message: Message) -> None:
@@ -107,6 +111,8 @@ class Gate:
             LOG.exception("a request failed")
             if not begun:
                 await _answer(sending, Refusal(500, "the server failed; its log says why"))
+        finally:
+            body.release()
 
     def _check(self, scope: Message) -> None:
         """Raises Refusal for who may not ask, or sends too much."""
@@ -143,11 +149,22 @@ class Gate:
             )
 
 
+@dataclass
+class _Held:
+    """Bytes of all requests that are not answered yet."""
+
+    limit: int
+    bytes: int = 0
+
+
 class _Body:
     """A request's body as it comes in, of so many bytes in so much time."""
 
-    def __init__(self, receive: Receive, headers: dict[bytes, bytes], limit: int) -> None:
+    def __init__(
+        self, receive: Receive, headers: dict[bytes, bytes], limit: int, held: _Held
+    ) -> None:
         self._receive, self._limit, self._received = receive, limit, 0
+        self._held, self._own = held, 0
         self._end = time.monotonic() + BODY_SECONDS
         has_none = headers.get(b"content-length", b"0") == b"0"
         self.whole = has_none and b"transfer-encoding" not in headers
@@ -157,10 +174,20 @@ class _Body:
         """The next message. Raises Refusal for more bytes, or more time."""
         if self.whole:
             return await self._receive()
+        before = self._received
         message = await self._next(self._end)
         if self._received > self._limit:
             raise _too_large(self._limit)
+        self._own += self._received - before
+        self._held.bytes += self._received - before
+        if self._held.bytes > self._held.limit:
+            raise Refusal(429, "the server holds as many requests as it can; try again", retry=5)
         return message
+
+    def release(self) -> None:
+        """Forgets its bytes, when the request is answered."""
+        self._held.bytes -= self._own
+        self._own = 0
 
     async def drain(self) -> None:
         """Reads what is left, as far as it is little and comes soon."""
