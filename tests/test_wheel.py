@@ -88,7 +88,7 @@ def test_wheel_holds_everything_and_takes_no_foreign_name(installed: Path) -> No
         for file in (
             path
             for path in (ROOT / folder).rglob("*")
-            if path.suffix in (".py", ".typed", ".yaml", ".html", ".css")
+            if path.suffix in (".py", ".typed", ".yaml", ".json", ".html", ".css")
         ):
             assert (installed / prefix / file.relative_to(ROOT / folder)).is_file(), file
     assert (installed / "cm3leon/experiments.yaml").read_text() == (
