@@ -31,6 +31,7 @@ TEST = [
     "pytorch-fid",
     "pycocoevalcap",
     "torchao",
+    "peft",
     "setuptools>=77",
     "jsonschema",
     # About 0.2 GB beside the rest. Trackio is left out: it holds Pillow below 13; its tests say that they are skipped.
@@ -79,6 +80,7 @@ setup(
     package_data={
         "cm3leon": ["py.typed"],
         "cm3leon.evaluation.report": ["templates/*"],
+        "cm3leon.hub": ["templates/*"],
         "cm3leon.plugins": ["**/*.yaml"],
     },
     cmdclass={"build_py": BuildWithExperiments},
@@ -94,6 +96,7 @@ setup(
         "open_clip_torch>=2.30",
         "tokenizers>=0.21",
         "safetensors>=0.4.3",
+        "huggingface_hub>=0.36",
         "pillow>=11.1",
         "pyyaml>=6.0.1",
         "tensorboard>=2.17",

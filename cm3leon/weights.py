@@ -19,8 +19,13 @@ from cm3leon.permissions import check_readable, use_umask
 from cm3leon.types import NotFinite, UserError
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, whole or not at all, with the mode that the umask gives.
+
+    Args:
+        metadata: texts for the file's header.
 
     Raises:
         OSError: for a full disk or a folder that is not writable, of which no file is left.
@@ -28,7 +33,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path, sync=True) as partial:
         with naming(path):
-            save_file(held, partial)
+            save_file(held, partial, None if metadata is None else dict(metadata))
         use_umask(partial)
 
 

@@ -30,7 +30,7 @@ from cm3leon.decoders.guidance import classifier_free, two_conditions
 from cm3leon.decoders.processors import forbid_repeats, keep_top_k, penalize
 from cm3leon.decoders.request import Request, Shape, shape_for
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.models.opt import to_opt
+from cm3leon.models.opt import OPT, to_opt_config
 from cm3leon.registry import DECODERS
 from cm3leon.tasks.prompts import (
     AskedSpan,
@@ -231,7 +231,10 @@ def test_sampling_has_the_distribution_of_the_model() -> None:
 def test_transformers_draws_the_same_greedily_and_guides_alike() -> None:
     pytest.importorskip("transformers")
     module = model(2)
-    opt = to_opt(module)
+    opt = OPT.build(
+        dict(OPT.to_state(module.state_dict(), module.config)),
+        to_opt_config(module.config, module.vocab_size),
+    )
     ids_T, other_T = (
         np.array([VOCAB.eos, 9, 12, 20, VOCAB.brk]),
         np.array([VOCAB.eos, VOCAB.sentinel(0), VOCAB.brk]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from published import random_tensors, taming_shapes, write_taming
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cm3leon import CM3Leon
@@ -382,6 +383,14 @@ def test_a_run_of_ones_own_starts_from_it(run: Path, lora: int | None, tmp_path:
     assert tuned.run.vocab == CM3Leon.load(run).run.vocab
     (picture,) = tuned.generate("a handwritten seven", retrieve=1)
     assert len(picture.documents) == 1
+    if lora is not None:
+        kept = load_file(own / "pretraining" / "lora.safetensors")
+        base, merged = load_model(run).state_dict(), load_model(own).state_dict()
+        training = tuned.run.experiment.training
+        for name in ("blocks.0.qkv", "blocks.1.down"):
+            change = kept[f"{name}.lora_b"] @ kept[f"{name}.lora_a"]
+            expected = base[f"{name}.weight"] + training.lora_alpha / lora * change
+            torch.testing.assert_close(merged[f"{name}.weight"], expected)
 
 
 def spoil(files: dict[str, Path], change: Any) -> None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cm3leon.models.chameleon import (
+    CHAMELEON,
     from_chameleon_config,
-    from_chameleon_state,
     to_chameleon_config,
-    to_chameleon_state,
 )
 from cm3leon.models.llama import Llama, rotated, rotations
 from cm3leon.registry import MODELS, discover
@@ -47,7 +46,7 @@ def chameleon(model: Llama) -> Any:
     )
     theirs = library.ChameleonForConditionalGeneration(config)
     report = theirs.load_state_dict(
-        to_chameleon_state(model.state_dict(), model.config), strict=False
+        dict(CHAMELEON.to_state(model.state_dict(), model.config)), strict=False
     )
     assert not report.unexpected_keys
     assert all(name.startswith("model.vqmodel.") for name in report.missing_keys)
@@ -73,7 +72,7 @@ def test_logits_and_gradients_are_those_of_transformers(norm: str, kv_heads: int
     gradients = {
         name: weight.grad for name, weight in theirs.named_parameters() if weight.grad is not None
     }
-    expected = dict(from_chameleon_state(gradients, ours.config.layers))
+    expected = dict(CHAMELEON.from_state(gradients, ours.config.layers))
     found = {name: weight.grad for name, weight in ours.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
@@ -101,7 +100,8 @@ def test_config_and_weights_come_back_as_they_went(norm: str, kv_heads: int | No
     model = decoder(norm=norm, kv_heads=kv_heads)
     there = chameleon(model).config.to_dict()
     assert Llama.Config(**from_chameleon_config(there)) == model.config
-    back = dict(from_chameleon_state(to_chameleon_state(model.state_dict(), model.config), 3))
+    theirs = dict(CHAMELEON.to_state(model.state_dict(), model.config))
+    back = dict(CHAMELEON.from_state(theirs, 3))
     assert all(torch.equal(weight, back[name]) for name, weight in model.state_dict().items())
 
 

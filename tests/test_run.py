@@ -79,7 +79,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "digits follows the command run; everything after it must be key=value",
         ),
         (["experiment=no/such.yaml"], "no/such.yaml is not a file"),
-        (["export", "to=[hf", "run=x", "out=x"], 'to is "[hf"; it must be one of hf, cm3leon'),
+        (
+            ["export", "to=[hf", "run=x", "out=x"],
+            'to is "[hf"; it must be one of hf, peft, cm3leon',
+        ),
         (["search", "run=x", "text=x", "count=[5"], "count is [5, which is not valid YAML"),
     ],
 )

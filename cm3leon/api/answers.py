@@ -78,6 +78,14 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True, eq=False)
+class Images:
+    """What a call of the model gives, as pipelines of diffusers do."""
+
+    images: list[Image.Image]
+    """In the order of the prompts, those of a prompt together."""
+
+
+@dataclass(frozen=True, eq=False)
 class Filled:
     """An image with its text, a part of which was made anew."""
 

@@ -25,6 +25,7 @@ from cm3leon.api.answers import (
     UsedDocument,
 )
 from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths
+from cm3leon.api.loading import opened_model
 from cm3leon.arguments import Text, checked
 from cm3leon.config import NonNegativeInt, PositiveInt
 from cm3leon.data.images import ImageInput, read_given_image, square
@@ -34,12 +35,9 @@ from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.generate import Answerer, Answers, is_truncated, request_for
 from cm3leon.decoders.request import Request
 from cm3leon.decoders.score import log_likelihoods
-from cm3leon.models.pretrained import load_model
 from cm3leon.models.serving import keep_weights, share
-from cm3leon.records import MARKER
 from cm3leon.registry import DECODERS, TASKS
-from cm3leon.stages.opening import TUNED, open_run, tuned_on
-from cm3leon.stages.pretraining import load_checkpoint
+from cm3leon.stages.opening import TUNED, tuned_on
 from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
@@ -94,13 +92,19 @@ class AskedRun:
         ranks: Ranks | None = None,
         bank: Path | None = None,
         checkpoint: PositiveInt | None = None,
+        revision: str | None = None,
+        adapter: str | Path | None = None,
         plugins: str | Sequence[str] = (),
         trust: bool = False,
         verify: bool = True,
     ) -> Self:
-        """The run of that folder, on a device (None = a GPU where there is one).
+        """The model of a run folder, of a folder that `export to=hf` wrote, or of such a one on the Hub, as org/name.
+
+        From the Hub it is downloaded by huggingface_hub, unless its cache has it; HF_HUB_OFFLINE=1 asks the cache
+        alone. No code is run that comes with it.
 
         Args:
+            device: where it computes; None = a GPU where there is one.
             weights: what the decoder's matrices are kept in; None = the precision, which changes no result. int8 and
                 fp8 take half of bf16's memory, and change results a little.
             window: image codes that a step computes, the next one and drafts behind it, which changes no result (up to
@@ -109,6 +113,8 @@ class AskedRun:
             ranks: processes that share the decoder; all of them have to ask the same.
             bank: run folder whose documents are the memory bank; None = the run's own.
             checkpoint: step of the pretraining whose weights are taken; None = the last.
+            revision: a branch, a tag or a commit of a model on the Hub; None = its main branch.
+            adapter: a LoRA adapter of PEFT to merge into an exported model: a folder, or a model on the Hub.
             plugins: plugins (.py files or package folders) to load; those of the run are loaded if they are named here.
             trust: load all plugins that the run names; their code is run.
             verify: compare each file with its recorded checksum before it is read, once in a process.
@@ -120,18 +126,15 @@ class AskedRun:
         ranks = ranks or Ranks(device_named(device))
         named = [plugins] if isinstance(plugins, str) else list(plugins)
         opening = Opening(plugins=named, trust=trust, verify=verify)
-        opened = open_run(run, opening, needs=("pretraining",), device=ranks.device)
-        experiment, folder = opened.experiment, opened.folder
-        if bank is not None:
-            if not (bank / "index" / MARKER).is_file():
-                raise UserError(
-                    f"bank: {bank} has no finished index; a memory bank is a run made with until=index"
-                )
-            shards = replace(experiment.shards, bank=bank)
-            opened = replace(opened, experiment=replace(experiment, shards=shards))
-        model = load_model(folder, verify=verify)
-        if checkpoint is not None:
-            load_checkpoint(model, experiment.training, folder, checkpoint, verify=verify)
+        opened, model = opened_model(
+            run,
+            opening,
+            ranks.device,
+            revision=revision,
+            adapter=adapter,
+            bank=bank,
+            checkpoint=checkpoint,
+        )
         if ranks.count > 1:
             share(model, rank=ranks.rank, count=ranks.count)
         kind: Weights = weights or ("bf16" if uses_bf16(ranks.device, precision) else "float32")

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cm3leon.api.answers import (
     FoundDocument,
     GeneratedImage,
+    Images,
     ShortageWarning,
     UnrankedWarning,
     found_of,
@@ -22,7 +24,7 @@ from cm3leon.api.filling import AskedFilling
 from cm3leon.api.given import DecoderChoice, GivenImage, Samples
 from cm3leon.api.pages import AskedPages
 from cm3leon.arguments import Text, Worded, checked
-from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.config import Guidance, NonNegativeInt, PositiveInt, to_mapping
 from cm3leon.decoders.generate import Answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
@@ -103,6 +105,46 @@ class CM3Leon(AskedPages, AskedFilling):
                 [replace(picture, asked=retrieve, shortage=shortage) for picture in pictures]
             )
         return results[0] if isinstance(prompt, str) else results
+
+    @checked
+    def __call__(
+        self,
+        prompt: Worded | Sequence[Worded],
+        *,
+        num_images_per_prompt: Samples = 1,
+        guidance_scale: Guidance | None = None,
+        generator: torch.Generator | None = None,
+        seed: NonNegativeInt = 0,
+        retrieve: NonNegativeInt = 0,
+    ) -> Images:
+        """Images for a text or several, in the words of diffusers' pipelines: `model("a dog").images[0]`.
+
+        It is `generate` with its images alone. As there, the same call gives the same images, unless a generator or
+        another seed is given.
+
+        Args:
+            guidance_scale: weight of guidance (`cfg`) of the run's own decoder; None = as the run has it.
+            generator: what the seed is drawn from, so that the next call with it gives other images.
+            seed: of the first image of each prompt, where no generator is given.
+
+        Raises:
+            UserError: for a decoder without guidance, and for a prompt that is too long for the model.
+        """
+        decoder = None
+        if guidance_scale is not None:
+            own = to_mapping(self.run.experiment.decoder)
+            if "cfg" not in own:
+                raise UserError(
+                    f"guidance_scale is given, and the decoder {own['name']} of this run has no weight of guidance"
+                )
+            decoder = {**own, "cfg": guidance_scale}
+        if generator is not None:
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        drawn = self.generate(
+            prompts, n=num_images_per_prompt, retrieve=retrieve, decoder=decoder, seed=seed
+        )
+        return Images([picture.image for of_prompt in drawn for picture in of_prompt])
 
     @checked
     def too_long(self, texts: Sequence[Text]) -> dict[int, str]:

@@ -36,6 +36,7 @@ GROUPS = {
         "search",
         "add",
         "export",
+        "push",
         "serve",
     ),
     "to follow jobs": ("status", "logs", "cancel"),

@@ -1,40 +1,18 @@
-"""Chameleon's weights as transformers names them, and the decoder's names for them.
+"""The decoder `llama` as transformers' Chameleon.
 
-Weights only move and change their names, so the way there and back is exact. The image tokenizer that a
-`ChameleonForConditionalGeneration` carries (its encoder, `model.vqmodel`) is left to `tokenizers/image/published.py`.
+The image tokenizer that a `ChameleonForConditionalGeneration` carries (its encoder, `model.vqmodel`) is left to
+`tokenizers/image/published.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from cm3leon.models.form import Form
 from cm3leon.models.llama import Llama
 from cm3leon.types import UserError
-
-OUTER = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-INNER = {
-    "qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "out.weight": ("self_attn.o_proj.weight",),
-    "gate.weight": ("mlp.gate_proj.weight",),
-    "up.weight": ("mlp.up_proj.weight",),
-    "down.weight": ("mlp.down_proj.weight",),
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "mlp_norm.weight": ("post_attention_layernorm.weight",),
-    "q_norm.weight": ("self_attn.q_norm.weight",),
-    "q_norm.bias": ("self_attn.q_norm.bias",),
-    "k_norm.weight": ("self_attn.k_norm.weight",),
-    "k_norm.bias": ("self_attn.k_norm.bias",),
-}
-"""A parameter of our layer, and Chameleon's that its rows are made of."""
 
 FIXED = {
     "model_type": "chameleon",
@@ -104,32 +82,49 @@ def to_chameleon_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]
     }
 
 
-def from_chameleon_state(
-    chameleon: Mapping[str, Tensor], layers: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Chameleon's weights under the decoder's names, one after the other, in their own precision.
-
-    `q_proj`, `k_proj` and `v_proj` of layer 0 become the rows of `blocks.0.qkv.weight`. A mapping that reads tensors
-    from files when they are asked for is read once, a layer at a time.
-    """
-    for ours, theirs in OUTER.items():
-        yield ours, chameleon[theirs]
-    for layer in range(layers):
-        for ours, names in INNER.items():
-            parts = [chameleon[f"model.layers.{layer}.{name}"] for name in names]
-            yield f"blocks.{layer}.{ours}", torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def to_chameleon_state(state: Mapping[str, Tensor], config: Llama.Config) -> dict[str, Tensor]:
-    """The decoder's weights under Chameleon's names; `from_chameleon_state` is the inverse."""
-    kv_width = (config.kv_heads or config.width // config.head_size) * config.head_size
-    chameleon = {theirs: state[ours] for ours, theirs in OUTER.items()}
-    for layer in range(config.layers):
-        for ours, names in INNER.items():
-            weight = state[f"blocks.{layer}.{ours}"]
-            parts = (
-                weight.split([config.width, kv_width, kv_width]) if len(names) > 1 else (weight,)
-            )
-            for theirs, part in zip(names, parts, strict=True):
-                chameleon[f"model.layers.{layer}.{theirs}"] = part.contiguous()
-    return chameleon
+CHAMELEON = Form(
+    name="llama",
+    model_class="ChameleonForConditionalGeneration",
+    config_class="ChameleonConfig",
+    layer="model.layers",
+    outer={
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    inner={
+        "qkv.weight": (
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+        ),
+        "out.weight": ("self_attn.o_proj.weight",),
+        "gate.weight": ("mlp.gate_proj.weight",),
+        "up.weight": ("mlp.up_proj.weight",),
+        "down.weight": ("mlp.down_proj.weight",),
+        "attention_norm.weight": ("input_layernorm.weight",),
+        "mlp_norm.weight": ("post_attention_layernorm.weight",),
+        "q_norm.weight": ("self_attn.q_norm.weight",),
+        "q_norm.bias": ("self_attn.q_norm.bias",),
+        "k_norm.weight": ("self_attn.k_norm.weight",),
+        "k_norm.bias": ("self_attn.k_norm.bias",),
+    },
+    fixed=FIXED,
+    to_config=to_chameleon_config,
+    from_config=from_chameleon_config,
+    defaults={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "num_key_value_heads": None,
+        "swin_norm": False,
+    },
+    extra={
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
+        "vocabulary_map": {"<image>": 1},
+    },
+)

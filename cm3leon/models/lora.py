@@ -13,6 +13,9 @@ from cm3leon.models.base import Model
 from cm3leon.models.initial import Rows
 from cm3leon.types import UserError
 
+ADAPTER = "lora.safetensors"
+"""The adapters of a finished training, beside the weights that they are merged into."""
+
 
 class LowRank(nn.Module):
     """y = W x + (alpha / rank) B A x, with W frozen; `weight` keeps its name.
@@ -85,6 +88,11 @@ def lora_scale(model: nn.Module) -> float | None:
     return next((module.scale for module in model.modules() if isinstance(module, LowRank)), None)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is one of an adapter."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Weights with their adapters added in, float32, under the names of a decoder without adapters.
 
@@ -92,7 +100,7 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """
     result = {}
     for name, tensor in state.items():
-        if name.endswith((".lora_a", ".lora_b")):
+        if is_adapter(name):
             continue
         prefix = name.removesuffix("weight")
         a, b = state.get(f"{prefix}lora_a"), state.get(f"{prefix}lora_b")

@@ -1,43 +1,15 @@
-"""The decoder as Hugging Face's OPT, which computes the same function (paper section 3.1).
-
-Weights only move and change their names, so the way there and back is exact.
-"""
+"""The decoder as Hugging Face's OPT, which computes the same function (paper section 3.1)."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
-
-from cm3leon.models.adapter import has_adapter, merge_adapter
+from cm3leon.models.form import Form
 from cm3leon.models.transformer import Transformer
-from cm3leon.permissions import check_folder_readable
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
-from cm3leon.weights import ADAPTERS
-
-TOLERANCE = 1e-5
-"""Largest difference allowed between the logits of both forms, in units of the largest logit or of 1."""
-POSITION_OFFSET = 2
-"""OPT's position table begins with two rows that no token of a sequence reads."""
-
-POSITIONS = ("positions.weight", "model.decoder.embed_positions.weight")
-OUTER = {"embedding.weight": "model.decoder.embed_tokens.weight", "head.weight": "lm_head.weight"}
-INNER = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.out_proj",),
-    "up": ("fc1",),
-    "down": ("fc2",),
-}
-"""A matrix of our block, and OPT's matrices that its rows are split into."""
 
 FIXED = {
     "model_type": "opt",
@@ -49,38 +21,6 @@ FIXED = {
     "tie_word_embeddings": False,
 }
 """What makes an OPT this decoder."""
-
-
-def to_opt_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's weights under OPT's names; `from_opt_state` is the inverse.
-
-    `blocks.0.qkv.weight` (3D, D) becomes `q_proj`, `k_proj` and `v_proj` (D, D) of layer 0; the position table
-    (T, D) gains two rows of zeros on top.
-    """
-    opt = {theirs: state[ours] for ours, theirs in OUTER.items()}
-    positions_TD = state[POSITIONS[0]]
-    opt[POSITIONS[1]] = torch.cat(
-        [positions_TD.new_zeros(POSITION_OFFSET, positions_TD.shape[1]), positions_TD]
-    )
-    for name, weight in state.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.weight", name):
-            layer, names = match[1], INNER[match[2]]
-            for theirs, part in zip(names, weight.chunk(len(names)), strict=True):
-                opt[_opt_name(layer, theirs)] = part.contiguous()
-    return opt
-
-
-def from_opt_state(opt: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """OPT's weights under the decoder's names; the two unused rows of the position table are left out."""
-    state = {ours: opt[theirs] for ours, theirs in OUTER.items()}
-    state[POSITIONS[0]] = opt[POSITIONS[1]][POSITION_OFFSET:].contiguous()
-    for layer in range(layers):
-        for ours, names in INNER.items():
-            parts = [opt[_opt_name(layer, theirs)] for theirs in names]
-            state[f"blocks.{layer}.{ours}.weight"] = (
-                torch.cat(parts) if len(parts) > 1 else parts[0]
-            )
-    return state
 
 
 def to_opt_config(config: Transformer.Config, vocab_size: int) -> dict[str, Any]:
@@ -119,6 +59,7 @@ def from_opt_config(opt: Mapping[str, Any]) -> dict[str, Any]:
     width, heads, hidden = (
         _whole(opt, key) for key in ("hidden_size", "num_attention_heads", "ffn_dim")
     )
+    opt = {"word_embed_proj_dim": width, **opt}
     for key, allowed in {**FIXED, "word_embed_proj_dim": width}.items():
         if opt[key] != allowed:
             raise UserError(f"{key} is {json.dumps(opt[key])}; it must be {json.dumps(allowed)}")
@@ -142,84 +83,44 @@ def _whole(opt: Mapping[str, Any], key: str) -> int:
     return opt[key]
 
 
-def _opt_name(layer: int | str, name: str) -> str:
-    return f"model.decoder.layers.{layer}.{name}.weight"
-
-
-def to_opt(model: Transformer, **config: Any) -> Any:
-    """The decoder as an `OPTForCausalLM` in evaluation mode; `config` goes to `OPTConfig`.
-
-    Loaded, not built: below version 5, transformers fails to initialise norms without weights.
-    """
-    library = transformers()
-    opt_config = library.OPTConfig(**to_opt_config(model.config, model.vocab_size), **config)
-    state = to_opt_state(model.state_dict())
-    return library.OPTForCausalLM.from_pretrained(None, config=opt_config, state_dict=state).eval()
-
-
-@torch.inference_mode()
-def verify(model: Transformer, opt: Any) -> None:
-    """Raises RuntimeError if both do not give the same logits for random ids."""
-    shape = (2, min(model.config.seq_len, 64))
-    ids_BT = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    # The mask is said aloud: left to itself, `generate` takes a <pad> inside a sequence for padding.
-    ours_BTV, theirs_BTV = model(ids_BT), opt(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
-    difference = float((ours_BTV - theirs_BTV).abs().max())
-    allowed = TOLERANCE * max(1.0, float(ours_BTV.abs().max()))
-    if not difference <= allowed:  # so that NaN does not pass
-        raise RuntimeError(
-            f"the logits of the two forms differ by {difference:.2g}, {allowed:.2g} is allowed"
-        )
-
-
-def load_opt(folder: Path) -> Any:
-    """The OPT of a folder, float32, in evaluation mode, with the adapter that PEFT may have left beside it merged.
-
-    Raises:
-        UserError: for weights that are missing, may not be read or do not fit, and an adapter that cannot be merged.
-    """
-    check_folder_readable(folder)
-    with _without_adapter(folder) as plain:
-        try:
-            opt, report = transformers().OPTForCausalLM.from_pretrained(
-                plain, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            reason = str(error).replace(str(plain), str(folder))
-            raise UserError(f"hf: the weights in {folder} cannot be loaded: {reason}") from error
-
-    # The library fills missing weights with random numbers, and leaves unknown ones out.
-    for what, keys in (("lack", "missing_keys"), ("have the unknown", "unexpected_keys")):
-        names = sorted(report[keys])
-        if names:
-            raise UserError(
-                f"hf: the weights in {folder} {what} {', '.join(names[:5])}{', ...' if names[5:] else ''}"
-            )
-    opt = opt.float().eval()
-    if has_adapter(folder):
-        opt.load_state_dict(merge_adapter(folder, opt.state_dict()))
-    return opt
-
-
-@contextmanager
-def _without_adapter(folder: Path) -> Iterator[Path]:
-    """A folder as if it held no adapter: the library applies one only if PEFT is installed, and never merges it."""
-    if not has_adapter(folder):
-        yield folder
-        return
-    with TemporaryDirectory() as made:
-        for file in folder.iterdir():
-            if file.name not in ADAPTERS:
-                (Path(made) / file.name).symlink_to(file.resolve())
-        yield Path(made)
-
-
-def transformers() -> Any:
-    """The library, imported when it is needed: it is large, and nothing else asks for it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "export needs the package transformers; install it with: pip install transformers"
-        ) from error
-    return transformers
+OPT = Form(
+    name="cm3leon",
+    model_class="OPTForCausalLM",
+    config_class="OPTConfig",
+    layer="model.decoder.layers",
+    outer={
+        "embedding.weight": "model.decoder.embed_tokens.weight",
+        "positions.weight": "model.decoder.embed_positions.weight",
+        "head.weight": "lm_head.weight",
+    },
+    inner={
+        "qkv.weight": (
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+        ),
+        "out.weight": ("self_attn.out_proj.weight",),
+        "up.weight": ("fc1.weight",),
+        "down.weight": ("fc2.weight",),
+    },
+    fixed=FIXED,
+    to_config=to_opt_config,
+    from_config=from_opt_config,
+    defaults={
+        "vocab_size": 50_272,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "max_position_embeddings": 2048,
+        "init_std": 0.02,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": True,
+    },
+    # Its position table begins with two rows that no token of a sequence reads.
+    unused_rows={"positions.weight": 2},
+)

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cm3leon.config import from_mapping, to_mapping
+from cm3leon.config import to_mapping
 from cm3leon.digests import files_digest
 from cm3leon.experiment import Experiment
+from cm3leon.hub.folder import IMAGE_ENCODER, TABLES, asked_experiment, in_order
 from cm3leon.io import digest_of, read_json, write_json
-from cm3leon.models.chameleon import (
-    from_chameleon_config,
-    from_chameleon_state,
-    to_chameleon_state,
-)
+from cm3leon.models.chameleon import CHAMELEON
 from cm3leon.models.llama import Llama
 from cm3leon.registry import MODELS
 from cm3leon.stages.files import (
@@ -46,7 +42,7 @@ from cm3leon.stages.table import stages_of
 from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
 from cm3leon.tokenizers.image.published_files import Weights, open_weights
 from cm3leon.tokenizers.layout import LayoutTable
-from cm3leon.tokenizers.text import LAYOUT, TextTokenizer
+from cm3leon.tokenizers.text import LAYOUT, PUBLISHED, TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
@@ -54,8 +50,6 @@ from cm3leon.weights import check_finite, check_fit
 
 IMPORT = "import.json"
 """What a run folder was imported from, and under which licence."""
-IMAGE_ENCODER = "model.vqmodel."
-"""Tensors of a Hugging Face folder that the image tokenizer's own file has as well, with a decoder."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,13 @@ class Published:
     """A Hugging Face folder of a family's decoder."""
 
     folder: Path
-    family: Family
+    name: str
+    """Of the family."""
+
+    @property
+    def family(self) -> Family:
+        """Whose weights they are."""
+        return FAMILIES[self.name]
 
     @cached_property
     def weights(self) -> Weights:
@@ -82,27 +82,11 @@ class Published:
     def model(self) -> dict[str, Any]:
         """The section `model` of the decoder. Raises UserError for one of another shape."""
         file = self.folder / "config.json"
-        defaults = {"rope_theta": 10_000.0, "num_key_value_heads": None, "swin_norm": False}
-        known = {**_DEFAULTS, **defaults, **self.weights.settings}
         try:
-            fields = from_chameleon_config(known)
-        except KeyError as error:
-            raise UserError(f"hf: {file} lacks {error.args[0]}") from error
+            fields = CHAMELEON.read_config(self.weights.settings)
         except UserError as error:
             raise UserError(f"hf: {file}: {error}") from error
         return to_mapping(MODELS.check({"name": "llama", **fields}, f"hf: {file}"))
-
-
-_DEFAULTS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-}
-"""Of transformers' ChameleonConfig, for what a published config.json leaves out."""
 
 
 def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, out: Path) -> None:
@@ -113,7 +97,7 @@ def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, ou
     Raises:
         UserError: for what is missing, or of another shape or family, before anything is written.
     """
-    published = Published(hf, FAMILIES[family])
+    published = Published(hf, family)
     vocab, tokenizer = (
         published.vocab,
         {
@@ -128,7 +112,7 @@ def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, ou
     ours = Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
 
     makers: dict[str, Callable[[RunFolder, Path], None]] = {
-        "text_tokenizer": lambda run, folder: _make_text_tokenizer(run, folder, vocab),
+        "text_tokenizer": lambda run, folder: _make_text_tokenizer(run, folder, published),
         "image_tokenizer": _make_image_tokenizer,
         "pretraining": lambda run, folder: _make_decoder(folder, published, ours),
     }
@@ -179,7 +163,7 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     with torch.device("meta"):
         model = MODELS.build(section, vocab_size=size)
     assert isinstance(model, Llama)
-    wanted = to_chameleon_state(model.state_dict(), model.config)
+    wanted = dict(CHAMELEON.to_state(model.state_dict(), model.config))
     decoder = {
         name: torch.empty(stored.shape, device="meta")
         for name, stored in given.items()
@@ -193,21 +177,13 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
 
 def _experiment(published: Published, image_tokenizer: Mapping[str, Any]) -> Experiment:
     vocab = published.vocab
-    return from_mapping(
-        Experiment,
+    return asked_experiment(
         {
-            "data": {"name": "none"},
             "text_tokenizer": {"vocab_size": vocab.text_size},
             "image_tokenizer": image_tokenizer,
             "sentinels": vocab.sentinels,
-            "retriever": {"name": "lexical"},
-            "objective": {"name": "cm3"},
             "model": published.model,
-            "training": {"steps": 1, "batch_size": 1, "warmup_steps": 0},
-            "decoder": {"name": "top_p", "cfg": 3.0},
-            "text_decoder": {"name": "greedy"},
-            "until": "pretraining",
-        },
+        }
     )
 
 
@@ -231,11 +207,14 @@ def _finish(
     make_result(replace(stage, make=make), run, run.folder / name, record)
 
 
-def _make_text_tokenizer(run: RunFolder, folder: Path, vocab: PublishedVocab) -> None:
+def _make_text_tokenizer(run: RunFolder, folder: Path, published: Published) -> None:
+    vocab = published.vocab
     (folder / TOKENIZER).write_text(
         json.dumps(vocab.tokenizer, ensure_ascii=False), encoding="utf-8"
     )
     write_json(folder / LAYOUT, vocab.table)
+    text = (published.folder / TOKENIZER).read_text(encoding="utf-8")
+    write_json(folder / PUBLISHED, {"family": published.name, "tokenizer.json": text})
     # Refuses one that is not exact, and writes the file as those who take it over will.
     TextTokenizer.load(folder, run.experiment.text_tokenizer).save(folder)
 
@@ -251,7 +230,7 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
     """The decoder's file: tensors one after the other, rows of both tables in our order."""
     state: dict[str, Tensor] = {}
     layers = published.model["layers"]
-    tensors = from_chameleon_state(_Read(published.weights), layers)
+    tensors = CHAMELEON.from_state(published.weights.read(), layers)
     count = sum(
         math.prod(stored.shape)
         for name, stored in published.weights.tensors.items()
@@ -260,32 +239,10 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
     progress = tqdm(desc="weights", total=count, unit="weight", unit_scale=True, dynamic_ncols=True)
     for name, tensor in tensors:
         progress.update(tensor.numel())
-        if name in ("embedding.weight", "head.weight"):
-            tensor = _in_order(tensor, published.vocab.old_id_V, vocab.size)
+        if name in TABLES:
+            tensor = in_order(tensor, published.vocab.old_id_V, vocab.size)
         check_finite(tensor, f"hf: {published.folder}: {name}")
         state[name] = tensor
     progress.close()
     save_weights(folder / WEIGHTS, state)
     write_json(folder / "config.json", {"model": published.model, "vocab_size": vocab.size})
-
-
-def _in_order(weight_VD: Tensor, old_id_V: np.ndarray, size: int) -> Tensor:
-    """Rows of a table in our order; ids that nobody has are rows of zeros."""
-    ordered_VD = weight_VD[torch.from_numpy(old_id_V)]
-    return torch.cat([ordered_VD, ordered_VD.new_zeros(size - len(ordered_VD), weight_VD.shape[1])])
-
-
-class _Read(Mapping[str, Tensor]):
-    """Tensors that are read from their files when they are asked for, in their own precision."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights.tensors[name].read(dtype=None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.tensors)
-
-    def __len__(self) -> int:
-        return len(self._weights.tensors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cm3leon.io import sha256, write_json
 from cm3leon.loggers.base import Loggers
 from cm3leon.models.base import Model
-from cm3leon.models.lora import add_lora
+from cm3leon.models.lora import ADAPTER, add_lora
 from cm3leon.models.pretrained import load_model
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, opened_stage
@@ -28,7 +28,7 @@ from cm3leon.training.config import DecoderTrainingConfig, training_settings
 from cm3leon.training.costs import model_flops, peak_flops
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.faults import diverged
-from cm3leon.training.parallel import distributed, whole_state
+from cm3leon.training.parallel import distributed, whole_state, whole_state_and_adapter
 from cm3leon.training.precision import chosen_precision
 from cm3leon.training.prefetch import BatchSplit
 from cm3leon.training.steps import checkpoints
@@ -118,13 +118,16 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         peak_flops=peak_flops(run.device, ranks.count),
         tracking=run.tracking,
     )
-    state, figures = whole_state(model), validation_loss(run, model, precision)
+    state, adapter = whole_state_and_adapter(model)
+    figures = validation_loss(run, model, precision)
     if not math.isfinite(figures.get("loss", math.nan)):
         why = "the loss of the validation documents with its last weights is NaN or infinite"
         good = checkpoints(folder)[:-1]
         raise diverged("pretraining", why, good[-1] if good else None)
     if ranks.first:
         save_weights(folder / WEIGHTS, state)
+        if adapter:
+            save_weights(folder / ADAPTER, adapter)
         write_json(
             folder / "config.json", {**run.settings_of("model"), "vocab_size": run.vocab.size}
         )

@@ -23,7 +23,7 @@ from cm3leon.stages.lengths import check_lengths
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.tokens import split_in
-from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, unicode_text
+from cm3leon.tokenizers.text import LAYOUT, PUBLISHED, TextTokenizer, unicode_text
 from cm3leon.types import Document, UserError
 
 TRAINED_ON = "trained_on.json"
@@ -54,8 +54,9 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
     if run.reused is not None:
         reused = run.reused_file(TEXT_TOKENIZER).parent
         TextTokenizer.load(reused, config).save(folder)
-        if (reused / LAYOUT).is_file():
-            shutil.copyfile(run.reused_file(f"text_tokenizer/{LAYOUT}"), folder / LAYOUT)
+        for name in (LAYOUT, PUBLISHED):
+            if (reused / name).is_file():
+                shutil.copyfile(run.reused_file(f"text_tokenizer/{name}"), folder / name)
         return
     sample = Sample()
     texts = (
@@ -168,7 +169,7 @@ STAGE = Stage(
     make=make_text_tokenizer,
     needs=("documents",),
     settings=recorded("text_tokenizer", "text_data", "split", "seed", "shards"),
-    results=("tokenizer.json", LAYOUT),
+    results=("tokenizer.json", LAYOUT, PUBLISHED),
 )
 
 

@@ -40,6 +40,8 @@ class Family:
     """Fields of `Layout`, with the publisher's names in the place of ids; of `sizes`, those that a vocabulary has."""
     sentinels: int = 512
     """Reserved ids that are its mask tokens, the lowest ones."""
+    draws: bool = True
+    """Whether its weights draw images, and its licence allows it."""
 
 
 CHAMELEON_NAMES = {
@@ -72,6 +74,7 @@ FAMILIES = {
         conditions=CHAMELEON_CONDITIONS,
         names=CHAMELEON_NAMES,
         layout=CHAMELEON_LAYOUT,
+        draws=False,
     ),
     "anole": Family(
         title="Anole",

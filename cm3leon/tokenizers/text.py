@@ -22,6 +22,8 @@ BYTES = 256
 FILE = "tokenizer.json"
 LAYOUT = "layout.json"
 """Beside it where its special tokens and the layout of sequences are not the paper's."""
+PUBLISHED = "published.json"
+"""Beside it where it is a published one: the name of its family, and the text of its file before it was renumbered."""
 
 STRETCH = 1 << 16
 """Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""

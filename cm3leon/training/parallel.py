@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from cm3leon.collectives import averaged
 from cm3leon.models.base import Model
 from cm3leon.models.initial import Beginning, draw, generator_at
-from cm3leon.models.lora import add_lora, draw_adapters, lora_scale, merged
+from cm3leon.models.lora import add_lora, draw_adapters, is_adapter, lora_scale, merged
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.device import uses_bf16
@@ -183,6 +183,11 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
     What adapters (LoRA) have learned is added into the weights.
     """
+    return whole_state_and_adapter(model)[0]
+
+
+def whole_state_and_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`whole_state`, and the tensors of the adapters (LoRA) alone; no tensors for a model without."""
     if isinstance(model, FSDPModule):
         state: dict[str, Any] = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -190,7 +195,11 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     else:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     scale = lora_scale(model)
-    return state if scale is None else merged(state, scale)
+    if scale is None:
+        return state, {}
+    return merged(state, scale), {
+        name: tensor for name, tensor in state.items() if is_adapter(name)
+    }
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,24 @@ class Weights:
     settings: Mapping[str, Any]
     """Of config.json, empty for a single file."""
 
+    def read(self) -> Mapping[str, Tensor]:
+        """The tensors in their own precision, each read when it is asked for and kept by nobody."""
+        return _Read(self.tensors)
+
+
+class _Read(Mapping[str, Tensor]):
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].read(dtype=None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
 
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -58,8 +76,11 @@ WEIGHT_FILES = (
 """In a Hugging Face folder, the first that is there; any may be in parts, with an index beside them."""
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, adapter_allowed: bool = False) -> Weights:
     """Names and shapes of all tensors of a file or a Hugging Face folder; values are read one by one, when asked for.
+
+    Args:
+        adapter_allowed: whether the caller merges an adapter that lies beside the weights.
 
     Raises:
         UserError: for a path at which there is nothing or that may not be read, a file that is no checkpoint or would
@@ -74,7 +95,8 @@ def open_weights(path: Path) -> Weights:
         raise UserError(
             f"{path} has no config.json, so it is no Hugging Face folder; give the file of weights itself"
         )
-    check_no_adapter(path)
+    if not adapter_allowed:
+        check_no_adapter(path)
     settings = _json(path / "config.json")
     files = _weight_files(path)
     tensors = {key: tensor for file in files for key, tensor in _stored(file).items()}

@@ -31,6 +31,7 @@ class VQModel(ImageTokenizer):
             codebook_size,
             shape.downsampling,
         )
+        self.shape = shape
         self.encoder = ImageEncoder(shape)
         self.to_code = nn.Conv2d(shape.z_channels, code_dim, 1)
         self.quantizer = quantizer

@@ -1,0 +1,63 @@
+"""The model behind `CM3Leon.load`: a run folder, an exported folder, or a model on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cm3leon.hub.folder import is_hub_folder, open_hub_folder
+from cm3leon.hub.repository import model_folder
+from cm3leon.models.base import Model
+from cm3leon.models.pretrained import load_model
+from cm3leon.records import MARKER
+from cm3leon.stages.opening import open_run
+from cm3leon.stages.pretraining import load_checkpoint
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.stages.trust import Opening
+from cm3leon.types import UserError
+
+
+def opened_model(
+    given: str | Path,
+    opening: Opening,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    bank: Path | None = None,
+    checkpoint: int | None = None,
+) -> tuple[RunFolder, Model]:
+    """A finished run, and its decoder on the CPU as its file has it; see `AskedRun.load` for the arguments.
+
+    Raises:
+        UserError: for what is no finished run, and for arguments that a folder of its kind does not take.
+    """
+    folder = model_folder(given, revision=revision)
+    if is_hub_folder(folder):
+        for name, value in {"bank": bank, "checkpoint": checkpoint}.items():
+            if value is not None:
+                raise UserError(f"{name} is given, which an exported model does not have: {given}")
+        lora = None if adapter is None else model_folder(adapter, where="adapter")
+        exported = open_hub_folder(folder, device, adapter=lora)
+        assert exported.hub is not None
+        return exported, exported.hub.build()
+
+    if adapter is not None:
+        raise UserError(
+            f"adapter is given, which is merged into an exported model; {given} is a run, whose own is merged already"
+        )
+    opened = open_run(folder, opening, needs=("pretraining",), device=device)
+    if bank is not None:
+        if not (bank / "index" / MARKER).is_file():
+            raise UserError(
+                f"bank: {bank} has no finished index; a memory bank is a run made with until=index"
+            )
+        shards = replace(opened.experiment.shards, bank=bank)
+        opened = replace(opened, experiment=replace(opened.experiment, shards=shards))
+    model = load_model(opened.folder, verify=opening.verify)
+    if checkpoint is not None:
+        training = opened.experiment.training
+        load_checkpoint(model, training, opened.folder, checkpoint, verify=opening.verify)
+    return opened, model

@@ -1,0 +1,285 @@
+"""A folder that `export to=hf` wrote, read back: as weights, or as a run that can be asked without being copied.
+
+The weights are those of a class of transformers. What that class has no place for (the experiment, the ranges of ids)
+stands beside them in `cm3leon.json`. Nothing in such a folder is believed before it is checked, as it may have come
+from anyone, and no code of it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cm3leon.config import Component, from_mapping, to_mapping
+from cm3leon.experiment import Experiment
+from cm3leon.io import read_json, write_json
+from cm3leon.models.adapter import has_adapter, merge_adapter
+from cm3leon.models.base import Model
+from cm3leon.models.form import Form
+from cm3leon.models.forms import FORMS
+from cm3leon.permissions import check_folder_readable
+from cm3leon.registry import IMAGE_TOKENIZERS, MODELS, discover
+from cm3leon.stages.files import GEOMETRY, TOKENIZER, WEIGHTS
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.tokenizers.families import FAMILIES, PublishedVocab, renumbered
+from cm3leon.tokenizers.image.base import ImageTokenizer
+from cm3leon.tokenizers.image.published_files import Weights, open_weights
+from cm3leon.tokenizers.layout import LayoutTable
+from cm3leon.tokenizers.text import LAYOUT, TextTokenizer, layout_table
+from cm3leon.training.checkpoint import load_weights
+from cm3leon.types import UserError
+from cm3leon.weights import check_finite, check_fit
+
+EXTRAS = "cm3leon.json"
+IMAGE_TOKENIZER = "image_tokenizer"
+"""The subfolder of the image tokenizer."""
+IMAGE_ENCODER = "model.vqmodel."
+"""Tensors of a Chameleon that are not the decoder's: the image tokenizer's folder has them as well."""
+TABLES = ("embedding.weight", "head.weight")
+"""Weights with a row for each id."""
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A model of transformers that is a decoder of ours."""
+
+    folder: Path
+    adapter: Path | None = None
+    """Folder of a LoRA adapter of PEFT that is merged into the weights; None = one in the folder, if there is one."""
+    where: str = "hf"
+    """The name of the argument that names the folder, for messages."""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json. Raises UserError where there is none."""
+        file = self.folder / "config.json"
+        if not file.is_file():
+            raise UserError(
+                f"{self.where}: {file} does not exist; {self.where} is a folder that transformers reads"
+            )
+        return read_json(file)
+
+    @cached_property
+    def extras(self) -> dict[str, Any]:
+        """cm3leon.json; empty where there is none."""
+        file = self.folder / EXTRAS
+        return read_json(file, {"model?": dict, "family?": str}) if file.is_file() else {}
+
+    @cached_property
+    def form(self) -> Form:
+        """The class of the model. Raises UserError for one that no decoder of ours is."""
+        given = self.settings.get("model_type")
+        known = {form.model_type: form for form in FORMS.values()}
+        if given not in known:
+            names = " or ".join(json.dumps(name) for name in known)
+            raise UserError(
+                f"{self.where}: {self.folder / 'config.json'}: model_type is {json.dumps(given)}; it must be {names}"
+            )
+        return known[given]
+
+    @cached_property
+    def model(self) -> Component:
+        """The decoder: its shape by config.json, the rest by cm3leon.json or by default."""
+        form, settings = self.form, self.settings
+        try:
+            shape = form.read_config(settings)
+        except UserError as error:
+            raise UserError(f"{self.where}: {self.folder / 'config.json'}: {error}") from error
+        discover()  # the kept name may be that of a preset
+        section = {"name": form.name, **self.extras.get("model", {}), **shape}
+        return MODELS.check(section, f"{self.where}: {self.folder / EXTRAS}: model")
+
+    @cached_property
+    def vocab(self) -> PublishedVocab | None:
+        """The vocabulary of public weights in our order; None where the ids are our own."""
+        family = self.extras.get("family")
+        if family is None:
+            return None
+        if family not in FAMILIES:
+            raise UserError(
+                f"{self.where}: {self.folder / EXTRAS}: family is {family}, which is not known"
+            )
+        file = self.folder / TOKENIZER
+        return renumbered(read_json(file), FAMILIES[family], f"{self.where}: {file}")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids of the decoder."""
+        given = (self.settings if self.vocab is None else self.extras).get("vocab_size")
+        if type(given) is not int or given < 1:
+            raise UserError(f"{self.where}: {self.folder}: vocab_size must be a positive number")
+        return given
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Its tensors by its names, read when they are asked for."""
+        check_folder_readable(self.folder)
+        try:
+            return open_weights(self.folder, adapter_allowed=True)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same with the adapter merged, in their own precision."""
+        adapter = self.adapter or (self.folder if has_adapter(self.folder) else None)
+        given = self.weights.read()
+        return given if adapter is None else merge_adapter(adapter, given)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The decoder's weights by our names, in our order of ids, one after the other.
+
+        Raises:
+            UserError: for weights that are missing, left over or of another shape.
+            NotFinite: for weights that are NaN or infinite.
+        """
+        config, published = self.model.config, self.vocab
+        rows = self.vocab_size if published is None else len(published.old_id_V)
+        with torch.device("meta"):
+            wanted = dict(
+                self.form.to_state(MODELS.build(self.model, vocab_size=rows).state_dict(), config)
+            )
+        given = {
+            name: torch.empty(stored.shape, device="meta")
+            for name, stored in self.weights.tensors.items()
+            if not name.startswith(IMAGE_ENCODER)
+        }
+        try:
+            check_fit(self.folder, given, wanted)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
+        for name, tensor in self.form.from_state(self.tensors(), config.layers):
+            check_finite(tensor, f"{self.where}: {self.folder}: {name}")
+            if published is not None and name in TABLES:
+                tensor = in_order(tensor, published.old_id_V, self.vocab_size)
+            yield name, tensor
+
+    def build(self) -> Model:
+        """The decoder in evaluation mode, in the precision of the file; memory is taken once."""
+        with torch.device("meta"):
+            model = MODELS.build(self.model, vocab_size=self.vocab_size)
+        model.load_state_dict(dict(self.state()), assign=True)
+        return model.eval()
+
+
+def in_order(weight_VD: Tensor, old_id_V: np.ndarray, size: int) -> Tensor:
+    """Rows of a table in our order; ids that nobody has are rows of zeros."""
+    ordered_VD = weight_VD[torch.from_numpy(old_id_V)]
+    return torch.cat([ordered_VD, ordered_VD.new_zeros(size - len(ordered_VD), weight_VD.shape[1])])
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a folder is as transformers reads it, and no run."""
+    return (folder / "config.json").is_file() and not (folder / "config.yaml").exists()
+
+
+def asked_experiment(sections: Mapping[str, Any]) -> Experiment:
+    """An experiment for weights that were made elsewhere: there is no corpus, and nothing is trained.
+
+    Args:
+        sections: those of the model and of both tokenizers, with others that replace the usual ones.
+    """
+    usual = {
+        "data": {"name": "none"},
+        "retriever": {"name": "lexical"},
+        "objective": {"name": "cm3"},
+        "training": {"steps": 1, "batch_size": 1, "warmup_steps": 0},
+        "decoder": {"name": "top_p", "cfg": 3.0},
+        "text_decoder": {"name": "greedy"},
+        "until": "pretraining",
+    }
+    return from_mapping(Experiment, {**usual, **sections})
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedRun(RunFolder):
+    """An exported folder as a run with a decoder and both tokenizers, and no memory bank.
+
+    Its stages are not there: what the decoder is asked with is read from the folder itself.
+    """
+
+    hub: HubFolder | None = None
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        assert self.hub is not None
+        config, published = self.experiment.text_tokenizer, self.hub.vocab
+        if published is None:
+            return TextTokenizer.load(self.folder, config)
+        with TemporaryDirectory() as made:
+            place = Path(made)
+            (place / TOKENIZER).write_text(json.dumps(published.tokenizer), encoding="utf-8")
+            write_json(place / LAYOUT, published.table)
+            return TextTokenizer.load(place, config)
+
+    def _layout_table(self) -> LayoutTable:
+        assert self.hub is not None
+        published = self.hub.vocab
+        if published is None:
+            return layout_table(self.folder)
+        return LayoutTable.from_names(published.table, str(self.folder / TOKENIZER))
+
+    def new_image_tokenizer(self) -> ImageTokenizer:
+        section, kept = self.experiment.image_tokenizer, self.folder / IMAGE_TOKENIZER / GEOMETRY
+        if kept.is_file():
+            return IMAGE_TOKENIZERS.build(section, kept=read_json(kept))
+        return IMAGE_TOKENIZERS.build(section)
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer:
+        tokenizer = self.new_image_tokenizer()
+        own = self.folder / IMAGE_TOKENIZER / WEIGHTS
+        if own.is_file():
+            load_weights(own, tokenizer)
+        return tokenizer.to(self.device).ready()
+
+
+def open_hub_folder(
+    folder: Path, device: torch.device, *, adapter: Path | None = None, where: str = "run"
+) -> ExportedRun:
+    """An exported folder, to be asked like a run.
+
+    Args:
+        adapter: folder of a LoRA adapter of PEFT to merge into the weights.
+        where: the name of the argument that names the folder, for messages.
+
+    Raises:
+        UserError: for a folder that this project did not write, or one that lacks something or is damaged.
+    """
+    hub = HubFolder(folder, adapter, where)
+    kept = hub.extras.get("experiment")
+    if not isinstance(kept, dict):
+        raise UserError(
+            f"{where}: {folder} has no {EXTRAS} that `export to=hf` wrote, and so no image tokenizer for its codes; "
+            "public weights become a run with: import from=FAMILY hf=DIR vqgan=FILE out=DIR"
+        )
+    discover()
+    own = (folder / IMAGE_TOKENIZER / WEIGHTS).is_file()
+    published = {
+        "name": "pretrained",
+        "path": str(folder / IMAGE_TOKENIZER),
+        "image_size": hub.extras.get("image_size"),
+    }
+    # What it was trained on and with is told by the card; those who ask it need what changes answers.
+    names = ("text_tokenizer", "sentinels", "objective", "decoder", "text_decoder")
+    experiment = asked_experiment(
+        {
+            **{name: kept[name] for name in names if name in kept},
+            "image_tokenizer": kept.get("image_tokenizer") if own else published,
+            "model": to_mapping(hub.model),
+        }
+    )
+    run = ExportedRun(experiment, folder, device, finished=True, verify=False, hub=hub)
+    if hub.vocab_size != run.vocab.size:
+        raise UserError(
+            f"{where}: {folder} has {hub.vocab_size} ids, its tokenizers {run.vocab.size}"
+        )
+    return run

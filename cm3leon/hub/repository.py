@@ -1,0 +1,118 @@
+"""Models on the Hugging Face Hub: looked up in its cache, downloaded, and uploaded by `push`.
+
+The library `huggingface_hub` keeps its own rules: HF_HUB_OFFLINE=1 reads the cache alone, HF_HOME says where it is, and
+the token is the one of HF_TOKEN or of the library's login. No token is read, written or logged here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cm3leon.hub.folder import EXTRAS, is_hub_folder
+from cm3leon.types import UserError
+from cm3leon.weights import ADAPTERS
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""A model on the Hub, as org/name."""
+READ = ["*.json", "*.safetensors"]
+"""What is downloaded: settings and weights, but no pickles, no code and no pictures."""
+UPLOADED = ["*.json", "*.safetensors", "*.md", "*.png"]
+"""What `export` writes."""
+
+
+def model_folder(given: str | Path, *, revision: str | None = None, where: str = "run") -> Path:
+    """The folder of a model: a path, or the snapshot of a model on the Hub, which is downloaded where it is not cached.
+
+    What is a folder here is never looked up there, and neither is a name whose first part is one: runs/digits is a
+    path where there is a folder runs, whether it has a run digits or not.
+
+    Args:
+        revision: a branch, a tag or a commit on the Hub; None = its main branch.
+        where: the name of the argument, for messages.
+
+    Raises:
+        UserError: for a model that is neither here nor can be had from the Hub.
+    """
+    path = Path(given)
+    local = path.exists() or not NAME.fullmatch(str(given)) or path.parent.exists()
+    if local:
+        if revision is not None:
+            raise UserError(
+                f"revision is given, which only a model on the Hub has; {where} is {given}, a path"
+            )
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(given), revision=revision, allow_patterns=READ))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{where}: there is no folder {given} here, and no model of that name could be had from the Hub: {reason}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Files of a folder that go to the Hub."""
+
+    folder: Path
+
+    @property
+    def files(self) -> list[Path]:
+        """What is uploaded, in the order of its names. Raises UserError for a folder that is no export."""
+        if not (self.folder / "README.md").is_file() and not (self.folder / ADAPTERS[0]).is_file():
+            raise UserError(
+                f"folder: {self.folder} has no README.md; give a folder that `export to=hf` or to=peft wrote"
+            )
+        known = (self.folder / EXTRAS).is_file() or (self.folder / ADAPTERS[0]).is_file()
+        if not known and not is_hub_folder(self.folder):
+            raise UserError(f"folder: {self.folder} is no folder that `export` wrote")
+        found = {file for pattern in UPLOADED for file in self.folder.rglob(pattern)}
+        return sorted(file for file in found if file.is_file())
+
+    def listed(self) -> list[str]:
+        """A line for each file with its size, and one for all of them."""
+        sizes = {file.relative_to(self.folder): file.stat().st_size for file in self.files}
+        lines = [f"{size:>16,} bytes  {file.as_posix()}" for file, size in sizes.items()]
+        return [*lines, f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files"]
+
+
+def push(folder: Path, name: str, *, private: bool, revision: str | None, message: str) -> str:
+    """Upload a folder as a model, which is made where it is not there; returns the address of the commit.
+
+    Args:
+        name: as org/name.
+        private: whether a model that is made is private; one that is there stays as it is.
+        revision: the branch; None = the main one.
+
+    Raises:
+        UserError: for a name that is none, a login that is missing or not allowed to, and a Hub that cannot be reached.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"to is {name}; it must be the name of a model on the Hub, as org/name")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(library_name="cm3leon")
+    files = [file.relative_to(folder).as_posix() for file in Upload(folder).files]
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=files,
+            commit_message=message,
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"to: {name} could not be uploaded: {reason}; log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,552 @@
+"""Folders for the Hub: what others read of them is what the run computes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from records import finish
+from safetensors import safe_open
+from test_import import code_name, imported, published_tokenizer, theirs
+
+from cm3leon import CM3Leon
+from cm3leon.config import dump_yaml, to_mapping
+from cm3leon.config.files import parse_yaml
+from cm3leon.experiment import Experiment, load_experiment
+from cm3leon.hub.export import Exported, write_hub_folder
+from cm3leon.hub.image_tokenizer import diffusers_config, diffusers_state, why_not_diffusers
+from cm3leon.models.lora import add_lora, is_adapter
+from cm3leon.models.pretrained import load_model
+from cm3leon.run import main
+from cm3leon.stages.opening import open_run
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.tokenizers.image.vqgan import VQGAN
+from cm3leon.tokenizers.text import TextTokenizer
+from cm3leon.training.checkpoint import save_weights
+from cm3leon.training.parallel import whole_state_and_adapter
+from cm3leon.types import UserError
+
+transformers = pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {"layers": 2, "width": 64, "head_size": 16, "seq_len": 96}
+VQ = {
+    "image_size": 16,
+    "codebook_size": 16,
+    "code_dim": 8,
+    "channels": 32,
+    "multipliers": [1, 2],
+    "residual_blocks": 1,
+    "attention_levels": [1],
+    "z_channels": 32,
+    "discriminator_layers": 1,
+    "adversarial": 0,
+}
+
+
+TEXTS = ["a red dog", "a photo of 12 cats", "seven and nine"] * 3
+
+
+def made(place: Path, model: str, *, vq: bool = True, **settings: Any) -> Path:
+    """A run folder as if it were finished, with random weights that are large enough to show."""
+    words = ["text_tokenizer.vocab_size=300", "sentinels=4", "retriever=lexical"]
+    words += [f"model={model}", "until=pretraining"]
+    words += [f"model.{key}={value}" for key, value in {**TINY, **settings}.items()]
+    if vq:
+        words += ["image_tokenizer=vqgan", *(f"image_tokenizer.{k}={v}" for k, v in VQ.items())]
+    return write_run(place, load_experiment("digits_smoke", words))
+
+
+def write_run(place: Path, experiment: Experiment) -> Path:
+    run = RunFolder(experiment, place, torch.device("cpu"))
+    stages = [place / name for name in ("text_tokenizer", "image_tokenizer", "pretraining")]
+    for stage in stages:
+        stage.mkdir(parents=True)
+    (place / "config.yaml").write_text(dump_yaml(to_mapping(experiment)))
+    TextTokenizer.train(experiment.text_tokenizer, TEXTS).save(stages[0])
+    image_tokenizer, decoder = run.new_image_tokenizer(), run.empty_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        image_tokenizer.quantizer.codebook_VD.normal_(generator=generator)
+        for name, weight in decoder.named_parameters():
+            weight.normal_(
+                mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3, generator=generator
+            )
+    save_weights(stages[1] / "model.safetensors", image_tokenizer)
+    save_weights(stages[2] / "model.safetensors", decoder)
+    made_of = {**run.settings_of("model"), "vocab_size": run.vocab.size}
+    (stages[2] / "config.json").write_text(json.dumps(made_of))
+    finish(*stages)
+    return place
+
+
+def exported(run: Path, out: Path, *words: str) -> Path:
+    assert main(["export", "to=hf", f"run={run}", f"out={out}", *words]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("opt")
+    run = made(place / "run", "cm3leon_tiny")
+    return {"run": run, "hf": exported(run, place / "hf", "licence=mit", "prompt=a red dog")}
+
+
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    run = imported(tmp_path_factory.mktemp("chameleon"), family="anole")
+    return {
+        "run": run,
+        "hf": exported(run, run.parent / "hf", "base_model=org/anole", "prompt=a dog"),
+    }
+
+
+def header_of(folder: Path) -> dict[str, Any]:
+    _, header, _ = (folder / "README.md").read_text().split("---\n", 2)
+    return parse_yaml(header)
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"swin_norm": True, "num_key_value_heads": 2}, {"dtype": torch.bfloat16}]
+)
+@torch.inference_mode()
+def test_public_weights_go_out_as_they_came_in(fields: Any, tmp_path: Path) -> None:
+    """Folder in parts -> run -> export in parts -> transformers: the same tensors, and so the same logits."""
+    run = imported(tmp_path, **fields)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_hub_folder(Exported(open_run(run)), folder, "", part_bytes=50_000)
+    before = theirs(run)
+    after, report = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, dtype=before.dtype
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    decoder = {name: tensor for name, tensor in before.state_dict().items() if "vqm" not in name}
+    for name, tensor in decoder.items():
+        assert torch.equal(after.state_dict()[name].to(tensor.dtype), tensor), name
+        with safe_open(folder / index["weight_map"][name], "pt") as file:
+            assert file.get_tensor(name).dtype == fields.get("dtype", torch.float32)
+
+    ids_BT = torch.randint(500, (2, 30), generator=torch.Generator().manual_seed(0))
+    after.eval()
+    ours, theirs_BTD = (m.model(input_ids=ids_BT).last_hidden_state for m in (after, before))
+    torch.testing.assert_close(after.lm_head(ours), before.lm_head(theirs_BTD), rtol=0, atol=0)
+    assert json.loads((folder / "tokenizer.json").read_text()) == published_tokenizer()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocabulary_map"] == published_tokenizer()["model"]["vocab"]
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, 1)
+
+
+@torch.inference_mode()
+def test_a_chameleon_of_ones_own_keeps_its_ids(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "llama", mlp_width=88, kv_heads=2, norm="behind")
+    folder = exported(run, tmp_path / "hf")
+    other = transformers.ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+    ids_BT = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+    # No code is named as public weights name theirs, so that its own forward pass closes none.
+    expected_BTV = load_model(run)(ids_BT)
+    torch.testing.assert_close(other(input_ids=ids_BT).logits, expected_BTV, atol=1e-5, rtol=1e-5)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    seen = CM3Leon.load(run).run.image_tokenizer.codes_of(pixels).flatten()
+    assert torch.equal(other.model.vqmodel.encode(pixels).image_tokens.flatten(), seen)
+
+
+# ------------------------------------------------------------------------------------------------ the tokenizers
+
+
+@pytest.mark.parametrize("which", ["opt", "chameleon"])
+def test_the_tokenizer_pads_and_ends_and_knows_no_special_token_in_a_text(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    folders = request.getfixturevalue(which)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["hf"])
+    ours = Exported(open_run(folders["run"]))
+    batch = tokenizer(["a red dog", "a"], padding=True, add_special_tokens=False)
+    special = ours.special_ids()
+    assert tokenizer.pad_token_id == special["pad_token_id"]
+    assert tokenizer.bos_token_id == special["bos_token_id"]
+    assert tokenizer.eos_token_id in special["eos_token_id"]
+    assert batch.input_ids[1][-1] == special["pad_token_id"]
+    assert sum(batch.attention_mask[1]) == 1
+    text = f"a {tokenizer.eos_token}{tokenizer.pad_token} dog <eos><break>"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids == ours.ids(ours.run.text_tokenizer.encode(text))
+    assert not {special["pad_token_id"], special["bos_token_id"], *special["eos_token_id"]} & set(
+        ids
+    )
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("quantizer", ["cosine", "euclidean", "ema"])
+@torch.inference_mode()
+def test_image_tokenizers_are_diffusers_models(quantizer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = VQGAN(VQGAN.Config(**VQ, quantizer=quantizer)).eval()  # type: ignore[arg-type]
+    codebook_VD = ours.quantizer.state_dict()["codebook_VD"]
+    codebook_VD.normal_()
+    assert why_not_diffusers(ours) == ""
+    model = diffusers.VQModel.from_config(diffusers_config(ours))
+    model.load_state_dict(diffusers_state(ours))
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes_BHW = ours.codes_of(pixels)
+    found = model.eval().quantize(model.encode(pixels).latents)[2][2]
+    assert torch.equal(found.view(codes_BHW.shape), codes_BHW)
+    drawn = model.decode(codes_BHW, force_not_quantize=True, shape=(2, 8, 8, 8)).sample
+    torch.testing.assert_close(drawn, ours.signal_of(codes_BHW), atol=2e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+@pytest.mark.parametrize("which", ["opt", "chameleon"])
+def test_the_code_of_the_card_runs_without_this_project(
+    which: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = request.getfixturevalue(which)["hf"]
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        assert "cm3leon" not in block
+        names: dict[str, Any] = {}
+        exec(block.replace('folder = "."', f"folder = {str(folder)!r}"), names)
+    size = CM3Leon.load(request.getfixturevalue(which)["run"]).run.image_tokenizer.image_size
+    assert Image.open(tmp_path / "image.png").size == (size, size)
+    assert isinstance(names["tokenizer"].decode(names["answer"][0]), str)
+
+
+@torch.inference_mode()
+def test_the_card_draws_what_this_project_draws(opt: dict[str, Path]) -> None:
+    """Greedily and with guidance: the prompts and the codes of the card's loop are ours."""
+    block = re.findall(r"```python\n(.*?)```", (opt["hf"] / "README.md").read_text(), re.DOTALL)[0]
+    block = block.replace('folder = "."', f"folder = {str(opt['hf'])!r}")
+    block = block.replace("torch.multinomial(guided.softmax(-1), 1)", "guided.argmax()")
+    block = block.replace('image.save("image.png")', "")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model = CM3Leon.load(opt["run"], precision="float32")
+    decoder = {"name": "top_p", "cfg": 3.0, "top_k": 1}
+    (drawn,) = model.generate("a red dog", decoder=decoder)
+    assert names["codes"] == drawn.codes_N.tolist()
+    difference = np.asarray(names["image"]).astype(int) - np.asarray(drawn.image).astype(int)
+    assert abs(difference).max() <= 1
+
+
+def test_the_header_says_what_the_hub_asks_for(
+    opt: dict[str, Path], chameleon: dict[str, Path]
+) -> None:
+    ours, made_from = header_of(opt["hf"]), header_of(chameleon["hf"])
+    assert ours["license"] == "mit"
+    assert "base_model" not in ours
+    assert ours["pipeline_tag"] == "any-to-any"
+    assert made_from["license"] == "other"
+    assert "Chameleon Research License" in made_from["license_name"]
+    assert made_from["base_model"] == "org/anole"
+    card = (chameleon["hf"] / "README.md").read_text()
+    assert "no commercial use" in card
+    assert "No figures of its quality were measured." in card
+    for folder in (opt["hf"], chameleon["hf"]):
+        size = json.loads((folder / "cm3leon.json").read_text())["image_size"]
+        assert Image.open(folder / "sample.png").size == (size, size)
+    assert "Trained from random weights for 20 steps" in (opt["hf"] / "README.md").read_text()
+
+
+def test_generation_settings_have_the_ids_of_each_modality(chameleon: dict[str, Path]) -> None:
+    settings = transformers.GenerationConfig.from_pretrained(chameleon["hf"])
+    names = published_tokenizer()["model"]["vocab"]
+    assert settings.ids["image"] == [[names[code_name(0)], names[code_name(15)] + 1]]
+    assert settings.eos_token_id == [names["<eoss>"], names["</s>"]]
+
+
+# ------------------------------------------------------------------------------------------------ read back
+
+
+@pytest.mark.parametrize("which", ["opt", "chameleon"])
+def test_an_exported_folder_is_asked_like_its_run(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    folders = request.getfixturevalue(which)
+    run, hub = (CM3Leon.load(folders[name], precision="float32") for name in ("run", "hf"))
+    assert hub.run.vocab == run.run.vocab
+    for name, weight in run.run.model.state_dict().items():
+        assert torch.equal(hub.run.model.state_dict()[name], weight), name
+    pictures = [model.generate("a red dog", seed=3)[0] for model in (run, hub)]
+    assert pictures[0].codes_N.tolist() == pictures[1].codes_N.tolist()
+    difference = [np.asarray(picture.image).astype(int) for picture in pictures]
+    assert abs(difference[0] - difference[1]).max() <= 1
+    captions = [
+        model.caption(pictures[0].image, decoder="greedy", max_tokens=5) for model in (run, hub)
+    ]
+    assert captions[0] == captions[1]
+    with pytest.raises(UserError, match="has no memory bank"):
+        hub.generate("a red dog", retrieve=1)
+
+
+def test_an_own_image_tokenizer_travels_in_its_own_form(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "cm3leon_tiny", vq=False)
+    folder = exported(run, tmp_path / "hf", "samples=0")
+    assert not (folder / "sample.png").exists()
+    assert "`VQModel`: its networks are not those of a VQGAN" in (folder / "README.md").read_text()
+    drawn = [
+        CM3Leon.load(each, precision="float32")("seven", seed=5).images[0] for each in (run, folder)
+    ]
+    assert np.array_equal(*map(np.asarray, drawn))
+
+
+def test_the_call_takes_the_words_of_diffusers(opt: dict[str, Path]) -> None:
+    model = CM3Leon.load(opt["hf"], precision="float32")
+    found = model(["a seven", "a nine"], num_images_per_prompt=2, seed=4)
+    assert [image.size for image in found.images] == [(16, 16)] * 4
+    expected = model.generate("a seven", n=2, seed=4)
+    assert np.array_equal(found.images[1], expected[1].image)
+    decoder = {"name": "top_p", **vars(model.run.experiment.decoder.config), "cfg": 1.5}
+    guided = model("a seven", guidance_scale=1.5).images[0]
+    assert np.array_equal(guided, model.generate("a seven", decoder=decoder)[0].image)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (np.asarray(model("a seven", generator=generator).images[0]) for _ in range(2))
+    again = model("a seven", generator=torch.Generator().manual_seed(0)).images[0]
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda folder: (folder / "cm3leon.json").unlink(), "has no cm3leon.json that `export"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (
+            lambda folder: (folder / "image_tokenizer" / "config.json").unlink(),
+            "image_tokenizer has no config.json",
+        ),
+    ],
+)
+def test_what_an_exported_folder_lacks_is_said(
+    change: Any, sentence: str, opt: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(opt["hf"], tmp_path / "hf")
+    change(tmp_path / "hf")
+    with pytest.raises(UserError, match=sentence):
+        CM3Leon.load(tmp_path / "hf")
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs; it keeps what it is told, and who tells it."""
+
+    told: ClassVar[list[tuple[str, str, bytes]]] = []
+    tokens: ClassVar[list[str | None]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.told.append(("POST", self.path, body))
+        self.tokens.append(self.headers.get("Authorization"))
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"{self.address}/org/name", "id": "org/name"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self.answer(
+                {
+                    "files": [
+                        {**each, "uploadMode": "regular", "shouldIgnore": False} for each in files
+                    ]
+                }
+            )
+        elif "/commit/" in self.path:
+            self.answer({"commitUrl": f"{self.address}/org/name/commit/1", "commitOid": "1" * 40})
+        else:
+            self.answer({})
+
+    def do_GET(self) -> None:
+        self.answer({"id": "org/name", "sha": "1" * 40, "siblings": [], "private": True})
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"  # type: ignore[attr-defined]
+
+    def answer(self, content: dict[str, Any]) -> None:
+        sent = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_push_uploads_what_its_dry_run_shows(
+    opt: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    words = ["push", f"folder={opt['hf']}", "to=org/name"]
+    assert main([*words, "dry_run=true"]) == 0
+    shown = capsys.readouterr().out
+    files = {
+        path.relative_to(opt["hf"]).as_posix()
+        for path in opt["hf"].rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+    assert {line.split("bytes  ")[1] for line in shown.splitlines() if "bytes  " in line} == files
+    assert Hub.told == []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("no_proxy", "*")
+    try:
+        assert main(words) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    said = capsys.readouterr()
+    assert "uploaded: http://" in said.out
+    paths = [path for _, path, _ in Hub.told]
+    new = json.loads(next(body for _, path, body in Hub.told if path == "/api/repos/create"))
+    assert new.get("private") is True or new.get("visibility") == "private"
+    (commit,) = (body for _, path, body in Hub.told if "/commit/" in path)
+    sent = [json.loads(line) for line in commit.decode().splitlines()]
+    assert {each["value"]["path"] for each in sent if each["key"] == "file"} == files, paths
+    assert set(Hub.tokens) == {"Bearer hf_secret"}
+    assert "hf_secret" not in said.out + said.err + shown
+    assert not any(b"hf_secret" in file.read_bytes() for file in files_below(opt["hf"], tmp_path))
+
+
+def files_below(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_model_on_the_hub_is_read_from_the_cache_where_there_is_no_network(
+    opt: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(opt["hf"], repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    for branch in ("main", "second"):
+        (repository / "refs" / branch).write_text("1" * 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    expected = CM3Leon.load(opt["run"]).run.vocab
+    assert CM3Leon.load("org/name").run.vocab == expected
+    assert CM3Leon.load("org/name", revision="second").run.vocab == expected
+    missing = "there is no folder .* here, and no model of that name could be had from the Hub: "
+    with pytest.raises(UserError, match=f"^run: {missing}"):
+        CM3Leon.load("org/other")
+    with pytest.raises(UserError, match=missing):
+        CM3Leon.load("org/name", revision="third")
+    with pytest.raises(UserError, match=f"^adapter: {missing}"):
+        CM3Leon.load("org/name", adapter="org/adapter")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["to=name"], "to is name; it must be the name of a model on the Hub, as org/name"),
+        (["to=org/name", "folder=."], "folder: . has no README.md; give a folder that"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said(
+    words: list[str],
+    sentence: str,
+    opt: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = words if words[-1].startswith("folder") else [*words, f"folder={opt['hf']}"]
+    assert main(["push", *given]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_path_is_never_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UserError, match="runs/digts is no run with a finished pretraining"):
+        CM3Leon.load("runs/digts")
+    with pytest.raises(UserError, match="revision is given, which only a model on the Hub has"):
+        CM3Leon.load("runs/digts", revision="main")
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("model", ["cm3leon_tiny", "llama"])
+@torch.inference_mode()
+def test_an_adapter_goes_to_peft_and_comes_back(model: str, tmp_path: Path) -> None:
+    """peft's own package on the exported base computes what the merged run computes."""
+    peft = pytest.importorskip("peft")
+    shape = {"mlp_width": 88, "kv_heads": 2} if model == "llama" else {}
+    base, tuned = made(tmp_path / "base", model, **shape), tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    experiment = open_run(base).experiment
+    training = replace(experiment.training, start=base, lora_rank=3, lora_alpha=7.0)
+    (tuned / "config.yaml").write_text(
+        dump_yaml(to_mapping(replace(experiment, training=training)))
+    )
+    learned = load_model(base)
+    add_lora(learned, 3, 7.0)
+    for name, weight in learned.named_parameters():
+        if is_adapter(name):
+            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    whole, adapters = whole_state_and_adapter(learned)
+    save_weights(tuned / "pretraining" / "model.safetensors", whole)
+    save_weights(tuned / "pretraining" / "lora.safetensors", adapters)
+    finish(tuned / "pretraining")
+
+    hf = exported(base, tmp_path / "hf", "samples=0")
+    adapter = tmp_path / "adapter"
+    words = ["export", "to=peft", f"run={tuned}", f"out={adapter}", f"base_model={hf}"]
+    assert main(words) == 0
+    library = "OPTForCausalLM" if model != "llama" else "ChameleonForConditionalGeneration"
+    plain = getattr(transformers, library).from_pretrained(hf).eval()
+    merged = load_model(tuned)
+    ids_BT = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+    before_BTV = plain(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    adapted = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    found_BTV = adapted(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    expected_BTV = merged(ids_BT)
+    torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-5, rtol=1e-4)
+    assert (before_BTV - expected_BTV).abs().max() > 1e-3
+
+    back = CM3Leon.load(hf, adapter=adapter, precision="float32").run.model
+    torch.testing.assert_close(back(ids_BT), expected_BTV, atol=1e-5, rtol=1e-4)
+    words = ["export", "to=cm3leon", f"hf={hf}", f"adapter={adapter}", f"out={tmp_path / 'back'}"]
+    assert main(words) == 0
+    returned = load_model(tmp_path / "back").state_dict()
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(returned[name], weight, atol=1e-6, rtol=1e-5)
+    assert main(["export", "to=peft", f"run={base}", f"out={tmp_path / 'none'}"]) == 2
