@@ -66,8 +66,12 @@ class EvaluationConfig:
     def check(self) -> None:
         given, self.sweep = self.sweep, {}  # so that values that are refused are no rows
         self.sweep = parse_lists(given, "sweep")
-        if self.plot and not self.sweep:
+        if self.plot and not self.sweep and self.needs_sweep():
             raise UserError("plot is against the first key of sweep, which is empty")
+
+    def needs_sweep(self) -> bool:
+        """Whether a plot is drawn against what is swept."""
+        return True
 
     def points(self, where: str) -> Iterator[tuple[dict[str, Any], AskConfig]]:
         """Each combination of what is swept, with the setting that it makes.

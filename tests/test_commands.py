@@ -82,10 +82,9 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
     for target in (
         "cm3leon.stages.running.run_experiment",
         "cm3leon.stages.running.run_stage_part",
-        "cm3leon.study.run_study",
-        "cm3leon.sweep.run_sweep",
+        "cm3leon.studies.run_study",
         "cm3leon.launch.runs.launch_experiment",
-        "cm3leon.launch.runs.launch_study",
+        "cm3leon.studies.run.launch_study",
         "cm3leon.commands.sample.show",
     ):
         monkeypatch.setattr(target, lambda *_, target=target, **__: came_to.append(target))

@@ -24,7 +24,7 @@ from cm3leon.run import main
 from cm3leon.stages.evaluation import best_row, evaluation_inputs
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.run_folder import RunFolder
-from cm3leon.sweep.results import read_figures
+from cm3leon.studies.results import read_figures
 from cm3leon.types import Document, Notice, TextSegment, TokenDocument, UserError
 
 discover()

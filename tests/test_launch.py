@@ -17,18 +17,19 @@ from typing import Any
 import pytest
 
 from cm3leon import provenance
-from cm3leon.config import Component, to_mapping
+from cm3leon.config import Component
 from cm3leon.experiment import load_experiment
 from cm3leon.launch import Job, follow, jobs, submit, work
 from cm3leon.launch.jobs import newest_launch
 from cm3leon.launch.journal import outcome, progress, read_events, write_event
 from cm3leon.launch.machine import LocalJobs
-from cm3leon.launch.runs import experiment_jobs, study_jobs
+from cm3leon.launch.runs import experiment_jobs
 from cm3leon.locks import locked
 from cm3leon.registry import LAUNCHERS, discover
 from cm3leon.run import main
 from cm3leon.stages.running import trained_together
-from cm3leon.study.config import load_run, load_study
+from cm3leon.studies import load_study
+from cm3leon.studies.jobs import study_jobs
 from cm3leon.types import UserError
 
 discover()
@@ -253,10 +254,15 @@ def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(
         ["launcher=slurm", "launcher.parts=1", "launcher.stages.answers.parts=3"],
         tmp_path,
     )
-    found = study_jobs(study, tmp_path)
+    found = study_jobs(study)
     *runs, answers, measuring = found
     assert [each.after for each in found[1:]] == [(each.name,) for each in found[:-1]]
-    assert list(dict.fromkeys(each.name.partition(".")[0] for each in runs)) == list(study.runs)
+    entries = list(study.config.runs)
+    assert list(dict.fromkeys(each.name.partition(".")[0] for each in runs)) == entries
+    (points,) = [each for each in runs if each.name == "task.points"]
+    assert [command[1] for command in points.commands] == [
+        f"run={tmp_path / name}" for name in study.runs if name.startswith("task-")
+    ]
     assert (answers.name, len(answers.commands), answers.commands[2][:2]) == (
         "answers",
         3,
@@ -266,14 +272,10 @@ def test_a_study_is_its_runs_in_order_then_the_answers_then_what_is_measured(
     frozen = load_study(
         measuring.commands[0][0].removeprefix("experiment="), ["launcher=here"], tmp_path
     )
+    assert list(frozen.runs) == list(study.runs)
     for name in study.runs:
-        assert to_mapping(load_run(frozen, name)) == {
-            **to_mapping(load_run(study, name)),
-            "launcher": to_mapping(study.launcher),
-        }
-    assert [each.name for each in study_jobs(study, tmp_path, until="pretrain")][
-        -1
-    ] == "pretrain.pretraining"
+        assert frozen.experiment(name) == study.experiment(name)
+    assert study_jobs(study, until="pretrain")[-1].name == "pretrain.pretraining"
 
 
 # ------------------------------------------------------------------------------------------------ this machine

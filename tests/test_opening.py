@@ -31,9 +31,8 @@ from cm3leon.stages.opening import open_run
 from cm3leon.stages.pretraining import first_weights
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
-from cm3leon.study import load_study
-from cm3leon.sweep import load_sweep
-from cm3leon.sweep import run as sweep_run
+from cm3leon.studies import load_study, load_sweep
+from cm3leon.studies.jobs import point_jobs
 from cm3leon.training.checkpoint import Checkpoints, check_intact, save_weights
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.trainer import _resume
@@ -258,7 +257,7 @@ def test_a_study_loads_its_plugins(plugin: Path, tmp_path: Path) -> None:
         "title: a\nplugins: mine.py\n"
         "runs: {a: {experiment: digits_smoke, overrides: {decoder: of_a_plugin}}}\n"
     )
-    assert load_study(str(file), (), tmp_path / "run").plugins == [str(plugin)]
+    assert load_study(str(file), (), tmp_path / "run").config.plugins == [str(plugin)]
 
 
 def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
@@ -268,9 +267,11 @@ def test_jobs_of_a_sweep_get_its_plugins_and_nobody_else_runs_them(
     folder.mkdir()
     words = ["sweep.seed=1,2", f"plugins={plugin}", "decoder=of_a_plugin", "until=documents"]
     sweep = load_sweep("digits_smoke", words, folder)
-    (folder / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
+    (folder / "sweep.yaml").write_text(dump_yaml(sweep.written))
     commands = [
-        command for job in sweep_run._jobs(sweep, list(sweep.points)) for command in job.commands
+        command
+        for job in point_jobs(sweep, list(sweep.runs), list(sweep.runs))
+        for command in job.commands
     ]
     points = [command for command in commands if command[0] == "point"]
     assert len(points) == 2

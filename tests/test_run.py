@@ -126,7 +126,9 @@ def test_a_sweep_on_the_command_line_has_a_folder_of_its_own(
 ) -> None:
     """Readme's line, after `make demo`."""
     folders: list[Path] = []
-    monkeypatch.setattr("cm3leon.sweep.run_sweep", lambda sweep: folders.append(sweep.folder))
+    monkeypatch.setattr(
+        "cm3leon.studies.run_study", lambda sweep, **options: folders.append(sweep.folder)
+    )
     monkeypatch.chdir(tmp_path)
     words = ["experiment=digits", "sweep.training.learning_rate=1e-3,3e-3"]
     assert run.main(words) == 0

@@ -34,9 +34,9 @@ from cm3leon.registry import PROTOCOLS, SOURCES
 from cm3leon.run import main
 from cm3leon.stages.opening import tuned_on
 from cm3leon.stages.tokens import token_documents
-from cm3leon.study import load_study, run_study
-from cm3leon.study.config import rows
-from cm3leon.study.run import rows_of_seeds
+from cm3leon.studies import load_study, run_study
+from cm3leon.studies.config import rows
+from cm3leon.studies.run import rows_of_seeds
 from cm3leon.types import Document, TextSegment, UserError
 
 MODEL = SHIPPED / "experiments" / "scenes" / "model.yaml"
@@ -142,7 +142,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
     """The file of the study, and its folder after a run."""
     folder = tmp_path_factory.mktemp("study")
     file = study_file(folder)
-    run_study(load_study(str(file), (), folder / "run"), folder / "run")
+    run_study(load_study(str(file), (), folder / "run"))
     return file, folder / "run"
 
 
@@ -204,7 +204,7 @@ def test_again_only_what_is_missing_is_made(made, capsys):
     lost = sorted(path for path in times if path.name == "00001.npz")[0]
     lost.unlink()
     study = load_study(str(file), (), folder)
-    run_study(study, folder)
+    run_study(study)
     assert {path: path.stat().st_mtime_ns for path in times if path != lost} == {
         path: time for path, time in times.items() if path != lost
     }
@@ -270,7 +270,7 @@ def test_more_samples_add_to_those_that_are_there(made, tmp_path):
     found = []
     for name, each in (("swept", content), ("alone", alone)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(each))
-        run_study(load_study(str(tmp_path / f"{name}.yaml"), (), tmp_path / name), tmp_path / name)
+        run_study(load_study(str(tmp_path / f"{name}.yaml"), (), tmp_path / name))
         found.append(answers(tmp_path / name))
     assert same(*found)
     (held,) = found[0].values()
@@ -305,7 +305,7 @@ def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monke
     }
     file, folder = tmp_path / "documents.yaml", tmp_path / "run"
     file.write_text(yaml.safe_dump({"title": "Documents", "evaluations": {"images": images}}))
-    run_study(load_study(str(file), (), folder), folder)
+    run_study(load_study(str(file), (), folder))
     without, two, nine = results(folder)["evaluations"]["images"]
     assert "all_documents" not in without
     assert (two["all_documents"]["value"], two["all_documents"]["n"]) == (0.5, 6)
@@ -320,7 +320,7 @@ def test_rows_say_how_many_prompts_had_all_their_documents(made, tmp_path, monke
     for path in (folder / "answers").rglob("result-*.json"):
         path.unlink()
     monkeypatch.setattr(CM3Leon, "ask", None)
-    run_study(load_study(str(file), (), folder), folder)
+    run_study(load_study(str(file), (), folder))
     again = results(folder)["evaluations"]["images"]
     assert not any("all_documents" in row for row in again)
     assert [row["metrics"] for row in again] == [row["metrics"] for row in (without, two, nine)]
@@ -337,7 +337,7 @@ def questions_study(made: tuple[Path, Path], place: Path, **setting: object) -> 
     }
     file, folder = place / "questions.yaml", place / "run"
     file.write_text(yaml.safe_dump({"title": "Questions", "evaluations": {"questions": questions}}))
-    run_study(load_study(str(file), (), folder), folder)
+    run_study(load_study(str(file), (), folder))
     (row,) = results(folder)["evaluations"]["questions"]
     return row
 
@@ -402,7 +402,7 @@ def test_a_length_of_images_is_refused(made, tmp_path):
     with pytest.raises(
         UserError, match=r"max_tokens is 8, and the answers of scene_task are images"
     ):
-        run_study(load_study(str(file), (), tmp_path / "run"), tmp_path / "run")
+        run_study(load_study(str(file), (), tmp_path / "run"))
 
 
 def test_a_model_that_learned_other_tasks_says_so(made):
@@ -525,7 +525,7 @@ def test_another_bank_gives_other_documents(made):
     evaluation.sweep, evaluation.setting = {"documents": [2]}, {"bank": str(folder / "none")}
     evaluation.models = {"first": folder / "first"}
     with pytest.raises(UserError, match=r"setting\.bank: .*none is no run with a finished index"):
-        run_study(study, folder, until="images")
+        run_study(study, until="images")
 
 
 def test_answers_of_weights_that_a_run_holds_no_more_are_not_kept(made, tmp_path):
@@ -563,7 +563,7 @@ def test_a_checkpoint_is_asked_and_its_compute_is_that_of_the_log(made, tmp_path
     }
     (tmp_path / "compute.yaml").write_text(yaml.safe_dump(content))
     study = load_study(str(tmp_path / "compute.yaml"), (), tmp_path / "run")
-    run_study(study, tmp_path / "run")
+    run_study(study)
     found = {
         row["row"]: row["training_flops"]
         for row in results(tmp_path / "run")["evaluations"]["images"]
@@ -605,7 +605,7 @@ def test_candidates_are_ranked_by_the_likelihoods_of_whole_sequences(made, tmp_p
         },
     }
     (tmp_path / "dialogues.yaml").write_text(yaml.safe_dump(content))
-    run_study(load_study(str(tmp_path / "dialogues.yaml"), (), tmp_path / "run"), tmp_path / "run")
+    run_study(load_study(str(tmp_path / "dialogues.yaml"), (), tmp_path / "run"))
     (row,) = results(tmp_path / "run")["evaluations"]["dialogues"]
     assert 0 <= row["metrics"]["NDCG"]["value"] <= 1
     (held,) = answers(tmp_path / "run").values()
@@ -660,7 +660,8 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     study = load_study(str(several), (), tmp_path / "run")
     assert list(study.runs) == ["first", "first-seed_1"]
     shutil.copytree(folder / "first", tmp_path / "run" / "first")
-    run_study(study, tmp_path / "run")
+    shutil.copy(folder / "study.yaml", tmp_path / "run")
+    run_study(study)
 
     other = tmp_path / "run" / "first-seed_1"
     assert load_experiment(str(other / "config.yaml")).seed == 1
@@ -679,7 +680,7 @@ def test_figures_of_several_seeds_are_their_mean_with_a_spread(made, tmp_path, c
     # What is written down is read again as it is, and makes nothing anew.
     again = load_study(str(tmp_path / "run" / "study.yaml"), (), tmp_path / "run")
     assert list(again.runs) == list(study.runs)
-    run_study(again, tmp_path / "run")
+    run_study(again)
     assert "up to date" in capsys.readouterr().out
 
 
@@ -700,7 +701,7 @@ def test_runs_of_another_seed_refer_to_runs_of_that_seed(tmp_path):
     assert study.runs["tuned-seed_2"].overrides["training.start"] == f"{tmp_path}/pretrain-seed_2"
     assert {run.overrides.get("seed", 0) for run in study.runs.values()} == {0, 1, 2}
     first = rows("text_to_image", study.evaluations["text_to_image"])[0]
-    (of_seeds, *_) = rows_of_seeds(study, "text_to_image", tmp_path)
+    (of_seeds, *_) = rows_of_seeds(study, "text_to_image")
     assert (of_seeds[0].folder, of_seeds[0].setting) == (first.folder, first.setting)
     assert of_seeds[2].folder == tmp_path / f"{first.folder.name}-seed_2"
     with pytest.raises(UserError, match=r"seeds is 31; it must be .* 30"):
@@ -808,7 +809,7 @@ def test_a_model_that_is_not_there_is_named(made, tmp_path):
     study = load_study(str(made[0]), (), tmp_path)
     study.runs = {}
     with pytest.raises(UserError, match="is no run with a finished pretraining"):
-        run_study(study, tmp_path)
+        run_study(study)
 
 
 def test_a_damaged_file_of_answers_is_named(made):
@@ -819,7 +820,7 @@ def test_a_damaged_file_of_answers_is_named(made):
     try:
         study = load_study(str(made[0]), (), folder)
         with pytest.raises(UserError, match="is damaged; remove it"):
-            run_study(study, folder)
+            run_study(study)
     finally:
         file.write_bytes(kept)
 
@@ -852,7 +853,7 @@ def test_shipped_studies_say_that_cd_k_is_not_tuned(tmp_path):
         ]
         if found and name != "eval_cd_k_sweep":
             used[name] = set(found)
-            assert "not tuned" in study.about, name
+            assert "not tuned" in study.config.about, name
     paper, digits = {(0.1, 32)}, {(0.3, 2)}
     assert used == {
         "eval_samples_sweep": paper,
@@ -878,5 +879,5 @@ def test_cd_k_is_tuned_on_captions_that_no_other_study_measures(tmp_path):
 def test_the_bank_of_a_seed_is_that_seeds_own_where_the_folder_is_relative() -> None:
     folder = Path("runs/entities")
     study = load_study("entities", ["seeds=2"], folder)
-    first, second = rows_of_seeds(study, "bank_only", folder)[0]
+    first, second = rows_of_seeds(study, "bank_only")[0]
     assert (first.setting.bank, second.setting.bank) == (folder / "bank", folder / "bank-seed_1")

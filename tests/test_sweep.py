@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,20 +22,20 @@ from hypothesis import strategies as st
 from test_report import Page
 
 from cm3leon.config import Choice, Interval, NoSettings, dump_yaml, parse_lists, parse_values
-from cm3leon.evaluation.origin import Origin
-from cm3leon.experiment import Experiment, is_sweep, list_experiments
+from cm3leon.experiment import Experiment, is_study, is_sweep, list_experiments
 from cm3leon.launch import Job, Submitted
 from cm3leon.launch.launchers import Launcher
 from cm3leon.provenance import machines
-from cm3leon.registry import LAUNCHERS
+from cm3leon.registry import LAUNCHERS, SOURCES
 from cm3leon.run import main
 from cm3leon.stages.run_folder import RunFolder
-from cm3leon.sweep import load_sweep
-from cm3leon.sweep import run as sweep_run
-from cm3leon.sweep.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
-from cm3leon.sweep.report import sweep_report
-from cm3leon.sweep.results import Result, as_csv, best, check_best, read_figures
-from cm3leon.sweep.run import groups_of
+from cm3leon.studies import load_study, load_sweep
+from cm3leon.studies.config import Study, StudyConfig, StudyRun
+from cm3leon.studies.jobs import point_jobs
+from cm3leon.studies.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
+from cm3leon.studies.report import study_report
+from cm3leon.studies.results import Entry, Result, as_csv, entries_of, read_figures, results_of
+from cm3leon.studies.sharing import groups_of
 from cm3leon.types import UserError
 
 NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
@@ -55,13 +56,18 @@ def test_a_swept_text_takes_what_was_typed(tmp_path: Path) -> None:
     words = ["sweep.data.path=2024,1e3,yes", "sweep.seed=7", "sweep.training.steps=[10, 8]"]
     given = ["data=folder", "data.path=1", "retriever=lexical", *words]
     sweep = load_sweep("digits_smoke", given, tmp_path)
-    assert [point["data.path"] for point in sweep.points.values()][::2] == ["2024", "1e3", "yes"]
-    assert {point["seed"] for point in sweep.points.values()} == {7}
-    assert [point["training.steps"] for point in sweep.points.values()][:2] == [10, 8]
-    (tmp_path / "sweep.yaml").write_text(dump_yaml(sweep.mapping))
+    assert [run.point["data.path"] for run in sweep.runs.values()][::2] == ["2024", "1e3", "yes"]
+    assert {run.point["seed"] for run in sweep.runs.values()} == {7}
+    assert [run.point["training.steps"] for run in sweep.runs.values()][:2] == [10, 8]
+    (tmp_path / "sweep.yaml").write_text(dump_yaml(sweep.written))
     again = load_sweep(str(tmp_path / "sweep.yaml"), [], tmp_path)
-    assert again.points == sweep.points
-    assert again.experiments == sweep.experiments
+    assert list(again.runs) == list(sweep.runs)
+    assert [again.runs[name].point for name in again.runs] == [
+        run.point for run in sweep.runs.values()
+    ]
+    assert [again.experiment(name) for name in again.runs] == [
+        sweep.experiment(name) for name in sweep.runs
+    ]
 
 
 @given(st.lists(NUMBERS, min_size=1))
@@ -242,7 +248,7 @@ def test_other_commands_want_one_of_its_points(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("name", [name for name in list_experiments() if is_sweep(name)])
 def test_every_sweep_that_is_shipped_has_points(name: str) -> None:
-    assert len(load_sweep(name, (), Path("none")).points) > 1
+    assert len(load_sweep(name, (), Path("none")).runs) > 1
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -254,7 +260,7 @@ def finished_run(folder: Path, loss: float) -> None:
     files = {
         "pretraining/validation.json": json.dumps({"loss": loss, "loss_text": 2.0}),
         "pretraining/log.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 4.0}\n',
-        "pretraining/stage.json": json.dumps({"seconds": 3.0}),
+        "pretraining/stage.json": json.dumps({"fingerprint": "a", "seconds": 3.0, "files": {}}),
         "reconstruction/figures.json": json.dumps(
             {"psnr_db": {"value": 12.5, "low": 12, "high": 13}, "rfid": None}
         ),
@@ -293,14 +299,30 @@ def results(**losses: float | None) -> list[Result]:
     ]
 
 
+def swept(found: Sequence[Result], wanted: str = "lowest loss", **values: Any) -> Entry:
+    """The entry of a sweep that came to these results."""
+    plan = StudyRun(experiment="digits", sweep=values or {"seed": [0, 1]}, sweep_best=wanted)
+    return Entry("", plan, found)
+
+
+def page_of_sweep(folder: Path, entry: Entry) -> str:
+    """Writes the page of a sweep, and returns it."""
+    about = "A sweep of digits<b> over seed"
+    config = StudyConfig(title="title", about=about, name="digits<b>", runs={"": entry.plan})
+    study = Study(config, folder, {}, {}, "sweep")
+    results = {"again": AGAIN, "seconds": {}, "evaluations": {}}
+    study_report(folder / "report.html", study, results, {}, [entry])
+    return (folder / "report.html").read_text()
+
+
 def test_the_best_is_the_lowest_or_the_highest_of_the_finished_ones() -> None:
     found = results(a=2.0, b=1.0, c=None, d=float("nan"), e=3.0)
-    assert best(found, "lowest loss") is found[1]
-    assert best(found, "highest loss") is found[4]
-    assert best(found, "lowest accuracy") is None
-    check_best(found, "highest loss")
+    assert swept(found, "lowest loss").best is found[1]
+    assert swept(found, "highest loss").best is found[4]
+    assert swept(found, "lowest accuracy").best is None
+    swept(found, "highest loss").check_best()
     with pytest.raises(UserError, match="points have no figure losses; did you mean loss"):
-        check_best(found, "lowest losses")
+        swept(found, "lowest losses").check_best()
 
 
 @given(st.lists(st.none() | st.floats(), min_size=1), st.sampled_from(["lowest", "highest"]))
@@ -308,7 +330,7 @@ def test_no_finished_point_is_better_than_the_best(
     losses: list[float | None], direction: str
 ) -> None:
     found = results(**{str(number): loss for number, loss in enumerate(losses)})
-    winner = best(found, f"{direction} loss")
+    winner = swept(found, f"{direction} loss").best
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     better = {"lowest": min, "highest": max}[direction]
     assert (winner and winner.figures["loss"]) == (better(finite) if finite else None)
@@ -320,7 +342,7 @@ def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, flo
         Result(str(number), {"seed": number}, "finished", each)
         for number, each in enumerate(figures)
     ]
-    lines = csv.DictReader(as_csv(found, ["seed"], None).splitlines())
+    lines = csv.DictReader(as_csv(found, []).splitlines())
     read = [
         {key: float(text) for key, text in line.items() if key in "xyz" and text} for line in lines
     ]
@@ -329,7 +351,7 @@ def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, flo
 
 def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) -> None:
     found = results(a=2.0, b=1.0, c=None)
-    lines = list(csv.DictReader(as_csv(found, ["seed"], found[1]).splitlines()))
+    lines = list(csv.DictReader(as_csv(found, [swept(found).best]).splitlines()))
     assert [
         (line["point"], line["seed"], line["state"], line["best"], line["loss"]) for line in lines
     ] == [
@@ -337,21 +359,21 @@ def test_the_table_has_a_line_for_each_point_and_marks_the_best(tmp_path: Path) 
         ("b", "1", "finished", "best", "1.0"),
         ("c", "2", "failed", "", ""),
     ]
-    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1], ORIGIN)
-    page = (tmp_path / "report.html").read_text()
+    page = page_of_sweep(tmp_path, swept(found))
     assert page.count('class="highlight"') == 1
     assert "no room" in page
 
 
-ORIGIN = Origin(
-    "digits<b>",
-    "python -m cm3leon.run experiment=x/sweep.yaml run=x",
-    datetime(2026, 3, 4, 5, 6, tzinfo=UTC),
-    ["Linux-6, Python 3.11.7, torch 2.14.1"],
-)
+AGAIN = "python -m cm3leon.run experiment=x/sweep.yaml run=x"
 
 
-def test_the_page_says_what_made_it_and_leads_to_its_runs(tmp_path: Path) -> None:
+def test_the_page_says_what_made_it_and_leads_to_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, date = "Linux-6, Python 3.11.7, torch 2.14.1", datetime(2026, 3, 4, 5, 6, tzinfo=UTC)
+    monkeypatch.setattr("cm3leon.studies.report.machines", lambda folders: [machine])
+    clock = SimpleNamespace(now=lambda zone: date)
+    monkeypatch.setattr("cm3leon.studies.report.datetime", clock)
     found = results(**{'a"b': 2.0, "c": 1.0, "d": 3.0, "e": None})
     for name in (
         'a"b/report.html',
@@ -360,8 +382,7 @@ def test_the_page_says_what_made_it_and_leads_to_its_runs(tmp_path: Path) -> Non
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    sweep_report(tmp_path / "report.html", "title", found, "lowest loss", found[1], ORIGIN)
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page(page_of_sweep(tmp_path, swept(found)))
     links = [str(link["href"]) for link in page.all("a")]
     assert [link for link in links if not link.startswith("#")] == [
         "./a%22b/report.html",
@@ -369,9 +390,9 @@ def test_the_page_says_what_made_it_and_leads_to_its_runs(tmp_path: Path) -> Non
     ]
     for words in (
         "A sweep of digits<b> over seed",
-        ORIGIN.command,
+        AGAIN,
         "2026-03-04 05:06 UTC",
-        *ORIGIN.machines,
+        machine,
     ):
         assert words in page.words
 
@@ -396,18 +417,21 @@ def test_rates_and_wide_ranges_have_logarithmic_axes(
     tmp_path: Path,
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("cm3leon.sweep.report.write_report", lambda path, page: drawn.append(page))
+    monkeypatch.setattr("cm3leon.studies.report.Report", lambda *page, **_: drawn.append(page))
+    monkeypatch.setattr("cm3leon.studies.report.write_report", lambda path, page: None)
     found = [Result(str(x), {key: x}, "finished", {"loss": 1.0}) for x in values]
-    logarithmic = [key] if drawn_so else []
-    sweep_report(tmp_path, "title", found, "lowest loss", None, ORIGIN, logarithmic=logarithmic)
-    (curves,) = drawn[0].sections[0].blocks
+    given = f"loguniform({values[0]},{values[1]})" if drawn_so else values
+    with contextlib.suppress(FileNotFoundError):
+        page_of_sweep(tmp_path, swept(found, **{key: given}))
+    (curves,) = drawn[0][3][0].blocks
     assert (curves.log_x, curves.x_label) == (expected, key)
     assert list(curves.series[0].x) == values
 
 
 def test_values_drawn_by_factors_are_known_to_the_page(tmp_path: Path) -> None:
     words = ["sweep.training.weight_decay=loguniform(0.1,0.2)", "sweep.seed=0,1", "sweep_trials=3"]
-    assert load_sweep("digits_smoke", words, tmp_path).logarithmic == {"training.weight_decay"}
+    (plan,) = load_sweep("digits_smoke", words, tmp_path).config.runs.values()
+    assert plan.logarithmic == {"training.weight_decay"}
 
 
 def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> None:
@@ -470,14 +494,16 @@ def test_machines_are_named_once_and_damage_is_passed_over(tmp_path: Path) -> No
 def test_what_points_share_depends_on_what_their_stages_read(
     tmp_path: Path, words: list[str], pretraining: bool, folders: list[str]
 ) -> None:
-    groups = groups_of(load_sweep("digits_smoke", words, tmp_path))
+    sweep = load_sweep("digits_smoke", words, tmp_path)
+    groups = groups_of(sweep, list(sweep.runs))
     assert [group.name for group in groups] == folders
     assert {group.pretraining for group in groups} == {pretraining}
 
 
 def test_keys_that_only_matter_together_part_the_points_that_they_change(tmp_path: Path) -> None:
     words = ["sweep.packing.method=stream,whole", "sweep.model.seq_len=64,65"]
-    groups = groups_of(load_sweep("digits_smoke", words, tmp_path))
+    sweep = load_sweep("digits_smoke", words, tmp_path)
+    groups = groups_of(sweep, list(sweep.runs))
     assert [(group.name, len(group.points), group.pretraining) for group in groups] == [
         ("shared,method=stream", 2, False),
         ("shared,method=whole,seq_len=64", 1, True),
@@ -510,7 +536,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
             raise RuntimeError("the weights\nhave gone")
         if until:  # what points share
             marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text("{}")
+            marker.write_text(json.dumps({"fingerprint": "a", "seconds": 1.0, "files": {}}))
         else:
             finished_run(folder, 3.0 - 100 * rate)
 
@@ -520,8 +546,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, registries: None) -> list[str]:
         made = (folder / stages[-1].name / "stage.json").is_file()
         return (None if made else stages[-1].name), {}
 
-    monkeypatch.setattr(sweep_run, "run_experiment", run_experiment)
-    monkeypatch.setattr(sweep_run, "first_unfinished", first_unfinished)
+    monkeypatch.setattr("cm3leon.studies.point.run_experiment", run_experiment)
+    monkeypatch.setattr("cm3leon.studies.jobs.first_unfinished", first_unfinished)
     monkeypatch.setattr("cm3leon.stages.running.run_experiment", run_experiment)
 
     @LAUNCHERS.register("inline")
@@ -582,7 +608,8 @@ def test_redo_reaches_every_point_and_is_checked(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        sweep_run, "run_experiment", lambda *args, **options: asked.append(options["redo"])
+        "cm3leon.studies.point.run_experiment",
+        lambda *args, **options: asked.append(options["redo"]),
     )
     words = [
         *SWEPT[:1],
@@ -636,7 +663,7 @@ def test_figures_of_a_point_that_runs_again_are_not_those_of_before(
 ) -> None:
     assert main([*SWEPT, f"run={tmp_path}"]) == 0
     sweep = load_sweep("digits_smoke", [*SWEPT[1:3], "training.steps=30"], tmp_path)
-    assert {result.state for result in sweep_run.make_table(sweep)} == {"missing"}
+    assert {result.state for result in results_of(sweep).values()} == {"missing"}
 
 
 def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_path: Path) -> None:
@@ -670,3 +697,191 @@ def test_jobs_that_nobody_waits_for_end_with_the_table(registries: None, tmp_pat
         ("point", f"run={tmp_path / 'learning_rate=0.002'}"),
     ]
     assert collect.commands == (("collect", f"run={tmp_path}"),)
+
+
+# ------------------------------------------------------------------------------------ what is swept in a study
+
+
+def study_of_rates(folder: Path, seeds: int = 1, **more: Any) -> Path:
+    """The file of a study with a plain run and one that is swept."""
+    rates = {"experiment": "digits_smoke", "sweep": {"training.learning_rate": [1e-3, 2e-3]}}
+    content = {
+        "title": "Rates",
+        "seeds": seeds,
+        "runs": {
+            "plain": {"experiment": "digits_smoke", "overrides": {"until": "pretraining"}},
+            "rates": rates,
+        },
+        **more,
+    }
+    file = folder / "rates.yaml"
+    file.write_text(dump_yaml(content))
+    return file
+
+
+def test_a_run_of_a_study_takes_the_words_of_a_sweep_and_has_its_draws(tmp_path: Path) -> None:
+    drawn = "training.learning_rate=loguniform(1e-4,1e-2)"
+    swept_words = ["sweep_trials=3", "sweep_seed=5", f"sweep.{drawn}"]
+    study = load_study(
+        str(study_of_rates(tmp_path)),
+        [f"runs.rates.{word}" for word in swept_words],
+        tmp_path / "run",
+    )
+    alone = load_sweep("digits_smoke", swept_words, tmp_path / "alone")
+    points = [run.point for run in study.runs.values() if run.entry == "rates"]
+    assert points == [run.point for run in alone.runs.values()]
+    assert len({json.dumps(point) for point in points}) == 3
+    # The file of the study says what was drawn from, and reads as the same points.
+    (tmp_path / "study.yaml").write_text(dump_yaml(study.written))
+    again = load_study(str(tmp_path / "study.yaml"), (), tmp_path / "run")
+    assert [run.point for run in again.runs.values()] == [run.point for run in study.runs.values()]
+
+    with pytest.raises(UserError, match=r"runs\.rates: sweep.* say how many points to draw"):
+        load_study(str(tmp_path / "study.yaml"), ["runs.rates.sweep_trials=null"], tmp_path)
+
+
+def test_points_of_a_study_are_made_as_those_of_a_sweep(ran: list[str], tmp_path: Path) -> None:
+    words = [f"experiment={study_of_rates(tmp_path, seeds=2)}", f"run={tmp_path / 'run'}"]
+    assert main([*words, "launcher=inline"]) in (0, None)
+    first = ["rates,shared", "rates-0.001", "rates-0.002"]
+    assert [name for name in ran if not name.startswith("plain")] == [
+        *first,
+        *(f"{name}-seed_1" for name in first),
+    ]
+    lines = list(csv.DictReader((tmp_path / "run" / "study.csv").read_text().splitlines()))
+    assert {line["state"] for line in lines} == {"finished"}
+    assert {line["point"]: (line["loss"], line["best"]) for line in lines} == {
+        "plain": ("", ""),
+        "plain-seed_1": ("", ""),
+        "rates-0.001": ("2.9", ""),
+        "rates-0.002": ("2.8", "best"),
+        "rates-0.001-seed_1": ("2.9", ""),
+        "rates-0.002-seed_1": ("2.8", ""),
+    }
+    page = Page((tmp_path / "run" / "report.html").read_text()).words
+    assert "points finished, rates" in page
+    assert "2.800 ± 0.000" in page or "2.8 ± 0" in page
+
+    # What is finished is not made again.
+    before = len(ran)
+    assert main([*words, "launcher=inline", "until=rates-0.002"]) in (0, None)
+    assert [name for name in ran[before:] if not name.startswith("plain")] == []
+
+
+def test_figures_are_means_over_the_seeds_with_their_spread(tmp_path: Path) -> None:
+    study = load_study(str(study_of_rates(tmp_path, seeds=3)), (), tmp_path / "run")
+    losses = {"rates-0.001": 1.0, "rates-0.001-seed_1": 2.0, "rates-0.001-seed_2": 6.0}
+    found = {
+        name: Result(name, run.point, "finished", {"loss": losses.get(name, 5.0), name: 1.0})
+        for name, run in study.runs.items()
+    }
+    plain, rates = entries_of(study, found)
+    assert [each.name for each in (plain, *rates.results)] == [
+        "plain",
+        "rates-0.001",
+        "rates-0.002",
+    ]
+    merged = rates.results[0]
+    # A figure that not every seed has, has no mean.
+    assert merged.figures == {"loss": 3.0}
+    assert merged.spread["loss"].deviation == pytest.approx(7**0.5)
+    # Student's t of 95 % for two degrees of freedom.
+    half = 4.303 * (7 / 3) ** 0.5
+    assert (merged.spread["loss"].low, merged.spread["loss"].high) == (
+        pytest.approx(3.0 - half),
+        pytest.approx(3.0 + half),
+    )
+    assert rates.best is merged
+    assert plain.best is None
+
+    # One seed that failed stands for all: no figure is a mean of fewer.
+    found["rates-0.001-seed_2"] = Result("rates-0.001-seed_2", {}, "failed", {}, "no room")
+    (_, rates) = entries_of(study, found)
+    assert (rates.results[0].name, rates.results[0].state) == ("rates-0.001", "failed")
+    assert rates.best is rates.results[1]
+
+
+def test_collect_makes_the_table_of_a_study_and_leaves_figures_to_its_own_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    study = load_study(str(study_of_rates(tmp_path)), (), folder)
+    (folder / "study.yaml").write_text(dump_yaml(study.written))
+    assert main(["collect", f"run={folder}"]) in (0, None)
+    assert "missing: rates-0.002" in capsys.readouterr().out
+    lines = list(csv.DictReader((folder / "study.csv").read_text().splitlines()))
+    assert [line["state"] for line in lines] == ["missing"] * 3
+    assert json.loads((folder / "results.json").read_text())["evaluations"] == {}
+    assert (folder / "report.html").is_file()
+
+    images = {
+        "title": "a",
+        "protocol": {"name": "corpus", "task": "text_to_image"},
+        "models": {"plain": "{run}/plain"},
+    }
+    file = study_of_rates(tmp_path, evaluations={"images": images})
+    (folder / "study.yaml").write_text(file.read_text())
+    assert main(["collect", f"run={folder}"]) == 2
+    assert "is a study with evaluations, whose figures its own command makes" in (
+        capsys.readouterr().err
+    )
+
+
+def test_points_that_an_earlier_version_made_need_nothing_shared(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    study = load_study(str(study_of_rates(tmp_path)), (), folder)
+    points = [name for name in study.runs if name.startswith("rates-")]
+    folder.mkdir()
+    assert [job.name for job in point_jobs(study, points, points)] == [
+        "rates.shared0",
+        "rates.points",
+    ]
+    for name in points:
+        (folder / name / "documents").mkdir(parents=True)
+    assert [job.name for job in point_jobs(study, points, points)] == ["rates.points"]
+
+    # An earlier version wrote every point and every seed as a run of its own.
+    written = {
+        "title": "Rates",
+        "seeds": 2,
+        "runs": {
+            name: {"experiment": "digits_smoke", "overrides": overrides, "sweep": {}}
+            for name, overrides in {
+                "rates-0.001": {"training.learning_rate": 1e-3},
+                "rates-0.001-seed_1": {"training.learning_rate": 1e-3, "seed": 1},
+            }.items()
+        },
+    }
+    (folder / "study.yaml").write_text(dump_yaml(written))
+    earlier = load_study(str(folder / "study.yaml"), (), folder)
+    assert list(earlier.runs) == list(written["runs"])
+    assert [earlier.experiment(name).seed for name in earlier.runs] == [0, 1]
+
+
+def test_a_corpus_is_looked_through_once_for_all_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = load_sweep("digits_smoke", ["sweep.seed=0,1,2", "sweep.model.width=32,64"], tmp_path)
+    read: list[int] = []
+    source = type(SOURCES.build(sweep.experiment(next(iter(sweep.runs))).data))
+    fingerprint = source.fingerprint
+    monkeypatch.setattr(source, "fingerprint", lambda self: read.append(1) or fingerprint(self))
+    groups = groups_of(sweep, list(sweep.runs))
+    assert sum(len(group.points) for group in groups) == 6
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"runs": {}}, True),
+        ({"evaluations": {"a": {"models": {"m": "x"}}}}, True),
+        # A run's own evaluation asks about the corpus of that run.
+        ({"data": "digits", "evaluations": {"a": {"protocol": "corpus"}}}, False),
+        ({"data": "digits", "evaluations": None}, False),
+    ],
+)
+def test_a_study_is_told_from_a_run(tmp_path: Path, content: Any, expected: bool) -> None:
+    (tmp_path / "a.yaml").write_text(dump_yaml(content))
+    assert is_study(str(tmp_path / "a.yaml")) is expected

@@ -1,4 +1,4 @@
-"""Make the table and the report of a sweep from its points as they stand.
+"""Make the table and the report of a sweep, or of a study without evaluations, from its runs as they stand.
 
 python -m cm3leon.run collect run=runs/digits-sweep
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cm3leon.locks import locked
 from cm3leon.stages.trust import Trust
+from cm3leon.types import UserError
 
 
 @dataclass(kw_only=True)
@@ -17,18 +18,28 @@ class Options(Trust):
     """Options of the command collect."""
 
     run: Path
-    """A folder of a sweep."""
+    """A folder of a sweep or a study."""
 
 
 def main(options: Options) -> None:
     """Makes both, while nobody else does.
 
     Raises:
-        UserError: where no point has the figure that the sweep looks for.
+        UserError: where no point has the figure that the sweep looks for, and for a study with evaluations.
     """
-    from cm3leon.sweep.run import SWEEP_FILE, load_sweep, make_table
+    from cm3leon.records import KINDS
+    from cm3leon.studies import load_study, load_sweep
+    from cm3leon.studies.run import write_results
 
-    file = str(options.run / SWEEP_FILE)
-    sweep = load_sweep(file, (), options.run, trusted_plugins=options.trusted_plugins)
-    with locked(options.run, wait=True):
-        make_table(sweep)
+    folder, trusted = options.run, options.trusted_plugins
+    if (folder / KINDS["study"]).is_file():
+        study = load_study(str(folder / KINDS["study"]), (), folder, trusted_plugins=trusted)
+    else:
+        study = load_sweep(str(folder / KINDS["sweep"]), (), folder, trusted_plugins=trusted)
+    if study.evaluations:
+        raise UserError(
+            f"run: {folder} is a study with evaluations, whose figures its own command makes: "
+            f"experiment={study.file} run={folder}"
+        )
+    with locked(folder, wait=True):
+        write_results(study)

@@ -12,8 +12,8 @@ from cm3leon.commands.help import default_of, described, option_lines, wrapped
 from cm3leon.config import FieldDoc, apply_overrides, describe, nearest, parse_override
 from cm3leon.experiment import Experiment, list_experiments, with_absolute_plugins
 from cm3leon.registry import REGISTRIES, Registry, discover
-from cm3leon.study.config import Study
-from cm3leon.sweep.points import SweepConfig
+from cm3leon.studies.config import StudyConfig
+from cm3leon.studies.points import ExperimentSweep
 from cm3leon.types import UserError
 
 
@@ -131,9 +131,9 @@ def _sections() -> Iterator[Listed]:
             title = f"{doc.name}: {doc.type}{default_of(doc)}"
             yield Listed("SECTIONS", doc.name, title, [doc.sentence], below)
     about = "Keys of an experiment that is run at several points."
-    yield Listed("SECTIONS", "sweep", "sweep, sweep_...", [about], describe(SweepConfig))
+    yield Listed("SECTIONS", "sweep", "sweep, sweep_...", [about], describe(ExperimentSweep))
     about = "Sections of a study, which has several runs and evaluations."
-    yield Listed("SECTIONS", "study", "study", [about], describe(Study))
+    yield Listed("SECTIONS", "study", "study", [about], describe(StudyConfig))
 
 
 def _components() -> Iterator[Listed]:

@@ -30,10 +30,10 @@ def main(options: Options) -> None:
     """
     share = _share(options.part)
     if options.is_study:
-        from cm3leon.study import load_study, run_study
+        from cm3leon.studies import load_study, run_study
 
         study = load_study(options.experiment, options.overrides, options.folder)
-        run_study(study, options.folder, asked=share)
+        run_study(study, asked=share)
         return
     from cm3leon.experiment import load_experiment
     from cm3leon.stages.running import run_stage_part

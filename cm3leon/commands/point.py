@@ -1,4 +1,4 @@
-"""Run a point of a sweep, which stands ready in its folder.
+"""Run a point of a sweep or a study, which stands ready in its folder.
 
 python -m cm3leon.run point run=runs/digits-sweep/seed=0
 """
@@ -24,6 +24,6 @@ class Options(Trust, RedoOptions):
 
 def main(options: Options) -> None:
     """Runs the experiment of the point, and writes down how it ended."""
-    from cm3leon.sweep.run import run_point
+    from cm3leon.studies.point import run_point
 
     run_point(options.run, options.shared, options.trusted_plugins, options.stages_to_redo)

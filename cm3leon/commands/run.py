@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cm3leon.commands.words import ExperimentRunOptions, RedoOptions
 from cm3leon.config import Component, dump_yaml, to_mapping
 from cm3leon.paths import make_folder
 from cm3leon.terminal import speaks_for_all
+
+if TYPE_CHECKING:
+    from cm3leon.studies import Study
 
 
 @dataclass(kw_only=True)
@@ -52,49 +56,34 @@ def main(options: Options) -> int | None:
     Raises:
         UserError: for a mistake in the settings, or a folder that is of another kind.
     """
-    if options.is_study:
+    if options.is_study or options.is_sweep:
         return _run_study(options)
-    if options.is_sweep:
-        _run_sweep(options)
-        return None
     return _run_experiment(options)
 
 
 def _run_study(options: Options) -> int | None:
+    """Runs a study, or a sweep, which is a study of one run."""
     from cm3leon.records import refuse_other_kind
-    from cm3leon.stages.folders import check_run_folder
-    from cm3leon.study import load_study, run_study
-    from cm3leon.study.run import check_study_redo, check_until
+    from cm3leon.studies import run_study
+    from cm3leon.studies.run import is_made_here, launch_study
 
-    folder, redo = options.folder, options.stages_to_redo
-    study = load_study(options.experiment, options.overrides, folder)
-    refuse_other_kind(folder, "study")
-    if _is_launched(study.launcher):
-        from cm3leon.launch.runs import launch_study
-
-        return launch_study(study, folder, until=options.until, redo=redo)
-    check_until(study, options.until)
-    check_study_redo(study, redo)
-    check_run_folder(folder)
-    _record(folder)
-    run_study(study, folder, until=options.until, redo=redo)
+    study, redo = _study(options), options.stages_to_redo
+    refuse_other_kind(study.folder, study.kind)
+    # What is to be run of a sweep ends with a stage; of a study with a run or an evaluation.
+    until = options.until if options.is_study else None
+    if _is_launched(study.config.launcher) and not is_made_here(study):
+        return launch_study(study, until=until, redo=redo)
+    run_study(study, until=until, redo=redo)
     return None
 
 
-def _run_sweep(options: Options) -> None:
-    from cm3leon.records import refuse_other_kind
-    from cm3leon.sweep import load_sweep, run_sweep
+def _study(options: Options) -> Study:
+    from cm3leon.studies import load_study, load_sweep
 
-    folder = options.sweep_folder
-    sweep = load_sweep(
-        options.experiment,
-        options.overrides,
-        folder,
-        until=options.until,
-        redo=options.stages_to_redo,
-    )
-    refuse_other_kind(folder, "sweep")
-    run_sweep(sweep)
+    if options.is_study:
+        return load_study(options.experiment, options.overrides, options.folder)
+    words, folder = options.overrides, options.sweep_folder
+    return load_sweep(options.experiment, words, folder, until=options.until)
 
 
 def _run_experiment(options: Options) -> int | None:
@@ -136,17 +125,10 @@ def _is_launched(launcher: Component) -> bool:
 def resolved(options: Options) -> str:
     """The experiment, sweep or study as YAML, with every default filled in."""
     if options.is_study:
-        from cm3leon.study import load_study
-
-        study = load_study(options.experiment, options.overrides, options.folder)
-        return dump_yaml(to_mapping(study))
+        return dump_yaml(_study(options).written)
     if options.is_sweep:
-        from cm3leon.sweep import load_sweep
-
-        sweep = load_sweep(
-            options.experiment, options.overrides, options.sweep_folder, until=options.until
-        )
-        return dump_yaml(sweep.mapping) + "".join(f"# {name}\n" for name in sweep.points)
+        sweep = _study(options)
+        return dump_yaml(sweep.written) + "".join(f"# {name}\n" for name in sweep.runs)
     from cm3leon.experiment import load_experiment
 
     return dump_yaml(to_mapping(load_experiment(options.experiment, options.overrides)))

@@ -11,8 +11,8 @@ from cm3leon.config.json_schema import Schemas
 from cm3leon.experiment import Experiment
 from cm3leon.experiment.files import Entry
 from cm3leon.registry import discover
-from cm3leon.study.config import Study
-from cm3leon.sweep.points import SweepConfig
+from cm3leon.studies.config import StudyConfig
+from cm3leon.studies.points import ExperimentSweep
 
 
 def schema(words: Sequence[str]) -> str:
@@ -31,9 +31,9 @@ def document() -> dict[str, Any]:
     `#/definitions/overrides` is that of files of dotted keys, `#/definitions/list` that of experiments.yaml.
     """
     schemas = Schemas()
-    study = schemas.section(Study)
+    study = schemas.section(StudyConfig)
     # A sweep's keys stand beside the sections of an experiment, and beside their dotted keys.
-    swept = schemas.properties(SweepConfig)
+    swept = schemas.properties(ExperimentSweep)
     experiment = {
         "description": "An experiment, or one that is run at several points.",
         "type": "object",

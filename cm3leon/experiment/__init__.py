@@ -9,7 +9,7 @@ from cm3leon.experiment.files import (
     load_experiment,
     load_listed,
     load_mapping,
-    typed_settings,
+    load_plugins,
     with_absolute_plugins,
 )
 from cm3leon.experiment.sections import Experiment, ShardsConfig, SplitConfig, row_name
@@ -26,7 +26,7 @@ __all__ = [
     "load_experiment",
     "load_listed",
     "load_mapping",
+    "load_plugins",
     "row_name",
-    "typed_settings",
     "with_absolute_plugins",
 ]

@@ -19,7 +19,6 @@ from cm3leon.config import (
     parse_override,
     settled,
     split_key,
-    typed_value,
 )
 from cm3leon.experiment.sections import Experiment
 from cm3leon.registry import (
@@ -137,23 +136,12 @@ def load_mapping(
             mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
         )
     discover(mapping.get("plugins", []))
-    # What a sweep's key takes is read by the type of that key, see `cm3leon.sweep`.
+    # What a sweep's key takes is read by the type of that key, see `cm3leon.studies`.
     swept = {SWEEP: mapping.pop(SWEEP)} if SWEEP in mapping else {}
     written = settled(Experiment, mapping)
     if written.get("shards", {}) is None:  # what earlier versions wrote where they had none
         del written["shards"]
     return {**written, **swept}
-
-
-def typed_settings(
-    name_or_path: str, settings: Mapping[str, Any], shipped: Path = SHIPPED
-) -> dict[str, Any]:
-    """Dotted keys of an experiment with their values, those typed on the command line read as the keys want them."""
-    mapping = load_mapping(name_or_path, (), shipped, settings=settings)
-    return {
-        key: typed_value(Experiment, mapping, split_key(key), value)
-        for key, value in settings.items()
-    }
 
 
 def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str) -> list[str]:
@@ -183,7 +171,7 @@ def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str
 
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
-    """Whether an experiment is made of several runs, see `cm3leon.study`. Raises UserError where there is none."""
+    """Whether an experiment is made of several runs, see `cm3leon.studies`. Raises UserError where there is none."""
     file, _ = _find(name_or_path, shipped)
     return _is_study(load_yaml(file))
 
@@ -205,7 +193,7 @@ def _refuse_earlier(name_or_path: str, mapping: Mapping[str, Any]) -> None:
 
 
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
-    """Whether an experiment is run at several points, see `cm3leon.sweep`. Raises UserError where there is none."""
+    """Whether an experiment is run at several points, see `cm3leon.studies`. Raises UserError where there is none."""
     file, listed = _find(name_or_path, shipped)
     sections = [key.partition(".")[0] for key in listed] + [
         path[0] for path, _ in _overrides(overrides, shipped)

@@ -1,10 +1,10 @@
-"""An experiment or a study as jobs: its stages, each with its own resources, after those that it needs."""
+"""An experiment as jobs: its stages, each with its own resources, after those that it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from cm3leon.config import Component, dump_yaml, recorded_settings
 from cm3leon.experiment import Experiment
@@ -16,16 +16,12 @@ from cm3leon.secrets import places_of_secrets
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.running import trained_together
 from cm3leon.stages.sharing import is_shared_out
-from cm3leon.stages.stage import check_redo, number_of
+from cm3leon.stages.stage import check_redo, number_of, redo_of
 from cm3leon.stages.table import stages_of
-from cm3leon.study.config import Study, StudyRun, load_run
-from cm3leon.study.run import check_study_redo
 from cm3leon.terminal import command_line
 from cm3leon.training.checkpoint import check_format
 from cm3leon.training.steps import numbered
 from cm3leon.types import UserError
-
-ANSWERS, MEASURING = "answers", "measuring"
 
 
 def launch_experiment(
@@ -49,17 +45,6 @@ def launch_experiment(
     return launched(jobs, folder, experiment.launcher)
 
 
-def launch_study(
-    study: Study, folder: Path, *, until: str | None = None, redo: Collection[str] = ()
-) -> int:
-    """The same for a study."""
-    folder = folder.absolute()
-    check_study_redo(study, redo)
-    check_run_folder(folder)
-    make_folder(folder, "run")
-    return launched(study_jobs(study, folder, until=until, redo=redo), folder, study.launcher)
-
-
 def experiment_jobs(
     experiment: Experiment,
     folder: Path,
@@ -78,15 +63,15 @@ def experiment_jobs(
     stages = stages_of(experiment)
     if until is not None:
         stages = stages[: number_of(stages, until, "until") + 1]
-    frozen = _frozen(experiment, folder)
-    own = [stage.name for stage in stages_of(experiment) if stage.name in redo]
-    words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *_redo(own))
+    frozen = frozen_file(recorded_settings(experiment), folder)
+    own = redo_of(stages_of(experiment), redo)
+    words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *with_redo(own))
     launcher = LAUNCHERS.build(experiment.launcher)
     asked_for = any("parts" in launcher.resources(stage.name) for stage in stages)
     if not asked_for and not is_shared_out(experiment):
         # All ranks start it where there is something that they train together.
         trains = bool(trained_together(experiment, folder, until, launcher.processes("")))
-        return [Job(name or "run", (_until(words, until),), together=trains)]
+        return [Job(name or "run", (with_until(words, until),), together=trains)]
     jobs: list[Job] = []
 
     def add(stage: str, *commands: Command, together: bool = False) -> None:
@@ -111,46 +96,9 @@ def experiment_jobs(
                 ),
             )
         if stage.name in trained:
-            add(stage.name, _until(words, stage.name), together=True)
+            add(stage.name, with_until(words, stage.name), together=True)
         elif following is None or following.name in trained or parts[following.name] > 1:
-            add(stage.name if count == 1 else f"{stage.name}_end", _until(words, stage.name))
-    return jobs
-
-
-def study_jobs(
-    study: Study, folder: Path, *, until: str | None = None, redo: Collection[str] = ()
-) -> list[Job]:
-    """The jobs of a study: its runs one after the other, then the answers as an array, then what is measured."""
-    runs = list(study.runs)
-    wanted = runs[: runs.index(until) + 1] if until in runs else runs
-    jobs: list[Job] = []
-    frozen = {}
-    for name in runs:
-        experiment = replace(load_run(study, name), launcher=study.launcher)
-        frozen[name] = StudyRun(experiment=str(_frozen(experiment, folder / name)))
-        if name in wanted:
-            added = experiment_jobs(experiment, folder / name, redo=redo, name=name)
-            jobs += [replace(added[0], after=(jobs[-1].name,)) if jobs else added[0], *added[1:]]
-    if until in runs or not study.evaluations:
-        return jobs
-    file = _frozen(replace(study, runs=frozen), folder)
-    words = (f"experiment={file}", f"run={folder}", "launcher=here")
-    launcher = LAUNCHERS.build(study.launcher)
-    parts = launcher.parts(ANSWERS)
-    if parts > 1:
-        after = (jobs[-1].name,) if jobs else ()
-        commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
-        jobs.append(Job(ANSWERS, commands, launcher.resources(ANSWERS), after, together=False))
-    after = (jobs[-1].name,) if jobs else ()
-    jobs.append(
-        Job(
-            MEASURING,
-            (_until(words, until),),
-            launcher.resources(MEASURING),
-            after,
-            together=parts == 1,
-        )
-    )
+            add(stage.name if count == 1 else f"{stage.name}_end", with_until(words, stage.name))
     return jobs
 
 
@@ -182,9 +130,12 @@ def _shown(submitted: list[Submitted]) -> str:
     return f"job {first}" if first == last else f"jobs {first} to {last}"
 
 
-def _frozen(config: Experiment | Study, folder: Path) -> Path:
-    """A file of the resolved configuration that nothing writes to later, for jobs that read it when they start."""
-    settings = recorded_settings(config)
+def frozen_file(settings: Mapping[str, Any], folder: Path) -> Path:
+    """A file of resolved settings that nothing writes to later, for jobs that read it when they start.
+
+    Raises:
+        UserError: for settings that hold a secret.
+    """
     if found := places_of_secrets(settings):
         raise UserError(
             f"{', '.join(found)} holds a password or a token, and jobs read their settings from the run's "
@@ -197,9 +148,11 @@ def _frozen(config: Experiment | Study, folder: Path) -> Path:
     return file
 
 
-def _redo(names: Collection[str]) -> Command:
+def with_redo(names: Collection[str]) -> Command:
+    """The word that lets stages be made anew, where there are some."""
     return (f"redo={','.join(names)}",) if names else ()
 
 
-def _until(words: Command, until: str | None) -> Command:
+def with_until(words: Command, until: str | None) -> Command:
+    """The words, with that of the last stage or part, if one is given."""
     return (*words, f"until={until}") if until else words

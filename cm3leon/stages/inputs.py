@@ -34,7 +34,7 @@ def corpus_inputs(run: RunFolder) -> dict[str, Any]:
     """The documents and their splits: how the source reads them, and what it holds."""
     return {
         "data": result_settings(run.experiment.data),
-        "corpus": run.source.fingerprint(),
+        "corpus": run.corpus_fingerprint or run.source.fingerprint(),
         **run.depends_on("split"),
         "image_size": run.image_tokenizer_shape.image_size,
         **_sample_inputs(run),

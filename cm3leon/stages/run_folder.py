@@ -42,6 +42,8 @@ class RunFolder(TokenizedRun):
 
     asked_model: Model | None = None
     """The decoder that is asked in place of the one that the run trained; None = that one."""
+    corpus_fingerprint: str | None = None
+    """That of the source, if whoever opened the run has read it already; None = it is read where it is needed."""
 
     @property
     def tracking(self) -> Tracking:

@@ -146,6 +146,12 @@ def check_redo(stages: Sequence[Stage[R]], redo: Collection[str]) -> None:
         number_of(stages, name, "redo")
 
 
+def redo_of(stages: Sequence[Stage[R]], redo: Collection[str]) -> list[str]:
+    """The names in `redo` that are stages of these, where it is for several runs."""
+    known = {stage.name for stage in stages}
+    return [name for name in redo if name in known]
+
+
 def depending_on(stages: Sequence[Stage[R]], names: Collection[str]) -> set[str]:
     """These stages and all that depend on one of them."""
     covered = set(names)

@@ -1,4 +1,4 @@
-"""The points of a sweep: every combination of the values of its keys, or some drawn at random, each with its name."""
+"""Points of what is swept: every combination of the values of its keys, or some drawn at random, by their names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from cm3leon.config import (
     NonNegativeInt,
     PositiveInt,
     Settings,
-    apply_overrides,
-    component_sections,
-    from_mapping,
     parse_values,
     settled,
     split_key,
@@ -38,19 +35,36 @@ _DRAWS = 100
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """What an experiment says of its sweep, beside the sections of an experiment."""
+    """What is swept, as an experiment and the run of a study say it."""
 
     sweep: Annotated[dict[str, Any], Settings(Experiment, swept=True)] = field(default_factory=dict)
     """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
-    `loguniform(1e-5,1e-3)`."""
+    `loguniform(1e-5,1e-3)`; there is a run at each combination."""
     sweep_trials: PositiveInt | None = None
     """Points drawn at random; null = every combination of the values."""
     sweep_seed: NonNegativeInt = 0
     """Seed of those draws; more trials with the same seed are the same points and further ones."""
     sweep_retries: NonNegativeInt = 1
     """Times that a failed point is tried again."""
-    sweep_best: str = "lowest loss"
-    """Column of the table whose best is marked, behind `lowest` or `highest`."""
+    sweep_best: str | None = None
+    """Column of the table whose best is marked, behind `lowest` or `highest`; null = lowest loss, if there is one."""
+
+    def check(self) -> None:
+        if self.sweep_best and not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
+            raise UserError(
+                f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a column of the table"
+            )
+        for key in self.sweep:
+            if key.partition(".")[0] in _FIXED:
+                raise UserError(
+                    f"sweep.{key} cannot be swept; {', '.join(_FIXED)} are the same for all points"
+                )
+
+
+@dataclass(kw_only=True)
+class ExperimentSweep(SweepConfig):
+    """What an experiment says of its sweep, beside the sections of an experiment."""
+
     sweep_of: str | None = None
     """What the report calls the experiment; null = as it was named when the sweep was first started."""
 
@@ -59,15 +73,7 @@ class SweepConfig:
             raise UserError(
                 f"sweep is empty; give sweep.KEY=VALUES with a key of the experiment; {LEGEND}"
             )
-        if not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
-            raise UserError(
-                f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a column of sweep.csv"
-            )
-        for key in self.sweep:
-            if key.partition(".")[0] in _FIXED:
-                raise UserError(
-                    f"sweep.{key} cannot be swept; {', '.join(_FIXED)} are the same for all points"
-                )
+        super().check()
 
 
 Point = Mapping[str, Any]
@@ -88,8 +94,15 @@ def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str
     return {key: parse_values(f"{SWEEP}.{key}", given, reader(key)) for key, given in swept.items()}
 
 
-def named_points(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> dict[str, Point]:
-    """The points by their names, `learning_rate=0.001,seed=2`, in the order of the keys and their values.
+def named_points(
+    config: SweepConfig,
+    values: Mapping[str, Choice | Interval],
+    name_of: Callable[[Point], str] | None = None,
+) -> dict[str, Point]:
+    """The points by their names, in the order of the keys and their values.
+
+    Args:
+        name_of: names a point; None names it `learning_rate=0.001,seed=2`.
 
     Raises:
         UserError: for values of which there are infinitely many, too many points, or two of one name.
@@ -98,7 +111,7 @@ def named_points(config: SweepConfig, values: Mapping[str, Choice | Interval]) -
     short = short_names(list(values))
     named: dict[str, Point] = {}
     for point in points:
-        name = point_name(point, short)
+        name = name_of(point) if name_of else point_name(point, short)
         if name in named:
             raise UserError(
                 f"sweep: two points are named {name}; the values of a key must differ in what they show"
@@ -134,19 +147,8 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def experiment_at(mapping: Mapping[str, Any], name: str, point: Point) -> Experiment:
-    """The experiment at a point. Raises UserError for a key that it does not have, or a value that it refuses."""
-    overrides = [(split_key(key), value) for key, value in point.items()]
-    try:
-        return from_mapping(
-            Experiment, apply_overrides(mapping, overrides, component_sections(Experiment))
-        )
-    except UserError as error:
-        raise UserError(f"sweep, point {name}: {error}") from error
-
-
 def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Iterator[Point]:
-    lists = {}
+    lists: dict[str, Sequence[Any]] = {}
     for key, of in values.items():
         if isinstance(of, Interval):
             raise UserError(

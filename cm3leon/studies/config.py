@@ -1,0 +1,183 @@
+"""What a study is: runs, evaluations of their models, and aims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cm3leon.config import (
+    Component,
+    Range,
+    Settings,
+    apply_overrides,
+    choices,
+    component_sections,
+    from_mapping,
+    parse_values,
+    split_key,
+)
+from cm3leon.config.values import Interval
+from cm3leon.evaluate import Row
+from cm3leon.evaluation.config import Aim, EvaluationConfig, named
+from cm3leon.evaluation.metrics import MOST_RUNS
+from cm3leon.experiment import Experiment
+from cm3leon.records import KINDS
+from cm3leon.registry import LAUNCHERS
+from cm3leon.stages.stage import number_of
+from cm3leon.stages.table import stages_of
+from cm3leon.studies.points import Point, SweepConfig
+from cm3leon.types import UserError
+
+Kind = Literal["study", "sweep"]
+
+
+@dataclass(kw_only=True)
+class StudyRun(SweepConfig):
+    """One run of a study, in the folder `{run}/NAME`; or one at each point of what it sweeps, in `{run}/NAME-VALUE`."""
+
+    experiment: str
+    """Name of an experiment, or the path of its file, relative to the study's."""
+    overrides: Annotated[dict[str, Any], Settings(Experiment)] = field(default_factory=dict)
+    """Dotted keys and the values they replace in it."""
+
+    @property
+    def logarithmic(self) -> set[str]:
+        """Swept keys whose values are drawn evenly on a logarithmic scale."""
+        swept = {key: parse_values(key, given) for key, given in self.sweep.items()}
+        return {key for key, of in swept.items() if isinstance(of, Interval) and of.logarithmic}
+
+
+@dataclass(kw_only=True)
+class StudyEvaluation(EvaluationConfig):
+    """A protocol put to models under settings."""
+
+    models: dict[str, Path]
+    """Run folders with a finished pretraining, by the names that the result gives them."""
+    against: Literal["sweep", "compute"] = "sweep"
+    """What it is drawn against: the first swept key, or the FLOPs that the model was trained with."""
+
+    def check(self) -> None:
+        if not self.models:
+            raise UserError("models is empty; give at least one run folder by a name")
+        super().check()
+
+    def needs_sweep(self) -> bool:
+        """Whether a plot is drawn against what is swept."""
+        return self.against == "sweep"
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """Runs, made in their order, then evaluations of their models, or of those of other runs."""
+
+    title: str
+    """Heading of the report."""
+    about: str = ""
+    """What is below it."""
+    name: str | None = None
+    """What the report calls the study's file; null = as it was named when the study was first started."""
+    seeds: Annotated[int, Range(ge=1, le=MOST_RUNS)] = 1
+    """Seeds that every run is made with; figures are then their mean, with their spread."""
+    runs: dict[str, StudyRun] = field(default_factory=dict)
+    """By their names."""
+    evaluations: dict[str, StudyEvaluation] = field(default_factory=dict)
+    """By their names."""
+    aims: list[Aim] = field(default_factory=list)
+    """Figures for the top of the report."""
+    plugins: list[str] = field(default_factory=list)
+    """Paths of plugins (.py files or package folders), relative to the file that names them."""
+    launcher: Annotated[Component, LAUNCHERS] = field(
+        default_factory=lambda: LAUNCHERS.check("here")
+    )
+    """Where its runs and evaluations are made."""
+
+    def check(self) -> None:
+        if not (self.runs or self.evaluations):
+            raise UserError("runs and evaluations are both empty; a study has some of either")
+        for aim in self.aims:
+            if aim.evaluation not in self.evaluations:
+                raise UserError(
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}; "
+                    f"{choices(aim.evaluation, self.evaluations)}"
+                )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study: the experiment of its entry, at one point of what is swept there, with one seed."""
+
+    entry: str
+    """Name of its entry in the study's `runs`; empty in a sweep, which has one."""
+    plan: StudyRun
+    """That entry."""
+    sections: Mapping[str, Any]
+    """Those of the entry's experiment, as they are written."""
+    overrides: dict[str, Any]
+    """Dotted keys and the values they replace there: the entry's, those of the point, the seed."""
+    point: Point
+    """The swept keys and their values; none where nothing is swept."""
+    copy: int = 0
+    """0 for the first seed of a study, 1 for the next."""
+
+
+@dataclass
+class Study:
+    """A study whose every run has been checked."""
+
+    config: StudyConfig
+    folder: Path
+    runs: dict[str, PlannedRun]
+    """Every run by the name of its folder, in the order in which they are made."""
+    written: Mapping[str, Any]
+    """What its folder keeps, from which the same study can be loaded again."""
+    kind: Kind = "study"
+    _checked: dict[str, Experiment] = field(default_factory=dict, repr=False)
+
+    @property
+    def evaluations(self) -> dict[str, StudyEvaluation]:
+        """What is asked of the models, by name."""
+        return self.config.evaluations
+
+    @property
+    def file(self) -> Path:
+        """The file in its folder that keeps what it is."""
+        return self.folder / KINDS[self.kind]
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment of a run, which is run where it is started.
+
+        Raises:
+            UserError: for one that is not valid, or whose `until` is none of its stages.
+        """
+        if name not in self._checked:
+            try:
+                self._checked[name] = self._read(self.runs[name])
+            except UserError as error:
+                where = f"sweep, point {name}" if self.kind == "sweep" else f"runs.{name}"
+                raise UserError(f"{where}: {error}") from error
+        return self._checked[name]
+
+    def _read(self, run: PlannedRun) -> Experiment:
+        overrides = [(split_key(key), value) for key, value in run.overrides.items()]
+        mapping = apply_overrides(run.sections, overrides, component_sections(Experiment))
+        experiment = from_mapping(Experiment, mapping)
+        if experiment.until:
+            number_of(stages_of(experiment), experiment.until, "until")
+        return replace(experiment, launcher=LAUNCHERS.check("here", "launcher"))
+
+    def batches(self) -> list[list[str]]:
+        """The runs in parts: the points of an entry with one seed together, which may be made side by side."""
+        parts = groupby(self.runs, lambda name: (self.runs[name].entry, self.runs[name].copy))
+        return [list(names) for _, names in parts]
+
+
+def rows(name: str, evaluation: StudyEvaluation) -> list[Row]:
+    """The rows of an evaluation: each model under each combination of what is swept."""
+    return [
+        Row(", ".join([model, *named(point)]), model, folder, setting, point)
+        for model, folder in evaluation.models.items()
+        for point, setting in evaluation.points(f"evaluations.{name}.setting")
+    ]

@@ -1,0 +1,165 @@
+"""A study as jobs: its runs one after the other, points side by side behind what they share, then what is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cm3leon.config import to_mapping
+from cm3leon.launch.jobs import Job
+from cm3leon.launch.runs import experiment_jobs, frozen_file, with_redo, with_until
+from cm3leon.registry import LAUNCHERS
+from cm3leon.stages.pipeline import first_unfinished
+from cm3leon.stages.run_folder import RunFolder
+from cm3leon.stages.stage import number_of, redo_of
+from cm3leon.stages.table import stages_of
+from cm3leon.studies.config import Study
+from cm3leon.studies.point import outcome_of, prepare_point
+from cm3leon.studies.seeds import name_of
+from cm3leon.studies.sharing import Group, groups_of
+
+ANSWERS, MEASURING, COLLECTING = "answers", "measuring", "collect"
+
+
+def study_jobs(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> list[Job]:
+    """The jobs of what a study has not yet: runs and points, then the answers as an array, then what is measured."""
+    names, folder = list(study.runs), study.folder.absolute()
+    wanted = names[: names.index(until) + 1] if until in names else names
+    jobs: list[Job] = []
+    for whole in study.batches():
+        batch = [name for name in whole if name in wanted]
+        if study.runs[whole[0]].plan.sweep:
+            before = jobs[-1].name if jobs else None
+            jobs += point_jobs(study, whole, unfinished(study, batch), redo, before)
+            continue
+        for name in batch:
+            experiment = replace(study.experiment(name), launcher=study.config.launcher)
+            added = experiment_jobs(experiment, folder / name, redo=redo, name=name)
+            jobs += [replace(added[0], after=(jobs[-1].name,)) if jobs else added[0], *added[1:]]
+    if until in names:
+        return jobs
+    if not study.config.evaluations:
+        # The table is made of what is there, whatever became of the runs.
+        command = ("collect", f"run={folder}", *_plugin_words(study))
+        after = (jobs[-1].name,) if jobs else ()
+        return [*jobs, Job(COLLECTING, (command,), after=after, always=True, together=False)]
+    return [*jobs, *_answer_jobs(study, jobs, until)]
+
+
+def unfinished(study: Study, names: Sequence[str]) -> list[str]:
+    """The points that are not finished as they are asked for."""
+    return [
+        name
+        for name in names
+        if outcome_of(study.experiment(name), study.folder / name).get("state") != "finished"
+    ]
+
+
+def point_jobs(
+    study: Study,
+    batch: Sequence[str],
+    missing: Sequence[str],
+    redo: Collection[str] = (),
+    before: str | None = None,
+) -> list[Job]:
+    """What several of the missing points of an entry share, once, and behind it an array of the points.
+
+    Args:
+        batch: all points of one entry with one seed.
+        before: name of the job that comes first.
+    """
+    if not missing:
+        return []
+    folder, run = study.folder.absolute(), study.runs[batch[0]]
+    title = f"{name_of(run.entry, run.copy)}." if run.entry else ""
+    jobs: list[Job] = []
+    commands, after = {}, [before] if before else []
+    for number, group in enumerate(groups_of(study, batch)):
+        wanted = [name for name in group.points if name in missing]
+        # A point that has begun by itself has no use for what others share.
+        bare = [name for name in wanted if not _has_own_stages(study, name)]
+        if len(bare) > 1:
+            shared = _shared_jobs(study, group, f"{title}shared{number}", redo)
+            if shared and before:
+                shared[0] = replace(shared[0], after=(before,))
+            jobs += shared
+            after += [job.name for job in shared[-1:]]
+        for name in wanted:
+            experiment = study.experiment(name)
+            prepare_point(experiment, folder / name)
+            words = (f"run={folder / name}", f"shared={folder / group.name}")
+            own = redo_of(stages_of(experiment), redo)
+            commands[name] = ("point", *words, *with_redo(own), *_plugin_words(study, name))
+    # A point can make what it would have shared: it says what is wrong with that, too.
+    tries = {"max_deaths": 1 + run.plan.sweep_retries}
+    ordered = tuple(commands[name] for name in missing)
+    return [*jobs, Job(f"{title}points", ordered, tries, tuple(after), always=before is None)]
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _answer_jobs(study: Study, runs: Sequence[Job], until: str | None) -> list[Job]:
+    """The answers as an array, if the launcher makes them in parts, and what is measured."""
+    folder, launcher = study.folder.absolute(), LAUNCHERS.build(study.config.launcher)
+    file = _frozen_study(study)
+    words = (f"experiment={file}", f"run={folder}", "launcher=here")
+    parts, after = launcher.parts(ANSWERS), tuple(job.name for job in runs[-1:])
+    command, resources = with_until(words, until), launcher.resources(MEASURING)
+    if parts == 1:
+        return [Job(MEASURING, (command,), resources, after)]
+    commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
+    return [
+        Job(ANSWERS, commands, launcher.resources(ANSWERS), after, together=False),
+        Job(MEASURING, (command,), resources, (ANSWERS,), together=False),
+    ]
+
+
+def _frozen_study(study: Study) -> Path:
+    """A file of the study whose experiments are files that nothing writes to later."""
+    folder, runs = study.folder.absolute(), {}
+    for run in study.runs.values():
+        if run.entry not in runs:
+            file = frozen_file(run.sections, folder / run.entry)
+            runs[run.entry] = replace(run.plan, experiment=str(file))
+    return frozen_file(to_mapping(replace(study.config, runs=runs)), folder)
+
+
+def _has_own_stages(study: Study, name: str) -> bool:
+    """Whether the first stage of a point was made in its own folder, not taken over from what points share."""
+    first = study.folder / name / stages_of(study.experiment(name))[0].name
+    return first.is_dir() and not first.is_symlink()
+
+
+def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
+    """What a job is told of the plugins: whoever starts a study has named them, so its jobs may load them.
+
+    Args:
+        name: the run of the job; None for one that reads all of them.
+    """
+    runs = [study.runs[name]] if name else study.runs.values()
+    plugins = dict.fromkeys(study.config.plugins)
+    for run in runs:
+        plugins |= dict.fromkeys(run.sections.get("plugins", []))
+    return (f"plugins={json.dumps(list(plugins))}",) if plugins else ()
+
+
+def _shared_jobs(study: Study, group: Group, title: str, redo: Collection[str]) -> list[Job]:
+    """The jobs of the stages that points share; none where they are made, or the points end before."""
+    experiment = study.experiment(group.points[0])
+    folder = study.folder.absolute() / group.name
+    stages = stages_of(experiment)
+    until = "pretraining" if group.pretraining else "neighbours"
+    last = number_of(stages, until, "until")
+    if experiment.until and number_of(stages, experiment.until, "until") <= last:
+        return []
+    shared = RunFolder(experiment, folder, torch.device("cpu"))
+    missing, _ = first_unfinished(stages[: last + 1], shared, folder)
+    if missing is None:
+        return []
+    placed = replace(experiment, launcher=study.config.launcher)
+    return experiment_jobs(placed, folder, until=until, redo=redo, name=title)

@@ -1,0 +1,244 @@
+"""Studies and sweeps are read from their files and the command line, and every run of them is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import (
+    SHIPPED,
+    Choice,
+    Override,
+    Word,
+    choices,
+    from_mapping,
+    parse_override,
+    parse_word,
+    settled,
+    split_key,
+    to_mapping,
+    typed_value,
+)
+from cm3leon.evaluation.config import AskConfig, shown
+from cm3leon.experiment import (
+    SWEEP,
+    Experiment,
+    load_listed,
+    load_mapping,
+    load_plugins,
+    with_absolute_plugins,
+)
+from cm3leon.registry import discover
+from cm3leon.studies.config import PlannedRun, Study, StudyConfig, StudyRun, rows
+from cm3leon.studies.points import (
+    ExperimentSweep,
+    SweepConfig,
+    named_points,
+    values_of,
+)
+from cm3leon.studies.seeds import first_runs, name_of, of_seed
+from cm3leon.types import UserError
+
+HERE = "{run}"
+"""Stands for the study's folder in paths."""
+_OF_SWEEP = [field.name for field in fields(SweepConfig)]
+
+
+def load_study(
+    name_or_path: str,
+    words: Sequence[str],
+    folder: Path,
+    *,
+    trusted_plugins: Sequence[str] | None = None,
+) -> Study:
+    """Finds a study, applies `key=value` words, and checks it with every experiment of its runs.
+
+    `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in that of each.
+    `{run}` in it stands for the folder. `trusted_plugins` are all that may be loaded, see `load_plugins`; None trusts
+    the file that is named.
+
+    Raises:
+        UserError: for a mistake in its file, in the words, or in one of its experiments.
+        PluginError: for a plugin that fails to import.
+    """
+    overrides = [parse_override(word) for word in words]
+    discover()
+    own = [override for override in overrides if not _of_run(override)]
+    file, mapping = load_listed(name_or_path, SHIPPED, own)
+    mapping = with_absolute_plugins(_with_folder(mapping, folder), Path.cwd())
+    if trusted_plugins is not None:
+        named = mapping.get("plugins", [])
+        mapping["plugins"] = load_plugins(named, trusted_plugins, f"{name_or_path}: plugins")
+    discover(mapping.get("plugins", []))
+    for evaluation in mapping.get("evaluations", {}).values():
+        if isinstance(evaluation, dict) and "setting" in evaluation:
+            evaluation["setting"] = settled(AskConfig, evaluation["setting"])
+    # The study's own file, written into its folder, keeps the name that it was first started by.
+    if mapping.get("name") is None:
+        mapping["name"] = name_or_path
+    config = from_mapping(StudyConfig, mapping)
+
+    of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
+    for (name, *_), _ in of_runs:
+        if name not in (*config.runs, "*"):
+            raise UserError(f"runs.{name} is not a run of this study; {choices(name, config.runs)}")
+    runs: dict[str, PlannedRun] = {}
+    for name, plan in config.runs.items():
+        if plan.experiment.endswith((".yaml", ".yml")):
+            plan.experiment = str((file.parent / plan.experiment).resolve())
+        try:
+            found = _planned(name, plan, of_runs, trusted_plugins)
+        except UserError as error:
+            raise UserError(f"runs.{name}: {error}") from error
+        for each in found:
+            if each in runs:
+                raise UserError(f"runs: two runs are named {each}; give one of them another name")
+        runs |= found
+
+    study = Study(config, folder, runs, {})
+    for name in runs:
+        study.experiment(name)
+    study.runs |= _copies(study)
+    study.written = to_mapping(config)
+    _check_rows_of_aims(config)
+    return study
+
+
+def load_sweep(
+    name_or_path: str,
+    words: Sequence[str],
+    folder: Path,
+    *,
+    until: str | None = None,
+    trusted_plugins: Sequence[str] | None = None,
+) -> Study:
+    """Finds an experiment that is swept, applies `key=value` words, and makes it a study of one run.
+
+    Raises:
+        UserError: for a mistake in its file, in the words, in the values, or at a point.
+    """
+    mapping = load_mapping(name_or_path, words, trusted_plugins=trusted_plugins)
+    if until:
+        mapping["until"] = until
+    # The file of the sweep keeps the name, for whoever goes on with it or collects it.
+    if mapping.get("sweep_of") is None:
+        mapping["sweep_of"] = name_or_path
+    if isinstance(mapping[SWEEP], Word):
+        mapping[SWEEP] = parse_word(mapping[SWEEP], SWEEP)
+    own = {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
+    sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
+    swept = from_mapping(ExperimentSweep, own)
+    # Values that were typed are read by the type of their key.
+    plan = StudyRun(
+        experiment=str(swept.sweep_of),
+        **{key: getattr(swept, key) for key in _OF_SWEEP if key != SWEEP},
+        sweep=own[SWEEP],
+    )
+    runs = _points("", plan, sections, {}, {})
+    mapping[SWEEP] = plan.sweep
+
+    title = folder.absolute().name
+    about = f"A sweep of {swept.sweep_of} over {', '.join(plan.sweep)}"
+    config = StudyConfig(title=title, about=about, name=swept.sweep_of, runs={"": plan})
+    study = Study(config, folder.absolute(), runs, mapping, "sweep")
+    for name in runs:
+        study.experiment(name)
+    launcher = from_mapping(Experiment, sections).launcher
+    config.launcher = launcher
+    return study
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _planned(
+    entry: str,
+    plan: StudyRun,
+    words: Sequence[Override],
+    trusted_plugins: Sequence[str] | None,
+) -> dict[str, PlannedRun]:
+    """The runs of an entry, with what the command line says of it, or of all."""
+    said = {".".join(path[1:]): value for path, value in words if path[0] in (entry, "*")}
+    given = {**plan.overrides, **said}
+    sections = load_mapping(plan.experiment, settings=given, trusted_plugins=trusted_plugins)
+    typed = {
+        key: typed_value(Experiment, sections, split_key(key), value)
+        for key, value in given.items()
+    }
+    plan.overrides = typed
+    return _points(entry, plan, sections, typed, {key: typed[key] for key in said})
+
+
+def _points(
+    entry: str,
+    plan: StudyRun,
+    sections: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    last: Mapping[str, Any],
+) -> dict[str, PlannedRun]:
+    """The runs of an entry by their names: `NAME-VALUE-VALUE`, of a sweep `KEY=VALUE,KEY=VALUE`.
+
+    Args:
+        last: overrides that count for more than the values of a point.
+    """
+
+    def name_of_point(point: Mapping[str, Any]) -> str:
+        return "-".join([entry, *map(shown, point.values())])
+
+    values = values_of(plan.sweep, sections)
+    points = named_points(plan, values, name_of_point if entry else None)
+    # Kept as they were read, so that a file says the same as the command line.
+    plan.sweep = {
+        key: list(of.values) if isinstance(of, Choice) else str(plan.sweep[key])
+        for key, of in values.items()
+    }
+    return {
+        name: PlannedRun(entry, plan, sections, {**overrides, **point, **last}, point)
+        for name, point in points.items()
+    }
+
+
+def _of_run(override: Override) -> bool:
+    """Whether an override is of the experiment of a run, not of what a study says of it."""
+    path = override[0]
+    return path[0] == "runs" and len(path) > 2 and path[2] not in _OF_SWEEP
+
+
+def _copies(study: Study) -> dict[str, PlannedRun]:
+    """The runs of all seeds but the first, of those that the study does not have yet."""
+    names, copies = first_runs(study.runs), {}
+    for seed in range(1, study.config.seeds):
+        for name in names:
+            if name_of(name, seed) not in study.runs:
+                first = study.runs[name]
+                overrides = of_seed(first.overrides, names, study.folder, seed)
+                overrides["seed"] = study.experiment(name).seed + seed
+                copies[name_of(name, seed)] = replace(first, overrides=overrides, copy=seed)
+    return copies
+
+
+def _check_rows_of_aims(config: StudyConfig) -> None:
+    named = {
+        name: [row.name for row in rows(name, each)] for name, each in config.evaluations.items()
+    }
+    for aim in config.aims:
+        if aim.row not in named[aim.evaluation]:
+            raise UserError(
+                f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
+                f"{choices(aim.row, named[aim.evaluation])}"
+            )
+
+
+def _with_folder(content: Any, folder: Path) -> Any:
+    """The content with the study's folder in all its paths."""
+    if isinstance(content, str):
+        return type(content)(content.replace(HERE, str(folder)))
+    if isinstance(content, Mapping):
+        return {
+            _with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()
+        }
+    return (
+        [_with_folder(each, folder) for each in content] if isinstance(content, list) else content
+    )

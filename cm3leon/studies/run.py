@@ -1,0 +1,286 @@
+"""A study is run: what is missing of its runs and answers is made, then measured, and one page shows it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cm3leon.config import choices, dump_yaml
+from cm3leon.evaluate import Evaluation, Row, figures_line
+from cm3leon.evaluation.report import write_page
+from cm3leon.evaluation.report.answers import Example
+from cm3leon.io import read_json, write_json, write_text
+from cm3leon.launch.follow import refuse_twice
+from cm3leon.launch.runs import launched
+from cm3leon.locks import locked
+from cm3leon.paths import make_folder, naming
+from cm3leon.provenance import record
+from cm3leon.records import MARKER, read_stage
+from cm3leon.registry import LAUNCHERS
+from cm3leon.stages.folders import check_run_folder
+from cm3leon.stages.running import run_experiment
+from cm3leon.stages.stage import redo_of
+from cm3leon.stages.table import stages_of
+from cm3leon.studies.compute import training_flops
+from cm3leon.studies.config import Study, StudyEvaluation, rows
+from cm3leon.studies.jobs import point_jobs, study_jobs, unfinished
+from cm3leon.studies.report import study_report
+from cm3leon.studies.results import (
+    as_csv,
+    entries_of,
+    results_of,
+)
+from cm3leon.studies.seeds import first_runs, over_seeds, row_of_seed
+from cm3leon.terminal import command_line
+from cm3leon.training.distributed import current_rank, joined
+from cm3leon.types import UserError
+
+RESULTS, REPORT = "results.json", "report.html"
+WAIT = 24 * 3600
+"""Seconds that a rank waits for those that have more to answer."""
+
+Found = Mapping[str, tuple[list[dict[str, Any]], list[Sequence[Example]]]]
+"""For each evaluation the results of its rows, and what is shown of each."""
+
+
+def is_made_here(study: Study) -> bool:
+    """Whether this process makes the jobs of a study and waits: a sweep that is finished, or whose launcher waits."""
+    detached = LAUNCHERS.get(study.config.launcher.name).detached
+    return study.kind == "sweep" and not (detached and unfinished(study, list(study.runs)))
+
+
+def launch_study(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> int:
+    """Gives a study to its launcher, and says how to follow it. Returns an exit code, 0 where none is known yet.
+
+    Raises:
+        UserError: as `run_study`, and for what the launcher can know to be impossible.
+    """
+    parts_until(study, until)
+    check_study_redo(study, redo)
+    check_run_folder(study.folder)
+    make_folder(study.folder, "run")
+    refuse_twice(study.folder)
+    with locked(study.folder), naming(study.folder):
+        write_text(study.file, dump_yaml(study.written))
+        jobs = study_jobs(study, until=until, redo=redo)
+    return launched(jobs, study.folder.absolute(), study.config.launcher)
+
+
+def run_study(
+    study: Study,
+    *,
+    until: str | None = None,
+    redo: Collection[str] = (),
+    asked: tuple[int, int] | None = None,
+) -> None:
+    """Makes the runs that are not finished, then the evaluations, and says where the report is.
+
+    Args:
+        until: name of a run or evaluation after which it ends.
+        redo: stages of the runs that may be made anew although they are expensive, with all that depend on them.
+        asked: (k, n): only share k of n of the answers is made, and nothing measured.
+
+    Raises:
+        UserError: for an unknown `until` or `redo`, a folder that is no run's, whatever a run or an evaluation finds
+            wrong, and points that failed.
+    """
+    wanted = parts_until(study, until)
+    check_study_redo(study, redo)
+    check_run_folder(study.folder)
+    rank = current_rank()
+    if study.kind == "sweep":
+        if rank:
+            raise UserError(
+                "a sweep starts the processes of its points itself; run it once, with launcher=torchrun or "
+                "launcher=slurm"
+            )
+        refuse_twice(study.folder)
+    make_folder(study.folder, "run")
+    first = rank is None or rank.number == 0
+    # The answers of a study may be shared by jobs; whoever measures them holds the folder alone.
+    alone = locked(study.folder, shared=asked is not None)
+    with alone if first else nullcontext(), naming(study.folder):
+        if first and asked is None:
+            record(study.folder)
+            write_text(study.file, dump_yaml(study.written))
+        if asked is None:
+            _make_runs(study, wanted, redo)
+        found = _evaluated(study, [name for name in wanted if name in study.evaluations], asked)
+        if first and asked is None and until is None:
+            write_results(study, found)
+
+
+def write_results(study: Study, found: Found | None = None) -> None:
+    """Writes `results.json`, the table and the page of the runs as they stand, and prints the best and what is missing.
+
+    Args:
+        found: what the evaluations came to; None where they were not made.
+
+    Raises:
+        UserError: where no point has the figure of `sweep_best`, when all are written.
+    """
+    results, found, folder = results_of(study), found or {}, study.folder
+    entries = entries_of(study, results)
+    means = [result for entry in entries for result in entry.results]
+    alone = [name for name, run in study.runs.items() if not run.plan.sweep]
+    content = {
+        "again": command_line(f"experiment={study.file}", f"run={folder}"),
+        study.kind: study.written,
+        "seconds": {name: _seconds(folder / name) for name in alone},
+        "validation": {name: _validation(folder / name) for name in study.runs},
+        "runs": [asdict(result) for result in results.values()],
+        "over_seeds": {result.name: asdict(result)["spread"] for result in means if result.spread},
+        "evaluations": {name: rows for name, (rows, _) in found.items()},
+    }
+    write_json(folder / RESULTS, content)
+    examples = {name: examples for name, (_, examples) in found.items()}
+    study_report(folder / REPORT, study, content, examples, entries)
+
+    for result in results.values():
+        if result.state != "finished":
+            print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")
+    for entry in entries:
+        if entry.best:
+            print(f"{entry.wanted}: {entry.best.figures[entry.column]:.6g} at {entry.best.name}")
+    if study.runs:
+        table = study.file.with_suffix(".csv")
+        write_page(table, as_csv(list(results.values()), [entry.best for entry in entries]))
+        print(f"table: {table}")
+    print(f"report: {folder / REPORT}", flush=True)
+    for entry in entries:
+        entry.check_best()
+
+
+def parts_until(study: Study, until: str | None) -> list[str]:
+    """The runs and evaluations of a study up to one of them. Raises UserError for an `until` that is none of them."""
+    names = [*study.runs, *study.evaluations]
+    if until is None:
+        return names
+    if until not in names:
+        raise UserError(
+            f"until is {until}, which is no part of this study; {choices(until, names)}"
+        )
+    return names[: names.index(until) + 1]
+
+
+def check_study_redo(study: Study, redo: Collection[str]) -> None:
+    """Raises UserError for a name in `redo` that is a stage of none of the runs."""
+    if not redo:
+        return
+    known = {stage.name for name in study.runs for stage in stages_of(study.experiment(name))}
+    for name in redo:
+        if name not in known:
+            raise UserError(
+                f"redo is {name}, which is not a stage of a run of this {study.kind}; {choices(name, known)}"
+            )
+
+
+def rows_of_seeds(study: Study, name: str) -> list[list[Row]]:
+    """The rows of an evaluation; each is a list of what it is for every seed."""
+    names = first_runs(study.runs)
+    return [
+        [row_of_seed(row, names, study.folder, seed) for seed in range(study.config.seeds)]
+        for row in rows(name, study.evaluations[name])
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _make_runs(study: Study, wanted: Collection[str], redo: Collection[str]) -> None:
+    """Makes the runs that are missing, in their order; points of an entry as jobs of the launcher.
+
+    Raises:
+        UserError: for points that failed, when the page is written of what there is.
+    """
+    number = itertools.count(1)
+    for batch in study.batches():
+        # Ranks were started together, and train every run together.
+        if study.runs[batch[0]].plan.sweep and current_rank() is None:
+            _make_points(study, batch, [name for name in batch if name in wanted], redo)
+            continue
+        for name in batch:
+            if name in wanted:
+                print(f"run {next(number)} of {len(study.runs)}: {name}", flush=True)
+                experiment = study.experiment(name)
+                own = redo_of(stages_of(experiment), redo)
+                run_experiment(experiment, study.folder / name, redo=own)
+
+
+def _make_points(
+    study: Study, batch: Sequence[str], wanted: Sequence[str], redo: Collection[str]
+) -> None:
+    """Gives the missing points of an entry to the launcher, and waits for them."""
+    missing = unfinished(study, wanted)
+    if wanted:
+        print(f"{len(wanted)} points in {study.folder}, {len(missing)} to run", flush=True)
+    if missing:
+        jobs = point_jobs(study, batch, missing, redo)
+        launched(jobs, study.folder.absolute(), study.config.launcher)
+    failed = unfinished(study, missing)
+    if failed:
+        write_results(study)
+        raise UserError(
+            f"{len(failed)} of {len(wanted)} points did not finish, {'; '.join(failed)}; "
+            "the same command tries them again"
+        )
+
+
+def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | None) -> Found:
+    """What the evaluations came to; empty on all ranks but the first, and where only a share is answered."""
+    found = {}
+    with joined(current_rank(), WAIT) as ranks:
+        share = asked or (ranks.rank, ranks.count)
+        for name in wanted:
+            evaluation = study.evaluations[name]
+            asking = Evaluation(evaluation.protocol, study.folder / "answers")
+            of_seeds = rows_of_seeds(study, name)
+            for row in itertools.chain(*of_seeds):
+                asking.answer(row, range(share[0], asking.shards(row), share[1]))
+            ranks.barrier()
+            if asked is None and ranks.first:
+                found[name] = _measured(asking, name, evaluation, of_seeds)
+    return found
+
+
+def _measured(
+    asking: Evaluation, name: str, evaluation: StudyEvaluation, of_seeds: Sequence[Sequence[Row]]
+) -> tuple[list[dict[str, Any]], list[Sequence[Example]]]:
+    """The result of each row of an evaluation, and for each what is shown of it: the first seed's."""
+    results: list[dict[str, Any]] = []
+    pictures: list[Sequence[Example]] = []
+    for of_row in of_seeds:
+        first = of_row[0]
+        result = over_seeds([asking.measure(row) for row in of_row])
+        if evaluation.against == "compute":
+            result["training_flops"] = training_flops(first.folder, first.setting.checkpoint)
+        if len(of_row) > 1:
+            result["identities"] = [asking.identity(row) for row in of_row]
+        results.append(
+            {
+                "row": first.name,
+                "model": first.model,
+                "point": first.point,
+                "identity": asking.identity(first),
+                **result,
+            }
+        )
+        print(f"      {name} | {figures_line(first.name, result)}", flush=True)
+        pictures.append(asking.shown(first))
+    return results, pictures
+
+
+def _validation(folder: Path) -> dict[str, float]:
+    """The losses of a run's validation documents after its training; empty for one that did not train."""
+    file = folder / "pretraining" / "validation.json"
+    return read_json(file, {str: (int, float)}) if file.is_file() else {}
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """How long each stage of a run took."""
+    stages = sorted(file.parent for file in folder.glob(f"*/{MARKER}"))
+    return {stage.name: read_stage(stage)["seconds"] for stage in stages}
