@@ -18,6 +18,7 @@ from cm3leon import __version__
 from cm3leon.commands import load_command
 from cm3leon.commands.words import read_options
 from cm3leon.config import choices
+from cm3leon.secrets import masked
 from cm3leon.terminal import guard, guarded, printable, speaks_for_all
 from cm3leon.training.signals import Signals
 from cm3leon.types import AGAIN, PARTLY, REFUSED, Again, Notice, Partly, UserError, sentences_of
@@ -153,7 +154,8 @@ def _own_warnings_only() -> Iterator[None]:
 def _complain(sentence: str, code: int) -> int:
     if not speaks_for_all():
         return code  # the first rank says it
-    print(f"cm3leon: {printable(' '.join(sentence.split()))}", file=sys.stderr)
+    # A job's log lies in the run's folder, too.
+    print(f"cm3leon: {printable(masked(' '.join(sentence.split())))}", file=sys.stderr)
     return code
 
 

@@ -23,6 +23,7 @@ from cm3leon.data.remote import reaching
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
 from cm3leon.io import digest_of, digest_of_parts
+from cm3leon.secrets import masked
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 REMOTE_BLOCKS = 4
@@ -337,7 +338,9 @@ class FileSource(Source):
         except UnusableImage as error:
             return Skipped(record.id, str(error))
         group = digests[record.picture] if digests else ""
-        return Document(record.id, tuple(segments), record.label, group)
+        # The query of a signed URL would be written into every shard.
+        id_ = masked(record.id) if "?" in record.id else record.id
+        return Document(id_, tuple(segments), record.label, group)
 
 
 def _digest(content: bytes | np.ndarray) -> str:
