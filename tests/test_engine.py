@@ -425,7 +425,7 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     )
     spans = [
         AskedSpan(0, 1, 3),
-        *box_spans((1, 1, 3, 3), segment=1, grid=4, width=4, height=4, layout=PAPER),
+        *box_spans((1, 1, 3, 3), segment=1, grid=(4, 4), width=4, height=4, layout=PAPER),
     ]
     assert spans[1:] == [AskedSpan(1, 5, 7), AskedSpan(1, 9, 11)]
     ids_T = spans_prompt(query, spans, (), VOCAB)
@@ -448,7 +448,7 @@ def test_any_spans_are_asked_for_and_filled() -> None:
     outside = np.delete(np.arange(16), [5, 6, 9, 10])
     assert np.array_equal(image_T[outside], codes[outside])
     assert VOCAB.is_image(image_T).all()
-    assert box_spans((0, 1, 4, 3), segment=1, grid=4, width=4, height=4, layout=PAPER) == [
+    assert box_spans((0, 1, 4, 3), segment=1, grid=(4, 4), width=4, height=4, layout=PAPER) == [
         AskedSpan(1, 4, 12)
     ]
     for wrong in ([], [AskedSpan(0, 2, 2)], [AskedSpan(1, 3, 5), AskedSpan(1, 4, 6)]):
@@ -579,7 +579,7 @@ def test_a_box_is_in_the_pixels_of_the_image_that_is_given(
     box: tuple[int, int, int, int], width: int, height: int, codes: list[int] | None
 ) -> None:
     """Against the square that the tokenizer sees, pixel by pixel: a code is asked for if the box touches it."""
-    spans = box_spans(box, segment=1, grid=4, width=width, height=height, layout=PAPER)
+    spans = box_spans(box, segment=1, grid=(4, 4), width=width, height=height, layout=PAPER)
     found = [code for span in spans for code in range(span.start, span.end)]
     side = Fraction(min(width, height))
     margins = (width - side) / 2, (height - side) / 2
@@ -598,7 +598,7 @@ def test_a_box_outside_of_what_the_model_sees_is_a_sentence(box: Any) -> None:
     with pytest.raises(
         UserError, match=r"an image of 40 x 32 pixels, in the square \(4, 0, 36, 32\)"
     ):
-        box_spans(box, segment=1, grid=4, width=40, height=32, layout=PAPER)
+        box_spans(box, segment=1, grid=(4, 4), width=40, height=32, layout=PAPER)
 
 
 # ------------------------------------------------------------------------------------------------ sharing and queueing

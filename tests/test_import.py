@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import encoded
 from published import random_tensors, taming_shapes, write_taming
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,7 +53,14 @@ def published_tokenizer(masks: int = 512) -> dict[str, Any]:
         *map(code_name, range(CODES)),
         *("<eoss>", "<racm3:break>"),
         *reserved,
-        *("<reserved08706>", "<image>", "<reserved08799>", "<reserved08801>", "<reserved08802>"),
+        *(
+            "<reserved08706>",
+            "<image>",
+            "<reserved08799>",
+            "<reserved08801>",
+            "<reserved08802>",
+            "<reserved08804>",
+        ),
     ]
     learned = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
     content["model"]["vocab"] = {name: number for number, name in enumerate([*special, *learned])}
@@ -308,7 +316,8 @@ def test_every_family_has_a_layout_of_tokens_that_are_there(name: str) -> None:
     assert layout.image_open == (2,)
     if name == "lumina_mgpt":
         assert table.specials[layout.row_close] == "<reserved08799>"
-        assert sorted(layout.sizes) == [(2, 2), (2, 4), (4, 2), (4, 4)]
+        assert sorted(layout.sizes) == [(r, c) for r in (2, 4, 8) for c in (2, 4, 8)]
+        assert layout.sizes_within(16) == [(2, 8), (4, 4), (8, 2)]
         assert [table.specials[id_] for id_ in layout.sizes[2, 4]] == [
             "<reserved08801>",
             "<reserved08802>",
@@ -447,11 +456,68 @@ def test_a_size_without_tokens_is_refused(
 ) -> None:
     files = publish(tmp_path)
     words = ["import", "from=lumina_mgpt", *(f"{key}={path}" for key, path in files.items())]
-    assert main([*words, "image_size=16", f"out={tmp_path / 'run'}"]) == 2
-    assert "images of 8 x 8 codes have no tokens of their size" in capsys.readouterr().err
+    assert main([*words, "image_size=32", f"out={tmp_path / 'run'}"]) == 2
+    assert "images of 16 x 16 codes have no tokens of their size" in capsys.readouterr().err
     assert main([*words, "image_size=8", f"out={tmp_path / 'run'}"]) == 0
     (picture,) = CM3Leon.load(tmp_path / "run").generate("a red dog")
     assert picture.codes_N.shape == (16,)
+
+
+def test_images_that_are_not_square_go_the_whole_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lumina-mGPT's sizes: drawn, described, filled and scored; and a folder of them, trained on and retrieved from."""
+    base = imported(tmp_path, family="lumina_mgpt")
+    model = CM3Leon.load(base)
+    scale = model.run.image_tokenizer.downsampling
+    (wide,) = model.generate("a red dog", size=(8 * scale, 2 * scale))
+    assert wide.image.size == (8 * scale, 2 * scale)
+    assert wide.codes_N.shape == (16,)
+    expected_HWC = model.run.image_tokenizer.decode(wide.codes_N[None], grid=(2, 8))[0]
+    assert np.array_equal(np.asarray(wide.image), expected_HWC)
+    with pytest.raises(UserError, match=r"size is 10x8, .* take one of 16x4, 8x8, 4x16"):
+        model.generate("a red dog", size=(10, 8))
+
+    # A photograph is brought to the nearest shape, and keeps what no box asks for.
+    photo = np.random.default_rng(0).integers(0, 256, (20, 90, 3), dtype=np.uint8)
+    seen = model._image(model._pixels(photo))
+    assert seen.grid == model.run.vocab.layout.grid_of(seen.ids_T) == (2, 8)
+    assert isinstance(model.caption(photo, max_tokens=3), str)
+    filled = model.infill(photo, "a dog", box=(10, 0, 45, 20))
+    assert filled.image.size == wide.image.size
+    kept_RC = np.ones((2, 8), bool)
+    kept_RC[:, :4] = False
+    codes_N = model.run.vocab.image_codes(seen.ids_T)
+    assert np.array_equal(filled.codes_N[kept_RC.ravel()], codes_N[kept_RC.ravel()])
+    scores = model.score(text="a dog", images=[photo, wide.image, photo.transpose(1, 0, 2)])
+    assert np.isfinite(scores).all()
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(24):
+        side = (20, 90) if number % 3 else (60, 60)
+        pixels = np.random.default_rng(number).integers(0, 256, (*side, 3), dtype=np.uint8)
+        (photos / f"{number}.png").write_bytes(encoded(pixels))
+        (photos / f"{number}.txt").write_text(f"dog {number}")
+    size = model.run.experiment.text_tokenizer.vocab_size
+    words = f"""experiment=sft_chameleon_7b data.path={photos} shards.tokenizers={base} training.start={base}
+        model.layers=2 model.width=64 model.head_size=16 model.mlp_width=88 model.seq_len=128 training.steps=1
+        training.batch_tokens=256 training.warmup_steps=0 training.callback_every=1 training.compile=false
+        text_tokenizer.vocab_size={size} run={tmp_path / "own"}""".split()
+    words.append("split={validation: 0.2, held_out: 0.1}")
+    assert main(words) == 0, capsys.readouterr().err
+    tuned = CM3Leon.load(tmp_path / "own")
+    documents = [tuned.run.tokens.document(row) for row in range(len(tuned.run.tokens))]
+    grids = {tuned.run.vocab.layout.grid_of(each.segments[1].ids_T) for each in documents}
+    assert grids == {(2, 8), (4, 4)}
+    (again,) = tuned.generate("dog 1", retrieve=1, size=(8 * scale, 2 * scale))
+    assert again.documents[0].image.size in {(8 * scale, 2 * scale), (4 * scale, 4 * scale)}
+    shown = tmp_path / "sample.html"
+    assert main(["show", *words, "sample=0", f"out={shown}"]) == 0, capsys.readouterr().err
+    assert shown.is_file()
+    words = [f"run={tmp_path / 'own'}", "prompt=dog 1", "n=1", "retrieve=1"]
+    words += [f"size=[{8 * scale},{2 * scale}]", f"out={tmp_path / 'drawn'}"]
+    assert main(["generate", *words]) == 0, capsys.readouterr().err
 
 
 def test_a_layout_is_a_part_of_what_stages_are_made_from(run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cm3leon.objectives.cm3 import rotate
 from cm3leon.objectives.packing import shorten
 from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.tasks.base import without_conditions
-from cm3leon.tasks.prompts import box_spans, spans_prompt
+from cm3leon.tasks.prompts import _cells, box_spans, code_spans, mask_codes, spans_prompt
 from cm3leon.tokenizers.document import lay_out, sample_length, token_count
 from cm3leon.tokenizers.layout import PAPER, Layout
 from cm3leon.tokenizers.vocab import Vocab
@@ -242,7 +242,7 @@ def test_a_box_takes_codes_and_leaves_what_closes_their_rows(name: str) -> None:
     ids = vocab(layout)
     document = TokenDocument("", (text(9), image(layout, list(range(9)), grid)))
     for box, rows in (((0, 2, 6, 6), [[3, 4, 5, 6, 7, 8]]), ((2, 0, 4, 4), [[1], [4]])):
-        spans = box_spans(box, segment=1, grid=3, width=6, height=6, layout=layout)
+        spans = box_spans(box, segment=1, grid=(3, 3), width=6, height=6, layout=layout)
         found = [document.segments[1].ids_T[span.start : span.end] for span in spans]
         assert [ids.image_codes(each).tolist() for each in found] == rows
         ends = [layout.row_ends(3, span.start, span.end) for span in spans]
@@ -250,6 +250,43 @@ def test_a_box_takes_codes_and_leaves_what_closes_their_rows(name: str) -> None:
             assert [int(id_) for id_ in each[list(closed)]] == [layout.row_close] * len(closed)
             assert sum(each == ROW) == len(closed)
         assert len(spans_prompt(document, spans, (), ids))
+
+
+@given(
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.tuples(st.integers(6, 30), st.integers(6, 30)),
+    data=st.data(),
+)
+@settings(max_examples=80)
+def test_a_box_asks_for_what_a_mask_of_its_pixels_does(grid: Any, size: Any, data: Any) -> None:
+    """In images of any shape and grids of any shape; and a mask of everything asks for every code."""
+    height, width = size
+    assert mask_codes(np.ones(size, bool), grid).all()
+    across, down = _cells(width, height, grid)
+    left, right = sorted(data.draw(st.tuples(*[st.integers(*across.seen)] * 2)))
+    top, bottom = sorted(data.draw(st.tuples(*[st.integers(*down.seen)] * 2)))
+    assume(left < right and top < bottom)
+    mask_HW = np.zeros(size, bool)
+    mask_HW[top:bottom, left:right] = True
+    box: Any = (left, top, right, bottom)
+    of_box = box_spans(box, segment=1, grid=grid, width=width, height=height, layout=ROWS)
+    assert of_box == code_spans(mask_codes(mask_HW, grid), segment=1, layout=ROWS)
+
+
+@given(
+    sizes=st.sets(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1),
+    codes=st.integers(1, 81),
+)
+def test_the_sizes_within_a_number_of_codes_are_the_largest(sizes: Any, codes: int) -> None:
+    found = Layout(sizes=dict.fromkeys(sizes, ())).sizes_within(codes)
+    fitting = [grid for grid in sizes if grid[0] * grid[1] <= codes]
+
+    def inside(small: Any, large: Any) -> bool:
+        return small != large and small[0] <= large[0] and small[1] <= large[1]
+
+    assert sorted(found) == sorted(
+        grid for grid in fitting if not any(inside(grid, other) for other in fitting)
+    )
 
 
 def decoder(ids: Vocab) -> Llama:

@@ -42,6 +42,7 @@ from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.tasks.base import Task
+from cm3leon.tokenizers.layout import Grid
 from cm3leon.training.device import autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
@@ -327,14 +328,46 @@ class AskedRun:
         return TokenSegment("text", self.run.text_tokenizer.encode(text))
 
     def _pixels(self, image: ImageInput, argument: str = "image") -> np.ndarray:
-        return np.array(
-            square(read_given_image(image, argument), self.run.image_tokenizer.image_size)
-        )
+        return np.array(self.run.fitted(read_given_image(image, argument)))
+
+    def _square(self, image: ImageInput) -> np.ndarray:
+        """An image (1, H, W, 3) as documents are retrieved by it, whatever the shape that is drawn."""
+        size = self.run.image_tokenizer.image_size
+        return np.array(square(read_given_image(image, "image"), size))[None]
 
     def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
-        return TokenSegment(
-            "image", self.run.vocab.image_ids(self.run.image_tokenizer.encode(pixels_HWC[None])[0])
+        ((codes_N, grid),) = self.run.encoded([pixels_HWC])
+        return TokenSegment("image", self.run.vocab.image_ids(codes_N, grid), grid=grid)
+
+    def _grid_of(self, size: tuple[int, int] | None) -> Grid:
+        """The codes of an image of so many pixels, width first; None = the run's square one.
+
+        Raises:
+            UserError: for a size that the model has no tokens for.
+        """
+        if size is None:
+            return self.run.grid
+        scale, layout = self.run.image_tokenizer.downsampling, self.run.vocab.layout
+        width, height = size
+        grid = (height // scale, width // scale)
+        whole = (grid[0] * scale, grid[1] * scale) == (height, width)
+        if whole and (grid in layout.sizes or grid == self.run.grid):
+            return grid
+        usual = ", ".join(f"{columns * scale}x{rows * scale}" for rows, columns in self.run.grids)
+        more = "one of" if len(self.run.grids) > 1 else ""
+        raise UserError(
+            f"size is {width}x{height}, which this model has no images of; take {more} {usual}".replace(
+                "  ", " "
+            )
         )
+
+    def _decoded(self, segment: TokenSegment) -> np.ndarray:
+        """Pixels (H, W, 3) of a whole image of ids."""
+        vocab = self.run.vocab
+        codes_1N = vocab.image_codes(segment.ids_T)[None]
+        return self.run.image_tokenizer.decode(codes_1N, grid=vocab.layout.grid_of(segment.ids_T))[
+            0
+        ]
 
     @checked
     def retrieved(
@@ -370,11 +403,8 @@ class AskedRun:
         shown = []
         for document in map(self.run.bank_document, rows):
             image = None
-            if document.segment("image"):
-                (pixels_HWC,) = self.run.image_tokenizer.decode(
-                    self.run.tokenizer.codes(document)[None]
-                )
-                image = Image.fromarray(pixels_HWC)
+            if segment := document.segment("image"):
+                image = Image.fromarray(self._decoded(segment))
             shown.append(UsedDocument(document.id, self.run.tokenizer.caption(document), image))
         return tuple(shown)
 
@@ -384,18 +414,22 @@ class AskedRun:
         return self.run.has_retriever and bool(self.run.retriever.encoder.joint)
 
     @checked
-    def clip_scores(self, text: Text, codes_BN: np.ndarray) -> np.ndarray:
+    def clip_scores(
+        self, text: Text, codes_BN: np.ndarray, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """Cosine (B,) of each image and a text, by the run's own CLIP; NaN where its retriever has none.
 
         Args:
             codes_BN: codes of images, as the image tokenizer numbers them.
+            size: width and height of the images in pixels; None = the run's usual ones.
         """
         tokenizer = self.run.image_tokenizer
-        check_codes("codes_BN", codes_BN, tokenizer.grid**2, tokenizer.codebook_size)
+        rows, columns = self._grid_of(size)
+        check_codes("codes_BN", codes_BN, rows * columns, tokenizer.codebook_size)
         if not self.has_clip:
             return np.full(len(codes_BN), np.nan)
         encoder = self.run.retriever.encoder
-        images_BHWC = tokenizer.decode(codes_BN.astype(np.int64))
+        images_BHWC = tokenizer.decode(codes_BN.astype(np.int64), grid=(rows, columns))
         return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
 
     @cached_property
@@ -428,9 +462,10 @@ class AskedRun:
         codes_BN: np.ndarray,
         seeds: Sequence[int],
         documents: tuple[UsedDocument, ...],
+        size: tuple[int, int] | None = None,
     ) -> list[GeneratedImage]:
-        images_BHWC = self.run.image_tokenizer.decode(codes_BN)
-        scores_B = self.clip_scores(text, codes_BN)
+        images_BHWC = self.run.image_tokenizer.decode(codes_BN, grid=self._grid_of(size))
+        scores_B = self.clip_scores(text, codes_BN, size)
         pictures = [
             GeneratedImage(Image.fromarray(pixels_HWC), codes_N, float(score), seed, documents)
             for pixels_HWC, codes_N, score, seed in zip(

@@ -135,10 +135,11 @@ class AskedFilling(AskedRun):
         mask_HW: np.ndarray | None,
     ) -> list[AskedSpan]:
         """The codes of the image that are asked for."""
-        grid, layout = self.run.image_tokenizer.grid, self.run.vocab.layout
+        layout = self.run.vocab.layout
         if box is None and mask_HW is None:
             return []
         height, width = read_given_image(image, "image").shape[:2]
+        grid = self.run.grid_for(height, width)
         if box is not None and mask_HW is not None:
             raise UserError("box and mask are both given; one of them says what is made anew")
         if box is not None:
@@ -176,7 +177,8 @@ class AskedFilling(AskedRun):
             if span.segment == 0:
                 gaps.append(grammar.Gap("text", max_tokens))
                 continue
-            closed = vocab.layout.row_ends(self.run.image_tokenizer.grid, span.start, span.end)
+            _, columns = vocab.layout.grid_of(document.segments[1].ids_T)
+            closed = vocab.layout.row_ends(columns, span.start, span.end)
             gaps.append(grammar.Gap("image", span.end - span.start, closed))
         of: list[Mapping[Modality, Decoder]] = [
             {
@@ -189,6 +191,6 @@ class AskedFilling(AskedRun):
         return Request(streams, partial(grammar.infilling, vocab, gaps), length, of, seeds)
 
     def _filled(self, completed: TokenDocument) -> Filled:
+        pixels_HWC = self._decoded(completed.segments[1])
         codes_N = self.run.tokenizer.codes(completed)
-        (pixels_HWC,) = self.run.image_tokenizer.decode(codes_N[None])
         return Filled(Image.fromarray(pixels_HWC), self.run.tokenizer.caption(completed), codes_N)

@@ -30,6 +30,7 @@ from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
 from cm3leon.stages.opening import TUNED
 from cm3leon.stages.prompts import fitting_prompt, found_rows
+from cm3leon.tasks.base import Task
 from cm3leon.types import (
     Notice,
     TokenDocument,
@@ -55,6 +56,7 @@ class CM3Leon(AskedPages, AskedFilling):
         retrieve: NonNegativeInt = 0,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
+        size: tuple[int, int] | None = None,
     ) -> list[Any]:
         """Images for a text: n of them, the best by CLIP first; for several texts, a list for each.
 
@@ -64,6 +66,7 @@ class CM3Leon(AskedPages, AskedFilling):
             retrieve: documents to put before the prompt, fewer where the model has no room for as many.
             decoder: how codes are drawn; `mixture` takes top-p and CD-K in turn, as the paper does before re-ranking.
             seed: of the first sample; the others count on from it.
+            size: width and height in pixels, of those that the model has tokens for; None = the run's square images.
 
         Returns:
             `GeneratedImage`s.
@@ -72,11 +75,11 @@ class CM3Leon(AskedPages, AskedFilling):
             UserError: before anything is drawn, for a prompt that is too long for the model, by its place in the list.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for number, reason in self.too_long(texts).items():
+        for number, reason in self.too_long(texts, size=size).items():
             where = "prompt" if isinstance(prompt, str) else f"prompt.{number}"
             raise UserError(f"{where} ({shortened(texts[number])}): {reason}")
-        task = self._task("text_to_image")
-        documents = [TokenDocument(text, (self._text(text), self._fresh)) for text in texts]
+        task = self._drawing(size)
+        documents = [TokenDocument(text, (self._text(text), task.fresh_image)) for text in texts]
         found = self.retrieved(texts, None, "text", retrieve)
         requests, used = [], []
         for document, rows in zip(documents, found, strict=True):
@@ -98,7 +101,7 @@ class CM3Leon(AskedPages, AskedFilling):
                 ]
             )
             pictures = self._pictures(
-                text, codes_BN, range(seed, seed + n), self.used_documents(kept)
+                text, codes_BN, range(seed, seed + n), self.used_documents(kept), size
             )
             shortage = shortage_of(retrieve, len(rows), len(kept))
             results.append(
@@ -147,17 +150,24 @@ class CM3Leon(AskedPages, AskedFilling):
         return Images([picture.image for of_prompt in drawn for picture in of_prompt])
 
     @checked
-    def too_long(self, texts: Sequence[Text]) -> dict[int, str]:
+    def too_long(
+        self, texts: Sequence[Text], *, size: tuple[int, int] | None = None
+    ) -> dict[int, str]:
         """Why a text is too long to be drawn, for those of `texts` that are, by their places in the list."""
-        task, reasons = self._task("text_to_image"), {}
+        task, reasons = self._drawing(size), {}
         for number, text in enumerate(texts):
-            prompt = task.prompt(TokenDocument(text, (self._text(text), self._fresh)))
+            prompt = task.prompt(TokenDocument(text, (self._text(text), task.fresh_image)))
             if len(prompt.ids_T) + prompt.length > self.run.seq_len:
                 reasons[number] = (
                     f"a prompt of {len(prompt.ids_T)} tokens and an image of {prompt.length} do not fit "
                     f"the model's {self.run.seq_len} positions"
                 )
         return reasons
+
+    def _drawing(self, size: tuple[int, int] | None) -> Task:
+        """The task of images of a size."""
+        arguments = {**self._task_arguments(), "grid": self._grid_of(size)}
+        return TASKS.build("text_to_image", **arguments)
 
     @checked
     def caption(
@@ -185,9 +195,9 @@ class CM3Leon(AskedPages, AskedFilling):
             )
         name = "caption" if question is None else "chat"
         task = TASKS.build({"name": name, "max_tokens": max_tokens}, **self._task_arguments())
-        pixels_HWC = self._pixels(image)
-        document = TokenDocument("image", (self._text(question or ""), self._image(pixels_HWC)))
-        (rows,) = self.retrieved(None, pixels_HWC[None], "image", retrieve)
+        shown = self._image(self._pixels(image))
+        document = TokenDocument("image", (self._text(question or ""), shown))
+        (rows,) = self.retrieved(None, self._square(image), "image", retrieve)
         prompt, kept = fitting_prompt(self.run, task, document, rows)
         if shortage := shortage_of(retrieve, len(rows), len(kept)):
             notice = ShortageWarning(found_of(len(kept), retrieve, shortage))
@@ -314,9 +324,17 @@ class CM3Leon(AskedPages, AskedFilling):
             ids_T = self._task("caption").prompt(document).ids_T
             given = [np.append(self._text(each).ids_T, vocab.end_of_span) for each in texts]
         elif images is not None and text is not None and texts is None and image is None:
-            document = TokenDocument(text, (self._text(text), self._fresh))
-            ids_T = self._task("text_to_image").prompt(document).ids_T
-            given = [self._image(self._pixels(each)).ids_T for each in images]
+            given, asked = [], []
+            for each in images:
+                image_segment = self._image(self._pixels(each))
+                task = TASKS.build(
+                    "text_to_image", vocab=vocab, grid=image_segment.grid or self.run.grid
+                )
+                asked.append(task.prompt(TokenDocument(text, (self._text(text), image_segment))))
+                given.append(image_segment.ids_T)
+            with self._computing():
+                prompts = [prompt.ids_T for prompt in asked]
+                return log_likelihoods(self.run.model, prompts, given)
         else:
             raise UserError(
                 "give texts and the image that they are for, or images and the text that they are for"

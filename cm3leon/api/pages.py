@@ -17,7 +17,7 @@ from cm3leon.decoders import grammar
 from cm3leon.decoders.request import Request
 from cm3leon.stages.prompts import fitting_prompt
 from cm3leon.tokenizers.document import prompt_until
-from cm3leon.types import Modality, Sample, UserError
+from cm3leon.types import Modality, Sample, TokenSegment, UserError
 
 
 class AskedPages(AskedRun):
@@ -83,7 +83,7 @@ class AskedPages(AskedRun):
         if not parts or isinstance(parts[-1], str):
             raise UserError("parts does not end in an image, behind which a text is asked for")
         page = self._page(parts)
-        (rows,) = self.retrieved(None, self._pixels(parts[-1])[None], "image", retrieve)
+        (rows,) = self.retrieved(None, self._square(parts[-1]), "image", retrieve)
         prompt, kept = fitting_prompt(
             self.run, self._task_with_room("page_text", max_tokens), page, rows
         )
@@ -141,8 +141,5 @@ class AskedPages(AskedRun):
             if modality == "text":
                 result.append(self.run.text_tokenizer.decode(ids))
             else:
-                (pixels_HWC,) = self.run.image_tokenizer.decode(
-                    self.run.vocab.image_codes(np.array(ids))[None]
-                )
-                result.append(Image.fromarray(pixels_HWC))
+                result.append(Image.fromarray(self._decoded(TokenSegment("image", np.array(ids)))))
         return result

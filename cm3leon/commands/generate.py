@@ -65,6 +65,8 @@ class Options(AskingOptions):
     """Documents of the memory bank that are put before a prompt."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How codes are drawn; null = as the run's experiment says."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels, of those that the model has tokens for; null = the run's square images."""
     seed: Seed = 0
     """Seed of a prompt's first image; the others count on from it."""
 
@@ -104,7 +106,7 @@ def main(options: Options) -> None:
         lines = list(prompts)
         too_long = {
             number: f"{_named(options, lines[number])} ({shortened(texts[number])}): {reason}"
-            for number, reason in model.too_long(texts).items()
+            for number, reason in model.too_long(texts, size=options.size).items()
         }
         if len(too_long) == len(texts):
             raise UserError("; ".join(list(too_long.values())[:NAMED]))
@@ -172,6 +174,7 @@ def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ran
         retrieve=options.retrieve,
         decoder=options.decoder,
         seed=options.seed,
+        size=options.size,
     )
     if ranks.first:
         with (options.out / MANIFEST).open("a") as manifest:
@@ -210,7 +213,7 @@ def _prompts(options: Options) -> dict[int, str]:
 def _check_settings(options: Options, run: RunFolder) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
-    names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights")
+    names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights", "size")
     settings = {name: to_mapping(options)[name] for name in names}
     settings["run"] = str(options.run.resolve())
     settings["parts"] = run.parts_of_answers(with_bank=options.retrieve > 0)

@@ -367,9 +367,10 @@ def _pictures(
     if segment.modality == "text":
         return []
     codes_N = run.vocab.image_codes(segment.ids_T)
-    if len(codes_N) < run.image_tokenizer.grid**2:  # cut off by packing, and so no whole image
+    grid = run.vocab.layout.grid_of(segment.ids_T)
+    if grid not in run.grids:  # cut off by packing, and so no whole image
         return []
-    pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None])[0])]
+    pictures = [("from its codes", run.image_tokenizer.decode(codes_N[None], grid=grid)[0])]
     row = sampled_rows(run).get(document.id)
     if row is None:
         return pictures

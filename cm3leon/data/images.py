@@ -380,5 +380,11 @@ def square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(_squared(Image.fromarray(pixels_HWC), size))
 
 
+def fitted(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of an image, as much as has that shape, resized as in `square` to (height, width, 3), uint8."""
+    image = Image.fromarray(pixels_HWC)
+    return np.asarray(ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC))
+
+
 def _squared(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)

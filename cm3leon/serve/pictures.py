@@ -83,7 +83,7 @@ def given_mask(
             f"mask has {asked_HW.shape[1]} x {asked_HW.shape[0]} pixels; it must have as many as the image, "
             f"{width} x {height}"
         )
-    codes_GG = mask_codes(asked_HW, grid)
+    codes_GG = mask_codes(asked_HW, (grid, grid))
     if not codes_GG.any():
         raise UserError(
             "nothing is to be made anew in the central square of the image, which is what the model sees"

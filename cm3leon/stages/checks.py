@@ -94,6 +94,11 @@ def _check_split(name: str, share: float, stage: str) -> None:
 def _check_block(run: RunFolder) -> None:
     """Raise UserError where no image with a caption fits a block."""
     layout, (rows, columns) = run.vocab.layout, run.grid
+    if len(run.grids) > 1 and run.experiment.augment.versions:
+        raise UserError(
+            f"augment.versions is {run.experiment.augment.versions}; images that keep their shapes, as the layout of "
+            "these tokenizers has them, are not varied: leave it out"
+        )
     if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
             f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in {run.layout_file}; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from cm3leon.config import recorded_settings, result_settings, to_mapping
 from cm3leon.data.augment import varied
 from cm3leon.data.corpus import Corpus, Split
+from cm3leon.data.images import fitted
 from cm3leon.data.source import Source
 from cm3leon.data.token_shards import Tokenizers
 from cm3leon.digests import path_digest
@@ -202,6 +205,39 @@ class TokenizedRun:
         """Rows and columns of an image's codes."""
         side = self.image_tokenizer_shape.grid
         return side, side
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """Rows and columns that images are brought to: those of the layout as large as the square one, or it alone."""
+        return self.vocab.layout.sizes_within(self.grid[0] * self.grid[1]) or [self.grid]
+
+    def grid_for(self, height: int, width: int) -> Grid:
+        """The grid whose shape is nearest to that of an image of so many pixels; of equally near ones the largest."""
+
+        def distance(grid: Grid) -> tuple[float, int]:
+            rows, columns = grid
+            return round(abs(math.log(rows * width / (columns * height))), 9), -rows * columns
+
+        return min(self.grids, key=distance)
+
+    def fitted(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        """An image, cropped and resized to the grid that is nearest to its shape."""
+        rows, columns = self.grid_for(*pixels_HWC.shape[:2])
+        scale = self.image_tokenizer_shape.downsampling
+        return fitted(pixels_HWC, rows * scale, columns * scale)
+
+    def encoded(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, Grid]]:
+        """Codes (N,) and grid of each image, whose sides are those of some grid; images of one size in one batch."""
+        scale = self.image_tokenizer.downsampling
+        grids = [(image.shape[0] // scale, image.shape[1] // scale) for image in images]
+        found: list[tuple[np.ndarray, Grid]] = [(np.empty(0, np.int64), grid) for grid in grids]
+        for grid in dict.fromkeys(grids):
+            places = [place for place, other in enumerate(grids) if other == grid]
+            images_BHWC = np.stack([images[place] for place in places])
+            codes_BN = self.image_tokenizer.encode(images_BHWC, grid=grid)
+            for place, codes_N in zip(places, codes_BN, strict=True):
+                found[place] = codes_N, grid
+        return found
 
     @cached_property
     def tokenizer(self) -> DocumentTokenizer:

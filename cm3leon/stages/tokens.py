@@ -50,6 +50,11 @@ def squared_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
     return iter(run.source.read_squared(part, size=run.image_tokenizer_shape.image_size))
 
 
+def fitted_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
+    """The items of a part as they are tokenised: in the shapes that the layout has, where it has more than one."""
+    return squared_items(run, part) if len(run.grids) == 1 else iter(run.source.read(part))
+
+
 class DocumentSample:
     """About `shards.sample` documents, equally many from every part of the source, or one from each of as many parts.
 
@@ -103,9 +108,10 @@ def training_codes(run: RunFolder) -> np.ndarray:
     """Image codes (M, N) of the training documents of the sample, in all their versions."""
     rows, versions = sampled_rows(run).values(), range(run.tokens.versions + 1)
     documents = [run.tokens.document(row, version) for row in rows for version in versions]
-    if not documents:
-        return np.zeros((0, run.codes_MN.shape[1]), np.int64)
-    return np.array([run.tokenizer.codes(document) for document in documents])
+    N = run.codes_MN.shape[1]
+    codes = [run.tokenizer.codes(document) for document in documents]
+    # Of other shapes none can be a copy of what is asked for, which is square.
+    return np.array([each for each in codes if len(each) == N], np.int64).reshape(-1, N)
 
 
 def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
@@ -121,7 +127,7 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
     size = run.image_tokenizer_shape.image_size
     # Whoever has its neighbours already will not read the images again. If all parts are as long as this one, the
     # first ones have the room, as many as fit; what is left of it is divided among the workers.
-    found = (run.folder / "neighbours" / MARKER).is_file()
+    found = (run.folder / "neighbours" / MARKER).is_file() or len(run.grids) > 1
     room = 0 if found else int(run.shards.decoded_gb * 1e9)
     own = max(0, room - _size_of(folder / DECODED)) // part[1]
 
@@ -135,7 +141,7 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
                 line = {"file": skipped.file, "reason": skipped.reason}
                 file.write(json.dumps(without_secrets(line)) + "\n")
 
-            items = squared_items(run, parts[number])
+            items = fitted_items(run, parts[number])
             documents: list[TokenDocument] = []
             varied_VN: list[np.ndarray] = []
             decoded = kept_file(folder / DECODED, number, len(parts))
@@ -249,15 +255,14 @@ def _documents_of(
 
 
 def token_documents(run: RunFolder, documents: Sequence[Document]) -> Iterator[TokenDocument]:
-    """Documents of any segments as ids, all their images encoded as one batch."""
-    size = run.image_tokenizer.image_size
+    """Documents of any segments as ids, all their images of one size encoded as one batch."""
     images = [
-        square(s.pixels_HWC, size)
+        run.fitted(s.pixels_HWC)
         for d in documents
         for s in d.segments
         if isinstance(s, ImageSegment)
     ]
-    codes = iter(run.image_tokenizer.encode(np.stack(images)) if images else ())
+    codes = iter(run.encoded(images))
     texts = [s.text for d in documents for s in d.segments if isinstance(s, TextSegment)]
     texts_ids = iter(run.text_tokenizer.encode_all(texts))
     for document in documents:
@@ -266,7 +271,7 @@ def token_documents(run: RunFolder, documents: Sequence[Document]) -> Iterator[T
             tuple(
                 TokenSegment("text", next(texts_ids), segment.role, segment.joined)
                 if isinstance(segment, TextSegment)
-                else TokenSegment("image", run.vocab.image_ids(next(codes)), segment.role)
+                else TokenSegment("image", run.vocab.image_ids(*next(codes)), segment.role)
                 for segment in document.segments
             ),
             document.label,
@@ -282,6 +287,8 @@ def tokens_inputs(run: RunFolder) -> dict[str, Any]:
         inputs |= varied_inputs(run)
     if run.source.class_names:
         inputs["labels"] = True
+    if len(run.grids) > 1:
+        inputs["shapes"] = run.grids
     return inputs | run.layout_inputs()
 
 

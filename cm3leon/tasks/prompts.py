@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from cm3leon.objectives.cm3 import rotate
 from cm3leon.tasks.base import without_conditions
 from cm3leon.tokenizers.document import lay_out
-from cm3leon.tokenizers.layout import Layout
+from cm3leon.tokenizers.layout import Grid, Layout
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
@@ -99,66 +99,91 @@ def box_spans(
     box: tuple[int, int, int, int],
     *,
     segment: int,
-    grid: int,
+    grid: Grid,
     width: int,
     height: int,
     layout: Layout,
 ) -> list[AskedSpan]:
-    """The codes of an image that a box of its pixels touches, as spans: one for each row of codes, in order.
+    """The codes of an image that a box of its pixels touches, as spans (`code_spans`).
 
-    The tokenizer sees the central square of an image. Codes run row by row, so that a box is a span in each of its
-    rows; rows that it takes whole are one span together.
+    The tokenizer sees the middle of an image, as much as has the shape of its grid.
 
     Args:
         box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
-        grid: codes of a row, and rows.
+        grid: rows and columns of the image's codes.
         width, height: of the image in pixels.
         layout: which says whether rows of codes are closed.
 
     Raises:
-        UserError: for a box that is empty or leaves the square.
+        UserError: for a box that is empty or leaves what is seen.
     """
     left, top, right, bottom = box
-    side = min(width, height)
-    margins = (width - side) // 2, (height - side) // 2
-    square = (*margins, margins[0] + side, margins[1] + side)
+    across, down = _cells(width, height, grid)
+    seen = (*across.seen, *down.seen)
+    square = (seen[0], seen[2], seen[1], seen[3])
     if not (square[0] <= left < right <= square[2] and square[1] <= top < bottom <= square[3]):
-        seen = "" if width == height else f", in the square {square} of it that the model sees"
+        shape = "square" if grid[0] == grid[1] else "part"
+        whole = square == (0, 0, width, height)
+        inside = "" if whole else f", in the {shape} {square} of it that the model sees"
         raise UserError(
             f"box is {tuple(box)}; it must be (left, top, right, bottom) inside an image of "
-            f"{width} x {height} pixels{seen}"
+            f"{width} x {height} pixels{inside}"
         )
-
-    def code(pixel: int, length: int, *, up: bool) -> int:
-        """The code at a pixel's edge, from the middle of the image, whose square may begin between two pixels."""
-        numerator, denominator = (2 * pixel - (length - side)) * grid, 2 * side
-        rounded = -(-numerator // denominator) if up else numerator // denominator
-        return min(max(rounded, 0), grid)
-
-    asked_GG = np.zeros((grid, grid), bool)
-    rows = slice(code(top, height, up=False), code(bottom, height, up=True))
-    asked_GG[rows, code(left, width, up=False) : code(right, width, up=True)] = True
-    return code_spans(asked_GG, segment=segment, layout=layout)
+    asked_RC = np.zeros(grid, bool)
+    rows = slice(down.code(top, up=False), down.code(bottom, up=True))
+    asked_RC[rows, across.code(left, up=False) : across.code(right, up=True)] = True
+    return code_spans(asked_RC, segment=segment, layout=layout)
 
 
-def mask_codes(mask_HW: np.ndarray, grid: int) -> np.ndarray:
-    """Which of an image's codes a mask of its pixels touches: boolean (grid, grid).
+def mask_codes(mask_HW: np.ndarray, grid: Grid) -> np.ndarray:
+    """Which of an image's codes a mask of its pixels touches: boolean (rows, columns).
 
-    The tokenizer sees the central square of an image, cut into `grid` x `grid` cells; a code is touched if a single
-    pixel of its cell is, be it cut by the cell's edge. Pixels outside the square touch none.
+    The tokenizer sees the middle of an image, cut into cells of its grid; a code is touched if a single pixel of its
+    cell is, be it cut by the cell's edge. Pixels outside of what is seen touch none.
     """
-    side = min(mask_HW.shape)
-
-    def pixels(cell: int, length: int) -> slice:
-        """The pixels of one axis that a row or column of cells touches."""
-        start = (length - side) * grid + 2 * cell * side
-        return slice(start // (2 * grid), -(-(start + 2 * side) // (2 * grid)))
-
     height, width = mask_HW.shape
-    touched_GG = np.zeros((grid, grid), bool)
-    for row, column in np.ndindex(grid, grid):
-        touched_GG[row, column] = mask_HW[pixels(row, height), pixels(column, width)].any()
-    return touched_GG
+    across, down = _cells(width, height, grid)
+    touched_RC = np.zeros(grid, bool)
+    for row, column in np.ndindex(*grid):
+        touched_RC[row, column] = mask_HW[down.pixels(row), across.pixels(column)].any()
+    return touched_RC
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of one axis of an image, which lie around its middle and may begin between two pixels."""
+
+    length: int
+    """Pixels of the axis."""
+    cells: int
+    """Its cells, of `num / den` pixels each."""
+    num: int
+    den: int
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Pixels [start, end) that the cells cover."""
+        start = (self.length * self.den - self.cells * self.num) // (2 * self.den)
+        return start, start - (-self.cells * self.num // self.den)
+
+    def code(self, pixel: int, *, up: bool) -> int:
+        """The cell at a pixel's edge."""
+        numerator = (2 * pixel - self.length) * self.den + self.cells * self.num
+        rounded = -(-numerator // (2 * self.num)) if up else numerator // (2 * self.num)
+        return min(max(rounded, 0), self.cells)
+
+    def pixels(self, cell: int) -> slice:
+        """The pixels that a cell touches."""
+        start = self.length * self.den + (2 * cell - self.cells) * self.num
+        end = start + 2 * self.num
+        return slice(start // (2 * self.den), -(-end // (2 * self.den)))
+
+
+def _cells(width: int, height: int, grid: Grid) -> tuple[_Cells, _Cells]:
+    """Columns and rows of the largest cells of which the grid lies inside an image."""
+    rows, columns = grid
+    num, den = (width, columns) if width * rows <= height * columns else (height, rows)
+    return _Cells(width, columns, num, den), _Cells(height, rows, num, den)
 
 
 def code_spans(asked_GG: np.ndarray, *, segment: int, layout: Layout) -> list[AskedSpan]:

@@ -90,6 +90,22 @@ class Layout:
         ends = np.flatnonzero(ids_T == self.row_close)
         return (len(ends), int(ends[0])) if len(ends) else UNKNOWN
 
+    def sizes_within(self, codes: int) -> list[Grid]:
+        """The sizes of at most so many codes that allow for no further row or column.
+
+        >>> Layout(sizes={(1, 1): (), (1, 2): (), (2, 1): (), (1, 3): (), (2, 2): ()}).sizes_within(3)
+        [(1, 3), (2, 1)]
+        """
+        widest: dict[int, int] = {}
+        for rows, columns in self.sizes:
+            if rows * columns <= codes:
+                widest[rows] = max(columns, widest.get(rows, 0))
+        found: list[Grid] = []
+        for rows in sorted(widest, reverse=True):
+            if not found or widest[rows] > found[-1][1]:
+                found.append((rows, widest[rows]))
+        return found[::-1]
+
     def image_length(self, grid: Grid) -> int:
         """Ids of an image of that size, without those around it."""
         rows, columns = grid

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cm3leon.collectives import averaged, rank_count, summed
+from cm3leon.tokenizers.layout import Grid
 from cm3leon.weights import check_finite
 
 BATCH_PIXELS = 2**20
@@ -88,13 +89,22 @@ class ImageTokenizer(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, images_BHWC: np.ndarray, batch_size: int | None = None, title: str = ""
+        self,
+        images_BHWC: np.ndarray,
+        batch_size: int | None = None,
+        title: str = "",
+        *,
+        grid: Grid | None = None,
     ) -> np.ndarray:
-        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size; `title` shows the progress under it."""
-        side = self.image_size
-        if images_BHWC.shape[1:] != (side, side, 3):
+        """Codes (B, N), int64, of uint8 images (B, H, W, C) of the right size; `title` shows the progress under it.
+
+        Args:
+            grid: rows and columns of codes that the images have; None = `grid` of them along both sides.
+        """
+        height, width = (side * self.downsampling for side in grid or (self.grid, self.grid))
+        if images_BHWC.shape[1:] != (height, width, 3):
             raise ValueError(
-                f"images must be {side}x{side} RGB, got an array of shape {images_BHWC.shape}"
+                f"images must be {height}x{width} RGB, got an array of shape {images_BHWC.shape}"
             )
         batch_size = batch_size or self._batch_size
         codes = [
@@ -104,18 +114,25 @@ class ImageTokenizer(nn.Module):
             .numpy()
             for start in _starts_of_batches(len(images_BHWC), batch_size, title)
         ]
-        return np.concatenate(codes) if codes else np.zeros((0, self.grid**2), np.int64)
+        empty = np.zeros((0, height * width // self.downsampling**2), np.int64)
+        return np.concatenate(codes) if codes else empty
 
     @torch.inference_mode()
     def decode(
-        self, codes_BN: np.ndarray, batch_size: int | None = None, title: str = ""
+        self,
+        codes_BN: np.ndarray,
+        batch_size: int | None = None,
+        title: str = "",
+        *,
+        grid: Grid | None = None,
     ) -> np.ndarray:
-        """Images (B, H, W, C), uint8, of codes (B, N); `title` shows the progress under it."""
+        """Images (B, H, W, C), uint8, of codes (B, N); `title` and `grid` are as for `encode`."""
+        grid = grid or (self.grid, self.grid)
         batch_size = batch_size or self._batch_size
         images = [
             to_pixels(
                 self.signal_of(
-                    self._tensor(codes_BN[start : start + batch_size]).unflatten(1, (self.grid, -1))
+                    self._tensor(codes_BN[start : start + batch_size]).unflatten(1, grid)
                 )
             )
             for start in _starts_of_batches(len(codes_BN), batch_size, title)
@@ -123,7 +140,7 @@ class ImageTokenizer(nn.Module):
         return (
             np.concatenate(images)
             if images
-            else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+            else np.zeros((0, *(side * self.downsampling for side in grid), 3), np.uint8)
         )
 
     @torch.inference_mode()
