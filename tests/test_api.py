@@ -372,8 +372,8 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
     image, drawn = picture(), {"decoder": "greedy", "seed": 0}
     codes_BN = np.zeros((1, 16), np.int64)
     return {
-        "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, **drawn},
-        "too_long": {"texts": ["a seven"]},
+        "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, "size": None, **drawn},
+        "too_long": {"texts": ["a seven"], "size": (32, 32)},
         "caption": {
             "image": image,
             "retrieve": 1,
@@ -442,7 +442,7 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             "options": [[np.array([5, 6])]],
         },
         "retrieved": {"texts": ["a"], "images_BHWC": None, "by": "text", "count": 1},
-        "clip_scores": {"text": "a seven", "codes_BN": codes_BN},
+        "clip_scores": {"text": "a seven", "codes_BN": codes_BN, "size": (32, 32)},
     }
 
 
@@ -480,6 +480,7 @@ BAD: dict[str, list[Any]] = {
     "parts": [*LISTS, [7], [Path("no such file.png")], [np.zeros((4, 4))], ["\ud83d"]],
     "box": [7, "0008", (0, 0, 8), (0.0, 0.0, 8.0, 8.0), (0, 0, 0, 8), (8, 0, 0, 8), (-1, 0, 8, 8),
             (0, 0, 33, 8), (0, 0, 8, float("nan")), (True, 0, 8, 8), [None] * 4],
+    "size": [7, "32", (32,), (32, 64), (0, 0), (-32, -32), (32.5, 32), (True, 32), (10**30, 32)],
     "mask": [7, "a", [[True]], np.eye(32), np.ones((3, 3), bool), np.zeros((32, 32), bool)],
     "words": [7, "01", (0,), (1, 1), (3, 1), (-3, -1), (0, 99), (0.0, 1.0), ("a", "b"), (None, 1)],
     "first": [7, "video", None, "", "Text"],

@@ -40,6 +40,8 @@ def shrunk(words: list[str], text_size: int) -> list[str]:
         return [*words, "image_size=8"]
     if words[0].startswith("experiment="):
         return [*words, *SHRUNK, f"text_tokenizer.vocab_size={text_size}"]
+    if words[0] == "generate":
+        return ["size=[16,4]" if word.startswith("size=") else word for word in words]
     if words[0] == "infill":
         return [*(word for word in words if not word.startswith("box=")), "box=[0,6,12,12]"]
     return words
@@ -51,6 +53,7 @@ def test_every_command_of_the_page_runs_in_order(
     files = publish(tmp_path)
     for family in ("anole", "chameleon"):
         (tmp_path / f"{family}-7b").symlink_to(files["hf"])
+    (tmp_path / "lumina-mgpt").symlink_to(files["hf"])
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(30):
