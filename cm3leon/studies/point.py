@@ -12,6 +12,7 @@ from cm3leon.experiment import Experiment, load_experiment
 from cm3leon.io import digest_of, read_json, write_json, write_text
 from cm3leon.provenance import record
 from cm3leon.records import MARKER
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.running import run_experiment
 from cm3leon.training.distributed import current_rank
 from cm3leon.types import Again
@@ -25,7 +26,7 @@ OUTCOME = "outcome.json"
 def prepare_point(experiment: Experiment, folder: Path) -> None:
     """Makes the folder of a point, with what its job reads."""
     folder.mkdir(exist_ok=True)
-    write_text(folder / POINT_FILE, dump_yaml(to_mapping(experiment)))
+    write_text(folder / POINT_FILE, dump_yaml(without_secrets(to_mapping(experiment))))
 
 
 def run_point(

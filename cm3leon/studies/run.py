@@ -21,6 +21,7 @@ from cm3leon.paths import make_folder, naming
 from cm3leon.provenance import record
 from cm3leon.records import MARKER, read_stage
 from cm3leon.registry import LAUNCHERS
+from cm3leon.secrets import without_secrets
 from cm3leon.stages.folders import check_run_folder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.stage import redo_of
@@ -65,7 +66,7 @@ def launch_study(study: Study, *, until: str | None = None, redo: Collection[str
     make_folder(study.folder, "run")
     refuse_twice(study.folder)
     with locked(study.folder), naming(study.folder):
-        write_text(study.file, dump_yaml(study.written))
+        write_text(study.file, dump_yaml(without_secrets(study.written)))
         jobs = study_jobs(study, until=until, redo=redo)
     return launched(jobs, study.folder.absolute(), study.config.launcher)
 
@@ -106,7 +107,7 @@ def run_study(
     with alone if first else nullcontext(), naming(study.folder):
         if first and asked is None:
             record(study.folder)
-            write_text(study.file, dump_yaml(study.written))
+            write_text(study.file, dump_yaml(without_secrets(study.written)))
         if asked is None:
             _make_runs(study, wanted, redo)
         found = _evaluated(study, [name for name in wanted if name in study.evaluations], asked)
