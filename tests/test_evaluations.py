@@ -14,7 +14,7 @@ import yaml
 from records import finish
 
 from cm3leon.config import dump_yaml, to_mapping
-from cm3leon.evaluate.asking import Asker
+from cm3leon.evaluate.asking import Asker, check_others
 from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, with_values
 from cm3leon.evaluation.protocols.base import Item, Protocol
 from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
@@ -207,6 +207,10 @@ def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
         (["evaluations.caption.setting.dokuments=1"], "did you mean documents?"),
         (["evaluations.caption.protocol.task=captoin"], "did you mean caption?"),
         (["evaluations.caption.plot=accuracy", "evaluations.caption.sweep={}"], "plot is against"),
+        (
+            ["evaluations.caption.best_of=guidance", "text_decoder=greedy"],
+            "caption.best_of is guidance, whose best row sets decoder.cfg, which the decoder greedy does not have",
+        ),
     ],
 )
 def test_evaluations_that_do_not_go_together_are_refused(words: list[str], sentence: str) -> None:
@@ -237,9 +241,8 @@ def test_a_key_of_the_decoder_is_set_in_the_run_s_own() -> None:
 def test_a_decoder_without_the_swept_key_is_asked_once() -> None:
     with pytest.warns(Notice, match="guidance.sweep: decoder.cfg is left out"):
         experiment = load_experiment("digits", ["decoder=greedy"])
-    for name, best in (("guidance", {}), ("text_to_image_unrelated", {"decoder.cfg": 3})):
-        ((point, setting),) = experiment.points_of(name, best)
-        assert (point, setting.decoder.name) == ({}, "greedy")
+    ((point, setting),) = experiment.points_of("guidance", {})
+    assert (point, setting.decoder.name) == ({}, "greedy")
 
 
 def test_a_shuffled_prompt_has_the_documents_of_the_next_one() -> None:
@@ -257,6 +260,14 @@ def test_a_shuffled_prompt_has_the_documents_of_the_next_one() -> None:
     assert plain._retrieved(items, documents) == [[0, 0], [1, 1], [2, 2]]
     none = dataclasses.replace(asker, setting=AskConfig(shuffled=True))
     assert none._retrieved(items, documents) == [[], [], []]
+
+
+def test_an_item_that_has_no_other_is_given_no_documents_of_another() -> None:
+    items = [Item(n, "text_to_image", Document(n, (TextSegment(n),))) for n in "012"]
+    check_others(items, "file 0 of cfg 2")
+    for few in (items[:1], [*items, dataclasses.replace(items[0], task="caption")]):
+        with pytest.raises(UserError, match=r"file 0 of cfg 2 has a single item of the task"):
+            check_others(few, "file 0 of cfg 2")
 
 
 class _Images(Protocol):

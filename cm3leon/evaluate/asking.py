@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from cm3leon.evaluation.protocols.corpus import CorpusTask
 from cm3leon.registry import TASKS
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.tokens import token_documents
-from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument
+from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,3 +191,13 @@ def _answered_text(model: CM3Leon, document: TokenDocument) -> str:
     if answers:
         return model.run.text_tokenizer.decode(answers[0].ids_T).strip()
     return model.run.tokenizer.caption(document)
+
+
+def check_others(items: Sequence[Item], where: str) -> None:
+    """Raise UserError for an item that has no other of its task, whose documents it could be given."""
+    for task, count in Counter(item.task for item in items).items():
+        if count == 1:
+            raise UserError(
+                f"setting.shuffled is true, and {where} has a single item of the task {task}, so that there are no "
+                "documents of another one; ask for an item more or fewer"
+            )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cm3leon.api import CM3Leon, UsedDocument
 from cm3leon.config import Component, result_settings, to_mapping
-from cm3leon.evaluate.asking import Asker
+from cm3leon.evaluate.asking import Asker, check_others
 from cm3leon.evaluate.files import add_answers, read_answers, sample_count, shard_file, write_arrays
 from cm3leon.evaluate.own_corpus import own_corpus
 from cm3leon.evaluate.row import Row, bank_identity
@@ -106,6 +106,9 @@ class Evaluation:
                 self._features(row, number)
 
     def _make_missing(self, row: Row, missing: Sequence[int]) -> None:
+        if row.setting.shuffled and row.setting.documents:
+            for number in missing:
+                check_others(self._of_shard(row, number), f"file {number} of {row.name}")
         folder, samples = self.folder_of(row), row.setting.samples
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "setting.json").is_file():

@@ -251,7 +251,13 @@ class Experiment:
             own = self.text_decoder if in_text else self.decoder
             setting["decoder"] = to_mapping(AskConfig(decoder=own))["decoder"]
             # So that decoder=greedy is enough for an experiment whose evaluations set a weight of guidance.
-            sweep, best = _without_others(sweep, own), _without_others(best, own)
+            sweep = _without_others(sweep, own)
+            lacking = best.keys() - _without_others(best, own).keys()
+            if lacking:
+                raise UserError(
+                    f"evaluations.{name}.best_of is {evaluation.best_of}, whose best row sets {', '.join(lacking)}, "
+                    f"which the decoder {own.name} does not have; give evaluations.{name}.setting.decoder one that has"
+                )
         whole = replace(evaluation, setting=with_values(setting, best), sweep=sweep)
         return list(whole.points(f"evaluations.{name}.setting"))
 

@@ -252,3 +252,16 @@ def choose(name: str, device: torch.device) -> ChosenAttention:
             return ChosenAttention(each, ATTENTIONS.build(each), tuple(passed_over))
         passed_over.append(f"{each} lacks {missing}")
     raise AssertionError(f"{PREFERRED[-1]} runs everywhere")
+
+
+def attend_by(
+    name: str, ids_BT: Tensor, sample_BT: Tensor | None, *, cached: bool
+) -> tuple[Attention, Any]:
+    """What a model attends by, and its plan for packed samples; None where there are none.
+
+    Args:
+        name: the backend that is asked for; where cached keys are attended to in its place, the one that runs
+            everywhere is taken.
+    """
+    attention = choose("sdpa" if cached else name, ids_BT.device).attention
+    return attention, None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)

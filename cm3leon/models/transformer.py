@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm3leon.config import NoEffect, PositiveFloat, PositiveInt
-from cm3leon.models.attention import Attention, check_name, choose
+from cm3leon.models.attention import Attention, attend_by, check_name, choose
 from cm3leon.models.base import Attend, LayerBytes, Model
 from cm3leon.models.initial import First
 from cm3leon.models.split import Summed, frozen
@@ -85,11 +85,8 @@ class Transformer(Model):
         sample_BT: Tensor | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
-        name = (
-            "sdpa" if attend else self.config.attention
-        )  # the one that runs everywhere, where none is asked
-        attention = choose(name, ids_BT.device).attention
-        plan = None if sample_BT is None else attention.plan(sample_BT, ids_BT.device)
+        asked, cached = self.config.attention, attend is not None
+        attention, plan = attend_by(asked, ids_BT, sample_BT, cached=cached)
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
         x_BTD = self.embedding(ids_BT) + self.positions(position_BT)

@@ -61,8 +61,9 @@ class Answer:
     """Codes of the images that were retrieved for its prompt, for a protocol of a run's own corpus."""
     features_D: np.ndarray | None = None
     """Features of an image, for a protocol that is `scored_by` them; the image itself may be missing then."""
-    given_kept: bool = True
-    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own corpus."""
+    given_kept: bool | None = None
+    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own corpus; None where
+    no model has answered: of true answers, and of those to other items."""
 
 
 @dataclass(frozen=True, eq=False)

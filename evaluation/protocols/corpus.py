@@ -138,7 +138,9 @@ class CorpusTask(Protocol):
             figures["copies"] = proportion(self._copied(answers, codes_BN))
             _, first, of_row = np.unique(codes_BN, axis=0, return_index=True, return_inverse=True)
             figures["distinct"] = proportion(first[of_row.ravel()] == np.arange(len(codes_BN)))
-        figures["given_kept"] = proportion(np.array([answer.given_kept for answer in answers]))
+        kept = [answer.given_kept for answer in answers if answer.given_kept is not None]
+        if kept:
+            figures["given_kept"] = proportion(np.array(kept))
         return figures
 
     def _copied(self, answers: Sequence[Answer], codes_BN: np.ndarray) -> np.ndarray:

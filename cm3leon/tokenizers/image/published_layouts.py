@@ -15,7 +15,7 @@ from cm3leon.types import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorNames:
     """How a publisher names the tensors of a `VQModel`."""
 
     name: str
@@ -52,7 +52,7 @@ _TAMING_BLOCKS = (
     (r"^(encoder.*)\.resample\.", r"\1.downsample."),
     (r"^(decoder.*)\.resample\.", r"\1.upsample."),
 )
-TAMING = Layout(
+TAMING = TensorNames(
     name="taming",
     shown_by=("encoder.down.0.block.0.conv1.weight",),
     spelling=(
@@ -77,7 +77,7 @@ JANUS = replace(
     # codebook as they are, and only its `decode` normalizes.
     normalized=True,
 )
-LLAMAGEN = Layout(
+LLAMAGEN = TensorNames(
     name="llamagen",
     shown_by=("encoder.conv_blocks.0.res.0.conv1.weight",),
     spelling=(
@@ -88,7 +88,7 @@ LLAMAGEN = Layout(
     ),
     normalized=True,
 )
-DIFFUSERS = Layout(
+DIFFUSERS = TensorNames(
     name="diffusers",
     shown_by=("encoder.down_blocks.0.resnets.0.conv1.weight",),
     spelling=(
@@ -134,7 +134,7 @@ LEFT_OUT = re.compile(
 """What only training needs: the parts of the loss, codes used lately, moving averages of the codebook."""
 
 
-def layout_of(weights: Weights, asked: str) -> tuple[Layout, dict[str, Stored]]:
+def layout_of(weights: Weights, asked: str) -> tuple[TensorNames, dict[str, Stored]]:
     """The layout, and the tokenizer's tensors by their names within the model that they may be a part of.
 
     Args:
@@ -178,7 +178,7 @@ class PublishedTensors:
     """Tensors in a known layout, asked for by our names."""
 
     path: Path
-    layout: Layout
+    layout: TensorNames
     tensors: Mapping[str, Stored]
 
     @property
