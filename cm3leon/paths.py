@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cm3leon.locks import locked
+from cm3leon.locks import LOCK, locked
 from cm3leon.types import UserError
 
 _KINDS = (
@@ -124,3 +125,23 @@ def writing(folder: Path, where: str) -> Iterator[None]:
     make_folder(folder, where)
     with locked(folder, where=where):
         yield
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; it takes its place when all is written, and vanishes if that fails."""
+    out = out.resolve()
+    make_folder(out.parent, "out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} exists already; out must be a new or empty folder")
+    partial = out.with_name(f".{out.name}.partial")
+    with writing(partial, "out"), naming(out):
+        for left in partial.iterdir():  # by an export that was killed
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            (partial / LOCK).unlink()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

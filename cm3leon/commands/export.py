@@ -12,17 +12,13 @@ docs/public_weights.md has the whole way.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cm3leon.config import NonNegativeInt, to_mapping
 from cm3leon.io import read_json, write_json
-from cm3leon.locks import LOCK
-from cm3leon.paths import make_folder, naming, writing
+from cm3leon.paths import new_folder
 from cm3leon.permissions import use_umask
 from cm3leon.stages.trust import Opening
 from cm3leon.types import UserError
@@ -205,23 +201,3 @@ def export_to_cm3leon(options: Options) -> None:
     with new_folder(options.out) as folder:
         save_weights(folder / WEIGHTS, state)
         write_json(folder / "config.json", content)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it takes its place when all is written, and vanishes if that fails."""
-    out = out.resolve()
-    make_folder(out.parent, "out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} exists already; out must be a new or empty folder")
-    partial = out.with_name(f".{out.name}.partial")
-    with writing(partial, "out"), naming(out):
-        for left in partial.iterdir():  # by an export that was killed
-            if left.name != LOCK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield partial
-            (partial / LOCK).unlink()
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)

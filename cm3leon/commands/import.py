@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     Raises:
         UserError: for files that are missing or are not of the family, or a folder that holds something.
     """
-    from cm3leon.commands.export import new_folder
+    from cm3leon.paths import new_folder
     from cm3leon.registry import discover
     from cm3leon.stages.importing import import_run
     from cm3leon.tokenizers.families import FAMILIES

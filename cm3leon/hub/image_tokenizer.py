@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.image.network import GROUPS, Architecture
-from cm3leon.tokenizers.image.published_layouts import DIFFUSERS, TAMING, Layout
+from cm3leon.tokenizers.image.published_layouts import DIFFUSERS, TAMING, TensorNames
 from cm3leon.tokenizers.image.quantizer import EMAQuantizer, LookupQuantizer
 from cm3leon.tokenizers.image.vq_model import VQModel
 
@@ -97,7 +97,7 @@ def chameleon_state(tokenizer: VQModel) -> dict[str, Tensor]:
     }
 
 
-def _state(tokenizer: VQModel, layout: Layout) -> dict[str, Tensor]:
+def _state(tokenizer: VQModel, layout: TensorNames) -> dict[str, Tensor]:
     shape: Architecture = tokenizer.shape
     normalized = isinstance(tokenizer.quantizer, LookupQuantizer) and tokenizer.quantizer.normalized
     result = {}
