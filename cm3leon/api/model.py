@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ from cm3leon.decoders.generate import Answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
 from cm3leon.stages.opening import TUNED
-from cm3leon.stages.prompts import fitting_prompt, found_rows
+from cm3leon.stages.prompts import fitting_prompt, found_rows, text_scores
 from cm3leon.tasks.base import Task
 from cm3leon.types import (
     Notice,
@@ -54,6 +54,7 @@ class CM3Leon(AskedPages, AskedFilling):
         *,
         n: Samples = 1,
         retrieve: NonNegativeInt = 0,
+        documents: Sequence[NonNegativeInt] | None = None,
         decoder: DecoderChoice = None,
         seed: NonNegativeInt = 0,
         size: tuple[int, int] | None = None,
@@ -64,6 +65,8 @@ class CM3Leon(AskedPages, AskedFilling):
 
         Args:
             retrieve: documents to put before the prompt, fewer where the model has no room for as many.
+            documents: the documents themselves in its place, as rows of the memory bank, the closest last, such as
+                `documents_for` finds.
             decoder: how codes are drawn; `mixture` takes top-p and CD-K in turn, as the paper does before re-ranking.
             seed: of the first sample; the others count on from it.
             size: width and height in pixels, of those that the model has tokens for; None = the run's square images.
@@ -79,10 +82,10 @@ class CM3Leon(AskedPages, AskedFilling):
             where = "prompt" if isinstance(prompt, str) else f"prompt.{number}"
             raise UserError(f"{where} ({shortened(texts[number])}): {reason}")
         task = self._drawing(size)
-        documents = [TokenDocument(text, (self._text(text), task.fresh_image)) for text in texts]
-        found = self.retrieved(texts, None, "text", retrieve)
+        asked_for = [TokenDocument(text, (self._text(text), task.fresh_image)) for text in texts]
+        found, asked_count = self._before(texts, retrieve, documents)
         requests, used = [], []
-        for document, rows in zip(documents, found, strict=True):
+        for document, rows in zip(asked_for, found, strict=True):
             asked, kept = fitting_prompt(self.run, task, document, rows)
             used.append(kept)
             requests.append(self._request(asked, decoder, range(seed, seed + n)))
@@ -92,7 +95,7 @@ class CM3Leon(AskedPages, AskedFilling):
             self._notify(UnrankedWarning(sentence), stacklevel=3)
         results = []
         for text, document, rows, kept, drawn in zip(
-            texts, documents, found, used, self._answers(requests), strict=True
+            texts, asked_for, found, used, self._answers(requests), strict=True
         ):
             codes_BN = np.stack(
                 [
@@ -103,11 +106,37 @@ class CM3Leon(AskedPages, AskedFilling):
             pictures = self._pictures(
                 text, codes_BN, range(seed, seed + n), self.used_documents(kept), size
             )
-            shortage = shortage_of(retrieve, len(rows), len(kept))
+            shortage = shortage_of(asked_count, len(rows), len(kept))
             results.append(
-                [replace(picture, asked=retrieve, shortage=shortage) for picture in pictures]
+                [replace(picture, asked=asked_count, shortage=shortage) for picture in pictures]
             )
         return results[0] if isinstance(prompt, str) else results
+
+    def _before(
+        self, texts: Sequence[str], retrieve: int, documents: Sequence[int] | None
+    ) -> tuple[list[list[int]], int]:
+        """Rows of the bank that are to stand before each text, and how many were asked for."""
+        if documents is None:
+            return self.retrieved(texts, None, "text", retrieve), retrieve
+        if retrieve:
+            raise UserError("retrieve and documents are both given; give one of them")
+        if documents:
+            self._check_bank("documents")
+            size = len(self.run.bank)
+            for row in documents:
+                if row >= size:
+                    raise UserError(f"documents has {row}; the bank has rows from 0 to {size - 1}")
+        return [list(documents) for _ in texts], len(documents)
+
+    @checked
+    def documents_for(self, prompt: Worded, count: NonNegativeInt) -> list[FoundDocument]:
+        """The documents that `generate` puts before a prompt for `retrieve=count`, the closest last, to look at.
+
+        Their scores are inner products with the prompt.
+        """
+        (rows,) = self.retrieved([prompt], None, "text", count)
+        scores = text_scores(self.run, prompt, rows)
+        return self._found(zip(rows, scores, strict=True))
 
     @checked
     def __call__(
@@ -282,11 +311,15 @@ class CM3Leon(AskedPages, AskedFilling):
         self._check_bank("search")
         pixels_HWC = None if image is None else self._pixels(image)
         found = found_rows(self.run, text, pixels_HWC, min(count, len(self.run.bank)))
-        shown = self.used_documents([row for row, _ in found])
-        return [
-            FoundDocument(each.id, each.text, each.image, row, score)
-            for each, (row, score) in zip(shown, found, strict=True)
-        ]
+        return self._found(found)
+
+    def _found(self, found: Iterable[tuple[int, float]]) -> list[FoundDocument]:
+        """Rows of the bank with their scores, to look at."""
+        result = []
+        for row, score in found:
+            (each,) = self.used_documents([row])
+            result.append(FoundDocument(each.id, each.text, each.image, row, score))
+        return result
 
     @checked
     def score(

@@ -38,6 +38,7 @@ GROUPS = {
         "export",
         "push",
         "serve",
+        "demo",
     ),
     "to follow jobs": ("status", "logs", "cancel"),
     "that launchers give to jobs": ("part", "point", "collect"),

@@ -215,6 +215,8 @@ def _check_settings(options: ImageOptions, out: Path, model: CM3Leon) -> None:
         **{name: value for name, value in to_mapping(options).items() if name not in apart},
         "model": model.run.parts_of_answers(with_bank=options.retrieve > 0),
     }
+    if settings.get("mask") is not None:  # whose content is what answers depend on
+        settings["mask"] = sha256(Path(settings["mask"]))
     if not out.is_file() or not file.is_file():
         if out.is_file() and out.stat().st_size:
             raise UserError(f"out: {out} was not made by this command; take another name")

@@ -63,6 +63,8 @@ class Options(AskingOptions):
     """Of those, the best by CLIP that are written; null = all."""
     retrieve: NonNegativeInt = 0
     """Documents of the memory bank that are put before a prompt."""
+    documents: list[NonNegativeInt] | None = None
+    """Rows of the memory bank that are put before a prompt, the closest last, in the place of `retrieve`."""
     decoder: Annotated[Component, DECODERS] | None = None
     """How codes are drawn; null = as the run's experiment says."""
     size: tuple[int, int] | None = None
@@ -172,6 +174,7 @@ def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ran
         list(texts.values()),
         n=options.n,
         retrieve=options.retrieve,
+        documents=options.documents,
         decoder=options.decoder,
         seed=options.seed,
         size=options.size,
@@ -213,10 +216,21 @@ def _prompts(options: Options) -> dict[int, str]:
 def _check_settings(options: Options, run: RunFolder) -> None:
     """Writes down what images depend on, or compares with what is written."""
     file = options.out / SETTINGS
-    names = ("n", "keep", "retrieve", "decoder", "seed", "precision", "weights", "size")
+    names = (
+        "n",
+        "keep",
+        "retrieve",
+        "documents",
+        "decoder",
+        "seed",
+        "precision",
+        "weights",
+        "size",
+    )
     settings = {name: to_mapping(options)[name] for name in names}
     settings["run"] = str(options.run.resolve())
-    settings["parts"] = run.parts_of_answers(with_bank=options.retrieve > 0)
+    with_bank = options.retrieve > 0 or bool(options.documents)
+    settings["parts"] = run.parts_of_answers(with_bank=with_bank)
     # What the options leave to the run is what its experiment says today.
     for name in ("decoder", "retriever") if options.retrieve else ("decoder",):
         settings[name] = settings.get(name) or run.settings_of(name)[name]

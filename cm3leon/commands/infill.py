@@ -31,25 +31,29 @@ class Options(TextOptions):
     """The text that belongs to the image."""
     box: tuple[int, int, int, int] | None = None
     """Part of the image that is made anew: left, top, right, bottom in its pixels."""
+    mask: Path | None = None
+    """Image file of the image's size, in the place of `box`; where it is wholly transparent the image is made anew."""
     words: tuple[int, int] | None = None
     """Part of the text that is made anew: its characters from the first number to before the second."""
 
     def check(self) -> None:
-        if self.box is None and self.words is None:
+        if self.box is None and self.mask is None and self.words is None:
             raise UserError(
                 "`infill` needs what is to be made anew: box=[LEFT,TOP,RIGHT,BOTTOM], for example "
-                "box=[0,16,32,32], or words=[FROM,TO]"
+                "box=[0,16,32,32], mask=FILE, or words=[FROM,TO]"
             )
 
 
 def main(options: Options) -> None:
     """Makes the part of each image, or of its text, anew. Raises as `ask` does."""
+    from cm3leon.data.images import read_mask
 
     def answer(model: CM3Leon, image: Path, save: Save) -> dict[str, Any]:
         filled = model.infill(
             image,
             options.text,
             box=options.box,
+            mask=None if options.mask is None else read_mask(options.mask),
             words=options.words,
             decoder=options.decoder,
             seed=options.seed,

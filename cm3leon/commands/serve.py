@@ -100,4 +100,4 @@ def main(options: Options) -> None:
     )
     with service:
         server = Server(service, limits=limits, key=key)
-        listen(server, host=options.host, port=options.port, grace=options.grace)
+        listen(server, host=options.host, port=options.port, grace=options.grace, path="/v1")

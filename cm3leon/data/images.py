@@ -149,6 +149,18 @@ def decode_transparency(content: bytes, max_pixels: int, name: str = "mask") -> 
             return np.asarray(upright.convert("RGBA").getchannel("A")) == 0
 
 
+def read_mask(file: Path) -> np.ndarray:
+    """Which pixels of an image file are wholly transparent, as `decode_transparency`, for a file that a user gave.
+
+    Raises:
+        UserError: for a file that cannot be used.
+    """
+    try:
+        return decode_transparency(file.read_bytes(), MAX_PIXELS)
+    except (OSError, UnusableImage) as error:
+        raise UserError(f"mask: {str(file)!a} cannot be used: {error}") from error
+
+
 def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[int, int]:
     """Width and height of an image file by its header, in which it lies as it does in the file.
 

@@ -1,4 +1,4 @@
-"""The server at its port, until a signal stops it."""
+"""A server, or a page, at its port, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, Protocol
 
 import uvicorn
 
-from cm3leon.serve.app import Server
 from cm3leon.training.signals import SIGNALS
 from cm3leon.types import UserError
+
+
+class Listening(Protocol):
+    """What answers at a port."""
+
+    app: Any
+    stopping: bool
+    """Whether new requests are refused."""
+
+    def described(self) -> str:
+        """What is served, in a line."""
+
+    def close(self, timeout: float) -> None:
+        """Finishes what was accepted, in so many seconds, and ends all threads."""
 
 
 class _Uvicorn(uvicorn.Server):
     """Ends by signals, without raising them once more when it has ended."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Listening) -> None:
         super().__init__(config)
         self._server = server
 
@@ -44,12 +58,13 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def listen(server: Server, *, host: str, port: int, grace: int) -> None:
+def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "") -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what was accepted.
 
     Args:
         port: 0 = any that is free.
         grace: seconds that it may take.
+        path: at which it is found, behind host and port.
 
     Raises:
         UserError: for an address that cannot be listened at.
@@ -65,12 +80,12 @@ def listen(server: Server, *, host: str, port: int, grace: int) -> None:
     with listener:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {server.described()}", flush=True)
-        print(f"http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        print(f"http://{shown}:{listener.getsockname()[1]}{path} (Ctrl-C ends it)", flush=True)
         uvicorn_of(server, grace).run(sockets=[listener])
     server.close(grace)
 
 
-def uvicorn_of(server: Server, grace: int) -> uvicorn.Server:
+def uvicorn_of(server: Listening, grace: int) -> uvicorn.Server:
     """What answers at a socket; `should_exit` ends it."""
     config = uvicorn.Config(
         server.app,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tasks.base import Task
@@ -47,10 +48,20 @@ def found_rows(
     query = run.retriever.parts(
         None if text is None else [text], None if pixels_HWC is None else pixels_HWC[None]
     )
-    rows_1K = run.bank.search(query.mean(), count)
-    scores_K = run.bank.parts_of(rows_1K).mean()[0] @ query.mean()[0]
-    found = zip(rows_1K[0].tolist(), scores_K.tolist(), strict=True)
-    return [(row, score) for row, score in found if row != NONE]
+    rows_K = [row for row in run.bank.search(query.mean(), count)[0].tolist() if row != NONE]
+    return list(zip(rows_K, _scores(run, query, rows_K), strict=True))
+
+
+def text_scores(run: RunFolder, text: str, rows: list[int]) -> list[float]:
+    """Inner products of rows of the bank with a text."""
+    return _scores(run, run.retriever.parts([text], None), rows)
+
+
+def _scores(run: RunFolder, query: Parts, rows: list[int]) -> list[float]:
+    if not rows:
+        return []
+    scores_K = run.bank.parts_of(np.array([rows])).mean()[0] @ query.mean()[0]
+    return [float(score) for score in scores_K]
 
 
 def fitting_prompt(

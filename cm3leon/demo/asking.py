@@ -1,0 +1,401 @@
+"""A run asked as a page asks it: plain functions of a service and what was entered to what is shown.
+
+Nothing here knows of gradio. Mistakes are raised as everywhere; `sentence_of` says what a page shows of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cm3leon.api import CM3Leon, FoundDocument, GeneratedImage, found_of
+from cm3leon.demo.again import IMAGE, MASK, Again
+from cm3leon.demo.entered import LONGEST_TEXT, pixels_of, text_of, words_of
+from cm3leon.serve.engine import Caller
+from cm3leon.serve.errors import refusal_of
+from cm3leon.serve.pictures import Canvas
+from cm3leon.serve.service import Service
+from cm3leon.tasks.prompts import mask_codes
+from cm3leon.types import Notice, UserError
+
+LOG = logging.getLogger(__name__)
+PATIENCE = 1.0
+"""Seconds after which whoever watches a result is given its turn, so that it can leave."""
+
+Picture = tuple[Image.Image, str]
+"""An image and what is said below it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a page may ask for."""
+
+    pixels: int = 16_000_000
+    """Pixels of an image that is given."""
+    samples: int = 8
+    """Images at a time."""
+    documents: int = 8
+    """Retrieved documents before a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is shown: images or a text, what there is to say of them, and what makes them again."""
+
+    pictures: Sequence[Picture] = ()
+    text: str = ""
+    told: Sequence[str] = ()
+    """Sentences."""
+    again: Again | None = None
+    """None while it grows."""
+    files: dict[str, Image.Image] = field(default_factory=dict)
+    """Images that `again` reads, by their names."""
+
+
+class Asker:
+    """Threads that ask a service for the sessions of a page, who may leave.
+
+    Args:
+        run: the folder as it was given, which commands name.
+        loading: what it was loaded with, as far as it is not the default.
+    """
+
+    def __init__(
+        self, service: Service, run: Path, loading: dict[str, Any], limits: Limits, requests: int
+    ) -> None:
+        self.service, self.limits = service, limits
+        self._run, self._loading = run, loading
+        self._callers: dict[str, set[Caller]] = defaultdict(set)
+        # The engine's thread has the cores; beside it, one thread computes at a time.
+        alone = partial(torch.set_num_threads, 1)
+        self._pool = ThreadPoolExecutor(requests, "page", initializer=alone)
+        self._brief = ThreadPoolExecutor(1, "brief", initializer=alone)
+
+    @property
+    def model(self) -> CM3Leon:
+        """The model, to be looked at."""
+        return self.service.model
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side of an image."""
+        return int(self.model.run.image_tokenizer.image_size)
+
+    def pixels(self, file: str | None) -> np.ndarray:
+        """Pixels (size, size, 3) of what the model sees of an image file, see `pixels_of`."""
+        return pixels_of(file, self.size, self.limits.pixels)
+
+    def close(self) -> None:
+        """Gives up what is not done, and ends the threads."""
+        for session in list(self._callers):
+            self.leave(session)
+        for pool in (self._pool, self._brief):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def leave(self, session: str) -> None:
+        """Gives up all that a session has asked for."""
+        for caller in list(self._callers.pop(session, ())):
+            caller.cancel()
+
+    def briefly(self, session: str, work: Callable[[CM3Leon], Any]) -> Any:
+        """What the work returns, which asks the engine for nothing."""
+        return self._brief.submit(self._work, self.service.caller(session), work, []).result()
+
+    def watch(
+        self,
+        session: str,
+        work: Callable[[CM3Leon], Result],
+        canvas: Callable[[CM3Leon], Canvas] | None = None,
+    ) -> Iterator[Result]:
+        """A result as it grows, the last one whole.
+
+        Args:
+            canvas: what is shown of an image that still grows; None = nothing.
+        """
+        fresh: dict[int, list[int]] = {}
+        changed, growing = threading.Event(), dict[int, Image.Image]()
+        canvases: list[Canvas] = []
+
+        def put(_: int, sample: int, tokens: list[int]) -> None:
+            fresh[sample] = tokens
+            changed.set()
+
+        def render(model: CM3Leon, tokens: list[int]) -> Image.Image:
+            if not canvases and canvas is not None:
+                canvases.append(canvas(model))
+            return canvases[0].image(tokens)
+
+        caller = self.service.caller(session, on_tokens=None if canvas is None else put)
+        self._callers[session].add(caller)
+        notices: list[Notice] = []
+        done: Future[Result] = self._pool.submit(self._work, caller, work, notices)
+        done.add_done_callback(lambda _: changed.set())
+        try:
+            while not done.done():
+                changed.wait(PATIENCE)
+                changed.clear()
+                for sample in list(fresh):
+                    drawing = partial(render, tokens=fresh.pop(sample))
+                    growing[sample] = self.briefly(session, drawing)
+                if not done.done():
+                    shown = [(growing[each], "...") for each in sorted(growing)]
+                    yield Result(pictures=shown)
+            result = done.result()
+            yield replace(result, told=[*result.told, *map(str, notices)])
+        finally:
+            caller.cancel()
+            self._forget(session, caller)
+
+    def again(self, command: str, method: str, positional: dict[str, Any], **options: Any) -> Again:
+        """What makes a result of this run again."""
+        return Again(self._run, self._loading, command, method, positional, options)
+
+    def _forget(self, session: str, caller: Caller) -> None:
+        callers = self._callers.get(session, set())
+        callers.discard(caller)
+        if not callers:
+            self._callers.pop(session, None)
+
+    def _work(self, caller: Caller, work: Callable[[CM3Leon], Any], notices: list[Notice]) -> Any:
+        with self.service.asking(caller, notices) as model:
+            return work(model)
+
+
+def sentence_of(error: Exception) -> str:
+    """What a page says of an error; of a bug, that it is in the log."""
+    refusal = refusal_of(error)
+    if refusal is None:
+        LOG.error("a question of the page failed", exc_info=error)
+        return "the page failed; its log says why"
+    return str(refusal)
+
+
+def documents_for(asker: Asker, session: str, prompt: str, count: int) -> list[FoundDocument]:
+    """What is retrieved for a prompt, the closest last."""
+    prompt = text_of(prompt, "prompt")
+    return asker.briefly(session, lambda model: model.documents_for(prompt, count))
+
+
+def draw(
+    asker: Asker,
+    session: str,
+    prompt: str,
+    *,
+    n: int,
+    decoder: Any,
+    found: Sequence[int],
+    used: Sequence[int],
+    seed: int,
+) -> Iterator[Result]:
+    """Images for a text as they grow, the best first.
+
+    Args:
+        found: rows of the memory bank that were retrieved, the closest last.
+        used: those of them that stand before the prompt.
+    """
+    prompt = text_of(prompt, "prompt")
+    kept = [row for row in found if row in set(used)]
+    chosen: dict[str, Any] = {"documents": kept} if kept else {}
+    if kept and kept == list(found):
+        chosen = {"retrieve": len(kept)}
+
+    def work(model: CM3Leon) -> Result:
+        drawn = model.generate(prompt, n=n, decoder=decoder, seed=seed, **chosen)
+        best = drawn[0]
+        told = [f"Seed {seed}."]
+        if best.documents:
+            told.append(f"Documents: {', '.join(each.id for each in best.documents)}.")
+        if best.shortage:
+            told.append(found_of(len(best.documents), best.asked, best.shortage))
+        options = {"n": n, **chosen, "decoder": decoder, "seed": seed}
+        again = asker.again("generate", "generate", {"prompt": prompt}, **options)
+        return Result(pictures=_pictures(drawn), told=told, again=again)
+
+    return asker.watch(session, work, Canvas.empty)
+
+
+def edit(
+    asker: Asker, session: str, pixels_HWC: np.ndarray, instruction: str, *, n: int, seed: int
+) -> Iterator[Result]:
+    """An image changed as an instruction says, as it grows, the best first."""
+    instruction = text_of(instruction, "instruction")
+    image = Image.fromarray(pixels_HWC)
+
+    def work(model: CM3Leon) -> Result:
+        drawn = model.edit(image, instruction, n=n, seed=seed)
+        given = {"image": IMAGE, "instruction": instruction}
+        again = asker.again("edit", "edit", given, n=n, seed=seed)
+        return Result(
+            pictures=_pictures(drawn), told=[f"Seed {seed}."], again=again, files={IMAGE: image}
+        )
+
+    return asker.watch(session, work, Canvas.empty)
+
+
+def look(
+    asker: Asker,
+    session: str,
+    pixels_HWC: np.ndarray,
+    question: str | None,
+    *,
+    retrieve: int,
+    seed: int,
+) -> Iterator[Result]:
+    """A text for an image: the answer to a question, its caption without one."""
+    image, question = Image.fromarray(pixels_HWC), (question or "").strip()
+
+    def work(model: CM3Leon) -> Result:
+        given = {"image": IMAGE}
+        if question:
+            text = model.answer(image, question, seed=seed)
+            given["question"] = question
+            again = asker.again("answer", "answer", given, seed=seed)
+        else:
+            text = model.caption(image, retrieve=retrieve, seed=seed)
+            options = {"retrieve": retrieve or None, "seed": seed}
+            again = asker.again("caption", "caption", given, **options)
+        return Result(text=text, told=[f"Seed {seed}."], again=again, files={IMAGE: image})
+
+    return asker.watch(session, work)
+
+
+def fill_in(
+    asker: Asker,
+    session: str,
+    pixels_HWC: np.ndarray,
+    caption: str | None,
+    *,
+    brushed_HW: np.ndarray | None,
+    box: tuple[int, int, int, int] | None,
+    decoder: Any,
+    seed: int,
+) -> Iterator[Result]:
+    """An image, or words of its caption, with a part made anew.
+
+    Args:
+        caption: with [brackets] around words that are made anew.
+        brushed_HW: booleans of any height and width, True where a brush was.
+        box: in pixels of the image.
+    """
+    caption = (caption or "").strip()
+    if len(caption) > LONGEST_TEXT:
+        raise UserError(f"caption has more than {LONGEST_TEXT} characters")
+    text, words = words_of(caption)
+    brushed = brushed_HW is not None and bool(brushed_HW.any())
+    if not brushed and box is None and words is None:
+        raise UserError(
+            "nothing is to be made anew; brush over a part of the image, give a box, or put [brackets] around words"
+        )
+    if brushed and box is not None:
+        raise UserError("both a box and a brush say what is made anew; take one of them away")
+    grid = asker.model.run.grid[0]
+    image, files = Image.fromarray(pixels_HWC), {IMAGE: Image.fromarray(pixels_HWC)}
+    scale = asker.size // grid
+    asked_HW = np.zeros((asker.size, asker.size), bool)
+    options: dict[str, Any] = {"box": box, "words": words, "decoder": decoder, "seed": seed}
+    mask_HW = None
+    if brushed:
+        assert brushed_HW is not None
+        codes_GG = mask_codes(brushed_HW, (grid, grid))
+        mask_HW = asked_HW = np.kron(codes_GG, np.ones((scale, scale), bool)).astype(bool)
+        files[MASK] = _mask_image(mask_HW)
+        options["mask"] = MASK
+    elif box is not None:
+        asked_HW[box[1] : box[3], box[0] : box[2]] = True
+
+    def work(model: CM3Leon) -> Result:
+        filled = model.infill(
+            image, text, box=box, mask=mask_HW, words=words, decoder=decoder, seed=seed
+        )
+        given = {"image": IMAGE, "text": text}
+        return Result(
+            pictures=[(filled.image, f"seed {seed}")],
+            text=filled.text,
+            told=[f"Seed {seed}."],
+            again=asker.again("infill", "infill", given, **options),
+            files=files,
+        )
+
+    def canvas(model: CM3Leon) -> Canvas:
+        codes_N = model.run.image_tokenizer.encode(pixels_HWC[None])[0]
+        return Canvas(model, mask_codes(asked_HW, (grid, grid)), codes_N)
+
+    return asker.watch(session, work, canvas if asked_HW.any() else None)
+
+
+def search(
+    asker: Asker, session: str, text: str, file: str | None, count: int
+) -> list[FoundDocument]:
+    """Documents of the memory bank that are closest to a text, an image, or both."""
+    pixels_HWC = asker.pixels(file) if file else None
+    words = (text or "").strip() or None
+    if words is not None:
+        words = text_of(words, "text")
+
+    def work(model: CM3Leon) -> list[FoundDocument]:
+        return model.search(words, pixels_HWC, count=count)
+
+    return asker.briefly(session, work)
+
+
+def browse(asker: Asker, session: str, page: int, per_page: int) -> tuple[list[Picture], str]:
+    """A page of the memory bank in its order, from 1, and what is said of it; pages beyond an end are the last one."""
+
+    def work(model: CM3Leon) -> tuple[list[Picture], str]:
+        size = len(model.run.bank)
+        pages = max(1, math.ceil(size / per_page))
+        number = min(max(page, 1), pages)
+        rows = range((number - 1) * per_page, min(number * per_page, size))
+        shown = [
+            (each.image or _no_image(asker.size), f"{row}: {each.text}")
+            for row, each in zip(rows, model.used_documents(list(rows)), strict=True)
+        ]
+        return shown, f"Page {number} of {pages}, {size:,} documents."
+
+    return asker.briefly(session, work)
+
+
+def found_pictures(found: Sequence[FoundDocument], size: int) -> list[Picture]:
+    """Documents as pictures."""
+    return [(each.image or _no_image(size), document_line(each)) for each in found]
+
+
+def document_line(document: FoundDocument) -> str:
+    """A document in a line: its score, its text and its row."""
+    text = document.text if len(document.text) <= 80 else f"{document.text[:80]}..."
+    return f"{document.score:.2f} · {text or '(no text)'} · row {document.row}"
+
+
+def _pictures(drawn: Sequence[GeneratedImage]) -> list[Picture]:
+    return [
+        (
+            each.image,
+            f"seed {each.seed}"
+            if np.isnan(each.score)
+            else f"seed {each.seed} · CLIP {each.score:.3f}",
+        )
+        for each in drawn
+    ]
+
+
+def _mask_image(mask_HW: np.ndarray) -> Image.Image:
+    """A mask as a file has it: transparent where it asks for something."""
+    rgba_HW4 = np.zeros((*mask_HW.shape, 4), np.uint8)
+    rgba_HW4[~mask_HW, 3] = 255
+    return Image.fromarray(rgba_HW4)
+
+
+def _no_image(size: int) -> Image.Image:
+    return Image.new("RGB", (size, size), (128, 128, 128))

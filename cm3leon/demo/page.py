@@ -1,0 +1,450 @@
+"""The page: gradio's blocks around the functions of `asking.py`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before gradio is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+
+from cm3leon.demo import asking, entered
+from cm3leon.demo.asking import Asker
+from cm3leon.demo.parts import (
+    Shown,
+    Updates,
+    brushed_pixels,
+    given_image,
+    on,
+    plain,
+    seed_field,
+    session_of,
+    told,
+)
+from cm3leon.serve.gate import Gate
+from cm3leon.serve.service import is_tuned, takes_questions
+
+USER = "cm3leon"
+"""Who a page with a password is opened by."""
+SHOWN_SIDE = 512
+"""Pixels of a side of an image that is brushed over, about."""
+PER_PAGE = 24
+"""Documents of a page of the memory bank."""
+KEPT_SECONDS = 3600
+"""Time for which images of a session can be downloaded."""
+CSS = """
+.status { min-height: 1.5em; }
+.status p { margin: 0; }
+.gallery .caption-label { white-space: normal; max-width: 100%; font-size: 0.75rem; padding: 1px 4px; }
+button[role=tab] { padding-left: 10px; padding-right: 10px; }
+.code textarea { font-family: ui-monospace, monospace; font-size: 0.85rem; }
+.gallery img { image-rendering: pixelated; }
+.gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
+:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
+"""
+
+
+class Page:
+    """The page at a port, see `listen`.
+
+    Args:
+        key: password of the user cm3leon; None = none, and then only browsers of this machine may ask.
+        queue: questions that may wait.
+        body_bytes: that a file may have.
+    """
+
+    def __init__(self, asker: Asker, *, key: str | None, queue: int, body_bytes: int) -> None:
+        self.asker, self.stopping = asker, False
+        self._folder = tempfile.TemporaryDirectory(prefix="cm3leon-page-")
+        os.environ["GRADIO_TEMP_DIR"] = self._folder.name
+        blocks = _Blocks(asker, Path(self._folder.name)).blocks
+        blocks.queue(max_size=queue, default_concurrency_limit=queue, api_open=False)
+        app = gr.mount_gradio_app(
+            FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+            blocks,
+            path="/",
+            footer_links=[],
+            auth=None if key is None else (USER, key),
+            max_file_size=body_bytes,
+            ssr_mode=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            pwa=False,
+            run_history=False,
+            theme=gr.themes.Default(
+                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            css=CSS,
+        )
+        # A file travels in a form, which is a little larger.
+        gate = Gate(app, key=None, body_bytes=body_bytes + 2**16)
+        self.app = gate if key is None else app
+
+    def described(self) -> str:
+        """What the page is of."""
+        return f"a page of {self.asker.model.run.folder.resolve().name}"
+
+    def close(self, timeout: float) -> None:
+        """Gives up what is not done: nobody sees it any more."""
+        self.stopping = True
+        self.asker.close()
+        self._folder.cleanup()
+
+
+class _Blocks:
+    """The tabs."""
+
+    def __init__(self, asker: Asker, folder: Path) -> None:
+        self._asker, self._folder = asker, folder
+        run = asker.model.run
+        self._has_bank = run.has_retriever and run.has_bank
+        with gr.Blocks(
+            title=f"CM3Leon: {run.folder.resolve().name}",
+            analytics_enabled=False,
+            delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
+        ) as self.blocks:
+            gr.Markdown(f"# {plain(run.folder.resolve().name)}")
+            with gr.Tab("Draw", id="draw"):
+                self._draw()
+            with gr.Tab("Look", id="look"):
+                self._look()
+            with gr.Tab("Fill in", id="fill"):
+                self._fill_in()
+            if is_tuned(asker.model):
+                with gr.Tab("Edit", id="edit"):
+                    self._edit()
+            if self._has_bank:
+                with gr.Tab("Library", id="library"):
+                    self._library()
+            self.blocks.unload(self._leave)
+
+    # ------------------------------------------------------------------------------------------------- tabs
+
+    def _draw(self) -> None:
+        asker, most = self._asker, self._asker.limits
+        with gr.Row():
+            with gr.Column(min_width=300):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder="a handwritten seven",
+                    max_length=entered.LONGEST_TEXT,
+                    autofocus=True,
+                )
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary")
+                    stop = gr.Button("Stop")
+                n = gr.Slider(1, most.samples, min(4, most.samples), step=1, label="Samples")
+                count = gr.Slider(
+                    0,
+                    most.documents,
+                    2 if self._has_bank else 0,
+                    step=1,
+                    label="Retrieved documents",
+                    visible=self._has_bank,
+                )
+                decoder, guidance, seed = self._how_drawn()
+                find = gr.Button("Find documents", visible=self._has_bank)
+                used = gr.CheckboxGroup(
+                    label="Documents that stand before the prompt",
+                    visible=False,
+                    elem_id="draw-used",
+                )
+                documents = gr.Gallery(
+                    label="Documents, the closest last",
+                    columns=3,
+                    format="png",
+                    visible=False,
+                    height="auto",
+                    elem_classes="gallery",
+                    elem_id="draw-documents",
+                    interactive=False,
+                )
+            with gr.Column(min_width=300):
+                shown = Shown(self._folder, "draw")
+        found = gr.State(None)
+        beside = [found, used, documents]
+
+        def finding(text: str, wanted: int, request: gr.Request) -> Updates:
+            try:
+                return ("", *self._documents(text, wanted, request))
+            except Exception as error:
+                return (told(error), gr.skip(), gr.skip(), gr.skip())
+
+        def drawing(
+            text: str,
+            samples: int,
+            wanted: int,
+            name: str | None,
+            weight: float | None,
+            number: str,
+            before: Any,
+            chosen: list[int],
+            request: gr.Request,
+        ) -> Iterator[Updates]:
+            updates: Updates = (gr.skip(), gr.skip(), gr.skip())
+            try:
+                if before is None or before[:2] != (text.strip(), wanted):
+                    updates = self._documents(text, wanted, request)
+                    before, chosen = updates[0], list(updates[0][2])
+                decoding = entered.decoder_entered(asker.model, name, weight)
+                growing = asking.draw(
+                    asker,
+                    session_of(request),
+                    text,
+                    n=int(samples),
+                    decoder=decoding,
+                    found=before[2],
+                    used=chosen,
+                    seed=entered.seed_of(number),
+                )
+                for result in growing:
+                    yield (*shown.updates(result), *updates)
+                    updates = (gr.skip(), gr.skip(), gr.skip())
+            except Exception as error:
+                yield (*shown.failed(error), *updates)
+
+        inputs = [prompt, n, count, decoder, guidance, seed, found, used]
+        on([go.click, prompt.submit], drawing, inputs, [*shown.outputs, *beside])
+        on([find.click], finding, [prompt, count], [shown.status, *beside])
+        stop.click(self._leave, api_visibility="private")
+
+    def _documents(self, text: str, wanted: int, request: gr.Request) -> Updates:
+        """Updates of what is known of the retrieved documents, their switches and their pictures."""
+        found = []
+        if wanted:
+            found = asking.documents_for(self._asker, session_of(request), text, int(wanted))
+        rows = [each.row for each in found]
+        choices = [(asking.document_line(each), each.row) for each in found]
+        pictures = asking.found_pictures(found, self._asker.size)
+        return (
+            (text.strip(), wanted, rows),
+            gr.update(choices=choices, value=rows, visible=bool(found)),
+            gr.update(value=pictures, visible=bool(found)),
+        )
+
+    def _look(self) -> None:
+        asker = self._asker
+        with gr.Row():
+            with gr.Column(min_width=300):
+                image = given_image("look-image")
+                question = gr.Textbox(
+                    label="Question (empty: a caption)",
+                    max_length=entered.LONGEST_TEXT,
+                    visible=takes_questions(asker.model),
+                )
+                go = gr.Button("Describe", variant="primary")
+                count = gr.Slider(
+                    0,
+                    asker.limits.documents,
+                    0,
+                    step=1,
+                    label="Retrieved documents of a caption",
+                    visible=self._has_bank,
+                )
+                seed = seed_field()
+            with gr.Column(min_width=300):
+                shown = Shown(self._folder, "look", pictures=False, text="Answer")
+
+        def looking(
+            file: str | None, asked: str, wanted: int, number: str, request: gr.Request
+        ) -> Iterator[Updates]:
+            try:
+                for result in asking.look(
+                    asker,
+                    session_of(request),
+                    asker.pixels(file),
+                    asked,
+                    retrieve=int(wanted),
+                    seed=entered.seed_of(number),
+                ):
+                    yield shown.updates(result)
+            except Exception as error:
+                yield shown.failed(error)
+
+        on([go.click, question.submit], looking, [image, question, count, seed], shown.outputs)
+
+    def _fill_in(self) -> None:
+        asker = self._asker
+        scale = max(1, SHOWN_SIDE // asker.size)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                image = given_image("fill-image")
+                brush = gr.Brush(default_size=32, colors=["#ff3b30"], color_mode="fixed")
+                editor = gr.ImageEditor(
+                    label="Brush over what is made anew",
+                    sources=(),
+                    transforms=(),
+                    brush=brush,
+                    layers=False,
+                    type="numpy",
+                    format="png",
+                    visible=False,
+                    canvas_size=(SHOWN_SIDE, SHOWN_SIDE),
+                    elem_id="fill-editor",
+                    buttons=[],
+                )
+                box = gr.Textbox(
+                    label="Or a box: left, top, right, bottom",
+                    info=f"pixels of the image as the model sees it, {asker.size} x {asker.size}",
+                    placeholder=f"0, {asker.size // 2}, {asker.size}, {asker.size}",
+                )
+                caption = gr.Textbox(
+                    label="Caption",
+                    info="put [brackets] around words that are made anew",
+                    placeholder="a handwritten seven",
+                    max_length=entered.LONGEST_TEXT,
+                )
+                with gr.Row():
+                    go = gr.Button("Fill in", variant="primary")
+                    stop = gr.Button("Stop")
+                decoder, guidance, seed = self._how_drawn()
+            with gr.Column(min_width=300):
+                shown = Shown(self._folder, "fill", text="Caption")
+
+        def chosen(file: str | None) -> Updates:
+            if not file:
+                return ("", gr.update(value=None, visible=False))
+            try:
+                pixels_HWC = asker.pixels(file)
+            except Exception as error:
+                return (told(error), gr.update(value=None, visible=False))
+            side = asker.size * scale
+            large = Image.fromarray(pixels_HWC).resize((side, side), Image.Resampling.NEAREST)
+            return ("", gr.update(value=np.asarray(large), visible=True))
+
+        def filling(
+            file: str | None,
+            brushed: dict[str, Any] | None,
+            corners: str,
+            text: str,
+            name: str | None,
+            weight: float | None,
+            number: str,
+            request: gr.Request,
+        ) -> Iterator[Updates]:
+            try:
+                for result in asking.fill_in(
+                    asker,
+                    session_of(request),
+                    asker.pixels(file),
+                    text,
+                    brushed_HW=brushed_pixels(brushed),
+                    box=entered.box_of(corners, asker.size),
+                    decoder=entered.decoder_entered(asker.model, name, weight),
+                    seed=entered.seed_of(number),
+                ):
+                    yield shown.updates(result)
+            except Exception as error:
+                yield shown.failed(error)
+
+        inputs = [image, editor, box, caption, decoder, guidance, seed]
+        image.change(chosen, image, [shown.status, editor], api_visibility="private")
+        on([go.click], filling, inputs, shown.outputs)
+        stop.click(self._leave, api_visibility="private")
+
+    def _edit(self) -> None:
+        asker, most = self._asker, self._asker.limits
+        with gr.Row():
+            with gr.Column(min_width=300):
+                image = given_image("edit-image")
+                instruction = gr.Textbox(
+                    label="Instruction", placeholder="make it bold", max_length=entered.LONGEST_TEXT
+                )
+                with gr.Row():
+                    go = gr.Button("Edit", variant="primary")
+                    stop = gr.Button("Stop")
+                n = gr.Slider(1, most.samples, 1, step=1, label="Samples")
+                seed = seed_field()
+            with gr.Column(min_width=300):
+                shown = Shown(self._folder, "edit")
+
+        def editing(
+            file: str | None, text: str, samples: int, number: str, request: gr.Request
+        ) -> Iterator[Updates]:
+            try:
+                for result in asking.edit(
+                    asker,
+                    session_of(request),
+                    asker.pixels(file),
+                    text,
+                    n=int(samples),
+                    seed=entered.seed_of(number),
+                ):
+                    yield shown.updates(result)
+            except Exception as error:
+                yield shown.failed(error)
+
+        on([go.click, instruction.submit], editing, [image, instruction, n, seed], shown.outputs)
+        stop.click(self._leave, api_visibility="private")
+
+    def _library(self) -> None:
+        asker = self._asker
+        with gr.Row():
+            with gr.Column(min_width=300):
+                text = gr.Textbox(
+                    label="Search for", placeholder="a seven", max_length=entered.LONGEST_TEXT
+                )
+                image = given_image("library-image", "Image to search by")
+                go = gr.Button("Search", variant="primary")
+                page = gr.Number(1, label="Page of the memory bank", precision=0, minimum=1)
+                turn = gr.Button("Browse")
+            with gr.Column(min_width=300, scale=2):
+                status = gr.Markdown("", elem_classes="status", elem_id="library-status")
+                gallery = gr.Gallery(
+                    label="Documents",
+                    columns=3,
+                    format="png",
+                    height="auto",
+                    interactive=False,
+                    object_fit="contain",
+                    elem_classes="gallery",
+                    elem_id="library-images",
+                )
+
+        def searching(words: str, file: str | None, request: gr.Request) -> Updates:
+            try:
+                found = asking.search(asker, session_of(request), words, file, PER_PAGE)
+                return (
+                    f"{len(found)} documents, the closest first.",
+                    asking.found_pictures(found, asker.size),
+                )
+            except Exception as error:
+                return (told(error), gr.skip())
+
+        def browsing(number: float | None, request: gr.Request) -> Updates:
+            try:
+                session = session_of(request)
+                pictures, said = asking.browse(asker, session, int(number or 1), PER_PAGE)
+                return (said, pictures)
+            except Exception as error:
+                return (told(error), gr.skip())
+
+        on([go.click, text.submit], searching, [text, image], [status, gallery])
+        on([turn.click, page.submit, self.blocks.load], browsing, [page], [status, gallery])
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    def _how_drawn(self) -> tuple[Any, Any, Any]:
+        with gr.Accordion("How it is drawn", open=False):
+            usual = self._asker.model.run.experiment.decoder.name
+            choices = [
+                (f"as the run: {usual}", ""),
+                *((each, each) for each in entered.decoder_choices()),
+            ]
+            decoder = gr.Dropdown(choices, value="", label="Decoder")
+            guidance = gr.Number(
+                None, label="Guidance by the text (empty: the decoder's own)", minimum=0
+            )
+            seed = seed_field()
+        return decoder, guidance, seed
+
+    def _leave(self, request: gr.Request) -> None:
+        self._asker.leave(session_of(request))

@@ -1,0 +1,130 @@
+"""Parts of the page that its tabs have in common."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from cm3leon.demo.asking import Result, sentence_of
+
+Updates = tuple[Any, ...]
+"""What becomes of the components that a function answers."""
+
+
+class Shown:
+    """Components that show a result, and what makes it again."""
+
+    def __init__(self, folder: Path, name: str, *, pictures: bool = True, text: str = "") -> None:
+        self._folder = folder
+        self.status = gr.Markdown("", elem_classes="status", elem_id=f"{name}-status")
+        self.gallery = gr.Gallery(
+            label="Images",
+            columns=3,
+            format="png",
+            object_fit="contain",
+            height="auto",
+            elem_classes="gallery",
+            elem_id=f"{name}-images",
+            visible=pictures,
+            buttons=["download"],
+            interactive=False,
+        )
+        self.text = gr.Textbox(
+            label=text or "Text", interactive=False, visible=bool(text), elem_id=f"{name}-text"
+        )
+        with gr.Accordion("Make it again", open=False, elem_id=f"{name}-again"):
+            self.command, self.python = (
+                gr.Textbox(
+                    label=label,
+                    interactive=False,
+                    lines=2,
+                    buttons=["copy"],
+                    elem_id=f"{name}-{label.lower()}",
+                    elem_classes="code",
+                )
+                for label in ("Command", "Python")
+            )
+            self.files = gr.Files(
+                label="Files that they read",
+                interactive=False,
+                visible=False,
+                elem_id=f"{name}-files",
+            )
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.status, self.gallery, self.text, self.command, self.python, self.files]
+
+    def updates(self, result: Result) -> Updates:
+        pictures = list(result.pictures)
+        if result.again is None:
+            return ("Working ...", pictures, "", "", "", gr.update(value=None, visible=False))
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        files = []
+        for name, image in result.files.items():
+            image.save(folder / name)
+            files.append(str(folder / name))
+        status = " ".join(plain(sentence) for sentence in result.told)
+        again = result.again
+        reading = gr.update(value=files or None, visible=bool(files))
+        return (status, pictures, result.text, again.shell(), again.python(), reading)
+
+    def failed(self, error: Exception) -> Updates:
+        return (told(error), *(gr.skip() for _ in self.outputs[1:]))
+
+
+def on(
+    events: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+) -> None:
+    """Has a function answer events; one question of a kind at a time for each browser."""
+    gr.on(
+        events,
+        function,
+        inputs,
+        outputs,
+        trigger_mode="once",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def given_image(name: str, label: str = "Image") -> Any:
+    return gr.Image(
+        label=label,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "webcam", "clipboard"],
+        elem_id=name,
+        height=260,
+        buttons=[],
+    )
+
+
+def seed_field() -> Any:
+    return gr.Textbox(label="Seed (empty: any)", max_length=20)
+
+
+def brushed_pixels(value: dict[str, Any] | None) -> np.ndarray | None:
+    """Where an editor's layers are not transparent, None where there are none."""
+    layers = (value or {}).get("layers") or []
+    if not layers:
+        return None
+    return np.any([layer[..., 3] > 0 for layer in layers], axis=0)
+
+
+def session_of(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def told(error: Exception) -> str:
+    return f"⚠ {plain(sentence_of(error))}"
+
+
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is."""
+    return "".join(f"\\{each}" if each in "\\`*_{}[]<>()#+!|~$&-" else each for each in text)

@@ -1,0 +1,273 @@
+"""The page: what is entered, what makes a result again, and its tabs in a browser."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="needs cm3leon[demo]")
+
+import torch
+
+from cm3leon import CM3Leon
+from cm3leon.commands import load_command
+from cm3leon.commands.words import read_options
+from cm3leon.demo import asking
+from cm3leon.demo.again import Again
+from cm3leon.demo.asking import Asker, Limits, Result
+from cm3leon.demo.entered import box_of, seed_of, words_of
+from cm3leon.demo.page import Page
+from cm3leon.run import main
+from cm3leon.serve.listening import uvicorn_of
+from cm3leon.serve.service import Service
+from cm3leon.types import UserError
+
+CHROMIUM = shutil.which("chromium")
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def asker(tuned_model: CM3Leon) -> Iterator[Asker]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # as the threads of a page have: convolutions round otherwise on several
+    with Service(tuned_model, samples=2, precision="float32") as service:
+        limits = Limits(pixels=250_000, samples=4, documents=2)
+        found = Asker(service, tuned_model.run.folder, {"precision": "float32"}, limits, requests=4)
+        yield found
+        found.close()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def loaded(asker: Asker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CM3Leon:
+    """What loads a run gives the one that is asked, whose weights are not those of its folder."""
+
+    def load(run: Any, **options: Any) -> CM3Leon:
+        assert Path(run) == asker.model.run.folder
+        assert options.get("precision") == "float32"
+        return asker.model
+
+    monkeypatch.setattr(CM3Leon, "load", load)
+    monkeypatch.chdir(tmp_path)
+    return asker.model
+
+
+def noise(size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def last(results: Iterator[Result]) -> Result:
+    return list(results)[-1]
+
+
+def made_by_python(result: Result) -> Any:
+    assert result.again is not None
+    for name, image in result.files.items():
+        image.save(name)
+    names: dict[str, Any] = {}
+    exec(result.again.python(), names)
+    return names["result"]
+
+
+def run_command(result: Result) -> None:
+    assert result.again is not None
+    assert main(shlex.split(result.again.shell())[3:]) == 0
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_what_is_entered_is_read_or_refused_with_a_sentence() -> None:
+    assert words_of("a red [big] dog") == ("a red big dog", (6, 9))
+    assert words_of("a dog") == ("a dog", None)
+    assert box_of("0, 16 32,32", SIZE) == (0, 16, 32, 32)
+    assert box_of(" ", SIZE) is None
+    assert seed_of("7") == 7
+    for text in ("a [b", "[]", "[a] [b]", "]a["):
+        with pytest.raises(UserError, match="brackets"):
+            words_of(text)
+    for text in ("1,2,3", "0,0,33,32", "5,5,5,9", "a,b,c,d"):
+        with pytest.raises(UserError, match="left, top, right, bottom"):
+            box_of(text, SIZE)
+    with pytest.raises(UserError, match="seed"):
+        seed_of("-1")
+
+
+@pytest.mark.parametrize("text", ["5", "[a]", "'x'", '"', "a: b # c", "it's {k}", "é = 1"])
+def test_a_command_reads_the_text_that_was_entered(text: str) -> None:
+    again = Again(Path("a run"), {}, "generate", "generate", {"prompt": text}, {"n": 2, "seed": 0})
+    words = shlex.split(again.shell())
+    assert words[:4] == ["python", "-m", "cm3leon.run", "generate"]
+    options = read_options(load_command("generate"), words[4:])
+    assert (options.prompt, options.n, options.run) == (text, 2, Path("a run"))
+
+
+def test_drawings_are_made_again_with_the_documents_that_were_left_on(
+    asker: Asker, loaded: CM3Leon
+) -> None:
+    found = [each.row for each in asking.documents_for(asker, "me", "a seven", 2)]
+    assert len(found) == 2
+    for used, words in ((found, "retrieve=2"), (found[:1], f"'documents=[{found[0]}]'")):
+        decoder = {"name": "top_p", "cfg": 2.0}
+        states = list(
+            asking.draw(
+                asker, "me", "a seven", n=2, decoder=decoder, found=found, used=used, seed=3
+            )
+        )
+        assert states[-1].again is not None
+        assert words in states[-1].again.shell()
+        assert all(state.again is None for state in states[:-1])
+        pictures = [image for image, _ in states[-1].pictures]
+        assert all(map(same, pictures, [each.image for each in made_by_python(states[-1])]))
+        run_command(states[-1])
+        written = [Image.open(each) for each in sorted(Path("generated").glob("*.png"))]
+        assert len(written) == len(pictures) == 2
+        assert all(map(same, pictures, written))
+        shutil.rmtree("generated")
+
+
+def test_a_brush_a_box_and_words_are_filled_in_again(asker: Asker, loaded: CM3Leon) -> None:
+    brushed = np.zeros((512, 512), bool)
+    brushed[300:310, 10:400] = True
+    for given in (
+        {"brushed_HW": brushed, "box": None, "caption": "a seven"},
+        {"brushed_HW": None, "box": (0, 16, 32, 32), "caption": "a [big] seven"},
+    ):
+        filling = asking.fill_in(asker, "me", noise(), decoder=None, seed=4, **given)  # type: ignore[arg-type]
+        result = last(filling)
+        filled = made_by_python(result)
+        assert same(filled.image, result.pictures[0][0])
+        assert filled.text == result.text
+        run_command(result)
+        (file,) = Path("infilled").glob("*.png")
+        assert same(Image.open(file), result.pictures[0][0])
+        shutil.rmtree("infilled")
+
+
+def test_texts_and_edits_are_made_again(
+    asker: Asker, loaded: CM3Leon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for question in ("", "what is it?"):
+        result = last(asking.look(asker, "me", noise(), question, retrieve=0, seed=5))
+        assert result.text == made_by_python(result)
+        capsys.readouterr()
+        run_command(result)
+        assert f'"{"answer" if question else "caption"}": ' in capsys.readouterr().out
+    edited = last(asking.edit(asker, "me", noise(), "make it bold", n=2, seed=6))
+    again = [each.image for each in made_by_python(edited)]
+    assert all(map(same, [image for image, _ in edited.pictures], again))
+
+
+def test_who_leaves_is_not_drawn_for(asker: Asker) -> None:
+    growing = asking.draw(asker, "gone", "a", n=4, decoder=None, found=[], used=[], seed=0)
+    next(growing)
+    asker.leave("gone")
+    with pytest.raises(Exception, match="gone") as caught:
+        list(growing)
+    assert asking.sentence_of(caught.value) == "the caller has gone"
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+
+@pytest.fixture(scope="module")
+def url(asker: Asker) -> Iterator[str]:
+    page = Page(asker, key=None, queue=8, body_bytes=2**20)
+    listener = socket.create_server(("127.0.0.1", 0))
+    inner = uvicorn_of(page, grace=1)
+    thread = threading.Thread(target=inner.run, kwargs={"sockets": [listener]})
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not inner.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    inner.should_exit = True
+    thread.join(20)
+    listener.close()
+
+
+def test_a_person_uses_each_tab_and_nothing_is_fetched_elsewhere(url: str, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    picture = tmp_path / "picture.png"
+    Image.fromarray(noise(40)).save(picture)
+    large = tmp_path / "large.png"
+    Image.new("L", (600, 600)).save(large)
+    asked: list[str] = []
+    with playwright.sync_playwright() as drivers:
+        browser = drivers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(30_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
+
+        def status(tab: str, text: str) -> None:
+            page.locator(f"#{tab}-status").get_by_text(text).first.wait_for()
+
+        # By keyboard: an empty prompt is refused, a text is drawn.
+        page.get_by_label("Prompt").press("Enter")
+        status("draw", "prompt is empty")
+        page.get_by_label("Prompt").fill("a seven")
+        page.keyboard.press("Enter")
+        status("draw", "Seed")
+        assert page.locator("#draw-images img").count() == 4
+        page.locator("#draw-again button").first.click()
+        command = page.locator("#draw-command textarea").input_value()
+        assert "retrieve=2" in command
+
+        # One of its documents is switched off.
+        page.locator("#draw-used input").first.uncheck()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.wait_for_function(
+            "document.querySelector('#draw-command textarea').value.includes('documents=[')"
+        )
+
+        # A phone shows all of it below each other; the other tabs are used on a wider screen.
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.set_viewport_size({"width": 1000, "height": 900})
+
+        page.get_by_role("tab", name="Look").click()
+        page.locator("#look-image input[type=file]").set_input_files(large)
+        page.locator("#look-image img").wait_for()
+        page.get_by_role("button", name="Describe").click()
+        status("look", "pixels")
+
+        page.get_by_role("tab", name="Fill in").click()
+        page.locator("#fill-image input[type=file]").set_input_files(picture)
+        canvas = page.locator("#fill-editor canvas").first
+        canvas.wait_for()
+        page.get_by_role("button", name="Fill in").click()
+        status("fill", "nothing is to be made anew")
+        page.get_by_label("Or a box").fill("0, 16, 32, 32")
+        page.get_by_role("button", name="Fill in").click()
+        status("fill", "Seed")
+
+        page.get_by_role("tab", name="Edit").click()
+        page.locator("#edit-image input[type=file]").set_input_files(picture)
+        page.locator("#edit-image img").wait_for()
+        page.get_by_label("Instruction").fill("make it bold")
+        page.keyboard.press("Enter")
+        status("edit", "Seed")
+
+        page.get_by_role("tab", name="Library").click()
+        status("library", "Page 1 of")
+        page.get_by_label("Search for").fill("a seven")
+        page.keyboard.press("Enter")
+        status("library", "the closest first")
+        browser.close()
+    assert {each for each in asked if not each.startswith((url, "data:", "blob:"))} == set()
