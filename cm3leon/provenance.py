@@ -31,11 +31,13 @@ FOLDERS = ("cm3leon", "experiments", "experiments.yaml")
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
+    "GOMP_SPINCOUNT",
     "LD_LIBRARY_PATH",
     "NCCL_DEBUG",
     "NCCL_IB_DISABLE",
     "NCCL_SOCKET_IFNAME",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "PYTHONPATH",
     "SLURM_ARRAY_JOB_ID",
     "SLURM_ARRAY_TASK_ID",

@@ -161,6 +161,11 @@ def _complain(sentence: str, code: int) -> int:
 
 def script() -> NoReturn:
     """Ends the process with what `main` returns: the console script `cm3leon`, and `python -m cm3leon.run`."""
+    # Threads that wait for each other turn in circles for a while before they give their cores away. As long as
+    # libgomp does by itself, a step takes ten times as long where other processes want the cores; this long, it
+    # costs next to nothing on idle ones (docs/training.md). libgomp reads it once, when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guard()  # for good: the traceback of a bug is printed after the end of `main`
     sys.exit(main())
 

@@ -49,6 +49,25 @@ print({"torch", "pyarrow", "cm3leon.experiment"} & set(sys.modules))
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_soon_give_their_cores_away_unless_the_user_says_otherwise(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "main", lambda: 0)
+    monkeypatch.setattr(run, "guard", lambda: None)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        run.script()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_exit_code_of_the_process_for_a_mistake() -> None:
     done = cm3leon("expert")
     assert done.returncode == 2
