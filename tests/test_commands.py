@@ -48,6 +48,8 @@ def printed_commands() -> Iterator[tuple[str, str]]:
             if wrapped:
                 sentence = [f"{wrapped[1]} part=0/256"]
             for words in sentence or [line.partition(CALL)[2]]:
+                if not words.strip():
+                    continue  # a mention of the program, without a command
                 yield (
                     f"{file.relative_to(ROOT)}-{number}",
                     words.replace("$stage", "tokens").strip(),
@@ -60,8 +62,9 @@ EXPLAINED = ("[command]", "experiment=NAME [key=value ...]", "| --help", "count 
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a command, without the comment behind it, a pipe, or the shell's quotes around it."""
-    text = re.split(r"\s+#|\s+\| |\s{4,}|, or ", text)[0]
+    """The words of a command, without what is behind it (a comment, a pipe, a file for what it prints), or the
+    shell's quotes around it."""
+    text = re.split(r"\s+#|\s+[|>] |\s{4,}|, or ", text)[0]
     return shlex.split(text.removesuffix("."))
 
 

@@ -38,7 +38,8 @@ from cm3leon.types import Document, ImageSegment, TextSegment, UserError
 
 discover()
 
-FILE_SOURCES = [name for name in CORPORA if name not in ("digits", "scenes", "scene_entities")]
+WITHOUT_FILES = ("digits", "scenes", "scene_entities", "emoji", "emoji_edits")
+FILE_SOURCES = [name for name in CORPORA if name not in WITHOUT_FILES]
 
 
 IMAGE, OTHER = encoded(picture(1)), encoded(picture(2))
