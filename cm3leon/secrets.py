@@ -19,11 +19,19 @@ SHORTEST = 8
 HIDDEN = "***"
 
 _NAME = re.compile(
-    r"TOKEN|SECRET|PASSW(OR)?D|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH", re.IGNORECASE
+    r"(?:TOKEN|SECRETS?|PASSW(?:OR)?D|PASSPHRASE|(?:^|_|PG)PASS|_PWD|CREDENTIALS?"
+    r"|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH)(?![A-Z])",
+    re.IGNORECASE,
 )
-_USER = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+"""Names of variables that hold secrets. TOKENIZER, MAX_TOKENS and GIT_AUTHOR_NAME are none."""
+_USER = re.compile(
+    r"(?<=://)(?:"
+    r"[^/\s\"'?#]+"  # all before the last @ of the host's part
+    r"|[^/\s:@\"'?#]+:(?!\d+/)[^\s\"'?#]*"  # a password with a / in it: no such URL works, but errors show it
+    r")(?=@)"
+)
 _PARAMETER = re.compile(
-    r"([?&][\w.%-]*(?:token|secret|passw|key|sig|credential|auth)[\w.%-]*=)[^&\s\"'#]+",
+    r"([?&][\w.%-]*(?:token|secret|pass|pwd|key|sig|credential|auth)[\w.%-]*=)[^&\s\"'#]+",
     re.IGNORECASE,
 )
 
@@ -32,6 +40,11 @@ def masked(text: str) -> str:
     """The text with its secrets replaced by `***`."""
     for secret in _values():
         text = text.replace(secret, HIDDEN)
+    return masked_url(text)
+
+
+def masked_url(text: str) -> str:
+    """The text with the secrets of URLs replaced by `***`: the same text on every machine."""
     return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text))
 
 

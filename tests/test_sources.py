@@ -1233,6 +1233,18 @@ def test_a_failing_disk_is_no_damage_to_a_row_group(
         list(source.documents())
 
 
+def test_an_id_is_the_same_in_every_environment_and_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"id": f"https://h/a?part={n}&sig=s{n}", "text": str(n)} for n in ("seven", "eight")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ids = [f"https://h/a?part={n}&sig=***" for n in ("seven", "eight")]
+    for secret in ("unrelated", "part=seven"):
+        monkeypatch.setenv("A_TOKEN", secret)
+        found = build("text_jsonl", path=str(tmp_path)).documents()
+        assert [each.id.partition("/")[2] for each in found if isinstance(each, Document)] == ids
+
+
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
     images = [encoded(picture(n)) for n in range(3)]
     pq.write_table(

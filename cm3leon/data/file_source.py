@@ -6,7 +6,7 @@ import codecs
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from cm3leon.data.remote import reaching
 from cm3leon.data.source import Skipped, Source
 from cm3leon.digests import files_digest, stream_digest
 from cm3leon.io import digest_of, digest_of_parts
-from cm3leon.secrets import masked
+from cm3leon.secrets import masked_url
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 REMOTE_BLOCKS = 4
@@ -338,9 +338,7 @@ class FileSource(Source):
         except UnusableImage as error:
             return Skipped(record.id, str(error))
         group = digests[record.picture] if digests else ""
-        # The query of a signed URL would be written into every shard.
-        id_ = masked(record.id) if "?" in record.id else record.id
-        return Document(id_, tuple(segments), record.label, group)
+        return Document(record.id, tuple(segments), record.label, group)
 
 
 def _digest(content: bytes | np.ndarray) -> str:
@@ -353,6 +351,9 @@ def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | S
     seen: set[str] = set()
     for record in records:
         if isinstance(record, Record):
+            # The query of a signed URL would be written into every shard.
+            if "?" in record.id:
+                record = replace(record, id=masked_url(record.id))
             if record.id in seen:
                 yield Skipped(record.id, "its id occurs twice in this part; the first one is kept")
                 continue
