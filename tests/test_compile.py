@@ -153,8 +153,10 @@ def test_selective_checkpointing_computes_attention_once_a_layer(
         model = decoder(backend, monkeypatch, checkpointing=checkpointing, shape=shape)
         counted = Counted(choose(model.config.attention, torch.device("cpu")).attention)
         with monkeypatch.context() as patch:
-            module = type(model).__module__
-            patch.setattr(f"{module}.choose", lambda *_, c=counted: SimpleNamespace(attention=c))
+            patch.setattr(
+                "cm3leon.models.attention.choose",
+                lambda *_, c=counted: SimpleNamespace(attention=c),
+            )
             step(model, next(packings(1)))
         calls[checkpointing] = counted.calls
     assert calls == {"none": 2, "selective": 2, "full": 4}
