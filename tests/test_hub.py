@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from PIL import Image
 from records import finish
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from cm3leon.config.files import parse_yaml
 from cm3leon.experiment import Experiment, load_experiment
 from cm3leon.hub.export import Exported, write_hub_folder
 from cm3leon.hub.image_tokenizer import diffusers_config, diffusers_state, why_not_diffusers
+from cm3leon.hub.repository import model_folder
 from cm3leon.models.lora import add_lora, is_adapter
 from cm3leon.models.pretrained import load_model
 from cm3leon.run import main
@@ -361,6 +363,7 @@ class Hub(BaseHTTPRequestHandler):
 
     told: ClassVar[list[tuple[str, str, bytes]]] = []
     tokens: ClassVar[list[str | None]] = []
+    ignored: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -383,13 +386,20 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({})
 
     def do_GET(self) -> None:
-        self.answer({"id": "org/name", "sha": "1" * 40, "siblings": [], "private": True})
+        if "/tree/" not in self.path:
+            self.answer({"id": "org/name", "sha": "1" * 40, "siblings": [], "private": True})
+            return
+        *_, commit = (body for _, path, body in self.told if "/commit/" in path)
+        sent = [json.loads(line) for line in commit.decode().splitlines()]
+        paths = [each["value"]["path"] for each in sent if each["key"] == "file"]
+        kept = [path for path in paths if path not in self.ignored]
+        self.answer([{"type": "file", "path": path, "oid": "1", "size": 1} for path in kept])
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"  # type: ignore[attr-defined]
 
-    def answer(self, content: dict[str, Any]) -> None:
+    def answer(self, content: Any) -> None:
         sent = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -407,14 +417,17 @@ def test_push_uploads_what_its_dry_run_shows(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    words = ["push", f"folder={opt['hf']}", "to=org/name"]
+    folder = tmp_path / "hf"
+    shutil.copytree(opt["hf"], folder)
+    shutil.copyfile(folder / "sample.png", folder / "sample-[1].png")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    (folder / ".private").mkdir()
+    for name in ("notes.json", ".private/config.json"):
+        (folder / name).write_text("{}")
+    words = ["push", f"folder={folder}", "to=org/name"]
     assert main([*words, "dry_run=true"]) == 0
     shown = capsys.readouterr().out
-    files = {
-        path.relative_to(opt["hf"]).as_posix()
-        for path in opt["hf"].rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
+    assert "left here, as no export wrote it: notes.json\n" in shown
     assert {line.split("bytes  ")[1] for line in shown.splitlines() if "bytes  " in line} == files
     assert Hub.told == []
 
@@ -427,15 +440,20 @@ def test_push_uploads_what_its_dry_run_shows(
     monkeypatch.setenv("no_proxy", "*")
     try:
         assert main(words) == 0
+        told, said = list(Hub.told), capsys.readouterr()
+        # As a .gitignore there does it.
+        monkeypatch.setattr(Hub, "ignored", ["config.json"])
+        assert main(words) == 2
     finally:
         server.shutdown()
         server.server_close()
-    said = capsys.readouterr()
+    ending = f"has {len(files) - 1} of {len(files)} files after the upload; config.json is not"
+    assert ending in capsys.readouterr().err
     assert "uploaded: http://" in said.out
-    paths = [path for _, path, _ in Hub.told]
-    new = json.loads(next(body for _, path, body in Hub.told if path == "/api/repos/create"))
+    paths = [path for _, path, _ in told]
+    new = json.loads(next(body for _, path, body in told if path == "/api/repos/create"))
     assert new.get("private") is True or new.get("visibility") == "private"
-    (commit,) = (body for _, path, body in Hub.told if "/commit/" in path)
+    (commit,) = (body for _, path, body in told if "/commit/" in path)
     sent = [json.loads(line) for line in commit.decode().splitlines()]
     assert {each["value"]["path"] for each in sent if each["key"] == "file"} == files, paths
     assert set(Hub.tokens) == {"Bearer hf_secret"}
@@ -489,6 +507,30 @@ def test_what_cannot_be_pushed_is_said(
     given = words if words[-1].startswith("folder") else [*words, f"folder={opt['hf']}"]
     assert main(["push", *given]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(), ValueError("\n\n"), errors.HTTPError("")])
+def test_what_the_hub_says_becomes_a_sentence(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also an error without a message, and one of the network below the library."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=f"could be had from the Hub: {type(error).__name__}$"):
+        model_folder("org/name")
+
+
+def test_a_hub_without_its_library_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="needs the package huggingface_hub: pip install"):
+        model_folder("org/name")
 
 
 def test_a_path_is_never_looked_up_on_the_hub(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import sys
@@ -23,6 +24,8 @@ from command_line import cm3leon
 from cm3leon import registry
 from cm3leon.config import Component
 from cm3leon.loggers import process
+from cm3leon.loggers.base import Loggers
+from cm3leon.loggers.child import Record
 from cm3leon.registry import LOGGERS
 from cm3leon.secrets import masked, without_secrets
 from cm3leon.training.distributed import Ranks
@@ -210,6 +213,112 @@ def test_a_full_queue_keeps_nobody_waiting(
     assert capsys.readouterr().out.count("odd: did not end within") == 1
 
 
+def test_all_loggers_are_told_to_end_before_one_is_waited_for(
+    tmp_path: Path, odd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they share the time, which is short where a training stops before its end."""
+    monkeypatch.setattr(process, "SECONDS_TO_STOP", 1.0)
+    said: list[str] = []
+    apart = {name: process.Process(odd(hangs="close"), said.append) for name in ("one", "two")}
+    (tmp_path / "run/pretraining").mkdir(parents=True)
+    together = Loggers(apart, said.append)
+    together.start(process.Training("run", "pretraining", tmp_path / "run/pretraining"))
+    wait, told = process.Process.wait, []
+
+    def noted(logger: process.Process) -> None:
+        told.append([hasattr(each, "_end") for each in apart.values()])
+        wait(logger)
+
+    monkeypatch.setattr(process.Process, "wait", noted)
+    together.close(finished=False)
+    assert told == [[True, True]] * 2
+    assert said == ["odd: did not end within 1 seconds; some of it may be missing"] * 2
+    assert all(each._process.returncode is not None for each in apart.values())
+
+
+def test_what_json_cannot_write_is_left_out_alone(
+    tmp_path: Path, odd: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path / "run/pretraining", odd(), last=0)
+    figures: list[dict[str, Any]] = [
+        {"loss": np.float32(0.5), "norm": torch.tensor(2.0)},
+        {"loss": object()},
+        {"loss": 1},
+    ]
+    assert log.images is not None
+    for step, each in enumerate(figures, 1):
+        log.images.figures(step, "training", each)
+    log.close()
+    assert lines(tmp_path / "lines.jsonl")[1:] == [
+        ["figures", 1, "training", {"loss": 0.5, "norm": 2.0}],
+        ["figures", 3, "training", {"loss": 1.0}],
+        ["close", True],
+    ]
+    assert capsys.readouterr().out.count("odd: what cannot be sent is left out: float()") == 1
+
+
+def test_images_and_a_table_of_one_name_are_both_logged(tmp_path: Path, odd: Any) -> None:
+    log = open_log(tmp_path / "run/pretraining", odd(), last=0)
+    assert log.images is not None
+    log.images.figures(1, "training", {})
+    log.images.table(1, "training", ["a"], [["b"]])
+    log.images.images(1, "training", IMAGES_BHWC)
+    log.close()
+    done = [line[0] for line in lines(tmp_path / "lines.jsonl")]
+    assert done == ["start", "figures", "table", "images", "close"]
+
+
+def test_a_copy_gets_a_record_of_its_own_and_a_moved_run_keeps_its(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def record(run: str) -> Record:
+        return Record(tmp_path / run / "loggers/odd.json", said.append)
+
+    first = record("first")
+    first.add("figures training", 2)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    assert record("copy").id != first.id
+    assert record("copy").is_new("figures training", 1)
+    assert record("first").id == first.id
+    assert len(said) == 1
+    assert "is a copy of" in said[0]
+
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    for run in ("moved", "link"):
+        assert record(run).id == first.id
+        assert not record(run).is_new("figures training", 2)
+    assert len(said) == 1
+
+
+def test_a_damaged_record_is_said_and_an_older_one_read(tmp_path: Path, odd: Any) -> None:
+    said: list[str] = []
+    file = tmp_path / "odd.json"
+    file.write_text('{"id": "a", "steps": {"training": 3}}')
+    older = Record(file, said.append)
+    assert older.id == "a"
+    assert not older.is_new("figures training", 3)
+    assert said == []
+    file.write_text("")
+    assert Record(file, said.append).id == Record(file, said.append).id != "a"
+    assert len(said) == 1
+    assert "is damaged" in said[0]
+    assert "a new record is begun" in said[0]
+
+
+def test_a_warning_ends_nothing(
+    tmp_path: Path, odd: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run/pretraining/loggers/odd.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    train(tmp_path / "run/pretraining", odd())
+    said = capsys.readouterr().out
+    assert said.count("odd: ") == 1
+    assert "a new record is begun; the training goes on" in said
+    assert lines(tmp_path / "lines.jsonl")[-1] == ["close", True]
+
+
 def test_a_process_whose_training_was_killed_ends_by_itself(tmp_path: Path, odd: Any) -> None:
     """Signals of the terminal and of SLURM are for the training: the process ends when its pipe does."""
     logger = process.Process(odd(), print)
@@ -261,7 +370,8 @@ def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     runs = sorted((stage / "loggers/wandb").glob("offline-run-*"))
     own = json.loads((stage / "loggers/wandb.json").read_text())
     assert {run.name.rpartition("-")[2] for run in runs} == {own["id"]}
-    assert own["steps"] == {"training": 4, "validation": 4, "generated": 4, "prompts": 4}
+    names = ("figures training", "figures validation", "images generated", "table prompts")
+    assert own["steps"] == dict.fromkeys(names, 4)
     content = b"".join(file.read_bytes() for run in runs for file in run.glob("run-*.wandb"))
     for each in (b"validation/loss", b"generated", b"prompts", b"run/pretraining"):
         assert each in content
@@ -291,6 +401,31 @@ def test_mlflow_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert sorted(found[1] for found in steps if found) == ["2", "2", "4", "4"]
     table = json.loads((run / "artifacts/tables/prompts/00000004.json").read_text())
     assert table == {"columns": ["prompt"], "data": [["a dog"], ["a | cat"]]}
+
+
+def test_mlflow_settings_that_are_missing_are_logged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill between the run and its settings leaves it; and an experiment that was deleted is said."""
+    installed("mlflow")
+    for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(variable, "true")
+    stage = tmp_path / "run/pretraining"
+    training = process.Training("run", "pretraining", stage, settings={"seed": 0}, id="one")
+
+    def start() -> Any:
+        logger = LOGGERS.build(LOGGERS.check("mlflow"))
+        logger.start(training)
+        return logger
+
+    start()
+    (params,) = (tmp_path / "run/mlruns").glob("*/*/params")
+    (params / "seed").unlink()
+    logger = start()
+    assert (params / "seed").read_text() == "0"
+    logger._client.delete_experiment(params.parent.parent.name)
+    with pytest.raises(UserError, match="the experiment cm3leon was deleted in MLflow"):
+        start()
 
 
 def test_trackio_on_this_machine(

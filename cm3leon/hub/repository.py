@@ -6,11 +6,16 @@ the token is the one of HF_TOKEN or of the library's login. No token is read, wr
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cm3leon.hub.folder import EXTRAS, is_hub_folder
+from cm3leon.hub.folder import EXTRAS, IMAGE_TOKENIZER, is_hub_folder
+from cm3leon.loggers.base import reason
+from cm3leon.stages.files import GEOMETRY, TOKENIZER, WEIGHTS
+from cm3leon.tokenizers.text import LAYOUT
 from cm3leon.types import UserError
 from cm3leon.weights import ADAPTERS
 
@@ -18,8 +23,24 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """A model on the Hub, as org/name."""
 READ = ["*.json", "*.safetensors"]
 """What is downloaded: settings and weights, but no pickles, no code and no pictures."""
-UPLOADED = ["*.json", "*.safetensors", "*.md", "*.png"]
-"""What `export` writes."""
+UPLOADED = (
+    "README.md",
+    "sample*.png",
+    "config.json",
+    "generation_config.json",
+    EXTRAS,
+    WEIGHTS,
+    "model-?????-of-?????.safetensors",
+    f"{WEIGHTS}.index.json",
+    TOKENIZER,
+    "tokenizer_config.json",
+    LAYOUT,
+    f"{IMAGE_TOKENIZER}/*.safetensors",
+    f"{IMAGE_TOKENIZER}/config.json",
+    f"{IMAGE_TOKENIZER}/{GEOMETRY}",
+    *ADAPTERS[:2],
+)
+"""What `export` writes; what else lies in its folder stays here."""
 
 
 def model_folder(given: str | Path, *, revision: str | None = None, where: str = "run") -> Path:
@@ -43,16 +64,26 @@ def model_folder(given: str | Path, *, revision: str | None = None, where: str =
                 f"revision is given, which only a model on the Hub has; {where} is {given}, a path"
             )
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
+    hub = _library(f"{where}: there is no folder {given} here, and a model on the Hub")
     try:
-        return Path(snapshot_download(str(given), revision=revision, allow_patterns=READ))
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        return Path(hub.snapshot_download(str(given), revision=revision, allow_patterns=READ))
+    except (OSError, ValueError, hub.errors.HTTPError) as error:
+        why = reason(error).rstrip(".")
         raise UserError(
-            f"{where}: there is no folder {given} here, and no model of that name could be had from the Hub: {reason}"
+            f"{where}: there is no folder {given} here, and no model of that name could be had from the Hub: {why}"
         ) from error
+
+
+def _library(needs: str) -> Any:
+    """The library huggingface_hub. Raises UserError where it is not installed."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise UserError(
+            f"{needs} needs the package huggingface_hub: pip install huggingface_hub"
+        ) from error
+    return huggingface_hub
 
 
 @dataclass(frozen=True)
@@ -71,14 +102,21 @@ class Upload:
         known = (self.folder / EXTRAS).is_file() or (self.folder / ADAPTERS[0]).is_file()
         if not known and not is_hub_folder(self.folder):
             raise UserError(f"folder: {self.folder} is no folder that `export` wrote")
-        found = {file for pattern in UPLOADED for file in self.folder.rglob(pattern)}
+        found = {file for pattern in UPLOADED for file in self.folder.glob(pattern)}
         return sorted(file for file in found if file.is_file())
 
     def listed(self) -> list[str]:
-        """A line for each file with its size, and one for all of them."""
+        """A line for each file with its size, and one for all of them; what else lies in the folder is named."""
         sizes = {file.relative_to(self.folder): file.stat().st_size for file in self.files}
         lines = [f"{size:>16,} bytes  {file.as_posix()}" for file, size in sizes.items()]
-        return [*lines, f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files"]
+        lines.append(f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files")
+        others = {
+            file.relative_to(self.folder) for file in self.folder.rglob("*") if file.is_file()
+        }
+        names = [file.as_posix() for file in sorted(others - set(sizes)) if file.parts[0][0] != "."]
+        if names:
+            lines.append(f"left here, as no export wrote it: {', '.join(names)}")
+        return lines
 
 
 def push(folder: Path, name: str, *, private: bool, revision: str | None, message: str) -> str:
@@ -90,14 +128,13 @@ def push(folder: Path, name: str, *, private: bool, revision: str | None, messag
         revision: the branch; None = the main one.
 
     Raises:
-        UserError: for a name that is none, a login that is missing or not allowed to, and a Hub that cannot be reached.
+        UserError: for a name that is none, a login that is missing or not allowed to, a Hub that cannot be reached, and
+            one that has not all of the files afterwards.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"to is {name}; it must be the name of a model on the Hub, as org/name")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi(library_name="cm3leon")
+    hub = _library("push")
+    api = hub.HfApi(library_name="cm3leon")
     files = [file.relative_to(folder).as_posix() for file in Upload(folder).files]
     try:
         api.create_repo(name, private=private, exist_ok=True)
@@ -107,12 +144,19 @@ def push(folder: Path, name: str, *, private: bool, revision: str | None, messag
             repo_id=name,
             folder_path=folder,
             revision=revision,
-            allow_patterns=files,
+            allow_patterns=[glob.escape(file) for file in files],
             commit_message=message,
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        there = set(api.list_repo_files(name, revision=revision))
+    except (OSError, ValueError, hub.errors.HTTPError) as error:
+        why = reason(error).rstrip(".")
         raise UserError(
-            f"to: {name} could not be uploaded: {reason}; log in with `hf auth login`, or set HF_TOKEN"
+            f"to: {name} could not be uploaded: {why}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
+    # What a .gitignore of the model names is left out without a word.
+    if missing := sorted(set(files) - there):
+        raise UserError(
+            f"to: {name} has {len(files) - len(missing)} of {len(files)} files after the upload; {missing[0]} is not "
+            "there: does a .gitignore of the model name it?"
+        )
     return str(commit.commit_url)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cm3leon.registry import LOGGERS
+from cm3leon.secrets import masked
 from cm3leon.types import UserError
 
 Kind = Literal["training", "validation"]
@@ -70,6 +71,9 @@ class Logger:
     def close(self, *, finished: bool) -> None:
         """End, of a training that is finished, or that will go on another time."""
 
+    def wait(self) -> None:
+        """Wait for the end, for a time that counts from `close`: every logger is told before one is waited for."""
+
 
 def check_installed(name: str, where: str) -> None:
     """Raise UserError, naming the section `where`, for a logger whose package is not installed."""
@@ -120,6 +124,7 @@ class Loggers:
     def close(self, *, finished: bool) -> None:
         """See `Logger.close`."""
         self._each(lambda logger: logger.close(finished=finished))
+        self._each(lambda logger: logger.wait())
 
     def _each(self, do: Callable[[Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):
@@ -131,8 +136,8 @@ class Loggers:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in a line."""
+    """What an error says, in a line without secrets."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return masked(error.strerror)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return masked(lines[0]) if lines else type(error).__name__

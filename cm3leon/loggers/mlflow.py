@@ -12,6 +12,7 @@ import numpy as np
 
 from cm3leon.loggers.base import Kind, Logger, Training, tagged
 from cm3leon.registry import LOGGERS
+from cm3leon.types import UserError
 
 AT_ONCE = 100
 """Parameters that the service takes in one request."""
@@ -51,19 +52,29 @@ class MLflow(Logger):
         uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or here
         self._client = MlflowClient(uri)
         known = self._client.get_experiment_by_name(self.config.experiment)
+        if known and known.lifecycle_stage == "deleted":
+            raise UserError(
+                f"the experiment {self.config.experiment} was deleted in MLflow; restore it there, or name another one"
+            )
         experiment = (
             known.experiment_id if known else self._client.create_experiment(self.config.experiment)
         )
         found = self._client.search_runs([experiment], f"tags.`{TAG}` = '{training.id}'")
         if found:
-            self._id = found[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
-            return
+            run = found[0]
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            tags = {TAG: training.id, "run": training.run, "stage": training.stage}
+            name = f"{training.run}/{training.stage}"
+            run = self._client.create_run(experiment, tags=tags, run_name=name)
+        self._id = run.info.run_id
 
-        tags = {TAG: training.id, "run": training.run, "stage": training.stage}
-        name = f"{training.run}/{training.stage}"
-        self._id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        params = [Param(key, str(value)[:LONGEST]) for key, value in _flat(training.settings)]
+        # A training that was killed here may have left a run without them, or with some of them.
+        params = [
+            Param(key, str(value)[:LONGEST])
+            for key, value in _flat(training.settings)
+            if key not in run.data.params
+        ]
         for start in range(0, len(params), AT_ONCE):
             self._client.log_batch(self._id, params=params[start : start + AT_ONCE])
 

@@ -29,7 +29,8 @@ import numpy as np
 from PIL import Image
 
 from cm3leon.config import Component, to_mapping
-from cm3leon.loggers.base import Kind, Logger, Training
+from cm3leon.loggers.base import Kind, Logger, Training, reason
+from cm3leon.loggers.child import WARNING
 from cm3leon.registry import LOGGERS
 from cm3leon.secrets import masked
 
@@ -39,6 +40,8 @@ WAITING = 1000
 """Messages that may wait for the process."""
 SECONDS_TO_END = 60.0
 """What the process is given at the end of a training to send what it has."""
+SECONDS_TO_STOP = 10.0
+"""The same where the training stops before its end: SLURM kills a job 30 seconds (KillWait) after SIGTERM."""
 
 
 class Process(Logger):
@@ -50,7 +53,8 @@ class Process(Logger):
 
     def __init__(self, component: Component, say: Callable[[str], None]) -> None:
         self._component, self._say = component, say
-        self._messages: queue.Queue[Callable[[], dict[str, Any]] | None] = queue.Queue(WAITING)
+        self._messages: queue.SimpleQueue[Callable[[], dict[str, Any]] | None]
+        self._messages = queue.SimpleQueue()
         self._left_out = 0
         self._failed = False
 
@@ -80,7 +84,15 @@ class Process(Logger):
             thread.start()
 
     def figures(self, step: int, kind: Kind, figures: Mapping[str, float]) -> None:
-        self._put(lambda: {"do": "figures", "step": step, "kind": kind, "figures": dict(figures)})
+        given = dict(figures)
+        self._put(
+            lambda: {
+                "do": "figures",
+                "step": step,
+                "kind": kind,
+                "figures": {name: float(value) for name, value in given.items()},
+            }
+        )
 
     def images(self, step: int, name: str, images_BHWC: np.ndarray) -> None:
         images = images_BHWC.copy()
@@ -95,17 +107,17 @@ class Process(Logger):
         )
 
     def close(self, *, finished: bool) -> None:
-        end = time.monotonic() + SECONDS_TO_END
-        # A queue that is full may have room again before the end.
-        for last in (lambda: {"do": "close", "finished": finished}, None):
-            with suppress(queue.Full):
-                self._messages.put(last, timeout=max(0.0, end - time.monotonic()))
+        self._seconds = SECONDS_TO_END if finished else SECONDS_TO_STOP
+        self._end = time.monotonic() + self._seconds
+        # The last two are never left out.
+        self._messages.put(lambda: {"do": "close", "finished": finished})
+        self._messages.put(None)
+
+    def wait(self) -> None:
         for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            thread.join(max(0.0, self._end - time.monotonic()))
         if self._threads[1].is_alive():
-            self._fail(
-                f"did not end within {SECONDS_TO_END:.0f} seconds; some of it may be missing"
-            )
+            self._fail(f"did not end within {self._seconds:.0f} seconds; some of it may be missing")
         elif self._left_out:
             self._fail(f"{self._left_out:,} messages were left out, as it was too slow for them")
 
@@ -116,26 +128,39 @@ class Process(Logger):
 
     def _put(self, message: Callable[[], dict[str, Any]] | None) -> None:
         """Queue what makes a message; it is made in the thread."""
-        try:
-            self._messages.put_nowait(message)
-        except queue.Full:
+        if self._messages.qsize() < WAITING:
+            self._messages.put(message)
+        else:
             self._left_out += 1
 
     def _send(self) -> None:
         pipe = self._process.stdin
         assert pipe is not None
-        # Of a process that has gone, the other thread says why.
-        with suppress(OSError, ValueError):
+        try:
             while (message := self._messages.get()) is not None:
-                pipe.write(json.dumps(message()).encode() + b"\n")
+                # One that cannot be written leaves the others as they are.
+                try:
+                    line = json.dumps(message()).encode()
+                except Exception as error:
+                    self._fail(f"what cannot be sent is left out: {reason(error)}")
+                    continue
+                pipe.write(line + b"\n")
                 pipe.flush()
-        with suppress(OSError):
-            pipe.close()
+        except OSError:
+            pass  # of a process that has gone, the other thread says why
+        finally:
+            with suppress(OSError):
+                pipe.close()
 
     def _listen(self) -> None:
-        """Wait for the process to say that it has failed, or to end."""
+        """Wait for the process to say that it has failed, or to end; pass on what it warns of."""
         assert self._process.stdout is not None
-        said = self._process.stdout.read().decode(errors="replace").strip()
+        said = ""
+        for line in self._process.stdout:
+            said = line.decode(errors="replace").strip()
+            if said.startswith(WARNING):
+                self._say(f"{self._component.name}: {masked(said.removeprefix(WARNING))}")
+                said = ""
         if said != "done":
             self._fail(f"{said or 'its process has ended'}; it is left out from here on")
 
