@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,14 @@ pytest.importorskip("openai", reason="needs OpenAI's client")
 
 import httpx
 import openai
+import uvicorn
 
 from cm3leon import CM3Leon
 from cm3leon.run import main
 from cm3leon.serve.app import Server
+from cm3leon.serve.chat import GrowingText
 from cm3leon.serve.gate import Gate, read_key
-from cm3leon.serve.listening import uvicorn_of
+from cm3leon.serve.listening import listen, uvicorn_of
 from cm3leon.serve.service import Service, rows_of
 from cm3leon.serve.setting import Limits
 from cm3leon.types import UserError
@@ -275,6 +278,29 @@ def test_images_are_described_asked_about_and_gone_on_with(served: Served) -> No
         streamed = "".join(each.choices[0].delta.content or "" for each in chunks)
         assert streamed == answer.strip()
         assert chunks[-1].choices[0].finish_reason == found.choices[0].finish_reason
+
+
+def test_a_growing_text_is_decoded_once_and_sent_once() -> None:
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return bytes(ids).decode(errors="replace")
+
+    content = "  Grüße,\n \N{CAT FACE} und 猫 ".encode() + b"\xff; weiter. " * 50 + b"\xe7\n"
+    text = content.decode(errors="replace").strip()
+    growing = GrowingText(decode)
+    pieces = [growing.grown(content[:count]) for count in range(1, len(content) + 1)]
+    assert all(piece in text for piece in pieces)
+    assert "".join(pieces) + growing.rest(text) == text
+    assert len(text) - len(growing.shown) <= 1
+    assert decoded < 12 * len(content)
+
+    # A text that ends otherwise than it began is not sent twice.
+    growing = GrowingText(decode)
+    assert growing.grown(b"a cat") == "a cat"
+    assert growing.rest("a car in") == "r in"
 
 
 def test_a_text_that_is_cut_says_so(served: Served) -> None:
@@ -615,6 +641,8 @@ def test_without_a_key_no_page_of_elsewhere_may_ask(served: Served) -> None:
     ):
         refused(served.http.get("/v1/models", headers=headers), 403, "without an API key")
     assert served.http.get("/v1/models", headers={"origin": served.url}).status_code == 200
+    for headers in ({"host": "[::1"}, {"origin": "http://["}):
+        refused(served.http.get("/v1/models", headers=headers), 400, "names no address")
 
 
 def test_a_key_comes_from_a_file_or_the_environment(
@@ -715,6 +743,9 @@ def test_the_server_is_full_and_says_when_to_come_again(tuned_model: CM3Leon) ->
         first = pool.submit(served.post, "images/generations", prompt="a", seed=1)
         until(lambda: served.server.service.engine.running == 1)
         refused(served.post("retrieve", text="a"), 429, "try again")
+        # An edit is counted before its files are decoded, which this one's could not be.
+        edit = {"files": {"image": bomb()}, "data": {"prompt": "a"}}
+        refused(served.http.post("/v1/images/edits", **edit), 429, "try again")  # type: ignore[arg-type]
         go.set()
         assert first.result().status_code == 200
 
@@ -768,7 +799,11 @@ def test_what_was_accepted_is_finished_and_the_rest_refused(tuned_model: CM3Leon
 
 
 def test_users_take_turns(tuned_model: CM3Leon) -> None:
-    with serving(tuned_model, samples=1, waiting=32) as served, held(served) as go:
+    with (
+        serving(tuned_model, key="sk", samples=1, waiting=32) as served,
+        held(served) as go,
+    ):
+        served.http.headers["authorization"] = "Bearer sk"
         shared = served.server.service.engine
         finished: list[str] = []
 
@@ -785,6 +820,20 @@ def test_users_take_turns(tuned_model: CM3Leon) -> None:
             few.result()
             many.result()
         assert finished == ["few", "many"]
+
+
+def test_without_a_key_a_new_name_is_no_new_turn(tuned_model: CM3Leon) -> None:
+    with (
+        serving(tuned_model, samples=1, waiting=32) as served,
+        held(served) as go,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        shared = served.server.service.engine
+        for user in ("one", "two", "three"):
+            pool.submit(served.post, "images/generations", prompt="a", user=user, seed=1)
+        until(lambda: shared.waiting == 2)
+        assert list(shared._queues) == ["address 127.0.0.1"]
+        go.set()
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -848,6 +897,33 @@ def test_a_signal_ends_it_when_what_runs_is_finished(tuned_model: CM3Leon) -> No
                 httpx.get(health)
         finally:
             process.kill()
+
+
+def test_connections_and_samples_share_one_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, left = 100.0, list[float]()
+
+    async def shutdown(*_: object) -> None:
+        nonlocal now
+        now += 7
+
+    class Closed:
+        app, stopping = None, False
+
+        def described(self) -> str:
+            return "nothing"
+
+        def close(self, timeout: float) -> None:
+            left.append(timeout)
+
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("cm3leon.serve.listening.time", clock)
+    monkeypatch.setattr(uvicorn.Server, "shutdown", shutdown)
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: asyncio.run(self.shutdown(sockets))
+    )
+    for grace in (10, 5):
+        listen(Closed(), host="127.0.0.1", port=0, grace=grace)
+    assert left == [3, 0]
 
 
 # ------------------------------------------------------------------------------------------------ the page about it

@@ -331,3 +331,29 @@ def test_a_bug_in_a_step_is_told_to_all_who_wait_and_the_next_ones_are_answered(
         assert Caller(engine, "a").answers(asked_of([1])) == answers(
             model(), asked_of([1]), vocab=VOCAB
         )
+
+
+@pytest.mark.parametrize("name", ["submit", "cancel", "growing"])
+def test_an_engine_that_breaks_leaves_nobody_waiting(name: str) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    with paused() as (engine, inner):
+        if name == "submit":
+            setattr(inner, name, breaks)
+        first = Caller(engine, "a")
+        threads = [in_thread(lambda: first.answers(asked_of([0])))]
+        until(lambda: engine.running == 1 or not engine.alive)
+        threads.append(in_thread(lambda: Caller(engine, "b").answers(asked_of(range(3)))))
+        if name != "submit":
+            until(lambda: engine.running == 1 and engine.waiting == 3)
+            setattr(inner, name, breaks)
+        if name == "cancel":
+            first.cancel()
+        inner.may_step.release(1000)
+        for thread, result in threads:
+            thread.join(20)
+            assert isinstance(result[0], (Stopped, Cancelled))
+        until(lambda: not engine.alive)
+        with pytest.raises(Stopped, match="ended by an error"):
+            Caller(engine, "a").answers(asked_of([1]))

@@ -47,6 +47,7 @@ class Server:
         self.desk = Desk(service, limits.requests)
         self.setting = Setting(self.desk, limits, service.model.run.folder.resolve().name)
         self.metrics = Metrics(self.desk)
+        self._trusted = key is not None
         self.stopping = False
         """Whether new requests are refused."""
         self._created = int(time.time())
@@ -128,14 +129,14 @@ class Server:
             texts = {name: value for name, value in form.items() if isinstance(value, str)}
         asked = read_asked(EditAsked, form_values(EditAsked, texts))
         self.setting.check(asked)
-        return await self._answer(request, asked, await drawing.edit(self.setting, asked, files))
+        return await self._answer(request, asked, drawing.edit(self.setting, asked, files))
 
     async def _chat(self, request: Request) -> Response:
         asked = await self._asked(ChatAsked, request)
         return await self._answer(request, asked, chat.completion(self.setting, asked))
 
     async def _answer(self, request: Request, asked: Asked, task: Told[Any]) -> Response:
-        client = _client(request, asked)
+        client = self._client(request, asked)
         if not asked.stream:
             answered = await self.desk.answer(request.receive, client, task.work)
             return JSONResponse(task.body(answered))
@@ -166,7 +167,7 @@ class Server:
                 )
             return documents
 
-        answered = await self.desk.answer(request.receive, _client(request, asked), work)
+        answered = await self.desk.answer(request.receive, self._client(request, asked), work)
         return JSONResponse({"object": "list", "data": answered.result})
 
     async def _models(self, request: Request) -> Response:
@@ -198,17 +199,21 @@ class Server:
             "takes_instructions": is_tuned(self.service.model),
         }
 
+    def _client(self, request: Request, asked: Asked) -> str:
+        """Whose turn it is: the user that a holder of the key names, else the address.
+
+        Without a key anybody could take a turn for each request, by a new name each time.
+        """
+        if asked.user and self._trusted:
+            return f"user {asked.user}"
+        address = request.client.host if request.client else "?"
+        return f"address {address}"
+
     async def _asked(self, cls: type[Any], request: Request) -> Any:
         body = await request.body()
         asked = read_asked(cls, read_json_body(body, request.headers.get("content-type", "")))
         self.setting.check(asked)
         return asked
-
-
-def _client(request: Request, asked: Asked) -> str:
-    """Whose turn it is: the user that is named, else the address."""
-    address = request.client.host if request.client else "?"
-    return f"user {asked.user}" if asked.user else f"address {address}"
 
 
 async def _files(form: FormData) -> dict[str, bytes]:
@@ -238,8 +243,9 @@ async def _until_the_end(
 async def _said(request: Request, error: Exception) -> Response:
     """An error as OpenAI has it."""
     if isinstance(error, HTTPException):
-        known = {404: f"{request.url.path} is not an endpoint of this server",
-                 405: f"{request.url.path} does not take {request.method}"}  # fmt: skip
+        path = request.scope["path"]  # `request.url` would parse the header Host, whatever it is
+        known = {404: f"{path} is not an endpoint of this server",
+                 405: f"{path} does not take {request.method}"}  # fmt: skip
         refusal = Refusal(error.status_code, known.get(error.status_code, str(error.detail)))
     else:
         refusal = refusal_of(error) or Refusal(500, "the server failed; its log says why")

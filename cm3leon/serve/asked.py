@@ -41,7 +41,7 @@ class Asked:
     model: str | None = None
     """Name of the model, as /v1/models has it; null = the one that there is."""
     user: str | None = None
-    """Who asks; users take turns. Null = told by the address."""
+    """Who asks; users take turns where the server has an API key. Null = told by the address."""
     seed: Seed | None = None
     """Seed of the first sample, the others count on from it; null = any, which the answer names."""
     decoder: Annotated[Component, DECODERS] | None = None

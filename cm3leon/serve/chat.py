@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,52 @@ from cm3leon.types import Modality, UserError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """Stands at the end of a text whose last character is not whole yet."""
+
+
+class GrowingText:
+    """A text whose ids come one after the other: its newest ids alone are decoded, not all of them each time.
+
+    Args:
+        decode: the text of some ids.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._start = self._whole = 0
+        self._known = ""
+        self._held = ""
+        self.shown = ""
+        """What `grown` has returned, all together."""
+
+    def grown(self, ids: Sequence[int]) -> str:
+        """What is new of a text of so many ids.
+
+        White space before and behind the text, and a character at its end that is not whole, are held back.
+        """
+        # A piece may be written otherwise at the start of a text, so some known ones stand before the new ones.
+        text = self._decode(ids[self._start :])
+        stable = text.rstrip(UNFINISHED)
+        self._held += stable[len(self._known) :]
+        self._known = stable
+        if stable == text:
+            self._start, self._whole = self._whole, len(ids)
+            self._known = self._decode(ids[self._start :])
+
+        if not self.shown:
+            self._held = self._held.lstrip()
+        fresh = self._held.rstrip()
+        self._held = self._held[len(fresh) :]
+        self.shown += fresh
+        return fresh
+
+    def rest(self, text: str) -> str:
+        """What of the finished text goes on behind the beginning that was shown."""
+        same = 0
+        for one, other in zip(text, self.shown, strict=False):
+            if one != other:
+                break
+            same += 1
+        return text[same:]
 
 
 @dataclass
@@ -110,25 +156,26 @@ class Conversation:
         return with_errors(self._events(growing))
 
     async def _events(self, growing: Growing[list[str | Image.Image]]) -> AsyncIterator[bytes]:
-        sent = ""
+        growing_text = GrowingText(self._decoded)
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             async for state in growing.states():
                 if state is None or self.with_images:
                     yield ALIVE
                     continue
-                text = self.setting.model.run.text_tokenizer.decode(np.array(state[1])).strip()
-                if text.startswith(sent) and len(text) > len(sent) and UNFINISHED not in text:
-                    yield self._chunk({"content": text[len(sent) :]})
-                    sent = text
+                if fresh := growing_text.grown(state[1]):
+                    yield self._chunk({"content": fresh})
             answered = growing.answered()
             message = self._message(answered.result)
-            rest = {"content": message.pop("content").removeprefix(sent)}
+            rest = {"content": growing_text.rest(message.pop("content"))}
             message.pop("role")
             yield self._chunk({**rest, **message})
             yield self._chunk({}, finish_reason=_reason(answered), usage=answered.usage)
         finally:
             await growing.close()
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.setting.model.run.text_tokenizer.decode(ids)
 
     def _message(self, result: list[str | Image.Image]) -> dict[str, Any]:
         texts = [part.strip() for part in result if isinstance(part, str)]

@@ -79,6 +79,7 @@ class Desk:
         # The engine's thread has the cores; beside it, one thread computes at a time.
         alone = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(requests, "request", initializer=alone)
+        # Streams' partial images alone, of which each stream waits for one at a time.
         self._brief = ThreadPoolExecutor(1, "brief", initializer=alone)
 
     def close(self) -> None:
@@ -87,7 +88,7 @@ class Desk:
             pool.shutdown(wait=True, cancel_futures=True)
 
     async def briefly(self, function: Callable[[], T]) -> T:
-        """What a function returns that asks the engine for nothing."""
+        """What a function returns that asks the engine for nothing, for a request that is in work already."""
         return await asyncio.get_running_loop().run_in_executor(self._brief, function)
 
     async def answer(self, receive: Receive, client: str, work: Work[T]) -> Answered[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -132,11 +132,13 @@ def generation(setting: Setting, asked: GenerationAsked) -> Drawing:
     return Drawing(setting, asked, "image_generation", draw, Canvas.empty)
 
 
-async def edit(setting: Setting, asked: EditAsked, files: Mapping[str, bytes]) -> Drawing:
+def edit(setting: Setting, asked: EditAsked, files: Mapping[str, bytes]) -> Drawing:
     """An image with a part made anew, where there is a mask or a box; else changed as the prompt says.
 
+    The files are decoded by its work, which is one of the requests that the desk counts.
+
     Raises:
-        UserError: for files that cannot be used, or an instruction that the model was not tuned on.
+        UserError: for files that are missing or unknown, or an instruction that the model was not tuned on.
     """
     unknown = set(files) - {"image", "mask"}
     if unknown:
@@ -148,26 +150,32 @@ async def edit(setting: Setting, asked: EditAsked, files: Mapping[str, bytes]) -
     if mask is not None and asked.box is not None:
         raise UserError("mask and box are both given; one of them says what is made anew")
     look = partial(given_pixels, image, "image", size=setting.size, max_pixels=limits.pixels)
-    pixels_HWC = await setting.desk.briefly(look)
     if mask is None and asked.box is None:
-        return _instruction(setting, asked, pixels_HWC)
+        return _instruction(setting, asked, look)
 
     grid = setting.model.run.grid[0]
     find = partial(given_mask, image, mask, asked.box, grid=grid, max_pixels=limits.pixels)
-    codes_GG = await setting.desk.briefly(find)
-    return _infilling(setting, asked, pixels_HWC, codes_GG)
+    return _infilling(setting, asked, look, find)
 
 
 def _infilling(
-    setting: Setting, asked: EditAsked, pixels_HWC: np.ndarray, codes_GG: np.ndarray
+    setting: Setting,
+    asked: EditAsked,
+    look: Callable[[], np.ndarray],
+    find: Callable[[], np.ndarray],
 ) -> Drawing:
     usual = setting.model.run.experiment.decoder
     decoder: Any = decoder_of(asked.decoder, asked.guidance, usual)
-    scale = setting.size // len(codes_GG)
-    mask_HW = np.kron(codes_GG, np.ones((scale, scale), bool))
+
+    @cache
+    def given() -> tuple[np.ndarray, np.ndarray]:
+        return look(), find()
 
     def draw(model: CM3Leon) -> list[dict[str, Any]]:
         assert asked.seed is not None
+        pixels_HWC, codes_GG = given()
+        scale = setting.size // len(codes_GG)
+        mask_HW = np.kron(codes_GG, np.ones((scale, scale), bool))
         filled = model.infills(
             pixels_HWC, asked.prompt, n=asked.n, mask=mask_HW, decoder=decoder, seed=asked.seed
         )
@@ -177,12 +185,13 @@ def _infilling(
         ]
 
     def canvas(model: CM3Leon) -> Canvas:
+        pixels_HWC, codes_GG = given()
         return Canvas(model, codes_GG, model.run.image_tokenizer.encode(pixels_HWC[None])[0])
 
     return Drawing(setting, asked, "image_edit", draw, canvas)
 
 
-def _instruction(setting: Setting, asked: EditAsked, pixels_HWC: np.ndarray) -> Drawing:
+def _instruction(setting: Setting, asked: EditAsked, look: Callable[[], np.ndarray]) -> Drawing:
     if not is_tuned(setting.model):
         raise UserError(
             f"mask is missing, and {setting.name} was not fine-tuned on instructions (docs/tasks.md): "
@@ -192,7 +201,7 @@ def _instruction(setting: Setting, asked: EditAsked, pixels_HWC: np.ndarray) -> 
 
     def draw(model: CM3Leon) -> list[dict[str, Any]]:
         assert asked.seed is not None
-        image = Image.fromarray(pixels_HWC)
+        image = Image.fromarray(look())
         pictures = model.edit(image, asked.prompt, n=asked.n, decoder=decoder, seed=asked.seed)
         return [_told(picture, asked.output_format) for picture in pictures]
 

@@ -112,6 +112,7 @@ class SharedEngine:
         self._running: dict[int, _Sample] = {}
         self._leaving: set[int] = set()
         self._stopping = False
+        self._why = "the server is being stopped, and takes no more requests"
         self._seconds, self._samples = 0.0, 0.0
         self._cores = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -176,7 +177,7 @@ class SharedEngine:
         now = time.monotonic()
         with self._changed:
             if self._stopping:
-                raise Stopped("the server is being stopped, and takes no more requests")
+                raise Stopped(self._why)
             if self.waiting + count > self.waiting_limit:
                 raise Busy(self.seconds_until_free(count))
             if not count:
@@ -205,6 +206,21 @@ class SharedEngine:
     # -------------------------------------------------------------------------------------------- the thread
 
     def _loop(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            LOG.exception("the engine has ended by an error")
+            self._why = (
+                "the engine has ended by an error, which the server's log has; start it again"
+            )
+        finally:
+            # However it ends, callers must not wait for ever, and nobody queues behind it.
+            with self._changed:
+                self._stopping = True
+                for job in self._jobs():
+                    self._end(job, Stopped(self._why))
+
+    def _work(self) -> None:
         # torch keeps a number for each thread, and begins with what another one has set last.
         torch.set_num_threads(self._cores)
         with self._computing():
@@ -228,11 +244,13 @@ class SharedEngine:
         """Gives the engine as many samples as it has room for: one of each client in turn."""
         now = time.monotonic()
         while self._queues and self._engine.free > 0:
-            client, queue = self._queues.popitem(last=False)
-            sample = queue.popleft()
+            client, queue = next(iter(self._queues.items()))
+            sample = queue[0]
+            self._running[self._engine.submit(sample.asked)] = sample
+            queue.popleft()
+            del self._queues[client]
             if queue:
                 self._queues[client] = queue
-            self._running[self._engine.submit(sample.asked)] = sample
             self.stats.waited_seconds += now - sample.queued
 
     def _step(self) -> None:

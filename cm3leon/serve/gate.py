@@ -138,9 +138,12 @@ class Gate:
         # Any page that this machine's browser shows could ask a server without a key, by this machine's address or by
         # a name that somebody points at it.
         host = headers.get(b"host", b"").decode("latin-1")
-        name = urlsplit(f"//{host}").hostname
         origin = headers.get(b"origin")
-        foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != host
+        try:
+            name = urlsplit(f"//{host}").hostname
+            foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != host
+        except ValueError:
+            raise Refusal(400, "the header Host or Origin names no address") from None
         if name not in LOCAL or foreign:
             raise Refusal(
                 403,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,9 +34,23 @@ class Listening(Protocol):
 class _Uvicorn(uvicorn.Server):
     """Ends by signals, without raising them once more when it has ended."""
 
-    def __init__(self, config: uvicorn.Config, server: Listening) -> None:
+    def __init__(self, config: uvicorn.Config, server: Listening, grace: int) -> None:
         super().__init__(config)
-        self._server = server
+        self._server, self._grace = server, grace
+        self._deadline: float | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the grace, when the connections have ended; none after a second Ctrl-C."""
+        if self.force_exit:
+            return 0
+        if self._deadline is None:
+            return self._grace
+        return max(self._deadline - time.monotonic(), 0)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._deadline = time.monotonic() + self._grace
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,11 +96,12 @@ def listen(server: Listening, *, host: str, port: int, grace: int, path: str = "
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {server.described()}", flush=True)
         print(f"http://{shown}:{listener.getsockname()[1]}{path} (Ctrl-C ends it)", flush=True)
-        uvicorn_of(server, grace).run(sockets=[listener])
-    server.close(grace)
+        inner = uvicorn_of(server, grace)
+        inner.run(sockets=[listener])
+    server.close(inner.seconds_left)
 
 
-def uvicorn_of(server: Listening, grace: int) -> uvicorn.Server:
+def uvicorn_of(server: Listening, grace: int) -> _Uvicorn:
     """What answers at a socket; `should_exit` ends it."""
     config = uvicorn.Config(
         server.app,
@@ -95,4 +111,4 @@ def uvicorn_of(server: Listening, grace: int) -> uvicorn.Server:
         timeout_graceful_shutdown=grace,
         timeout_keep_alive=30,
     )
-    return _Uvicorn(config, server)
+    return _Uvicorn(config, server, grace)
