@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import encoded
+import yaml
+from corpora import encoded, picture
 from published import random_tensors, taming_shapes, write_taming
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,7 @@ from cm3leon import CM3Leon
 from cm3leon.commands.sample import _names
 from cm3leon.models.pretrained import load_model
 from cm3leon.run import main
+from cm3leon.serve.service import Service
 from cm3leon.stages import importing
 from cm3leon.stages.pretraining import check_tokenizers
 from cm3leon.stages.run_folder import RunFolder
@@ -247,6 +249,43 @@ def test_it_is_asked_like_any_other_run(
     assert len(model.interleave(["a dog"], segments=3, max_tokens=3)) >= 1
     assert main(["generate", f"run={run}", "prompt=a dog", f"out={tmp_path / 'drawn'}"]) == 0
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 8
+
+
+def test_it_is_served_like_any_other_run(run: Path) -> None:
+    model = CM3Leon.load(run, precision="float32")
+    asked: dict[str, Any] = {"n": 2, "decoder": {"name": "top_p", "cfg": 2.0}, "seed": 5}
+    alone = model.generate("two cats", **asked)
+    with (
+        Service(model, samples=2, precision="float32") as service,
+        service.asking(service.caller("someone")) as served,
+    ):
+        pictures = served.generate("two cats", **asked)
+    for drawn, same in zip(pictures, alone, strict=True):
+        np.testing.assert_array_equal(drawn.codes_N, same.codes_N)
+
+
+def test_a_study_asks_it_like_any_other_run(run: Path, tmp_path: Path) -> None:
+    for number in range(110):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        (tmp_path / f"{number}.txt").write_text(f"a red dog with {number} cats")
+    protocol = {"name": "captioned_images", "data": {"name": "folder", "path": str(tmp_path)}}
+    study = {
+        "title": "Public weights",
+        "evaluations": {
+            "pictures": {
+                "title": "Pictures for captions",
+                "protocol": {**protocol, "count": 110, "size": 8},
+                "models": {"imported": str(run)},
+                "setting": {"documents": 0},
+            }
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    place = tmp_path / "asked"
+    assert main([f"experiment={tmp_path / 'study.yaml'}", f"run={place}"]) == 0
+    (row,) = json.loads((place / "results.json").read_text())["evaluations"]["pictures"]
+    assert row["items"] == 110
+    assert row["metrics"]
 
 
 def test_the_licence_is_said_and_recorded(
