@@ -372,7 +372,15 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
     image, drawn = picture(), {"decoder": "greedy", "seed": 0}
     codes_BN = np.zeros((1, 16), np.int64)
     return {
-        "generate": {"prompt": ["a seven"], "n": 1, "retrieve": 1, "size": None, **drawn},
+        "generate": {
+            "prompt": ["a seven"],
+            "n": 1,
+            "retrieve": 0,
+            "documents": [0],
+            "size": None,
+            **drawn,
+        },
+        "documents_for": {"prompt": "a seven", "count": 1},
         "too_long": {"texts": ["a seven"], "size": (32, 32)},
         "caption": {
             "image": image,
@@ -487,7 +495,7 @@ BAD: dict[str, list[Any]] = {
     "by": [7, "video", None, "image"],
     "texts": [*LISTS, ["\ud83d"]],
     "task": [7, None, "drawing", ""],
-    "documents": [*LISTS, []],
+    "documents": [*LISTS, [-1], ["a"], [1.5], [10**9]],
     "retrieved": [*LISTS, [[10**9]], [[-1]], [["a"]], [[], []], [[1.5]]],
     "rows": [*LISTS, [-1], ["a"], [1.5], [10**9]],
     "samples": [7, [0], None, range(-1, 1), range(0, 4, 2), "range(1)"],
@@ -524,6 +532,11 @@ def test_bad_arguments_are_a_users_mistake_in_one_sentence(model: CM3Leon, argum
             with pytest.raises(UserError) as caught:
                 assert ask() is NotImplemented, f"{name}({argument}={value!r}) is taken"
             assert len(str(caught.value)) < 1000
+
+
+def test_something_is_asked(model: CM3Leon) -> None:
+    with pytest.raises(UserError, match="documents"):
+        model.ask(**{**good_calls(model)["ask"], "documents": [], "retrieved": []})
 
 
 def test_numbers_of_numpy_and_huge_seeds_are_taken(model: CM3Leon) -> None:

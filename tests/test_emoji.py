@@ -382,6 +382,12 @@ def test_pages_say_whose_the_drawings_are(tmp_path: Path) -> None:
     assert attribution([mixed]) == ATTRIBUTION
 
 
+def test_answers_of_another_size_are_a_sentence() -> None:
+    images_BHWC = np.zeros((1, 48, 48, 3), np.uint8)
+    with pytest.raises(UserError, match=r"^protocol\.side is 24, .* 48 x 48 pixels"):
+        all_drawings(24).nearest_by_pixels(images_BHWC)
+
+
 # ------------------------------------------------------------------------------------------------ the experiment
 
 SMALL = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import page_corpus
+from corpora import emoji, page_corpus
 from instruction_corpora import INSTRUCTIONS, dense_annotations
 from PIL import Image
 
@@ -531,6 +531,8 @@ def test_a_showcase_names_images_that_are_not_there_or_broken(tmp_path):
 
 def contract(name: str, place: Path) -> dict[str, Any]:
     """A small protocol of each registered name."""
+    if name == "emoji":
+        return emoji({"task": "text_to_image", "count": 3})
     return {
         "scene_task": {"task": "edit", "count": 12, "side": 48, "world": SMALL},
         "scene_compositions": {"world": SMALL, "count": 2},
@@ -583,7 +585,8 @@ def test_every_protocol_keeps_the_contract(name, tmp_path):
     assert [item.id for item in items] == [item.id for item in other.items()]
     assert len({item.id for item in items}) == len(items) > 0
     assert one.fingerprint() == other.fingerprint()
-    picture_HWC = np.full((48, 48, 3), 200, np.uint8)
+    side = section.get("side", 48)
+    picture_HWC = np.full((side, side, 3), 200, np.uint8)
     answers = [
         Answer(text="two", scores_K=np.arange(len(item.options)))
         if one.answers_in == "text"

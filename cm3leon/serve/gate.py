@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cm3leon.io import digest_of
 from cm3leon.serve.errors import Refusal
 from cm3leon.types import UserError
 
@@ -74,7 +74,7 @@ class Gate:
         open_paths: tuple[str, ...] = (),
     ) -> None:
         self._app, self._body_bytes, self._open_paths = app, body_bytes, open_paths
-        self._digest = None if key is None else _digest(key.encode())
+        self._digest = None if key is None else digest_of(key)
         self._held = _Held(BODIES * body_bytes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -129,7 +129,7 @@ class Gate:
         if self._digest is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(
-                _digest(given.strip()), self._digest
+                digest_of(given.strip()), self._digest
             ):
                 sentence = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
                 raise Refusal(401, sentence)
@@ -226,7 +226,3 @@ async def _answer(send: Send, refusal: Refusal) -> None:
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
     await send({"type": "http.response.body", "body": content})
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

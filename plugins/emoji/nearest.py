@@ -68,7 +68,11 @@ class Drawings:
 
     def _checked(self, images_BHWC: np.ndarray) -> np.ndarray:
         if images_BHWC.shape[1:] != (self.side, self.side, 3):
-            raise ValueError(f"images are {images_BHWC.shape[1:]}, drawings {self.side} wide")
+            height, width = images_BHWC.shape[1:3]
+            raise UserError(
+                f"protocol.side is {self.side}, but the images that are measured have {width} x {height} pixels; "
+                "side must be that of the model's images"
+            )
         return images_BHWC
 
 
