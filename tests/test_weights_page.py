@@ -16,8 +16,8 @@ from cm3leon.tokenizers.families import FAMILIES, renumbered
 
 PAGE = Path(__file__).parent.parent / "docs" / "public_weights.md"
 CALL = "python -m cm3leon.run "
-ELSEWHERE = {"push", "serve"}
-"""Commands that reach over a network, which tests of their own take to a stand-in."""
+ELSEWHERE = {"push", "serve", "demo"}
+"""Commands that a network is needed for, or that go on until they are stopped; tests of their own run them."""
 
 SHRUNK = (
     *("model.layers=2", "model.width=64", "model.head_size=16", "model.mlp_width=88"),
