@@ -60,13 +60,16 @@ def launch_study(study: Study, *, until: str | None = None, redo: Collection[str
     Raises:
         UserError: as `run_study`, and for what the launcher can know to be impossible.
     """
-    parts_until(study, until)
+    wanted = parts_until(study, until)
     check_study_redo(study, redo)
     check_run_folder(study.folder)
     make_folder(study.folder, "run")
     refuse_twice(study.folder)
     with locked(study.folder), naming(study.folder):
         write_text(study.file, dump_yaml(without_secrets(study.written)))
+        for batch in study.batches():
+            if study.runs[batch[0]].plan.sweep:
+                _missing_points(study, [name for name in batch if name in wanted])
         jobs = study_jobs(study, until=until, redo=redo)
     return launched(jobs, study.folder.absolute(), study.config.launcher)
 
@@ -216,9 +219,7 @@ def _make_points(
     study: Study, batch: Sequence[str], wanted: Sequence[str], redo: Collection[str]
 ) -> None:
     """Gives the missing points of an entry to the launcher, and waits for them."""
-    missing = unfinished(study, wanted)
-    if wanted:
-        print(f"{len(wanted)} points in {study.folder}, {len(missing)} to run", flush=True)
+    missing = _missing_points(study, wanted)
     if missing:
         jobs = point_jobs(study, batch, missing, redo)
         launched(jobs, study.folder.absolute(), study.config.launcher)
@@ -229,6 +230,14 @@ def _make_points(
             f"{len(failed)} of {len(wanted)} points did not finish, {'; '.join(failed)}; "
             "the same command tries them again"
         )
+
+
+def _missing_points(study: Study, wanted: Sequence[str]) -> list[str]:
+    """Those of the points that are not finished, and says how many they are."""
+    missing = unfinished(study, wanted)
+    if wanted:
+        print(f"{len(wanted)} points in {study.folder}, {len(missing)} to run", flush=True)
+    return missing
 
 
 def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | None) -> Found:
