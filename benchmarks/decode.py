@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer import to_opt
 
 from cm3leon.decoders import grammar
 from cm3leon.decoders.generate import answers
 from cm3leon.decoders.request import Request
-from cm3leon.models.opt import to_opt
 from cm3leon.models.serving import keep_weights
 from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS, discover

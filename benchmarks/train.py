@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peer import to_opt
 from torch import Tensor, nn
 
 from cm3leon.doctor.hardware import product_rate, seconds
 from cm3leon.doctor.training import Loss, new_model, packed_loss, stepper, timed_step
 from cm3leon.models.base import Model
-from cm3leon.models.opt import to_opt
 from cm3leon.models.recompute import compile_blocks, recompute
 from cm3leon.registry import discover
 from cm3leon.training.config import DecoderTrainingConfig
