@@ -62,7 +62,7 @@ def main(options: Options) -> None:
         raise UserError(
             f"`serve` needs the package {error.name}: pip install 'cm3leon[serve]'"
         ) from error
-    from cm3leon.api import CM3Leon
+    from cm3leon.commands.asking import load_model
     from cm3leon.serve.app import Server
     from cm3leon.serve.gate import LOCAL, read_key
     from cm3leon.serve.service import Service
@@ -74,16 +74,8 @@ def main(options: Options) -> None:
             f"host is {options.host}, which others reach, and there is no API key; set CM3LEON_API_KEY, or give "
             "key_file=FILE"
         )
-    model = CM3Leon.load(
-        options.run,
-        precision=options.precision,
-        weights=options.weights,
-        plugins=options.plugins,
-        trust=options.trust,
-        verify=options.verify,
-    )
     service = Service(
-        model,
+        load_model(options),
         samples=options.samples,
         rows=options.rows,
         tokens=options.tokens,
