@@ -60,15 +60,10 @@ def main(options: Options) -> None:
         ) from error
     from cm3leon.commands.asking import load_model
     from cm3leon.demo.asking import Asker, Limits
-    from cm3leon.serve.gate import LOCAL, read_key
+    from cm3leon.serve.gate import key_to_listen
     from cm3leon.serve.service import Service
 
-    key = read_key(options.key_file)
-    if key is None and options.host not in LOCAL:
-        raise UserError(
-            f"host is {options.host}, which others reach, and there is no password; set CM3LEON_API_KEY, or give "
-            "key_file=FILE"
-        )
+    key = key_to_listen(options.host, options.key_file, "password")
     usual = Options(run=options.run)
     loading = {
         name: getattr(options, name)

@@ -56,6 +56,24 @@ def read_key(file: Path | None) -> str | None:
     return None if key is None else key.strip()
 
 
+def key_to_listen(host: str, file: Path | None, word: str) -> str | None:
+    """The key that who asks at an address has to bear, as `read_key` finds it.
+
+    Args:
+        word: what users call it.
+
+    Raises:
+        UserError: as `read_key`, and for an address that others reach where there is none.
+    """
+    key = read_key(file)
+    if key is None and host not in LOCAL:
+        raise UserError(
+            f"host is {host}, which others reach, and there is no {word}; set {KEY_VARIABLE}, or give "
+            "key_file=FILE"
+        )
+    return key
+
+
 class Gate:
     """An ASGI application in front of another one.
 
