@@ -102,7 +102,7 @@ def stops_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
         monkeypatch.setattr(main, lambda options, main=main: came_to.append(main))
     monkeypatch.chdir(tmp_path)
     example = re.search(
-        r"```python\n(from dataclasses .*?)```", (ROOT / "README.md").read_text(), re.S
+        r"```python\n(from dataclasses .*?)```", (ROOT / "docs/plugins.md").read_text(), re.S
     )
     assert example
     (tmp_path / "sharp.py").write_text(example[1])

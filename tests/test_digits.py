@@ -1,7 +1,7 @@
 """The demo as it is shipped, about ten minutes on two cores: `python -m pytest -m slow`.
 
-The floors lie below the figures in the README by more than their intervals: another processor rounds otherwise. Those
-of captions and of infilled bottom halves lie below what the README says of several runs.
+The floors lie below the figures in docs/results.md by more than their intervals: another processor rounds otherwise.
+Those of captions and of infilled bottom halves lie below what that page says of several runs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,181 @@
+"""Write the tables of README.md and docs/ from the result files in docs/results/.
+
+python benchmarks/results.py                                           write the tables between their marks
+python benchmarks/results.py digits runs/digits 'one idle H100'        take a finished run's figures first
+
+A page marks where a table of docs/results/tables.yaml stands:
+
+    <!-- table digits_held_out -->
+
+    | Markdown | 1 |
+
+    <!-- end -->
+
+A result file says what made it (`made`: command, machine, torch, date, seeds, minutes, and where figures were
+transcribed, from what), and has its figures as a run (evaluation/results.json) or a study (results.json) writes them:
+`{"evaluations": {NAME: [{"row": ..., "metrics": ...}]}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Figure:
+    """A figure that a format of a table writes: share, interval, or n."""
+
+    def __init__(self, name: str, found: dict[str, Any]) -> None:
+        self.name = name
+        self.found = found
+
+    def __format__(self, form: str) -> str:
+        if form == "share":
+            return f"{100 * self.found['value']:.1f} %"
+        if form == "interval":
+            low, high = 100 * self.found["low"], 100 * self.found["high"]
+            # One decimal, but none at a bound of 100 %.
+            return f"{low:.1f} to " + ("100" if high == 100 else f"{high:.1f}")
+        if form == "n":
+            return f"{self.found['n']:,}"
+        raise ValueError(f"{self.name}: the form is {form}; it must be share, interval or n")
+
+
+class ResultFile:
+    """A file of docs/results: `file["EVALUATION/ROW/metrics/METRIC"]` is a figure, `{file:made}` what made it."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        self.content = json.loads(path.read_text(encoding="utf-8"))
+
+    def __getitem__(self, key: str) -> Figure:
+        """Return the figure at a path.
+
+        Raises:
+            KeyError: names the file and the path that it has no figure at.
+        """
+        parts = key.split("/")
+        found: Any = self.content
+        rows = self.content["evaluations"].get(parts[0])
+        if rows is not None:
+            found = next((row for row in rows if row["row"] == parts[1]), {})
+            parts = parts[2:]
+        for part in parts:
+            found = found.get(part, {})
+        if "value" not in found:
+            raise KeyError(f"{self.name}.json has no figure {key}")
+        return Figure(f"{self.name}[{key}]", found)
+
+    def __format__(self, form: str) -> str:
+        if form != "made":
+            raise ValueError(f"{self.name}: the form is {form}; it must be made, or name a figure")
+        made = self.content["made"]
+        seeds = ", ".join(str(seed) for seed in made["seeds"])
+        text = (
+            f"`{made['command']}`, seed{'s' * (len(made['seeds']) > 1)} {seeds}, "
+            f"{made['machine']}, torch {made['torch']}, {made['date']}"
+        )
+        if "minutes" in made:
+            text += f": {made['minutes']} minutes"
+        source = f"[{self.name}.json](docs/results/{self.name}.json)"
+        if "from" in made:
+            source += f", transcribed from {made['from']}"
+        return f"{text} ({source})."
+
+
+def result_files() -> dict[str, ResultFile]:
+    """Return the result files by their names."""
+    return {path.stem: ResultFile(path) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def tables() -> dict[str, str]:
+    """Return every table of tables.yaml as Markdown, links in it as README.md would write them."""
+    forms = yaml.safe_load((RESULTS / "tables.yaml").read_text(encoding="utf-8"))
+    files = result_files()
+    return {name: form.format_map(files) for name, form in forms.items()}
+
+
+def pages() -> list[Path]:
+    """Return the pages that may have marks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(page: Path) -> str:
+    """Return the text of a page with its tables as the result files give them.
+
+    Raises:
+        KeyError: for a mark of a table that tables.yaml does not have.
+    """
+    written = tables()
+
+    def table(mark: re.Match[str]) -> str:
+        text = written[mark[2]]
+        if page.is_relative_to(ROOT / "docs"):
+            up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1)
+            text = text.replace("](docs/", f"]({up}")
+        return f"{mark[1]}\n{text}\n{mark[3]}"
+
+    return TABLE.sub(table, page.read_text(encoding="utf-8"))
+
+
+def take(name: str, folder: Path, machine: str) -> None:
+    """Write the result file of that name from a finished run or study.
+
+    Args:
+        folder: a run folder, or that of a study.
+        machine: what it ran on, in words.
+
+    Raises:
+        FileNotFoundError: if the folder holds no results.
+    """
+    study = folder / "results.json"
+    results = study if study.is_file() else folder / "evaluation" / "results.json"
+    found = json.loads(results.read_text(encoding="utf-8"))
+    runs = [folder] if results != study else [each.parent for each in folder.rglob("pretraining")]
+    environment = json.loads((runs[0] / "environment.json").read_text(encoding="utf-8"))
+    configs = [yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in runs]
+
+    made: dict[str, Any] = {
+        "command": f"python -m cm3leon.run experiment={name}",
+        "machine": machine,
+        "torch": environment["packages"]["torch"],
+        "date": datetime.fromtimestamp(results.stat().st_mtime, UTC).date().isoformat(),
+        "seeds": sorted({config["seed"] for config in configs}),
+    }
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        seconds = json.loads(metrics.read_text(encoding="utf-8"))["wall_seconds"]["total"]
+        made["minutes"] = round(seconds / 60)
+
+    # Only figures: notes, answers and seconds of rows stay with the run.
+    evaluations = {
+        evaluation: [
+            {key: row[key] for key in ("row", "metrics", "ceiling", "chance") if key in row}
+            for row in rows
+        ]
+        for evaluation, rows in found["evaluations"].items()
+    }
+    content = {"made": made, "judge": found.get("judge"), "evaluations": evaluations}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (RESULTS / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        named, made_in, words = sys.argv[1:]
+        take(named, Path(made_in), words)
+    for each in pages():
+        text = filled(each)
+        if text != each.read_text(encoding="utf-8"):
+            each.write_text(text, encoding="utf-8")
+            print(f"{each.relative_to(ROOT)}: written")

@@ -1,0 +1,107 @@
+"""The tables of README.md and docs/ are what the result files give, and the files are what a run writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cm3leon.evaluation.metrics import proportion
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script of the tables, which lies beside the package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results
+
+    return results
+
+
+def figures(found: Any) -> Iterator[dict[str, Any]]:
+    """Every figure below a part of a result file."""
+    if isinstance(found, dict) and "value" in found:
+        yield found
+    elif isinstance(found, dict | list):
+        for part in found.values() if isinstance(found, dict) else found:
+            yield from figures(part)
+
+
+def test_every_page_is_what_the_result_files_give(script: Any) -> None:
+    for page in script.pages():
+        assert script.filled(page) == page.read_text(), (
+            f"{page.relative_to(ROOT)} is not what docs/results/ gives: python benchmarks/results.py"
+        )
+
+
+def test_every_table_stands_on_a_page(script: Any) -> None:
+    marked = {
+        mark
+        for page in script.pages()
+        for mark in re.findall(r"<!-- table (\w+) -->", page.read_text())
+    }
+    assert marked == set(script.tables())
+
+
+def test_another_figure_makes_another_page(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs/results.md"
+    files = script.result_files()
+    (row, *_) = files["digits"].content["evaluations"]["caption"]
+    row["metrics"]["accuracy"] = {"value": 0.5, "low": 0.25, "high": 1.0, "n": 1234}
+    monkeypatch.setattr(script, "result_files", lambda: files)
+    assert "| captions that name the right digit | 50.0 % | 25.0 to 100 | 93 % | 1,234 |" in (
+        script.filled(page)
+    )
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "docs/results").glob("*.json")), ids=lambda f: f.stem
+)
+def test_a_result_file_says_what_made_it_and_its_intervals_are_possible(file: Path) -> None:
+    content = json.loads(file.read_text())
+    made = content["made"]
+    for key in ("command", "machine", "torch", "seeds"):
+        assert made[key], key
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", made["date"])
+
+    found = list(figures(content))
+    assert found
+    for figure in found:
+        assert 0 <= figure["value"] <= 1
+        if "n" in figure and "low" in figure:
+            # Wilson's interval of as many hits, to the rounding of a transcribed table.
+            hits_N = np.arange(figure["n"]) < round(figure["value"] * figure["n"])
+            wilson = proportion(hits_N)
+            assert abs(wilson.low - figure["low"]) < 0.0006
+            assert abs(wilson.high - figure["high"]) < 0.0006
+
+
+def test_figures_are_taken_from_a_finished_run(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    (run / "evaluation").mkdir(parents=True)
+    accuracy = {"value": 0.75, "low": 0.3, "high": 0.95, "n": 4}
+    row = {"row": "documents 0", "metrics": {"accuracy": accuracy}, "seconds": 3.0, "notes": []}
+    written = {"judge": {"real": accuracy}, "evaluations": {"caption": [row]}}
+    (run / "evaluation/results.json").write_text(json.dumps(written))
+    (run / "environment.json").write_text(json.dumps({"packages": {"torch": "2.14.1"}}))
+    (run / "config.yaml").write_text("seed: 7\n")
+    (run / "metrics.json").write_text(json.dumps({"wall_seconds": {"total": 900.0}}))
+
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    script.take("digits", run, "one core")
+    file = script.ResultFile(tmp_path / "digits.json")
+    assert f"{file['caption/documents 0/metrics/accuracy']:share}" == "75.0 %"
+    assert f"{file['judge/real']:interval}" == "30.0 to 95.0"
+    assert "seed 7, one core, torch 2.14.1, 20" in f"{file:made}"
+    assert f"{file:made}".endswith(": 15 minutes ([digits.json](docs/results/digits.json)).")
+    with pytest.raises(KeyError, match="has no figure caption/documents 1"):
+        file["caption/documents 1/metrics/accuracy"]
