@@ -30,7 +30,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from cm3leon.config import Component, FieldDoc, check_config_class, choices, describe, from_mapping
+from cm3leon.config import (
+    Component,
+    FieldDoc,
+    check_config_class,
+    choices,
+    describe,
+    from_mapping,
+    summary_of,
+)
 from cm3leon.io import digest_of
 from cm3leon.types import UserError
 
@@ -198,11 +206,11 @@ class Registry(Generic[T]):
         return self._entry(name, "").cls.Config
 
     def summary(self, name: str) -> str:
-        """What a component is, in a line: the first of its docstring, or whose preset it is."""
+        """The first paragraph of a component's docstring, or whose preset it is, on one line."""
         base = self.preset_of(name)
         if base:
             return f"{base} with other defaults"
-        return (self.get(name).__doc__ or "").strip().partition("\n")[0]
+        return summary_of(self.get(name))
 
     def has_setting(self, name: str, key: str) -> bool:
         """Whether the `Config` of a component has a field of that name."""

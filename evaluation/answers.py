@@ -1,4 +1,5 @@
-"""Answers in words against those of people: VQA accuracy, options, and the ranking of candidates in VisDial."""
+"""Answers in words against those of people: VQA accuracy, options,
+and the ranking of candidates in VisDial."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _CONTRACTED = """
 
 
 def _without_apostrophes() -> dict[str, str]:
-    """The ways in which people leave apostrophes out, the first or the second; the official list has such pairs."""
+    """The ways in which people leave apostrophes out, the first or the second;
+    the official list has such pairs."""
     table: dict[str, str] = {}
     for word in _CONTRACTED.split():
         places = [place for place, letter in enumerate(word) if letter == "'"]
@@ -52,10 +54,12 @@ _PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalized(answer: str) -> str:
-    """An answer without case, punctuation and articles, numbers as digits, contractions with their apostrophes.
+    """An answer without case, punctuation and articles, numbers as digits,
+    contractions with their apostrophes.
 
-    Source: the evaluation tools of VQA (Antol et al. 2015), as they are: punctuation with a space beside it is dropped,
-    and becomes a space otherwise, unless a comma stands inside a number; a period stays before a digit only.
+    Source: the evaluation tools of VQA (Antol et al. 2015), as they are: punctuation with a space
+    beside it is dropped, and becomes a space otherwise, unless a comma stands inside a number; a
+    period stays before a digit only.
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     result = text
@@ -67,9 +71,11 @@ def normalized(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """Share of right: min(1, others that gave this answer / 3), averaged over leaving each person out.
+    """Share of right: min(1, others that gave this answer / 3),
+    averaged over leaving each person out.
 
-    As the official tools do, answers are normalised only where people disagree. VQA2, OKVQA and VizWiz use it.
+    As the official tools do, answers are normalised only where people disagree. VQA2,
+    OKVQA and VizWiz use it.
 
     Raises:
         ValueError: without answers.
@@ -85,7 +91,8 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
 
 
 def option_of(answer: str, options: Sequence[str]) -> int | None:
-    """Number of the option that an answer names: its letter behind "answer is", any letter in brackets, or its text."""
+    """Number of the option that an answer names: its letter behind "answer is",
+    any letter in brackets, or its text."""
     letters = [chr(ord("A") + number) for number in range(len(options))]
     allowed = "".join(letters)
     for pattern in (
@@ -105,7 +112,8 @@ def option_of(answer: str, options: Sequence[str]) -> int | None:
 
 
 def ndcg(scores_K: Sequence[float], relevance_K: Sequence[float]) -> float:
-    """VisDial's NDCG: of the first k candidates by score, k being how many have any relevance; 0 where none has.
+    """VisDial's NDCG: of the first k candidates by score, k being how many have any relevance;
+    0 where none has.
 
     Source: Visual Dialog challenge: gains are the relevances, discounts 1 / log2(rank + 1).
 

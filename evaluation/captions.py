@@ -24,22 +24,25 @@ class CaptionScores:
     meteor: float | None
     """None without Java, which computes it."""
     tokenizer: str
-    """PTB, as the published figures have it, or what stood in for it: then they are not comparable."""
+    """PTB, as the published figures have it, or what stood in for it: then they are not
+    comparable."""
     images: int
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """Scores of one caption an image against its references, as the COCO evaluation tools compute them.
+    """Scores of one caption an image against its references,
+    as the COCO evaluation tools compute them.
 
-    CIDEr is the tools' CIDEr-D: 10 for captions of four words or more that equal all their references. Papers print 100
-    times it: 61.6 in the paper's table 2 is 0.616 here.
+    CIDEr is the tools' CIDEr-D: 10 for captions of four words or more that equal all their
+    references. Papers print 100 times it: 61.6 in the paper's table 2 is 0.616 here.
 
     Raises:
         UserError: for fewer than two images, an image without references, or without pycocoevalcap.
     """
     if len(captions) != len(references) or len(captions) < LEAST:
         raise UserError(
-            f"{len(captions)} captions for {len(references)} images; CIDEr needs one each, of {LEAST} or more"
+            f"{len(captions)} captions for {len(references)} images; CIDEr needs one each, of "
+            f"{LEAST} or more"
         )
     missing = next((number for number, of_image in enumerate(references) if not of_image), None)
     if missing is not None:

@@ -1,4 +1,5 @@
-"""How models are asked, as YAML says it: settings of one evaluation, what is swept in them, and aims."""
+"""How models are asked, as YAML says it: settings of one evaluation, what is swept in them,
+and aims."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class AskConfig:
     bank: Path | None = None
     """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
     checkpoint: PositiveInt | None = None
-    """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept; null = the last."""
+    """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept;
+    null = the last."""
     seed: Seed = 0
     """Of the first sample of the first item."""
     max_tokens: PositiveInt | None = None
@@ -56,10 +58,11 @@ class EvaluationConfig:
     protocol: Annotated[Component, PROTOCOLS]
     """What is asked, and how the answers are measured."""
     setting: Annotated[dict[str, Any], Settings(AskConfig)] = field(default_factory=dict)
-    """How it is asked: documents, shuffled, samples, decoder, bank, checkpoint, seed, max_tokens."""
+    """How it is asked: documents, shuffled, samples, decoder, bank, checkpoint, seed,
+    max_tokens."""
     sweep: Annotated[dict[str, Any], Settings(AskConfig, swept=True)] = field(default_factory=dict)
-    """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row for each model and
-    combination."""
+    """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row
+    for each model and combination."""
     plot: Annotated[str | None, NoEffect("what is drawn")] = None
     """The metric that is drawn; null = a table alone."""
 

@@ -29,14 +29,15 @@ SPARE = 4
 ROUNDED = 1 + 1e-12
 """Squared distances up to so many times a squared radius lie within it."""
 
-# ------------------------------------------------------------------------------------------------ pairs of images
+# ---------------------------------------------------------------------------------- pairs of images
 
 
 def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
-    """Mean structural similarity of each image, (B,), 1 where nothing differs (Wang et al. 2004, IEEE TIP 13, eq. 13).
+    """Mean structural similarity of each image, (B,), 1 where nothing differs (Wang et al. 2004,
+    IEEE TIP 13, eq. 13).
 
-    As published: a Gaussian window of 11x11 pixels with sigma 1.5, wherever it lies within the image; K1 = 0.01, K2 =
-    0.03. Red, green and blue are compared one by one, and count equally.
+    As published: a Gaussian window of 11x11 pixels with sigma 1.5, wherever it lies within the
+    image; K1 = 0.01, K2 = 0.03. Red, green and blue are compared one by one, and count equally.
 
     Raises:
         ValueError: for images with a side below 11 pixels.
@@ -52,7 +53,8 @@ def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
 
 
 def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
-    # float64, as the differences of nearly equal numbers that follow would show the rounding of float32.
+    # float64, as the differences of nearly equal numbers
+    # that follow would show the rounding of float32.
     x_HWC, y_HWC = image_HWC.astype(np.float64), reconstructed_HWC.astype(np.float64)
     x_mean, y_mean = _in_windows(x_HWC), _in_windows(y_HWC)
     x_variance, y_variance = _in_windows(x_HWC**2) - x_mean**2, _in_windows(y_HWC**2) - y_mean**2
@@ -91,7 +93,7 @@ def lpips(
     return np.concatenate(distances) if distances else np.zeros(0, np.float32)
 
 
-# ------------------------------------------------------------------------------------------------ sets of images
+# ----------------------------------------------------------------------------------- sets of images
 
 
 def features(extractor: Extractor, images_BHWC: np.ndarray, batch_size: int = 32) -> np.ndarray:
@@ -144,11 +146,13 @@ class FeatureStatistics:
         return self._scatter_DD / (self.count - 1)
 
     def frechet(self, other: FeatureStatistics) -> float:
-        """Fréchet distance of two normal distributions with these means and covariances (Dowson and Landau 1982).
+        """Fréchet distance of two normal distributions with these means
+        and covariances (Dowson and Landau 1982).
 
-        |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), which is the FID for the features of `Inception` (Heusel et al.
-        2017, arXiv 1706.08500). With C = L L^T, the last trace is the sum of the singular values of L^T L', which
-        needs no root of a matrix that is not symmetric, and is exact for fewer images than features as well.
+        |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), which is the FID for the features of `Inception`
+        (Heusel et al. 2017, arXiv 1706.08500). With C = L L^T, the last trace is the sum of the
+        singular values of L^T L', which needs no root of a matrix that is not symmetric, and is
+        exact for fewer images than features as well.
 
         Raises:
             ValueError: for fewer than two images, or features of another size.
@@ -185,11 +189,12 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
-    Precision is the share of generated features within the hyperspheres of the real ones, each as wide as the distance
-    to its k-th nearest neighbour among the real ones; recall the same with both exchanged.
+    Precision is the share of generated features within the hyperspheres of the real ones, each as
+    wide as the distance to its k-th nearest neighbour among the real ones; recall the same with
+    both exchanged.
 
-    Distances come from matrix products in float64. Where these are too close to a radius to tell, the differences
-    themselves decide; what lies outside by a part in 10^12 counts as inside.
+    Distances come from matrix products in float64. Where these are too close to a radius to tell,
+    the differences themselves decide; what lies outside by a part in 10^12 counts as inside.
 
     Args:
         device: where the products are computed; it must know float64.
@@ -199,7 +204,8 @@ def precision_recall(
     """
     if min(len(real_MD), len(generated_ND)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images of each kind")
-    # Distances do not change if all features move; the products of those around 0 are rounded the least.
+    # Distances do not change if all features move;
+    # the products of those around 0 are rounded the least.
     mean_D = real_MD.mean(0, dtype=np.float64)
     real, generated = (
         torch.from_numpy(features - mean_D).to(device) for features in (real_MD, generated_ND)
@@ -228,7 +234,8 @@ def _squared_radii(features_MD: Tensor, neighbours: int) -> Tensor:
     """Squared distance (M,) of each feature to its k-th nearest other one."""
     radii = []
     for part_AD in features_MD.split(_rows_at_once(len(features_MD))):
-        # The nearest one of a feature is itself; a few more, as the products may take neighbours for each other.
+        # The nearest one of a feature is itself; a few more,
+        # as the products may take neighbours for each other.
         squares_AM, _ = _squared_distances(part_AD, features_MD)
         found = min(neighbours + 1 + SPARE, len(features_MD))
         nearest_AK = squares_AM.topk(found, dim=1, largest=False).indices
@@ -252,7 +259,8 @@ def _rows_at_once(columns: int) -> int:
 
 
 def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
-    """Mean colours of cells x cells fields of each image, (B, 3 * cells * cells): features for small, plain images."""
+    """Mean colours of cells x cells fields of each image, (B, 3 * cells * cells):
+    features for small, plain images."""
     B, H, W, _ = images_BHWC.shape
     rows, columns = np.arange(cells) * H // cells, np.arange(cells) * W // cells
     sums_BRWC = np.add.reduceat(images_BHWC.astype(np.float64), rows, axis=1)
@@ -264,19 +272,22 @@ def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
 def _root(covariance_DD: np.ndarray) -> np.ndarray:
     """L (D, R) of rank R with L L^T = covariance."""
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
-    # What is 0 comes out as rounding noise, whose root would not be small: 1e-16 gives 1e-8, thousands of times.
+    # What is 0 comes out as rounding noise, whose root would not be small: 1e-16 gives 1e-8,
+    # thousands of times.
     kept_D = values_D > len(values_D) * np.finfo(np.float64).eps * values_D.max()
     return vectors_DD[:, kept_D] * np.sqrt(values_D[kept_D])
 
 
-# ------------------------------------------------------------------------------------------------ Inception
+# ---------------------------------------------------------------------------------------- Inception
 
 
 class Inception:
-    """Extractor of the FID: the 2048 features after the last pooling of an Inception v3, exactly as in pytorch-fid.
+    """Extractor of the FID: the 2048 features after the last pooling of an Inception v3,
+    exactly as in pytorch-fid.
 
-    That network was trained in TensorFlow, and differs from torchvision's in its pooling. The images are resized to
-    299x299 by bilinear interpolation without smoothing, which aliases where they are larger, as published.
+    That network was trained in TensorFlow, and differs from torchvision's in its pooling. The
+    images are resized to 299x299 by bilinear interpolation without smoothing, which aliases where
+    they are larger, as published.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -285,10 +296,12 @@ class Inception:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Inception:
-        """With pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth, or the same as safetensors).
+        """With pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth,
+        or the same as safetensors).
 
         Raises:
-            UserError: for a file that is missing, cannot be read, or does not hold this network's weights.
+            UserError: for a file that is missing, cannot be read,
+                or does not hold this network's weights.
         """
         with torch.device(
             "meta"
@@ -313,7 +326,8 @@ class Inception:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Inside, cuDNN does not round what it multiplies to 10 bits (TF32): images have the same distance on a GPU."""
+    """Inside, cuDNN does not round what it multiplies to 10 bits (TF32):
+    images have the same distance on a GPU."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield

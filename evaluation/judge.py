@@ -10,8 +10,8 @@ from cm3leon.data.augment import AugmentConfig, varied
 class Judge:
     """Support vector classifier (RBF kernel, scikit-learn) of images, looked at in 8x8 grey.
 
-    That is the resolution at which the handwritten digits were scanned. It learns from the images it is given and
-    from slightly moved versions of them.
+    That is the resolution at which the handwritten digits were scanned. It learns from the images
+    it is given and from slightly moved versions of them.
 
     Args:
         images_BHWC: uint8 images with a side that is a multiple of 8, of the classes `labels_B`.

@@ -23,7 +23,8 @@ class Measured:
 
 
 def proportion(hits_B: np.ndarray) -> Measured:
-    """Share of True, with the Wilson score interval (Wilson 1927). Raises ValueError for no items."""
+    """Share of True, with the Wilson score interval (Wilson 1927).
+    Raises ValueError for no items."""
     n = len(hits_B)
     if not n:
         raise ValueError("a proportion of no items is undefined")
@@ -81,7 +82,8 @@ def over_runs(values: Sequence[float]) -> OverRuns:
 
 
 def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each uint8 image in dB, (B,); infinite where nothing differs."""
+    """Peak signal-to-noise ratio of each uint8 image in dB, (B,);
+    infinite where nothing differs."""
     error_B = np.square(images_BHWC.astype(np.float64) - reconstructed_BHWC).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / error_B)

@@ -1,4 +1,5 @@
-"""What a page of several runs says of itself: experiment, command, date and machines, and links to their pages."""
+"""What a page of several runs says of itself: experiment, command, date and machines,
+and links to their pages."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ PAGES = {
     "report.html": "report",
     "reconstruction/report.html": "reconstructions",
 }
-"""The pages that a run may have, the one that says most first, and what a link to each is called."""
+"""The pages that a run may have, the one that says most first,
+and what a link to each is called."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def page_of(name: str, folder: Path) -> Link | None:
 
 
 def is_logarithmic(key: str, values: Sequence[float]) -> bool:
-    """Whether the axis of a swept key is logarithmic: that of a learning rate, and of numbers above 0 of which
-    the largest is at least ten times the smallest."""
+    """Whether the axis of a swept key is logarithmic: that of a learning rate, and of numbers above
+    0 of which the largest is at least ten times the smallest."""
     if not values or min(values) <= 0:
         return False
     return key.endswith("learning_rate") or max(values) >= 10 * min(values)

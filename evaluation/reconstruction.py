@@ -40,11 +40,13 @@ def reconstruction_figures(
     perceptual: Perceptual | None = None,
     extractor: Extractor | None = None,
 ) -> dict[str, Any]:
-    """All figures, those of single images with the 95 % interval of their mean; None for one that is not measured.
+    """All figures, those of single images with the 95 % interval of their mean;
+    None for one that is not measured.
 
     Args:
         perceptual: gives `lpips`.
-        extractor: gives `rfid`, the Fréchet distance of originals and reconstructions in its features.
+        extractor: gives `rfid`, the Fréchet distance of originals
+            and reconstructions in its features.
     """
     psnr_B = psnr_each(images_BHWC, rebuilt_BHWC)
     side = min(images_BHWC.shape[1:3])

@@ -56,7 +56,7 @@ def every(*registries: Registry[Any]) -> pytest.MarkDecorator:
 
 @every(*REGISTRIES)
 def test_says_what_it_is_and_documents_every_field(registry: Registry[Any], name: str) -> None:
-    assert (registry.get(name).__doc__ or "").strip().partition("\n")[0].endswith((".", ":"))
+    assert config.summary_of(registry.get(name)).endswith((".", ":"))
     for doc in registry.describe(name):
         assert doc.sentence.endswith((".", "?", ")")), doc.name
 

@@ -7,8 +7,8 @@ A config class is a keyword-only dataclass with one sentence under every field:
         layers: PositiveInt = 24
         \"\"\"Number of transformer layers.\"\"\"
 
-`from_mapping(Config, {"layers": 0}, "model")` then raises UserError("model.layers is 0; it must be a whole number, at
-least 1").
+`from_mapping(Config, {"layers": 0}, "model")` then raises UserError("model.layers is 0; it must be
+a whole number, at least 1").
 
     schema    what a config class is made of: bounds, marks, components
     plain     a config as plain data: whole, or what a result depends on
@@ -20,7 +20,14 @@ least 1").
 """
 
 from cm3leon.config.check import checked_value, from_mapping, settled, typed_value
-from cm3leon.config.describe import FieldDoc, check_config_class, choices, describe, nearest
+from cm3leon.config.describe import (
+    FieldDoc,
+    check_config_class,
+    choices,
+    describe,
+    nearest,
+    summary_of,
+)
 from cm3leon.config.files import (
     SHIPPED,
     Override,
@@ -96,6 +103,7 @@ __all__ = [
     "result_settings",
     "settled",
     "split_key",
+    "summary_of",
     "to_mapping",
     "typed_value",
 ]

@@ -37,17 +37,20 @@ C = TypeVar("C", bound="DataclassInstance")
 def from_mapping(
     cls: type[C], mapping: Mapping[str, Any], where: str = "", *, unfit: list[str] | None = None
 ) -> C:
-    """Builds a config dataclass from plain data; `where` is the dotted path of the mapping, for messages.
+    """Builds a config dataclass from plain data; `where` is the dotted path of the mapping,
+    for messages.
 
-    A method `check(self)` of the dataclass, if any, is called on the result: it raises ValueError for fields that do
-    not go together. All mistakes, of all sections, are given in one answer.
+    A method `check(self)` of the dataclass, if any, is called on the result: it raises ValueError
+    for fields that do not go together. All mistakes, of all sections, are given in one answer.
 
     Args:
-        unfit: is given what the `check` of this and of inner sections object to, in place of an error, for a caller
-            that has more to check: the config that is returned is of the right types then, but not fit for use.
+        unfit: is given what the `check` of this and of inner sections object to, in place of an
+            error, for a caller that has more to check: the config that is returned is of the right
+            types then, but not fit for use.
 
     Raises:
-        UserError: for unknown or missing keys, wrong types, values out of range, or a failed `check`.
+        UserError: for unknown or missing keys, wrong types, values out of range,
+            or a failed `check`.
     """
     mapping = settled(cls, mapping, where)
     if not isinstance(mapping, Mapping):
@@ -100,7 +103,8 @@ def checked_value(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
-    """Completes `{nodes: 4}` to `{name: slurm, nodes: 4}` where the field has a default component."""
+    """Completes `{nodes: 4}` to
+    `{name: slurm, nodes: 4}` where the field has a default component."""
     nameless = isinstance(value, Mapping) and "name" not in value
     if nameless and checker_of(annotation) is not None and not is_required(field):
         default = default_of(field)
@@ -154,7 +158,8 @@ def _convert_items(
     unfit: list[str] | None,
     names: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The values as the annotated types; `names` stand in messages, the places in the list without them."""
+    """The values as the annotated types; `names` stand in messages,
+    the places in the list without them."""
     converted: list[Any] = []
     mistakes: list[str] = []
     for place, (annotation, value) in enumerate(zip(annotations, values, strict=True)):
@@ -197,7 +202,8 @@ def _convert_in_range(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _finite(value: Any, where: str) -> float:
-    """A number as a float. Raises UserError for infinities, NaN, and what is too large to be one, such as 1e400."""
+    """A number as a float. Raises UserError for infinities, NaN, and what is too large to be one,
+    such as 1e400."""
     try:
         number = float(value)
     # An integer of hundreds of digits, or ".inf" and ".nan" as texts.
@@ -231,13 +237,14 @@ def _join(where: str, key: Any) -> str:
 
 
 def settled(annotation: Any, value: Any, where: str = "") -> Any:
-    """Plain data with every `Word` in it read as the annotated type wants it; what is no word stays as it is.
+    """Plain data with every `Word` in it read as the annotated type wants it;
+    what is no word stays as it is.
 
-    A text or a path takes the word as it was typed, quotes and all; only `null` is none where that is
-    allowed. A choice among texts may stand in quotes. Anything else is read as YAML: a number, true,
-    false, null, or a list or section in brackets, whose parts are read by the same rule. A single
-    value where a list is wanted is a list of it, and numbers with commas between them are a list
-    where numbers are wanted; what is no such list stays as it was typed.
+    A text or a path takes the word as it was typed, quotes and all; only `null` is none where that
+    is allowed. A choice among texts may stand in quotes. Anything else is read as YAML: a number,
+    true, false, null, or a list or section in brackets, whose parts are read by the same rule. A
+    single value where a list is wanted is a list of it, and numbers with commas between them are a
+    list where numbers are wanted; what is no such list stays as it was typed.
 
     Raises:
         UserError: for brackets that are not valid YAML.
@@ -295,7 +302,8 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
 
 
 def _numbers_of(annotation: Any, word: Word, where: str) -> list[Any] | None:
-    """The numbers of a word such as `0,0,4,4`, where the annotated type is a list that they fit; None otherwise."""
+    """The numbers of a word such as `0,0,4,4`, where the annotated type is a list that they fit;
+    None otherwise."""
     if not _takes_numbers(annotation) or word.strip().startswith(("[", "{", '"', "'")):
         return None
     numbers = settled(annotation, [Word(part.strip()) for part in word.split(",")], where)

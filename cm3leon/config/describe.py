@@ -1,4 +1,5 @@
-"""Configs in words: help texts, and the halves of sentences about what is allowed and what was meant."""
+"""Configs in words: help texts, and the halves of sentences about what is allowed
+and what was meant."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ def check_config_class(cls: type) -> None:
     """Checks that a class can serve as a config.
 
     Raises:
-        TypeError: for a class that is no keyword-only dataclass, a field without a sentence, or a type that a config
-            cannot hold.
+        TypeError: for a class that is no keyword-only dataclass, a field without a sentence, or a
+            type that a config cannot hold.
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__qualname__} must be a dataclass")
@@ -79,7 +80,8 @@ def check_config_class(cls: type) -> None:
     for field in dataclasses.fields(cls):
         if not field.kw_only:
             raise TypeError(
-                f"{cls.__qualname__}.{field.name} must be keyword-only: use @dataclass(kw_only=True)"
+                f"{cls.__qualname__}.{field.name} must be keyword-only: use "
+                "@dataclass(kw_only=True)"
             )
         if not sentences.get(field.name):
             raise TypeError(
@@ -102,7 +104,8 @@ _NAMES = {
 
 
 def type_text(annotation: Any) -> str:
-    """An annotation in words: `a whole number, at least 1`, `a list, each a text`, `a path, or null for none`.
+    """An annotation in words: `a whole number, at least 1`, `a list, each a text`,
+    `a path, or null for none`.
 
     Raises:
         TypeError: for a type that a config cannot hold.
@@ -136,7 +139,8 @@ def type_text(annotation: Any) -> str:
 
 
 def bounds_text(bounds: Range, base: str) -> str:
-    """The bounds behind the name of a type: `a whole number, at least 1`, `a number from 0 to 1`."""
+    """The bounds behind the name of a type: `a whole number, at least 1`,
+    `a number from 0 to 1`."""
     if bounds.ge is not None and bounds.le is not None:
         return f"{base} from {bounds.ge} to {bounds.le}"
     limits = {
@@ -150,7 +154,8 @@ def bounds_text(bounds: Range, base: str) -> str:
 
 
 def choices(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, if any is near, and the list."""
+    """The end of a sentence about an unknown name: the nearest known one, if any is near,
+    and the list."""
     known = sorted(names)
     best = nearest(name, known)
     listed = f"known: {', '.join(known)}" if known else "none is known"
@@ -169,6 +174,12 @@ def shown(value: Any) -> str:
     return textwrap.shorten(
         json.dumps(value, default=str, ensure_ascii=False), 100, placeholder=" ..."
     )
+
+
+def summary_of(cls: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    paragraph, _, _ = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
+    return " ".join(paragraph.split())
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from cm3leon.types import UserError
 
 _package = Path(__file__).resolve().parent.parent
 SHIPPED = _package if (_package / "experiments.yaml").is_file() else _package.parent
-"""The folder that holds experiments.yaml and experiments/: the package in a wheel, the repository in a clone."""
+"""The folder that holds experiments.yaml and experiments/: the package in a wheel,
+the repository in a clone."""
 
 Override = tuple[tuple[str, ...], Any]
 
@@ -26,11 +27,13 @@ _INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
 
 
 class Word(str):
-    """A value of the command line, or a part of one, as it was typed: its field decides how it is read."""
+    """A value of the command line, or a part of one, as it was typed:
+    its field decides how it is read."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, and reads numbers as YAML 1.2 does: 1e-4 is one; 16:9 and 2024-01-31 are strings."""
+    """Refuses duplicate keys, and reads numbers as YAML 1.2 does: 1e-4 is one;
+    16:9 and 2024-01-31 are strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in pairs if tag.rsplit(":")[-1] in ("null", "bool")]
@@ -62,7 +65,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose top is a mapping.
 
     Raises:
-        UserError: with file and line, for a missing file, bad syntax, a duplicate key, or another top.
+        UserError: with file and line, for a missing file, bad syntax, a duplicate key,
+            or another top.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file")
@@ -94,7 +98,8 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 def parse_override(text: str) -> Override:
-    """`"model.layers=2"` -> `(("model", "layers"), Word("2"))`; `settled` reads the word by the type of its field.
+    """`"model.layers=2"` -> `(("model", "layers"), Word("2"))`;
+    `settled` reads the word by the type of its field.
 
     Raises:
         UserError: for text without `=`, or an empty part of the key.
@@ -153,11 +158,13 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of the mapping with the overrides applied in order.
 
-    A path in `component_sections` (see the function of that name) takes a bare name: one that differs from the current
-    replaces the section, so that no key of the old component leaks into the new one.
+    A path in `component_sections` (see the function of that name) takes a bare name: one that
+    differs from the current replaces the section, so that no key of the old component leaks into
+    the new one.
 
     Raises:
-        UserError: where a path leads through something that is no section, or past the end of a list.
+        UserError: where a path leads through something that is no section,
+            or past the end of a list.
     """
     result = copy.deepcopy(dict(mapping))
     for path, value in overrides:
@@ -200,7 +207,8 @@ def _key(parent: Any, path: tuple[str, ...]) -> Any:
         return key
     if not key.isdecimal() or int(key) >= len(parent):
         raise UserError(
-            f"{'.'.join(path)} does not exist; {'.'.join(path[:-1])} is a list of {len(parent)}, from 0"
+            f"{'.'.join(path)} does not exist; {'.'.join(path[:-1])} is a list of {len(parent)}, "
+            "from 0"
         )
     return int(key)
 

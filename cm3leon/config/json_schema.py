@@ -4,8 +4,9 @@ schema = Schemas()
 schema.section(Experiment)    # {"$ref": "#/definitions/Experiment"}
 schema.definitions            # what is referred to
 
-No key is required but where a component is named: what a file leaves out may be given on the command line. What only a
-config's own `check` knows, such as two fields that do not go together, is left to it.
+No key is required but where a component is named: what a file leaves out may be given on the
+command line. What only a config's own `check` knows, such as two fields that do not go together, is
+left to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
-from cm3leon.config.describe import sentences_of_fields
+from cm3leon.config.describe import sentences_of_fields, summary_of
 from cm3leon.config.plain import to_mapping
 from cm3leon.config.schema import (
     ComponentChecker,
@@ -57,7 +58,7 @@ class Schemas:
         if name not in self.definitions:
             self.definitions[name] = {}  # so that a class may hold itself
             self.definitions[name] = {
-                "description": _first_line(cls),
+                "description": summary_of(cls),
                 "type": "object",
                 "properties": self.properties(cls),
                 "additionalProperties": False,
@@ -69,7 +70,8 @@ class Schemas:
         return self.definitions[reference["$ref"].rpartition("/")[2].replace("%20", " ")]
 
     def properties(self, cls: type) -> dict[str, Schema]:
-        """The schemas of the fields of a config class by their keys, with sentences and defaults."""
+        """The schemas of the fields of a config class by their keys,
+        with sentences and defaults."""
         hints, sentences = hints_of(cls), sentences_of_fields(cls)
         found = {}
         for field in dataclasses.fields(cls):
@@ -118,7 +120,8 @@ class Schemas:
         return schema
 
     def component(self, registry: ComponentChecker) -> Schema:
-        """The schema of a component: its bare name, or a section with the fields of the one that it names."""
+        """The schema of a component: its bare name,
+        or a section with the fields of the one that it names."""
         name = registry.kind
         if name in self.definitions:
             return _reference(name)
@@ -146,7 +149,7 @@ class Schemas:
         self.definitions[name] = {"anyOf": [name_schema, section]}
         return _reference(name)
 
-    # -------------------------------------------------------------------------------------------- dotted keys
+    # ---------------------------------------------------------------------------------- dotted keys
 
     def settings(self, cls: type, *, swept: bool = False) -> Schema:
         """The schema of a mapping of keys of a config class, dotted or whole sections, to values.
@@ -178,18 +181,21 @@ class Schemas:
     def _paths(
         self, annotation: Any, prefix: str, within: tuple[Any, ...]
     ) -> Iterator[tuple[str, Schema]]:
-        """Regular expressions of the keys below a value, and their schemas; the value itself is left out."""
+        """Regular expressions of the keys below a value, and their schemas;
+        the value itself is left out."""
         for key, inner in _inside(annotation):
             path = f"{prefix}{key}"
             yield path, self.value(inner)
-            # A component may hold one of its own kind, to any depth: three levels are what anybody writes.
+            # A component may hold one of its own kind, to any depth:
+            # three levels are what anybody writes.
             marker = checker_of(inner)
             if within.count(marker) < 2 or marker is None:
                 yield from self._paths(inner, f"{path}\\.", (*within, marker))
 
 
 def _inside(annotation: Any) -> Iterator[tuple[str, Any]]:
-    """The keys, as regular expressions, that may follow a value's own after a dot, with the types of their values."""
+    """The keys, as regular expressions, that may follow a value's own after a dot,
+    with the types of their values."""
     origin, args = get_origin(annotation), get_args(annotation)
     checker = checker_of(annotation)
     if checker is not None:
@@ -228,7 +234,8 @@ def _fields(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _add(schemas: dict[str, Schema], key: str, schema: Schema) -> None:
-    """One more schema that the values of a key may have: components differ in what a key of theirs takes."""
+    """One more schema that the values of a key may have:
+    components differ in what a key of theirs takes."""
     if key not in schemas:
         schemas[key] = schema
     elif schema != schemas[key] and schema not in schemas[key].get("anyOf", []):
@@ -237,7 +244,3 @@ def _add(schemas: dict[str, Schema], key: str, schema: Schema) -> None:
 
 def _reference(name: str) -> Schema:
     return {"$ref": f"#/definitions/{name.replace(' ', '%20')}"}
-
-
-def _first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().partition("\n")[0]

@@ -1,4 +1,5 @@
-"""Configs as plain data: whole, what a result depends on, or as a record that holds in any working directory."""
+"""Configs as plain data: whole, what a result depends on,
+or as a record that holds in any working directory."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _LEFT_OUT = object()
 
 
 def to_mapping(config: Any) -> Any:
-    """Plain data that YAML can hold; `from_mapping` is its inverse. Components become `{name: ..., **fields}`."""
+    """Plain data that YAML can hold; `from_mapping` is its inverse. Components become
+    `{name: ..., **fields}`."""
     if isinstance(config, Component):
         return {"name": config.name, **to_mapping(config.config)}
     if dataclasses.is_dataclass(config):
@@ -34,16 +36,18 @@ def to_mapping(config: Any) -> Any:
 
 
 def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> Any:
-    """The settings that a result depends on, as plain data: `to_mapping` without what changes no result.
+    """The settings that a result depends on, as plain data:
+    `to_mapping` without what changes no result.
 
-    Fields marked `NoEffect` are left out. Locations are left out too, or replaced by what lies there:
+    Fields marked `NoEffect` are left out. Locations are left out too,
+    or replaced by what lies there:
 
         result_settings(config)                    # {"layout": "auto"}
         result_settings(config, held=path_digest)  # {"path": "sha256:9f86...", "layout": "auto"}
 
     Args:
-        held: a location -> what stands for its files, for example a digest; None where the caller says what the files
-            hold in another way.
+        held: a location -> what stands for its files, for example a digest; None where the caller
+            says what the files hold in another way.
     """
 
     def at(mark: Location, value: Any) -> Any:
@@ -57,7 +61,8 @@ def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> An
 
 
 def recorded_settings(config: Any) -> Any:
-    """`to_mapping` with every local location absolute, so that it means the same in another working directory."""
+    """`to_mapping` with every local location absolute,
+    so that it means the same in another working directory."""
 
     def at(mark: Location, value: Any) -> Any:
         def moved(place: str) -> str:
@@ -71,7 +76,8 @@ def recorded_settings(config: Any) -> Any:
 
 
 def absolute_location(location: str) -> str:
-    """A local path, or a glob of such, made absolute; a URL, and an empty text, stay as they are."""
+    """A local path, or a glob of such, made absolute; a URL, and an empty text,
+    stay as they are."""
     if "::" in location and not Path(location).exists():  # several paths, or one through another
         return "::".join(
             os.path.abspath(each) if Path(each).exists() else each for each in location.split("::")
@@ -83,7 +89,8 @@ def absolute_location(location: str) -> str:
 
 
 def _plain(config: Any, at: Callable[[Location, Any], Any], *, results_only: bool) -> Any:
-    """`to_mapping`, with locations given to `at` and, for results, without the fields that change none."""
+    """`to_mapping`, with locations given to `at` and, for results,
+    without the fields that change none."""
     again = functools.partial(_plain, at=at, results_only=results_only)
     if isinstance(config, Component):
         return {"name": config.name, **again(config.config)}

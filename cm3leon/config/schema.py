@@ -34,7 +34,8 @@ NonNegativeInt = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Temperature = Annotated[float, Range(ge=0.01)]
-"""Below it the softmax of float32 logits is that of the largest alone, or no number: take the decoder greedy."""
+"""Below it the softmax of float32 logits is that of the largest alone, or no number:
+take the decoder greedy."""
 Guidance = Annotated[float, Range(ge=0, le=1000)]
 """Weights of guidance; with larger ones float32 logits of a trained model can overflow."""
 Seed = Annotated[int, Range(ge=0, le=2**64 - 1)]
@@ -44,21 +45,24 @@ Probability = Annotated[float, Range(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Location:
-    """Marks a field that says where files lie: `Annotated[str, Location()]`. Fields of type Path are such unmarked.
+    """Marks a field that says where files lie: `Annotated[str, Location()]`.
+    Fields of type Path are such unmarked.
 
-    A result depends on what the files hold, not on where they lie; see `result_settings`. Of a mapping, the keys are
-    the locations.
+    A result depends on what the files hold, not on where they lie; see `result_settings`. Of a
+    mapping, the keys are the locations.
     """
 
     or_name: bool = False
-    """Whether a value that is no file on this machine is a name, such as the tag of published weights."""
+    """Whether a value that is no file on this machine is a name,
+    such as the tag of published weights."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Marks a mapping of keys of a config class, dotted ones or whole sections, with their values.
 
-    The mapping is checked by whoever applies it; the schema for editors knows the keys by this mark.
+    The mapping is checked by whoever applies it;
+    the schema for editors knows the keys by this mark.
     """
 
     cls: type
@@ -68,7 +72,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Marks a field that changes no result: `Annotated[int, NoEffect("how often figures are written down")]`."""
+    """Marks a field that changes no result:
+    `Annotated[int, NoEffect("how often figures are written down")]`."""
 
     why: str
     """What the field is about instead, for whoever reads the class."""
@@ -78,8 +83,8 @@ class NoEffect:
 class Component:
     """A component chosen by its registry name, with its checked `Config`; the registry builds it.
 
-    A field for one is annotated `Annotated[Component, MODELS]`; in YAML it is `{name: cm3leon, layers: 24}`, or the
-    bare name.
+    A field for one is annotated `Annotated[Component, MODELS]`; in YAML it is
+    `{name: cm3leon, layers: 24}`, or the bare name.
     """
 
     name: str
@@ -126,12 +131,14 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:
-    """The key of a field: its name, less the underscore of one that would be a word of Python, as `from_`."""
+    """The key of a field: its name, less the underscore of one that would be a word of Python,
+    as `from_`."""
     return field.name.removesuffix("_")
 
 
 def component_sections(cls: type) -> frozenset[str]:
-    """Dotted paths of the component fields of a config class; `*` stands for the index in a list of components."""
+    """Dotted paths of the component fields of a config class;
+    `*` stands for the index in a list of components."""
     paths = set()
     for name, annotation in hints_of(cls).items():
         nested = nested_dataclass(annotation)
@@ -162,7 +169,8 @@ def is_union(annotation: Any) -> bool:
 
 
 def checker_of(annotation: Any) -> ComponentChecker | None:
-    """The registry of `Annotated[Component, REGISTRY]`, also where it is `| None`; None for any other annotation."""
+    """The registry of `Annotated[Component, REGISTRY]`, also where it is `| None`;
+    None for any other annotation."""
     if is_union(annotation):
         return next(filter(None, map(checker_of, get_args(annotation))), None)
     if get_origin(annotation) is Annotated and get_args(annotation)[0] is Component:

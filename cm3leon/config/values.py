@@ -1,4 +1,5 @@
-"""What a swept key takes, written in a line: `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`, `loguniform(1e-5,1e-3)`."""
+"""What a swept key takes, written in a line: `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
+`loguniform(1e-5,1e-3)`."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Interval:
 def parse_values(
     where: str, given: Any, read: Callable[[Any], Any] = lambda word: settled(Any, word)
 ) -> Choice | Interval:
-    """The values of a swept key: a list as it is, text as `LEGEND` says, anything else as a single value.
+    """The values of a swept key: a list as it is, text as `LEGEND` says,
+    anything else as a single value.
 
     Args:
         where: the dotted path of the key, for messages.
@@ -80,12 +82,13 @@ def parse_lists(swept: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
         values = parse_values(f"{where}.{key}", given)
         if isinstance(values, Interval):
             raise UserError(
-                f"{where}.{key} is {given}, a range to draw from, which is for sweeps with sweep_trials; "
-                "write values as a,b,c or range(n)"
+                f"{where}.{key} is {given}, a range to draw from, which is for sweeps with "
+                "sweep_trials; write values as a,b,c or range(n)"
             )
         if len(values.values) > MAX_VALUES:
             raise UserError(
-                f"{where}.{key} has {len(values.values):,} values; it must have at most {MAX_VALUES:,}"
+                f"{where}.{key} has {len(values.values):,} values; it must have at most "
+                f"{MAX_VALUES:,}"
             )
         lists[key] = list(values.values)
     return lists

@@ -1,4 +1,5 @@
-"""The choice of next tokens from hidden states: drawn by each sample's own seed, or searched by beams."""
+"""The choice of next tokens from hidden states: drawn by each sample's own seed,
+or searched by beams."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Chooser:
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def all_logits(self, hidden_RWD: Tensor) -> Tensor:
-        """Logits (R, W, V) of all rows and all ids: a product of one shape, whoever is asked for."""
+        """Logits (R, W, V) of all rows and all ids: a product of one shape,
+        whoever is asked for."""
         return F.linear(hidden_RWD, self._model.head.weight).float()
 
     def logits(
@@ -54,7 +56,8 @@ class Chooser:
         return logits_CBWV[..., self._columns(allowed)] if allowed.closed else logits_CBWV
 
     def draw(self, kind: LaneKind, lanes: list[Lane], logits_CBWV: Tensor) -> Tensor:
-        """The tokens (B, N) that follow each lane's last one and its drafts, and what is drawn ahead."""
+        """The tokens (B, N) that follow each lane's last one and its drafts,
+        and what is drawn ahead."""
         B, W = logits_CBWV.shape[1:3]
         column_V = self._columns(kind.allowed)
         id_V = column_V + kind.allowed.low
@@ -65,12 +68,14 @@ class Chooser:
                 [column_of[token] for token in lane.tokens if token in column_of] for lane in lanes
             ]
 
-        # What the decoder makes of the streams; the last position's logits serve what is drawn ahead, too.
+        # What the decoder makes of the streams; the last position's logits serve what is drawn
+        # ahead, too.
         conditional, *others = logits_CBWV.flatten(1, 2)
         logits_BWV = kind.decoder.logits(conditional, *(others or [None]), **past).view(B, W, -1)
         logits_BNV = torch.cat([logits_BWV, logits_BWV[:, -1:].expand(B, kind.ahead, -1)], 1)
 
-        # Each number is a function of the sample's seed, the token's place in its answer, and the id.
+        # Each number is a function of the sample's seed, the token's place in its answer,
+        # and the id.
         key_B, begin_B = self._tensor([(lane.key, len(lane.tokens)) for lane in lanes]).T
         place_BN = begin_B[:, None] + torch.arange(W + kind.ahead, device=self._device)
         noise_BNV = gumbel_noise(
@@ -78,8 +83,8 @@ class Chooser:
         )
         token_BN = id_V[draw(logits_BNV, noise_BNV)]
 
-        # A draw from logits that are no numbers would be the first code, without a word. The mark comes with the
-        # tokens, so that nothing waits for the device here.
+        # A draw from logits that are no numbers would be the first code, without a word. The mark
+        # comes with the tokens, so that nothing waits for the device here.
         finite_BW = logits_CBWV.isfinite().all(-1).all(0) & (logits_BWV.amax(-1) < torch.inf)
         return token_BN.where(finite_BW.all(-1, keepdim=True), NO_TOKEN)
 
@@ -153,7 +158,8 @@ class NotFiniteLogits(NotFinite):
 
     def __init__(self, lane: Lane) -> None:
         super().__init__(
-            f"the logits of token {lane.grown + 1} of the answer to request {lane.ticket} are NaN or infinite: the "
-            "model's weights are damaged or have diverged, or the decoder's guidance is too strong for them"
+            f"the logits of token {lane.grown + 1} of the answer to request {lane.ticket} are NaN "
+            "or infinite: the model's weights are damaged or have diverged, or the decoder's "
+            "guidance is too strong for them"
         )
         self.ticket = lane.ticket

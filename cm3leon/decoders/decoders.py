@@ -36,8 +36,8 @@ class SamplingConfig:
     top_k: NonNegativeInt = 0
     """Most likely tokens kept; 0 keeps all."""
     repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
-    """For text: logits of tokens that the answer has already are divided by it where positive, and multiplied where
-    negative (CTRL, arXiv 1909.05858); 1 is none."""
+    """For text: logits of tokens that the answer has already are divided by it where positive, and
+    multiplied where negative (CTRL, arXiv 1909.05858); 1 is none."""
     no_repeat: NonNegativeInt = 0
     """For text: no run of so many tokens occurs twice in an answer; 0 allows all."""
 
@@ -92,7 +92,8 @@ class TopP(_Sampling):
 
 @DECODERS.register("edit")
 class TwoConditions(_Sampling):
-    """Sampling with two weights of guidance, for an image and an instruction (InstructPix2Pix, paper section 4.2).
+    """Sampling with two weights of guidance, for an image and an instruction (InstructPix2Pix,
+    paper section 4.2).
 
     A prompt without a stream of the image alone is guided by the instruction's weight.
     """
@@ -130,13 +131,15 @@ class TwoConditions(_Sampling):
 
 @DECODERS.register("cd_k")
 class ContrastiveK(Decoder):
-    """Contrastive decoding with the k-th largest probability as its threshold (CD-K, paper section 3.2)."""
+    """Contrastive decoding with the k-th largest probability as its threshold (CD-K,
+    paper section 3.2)."""
 
     streams = 2
 
     @dataclass(kw_only=True)
     class Config:
-        """The paper does not state its settings; these were the best on the digits' validation split, for 128 codes.
+        """The paper does not state its settings;
+        these were the best on the digits' validation split, for 128 codes.
 
         Another codebook needs its own (docs/decoding.md says how to find them).
         """
@@ -144,7 +147,8 @@ class ContrastiveK(Decoder):
         alpha: Probability = 0.3
         """A token stays if its probability is at least this share of the k-th largest."""
         k: PositiveInt = 2
-        """Which of the largest probabilities sets the threshold; 1 is plain contrastive decoding."""
+        """Which of the largest probabilities sets the threshold;
+        1 is plain contrastive decoding."""
         temperature: Temperature = 1.0
         """Divides the contrastive scores."""
 
@@ -176,8 +180,8 @@ class Greedy(Decoder):
 class Beam(Decoder):
     """Beam search: the tokens of the highest likelihood that so many beams find.
 
-    Each run of tokens of one kind is searched by itself, a text, an image or a span of either: its best beam is kept,
-    and what follows goes on from it.
+    Each run of tokens of one kind is searched by itself, a text, an image or a span of either: its
+    best beam is kept, and what follows goes on from it.
     """
 
     @dataclass(kw_only=True)
@@ -187,7 +191,8 @@ class Beam(Decoder):
         beams: PositiveInt = 4
         """Beginnings that are followed side by side."""
         length_penalty: Annotated[float, Range(ge=0, le=10)] = 1.0
-        """The log-likelihood of a run of tokens is divided by its length to this power; 0 favours short ones."""
+        """The log-likelihood of a run of tokens is divided by its length to this power;
+        0 favours short ones."""
 
     config: Config
 
@@ -205,7 +210,8 @@ class Beam(Decoder):
 
 @DECODERS.register("mixture")
 class Alternating(Decoder):
-    """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K, as in the paper's figure 4."""
+    """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K,
+    as in the paper's figure 4."""
 
     @dataclass(kw_only=True)
     class Config:

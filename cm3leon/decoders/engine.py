@@ -1,5 +1,5 @@
-"""Generation by continuous batching: rows share prefixes, guidance's streams are rows of one batch, each draws by its
-own seed."""
+"""Generation by continuous batching: rows share prefixes, guidance's streams are rows of one batch,
+each draws by its own seed."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ class Engine:
 
     Args:
         model: from `MODELS`, in evaluation mode.
-        window: image codes of a sample that a step computes: the next one, and behind it drafts that this step checks.
-            Answers are those of a window of one (up to rounding), steps are fewer.
+        window: image codes of a sample that a step computes: the next one, and behind it drafts
+            that this step checks. Answers are those of a window of one (up to rounding),
+            steps are fewer.
         execution: how steps are run.
         recorder: in the place of CUDA graphs.
-        batch_invariant: every pass has one shape, whatever else is in the making: a prompt is computed by itself, and
-            a step computes all rows and all columns that there are, used or not. So the bits of a sample depend on its
-            request alone, where a matrix product of one shape computes each of its rows alike, in whatever row it is.
+        batch_invariant: every pass has one shape, whatever else is in the making: a prompt is
+            computed by itself, and a step computes all rows and all columns that there are, used or
+            not. So the bits of a sample depend on its request alone, where a matrix product of one
+            shape computes each of its rows alike, in whatever row it is.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class Engine:
         self._chooser = Chooser(model, vocab, self._device)
 
     def check(self, request: Request) -> None:
-        """Raises UserError for a request that this engine has no room for, or the model no positions."""
+        """Raises UserError for a request that this engine has no room for,
+        or the model no positions."""
         request.check(self.model.seq_len)
         rows, tail = request.rows(), request.tail() + self.window - 1
         if (
@@ -108,8 +111,8 @@ class Engine:
             or tail > self.shape.tail
         ):
             raise UserError(
-                f"a request of {rows} rows, {request.shared()} shared and {tail} own tokens does not "
-                f"fit the engine's {self.shape}"
+                f"a request of {rows} rows, {request.shared()} shared and {tail} own tokens does "
+                f"not fit the engine's {self.shape}"
             )
 
     def submit(self, request: Request) -> int:
@@ -162,11 +165,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[FinishedSample]:
-        """Lets waiting requests in, adds a token to every sample, and returns those that are finished.
+        """Lets waiting requests in, adds a token to every sample,
+        and returns those that are finished.
 
         Raises:
-            NotFiniteLogits: for logits that are NaN or infinite, naming the token and the request, which is forgotten;
-                the others go on with the next step.
+            NotFiniteLogits: for logits that are NaN or infinite, naming the token and the request,
+                which is forgotten; the others go on with the next step.
         """
         self._admit()
         if self._groups:
@@ -174,7 +178,7 @@ class Engine:
         answers, self._answers = self._answers, []
         return answers
 
-    # -------------------------------------------------------------------------------------------- prompts
+    # -------------------------------------------------------------------------------------- prompts
 
     def _admit(self) -> None:
         free = [slot for slot in range(self.shape.groups) if slot not in self._groups]
@@ -200,7 +204,8 @@ class Engine:
         )
 
     def _prefill_tails(self, batch: Sequence[tuple[int, _Piece]], streams: int) -> None:
-        """The streams behind what they share, less their last tokens, which the first step takes."""
+        """The streams behind what they share, less their last tokens,
+        which the first step takes."""
         at_once = self.shape.width // streams
         tails = [
             ids_T[piece.request.shared() : -1]
@@ -260,15 +265,17 @@ class Engine:
             lanes, request.shared(), max(map(len, streams)) - request.shared() - 1
         )
 
-    # -------------------------------------------------------------------------------------------- steps
+    # ---------------------------------------------------------------------------------------- steps
 
     def _add_tokens(self) -> None:
-        """Compute every row's next tokens, have each lane take what is chosen, and let finished ones go."""
+        """Compute every row's next tokens, have each lane take what is chosen,
+        and let finished ones go."""
         lanes = [lane for group in self._groups.values() for lane in group.lanes]
         before = {lane: lane.grown for lane in lanes}
         hidden_RWD = self._hidden()
 
-        # Lanes of a kind choose in one go. What is drawn is read only when all of it is under way on the device.
+        # Lanes of a kind choose in one go. What is drawn is read only
+        # when all of it is under way on the device.
         kinds: dict[LaneKind, list[Lane]] = {}
         for lane in lanes:
             kinds.setdefault(lane.kind(self.window), []).append(lane)
@@ -313,7 +320,8 @@ class Engine:
             raise failure
 
     def _hidden(self) -> Tensor:
-        """Hidden states (R, W, D) of the tokens that are next in each row, whose keys and values go to the cache."""
+        """Hidden states (R, W, D) of the tokens that are next in each row,
+        whose keys and values go to the cache."""
         self.steps += 1
         if self.batch_invariant:
             return self._steps(self.shape.groups, self.shape.prefix, self.shape.tail)
@@ -332,8 +340,8 @@ class Engine:
     def _advance(self, lanes: Sequence[tuple[Lane, int]]) -> None:
         """Commit each lane's accepted tokens, so many, to the cache and queue the next inputs.
 
-        Rows of beams have their tokens already. A count is negative where a search ended in a beam shorter than those
-        that ran: its tokens are computed again.
+        Rows of beams have their tokens already. A count is negative where a search ended in a beam
+        shorter than those that ran: its tokens are computed again.
         """
         rows = [
             (row, count, *lane.next_inputs(number, self.window))

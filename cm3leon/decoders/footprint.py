@@ -1,8 +1,9 @@
-"""What a decoder takes to draw images, by arithmetic: memory by part, and the least time of an image.
+"""What a decoder takes to draw images, by arithmetic: memory by part,
+and the least time of an image.
 
-Each step of the decoding reads all weights that a token is multiplied by, and the keys and values of what stands before
-it. An image alone leaves a GPU's products idle, so that the time is at least that of reading (the weights are read once
-for all images that are drawn together).
+Each step of the decoding reads all weights that a token is multiplied by, and the keys and values
+of what stands before it. An image alone leaves a GPU's products idle, so that the time is at least
+that of reading (the weights are read once for all images that are drawn together).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ STREAMS = 2
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a decoder that is asked for images with guidance; bytes and seconds, by precision of the weights."""
+    """Of a decoder that is asked for images with guidance; bytes and seconds,
+    by precision of the weights."""
 
     ids: int
     """Of an image, with what closes its rows."""

@@ -20,7 +20,8 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Execution, Prompt, UserError
 
 WINDOW = 4
-"""Window of the engine where a single image is asked for: more codes a step pay where few rows make it."""
+"""Window of the engine where a single image is asked for:
+more codes a step pay where few rows make it."""
 ROUNDING = 256
 """Columns of an engine that is kept are a multiple of this, so that more requests fit it."""
 
@@ -87,8 +88,8 @@ class Answerer:
             except torch.OutOfMemoryError as error:  # more than was foreseen, or others took it
                 if samples == 1:
                     raise UserError(
-                        "a single sample takes more memory than there is; use fewer retrieved documents, a smaller "
-                        "model, or another device"
+                        "a single sample takes more memory than there is; use fewer retrieved "
+                        "documents, a smaller model, or another device"
                     ) from error
                 self._kept = None
                 samples = max(1, min(samples, sum(map(len, left.values()))) // 2)
@@ -101,7 +102,8 @@ class Answerer:
         samples: int,
         keep: Callable[[FinishedSample], None],
     ) -> None:
-        """Gives `keep` those samples of requests; an answer's ticket is the number of the request."""
+        """Gives `keep` those samples of requests;
+        an answer's ticket is the number of the request."""
         parts = {number: requests[number].part(numbers) for number, numbers in left.items()}
         engine = self._engine(list(parts.values()), samples)
         tickets = {engine.submit(part): number for number, part in parts.items()}
@@ -163,13 +165,14 @@ def generate(
 ) -> list[np.ndarray]:
     """Answers to prompts: ids of the answer's modality, without what closes it.
 
-    An image answer is exactly `length` codes, a text answer is text until one of `ends` or `length` pieces, or as many
-    as the model has positions for. Prompts of different lengths and modalities may be mixed; equal ones are computed
-    once.
+    An image answer is exactly `length` codes, a text answer is text until one of `ends` or `length`
+    pieces, or as many as the model has positions for. Prompts of different lengths and modalities
+    may be mixed; equal ones are computed once.
 
     Args:
         model: from `MODELS`, in evaluation mode.
-        seeds: one for each prompt; its answer depends on it alone, not on its neighbours (up to rounding).
+        seeds: one for each prompt; its answer depends on it alone,
+            not on its neighbours (up to rounding).
         batch_size: samples in the making at a time; guidance doubles the rows.
         on_answer: called as each is finished.
 
@@ -205,7 +208,8 @@ def generate(
 
 
 def longest_answer(prompt: Prompt, seq_len: int) -> int:
-    """Tokens that an answer may have: those of an image exactly, a text's as far as the positions go."""
+    """Tokens that an answer may have: those of an image exactly,
+    a text's as far as the positions go."""
     if prompt.modality == "image":
         return prompt.length
     streams = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
@@ -218,8 +222,8 @@ def is_truncated(prompt: Prompt, answer_T: Sequence[int] | np.ndarray, seq_len: 
     """Whether a text was stopped by its length, or by the model's positions, before it ended.
 
     Args:
-        answer_T: without the token that ends it. That one counts as a token of the answer, too, so that an answer which
-            ended is shorter than the longest one.
+        answer_T: without the token that ends it. That one counts as a token of the answer, too, so
+            that an answer which ended is shorter than the longest one.
     """
     return prompt.modality == "text" and len(answer_T) >= longest_answer(prompt, seq_len)
 

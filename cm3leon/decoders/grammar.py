@@ -1,7 +1,7 @@
 """What may come next: grammars over modalities, as generators that are sent each token.
 
-A grammar yields what the next token may be, is sent that token, and returns where the answer ends. A model never closes
-an image early or puts codes into a text, because nothing else is ever drawn.
+A grammar yields what the next token may be, is sent that token, and returns where the answer ends.
+A model never closes an image early or puts codes into a text, because nothing else is ever drawn.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def in_order(tokens: Sequence[int]) -> Grammar:
 
 
 def text(vocab: Vocab, max_tokens: int, *ends: int) -> Generator[Allowed, int, int | None]:
-    """At most that many tokens of text; one of `ends` ends it, is the last token then, and is returned."""
+    """At most that many tokens of text; one of `ends` ends it, is the last token then,
+    and is returned."""
     for _ in range(max_tokens):
         token = yield text_or(vocab, *ends)
         if token in ends:
@@ -87,7 +88,8 @@ def text(vocab: Vocab, max_tokens: int, *ends: int) -> Generator[Allowed, int, i
 
 @dataclass(frozen=True)
 class Gap:
-    """A span that is asked for: exactly `length` tokens of an image, or at most `length` pieces of text."""
+    """A span that is asked for: exactly `length` tokens of an image,
+    or at most `length` pieces of text."""
 
     modality: Modality
     length: int
@@ -98,8 +100,8 @@ class Gap:
 def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
     """The spans one after the other, as the CM3 objective trains them.
 
-    Each ends in `<end_of_span>`, and the next one begins with its sentinel. The prompt ends with `<mask:0>`; behind the
-    last span of codes nothing is asked for.
+    Each ends in `<end_of_span>`, and the next one begins with its sentinel. The prompt ends with
+    `<mask:0>`; behind the last span of codes nothing is asked for.
     """
     for number, gap in enumerate(gaps):
         if number:
@@ -116,10 +118,12 @@ def infilling(vocab: Vocab, gaps: Sequence[Gap]) -> Grammar:
 def interleaved(
     vocab: Vocab, *, first: Modality, grid: Grid, text_length: int, segments: int
 ) -> Grammar:
-    """Text and images in turn, each image of that many rows and columns, until a sample's end or that many segments.
+    """Text and images in turn, each image of that many rows and columns,
+    until a sample's end or that many segments.
 
-    By the paper's layout a text ends in `<break>`, and an image follows, or in `<eos>`; an image is followed by
-    `<break>` and text, or by `<eos>`. Where nothing stands between an image and a text, the text may be empty.
+    By the paper's layout a text ends in `<break>`, and an image follows, or in `<eos>`; an image is
+    followed by `<break>` and text, or by `<eos>`. Where nothing stands between an image and a text,
+    the text may be empty.
     """
     layout, end = vocab.layout, vocab.layout.end
     tokens = layout.image_length(grid)
@@ -149,7 +153,8 @@ def interleaved(
 
 
 def segments_of(tokens: Sequence[int], vocab: Vocab) -> Iterator[tuple[Modality, list[int]]]:
-    """An answer as runs of text and of an image's tokens; special tokens and sentinels part them and are left out."""
+    """An answer as runs of text and of an image's tokens;
+    special tokens and sentinels part them and are left out."""
     run: list[int] = []
     current: Modality | None = None
     for token in [*tokens, vocab.eos]:

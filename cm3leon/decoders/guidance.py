@@ -1,4 +1,5 @@
-"""Streams of logits into one: classifier-free guidance by one condition or two, contrastive decoding."""
+"""Streams of logits into one: classifier-free guidance by one condition or two,
+contrastive decoding."""
 
 from __future__ import annotations
 
@@ -9,17 +10,20 @@ from torch import Tensor
 
 
 def classifier_free(conditional_BV: Tensor, unconditional_BV: Tensor, weight: float) -> Tensor:
-    """uncond + weight * (cond - uncond): 0 is unconditional, 1 conditional, more pushes away from unconditional."""
+    """uncond + weight * (cond - uncond): 0 is unconditional, 1 conditional,
+    more pushes away from unconditional."""
     return unconditional_BV + weight * (conditional_BV - unconditional_BV)
 
 
 def two_conditions(
     both_BV: Tensor, first_BV: Tensor, neither_BV: Tensor, *, first: float, both: float
 ) -> Tensor:
-    """neither + first * (first - neither) + both * (both - first), InstructPix2Pix's form (arXiv 2211.09800, eq. 3).
+    """neither + first * (first - neither) + both * (both - first),
+    InstructPix2Pix's form (arXiv 2211.09800, eq. 3).
 
     Args:
-        first_BV: logits under the first condition alone (the image); `both_BV` has the second one (the text) too.
+        first_BV: logits under the first condition alone (the image);
+            `both_BV` has the second one (the text) too.
     """
     return neither_BV + first * (first_BV - neither_BV) + both * (both_BV - first_BV)
 
@@ -27,7 +31,8 @@ def two_conditions(
 def contrastive_k(
     conditional_BV: Tensor, unconditional_BV: Tensor, *, alpha: float, k: int
 ) -> Tensor:
-    """CD-K (paper eq. 3): log p_cond - log p_uncond where p_cond >= alpha * (k-th largest p_cond), -inf elsewhere.
+    """CD-K (paper eq. 3): log p_cond - log p_uncond where p_cond >= alpha * (k-th largest p_cond),
+    -inf elsewhere.
 
     k = 1 is the contrastive decoding of Li et al. 2023.
     """

@@ -1,4 +1,5 @@
-"""A sample in the making: its tokens so far, what its grammar allows next, its drafts and its beam search."""
+"""A sample in the making: its tokens so far, what its grammar allows next,
+its drafts and its beam search."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Candidate:
 
 @dataclass
 class BeamSearch:
-    """Beam search of one run of tokens: of those that the grammar takes from the same ids, a text or an image.
+    """Beam search of one run of tokens: of those that the grammar takes from the same ids,
+    a text or an image.
 
     When the run is over the best beam is chosen, and what follows goes on from it.
     """
@@ -109,7 +111,8 @@ class Lane:
             self.take(beam.tokens[:1], 0)
 
     def kind(self, window: int) -> LaneKind:
-        """How its next token is chosen, by an engine that computes `window` tokens of a sample in a step."""
+        """How its next token is chosen, by an engine that computes `window` tokens
+        of a sample in a step."""
         decoder = self.decoders[self.allowed.modality]
         if self.chosen:
             return LaneKind(exactly(self.chosen[0]), decoder, len(self.rows), 0, 0)
@@ -119,7 +122,8 @@ class Lane:
         return LaneKind(self.allowed, decoder, len(self.rows), drafts, ahead)
 
     def next_inputs(self, row: int, window: int) -> list[int]:
-        """The last token of one of its rows, and its drafts; of beams, which have no drafts, the token alone counts."""
+        """The last token of one of its rows, and its drafts; of beams, which have no drafts,
+        the token alone counts."""
         if self.search.running:
             beams = self.search.running
             return [beams[min(row, len(beams) - 1)].tokens[-1]] * window
@@ -127,7 +131,8 @@ class Lane:
         return [self.tokens[-1], *self.drafts, *[0] * (window - 1 - len(self.drafts))]
 
     def take(self, drawn: Sequence[int], drafts: int) -> None:
-        """Takes the tokens that were drawn behind its last one and behind drafts, as far as those were right.
+        """Takes the tokens that were drawn behind its last one and behind drafts,
+        as far as those were right.
 
         What was drawn beyond are the next drafts.
         """

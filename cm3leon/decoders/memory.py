@@ -8,7 +8,8 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of a GPU, with what torch holds but does not use, or of the machine."""
+    """Bytes that can still be taken: of a GPU, with what torch holds but does not use,
+    or of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -12,7 +12,8 @@ from cm3leon.seeds import GOLDEN, MULTIPLIERS
 
 
 def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
-    """Keeps the `top_k` most likely tokens and those as likely as the last of them, others become -inf; 0 keeps all."""
+    """Keeps the `top_k` most likely tokens and those as likely as the last of them,
+    others become -inf; 0 keeps all."""
     if not 0 < top_k < logits_BV.shape[-1]:
         return logits_BV
     kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
@@ -20,7 +21,8 @@ def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
 
 
 def penalize(logits_BV: Tensor, past: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Logits of the columns that each row has had, divided by the penalty where positive and multiplied where not.
+    """Logits of the columns that each row has had,
+    divided by the penalty where positive and multiplied where not.
 
     Source: CTRL, arXiv 1909.05858, section 4.1, as transformers has it.
     """
@@ -35,7 +37,8 @@ def penalize(logits_BV: Tensor, past: Sequence[Sequence[int]], penalty: float) -
 
 
 def forbid_repeats(logits_BV: Tensor, past: Sequence[Sequence[int]], size: int) -> Tensor:
-    """-inf for each column that would end a run of `size` columns which the row has had before. 0 forbids none."""
+    """-inf for each column that would end a run of `size` columns which the row has had before.
+    0 forbids none."""
     if not size:
         return logits_BV
     result_BV = logits_BV.clone()
@@ -48,7 +51,8 @@ def forbid_repeats(logits_BV: Tensor, past: Sequence[Sequence[int]], size: int) 
 
 
 def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Nucleus: keeps the fewest most likely tokens whose probabilities sum to at least `top_p`, others become -inf."""
+    """Nucleus: keeps the fewest most likely tokens whose probabilities sum to at least `top_p`,
+    others become -inf."""
     if top_p >= 1:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
@@ -66,10 +70,12 @@ def stream_key(seed: int) -> int:
 
 
 def random_bits(key: Tensor, index: Tensor) -> Tensor:
-    """Numbers of SplitMix64's stream that starts at `key`, all 64 bits, as int64 of the shapes broadcast.
+    """Numbers of SplitMix64's stream that starts at `key`, all 64 bits,
+    as int64 of the shapes broadcast.
 
-    Any number is had without those before it, on any device, so that a draw depends on its place alone. It is
-    `seeds.split_mix` for tensors, which have no unsigned integers to compute with: int64 wraps as uint64 does.
+    Any number is had without those before it, on any device, so that a draw depends on its place
+    alone. It is `seeds.split_mix` for tensors, which have no unsigned integers to compute with:
+    int64 wraps as uint64 does.
     """
     z = key + (index + 1) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(MULTIPLIERS[0])
@@ -78,11 +84,13 @@ def random_bits(key: Tensor, index: Tensor) -> Tensor:
 
 
 def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
-    """Standard Gumbel numbers at places of streams of random numbers: float32, of the shapes broadcast.
+    """Standard Gumbel numbers at places of streams of random numbers: float32,
+    of the shapes broadcast.
 
     The largest of logits + noise is drawn from softmax(logits).
     """
-    # Half a step from 0, and rounded to float32 only here: small numbers, which make large noise, keep all their bits.
+    # Half a step from 0, and rounded to float32 only here: small numbers, which make large noise,
+    # keep all their bits.
     uniform = (_shifted(random_bits(key, index), 32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
@@ -90,7 +98,8 @@ def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """A token from softmax(logits) over the last dimension, by Gumbel noise of the same shape.
 
-    The noise belongs to the tokens: distributions that are nearly the same nearly always give the same token under it.
+    The noise belongs to the tokens: distributions that are nearly the same nearly always give the
+    same token under it.
     """
     return (logits + noise).argmax(-1)
 

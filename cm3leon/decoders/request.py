@@ -24,7 +24,8 @@ class Request:
     """Samples of one prompt."""
 
     streams: tuple[np.ndarray, ...]
-    """Ids of the prompt, then of the unconditional one, then of one with a part of the conditions; none is empty."""
+    """Ids of the prompt, then of the unconditional one, then of one with a part of the conditions;
+    none is empty."""
     grammar: NewGrammar
     """Begins the grammar of an answer."""
     length: int
@@ -54,8 +55,8 @@ class Request:
     def shared(self) -> int:
         """Tokens of the prefix that all streams begin with; the last one of each is not counted.
 
-        Fewer than `SHORTEST` are none, and are computed by each row: attention to a prefix beside that to the tail
-        costs more operators than it saves then.
+        Fewer than `SHORTEST` are none, and are computed by each row: attention to a prefix beside
+        that to the tail costs more operators than it saves then.
         """
         streams = self.used()
         shortest = min(map(len, streams)) - 1
@@ -74,8 +75,9 @@ class Request:
         longest = max(map(len, self.used()))
         if longest + self.length > seq_len:
             raise UserError(
-                f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do not fit the "
-                f"model's {seq_len} positions; ask for less, or use a model of a larger model.seq_len"
+                f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do "
+                f"not fit the model's {seq_len} positions; ask for less, or use a model of a "
+                "larger model.seq_len"
             )
 
 
@@ -131,7 +133,8 @@ def shape_for(
         at_once = -(-at_once // 2)
     if not groups:
         raise UserError(
-            f"one sample of {prefix + tail} tokens in {rows} rows takes {group / 1e9:.3g} GB of keys and values, "
-            f"{memory / 1e9:.3g} GB are free; use fewer retrieved documents, a smaller model, or another device"
+            f"one sample of {prefix + tail} tokens in {rows} rows takes {group / 1e9:.3g} GB of "
+            f"keys and values, {memory / 1e9:.3g} GB are free; use fewer retrieved documents, a "
+            "smaller model, or another device"
         )
     return Shape(groups, width, prefix, tail)

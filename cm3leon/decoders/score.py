@@ -21,7 +21,8 @@ TOKENS = 2**13
 def log_likelihoods(
     model: Model, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
 ) -> list[float]:
-    """Sum over an answer's tokens of log p(token | prompt, tokens before), in nats, over the whole vocabulary.
+    """Sum over an answer's tokens of log p(token | prompt, tokens before), in nats,
+    over the whole vocabulary.
 
     Raises:
         UserError: for a prompt and an answer that the model has no positions for.
@@ -32,7 +33,8 @@ def log_likelihoods(
     longest = max(map(len, sequences), default=0)
     if longest - 1 > model.seq_len:
         raise UserError(
-            f"a prompt and its answer take {longest} tokens, the model has {model.seq_len} positions"
+            f"a prompt and its answer take {longest} tokens, the model has {model.seq_len} "
+            "positions"
         )
     result = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
@@ -69,7 +71,7 @@ def log_likelihoods(
             result[number] = -float(part_N.sum())
             if not math.isfinite(result[number]):
                 raise NotFinite(
-                    f"the log-likelihood of answer {number} is {result[number]}: the model's weights are damaged or "
-                    "have diverged"
+                    f"the log-likelihood of answer {number} is {result[number]}: the model's "
+                    "weights are damaged or have diverged"
                 )
     return result

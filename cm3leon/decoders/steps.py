@@ -13,14 +13,17 @@ from cm3leon.models.cache import KVCache
 from cm3leon.types import Execution, UserError
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Runs a function of tensors that stay where they are, and returns what does the same again without its Python."""
+"""Runs a function of tensors that stay where they are,
+and returns what does the same again without its Python."""
 
 COLUMNS = {False: 64, True: 256}
-"""Columns of the cache are read in multiples of these, without and with graphs: fewer of them where shapes cost."""
+"""Columns of the cache are read in multiples of these, without and with graphs:
+fewer of them where shapes cost."""
 
 
 class Steps:
-    """Hidden states of the next tokens of all rows; the first is the last of the answer, others are drafts.
+    """Hidden states of the next tokens of all rows; the first is the last of the answer,
+    others are drafts.
 
     Args:
         window: tokens of a row.
@@ -53,7 +56,8 @@ class Steps:
         )
 
     def __call__(self, groups: int, prefix: int, tail: int) -> Tensor:
-        """Hidden states (R, W, D) of the rows of the first `groups` groups; their keys and values are kept.
+        """Hidden states (R, W, D) of the rows of the first `groups` groups;
+        their keys and values are kept.
 
         Args:
             prefix, tail: the longest of each that is read, these tokens included.
@@ -91,7 +95,8 @@ def _rounded(columns: int, multiple: int, most: int) -> int:
 def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Records a function of tensors that stay where they are as a CUDA graph; see `Recorder`.
 
-    It runs on the way, as warm-up: a step may, since it writes the same keys and values to the same places again.
+    It runs on the way, as warm-up: a step may,
+    since it writes the same keys and values to the same places again.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -71,7 +71,7 @@ class Asker:
         made["documents"] = np.array([len(rows) for rows in prompts.retrieved], np.int32)
         return made
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _drawn(
         self, prompts: Prompts, samples: range, seeds: Sequence[int]
@@ -127,7 +127,8 @@ class Asker:
     def _retrieved(
         self, items: Sequence[Item], documents: Sequence[TokenDocument]
     ) -> list[list[int]]:
-        """Rows of the bank for each item's prompt: up to `documents`, fewer where fewer are found or have room."""
+        """Rows of the bank for each item's prompt: up to `documents`,
+        fewer where fewer are found or have room."""
         rows: list[list[int]] = [[] for _ in items]
         if not self.setting.documents:
             return rows
@@ -152,12 +153,14 @@ class Asker:
         return self.model.retrieved(None, images_BHWC, by, count)
 
     def _most(self) -> dict[str, int]:
-        """The longest answer as the API's argument, which is left out where nothing is answered in text."""
+        """The longest answer as the API's argument,
+        which is left out where nothing is answered in text."""
         return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
 
 
 def text_asked(document: Document) -> str:
-    """The words of a document that its answer is asked by: all but the true answer, which nothing is found by."""
+    """The words of a document that its answer is asked by: all but the true answer,
+    which nothing is found by."""
     texts = [segment for segment in document.segments if isinstance(segment, TextSegment)]
     return " ".join(
         segment.text.strip()
@@ -194,10 +197,11 @@ def _answered_text(model: CM3Leon, document: TokenDocument) -> str:
 
 
 def check_others(items: Sequence[Item], where: str) -> None:
-    """Raise UserError for an item that has no other of its task, whose documents it could be given."""
+    """Raise UserError for an item that has no other of its task,
+    whose documents it could be given."""
     for task, count in Counter(item.task for item in items).items():
         if count == 1:
             raise UserError(
-                f"setting.shuffled is true, and {where} has a single item of the task {task}, so that there are no "
-                "documents of another one; ask for an item more or fewer"
+                f"setting.shuffled is true, and {where} has a single item of the task {task}, so "
+                "that there are no documents of another one; ask for an item more or fewer"
             )

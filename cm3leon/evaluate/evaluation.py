@@ -48,7 +48,8 @@ class Evaluation:
     """The items of a protocol, put to one model after the other. `folder` holds the answers of all.
 
     Args:
-        own: the model of a run that is being made, whose own evaluation this is; with what it knows of its corpus.
+        own: the model of a run that is being made, whose own evaluation this is;
+            with what it knows of its corpus.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Evaluation:
         self._opened: tuple[tuple[Path, Path | None, int | None], CM3Leon] | None = None
 
     def items(self, row: Row) -> list[Item]:
-        """The protocol's items, images in the size of the row's model; read again for a model of another size."""
+        """The protocol's items, images in the size of the row's model;
+        read again for a model of another size."""
         if row.folder not in self._sizes:
             self._sizes[row.folder] = self._run(row).image_tokenizer_shape.image_size
         size, of_run = self._sizes[row.folder], isinstance(self.protocol, CorpusTask)
@@ -90,7 +92,8 @@ class Evaluation:
         """Make those of the row's files of answers that are missing, or have too few samples.
 
         Raises:
-            UserError: for a folder that is no finished run, or a setting that the model has no room for.
+            UserError: for a folder that is no finished run,
+                or a setting that the model has no room for.
         """
         self._check(row)
         folder, samples = self.folder_of(row), row.setting.samples
@@ -117,8 +120,8 @@ class Evaluation:
         if self.protocol.answers_in == "image" and samples > 1 and not model.has_clip:
             name = model.run.experiment.retriever.name
             raise UserError(
-                f"setting.samples is {samples}, and the retriever {name} of {row.folder} has no CLIP to choose the "
-                "best by; it must be 1"
+                f"setting.samples is {samples}, and the retriever {name} of {row.folder} has no "
+                "CLIP to choose the best by; it must be 1"
             )
 
         asker = Asker(model, self.protocol, row.setting, self.max_tokens(row))
@@ -133,7 +136,8 @@ class Evaluation:
         return self.folder_of(row) / f"result-{row.setting.samples}.json"
 
     def measure(self, row: Row) -> dict[str, Any]:
-        """The figures of a row whose answers are all there, the ceiling and the chance level where they are known."""
+        """The figures of a row whose answers are all there,
+        the ceiling and the chance level where they are known."""
         done = self._result_file(row)
         if not done.is_file():
             write_json(done, self._result(row))
@@ -161,7 +165,8 @@ class Evaluation:
         return result
 
     def _levels_of(self, row: Row) -> dict[str, Any]:
-        """The figures of the true answers, and of those to other items; the same for all rows of a model."""
+        """The figures of the true answers, and of those to other items;
+        the same for all rows of a model."""
         if row.folder not in self._levels:
             items, truths = self.items(row), self._rebuilt_truths(row)
             others = [*truths[1:], truths[0]]
@@ -192,7 +197,8 @@ class Evaluation:
         ]
 
     def _features(self, row: Row, number: int) -> np.ndarray:
-        """Features (items, D) of the best answers of a shard, which whoever draws these keeps beside them."""
+        """Features (items, D) of the best answers of a shard,
+        which whoever draws these keeps beside them."""
         by = digest_of(self.protocol.scored_by)[:8]
         folder = self.folder_of(row) / FEATURES.format(row.setting.samples, by)
         file = shard_file(folder, number)
@@ -231,7 +237,8 @@ class Evaluation:
     def _beside(
         self, model: CM3Leon, held: dict[str, np.ndarray]
     ) -> Callable[[int, int], dict[str, Any]]:
-        """What a file of answers says of one of them besides the answer, by its item's and its sample's number."""
+        """What a file of answers says of one of them besides the answer,
+        by its item's and its sample's number."""
         retrieved: dict[int, np.ndarray] = {}
         for number in sorted({int(row) for row in held.get("rows", np.empty(0)).ravel()} - {NONE}):
             document = model.run.bank_document(number)
@@ -251,7 +258,8 @@ class Evaluation:
         return beside
 
     def shown(self, row: Row) -> list[Example]:
-        """Some items of each kind with the row's answers, all their samples, and the documents in their prompts."""
+        """Some items of each kind with the row's answers, all their samples,
+        and the documents in their prompts."""
         items = self.items(row)
         kinds = list(dict.fromkeys(item.kind for item in items))
         chosen: list[int] = []
@@ -281,7 +289,8 @@ class Evaluation:
         return examples
 
     def _samples(self, row: Row, index: int) -> list[Answer]:
-        """All images drawn for an item, the best by CLIP first; none where answers are no images."""
+        """All images drawn for an item, the best by CLIP first;
+        none where answers are no images."""
         if self.protocol.answers_in != "image":
             return []
         held = read_answers(shard_file(self.folder_of(row), index // SHARD))
@@ -295,7 +304,8 @@ class Evaluation:
         ]
 
     def _documents(self, row: Row, chosen: Sequence[int]) -> list[tuple[UsedDocument, ...]]:
-        """The documents that stood in the prompts of some items: those that are retrieved for them once more."""
+        """The documents that stood in the prompts of some items:
+        those that are retrieved for them once more."""
         if not row.setting.documents:
             return [() for _ in chosen]
         found: dict[int, Sequence[int]] = {}
@@ -307,7 +317,8 @@ class Evaluation:
         return [model.used_documents(found[index]) for index in chosen]
 
     def folder_of(self, row: Row) -> Path:
-        """The folder of the row's answers: another for everything that they depend on, but the number of samples."""
+        """The folder of the row's answers: another for everything that they depend on,
+        but the number of samples."""
         identity = json.dumps(self.identity(row), sort_keys=True)
         return self.folder / digest_of(identity)[:16]
 
@@ -332,13 +343,15 @@ class Evaluation:
         }
 
     def max_tokens(self, row: Row) -> int | None:
-        """Tokens that an answer in text may have; None where answers are images, or candidates that are ranked."""
+        """Tokens that an answer in text may have; None where answers are images,
+        or candidates that are ranked."""
         if self.protocol.answers_in == "image" or self.protocol.ranks:
             return None
         return row.setting.max_tokens or self.protocol.max_tokens
 
     def _parts_of(self, row: Row) -> dict[str, Any]:
-        """What answers depend on in the model's run: digests of its parts, and what a setting leaves to it."""
+        """What answers depend on in the model's run: digests of its parts,
+        and what a setting leaves to it."""
         with_bank = row.setting.documents > 0 and row.setting.bank is None
         own = "text_decoder" if self.protocol.answers_in == "text" else "decoder"
         sections = [own] if row.setting.decoder is None else []
@@ -352,7 +365,7 @@ class Evaluation:
             self._parts[key] = {**run.parts_of_answers(with_bank=with_bank), **left}
         return self._parts[key]
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _run(self, row: Row) -> RunFolder:
         if self._own and row.folder == self._own[0].run.folder:
@@ -397,17 +410,19 @@ class Evaluation:
         """Raise UserError for a setting that does not go with the protocol."""
         if self.protocol.ranks and row.setting.samples > 1:
             raise UserError(
-                f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be 1"
+                f"setting.samples is {row.setting.samples}; candidates are ranked once, it must be "
+                "1"
             )
         if row.setting.max_tokens is not None and self.max_tokens(row) is None:
             answers = "candidates that are ranked" if self.protocol.ranks else "images"
             raise UserError(
-                f"setting.max_tokens is {row.setting.max_tokens}, and the answers of {self.component.name} are "
-                f"{answers}; leave it out"
+                f"setting.max_tokens is {row.setting.max_tokens}, and the answers of "
+                f"{self.component.name} are {answers}; leave it out"
             )
 
     def _rebuilt_truths(self, row: Row) -> list[Answer]:
-        """The true answers as the model could at best give them: images through its tokenizer and back."""
+        """The true answers as the model could at best give them:
+        images through its tokenizer and back."""
         truths = [true_answer(item, self.protocol.answers_in) for item in self.items(row)]
         if self.protocol.answers_in == "text":
             return truths
@@ -425,7 +440,8 @@ class Evaluation:
 
 
 def figures_line(row: str, result: Mapping[str, Any]) -> str:
-    """The figures of a row on the command line: `cfg 2: right 0.93`, `right 0.93 ± 0.02` over several seeds."""
+    """The figures of a row on the command line: `cfg 2: right 0.93`,
+    `right 0.93 ± 0.02` over several seeds."""
     told = dict(result["metrics"])
     if "truncated" in result:
         told[f"truncated at {result['max_tokens']} tokens"] = result["truncated"]

@@ -16,7 +16,8 @@ from cm3leon.types import TokenDocument
 
 
 def own_corpus(run: RunFolder) -> OwnCorpus:
-    """What a run knows of the documents that it was made from, for a protocol that asks about them."""
+    """What a run knows of the documents that it was made from,
+    for a protocol that asks about them."""
     corpus, training = run.corpus, run.corpus.rows("train")
     labels = [UNKNOWN if label is None else label for label in corpus.labels]
     return OwnCorpus(
@@ -34,7 +35,8 @@ def figures_of_own(
     documents: Sequence[TokenDocument],
     drawn: Sequence[Sequence[Completed]],
 ) -> dict[str, np.ndarray]:
-    """Whether each answer left what was given as it was; of texts, their cosines with the images, too."""
+    """Whether each answer left what was given as it was; of texts, their cosines with the images,
+    too."""
     run = model.run
     kept_In = np.zeros((len(drawn), len(drawn[0])), bool)
     for index, answers in enumerate(drawn):

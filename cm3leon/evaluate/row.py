@@ -28,7 +28,8 @@ class Row:
 
 
 def bank_identity(folder: Path) -> list[str]:
-    """What identifies a memory bank: how its index was made, and the documents that were added to it.
+    """What identifies a memory bank: how its index was made,
+    and the documents that were added to it.
 
     Raises:
         UserError: for a folder without a finished index.

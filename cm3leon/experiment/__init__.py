@@ -1,4 +1,5 @@
-"""Experiments: everything that a run fixes, found by name or path, overridden and checked section by section."""
+"""Experiments: everything that a run fixes, found by name or path,
+overridden and checked section by section."""
 
 from cm3leon.experiment.files import (
     SWEEP,

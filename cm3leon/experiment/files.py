@@ -30,7 +30,8 @@ from cm3leon.types import UserError
 EARLIER = ("tasks", "task_decoders", "generation", "metrics")
 """Sections of earlier versions, in place of which there is `evaluations`."""
 SWEEP = "sweep"
-"""Section of dotted keys and the values that they take in turn, which makes an experiment a sweep."""
+"""Section of dotted keys and the values that they take in turn,
+which makes an experiment a sweep."""
 
 
 @dataclass(kw_only=True)
@@ -81,17 +82,19 @@ def load_experiment(
 ) -> Experiment:
     """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
 
-    `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's overrides win over
-    those of experiments.yaml, which win over the file. Among them, `overrides=smoke` stands for all the dotted keys in
-    `experiments/overrides/smoke.yaml`, and `overrides=mine.yaml` for those of a file of one's own. `settings` are
-    dotted keys with their values, for a caller that has no command line. `trusted_plugins` are all that may be loaded,
-    see `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the place of the file's.
-    `earlier` leaves out what earlier versions asked of a model, for a run that one of them made.
-    `unfit` is given what does not go together, in place of an error, by a caller that checks more (`stages/checks.py`).
+    `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's
+    overrides win over those of experiments.yaml, which win over the file. Among them,
+    `overrides=smoke` stands for all the dotted keys in `experiments/overrides/smoke.yaml`, and
+    `overrides=mine.yaml` for those of a file of one's own. `settings` are dotted keys with their
+    values, for a caller that has no command line. `trusted_plugins` are all that may be loaded, see
+    `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the
+    place of the file's. `earlier` leaves out what earlier versions asked of a model, for a run that
+    one of them made. `unfit` is given what does not go together, in place of an error, by a caller
+    that checks more (`stages/checks.py`).
 
     Raises:
-        UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the overrides, or a plugin
-            that is not trusted.
+        UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the
+            overrides, or a plugin that is not trusted.
         PluginError: for a plugin that fails to import.
     """
     mapping = load_mapping(
@@ -105,7 +108,8 @@ def load_experiment(
     )
     if SWEEP in mapping:
         raise UserError(
-            f"experiment: {name_or_path} is a sweep, which only the command run takes; give that of one of its points"
+            f"experiment: {name_or_path} is a sweep, which only the command run takes; give that "
+            "of one of its points"
         )
     return from_mapping(Experiment, mapping, unfit=unfit)
 
@@ -120,12 +124,14 @@ def load_mapping(
     sections: Mapping[str, Any] | None = None,
     earlier: bool = False,
 ) -> dict[str, Any]:
-    """What `load_experiment` checks: the sections as they are written, with those of a sweep, if it is one."""
+    """What `load_experiment` checks: the sections as they are written, with those of a sweep,
+    if it is one."""
     given = [(split_key(key), value) for key, value in (settings or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
     if _is_study(mapping):
         raise UserError(
-            f"experiment: {name_or_path} is a study of several runs; give the experiment of one of them"
+            f"experiment: {name_or_path} is a study of several runs; give the experiment of one of "
+            "them"
         )
     mapping = with_absolute_plugins({**mapping, **(sections or {})}, Path.cwd())
     if earlier:
@@ -147,8 +153,9 @@ def load_mapping(
 def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str) -> list[str]:
     """Load the trusted plugins, which are all that those named in somebody's file may be.
 
-    A named plugin passes if it is among the trusted ones, has the file name of one (which takes its place: the run may
-    come from another machine), lies in `plugins/`, or was loaded before in this process.
+    A named plugin passes if it is among the trusted ones, has the file name of one (which takes its
+    place: the run may come from another machine), lies in `plugins/`, or was loaded before in this
+    process.
 
     Returns:
         The absolute paths of all.
@@ -163,21 +170,23 @@ def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str
     for path in others:
         if not is_known_plugin(Path(path)):
             raise UserError(
-                f"{where} names {path}, whose code is not run unasked; if you trust it, add plugins={path}, "
-                "or trust=true for every plugin named there"
+                f"{where} names {path}, whose code is not run unasked; if you trust it, add "
+                f"plugins={path}, or trust=true for every plugin named there"
             )
     discover(given)
     return [*others, *given]
 
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
-    """Whether an experiment is made of several runs, see `cm3leon.studies`. Raises UserError where there is none."""
+    """Whether an experiment is made of several runs, see `cm3leon.studies`.
+    Raises UserError where there is none."""
     file, _ = _find(name_or_path, shipped)
     return _is_study(load_yaml(file))
 
 
 def _is_study(mapping: Mapping[str, Any]) -> bool:
-    """Whether these are the sections of a study: it has runs, or evaluations of models without a corpus."""
+    """Whether these are the sections of a study: it has runs,
+    or evaluations of models without a corpus."""
     return "runs" in mapping or ("evaluations" in mapping and "data" not in mapping)
 
 
@@ -193,7 +202,8 @@ def _refuse_earlier(name_or_path: str, mapping: Mapping[str, Any]) -> None:
 
 
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
-    """Whether an experiment is run at several points, see `cm3leon.studies`. Raises UserError where there is none."""
+    """Whether an experiment is run at several points, see `cm3leon.studies`.
+    Raises UserError where there is none."""
     file, listed = _find(name_or_path, shipped)
     sections = [key.partition(".")[0] for key in listed] + [
         path[0] for path, _ in _overrides(overrides, shipped)
@@ -204,7 +214,8 @@ def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = S
 def load_listed(
     name_or_path: str, shipped: Path, overrides: Sequence[Override]
 ) -> tuple[Path, dict[str, Any]]:
-    """The file of an experiment, and what it says with the overrides of experiments.yaml, then with those given.
+    """The file of an experiment, and what it says with the overrides of experiments.yaml,
+    then with those given.
 
     Raises:
         UserError: for an unknown experiment, or overrides that lead nowhere.
@@ -222,7 +233,8 @@ def load_listed(
 def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
     """The overrides with what is behind `sweep` in one piece, as a dotted key is a key there.
 
-    `sweep` is a section of an experiment, and one of each run and evaluation (`evaluations.NAME.sweep.KEY`).
+    `sweep` is a section of an experiment, and one of each run and evaluation
+    (`evaluations.NAME.sweep.KEY`).
     """
     for path, value in overrides:
         at = 2 if path[0] in ("runs", "evaluations") else 0
@@ -254,7 +266,8 @@ def _overrides(words: Sequence[str], shipped: Path) -> Iterator[Override]:
         names = sorted(file.stem for file in (shipped / "experiments" / "overrides").glob("*.yaml"))
         if not _is_path(value) and value not in names:
             raise UserError(
-                f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml file"
+                f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml "
+                "file"
             )
         file = (
             Path(value).expanduser()
@@ -269,7 +282,8 @@ def _is_path(name_or_path: str) -> bool:
 
 
 def with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The mapping with its plugins' paths made absolute, so that its resolved copy may lie anywhere."""
+    """The mapping with its plugins' paths made absolute,
+    so that its resolved copy may lie anywhere."""
     if "plugins" not in mapping:
         return mapping
     plugins = from_mapping(_Plugins, {"plugins": mapping["plugins"]}).plugins

@@ -52,30 +52,33 @@ class SplitConfig:
 
 @dataclass(kw_only=True)
 class ShardsConfig:
-    """How the corpus is tokenised, embedded and given its neighbours: in shards, one for each part of the source.
+    """How the corpus is tokenised, embedded and given its neighbours: in shards,
+    one for each part of the source.
 
-    A sample of it trains the tokenizers and the retriever's encoder, and is what results are reported on; of a small
-    corpus that is all of it.
+    A sample of it trains the tokenizers and the retriever's encoder, and is what results are
+    reported on; of a small corpus that is all of it.
     """
 
     sample: PositiveInt = 10_000
     """Documents of that sample, taken from parts all over the corpus."""
     tokenizer_images: Literal["sample", "corpus"] = "sample"
-    """What the image tokenizer is trained on: the images of the sample, cut to their centre, or those of the whole
-    corpus, read as they come and cut and mirrored at random."""
+    """What the image tokenizer is trained on: the images of the sample, cut to their centre, or
+    those of the whole corpus, read as they come and cut and mirrored at random."""
     tokenizers: Path | None = None
-    """Run folder whose tokenizers, and encoder if it has one, are used as they are; None trains them on the sample."""
+    """Run folder whose tokenizers, and encoder if it has one, are used as they are;
+    None trains them on the sample."""
     bank: Path | None = None
     """Run folder whose documents are the memory bank; None makes one of this corpus."""
     mix: Annotated[dict[str, PositiveFloat], Location()] = field(default_factory=dict)
-    """Run folders with more training documents, each with the share it is to have beside this corpus's 1.0; none is
-    repeated more than 3 times in an epoch nor cut below 0.3 of it."""
+    """Run folders with more training documents, each with the share it is to have beside this
+    corpus's 1.0; none is repeated more than 3 times in an epoch nor cut below 0.3 of it."""
     workers: PositiveInt = 1
-    """Processes on this machine that make shards, spread over its GPUs; on a cluster, array jobs do (see the command
-    part)."""
+    """Processes on this machine that make shards, spread over its GPUs; on a cluster, array jobs do
+    (see the command part)."""
     decoded_gb: NonNegativeFloat = 20.0
-    """Gigabytes of the run's folder for images as the stage tokens decoded them, until their neighbours are found, so
-    that each is decoded once; parts that have no room there are decoded again. 0 keeps none."""
+    """Gigabytes of the run's folder for images as the stage tokens decoded them, until their
+    neighbours are found, so that each is decoded once;
+    parts that have no room there are decoded again. 0 keeps none."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +88,8 @@ class ReconstructionConfig:
     perceptual_file: Path | None = None
     """Weights of torchvision's VGG16 (vgg16-397923af.pth), for LPIPS; None leaves it out."""
     inception_file: Path | None = None
-    """Weights of pytorch-fid's Inception (pt_inception-2015-12-05-6726825d.pth), for rFID; None leaves it out."""
+    """Weights of pytorch-fid's Inception (pt_inception-2015-12-05-6726825d.pth), for rFID;
+    None leaves it out."""
 
 
 @dataclass(kw_only=True)
@@ -93,8 +97,9 @@ class RunEvaluation(EvaluationConfig):
     """A protocol that the run's own model is asked by."""
 
     best_of: str | None = None
-    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one with the best of
-    the figures that stand first, which is the highest, or the lowest of a distance."""
+    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one
+    with the best of the figures that stand first, which is the highest,
+    or the lowest of a distance."""
 
     def check(self) -> None:
         super().check()
@@ -105,7 +110,8 @@ class RunEvaluation(EvaluationConfig):
 
 @dataclass(kw_only=True)
 class Experiment:
-    """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the run."""
+    """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the
+    run."""
 
     seed: Seed = 0
     """Seed of every random draw."""
@@ -129,7 +135,8 @@ class Experiment:
     """Byte-level BPE, trained on the captions of the training documents or on `text_data`."""
 
     text_data: Annotated[Component, SOURCES] | None = None
-    """Corpus whose training documents the text tokenizer is trained on; null = the captions of this experiment."""
+    """Corpus whose training documents the text tokenizer is trained on;
+    null = the captions of this experiment."""
 
     image_tokenizer: Annotated[Component, IMAGE_TOKENIZERS]
     """Turns images into codes and back."""
@@ -150,8 +157,8 @@ class Experiment:
     """How the memory bank is searched."""
 
     retriever_training: TrainingConfig | None = None
-    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded. It is left out for a
-    retriever that has nothing to train."""
+    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded. It
+    is left out for a retriever that has nothing to train."""
 
     objective: Annotated[Component, OBJECTIVES]
     """What the model learns from a sample."""
@@ -168,7 +175,8 @@ class Experiment:
     loggers: list[Annotated[Component, LOGGERS]] = field(
         default_factory=lambda: [LOGGERS.check("tensorboard")]
     )
-    """Where figures, images and tables of the trainings go, beside the lines of JSON in the run's folder."""
+    """Where figures, images and tables of the trainings go,
+    beside the lines of JSON in the run's folder."""
 
     launcher: Annotated[Component, LAUNCHERS] = field(
         default_factory=lambda: LAUNCHERS.check("here")
@@ -190,14 +198,16 @@ class Experiment:
     """Figures for the top of the report."""
 
     until: str | None = None
-    """Stage after which a run of this experiment ends, if the command line names none; None = the last one."""
+    """Stage after which a run of this experiment ends, if the command line names none;
+    None = the last one."""
 
     def check(self) -> None:
         if self.retriever_training and not RETRIEVERS.get(self.retriever.name).trained:
             # So that retriever=lexical is enough for an experiment whose own retriever is trained.
             self.retriever_training = None
             warnings.warn(
-                f"retriever_training is left out: the retriever {self.retriever.name} has nothing to train",
+                f"retriever_training is left out: the retriever {self.retriever.name} has nothing "
+                "to train",
                 Notice,
                 stacklevel=2,
             )
@@ -209,15 +219,16 @@ class Experiment:
         self._check_aims(self._rows())
 
     def _rows(self) -> dict[str, list[str]]:
-        """The names of the rows of each evaluation. Raises UserError for settings that do not go together."""
+        """The names of the rows of each evaluation.
+        Raises UserError for settings that do not go together."""
         points: dict[str, list[dict[str, Any]]] = {}
         for name, evaluation in self.evaluations.items():
             best: Mapping[str, Any] = {}
             if evaluation.best_of is not None:
                 if evaluation.best_of not in points:
                     raise UserError(
-                        f"evaluations.{name}.best_of is {evaluation.best_of}, which is no evaluation above; "
-                        f"{choices(evaluation.best_of, points)}"
+                        f"evaluations.{name}.best_of is {evaluation.best_of}, which is no "
+                        f"evaluation above; {choices(evaluation.best_of, points)}"
                     )
                 # Any of its rows may turn out the best; all of them set the same keys.
                 best = points[evaluation.best_of][0]
@@ -225,8 +236,8 @@ class Experiment:
             left_out = [key for key in evaluation.sweep if key not in points[name][0]]
             if left_out:
                 warnings.warn(
-                    f"evaluations.{name}.sweep: {', '.join(left_out)} is left out, which the experiment's own decoder "
-                    "does not have",
+                    f"evaluations.{name}.sweep: {', '.join(left_out)} is left out, which the "
+                    "experiment's own decoder does not have",
                     Notice,
                     stacklevel=2,
                 )
@@ -250,13 +261,15 @@ class Experiment:
             in_text = PROTOCOLS.build(evaluation.protocol).answers_in == "text"
             own = self.text_decoder if in_text else self.decoder
             setting["decoder"] = to_mapping(AskConfig(decoder=own))["decoder"]
-            # So that decoder=greedy is enough for an experiment whose evaluations set a weight of guidance.
+            # So that decoder=greedy is enough for an experiment
+            # whose evaluations set a weight of guidance.
             sweep = _without_others(sweep, own)
             lacking = best.keys() - _without_others(best, own).keys()
             if lacking:
                 raise UserError(
-                    f"evaluations.{name}.best_of is {evaluation.best_of}, whose best row sets {', '.join(lacking)}, "
-                    f"which the decoder {own.name} does not have; give evaluations.{name}.setting.decoder one that has"
+                    f"evaluations.{name}.best_of is {evaluation.best_of}, whose best row sets "
+                    f"{', '.join(lacking)}, which the decoder {own.name} does not have; give "
+                    f"evaluations.{name}.setting.decoder one that has"
                 )
         whole = replace(evaluation, setting=with_values(setting, best), sweep=sweep)
         return list(whole.points(f"evaluations.{name}.setting"))
@@ -265,7 +278,8 @@ class Experiment:
         for aim in self.aims:
             if aim.evaluation not in rows:
                 raise UserError(
-                    f"aims: {aim.label}: evaluation is {aim.evaluation}; {choices(aim.evaluation, rows)}"
+                    f"aims: {aim.label}: evaluation is {aim.evaluation}; "
+                    f"{choices(aim.evaluation, rows)}"
                 )
             if aim.row not in rows[aim.evaluation]:
                 raise UserError(

@@ -39,8 +39,8 @@ def check_commands() -> None:
     for name in ("sbatch", "srun"):
         if shutil.which(name) is None:
             raise UserError(
-                f"launcher is slurm, and {name} is not on the PATH; start this on a login node of a cluster, or choose "
-                "launcher=here, torchrun or local"
+                f"launcher is slurm, and {name} is not on the PATH; start this on a login node of "
+                "a cluster, or choose launcher=here, torchrun or local"
             )
 
 
@@ -61,7 +61,8 @@ def check_fits(
     names = {each.partition for each in known}
     if known and partition and not names.issuperset(partition.split(",")):
         raise UserError(
-            f"launcher.partition is {partition}, which the cluster does not have; {choices(partition, names)}"
+            f"launcher.partition is {partition}, which the cluster does not have; "
+            f"{choices(partition, names)}"
         )
     wanted = (
         partition.split(",") if partition else [each.partition for each in known if each.default]
@@ -80,7 +81,8 @@ def check_fits(
 
 
 def check_account(account: str | None) -> None:
-    """Raises UserError for an account that accounting, where there is any, knows not to be the user's."""
+    """Raises UserError for an account that accounting, where there is any,
+    knows not to be the user's."""
     if account is None:
         return
     answer = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account")
@@ -92,9 +94,11 @@ def check_account(account: str | None) -> None:
 
 
 def states(ids: Sequence[str]) -> dict[str, dict[str, str]] | None:
-    """What SLURM still knows of jobs: `state`, `reason`, `nodes` and `code` by id, an array's elements each by its own.
+    """What SLURM still knows of jobs: `state`, `reason`, `nodes` and `code` by id,
+    an array's elements each by its own.
 
-    Ended jobs are known for a while only (MinJobAge, 300 s by default), and left out later. None if it does not answer.
+    Ended jobs are known for a while only (MinJobAge, 300 s by default), and left out later.
+    None if it does not answer.
     """
     found = {}
     for id_ in sorted({id_.partition("_")[0] for id_ in ids}):

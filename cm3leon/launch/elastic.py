@@ -1,4 +1,5 @@
-"""A command in several processes of this machine, by torchrun's own machinery: `python -m ...elastic COUNT COMMAND`.
+"""A command in several processes of this machine, by torchrun's own machinery:
+`python -m ...elastic COUNT COMMAND`.
 
 `torchrun` itself exits with 1 whatever its processes say; here their exit code is kept.
 """

@@ -1,7 +1,7 @@
 """What became of jobs, for the commands status, cancel and logs.
 
-Read from the journals that jobs keep in the run folder, and from squeue's and scontrol's word on those that cannot
-speak; sacct is not needed.
+Read from the journals that jobs keep in the run folder, and from squeue's and scontrol's word on
+those that cannot speak; sacct is not needed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _ended(event: Event) -> State:
     if event["event"] == "unseen":
         return State(
             "failed",
-            f"the run folder is not visible on all of {event['host']}; it has to be on a shared disk",
+            f"the run folder is not visible on all of {event['host']}; it has to be on a shared "
+            "disk",
         )
     if event["event"] == "refused":
         return State("failed", "a mistake in its settings, which its log names")
@@ -105,7 +106,8 @@ def _by_slurm(
     if last is None:
         return State(
             "failed",
-            f"{state} before its first line: see that {known['nodes']} can write into the run folder",
+            f"{state} before its first line: see that {known['nodes']} can write into the run "
+            "folder",
         )
     return State("failed", f"{state}, exit code {known['code']}, at {at}")
 
@@ -131,13 +133,15 @@ def _here(each: Submitted, events: Sequence[Event], at: str, launch: Launch) -> 
 
 
 def is_alive(process: int, launch: Launch) -> bool:
-    """Whether the process that looks after a submission on this machine is there, and not another one of that id."""
+    """Whether the process that looks after a submission on this machine is there,
+    and not another one of that id."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes()
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    # One that is only just being started has no words yet; nor has one that has ended, and nobody has waited for.
+    # One that is only just being started has no words yet; nor has one that has ended,
+    # and nobody has waited for.
     return state not in "ZX" and (not words or str(launch.folder).encode() in words)
 
 
@@ -147,8 +151,8 @@ def refuse_twice(folder: Path) -> None:
         for each, state in states(launch):
             if state.word in WAITING:
                 raise UserError(
-                    f"run: job {each.job} ({each.id}) is {state.word} in {folder} already; follow it with "
-                    f"`{command_line('status', f'run={folder}')}`, or end it first with "
+                    f"run: job {each.job} ({each.id}) is {state.word} in {folder} already; follow "
+                    f"it with `{command_line('status', f'run={folder}')}`, or end it first with "
                     f"`{command_line('cancel', f'run={folder}')}`"
                 )
 

@@ -18,7 +18,8 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 
 Command = tuple[str, ...]
-"""Arguments of `python -m cm3leon.run`; those of a job name their own `run=` and have `launcher=here`."""
+"""Arguments of `python -m cm3leon.run`;
+those of a job name their own `run=` and have `launcher=here`."""
 
 ROOM = 100_000_000
 """Bytes that a disk must have free for a run to be begun on it."""
@@ -36,7 +37,8 @@ class Job:
     after: tuple[str, ...] = ()
     """Names of jobs that have to succeed before this one starts."""
     together: bool = True
-    """Whether a command runs on all processes that the launcher starts, as one training; else it is one process."""
+    """Whether a command runs on all processes that the launcher starts, as one training;
+    else it is one process."""
     always: bool = False
     """Whether it starts when those before it have ended, however they did."""
 
@@ -50,7 +52,8 @@ class Submitted:
     number: int
     """Place among the job's commands, from 0."""
     id: str
-    """What SLURM calls it, `123` or `123_4`; the id of the process that looks after it, on this machine."""
+    """What SLURM calls it, `123` or `123_4`; the id of the process that looks after it, on this
+    machine."""
     log: Path | None
     """What it prints, on the first process; None where that goes to the terminal."""
     code: int | None = None
@@ -59,7 +62,8 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Launch:
-    """One submission: the folder `launch/NUMBER` of a run folder, with all that its jobs read and write."""
+    """One submission: the folder `launch/NUMBER` of a run folder,
+    with all that its jobs read and write."""
 
     folder: Path
 
@@ -125,7 +129,8 @@ def newest_launch(folder: Path) -> Launch:
     found = launches(folder)
     if not found:
         raise UserError(
-            f"run: nothing was launched in {folder}; give the run= of a run with launcher=slurm or local"
+            f"run: nothing was launched in {folder}; give the run= of a run with launcher=slurm or "
+            "local"
         )
     return found[-1]
 
@@ -142,7 +147,8 @@ def begin_launch(folder: Path) -> Launch:
         free = shutil.disk_usage(folder).free
         if free < ROOM:
             raise UserError(
-                f"run: the disk of {folder} is full, {free / 1e6:.0f} MB are left; choose another run="
+                f"run: the disk of {folder} is full, {free / 1e6:.0f} MB are left; choose another "
+                "run="
             )
         numbers = [
             int(path.name) for path in (folder / "launch").glob("*") if path.name.isdecimal()
@@ -159,25 +165,30 @@ def begin_launch(folder: Path) -> Launch:
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Raises UserError for jobs whose names are not fit for file names, are taken, or are not there to wait for."""
+    """Raises UserError for jobs whose names are not fit for file names, are taken,
+    or are not there to wait for."""
     known: list[str] = []
     for job in jobs:
         if not re.fullmatch(r"[\w.-]+", job.name) or job.name in known:
             raise UserError(
-                f"job {job.name}: its name must be of letters, digits, -, _ and ., and no other job's"
+                f"job {job.name}: its name must be of letters, digits, -, _ and ., and no other "
+                "job's"
             )
         for name in job.after:
             if name not in known:
                 raise UserError(
-                    f"job {job.name} is after {name}, which is no job before it; {choices(name, known)}"
+                    f"job {job.name} is after {name}, which is no job before it; "
+                    f"{choices(name, known)}"
                 )
         known.append(job.name)
 
 
 def submit(jobs: Sequence[Job], folder: Path, launcher: Component) -> list[Submitted]:
-    """Gives jobs to a launcher, each after those that it depends on; what they print goes to files in `folder/launch`.
+    """Gives jobs to a launcher, each after those that it depends on;
+    what they print goes to files in `folder/launch`.
 
-    A launcher that waits returns when all have ended; commands whose predecessors failed are left out of the answer.
+    A launcher that waits returns when all have ended;
+    commands whose predecessors failed are left out of the answer.
 
     Raises:
         UserError: for what can be known to be impossible: nothing is queued then.

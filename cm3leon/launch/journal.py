@@ -1,4 +1,5 @@
-"""What became of a command, written down by the job itself, so that nobody has to be asked who may have forgotten.
+"""What became of a command, written down by the job itself,
+so that nobody has to be asked who may have forgotten.
 
 A journal is a file of JSON lines, one an event:
 
@@ -43,7 +44,8 @@ def write_event(journal: Path, event: str, **details: Any) -> None:
 
 
 def read_events(journal: Path) -> list[Event]:
-    """The events of a journal, none where there is no file; a line that a kill cut short is left out."""
+    """The events of a journal, none where there is no file;
+    a line that a kill cut short is left out."""
     return read_log(journal, {"event": str, "time": (int, float), "at?": str})
 
 
@@ -75,7 +77,8 @@ def outcome(
 
 
 def progress(command: Sequence[str]) -> str:
-    """How far a command has come: the stage that is being made in its run folder, and the step of its checkpoint."""
+    """How far a command has come: the stage that is being made in its run folder,
+    and the step of its checkpoint."""
     words = dict(word.partition("=")[::2] for word in command if "=" in word)
     if command[0] == "part":
         return f"part {words.get('part')} of {words.get('stage') or 'the answers'}"

@@ -1,4 +1,5 @@
-"""Where commands run: in this process, in several of this machine, in a job of this machine, or on a SLURM cluster."""
+"""Where commands run: in this process, in several of this machine, in a job of this machine,
+or on a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -71,12 +72,14 @@ class Launcher:
 
 @LAUNCHERS.register("here")
 class Here(Launcher):
-    """In this process, or as a rank of torchrun or srun; several commands run one after the other."""
+    """In this process, or as a rank of torchrun or srun;
+    several commands run one after the other."""
 
     @dataclass(kw_only=True)
     class Config:
         gpus: PositiveInt = 1
-        """GPUs that `plan` counts with, on all nodes together; the training takes the ranks that it is started on."""
+        """GPUs that `plan` counts with, on all nodes together;
+        the training takes the ranks that it is started on."""
         gpus_per_node: PositiveInt = 8
         """GPUs of a node, that `plan` counts with."""
 
@@ -96,7 +99,8 @@ class Here(Launcher):
 
 @LAUNCHERS.register("torchrun")
 class Torchrun(Launcher):
-    """On this machine, in several processes that torchrun starts; several commands run one after the other."""
+    """On this machine, in several processes that torchrun starts;
+    several commands run one after the other."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -120,7 +124,8 @@ class Torchrun(Launcher):
 
 @LAUNCHERS.register("local")
 class Local(Launcher):
-    """A job of this machine (submitit's local executor) that goes on when the terminal is closed."""
+    """A job of this machine (submitit's local executor) that goes on
+    when the terminal is closed."""
 
     detached = True
 
@@ -129,11 +134,13 @@ class Local(Launcher):
         processes: PositiveInt | None = None
         """Processes of a training; null = one a GPU, or a single one without a GPU."""
         array_parallelism: PositiveInt = 1
-        """Commands of a job that run at the same time, at most; the GPUs are shared out among them."""
+        """Commands of a job that run at the same time, at most;
+        the GPUs are shared out among them."""
         parts: PositiveInt = 1
         """Commands that make a stage in shards, or a study's answers."""
         max_deaths: PositiveInt = 3
-        """Times that a command may die at the same step before it ends for good; until then it is started again."""
+        """Times that a command may die at the same step before it ends for good;
+        until then it is started again."""
 
     config: Config
 
@@ -170,7 +177,8 @@ class Local(Launcher):
 
 @LAUNCHERS.register("slurm")
 class Slurm(Launcher):
-    """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays; they requeue themselves."""
+    """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays;
+    they requeue themselves."""
 
     detached = True
 
@@ -197,11 +205,13 @@ class Slurm(Launcher):
         timeout_min: PositiveInt = 1440
         """Time limit; a job that reaches it writes a checkpoint and queues itself again."""
         signal_delay_s: PositiveInt = 120
-        """Seconds before the time limit at which it is asked to; longer than a step and a checkpoint take."""
+        """Seconds before the time limit at which it is asked to;
+        longer than a step and a checkpoint take."""
         max_timeouts: NonNegativeInt = 100
         """Times that a job may reach its limit before it ends for good."""
         max_deaths: PositiveInt = 3
-        """Times that a job may die at the same step before it ends for good; until then it is queued again."""
+        """Times that a job may die at the same step before it ends for good;
+        until then it is queued again."""
         array_parallelism: PositiveInt = 64
         """Elements of an array that run at the same time, at most."""
         parts: PositiveInt = 8
@@ -209,9 +219,11 @@ class Slurm(Launcher):
         setup: list[str] = field(default_factory=list)
         """Shell lines at the beginning of each job: modules, environment variables."""
         sbatch: dict[str, Any] = field(default_factory=dict)
-        """Further parameters of sbatch, without the dashes: {exclusive: true, reservation: name}."""
+        """Further parameters of sbatch, without the dashes: {exclusive: true, reservation:
+        name}."""
         stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-        """Settings of single jobs, by the name of the stage: {tokens: {parts: 256, gpus_per_node: 1}}."""
+        """Settings of single jobs, by the name of the stage: {tokens: {parts: 256, gpus_per_node:
+        1}}."""
 
         def check(self) -> None:
             for name, given in self.stages.items():
@@ -226,14 +238,15 @@ class Slurm(Launcher):
             for key, value in self.sbatch.items():
                 if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
                     raise UserError(
-                        f"sbatch.{printable(key)} is no option of sbatch; write it in small letters, without "
-                        "the dashes before it"
+                        f"sbatch.{printable(key)} is no option of sbatch; write it in small "
+                        "letters, without the dashes before it"
                     )
                 texts[f"sbatch.{key}"] = str(value)
             for name, text in texts.items():
                 if text is not None and not is_printable(text):
                     raise UserError(
-                        f"{name} is {printable(text)}; it must not have control characters such as line feeds"
+                        f"{name} is {printable(text)}; it must not have control characters such as "
+                        "line feeds"
                     )
 
     config: Config
@@ -271,8 +284,8 @@ class Slurm(Launcher):
         cluster.check_commands()
         if not is_printable(str(folder)):
             raise UserError(
-                f"run is {printable(str(folder))}; for jobs of SLURM it must not have control characters such as "
-                "line feeds"
+                f"run is {printable(str(folder))}; for jobs of SLURM it must not have control "
+                "characters such as line feeds"
             )
         settings = {job.name: self.of(job) for job in jobs}
         known = cluster.partitions()
@@ -307,7 +320,8 @@ class Slurm(Launcher):
 
 
 def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> list[Submitted]:
-    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded, or just ended."""
+    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded,
+    or just ended."""
     executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**_sbatch(job, config, launch, after))
     work = [
@@ -355,9 +369,11 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
 
 
 def _before(job: Job, config: Slurm.Config, launch: Launch) -> Iterator[str]:
-    """Shell lines before the step: the copied code goes first, and all nodes have to see the run folder."""
+    """Shell lines before the step: the copied code goes first,
+    and all nodes have to see the run folder."""
     yield f"export PYTHONPATH={shlex.quote(str(launch.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    # The working folder stays as it is, for relative paths, but is not where Python looks for the code.
+    # The working folder stays as it is, for relative paths,
+    # but is not where Python looks for the code.
     yield "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"
     if config.nodes > 1:
         journal = shlex.quote(str(launch.journal(job.name, "NUMBER"))).replace(
@@ -378,7 +394,8 @@ def _after(job: Job, config: Slurm.Config, launch: Launch) -> list[str]:
 def _run_to_the_end(
     name: str, jobs: Sequence[Job], folder: Path, *, devices: tuple[str, ...], processes: int | None
 ) -> list[Submitted]:
-    """Runs jobs in processes of this machine while this one waits; a single command prints to the terminal."""
+    """Runs jobs in processes of this machine while this one waits;
+    a single command prints to the terminal."""
     launch = begin_launch(folder)
     launch.write(name, jobs)
     alone = sum(len(job.commands) for job in jobs) == 1

@@ -30,8 +30,9 @@ def gpus() -> tuple[str, ...]:
 class LocalJobs:
     """Runs jobs to their end, each after those that it depends on.
 
-    `devices` are shared out among the `parallel` commands that run at a time; each trains in `processes` of them, one a
-    GPU if that is None. A command that died is started again until it has died `max_deaths` times at one place.
+    `devices` are shared out among the `parallel` commands that run at a time; each trains in
+    `processes` of them, one a GPU if that is None. A command that died is started again until it
+    has died `max_deaths` times at one place.
     """
 
     launch: Launch
@@ -44,7 +45,8 @@ class LocalJobs:
     stopping: bool = False
 
     def run(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """The commands with their exit codes; those of jobs whose predecessors failed are left out."""
+        """The commands with their exit codes; those of jobs
+        whose predecessors failed are left out."""
         ended: list[Submitted] = []
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.parallel):
@@ -113,7 +115,8 @@ class LocalJobs:
         count = (self.processes or len(devices) or 1) if together else 1
         module = ["cm3leon.launch.elastic", str(count)] if count > 1 else ["cm3leon.run"]
         path = os.pathsep.join(filter(None, [str(self.launch.code), os.environ.get("PYTHONPATH")]))
-        # The working folder stays as it is, for relative paths, but is not where Python looks for the code.
+        # The working folder stays as it is, for relative paths,
+        # but is not where Python looks for the code.
         environment = {
             **os.environ,
             "PYTHONPATH": path,

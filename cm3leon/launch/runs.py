@@ -31,11 +31,12 @@ def launch_experiment(
     until: str | None = None,
     redo: Collection[str] = (),
 ) -> int:
-    """Gives an experiment to its launcher, and says how to follow it. Returns an exit code, 0 where none is known yet.
+    """Gives an experiment to its launcher, and says how to follow it. Returns an exit code,
+    0 where none is known yet.
 
     Raises:
-        UserError: for an unknown `until` or `redo`, a folder that is no run's, or what the launcher can know to
-            be impossible.
+        UserError: for an unknown `until` or `redo`, a folder that is no run's, or what the launcher
+            can know to be impossible.
     """
     folder = folder.absolute()
     check_redo(stages_of(experiment), redo)
@@ -53,11 +54,12 @@ def experiment_jobs(
     redo: Collection[str] = (),
     name: str = "",
 ) -> list[Job]:
-    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts, or where the launcher's
-    section says in how many a stage is made.
+    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts, or
+    where the launcher's section says in how many a stage is made.
 
-    There, each stage that workers share is an array, and each that is trained by all ranks together a job of its own;
-    what one process makes is a job before, between and behind them. `name` goes before the names of the jobs.
+    There, each stage that workers share is an array, and each that is trained by all ranks together
+    a job of its own; what one process makes is a job before, between and behind them. `name` goes
+    before the names of the jobs.
     """
     until = until or experiment.until
     stages = stages_of(experiment)
@@ -103,10 +105,12 @@ def experiment_jobs(
 
 
 def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
-    """Gives jobs to a launcher. Says how to follow them where it does not wait; returns the first exit code but 0.
+    """Gives jobs to a launcher. Says how to follow them where it does not wait;
+    returns the first exit code but 0.
 
     Raises:
-        UserError: for what can be known to be impossible, such as checkpoints of an older format to go on from.
+        UserError: for what can be known to be impossible,
+            such as checkpoints of an older format to go on from.
     """
     for stage in folder.glob("*/"):
         for path in numbered(stage):
@@ -131,15 +135,17 @@ def _shown(submitted: list[Submitted]) -> str:
 
 
 def frozen_file(settings: Mapping[str, Any], folder: Path) -> Path:
-    """A file of resolved settings that nothing writes to later, for jobs that read it when they start.
+    """A file of resolved settings that nothing writes to later,
+    for jobs that read it when they start.
 
     Raises:
         UserError: for settings that hold a secret.
     """
     if found := places_of_secrets(settings):
         raise UserError(
-            f"{', '.join(found)} holds a password or a token, and jobs read their settings from the run's "
-            "folder, where no secret is written; give it by the environment, or by fsspec's configuration file"
+            f"{', '.join(found)} holds a password or a token, and jobs read their settings from "
+            "the run's folder, where no secret is written; give it by the environment, or by "
+            "fsspec's configuration file"
         )
     text = dump_yaml(settings)
     file = folder / "launch" / f"{digest_of(text)[:12]}.yaml"

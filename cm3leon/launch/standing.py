@@ -1,4 +1,5 @@
-"""Where a run stands that was made without jobs, read from what its stages have left in its folder."""
+"""Where a run stands that was made without jobs,
+read from what its stages have left in its folder."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ TRAINED = {
 
 
 def standing(folder: Path) -> list[str]:
-    """A line for each stage that was begun, or for each run of a sweep or a study; none for another folder."""
+    """A line for each stage that was begun, or for each run of a sweep or a study;
+    none for another folder."""
     inner = [file.parent for file in sorted(folder.glob(f"*/{KINDS['run']}"))]
     if inner and any((folder / KINDS[kind]).is_file() for kind in ("sweep", "study")):
         return [f"{run.name}: {_summary(run)}" for run in inner]
@@ -53,7 +55,8 @@ def _stages(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _under_way(folder: Path, name: str) -> str:
-    """What is known of a stage that is not finished: step, loss and the time that is left, of one that trains."""
+    """What is known of a stage that is not finished: step, loss and the time that is left,
+    of one that trains."""
     place = folder / name
     records = _records(place / "log.jsonl")
     if not records:
@@ -70,7 +73,8 @@ def _under_way(folder: Path, name: str) -> str:
 
 
 def _seconds_a_step(place: Path, step: int) -> float | None:
-    """Of the steps since this process began, by the times of its files; None where they tell nothing."""
+    """Of the steps since this process began, by the times of its files;
+    None where they tell nothing."""
     began = (place / STARTED).stat().st_mtime
     before = [path for path in numbered(place) if path.stat().st_mtime <= began]
     done = step - max((step_of(path) or 0 for path in before), default=0)

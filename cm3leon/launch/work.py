@@ -1,4 +1,5 @@
-"""What runs inside a job of SLURM: a command in submitit's process, and a look at its end by the batch script."""
+"""What runs inside a job of SLURM: a command in submitit's process,
+and a look at its end by the batch script."""
 
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ STOPPED = 1
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """A command as submitit calls it, in each process of the job's step; the first keeps the journal.
+    """A command as submitit calls it, in each process of the job's step;
+    the first keeps the journal.
 
-    The training notes submitit's signal and ends with a checkpoint of all ranks; only then does the first one go
-    submitit's way to `checkpoint` and to the queue. A stage without checkpoints goes there at once: its files are
-    its progress.
+    The training notes submitit's signal and ends with a checkpoint of all ranks; only then does the
+    first one go submitit's way to `checkpoint` and to the queue. A stage without checkpoints goes
+    there at once: its files are its progress.
     """
 
     command: tuple[str, ...]
@@ -61,9 +63,11 @@ class SlurmTask:
             raise SystemExit(code)
 
     def queue_again(self) -> None:
-        """Hands over to submitit's handler of its signal, which ends the process, if SLURM means the job to go on.
+        """Hands over to submitit's handler of its signal, which ends the process,
+        if SLURM means the job to go on.
 
-        It does not where the job is cancelled or over its time, or where SLURM puts it back into the queue itself.
+        It does not where the job is cancelled or over its time,
+        or where SLURM puts it back into the queue itself.
         """
         if is_running(job_id()):
             number = JobEnvironment._usr_sig()
@@ -71,13 +75,15 @@ class SlurmTask:
         write_event(self.journal, "again", at=progress(self.command))
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit starts next time: the same, which goes on from what it finds in the run folder."""
+        """What submitit starts next time: the same,
+        which goes on from what it finds in the run folder."""
         write_event(self.journal, "again", at=progress(self.command))
         return DelayedSubmission(self)
 
 
 def run(command: tuple[str, ...]) -> int:
-    """Exit code of `python -m cm3leon.run` with these arguments, in this process; raises what that lets through."""
+    """Exit code of `python -m cm3leon.run` with these arguments, in this process;
+    raises what that lets through."""
     before, sys.argv = sys.argv, ["cm3leon.run", *command]
     try:
         runpy.run_module("cm3leon.run", run_name="__main__", alter_sys=True)
@@ -94,7 +100,8 @@ def job_id() -> str:
 
 
 def is_running(job: str) -> bool:
-    """Whether SLURM means the job to go on: not for one that is cancelled, being requeued, or over its time."""
+    """Whether SLURM means the job to go on: not for one that is cancelled, being requeued,
+    or over its time."""
     answer = subprocess.run(
         ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False
     )
@@ -102,9 +109,11 @@ def is_running(job: str) -> bool:
 
 
 def after_step(launch: Launch, job: str, number: int, max_deaths: int, code: int) -> int:
-    """What the batch script does when its step has ended with a code that is not 0. Returns its own exit code.
+    """What the batch script does when its step has ended with a code that is not 0.
+    Returns its own exit code.
 
-    A step that was killed could not say so itself. It is queued again, unless it died at the same place too often.
+    A step that was killed could not say so itself. It is queued again,
+    unless it died at the same place too often.
     """
     journal, command = launch.journal(job, number), launch.read()["commands"][job][number]
     events = read_events(journal)

@@ -1,1 +1,2 @@
-"""What a training example asks of the model: corruption of ids, packing into blocks, the loss (paper section 2.3)."""
+"""What a training example asks of the model: corruption of ids, packing into blocks,
+the loss (paper section 2.3)."""

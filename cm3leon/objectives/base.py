@@ -17,7 +17,8 @@ from cm3leon.types import Batch, OnCpu
 
 @dataclass(frozen=True, eq=False)
 class Corrupted:
-    """A sample as it is trained on: `ids_T`, and `weight_T`, the weight of each token as a target of the loss."""
+    """A sample as it is trained on: `ids_T`, and `weight_T`,
+    the weight of each token as a target of the loss."""
 
     ids_T: np.ndarray
     weight_T: np.ndarray
@@ -37,10 +38,12 @@ class Objective:
     def take(
         self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
     ) -> tuple[Corrupted, int]:
-        """The piece of a sample from `start` on that has `room` for it, as it is trained on, and where the next starts.
+        """The piece of a sample from `start` on that has `room` for it, as it is trained on,
+        and where the next starts.
 
-        Pieces of a sample are trained on in different blocks. All of `room` is used, unless the sample ends in it; an
-        objective that makes samples longer has to cut the piece shorter, which this one does not.
+        Pieces of a sample are trained on in different blocks. All of `room` is used, unless the
+        sample ends in it; an objective that makes samples longer has to cut the piece shorter,
+        which this one does not.
         """
         end = min(start + room, len(sample.ids_T))
         return self.corrupt(cut(sample, start, end), rng, room), end
@@ -50,7 +53,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
         """`loss` of a model on a batch: what training and validation minimise and measure.
 
-        It is computed inside the model's forward pass, the only time that a sharded model has its head's weight.
+        It is computed inside the model's forward pass,
+        the only time that a sharded model has its head's weight.
         """
         return model(
             batch.ids_BT,
@@ -62,16 +66,18 @@ class Objective:
     def loss(
         self, hidden_BTD: Tensor, head: nn.Linear, batch: Batch, *, z_loss: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
-        """Weighted mean negative log-likelihood in nats of the tokens after each position, with figures to record.
+        """Weighted mean negative log-likelihood in nats of the tokens after each position,
+        with figures to record.
 
-        `head` is the output layer, without a bias. `loss_text` and `loss_image` are pairs (sum, count) over the targets
-        of each modality that carry a loss, float32 scalars: such pairs are averaged over everything that is counted,
-        micro-batches, ranks and steps. `tokens` counts the positions that are not padding. An objective of another kind
-        overrides this; `head(hidden_BTD)` are the logits (B, T, V).
+        `head` is the output layer, without a bias. `loss_text` and `loss_image` are pairs (sum,
+        count) over the targets of each modality that carry a loss, float32 scalars: such pairs are
+        averaged over everything that is counted, micro-batches, ranks and steps. `tokens` counts
+        the positions that are not padding. An objective of another kind overrides this;
+        `head(hidden_BTD)` are the logits (B, T, V).
 
-        The hidden states, the head and the batch's tensors are on the model's device; `batch.sample_BT` alone is on the
-        CPU, and so is what is counted of it. Beside others it is used as `batch.sample_BT.to(hidden_BTD.device,
-        non_blocking=True)`.
+        The hidden states, the head and the batch's tensors are on the model's device;
+        `batch.sample_BT` alone is on the CPU, and so is what is counted of it. Beside others it is
+        used as `batch.sample_BT.to(hidden_BTD.device, non_blocking=True)`.
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
         loss, nll_N = linear_cross_entropy(

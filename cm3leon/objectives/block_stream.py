@@ -1,4 +1,5 @@
-"""Blocks as an endless, exactly resumable stream of batches; `packing` shows the ways of filling them."""
+"""Blocks as an endless, exactly resumable stream of batches;
+`packing` shows the ways of filling them."""
 
 from __future__ import annotations
 
@@ -16,21 +17,26 @@ from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length, token_c
 from cm3leon.types import Batch, Sample, UserError
 
 Draw = Callable[[int, np.random.Generator], Sample]
-"""(position in the endless stream of samples, generator of that position) -> the sample, the same every time."""
+"""(position in the endless stream of samples, generator of that position) -> the sample,
+the same every time."""
 
 TOLERANCE = 0.01
-"""Share of a block that `whole` and `together` may leave empty for samples that are harder to place."""
+"""Share of a block that `whole` and `together` may leave empty
+for samples that are harder to place."""
 SPARE = 0.25
-"""Share of its farthest retrieved document that a sample may lose so that another shares its block."""
+"""Share of its farthest retrieved document that a sample may lose so
+that another shares its block."""
 LARGEST_POOL = 4
-"""Windows of samples that `together` draws ahead at most, where those of one window fill no block."""
+"""Windows of samples that `together` draws ahead at most,
+where those of one window fill no block."""
 
 SAMPLE, PIECE = 1, 3
 """Second number of the seeds of samples and of pieces, which keeps them apart from each other."""
 
 
 class Samples:
-    """The endless stream of samples: everything about one is a function of (seed, its position in the stream)."""
+    """The endless stream of samples: everything about one is a function of (seed,
+    its position in the stream)."""
 
     def __init__(self, draw: Draw, objective: Objective, *, seq_len: int, seed: int) -> None:
         self._draw = draw
@@ -171,10 +177,11 @@ class WholeLane:
 
 
 class TogetherLane:
-    """Samples that stay together, chosen from a pool to fill a block, at the cost of farthest documents.
+    """Samples that stay together, chosen from a pool to fill a block,
+    at the cost of farthest documents.
 
-    A block starts with the oldest sample of the pool. Where no choice from the pool fills the block,
-    more samples are drawn ahead, up to a few windows of them.
+    A block starts with the oldest sample of the pool. Where no choice from the pool fills the
+    block, more samples are drawn ahead, up to a few windows of them.
     """
 
     def __init__(self, samples: Samples, first: int, step: int, window: int) -> None:
@@ -277,7 +284,8 @@ class StreamLane:
 
 
 def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) -> Lane:
-    """The lane of the samples at positions `first`, `first + step`, `first + 2 * step` ..., at its start."""
+    """The lane of the samples at positions `first`, `first + step`, `first + 2 * step` ...,
+    at its start."""
     if packing.method == "whole":
         return WholeLane(samples, first, step, packing.window)
     if packing.method == "together":
@@ -285,22 +293,24 @@ def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) ->
     return StreamLane(samples, first, step)
 
 
-# ------------------------------------------------------------------------------------------------ stream of batches
+# -------------------------------------------------------------------------------- stream of batches
 
 
 class BlockStream:
     """Endless batches of packed samples, of which each rank makes its part.
 
-    A batch of B blocks is B lanes. Lane l makes its blocks of the samples at positions l, l + B, l + 2B ... of the
-    stream, and rank r makes lanes r, r + ranks, r + 2 ranks ...: batches are the same on any number of ranks, and a
-    state of all lanes (see `merge_states`) can be loaded on any other number of them.
+    A batch of B blocks is B lanes. Lane l makes its blocks of the samples at positions l, l + B, l
+    + 2B ... of the stream, and rank r makes lanes r, r + ranks, r + 2 ranks ...: batches are the
+    same on any number of ranks, and a state of all lanes (see `merge_states`) can be loaded on any
+    other number of them.
 
     Args:
         draw: the stream of samples, a pure function.
         batch_size: blocks of a batch of all ranks together.
 
     Raises:
-        UserError: if the ranks cannot share a batch evenly; from `next`, for a document that does not fit a block.
+        UserError: if the ranks cannot share a batch evenly; from `next`,
+            for a document that does not fit a block.
     """
 
     def __init__(
@@ -364,12 +374,14 @@ class BlockStream:
         found = (state.get("batch_size"), state.get("method"))
         if found != (self._batch_size, self._packing.method):
             raise UserError(
-                f"the checkpoint's data were batches of {found[0]} blocks packed by {found[1]}, not of "
-                f"{self._batch_size} by {self._packing.method}: training.batch_size and packing.method must stay"
+                f"the checkpoint's data were batches of {found[0]} blocks packed by {found[1]}, "
+                f"not of {self._batch_size} by {self._packing.method}: training.batch_size and "
+                "packing.method must stay"
             )
         if missing := self._lanes.keys() - state["lanes"].keys():
             raise UserError(
-                f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' states"
+                f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' "
+                "states"
             )
         for name, lane in self._lanes.items():
             lane.load(state["lanes"][name])

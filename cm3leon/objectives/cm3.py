@@ -1,4 +1,5 @@
-"""The CM3 objective: spans of a sample are moved behind it, and generated there with context from both sides.
+"""The CM3 objective: spans of a sample are moved behind it,
+and generated there with context from both sides.
 
 The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the span "red dog" becomes
 
@@ -35,10 +36,12 @@ class CM3(Objective):
         """How spans are drawn, and what the loss counts."""
 
         mean_spans: NonNegativeFloat = 1.0
-        """Mean of the Poisson distribution of the number of spans; zero spans leave the sample as it is."""
+        """Mean of the Poisson distribution of the number of spans;
+        zero spans leave the sample as it is."""
         placement: Literal["segment", "block"] = "segment"
-        """segment: query or retrieved part (half each), a segment of it, a span inside. block: two draws over the
-        whole sample, clipped to the segment overlapped most (the literal form, which hardly ever masks a caption)."""
+        """segment: query or retrieved part (half each), a segment of it, a span inside. block: two
+        draws over the whole sample, clipped to the segment overlapped most (the literal form, which
+        hardly ever masks a caption)."""
         whole_segment: Probability = 0.3
         """Placement segment: probability that the span is the whole segment."""
         retrieved_weight: NonNegativeFloat = 1.0
@@ -53,7 +56,8 @@ class CM3(Objective):
         self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
     ) -> tuple[Corrupted, int]:
         left = len(sample.ids_T) - start
-        # A sample that fits is not cut for the sake of a span, and a piece has at least one token of the sample.
+        # A sample that fits is not cut for the sake of a span,
+        # and a piece has at least one token of the sample.
         spare = room - left if left <= room else room - 1
         count = min(self._draw_count(rng), spare // EXTRA)
         piece = cut(sample, start, start + min(left, room - EXTRA * count))
@@ -64,7 +68,8 @@ class CM3(Objective):
         return self._rotated(cut(sample, start, end), spans), end
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
-        """Spans in order, apart from each other, each inside one segment; few enough to fit `max_tokens`."""
+        """Spans in order, apart from each other, each inside one segment;
+        few enough to fit `max_tokens`."""
         room = (max_tokens - len(sample.ids_T)) // EXTRA
         return self._draw_apart(sample, min(self._draw_count(rng), room), rng)
 
@@ -121,8 +126,8 @@ def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.n
     """Moves spans, given in order, behind the sample.
 
     Returns:
-        the rotated ids, `EXTRA` longer for each span, and for each of them its position in the sample, -1 for the
-        tokens that the rotation adds.
+        the rotated ids, `EXTRA` longer for each span, and for each of them its position in the
+        sample, -1 for the tokens that the rotation adds.
     """
     kept: list[np.ndarray] = []
     moved: list[np.ndarray] = []

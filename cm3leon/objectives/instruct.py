@@ -1,4 +1,5 @@
-"""The CM3 objective on instructions (paper section 4.2): what is asked for is what is generated last."""
+"""The CM3 objective on instructions (paper section 4.2):
+what is asked for is what is generated last."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ class Instruct(CM3):
 
     `<eos> Question: what color? Answer:<mask:0>. <break> I7 I2 <eos> <mask:0> red <end_of_span>`
 
-    Where an image is asked for, it stays last and whole, and what it is drawn by is masked at times, which trains the
-    streams of guidance by two conditions. Samples without roles are as the CM3 objective has them.
+    Where an image is asked for, it stays last and whole, and what it is drawn by is masked at
+    times, which trains the streams of guidance by two conditions. Samples without roles are as the
+    CM3 objective has them.
     """
 
     @dataclass(kw_only=True)
@@ -29,11 +31,13 @@ class Instruct(CM3):
         """This project's reading; the paper states none of these."""
 
         rotate_answer: Probability = 0.8
-        """Of samples with an answer in text; the others stay as they are, which keeps text to image alive."""
+        """Of samples with an answer in text; the others stay as they are,
+        which keeps text to image alive."""
         mask_instruction: Probability = 0.1
         """Of samples that ask for an image: the instruction is masked."""
         mask_all: Probability = 0.05
-        """Of samples that ask for an image: the instruction and the images that it is about are masked."""
+        """Of samples that ask for an image: the instruction
+        and the images that it is about are masked."""
         answer_weight: NonNegativeFloat = 1.0
         """Weight of an answer's tokens in the loss."""
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGITS = 2**26
-"""Most float32 logits that are held at a time, 256 MiB: those of 1,024 tokens over the paper's vocabulary."""
+"""Most float32 logits that are held at a time, 256 MiB:
+those of 1,024 tokens over the paper's vocabulary."""
 TOKENS, FEW_LOGITS = 1024, 2**22
-"""Tokens taken at a time with a smaller vocabulary, and logits so few that they are taken at once."""
+"""Tokens taken at a time with a smaller vocabulary,
+and logits so few that they are taken at once."""
 
 
 def tokens_at_once(vocab_size: int, most_logits: int | None = None) -> int:
@@ -31,18 +33,20 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean of -log softmax(hidden @ head.T)[target] + z_loss * logsumexp^2, in nats.
 
-    The second term is PaLM's (arXiv 2204.02311, section 5). Tokens are taken in chunks of at most `most_logits`
-    logits, by default of 1,024 tokens. Where there are several chunks, the gradients of both factors are made with the
-    loss, in the forward pass, so that no product is computed twice and no logits are kept; the backward pass scales
-    them, once.
+    The second term is PaLM's (arXiv 2204.02311, section 5). Tokens are taken in chunks of at most
+    `most_logits` logits, by default of 1,024 tokens. Where there are several chunks, the gradients
+    of both factors are made with the loss, in the forward pass, so that no product is computed
+    twice and no logits are kept; the backward pass scales them, once.
 
     Args:
-        hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`, the layer's weight.
+        hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`,
+            the layer's weight.
         target_N: ids of the tokens to predict.
         weight_N: share of each token in the mean; a token of weight 0 has no gradient.
 
     Returns:
-        the scalar loss in float32, and the negative log-likelihood of each token (N,), which carries no gradient.
+        the scalar loss in float32, and the negative log-likelihood of each token (N,),
+        which carries no gradient.
     """
     rows = tokens_at_once(len(head_VD), most_logits)
     if len(hidden_ND) <= rows:
@@ -94,7 +98,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
-        # In place, as the head's gradient is as large as the head; torch then refuses a second backward pass.
+        # In place, as the head's gradient is as large as the head;
+        # torch then refuses a second backward pass.
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (
             *(None if d is None else d.mul_(scale).to(dtype) for d, dtype in gradients),
@@ -116,9 +121,10 @@ def _by_chunks(
 ) -> _Results:
     """Loss and, where wanted, gradients of hidden states and head, `rows` tokens at a time.
 
-    With p the softmax and y the indicator of the target, dloss/dlogits = w ((1 + 2 z lse) p - y) / sum w. Logits, p and
-    this stand in the same float32 memory one after the other. What goes through a matrix product is in the precision of
-    autocast, or of the hidden states without it; the head's gradient is added up in float32.
+    With p the softmax and y the indicator of the target, dloss/dlogits = w ((1 + 2 z lse) p - y) /
+    sum w. Logits, p and this stand in the same float32 memory one after the other. What goes
+    through a matrix product is in the precision of autocast, or of the hidden states without it;
+    the head's gradient is added up in float32.
     """
     device, count = hidden_ND.device, len(hidden_ND)
     on = torch.is_autocast_enabled(device.type)

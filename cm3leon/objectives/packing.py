@@ -1,7 +1,7 @@
 """Samples into blocks of tokens.
 
-Three ways of packing, drawn for a block of 16 positions; 1 is the farthest retrieved document, Q the
-query, and . is padding:
+Three ways of packing, drawn for a block of 16 positions; 1 is the farthest retrieved document, Q
+the query, and . is padding:
 
     stream     QQQQ 111222QQQQ 1    every position is filled, and samples are cut where a block ends
     whole      222QQQQ 333QQQQ ..   no document is cut; retrieved ones are dropped until a sample fits
@@ -50,7 +50,8 @@ class PackingConfig:
 
 
 def fit(sample: Sample, seq_len: int, layout: Layout) -> Sample:
-    """Drops retrieved documents from the left until the sample fits. Raises UserError if the query alone does not."""
+    """Drops retrieved documents from the left until the sample fits.
+    Raises UserError if the query alone does not."""
     while (length := sample_length(sample, layout)) > seq_len:
         if not sample.retrieved:
             raise UserError(
@@ -92,7 +93,8 @@ def shorten(sample: Sample, length: int, layout: Layout) -> tuple[Sample, bool]:
 
 
 def _without_beginning(document: TokenDocument, lost: int, layout: Layout) -> TokenDocument:
-    """A document without its first `lost` tokens, or some more; what stands around and between segments counts."""
+    """A document without its first `lost` tokens, or some more;
+    what stands around and between segments counts."""
     segments = list(document.segments)
     while len(segments) > 1 and lost >= (first := _segment_length(segments[0], layout)):
         segments.pop(0)
@@ -144,12 +146,14 @@ def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
 
 
 def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> list[int]:
-    """Numbers of the items that are to fill `room`, the longest first: short ones are easily placed later.
+    """Numbers of the items that are to fill `room`, the longest first:
+    short ones are easily placed later.
 
     Their total may exceed the room by up to `over`. An item is passed over where the total would
-    end up farther from the room than the nearest of all choices by more than `tolerance`. Of lengths
-    6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6. A room of 9 is
-    filled by both 4s too, and by 6 and 4 where the total may be one over and that is tolerated.
+    end up farther from the room than the nearest of all choices by more than `tolerance`. Of
+    lengths 6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6. A room of
+    9 is filled by both 4s too, and by 6 and 4 where the total may be one over and that is
+    tolerated.
     """
     order = sorted(range(len(lengths)), key=lambda k: (lengths[k], -k))
     # Bit s of sums[n] is set where some of the n shortest items are s long together.
@@ -170,8 +174,8 @@ def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> 
 
 
 def _distance(sums: int, room: int, over: int) -> int:
-    """Distance from bit `room` to the nearest bit that is set, at most `over` above it; `room` may be
-    negative, down to `-over`."""
+    """Distance from bit `room` to the nearest bit that is set, at most `over` above it; `room` may
+    be negative, down to `-over`."""
     below = room + 1 - (sums & ((2 << room) - 1)).bit_length() if room >= 0 else -1
     first = max(0, room)
     above = (sums >> first) & ((2 << (room + over - first)) - 1)

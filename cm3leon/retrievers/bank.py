@@ -1,4 +1,5 @@
-"""The memory bank: documents on disk, known by their rows, that are searched by text or by image."""
+"""The memory bank: documents on disk, known by their rows,
+that are searched by text or by image."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ from cm3leon.types import UserError
 
 
 class Bank:
-    """A memory bank on disk, searched by text or by image; documents can be added without a rebuild.
+    """A memory bank on disk, searched by text or by image;
+    documents can be added without a rebuild.
 
-    Added documents have the rows after all others, and are searched exactly; `added_ids` are theirs.
+    Added documents have the rows after all others, and are searched exactly;
+    `added_ids` are theirs.
 
     Args:
         expect: what the vectors' plan has to say of the encoder.
@@ -56,8 +59,8 @@ class Bank:
             ) from error
         if figures["documents"] != len(self.vectors):
             raise UserError(
-                f"{index} is the index of {figures['documents']} documents, {vectors} has {len(self.vectors)}; "
-                "make the index again"
+                f"{index} is the index of {figures['documents']} documents, {vectors} has "
+                f"{len(self.vectors)}; make the index again"
             )
         self._exact = figures["kind"] == "exact"
         if not self._exact:
@@ -106,7 +109,8 @@ class Bank:
         write_vector_shard(self._folder / ADDED, self.added_ids, self._added, plan)
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
-        """Rows (Q, count) of the best documents by inner product, the best first; -1 where there are fewer."""
+        """Rows (Q, count) of the best documents by inner product, the best first;
+        -1 where there are fewer."""
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if self._exact:
             places_QK = self._searcher.search(query_QD, count)

@@ -1,4 +1,5 @@
-"""What all retrievers share: vectors of texts and images by an encoder, inner products, and the strategy on top."""
+"""What all retrievers share: vectors of texts and images by an encoder, inner products,
+and the strategy on top."""
 
 from __future__ import annotations
 
@@ -27,20 +28,24 @@ class StrategyConfig:
     """The strategy of the paper's section 2.2."""
 
     threshold: float = 0.9
-    """A candidate whose cosine to the query, or to a document already taken, is above this is skipped."""
+    """A candidate whose cosine to the query, or to a document already taken,
+    is above this is skipped."""
     both_modalities: bool = True
     """Take only documents that have both text and image; others are not in the index."""
     candidates: PositiveInt = 64
-    """Candidates that the search hands to the strategy at first. Where its rules leave too few documents, twice as many
-    are looked at, and so on up to 2,048."""
+    """Candidates that the search hands to the strategy at first. Where its rules leave too few
+    documents, twice as many are looked at, and so on up to 2,048."""
     per_modality: PositiveInt = 2
-    """Documents retrieved by the text as query, and as many by the image, for each training document."""
+    """Documents retrieved by the text as query, and as many by the image,
+    for each training document."""
     max_documents: NonNegativeInt = 3
     """Most of those drawn for a training sample."""
     random_count: bool = True
-    """Draw how many are used uniformly from 0 to max_documents (RA-CM3), so that the model works without any."""
+    """Draw how many are used uniformly from 0 to max_documents (RA-CM3),
+    so that the model works without any."""
     query_dropout: Probability = 0.2
-    """Share of the query's tokens (BPE pieces, image patches) dropped before encoding, in training only."""
+    """Share of the query's tokens (BPE pieces, image patches) dropped before encoding,
+    in training only."""
     dropout_variants: PositiveInt = 4
     """Differently dropped-out queries a training document has; one is drawn in each epoch."""
 
@@ -54,19 +59,22 @@ class Encoder(nn.Module):
     """Whether the inner product of a text and an image says how well they fit."""
 
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Vectors (B, D), float32. `dropout` is the share of each text that is left out, drawn by `seed`."""
+        """Vectors (B, D), float32. `dropout` is the share of each text that is left out,
+        drawn by `seed`."""
         raise NotImplementedError
 
     def encode_images(
         self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Vectors (B, D), float32, of uint8 images. `dropout` is the share of each image that is left out."""
+        """Vectors (B, D), float32, of uint8 images.
+        `dropout` is the share of each image that is left out."""
         raise NotImplementedError
 
     def loss(
         self, texts: list[str], images_BHWC: Tensor
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """What a trained encoder minimises over pairs of a text and an image, with the figures to record."""
+        """What a trained encoder minimises over pairs of a text and an image,
+        with the figures to record."""
         raise NotImplementedError
 
     def fit(self, texts: Sequence[str]) -> None:
@@ -75,10 +83,12 @@ class Encoder(nn.Module):
 
 
 class Retriever:
-    """Maximum inner product search by an encoder's vectors; relevance, modality, diversity, query dropout."""
+    """Maximum inner product search by an encoder's vectors; relevance, modality, diversity,
+    query dropout."""
 
     trained: ClassVar[bool] = True
-    """Whether the encoder is trained by gradient, by its method `loss`; else its method `fit(texts)` is called once."""
+    """Whether the encoder is trained by gradient, by its method `loss`; else its method
+    `fit(texts)` is called once."""
     encoder: Encoder
 
     def __init__(self, config: StrategyConfig) -> None:
@@ -87,7 +97,8 @@ class Retriever:
 
     @classmethod
     def without_weights(cls, config: Any) -> Any:
-        """The settings by which an encoder of the same shape is built whose weights are read from a run."""
+        """The settings by which an encoder of the same shape is built
+        whose weights are read from a run."""
         return config
 
     @classmethod
@@ -103,7 +114,8 @@ class Retriever:
         dropout: float = 0.0,
         seed: int = 0,
     ) -> Parts:
-        """Vectors of documents' or queries' parts; a part that is None is a zero row in every document."""
+        """Vectors of documents' or queries' parts;
+        a part that is None is a zero row in every document."""
         text_BD = (
             None
             if texts is None
@@ -131,16 +143,18 @@ class Retriever:
         like: Parts | None = None,
         taken_QT: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Counter[str]]:
-        """For each query, rows of the bank to use, the most relevant first, and the strategy's verdicts in all.
+        """For each query, rows of the bank to use, the most relevant first,
+        and the strategy's verdicts in all.
 
         Args:
-            queries: parts of the queries; `by` names the one that is searched with. For a query without it nothing is
-                found.
-            exclude_Q: row of each query's own document, -1 for one that is not in the bank; None = none is.
-            like: parts of the documents whose copies are not to be found; None = the queries'. A query that lost
-                tokens to dropout no longer tells its own document's copies.
-            taken_QT: rows that each query has already, -1 where there are fewer; neither they nor what is like them is
-                found. None = none.
+            queries: parts of the queries; `by` names the one that is searched with. For a query
+                without it nothing is found.
+            exclude_Q: row of each query's own document, -1 for one that is not in the bank; None =
+                none is.
+            like: parts of the documents whose copies are not to be found; None = the queries'. A
+                query that lost tokens to dropout no longer tells its own document's copies.
+            taken_QT: rows that each query has already, -1 where there are fewer; neither they nor
+                what is like them is found. None = none.
 
         Returns:
             rows (Q, count), filled up with -1, and the verdicts.

@@ -11,7 +11,8 @@ from cm3leon.retrievers.encoder import ClipEncoder, EncoderConfig
 
 @RETRIEVERS.register("dense")
 class DenseRetriever(Retriever):
-    """CLIP bi-encoder, FAISS inner-product search; relevance, modality, diversity, query dropout."""
+    """CLIP bi-encoder, FAISS inner-product search; relevance, modality, diversity,
+    query dropout."""
 
     @dataclass(kw_only=True)
     class Config(StrategyConfig):

@@ -21,7 +21,8 @@ from cm3leon.weights import check_finite
 
 @dataclass(kw_only=True)
 class EncoderConfig:
-    """Which CLIP. The default is the paper's, ViT-B/32; `architecture: null` builds a small one to train here."""
+    """Which CLIP. The default is the paper's, ViT-B/32;
+    `architecture: null` builds a small one to train here."""
 
     architecture: str | None = "ViT-B-32"
     """Name of an open_clip model, or None for a small one of the sizes below."""
@@ -55,7 +56,8 @@ _HEAD = 16
 
 
 class ClipEncoder(Encoder):
-    """An open_clip model with its tokenizer and pixel normalisation. Raises UserError for an unknown architecture."""
+    """An open_clip model with its tokenizer and pixel normalisation.
+    Raises UserError for an unknown architecture."""
 
     joint = True
 
@@ -70,7 +72,8 @@ class ClipEncoder(Encoder):
     def loss(
         self, texts: list[str], images_BHWC: Tensor
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """CLIP's symmetric contrastive loss of pairs (open_clip's own), with the figures to record."""
+        """CLIP's symmetric contrastive loss of pairs (open_clip's own),
+        with the figures to record."""
         from open_clip import ClipLoss
 
         image_BD, text_BD, scale = self.clip(self._pixels(images_BHWC), self._tokens(texts))[:3]
@@ -91,7 +94,8 @@ class ClipEncoder(Encoder):
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Unit vectors (B, D), float32. `dropout` is the share of BPE tokens left out of each text."""
+        """Unit vectors (B, D), float32. `dropout` is the share
+        of BPE tokens left out of each text."""
         tokens_BT = self._tokens(texts)
         if dropout:
             tokens_BT = _drop_tokens(tokens_BT, dropout, np.random.default_rng(seed))
@@ -101,7 +105,8 @@ class ClipEncoder(Encoder):
     def encode_images(
         self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of the ViT's patches left out."""
+        """Unit vectors (B, D), float32, of uint8 images.
+        `dropout` is the share of the ViT's patches left out."""
         with _patch_dropout(self.clip.visual, dropout, seed):
             return self._batched(
                 lambda rows: self.clip.encode_image(
@@ -157,7 +162,8 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
     ) as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for {config.architecture}: {reason}"
+            f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for "
+            f"{config.architecture}: {reason}"
         ) from error
 
 
@@ -183,7 +189,8 @@ def _small(config: EncoderConfig) -> tuple[Any, Any]:
 
 
 def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Leaves out that share of each text's tokens, at random, but keeps the first and the last (start and end)."""
+    """Leaves out that share of each text's tokens, at random,
+    but keeps the first and the last (start and end)."""
     dropped_BT = torch.zeros_like(tokens_BT)
     for row, tokens_T in enumerate(tokens_BT):
         length = (
@@ -198,7 +205,8 @@ def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> T
 
 @contextmanager
 def _patch_dropout(visual: Any, share: float, seed: int) -> Iterator[None]:
-    """Has open_clip's ViT leave out that share of its patches, with the rest of the model as at inference."""
+    """Has open_clip's ViT leave out that share of its patches,
+    with the rest of the model as at inference."""
     from open_clip.transformer import PatchDropout
 
     if not share:

@@ -1,4 +1,5 @@
-"""The index of a memory bank of any size: exact for small ones, inverted lists with product quantisation beyond.
+"""The index of a memory bank of any size: exact for small ones,
+inverted lists with product quantisation beyond.
 
 An index is made in three steps, the middle one by any number of workers:
 
@@ -7,8 +8,9 @@ An index is made in three steps, the middle one by any number of workers:
     merge(...)            index.faiss index.ivfdata         all pieces, searched through a memory map
                           index.json                        what it is, and its recall against exact search
 
-Documents are known by their rows in the vectors; where only pairs may be retrieved (`pairs_only`), others keep their
-rows and are not in the index. `search.py` is how it is searched, `bank.py` what the retrievers search.
+Documents are known by their rows in the vectors; where only pairs may be retrieved (`pairs_only`),
+others keep their rows and are not in the index. `search.py` is how it is searched, `bank.py` what
+the retrievers search.
 """
 
 from __future__ import annotations
@@ -56,14 +58,15 @@ class IndexConfig:
     exact_below: NonNegativeInt = 200_000
     """Indexes of fewer documents are searched exactly, held in memory."""
     code_bytes: PositiveInt = 64
-    """Bytes of a document's product-quantised code; it must divide the size of the encoder's embedding."""
+    """Bytes of a document's product-quantised code;
+    it must divide the size of the encoder's embedding."""
     lists: PositiveInt | None = None
     """Inverted lists; None = a power of two near 4 * sqrt(documents)."""
     rescored: PositiveInt = 256
     """Candidates by code that are ordered by their vectors, if more are not asked for."""
     recall_target: Probability = 0.95
-    """Recall@2 against exact search, by text and by image, for which lists enough are probed, if all of them bring
-    it. A query's own document does not count."""
+    """Recall@2 against exact search, by text and by image, for which lists enough are probed, if
+    all of them bring it. A query's own document does not count."""
     recall_queries: PositiveInt = 1000
     """Documents whose texts, and as many whose images, serve as queries to measure it."""
 
@@ -74,11 +77,12 @@ def lists_for(documents: int, config: IndexConfig) -> int:
 
 
 def is_exact(documents: int, config: IndexConfig) -> bool:
-    """Whether a bank of so many documents is searched exactly; fewer than a subspace has codes always are."""
+    """Whether a bank of so many documents is searched exactly;
+    fewer than a subspace has codes always are."""
     return documents < max(config.exact_below, PQ_CODES)
 
 
-# ------------------------------------------------------------------------------------------------ making
+# ------------------------------------------------------------------------------------------- making
 
 
 def train(
@@ -102,7 +106,8 @@ def train(
         return
     if vectors.width % config.code_bytes:
         raise UserError(
-            f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, {vectors.width}"
+            f"index.code_bytes is {config.code_bytes}; it must divide the vectors' width, "
+            f"{vectors.width}"
         )
     faiss = import_faiss()
     lists = lists_for(len(searched), config)

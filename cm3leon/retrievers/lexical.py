@@ -1,4 +1,5 @@
-"""Retrieval without learning: documents that share rare words, or the colours of an image's cells."""
+"""Retrieval without learning: documents that share rare words,
+or the colours of an image's cells."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from cm3leon.registry import RETRIEVERS
 from cm3leon.retrievers.base import Encoder, Retriever, StrategyConfig
 
 TEXT_DIM = 256
-"""Inner products of unit vectors are kept to 1/sqrt(256) = 0.06 (Johnson and Lindenstrauss 1984)."""
+"""Inner products of unit vectors are kept to 1/sqrt(256) = 0.06 (Johnson
+and Lindenstrauss 1984)."""
 CELLS = 8
 """Cells along a side of an image."""
 IMAGE_DIM = CELLS * CELLS * 3 + 1
@@ -42,10 +44,11 @@ class LexicalRetriever(Retriever):
 
 
 class LexicalEncoder(Encoder):
-    """Texts as TF-IDF vectors, randomly projected; images as mean colours of cells less that of the whole image.
+    """Texts as TF-IDF vectors, randomly projected;
+    images as mean colours of cells less that of the whole image.
 
-    Both have dimensions of their own, so the inner product of a text and an image is zero, and a search by text among
-    means of both finds what a search among texts would.
+    Both have dimensions of their own, so the inner product of a text and an image is zero, and a
+    search by text among means of both finds what a search among texts would.
     """
 
     embed_dim = TEXT_DIM + IMAGE_DIM
@@ -67,7 +70,8 @@ class LexicalEncoder(Encoder):
         self.documents_with_H.copy_(torch.from_numpy(counts_H))
 
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Unit vectors (B, D), float32. `dropout` is the share of each text's words left out; one word stays."""
+        """Unit vectors (B, D), float32. `dropout` is the share of each text's words left out;
+        one word stays."""
         rng = np.random.default_rng(seed)
         total, with_H = float(self.documents), self.documents_with_H.cpu().numpy()
         vectors_BD = np.zeros((len(texts), self.embed_dim), np.float32)
@@ -77,7 +81,8 @@ class LexicalEncoder(Encoder):
                 kept = len(words) - min(round(dropout * len(words)), len(words) - 1)
                 words = [words[place] for place in np.sort(rng.permutation(len(words))[:kept])]
             for word in words:
-                # Smoothed as scikit-learn's TfidfTransformer has it: of a word in every document something is left.
+                # Smoothed as scikit-learn's TfidfTransformer has it:
+                # of a word in every document something is left.
                 idf = 1 + np.log((1 + total) / (1 + with_H[_bucket(word)]))
                 vector_D[:TEXT_DIM] += idf * direction(word)
         return _unit(vectors_BD)
@@ -85,7 +90,8 @@ class LexicalEncoder(Encoder):
     def encode_images(
         self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of each image's cells left out."""
+        """Unit vectors (B, D), float32, of uint8 images.
+        `dropout` is the share of each image's cells left out."""
         colours_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 255
         cells_BCN = F.adaptive_avg_pool2d(colours_BCHW, CELLS).flatten(2).numpy()
         cells_BCN -= cells_BCN.mean(axis=2, keepdims=True)

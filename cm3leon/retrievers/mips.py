@@ -1,7 +1,8 @@
-"""Maximum inner product search by FAISS: on GPUs where it was built for them and a driver exists, on the CPU elsewhere.
+"""Maximum inner product search by FAISS: on GPUs where it was built for them and a driver exists,
+on the CPU elsewhere.
 
-What a GPU has no room for, or cannot do, is done on the CPU, with the same results up to ties: exact search is exact on
-both, and candidates that codes find are ordered by their vectors.
+What a GPU has no room for, or cannot do, is done on the CPU, with the same results up to ties:
+exact search is exact on both, and candidates that codes find are ordered by their vectors.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UserError(
-            "faiss is not installed: pip install faiss-cpu (on a cluster faiss-gpu, which brings CUDA 12, or "
-            "faiss-gpu-cuvs, which brings CUDA 13)"
+            "faiss is not installed: pip install faiss-cpu (on a cluster faiss-gpu, which brings "
+            "CUDA 12, or faiss-gpu-cuvs, which brings CUDA 13)"
         ) from error
     except (RuntimeError, OSError) as error:  # without the libraries that those for GPUs need
         raise UserError(f"faiss cannot be loaded: {error}") from error
@@ -50,12 +51,13 @@ def import_faiss() -> Any:
 
 @cache
 def _check_packages() -> None:
-    """Each package overwrites files of the others: without a word, no GPU is used, or nothing can be imported."""
+    """Each package overwrites files of the others: without a word, no GPU is used,
+    or nothing can be imported."""
     found = [name for name in PACKAGES if _is_installed(name)]
     if len(found) > 1:
         raise UserError(
-            f"{' and '.join(found)} are installed together and overwrite each other: pip uninstall all of them, "
-            "install one again"
+            f"{' and '.join(found)} are installed together and overwrite each other: pip uninstall "
+            "all of them, install one again"
         )
 
 
@@ -66,7 +68,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------ searching
+# ---------------------------------------------------------------------------------------- searching
 
 
 class Searcher:
@@ -82,7 +84,8 @@ class Searcher:
     def search(
         self, queries_QD: np.ndarray, count: int, *, nprobe: int | None = None
     ) -> np.ndarray:
-        """Rows (Q, count) of the best vectors in falling order of the index's scores, -1 where there are fewer.
+        """Rows (Q, count) of the best vectors in falling order of the index's scores,
+        -1 where there are fewer.
 
         Args:
             nprobe: inverted lists that are looked through, of an index that has them.
@@ -96,7 +99,8 @@ class Searcher:
 def largest(
     queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest inner products of each query in falling order, and the rows of their vectors, (Q, count) each.
+    """The largest inner products of each query in falling order, and the rows of their vectors, (Q,
+    count) each.
 
     There have to be `count` vectors at least.
     """
@@ -110,7 +114,7 @@ def largest(
     )
 
 
-# ------------------------------------------------------------------------------------------------ making
+# ------------------------------------------------------------------------------------------- making
 
 
 def train_index(index: Any, vectors_BD: np.ndarray) -> None:
@@ -124,7 +128,8 @@ def train_index(index: Any, vectors_BD: np.ndarray) -> None:
 
 
 def with_vectors(index: Any, vectors_BD: np.ndarray, rows_B: np.ndarray) -> Any:
-    """A trained index of inverted lists with vectors added under their rows, on the CPU; added on a GPU if it can."""
+    """A trained index of inverted lists with vectors added under their rows, on the CPU;
+    added on a GPU if it can."""
     copy, _ = _copy_on_gpus(index, more=len(rows_B))
     if copy is None:
         index.add_with_ids(vectors_BD, rows_B)
@@ -133,7 +138,7 @@ def with_vectors(index: Any, vectors_BD: np.ndarray, rows_B: np.ndarray) -> Any:
     return import_faiss().index_gpu_to_cpu(copy)
 
 
-# ------------------------------------------------------------------------------------------------ GPUs
+# --------------------------------------------------------------------------------------------- GPUs
 
 
 def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
@@ -154,12 +159,14 @@ def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
                 return None, f"CPU, as FAISS refuses the GPU: {str(error).rpartition('Error: ')[2]}"
     return (
         None,
-        f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, which they have not left",
+        f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, which they have not "
+        "left",
     )
 
 
 def _bytes_on_a_gpu(index: Any, vectors: int) -> int:
-    """Bytes of an index with so many vectors: these, with their rows, and the centres of lists, twice."""
+    """Bytes of an index with so many vectors: these, with their rows, and the centres of lists,
+    twice."""
     lists = getattr(index, "nlist", 0)  # FAISS gives them to indexes with inverted lists alone
     return vectors * (index.code_size + (ID_BYTES if lists else 0)) + 2 * lists * index.d * 4
 
@@ -187,7 +194,8 @@ def _copied(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
     # Of product-quantised indexes, tables of more than 48 bytes a code do not fit otherwise.
     options.useFloat16 = hasattr(index, "pq")
     options.allowCpuCoarseQuantizer = True  # lists found by a graph
-    # cuVS has numerical behaviour of its own and no lists found by a graph. Some builds with it use it unasked.
+    # cuVS has numerical behaviour of its own and no lists found by a graph.
+    # Some builds with it use it unasked.
     options.use_cuvs = False
     return faiss.index_cpu_to_gpu_multiple_py(
         [_resources(gpu) for gpu in gpus], index, options, gpus

@@ -23,8 +23,8 @@ def draw(
 ) -> list[int]:
     """Rows of the bank for one training sample, the most relevant last (next to the query).
 
-    One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number from 0 to all of
-    them if `random_count`.
+    One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number
+    from 0 to all of them if `random_count`.
     """
     rows_K = rows_VK[rng.integers(len(rows_VK))]
     distinct = list(dict.fromkeys(row for row in rows_K.tolist() if row != NONE))
@@ -43,10 +43,11 @@ def neighbours_of(
     *,
     like: Parts,
 ) -> tuple[np.ndarray, Counter[str]]:
-    """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants, and the verdicts in all.
+    """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants,
+    and the verdicts in all.
 
-    What the text finds is taken before the image is asked: the image's half has no document, and no copy of a document,
-    of the text's.
+    What the text finds is taken before the image is asked: the image's half has no document, and no
+    copy of a document, of the text's.
 
     Args:
         variants: the parts of the documents in each variant.
@@ -68,7 +69,7 @@ def neighbours_of(
     return np.stack(rows_VBK), verdicts
 
 
-# ------------------------------------------------------------------------------------------------ shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str, Any]) -> None:
@@ -84,7 +85,8 @@ def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str,
 
 
 def finish_neighbours(folder: Path, count: int) -> None:
-    """Checks all shards and writes index.json. Raises DamagedShard for one that is missing or damaged."""
+    """Checks all shards and writes index.json.
+    Raises DamagedShard for one that is missing or damaged."""
     finish(folder, count, lambda shard: {"variants": shard.header["variants"]})
 
 
@@ -93,7 +95,8 @@ def _rows(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
 
 
 class NeighbourShards:
-    """The neighbours of a finished folder, for documents numbered from 0 in order of shards and rows.
+    """The neighbours of a finished folder, for documents numbered
+    from 0 in order of shards and rows.
 
     Raises:
         UserError: for a folder that is not finished.
@@ -107,7 +110,8 @@ class NeighbourShards:
         return len(self._shards)
 
     def rows(self, document: int) -> np.ndarray:
-        """Rows of the bank (V, K) of one document in each variant; -1 where the strategy left fewer.
+        """Rows of the bank (V, K) of one document in each variant;
+        -1 where the strategy left fewer.
 
         Raises:
             DamagedShard: naming the shard, if they are not as they were written.
@@ -116,8 +120,8 @@ class NeighbourShards:
         rows, crc = self._shards.shard(number)
         if zlib.crc32(rows[place].tobytes()) != crc[place]:
             raise DamagedShard(
-                f"{self._shards.path(number)}: row {place} is damaged, its checksum does not match; "
-                "delete the file and make it again"
+                f"{self._shards.path(number)}: row {place} is damaged, its checksum does not "
+                "match; delete the file and make it again"
             )
         return rows[place].reshape(self._variants, -1)
 

@@ -15,7 +15,8 @@ MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Unit vectors of the text and image parts of documents, (B, D) each; zeros where a document lacks one.
+    """Unit vectors of the text and image parts of documents, (B, D) each;
+    zeros where a document lacks one.
 
     Documents may have several dimensions, such as the candidates of each query: (Q, K, D).
     """
@@ -24,7 +25,8 @@ class Parts:
     image_BD: np.ndarray
 
     def mean(self) -> np.ndarray:
-        """One vector a document: the mean of its normalised parts (paper section 2.2), of the one where it has one."""
+        """One vector a document: the mean of its normalised parts (paper section 2.2),
+        of the one where it has one."""
         count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[..., None]
         return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
 

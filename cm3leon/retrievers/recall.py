@@ -18,9 +18,11 @@ RECALL_AT = (2, 10)
 def lists_to_probe(
     search: CodeSearch, *, target: float, queries: int, seed: int, pairs_only: bool
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    """The fewest lists to probe for the recall that is aimed at, or all, with the recall at `RECALL_AT`.
+    """The fewest lists to probe for the recall that is aimed at, or all,
+    with the recall at `RECALL_AT`.
 
-    Queries are texts and images of documents, as training asks them; the recall of each kind has to reach the target.
+    Queries are texts and images of documents, as training asks them;
+    the recall of each kind has to reach the target.
 
     Args:
         queries: documents whose texts, and as many whose images, are asked for.

@@ -1,6 +1,7 @@
 """Search through the vectors of a bank: all of them, or the best candidates by their codes.
 
-Candidates by code are ordered by their vectors, so that the codes decide only which of them are seen.
+Candidates by code are ordered by their vectors,
+so that the codes decide only which of them are seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ PIECE = 2**18
 def exact_search(
     vectors: VectorShards, queries_QD: np.ndarray, count: int, pairs_only: bool = False
 ) -> np.ndarray:
-    """Rows (Q, count) of the best documents by inner product, going once through all shards, piece by piece."""
+    """Rows (Q, count) of the best documents by inner product, going once through all shards,
+    piece by piece."""
     best_QK = np.full((len(queries_QD), count), NONE, np.int64)
     scores_QK = np.full((len(queries_QD), count), -np.inf, np.float32)
     for number in range(vectors.count):

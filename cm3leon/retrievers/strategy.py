@@ -17,7 +17,8 @@ VERDICTS = ("seen", "itself", "modality", "like_query", "like_taken")
 
 @dataclass(frozen=True)
 class Rules:
-    """`threshold`: a candidate more similar than this to the query, or to one already taken, is skipped."""
+    """`threshold`: a candidate more similar than this to the query, or to one already taken,
+    is skipped."""
 
     threshold: float
     both_modalities: bool
@@ -34,23 +35,27 @@ def select(
     taken_QT: np.ndarray | None = None,
     taken: Parts | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """For each query, takes up to `count` candidates in order of relevance, skipping those that a rule rejects.
+    """For each query, takes up to `count` candidates in order of relevance,
+    skipping those that a rule rejects.
 
-    Similarity is cosine within a modality: image to image where both have one, text to text otherwise. (A mean of
-    normalised parts has a norm below 1, by which not even an exact copy would reach 0.9.)
+    Similarity is cosine within a modality: image to image where both have one, text to text
+    otherwise. (A mean of normalised parts has a norm below 1, by which not even an exact copy would
+    reach 0.9.)
 
     Args:
         candidates_QK: rows of the bank, the most relevant first; `NONE` where there are fewer.
         candidates: their parts, (Q, K, D) each.
         queries: the parts of the queries, (Q, D) each.
-        exclude_Q: row of each query's own document, which is never taken; `NONE` if it is not in the bank.
-        taken_QT: rows that each query has already, `NONE` where there are fewer. They are not taken again, and nothing
-            that is like one of them is.
+        exclude_Q: row of each query's own document, which is never taken;
+            `NONE` if it is not in the bank.
+        taken_QT: rows that each query has already, `NONE` where there are fewer. They are not taken
+            again, and nothing that is like one of them is.
         taken: their parts, (Q, T, D) each.
 
     Returns:
-        the rows taken now (Q, count), filled up with `NONE`, and for each query (Q,) how many candidates were looked at
-        (`seen`) and skipped by each rule (`itself`, `modality`, `like_query`, `like_taken`).
+        the rows taken now (Q, count), filled up with `NONE`, and for each query (Q,) how many
+        candidates were looked at (`seen`) and skipped by each rule (`itself`, `modality`,
+        `like_query`, `like_taken`).
     """
     Q, K = candidates_QK.shape
     if taken_QT is None or taken is None:
@@ -75,7 +80,8 @@ def select(
             break
         verdicts["seen"] += left
 
-        # Similarity to what is taken is looked at one candidate at a time: that of all pairs has no room.
+        # Similarity to what is taken is looked at one candidate at a time:
+        # that of all pairs has no room.
         candidate = candidates.rows(np.s_[:, k : k + 1])
         to_taken_QN = _similarity(candidate, Parts(text_QND, image_QND))[:, 0]
         to_taken_QN[rows_QN == NONE] = -np.inf

@@ -20,7 +20,8 @@ from cm3leon.weights import check_finite
 def write_vector_shard(
     path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]
 ) -> None:
-    """Writes a shard of documents: the columns `id`, `text` and `image` (zero where a document lacks one).
+    """Writes a shard of documents: the columns `id`,
+    `text` and `image` (zero where a document lacks one).
 
     Raises:
         NotFinite: for vectors that are NaN or infinite.
@@ -44,7 +45,8 @@ def _vectors(vectors_BD: np.ndarray) -> pa.Array:
 
 
 def finish_vectors(folder: Path, count: int) -> None:
-    """Checks all shards and writes index.json. Raises DamagedShard for one that is missing or damaged."""
+    """Checks all shards and writes index.json.
+    Raises DamagedShard for one that is missing or damaged."""
     finish(folder, count)
 
 
@@ -70,8 +72,8 @@ class VectorShards:
         for name, wanted in (expect or {}).items():
             if made_by.get(name) != wanted:
                 raise UserError(
-                    f"{folder} was made by another encoder: {name} is {made_by.get(name)} there and {wanted} here; "
-                    "use that run's encoder, or make the vectors again"
+                    f"{folder} was made by another encoder: {name} is {made_by.get(name)} there "
+                    f"and {wanted} here; use that run's encoder, or make the vectors again"
                 )
 
     def __len__(self) -> int:

@@ -19,10 +19,11 @@ def attribution(
     evaluations: Iterable[EvaluationConfig] = (),
     folders: Iterable[Path] = (),
 ) -> str:
-    """What a page has to say of the pictures on it, a paragraph for each licensor; empty where none asks for it.
+    """What a page has to say of the pictures on it, a paragraph for each licensor;
+    empty where none asks for it.
 
-    Pictures come from the corpora of the runs, and of those that they retrieve from, mix in or begin with, and from
-    what protocols ask about.
+    Pictures come from the corpora of the runs, and of those that they retrieve from, mix in or
+    begin with, and from what protocols ask about.
 
     Args:
         experiments: of runs whose pictures are shown.
@@ -39,7 +40,8 @@ def attribution(
     for evaluation in evaluations:
         said += _of_protocol(evaluation.protocol)
 
-    # The settings of a run are read as they stand: whose they are does not depend on whether it can be opened.
+    # The settings of a run are read as they stand:
+    # whose they are does not depend on whether it can be opened.
     while waiting:
         folder = waiting.pop()
         if folder in opened:

@@ -1,7 +1,8 @@
-"""What the settings of an experiment alone decide: all of it is known, and said, before the first stage.
+"""What the settings of an experiment alone decide: all of it is known, and said,
+before the first stage.
 
-A mistake that a stage would find after an hour is found here by shapes and names: sizes that do not go together, and
-other runs that are not there or do not fit.
+A mistake that a stage would find after an hour is found here by shapes and names: sizes that do not
+go together, and other runs that are not there or do not fit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from cm3leon.types import UserError, refuse, sentences_of
 from cm3leon.weights import check_fit
 
 AROUND = 4
-"""Tokens of the shortest pair beside its codes: two `<eos>`, a piece of text, and the `<break>` behind it."""
+"""Tokens of the shortest pair beside its codes: two `<eos>`, a piece of text,
+and the `<break>` behind it."""
 
 
 def check_settings(
@@ -86,8 +88,8 @@ def _check_split(name: str, share: float, stage: str) -> None:
     """Raise UserError where a stage would have no documents, as none are set aside for it."""
     if share == 0:
         raise UserError(
-            f"split.{name} is 0, and the stage {stage} needs documents of that split; give it a share, "
-            "or stop before with until"
+            f"split.{name} is 0, and the stage {stage} needs documents of that split; give it a "
+            "share, or stop before with until"
         )
 
 
@@ -96,24 +98,26 @@ def _check_block(run: RunFolder) -> None:
     layout, (rows, columns) = run.vocab.layout, run.grid
     if len(run.grids) > 1 and run.experiment.augment.versions:
         raise UserError(
-            f"augment.versions is {run.experiment.augment.versions}; images that keep their shapes, as the layout of "
-            "these tokenizers has them, are not varied: leave it out"
+            f"augment.versions is {run.experiment.augment.versions}; images that keep their "
+            "shapes, as the layout of these tokenizers has them, are not varied: leave it out"
         )
     if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
-            f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in {run.layout_file}; "
-            "take another image_size"
+            f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in "
+            f"{run.layout_file}; take another image_size"
         )
     least = layout.image_length(run.grid) + layout.around_image + AROUND
     if least > run.seq_len:
         raise UserError(
-            f"model.seq_len is {run.seq_len}; an image of {rows * columns:,} codes with a caption takes "
-            f"{least:,} tokens or more; raise model.seq_len, or take an image_tokenizer with fewer codes"
+            f"model.seq_len is {run.seq_len}; an image of {rows * columns:,} codes with a caption "
+            f"takes {least:,} tokens or more; raise model.seq_len, or take an image_tokenizer with "
+            "fewer codes"
         )
 
 
 def _check_tokenizers(run: RunFolder, start: Path | None) -> None:
-    """Raise UserError where the run to start from has tokenizers of other settings than those made here.
+    """Raise UserError where the run to start from has tokenizers
+    of other settings than those made here.
 
     Tokenizers of the same settings may still be others, which is known when they are made.
     """
@@ -129,7 +133,8 @@ def _check_tokenizers(run: RunFolder, start: Path | None) -> None:
 
 
 def _check_shapes(run: RunFolder, start: Path | None) -> None:
-    """Raise UserError where the weights of the run to start from are those of another model or vocabulary."""
+    """Raise UserError where the weights of the run to start from are those
+    of another model or vocabulary."""
     assert start is not None
     file = start / "pretraining" / WEIGHTS
     with torch.device("meta"):

@@ -16,7 +16,8 @@ def differences(before: StageRecord, now: StageRecord) -> list[str]:
     """What differs between what a stage was made from and what it is to be made from, in words."""
     if before.version is None:
         return [
-            "it was made by an earlier version of CM3Leon, whose record does not say from which settings"
+            "it was made by an earlier version of CM3Leon, whose record does not say from which "
+            "settings"
         ]
     was, is_ = _flat(before.inputs), _flat(now.inputs)
     keys = [key for key in dict.fromkeys([*was, *is_]) if was.get(key) != is_.get(key)]

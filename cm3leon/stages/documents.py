@@ -23,7 +23,8 @@ SKIPPED = "skipped.jsonl"
 
 
 def make_documents(run: RunFolder, folder: Path) -> None:
-    """Reads the sample, brings its images to the tokenizer's size, fixes the splits, lists what was left out."""
+    """Reads the sample, brings its images to the tokenizer's size, fixes the splits,
+    lists what was left out."""
     size = run.image_tokenizer_shape.image_size
     ids: list[str] = []
     keys: list[str] = []
@@ -86,11 +87,13 @@ def _splits(run: RunFolder, keys: list[str], sample: DocumentSample) -> list[Spl
         if split not in splits and shares.get(split, 1.0) and run.reused is None:
             if not sample.whole:
                 raise UserError(
-                    f"shards.sample: none of the {len(keys)} sampled documents is in the {split} split; raise it"
+                    f"shards.sample: none of the {len(keys)} sampled documents is in the {split} "
+                    "split; raise it"
                 )
             raise UserError(
-                f"split: none of the {len(keys)} usable documents, which are the whole corpus, is in the {split} "
-                "split; give a corpus of more documents, or other shares in split.validation and split.held_out"
+                f"split: none of the {len(keys)} usable documents, which are the whole corpus, is "
+                f"in the {split} split; give a corpus of more documents, or other shares in "
+                "split.validation and split.held_out"
             )
     return splits
 

@@ -1,4 +1,5 @@
-"""A run's own evaluation: its model asked by the protocols of `evaluations`, and its parts measured."""
+"""A run's own evaluation: its model asked by the protocols of `evaluations`,
+and its parts measured."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ class Evaluator:
         }
 
     def reconstruction(self) -> dict[str, Any]:
-        """PSNR in dB by split (the mean over images), and how the held-out images use the codebook."""
+        """PSNR in dB by split (the mean over images),
+        and how the held-out images use the codebook."""
         images_BHWC, codes_MN = self.run.corpus.images_BHWC, self.run.codes_MN
         figures: dict[str, Any] = {}
         for split in ("train", "held_out"):
@@ -155,7 +157,8 @@ class Evaluator:
         }
 
     def retriever_figures(self) -> dict[str, Any]:
-        """The strategy's verdicts on the training queries, and the vote of retrieved documents on held-out images."""
+        """The strategy's verdicts on the training queries,
+        and the vote of retrieved documents on held-out images."""
         figures = json.loads((self.run.folder / "neighbours" / STRATEGY).read_text())
         if self.corpus.judge is None:
             return figures
@@ -175,7 +178,8 @@ class Evaluator:
 def best_row(
     rows: Sequence[Mapping[str, Any]], lowest_is_best: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """The row with the best of the figures that stand first, such as accuracy; of equal ones the first.
+    """The row with the best of the figures that stand first, such as accuracy;
+    of equal ones the first.
 
     Args:
         lowest_is_best: names of figures of which the best is not the highest.
@@ -193,7 +197,8 @@ SECTIONS = ("evaluations", "decoder", "text_decoder", "seed")
 
 
 def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the figures depend on besides the model: how it is asked, and what the protocols hold."""
+    """What the figures depend on besides the model: how it is asked,
+    and what the protocols hold."""
     protocols = {
         name: PROTOCOLS.build(evaluation.protocol).fingerprint()
         for name, evaluation in run.experiment.evaluations.items()

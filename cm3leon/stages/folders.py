@@ -1,4 +1,5 @@
-"""Folders of runs and of their stages: whose they are, what is made in them, and what is set aside."""
+"""Folders of runs and of their stages: whose they are, what is made in them,
+and what is set aside."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ SUPERSEDED = "superseded"
 
 
 RUN_FILES = (LOCK, "code.json", "sweep.yaml", "study.yaml", "point.yaml", "launch", SUPERSEDED)
-"""By any of these a folder is known as a run's, besides a stage's record and a `config.yaml` of an experiment."""
+"""By any of these a folder is known as a run's,
+besides a stage's record and a `config.yaml` of an experiment."""
 
 
 def check_run_folder(folder: Path) -> None:
     """Refuse a folder that is no run's, before anything is written there.
 
     Raises:
-        UserError: for the root of a file system, a home, or a folder with files that are not those of a run.
+        UserError: for the root of a file system, a home,
+            or a folder with files that are not those of a run.
     """
     if folder.parent.resolve() == folder.resolve() or folder.resolve() == Path.home().resolve():
         raise UserError(
@@ -46,8 +49,8 @@ def check_run_folder(folder: Path) -> None:
     if any((folder / name / file).is_file() for name in entries for file in (MARKER, STARTED)):
         return
     raise UserError(
-        f"run: {folder} holds files that are not those of a run, for example {folder / sorted(entries)[0]}; choose a "
-        "new or empty folder"
+        f"run: {folder} holds files that are not those of a run, for example "
+        f"{folder / sorted(entries)[0]}; choose a new or empty folder"
     )
 
 
@@ -90,7 +93,8 @@ def _results(stage: Stage[R], place: Path) -> Iterator[Path]:
 
 
 def _is_result(stage: Stage[R], name: str) -> bool:
-    """Whether a file belongs to a stage's result: no marker, no log or checkpoint, which serve while it is made."""
+    """Whether a file belongs to a stage's result: no marker, no log or checkpoint,
+    which serve while it is made."""
     inner = name.partition("/")[0]
     if inner in (MARKER, STARTED, "tensorboard", "loggers") or inner.startswith(("step_", ".")):
         return False
@@ -103,13 +107,15 @@ def refuse_foreign_files(place: Path) -> None:
         return
     if (place / MARKER).exists() or (place / STARTED).exists():
         raise UserError(
-            f"run: neither {MARKER} nor {STARTED} of {place} can be read; move the folder away, or choose another run"
+            f"run: neither {MARKER} nor {STARTED} of {place} can be read; move the folder away, or "
+            "choose another run"
         )
     raise UserError(f"run: {place} holds files that no stage has made; choose another run folder")
 
 
 def attic(place: Path, fingerprint: str) -> Path:
-    """Where a result that was made from these inputs is kept while another one stands in the stage's folder."""
+    """Where a result that was made from these inputs is kept while another one stands
+    in the stage's folder."""
     return place.parent / SUPERSEDED / f"{place.name}-{fingerprint[:12]}"
 
 

@@ -1,8 +1,9 @@
 """Whether the parts of a run folder belong together, and with which settings each was made.
 
-`config.yaml` holds the settings that were last accepted, of which only some stages may have been made: a command with
-`until=`, or one that was stopped, leaves later stages as earlier settings made them. So whoever opens a run takes the
-settings of what is finished from the records of its stages, and refuses parts of different generations.
+`config.yaml` holds the settings that were last accepted, of which only some stages may have been
+made: a command with `until=`, or one that was stopped, leaves later stages as earlier settings made
+them. So whoever opens a run takes the settings of what is finished from the records of its stages,
+and refuses parts of different generations.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ OF_THIS_MACHINE = ("plugins", "launcher", "loggers", "until")
 
 
 def finished_settings(folder: Path) -> dict[str, Any]:
-    """Sections of the experiment as the finished stages of a run were made with them, later stages' last.
+    """Sections of the experiment as the finished stages of a run were made with them,
+    later stages' last.
 
     Raises:
         UserError: for a record that cannot be read.
@@ -45,11 +47,13 @@ def check_generations(folder: Path, needs: Collection[str] = (), where: str = "r
     """Compare what stages of a run were made from with what stands in its folder now.
 
     Args:
-        needs: the stages that will be used, with those that they were made from; none = all up to pretraining.
+        needs: the stages that will be used, with those that they were made from;
+            none = all up to pretraining.
         where: the setting that names the folder, for the message.
 
     Raises:
-        UserError: if one was made with another part than the one that is there, naming both and what differs.
+        UserError: if one was made with another part than the one that is there,
+            naming both and what differs.
     """
     wanted = list(needs or STAGES[: STAGES.index("pretraining") + 1])
     checked: set[str] = set()
@@ -65,13 +69,15 @@ def check_generations(folder: Path, needs: Collection[str] = (), where: str = "r
 
 
 def _made_from(record: StageRecord) -> Iterator[tuple[str, str]]:
-    """The stages, by name, and the files of stages that one was made from, with their fingerprints and checksums."""
+    """The stages, by name, and the files of stages that one was made from,
+    with their fingerprints and checksums."""
     yield from record.needs.items()
     yield from record.made_with.items()
 
 
 def _check(folder: Path, name: str, other: str, digest: str, where: str) -> None:
-    """Raises UserError if a stage was made with another stage, or file of a stage, than the one that is there now."""
+    """Raises UserError if a stage was made with another stage, or file of a stage,
+    than the one that is there now."""
     stage, _, file = other.partition("/")
     there = read_record(folder / stage / MARKER)
     if there is None or digest == (there.files.get(file) if file else there.fingerprint):
@@ -83,6 +89,7 @@ def _check(folder: Path, name: str, other: str, digest: str, where: str) -> None
         parts = [f"{part} is another" for part in changed_parts(before, there)]
         what = f" ({'; '.join([*differences(before, there), *parts][:SHOWN])})"
     raise UserError(
-        f"{where}: {name} in {folder} was made with another {other} than the one there now{what}; make it anew with "
-        f"redo={name}, or put the earlier {stage} back by running the command with its settings"
+        f"{where}: {name} in {folder} was made with another {other} than the one there now{what}; "
+        f"make it anew with redo={name}, or put the earlier {stage} back by running the command "
+        "with its settings"
     )

@@ -78,7 +78,8 @@ def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
 
 
 def _batches(run: RunFolder, batch_size: int) -> Batches:
-    """Training images: all of the corpus, streamed, or those of the sample with their varied versions."""
+    """Training images: all of the corpus, streamed,
+    or those of the sample with their varied versions."""
     seed, share = run.experiment.seed, (run.ranks.rank, run.ranks.count)
     if run.shards.tokenizer_images == "corpus":
         return ImageStream(
@@ -102,7 +103,8 @@ def _batches(run: RunFolder, batch_size: int) -> Batches:
 def _reconstructions(
     run: RunFolder, tokenizer: ImageTokenizer
 ) -> Callable[[int, Loggers | None], dict[str, float]]:
-    """A callback that measures some validation images, and draws some of them above their reconstructions."""
+    """A callback that measures some validation images,
+    and draws some of them above their reconstructions."""
     validation = run.corpus.rows("validation")
     chosen = [
         validation[shuffled(0, place, len(validation))]
@@ -127,7 +129,8 @@ def _reconstructions(
 
 
 def image_tokenizer_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the tokenizer depends on besides the sample: how it is trained, or the weights that are taken over."""
+    """What the tokenizer depends on besides the sample: how it is trained,
+    or the weights that are taken over."""
     experiment = run.experiment
     inputs: dict[str, Any] = {"weights": run.reused_digest(IMAGE_TOKENIZER)}
     # The settings of the discriminator and so on shape the tokenizer only if it is trained here.

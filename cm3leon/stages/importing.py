@@ -1,7 +1,8 @@
 """Public weights as a run folder, which everything that takes a run then takes.
 
-The folder holds three finished stages: the text tokenizer, renumbered into this project's order of ids, the image
-tokenizer, and the decoder, whose tables have their rows in that order. `import.json` says what they were made of.
+The folder holds three finished stages: the text tokenizer, renumbered into this project's order of
+ids, the image tokenizer, and the decoder, whose tables have their rows in that order. `import.json`
+says what they were made of.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Published:
 
     @cached_property
     def vocab(self) -> PublishedVocab:
-        """Its vocabulary in our order. Raises UserError for a tokenizer.json that is not of the family."""
+        """Its vocabulary in our order. Raises UserError
+        for a tokenizer.json that is not of the family."""
         file = self.folder / TOKENIZER
         if not file.is_file():
             raise UserError(f"hf: {file} does not exist; it is a part of what is published")
@@ -135,18 +137,20 @@ def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, ou
 
 
 def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
-    """Raises UserError for what is missing, left over, or of another shape, by names and sizes alone."""
+    """Raises UserError for what is missing, left over, or of another shape,
+    by names and sizes alone."""
     vocab, hf = published.vocab, published.folder
     codes = run.image_tokenizer_shape.codebook_size
     if codes != vocab.image_size:
         raise UserError(
-            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has {vocab.image_size}"
+            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has "
+            f"{vocab.image_size}"
         )
     layout = LayoutTable.from_names(vocab.table, f"hf: {hf / TOKENIZER}").layout
     if layout.sizes and run.grid not in layout.sizes:
         raise UserError(
-            f"image_size: images of {run.grid[0]} x {run.grid[1]} codes have no tokens of their size in "
-            f"{published.family.title}; take another image_size"
+            f"image_size: images of {run.grid[0]} x {run.grid[1]} codes have no tokens of their "
+            f"size in {published.family.title}; take another image_size"
         )
 
     # Tables have a row for each published id, and may have more.
@@ -156,8 +160,8 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     size = table.shape[0] if table else rows
     if not rows <= size <= ours.size:
         raise UserError(
-            f"hf: the tables in {hf} have {size} rows; for the {rows} tokens of its tokenizer.json it must be from "
-            f"{rows} to {ours.size}"
+            f"hf: the tables in {hf} have {size} rows; for the {rows} tokens of its tokenizer.json "
+            f"it must be from {rows} to {ours.size}"
         )
     section = MODELS.check(published.model, "model")
     with torch.device("meta"):

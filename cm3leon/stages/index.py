@@ -16,7 +16,8 @@ from cm3leon.stages.stage import Part, Stage
 
 
 def make_index_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Adds the vectors of this worker's shards to a piece of the index each; the first worker trains what all use."""
+    """Adds the vectors of this worker's shards to a piece of the index each;
+    the first worker trains what all use."""
     vectors = run.vectors
     _train(run, folder)
     numbers = range(part[0], vectors.count, part[1])

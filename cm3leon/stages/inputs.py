@@ -1,7 +1,7 @@
 """What several stages depend on besides other stages.
 
-`inputs` of a stage give all that its result depends on, and nothing else: of files, what they hold, and no setting that
-changes no result. Whatever they leave out may change while a run goes on.
+`inputs` of a stage give all that its result depends on, and nothing else: of files, what they hold,
+and no setting that changes no result. Whatever they leave out may change while a run goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from cm3leon.stages.run_folder import RunFolder
 SHARDS = ("*.arrow", "index.json", "plan.json")
 """The files of a result in shards."""
 DRAWN_IN_TRAINING = ("max_documents", "random_count")
-"""Settings of the retriever that no neighbours depend on, as training draws among those that were found."""
+"""Settings of the retriever that no neighbours depend on,
+as training draws among those that were found."""
 
 
 def recorded(*sections: str) -> Callable[[RunFolder], dict[str, Any]]:
@@ -42,7 +43,8 @@ def corpus_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def _sample_inputs(run: RunFolder) -> dict[str, Any]:
-    """The size of the sample; the seed says from which parts it is, where they are more than it has."""
+    """The size of the sample; the seed says from which parts it is,
+    where they are more than it has."""
     shards = run.shards
     drawn = len(run.source.parts()) > shards.sample
     return {"shards": {"sample": shards.sample}, **(run.depends_on("seed") if drawn else {})}

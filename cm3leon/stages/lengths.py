@@ -1,4 +1,5 @@
-"""Whether the sample's captions fit a block beside their images, said before anything long is made of them."""
+"""Whether the sample's captions fit a block beside their images,
+said before anything long is made of them."""
 
 from __future__ import annotations
 
@@ -40,10 +41,10 @@ def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
     length, longest = max(too_long)
     count = "one caption" if len(too_long) == 1 else f"{len(too_long):,} captions"
     said = (
-        f"{count} of the {len(corpus):,} documents read are too long: that of {corpus.ids[longest]} takes {length} "
-        f"tokens; with the {codes} of the image, a block of model.seq_len={run.seq_len} holds {allowed}; "
-        "raise model.seq_len, set packing.method=stream, or leave long captions out with "
-        f"data.max_caption_bytes={limit}"
+        f"{count} of the {len(corpus):,} documents read are too long: that of "
+        f"{corpus.ids[longest]} takes {length} tokens; with the {codes} of the image, a block of "
+        f"model.seq_len={run.seq_len} holds {allowed}; raise model.seq_len, set "
+        f"packing.method=stream, or leave long captions out with data.max_caption_bytes={limit}"
     )
     if not set(corpus.rows("train").tolist()) - {number for _, number in too_long}:
         raise UserError(f"data: no document is left to train on, {said}")

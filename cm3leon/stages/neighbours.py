@@ -43,7 +43,8 @@ def bank_fingerprint(run: RunFolder) -> str | None:
     """Changes with the memory bank of another run; None where this run's own is used.
 
     Raises:
-        UserError: for a folder without a finished index, or one of other vectors than those that are there now.
+        UserError: for a folder without a finished index,
+            or one of other vectors than those that are there now.
     """
     bank = run.shards.bank
     if bank is None:
@@ -67,15 +68,16 @@ def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
         # The stage is of the same bank, by what it holds: it was moved.
         write_json(folder / PLAN, plan, indent=None, shared=True)
     write_plan(folder, plan)
-    # Training knows the documents of the bank by the rows of its token shards: those added later have none there.
+    # Training knows the documents of the bank by the rows of its token shards:
+    # those added later have none there.
     bank = run.open_bank(with_added=False)
     if part[0] == 0:
         print(f"      memory bank: {bank.place}", flush=True)
         if not bank.vectors.all_stay_mapped:
             print(
                 f"      its {bank.vectors.count:,} shards of vectors are more than a process maps "
-                "(vm.max_map_count / 8), so that candidates open them again and again; raise it, or "
-                "make larger parts (docs/scale.md)",
+                "(vm.max_map_count / 8), so that candidates open them again and again; raise it, "
+                "or make larger parts (docs/scale.md)",
                 flush=True,
             )
 
@@ -135,7 +137,8 @@ def make_neighbours(run: RunFolder, folder: Path) -> None:
 
 
 def _same_label(run: RunFolder, folder: Path) -> float | None:
-    """Share of neighbours of the class of their query document; None where classes are unknown or another run's."""
+    """Share of neighbours of the class of their query document;
+    None where classes are unknown or another run's."""
     if not run.source.class_names or run.shards.bank is not None:
         return None
     neighbours, tokens = NeighbourShards(folder), run.tokens
@@ -159,7 +162,8 @@ def neighbour_counts(rows: np.ndarray) -> Counter[int]:
 
 
 def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, Any]:
-    """What the strategy did: the share of the candidates that each rule rejected, and how many neighbours it left.
+    """What the strategy did: the share of the candidates that each rule rejected,
+    and how many neighbours it left.
 
     Args:
         verdicts: how many candidates were `seen` and how many rejected by each rule.
@@ -182,7 +186,8 @@ def bank_of(folder: Path) -> Path:
 
 
 def neighbours_inputs(run: RunFolder) -> dict[str, Any]:
-    """The settings that find the neighbours; how many of them a sample gets is drawn in training."""
+    """The settings that find the neighbours;
+    how many of them a sample gets is drawn in training."""
     settings = result_settings(run.experiment.retriever)
     settings = {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
     # Where training draws none, none are looked for.

@@ -1,12 +1,15 @@
-"""The one way in which a finished run is opened, by whoever asks it: the API, the commands, studies, plugins.
+"""The one way in which a finished run is opened, by whoever asks it: the API, the commands,
+studies, plugins.
 
 Nothing that the run's folder says is believed before it is looked at:
 
-- its parts have to belong together, and each is read with the settings it was made with (`generations.py`);
-- its files are compared with their recorded checksums, each once in a process and when it is read (`records.py`);
-- plugins that its `config.yaml` names are code of whoever made the run. They are loaded if the user has named them in
-  this call or on this command line, has said `trust`, or has loaded them before. Packages that are installed, and
-  folders of `plugins/`, are the user's own.
+- its parts have to belong together, and each is read with the settings it was made
+  with (`generations.py`);
+- its files are compared with their recorded checksums, each once in a process and when it is read
+  (`records.py`);
+- plugins that its `config.yaml` names are code of whoever made the run. They are loaded if the user
+  has named them in this call or on this command line, has said `trust`, or has loaded them before.
+  Packages that are installed, and folders of `plugins/`, are the user's own.
 """
 
 from __future__ import annotations
@@ -49,9 +52,9 @@ def open_run(
         device: where models are put; None = a GPU where there is one.
 
     Raises:
-        UserError: for a folder that is no run or that this user may not read, parts of different generations, a stage
-            in `needs` that is not finished, or a plugin that is not trusted. Reading a result from the run raises it
-            for a file that is missing or has changed.
+        UserError: for a folder that is no run or that this user may not read, parts of different
+            generations, a stage in `needs` that is not finished, or a plugin that is not trusted.
+            Reading a result from the run raises it for a file that is missing or has changed.
         PluginError: for a plugin that fails to import.
     """
     opening = opening or Opening()
@@ -76,10 +79,11 @@ def open_run(
 
 
 def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set[str] | None:
-    """The tasks of instructions that a run learned, also from the runs that it mixes or started from.
+    """The tasks of instructions that a run learned,
+    also from the runs that it mixes or started from.
 
-    None where settings do not tell: for a source whose documents may be of any task, and for another run that cannot
-    be opened any more.
+    None where settings do not tell: for a source whose documents may be of any task, and for
+    another run that cannot be opened any more.
 
     Args:
         seen: runs that are not asked again.

@@ -1,4 +1,5 @@
-"""Stages that are skipped when nothing they depend on has changed, and go on where a kill stopped them.
+"""Stages that are skipped when nothing they depend on has changed,
+and go on where a kill stopped them.
 
 It is told in five files:
 
@@ -53,19 +54,23 @@ def run_stages(
     redo: Collection[str] = (),
     accepted: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Bring every stage up to date, to `until` if it is given. Return the seconds that each took when it was made.
+    """Bring every stage up to date, to `until` if it is given.
+    Return the seconds that each took when it was made.
 
-    Results made from other inputs are not deleted but moved to `superseded/`, and fetched from there when the inputs
-    are as they were.
+    Results made from other inputs are not deleted but moved to `superseded/`, and fetched from
+    there when the inputs are as they were.
 
     Args:
-        redo: stages that may be made anew although they are expensive, with all that depend on them. One that is up
-            to date is not made anew for that, so that the same command goes on after a kill.
-        accepted: called once, before anything is made, when the folder is this process's and nothing is refused.
+        redo: stages that may be made anew although they are expensive, with all that depend on
+            them. One that is up to date is not made anew for that,
+            so that the same command goes on after a kill.
+        accepted: called once, before anything is made, when the folder is this process's and
+            nothing is refused.
 
     Raises:
-        UserError: if another process is working in the folder, it is somebody else's, files of somebody else's stand
-            where a stage writes, an expensive stage would be made anew unasked, or there is no such stage.
+        UserError: if another process is working in the folder, it is somebody else's, files of
+            somebody else's stand where a stage writes, an expensive stage would be made anew
+            unasked, or there is no such stage.
     """
     check_redo(stages, redo)
     covered = depending_on(stages, redo)
@@ -99,14 +104,16 @@ def run_stages(
 def check_unasked(
     stages: Sequence[Stage[R]], run: R, folder: Path, redo: Collection[str] = ()
 ) -> None:
-    """Raises UserError where `run_stages` would, for what must not be made anew unasked; changes nothing."""
+    """Raises UserError where `run_stages` would, for what must not be made anew unasked;
+    changes nothing."""
     refuse_unasked(planned(stages, run, folder), folder, depending_on(stages, redo))
 
 
 def _bring_up_to_date(
     step: Step[R], run: R, place: Path, title: str, say: Callable[[str], None]
 ) -> StageRecord:
-    """Make the room for a stage's result, and the result where it is not there. Return its record."""
+    """Make the room for a stage's result, and the result where it is not there.
+    Return its record."""
     assert step.wanted is not None
     make_room(step.stage, place, step.wanted.fingerprint)
     record = readable_record(place / MARKER)
@@ -141,13 +148,16 @@ def run_part(
     *,
     redo: Collection[str] = (),
 ) -> None:
-    """Make one worker's share of a stage. Any number of workers may do so at the same time, on any machines.
+    """Make one worker's share of a stage. Any number of workers may do so at the same time,
+    on any machines.
 
-    The stage is not finished by it: `run_stages` finds the shards there, makes what is still missing, and finishes.
+    The stage is not finished by it: `run_stages` finds the shards there,
+    makes what is still missing, and finishes.
 
     Raises:
-        UserError: for a stage that is unknown or cannot be shared out, if a stage before it is not finished, or if it
-            is finished with other settings and not among those that may be made anew.
+        UserError: for a stage that is unknown or cannot be shared out, if a stage before it is not
+            finished, or if it is finished with other settings
+            and not among those that may be made anew.
     """
     check_redo(stages, redo)
     number = number_of(stages, name, "stage")
@@ -163,8 +173,8 @@ def run_part(
         missing, records = _unfinished(stages[:number], run, folder)
         if missing:
             raise UserError(
-                f"stage {name} needs {missing}, which is not finished in {folder} with these settings; "
-                f"make it first, with until={stages[number - 1].name}"
+                f"stage {name} needs {missing}, which is not finished in {folder} with these "
+                f"settings; make it first, with until={stages[number - 1].name}"
             )
         made = {name: record.fingerprint for name, record in records.items()}
         wanted = wanted_record(stage, run, made, records)
@@ -184,7 +194,8 @@ def run_part(
 def first_unfinished(
     stages: Sequence[Stage[R]], run: R, folder: Path
 ) -> tuple[str | None, dict[str, str]]:
-    """The first stage that is not finished in the folder with these settings, if any, and the fingerprints up to it."""
+    """The first stage that is not finished in the folder with these settings, if any,
+    and the fingerprints up to it."""
     missing, records = _unfinished(stages, run, folder)
     return missing, {name: record.fingerprint for name, record in records.items()}
 
@@ -192,7 +203,8 @@ def first_unfinished(
 def _unfinished(
     stages: Sequence[Stage[R]], run: R, folder: Path
 ) -> tuple[str | None, dict[str, StageRecord]]:
-    """The first stage that is not finished with these settings, and the records of those before it."""
+    """The first stage that is not finished with these settings,
+    and the records of those before it."""
     records: dict[str, StageRecord] = {}
     for stage in stages:
         made = {name: record.fingerprint for name, record in records.items()}
@@ -205,6 +217,7 @@ def _unfinished(
 
 
 def is_finished(stage: Stage[R], before: Sequence[Stage[R]], run: R, folder: Path) -> bool:
-    """Whether a stage, with those before it finished, is up to date in the folder and its files as they were made."""
+    """Whether a stage, with those before it finished,
+    is up to date in the folder and its files as they were made."""
     missing, records = _unfinished([*before, stage], run, folder)
     return missing is None and not damaged_files(stage, folder / stage.name, records[stage.name])

@@ -112,7 +112,8 @@ def step_for(
     wanted: StageRecord | None,
     changed: Sequence[str] = (),
 ) -> Step[R]:
-    """What has to be done for a stage; `changed` are stages that it depends on and that will be others."""
+    """What has to be done for a stage; `changed` are stages
+    that it depends on and that will be others."""
     place = folder / stage.name
     record, unreadable = None, ""
     try:
@@ -150,8 +151,8 @@ def step_for(
         if unreadable or damaged:
             what = unreadable or f"{place / damaged[0]} is missing or has changed"
             refusal = (
-                f"{what}, and {place} has no checkpoint to make it of, so that {stage.name} would be trained again "
-                "from the first step"
+                f"{what}, and {place} has no checkpoint to make it of, so that {stage.name} would "
+                "be trained again from the first step"
             )
     return Step(stage, wanted, standing, finished, refusal=refusal)
 
@@ -165,19 +166,22 @@ def _record_to_stand(step: Step[R], folder: Path) -> StageRecord | None:
 
 
 def refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[str]) -> None:
-    """Raises UserError if an expensive stage would be made anew, or unfinished work set aside, without `redo`."""
+    """Raises UserError if an expensive stage would be made anew, or unfinished work set aside,
+    without `redo`."""
     lost = [step for step in steps if step.stage.expensive and step.stage.name not in covered]
     for step in lost:
         place = folder / step.stage.name
         if step.refusal:
             raise UserError(
-                f"run: {step.refusal}; put a copy of the file back, or say redo={step.stage.name} to make it anew"
+                f"run: {step.refusal}; put a copy of the file back, or say redo={step.stage.name} "
+                "to make it anew"
             )
         if step.anew and not step.kept and not step.finished and checkpoints(place):
             at = step_of(checkpoints(place)[-1])
             raise UserError(
-                f"run: {place} has come to step {at} with other settings ({causes(step, steps)}); put them "
-                f"back, choose another run folder, or say redo={step.stage.name} to begin anew"
+                f"run: {place} has come to step {at} with other settings ({causes(step, steps)}); "
+                f"put them back, choose another run folder, or say redo={step.stage.name} to begin "
+                "anew"
             )
 
     anew = [step for step in lost if step.anew and not step.kept and step.finished]
@@ -191,8 +195,8 @@ def refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[s
     also = f"; {_and(names[1:])} would follow" if names[1:] else ""
     raise UserError(
         f"run: {first.stage.name} in {folder} is finished, and these settings would make it anew "
-        f"({causes(first, steps)}){also}; say redo={','.join(asked)} to do so, which keeps what is there in "
-        f"{SUPERSEDED}, or put the settings back, or choose another run folder"
+        f"({causes(first, steps)}){also}; say redo={','.join(asked)} to do so, which keeps what is "
+        f"there in {SUPERSEDED}, or put the settings back, or choose another run folder"
     )
 
 
@@ -201,7 +205,8 @@ def _and(words: Sequence[str]) -> str:
 
 
 def causes(step: Step[R], steps: Sequence[Step[R]]) -> str:
-    """Why a stage is to be made anew: what differs of its own, and of the stages before it that are others."""
+    """Why a stage is to be made anew: what differs of its own,
+    and of the stages before it that are others."""
     by_name = {each.stage.name: each for each in steps}
     found: list[str] = []
 

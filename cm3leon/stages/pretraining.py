@@ -45,9 +45,9 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     """
     if not len(run.corpus.rows("validation")):
         raise UserError(
-            "data: no document that was read has a caption and an image and is in the validation split; raise "
-            "shards.sample if the corpus has more documents, or stop at until=neighbours and mix this run into "
-            "another with shards.mix"
+            "data: no document that was read has a caption and an image and is in the validation "
+            "split; raise shards.sample if the corpus has more documents, or stop at "
+            "until=neighbours and mix this run into another with shards.mix"
         )
     config, seed, ranks = run.experiment.training, run.experiment.seed, run.ranks
     samples = training_samples(run)
@@ -157,7 +157,8 @@ def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> P
 def _weights_to_start_from(config: DecoderTrainingConfig, ranks: Ranks) -> Path | None:
     """The weights of the run that a training starts from, if they are all that it takes over.
 
-    The first rank compares them with their recorded checksum, and all end with the fault that it finds.
+    The first rank compares them with their recorded checksum,
+    and all end with the fault that it finds.
     """
     if config.start is None or config.start_with == "everything":
         return None
@@ -173,7 +174,8 @@ def _weights_to_start_from(config: DecoderTrainingConfig, ranks: Ranks) -> Path 
 
 
 def first_weights(run: RunFolder) -> Model:
-    """The decoder before its training: with random weights, or those of the run that it starts from.
+    """The decoder before its training: with random weights,
+    or those of the run that it starts from.
 
     Raises:
         UserError: for a run to start from that has no weights, or those of another model.
@@ -194,14 +196,16 @@ def load_checkpoint(
 ) -> None:
     """Give a decoder the weights that the training in a run folder had at a step.
 
-    Checkpoints of adapters (LoRA) hold these alone: they are added to the weights of the run that the training started
-    from, so that the result is what the training would have ended with at that step.
+    Checkpoints of adapters (LoRA) hold these alone: they are added to the weights of the run that
+    the training started from, so that the result is what the training would have ended with at that
+    step.
 
     Args:
         verify: compare files with their recorded checksums.
 
     Raises:
-        UserError: for a step that has no checkpoint, or adapters whose run to start from is not there any more.
+        UserError: for a step that has no checkpoint,
+            or adapters whose run to start from is not there any more.
     """
     averaged = config.average_decay is not None
     if not config.lora_rank:
@@ -211,8 +215,9 @@ def load_checkpoint(
     assert config.start is not None
     if not (config.start / "pretraining" / WEIGHTS).is_file():
         raise UserError(
-            f"checkpoint: those of {folder} are adapters of the run {config.start} (training.start), which is not "
-            "there; put it back, or take the run's end, without checkpoint"
+            f"checkpoint: those of {folder} are adapters of the run {config.start} "
+            "(training.start), which is not there; put it back, or take the run's end, without "
+            "checkpoint"
         )
     adapted = load_model(config.start, verify=verify)
     add_lora(adapted, config.lora_rank, config.lora_alpha)
@@ -221,7 +226,8 @@ def load_checkpoint(
 
 
 def another_tokenizer(start: Path, name: str) -> str:
-    """The sentence for a run to start from whose text or image tokenizer is another one than this run's."""
+    """The sentence for a run to start from whose text or image tokenizer is another one than this
+    run's."""
     return (
         f"training.start: {start} was trained with another {name} tokenizer than this run's; "
         f"take its tokenizers over with shards.tokenizers={start}"
@@ -229,7 +235,8 @@ def another_tokenizer(start: Path, name: str) -> str:
 
 
 def check_tokenizers(run: RunFolder, start: Path) -> None:
-    """Raises UserError where a run to start from has tokenizers that give its ids another meaning."""
+    """Raises UserError where a run to start from has tokenizers
+    that give its ids another meaning."""
     if _layout_digest(start) != _layout_digest(run.folder):
         raise UserError(another_tokenizer(start, "text"))
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):

@@ -1,4 +1,5 @@
-"""The retrieved documents before a prompt: found in a run's memory bank, and as many as there is room for."""
+"""The retrieved documents before a prompt: found in a run's memory bank,
+and as many as there is room for."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def retrieved_rows(
 def found_rows(
     run: RunFolder, text: str | None, pixels_HWC: np.ndarray | None, count: int
 ) -> list[tuple[int, float]]:
-    """Rows of the bank and their scores, the best first: inner products with the mean of a text and an image.
+    """Rows of the bank and their scores, the best first:
+    inner products with the mean of a text and an image.
 
     Args:
         pixels_HWC: uint8, in the size of the image tokenizer; one of both may be None.
@@ -67,7 +69,8 @@ def _scores(run: RunFolder, query: Parts, rows: list[int]) -> list[float]:
 def fitting_prompt(
     run: RunFolder, task: Task, document: TokenDocument, rows: list[int]
 ) -> tuple[Prompt, list[int]]:
-    """The prompt with as many of the retrieved documents, the closest ones, as leave room for the longest answer.
+    """The prompt with as many of the retrieved documents, the closest ones,
+    as leave room for the longest answer.
 
     Where there is none without any, a page loses segments from its beginning.
 

@@ -1,4 +1,5 @@
-"""What a person takes from a run: metrics.json and report.html, written from the finished stages."""
+"""What a person takes from a run: metrics.json and report.html,
+written from the finished stages."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ COLUMNS = 12
 
 
 def closing(run: RunFolder, metrics: Entry) -> list[str]:
-    """What a run ends with: its figures beside their aims, the report's address, and a command to try next."""
+    """What a run ends with: its figures beside their aims, the report's address,
+    and a command to try next."""
     lines = []
     for aim in run.experiment.aims:
         fact = aim_fact(aim, metrics["evaluations"])
@@ -55,8 +57,9 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
             cut = row.get("truncated", {}).get("value", 0)
             if cut:
                 lines.append(
-                    f"  {round(cut * row['items'])} of {row['items']} texts of {name}, {row['row']}, were cut at "
-                    f"{row['max_tokens']} tokens; raise setting.max_tokens of the evaluation"
+                    f"  {round(cut * row['items'])} of {row['items']} texts of {name}, "
+                    f"{row['row']}, were cut at {row['max_tokens']} tokens; raise "
+                    "setting.max_tokens of the evaluation"
                 )
     psnr = metrics["reconstruction_psnr"]
     lines.append(f"  {'images from their codes':<28} {psnr:>5.1f} dB   PSNR of held-out images")
@@ -70,7 +73,8 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
 
 
 def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
-    """Writes `metrics.json` and `report.html` into the run folder; returns what is said of them, see `closing`."""
+    """Writes `metrics.json` and `report.html` into the run folder; returns what is said of them,
+    see `closing`."""
     results = json.loads((run.folder / "evaluation" / RESULTS).read_text())
     metrics = figures(run, results, seconds)
     write_json(run.folder / "metrics.json", metrics)
@@ -78,7 +82,7 @@ def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
     return closing(run, metrics)
 
 
-# ------------------------------------------------------------------------------------------------------- metrics.json
+# ------------------------------------------------------------------------------------- metrics.json
 def figures(run: RunFolder, results: Entry, seconds: dict[str, float]) -> Entry:
     """The content of metrics.json. Shares are in [0, 1], intervals 95 %, times in seconds."""
     judge = results["judge"] or {}
@@ -128,7 +132,7 @@ def _provenance(run: RunFolder) -> Entry:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- report.html
+# -------------------------------------------------------------------------------------- report.html
 class _Page:
     """Composes the report; every picture and figure comes from the run folder."""
 
@@ -142,8 +146,9 @@ class _Page:
         return Report(
             title=f"CM3Leon on {self.run.experiment.data.name}",
             subtitle=(
-                f"A retrieval-augmented model of text and images with {self._parameters():,} parameters, trained on "
-                f"{counts['train']:,} captioned images; judged on {counts['held_out']:,} it never saw."
+                f"A retrieval-augmented model of text and images with {self._parameters():,} "
+                f"parameters, trained on {counts['train']:,} captioned images; judged on "
+                f"{counts['held_out']:,} it never saw."
             ),
             facts=self.facts(),
             sections=[
@@ -160,12 +165,14 @@ class _Page:
         )
 
     def pictures_first(self) -> list[Section]:
-        """What there is to look at; where nothing is judged, originals beside what their codes keep come first."""
+        """What there is to look at; where nothing is judged,
+        originals beside what their codes keep come first."""
         rebuilt, made = self.reconstructions(), self.evaluations()
         return [rebuilt, *made] if self.results["judge"] is None else [*made, rebuilt]
 
     def evaluations(self) -> list[Section]:
-        """A section for each evaluation; behind the others those that only choose values for them."""
+        """A section for each evaluation; behind the others those
+        that only choose values for them."""
         evaluations, found = self.run.experiment.evaluations, self.results["evaluations"]
         evaluator = Evaluator(self.run)
         chosen_from = {config.best_of for config in evaluations.values()}
@@ -213,15 +220,17 @@ class _Page:
         strip = Strip(
             [("original", _pictures(originals)), ("from codes", _pictures(rebuilt))],
             caption=(
-                f"Held-out images. {figures['codes_per_image']} codes an image, {figures['codebook_use']:.0%} of "
-                f"{figures['codebook_size']} codes in use (perplexity {figures['codebook_perplexity']:.0f}); "
-                f"PSNR {figures['psnr_held_out']:.1f} dB (mean over images), "
-                f"on training images {figures['psnr_train']:.1f} dB."
+                f"Held-out images. {figures['codes_per_image']} codes an image, "
+                f"{figures['codebook_use']:.0%} of {figures['codebook_size']} codes in use "
+                f"(perplexity {figures['codebook_perplexity']:.0f}); PSNR "
+                f"{figures['psnr_held_out']:.1f} dB (mean over images), on training images "
+                f"{figures['psnr_train']:.1f} dB."
             ),
         )
         return Section(
             "Image tokenizer",
-            f"What an image is to the model: everything it draws is bounded by this. {limit(figures)}".strip(),
+            "What an image is to the model: everything it draws is bounded by this. "
+            f"{limit(figures)}".strip(),
             [strip],
         )
 
@@ -282,8 +291,8 @@ class _Page:
             rows.append(("class of the nearest document, read as the image's", _interval(vote)))
         return Section(
             "Retrieval",
-            "The memory bank is the training documents; a query never retrieves itself, and held-out documents are not "
-            "in it.",
+            "The memory bank is the training documents; a query never retrieves itself, and "
+            "held-out documents are not in it.",
             [Table(("", ""), rows)],
         )
 
@@ -296,7 +305,8 @@ class _Page:
         lines = {key: value for key, value in provenance.items() if key != "config"}
         return Section(
             "To run it again",
-            "Everything below is in metrics.json too; config.yaml beside this file is the resolved experiment.",
+            "Everything below is in metrics.json too; config.yaml beside this file is the resolved "
+            "experiment.",
             [
                 Code(lines.pop("command")),
                 Folded("Seconds of each stage", [table]),
@@ -322,11 +332,13 @@ class _Page:
 
 
 FEW_CODES, LOW_PSNR = 0.1, 20.0
-"""Share of the codes in use, and PSNR in dB, below which the image tokenizer limits whatever is drawn."""
+"""Share of the codes in use, and PSNR in dB,
+below which the image tokenizer limits whatever is drawn."""
 
 
 def limit(figures: Entry) -> str:
-    """What the image tokenizer limits, in a sentence, by its figures on held-out images; empty if it is good enough."""
+    """What the image tokenizer limits, in a sentence, by its figures on held-out images;
+    empty if it is good enough."""
     use, psnr = figures["codebook_use"], figures["psnr_held_out"]
     found = []
     if use < FEW_CODES:

@@ -1,4 +1,5 @@
-"""The stage that measures what the image tokenizer's codes keep of held-out images, and its page."""
+"""The stage that measures what the image tokenizer's codes keep of held-out images,
+and its page."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ CURVES = {
 
 
 def make_reconstruction(run: RunFolder, folder: Path) -> None:
-    """Measures the reconstructions of the held-out images, if there are any, and draws some of them."""
+    """Measures the reconstructions of the held-out images, if there are any,
+    and draws some of them."""
     rows = run.corpus.rows("held_out")
     if not len(rows):
         write_json(folder / FIGURES, {})
@@ -79,8 +81,9 @@ def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
     return Report(
         title=f"Image tokenizer on {run.experiment.data.name}",
         subtitle=(
-            f"{tokenizer.image_size}x{tokenizer.image_size} pixels to {tokenizer.grid}x{tokenizer.grid} codes of "
-            f"{tokenizer.codebook_size}, judged on {figures['images']:,} held-out images."
+            f"{tokenizer.image_size}x{tokenizer.image_size} pixels to "
+            f"{tokenizer.grid}x{tokenizer.grid} codes of {tokenizer.codebook_size}, judged on "
+            f"{figures['images']:,} held-out images."
         ),
         facts=[
             _fact("PSNR", figures["psnr_db"], "{:.1f} dB"),
@@ -98,7 +101,8 @@ def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
         sections=[
             Section(
                 "Reconstructions",
-                "Held-out images, and what comes back from their codes: everything a model draws is bounded by this.",
+                "Held-out images, and what comes back from their codes: everything a model draws "
+                "is bounded by this.",
                 [Strip([("original", pictures[0]), ("from codes", pictures[1])])],
             ),
             *([Section("Training", "Figures of training batches.", drawn)] if drawn else []),

@@ -22,7 +22,8 @@ from cm3leon.training.trainer import train
 
 
 def make_retriever(run: RunFolder, folder: Path) -> None:
-    """Fits or trains the encoder on the training documents of the sample, unless it is frozen or taken over.
+    """Fits or trains the encoder on the training documents of the sample,
+    unless it is frozen or taken over.
 
     All ranks train it; the first keeps it.
     """

@@ -38,12 +38,14 @@ from cm3leon.types import TokenDocument, UserError
 
 @dataclass(frozen=True, eq=False)
 class RunFolder(TokenizedRun):
-    """Reads results of finished stages, each once. `folder / <stage name>` holds a stage's files."""
+    """Reads results of finished stages, each once.
+    `folder / <stage name>` holds a stage's files."""
 
     asked_model: Model | None = None
     """The decoder that is asked in place of the one that the run trained; None = that one."""
     corpus_fingerprint: str | None = None
-    """That of the source, if whoever opened the run has read it already; None = it is read where it is needed."""
+    """That of the source, if whoever opened the run has read it already;
+    None = it is read where it is needed."""
 
     @property
     def tracking(self) -> Tracking:
@@ -101,12 +103,14 @@ class RunFolder(TokenizedRun):
 
     @cached_property
     def bank(self) -> Bank:
-        """The memory bank: the training documents, or those of `shards.bank`, and what was added to them."""
+        """The memory bank: the training documents, or those of `shards.bank`,
+        and what was added to them."""
         return self.open_bank()
 
     @property
     def retrieves_pairs_only(self) -> bool:
-        """Whether the strategy always refuses documents without a text or an image, which no index holds then."""
+        """Whether the strategy always refuses documents without a text or an image,
+        which no index holds then."""
         return self.experiment.retriever.config.both_modalities
 
     @property
@@ -118,13 +122,13 @@ class RunFolder(TokenizedRun):
         """The memory bank, with or without the documents that were added to it.
 
         Raises:
-            UserError: for a bank without a finished index, or another run's without the single modalities that this
-                run retrieves.
+            UserError: for a bank without a finished index, or another run's without the single
+                modalities that this run retrieves.
         """
         if not self.has_bank:
             raise UserError(
-                f"{self.bank_folder} has no memory bank: its stage index is not finished; run its experiment again, "
-                "with until=index at least"
+                f"{self.bank_folder} has no memory bank: its stage index is not finished; run its "
+                "experiment again, with until=index at least"
             )
         bank = Bank(
             self.bank_stage("vectors", *SHARD_LISTS),
@@ -135,8 +139,9 @@ class RunFolder(TokenizedRun):
         )
         if bank.pairs_only and not self.retrieves_pairs_only:
             raise UserError(
-                f"shards.bank: the index of {self.bank_folder} holds only documents with text and image; "
-                "set retriever.both_modalities=true, or make that run's index again with false"
+                f"shards.bank: the index of {self.bank_folder} holds only documents with text and "
+                "image; set retriever.both_modalities=true, or make that run's index again with "
+                "false"
             )
         return bank
 

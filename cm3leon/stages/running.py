@@ -1,4 +1,5 @@
-"""Runs an experiment's stages in its folder: in one process, on several ranks, or one worker's share."""
+"""Runs an experiment's stages in its folder: in one process, on several ranks,
+or one worker's share."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ from cm3leon.training.distributed import Ranks, current_rank, joined
 from cm3leon.types import UserError
 
 CONFIG = "config.yaml"
-"""The settings that were last accepted; of what is finished, each stage's own record is the truth."""
+"""The settings that were last accepted; of what is finished,
+each stage's own record is the truth."""
 DIGESTS = "digests.json"
 """Checksums of what the run was made from, so that a second start need not read it again."""
 
@@ -49,13 +51,15 @@ def run_experiment(
     """Bring all stages of an experiment up to date in the run folder, and say where the report is.
 
     Args:
-        redo: stages that may be made anew although they are expensive, with all that depend on them.
-        accepted: called before anything is made, when nothing is refused; on several ranks, on the first.
+        redo: stages that may be made anew although they are expensive,
+            with all that depend on them.
+        accepted: called before anything is made, when nothing is refused; on several ranks, on the
+            first.
 
     Raises:
-        UserError: for a user's mistake that only a stage can see, such as a corpus without documents; for settings
-            that would make an expensive stage anew unasked; on several ranks, if the stages before pretraining are not
-            finished.
+        UserError: for a user's mistake that only a stage can see, such as a corpus without
+            documents; for settings that would make an expensive stage anew unasked; on several
+            ranks, if the stages before pretraining are not finished.
     """
     until, stages = until or experiment.until, stages_of(experiment)
     check_redo(stages, redo)
@@ -76,7 +80,8 @@ def run_experiment(
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
     def refuse_at_once() -> None:
-        """What would be refused of a later stage, said before an earlier one has been trained for hours."""
+        """What would be refused of a later stage,
+        said before an earlier one has been trained for hours."""
         if folder.is_dir():
             last = stages if until is None else stages[: number_of(stages, until, "until") + 1]
             with remembered(folder / DIGESTS):
@@ -92,7 +97,8 @@ def run_experiment(
         ) -> None:
             if begins:
                 refuse_at_once()
-            # Several processes share the parts of a larger corpus, and ranks are not to wait for them.
+            # Several processes share the parts of a larger corpus,
+            # and ranks are not to wait for them.
             if not (shared and is_shared_out(experiment)):
                 bring(RunFolder(experiment, folder, best_device()), last)
 
@@ -111,7 +117,8 @@ def run_experiment(
 def trained_together(
     experiment: Experiment, folder: Path, until: str | None, ranks: int
 ) -> list[str]:
-    """The stages up to `until` that several ranks train together; what they cannot share, the first trains alone."""
+    """The stages up to `until` that several ranks train together; what they cannot share,
+    the first trains alone."""
     run, stages = RunFolder(experiment, folder, torch.device("cpu")), stages_of(experiment)
     batches = {
         "image_tokenizer": experiment.image_tokenizer_training,
@@ -130,7 +137,8 @@ def trained_together(
 def check_before_stages(
     experiment: Experiment, folder: Path, *, until: str | None = None, found: Sequence[str] = ()
 ) -> None:
-    """`check_settings` for the stages of an experiment up to `until`, or to the experiment's own last one.
+    """`check_settings` for the stages of an experiment up to `until`,
+    or to the experiment's own last one.
 
     Raises:
         UserError: naming all mistakes, those in `found` too.
@@ -157,7 +165,8 @@ def _train_together(
     redo: Collection[str],
     bring: Callable[[RunFolder, str | None], dict[str, float]],
 ) -> None:
-    """Bring a stage that trains up to date, on all ranks; the first of them looks after the run folder."""
+    """Bring a stage that trains up to date, on all ranks;
+    the first of them looks after the run folder."""
     run = RunFolder(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
     number = number_of(stages, name, "until")
@@ -177,8 +186,9 @@ def _train_together(
         raise UserError(refusal)
     if missing:
         raise UserError(
-            f"stage {missing} is not finished in {folder} with these settings, and one process makes it: "
-            f"run the same command once without torchrun or srun, with until={before[-1].name}"
+            f"stage {missing} is not finished in {folder} with these settings, and one process "
+            "makes it: run the same command once without torchrun or srun, with "
+            f"until={before[-1].name}"
         )
     if ranks.first:
         bring(run, name)
@@ -192,7 +202,8 @@ def run_stage_part(
     """Make one worker's share of a stage's shards.
 
     Raises:
-        UserError: for an unknown stage, one that cannot be shared out, or one whose turn has not come.
+        UserError: for an unknown stage, one that cannot be shared out,
+            or one whose turn has not come.
     """
     run = RunFolder(experiment, folder, best_device())
     with remembered(folder / DIGESTS) if folder.is_dir() else nullcontext():

@@ -28,15 +28,18 @@ T = TypeVar("T")
 MakePart = Callable[[RunFolder, Path, Part], None]
 
 FEW_PARTS = 3
-"""Parts of a corpus that are not worth sharing out; a folder of up to a thousand images has three."""
+"""Parts of a corpus that are not worth sharing out;
+a folder of up to a thousand images has three."""
 BATCH = 256
 """Documents that are encoded together."""
 DECODED = "decoded"
-"""Folder of the stage tokens for its images, for the stages that read the same ones; it may be deleted."""
+"""Folder of the stage tokens for its images, for the stages that read the same ones;
+it may be deleted."""
 
 
 def is_shared_out(experiment: Experiment) -> bool:
-    """Whether the corpus has parts enough for workers to share; also one that cannot be read from here."""
+    """Whether the corpus has parts enough for workers to share;
+    also one that cannot be read from here."""
     try:
         return len(SOURCES.build(experiment.data).parts()) > FEW_PARTS
     except UserError:
@@ -79,7 +82,8 @@ def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
 def _work(
     experiment: Mapping[str, Any], run_folder: Path, folder: Path, make_part: MakePart, part: Part
 ) -> None:
-    """What a worker process does, with the settings of the process that started it, once its plugins are loaded."""
+    """What a worker process does, with the settings of the process that started it,
+    once its plugins are loaded."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     share_processors(part[1])
     try:
@@ -93,7 +97,8 @@ def _work(
 
 
 def with_progress(title: str, made: Iterable[tuple[int, bool]], count: int, part: Part) -> None:
-    """Goes through a worker's shards, showing how many of its share are there, with a rate and the time left."""
+    """Goes through a worker's shards, showing how many of its share are there,
+    with a rate and the time left."""
     share = len(range(part[0], count, part[1]))
     name = title if part[1] == 1 else f"{title} {part[0]}/{part[1]}"
     for _ in tqdm(made, total=share, desc=name, unit="shard", mininterval=2.0, dynamic_ncols=True):
@@ -108,7 +113,8 @@ def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
 
 
 def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[list[Document]]:
-    """The documents of token shard `number` with their text and first image at least, in its order, in batches.
+    """The documents of token shard `number` with their text and first image at least, in its order,
+    in batches.
 
     Images are those that were kept when the shard was made, or else they are decoded once more.
 
@@ -130,6 +136,6 @@ def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[l
         yield batch
     if found < len(wanted):
         raise UserError(
-            f"data: {parts[number]} has changed since its tokens were made, it no longer holds {wanted[found]}; "
-            f"delete {shard.path} and make it again"
+            f"data: {parts[number]} has changed since its tokens were made, it no longer holds "
+            f"{wanted[found]}; delete {shard.path} and make it again"
         )

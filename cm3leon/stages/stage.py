@@ -1,7 +1,7 @@
 """What a stage is, and the record that it leaves.
 
-Each stage writes into a folder of its name. `started.json` says from what it is being made, and `stage.json`, written
-last, from what it was made and what its files are:
+Each stage writes into a folder of its name. `started.json` says from what it is being made, and
+`stage.json`, written last, from what it was made and what its files are:
 
     {"fingerprint": "3f0c...", "version": 1,
      "needs": {"documents": "77ab..."},                  the stages it was made from, by their fingerprints
@@ -36,8 +36,9 @@ STARTED = "started.json"
 class Stage(Generic[R]):
     """One step of a run; it writes into the folder of its name and nowhere else.
 
-    `make(run, folder)` may find a part of its work there. `make_part(run, folder, part)` makes one worker's share of
-    the shards, where the stage can be shared out; what is missing of a shared stage is made again shard by shard.
+    `make(run, folder)` may find a part of its work there. `make_part(run, folder, part)` makes one
+    worker's share of the shards, where the stage can be shared out; what is missing of a shared
+    stage is made again shard by shard.
     """
 
     name: str
@@ -52,16 +53,20 @@ class Stage(Generic[R]):
     files: tuple[str, ...] = ()
     """Files of other stages that it depends on by what they hold, however they came to be."""
     settings: Callable[[R], Mapping[str, Any]] = lambda run: {}
-    """The sections of the experiment that it reads, whole, so that it can be opened later as it was made."""
+    """The sections of the experiment that it reads, whole,
+    so that it can be opened later as it was made."""
     results: tuple[str, ...] = ("*",)
-    """Patterns of the files that make up its result; `*` stands for any text, also across folders. Logs, events, pages
-    and checkpoints are none: whatever happens to them, the stage stays finished."""
+    """Patterns of the files that make up its result; `*` stands for any text, also across folders.
+    Logs, events, pages and checkpoints are none: whatever happens to them,
+    the stage stays finished."""
     scratch: tuple[str, ...] = ()
     """Folders in its own that only serve stages behind it: they go when the result is set aside."""
     expensive: bool = False
-    """Whether it trains, or takes hours on a large corpus: it is made anew only where `redo` asks for it."""
+    """Whether it trains, or takes hours on a large corpus:
+    it is made anew only where `redo` asks for it."""
     trains: Callable[[R], bool] = lambda run: False
-    """Whether these settings train it, so that without a checkpoint it can only be made again from the first step."""
+    """Whether these settings train it, so that without a checkpoint it can only be made again from
+    the first step."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class StageRecord:
 
     fingerprint: str
     version: int | None = None
-    """None in records of earlier versions of the code, which did not say from what a stage was made."""
+    """None in records of earlier versions of the code,
+    which did not say from what a stage was made."""
     needs: dict[str, str] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=dict)
     inputs: Any = None
@@ -115,7 +121,8 @@ def read_record(file: Path) -> StageRecord | None:
 
 
 def lies_inside(place: Path, name: str) -> bool:
-    """Whether a name of a record is that of a file in the folder, also where a folder in it is a link."""
+    """Whether a name of a record is that of a file in the folder,
+    also where a folder in it is a link."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         return False
@@ -131,7 +138,8 @@ def readable_record(file: Path) -> StageRecord | None:
 
 
 def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
-    """The place of a stage in the table. Raises UserError, naming the option `where`, for an unknown name."""
+    """The place of a stage in the table. Raises UserError, naming the option `where`,
+    for an unknown name."""
     names = [stage.name for stage in stages]
     if name not in names:
         raise UserError(

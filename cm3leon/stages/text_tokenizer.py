@@ -30,7 +30,8 @@ TRAINED_ON = "trained_on.json"
 
 
 def text_tokenizer_inputs(run: RunFolder) -> Any:
-    """What the tokenizer depends on besides the captions: a corpus of its own, or the file that is taken over."""
+    """What the tokenizer depends on besides the captions: a corpus of its own,
+    or the file that is taken over."""
     file = run.reused_digest(TEXT_TOKENIZER)
     inputs = {**run.depends_on("text_tokenizer"), "file": file, **run.layout_inputs()}
     if run.reused is not None or run.experiment.text_data is None:
@@ -45,7 +46,8 @@ def text_tokenizer_inputs(run: RunFolder) -> Any:
 
 
 def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
-    """Learns the merges on `text_data` or the training captions, or takes over another run's tokenizer.
+    """Learns the merges on `text_data` or the training captions,
+    or takes over another run's tokenizer.
 
     Raises:
         UserError: for a corpus without text.
@@ -66,8 +68,8 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
     check_lengths(run, tokenizer)
     tokenizer.save(folder)
     print(
-        f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} bytes of text in "
-        f"{sample.documents:,} documents ({sample.skipped:,} items skipped)"
+        f"      {tokenizer.pieces:,} of {config.vocab_size:,} pieces learned from {sample.bytes:,} "
+        f"bytes of text in {sample.documents:,} documents ({sample.skipped:,} items skipped)"
     )
     made = {
         "pieces": tokenizer.pieces,
@@ -105,10 +107,12 @@ class Sample:
 
 
 def _captions(run: RunFolder, sample: Sample) -> Iterator[str]:
-    """The captions of the training documents; where they are more than the sample, from all over the corpus."""
+    """The captions of the training documents; where they are more than the sample,
+    from all over the corpus."""
     corpus = run.corpus
     rows = corpus.rows("train")
-    # The order matters only where it is cut; one that no setting changes spares the stage a dependence on the seed.
+    # The order matters only where it is cut; one that no setting changes spares the stage a
+    # dependence on the seed.
     texts = (corpus.captions[row] for row in rows[np.random.default_rng(0).permutation(len(rows))])
     return sample.take(texts, run.experiment.text_tokenizer.sample_bytes)
 
@@ -116,8 +120,8 @@ def _captions(run: RunFolder, sample: Sample) -> Iterator[str]:
 def _corpus_texts(run: RunFolder, sample: Sample) -> Iterator[str]:
     """Training documents of `text_data`, from the front of every part, until the sample is full.
 
-    The parts come in an order drawn by the seed, each with an equal share of the bytes still wanted: what short parts
-    leave goes to those behind them.
+    The parts come in an order drawn by the seed, each with an equal share of the bytes still
+    wanted: what short parts leave goes to those behind them.
     """
     with _as_text_data():
         source = _text_source(run)
@@ -133,7 +137,8 @@ def _corpus_texts(run: RunFolder, sample: Sample) -> Iterator[str]:
     if not sample.bytes:
         reason = f", for example {sample.first_skipped}" if sample.skipped else ""
         raise UserError(
-            f"text_data: {len(parts)} parts hold no text to train on ({sample.skipped:,} items skipped{reason})"
+            f"text_data: {len(parts)} parts hold no text to train on ({sample.skipped:,} items "
+            f"skipped{reason})"
         )
 
 

@@ -1,4 +1,5 @@
-"""The half of a run that its model is trained on: the corpus, the tokenizers, and documents as ids."""
+"""The half of a run that its model is trained on: the corpus, the tokenizers,
+and documents as ids."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class TokenizedRun:
     joined: Ranks | None = None
     """The processes that train together; None = this one alone."""
     verify: bool = True
-    """Whether a file is compared with its recorded checksum before it is read, once in a process."""
+    """Whether a file is compared with its recorded checksum before it is read,
+    once in a process."""
     finished: bool = False
     """Whether the run was opened to be asked: stages that are not finished are refused then."""
 
@@ -61,7 +63,8 @@ class TokenizedRun:
         return self.joined or Ranks(self.device)
 
     def stage(self, name: str, *files: str) -> Path:
-        """The folder of a stage, whose files (all, if none is named) are compared with its record first.
+        """The folder of a stage, whose files (all,
+        if none is named) are compared with its record first.
 
         Raises:
             UserError: for a file that is missing or has changed, or a stage that is not finished.
@@ -103,7 +106,8 @@ class TokenizedRun:
         file = self.reused / name
         if not file.is_file():
             raise UserError(
-                f"shards.tokenizers: {self.reused} is no run with trained tokenizers, {file} is missing"
+                f"shards.tokenizers: {self.reused} is no run with trained tokenizers, {file} is "
+                "missing"
             )
         opened_stage(file.parent, file.name, verify=self.verify)
         return file
@@ -136,8 +140,8 @@ class TokenizedRun:
     def new_image_tokenizer(self) -> ImageTokenizer:
         """The image tokenizer before training; of a finished run, before its weights are read.
 
-        Published files that a run was made from may be gone: it opens without them, and so does one that takes its
-        tokenizers over.
+        Published files that a run was made from may be gone: it opens without them, and so does one
+        that takes its tokenizers over.
         """
         section = self.experiment.image_tokenizer
         if not IMAGE_TOKENIZERS.get(section.name).pretrained:
@@ -152,7 +156,8 @@ class TokenizedRun:
 
     @cached_property
     def image_tokenizer_shape(self) -> ImageTokenizer:
-        """The image tokenizer without memory for its weights: sizes are all that it can be asked for."""
+        """The image tokenizer without memory for its weights:
+        sizes are all that it can be asked for."""
         with torch.device("meta"):
             return self.new_image_tokenizer()
 
@@ -175,7 +180,8 @@ class TokenizedRun:
 
     @property
     def layout_file(self) -> Path | None:
-        """The layout that stands beside the text tokenizer: a finished run's own, or the one that is taken over.
+        """The layout that stands beside the text tokenizer: a finished run's own,
+        or the one that is taken over.
 
         None is the paper's, which every tokenizer that is trained here has.
         """
@@ -190,7 +196,8 @@ class TokenizedRun:
         return file if file.is_file() else None
 
     def layout_inputs(self) -> dict[str, str]:
-        """What changes with the layout, for the inputs of a stage; nothing where it is the paper's."""
+        """What changes with the layout, for the inputs of a stage;
+        nothing where it is the paper's."""
         return {"layout": sha256(self.layout_file)} if self.layout_file else {}
 
     def _layout_table(self) -> LayoutTable:
@@ -208,11 +215,13 @@ class TokenizedRun:
 
     @cached_property
     def grids(self) -> list[Grid]:
-        """Rows and columns that images are brought to: those of the layout as large as the square one, or it alone."""
+        """Rows and columns that images are brought to:
+        those of the layout as large as the square one, or it alone."""
         return self.vocab.layout.sizes_within(self.grid[0] * self.grid[1]) or [self.grid]
 
     def grid_for(self, height: int, width: int) -> Grid:
-        """The grid whose shape is nearest to that of an image of so many pixels; of equally near ones the largest."""
+        """The grid whose shape is nearest to that of an image of so many pixels;
+        of equally near ones the largest."""
 
         def distance(grid: Grid) -> tuple[float, int]:
             rows, columns = grid
@@ -227,7 +236,8 @@ class TokenizedRun:
         return fitted(pixels_HWC, rows * scale, columns * scale)
 
     def encoded(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, Grid]]:
-        """Codes (N,) and grid of each image, whose sides are those of some grid; images of one size in one batch."""
+        """Codes (N,) and grid of each image, whose sides are those of some grid;
+        images of one size in one batch."""
         scale = self.image_tokenizer.downsampling
         grids = [(image.shape[0] // scale, image.shape[1] // scale) for image in images]
         found: list[tuple[np.ndarray, Grid]] = [(np.empty(0, np.int64), grid) for grid in grids]
@@ -281,12 +291,13 @@ class TokenizedRun:
         ]
         if not len(self.corpus.rows(split)):
             raise UserError(
-                f"data: no document that was read is in the {split} split; raise shards.sample or split.{split}"
+                f"data: no document that was read is in the {split} split; raise shards.sample or "
+                f"split.{split}"
             )
         if not rows:
             raise UserError(
-                f"data: no {split} document that was read fits a block of model.seq_len={self.seq_len}; "
-                "raise it, or give more or shorter documents"
+                f"data: no {split} document that was read fits a block of "
+                f"model.seq_len={self.seq_len}; raise it, or give more or shorter documents"
             )
         return rows
 

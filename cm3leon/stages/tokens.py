@@ -46,17 +46,20 @@ def split_in(run: RunFolder, document: Document) -> Split:
 
 
 def squared_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
-    """The items of a part of the source, images brought to the size of the tokenizer as they are read."""
+    """The items of a part of the source, images brought to the size
+    of the tokenizer as they are read."""
     return iter(run.source.read_squared(part, size=run.image_tokenizer_shape.image_size))
 
 
 def fitted_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
-    """The items of a part as they are tokenised: in the shapes that the layout has, where it has more than one."""
+    """The items of a part as they are tokenised: in the shapes that the layout has,
+    where it has more than one."""
     return squared_items(run, part) if len(run.grids) == 1 else iter(run.source.read(part))
 
 
 class DocumentSample:
-    """About `shards.sample` documents, equally many from every part of the source, or one from each of as many parts.
+    """About `shards.sample` documents, equally many from every part of the source,
+    or one from each of as many parts.
 
     Parts with fewer are not made up for. Images have the size of the tokenizer.
     """
@@ -83,7 +86,8 @@ class DocumentSample:
 
 
 def sampled_parts(run: RunFolder) -> tuple[list[int], int]:
-    """Numbers of the source's parts that the sample is taken from, and how many documents from the front of each."""
+    """Numbers of the source's parts that the sample is taken from,
+    and how many documents from the front of each."""
     count, parts = run.shards.sample, len(run.source.parts())
     order = np.random.default_rng(run.experiment.seed).permutation(parts)[:count]
     return sorted(order.tolist()), -(-count // max(1, len(order)))
@@ -125,8 +129,9 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
     write_plan(folder, plan | ({"versions": versions} if versions else {}))
 
     size = run.image_tokenizer_shape.image_size
-    # Whoever has its neighbours already will not read the images again. If all parts are as long as this one, the
-    # first ones have the room, as many as fit; what is left of it is divided among the workers.
+    # Whoever has its neighbours already will not read the images again. If all parts are as long as
+    # this one, the first ones have the room, as many as fit; what is left of it is divided among
+    # the workers.
     found = (run.folder / "neighbours" / MARKER).is_file() or len(run.grids) > 1
     room = 0 if found else int(run.shards.decoded_gb * 1e9)
     own = max(0, room - _size_of(folder / DECODED)) // part[1]
@@ -167,7 +172,8 @@ def _size_of(folder: Path) -> int:
 
 
 def make_tokens(run: RunFolder, folder: Path) -> None:
-    """Makes the shards that no worker has made, the index of all, and the validation documents of the sample.
+    """Makes the shards that no worker has made, the index of all,
+    and the validation documents of the sample.
 
     Raises:
         UserError: if there is not one document to train on.
@@ -282,7 +288,8 @@ def tokens_inputs(run: RunFolder) -> dict[str, Any]:
     """What token shards depend on besides the tokenizers."""
     sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
     inputs = {**corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
-    # Named only where there are some, so that tokens of a corpus that has neither are what they were.
+    # Named only where there are some, so that tokens of a corpus
+    # that has neither are what they were.
     if run.experiment.augment.versions:
         inputs |= varied_inputs(run)
     if run.source.class_names:
@@ -292,8 +299,8 @@ def tokens_inputs(run: RunFolder) -> dict[str, Any]:
     return inputs | run.layout_inputs()
 
 
-# This and the stages of the bank depend on the tokenizers and the encoder themselves, not on how they came to be: a
-# terabyte of tokens stays when the retriever changes.
+# This and the stages of the bank depend on the tokenizers and the encoder themselves, not on how
+# they came to be: a terabyte of tokens stays when the retriever changes.
 STAGE = Stage(
     "tokens",
     version=4,

@@ -1,4 +1,5 @@
-"""Training samples: documents with the retrieved ones drawn for them, from the shards of one corpus or several."""
+"""Training samples: documents with the retrieved ones drawn for them,
+from the shards of one corpus or several."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from cm3leon.types import Sample, UserError
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """The endless stream of training samples, a `Draw`: at each position a document of one of the corpora."""
+    """The endless stream of training samples, a `Draw`:
+    at each position a document of one of the corpora."""
 
     corpora: Sequence[TrainingCorpus]
     at: Callable[[int], tuple[int, int]]
@@ -39,7 +41,8 @@ class TrainingSamples:
 
 
 def training_samples(run: RunFolder) -> TrainingSamples:
-    """The stream of training samples of an experiment: its own corpus, and those that are mixed in."""
+    """The stream of training samples of an experiment: its own corpus,
+    and those that are mixed in."""
     mix = run.shards.mix
     corpora = [TrainingCorpus(folder, run) for folder in (run.folder, *map(Path, mix))]
     counts = [len(corpus.tokens) for corpus in corpora]
@@ -61,8 +64,8 @@ def start_digest(run: RunFolder) -> str | None:
     """Changes with the weights that the training starts from; None where these are random.
 
     Raises:
-        UserError: for a folder without a finished pretraining, or whose tokenizers are others by now, or without a
-            checkpoint to go on from.
+        UserError: for a folder without a finished pretraining, or whose tokenizers are others by
+            now, or without a checkpoint to go on from.
     """
     config = run.experiment.training
     if config.start is None:
@@ -95,28 +98,31 @@ def _fingerprints(folder: Path) -> list[str]:
         return [read_stage(stage)["fingerprint"] for stage in stages]
     except (OSError, UserError) as error:
         raise UserError(
-            f"shards.mix: {folder} is no run with finished neighbours; make it with until=neighbours first"
+            f"shards.mix: {folder} is no run with finished neighbours; make it with "
+            "until=neighbours first"
         ) from error
 
 
 @dataclass(frozen=True)
 class TrainingCorpus:
-    """The training documents of a run's folder, with their neighbours and the documents of the bank these are in."""
+    """The training documents of a run's folder,
+    with their neighbours and the documents of the bank these are in."""
 
     folder: Path
     run: RunFolder
 
     @cached_property
     def tokens(self) -> TokenShards:
-        """The documents. Raises UserError if other tokenizers made them, or one is too long for a block."""
+        """The documents. Raises UserError if other tokenizers made them,
+        or one is too long for a block."""
         tokens = TokenShards(
             self._stage("tokens"), self.run.tokenizer_digests, self.run.vocab.layout
         )
         room = self.run.seq_len - 2
         if self.run.experiment.packing.query_is_whole and tokens.longest > room:
             raise UserError(
-                f"model.seq_len: {tokens.folder} has a document of {tokens.longest} tokens, a block holds {room}; "
-                "raise model.seq_len, or set packing.method=stream"
+                f"model.seq_len: {tokens.folder} has a document of {tokens.longest} tokens, a "
+                f"block holds {room}; raise model.seq_len, or set packing.method=stream"
             )
         return tokens
 
@@ -145,7 +151,8 @@ class TrainingCorpus:
         return self.neighbours.rows(row)
 
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """A document with retrieved documents drawn for it, and a version of each if they are varied."""
+        """A document with retrieved documents drawn for it,
+        and a version of each if they are varied."""
         config = self.run.experiment.retriever.config
         rows = self.neighbours.draw(
             row, most=config.max_documents, random_count=config.random_count, rng=rng

@@ -1,4 +1,5 @@
-"""Which code and which files of a run's folder a command believes, apart from `opening.py`, which needs torch."""
+"""Which code and which files of a run's folder a command believes, apart from `opening.py`,
+which needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ class Trust:
     """Options of every command that reads settings which somebody else may have written."""
 
     plugins: list[str] = field(default_factory=list)
-    """Plugins (.py files or package folders) to load; those that the run names are loaded if they are named here."""
+    """Plugins (.py files or package folders) to load;
+    those that the run names are loaded if they are named here."""
     trust: bool = False
     """Load all plugins that the run names; their code is run."""
 
@@ -25,4 +27,5 @@ class Opening(Trust):
     """Options of every command that opens a run."""
 
     verify: bool = True
-    """Compare each file with its recorded checksum before it is read; false saves the time for large files."""
+    """Compare each file with its recorded checksum before it is read;
+    false saves the time for large files."""

@@ -1,4 +1,5 @@
-"""What is looked at while the decoder trains: losses of validation documents, and images drawn for their captions."""
+"""What is looked at while the decoder trains: losses of validation documents,
+and images drawn for their captions."""
 
 from __future__ import annotations
 
@@ -36,10 +37,12 @@ SHOWN = 16
 def validation_loss(
     run: RunFolder, model: nn.Module, precision: TrainingPrecision
 ) -> dict[str, float]:
-    """Losses of the validation documents without retrieval, under the same corruption every time, in nats a token.
+    """Losses of the validation documents without retrieval, under the same corruption every time,
+    in nats a token.
 
-    `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of them too. The ranks
-    share the documents; those that have fewer compute some twice, as all have to compute equally often.
+    `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of
+    them too. The ranks share the documents; those that have fewer compute some twice,
+    as all have to compute equally often.
     """
     sources = validation_documents(run)
     batches = [
@@ -68,7 +71,8 @@ def validation_loss(
 
 
 def validation_documents(run: RunFolder) -> dict[str, list[tuple[int, TokenDocument]]]:
-    """Validation documents that fit into a block, each with its number: those of this run, and of runs mixed into it.
+    """Validation documents that fit into a block, each with its number: those of this run,
+    and of runs mixed into it.
 
     They are of any segments.
     """
@@ -109,7 +113,8 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
 
 
 class Drawing:
-    """Images for the captions of some validation documents, drawn now and then: without and with retrieved documents.
+    """Images for the captions of some validation documents, drawn now and then:
+    without and with retrieved documents.
 
     The ranks share the prompts.
 
@@ -144,10 +149,11 @@ class Drawing:
         return run.ranks.gather(found)[0]
 
     def write(self, model: Model, loggers: Loggers | None, step: int) -> None:
-        """Draws, and gives the images to the loggers, which the first rank has. All ranks have to call it.
+        """Draws, and gives the images to the loggers, which the first rank has.
+        All ranks have to call it.
 
-        `generated` has an image for each caption; in `generated_with_documents` those of the retrieved documents stand
-        before it.
+        `generated` has an image for each caption; in `generated_with_documents` those of the
+        retrieved documents stand before it.
         """
         run, retrieved = self._run, self._retrieved
         captions = [run.corpus.captions[row] for row in self._rows]
@@ -181,8 +187,9 @@ class Drawing:
         loggers.table(step, "prompts_with_documents", ["documents", "prompt"], rows)
 
     def _draw(self, model: Model, columns: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
-        """Codes of an image for each document, on the first rank: for all of them by a column of retrieved rows, then
-        by the next. They are drawn together: a step of many rows takes hardly longer than one of few."""
+        """Codes of an image for each document, on the first rank: for all of them by a column of
+        retrieved rows, then by the next. They are drawn together:
+        a step of many rows takes hardly longer than one of few."""
         run, ranks = self._run, self._run.ranks
         asked = [(place, found[place]) for found in columns for place in range(len(self._rows))]
         mine = asked[ranks.rank :: ranks.count]
@@ -217,7 +224,8 @@ class Drawing:
 def _in_rows(
     beside_NHWC: np.ndarray, counts: Sequence[int], most: int, images_BHWC: np.ndarray
 ) -> np.ndarray:
-    """Images with those of their retrieved documents before them, two white pixels apart, ending at the same place.
+    """Images with those of their retrieved documents before them, two white pixels apart,
+    ending at the same place.
 
     Args:
         beside_NHWC: images of documents, `counts` of them for each image.

@@ -20,7 +20,8 @@ from cm3leon.types import Document
 
 
 def make_vectors_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Encodes the documents of this worker's token shards, read once more from the source for their pixels."""
+    """Encodes the documents of this worker's token shards,
+    read once more from the source for their pixels."""
     parts = run.source.parts()
     write_plan(folder, run.encoder_header)
 

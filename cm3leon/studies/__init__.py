@@ -1,4 +1,5 @@
-"""Studies: experiments made of several runs, and of what is asked of their models; a sweep is a study of one run."""
+"""Studies: experiments made of several runs, and of what is asked of their models;
+a sweep is a study of one run."""
 
 from cm3leon.studies.config import Study
 from cm3leon.studies.load import load_study, load_sweep

@@ -11,13 +11,15 @@ from cm3leon.types import UserError
 
 
 def training_flops(folder: Path, step: int | None = None) -> float:
-    """Model FLOPs of a run's training up to a step (None = its end), with those of the run that it started from.
+    """Model FLOPs of a run's training up to a step (None = its end),
+    with those of the run that it started from.
 
-    The log has rates: FLOPs a token, which are the quotient of two of them, times the tokens of a step. Padding is
-    counted as tokens, which there is little of in packed blocks.
+    The log has rates: FLOPs a token, which are the quotient of two of them, times the tokens of a
+    step. Padding is counted as tokens, which there is little of in packed blocks.
 
     Raises:
-        UserError: for a run whose log has no FLOPs, such as that of a model which is not the core decoder.
+        UserError: for a run whose log has no FLOPs,
+            such as that of a model which is not the core decoder.
     """
     log = folder / "pretraining" / "log.jsonl"
     if not log.is_file():

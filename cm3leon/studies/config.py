@@ -36,7 +36,8 @@ Kind = Literal["study", "sweep"]
 
 @dataclass(kw_only=True)
 class StudyRun(SweepConfig):
-    """One run of a study, in the folder `{run}/NAME`; or one at each point of what it sweeps, in `{run}/NAME-VALUE`."""
+    """One run of a study, in the folder `{run}/NAME`; or one at each point of what it sweeps,
+    in `{run}/NAME-VALUE`."""
 
     experiment: str
     """Name of an experiment, or the path of its file, relative to the study's."""
@@ -57,7 +58,8 @@ class StudyEvaluation(EvaluationConfig):
     models: dict[str, Path]
     """Run folders with a finished pretraining, by the names that the result gives them."""
     against: Literal["sweep", "compute"] = "sweep"
-    """What it is drawn against: the first swept key, or the FLOPs that the model was trained with."""
+    """What it is drawn against: the first swept key,
+    or the FLOPs that the model was trained with."""
 
     def check(self) -> None:
         if not self.models:
@@ -78,7 +80,8 @@ class StudyConfig:
     about: str = ""
     """What is below it."""
     name: str | None = None
-    """What the report calls the study's file; null = as it was named when the study was first started."""
+    """What the report calls the study's file;
+    null = as it was named when the study was first started."""
     seeds: Annotated[int, Range(ge=1, le=MOST_RUNS)] = 1
     """Seeds that every run is made with; figures are then their mean, with their spread."""
     runs: dict[str, StudyRun] = field(default_factory=dict)
@@ -107,7 +110,8 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a study: the experiment of its entry, at one point of what is swept there, with one seed."""
+    """A run of a study: the experiment of its entry, at one point of what is swept there,
+    with one seed."""
 
     entry: str
     """Name of its entry in the study's `runs`; empty in a sweep, which has one."""
@@ -169,7 +173,8 @@ class Study:
         return replace(experiment, launcher=LAUNCHERS.check("here", "launcher"))
 
     def batches(self) -> list[list[str]]:
-        """The runs in parts: the points of an entry with one seed together, which may be made side by side."""
+        """The runs in parts: the points of an entry with one seed together,
+        which may be made side by side."""
         parts = groupby(self.runs, lambda name: (self.runs[name].entry, self.runs[name].copy))
         return [list(names) for _, names in parts]
 

@@ -1,4 +1,5 @@
-"""A study as jobs: its runs one after the other, points side by side behind what they share, then what is measured."""
+"""A study as jobs: its runs one after the other, points side by side behind what they share,
+then what is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ANSWERS, MEASURING, COLLECTING = "answers", "measuring", "collect"
 
 
 def study_jobs(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> list[Job]:
-    """The jobs of what a study has not yet: runs and points, then the answers as an array, then what is measured."""
+    """The jobs of what a study has not yet: runs and points, then the answers as an array,
+    then what is measured."""
     names, folder = list(study.runs), study.folder.absolute()
     wanted = names[: names.index(until) + 1] if until in names else names
     jobs: list[Job] = []
@@ -66,7 +68,8 @@ def point_jobs(
     redo: Collection[str] = (),
     before: str | None = None,
 ) -> list[Job]:
-    """What several of the missing points of an entry share, once, and behind it an array of the points.
+    """What several of the missing points of an entry share, once,
+    and behind it an array of the points.
 
     Args:
         batch: all points of one entry with one seed.
@@ -100,7 +103,7 @@ def point_jobs(
     return [*jobs, Job(f"{title}points", ordered, tries, tuple(after), always=before is None)]
 
 
-# ------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def _answer_jobs(study: Study, runs: Sequence[Job], until: str | None) -> list[Job]:
@@ -130,13 +133,15 @@ def _frozen_study(study: Study) -> Path:
 
 
 def _has_own_stages(study: Study, name: str) -> bool:
-    """Whether the first stage of a point was made in its own folder, not taken over from what points share."""
+    """Whether the first stage of a point was made in its own folder,
+    not taken over from what points share."""
     first = study.folder / name / stages_of(study.experiment(name))[0].name
     return first.is_dir() and not first.is_symlink()
 
 
 def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
-    """What a job is told of the plugins: whoever starts a study has named them, so its jobs may load them.
+    """What a job is told of the plugins: whoever starts a study has named them,
+    so its jobs may load them.
 
     Args:
         name: the run of the job; None for one that reads all of them.
@@ -149,7 +154,8 @@ def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
 
 
 def _shared_jobs(study: Study, group: Group, title: str, redo: Collection[str]) -> list[Job]:
-    """The jobs of the stages that points share; none where they are made, or the points end before."""
+    """The jobs of the stages that points share; none where they are made,
+    or the points end before."""
     experiment = study.experiment(group.points[0])
     folder = study.folder.absolute() / group.name
     stages = stages_of(experiment)

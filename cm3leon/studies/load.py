@@ -1,4 +1,5 @@
-"""Studies and sweeps are read from their files and the command line, and every run of them is checked."""
+"""Studies and sweeps are read from their files and the command line,
+and every run of them is checked."""
 
 from __future__ import annotations
 
@@ -55,9 +56,9 @@ def load_study(
 ) -> Study:
     """Finds a study, applies `key=value` words, and checks it with every experiment of its runs.
 
-    `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in that of each.
-    `{run}` in it stands for the folder. `trusted_plugins` are all that may be loaded, see `load_plugins`; None trusts
-    the file that is named.
+    `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in
+    that of each. `{run}` in it stands for the folder. `trusted_plugins` are all that may be loaded,
+    see `load_plugins`; None trusts the file that is named.
 
     Raises:
         UserError: for a mistake in its file, in the words, or in one of its experiments.
@@ -114,7 +115,8 @@ def load_sweep(
     until: str | None = None,
     trusted_plugins: Sequence[str] | None = None,
 ) -> Study:
-    """Finds an experiment that is swept, applies `key=value` words, and makes it a study of one run.
+    """Finds an experiment that is swept, applies `key=value` words,
+    and makes it a study of one run.
 
     Raises:
         UserError: for a mistake in its file, in the words, in the values, or at a point.
@@ -150,7 +152,7 @@ def load_sweep(
     return study
 
 
-# ------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def _planned(

@@ -20,7 +20,8 @@ from cm3leon.types import Again
 POINT_FILE = "point.yaml"
 """In the folder of a point: its experiment, which its job reads."""
 OUTCOME = "outcome.json"
-"""In the folder of a point whose run has ended: its `state`, the digest of the `config` it ran with, the `error`."""
+"""In the folder of a point whose run has ended: its `state`,
+the digest of the `config` it ran with, the `error`."""
 
 
 def prepare_point(experiment: Experiment, folder: Path) -> None:
@@ -35,10 +36,11 @@ def run_point(
     trusted_plugins: Sequence[str] | None,
     redo: Sequence[str] = (),
 ) -> None:
-    """Runs the experiment of a point in its folder, which has its `point.yaml`, and writes down how it ended.
+    """Runs the experiment of a point in its folder, which has its `point.yaml`,
+    and writes down how it ended.
 
-    Stages that are finished in `shared` stand in the folder as links; one that is another at this point is made there
-    in place of the link.
+    Stages that are finished in `shared` stand in the folder as links; one that is another at this
+    point is made there in place of the link.
     """
     rank = current_rank()
     first = rank is None or rank.number == 0
@@ -67,7 +69,8 @@ def run_point(
 
 
 def outcome_of(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """How the last run of a point ended; empty where none has, or it was one with other settings."""
+    """How the last run of a point ended; empty where none has,
+    or it was one with other settings."""
     file = folder / OUTCOME
     outcome = read_json(file, {"state": str, "error?": str}) if file.is_file() else {}
     digest = digest_of(dump_yaml(to_mapping(experiment)))

@@ -1,4 +1,5 @@
-"""Points of what is swept: every combination of the values of its keys, or some drawn at random, by their names."""
+"""Points of what is swept: every combination of the values of its keys, or some drawn at random,
+by their names."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class SweepConfig:
     """What is swept, as an experiment and the run of a study say it."""
 
     sweep: Annotated[dict[str, Any], Settings(Experiment, swept=True)] = field(default_factory=dict)
-    """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
-    `loguniform(1e-5,1e-3)`; there is a run at each combination."""
+    """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`,
+    `uniform(0,0.3)`, `loguniform(1e-5,1e-3)`; there is a run at each combination."""
     sweep_trials: PositiveInt | None = None
     """Points drawn at random; null = every combination of the values."""
     sweep_seed: NonNegativeInt = 0
@@ -47,12 +48,14 @@ class SweepConfig:
     sweep_retries: NonNegativeInt = 1
     """Times that a failed point is tried again."""
     sweep_best: str | None = None
-    """Column of the table whose best is marked, behind `lowest` or `highest`; null = lowest loss, if there is one."""
+    """Column of the table whose best is marked, behind `lowest` or `highest`; null = lowest loss,
+    if there is one."""
 
     def check(self) -> None:
         if self.sweep_best and not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
             raise UserError(
-                f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a column of the table"
+                f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a "
+                "column of the table"
             )
         for key in self.sweep:
             if key.partition(".")[0] in _FIXED:
@@ -66,7 +69,8 @@ class ExperimentSweep(SweepConfig):
     """What an experiment says of its sweep, beside the sections of an experiment."""
 
     sweep_of: str | None = None
-    """What the report calls the experiment; null = as it was named when the sweep was first started."""
+    """What the report calls the experiment;
+    null = as it was named when the sweep was first started."""
 
     def check(self) -> None:
         if not self.sweep:
@@ -81,7 +85,8 @@ Point = Mapping[str, Any]
 
 
 def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
-    """What each key takes, as `parse_values` says, every value typed as its key wants it among these sections.
+    """What each key takes, as `parse_values` says,
+    every value typed as its key wants it among these sections.
 
     Raises:
         UserError: for values that are not understood.
@@ -105,7 +110,8 @@ def named_points(
         name_of: names a point; None names it `learning_rate=0.001,seed=2`.
 
     Raises:
-        UserError: for values of which there are infinitely many, too many points, or two of one name.
+        UserError: for values of which there are infinitely many, too many points,
+            or two of one name.
     """
     points = list(_drawn(config, values) if config.sweep_trials else _grid(config, values))
     short = short_names(list(values))
@@ -114,7 +120,8 @@ def named_points(
         name = name_of(point) if name_of else point_name(point, short)
         if name in named:
             raise UserError(
-                f"sweep: two points are named {name}; the values of a key must differ in what they show"
+                f"sweep: two points are named {name}; the values of a key must differ in what they "
+                "show"
             )
         if len(name) > MAX_NAME:
             raise UserError(
@@ -132,7 +139,8 @@ def point_name(point: Point, short: Mapping[str, str]) -> str:
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """For each dotted key its last part, with those before it where others end alike.
 
-    `["training.steps", "retriever_training.steps", "seed"]` have `training.steps`, `retriever_training.steps`, `seed`.
+    `["training.steps", "retriever_training.steps", "seed"]` have `training.steps`,
+    `retriever_training.steps`, `seed`.
     """
     parts = {key: key.split(".") for key in keys}
     short = {}
@@ -152,14 +160,15 @@ def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Itera
     for key, of in values.items():
         if isinstance(of, Interval):
             raise UserError(
-                f"sweep.{key} is {config.sweep[key]}, a range to draw from; say how many points to draw "
-                "with sweep_trials=N"
+                f"sweep.{key} is {config.sweep[key]}, a range to draw from; say how many points to "
+                "draw with sweep_trials=N"
             )
         lists[key] = of.values
     count = math.prod(map(len, lists.values()))
     if count > MAX_POINTS:
         raise UserError(
-            f"sweep has {count:,} points; it must have at most {MAX_POINTS:,}, or sweep_trials=N of them"
+            f"sweep has {count:,} points; it must have at most {MAX_POINTS:,}, or sweep_trials=N "
+            "of them"
         )
     return combinations(lists)
 
@@ -177,7 +186,8 @@ def _drawn(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> list
         if len(different) == trials:
             return list(different.values())
     raise UserError(
-        f"sweep_trials is {trials}, but only {len(different)} different points were found; ask for fewer"
+        f"sweep_trials is {trials}, but only {len(different)} different points were found; ask for "
+        "fewer"
     )
 
 

@@ -1,4 +1,5 @@
-"""The page of a study: aims, its evaluations, its runs, and of what is swept the best point, curves and a table."""
+"""The page of a study: aims, its evaluations, its runs, and of what is swept the best point,
+curves and a table."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def _facts(entry: Entry) -> list[Fact]:
 
 
 def _points(entry: Entry, folder: Path) -> list[Section]:
-    """Curves of the points of an entry, and a row for each with its values, the figure that counts first."""
+    """Curves of the points of an entry, and a row for each with its values,
+    the figure that counts first."""
     of, results = f" of {entry.name}" if entry.name else "", entry.results
     curves = _curves(entry)
     leads: list[dict[str, Cell]] = [
@@ -105,7 +107,8 @@ def _points(entry: Entry, folder: Path) -> list[Section]:
 
 
 def _runs(study: Study, entries: Sequence[Entry]) -> list[Section]:
-    """The runs that sweep nothing: their experiments, what was changed in these, and their losses."""
+    """The runs that sweep nothing: their experiments, what was changed in these,
+    and their losses."""
     if not entries:
         return []
     results, leads = [], []
@@ -169,9 +172,11 @@ def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
 
 
 def _curves(entry: Entry) -> list[Curves]:
-    """The figure against each swept key that has numbers, a line for each combination of the others.
+    """The figure against each swept key that has numbers,
+    a line for each combination of the others.
 
-    Seeds are no line of their own: where there are several, the line is their mean, and a band from lowest to highest.
+    Seeds are no line of their own: where there are several, the line is their mean,
+    and a band from lowest to highest.
     """
     able = [result for result in entry.finished if result.has(entry.column)]
     keys = _numeric_keys(able)

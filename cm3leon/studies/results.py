@@ -1,4 +1,5 @@
-"""What the runs of a study came to: read from their folders, put into one table, the best of what is swept marked."""
+"""What the runs of a study came to: read from their folders, put into one table,
+the best of what is swept marked."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from cm3leon.types import UserError
 LOWEST = "lowest loss"
 """What a point is best by, if nothing else is said."""
 State = Literal["finished", "failed", "missing"]
-"""finished and failed as its run said; missing: it has not begun, still runs, or has ended without a word."""
+"""finished and failed as its run said; missing: it has not begun, still runs,
+or has ended without a word."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a study, with what each of its points came to over the seeds; one that sweeps nothing has one."""
+    """An entry of a study, with what each of its points came to over the seeds;
+    one that sweeps nothing has one."""
 
     name: str
     """Empty in a sweep."""
@@ -74,13 +77,15 @@ class Entry:
 
     @property
     def best(self) -> Result | None:
-        """The finished point that is best; None where none has that figure, and where nothing is swept."""
+        """The finished point that is best; None where none has that figure,
+        and where nothing is swept."""
         sign = 1 if self.wanted.startswith("lowest") else -1
         able = [result for result in self.finished if self.plan.sweep and result.has(self.column)]
         return min(able, key=lambda result: sign * result.figures[self.column], default=None)
 
     def check_best(self) -> None:
-        """Raises UserError where points are finished, and none of them has the column of `sweep_best`."""
+        """Raises UserError where points are finished,
+        and none of them has the column of `sweep_best`."""
         known = columns(self.finished)
         if self.plan.sweep_best and known and self.column not in known:
             raise UserError(
@@ -111,7 +116,8 @@ def entries_of(study: Study, results: Mapping[str, Result]) -> list[Entry]:
 
 
 def _over_seeds(results: Sequence[Result]) -> Result:
-    """The first seed's result with the mean and the spread of each figure; an unfinished one stands for all."""
+    """The first seed's result with the mean and the spread of each figure;
+    an unfinished one stands for all."""
     first = results[0]
     unfinished = next((each for each in results if each.state != "finished"), None)
     if unfinished or len(results) == 1:
@@ -137,8 +143,8 @@ def read_figures(folder: Path) -> dict[str, float]:
     """The figures of a run folder, of the stages that it has.
 
     `loss` and others of the validation documents after pretraining, `train.*` of its last record,
-    `reconstruction.*`, and from metrics.json `EVALUATION-VALUE-VALUE.METRIC` of each row of an evaluation, and
-    `seconds`.
+    `reconstruction.*`, and from metrics.json `EVALUATION-VALUE-VALUE.METRIC` of each row of an
+    evaluation, and `seconds`.
     """
     found: dict[str, float] = dict(_numbers(_json(folder / "pretraining" / "validation.json")))
     log = folder / "pretraining" / "log.jsonl"
@@ -148,7 +154,8 @@ def read_figures(folder: Path) -> dict[str, float]:
     metrics = _json(folder / "metrics.json")
     if "t2i_accuracy" in metrics:
         raise UserError(
-            f"{folder / 'metrics.json'} is of an earlier version; run the point again, which makes its evaluation anew"
+            f"{folder / 'metrics.json'} is of an earlier version; run the point again, which makes "
+            "its evaluation anew"
         )
     for name, rows in metrics.get("evaluations", {}).items():
         for row in rows:
@@ -182,7 +189,8 @@ def columns(results: Sequence[Result]) -> list[str]:
 
 
 def as_csv(results: Sequence[Result], best: Collection[Result | None]) -> str:
-    """The table: a line for each run, with its name, the swept keys, its state, whether it is best, its figures."""
+    """The table: a line for each run, with its name, the swept keys, its state, whether it is best,
+    its figures."""
     names, text = columns(results), io.StringIO()
     keys = dict.fromkeys(key for result in results for key in result.point)
     winners = [winner.name for winner in best if winner]

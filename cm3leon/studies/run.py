@@ -1,4 +1,5 @@
-"""A study is run: what is missing of its runs and answers is made, then measured, and one page shows it."""
+"""A study is run: what is missing of its runs and answers is made, then measured,
+and one page shows it."""
 
 from __future__ import annotations
 
@@ -49,13 +50,15 @@ Found = Mapping[str, tuple[list[dict[str, Any]], list[Sequence[Example]]]]
 
 
 def is_made_here(study: Study) -> bool:
-    """Whether this process makes the jobs of a study and waits: a sweep that is finished, or whose launcher waits."""
+    """Whether this process makes the jobs of a study and waits: a sweep that is finished,
+    or whose launcher waits."""
     detached = LAUNCHERS.get(study.config.launcher.name).detached
     return study.kind == "sweep" and not (detached and unfinished(study, list(study.runs)))
 
 
 def launch_study(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> int:
-    """Gives a study to its launcher, and says how to follow it. Returns an exit code, 0 where none is known yet.
+    """Gives a study to its launcher, and says how to follow it. Returns an exit code,
+    0 where none is known yet.
 
     Raises:
         UserError: as `run_study`, and for what the launcher can know to be impossible.
@@ -85,12 +88,13 @@ def run_study(
 
     Args:
         until: name of a run or evaluation after which it ends.
-        redo: stages of the runs that may be made anew although they are expensive, with all that depend on them.
+        redo: stages of the runs that may be made anew although they are expensive,
+            with all that depend on them.
         asked: (k, n): only share k of n of the answers is made, and nothing measured.
 
     Raises:
-        UserError: for an unknown `until` or `redo`, a folder that is no run's, whatever a run or an evaluation finds
-            wrong, and points that failed.
+        UserError: for an unknown `until` or `redo`, a folder that is no run's, whatever a run or an
+            evaluation finds wrong, and points that failed.
     """
     wanted = parts_until(study, until)
     check_study_redo(study, redo)
@@ -99,8 +103,8 @@ def run_study(
     if study.kind == "sweep":
         if rank:
             raise UserError(
-                "a sweep starts the processes of its points itself; run it once, with launcher=torchrun or "
-                "launcher=slurm"
+                "a sweep starts the processes of its points itself; run it once, with "
+                "launcher=torchrun or launcher=slurm"
             )
         refuse_twice(study.folder)
     make_folder(study.folder, "run")
@@ -119,7 +123,8 @@ def run_study(
 
 
 def write_results(study: Study, found: Found | None = None) -> None:
-    """Writes `results.json`, the table and the page of the runs as they stand, and prints the best and what is missing.
+    """Writes `results.json`, the table and the page of the runs as they stand,
+    and prints the best and what is missing.
 
     Args:
         found: what the evaluations came to; None where they were not made.
@@ -160,7 +165,8 @@ def write_results(study: Study, found: Found | None = None) -> None:
 
 
 def parts_until(study: Study, until: str | None) -> list[str]:
-    """The runs and evaluations of a study up to one of them. Raises UserError for an `until` that is none of them."""
+    """The runs and evaluations of a study up to one of them.
+    Raises UserError for an `until` that is none of them."""
     names = [*study.runs, *study.evaluations]
     if until is None:
         return names
@@ -179,7 +185,8 @@ def check_study_redo(study: Study, redo: Collection[str]) -> None:
     for name in redo:
         if name not in known:
             raise UserError(
-                f"redo is {name}, which is not a stage of a run of this {study.kind}; {choices(name, known)}"
+                f"redo is {name}, which is not a stage of a run of this {study.kind}; "
+                f"{choices(name, known)}"
             )
 
 
@@ -192,7 +199,7 @@ def rows_of_seeds(study: Study, name: str) -> list[list[Row]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def _make_runs(study: Study, wanted: Collection[str], redo: Collection[str]) -> None:
@@ -241,7 +248,8 @@ def _missing_points(study: Study, wanted: Sequence[str]) -> list[str]:
 
 
 def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | None) -> Found:
-    """What the evaluations came to; empty on all ranks but the first, and where only a share is answered."""
+    """What the evaluations came to; empty on all ranks but the first,
+    and where only a share is answered."""
     found = {}
     with joined(current_rank(), WAIT) as ranks:
         share = asked or (ranks.rank, ranks.count)
@@ -260,7 +268,8 @@ def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | Non
 def _measured(
     asking: Evaluation, name: str, evaluation: StudyEvaluation, of_seeds: Sequence[Sequence[Row]]
 ) -> tuple[list[dict[str, Any]], list[Sequence[Example]]]:
-    """The result of each row of an evaluation, and for each what is shown of it: the first seed's."""
+    """The result of each row of an evaluation, and for each what is shown of it:
+    the first seed's."""
     results: list[dict[str, Any]] = []
     pictures: list[Sequence[Example]] = []
     for of_row in of_seeds:
@@ -285,7 +294,8 @@ def _measured(
 
 
 def _validation(folder: Path) -> dict[str, float]:
-    """The losses of a run's validation documents after its training; empty for one that did not train."""
+    """The losses of a run's validation documents after its training;
+    empty for one that did not train."""
     file = folder / "pretraining" / "validation.json"
     return read_json(file, {str: (int, float)}) if file.is_file() else {}
 

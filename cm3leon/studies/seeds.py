@@ -1,4 +1,5 @@
-"""Several seeds of one study: each run is made once for every seed, and each figure says how it varies.
+"""Several seeds of one study: each run is made once for every seed,
+and each figure says how it varies.
 
 With `seeds: 3` a study that has the run `model` has the runs `model-seed_1` and `model-seed_2` too.
 Their experiments differ from the first one's in the seed alone, and where the first refers to a run
@@ -23,7 +24,8 @@ from cm3leon.evaluate import Row
 from cm3leon.evaluation.metrics import over_runs
 
 DRAWS = 2**20
-"""Distance between the first seeds of sampling of one seed and the next: more than items there are."""
+"""Distance between the first seeds of sampling of one seed and the next:
+more than items there are."""
 PARTS = ("metrics", "ceiling", "chance")
 """Groups of figures in the result of a row."""
 SHARES = ("all_documents", "truncated")
@@ -72,7 +74,8 @@ def row_of_seed(row: Row, names: Collection[str], folder: Path, seed: int) -> Ro
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One result of a row out of those of its seeds; what is no figure is that of the first seed."""
+    """One result of a row out of those of its seeds;
+    what is no figure is that of the first seed."""
     first = dict(results[0])
     if len(results) == 1:
         return first
@@ -93,7 +96,8 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of a figure over the seeds, with its interval over items and what it is over runs.
 
-    The interval over items (`low`, `high`) is the mean of those of the runs: how well one run is known.
+    The interval over items (`low`, `high`) is the mean of those of the runs:
+    how well one run is known.
     """
     values = [figure["value"] for figure in figures]
     return {

@@ -27,14 +27,16 @@ class Group:
     """Points that are made of the same tokenizers, tokens, vectors and neighbours."""
 
     name: str
-    """Of the folder of what they share: `shared`, with what they have in common and others have not."""
+    """Of the folder of what they share: `shared`, with what they have in common and others have
+    not."""
     points: tuple[str, ...]
     pretraining: bool
     """Whether they share their pretraining, too."""
 
 
 def groups_of(study: Study, names: Sequence[str]) -> list[Group]:
-    """The points of an entry by what their stages read: those whose inputs up to pretraining are equal share them."""
+    """The points of an entry by what their stages read:
+    those whose inputs up to pretraining are equal share them."""
     alike: dict[str, list[str]] = {}
     trained: dict[str, set[str]] = {}
     corpora: dict[str, str | None] = {}
@@ -75,7 +77,8 @@ def groups_of(study: Study, names: Sequence[str]) -> list[Group]:
 
 
 def _fingerprint(experiment: Experiment) -> str | None:
-    """That of the corpus; None where it cannot be told, which the stages that read it say themselves."""
+    """That of the corpus; None where it cannot be told,
+    which the stages that read it say themselves."""
     try:
         return SOURCES.build(experiment.data).fingerprint()
     except UserError:
@@ -83,7 +86,8 @@ def _fingerprint(experiment: Experiment) -> str | None:
 
 
 def _inputs(stage: Stage[RunFolder], run: RunFolder) -> str:
-    """What a stage depends on, as text; where that cannot be told, why, which its point will say."""
+    """What a stage depends on, as text; where that cannot be told, why,
+    which its point will say."""
     try:
         return json.dumps([stage.name, stage.inputs(run)], sort_keys=True)
     except UserError as error:

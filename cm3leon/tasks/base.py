@@ -25,7 +25,8 @@ class Task:
     guided: bool = False
     """Whether its prompts have an unconditional stream."""
     asked_again: bool = False
-    """Whether a prompt has many right answers, so that asking it again with another seed tells more."""
+    """Whether a prompt has many right answers,
+    so that asking it again with another seed tells more."""
 
     def __init__(self, config: Any, *, vocab: Vocab, grid: Grid) -> None:
         self.config = config
@@ -56,7 +57,8 @@ class Task:
         return TokenSegment("image", np.empty(0, np.int64), grid=self.grid)
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
-        """The prompt that asks for the task's answer to `query`, with retrieved documents before it."""
+        """The prompt that asks for the task's answer to `query`,
+        with retrieved documents before it."""
         raise NotImplementedError
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
@@ -64,7 +66,8 @@ class Task:
         raise NotImplementedError
 
     def shortened(self, query: TokenDocument) -> TokenDocument | None:
-        """The query with less of its context, for a prompt that is too long; None where all of it is needed."""
+        """The query with less of its context, for a prompt that is too long;
+        None where all of it is needed."""
         return None
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
@@ -82,10 +85,11 @@ def infilling_prompt(
     length: int,
     closed: tuple[int, ...] = (),
 ) -> Prompt:
-    """Asks for a span of the query's segment of that modality, by the form that the CM3 objective trains.
+    """Asks for a span of the query's segment of that modality,
+    by the form that the CM3 objective trains.
 
-    The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog" asks with
-    `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>` and ends in `<end_of_span>`.
+    The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog"
+    asks with `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>` and ends in `<end_of_span>`.
 
     Args:
         length: most tokens of the answer.
@@ -102,7 +106,8 @@ def infilling_prompt(
 def masked(
     document: TokenDocument, places: Collection[int], vocab: Vocab, *, first: int = 0
 ) -> TokenDocument:
-    """The document with a sentinel for each segment of those numbers, as training masks segments whole.
+    """The document with a sentinel for each segment of those numbers,
+    as training masks segments whole.
 
     Args:
         first: number of the first sentinel; the others count on from it.
@@ -112,8 +117,8 @@ def masked(
     """
     if first + len(places) > vocab.sentinels:
         raise UserError(
-            f"document {document.id}: {first} spans and {len(places)} masked segments need a sentinel "
-            f"each, the vocabulary has {vocab.sentinels}"
+            f"document {document.id}: {first} spans and {len(places)} masked segments need a "
+            f"sentinel each, the vocabulary has {vocab.sentinels}"
         )
     segments = list(document.segments)
     for number, place in enumerate(sorted(places), first):
@@ -130,9 +135,9 @@ def without_conditions(
     """What the unconditional stream sees of a query whose answer is of that modality.
 
     Every segment of the other modality is masked whole: the texts where codes are asked for, the
-    images where words are. Spans that are asked for keep their sentinels, `<mask:0>` and on, in both
-    streams; the masks take the numbers behind them. None where there is nothing to mask: no segment
-    of the other modality, or only empty ones.
+    images where words are. Spans that are asked for keep their sentinels, `<mask:0>` and on, in
+    both streams; the masks take the numbers behind them. None where there is nothing to mask: no
+    segment of the other modality, or only empty ones.
 
     Args:
         spans: spans that are asked for.
@@ -154,7 +159,8 @@ def required(document: TokenDocument, modality: Modality) -> TokenSegment:
 
 
 def with_segment(document: TokenDocument, modality: Modality, ids_T: np.ndarray) -> TokenDocument:
-    """The document with other ids in its first segment of that modality; a new text comes first, a new image last."""
+    """The document with other ids in its first segment of that modality; a new text comes first,
+    a new image last."""
     old = document.segment(modality)
     new = TokenSegment(modality, ids_T)
     if old is None:

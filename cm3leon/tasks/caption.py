@@ -15,7 +15,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment
 
 @TASKS.register("caption")
 class Caption(Task):
-    """`<eos> [documents] <mask:0> <break> image <eos> <mask:0>`, then text until `<end_of_span>`."""
+    """`<eos> [documents] <mask:0> <break> image <eos> <mask:0>`,
+    then text until `<end_of_span>`."""
 
     retrieves_by: Modality = "image"
     answers_in: Modality = "text"

@@ -18,8 +18,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument
 class Chat(Task):
     """`<s> question <break> image <end_of_span> <end of turn>`, then text until `</s>`.
 
-    The form is transformers' ChameleonProcessor's for chat. Where a layout has no token that ends a turn, the question
-    ends where a sample would.
+    The form is transformers' ChameleonProcessor's for chat. Where a layout has no token that ends a
+    turn, the question ends where a sample would.
     """
 
     retrieves_by: Modality = "image"

@@ -47,9 +47,11 @@ class Infilling(Task):
 
 @TASKS.register("infill")
 class Infill(Infilling):
-    """The caption and one half of the image are given, the other half's codes are asked for; what is given stays.
+    """The caption and one half of the image are given, the other half's codes are asked for;
+    what is given stays.
 
-    The unconditional stream has `<mask:1>` for the caption, `<mask:0>` being the half that is asked for.
+    The unconditional stream has `<mask:1>` for the caption,
+    `<mask:0>` being the half that is asked for.
     """
 
     guided = True

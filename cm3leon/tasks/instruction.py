@@ -20,9 +20,10 @@ from cm3leon.types import Modality, Prompt, Role, Sample, TokenDocument, UserErr
 class Instruction(Task):
     """Asks for a document's answer in text, or where it has none, for its last image.
 
-    In text: `<eos> Question: what color? Answer:<mask:0>. <break> I7 I2 <eos> <mask:0>`, then the answer until
-    `<end_of_span>`. An image: everything before it; the unconditional stream has masks for instruction and conditions,
-    and where there are conditions, a third one for the instruction alone.
+    In text: `<eos> Question: what color? Answer:<mask:0>. <break> I7 I2 <eos> <mask:0>`, then the
+    answer until `<end_of_span>`. An image: everything before it; the unconditional stream has masks
+    for instruction and conditions, and where there are conditions, a third one for the instruction
+    alone.
     """
 
     retrieves_by: Modality = "text"
@@ -80,7 +81,8 @@ class Instruction(Task):
 
 
 def answer_place(document: TokenDocument) -> int:
-    """Number of the segment that is asked for: the answer, or the last image. Raises UserError without either."""
+    """Number of the segment that is asked for: the answer, or the last image.
+    Raises UserError without either."""
     answers = [
         number for number, segment in enumerate(document.segments) if segment.role == "answer"
     ]
@@ -89,12 +91,14 @@ def answer_place(document: TokenDocument) -> int:
     last = len(document.segments) - 1
     if last < 0 or document.segments[last].modality != "image" or document.segments[last].role:
         raise UserError(
-            f"document {document.id} asks for nothing: it has no answer, and does not end in an image"
+            f"document {document.id} asks for nothing: it has no answer, and does not end in an "
+            "image"
         )
     return last
 
 
 def with_masks(document: TokenDocument, roles: Collection[Role], vocab: Vocab) -> TokenDocument:
-    """The document with a sentinel in the place of each segment of some roles, as training masks them."""
+    """The document with a sentinel in the place of each segment of some roles,
+    as training masks them."""
     places = [place for place, segment in enumerate(document.segments) if segment.role in roles]
     return masked(document, places, vocab)

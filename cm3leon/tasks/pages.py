@@ -1,6 +1,7 @@
 """Pages of several texts and images: an image by what stands before it, the text behind an image.
 
-The page "a farm" I2 I9 "its cow" I4 I7 asks for its second image, and for the text behind its first one, with
+The page "a farm" I2 I9 "its cow" I4 I7 asks for its second image,
+and for the text behind its first one, with
 
     <eos> a farm <break> I2 I9 <break> its cow <break>        then the image's codes
     <eos> a farm <break> I2 I9 <break>                        then text until <break> or <eos>
@@ -23,7 +24,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment,
 
 
 class PageTask(Task):
-    """Base of the tasks that ask for one segment of a page by what stands before it; what follows is not seen."""
+    """Base of the tasks that ask for one segment of a page by what stands before it;
+    what follows is not seen."""
 
     guided = True
 
@@ -37,7 +39,8 @@ class PageTask(Task):
     config: Config
 
     def answer_index(self, page: TokenDocument) -> int:
-        """Index of the segment that is asked for; the number of segments where it is to be added."""
+        """Index of the segment that is asked for;
+        the number of segments where it is to be added."""
         raise NotImplementedError
 
     def beginning(self, page: TokenDocument) -> TokenDocument:
@@ -73,7 +76,8 @@ class PageTask(Task):
         number = self.config.number or len(images) or 1
         if number > len(images):
             raise UserError(
-                f"document {page.id} has no image {number}, which this task is about: it has {len(images)}"
+                f"document {page.id} has no image {number}, which this task is about: it has "
+                f"{len(images)}"
             )
         return images[number - 1]
 
@@ -95,7 +99,8 @@ class PageTask(Task):
 
 @TASKS.register("page_image")
 class PageImage(PageTask):
-    """An image of a page by what stands before it; the unconditional stream has a mask for each text."""
+    """An image of a page by what stands before it;
+    the unconditional stream has a mask for each text."""
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"

@@ -34,14 +34,17 @@ def spans_prompt(
     """Asks for spans of a document by the form that the CM3 objective trains.
 
     `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the spans "red" and I2 I9 asks
-    `<eos> a <mask:0> dog <break> I7 <mask:1> I4 <eos> <mask:0>`; `infilling` is the grammar of the answer.
+    `<eos> a <mask:0> dog <break> I7 <mask:1> I4 <eos> <mask:0>`;
+    `infilling` is the grammar of the answer.
 
     Raises:
-        UserError: for no spans, more than there are sentinels, or spans that overlap or are not in order.
+        UserError: for no spans, more than there are sentinels,
+            or spans that overlap or are not in order.
     """
     if not 0 < len(spans) <= vocab.sentinels:
         raise UserError(
-            f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a sentinel"
+            f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a "
+            "sentinel"
         )
     laid_out = lay_out(Sample(query, tuple(retrieved)), vocab)
     own = [segment for segment in laid_out.segments if segment.is_query]
@@ -64,9 +67,9 @@ def unconditional_spans_prompt(
     """The unconditional stream of `spans_prompt`: the same spans, and a mask for what guides them.
 
     `<eos> a red dog <break> I7 <mask:0> I4 <eos> <mask:0>` asks for I2 I9 under the text; beside it
-    stands `<eos> <mask:1> <break> I7 <mask:0> I4 <eos> <mask:0>`. Words are asked for beside a masked
-    image alike. None where spans of both modalities are asked for: what is left of a segment that is
-    itself asked for is context of the answer, and there is nothing to guide by.
+    stands `<eos> <mask:1> <break> I7 <mask:0> I4 <eos> <mask:0>`. Words are asked for beside a
+    masked image alike. None where spans of both modalities are asked for: what is left of a segment
+    that is itself asked for is context of the answer, and there is nothing to guide by.
     """
     modalities = {query.segments[span.segment].modality for span in spans}
     if len(modalities) > 1:
@@ -138,8 +141,9 @@ def box_spans(
 def mask_codes(mask_HW: np.ndarray, grid: Grid) -> np.ndarray:
     """Which of an image's codes a mask of its pixels touches: boolean (rows, columns).
 
-    The tokenizer sees the middle of an image, cut into cells of its grid; a code is touched if a single pixel of its
-    cell is, be it cut by the cell's edge. Pixels outside of what is seen touch none.
+    The tokenizer sees the middle of an image, cut into cells of its grid; a code is touched if a
+    single pixel of its cell is, be it cut by the cell's edge. Pixels outside of what is seen touch
+    none.
     """
     height, width = mask_HW.shape
     across, down = _cells(width, height, grid)
@@ -151,7 +155,8 @@ def mask_codes(mask_HW: np.ndarray, grid: Grid) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The cells of one axis of an image, which lie around its middle and may begin between two pixels."""
+    """The cells of one axis of an image, which lie around its middle
+    and may begin between two pixels."""
 
     length: int
     """Pixels of the axis."""

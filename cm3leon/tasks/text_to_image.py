@@ -16,7 +16,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment
 
 @TASKS.register("text_to_image")
 class TextToImage(Task):
-    """`<eos> [documents] caption <break>`, then the image; the unconditional stream has `<mask:0>` for the caption."""
+    """`<eos> [documents] caption <break>`, then the image;
+    the unconditional stream has `<mask:0>` for the caption."""
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"
@@ -30,8 +31,8 @@ class TextToImage(Task):
         unconditional_documents: Literal["keep", "drop"] = "keep"
         """Whether the unconditional stream sees the retrieved documents."""
         unconditional_text: Literal["mask", "none"] | None = None
-        """What the unconditional stream has in the caption's place: a mask, as in the paper, or nothing at all;
-        null = what the layout says."""
+        """What the unconditional stream has in the caption's place: a mask, as in the paper, or
+        nothing at all; null = what the layout says."""
 
     config: Config
 

@@ -11,7 +11,8 @@ from cm3leon.training.distributed import local
 class WeightAverage:
     """Exponential moving average of a module's parameters; its buffers are not averaged.
 
-    The decay rises to `decay` as (1 + step) / (10 + step), so that a short run is not an average of its beginning.
+    The decay rises to `decay` as (1 + step) / (10 + step),
+    so that a short run is not an average of its beginning.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -26,7 +27,8 @@ class WeightAverage:
         """Takes in the weights after that many steps; nothing of a step that was bad.
 
         Args:
-            bad: 1 for such a step, else 0; a float32 scalar on the weights' device, which is not waited for.
+            bad: 1 for such a step, else 0; a float32 scalar on the weights' device,
+                which is not waited for.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
         share = (1 - decay) * (1 - bad)

@@ -1,7 +1,9 @@
-"""Training checkpoints: folders `step_00000123`, written whole or not at all, readable on any number of ranks.
+"""Training checkpoints: folders `step_00000123`, written whole or not at all,
+readable on any number of ranks.
 
-The tensors are written by torch.distributed.checkpoint, each rank its own shards, from a copy in memory while the
-training goes on. A folder gets its name when all files and their checksums are on the disk.
+The tensors are written by torch.distributed.checkpoint, each rank its own shards, from a copy in
+memory while the training goes on. A folder gets its name when all files and their checksums are on
+the disk.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ LAST_WAIT = 30.0
 """Seconds; longer than it takes to notice that another rank is lost."""
 
 FORMAT = 1
-"""Of the files in a checkpoint's folder; raised when an older version could not read them, or this one not its."""
+"""Of the files in a checkpoint's folder; raised when an older version could not read them,
+or this one not its."""
 STATE = "state.json"
 
 
@@ -87,10 +90,12 @@ class Checkpoints:
     def save(
         self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, wait: bool = False
     ) -> None:
-        """Starts to write `step_<state["step"]>`, once the one before is finished; to its end with `wait`.
+        """Starts to write `step_<state["step"]>`, once the one before is finished;
+        to its end with `wait`.
 
-        A checkpoint that fails is told about and leaves the older ones as they are. `tensors` may be nested by names;
-        they are copied before this returns. `state` must be JSON. All ranks have to call it.
+        A checkpoint that fails is told about and leaves the older ones as they are. `tensors` may
+        be nested by names; they are copied before this returns. `state` must be JSON. All ranks
+        have to call it.
         """
         self.finish()
         self._writing_to = final = checkpoint_of(self._folder, state["step"])
@@ -111,7 +116,8 @@ class Checkpoints:
             self.poll()
 
     def close(self) -> None:
-        """Gives the checkpoint that is being written some time, when the training ends by an error."""
+        """Gives the checkpoint that is being written some time,
+        when the training ends by an error."""
         if self._writing:
             self._writing.thread.join(LAST_WAIT)
 
@@ -121,18 +127,19 @@ class Checkpoints:
             error, self._writing = self._writing.error, None
             if error:
                 self._warn(
-                    f"{self._writing_to}: no checkpoint was written ({_reason(error)}); the older one is kept, and "
-                    "the training goes on and tries again"
+                    f"{self._writing_to}: no checkpoint was written ({_reason(error)}); the older "
+                    "one is kept, and the training goes on and tries again"
                 )
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files are as they were written; damaged ones are told about and passed over.
+        """The newest checkpoint whose files are as they were written;
+        damaged ones are told about and passed over.
 
         The ranks share the work of reading all files, and agree.
 
         Raises:
-            UserError: for one of a format that this version does not read, or that this user may not read: an older
-                one is no answer to that.
+            UserError: for one of a format that this version does not read, or that this user may
+                not read: an older one is no answer to that.
         """
         for path in reversed(numbered(self._folder)):
             check_folder_readable(path)
@@ -164,8 +171,8 @@ class Checkpoints:
     def prune(self, newest: int) -> None:
         """Deletes all but the newest checkpoints and those that are kept for good.
 
-        Those of later steps than `newest`, the one just written, were passed over when the training started: they are
-        not counted, and stay until the training has come as far.
+        Those of later steps than `newest`, the one just written, were passed over when the training
+        started: they are not counted, and stay until the training has come as far.
         """
         steps = {
             step: path for path in checkpoints(self._folder) if (step := step_of(path)) is not None
@@ -177,7 +184,8 @@ class Checkpoints:
 
 
 class _Writing:
-    """One checkpoint on its way to the disk: a thread waits for the shards, checks them in, and gives the name."""
+    """One checkpoint on its way to the disk: a thread waits for the shards, checks them in,
+    and gives the name."""
 
     def __init__(
         self,
@@ -236,7 +244,8 @@ class _Writing:
 
 
 def check_format(path: Path) -> None:
-    """Raises UserError for a checkpoint that another version of the code wrote in a way that this one does not read."""
+    """Raises UserError for a checkpoint that another version of the code wrote
+    in a way that this one does not read."""
     try:
         found = read_state(path).get("format", 1)
     except NotADirectoryError:
@@ -245,8 +254,8 @@ def check_format(path: Path) -> None:
         return  # damaged, which is for others to say
     if found != FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of format {found}, and this version reads format {FORMAT}; go on with the version "
-            f"that wrote it, or delete {path.parent} to begin anew"
+            f"{path} is a checkpoint of format {found}, and this version reads format {FORMAT}; go "
+            f"on with the version that wrote it, or delete {path.parent} to begin anew"
         )
 
 
@@ -256,7 +265,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_intact(path: Path, ranks: Ranks) -> None:
-    """Compare a checkpoint's files with their recorded checksums; the ranks share the work, and agree.
+    """Compare a checkpoint's files with their recorded checksums; the ranks share the work,
+    and agree.
 
     Raises:
         UserError: naming the first file that is missing or has changed.
@@ -264,8 +274,8 @@ def check_intact(path: Path, ranks: Ranks) -> None:
     for names in ranks.gather(_damaged(path, ranks)):
         for name in names:
             raise UserError(
-                f"{path / name} is missing or has changed since it was written; take another checkpoint, or put a "
-                "copy back"
+                f"{path / name} is missing or has changed since it was written; take another "
+                "checkpoint, or put a copy back"
             )
 
 
@@ -284,7 +294,8 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
 def load_weights_at(
     folder: Path, step: int, module: nn.Module, *, averaged: bool, verify: bool = True
 ) -> None:
-    """Reads the weights that a training in `folder` had at a step, if its checkpoint is still there.
+    """Reads the weights that a training in `folder` had at a step,
+    if its checkpoint is still there.
 
     Frozen weights of the module, which no checkpoint holds, stay as they are.
 
@@ -300,7 +311,8 @@ def load_weights_at(
     if path is None:
         kept = ", ".join(map(str, kept_steps)) or "none"
         raise UserError(
-            f"checkpoint is {step}, which {folder} does not have; it has {kept} (training.keep_every keeps more)"
+            f"checkpoint is {step}, which {folder} does not have; it has {kept} "
+            "(training.keep_every keeps more)"
         )
     alone = Ranks(torch.device("cpu"))
     if verify:
@@ -316,7 +328,8 @@ def load_weights_at(
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> dict[str, Any]:
-    """All tensors of a training by name: weights and buffers, the optimizer's moments, the average of the weights.
+    """All tensors of a training by name: weights and buffers, the optimizer's moments,
+    the average of the weights.
 
     Frozen weights are not among them: they are those that the training starts with every time.
     """
@@ -354,7 +367,8 @@ def load_weights(path: Path, module: nn.Module) -> None:
     """Reads what `save_weights` wrote.
 
     Raises:
-        UserError: for a file that is missing or damaged, or naming the keys or shapes that do not fit the module.
+        UserError: for a file that is missing or damaged,
+            or naming the keys or shapes that do not fit the module.
     """
     given = read_weights(path)
     check_fit(path, given, module.state_dict())
@@ -381,7 +395,8 @@ def _empty(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an error that says something; those of torch's checkpoints wrap the ranks' tracebacks."""
+    """The last line of an error that says something;
+    those of torch's checkpoints wrap the ranks' tracebacks."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         wrapped = next(iter(error.failures.values()))
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped

@@ -13,7 +13,8 @@ _LIMIT = "torch._dynamo hit config."
 
 @contextmanager
 def recompile_limits(report: Callable[[str], object]) -> Iterator[None]:
-    """Calls `report` with a sentence for every function that is not compiled any more, because it was too often.
+    """Calls `report` with a sentence for every function that is not compiled any more,
+    because it was too often.
 
     torch says so in its log alone, which scrolls by while the training becomes slower for good.
     """
@@ -35,6 +36,7 @@ class _Limits(logging.Handler):
             return
         limit, number, function, reason = map(str, record.args[:4])
         self._report(
-            f"torch.compile reached its limit of {number} ({limit}) at {function}; what it has not compiled so far "
-            f"runs without it from here on, slower; the last reason to compile again: {' '.join(reason.split())}"
+            f"torch.compile reached its limit of {number} ({limit}) at {function}; what it has not "
+            "compiled so far runs without it from here on, slower; the last reason to compile "
+            f"again: {' '.join(reason.split())}"
         )

@@ -1,4 +1,5 @@
-"""How a module is optimized: fields for every stage that trains, and those that only the decoder has."""
+"""How a module is optimized: fields for every stage that trains,
+and those that only the decoder has."""
 
 from __future__ import annotations
 
@@ -23,17 +24,19 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 HOW = NoEffect("how a step is computed; the sum is the same up to rounding")
 KEPT = NoEffect("what is kept and written down, and when")
 CARE = NoEffect("when a training in trouble is given up or written about")
-"""Fields so marked may change while a training goes on: how it is computed and looked after, not what it computes."""
+"""Fields so marked may change while a training goes on: how it is computed and looked after,
+not what it computes."""
 
 
 TOKENS_AT_ONCE = 2**17
-"""Tokens that a rank computes at a time where `micro_batch` does not say how many blocks: what they leave behind for
-the gradients has to lie in memory together."""
+"""Tokens that a rank computes at a time where `micro_batch` does not say how many blocks: what they
+leave behind for the gradients has to lie in memory together."""
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Optimization of one module. Unstated in the paper: AdamW's betas, weight decay and clipping are OPT's."""
+    """Optimization of one module. Unstated in the paper: AdamW's betas,
+    weight decay and clipping are OPT's."""
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
@@ -44,15 +47,16 @@ class TrainingConfig:
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up to the peak."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
-    """The rate after the warm-up: falls on a line, or on half a cosine, or stays at the peak and falls on a line in the
-    last `decay_share` of the steps (warm-up, stable, decay)."""
+    """The rate after the warm-up: falls on a line, or on half a cosine, or stays at the peak and
+    falls on a line in the last `decay_share` of the steps (warm-up, stable, decay)."""
     final_rate: Probability = 0.0
     """Learning rate after the last step, as a share of the peak."""
     decay_share: Probability = 0.2
     """Schedule wsd: share of the steps in which the rate falls."""
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed; one process only. muon
-    is for the decoder: Muon for the matrices of its layers, at AdamW's rate, and AdamW for all else."""
+    """adamw_8bit keeps both moments in 8 bits a number, by torchao, which has to be installed; one
+    process only. muon is for the decoder: Muon for the matrices of its layers, at AdamW's rate,
+    and AdamW for all else."""
     beta1: Probability = 0.9
     """AdamW's decay of the mean of gradients."""
     beta2: Probability = 0.95
@@ -60,14 +64,17 @@ class TrainingConfig:
     weight_decay: NonNegativeFloat = 0.1
     """AdamW's decoupled weight decay, for matrices only."""
     undecayed: list[str] = field(default_factory=list)
-    """Words in the names of parameters that do not decay either: [embedding, positions] spares both tables."""
+    """Words in the names of parameters that do not decay either: [embedding,
+    positions] spares both tables."""
     clip: PositiveFloat = 1.0
     """Largest norm of the gradient of all parameters together."""
     average_decay: Probability | None = None
-    """Decay of the moving average of the weights, which is the result then; None = the last weights are."""
+    """Decay of the moving average of the weights, which is the result then;
+    None = the last weights are."""
     precision: TrainingPrecision = "auto"
-    """Precision of matrix products: bf16, float32, float8 (the decoder's layers in float8, the rest in bf16, by torchao
-    on an H100 or newer), or auto = bf16 where the processor computes in it and the model is wide enough to gain."""
+    """Precision of matrix products: bf16, float32, float8 (the decoder's layers in float8, the rest
+    in bf16, by torchao on an H100 or newer), or auto = bf16 where the processor computes in it and
+    the model is wide enough to gain."""
     log_every: Annotated[PositiveInt, KEPT] = 20
     """Steps between two records of the figures."""
     checkpoint_every: Annotated[PositiveInt, KEPT] = 200
@@ -79,9 +86,11 @@ class TrainingConfig:
     callback_every: Annotated[PositiveInt, KEPT] = 500
     """Steps between two validations, with samples drawn for TensorBoard."""
     bad_steps: Annotated[PositiveInt, CARE] = 10
-    """Steps in a row that may be skipped, because their loss or gradient is not finite, before the run stops."""
+    """Steps in a row that may be skipped, because their loss or gradient is not finite,
+    before the run stops."""
     spike: Annotated[PositiveFloat, CARE] = 6.0
-    """Standard deviations above the mean of the last 100 losses from which a loss is written down as a spike."""
+    """Standard deviations above the mean of the last 100 losses
+    from which a loss is written down as a spike."""
 
     def check(self) -> None:
         refuse(self._mistakes())
@@ -100,10 +109,12 @@ class TrainingConfig:
             mistakes.append(
                 f"checkpoint_every {self.checkpoint_every} must divide keep_every {self.keep_every}"
             )
-        # A step subtracts this share of a weight from it: 1 leaves nothing of it, and more turns its sign.
+        # A step subtracts this share of a weight from it: 1 leaves nothing of it,
+        # and more turns its sign.
         if self.learning_rate * self.weight_decay >= 1:
             mistakes.append(
-                f"learning_rate {self.learning_rate:g} times weight_decay {self.weight_decay:g} must be below 1"
+                f"learning_rate {self.learning_rate:g} times weight_decay {self.weight_decay:g} "
+                "must be below 1"
             )
         if not isinstance(self, DecoderTrainingConfig):
             for name, value in (("optimizer", "muon"), ("precision", "float8")):
@@ -117,31 +128,37 @@ class DecoderTrainingConfig(TrainingConfig):
     """Optimization of the decoder, on any number of processes."""
 
     batch_tokens: PositiveInt | None = None
-    """Tokens of a step of all ranks together, a multiple of model.seq_len, in place of `batch_size`; None = that."""
+    """Tokens of a step of all ranks together, a multiple of model.seq_len,
+    in place of `batch_size`; None = that."""
     micro_batch: Annotated[PositiveInt, HOW] | None = None
-    """Blocks that a rank computes at a time, their gradients added up to the batch; None = its whole share, or as
-    many blocks of it as have 131,072 tokens."""
+    """Blocks that a rank computes at a time, their gradients added up to the batch; None = its
+    whole share, or as many blocks of it as have 131,072 tokens."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the mean squared log of the softmax's denominator, which keeps logits small (PaLM: 1e-4); 0 = off."""
+    """Weight of the mean squared log of the softmax's denominator, which keeps logits small (PaLM:
+    1e-4); 0 = off."""
     activation_checkpointing: Annotated[ActivationCheckpointing, HOW] = "none"
-    """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or all
-    inside a layer."""
+    """What the backward pass computes again to save memory: nothing, all but matrix products and
+    attention, or all inside a layer."""
     compile: Annotated[bool, HOW] = False
     """Whether torch.compile makes kernels of each layer."""
     replicas: Annotated[PositiveInt, HOW] | Literal["nodes"] = 1
-    """Copies of the model, over which batches are shared; each is sharded over ranks / replicas (hybrid sharding).
-    nodes = as many as there are nodes, so that weights travel inside a node, and only gradients between nodes."""
+    """Copies of the model, over which batches are shared; each is sharded over ranks / replicas
+    (hybrid sharding). nodes = as many as there are nodes, so that weights travel inside a node, and
+    only gradients between nodes."""
     timeout_seconds: Annotated[PositiveInt, CARE] = 600
     """Time after which a rank that waits for the others gives up, and ends the job."""
     lora_rank: NonNegativeInt = 0
-    """Rank of the small matrices that are trained in place of the layers' weights (LoRA); 0 trains all weights."""
+    """Rank of the small matrices that are trained in place of the layers' weights (LoRA);
+    0 trains all weights."""
     lora_alpha: PositiveFloat = 16.0
     """LoRA: what the small matrices compute is multiplied by this over the rank."""
     start: Path | None = None
-    """Run folder whose finished pretraining this training starts from; None starts from random weights."""
+    """Run folder whose finished pretraining this training starts from;
+    None starts from random weights."""
     start_with: Literal["weights", "everything"] = "weights"
-    """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where that training ended,
-    for another `steps` under this schedule, as the paper raised the learning rate again after an epoch."""
+    """weights: optimizer, data and steps start anew (fine-tuning). everything: they go on where
+    that training ended, for another `steps` under this schedule,
+    as the paper raised the learning rate again after an epoch."""
 
     def copies(self, nodes: int) -> int:
         """Copies of the model on so many nodes."""
@@ -152,12 +169,14 @@ class DecoderTrainingConfig(TrainingConfig):
         return min(share, self.micro_batch or max(1, TOKENS_AT_ONCE // seq_len))
 
     def blocks(self, seq_len: int) -> int:
-        """Blocks of a step of all ranks together. Raises UserError for tokens that are no whole blocks."""
+        """Blocks of a step of all ranks together.
+        Raises UserError for tokens that are no whole blocks."""
         if self.batch_tokens is None:
             return self.batch_size
         if self.batch_tokens % seq_len:
             raise UserError(
-                f"training.batch_tokens is {self.batch_tokens}; it must be a multiple of model.seq_len {seq_len}"
+                f"training.batch_tokens is {self.batch_tokens}; it must be a multiple of "
+                f"model.seq_len {seq_len}"
             )
         return self.batch_tokens // seq_len
 
@@ -167,7 +186,8 @@ class DecoderTrainingConfig(TrainingConfig):
             mistakes.append("start_with is everything, but start names no run folder")
         if self.lora_rank and (self.start is None or self.start_with == "everything"):
             mistakes.append(
-                "lora_rank adapts trained weights: set start to a run folder, and start_with=weights"
+                "lora_rank adapts trained weights: set start to a run folder, and "
+                "start_with=weights"
             )
         if self.lora_rank and self.precision == "float8":
             mistakes.append(
@@ -177,7 +197,8 @@ class DecoderTrainingConfig(TrainingConfig):
 
 
 def training_settings(config: TrainingConfig, seq_len: int = 0) -> dict[str, Any]:
-    """The fields that the trained weights depend on, without those that these settings leave unused.
+    """The fields that the trained weights depend on,
+    without those that these settings leave unused.
 
     Args:
         seq_len: tokens of a block, where batches may be given in tokens.

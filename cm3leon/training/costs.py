@@ -1,4 +1,5 @@
-"""What a training step computes, and what devices can: model FLOPs, and the peaks that they are a share of (MFU)."""
+"""What a training step computes, and what devices can: model FLOPs,
+and the peaks that they are a share of (MFU)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Gpu(NamedTuple):
     bandwidth: float
     """Bytes a second from its own memory."""
     link: float
-    """Bytes a second to the other GPUs of its node, one way: NVLink, or PCIe where a node has no switch for that."""
+    """Bytes a second to the other GPUs of its node, one way: NVLink, or PCIe where a node has no
+    switch for that."""
 
 
 GPUS = {
@@ -40,16 +42,18 @@ GPUS = {
     "rtx3090": Gpu("RTX 3090", 24e9, 71e12, 936e9, 32e9),
     "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12, 1008e9, 32e9),
 }
-"""By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device, the longer one holds."""
+"""By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device,
+the longer one holds."""
 
 
 def model_flops(model: Model, sample_BT: Tensor) -> float:
     """Forward and backward FLOPs of a batch, without anything computed twice.
 
-    6 for each matrix weight and token (2 forward, 4 backward; padding is not counted), and for attention 6 L A E times
-    the squared length of each sample, with A heads of queries of E numbers: its tokens attend to half of it on average.
-    Fewer heads of keys and values make smaller matrices, and no fewer of these products. PaLM's formula
-    (arXiv 2204.02311, appendix B) counts whole blocks, 12 L A E T a token, whatever is masked.
+    6 for each matrix weight and token (2 forward, 4 backward; padding is not counted), and for
+    attention 6 L A E times the squared length of each sample, with A heads of queries of E numbers:
+    its tokens attend to half of it on average. Fewer heads of keys and values make smaller
+    matrices, and no fewer of these products. PaLM's formula (arXiv 2204.02311, appendix B) counts
+    whole blocks, 12 L A E T a token, whatever is masked.
     """
     rows_B = torch.arange(len(sample_BT), device=sample_BT.device) * (int(sample_BT.max()) + 1)
     numbers_BT = torch.where(
@@ -62,7 +66,8 @@ def model_flops(model: Model, sample_BT: Tensor) -> float:
 
 
 def flops_per_token(model: Model) -> float:
-    """Forward and backward FLOPs of a token of a block that is one sample; shorter samples take less for attention."""
+    """Forward and backward FLOPs of a token of a block that is one sample;
+    shorter samples take less for attention."""
     return 6 * model.matrix_weights + 6 * _attention_width(model) * model.seq_len
 
 

@@ -13,7 +13,8 @@ def best_device() -> torch.device:
 
 
 def device_of_worker(number: int) -> torch.device:
-    """The device of worker `number`, from 0, of several on this machine: GPUs in turn, from now on its current one."""
+    """The device of worker `number`, from 0, of several on this machine: GPUs in turn,
+    from now on its current one."""
     device = best_device()
     if device.type == "cuda":
         device = torch.device("cuda", number % torch.cuda.device_count())
@@ -39,9 +40,11 @@ def device_named(name: str | torch.device | None) -> torch.device:
 
 
 def autocast(device: torch.device, precision: TrainingPrecision) -> torch.autocast:
-    """Context that runs matrix products in bf16 (weights stay float32), or does nothing for float32.
+    """Context that runs matrix products in bf16 (weights stay float32),
+    or does nothing for float32.
 
-    `auto` is bf16 where the processor computes in it: elsewhere it is emulated, and slower than float32.
+    `auto` is bf16 where the processor computes in it: elsewhere it is emulated,
+    and slower than float32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
 

@@ -1,4 +1,5 @@
-"""The processes of a training: found from torchrun's or SLURM's environment, joined, and asked for sums."""
+"""The processes of a training: found from torchrun's or SLURM's environment, joined,
+and asked for sums."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from cm3leon.types import Again, UserError
 
 @dataclass(frozen=True)
 class Rank:
-    """A process's number among the others, that on its node, and where the first of them listens."""
+    """A process's number among the others, that on its node,
+    and where the first of them listens."""
 
     number: int
     count: int
@@ -36,9 +38,11 @@ class Rank:
 
 
 def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
-    """This process's rank by the variables of torchrun, or of a SLURM step with several tasks; None alone.
+    """This process's rank by the variables of torchrun, or of a SLURM step with several tasks;
+    None alone.
 
-    A batch script or a shell of SLURM is one process, however many tasks its job has: only `srun` starts a step.
+    A batch script or a shell of SLURM is one process, however many tasks its job has:
+    only `srun` starts a step.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Rank(
@@ -71,7 +75,8 @@ def _first_host(nodes: str) -> str:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """A port that is the same in all tasks of a step, and another in other jobs on the same node."""
+    """A port that is the same in all tasks of a step,
+    and another in other jobs on the same node."""
     return (
         20_000
         + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_STEP_ID", 0)))
@@ -81,7 +86,8 @@ def _port(environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together; one alone by default. Methods but `tensor` and `mesh` wait for all ranks."""
+    """The processes that train together; one alone by default.
+    Methods but `tensor` and `mesh` wait for all ranks."""
 
     device: torch.device
     rank: int = 0
@@ -136,15 +142,18 @@ class Ranks:
         return len(set(self.gather(socket.gethostname())))
 
     def on_same_processors(self) -> int:
-        """Ranks that run where this one does, itself included: on its node, on processors of which it may use some.
+        """Ranks that run where this one does, itself included: on its node,
+        on processors of which it may use some.
 
-        torchrun leaves all processors of a node to each of its ranks, SLURM may give every task its own.
+        torchrun leaves all processors of a node to each of its ranks,
+        SLURM may give every task its own.
         """
         own = (socket.gethostname(), usable_processors())
         return sum(host == own[0] and bool(used & own[1]) for host, used in self.gather(own))
 
     def mesh(self, replicas: int) -> DeviceMesh | None:
-        """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a process group.
+        """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding;
+        None without a process group.
 
         Raises:
             UserError: for replicas that the ranks cannot be divided into.
@@ -172,13 +181,14 @@ def local(tensor: Tensor) -> Tensor:
 def joined(
     rank: Rank | None, timeout_seconds: int, *, before: Callable[[], None] | None = None
 ) -> Iterator[Ranks]:
-    """The ranks of this training, with a process group for as long as the context lasts where there are several.
+    """The ranks of this training, with a process group for as long
+    as the context lasts where there are several.
 
-    What is to be done `before` is done by the first of several ranks, without a process group, while the others wait.
-    Within the context, ranks on the same processors share them for decoding.
+    What is to be done `before` is done by the first of several ranks, without a process group,
+    while the others wait. Within the context, ranks on the same processors share them for decoding.
 
-    Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the timeout raises, and so
-    does one whose peer has died: the job ends, it does not hang.
+    Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the
+    timeout raises, and so does one whose peer has died: the job ends, it does not hang.
 
     Raises:
         UserError: if a rank has no GPU of its own on a machine with GPUs.
@@ -219,7 +229,8 @@ _times = itertools.count()
 
 @functools.cache
 def _store(rank: Rank) -> dist.Store:
-    """Where the ranks find each other; kept for as long as the process is there, since the first of them serves it."""
+    """Where the ranks find each other; kept for as long as the process is there,
+    since the first of them serves it."""
     url = (
         f"tcp://{rank.address}:{rank.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
     )
@@ -227,7 +238,8 @@ def _store(rank: Rank) -> dist.Store:
 
 
 def _first_alone(store: dist.Store, rank: Rank, action: Callable[[], None]) -> None:
-    """The first rank acts, and the others wait for a week at most; what stops it is raised on all of them."""
+    """The first rank acts, and the others wait for a week at most;
+    what stops it is raised on all of them."""
     kinds = {kind.__name__: kind for kind in (UserError, Again)}
     if rank.number == 0:
         try:

@@ -1,4 +1,5 @@
-"""What goes wrong in a long training: losses that jump, losses and gradients that are no numbers."""
+"""What goes wrong in a long training: losses that jump,
+losses and gradients that are no numbers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Training in float8: torchao computes the products of the decoder's layers in it, with a scale for each tensor.
+"""Training in float8: torchao computes the products of the decoder's layers in it,
+with a scale for each tensor.
 
-Weights stay in float32 and everything else is computed in bf16, as by `precision: bf16`; the embeddings and the head
-are left alone. The scales are found in every step (torchao's recipe `tensorwise`), so a training has no more state. It
-pays under `training.compile`, which makes one kernel of the scaling and what stands before it.
+Weights stay in float32 and everything else is computed in bf16, as by `precision: bf16`; the
+embeddings and the head are left alone. The scales are found in every step (torchao's recipe
+`tensorwise`), so a training has no more state. It pays under `training.compile`, which makes one
+kernel of the scaling and what stands before it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def to_float8(model: Model, *, emulate: bool = False) -> None:
     for each in linear:
         if each.in_features % MULTIPLE or each.out_features % MULTIPLE:
             raise UserError(
-                f"training.precision is float8, for which {each.in_features} x {each.out_features}, the size of a "
-                f"matrix of the layers, must be multiples of {MULTIPLE}; choose another model.width, or precision=bf16"
+                f"training.precision is float8, for which {each.in_features} x "
+                f"{each.out_features}, the size of a matrix of the layers, must be multiples of "
+                f"{MULTIPLE}; choose another model.width, or precision=bf16"
             )
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate))

@@ -1,4 +1,5 @@
-"""The index of a checkpoint's shards, which torch pickles, read without running what a pickle might hold."""
+"""The index of a checkpoint's shards, which torch pickles,
+read without running what a pickle might hold."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from cm3leon.training.meter import Record
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a training is logged beside the lines of JSON in its folder, and what is told of it there."""
+    """Where a training is logged beside the lines of JSON in its folder,
+    and what is told of it there."""
 
     loggers: Sequence[Component] = (Component("tensorboard", TensorBoard.Config()),)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -29,10 +30,12 @@ class Tracking:
 
 
 class TrainingLog:
-    """A training's loggers, its events and its progress bar; on all ranks but the first it does nothing.
+    """A training's loggers, its events and its progress bar;
+    on all ranks but the first it does nothing.
 
     Args:
-        step: where the training goes on; records and events after it are of a run that was killed, and are cut off.
+        step: where the training goes on; records and events after it are of a run that was killed,
+            and are cut off.
     """
 
     def __init__(

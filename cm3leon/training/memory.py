@@ -1,9 +1,10 @@
 """Memory of a training, by arithmetic: what each GPU holds at its fullest, part by part.
 
-What autograd keeps of a layer the model says (`layer_bytes`). Under FSDP weights are gathered in bf16, and what layers
-hand on is bf16 too; on a GPU their norms read a float32 copy of it. Three moments are looked at: the end of the forward
-pass, when all that is kept and the loss is computed; the beginning of the backward pass, when a layer is computed again
-and its gradients are on their way; and its end, when all gradients are there.
+What autograd keeps of a layer the model says (`layer_bytes`). Under FSDP weights are gathered in
+bf16, and what layers hand on is bf16 too; on a GPU their norms read a float32 copy of it. Three
+moments are looked at: the end of the forward pass, when all that is kept and the loss is computed;
+the beginning of the backward pass, when a layer is computed again and its gradients are on their
+way; and its end, when all gradients are there.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.types import UserError
 
 USABLE = 0.92
-"""Share of a GPU's memory that tensors can have; CUDA's context, libraries and fragmentation take the rest."""
+"""Share of a GPU's memory that tensors can have; CUDA's context,
+libraries and fragmentation take the rest."""
 IN_FLIGHT = 3
-"""Layers whose gathered weights are there at a time under FSDP: the one computed, the next one, and its buffer."""
+"""Layers whose gathered weights are there at a time under FSDP: the one computed, the next one,
+and its buffer."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Memory:
     optimizer: float
     """Moments, and the average of the weights where there is one."""
     copies: float
-    """Weights in bf16: autocast's on one GPU, gathered ones under FSDP, with the gradients that are on their way."""
+    """Weights in bf16: autocast's on one GPU, gathered ones under FSDP, with the gradients that are
+    on their way."""
     activations: float
     output: float
     """What the output layer and the loss hold beyond the weights."""
@@ -81,7 +85,8 @@ class Memory:
 
 
 def optimizer_bytes(training: DecoderTrainingConfig, in_layers: int, outside: int) -> float:
-    """Bytes of the moments of so many trained weights: Muon keeps one for those of the layers, where AdamW keeps two.
+    """Bytes of the moments of so many trained weights: Muon keeps one for those of the layers,
+    where AdamW keeps two.
 
     adamw_8bit keeps one byte of each, and a float32 scale for 256 of them.
     """
@@ -146,11 +151,13 @@ def training_memory(
 def _activations(
     model: Model, training: DecoderTrainingConfig, tokens: int, *, sharded: bool
 ) -> tuple[float, float, float]:
-    """Bytes kept of all layers until the backward pass, computed again of one layer, and of gradients in it."""
+    """Bytes kept of all layers until the backward pass, computed again of one layer,
+    and of gradients in it."""
     layer = model.layer_bytes(sharded=sharded, frozen=bool(training.lora_rank))
     if layer is None:
         raise UserError(
-            f"a {type(model).__name__} does not say what its layers hold in a training, so it cannot be planned for"
+            f"a {type(model).__name__} does not say what its layers hold in a training, so it "
+            "cannot be planned for"
         )
     choice = training.activation_checkpointing
     kept = getattr(layer, choice)
@@ -164,8 +171,9 @@ def _activations(
 
 
 def _output(model: Model, tokens: int, *, trained_head: bool, sharded: bool) -> float:
-    """A chunk's logits in bf16 and float32; the head in bf16, unless it was gathered so, its gradient and the chunk's
-    share of that; hidden states in float32 and bf16, and their gradient."""
+    """A chunk's logits in bf16 and float32; the head in bf16, unless it was gathered so, its
+    gradient and the chunk's share of that; hidden states in float32 and bf16,
+    and their gradient."""
     vocab_size, width = model.head.weight.shape
     rows, head = tokens_at_once(vocab_size), vocab_size * width
     copy = 0 if sharded else 2 * head

@@ -15,7 +15,8 @@ from torch import Tensor
 from cm3leon.training.distributed import Ranks
 
 Figure = Tensor | float | tuple[Tensor | float, Tensor | float]
-"""What is recorded of a micro-batch: a number, or (total, count), averaged over everything that is counted."""
+"""What is recorded of a micro-batch: a number, or (total, count),
+averaged over everything that is counted."""
 
 Record = dict[str, Any]
 
@@ -40,7 +41,8 @@ class Meter:
             self._values.setdefault(name, []).append(value)
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading; a figure is left out that is never finite, or never of anything.
+        """The means since the last reading; a figure is left out that is never finite,
+        or never of anything.
 
         The ranks have to have the same figures.
         """
@@ -59,13 +61,15 @@ class Meter:
         return result
 
     def state(self) -> MeterState:
-        """Sums and time since the last reading, for a meter of a later process; waits for the device."""
+        """Sums and time since the last reading, for a meter of a later process;
+        waits for the device."""
         totals = self._totals()
         self._values = {name: [pair] for name, pair in totals.items()}
         return {"seconds": time.perf_counter() - self._start, "sums": totals}
 
     def load(self, states: Sequence[MeterState]) -> None:
-        """Goes on from the states of all ranks, the same for all, on as many ranks or another number of them."""
+        """Goes on from the states of all ranks, the same for all,
+        on as many ranks or another number of them."""
         if not states:
             return
         self._start = time.perf_counter() - states[0]["seconds"]
@@ -91,7 +95,8 @@ class Meter:
         numbers = _read([number for _, pair in pairs for number in pair])
         totals = dict.fromkeys(self._values, (0.0, 0.0))
         for (name, _), total, count in zip(pairs, numbers[::2], numbers[1::2], strict=True):
-            # One after the other, so that a sum that goes on from a state is the same to the last bit.
+            # One after the other, so that a sum that goes on
+            # from a state is the same to the last bit.
             if math.isfinite(total):
                 before = totals[name]
                 totals[name] = before[0] + total, before[1] + count
@@ -115,7 +120,8 @@ def _read(values: Sequence[Tensor | float]) -> list[float]:
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """The most memory that tensors took on a GPU since the last call, in GB (1e9 bytes); nothing on a CPU."""
+    """The most memory that tensors took on a GPU since the last call, in GB (1e9 bytes);
+    nothing on a CPU."""
     if device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated(device)

@@ -1,8 +1,9 @@
 """Muon for the matrices of the layers, AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix that is nearest
-to a matrix's momentum. Its step is scaled as in Moonlight (arXiv 2502.16982, section 2.2): by 0.2 sqrt(max(rows,
-columns)), so that its entries are about as large as AdamW's, and both take one learning rate and one weight decay.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) steps along the orthogonal
+matrix that is nearest to a matrix's momentum. Its step is scaled as in Moonlight (arXiv 2502.16982,
+section 2.2): by 0.2 sqrt(max(rows, columns)), so that its entries are about as large as AdamW's,
+and both take one learning rate and one weight decay.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class ShardedMuon(torch.optim.Muon):
     """torch's Muon, also for the sharded matrices of FSDP2.
 
-    The nearest orthogonal matrix is a function of the whole matrix. So the ranks take turns: as many matrices as there
-    are ranks are gathered in bf16, in which they are orthogonalised anyway; each rank computes one, and all are sent
-    around. That is 4 bytes of traffic a weight and step, and no matrix is computed twice.
+    The nearest orthogonal matrix is a function of the whole matrix. So the ranks take turns: as
+    many matrices as there are ranks are gathered in bf16, in which they are orthogonalised anyway;
+    each rank computes one, and all are sent around. That is 4 bytes of traffic a weight and step,
+    and no matrix is computed twice.
     """
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from cm3leon.types import UserError
 def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of the parameters that are trained.
 
-    Matrices decay; vectors (biases, norms) and `undecayed` ones do not. Muon takes the matrices of a decoder's layers,
-    and AdamW its embeddings, positions, head and vectors.
+    Matrices decay; vectors (biases, norms) and `undecayed` ones do not. Muon takes the matrices of
+    a decoder's layers, and AdamW its embeddings, positions, head and vectors.
 
     Raises:
         UserError: for 8-bit moments without torchao.
@@ -41,7 +41,8 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            "training.optimizer is adamw_8bit, which needs the package torchao (pip install torchao)"
+            "training.optimizer is adamw_8bit, which needs the package torchao (pip install "
+            "torchao)"
         ) from error
     return AdamW8bit(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=betas
@@ -73,7 +74,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Gives a new optimizer its state tensors, to be loaded into: by a step of rate 0 that does not count."""
+    """Gives a new optimizer its state tensors, to be loaded into:
+    by a step of rate 0 that does not count."""
     rate = float(optimizer.param_groups[0]["lr"])
     for group in optimizer.param_groups:
         for parameter in group["params"]:

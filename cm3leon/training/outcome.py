@@ -1,10 +1,11 @@
-"""What a step comes to: one reduction over the ranks, on the device, whose result the host reads a step late.
+"""What a step comes to: one reduction over the ranks, on the device,
+whose result the host reads a step late.
 
     device   | step 1, reduction | step 2, reduction | step 3 ...
     host     launches 1, launches 2, reads 1, launches 3, reads 2 ...
 
-So the device never waits for the host to have looked at a loss. What depends on it is decided on the device: by how
-much gradients are clipped, and whether the step changes the weights.
+So the device never waits for the host to have looked at a loss. What depends on it is decided on
+the device: by how much gradients are clipped, and whether the step changes the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Sums:
     coming_weight: Tensor
     """Weight of the next step's batch."""
     numbers: Tensor
-    """Those that the host reads: ranks that were asked to stop, the loss, and squared norms of gradients."""
+    """Those that the host reads: ranks that were asked to stop, the loss, and squared norms of
+    gradients."""
 
     @property
     def norms(self) -> Tensor:
@@ -61,7 +63,8 @@ class Gradients:
         self._shares: list[list[Tensor]] = []
 
     def measured(self) -> Tensor:
-        """This rank's part of the squared norm of each clipped module, float64: the ranks' parts add up to it."""
+        """This rank's part of the squared norm of each clipped module, float64:
+        the ranks' parts add up to it."""
         found = [(name, weight) for name, weight in self._named if weight.grad is not None]
         self.names = [name for name, _ in found]
         shares = [local(weight.grad) for _, weight in found if weight.grad is not None]
@@ -80,7 +83,8 @@ class Gradients:
         return torch.stack(squares)
 
     def clip(self, norms: Tensor, most: float) -> None:
-        """Scales down, in place, the gradients of each clipped module whose norm is above `most`."""
+        """Scales down, in place, the gradients of each clipped module
+        whose norm is above `most`."""
         for shares, norm in zip(self._shares, norms, strict=True):
             if not shares:
                 continue
@@ -124,7 +128,8 @@ class Outcome:
         self._numbers = sums.numbers
         self._copied: torch.cuda.Event | None = None
         if sums.numbers.is_cuda:
-            # Read from the device itself, they would be waited for behind all that it was given since.
+            # Read from the device itself, they would be waited
+            # for behind all that it was given since.
             self._numbers = torch.empty_like(sums.numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(sums.numbers, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -171,6 +176,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def adds_to_gradients(module: nn.Module, more: bool) -> None:
-    """Says before a backward pass whether another one follows in the step: replicas add up gradients in the last."""
+    """Says before a backward pass whether another one follows in the step:
+    replicas add up gradients in the last."""
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(not more)

@@ -1,4 +1,5 @@
-"""A model over the ranks: FSDP2 on a device mesh, with recomputation and compilation of its layers."""
+"""A model over the ranks: FSDP2 on a device mesh,
+with recomputation and compilation of its layers."""
 
 from __future__ import annotations
 
@@ -42,21 +43,24 @@ def distributed(
 ) -> Model:
     """A model with its weights, sharded over the ranks; on one process without a group, as it is.
 
-    Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and gradients are kept in
-    float32; layers are gathered in bf16 where the precision is bf16, and gradients are summed in float32.
+    Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and
+    gradients are kept in float32; layers are gathered in bf16 where the precision is bf16, and
+    gradients are summed in float32.
 
     Raises:
-        UserError: for replicas that the ranks cannot be divided into, 8-bit moments on several ranks, or float8 on
-            devices that do not compute in it.
+        UserError: for replicas that the ranks cannot be divided into, 8-bit moments on several
+            ranks, or float8 on devices that do not compute in it.
 
     Args:
-        whole: makes the model with its first weights, on the CPU. It is called where these are not known from what
-            follows, and on the first rank only, which sends the others their shards, so that no other ever holds all
-            of it.
+        whole: makes the model with its first weights, on the CPU. It is called where these are not
+            known from what follows, and on the first rank only, which sends the others their
+            shards, so that no other ever holds all of it.
         shape: makes the model without looking at its weights.
-        random_state: of the generator from which `whole` draws, so that each rank may draw its own shards
-            (`models/initial.py`), those of adapters too; None for a model that begins otherwise.
-        weights: a safetensors file that has the first weights, which each rank reads its own shards of.
+        random_state: of the generator from which `whole` draws, so that each rank may draw its own
+            shards (`models/initial.py`), those of adapters too;
+            None for a model that begins otherwise.
+        weights: a safetensors file that has the first weights, which each rank reads its own shards
+            of.
     """
     if config.precision == "float8":
         check_device(ranks.device)
@@ -78,7 +82,8 @@ def distributed(
         return model
     if config.optimizer == "adamw_8bit":
         raise UserError(
-            "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one process, without torchrun"
+            "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one "
+            "process, without torchrun"
         )
     with torch.device("meta"):
         model = _adapted(model, config)
@@ -101,10 +106,11 @@ def distributed(
 
 
 def replicate(module: nn.Module, ranks: Ranks) -> None:
-    """Average the gradients of a module that every rank holds whole, by one all-reduce at the end of a backward pass.
+    """Average the gradients of a module that every rank holds whole,
+    by one all-reduce at the end of a backward pass.
 
-    For tokenizers and encoders, which are small beside what they compute. The weights have to be the same on all ranks,
-    and stay so.
+    For tokenizers and encoders, which are small beside what they compute. The weights have to be
+    the same on all ranks, and stay so.
     """
     if not ranks.joined:
         return
@@ -140,7 +146,8 @@ def _draws_itself(model: Model) -> bool:
 def _beginning(
     plain: Model, state: Tensor, weights: Path | None, ranks: Ranks
 ) -> Callable[[nn.Module], None]:
-    """What gives this rank's shards of a model their first weights, and those of adapters that it has by then."""
+    """What gives this rank's shards of a model their first weights,
+    and those of adapters that it has by then."""
     beginning, wanted = Beginning(plain, plain.firsts()), plain.state_dict()
 
     @torch.no_grad()
@@ -166,7 +173,8 @@ def _own_rows(weight: nn.Parameter) -> tuple[Tensor, int]:
 
 
 def _read(model: nn.Module, path: Path, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Reads this rank's rows of the weights in `wanted`. All ranks end with a fault that one of them finds."""
+    """Reads this rank's rows of the weights in `wanted`.
+    All ranks end with a fault that one of them finds."""
     parameters, fault = dict(model.named_parameters()), ""
     try:
         check_fit(path, shapes_of(path), wanted)
@@ -179,7 +187,8 @@ def _read(model: nn.Module, path: Path, wanted: Mapping[str, Tensor], ranks: Ran
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """All weights by name on the CPU, on the first rank; empty on the others. All ranks have to call it.
+    """All weights by name on the CPU, on the first rank; empty on the others.
+    All ranks have to call it.
 
     What adapters (LoRA) have learned is added into the weights.
     """
@@ -187,7 +196,8 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 
 def whole_state_and_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`whole_state`, and the tensors of the adapters (LoRA) alone; no tensors for a model without."""
+    """`whole_state`, and the tensors of the adapters (LoRA) alone;
+    no tensors for a model without."""
     if isinstance(model, FSDPModule):
         state: dict[str, Any] = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -204,7 +214,8 @@ def whole_state_and_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str,
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights of a sharded model, and its forward pass needs no other rank.
+    """Inside, every rank holds all weights of a sharded model,
+    and its forward pass needs no other rank.
 
     All ranks have to enter. Weights are in the precision of the forward pass: 14 GB for 7B in bf16.
     """

@@ -3,8 +3,8 @@
     batches thread   | batch 3 | batch 4 | waits ...      makes, counts, pins; two batches ahead at most
     training         | step 1      | step 2      |        takes them in order
 
-Each batch comes with the state that its stream had after it, so that a checkpoint says where the training is, not
-how far the thread has come.
+Each batch comes with the state that its stream had after it, so that a checkpoint says where the
+training is, not how far the thread has come.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Batches(Protocol):
 class BatchSplit:
     """How a batch of this rank is divided, and what its parts weigh; the default is one part.
 
-    The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it does not depend on
-    how many ranks and parts there are.
+    The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it
+    does not depend on how many ranks and parts there are.
     """
 
     parts: Callable[[Any], Sequence[Any]] = lambda batch: [batch]
@@ -71,7 +71,8 @@ class Prefetch:
 
     Args:
         count: batches that are made at most, so that none is made in vain.
-        device: what is made for a GPU lies in pinned memory, which is copied to it while both go on.
+        device: what is made for a GPU lies in pinned memory,
+            which is copied to it while both go on.
     """
 
     def __init__(

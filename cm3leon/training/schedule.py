@@ -8,10 +8,12 @@ from cm3leon.training.config import TrainingConfig
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up to the peak, then a fall to `final_rate` of it, that would be reached at step `steps`.
+    """Linear warm-up to the peak, then a fall to `final_rate` of it,
+    that would be reached at step `steps`.
 
-    linear: OPT's polynomial decay of power 1. cosine: half a period (Loshchilov and Hutter, arXiv 1608.03983). wsd: the
-    peak until the last `decay_share` of the steps, then linear (arXiv 2404.06395).
+    linear: OPT's polynomial decay of power 1. cosine: half a period (Loshchilov and Hutter, arXiv
+    1608.03983). wsd: the peak until the last `decay_share` of the steps, then linear (arXiv
+    2404.06395).
 
     >>> config = TrainingConfig(steps=6, warmup_steps=2, learning_rate=1.0)
     >>> [learning_rate(step, config) for step in range(6)]

@@ -1,7 +1,9 @@
-"""Signals that ask a run to stop: SIGTERM, and SIGUSR1 and SIGUSR2, which clusters send some time before a limit.
+"""Signals that ask a run to stop: SIGTERM, and SIGUSR1 and SIGUSR2,
+which clusters send some time before a limit.
 
-Whatever a run writes is written whole or not at all, so it may be stopped at any place and goes on later. Only inside a
-training a signal is noted instead, and answered between two micro-batches, once a checkpoint is written.
+Whatever a run writes is written whole or not at all, so it may be stopped at any place and goes on
+later. Only inside a training a signal is noted instead, and answered between two micro-batches,
+once a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """A context in which these signals raise Again, as Ctrl-C raises KeyboardInterrupt; in the main thread alone.
+    """A context in which these signals raise Again, as Ctrl-C raises KeyboardInterrupt;
+    in the main thread alone.
 
     Contexts may be nested: the innermost one has the signals.
 

@@ -1,8 +1,9 @@
-"""Names of checkpoints: which folders of a training count as one, asked in one place by whoever looks for them.
+"""Names of checkpoints: which folders of a training count as one,
+asked in one place by whoever looks for them.
 
-A checkpoint is called `step_` and digits, and is ordered by its number: `step_00000040` is what a training writes.
-Whatever else lies beside it (`step_best`, `step_00000040-hf`, `step_00000040 copy`) belongs to somebody else: it is
-never read, counted or deleted.
+A checkpoint is called `step_` and digits, and is ordered by its number: `step_00000040` is what a
+training writes. Whatever else lies beside it (`step_best`, `step_00000040-hf`,
+`step_00000040 copy`) belongs to somebody else: it is never read, counted or deleted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-"""Names and checksums of a checkpoint's files; written last, so that a folder without one is not complete."""
+"""Names and checksums of a checkpoint's files; written last,
+so that a folder without one is not complete."""
 
 _NAME = re.compile(r"step_([0-9]+)")
 
@@ -30,7 +32,8 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 def numbered(folder: Path) -> list[Path]:
     """Whatever in a training's folder is called as a checkpoint is, complete or not, by its number.
 
-    Where two names give one number (`step_40` beside `step_00000040`), the one that a training writes counts.
+    Where two names give one number (`step_40` beside `step_00000040`),
+    the one that a training writes counts.
     """
     found: dict[int, Path] = {}
     for path in folder.glob("step_*"):

@@ -1,11 +1,12 @@
 """What the ranks of a training send each other in a step, by arithmetic, and the time it takes.
 
-FSDP gathers each layer's weights for the forward and again for the backward pass, embeddings and head once, and
-scatters their gradients, in every micro-batch; replicas add up their shards of the gradients in the last one. Muon
-gathers each matrix of the layers for its step, and the rank that has computed the step sends it to all.
-Collectives are rings: of g ranks each sends (g - 1) / g of the bytes, twice for a sum, in as many hops. Where a ring
-goes over n nodes, n of its g hops are between nodes; NCCL makes as many rings as a node has network cards, so that
-these share the bytes. What one rank sends to all takes a ring's hops but the one that would lead back to it.
+FSDP gathers each layer's weights for the forward and again for the backward pass, embeddings and
+head once, and scatters their gradients, in every micro-batch; replicas add up their shards of the
+gradients in the last one. Muon gathers each matrix of the layers for its step, and the rank that
+has computed the step sends it to all. Collectives are rings: of g ranks each sends (g - 1) / g of
+the bytes, twice for a sum, in as many hops. Where a ring goes over n nodes, n of its g hops are
+between nodes; NCCL makes as many rings as a node has network cards, so that these share the bytes.
+What one rank sends to all takes a ring's hops but the one that would lead back to it.
 
     4 ranks on 2 nodes      0 -> 1 => 2 -> 3 => 0          -> inside a node, => between nodes
 """
@@ -21,8 +22,8 @@ from cm3leon.training.config import DecoderTrainingConfig
 from cm3leon.training.memory import lora_parameters, parameters
 
 LAUNCH, HOP_INSIDE, HOP_ACROSS = 8.4e-6, 3.4e-6, 14.0e-6
-"""Seconds that a collective takes to begin, and that a hop takes: NCCL's own table for rings in its protocol for large
-messages (src/graph/tuning.cc: Ring and Simple, NVLINK and NET)."""
+"""Seconds that a collective takes to begin, and that a hop takes: NCCL's own table for rings in its
+protocol for large messages (src/graph/tuning.cc: Ring and Simple, NVLINK and NET)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Collective:
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes that a rank sends a step, inside its node and across nodes, as a mean over the ranks."""
+        """Bytes that a rank sends a step, inside its node and across nodes,
+        as a mean over the ranks."""
         passes = 2 if self.kind == "sum" else 1
         sent = self.times * passes * self.size * (self.ranks - 1) / self.ranks
         between = self.nodes / self.ranks if self.nodes > 1 else 0.0
@@ -77,7 +79,8 @@ class Traffic:
     backward: list[Collective]
     """While gradients are computed: layers are gathered again, and gradients scattered."""
     sums: list[Collective]
-    """Of replicas, while gradients are computed; other links are at work than for what is scattered inside a node."""
+    """Of replicas, while gradients are computed; other links are at work than for what is scattered
+    inside a node."""
     last: list[Collective]
     """After the last gradient: of what is not in layers, and Muon's."""
 
@@ -134,7 +137,8 @@ def traffic(
     trained_layer = (adapters or count.blocks) / layers
     trained_root = 0 if adapters else count.root
 
-    # Ranks are numbered node by node; a copy's shards are neighbours, and replicas of a shard lie as far apart.
+    # Ranks are numbered node by node; a copy's shards are neighbours,
+    # and replicas of a shard lie as far apart.
     shard = Collective("gather", 0, shards, max(1, shards // a_node))
     replica = Collective("sum", 0, replicas, min(replicas, nodes))
 
@@ -171,13 +175,15 @@ def _needed(collectives: Iterable[Collective]) -> Iterable[Collective]:
 
 
 def exposed(made: Traffic, links: Links, compute_seconds: float) -> float:
-    """Seconds of a step's traffic that do not overlap with its computation, of which a third is the forward pass."""
+    """Seconds of a step's traffic that do not overlap with its computation,
+    of which a third is the forward pass."""
 
     def seconds(collectives: list[Collective]) -> float:
         return sum(each.seconds(links) for each in collectives)
 
     forward = max(0.0, seconds(made.forward) - compute_seconds / 3)
-    # What is scattered inside a node and added up across nodes takes different links; the slower one is waited for.
+    # What is scattered inside a node and added up across nodes takes different links;
+    # the slower one is waited for.
     backward = max(seconds(made.backward), seconds(made.sums)) - 2 * compute_seconds / 3
     return seconds(made.first) + forward + max(0.0, backward) + seconds(made.last)
 
@@ -212,9 +218,10 @@ def layout(
 def best(layouts: Sequence[Layout]) -> Layout | None:
     """The best layout of those that fit; None where none does.
 
-    Steps within 1 % of the shortest one count as equally short: this arithmetic cannot tell them apart. Of these it is
-    the one whose layers wait for the fewest bytes from other nodes, whose links are shared and often slower than they
-    should be; and of these the one that takes the least memory.
+    Steps within 1 % of the shortest one count as equally short: this arithmetic cannot tell them
+    apart. Of these it is the one whose layers wait for the fewest bytes from other nodes, whose
+    links are shared and often slower than they should be; and of these the one that takes the least
+    memory.
     """
     fitting = [each for each in layouts if each.fits]
     if not fitting:
@@ -225,7 +232,8 @@ def best(layouts: Sequence[Layout]) -> Layout | None:
 
 
 def possible_replicas(gpus: int, nodes: int) -> list[int]:
-    """Numbers of copies whose shards fill whole nodes, or equal parts of one; in ascending order."""
+    """Numbers of copies whose shards fill whole nodes, or equal parts of one;
+    in ascending order."""
     a_node = gpus // nodes
     found = []
     for replicas in range(1, gpus + 1):

@@ -1,4 +1,5 @@
-"""The training loop, the same for every stage that trains: image tokenizer, retriever, pretraining, fine-tuning."""
+"""The training loop, the same for every stage that trains: image tokenizer, retriever, pretraining,
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ from cm3leon.types import Again, NotFinite, UserError
 from cm3leon.weights import is_finite
 
 Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Figure]]]
-"""(module, micro-batch) -> mean loss and figures to record; those named `tokens`, `images`, `flops` give rates."""
+"""(module, micro-batch) -> mean loss and figures to record; those named `tokens`, `images`,
+`flops` give rates."""
 
 
 def train(
@@ -70,21 +72,25 @@ def train(
 ) -> list[Record]:
     """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
 
-    All randomness of a step is a function of (seed, step), so that a resumed run equals an uninterrupted one bit for
-    bit. Figures go to `log.jsonl` and the loggers, what went wrong to `events.jsonl`, in `folder`. A step whose loss or
-    gradient is not finite changes no weight.
+    All randomness of a step is a function of (seed, step), so that a resumed run equals an
+    uninterrupted one bit for bit. Figures go to `log.jsonl` and the loggers, what went wrong to
+    `events.jsonl`, in `folder`. A step whose loss or gradient is not finite changes no weight.
 
-    Nothing in a step waits for the device: batches are made in a thread, the ranks' one reduction is on the device,
-    and the host reads a step's loss after it has launched the next step. Several ranks learn there, too, that one of
-    them was asked to stop: they end the step in which it was, and the next one. One rank stops at its next micro-batch.
+    Nothing in a step waits for the device: batches are made in a thread, the ranks' one reduction
+    is on the device, and the host reads a step's loss after it has launched the next step. Several
+    ranks learn there, too, that one of them was asked to stop: they end the step in which it was,
+    and the next one. One rank stops at its next micro-batch.
 
     Args:
-        callback: called as (step, loggers) now and then, on all ranks; the loggers take images and tables, and are None
-            but on the first. Figures that it returns go to `validation.jsonl` and the loggers.
-        clipped: modules whose gradients are clipped by their own norms (networks with losses of their own); those of
-            the whole module are if there is none.
-        ranks: the processes that train together, each with its share of the batches; `module` is sharded already.
-        resume_from: folder of a finished training whose weights, optimizer, data and steps this one goes on from.
+        callback: called as (step, loggers) now and then, on all ranks; the loggers take images and
+            tables, and are None but on the first. Figures that it returns go
+            to `validation.jsonl` and the loggers.
+        clipped: modules whose gradients are clipped by their own norms (networks with losses of
+            their own); those of the whole module are if there is none.
+        ranks: the processes that train together, each with its share of the batches; `module` is
+            sharded already.
+        resume_from: folder of a finished training whose weights, optimizer, data and steps this one
+            goes on from.
         peak_flops: FLOP/s of the ranks' devices together, for the share of it that is used (MFU).
         tracking: the loggers; None = TensorBoard's files.
 
@@ -92,9 +98,9 @@ def train(
         the records of the whole run, on the first rank.
 
     Raises:
-        FloatingPointError: for a training that diverged: after too many skipped steps in a row, a last step that was
-            skipped, or weights after it with which no finite loss is computed. The last good checkpoint is left as it
-            is, and the same training goes on from there.
+        FloatingPointError: for a training that diverged: after too many skipped steps in a row, a
+            last step that was skipped, or weights after it with which no finite loss is computed.
+            The last good checkpoint is left as it is, and the same training goes on from there.
         Again: after SIGTERM, SIGUSR1 or SIGUSR2, once a checkpoint is written.
         UserError: for a checkpoint that does not fit.
     """
@@ -123,7 +129,8 @@ def train(
     outcome: Outcome | None = None  # of the last step, until it is read
 
     def settle() -> bool:
-        """Reads what the last step came to, and writes it down; whether a rank was asked to stop in it."""
+        """Reads what the last step came to, and writes it down;
+        whether a rank was asked to stop in it."""
         nonlocal outcome, skipped_in_a_row
         if outcome is None:
             return False
@@ -171,7 +178,8 @@ def train(
         )
 
     def validate() -> None:
-        """Calls the callback; alone, a signal stops it at once, and a checkpoint says that it is still to be made."""
+        """Calls the callback; alone, a signal stops it at once,
+        and a checkpoint says that it is still to be made."""
         assert callback is not None
         try:
             with (
@@ -297,7 +305,8 @@ def _resume(
     batches: Batches,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Restores the newest checkpoint of the folder, or of the training that is gone on from; what else was saved."""
+    """Restores the newest checkpoint of the folder, or of the training that is gone on from;
+    what else was saved."""
     saved.begin()
     path, state = saved.newest(), None
     if path:
@@ -306,7 +315,8 @@ def _resume(
         others = checkpoints(resume_from)
         if not others:
             raise UserError(
-                f"training.start: {resume_from} has no checkpoint to go on from; set start_with=weights"
+                f"training.start: {resume_from} has no checkpoint to go on from; set "
+                "start_with=weights"
             )
         path = others[-1]
         check_intact(path, ranks)
@@ -335,10 +345,12 @@ def _sound(
 ) -> bool:
     """Whether the weights are finite after the last step, and so is a loss with them.
 
-    Weights may be finite and still so large that nothing can be computed with them. Sharded ones are not tried here:
-    the decoder's validation does that. The forward pass of a training may change buffers, which are put back.
+    Weights may be finite and still so large that nothing can be computed with them. Sharded ones
+    are not tried here: the decoder's validation does that. The forward pass of a training may
+    change buffers, which are put back.
     """
-    # What is kept, that is: CLIP's mask of minus infinities is a buffer too, but no part of what is trained.
+    # What is kept, that is: CLIP's mask of minus infinities is a buffer too,
+    # but no part of what is trained.
     if not all(is_finite(local(tensor)) for tensor in module.state_dict().values()):
         return False
     if ranks.joined:
@@ -354,7 +366,8 @@ def _sound(
 
 
 def _with_mfu(record: Record, peak_flops: float | None) -> Record:
-    """The record with the share of the devices' peak that the model's FLOPs are, where both are known."""
+    """The record with the share of the devices' peak that the model's FLOPs are,
+    where both are known."""
     if peak_flops and "flops_per_second" in record:
         return {**record, "mfu": record["flops_per_second"] / peak_flops}
     return record

@@ -1,1 +1,2 @@
-"""Protocols: fixed prompts, what their answers are compared with, and the figures that come of it."""
+"""Protocols: fixed prompts, what their answers are compared with,
+and the figures that come of it."""

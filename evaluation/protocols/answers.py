@@ -27,7 +27,8 @@ from cm3leon.types import Document, UserError
 
 @PROTOCOLS.register("ranked_answers")
 class RankedAnswers(Protocol):
-    """Candidates ranked by their log-likelihoods, as VisDial's NDCG over its dense annotations is measured."""
+    """Candidates ranked by their log-likelihoods,
+    as VisDial's NDCG over its dense annotations is measured."""
 
     answers_in = "text"
     ranks = True
@@ -78,7 +79,8 @@ class RankedAnswers(Protocol):
 
 @PROTOCOLS.register("answers")
 class Answers(Protocol):
-    """Answers in text, each image or question of a source once, by the rule that its data set is measured by."""
+    """Answers in text, each image or question of a source once,
+    by the rule that its data set is measured by."""
 
     answers_in = "text"
     has_truth = False
@@ -95,8 +97,8 @@ class Answers(Protocol):
         data: Annotated[Component, SOURCES]
         """A source of instructions in its evaluation split."""
         measure: Literal["vqa", "options", "captions"]
-        """vqa: the official accuracy over ten answers. options: the one that an answer names (ScienceQA). captions:
-        CIDEr and others against all captions of an image."""
+        """vqa: the official accuracy over ten answers. options: the one that an answer names
+        (ScienceQA). captions: CIDEr and others against all captions of an image."""
         count: PositiveInt | None = None
         """Items, the first ones; null = all."""
         missing: Probability = 0.01

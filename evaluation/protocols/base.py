@@ -16,21 +16,25 @@ from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
 
 MAX_TOKENS = {"caption": 64, "vqa": 32, "paragraph": 256, "narrative": 256, "reasoning": 384}
-"""Tokens of an answer in text at most, by task: what nearly all answers of its data sets take, at 1.3 tokens a word.
+"""Tokens of an answer in text at most, by task: what nearly all answers of its data sets take,
+at 1.3 tokens a word.
 
 - caption: COCO's sentences have 10 words on average, Flickr30k's 12, hardly one has 45.
-- vqa: 99 % of VQA's answers have at most three words; VizWiz's are as short, 32 tokens hold the text of a label, too.
-- paragraph: those of Image Paragraph have 68 words with a standard deviation of 26 (Krause et al. 2017, table 1); mean
-  and four deviations are 172 words, 224 tokens.
+- vqa: 99 % of VQA's answers have at most three words; VizWiz's are as short,
+  32 tokens hold the text of a label, too.
+- paragraph: those of Image Paragraph have 68 words with a standard deviation of 26 (Krause et al.
+  2017, table 1); mean and four deviations are 172 words, 224 tokens.
 - narrative: 37 words on average (Pont-Tuset et al. 2020), with a longer tail than captions have.
-- reasoning: ScienceQA's answer is behind an explanation, of 48 words on average, or where that is missing behind a
-  lecture, of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words, more than twice a lecture.
+- reasoning: ScienceQA's answer is behind an explanation, of 48 words on average, or where that is
+  missing behind a lecture, of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words,
+  more than twice a lecture.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One prompt: the registered task that asks for an answer, and the document with the true one."""
+    """One prompt: the registered task that asks for an answer,
+    and the document with the true one."""
 
     id: str
     task: str
@@ -45,7 +49,8 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score, or scores of the candidates."""
+    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score,
+    or scores of the candidates."""
 
     text: str = ""
     image_HWC: np.ndarray | None = None
@@ -58,12 +63,14 @@ class Answer:
     codes_N: np.ndarray | None = None
     """Codes of an image."""
     retrieved: Sequence[np.ndarray] = ()
-    """Codes of the images that were retrieved for its prompt, for a protocol of a run's own corpus."""
+    """Codes of the images that were retrieved for its prompt,
+    for a protocol of a run's own corpus."""
     features_D: np.ndarray | None = None
-    """Features of an image, for a protocol that is `scored_by` them; the image itself may be missing then."""
+    """Features of an image, for a protocol that is `scored_by` them;
+    the image itself may be missing then."""
     given_kept: bool | None = None
-    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own corpus; None where
-    no model has answered: of true answers, and of those to other items."""
+    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own
+    corpus; None where no model has answered: of true answers, and of those to other items."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,28 +91,33 @@ def clip_score(answers: Sequence[Answer]) -> dict[str, Measured]:
 
 
 class Protocol(ABC):
-    """Registered in `PROTOCOLS`, built as `cls(config)`; the same config gives the same items everywhere."""
+    """Registered in `PROTOCOLS`, built as `cls(config)`;
+    the same config gives the same items everywhere."""
 
     answers_in: Modality
     """The modality of the answers."""
     ranks: bool = False
     """Whether the items' `options` are scored, instead of an answer being made; in text only."""
     has_truth: bool = True
-    """Whether one right answer to an item is known, so that ceiling and chance can be measured by it."""
+    """Whether one right answer to an item is known,
+    so that ceiling and chance can be measured by it."""
     max_tokens: int = 64
     """Tokens of an answer in text, at most, unless the setting says otherwise; see `MAX_TOKENS`."""
     lowest_is_best: ClassVar[Collection[str]] = ()
     """Figures of which the lowest is the best, such as distances."""
     scored_by: str = ""
-    """What features images are scored by, changing with whatever changes them; empty = by the images themselves."""
+    """What features images are scored by, changing with whatever changes them;
+    empty = by the images themselves."""
     device: torch.device = torch.device("cpu")
     """What features are computed on."""
     folder: Path | None = None
     """Where it may keep what is the same for all models that are asked; None = nowhere."""
     attribution: ClassVar[str] = ""
-    """What a page that shows its items has to say of whose they are, as in a source (`data/source.py`)."""
+    """What a page that shows its items has to say of whose they are,
+    as in a source (`data/source.py`)."""
     explained: ClassVar[Mapping[str, str]] = {}
-    """What there is to say on a page of a figure whose name does not say enough, in a sentence, by its name."""
+    """What there is to say on a page of a figure whose name does not say enough, in a sentence,
+    by its name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -115,14 +127,15 @@ class Protocol(ABC):
         """What is asked, in a fixed order.
 
         Raises:
-            UserError: for data that is missing or of another form, or too few items for the figures.
+            UserError: for data that is missing or of another form,
+                or too few items for the figures.
         """
 
     def items_squared(self, size: int) -> list[Item]:
         """The items with their images brought to (size, size, 3), see `cm3leon.data.images.square`.
 
-        A protocol that reads photographs brings each to the size as it is read, so that what is held does not grow
-        with them.
+        A protocol that reads photographs brings each to the size as it is read, so that what is
+        held does not grow with them.
         """
         return [replace(item, document=squared(item.document, size)) for item in self.items()]
 
@@ -152,11 +165,13 @@ class Protocol(ABC):
 
 
 def check_missing(skipped: int, usable: int, share: float) -> None:
-    """Raises UserError where more than that share of a data set's items cannot be used: it is not what it should be."""
+    """Raises UserError where more than that share of a data set's items cannot be used:
+    it is not what it should be."""
     if skipped > share * (skipped + usable):
         raise UserError(
-            f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken entries), more than "
-            f"protocol.missing={share:g} allows; complete the data set, or raise it"
+            f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken "
+            f"entries), more than protocol.missing={share:g} allows; complete the data set, or "
+            "raise it"
         )
 
 

@@ -1,4 +1,5 @@
-"""The documents that a model's run kept from training, asked for by one of its tasks, read by an independent judge."""
+"""The documents that a model's run kept from training, asked for by one of its tasks,
+read by an independent judge."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ GREY = 128
 
 @dataclass(frozen=True, eq=False)
 class OwnCorpus:
-    """What a run knows of its corpus: the documents that it kept from training, and the training images."""
+    """What a run knows of its corpus: the documents that it kept from training,
+    and the training images."""
 
     documents: Callable[[Split], Sequence[Document]]
     """Those of a split that fit into a block of the model."""
@@ -46,7 +48,8 @@ class OwnCorpus:
         return Judge(self.training_images_BHWC, labels_B)
 
     def read(self, answers: Sequence[Answer]) -> np.ndarray:
-        """The class that the judge reads in each image, or that each text names; -1 where there is none."""
+        """The class that the judge reads in each image, or that each text names;
+        -1 where there is none."""
         named = [UNKNOWN] * len(answers)
         if answers and answers[0].image_HWC is not None:
             if self.judge is None:
@@ -62,11 +65,12 @@ class OwnCorpus:
 class CorpusTask(Protocol):
     """A task of pairs, for the documents that the run of the model itself kept from training.
 
-    - accuracy: share of answers in which the class asked for is read, by the judge in an image, by its
-      name in a text; none where documents have no known class
-    - clip_score: mean cosine of text and image by the run's own retriever, which is not independent of it
-    - copies: share of images with the codes of a training image, of one of its varied versions, or of a
-      retrieved one, which are no generation
+    - accuracy: share of answers in which the class asked for is read, by the judge in an image, by
+      its name in a text; none where documents have no known class
+    - clip_score: mean cosine of text and image by the run's own retriever, which is not independent
+      of it
+    - copies: share of images with the codes of a training image, of one of its varied versions, or
+      of a retrieved one, which are no generation
     - distinct: share of different images among all; a low one tells of a collapse
     - given_kept: share of answers beside which all that was given is as it was
     """
@@ -76,11 +80,13 @@ class CorpusTask(Protocol):
         """Which task, of which documents."""
 
         task: str
-        """Name of the task: text_to_image, caption, infill_top, infill_bottom, or one of a plugin."""
+        """Name of the task: text_to_image, caption, infill_top, infill_bottom, or one of a
+        plugin."""
         split: Literal["validation", "held_out"] = "held_out"
         """The documents that are asked for."""
         at_least: PositiveInt = 1
-        """Prompts at least: all documents are asked for as often as that takes, with other seeds."""
+        """Prompts at least: all documents are asked for as often as that takes,
+        with other seeds."""
 
         def check(self) -> None:
             if self.task not in TASKS.names():

@@ -1,4 +1,5 @@
-"""Images for captions against the images that people captioned: FID, precision and recall, CLIP score."""
+"""Images for captions against the images that people captioned: FID, precision and recall,
+CLIP score."""
 
 from __future__ import annotations
 
@@ -43,10 +44,11 @@ FID, CELLS = "FID", "Fréchet distance of cells"
 
 @PROTOCOLS.register("captioned_images")
 class CaptionedImages(Protocol):
-    """Text to image for the captions of a corpus, measured against its images, as zero-shot MS-COCO FID is.
+    """Text to image for the captions of a corpus, measured against its images,
+    as zero-shot MS-COCO FID is.
 
-    The documents are those whose ids come first by their SHA-256, one for each image; their own images are the
-    reference, cut to the central square and resized (bicubic, antialiased).
+    The documents are those whose ids come first by their SHA-256, one for each image; their own
+    images are the reference, cut to the central square and resized (bicubic, antialiased).
     """
 
     answers_in = "image"
@@ -64,8 +66,8 @@ class CaptionedImages(Protocol):
         size: PositiveInt = 256
         """Pixels of a side of the reference images."""
         inception_file: Path | None = None
-        """pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth); null = mean colours of 6 x 6 cells, for small
-        plain images, whose distance is no FID and named so."""
+        """pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth); null = mean colours of 6 x
+        6 cells, for small plain images, whose distance is no FID and named so."""
         missing: Probability = 0.01
         """Share of the corpus's items that may be unusable."""
         seed: Seed = 0
@@ -134,7 +136,7 @@ class CaptionedImages(Protocol):
             "features": f"Inception {inception}" if inception else "mean colours of 6 x 6 cells",
         }
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     @property
     def _features(self) -> int:
@@ -163,7 +165,8 @@ class CaptionedImages(Protocol):
             yield self.features(np.stack(images))
 
     def _reference(self, items: Sequence[Item]) -> Reference:
-        """The reference of these items, made once for all models; a file of it that is damaged is made again."""
+        """The reference of these items, made once for all models;
+        a file of it that is damaged is made again."""
         ids = [item.id for item in items]
         made_from = {
             "corpus": self.fingerprint(),
@@ -186,7 +189,8 @@ class CaptionedImages(Protocol):
         return reference
 
     def _made_reference(self, ids: Sequence[str]) -> Reference:
-        """Read the reference images once more, in batches: a corpus of them need not fit into memory."""
+        """Read the reference images once more, in batches:
+        a corpus of them need not fit into memory."""
         found: list[np.ndarray] = []
 
         def pixels() -> Iterator[bytes]:
@@ -231,7 +235,8 @@ def write_reference(file: Path, reference: Reference, made_from: Mapping[str, An
 
 
 def read_reference(file: Path, made_from: Mapping[str, Any]) -> Reference | None:
-    """The reference in a file; None where there is none, it was made from something else, or is damaged."""
+    """The reference in a file; None where there is none, it was made from something else,
+    or is damaged."""
     if not file.is_file():
         return None
     try:

@@ -1,4 +1,5 @@
-"""Pages of several texts and images: their images by what stands before them, the texts behind them."""
+"""Pages of several texts and images: their images by what stands before them,
+the texts behind them."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserErr
 class Pages(Protocol):
     """Images of interleaved documents by what stands before them, or the texts behind them.
 
-    An item is a page as far as the segment that is asked for: an image behind other segments, or a text that stands
-    directly behind an image. Of a corpus that was trained on, the pages are those of its held-out split.
+    An item is a page as far as the segment that is asked for: an image behind other segments, or a
+    text that stands directly behind an image. Of a corpus that was trained on, the pages are those
+    of its held-out split.
     """
 
     @dataclass(kw_only=True)
@@ -36,7 +38,8 @@ class Pages(Protocol):
         asks: Modality
         """image: images by what stands before them. text: the texts behind them."""
         number: PositiveInt | None = None
-        """Which image of each page it is about, counted from 1; null = each that something can be asked about."""
+        """Which image of each page it is about, counted from 1;
+        null = each that something can be asked about."""
         count: PositiveInt | None = None
         """Items, the first ones; null = all."""
         split: Literal["train", "validation", "held_out", "all"] = "held_out"
@@ -74,7 +77,7 @@ class Pages(Protocol):
     def fingerprint(self) -> str:
         return self._source().fingerprint()
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _source(self) -> Source:
         source: Source = SOURCES.build(self.config.data)
@@ -99,7 +102,8 @@ class Pages(Protocol):
             if config.asks == "text":
                 wanted = "a text behind an image"
             raise UserError(
-                f"protocol.data: none of {pages} pages is of the split {config.split} and has {wanted}"
+                f"protocol.data: none of {pages} pages is of the split {config.split} and has "
+                f"{wanted}"
             )
         return items[: config.count]
 

@@ -1,4 +1,5 @@
-"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7 and 12 to 16, and appendix A)."""
+"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7 and 12 to 16,
+and appendix A)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ IMAGES = ("image", "image1", "feature_image")
 
 @PROTOCOLS.register("showcase")
 class Showcase(Protocol):
-    """Prompts of one task, each with what is given for it; there are no true answers, its result is to be looked at.
+    """Prompts of one task, each with what is given for it; there are no true answers,
+    its result is to be looked at.
 
     Its figures are the CLIP score of images, and the words of texts.
     """
@@ -50,8 +52,8 @@ class Showcase(Protocol):
         task: str
         """text_to_image, edit, write, grounded, features, caption, paragraph or vqa."""
         prompts: list[dict[str, str]]
-        """The slots of the task's template, each a text or the path of an image: {text: ...}, {image1: PATH,
-        instruction: ...}, {feature: depth, feature_image: PATH, caption: ...}."""
+        """The slots of the task's template, each a text or the path of an image: {text: ...},
+        {image1: PATH, instruction: ...}, {feature: depth, feature_image: PATH, caption: ...}."""
         max_pixels: PositiveInt = 64 * 1024 * 1024
         """Of an image that is given."""
 
@@ -92,7 +94,7 @@ class Showcase(Protocol):
             _existing(prompt[slot]).read_bytes() for prompt in self.config.prompts for slot in slots
         )
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _item(self, number: int, prompt: Mapping[str, str]) -> Item:
         task, id_ = self.config.task, f"{self.config.task}-{number}"

@@ -1,4 +1,5 @@
-"""What an evaluation shows on a page, of a run or of a study: its figures as a table and a plot, and some answers."""
+"""What an evaluation shows on a page, of a run or of a study: its figures as a table and a plot,
+and some answers."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ SEEDS = (
 ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
 TRUNCATED = "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they ended."
 CEILING = (
-    "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true answers to other "
-    "items."
+    "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true "
+    "answers to other items."
 )
 
 
@@ -145,7 +146,8 @@ def evaluation_section(
 def _table(
     evaluation: EvaluationConfig, rows: Sequence[Mapping[str, Any]], best: Collection[int]
 ) -> Table:
-    """A line for each row, then for its ceiling and its chance, with what there is to say of them below."""
+    """A line for each row, then for its ceiling and its chance,
+    with what there is to say of them below."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
     levels = [level for level in ("ceiling", "chance") if level in rows[0]]
     lines: list[dict[str, Cell]] = []
@@ -183,7 +185,8 @@ def _cells(metrics: Sequence[str], found: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 _PICTURED = 4
-"""Rows of an evaluation whose answers are seen at once; those of the others are behind their names."""
+"""Rows of an evaluation whose answers are seen at once;
+those of the others are behind their names."""
 
 
 def _samples(row: str, examples: Sequence[Example]) -> Folded:
@@ -214,8 +217,9 @@ def _can_be_drawn(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bo
 
 
 def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> Curves:
-    """The metric against the first swept key, a line for each model and combination of the other keys; or against
-    the FLOPs of training, a line for each model and combination of all keys but the checkpoint's."""
+    """The metric against the first swept key, a line for each model and combination of the other
+    keys; or against the FLOPs of training, a line for each model and combination
+    of all keys but the checkpoint's."""
     swept = list(rows[0]["point"])
     key = "" if by_compute else swept[0]
     others = [each for each in swept if each != "checkpoint"] if by_compute else swept[1:]

@@ -1,7 +1,8 @@
-"""Charts: lines on shared axes, drawn by matplotlib, in the colours and letters of the page's style sheet.
+"""Charts: lines on shared axes, drawn by matplotlib,
+in the colours and letters of the page's style sheet.
 
-A chart's drawing has no text but the numbers of its axes. Title, legend and the axes' names are HTML around it, where
-they wrap and are read aloud.
+A chart's drawing has no text but the numbers of its axes. Title, legend and the axes' names are
+HTML around it, where they wrap and are read aloud.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _SERIES_INKS = tuple(f"#0000{16 + index:02x}" for index in range(COLOURS))
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A line through `x` and `y`, both of one length; `y_low` and `y_high` of the same length shade a band."""
+    """A line through `x` and `y`, both of one length;
+    `y_low` and `y_high` of the same length shade a band."""
 
     name: str
     x: Numbers
@@ -61,7 +63,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines on shared axes. `smooth` > 1 draws the moving mean over that many points, the raw line light behind it.
+    """Lines on shared axes. `smooth` > 1 draws the moving mean over that many points,
+    the raw line light behind it.
 
     Points that are not finite are left out, as are those not above zero on a logarithmic axis.
     """
@@ -86,7 +89,8 @@ def logged(
     *,
     is_noisy: bool = False,
 ) -> Curves:
-    """Figures of training by step: a line for each of `names`, which say under which key it was written.
+    """Figures of training by step: a line for each of `names`,
+    which say under which key it was written.
 
     What is noisy is drawn as its moving mean over a twentieth of its points.
     """
@@ -113,7 +117,8 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template shows of curves: the inside of an SVG element of `SIZE`, what it shows, the legend."""
+    """What the template shows of curves: the inside of an SVG element of `SIZE`, what it shows,
+    the legend."""
 
     drawing: Markup
     about: str
@@ -138,7 +143,7 @@ def _dash(index: int) -> str:
     return DASHES[index // COLOURS % len(DASHES)]
 
 
-# ------------------------------------------------------------------------------------------------ points
+# ------------------------------------------------------------------------------------------- points
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +180,8 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def thinned(line: Line) -> Line:
-    """At most `MAX_POINTS` points: the lowest and the highest of each stretch, so that spikes survive."""
+    """At most `MAX_POINTS` points: the lowest and the highest of each stretch,
+    so that spikes survive."""
     if len(line.y) <= MAX_POINTS:
         return line
     extremes = []
@@ -185,11 +191,12 @@ def thinned(line: Line) -> Line:
     return line.at(np.unique(extremes))
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def _drawn(curves: Curves, lines: Sequence[Line]) -> str:
-    """The chart as matplotlib writes it: lines, bands and the numbers of the axes, no other text."""
+    """The chart as matplotlib writes it: lines, bands and the numbers of the axes,
+    no other text."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -243,7 +250,8 @@ def _draw_line(axes: Axes, line: Line, smooth: int, ink: str, dash: str) -> None
 
 
 def _for_page(svg: str, prefix: str) -> Markup:
-    """The inside of matplotlib's file for a page: colours and fonts left to the style sheet, ids under `prefix`."""
+    """The inside of matplotlib's file for a page: colours and fonts left to the style sheet,
+    ids under `prefix`."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL

@@ -34,7 +34,8 @@ def _decimals(value: float) -> int:
 
 
 def _cell(cell: str | float | None, decimals: int) -> str:
-    """A string as it is, a dash for nothing, a float with `decimals`, but not beyond five digits."""
+    """A string as it is, a dash for nothing, a float with `decimals`,
+    but not beyond five digits."""
     if cell is None:
         return DASH
     if isinstance(cell, str):

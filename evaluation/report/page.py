@@ -1,4 +1,5 @@
-"""What a report is made of, and how it becomes a page: templates are filled with these dataclasses."""
+"""What a report is made of, and how it becomes a page:
+templates are filled with these dataclasses."""
 
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Link:
-    """A cell that leads to a file beside the page, or in a folder below it: `path` is relative to the page's folder."""
+    """A cell that leads to a file beside the page, or in a folder below it:
+    `path` is relative to the page's folder."""
 
     text: str
     path: PurePath
 
     @property
     def address(self) -> str:
-        """The path as an address that no letter in it turns into a protocol, a query or a place in a page."""
+        """The path as an address that no letter in it turns into a protocol,
+        a query or a place in a page."""
         return f"./{quote(self.path.as_posix())}"
 
 
@@ -42,7 +45,8 @@ Cell = str | int | float | Link | None
 
 @dataclass(frozen=True)
 class Fact:
-    """One large figure at the top: `value` is what is read first, `label` what it measures, `note` its context."""
+    """One large figure at the top: `value` is what is read first, `label` what it measures,
+    `note` its context."""
 
     label: str
     value: str
@@ -54,8 +58,9 @@ class Fact:
 class Picture:
     """An image of uint8 with 1, 3 or 4 channels, drawn `height` CSS pixels tall.
 
-    Enlarged twice or more, a `pixelated` picture is drawn at the largest whole multiple of its size within `height`,
-    so that its pixels stay squares of one size. `label` stands under it and is its text for those who cannot see it.
+    Enlarged twice or more, a `pixelated` picture is drawn at the largest whole multiple of its size
+    within `height`, so that its pixels stay squares of one size. `label` stands under it and is its
+    text for those who cannot see it.
     """
 
     pixels_HWC: np.ndarray
@@ -82,7 +87,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """One sample: its images, the title and caption under them, the retrieved documents at half the size beside."""
+    """One sample: its images, the title and caption under them,
+    the retrieved documents at half the size beside."""
 
     images: Sequence[Picture]
     title: str = ""
@@ -92,7 +98,8 @@ class Card:
 
     @property
     def width(self) -> int:
-        """CSS pixels it needs: its images side by side, and room for retrieved documents with their captions."""
+        """CSS pixels it needs: its images side by side,
+        and room for retrieved documents with their captions."""
         gap, words, narrowest = 12, 104, 128
         width = sum(image.size(image.height)[0] + gap for image in self.images)
         if self.retrieved:
@@ -133,7 +140,8 @@ class WrittenCell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, one for each column; the first cell of a row names it. `highlight` holds indices of rows.
+    """Rows of cells, one for each column; the first cell of a row names it.
+    `highlight` holds indices of rows.
 
     Columns that are all called "" have no line of names above them.
     """
@@ -200,7 +208,8 @@ Content: TypeAlias = "Table | Gallery | Strip | Curves | Text | Code | Folded"
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are seen when their title is clicked: what a reader looks up rather than reads."""
+    """Blocks that are seen when their title is clicked:
+    what a reader looks up rather than reads."""
 
     kind: ClassVar[str] = "folded"
 
@@ -229,7 +238,8 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the page to `path`, in one step: a reader sees the old file or the new one, never half of either."""
+    """Write the page to `path`, in one step: a reader sees the old file or the new one,
+    never half of either."""
     write_page(path, render(report))
 
 
@@ -247,7 +257,7 @@ def render(report: Report) -> str:
     return fill("report.html", report=report)
 
 
-# ------------------------------------------------------------------------------------------------ templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def fill(template: str, **data: Any) -> str:

@@ -1,7 +1,8 @@
-"""One training sample as an HTML page: what the model is trained on, drawn as the paper's figures 8 and 9 draw it.
+"""One training sample as an HTML page: what the model is trained on,
+drawn as the paper's figures 8 and 9 draw it.
 
-The page is one file with nothing to fetch and no script. Every string is escaped: captions and ids come from data sets
-and are trusted with nothing.
+The page is one file with nothing to fetch and no script. Every string is escaped: captions and ids
+come from data sets and are trusted with nothing.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ UNFOLDED = 8
 PIXELS = 112
 """Side of a picture, in CSS pixels."""
 GAP, LETTER, TALL, ROWS = 3, 6.7, 28, (34, 106, 178)
-"""The drawing of a rotation, in CSS pixels: between boxes, a letter, the height of a box, the tops of its rows."""
+"""The drawing of a rotation, in CSS pixels: between boxes, a letter, the height of a box,
+the tops of its rows."""
 LONG_LABEL = 17
 """A longer label of a box is cut."""
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Names:
         return kind if kind in ("text", "image") else "mask"
 
     def token(self, id_: int) -> str:
-        """One token: a special token's name, a code's number, or a piece with its spaces visible."""
+        """One token: a special token's name, a code's number,
+        or a piece with its spaces visible."""
         match self.kind(id_):
             case "text":
                 return visible(self.piece(id_)).replace(" ", "␣")
@@ -77,7 +80,8 @@ class Names:
                 return self.specials[id_]
 
     def run(self, ids_T: np.ndarray) -> str:
-        """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`, others by name."""
+        """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`,
+        others by name."""
         kind = self.kind(int(ids_T[0]))
         if kind == "text":
             return visible(self.decode(ids_T))
@@ -93,13 +97,15 @@ def mask_name(number: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with all that cannot be seen escaped: newlines as `\\n`, terminal codes, marks of direction."""
+    """The text with all that cannot be seen escaped: newlines as `\\n`, terminal codes,
+    marks of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True, eq=False)
 class ShownSegment:
-    """A segment of the laid-out sample; for an image its pictures with their labels, that of its codes first."""
+    """A segment of the laid-out sample; for an image its pictures with their labels,
+    that of its codes first."""
 
     span: SegmentSpan
     pictures: Sequence[tuple[str, np.ndarray]] = ()
@@ -117,7 +123,8 @@ class ShownDocument:
 
 @dataclass(frozen=True)
 class Companion:
-    """A sample, or a piece of one, in a block: its name, the id of its query, and how many tokens it has there."""
+    """A sample, or a piece of one, in a block: its name, the id of its query,
+    and how many tokens it has there."""
 
     name: str
     query: str
@@ -128,8 +135,9 @@ class Companion:
 class ShownPiece:
     """Positions [start, end) of the laid-out sample as they are trained on, in a block.
 
-    `spans` are those that were moved, as positions of the laid-out sample, and `source_T` has for each trained token
-    its position there, -1 for one that was added; both are None where the objective changed the sample otherwise.
+    `spans` are those that were moved, as positions of the laid-out sample, and `source_T` has for
+    each trained token its position there, -1 for one that was added; both are None where the
+    objective changed the sample otherwise.
     """
 
     start: int
@@ -154,7 +162,8 @@ class ShownPiece:
 
     @property
     def tail(self) -> int:
-        """Where its moved spans begin, each between its sentinel and `<end_of_span>`; its length if there are none."""
+        """Where its moved spans begin, each between its sentinel and `<end_of_span>`;
+        its length if there are none."""
         return len(self.ids_T) - sum(end - start + 2 for start, end in self.spans or ())
 
     @property
@@ -168,8 +177,8 @@ class ShownPiece:
 class ShownSample:
     """All there is to see of a training sample.
 
-    `left_out` are the ids of retrieved documents that its block has no room for; `grid` is the side of an image, in
-    codes.
+    `left_out` are the ids of retrieved documents that its block has no room for; `grid` is the side
+    of an image, in codes.
     """
 
     title: str
@@ -191,14 +200,16 @@ class ShownSample:
 
     @cached_property
     def span_numbers(self) -> np.ndarray:
-        """Which of `spans` each position of the laid-out sample lies in, -1 for none: int64 (T,)."""
+        """Which of `spans` each position of the laid-out sample lies in, -1 for none:
+        int64 (T,)."""
         numbers_T = np.full(len(self.laid_out.ids_T), -1)
         for number, (_, (start, end)) in enumerate(self.spans):
             numbers_T[start:end] = number
         return numbers_T
 
     def moved(self, piece: ShownPiece) -> np.ndarray:
-        """Which of `spans` each token of a piece belongs to, sentinels included, -1 for none: int64 (T,)."""
+        """Which of `spans` each token of a piece belongs to, sentinels included, -1 for none:
+        int64 (T,)."""
         if piece.source_T is None:
             return np.full(len(piece.ids_T), -1)
         before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
@@ -223,7 +234,8 @@ class ShownSample:
         return dict(zip(numbers_M.tolist(), counts_M.tolist(), strict=True))
 
     def moved_cells(self, span: SegmentSpan) -> Iterator[tuple[int, int, int, int]]:
-        """Moved codes of an image as (which of `spans`, column, row, width), one row of the image at a time."""
+        """Moved codes of an image as (which of `spans`, column, row, width),
+        one row of the image at a time."""
         number_T = self.span_numbers[span.start : span.end]
         borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
         for start, end in pairwise(borders):
@@ -235,7 +247,8 @@ class ShownSample:
                 yield int(number_T[start]), left - first, row, right - left
 
     def document_at(self, position: int) -> str:
-        """The role of the document that a position of the laid-out sample belongs to, empty between documents."""
+        """The role of the document that a position of the laid-out sample belongs to,
+        empty between documents."""
         for document in self.documents:
             if (
                 document.segments
@@ -246,7 +259,8 @@ class ShownSample:
 
 
 def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Divides a sequence into runs [start, end) of text or of codes that agree in all keys, and single other tokens."""
+    """Divides a sequence into runs [start, end) of text or of codes that agree in all keys,
+    and single other tokens."""
     kinds = [names.kind(int(id_)) for id_ in ids_T]
     start = 0
     for end in range(1, len(kinds) + 1):
@@ -261,7 +275,7 @@ def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple
             start = end
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def write_sample_page(
@@ -272,7 +286,8 @@ def write_sample_page(
 
 
 def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = "") -> str:
-    """The page as HTML; `facts` are the rows of its first table, `footer` says whose the pictures are."""
+    """The page as HTML; `facts` are the rows of its first table,
+    `footer` says whose the pictures are."""
     return fill(
         "sample.html",
         sample=sample,
@@ -303,7 +318,8 @@ def block_of(piece: ShownPiece) -> Table:
 
 
 def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int, bool]]:
-    """The tokens of a piece as long runs of codes, which are folded, and what lies between these."""
+    """The tokens of a piece as long runs of codes, which are folded,
+    and what lies between these."""
     begin = 0
     for start, end in runs(piece.ids_T, sample.names, sample.moved(piece), piece.loss_T):
         is_image = sample.names.kind(int(piece.ids_T[start])) == "image"
@@ -321,7 +337,8 @@ def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int,
 
 @dataclass(frozen=True)
 class Bar:
-    """A run of tokens from `start` on as a box of the drawing, its left and right side in CSS pixels."""
+    """A run of tokens from `start` on as a box of the drawing,
+    its left and right side in CSS pixels."""
 
     start: int
     left: float
@@ -346,7 +363,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The drawing of a rotation: the sides of each document, bands of moved spans, boxes of tokens."""
+    """The drawing of a rotation: the sides of each document, bands of moved spans,
+    boxes of tokens."""
 
     documents: Mapping[str, tuple[float, float]]
     bands: Sequence[Band]
@@ -399,7 +417,8 @@ def _bars(
     has_loss_T: np.ndarray,
     *keys_T: np.ndarray,
 ) -> list[Bar]:
-    """Boxes wide enough for their labels; longer runs have wider ones, not in proportion: all of it is to be seen."""
+    """Boxes wide enough for their labels; longer runs have wider ones, not in proportion:
+    all of it is to be seen."""
     bars, left = [], 0.0
     for start, end in runs(ids_T, names, span_T, has_loss_T, *keys_T):
         kind, label = names.kind(int(ids_T[start])), names.run(ids_T[start:end])
