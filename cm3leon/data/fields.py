@@ -112,7 +112,8 @@ def check_unread(
     A key that is set in the config decides alone.
 
     Args:
-        text, image: what was found.
+        text: the text that was found.
+        image: the image that was found.
 
     Raises:
         BadRecord: with the names of what looks like a text or an image and would not be read.

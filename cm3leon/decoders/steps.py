@@ -60,7 +60,8 @@ class Steps:
         their keys and values are kept.
 
         Args:
-            prefix, tail: the longest of each that is read, these tokens included.
+            prefix: columns of the longest prefix that is read.
+            tail: columns of the longest tail that is read, these tokens included.
         """
         cache, columns = self._cache, COLUMNS[self._recorder is not None]
         if self._recorder:

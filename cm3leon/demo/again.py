@@ -18,7 +18,8 @@ class Again:
     """What makes a result again.
 
     Args:
-        command, method: that are asked, of the command line and of `CM3Leon`.
+        command: that is asked of the command line.
+        method: that is asked of `CM3Leon`.
         options: that both have, by their names; None and what is empty is left out.
         positional: the first arguments of the method, which are options of the command by their names.
     """

@@ -21,9 +21,12 @@ class KVCache:
         group 1   prefix  <eos>                     rows 4 ...
 
     Args:
-        layers, heads, head_size: of the model; `heads` are those of keys and values, which may be fewer than those of
-            queries. Each is then read by as many heads of queries in a row.
-        prefix, tail: columns of each prefix and of each tail.
+        layers: number of the model's layers.
+        heads: number of heads of keys and values, which may be fewer than those of queries. Each
+            is then read by as many heads of queries in a row.
+        head_size: width of a head.
+        prefix: columns of each prefix.
+        tail: columns of each tail.
         dtype: of keys and values.
     """
 
@@ -84,7 +87,8 @@ class KVCache:
         They become part of the tails for good when `tail_length_R` is raised; until then the next pass replaces them.
 
         Args:
-            prefix, tail: columns of each that are read; these tokens' own are among the latter.
+            prefix: columns of each prefix that are read.
+            tail: columns of each tail that are read, these tokens' own among them.
         """
         return StepPass(self, groups, prefix, tail, tokens)
 

@@ -148,7 +148,8 @@ def verify(
 
     Args:
         model: the decoder's shape; it may be on the meta device.
-        ours, theirs: weights by the names of both forms, read when they are asked for.
+        ours: weights by our names, read when they are asked for.
+        theirs: weights by the names of the other form, read likewise.
         settings: of the other form's config.json.
         id_there_V: the id in the other form of each of our ids in use; None = the same.
 

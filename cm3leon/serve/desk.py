@@ -116,7 +116,8 @@ class Desk:
         """The same, to be watched, once its samples have found a place.
 
         Raises:
-            What the work raises before, and Refusal as `answer` does.
+            Exception: what the work raises before it has begun to answer.
+            Refusal: as `answer` does.
         """
         growing = Growing[T](receive)
         caller = self.service.caller(client, on_tokens=growing.put, every=every)

@@ -38,7 +38,8 @@ class Service:
         rows: of a sample: guidance's streams, or beams; None = as many as the run's own decoders need.
         tokens: that a prompt and its answer may have together; None = the model's positions.
         waiting: samples that may wait at a time.
-        window, execution: as in `CM3Leon.load`; a window of one serves many callers best.
+        window: as in `CM3Leon.load`; a window of one serves many callers best.
+        execution: as in `CM3Leon.load`.
 
     Raises:
         UserError: for more room than the device has.

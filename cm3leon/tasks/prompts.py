@@ -114,7 +114,8 @@ def box_spans(
     Args:
         box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
         grid: rows and columns of the image's codes.
-        width, height: of the image in pixels.
+        width: columns of pixels of the image.
+        height: rows of pixels of the image.
         layout: which says whether rows of codes are closed.
 
     Raises:

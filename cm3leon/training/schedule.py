@@ -15,9 +15,10 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     1608.03983). wsd: the peak until the last `decay_share` of the steps, then linear (arXiv
     2404.06395).
 
-    >>> config = TrainingConfig(steps=6, warmup_steps=2, learning_rate=1.0)
-    >>> [learning_rate(step, config) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    Examples:
+        >>> config = TrainingConfig(steps=6, warmup_steps=2, learning_rate=1.0)
+        >>> [learning_rate(step, config) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
     if step < warmup:

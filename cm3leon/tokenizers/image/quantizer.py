@@ -36,7 +36,8 @@ class LookupQuantizer(Quantizer):
     """Nearest code of a codebook learned by gradient (van den Oord et al. 2017, eq. 3).
 
     Args:
-        size, dim: of the codebook.
+        size: number of codes in the codebook.
+        dim: length of each code's vector.
         normalized: vectors and codes are projected onto the unit sphere first, so that the nearest is that of the
             largest cosine (Yu et al. 2021, ViT-VQGAN); with few dimensions nearly all codes of a large book are used.
         commitment: weight of the pull of the vectors to their codes, beside that of the codes to the vectors.
@@ -105,7 +106,8 @@ class EMAQuantizer(Quantizer):
     """Nearest code by Euclidean distance; the codebook is moving averages (van den Oord et al. 2017, appendix A.1).
 
     Args:
-        size, dim: of the codebook.
+        size: number of codes in the codebook.
+        dim: length of each code's vector.
         decay: of the moving averages of each code's count and sum.
         revive_below: a code is dead, and is moved onto a random vector of the batch, when its moving count falls
             below this share of what even use would give it.
