@@ -31,6 +31,14 @@ def test_every_row_has_its_code_and_a_test() -> None:
         assert "`tests/test_" in cells[-1], row
 
 
+def test_no_section_that_says_what_to_build_is_left_out() -> None:
+    rows = PAGE[PAGE.index("## Sections") : PAGE.index("## Formulas")]
+    numbers = re.findall(r"^\| ([2-4A-E](?:\.\d)?)[ :]", rows, re.MULTILINE)
+    assert sorted(set(numbers)) == [
+        *("2.1", "2.2", "2.3", "3.1", "3.2", "3.3", "4", "4.1", "4.2", "A", "E.1"),
+    ]
+
+
 def test_no_table_and_no_figure_is_left_out() -> None:
     """The paper has five tables and sixteen figures."""
     tables = PAGE[PAGE.index("## Tables") : PAGE.index("## Figures")]
