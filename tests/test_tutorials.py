@@ -1,0 +1,47 @@
+"""The notebooks of docs/tutorials run from their first cell to the last, in a small form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
+SMALL = {"own_pictures": "pictures, tokenizer_steps, steps = 40, 30, 25", "write_a_plugin": ""}
+"""What takes the place of a notebook's cell of parameters, if it has one."""
+ELSEWHERE = {"look_and_draw"}
+"""A notebook that asks a finished run has a test that makes one."""
+
+
+def test_every_notebook_has_a_test() -> None:
+    assert {file.stem for file in FOLDER.glob("*.py")} - ELSEWHERE == set(SMALL)
+
+
+@pytest.mark.parametrize("file", [FOLDER / f"{name}.py" for name in SMALL], ids=list(SMALL))
+def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jupytext = pytest.importorskip("jupytext", reason="it makes notebooks of docs/tutorials")
+    nbclient = pytest.importorskip("nbclient", reason="it runs notebooks")
+    pytest.importorskip("ipykernel", reason="notebooks run in it")
+
+    notebook = jupytext.read(file, fmt="py:percent")
+    if small := SMALL[file.stem]:
+        (given,) = [
+            each for each in notebook.cells if "parameters" in each.metadata.get("tags", ())
+        ]
+        names = {line.partition(" = ")[0] for line in given.source.splitlines() if " = " in line}
+        assert names == set(small.partition(" = ")[0].split(", "))
+        given.source = small
+
+    # Its kernel is this interpreter's own; what it and IPython keep for a user stays in the test's folder.
+    for variable in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
+    work = tmp_path / "work"
+    work.mkdir()
+    client = nbclient.NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(work)}}
+    )
+    client.execute()
+
+    code = [each for each in notebook.cells if each.cell_type == "code"]
+    assert len(code) >= 5
+    assert all(each.execution_count for each in code)
