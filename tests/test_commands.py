@@ -31,9 +31,8 @@ PRINTED = (
     ),
 )
 CALL = "-m cm3leon.run"
-SCRIPT = re.compile(
-    rf"(?<![\w./-])(?<!from )cm3leon(?= (?:(?:{'|'.join(COMMANDS)})(?: |$)|[\w.]+=|--\w))"
-)
+ASKED = rf"(?:{'|'.join((*COMMANDS, *run.FLAGS))})(?: |$)|experiment="
+SCRIPT = re.compile(rf"(?<![\w./=-])(?<!from )cm3leon(?= (?:{ASKED}))")
 """The installed command in front of what it is asked, as pages write it."""
 CODE = ("f'", 'f"', '"""')
 """What the lines begin with in which Python makes a command; those are tried where they are printed."""
