@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cm3leon.config import from_mapping
 from cm3leon.models.transformer import Transformer
-from cm3leon.training import float8, precision
+from cm3leon.training import float8, muon, precision
 from cm3leon.training.config import DecoderTrainingConfig, TrainingConfig
 from cm3leon.training.distributed import Ranks
 from cm3leon.training.float8 import check_device, to_float8
@@ -41,14 +41,17 @@ def gradients(model: nn.Module, seed: int) -> None:
 # ------------------------------------------------------------------------------------------------ Muon
 
 
-def test_muon_takes_the_layers_matrices_and_adamw_everything_else() -> None:
-    """Against both optimizers of torch, each over its own parameters."""
+def test_muon_takes_the_layers_matrices_and_adamw_everything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against both optimizers of torch, each over its own parameters; its Muon computes in bf16."""
+    monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: True)
     rates = {"learning_rate": 0.02, "weight_decay": 0.1, "undecayed": ["positions"]}
     model, twin = small(), small()
     ours = new_optimizer(model, DecoderTrainingConfig(optimizer="muon", **rates))
     inside = list(twin.blocks.parameters())
     outside = [twin.embedding.weight, twin.head.weight]
-    muon = torch.optim.Muon(inside, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(inside, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         [{"params": outside}, {"params": [twin.positions.weight], "weight_decay": 0.0}],
         lr=0.02,
@@ -58,11 +61,34 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else() -> None:
     for step in range(3):
         for each in (model, twin):
             gradients(each, step)
-        for optimizer in (ours, muon, adamw):
+        for optimizer in (ours, theirs, adamw):
             set_rate(optimizer, 0.02 / (1 + step))
             optimizer.step()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24)])
+def test_muon_moves_along_the_singular_vectors_of_the_momentum(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], bf16: bool
+) -> None:
+    """Against an SVD in float64 with the polynomial applied to the singular values."""
+    monkeypatch.setattr(muon, "uses_bf16", lambda device, precision: bf16)
+    torch.manual_seed(1)
+    matrix = nn.Parameter(torch.zeros(shape))
+    matrix.grad = torch.randn(shape)
+    optimizer = muon.ShardedMuon([{"params": [matrix], "weight_decay": 0.0}], lr=1.0)
+    optimizer.step()
+
+    # Of the first step, momentum and gradient have one direction.
+    U, values, V = torch.linalg.svd(matrix.grad.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = -0.2 * max(shape) ** 0.5 * (U * values @ V)
+    error = (matrix.detach() - expected).norm() / expected.norm()
+    assert error < (0.03 if bf16 else 0.01)
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:

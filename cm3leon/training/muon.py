@@ -8,6 +8,7 @@ and both take one learning rate and one weight decay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cm3leon.training.device import uses_bf16
 
 MOMENTUM = 0.95
 
@@ -36,7 +39,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
     ) -> None:
         self._parts: list[torch.optim.Optimizer] = [
-            ShardedMuon(matrices, lr=rate, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"),
+            ShardedMuon(matrices, lr=rate, momentum=MOMENTUM),
             torch.optim.AdamW(others, lr=rate, betas=betas, fused=True),
         ]
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -51,7 +54,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class ShardedMuon(torch.optim.Muon):
-    """torch's Muon, also for the sharded matrices of FSDP2.
+    """torch's Muon, also for the sharded matrices of FSDP2, and fast where a CPU only emulates bf16.
 
     The nearest orthogonal matrix is a function of the whole matrix. So the ranks take turns: as
     many matrices as there are ranks are gathered in bf16, in which they are orthogonalised anyway;
@@ -63,50 +66,65 @@ class ShardedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Changes all matrices that have a gradient."""
         assert closure is None
-        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            super().step()  # type: ignore[no-untyped-call]  # torch leaves it without types
-            return
-        count, rank = dist.get_world_size(), dist.get_rank()
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            for start in range(0, len(matrices), count):
-                some = matrices[start : start + count]
+            if any(isinstance(p, DTensor) for p in matrices):
+                self._change_shards(matrices, group)
+                continue
+            for p in matrices:
+                _change(p, _orthogonal(self._update(p, group), group), group)
 
-                # All ranks gather, then each computes its own at the same time as the others.
-                wholes = [self._gathered_update(p, group) for p in some]
-                if rank < len(some):
-                    wholes[rank] = _orthogonal_step(wholes[rank], group)
-                for owner, (p, whole) in enumerate(zip(some, wholes, strict=True)):
-                    dist.broadcast(whole, src=owner)
-                    rate = float(group["lr"])
-                    p.mul_(1 - rate * group["weight_decay"])
-                    step = distribute_tensor(
-                        whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None
-                    )
-                    p.add_(step, alpha=rate)
+    def _change_shards(self, matrices: Sequence[Any], group: dict[str, Any]) -> None:
+        count, rank = dist.get_world_size(), dist.get_rank()
+        for start in range(0, len(matrices), count):
+            some = matrices[start : start + count]
 
-    def _gathered_update(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """Moves the momentum on; what is orthogonalised of it, whole and in bf16."""
+            # All ranks gather, then each computes its own at the same time as the others.
+            updates: list[Any] = [self._update(p, group) for p in some]
+            wholes = [update.full_tensor().contiguous() for update in updates]
+            if rank < len(some):
+                wholes[rank] = _orthogonal(wholes[rank], group)
+            for owner, (p, whole) in enumerate(zip(some, wholes, strict=True)):
+                dist.broadcast(whole, src=owner)
+                direction = distribute_tensor(
+                    whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None
+                )
+                _change(p, direction, group)
+
+    def _update(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """Moves the momentum on; what is orthogonalised of it, in bf16."""
         state = self.state[p]
         assert p.grad is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update: Any = p.grad.lerp(state["momentum_buffer"], group["momentum"]).bfloat16()
-        return update.full_tensor().contiguous()
+        return p.grad.lerp(state["momentum_buffer"], group["momentum"]).bfloat16()
 
 
-def _orthogonal_step(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """The step of rate 1 that torch's Muon makes for an update that has its momentum already."""
-    whole = nn.Parameter(torch.zeros_like(update))
-    whole.grad = update
-    settings = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
-    torch.optim.Muon(
-        [whole],
-        lr=1.0,
-        weight_decay=0.0,
-        momentum=0.0,
-        nesterov=False,
-        **{name: group[name] for name in settings},
-    ).step()
-    return whole.detach()
+def _change(p: nn.Parameter, direction: Tensor, group: dict[str, Any]) -> None:
+    """Let a matrix decay and step along the direction, scaled so that entries are like AdamW's."""
+    rate = float(group["lr"])
+    p.mul_(1 - rate * group["weight_decay"])
+    p.add_(direction, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
+
+
+def _orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a nearly orthogonal matrix with the singular vectors of an update, in bf16.
+
+    Each round applies the polynomial a s + b s^3 + c s^5 to the singular values, which takes them
+    near 1. Products are in bf16, or in float32 on a CPU that only emulates bf16, which is slower.
+    """
+    a, b, c = group["ns_coefficients"]
+    rows, columns = update.shape
+    x = update if uses_bf16(update.device, "auto") else update.float()
+
+    # The square of the shorter side is the cheaper one.
+    if rows > columns:
+        x = x.T
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    if rows > columns:
+        x = x.T
+    return x.bfloat16().contiguous()
