@@ -20,12 +20,14 @@ import pytest
 import torch
 import yaml
 from command_line import cm3leon
+from PIL import Image
 
 from cm3leon import registry
 from cm3leon.config import Component
 from cm3leon.loggers import process
 from cm3leon.loggers.base import Loggers
 from cm3leon.loggers.child import Record
+from cm3leon.loggers.pictures import sheet
 from cm3leon.registry import LOGGERS
 from cm3leon.secrets import masked, without_secrets
 from cm3leon.training.distributed import Ranks
@@ -122,6 +124,46 @@ def train(folder: Path, *loggers: Component, step: int = 0, last: int = 4, upto:
 
 def lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_pictures_lie_on_a_sheet_for_each_step_beside_their_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first file is announced once; a resumed training goes on in silence."""
+    stage = tmp_path / "run/pretraining"
+    train(stage, LOGGERS.check("pictures"), upto=2)
+    train(stage, LOGGERS.check("pictures"), step=2)
+    folder = stage / "pictures"
+    sheets = [f"generated_{step:08d}.png" for step in (2, 4)]
+    texts = [f"prompts_{step:08d}.txt" for step in (2, 4)]
+    assert sorted(path.name for path in folder.iterdir()) == [*sheets, *texts]
+    said = capsys.readouterr().out
+    assert said.count(f"pictures, from step 2 on: {folder / sheets[0]}") == 1
+    assert said.count("pictures, from step") == 1
+    assert (folder / texts[0]).read_text() == "prompt\na dog\na | cat\n"
+    with Image.open(folder / sheets[0]) as page:
+        pixels_HWC = np.asarray(page)
+    # One column of two: the first image, two white rows, the second one.
+    assert (pixels_HWC[:4] == IMAGES_BHWC[0]).all()
+    assert (pixels_HWC[4:6] == 255).all()
+    assert (pixels_HWC[6:] == IMAGES_BHWC[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "rows", "columns"),
+    [(1, 4, 1, 1), (16, 4, 4, 4), (5, 4, 3, 2), (9, 12, 5, 2)],
+)
+def test_a_sheet_is_about_as_high_as_it_is_wide(
+    count: int, width: int, rows: int, columns: int
+) -> None:
+    images_BHWC = np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None]
+    page_HWC = sheet(np.broadcast_to(images_BHWC, (count, 4, width, 3)))
+    assert page_HWC.shape == (rows * 6 - 2, columns * (width + 2) - 2, 3)
+    corners = page_HWC[::6, :: width + 2, 0].ravel().tolist()
+    assert corners == [*range(1, count + 1), *[255] * (rows * columns - count)]
 
 
 # ------------------------------------------------------------------------------------------------ apart
@@ -572,4 +614,6 @@ def test_jobs_are_not_given_settings_with_secrets(tmp_path: Path) -> None:
 def test_a_logger_is_a_component_of_its_kind(registries: None) -> None:
     with pytest.raises(UserError, match="is not a known logger"):
         LOGGERS.check("wandbb")
-    assert {"jsonl", "tensorboard", "wandb", "mlflow", "trackio"} <= set(LOGGERS.names())
+    assert {"jsonl", "tensorboard", "pictures", "wandb", "mlflow", "trackio"} <= set(
+        LOGGERS.names()
+    )

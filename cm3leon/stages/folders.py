@@ -96,7 +96,9 @@ def _is_result(stage: Stage[R], name: str) -> bool:
     """Whether a file belongs to a stage's result: no marker, no log or checkpoint,
     which serve while it is made."""
     inner = name.partition("/")[0]
-    if inner in (MARKER, STARTED, "tensorboard", "loggers") or inner.startswith(("step_", ".")):
+    if inner in (MARKER, STARTED, "tensorboard", "pictures", "loggers") or inner.startswith(
+        ("step_", ".")
+    ):
         return False
     return any(fnmatchcase(name, pattern) for pattern in stage.results)
 
