@@ -24,13 +24,11 @@ from cm3leon.api.answers import (
     UntunedWarning,
     UsedDocument,
 )
+from cm3leon.api.documents import Documents
 from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths
 from cm3leon.api.loading import opened_model
 from cm3leon.arguments import Text, checked
 from cm3leon.config import NonNegativeInt, PositiveInt
-from cm3leon.data.images import ImageInput, read_given_image, square
-from cm3leon.data.instructions.templates import ROLES, TABLE_5
-from cm3leon.data.instructions.templates import fill as fill_template
 from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.generate import Answerer, Answers, is_truncated, request_for
 from cm3leon.decoders.request import Request
@@ -42,7 +40,6 @@ from cm3leon.stages.prompts import fitting_prompt, retrieved_rows
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.trust import Opening
 from cm3leon.tasks.base import Task
-from cm3leon.tokenizers.layout import Grid
 from cm3leon.training.device import autocast, device_named, uses_bf16
 from cm3leon.training.distributed import Ranks
 from cm3leon.types import (
@@ -51,15 +48,13 @@ from cm3leon.types import (
     Notice,
     Precision,
     Prompt,
-    TextSegment,
     TokenDocument,
-    TokenSegment,
     UserError,
     Weights,
 )
 
 
-class AskedRun:
+class AskedRun(Documents):
     """The tokenizers, the memory bank and the decoder of a finished run.
 
     Every answer depends on its seed alone. Mistakes are UserErrors, one sentence each.
@@ -73,11 +68,10 @@ class AskedRun:
         window: int | None = None,
         execution: Execution = "eager",
     ) -> None:
-        self.run = run
+        super().__init__(run)
         self._answerer: Answers = Answerer(run.model, run.vocab, window=window, execution=execution)
         self._notices: list[Notice] | None = None
         self._precision: Precision = precision
-        self._fresh = TokenSegment("image", np.empty(0, np.int64), grid=run.grid)
 
     @classmethod
     @checked
@@ -302,72 +296,6 @@ class AskedRun:
         """The task, with room for so many pieces where it is answered in text."""
         room = {"max_tokens": max_tokens} if TASKS.has_setting(name, "max_tokens") else {}
         return TASKS.build({"name": name, **room}, **self._task_arguments())
-
-    def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
-        """The first template of a task, filled: with texts and pixels, None for an image that is asked for."""
-        segments: list[TokenSegment] = []
-        for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
-            if isinstance(segment, TextSegment):
-                ids_T = self.run.text_tokenizer.encode(segment.text)
-                segments.append(TokenSegment("text", ids_T, segment.role, segment.joined))
-            else:
-                given: Any = segment.content
-                image = self._fresh if given is None else self._image(given)
-                segments.append(replace(image, role=segment.role))
-        return TokenDocument(task, tuple(segments))
-
-    def _page(self, parts: Sequence[str | ImageInput], *more: TokenSegment) -> TokenDocument:
-        """Texts and images as a document, with more segments behind them."""
-        given = [
-            self._text(part) if isinstance(part, str) else self._image(self._pixels(part))
-            for part in parts
-        ]
-        return TokenDocument("page", (*given, *more))
-
-    def _text(self, text: str) -> TokenSegment:
-        return TokenSegment("text", self.run.text_tokenizer.encode(text))
-
-    def _pixels(self, image: ImageInput, argument: str = "image") -> np.ndarray:
-        return np.array(self.run.fitted(read_given_image(image, argument)))
-
-    def _square(self, image: ImageInput) -> np.ndarray:
-        """An image (1, H, W, 3) as documents are retrieved by it, whatever the shape that is drawn."""
-        size = self.run.image_tokenizer.image_size
-        return np.array(square(read_given_image(image, "image"), size))[None]
-
-    def _image(self, pixels_HWC: np.ndarray) -> TokenSegment:
-        ((codes_N, grid),) = self.run.encoded([pixels_HWC])
-        return TokenSegment("image", self.run.vocab.image_ids(codes_N, grid), grid=grid)
-
-    def _grid_of(self, size: tuple[int, int] | None) -> Grid:
-        """The codes of an image of so many pixels, width first; None = the run's square one.
-
-        Raises:
-            UserError: for a size that the model has no tokens for.
-        """
-        if size is None:
-            return self.run.grid
-        scale, layout = self.run.image_tokenizer.downsampling, self.run.vocab.layout
-        width, height = size
-        grid = (height // scale, width // scale)
-        whole = (grid[0] * scale, grid[1] * scale) == (height, width)
-        if whole and (grid in layout.sizes or grid == self.run.grid):
-            return grid
-        usual = ", ".join(f"{columns * scale}x{rows * scale}" for rows, columns in self.run.grids)
-        more = "one of" if len(self.run.grids) > 1 else ""
-        raise UserError(
-            f"size is {width}x{height}, which this model has no images of; take {more} {usual}".replace(
-                "  ", " "
-            )
-        )
-
-    def _decoded(self, segment: TokenSegment) -> np.ndarray:
-        """Pixels (H, W, 3) of a whole image of ids."""
-        vocab = self.run.vocab
-        codes_1N = vocab.image_codes(segment.ids_T)[None]
-        return self.run.image_tokenizer.decode(codes_1N, grid=vocab.layout.grid_of(segment.ids_T))[
-            0
-        ]
 
     @checked
     def retrieved(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 from cm3leon.config import (
     SHIPPED,
@@ -69,43 +69,44 @@ def experiment_name(name_or_path: str) -> str:
     return Path(name_or_path).stem if _is_path(name_or_path) else name_or_path
 
 
+class Reading(TypedDict, total=False):
+    """How the file of an experiment is read, for a caller that has more to say than a command line."""
+
+    settings: Mapping[str, Any] | None
+    """Dotted keys with their values, under the overrides of the command line."""
+    trusted_plugins: Sequence[str | Path] | None
+    """All plugins that may be loaded, see `load_plugins`; None trusts the file that is named."""
+    sections: Mapping[str, Any] | None
+    """Whole ones that take the place of the file's."""
+    earlier: bool
+    """Leave out what earlier versions asked of a model, for a run that one of them made."""
+
+
 def load_experiment(
     name_or_path: str,
     overrides: Sequence[str] = (),
     shipped: Path = SHIPPED,
     *,
-    settings: Mapping[str, Any] | None = None,
-    trusted_plugins: Sequence[str | Path] | None = None,
-    sections: Mapping[str, Any] | None = None,
     unfit: list[str] | None = None,
-    earlier: bool = False,
+    **reading: Unpack[Reading],
 ) -> Experiment:
-    """Finds an experiment, applies `key=value` overrides, loads its plugins, and checks it.
+    """Find an experiment, apply `key=value` overrides, load its plugins, and check it.
 
-    `name_or_path` is a name in experiments.yaml or the path of a YAML file. The command line's
-    overrides win over those of experiments.yaml, which win over the file. Among them,
-    `overrides=smoke` stands for all the dotted keys in `experiments/overrides/smoke.yaml`, and
-    `overrides=mine.yaml` for those of a file of one's own. `settings` are dotted keys with their
-    values, for a caller that has no command line. `trusted_plugins` are all that may be loaded, see
-    `load_plugins`; None trusts the file that is named. `sections` are whole ones that take the
-    place of the file's. `earlier` leaves out what earlier versions asked of a model, for a run that
-    one of them made. `unfit` is given what does not go together, in place of an error, by a caller
-    that checks more (`stages/checks.py`).
+    The command line's overrides win over those of experiments.yaml, which win over the file. Among
+    them, `overrides=smoke` stands for all the dotted keys in `experiments/overrides/smoke.yaml`,
+    and `overrides=mine.yaml` for those of a file of one's own.
+
+    Args:
+        name_or_path: a name in experiments.yaml, or the path of a YAML file.
+        unfit: given what does not go together, in place of an error, by a caller that checks more
+            (`stages/checks.py`).
 
     Raises:
         UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the
             overrides, or a plugin that is not trusted.
         PluginError: for a plugin that fails to import.
     """
-    mapping = load_mapping(
-        name_or_path,
-        overrides,
-        shipped,
-        settings=settings,
-        trusted_plugins=trusted_plugins,
-        sections=sections,
-        earlier=earlier,
-    )
+    mapping = load_mapping(name_or_path, overrides, shipped, **reading)
     if SWEEP in mapping:
         raise UserError(
             f"experiment: {name_or_path} is a sweep, which only the command run takes; give that "
@@ -118,28 +119,25 @@ def load_mapping(
     name_or_path: str,
     overrides: Sequence[str] = (),
     shipped: Path = SHIPPED,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    trusted_plugins: Sequence[str | Path] | None = None,
-    sections: Mapping[str, Any] | None = None,
-    earlier: bool = False,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What `load_experiment` checks: the sections as they are written, with those of a sweep,
     if it is one."""
-    given = [(split_key(key), value) for key, value in (settings or {}).items()]
+    given = [(split_key(key), value) for key, value in (reading.get("settings") or {}).items()]
     _, mapping = load_listed(name_or_path, shipped, [*given, *_overrides(overrides, shipped)])
     if _is_study(mapping):
         raise UserError(
             f"experiment: {name_or_path} is a study of several runs; give the experiment of one of "
             "them"
         )
-    mapping = with_absolute_plugins({**mapping, **(sections or {})}, Path.cwd())
-    if earlier:
+    mapping = with_absolute_plugins({**mapping, **(reading.get("sections") or {})}, Path.cwd())
+    if reading.get("earlier"):
         mapping = {name: value for name, value in mapping.items() if name not in EARLIER}
     _refuse_earlier(name_or_path, mapping)
-    if trusted_plugins is not None:
+    trusted = reading.get("trusted_plugins")
+    if trusted is not None:
         mapping["plugins"] = load_plugins(
-            mapping.get("plugins", []), trusted_plugins, f"{name_or_path}: plugins"
+            mapping.get("plugins", []), trusted, f"{name_or_path}: plugins"
         )
     discover(mapping.get("plugins", []))
     # What a sweep's key takes is read by the type of that key, see `cm3leon.studies`.

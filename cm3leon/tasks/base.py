@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from cm3leon.config import PositiveInt
 from cm3leon.objectives.cm3 import Span, rotate
 from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.layout import Grid
@@ -74,6 +75,25 @@ class Task:
         """Whether a completed document has what the prompt gave, unchanged."""
         given: Modality = "image" if self.answers_in == "text" else "text"
         return np.array_equal(required(query, given).ids_T, required(completed, given).ids_T)
+
+
+class TextOfImage(Task):
+    """Base of the tasks that are asked about an image, and answered in text."""
+
+    retrieves_by: Modality = "image"
+    answers_in: Modality = "text"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """How long an answer may be."""
+
+        max_tokens: PositiveInt = 64
+        """An answer is cut at this many tokens."""
+
+    config: Config
+
+    def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
+        return with_segment(query, "text", answer_T)
 
 
 def infilling_prompt(
