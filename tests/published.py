@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +29,18 @@ def pretrained(place: Path) -> dict[str, Any]:
     return {"path": str(write_taming(place / "vqgan.ckpt", random_tensors(taming_shapes(**SMALL))))}
 
 
-IMAGE_TOKENIZER_FILES = {"pretrained": pretrained, "chameleon": pretrained}
+def emu3(place: Path) -> dict[str, Any]:
+    """Settings of the tokenizer `emu3`, and the folder for them, as the library writes it."""
+    library = pytest.importorskip("transformers")
+    shape: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "hidden_size": 32}
+    config = library.Emu3VQVAEConfig(
+        codebook_size=16, num_res_blocks=1, attn_resolutions=[1], **shape
+    )
+    library.Emu3VQVAE(config).save_pretrained(place / "emu3")
+    return {"path": str(place / "emu3"), "image_size": 16}
+
+
+IMAGE_TOKENIZER_FILES = {"pretrained": pretrained, "chameleon": pretrained, "emu3": emu3}
 """For image tokenizers that need one: a function that writes a small file and returns the settings that name it."""
 
 

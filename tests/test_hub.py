@@ -33,11 +33,12 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.run import main
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.run_folder import RunFolder
+from cm3leon.tokenizers.families import FAMILIES
 from cm3leon.tokenizers.image.vqgan import VQGAN
 from cm3leon.tokenizers.text import TextTokenizer
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.parallel import whole_state_and_adapter
-from cm3leon.types import UserError
+from cm3leon.types import TokenDocument, UserError
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -282,6 +283,152 @@ def test_generation_settings_have_the_ids_of_each_modality(chameleon: dict[str, 
     names = published_tokenizer()["model"]["vocab"]
     assert settings.ids["image"] == [[names[code_name(0)], names[code_name(15)] + 1]]
     assert settings.eos_token_id == [names["<eoss>"], names["</s>"]]
+
+
+@torch.inference_mode()
+def test_the_library_s_processor_asks_as_this_project_does(chameleon: dict[str, Path]) -> None:
+    """Its ids and pixels are those of a question here, and the model reads this project's codes in
+    them."""
+    # The names of special tokens in a text are these tokens where that is asked for alone.
+    processor = transformers.ChameleonProcessor.from_pretrained(
+        chameleon["hf"], split_special_tokens=False
+    )
+    model = CM3Leon.load(chameleon["run"], precision="float32")
+    exported = Exported(open_run(chameleon["run"]))
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    asked = {"images": Image.fromarray(image), "text": "What is it?<image>"}
+    inputs = processor(**asked, return_tensors="pt")
+
+    shown = model._image(model._pixels(image))
+    question = TokenDocument("", (model._text("What is it?"), shown))
+    expected = exported.ids(model._task("chat").prompt(question).ids_T)
+    codes = exported.ids(shown.ids_T)
+    names = published_tokenizer()["model"]["vocab"]
+    found = inputs.input_ids[0].tolist()
+    assert found.count(names["<image>"]) == len(codes)
+    start = found.index(names["<image>"])
+    assert [*found[:start], *codes, *found[start + len(codes) :]] == expected
+    plain = transformers.ChameleonProcessor.from_pretrained(chameleon["hf"])
+    assert names["<eoss>"] not in plain(text="<eoss>").input_ids[0]
+
+    other = transformers.ChameleonForConditionalGeneration.from_pretrained(chameleon["hf"]).eval()
+    hidden_1TD = other.model(**inputs).last_hidden_state
+    same_1TD = other.model(input_ids=torch.tensor([expected])).last_hidden_state
+    torch.testing.assert_close(hidden_1TD, same_1TD, rtol=0, atol=0)
+
+
+def test_a_processor_goes_out_where_it_lays_samples_out_so(
+    opt: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = exported(imported(tmp_path, family="lumina_mgpt"), tmp_path / "rows", "samples=0")
+    for folder in (opt["hf"], rows):
+        assert not (folder / "processor_config.json").exists()
+
+
+# ------------------------------------------------------------------------------ whose weights
+
+
+def test_whose_weights_they_are_is_recorded_and_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert FAMILIES["chameleon"].models[48] == "facebook/chameleon-30b"
+    small = replace(FAMILIES["anole"], models={2: "org/small"})
+    monkeypatch.setitem(FAMILIES, "anole", small)
+    run = imported(tmp_path, family="anole")
+    assert json.loads((run / "import.json").read_text())["base_model"] == "org/small"
+    header = header_of(exported(run, tmp_path / "hf", "samples=0"))
+    assert header["base_model"] == "org/small"
+    assert header["license_name"] == small.licence
+
+    words = [f"hf={tmp_path / 'chameleon'}", f"vqgan={tmp_path / 'vqgan.ckpt'}", "image_size=8"]
+    words += ["from=anole", "base_model=me/copy", f"out={tmp_path / 'own'}"]
+    assert main(["import", *words]) == 0
+    header = header_of(exported(tmp_path / "own", tmp_path / "own_hf", "samples=0"))
+    assert header["base_model"] == "me/copy"
+
+
+def test_a_start_from_an_exported_folder_says_how_it_becomes_a_run(
+    opt: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=digits_smoke", f"training.start={opt['hf']}", f"run={tmp_path / 'run'}"]
+    assert main(words) == 2
+    assert f"make one of it: import from=export hf={opt['hf']} out=DIR" in capsys.readouterr().err
+
+
+def tuned_from(base: Path, place: Path, *words: str) -> Path:
+    """A run of two steps from another one's weights, with its tokenizers."""
+    config = open_run(base).experiment
+    words = (
+        *(f"shards.tokenizers={base}", f"training.start={base}", f"run={place}", *words),
+        *("until=pretraining", "retriever=lexical", "training.steps=2", "training.warmup_steps=1"),
+        f"text_tokenizer.vocab_size={config.text_tokenizer.vocab_size}",
+        *(
+            f"sentinels={config.sentinels}",
+            "image_tokenizer=pretrained",
+            f"model={config.model.name}",
+        ),
+    )
+    sections = {
+        "model": vars(config.model.config),
+        "image_tokenizer": {"image_size": config.image_tokenizer.config.image_size},
+    }
+    settings = (
+        f"{section}.{key}={value}"
+        for section, fields in sections.items()
+        for key, value in fields.items()
+        if value is not None
+    )
+    assert main(["experiment=digits_smoke", *words, *settings]) == 0
+    return place
+
+
+@pytest.mark.parametrize("which", ["opt", "chameleon"])
+@torch.inference_mode()
+def test_an_exported_folder_is_a_run_again(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The same weights and logits, whose they are is known, and it goes out again as it came."""
+    folders, back = request.getfixturevalue(which), tmp_path / "back"
+    assert main(["import", "from=export", f"hf={folders['hf']}", f"out={back}"]) == 0
+    before, after = load_model(folders["run"]), load_model(back)
+    assert open_run(back).vocab == open_run(folders["run"]).vocab
+    ids_BT = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(after(ids_BT), before(ids_BT), rtol=0, atol=0)
+    drawn = [
+        CM3Leon.load(run, precision="float32").generate("a red dog", seed=2)[0]
+        for run in (folders["run"], back)
+    ]
+    assert np.array_equal(drawn[0].codes_N, drawn[1].codes_N)
+
+    again = exported(back, tmp_path / "again", "samples=0")
+    for key in ("license", "license_name", "base_model"):
+        assert header_of(again).get(key) == header_of(folders["hf"]).get(key)
+    files = [folder / "model.safetensors" for folder in (folders["hf"], again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (again / "tokenizer.json").read_text() == (folders["hf"] / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("which", ["opt", "chameleon"])
+def test_a_run_starts_from_an_exported_folder(
+    which: str, lora: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Whole and by LoRA; and the run that comes out knows whose weights it began with, without the
+    folder."""
+    folders, back = request.getfixturevalue(which), tmp_path / "back"
+    words = [f"hf={folders['hf']}", f"out={back}", "base_model=org/base"]
+    assert main(["import", "from=export", *words]) == 0
+    adapters = [f"training.lora_rank={lora}"] if lora else []
+    tuned = tuned_from(back, tmp_path / "tuned", *adapters)
+    base, learned = load_model(back).state_dict(), load_model(tuned).state_dict()
+    changed = {name for name in base if not torch.equal(base[name], learned[name])}
+    assert changed
+    if lora:
+        assert changed <= {name for name in base if name.startswith("blocks.")}
+    shutil.rmtree(back)
+    header = header_of(exported(tuned, tmp_path / "hf", "samples=0"))
+    assert header["base_model"] == "org/base"
+    assert header["license"] == header_of(folders["hf"])["license"]
 
 
 # ------------------------------------------------------------------------------------------------ read back

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,9 @@ from cm3leon.registry import DECODERS, TASKS, discover
 from cm3leon.tasks.base import without_conditions
 from cm3leon.tasks.prompts import _cells, box_spans, code_spans, mask_codes, spans_prompt
 from cm3leon.tokenizers.document import lay_out, sample_length, token_count
-from cm3leon.tokenizers.layout import PAPER, Layout
+from cm3leon.tokenizers.layout import PAPER, SPECIALS, Layout, LayoutTable
 from cm3leon.tokenizers.vocab import Vocab
-from cm3leon.types import Sample, TokenDocument, TokenSegment
+from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
 discover()
 
@@ -46,7 +46,15 @@ ROWS = Layout(
     row_close=ROW,
     sizes={(2, 3): (SIZE, SIZE + 1), (3, 2): (SIZE + 1, SIZE), (3, 3): (SIZE + 1, SIZE + 1)},
 )
-LAYOUTS = {"paper": PAPER, "chameleon": CHAMELEON, "rows": ROWS}
+TEXT = replace(
+    ROWS,
+    image_close=(SIZE + 1, CLOSE),
+    sizes={(2, 3): (22, 29, 23, SIZE), (3, 2): (23, SIZE), (3, 3): (23, 29, SIZE)},
+)
+"""Sizes are written as text, in unequal numbers of pieces; an image is closed by two tokens."""
+PARTED = replace(TEXT, last_row_closed=False)
+"""And rows are parted, not closed."""
+LAYOUTS = {"paper": PAPER, "chameleon": CHAMELEON, "rows": ROWS, "text": TEXT, "parted": PARTED}
 GRID = (2, 3)
 CODES = GRID[0] * GRID[1]
 
@@ -86,7 +94,8 @@ def sample_of(layout: Layout, drawn: Any) -> Sample:
 
 def written(name: str, parts: list[tuple[str, list[int]]]) -> list[int]:
     """A document by hand."""
-    start = vocab(LAYOUTS[name]).image_start
+    layout = LAYOUTS[name]
+    start = vocab(layout).image_start
     runs = []
     for kind, ids in parts:
         codes = [start + code for code in ids]
@@ -97,7 +106,10 @@ def written(name: str, parts: list[tuple[str, list[int]]]) -> list[int]:
         elif name == "chameleon":
             runs.append([BREAK, *codes, CLOSE])
         else:
-            runs.append([BREAK, SIZE, SIZE + 1, *codes[:3], ROW, *codes[3:], ROW, CLOSE])
+            size = [SIZE, SIZE + 1] if name == "rows" else [22, 29, 23, SIZE]
+            close = [CLOSE] if name == "rows" else [SIZE + 1, CLOSE]
+            last = [] if name == "parted" else [ROW]
+            runs.append([BREAK, *size, *codes[:3], ROW, *codes[3:], *last, *close])
     between = [BREAK] if name == "paper" else []
     return list(itertools.chain(*(between * (number > 0) + run for number, run in enumerate(runs))))
 
@@ -136,7 +148,7 @@ def test_a_shortened_sample_is_the_end_of_the_whole_one(name: str, drawn: Any, l
     assert len(ids_T) == sample_length(short, layout) <= length
     assert ids_T[1:] == full[len(full) - len(ids_T) + 1 :]
     # Whole pieces are lost at most: what opens an image, and what closes one behind codes that are gone.
-    most = layout.around_image + len(layout.between_documents) + len(layout.between_segments)
+    most = layout.around_image(GRID) + len(layout.between_documents) + len(layout.between_segments)
     assert len(full) <= length or len(ids_T) >= length - most
     assert (
         is_cut
@@ -154,6 +166,8 @@ def test_shards_count_what_stands_beside_the_segments(name: str, tmp_path: Any) 
         TokenDocument("joined", (text(9), TokenSegment("text", np.array([10]), "answer", True))),
         TokenDocument("empty", ()),
     ]
+    if layout.sizes:
+        documents[3] = TokenDocument("tall", (image(layout, codes, (3, 2)), text(9)))
     tokenizers = Tokenizers("text", "image", 30, 16, 6)
     write_plan(tmp_path, {"tokenizers": asdict(tokenizers)})
     write_token_shard(shard_path(tmp_path, 0, 1), documents, tokenizers)
@@ -190,7 +204,8 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
         assert [answer["image"][place] for place in prompt.closed] == [layout.row_close] * len(
             prompt.closed
         )
-        assert len(prompt.closed) == (2 if layout.row_close else 0)
+        closed = 2 if layout.last_row_closed else 1
+        assert len(prompt.closed) == (closed if layout.row_close else 0)
         assert (
             asked(layout, task)
             .complete(query, np.array(answer["image"]))
@@ -203,7 +218,8 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
     rotated_T, _ = rotate(laid_out.ids_T, [(words.start, words.end)], ids)
     second_T = asked(layout, "text_to_image").prompt(query, retrieved).unconditional_T.tolist()
     if layout.sizes:  # the size of a masked image is not said, that of the asked one is
-        assert second_T[-2:] == [SIZE, SIZE + 1]
+        size = layout.sizes[GRID]
+        assert tuple(second_T[-len(size) :]) == size
     assert [*second_T, *answer["image"]] == rotated_T[
         : len(second_T) + len(answer["image"])
     ].tolist()
@@ -231,9 +247,8 @@ def test_prompt_and_answer_are_what_is_trained(name: str, caption: list[int], dr
         assert ids.image_codes(np.array(part)).tolist() == list(
             range(3) if half == "top" else range(3, 6)
         )
-        assert [part[place] for place in prompt.closed] == [layout.row_close] * (
-            1 if layout.row_close else 0
-        )
+        is_closed = layout.row_close is not None and (layout.last_row_closed or half == "top")
+        assert [part[place] for place in prompt.closed] == [layout.row_close] * is_closed
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -374,3 +389,24 @@ def test_images_that_are_not_square_go_to_ids_and_back() -> None:
     odd = TokenDocument("", (image(ROWS, [0, 1, 2, 3], (2, 2)),))
     with pytest.raises(ValueError, match="images of 2 x 2 codes have no ids of their size"):
         lay_out(Sample(odd), ids)
+
+
+def test_sizes_of_one_row_that_nothing_closes_are_refused() -> None:
+    table = {
+        "specials": [*SPECIALS, "<row>"],
+        "row_close": "<row>",
+        "last_row_closed": False,
+        "pieces": {"1": 9, "2": 10},
+        "sizes": {"2x1": ["2", "1"]},
+    }
+    found = LayoutTable.from_names(table, "layout.json").layout
+    assert found.sizes == {(2, 1): (10, 9)}
+    assert found.row_close == 4
+    for changed, sentence in (
+        ({"sizes": {"1x2": ["1", "2"]}}, "images of one row"),
+        ({"last_row_closed": "no"}, "last_row_closed is 'no'; it must be true or false"),
+        ({"pieces": {}}, "sizes names '2', which is not among its specials"),
+        ({"pieces": ["1"]}, "pieces must be an object of ids"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            LayoutTable.from_names({**table, **changed}, "layout.json")

@@ -79,6 +79,39 @@ def test_logits_and_gradients_are_those_of_transformers(norm: str, kv_heads: int
         torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
+@SHAPES
+@torch.inference_mode()
+def test_packed_samples_are_those_of_transformers_alone(norm: str, kv_heads: int | None) -> None:
+    ours = decoder(norm=norm, kv_heads=kv_heads)
+    theirs = chameleon(ours)
+    lengths = (5, 8, 7)
+    sample_1T = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    position_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed_1TV = ours(IDS_BT[:1], position_BT=position_1T, sample_BT=sample_1T)
+    alone = [logits_of(theirs, ids_1T) for ids_1T in IDS_BT[:1].split(lengths, 1)]
+    torch.testing.assert_close(packed_1TV, torch.cat(alone, 1), atol=2e-5, rtol=1e-5)
+
+
+@SHAPES
+@torch.inference_mode()
+def test_cached_steps_are_those_of_transformers(norm: str, kv_heads: int | None) -> None:
+    """Behind a prefix that two rows share, a token at a time."""
+    ours = decoder(norm=norm, kv_heads=kv_heads)
+    shared_T, tails_BT = IDS_BT[0, :6], IDS_BT[:2, 6:]
+    whole_BTV = logits_of(chameleon(ours), torch.cat([shared_T.expand(2, 6), tails_BT], 1))
+    cache = ours.new_cache(groups=1, width=2, prefix=6, tail=T)
+    attend = cache.prefix_pass(torch.tensor([0]), torch.tensor([6]))
+    ours(shared_T[None], position_BT=attend.positions(6), attend=attend)
+    attend = cache.tail_pass(torch.tensor([0]), torch.tensor([[[0], [1]]]), torch.tensor([[1, 1]]))
+    ours(tails_BT[:, :1], position_BT=attend.positions(1), attend=attend)
+    for t in range(1, tails_BT.shape[1]):
+        attend = cache.step_pass(1, 6, T, tokens=1)
+        step_B1V = ours(tails_BT[:, t : t + 1], position_BT=attend.positions(1), attend=attend)
+        expected_B1V = whole_BTV[:, 6 + t : 7 + t]
+        torch.testing.assert_close(step_B1V, expected_B1V, atol=2e-5, rtol=1e-5)
+        cache.tail_length_R += 1
+
+
 def test_rotated_heads_depend_on_distances_alone() -> None:
     """The product of a query and a key is that of the complex numbers turned by their distance (RoPE, equation 16)."""
     q_E, k_E = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

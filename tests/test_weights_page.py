@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from corpora import encoded, picture
+from test_emu3 import publish as publish_emu3
 from test_import import publish
 
 from cm3leon.run import main
@@ -37,11 +38,13 @@ def commands() -> list[list[str]]:
 def shrunk(words: list[str], text_size: int) -> list[str]:
     """The same command for the small folder; a plan is of the published size as it stands."""
     if words[0] == "import":
-        return [*words, "image_size=8"]
+        sizes = {"from=emu3": ["image_size=32"], "from=export": []}
+        return [*words, *sizes.get(words[1], ["image_size=8"])]
     if words[0].startswith("experiment="):
         return [*words, *SHRUNK, f"text_tokenizer.vocab_size={text_size}"]
     if words[0] == "generate":
-        return ["size=[16,4]" if word.startswith("size=") else word for word in words]
+        size = "size=[64,16]" if "run=runs/emu3" in words else "size=[16,4]"
+        return [size if word.startswith("size=") else word for word in words]
     if words[0] == "infill":
         return [*(word for word in words if not word.startswith("box=")), "box=[0,6,12,12]"]
     return words
@@ -54,6 +57,7 @@ def test_every_command_of_the_page_runs_in_order(
     for family in ("anole", "chameleon"):
         (tmp_path / f"{family}-7b").symlink_to(files["hf"])
     (tmp_path / "lumina-mgpt").symlink_to(files["hf"])
+    publish_emu3(tmp_path).rename(tmp_path / "emu3-gen")
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(30):
@@ -67,8 +71,11 @@ def test_every_command_of_the_page_runs_in_order(
     asked = commands()
     assert {words[0] for words in asked} >= {"import", "generate", "caption", "plan", "search"}
     for words in asked:
-        if words[0] not in ELSEWHERE:
+        if words[0] not in ELSEWHERE or "dry_run=true" in words:
             assert main(shrunk(words, text_size)) == 0, (words, capsys.readouterr().err)
     assert len(list((tmp_path / "drawn_with_mine").rglob("*.png"))) >= 4
-    for name in ("mine", "whole"):
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "license: other" in card
+    assert (tmp_path / "drawn_emu3").is_dir()
+    for name in ("mine", "whole", "further"):
         assert (tmp_path / "runs" / name / "pretraining" / "model.safetensors").is_file()

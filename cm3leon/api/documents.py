@@ -1,4 +1,5 @@
-"""What is given to a run, as documents of tokens: texts, pixels of any size, pages of both, and instructions."""
+"""What is given to a run, as documents of tokens: texts, pixels of any size, pages of both, and
+instructions."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Documents:
         self._fresh = TokenSegment("image", np.empty(0, np.int64), grid=run.grid)
 
     def _instruction(self, task: str, **values: np.ndarray | str | None) -> TokenDocument:
-        """The first template of a task, filled: with texts and pixels, None for an image that is asked for."""
+        """The first template of a task, filled: with texts and pixels, None for an image that is
+        asked for."""
         segments: list[TokenSegment] = []
         for segment in fill_template(TABLE_5[task][0], values, ROLES[task]):
             if isinstance(segment, TextSegment):
@@ -51,7 +53,8 @@ class Documents:
         return np.array(self.run.fitted(read_given_image(image, argument)))
 
     def _square(self, image: ImageInput) -> np.ndarray:
-        """An image (1, H, W, 3) as documents are retrieved by it, whatever the shape that is drawn."""
+        """An image (1, H, W, 3) as documents are retrieved by it, whatever the shape that is
+        drawn."""
         size = self.run.image_tokenizer.image_size
         return np.array(square(read_given_image(image, "image"), size))[None]
 
@@ -74,11 +77,9 @@ class Documents:
         if whole and (grid in layout.sizes or grid == self.run.grid):
             return grid
         usual = ", ".join(f"{columns * scale}x{rows * scale}" for rows, columns in self.run.grids)
-        more = "one of" if len(self.run.grids) > 1 else ""
+        more = "one of " if len(self.run.grids) > 1 else ""
         raise UserError(
-            f"size is {width}x{height}, which this model has no images of; take {more} {usual}".replace(
-                "  ", " "
-            )
+            f"size is {width}x{height}, which this model has no images of; take {more}{usual}"
         )
 
     def _decoded(self, segment: TokenSegment) -> np.ndarray:

@@ -117,7 +117,9 @@ class AskedPages(AskedRun):
         ids_T = prompt_until(Sample(self._page(parts, asked)), self.run.vocab)
         images = (segments + (first == "image")) // 2
         texts = segments - images
-        of_images = images * (layout.image_length(self.run.grid) + layout.around_image)
+        of_images = images * (
+            layout.image_length(self.run.grid) + layout.around_image(self.run.grid)
+        )
         # What stands between the segments, and the end.
         between = segments * max(1, len(layout.between_segments))
         room = self.run.seq_len - len(ids_T) - of_images - between

@@ -47,11 +47,11 @@ class Options(Opening):
     adapter: Path | None = None
     """Folder of a LoRA adapter of PEFT to merge into `hf`, for to=cm3leon; null = one inside `hf`, if there is one."""
     licence: str | None = None
-    """The licence of the weights by the Hub's name, such as mit, for the card; null = that of the public weights which
-    the run began with, unknown for others."""
+    """The licence of the weights by the Hub's name, such as mit, for the card; null = that of the
+    weights which the run began with, unknown where there are none."""
     base_model: str | None = None
     """The model on the Hub that it was made from, such as facebook/chameleon-7b: for the card, and the base of an
-    adapter."""
+    adapter; null = what was recorded when the weights that it began with were imported."""
     prompt: str | None = None
     """A text that sample images for the card are drawn for; null = a held-out caption of the run, if it has one."""
     samples: NonNegativeInt = 1
@@ -98,7 +98,7 @@ def export_to_hf(options: Options) -> None:
         UserError: for a run without a finished pretraining, another class of model, or a folder `out` that is taken.
         RuntimeError: if the written weights differ, or compute something else.
     """
-    from cm3leon.hub.card import About, card_of
+    from cm3leon.hub.card import card_of
     from cm3leon.hub.export import Exported, write_hub_folder
     from cm3leon.models.form import transformers
 
@@ -107,8 +107,8 @@ def export_to_hf(options: Options) -> None:
     _ = exported.form  # refused before images are drawn
     with new_folder(options.out) as folder:
         samples = _draw(options, exported.run, folder) if _draws(exported.family) else []
-        about = About(options.licence, options.base_model)
-        write_hub_folder(exported, folder, card_of(exported, about, samples))
+        origin = exported.origin(options.licence, options.base_model)
+        write_hub_folder(exported, folder, card_of(exported, origin, samples), origin)
         use_umask(folder)
 
 
@@ -167,7 +167,7 @@ def export_to_peft(options: Options) -> None:
     exported = Exported(_finished(options))
     _ = exported.form
     with new_folder(options.out) as folder:
-        write_adapter(exported, folder, options.base_model)
+        write_adapter(exported, folder, exported.origin(None, options.base_model).base_model)
         use_umask(folder)
 
 

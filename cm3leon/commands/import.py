@@ -1,13 +1,16 @@
-"""Make a run folder of public weights: Chameleon, Anole, Lumina-mGPT.
+"""Make a run folder of public weights, or of what `export to=hf` wrote.
 
     python -m cm3leon.run import from=chameleon hf=chameleon-7b vqgan=vqgan.ckpt out=runs/chameleon
+    python -m cm3leon.run import from=emu3 hf=emu3-gen out=runs/emu3
+    python -m cm3leon.run import from=export hf=org/name out=runs/theirs
 
 The folder is then generated from, captioned with, scored and fine-tuned like any other:
 
     python -m cm3leon.run generate run=runs/chameleon prompt="a red dog"
 
 Fine-tuning takes its tokenizers and starts from its weights: shards.tokenizers=runs/chameleon
-training.start=runs/chameleon. Nothing is downloaded. docs/public_weights.md has the whole way.
+training.start=runs/chameleon. Nothing is downloaded, but a model on the Hub that from=export names.
+docs/public_weights.md has the whole way.
 """
 
 from __future__ import annotations
@@ -18,28 +21,61 @@ from pathlib import Path
 from cm3leon.config import PositiveInt, choices
 from cm3leon.types import UserError
 
+EXPORT = "export"
+"""In the place of a family: a folder that an export wrote."""
+
 
 @dataclass(kw_only=True)
 class Options:
     """Options of the command import."""
 
     from_: str
-    """A family of weights: chameleon, anole or lumina_mgpt."""
+    """A family of weights (chameleon, anole, lumina_mgpt or emu3), or export for what
+    `export to=hf` wrote."""
     hf: Path
-    """A folder as transformers reads it: config.json, tokenizer.json and the weights, in one file or several."""
-    vqgan: Path
-    """A file of the image tokenizer, with its decoder."""
-    image_size: PositiveInt = 512
-    """Height and width of the images, in pixels."""
+    """A folder as transformers reads it: config.json, tokenizer.json and the weights, in one file
+    or several. With from=export it may be the name of a model on the Hub, as org/name."""
+    vqgan: Path | None = None
+    """A file of the image tokenizer, with its decoder; null = `hf` holds it, as that of emu3 and of
+    an export does."""
+    image_size: PositiveInt | None = None
+    """Height and width of the images, in pixels; null = those of the family."""
+    base_model: str | None = None
+    """The model on the Hub that `hf` is a copy of, such as facebook/chameleon-7b, which the card of
+    an export will name; null = the family's published model of this shape, where there is one
+    alone."""
     out: Path
     """A run folder to make; it must not exist, or be empty."""
 
     def check(self) -> None:
         from cm3leon.tokenizers.families import FAMILIES
 
-        if self.from_ not in FAMILIES:
+        if self.from_ not in (*FAMILIES, EXPORT):
             raise UserError(
-                f"from is {self.from_}, which is not known; {choices(self.from_, FAMILIES)}"
+                f"from is {self.from_}, which is not known; "
+                f"{choices(self.from_, [*FAMILIES, EXPORT])}"
+            )
+        if self.from_ == EXPORT:
+            given = {"vqgan": self.vqgan, "image_size": self.image_size}
+            for name, value in given.items():
+                if value is not None:
+                    raise UserError(f"{name} is given, which an export says itself; leave it out")
+            return
+        family = FAMILIES[self.from_]
+        if family.other_decoder:
+            raise UserError(
+                f"from is {self.from_}: the decoder of {family.title} cannot be imported, as "
+                f"{family.other_decoder}; only its layout is known"
+            )
+        if family.whole and self.vqgan is not None:
+            raise UserError(
+                f"vqgan is given, and the folder of {family.title} holds the image tokenizer; "
+                "leave it out"
+            )
+        if not family.whole and self.vqgan is None:
+            raise UserError(
+                f"`import from={self.from_}` needs the file of the image tokenizer with its "
+                "decoder: vqgan=FILE, for example vqgan=vqgan.ckpt"
             )
 
 
@@ -55,8 +91,29 @@ def main(options: Options) -> None:
     from cm3leon.tokenizers.families import FAMILIES
 
     discover()
-    family = FAMILIES[options.from_]
-    print(f"licence of {family.title}: {family.licence}; {family.conditions}")
-    with new_folder(options.out) as folder:
-        import_run(options.from_, options.hf, options.vqgan, options.image_size, folder)
+    if options.from_ == EXPORT:
+        _import_export(options)
+    else:
+        family = FAMILIES[options.from_]
+        print(f"licence of {family.title}: {family.licence}; {family.conditions}")
+        with new_folder(options.out) as folder:
+            import_run(
+                options.from_,
+                options.hf,
+                options.vqgan,
+                options.image_size,
+                folder,
+                options.base_model,
+            )
     print(f"written: {options.out}")
+
+
+def _import_export(options: Options) -> None:
+    from cm3leon.hub.repository import model_folder
+    from cm3leon.paths import new_folder
+    from cm3leon.stages.importing import import_export
+
+    place = model_folder(options.hf, where="hf")
+    on_hub = None if place == options.hf else str(options.hf)
+    with new_folder(options.out) as folder:
+        import_export(place, folder, options.base_model or on_hub)

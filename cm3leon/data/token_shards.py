@@ -125,10 +125,24 @@ def finish_tokens(folder: Path, count: int, layout: Layout = PAPER) -> None:
     finish(folder, count, summary)
 
 
-def _beside(kind: np.ndarray, layout: Layout) -> np.ndarray:
-    """Tokens around and before each of a shard's segments, by their kinds."""
+def _beside(kind: np.ndarray, layout: Layout, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens around and before each of a shard's segments.
+
+    Args:
+        kind: of each segment.
+        ids: of all segments, one after the other; read where sizes are written in unequal numbers
+            of tokens.
+        lengths: of each segment.
+    """
     before = np.where(kind & JOINED, 0, len(layout.between_segments))
-    return before + np.where(kind & 1, layout.around_image, 0)
+    around = layout.around_any_image
+    if around is not None:
+        return before + np.where(kind & 1, around, 0)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    for place in np.flatnonzero(kind & 1):
+        grid = layout.grid_of(ids[starts[place] : starts[place + 1]])
+        before[place] += layout.around_image(grid)
+    return before
 
 
 class TokenShard:
@@ -148,7 +162,9 @@ class TokenShard:
     @cached_property
     def _beside_before(self) -> np.ndarray:
         """Tokens around and before the segments in front of each place; made where lengths are asked for alone."""
-        return np.concatenate([[0], np.cumsum(_beside(self._image, self._layout))])
+        return np.concatenate(
+            [[0], np.cumsum(_beside(self._image, self._layout, self._ids, self._lengths))]
+        )
 
     def __len__(self) -> int:
         return len(self._crc)

@@ -153,16 +153,23 @@ def interleaved(
 
 
 def segments_of(tokens: Sequence[int], vocab: Vocab) -> Iterator[tuple[Modality, list[int]]]:
-    """An answer as runs of text and of an image's tokens;
-    special tokens and sentinels part them and are left out."""
+    """An answer as runs of text and of an image's tokens; special tokens and sentinels part them
+    and are left out.
+
+    So is a size that is written as text in front of an image.
+    """
     run: list[int] = []
     current: Modality | None = None
+    opens, opened = vocab.layout.image_open[-1:], False
     for token in [*tokens, vocab.eos]:
         if current == "image" and token == vocab.layout.row_close:
             run.append(token)
             continue
         kind = vocab.kind(token)
         modality: Modality | None = kind if kind in ("text", "image") else None
+        opened = token in opens or (opened and modality == "text")
+        if opened:
+            modality = None
         if modality != current or modality is None:
             if current is not None and run:
                 yield current, run

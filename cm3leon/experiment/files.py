@@ -70,7 +70,8 @@ def experiment_name(name_or_path: str) -> str:
 
 
 class Reading(TypedDict, total=False):
-    """How the file of an experiment is read, for a caller that has more to say than a command line."""
+    """How the file of an experiment is read, for a caller that has more to say than a command
+    line."""
 
     settings: Mapping[str, Any] | None
     """Dotted keys with their values, under the overrides of the command line."""

@@ -6,7 +6,6 @@ Everything that it says of training and quality is read from the run: a figure t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,14 @@ from cm3leon.hub.image_tokenizer import why_not_diffusers
 from cm3leon.io import read_json
 from cm3leon.registry import TASKS
 from cm3leon.stages.attribution import attribution
+from cm3leon.stages.origin import Origin
 from cm3leon.stages.publish import limit
 from cm3leon.types import TokenDocument, TokenSegment
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-@dataclass(frozen=True)
-class About:
-    """What no run knows of itself."""
-
-    licence: str | None = None
-    """The licence of the weights as the Hub names it."""
-    base_model: str | None = None
-    """The model on the Hub whose weights it was made from."""
-
-
-def card_of(exported: Exported, about: About, samples: Sequence[tuple[str, str]]) -> str:
+def card_of(exported: Exported, origin: Origin, samples: Sequence[tuple[str, str]]) -> str:
     """The text of README.md, with the YAML header that the Hub reads.
 
     Args:
@@ -51,7 +41,7 @@ def card_of(exported: Exported, about: About, samples: Sequence[tuple[str, str]]
     before_text, after_text, without_text = _text_to_image(exported)
     before_image, after_image = _image_to_text(exported)
     card = text.render(
-        header=dump_yaml(_header(exported, about, draws)),
+        header=dump_yaml(_header(exported, origin, draws)),
         title=f"A CM3Leon decoder as {exported.form.model_class}",
         summary=(
             f"A decoder-only model of text and images with {parameters:,} parameters. An image of "
@@ -62,6 +52,7 @@ def card_of(exported: Exported, about: About, samples: Sequence[tuple[str, str]]
         model_class=exported.form.model_class,
         draws=draws,
         rows_closed=layout.row_close is not None,
+        has_processor=exported.has_processor,
         diffusers_reason=why_not_diffusers(tokenizer),
         before_text=before_text,
         after_text=after_text,
@@ -74,10 +65,10 @@ def card_of(exported: Exported, about: About, samples: Sequence[tuple[str, str]]
         image_size=tokenizer.image_size,
         seq_len=run.seq_len,
         ids=_ids(exported),
-        training=_training(exported, about, metrics),
+        training=_training(exported, origin, metrics),
         figures=_figures(metrics),
         limits=_limits(exported, metrics, draws),
-        licence=_licence(exported, about),
+        licence=_licence(exported, origin),
     )
     return card.rstrip() + "\n"
 
@@ -91,15 +82,13 @@ def _environment() -> Environment:
     )
 
 
-def _header(exported: Exported, about: About, draws: bool) -> dict[str, Any]:
+def _header(exported: Exported, origin: Origin, draws: bool) -> dict[str, Any]:
     family = exported.family
-    if about.licence is not None:
-        licence = {"license": about.licence}
-    elif family is not None:
+    if family is not None and origin.licence == family.licence:  # no name of the Hub's
         licence = {"license": "other", "license_name": family.licence}
     else:
-        licence = {"license": "unknown"}
-    base = {} if about.base_model is None else {"base_model": about.base_model}
+        licence = {"license": origin.licence or "unknown"}
+    base = {} if origin.base_model is None else {"base_model": origin.base_model}
     return {
         **licence,
         **base,
@@ -175,17 +164,15 @@ def _metrics(folder: Path) -> Mapping[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _training(exported: Exported, about: About, metrics: Mapping[str, Any]) -> str:
+def _training(exported: Exported, origin: Origin, metrics: Mapping[str, Any]) -> str:
     experiment = exported.run.experiment
-    family, base = exported.family, about.base_model
-    origin = base or (f"{family.title}'s public weights" if family else "random weights")
+    training, made_from = experiment.training, _made_from(exported, origin)
     if experiment.data.name == "none":
-        return f"The weights are those of {origin}, converted and not trained further."
-    training = experiment.training
-    start = "" if training.start is None else " (another run, whose weights it started from)"
+        return f"The weights are those of {made_from}, converted and not trained further."
     lines = [
-        f"Trained from {origin}{start} for {training.steps:,} steps of {training.batch_size:,} samples with the "
-        f"objective {experiment.objective.name}, on the source `{experiment.data.name}`."
+        f"Trained from {made_from} for {training.steps:,} steps of "
+        f"{training.batch_size:,} samples with the objective {experiment.objective.name}, "
+        f"on the source `{experiment.data.name}`."
     ]
     if training.lora_rank:
         lines.append(f"Low-rank adapters of rank {training.lora_rank} were trained and merged.")
@@ -198,6 +185,18 @@ def _training(exported: Exported, about: About, metrics: Mapping[str, Any]) -> s
         named = [f"{name[5:]} {losses[name]:.3f}" for name in losses if name.startswith("loss_")]
         lines.append(f"Validation loss in nats a token: {', '.join(named)}.")
     return " ".join(lines)
+
+
+def _made_from(exported: Exported, origin: Origin) -> str:
+    """The weights that the run began with."""
+    experiment = exported.run.experiment
+    if origin.base_model is not None:
+        return origin.base_model
+    if exported.family is not None:
+        return f"{exported.family.title}'s public weights"
+    if experiment.training.start is not None or experiment.data.name == "none":
+        return "another run of this project"
+    return "random weights"
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -241,11 +240,11 @@ def _limits(exported: Exported, metrics: Mapping[str, Any], draws: bool) -> list
     return limits
 
 
-def _licence(exported: Exported, about: About) -> str:
+def _licence(exported: Exported, origin: Origin) -> str:
     family = exported.family
     if family is None:
-        said = about.licence or "Whoever publishes these weights has not said under which licence."
+        said = origin.licence or "Whoever publishes these weights has not said under which licence."
     else:
-        given = f"{about.licence}. " if about.licence else ""
+        given = "" if origin.licence in (None, family.licence) else f"{origin.licence}. "
         said = f"{given}The weights that this was made from are under the {family.licence}: {family.conditions}."
     return "\n\n".join(filter(None, [said, attribution([exported.run.experiment])]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from cm3leon.hub.image_tokenizer import (
     why_not_diffusers,
 )
 from cm3leon.hub.parts import METADATA, PART_BYTES, save_in_parts
+from cm3leon.hub.processor import has_processor, processor_files, special_tokens
 from cm3leon.io import read_json, write_json, write_text
 from cm3leon.models.chameleon import CHAMELEON
 from cm3leon.models.form import Form, transformers, verify
@@ -44,6 +45,7 @@ from cm3leon.models.forms import FORMS
 from cm3leon.registry import MODELS
 from cm3leon.secrets import without_secrets
 from cm3leon.stages.files import GEOMETRY, TOKENIZER, WEIGHTS
+from cm3leon.stages.origin import ORIGIN, Origin
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
 from cm3leon.tokenizers.image.published_files import open_weights
@@ -82,6 +84,33 @@ class Exported:
     def family(self) -> Family | None:
         """The family of those weights."""
         return FAMILIES[self.published["family"]] if self.published else None
+
+    @cached_property
+    def names(self) -> Mapping[int, str] | None:
+        """Names of the published ids; None where the ids are our own."""
+        if self.published is None:
+            return None
+        content = json.loads(self.published["tokenizer.json"])
+        names = {id_: name for name, id_ in content["model"]["vocab"].items()}
+        return names | {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether transformers' processor can ask the exported model about images."""
+        if self.form is not CHAMELEON or self.names is None:
+            return False
+        if why_not_diffusers(self.run.image_tokenizer):
+            return False
+        return has_processor(self.run.vocab.layout, self.names.values())
+
+    def origin(self, licence: str | None, base_model: str | None) -> Origin:
+        """Whose weights they are: what is given, or else what the run has kept of the weights that
+        it began with."""
+        kept = Origin()
+        if (self.run.folder / "pretraining" / ORIGIN).is_file():
+            kept = Origin.of(self.run.stage("pretraining", ORIGIN))
+        family = None if self.family is None else self.family.licence
+        return Origin(licence or kept.licence or family, base_model or kept.base_model)
 
     @cached_property
     def vocab(self) -> PublishedVocab | None:
@@ -164,10 +193,8 @@ class Exported:
 
         # Its forward pass closes what is named IMGIMG..., which public weights have and ours have not.
         names = {"<image>": self.ids([vocab.pad])[0]}
-        if self.published is not None:
-            content = json.loads(self.published["tokenizer.json"])
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-            names = {**content["model"]["vocab"], **added}
+        if self.names is not None:
+            names = {name: id_ for id_, name in self.names.items()}
         tokenizer: Any = self.run.image_tokenizer
         other = why_not_diffusers(tokenizer)
         vision = CHAMELEON.extra["vq_config"] if other else chameleon_config(tokenizer)
@@ -175,13 +202,19 @@ class Exported:
 
 
 def write_hub_folder(
-    exported: Exported, folder: Path, card: str, *, part_bytes: int = PART_BYTES
+    exported: Exported,
+    folder: Path,
+    card: str,
+    origin: Origin | None = None,
+    *,
+    part_bytes: int = PART_BYTES,
 ) -> None:
     """Write everything but sample images, and compare what was written with the run.
 
     Args:
         folder: an empty one.
         card: the text of README.md.
+        origin: whose weights they are, which is known again when the folder is imported.
 
     Raises:
         UserError: for a run whose model or tokenizers have no such form.
@@ -215,6 +248,8 @@ def write_hub_folder(
         "image_size": run.image_tokenizer_shape.image_size,
         "experiment": without_secrets(to_mapping(run.experiment)),
     }
+    if origin is not None:
+        extras["origin"] = asdict(origin)
     if exported.published is not None:
         extras["family"] = exported.published["family"]
     write_json(folder / EXTRAS, extras)
@@ -245,15 +280,12 @@ def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
     stage = run.stage("text_tokenizer", TOKENIZER)
     if exported.published is not None:
         write_text(folder / TOKENIZER, exported.published["tokenizer.json"])
-        content = json.loads(exported.published["tokenizer.json"])
-        names = {id_: name for name, id_ in content["model"]["vocab"].items()}
-        names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
     else:
         shutil.copyfile(stage / TOKENIZER, folder / TOKENIZER)
         if (stage / LAYOUT).is_file():
             shutil.copyfile(stage / LAYOUT, folder / LAYOUT)
-        names = dict(enumerate(run.text_tokenizer.specials))
-    settings = {
+    names = exported.names or dict(enumerate(run.text_tokenizer.specials))
+    settings: dict[str, Any] = {
         # The plain class runs tokenizer.json as it is; the one that a model names would replace its pipeline.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -263,6 +295,13 @@ def _write_text_tokenizer(exported: Exported, folder: Path) -> None:
         "bos_token": names[special["bos_token_id"]],
         "eos_token": names[exported.ids([run.vocab.layout.end])[0]],
     }
+    if exported.has_processor:
+        layout = run.vocab.layout
+        ids = exported.ids([*layout.image_open, *layout.image_close, *layout.turn])
+        settings |= special_tokens(*(names[id_] for id_ in ids))
+        tokenizer = run.image_tokenizer_shape
+        for file, content in processor_files(tokenizer.image_size, run.grid).items():
+            write_json(folder / file, content)
     write_json(folder / "tokenizer_config.json", settings)
 
 

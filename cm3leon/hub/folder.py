@@ -40,6 +40,11 @@ from cm3leon.types import UserError
 from cm3leon.weights import check_finite, check_fit
 
 EXTRAS = "cm3leon.json"
+EXTRAS_SHAPE = {
+    "model?": dict,
+    "family?": str,
+    "origin?": {"licence?": str, "base_model?": str},
+}
 IMAGE_TOKENIZER = "image_tokenizer"
 """The subfolder of the image tokenizer."""
 IMAGE_ENCODER = "model.vqmodel."
@@ -72,7 +77,7 @@ class HubFolder:
     def extras(self) -> dict[str, Any]:
         """cm3leon.json; empty where there is none."""
         file = self.folder / EXTRAS
-        return read_json(file, {"model?": dict, "family?": str}) if file.is_file() else {}
+        return read_json(file, EXTRAS_SHAPE) if file.is_file() else {}
 
     @cached_property
     def form(self) -> Form:

@@ -34,6 +34,8 @@ UPLOADED = (
     f"{WEIGHTS}.index.json",
     TOKENIZER,
     "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     LAYOUT,
     f"{IMAGE_TOKENIZER}/*.safetensors",
     f"{IMAGE_TOKENIZER}/config.json",

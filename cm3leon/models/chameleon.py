@@ -24,36 +24,70 @@ FIXED = {
 """What makes a Chameleon this decoder."""
 
 
+def from_llama_config(
+    settings: Mapping[str, Any], fixed: Mapping[str, Any], rope_theta: float
+) -> dict[str, Any]:
+    """Fields of `Llama.Config` by the names that transformers' decoders of Llama's layers have in
+    common.
+
+    Args:
+        fixed: settings that have one value alone.
+        rope_theta: where the settings say nothing of it.
+
+    Raises:
+        UserError: for another shape, naming the key and its allowed value.
+    """
+    for key, allowed in fixed.items():
+        if settings[key] != allowed:
+            raise UserError(
+                f"{key} is {json.dumps(settings[key])}; it must be {json.dumps(allowed)}"
+            )
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise UserError(f'rope_parameters.rope_type is {json.dumps(kind)}; it must be "default"')
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"num_attention_heads is {heads}; it must divide hidden_size {width}")
+    kv_heads = settings["num_key_value_heads"]
+    return {
+        "layers": settings["num_hidden_layers"],
+        "width": width,
+        "head_size": width // heads,
+        "kv_heads": None if kv_heads in (None, heads) else kv_heads,
+        "mlp_width": settings["intermediate_size"],
+        "seq_len": settings["max_position_embeddings"],
+        "rope_theta": float(rope.get("rope_theta", settings.get("rope_theta", rope_theta))),
+        "norm_eps": settings["rms_norm_eps"],
+        "init_std": settings["initializer_range"],
+    }
+
+
 def from_chameleon_config(chameleon: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Llama.Config` that a Chameleon is, from its config with all defaults of `ChameleonConfig`.
+    """Fields of `Llama.Config` that a Chameleon is, from its config with all defaults of
+    `ChameleonConfig`.
 
     Raises:
         UserError: for a Chameleon of another shape, naming the key and its allowed value.
     """
-    for key, allowed in FIXED.items():
-        if chameleon[key] != allowed:
-            raise UserError(
-                f"{key} is {json.dumps(chameleon[key])}; it must be {json.dumps(allowed)}"
-            )
-    rope = chameleon.get("rope_parameters") or chameleon.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise UserError(f'rope_parameters.rope_type is {json.dumps(kind)}; it must be "default"')
-    width, heads = chameleon["hidden_size"], chameleon["num_attention_heads"]
-    if width % heads:
-        raise UserError(f"num_attention_heads is {heads}; it must divide hidden_size {width}")
-    kv_heads = chameleon["num_key_value_heads"]
+    norm = "behind" if chameleon["swin_norm"] else "before"
+    return {**from_llama_config(chameleon, FIXED, 10_000.0), "norm": norm}
+
+
+def to_llama_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]:
+    """The inverse of `from_llama_config`, with the number of ids."""
+    heads = config.width // config.head_size
     return {
-        "layers": chameleon["num_hidden_layers"],
-        "width": width,
-        "head_size": width // heads,
-        "kv_heads": None if kv_heads in (None, heads) else kv_heads,
-        "mlp_width": chameleon["intermediate_size"],
-        "seq_len": chameleon["max_position_embeddings"],
-        "rope_theta": float(rope.get("rope_theta", chameleon.get("rope_theta", 10_000.0))),
-        "norm": "behind" if chameleon["swin_norm"] else "before",
-        "norm_eps": chameleon["rms_norm_eps"],
-        "init_std": chameleon["initializer_range"],
+        "vocab_size": vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.kv_heads or heads,
+        "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": config.init_std,
     }
 
 
@@ -65,22 +99,27 @@ def to_chameleon_config(config: Llama.Config, vocab_size: int) -> dict[str, Any]
     """
     if not config.qk_norm:
         raise UserError("model.qk_norm is false; a Chameleon normalises its queries and keys")
-    heads = config.width // config.head_size
     return {
         **{key: value for key, value in FIXED.items() if key != "model_type"},
-        "vocab_size": vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.kv_heads or heads,
-        "max_position_embeddings": config.seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **to_llama_config(config, vocab_size),
         "swin_norm": config.norm == "behind",
-        "initializer_range": config.init_std,
     }
 
+
+LAYER = {
+    "qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "out.weight": ("self_attn.o_proj.weight",),
+    "gate.weight": ("mlp.gate_proj.weight",),
+    "up.weight": ("mlp.up_proj.weight",),
+    "down.weight": ("mlp.down_proj.weight",),
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+}
+"""What transformers' decoders of Llama's layers have in common."""
 
 CHAMELEON = Form(
     name="llama",
@@ -93,17 +132,7 @@ CHAMELEON = Form(
         "head.weight": "lm_head.weight",
     },
     inner={
-        "qkv.weight": (
-            "self_attn.q_proj.weight",
-            "self_attn.k_proj.weight",
-            "self_attn.v_proj.weight",
-        ),
-        "out.weight": ("self_attn.o_proj.weight",),
-        "gate.weight": ("mlp.gate_proj.weight",),
-        "up.weight": ("mlp.up_proj.weight",),
-        "down.weight": ("mlp.down_proj.weight",),
-        "attention_norm.weight": ("input_layernorm.weight",),
-        "mlp_norm.weight": ("post_attention_layernorm.weight",),
+        **LAYER,
         "q_norm.weight": ("self_attn.q_norm.weight",),
         "q_norm.bias": ("self_attn.q_norm.bias",),
         "k_norm.weight": ("self_attn.k_norm.weight",),

@@ -49,6 +49,9 @@ class Form:
     """Of its config, for what a config.json leaves out."""
     unused_rows: Mapping[str, int] = field(default_factory=dict)
     """Rows of zeros at the top of its tables that are not ours, by our name."""
+    earlier: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names in files that earlier versions of the library wrote, and what stands
+    there now."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Smallest settings of the parts of its model that are not the decoder."""
 
@@ -67,6 +70,13 @@ class Form:
             return self.from_config({**self.defaults, **settings})
         except KeyError as error:
             raise UserError(f"{error.args[0]} is missing") from error
+
+    def present(self, name: str) -> str:
+        """The present name of a tensor, whichever version wrote its file."""
+        for before, now in self.earlier.items():
+            if name.startswith(before):
+                return now + name.removeprefix(before)
+        return name
 
     def named(self, layer: int, name: str) -> str:
         """Its name of something in a layer."""

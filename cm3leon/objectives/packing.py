@@ -82,11 +82,13 @@ def shorten(sample: Sample, length: int, layout: Layout) -> tuple[Sample, bool]:
         return sample, False
 
     for number, document in enumerate(sample.retrieved):
-        tokens = token_count(document, layout) + between
-        if tokens > surplus + between:
+        tokens = token_count(document, layout)
+        closing = len(layout.closing(document.segments[-1])) if document.segments else 0
+        # What closes an image stays whole, or goes with it.
+        if tokens - surplus >= max(closing, 1):
             rest = _without_beginning(document, surplus, layout)
             return replace(sample, retrieved=(rest, *sample.retrieved[number + 1 :])), True
-        surplus -= tokens
+        surplus -= tokens + between
         if surplus <= 0:
             return replace(sample, retrieved=sample.retrieved[number + 1 :]), False
     return fit(replace(sample, retrieved=()), length, layout), False
@@ -96,7 +98,10 @@ def _without_beginning(document: TokenDocument, lost: int, layout: Layout) -> To
     """A document without its first `lost` tokens, or some more;
     what stands around and between segments counts."""
     segments = list(document.segments)
-    while len(segments) > 1 and lost >= (first := _segment_length(segments[0], layout)):
+    while len(segments) > 1:
+        first, closing = _segment_length(segments[0], layout), len(layout.closing(segments[0]))
+        if lost <= first - max(closing, 1):
+            break
         segments.pop(0)
         between = 0 if segments[0].joined else len(layout.between_segments)
         lost = max(0, lost - first - between)

@@ -90,7 +90,7 @@ class Service:
     @property
     def row_tokens(self) -> int:
         """Tokens of a row of an image's codes."""
-        return self.model.run.vocab.layout.image_length((1, self.model.run.grid[1]))
+        return self.model.run.vocab.layout.row_length(self.model.run.grid[1])
 
     def caller(
         self, client: str, *, on_tokens: OnTokens | None = None, every: int | None = None

@@ -106,7 +106,7 @@ def _check_block(run: RunFolder) -> None:
             f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in "
             f"{run.layout_file}; take another image_size"
         )
-    least = layout.image_length(run.grid) + layout.around_image + AROUND
+    least = layout.image_length(run.grid) + layout.around_image(run.grid) + AROUND
     if least > run.seq_len:
         raise UserError(
             f"model.seq_len is {run.seq_len}; an image of {rows * columns:,} codes with a caption "

@@ -1,14 +1,17 @@
-"""Public weights as a run folder, which everything that takes a run then takes.
+"""Public weights, or what `export to=hf` wrote, as a run folder, which everything that takes a run
+then takes.
 
 The folder holds three finished stages: the text tokenizer, renumbered into this project's order of
 ids, the image tokenizer, and the decoder, whose tables have their rows in that order. `import.json`
-says what they were made of.
+says what they were made of, and `origin.json` beside the decoder whose weights they are, which runs
+that start from it keep.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +25,18 @@ from tqdm import tqdm
 from cm3leon.config import to_mapping
 from cm3leon.digests import files_digest
 from cm3leon.experiment import Experiment
-from cm3leon.hub.folder import IMAGE_ENCODER, TABLES, asked_experiment, in_order
+from cm3leon.hub.folder import (
+    IMAGE_ENCODER,
+    TABLES,
+    ExportedRun,
+    asked_experiment,
+    in_order,
+    open_hub_folder,
+)
 from cm3leon.io import digest_of, read_json, write_json
 from cm3leon.models.chameleon import CHAMELEON
+from cm3leon.models.emu3 import EMU3
+from cm3leon.models.form import Form
 from cm3leon.models.llama import Llama
 from cm3leon.registry import MODELS
 from cm3leon.stages.files import (
@@ -36,11 +48,13 @@ from cm3leon.stages.files import (
     recorded_digest,
 )
 from cm3leon.stages.folders import make_result
+from cm3leon.stages.origin import Origin
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import write_config
 from cm3leon.stages.stage import StageRecord
 from cm3leon.stages.table import stages_of
 from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
+from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.image.published_files import Weights, open_weights
 from cm3leon.tokenizers.layout import LayoutTable
 from cm3leon.tokenizers.text import LAYOUT, PUBLISHED, TextTokenizer
@@ -51,6 +65,11 @@ from cm3leon.weights import check_finite, check_fit
 
 IMPORT = "import.json"
 """What a run folder was imported from, and under which licence."""
+READ = {form.model_type: form for form in (CHAMELEON, EMU3)}
+"""Forms that public weights come in, by `model_type` of config.json."""
+
+Makers = Mapping[str, Callable[[RunFolder, Path], None]]
+"""What writes each of the stages."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,26 @@ class Published:
 
     @cached_property
     def weights(self) -> Weights:
-        """Its tensors, which are read when they are asked for."""
-        return open_weights(self.folder)
+        """Its tensors by their present names, which are read when they are asked for."""
+        weights = open_weights(self.folder)
+        present = {self._form_of(weights).present(name): name for name in weights.tensors}
+        tensors = {name: weights.tensors[there] for name, there in present.items()}
+        return replace(weights, tensors=tensors)
+
+    @property
+    def form(self) -> Form:
+        """The class of its model. Raises UserError for one that no decoder of ours is."""
+        return self._form_of(self.weights)
+
+    def _form_of(self, weights: Weights) -> Form:
+        given = weights.settings.get("model_type")
+        if given not in READ:
+            names = " or ".join(map(json.dumps, READ))
+            raise UserError(
+                f"hf: {self.folder / 'config.json'}: model_type is {json.dumps(given)}; it must be "
+                f"{names}"
+            )
+        return READ[given]
 
     @cached_property
     def vocab(self) -> PublishedVocab:
@@ -85,55 +122,119 @@ class Published:
         """The section `model` of the decoder. Raises UserError for one of another shape."""
         file = self.folder / "config.json"
         try:
-            fields = CHAMELEON.read_config(self.weights.settings)
+            fields = self.form.read_config(self.weights.settings)
         except UserError as error:
             raise UserError(f"hf: {file}: {error}") from error
         return to_mapping(MODELS.check({"name": "llama", **fields}, f"hf: {file}"))
 
 
-def import_run(family: str, hf: Path, image_tokenizer: Path, image_size: int, out: Path) -> None:
+def import_run(
+    family: str,
+    hf: Path,
+    image_tokenizer: Path | None,
+    image_size: int | None,
+    out: Path,
+    base_model: str | None = None,
+) -> None:
     """Makes a run folder of a Hugging Face folder and the file of the image tokenizer.
 
     Memory is what the weights take, in the precision that they are published in.
+
+    Args:
+        image_tokenizer: None = the folder holds it.
+        image_size: of the images in pixels; None = the family's.
+        base_model: the name on the Hub of the published model; None = that of the family's model of
+            this shape, where there is one alone.
 
     Raises:
         UserError: for what is missing, or of another shape or family, before anything is written.
     """
     published = Published(hf, family)
-    vocab, tokenizer = (
-        published.vocab,
-        {
-            "name": "pretrained",
-            "path": str(image_tokenizer.absolute()),
-            "image_size": image_size,
-        },
-    )
+    vocab = published.vocab
+    tokenizer = {
+        "name": "emu3" if published.family.whole else "pretrained",
+        "path": str((image_tokenizer or hf).absolute()),
+        "image_size": image_size or published.family.image_size,
+    }
     experiment = _experiment(published, tokenizer)
     run = RunFolder(experiment, out, torch.device("cpu"))
-    _check(published, run, image_tokenizer)
+    _check(published, run, image_tokenizer or hf)
     ours = Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
+    origin = Origin(
+        licence=published.family.licence,
+        base_model=base_model or published.family.models.get(published.model["layers"]),
+    )
 
-    makers: dict[str, Callable[[RunFolder, Path], None]] = {
+    makers: Makers = {
         "text_tokenizer": lambda run, folder: _make_text_tokenizer(run, folder, published),
-        "image_tokenizer": _make_image_tokenizer,
-        "pretraining": lambda run, folder: _make_decoder(folder, published, ours),
+        "image_tokenizer": lambda run, folder: _write_image_tokenizer(
+            run, run.new_image_tokenizer(), folder
+        ),
+        "pretraining": lambda run, folder: _make_decoder(folder, published, ours, origin),
     }
-    files = [*published.weights.files, hf / TOKENIZER, image_tokenizer]
+    files = [*published.weights.files, hf / TOKENIZER]
+    if image_tokenizer is not None:
+        files.append(image_tokenizer)
     source = digest_of(family + files_digest(files, [file.name for file in files]))
-    write_config(experiment, out)
+    said = {
+        "family": family,
+        "licence": published.family.licence,
+        "conditions": published.family.conditions,
+        "base_model": origin.base_model,
+        "ids": vocab.old_id_V.tolist(),
+    }
+    _write_run(run, makers, source, said)
+
+
+def import_export(hf: Path, out: Path, name: str | None = None) -> None:
+    """Makes a run folder of a folder that `export to=hf` wrote, with the weights and tokenizers
+    that are in it.
+
+    Args:
+        name: of the model on the Hub; None = it is a folder, and its origin is that of the exported
+            run.
+
+    Raises:
+        UserError: for a folder that no export wrote, or one that lacks something or is damaged.
+    """
+    exported = open_hub_folder(hf, torch.device("cpu"), where="hf")
+    hub = exported.hub
+    assert hub is not None
+    run = RunFolder(exported.experiment, out, torch.device("cpu"))
+    kept = Origin.from_mapping(hub.extras.get("origin") or {})
+    origin = replace(kept, base_model=name or kept.base_model)
+
+    def make_decoder(_: RunFolder, folder: Path) -> None:
+        save_weights(folder / WEIGHTS, dict(hub.state()))
+        made = {"model": to_mapping(hub.model), "vocab_size": hub.vocab_size}
+        write_json(folder / "config.json", made)
+        origin.save(folder)
+
+    makers: Makers = {
+        "text_tokenizer": lambda _, folder: _copy_text_tokenizer(exported, folder),
+        "image_tokenizer": lambda _, folder: _write_image_tokenizer(
+            exported, exported.image_tokenizer, folder
+        ),
+        "pretraining": make_decoder,
+    }
+    files = [*hub.weights.files, hf / TOKENIZER]
+    source = digest_of("export" + files_digest(files, [file.name for file in files]))
+    said = {"licence": origin.licence, "base_model": origin.base_model}
+    _write_run(run, makers, source, {key: value for key, value in said.items() if value})
+
+
+def _write_run(run: RunFolder, makers: Makers, source: str, said: Mapping[str, Any]) -> None:
+    """Write the stages, one after the other, and what they were made of.
+
+    Args:
+        source: a digest of the files that they are made of.
+        said: of where the weights are from.
+    """
+    write_config(run.experiment, run.folder)
     for number, (name, make) in enumerate(makers.items(), 1):
         print(f"[{number}/{len(makers)}] {name}", flush=True)
         _finish(run, name, make, source)
-    write_json(
-        out / IMPORT,
-        {
-            "family": family,
-            "licence": published.family.licence,
-            "conditions": published.family.conditions,
-            "weights": source,
-            "ids": vocab.old_id_V.tolist(),
-        },
-    )
+    write_json(run.folder / IMPORT, {**said, "weights": source})
 
 
 def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
@@ -143,7 +244,7 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     codes = run.image_tokenizer_shape.codebook_size
     if codes != vocab.image_size:
         raise UserError(
-            f"vqgan: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has "
+            f"image tokenizer: {image_tokenizer} has {codes} codes, the vocabulary of {hf} has "
             f"{vocab.image_size}"
         )
     layout = LayoutTable.from_names(vocab.table, f"hf: {hf / TOKENIZER}").layout
@@ -156,7 +257,7 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     # Tables have a row for each published id, and may have more.
     given = published.weights.tensors
     rows, ours = len(vocab.old_id_V), Vocab(vocab.text_size, vocab.image_size, vocab.sentinels)
-    table = given.get("model.embed_tokens.weight")
+    table = given.get(published.form.outer["embedding.weight"])
     size = table.shape[0] if table else rows
     if not rows <= size <= ours.size:
         raise UserError(
@@ -167,7 +268,7 @@ def _check(published: Published, run: RunFolder, image_tokenizer: Path) -> None:
     with torch.device("meta"):
         model = MODELS.build(section, vocab_size=size)
     assert isinstance(model, Llama)
-    wanted = dict(CHAMELEON.to_state(model.state_dict(), model.config))
+    wanted = dict(published.form.to_state(model.state_dict(), model.config))
     decoder = {
         name: torch.empty(stored.shape, device="meta")
         for name, stored in given.items()
@@ -223,18 +324,31 @@ def _make_text_tokenizer(run: RunFolder, folder: Path, published: Published) -> 
     TextTokenizer.load(folder, run.experiment.text_tokenizer).save(folder)
 
 
-def _make_image_tokenizer(run: RunFolder, folder: Path) -> None:
-    tokenizer = run.new_image_tokenizer()
+def _copy_text_tokenizer(exported: ExportedRun, folder: Path) -> None:
+    assert exported.hub is not None
+    exported.text_tokenizer.save(folder)
+    published = exported.hub.vocab
+    if published is not None:
+        write_json(folder / LAYOUT, published.table)
+        text = (exported.folder / TOKENIZER).read_text(encoding="utf-8")
+        family = exported.hub.extras["family"]
+        write_json(folder / PUBLISHED, {"family": family, "tokenizer.json": text})
+    elif (exported.folder / LAYOUT).is_file():
+        shutil.copyfile(exported.folder / LAYOUT, folder / LAYOUT)
+
+
+def _write_image_tokenizer(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
     save_weights(folder / WEIGHTS, tokenizer)
     write_json(folder / "config.json", run.recorded("image_tokenizer"))
-    write_json(folder / GEOMETRY, tokenizer.geometry())
+    if (geometry := tokenizer.geometry()) is not None:
+        write_json(folder / GEOMETRY, geometry)
 
 
-def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
+def _make_decoder(folder: Path, published: Published, vocab: Vocab, origin: Origin) -> None:
     """The decoder's file: tensors one after the other, rows of both tables in our order."""
     state: dict[str, Tensor] = {}
     layers = published.model["layers"]
-    tensors = CHAMELEON.from_state(published.weights.read(), layers)
+    tensors = published.form.from_state(published.weights.read(), layers)
     count = sum(
         math.prod(stored.shape)
         for name, stored in published.weights.tensors.items()
@@ -250,3 +364,4 @@ def _make_decoder(folder: Path, published: Published, vocab: Vocab) -> None:
     progress.close()
     save_weights(folder / WEIGHTS, state)
     write_json(folder / "config.json", {"model": published.model, "vocab_size": vocab.size})
+    origin.save(folder)

@@ -17,7 +17,7 @@ def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
     """
     room = longest_document(run)
     layout = run.vocab.layout
-    codes = layout.image_length(run.grid) + layout.around_image
+    codes = layout.image_length(run.grid) + layout.around_image(run.grid)
     between = len(layout.between_segments)
     if (
         room is None or codes + between + 1 > room

@@ -18,6 +18,7 @@ from cm3leon.models.pretrained import load_model
 from cm3leon.objectives.block_stream import BlockStream
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER, WEIGHTS, opened_stage
 from cm3leon.stages.inputs import DRAWN_IN_TRAINING, recorded
+from cm3leon.stages.origin import ORIGIN, keep_origin
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
@@ -132,6 +133,8 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
             folder / "config.json", {**run.settings_of("model"), "vocab_size": run.vocab.size}
         )
         write_json(folder / "validation.json", figures)
+        if config.start:
+            keep_origin(config.start / "pretraining", folder)
     ranks.barrier()
 
 
@@ -276,7 +279,7 @@ STAGE = Stage(
     settings=recorded(
         "sentinels", "objective", "packing", "model", "training", "retriever", "seed", "shards"
     ),
-    results=("*.safetensors", "config.json"),
+    results=("*.safetensors", "config.json", ORIGIN),
     expensive=True,
     trains=lambda run: True,
 )

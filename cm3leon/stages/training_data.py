@@ -74,8 +74,13 @@ def start_digest(run: RunFolder) -> str | None:
     try:
         files = read_stage(folder)["files"]
     except (OSError, UserError) as error:
+        # What `export to=hf` wrote has its settings where no run has them.
+        is_export = (config.start / "config.json").is_file()
+        hint = (
+            f"; make one of it: import from=export hf={config.start} out=DIR" if is_export else ""
+        )
         raise UserError(
-            f"training.start: {config.start} is no run with a finished pretraining"
+            f"training.start: {config.start} is no run with a finished pretraining{hint}"
         ) from error
     check_generations(config.start, ("pretraining",), where="training.start")
     if config.start_with == "weights":

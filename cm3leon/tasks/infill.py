@@ -88,7 +88,7 @@ class Infill(Infilling):
     @property
     def span(self) -> Span:
         rows, columns = self.grid
-        middle = self.vocab.layout.image_length((rows // 2, columns))
+        middle = rows // 2 * self.vocab.layout.row_length(columns)
         return (0, middle) if self.config.half == "top" else (middle, self.image_tokens)
 
 

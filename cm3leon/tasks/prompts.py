@@ -204,10 +204,11 @@ def code_spans(asked_GG: np.ndarray, *, segment: int, layout: Layout) -> list[As
     What closes a row belongs to a span where the whole row does.
     """
     rows, columns = asked_GG.shape
-    asked_RT = np.zeros((rows, layout.image_length((1, columns))), bool)
+    asked_RT = np.zeros((rows, layout.row_length(columns)), bool)
     asked_RT[:, :columns] = asked_GG
     asked_RT[:, columns:] = asked_GG.all(1, keepdims=True)
-    edges_N = np.flatnonzero(np.diff(asked_RT.ravel(), prepend=False, append=False))
+    asked_T = asked_RT.ravel()[: layout.image_length((rows, columns))]
+    edges_N = np.flatnonzero(np.diff(asked_T, prepend=False, append=False))
     return [
         AskedSpan(segment, int(start), int(end))
         for start, end in zip(edges_N[::2], edges_N[1::2], strict=True)

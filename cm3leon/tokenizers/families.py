@@ -4,25 +4,30 @@ Chameleon's (arXiv 2405.09818; ids as the published tokenizer.json has them) is 
 
     <s> <pad> </s> <unk> | image codes IMGIMGAZ ... | <eoss> <racm3:break> | 512 reserved | more reserved, text
 
+Emu3's (arXiv 2409.18869):
+
+    text | <|endoftext|> <|im_start|> ... | <|extra_0|> ... | <|image token|> ... | codes
+
 Here special tokens and text come first, then codes, then sentinels. A family is a table of names, and the order of a
 published vocabulary is read from its tokenizer.json, so that no id is written down.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from cm3leon.tokenizers.layout import SPECIALS
+from cm3leon.tokenizers.layout import SPECIALS, Grid
 from cm3leon.types import UserError
 
-RESERVED = re.compile(r"<reserved(\d+)>")
-CODE = re.compile(r"IMGIMG([A-J]+)Z")
-"""The name of an image code, whose digits are written as letters: A for 0 to J for 9."""
+LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,26 @@ class Family:
     names: Mapping[str, str]
     """The publisher's names of the first special tokens, by ours."""
     layout: Mapping[str, Any]
-    """Fields of `Layout`, with the publisher's names in the place of ids; of `sizes`, those that a vocabulary has."""
+    """Fields of `Layout`, with the publisher's names in the place of ids; of `sizes`, those that a
+    vocabulary has. A text in their place stands for the tokens that it has by the published
+    tokenizer."""
+    models: Mapping[int, str] = field(default_factory=dict)
+    """Names on the Hub of its published models, by their numbers of layers; those alone of which
+    there is one."""
     sentinels: int = 512
     """Reserved ids that are its mask tokens, the lowest ones."""
     draws: bool = True
     """Whether its weights draw images, and its licence allows it."""
+    reserved: str = r"<reserved(\d+)>"
+    """Names of ids that stand for nothing."""
+    code: str = r"IMGIMG([A-J]+)Z"
+    """The name of an image code; its digits may be written as letters: A for 0 to J for 9."""
+    whole: bool = False
+    """Whether the published folder holds the image tokenizer with its decoder."""
+    image_size: int = 512
+    """Height and width of the images that it draws, in pixels."""
+    other_decoder: str = ""
+    """Why its decoder cannot be imported, as the end of a sentence; empty = it can."""
 
 
 CHAMELEON_NAMES = {
@@ -67,6 +87,49 @@ CHAMELEON_CONDITIONS = (
     "that Meta disabled may not be enabled again (section 3.2)"
 )
 
+
+def _sizes(tokens: int, *, least: int = 1) -> Iterator[Grid]:
+    """Rows and columns of at most so many ids with what closes rows, none above five times the
+    other."""
+    for rows in range(least, math.isqrt(5 * tokens) + 1):
+        for columns in range(-(-rows // 5), 5 * rows + 1):
+            if rows * (columns + 1) <= tokens:
+                yield rows, columns
+
+
+EMU3_LAYOUT = {
+    "begin": "<|extra_203|>",
+    "end": "<|extra_204|>",
+    "between_segments": [],
+    "between_documents": ["<|im_end|>"],
+    "image_open": ["<|image start|>"],
+    "image_close": ["<|extra_201|>", "<|image end|>"],
+    "row_close": "<|extra_200|>",
+    "unconditional_text": "none",
+    "sizes": {
+        f"{rows}x{columns}": f"{rows}*{columns}<|image token|>" for rows, columns in _sizes(9000)
+    },
+}
+"""The size of an image is written as text in front of its codes, and it is closed by two tokens."""
+EMU3_NAMES = {
+    "<pad>": "<|endoftext|>",
+    "<eos>": "<|extra_204|>",
+    "<break>": "<|image start|>",
+    "<end_of_span>": "<|image end|>",
+}
+EMU3 = Family(
+    title="Emu3",
+    licence="Apache License 2.0",
+    conditions="commercial use is allowed; its notice is to be kept, and changes are to be stated",
+    names=EMU3_NAMES,
+    layout=EMU3_LAYOUT,
+    sentinels=199,
+    reserved=r"<\|extra_(\d+)\|>",
+    code=r"<\|visual token (\d+)\|>",
+    whole=True,
+    image_size=720,
+)
+
 FAMILIES = {
     "chameleon": Family(
         title="Chameleon",
@@ -74,6 +137,7 @@ FAMILIES = {
         conditions=CHAMELEON_CONDITIONS,
         names=CHAMELEON_NAMES,
         layout=CHAMELEON_LAYOUT,
+        models={32: "facebook/chameleon-7b", 48: "facebook/chameleon-30b"},
         draws=False,
     ),
     "anole": Family(
@@ -82,6 +146,7 @@ FAMILIES = {
         conditions=CHAMELEON_CONDITIONS,
         names=CHAMELEON_NAMES,
         layout=CHAMELEON_LAYOUT,
+        models={32: "GAIR/Anole-7b-v0.1"},
     ),
     "lumina_mgpt": Family(
         title="Lumina-mGPT",
@@ -101,6 +166,26 @@ FAMILIES = {
                 for columns in range(1, 65)
             },
         },
+    ),
+    "emu3": EMU3,
+    # What closes a row of Emu3's stands between the rows, and nothing else closes an image.
+    "emu3_5": replace(
+        EMU3,
+        title="Emu3.5",
+        layout={
+            **EMU3_LAYOUT,
+            "image_close": ["<|image end|>"],
+            "last_row_closed": False,
+            "sizes": {
+                f"{rows}x{columns}": f"{rows}*{columns}<|image token|>"
+                for rows, columns in _sizes(4500, least=2)
+            },
+        },
+        image_size=1024,
+        other_decoder=(
+            "it normalises queries and keys by a norm that all heads share, which no decoder here "
+            "does"
+        ),
     ),
 }
 
@@ -134,22 +219,21 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{where}: its ids are not 0 to {len(ids) - 1}, each once")
 
-    codes = {int(_digits(name)): name for name in ids if CODE.fullmatch(name)}
+    found = ((name, re.fullmatch(family.code, name)) for name in ids)
+    codes = {int(match[1].translate(LETTERS)): name for name, match in found if match}
     if not codes or sorted(codes) != list(range(len(codes))):
-        raise UserError(f"{where}: it names no image codes IMGIMG...Z from 0 on")
-    layout = dict(family.layout)
-    if "sizes" in layout:
-        layout["sizes"] = {
-            size: names for size, names in layout["sizes"].items() if ids.keys() >= set(names)
-        }
-    named = set(family.names.values()) | _named(layout)
-    reserved = [name for name in sorted(ids, key=ids.__getitem__) if RESERVED.fullmatch(name)]
+        raise UserError(f"{where}: it names no image codes {family.code} from 0 on")
+    layout, pieces = _layout_in(family, published, ids)
+    named = set(family.names.values()) | (_named(layout) - pieces)
+    is_reserved = re.compile(family.reserved).fullmatch
+    reserved = [name for name in sorted(ids, key=ids.__getitem__) if is_reserved(name)]
     masks = [name for name in reserved if name not in named][: family.sentinels]
     for name in sorted(named - ids.keys()):
         raise UserError(f"{where}: it lacks the token {name}, which {family.title} has")
     if len(masks) < family.sentinels:
         raise UserError(
-            f"{where}: it has {len(masks)} reserved tokens <reserved...>; {family.sentinels} are needed"
+            f"{where}: it has {len(masks)} reserved tokens {family.reserved}; {family.sentinels} "
+            "are needed"
         )
 
     # Special tokens: the four that every vocabulary has, then whatever else is not text.
@@ -159,7 +243,7 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     others = [
         name
         for name in sorted(ids, key=ids.__getitem__)
-        if name not in taken and (name in added or name in named or RESERVED.fullmatch(name))
+        if name not in taken and (name in added or name in named or is_reserved(name))
     ]
     text = [
         name
@@ -178,9 +262,12 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
         "padding": None,
         "model": {**model, "vocab": spelled, "unk_token": None},
     }
+    table = {"specials": specials, **_renamed(layout, ours)}
+    if pieces:
+        table["pieces"] = {name: spelled[name] for name in sorted(pieces)}
     return PublishedVocab(
         tokenizer,
-        {"specials": specials, **_renamed(layout, ours)},
+        table,
         np.array([ids[name] for name in order]),
         len(spelled),
         len(codes),
@@ -188,16 +275,36 @@ def renumbered(published: Mapping[str, Any], family: Family, where: str) -> Publ
     )
 
 
-def _digits(name: str) -> str:
-    letters = CODE.fullmatch(name)
-    assert letters is not None
-    return "".join(str(ord(letter) - ord("A")) for letter in letters[1])
+def _layout_in(
+    family: Family, published: Mapping[str, Any], ids: Mapping[str, int]
+) -> tuple[dict[str, Any], set[str]]:
+    """A family's layout with the sizes of a vocabulary, by names of tokens; and which names are
+    pieces of text.
+
+    Sizes that are written as text are spelled by the published tokenizer.
+    """
+    sizes: Mapping[str, Any] = family.layout.get("sizes", {})
+    if not sizes:
+        return dict(family.layout), set()
+    if not all(isinstance(names, str) for names in sizes.values()):
+        known = {size: names for size, names in sizes.items() if ids.keys() >= set(names)}
+        return {**family.layout, "sizes": known}, set()
+
+    tokenizer = Tokenizer.from_str(json.dumps(published))
+    encoded = tokenizer.encode_batch(list(sizes.values()), add_special_tokens=False)
+    spelled = {size: each.tokens for size, each in zip(sizes, encoded, strict=True)}
+    added = {token["content"] for token in published.get("added_tokens", [])}
+    return {**family.layout, "sizes": spelled}, set().union(*spelled.values()) - added
+
+
+SETTINGS = ("unconditional_text", "last_row_closed")
+"""Fields of a layout that name no tokens."""
 
 
 def _named(layout: Any) -> set[str]:
     """All names of tokens in a layout."""
     if isinstance(layout, Mapping):
-        tokens = (value for key, value in layout.items() if key != "unconditional_text")
+        tokens = (value for key, value in layout.items() if key not in SETTINGS)
         return set().union(*map(_named, tokens))
     if isinstance(layout, list):
         return set(layout)

@@ -3,6 +3,7 @@
 paper      <eos> a cat <break> I4 I7 <break> a dog <break> I2 I9 <eos>
 Chameleon  <s> a cat <break> I4 I7 <end_of_span> <next> a dog <break> I2 I9 <end_of_span> </s>
 with rows  <s> a dog <break> <1> <2> I2 I9 <row> I5 I6 <row> <end_of_span> </s>
+Emu3       <s> a dog <break> 2 * 2 <codes> I2 I9 <row> I5 I6 <row> <all rows> <end_of_span> </s>
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -46,18 +48,27 @@ class Layout:
     """Behind an image."""
     row_close: int | None = None
     """Behind each row of an image's codes; None = rows are not marked."""
+    last_row_closed: bool = True
+    """Whether `row_close` stands behind an image's last row, too, or between its rows alone."""
     turn: tuple[int, ...] = ()
     """Behind a question, where a model answers in turns; empty = it does not."""
     unconditional_text: Unconditional = "mask"
     """What the unconditional stream has in the place of a text: a mask, or nothing, as models without masks have it."""
     sizes: Mapping[Grid, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    """Behind `image_open`, by the image's rows and columns; as many ids for each. Empty = sizes are not said."""
+    """Behind `image_open`, by the image's rows and columns: special tokens, or pieces of text.
+    Empty = sizes are not said."""
 
-    @property
-    def around_image(self) -> int:
-        """Ids in front of an image and behind it."""
-        size = len(next(iter(self.sizes.values()), ()))
-        return len(self.image_open) + size + len(self.image_close)
+    def around_image(self, grid: Grid) -> int:
+        """Ids in front of an image of that size and behind it."""
+        return len(self.image_open) + len(self.sizes.get(grid, ())) + len(self.image_close)
+
+    @cached_property
+    def around_any_image(self) -> int | None:
+        """The same where it is one number for all sizes; None where it is not."""
+        lengths = {len(tokens) for tokens in self.sizes.values()} or {0}
+        if len(lengths) > 1:
+            return None
+        return len(self.image_open) + lengths.pop() + len(self.image_close)
 
     @property
     def before_an_image(self) -> tuple[int, ...]:
@@ -84,11 +95,17 @@ class Layout:
         return () if segment.modality == "text" else self.image_close
 
     def grid_of(self, ids_T: np.ndarray) -> Grid:
-        """Rows and columns of an image by its ids; where rows are not closed it is taken to be square."""
+        """Rows and columns of an image by its ids; where rows are not closed it is taken to be
+        square.
+
+        An image of one row, of which nothing is closed, is not told from one that is masked.
+        """
         if self.row_close is None:
             return square_grid(len(ids_T))
         ends = np.flatnonzero(ids_T == self.row_close)
-        return (len(ends), int(ends[0])) if len(ends) else UNKNOWN
+        if not len(ends):
+            return UNKNOWN
+        return len(ends) + (not self.last_row_closed), int(ends[0])
 
     def sizes_within(self, codes: int) -> list[Grid]:
         """The sizes of at most so many codes that allow for no further row or column.
@@ -109,7 +126,16 @@ class Layout:
     def image_length(self, grid: Grid) -> int:
         """Ids of an image of that size, without those around it."""
         rows, columns = grid
-        return rows * (columns + (self.row_close is not None))
+        return rows * self.row_length(columns) - self._unclosed
+
+    def row_length(self, columns: int) -> int:
+        """Ids of a row of so many codes, with what closes it."""
+        return columns + (self.row_close is not None)
+
+    @property
+    def _unclosed(self) -> int:
+        """Ids that the last row lacks of those of the others."""
+        return int(self.row_close is not None and not self.last_row_closed)
 
     def closed_rows(self, ids: np.ndarray, grid: Grid) -> np.ndarray:
         """Ids of images (..., T) from those of their codes (..., N): the same, or each row closed."""
@@ -117,7 +143,8 @@ class Layout:
             return ids
         rows = ids.reshape(*ids.shape[:-1], *grid)
         ends = np.full((*rows.shape[:-1], 1), self.row_close)
-        return np.concatenate([rows, ends], -1).reshape(*ids.shape[:-1], -1)
+        closed = np.concatenate([rows, ends], -1).reshape(*ids.shape[:-1], -1)
+        return closed[..., : closed.shape[-1] - self._unclosed]
 
     def open_rows(self, ids: np.ndarray) -> np.ndarray:
         """Ids of the codes alone (..., N); the inverse of `closed_rows`."""
@@ -150,10 +177,12 @@ class LayoutTable:
     def from_names(cls, content: Mapping[str, Any], where: str) -> LayoutTable:
         """The table of a JSON object: `specials`, and the fields of `Layout` with names in the place of ids.
 
-        The keys of `sizes` are written as 16x16, rows first.
+        The keys of `sizes` are written as 16x16, rows first. `pieces` has the ids of pieces of text
+        that are named.
 
         Raises:
-            UserError: for a field that is not known, a name that is no special token, or sizes of unequal length.
+            UserError: for a field that is not known, or a name that is no special token and no such
+                piece.
         """
         names = content.get("specials")
         if not isinstance(names, list) or tuple(names[: len(SPECIALS)]) != SPECIALS:
@@ -161,6 +190,10 @@ class LayoutTable:
                 f"{where}: specials must be a list that begins with {', '.join(SPECIALS)}"
             )
         number = {name: id_ for id_, name in enumerate(names)}
+        pieces = content.get("pieces", {})
+        if not isinstance(pieces, dict) or not all(type(id_) is int for id_ in pieces.values()):
+            raise UserError(f"{where}: pieces must be an object of ids by the names of pieces")
+        number = {**pieces, **number}
 
         def id_of(name: Any, key: str) -> int:
             if name not in number:
@@ -169,13 +202,17 @@ class LayoutTable:
 
         given: dict[str, Any] = {}
         for key, value in content.items():
-            if key == "specials":
+            if key in ("specials", "pieces"):
                 continue
             if key not in {each.name for each in fields(Layout)}:
                 raise UserError(f"{where}: {key} is not known")
             if key == "unconditional_text":
                 if value not in get_args(Unconditional):
                     raise UserError(f"{where}: {key} is {value!r}; it must be mask or none")
+                given[key] = value
+            elif key == "last_row_closed":
+                if not isinstance(value, bool):
+                    raise UserError(f"{where}: {key} is {value!r}; it must be true or false")
                 given[key] = value
             elif key == "sizes":
                 given[key] = {
@@ -186,9 +223,13 @@ class LayoutTable:
                 given[key] = tuple(id_of(name, key) for name in value)
             else:
                 given[key] = None if value is None else id_of(value, key)
-        if len({len(tokens) for tokens in given.get("sizes", {}).values()}) > 1:
-            raise UserError(f"{where}: sizes must have as many tokens for each size")
-        return cls(tuple(names), Layout(**given))
+        layout = Layout(**given)
+        if layout._unclosed and any(rows == 1 for rows, _ in layout.sizes):
+            raise UserError(
+                f"{where}: sizes has images of one row, whose row nothing closes where "
+                "last_row_closed is false"
+            )
+        return cls(tuple(names), layout)
 
 
 def _grid(text: str, where: str) -> Grid:
