@@ -36,7 +36,8 @@ def special_tokens(opens: str, closes: str, turn: str) -> dict[str, Any]:
     """Settings of the tokenizer that the processor asks for.
 
     Args:
-        opens, closes: names of what stands around an image.
+        opens: name of what stands in front of an image.
+        closes: name of what stands behind an image.
         turn: name of what ends a question.
     """
     around = {"image_token": PLACEHOLDER, "boi_token": opens, "eoi_token": closes}
