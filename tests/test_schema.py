@@ -58,8 +58,13 @@ def test_the_shipped_schema_is_todays() -> None:
 
 
 def test_every_shipped_file_names_its_schema() -> None:
+    # Those of docs/ are tables of its pages, and no experiments.
     tracked = subprocess.run(
-        ["git", "ls-files", "*.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*.yaml", ":!docs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert {Path(file) for file in tracked} >= {file.relative_to(ROOT) for file in FILES}
     for file in (ROOT / name for name in tracked):
