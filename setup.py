@@ -20,10 +20,21 @@ DEMO = ["gradio>=6.31,<7"]
 # What builds the documentation as a site.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "jupytext"]
 
+# A store of objects. Every release goes with the fsspec of the same number.
+S3 = ["s3fs>=2024.2"]
+# Feature images: about 0.1 GB with OpenCV. Weights come from a folder on disk.
+FEATURES = ["scikit-image", "transformers>=4.50", "controlnet_aux>=0.0.10"]
+
 TEST = [
     *DOCS,
     *EMOJI,
     *SERVE,
+    *S3,
+    *FEATURES,
+    # A server of S3's protocol on this machine; moto[server] would bring that of all other services, too.
+    "moto[s3]>=5",
+    "flask",
+    "flask-cors",
     "openai>=2",
     "httpx",
     "pytest",
@@ -141,7 +152,8 @@ setup(
         "lmms": ["lmms-eval>=0.7"],
         # The published weights of LPIPS over VGG16's features come with it; nothing else of it is used.
         "perceptual": ["torchmetrics"],
-        "features": ["scikit-image", "transformers>=4.50"],
+        "features": FEATURES,
+        "s3": S3,
         # Where figures, images and tables of trainings go beside TensorBoard (`loggers`).
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],

@@ -9,9 +9,10 @@ wherever they stand in a text.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 SHORTEST = 8
@@ -64,11 +65,23 @@ def places_of_secrets(settings: Mapping[str, Any]) -> list[str]:
     return [key for key, value in settings.items() if without_secrets(value) != value]
 
 
+def _of_file_systems() -> Iterator[tuple[str, str]]:
+    """The settings of fsspec's file systems that stand in a variable as JSON: FSSPEC_S3='{"secret": "..."}'."""
+    for name, value in os.environ.items():
+        if not name.startswith("FSSPEC_") or not value.startswith("{"):
+            continue
+        try:
+            settings = json.loads(value)
+        except ValueError:
+            continue
+        yield from ((key, each) for key, each in settings.items() if isinstance(each, str))
+
+
 def _values() -> list[str]:
     """The secrets of the environment, the longest first: one may be a part of another."""
     found = {
         value
-        for name, value in os.environ.items()
+        for name, value in (*os.environ.items(), *_of_file_systems())
         # A path is where a secret lies, as in GOOGLE_APPLICATION_CREDENTIALS, and no secret itself.
         if _NAME.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
     }

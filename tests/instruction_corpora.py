@@ -250,7 +250,7 @@ def features(place: Path) -> dict[str, Any]:
     return {
         "path": written(place / "captions.json", {"images": listed, "annotations": annotations}),
         "images": images(place / "images", [f"{n}.jpg" for n in range(4)]),
-        "extractor": "soft_edge",
+        "extractor": "canny",
     }
 
 

@@ -540,6 +540,9 @@ def test_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, PLANTED)
         assert masked(f"key {PLANTED}.") == f"key {PLANTED}.", name
         monkeypatch.delenv(name)
+    monkeypatch.setenv("FSSPEC_S3", json.dumps({"secret": PLANTED, "anon": False}))
+    assert masked(f"key {PLANTED}.") == "key ***."
+    monkeypatch.setenv("FSSPEC_S3", "{")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
     monkeypatch.setenv("A_TOKEN", "short")
     for same in (

@@ -37,6 +37,7 @@ GROUPS = {
         "add",
         "export",
         "push",
+        "pull",
         "serve",
         "demo",
     ),

@@ -1,17 +1,26 @@
-"""Upload an exported folder to the Hugging Face Hub.
+"""Upload an exported folder to the Hugging Face Hub, or a run or an export to an object store.
 
     python -m cm3leon.run push folder=exported to=org/name dry_run=true    # what would be uploaded
     python -m cm3leon.run push folder=exported to=org/name
+    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars            # what is finished of a run
+    python -m cm3leon.run push folder=runs/tars to=s3://bucket/runs/tars every=300  # and again every five minutes
 
 The folder is one that `export to=hf` or `export to=peft` wrote. A model that is not there yet is made, private unless
 private=false; one that is there stays as visible as it is. The token is the one of HF_TOKEN or of `hf auth login`: it
 is never written nor shown. CM3Leon.load("org/name") reads the model again.
+
+An address takes any folder of a run, a sweep, a study or an export; what is there already is not copied again. `pull`
+makes a folder of it on another machine, where the run goes on (docs/data.md).
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from cm3leon.config import PositiveInt
+from cm3leon.types import UserError
 
 
 @dataclass(kw_only=True)
@@ -19,9 +28,11 @@ class Options:
     """Options of the command push."""
 
     folder: Path
-    """A folder to upload, made by export."""
+    """A folder to upload, made by export; for an address also that of a run."""
+    every: PositiveInt | None = None
+    """Seconds between two copies to an address, until it is stopped (Ctrl-C); null = once."""
     to: str
-    """A name on the Hub, as org/name."""
+    """A name on the Hub, as org/name, or an address of a store, such as s3://bucket/runs/tars."""
     private: bool = True
     """Whether a model that is made is private."""
     revision: str | None = None
@@ -31,6 +42,12 @@ class Options:
     dry_run: bool = False
     """Show files and sizes, and upload nothing."""
 
+    def check(self) -> None:
+        if self.every is not None and "://" not in self.to:
+            raise UserError(f"every is given, which is for an address; to is {self.to}")
+        if self.revision is not None and "://" in self.to:
+            raise UserError(f"revision is given, which only the Hub has; to is {self.to}")
+
 
 def main(options: Options) -> None:
     """Prints the files with their sizes, and uploads them.
@@ -38,6 +55,9 @@ def main(options: Options) -> None:
     Raises:
         UserError: for a folder that no export wrote, or a Hub that refuses it or cannot be reached.
     """
+    if "://" in options.to:
+        _push_to_address(options)
+        return
     from cm3leon.hub.repository import Upload, push
 
     print("\n".join(Upload(options.folder).listed()))
@@ -52,3 +72,26 @@ def main(options: Options) -> None:
         message=options.message,
     )
     print(f"uploaded: {address}")
+
+
+def _push_to_address(options: Options) -> None:
+    """Copy a folder to a store, once or every so often."""
+    from cm3leon.hub.copies import ForeignCopy, kept_files, push_copy
+
+    if options.dry_run:
+        sizes = {
+            name: (options.folder / name).stat().st_size for name in kept_files(options.folder)
+        }
+        print("\n".join(f"{size:>16,} bytes  {name}" for name, size in sizes.items()))
+        print(f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files")
+        print(f"nothing was uploaded to {options.to}, as dry_run is true")
+        return
+    print(f"pushed to {options.to}: {push_copy(options.folder, options.to)}", flush=True)
+    while options.every is not None:
+        time.sleep(options.every)
+        try:
+            print(f"pushed to {options.to}: {push_copy(options.folder, options.to)}", flush=True)
+        except ForeignCopy:
+            raise
+        except UserError as error:  # the network, which may be back the next time
+            print(f"{error}; tried again in {options.every} s", flush=True)

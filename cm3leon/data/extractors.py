@@ -1,13 +1,21 @@
-"""Feature images of photographs: edges, scribbles, segments, depth and normals, which images are drawn by."""
+"""Feature images of photographs: edges, scribbles, poses, segments, depth and normals, which images are drawn by.
+
+Each is what a well-kept package makes of the image: scikit-image without any weights; ControlNet's detectors of
+controlnet_aux, and models of transformers, with weights from a folder on disk. Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from cm3leon.config import NonNegativeFloat, PositiveFloat, PositiveInt
 from cm3leon.permissions import check_folder_readable
@@ -53,60 +61,6 @@ class Canny(Extractor):
         canny = _scikit_image("feature").canny
         config = self.config
         return _grey(canny(_luma(pixels_HWC), config.sigma, config.low, config.high))
-
-
-@EXTRACTORS.register("soft_edge")
-class SoftEdge(Extractor):
-    """How much the colours change, without any weights: it stands in for HED, whose edges are learned."""
-
-    kind = "hed"
-
-    @dataclass(kw_only=True)
-    class Config:
-        """How fine."""
-
-        sigma: PositiveFloat = 1.5
-        """Standard deviation of the Gaussian whose gradient is taken, in pixels."""
-
-    config: Config
-
-    def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        from scipy.ndimage import gaussian_gradient_magnitude
-
-        channels = [
-            gaussian_gradient_magnitude(
-                pixels_HWC[..., channel].astype(np.float32), self.config.sigma
-            )
-            for channel in range(3)
-        ]
-        strength_HW = np.max(channels, axis=0)
-        return _grey(strength_HW / max(float(np.quantile(strength_HW, 0.99)), 1.0))
-
-
-@EXTRACTORS.register("scribble")
-class Scribble(Extractor):
-    """Strong edges as thick lines of one width, as a child would draw them."""
-
-    kind = "scribble"
-
-    @dataclass(kw_only=True)
-    class Config:
-        """How it is drawn."""
-
-        share: PositiveFloat = 0.1
-        """Share of the pixels with the strongest edges that lines are drawn along."""
-        width: PositiveInt = 3
-        """Of lines, in pixels."""
-
-    config: Config
-
-    def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        from scipy.ndimage import binary_dilation
-
-        edge_HW = SoftEdge(SoftEdge.Config(sigma=2.0))(pixels_HWC)[..., 0]
-        strong_HW = edge_HW >= max(np.quantile(edge_HW, 1 - self.config.share), 32)
-        thin_HW = _scikit_image("morphology").skeletonize(strong_HW)
-        return _grey(binary_dilation(thin_HW, np.ones((self.config.width,) * 2)))
 
 
 @EXTRACTORS.register("regions")
@@ -166,10 +120,6 @@ class Depth(_Learned):
     loads = "AutoModelForDepthEstimation"
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        return _grey(self.depth(pixels_HWC))
-
-    def depth(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """How near each pixel is, (H, W), from 0 to 1."""
         import torch
         import torch.nn.functional as F
 
@@ -182,36 +132,7 @@ class Depth(_Learned):
             .numpy()
         )
         low, high = float(depth_HW.min()), float(depth_HW.max())
-        return (depth_HW - low) / max(high - low, 1e-6)
-
-
-@EXTRACTORS.register("normals")
-class Normals(Extractor):
-    """Normals of the surface that the depth describes."""
-
-    kind = "normals"
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Which depth."""
-
-        path: Path
-        """Folder of the depth model, see `depth`."""
-        strength: PositiveFloat = 4.0
-        """Slope of a change of depth of 1 across the image's width."""
-
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._depth = Depth(Depth.Config(path=config.path))
-
-    def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        depth_HW = self._depth.depth(pixels_HWC)
-        slope_y, slope_x = np.gradient(depth_HW * self.config.strength * depth_HW.shape[1] / 4)
-        normal_HWC = np.stack([-slope_x, -slope_y, np.ones_like(depth_HW)], -1)
-        normal_HWC /= np.linalg.norm(normal_HWC, axis=-1, keepdims=True)
-        return ((normal_HWC + 1) * 127.5).round().astype(np.uint8)
+        return _grey((depth_HW - low) / max(high - low, 1e-6))
 
 
 @EXTRACTORS.register("classes")
@@ -233,6 +154,102 @@ class Classes(_Learned):
             F.interpolate(logits_1Khw, pixels_HWC.shape[:2], mode="bilinear")[0].argmax(0).numpy()
         )
         return palette()[class_HW % 256]
+
+
+class _Detector(Extractor):
+    """Base of ControlNet's detectors, which are loaded when they are first used."""
+
+    weights: str
+    """The file of the weights, as the folder of all of them (lllyasviel/Annotators) calls it."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Where its weights are, and how much it sees."""
+
+        path: Path
+        """Folder that holds the file of the weights."""
+        resolution: PositiveInt = 512
+        """Pixels of the shorter side, in multiples of 64, that the detector sees the image with."""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if not (config.path / self.weights).is_file():
+            raise UserError(
+                f"path is {config.path}, which has no {self.weights}; give the folder of these weights, as in "
+                "lllyasviel/Annotators"
+            )
+
+    def load(self, package: Any) -> Any:
+        """The detector, given the package."""
+        raise NotImplementedError
+
+    def detected(self, pixels_HWC: np.ndarray, **sizes: int) -> np.ndarray:
+        """What the detector draws, in the size that it sees."""
+        return self._detector(pixels_HWC, output_type="np", **sizes)
+
+    def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        resolution = self.config.resolution
+        found = self.detected(pixels_HWC, detect_resolution=resolution, image_resolution=resolution)
+        height, width = pixels_HWC.shape[:2]
+        drawn = Image.fromarray(found).resize((width, height), Image.Resampling.BILINEAR)
+        return np.array(drawn)
+
+    @cached_property
+    def _detector(self) -> Any:
+        package = _controlnet_aux()
+        try:
+            # It prints what it does; its weights are unpickled as tensors alone, which is torch's default.
+            with redirect_stdout(io.StringIO()):
+                return self.load(package)
+        except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+            file, reason = self.config.path / self.weights, str(error).partition("\n")[0]
+            raise UserError(f"path: {file} holds no weights of this detector: {reason}") from error
+
+
+@EXTRACTORS.register("hed")
+class Hed(_Detector):
+    """Holistically nested edges (2015), soft ones, by the network that ControlNet takes."""
+
+    kind = "hed"
+    weights = "ControlNetHED.pth"
+
+    def load(self, package: Any) -> Any:
+        return package.HEDdetector.from_pretrained(str(self.config.path))
+
+
+@EXTRACTORS.register("scribble")
+class Scribble(Hed):
+    """Holistically nested edges as thick lines of one width, as ControlNet draws its scribbles."""
+
+    kind = "scribble"
+
+    def detected(self, pixels_HWC: np.ndarray, **sizes: int) -> np.ndarray:
+        return self._detector(pixels_HWC, output_type="np", scribble=True, **sizes)
+
+
+@EXTRACTORS.register("normals")
+class Normals(_Detector):
+    """Normals of surfaces by Bae, Budvytis and Cipolla's network (2021), as ControlNet 1.1 takes them."""
+
+    kind = "normals"
+    weights = "scannet.pt"
+
+    def load(self, package: Any) -> Any:
+        return package.NormalBaeDetector.from_pretrained(str(self.config.path))
+
+
+@EXTRACTORS.register("pose")
+class Pose(_Detector):
+    """Joints and limbs of people by OpenPose (2017), its body alone, in OpenPose's colours on black."""
+
+    kind = "pose"
+    weights = "body_pose_model.pth"
+
+    def load(self, package: Any) -> Any:
+        body = package.open_pose.Body(str(self.config.path / self.weights))
+        return package.OpenposeDetector(body)
 
 
 def palette() -> np.ndarray:
@@ -266,6 +283,16 @@ def _scikit_image(module: str) -> Any:
         raise UserError(
             "this feature needs the package scikit-image (pip install scikit-image)"
         ) from error
+
+
+def _controlnet_aux() -> Any:
+    try:
+        import controlnet_aux
+    except ImportError as error:
+        raise UserError(
+            "this feature needs the package controlnet_aux (pip install controlnet_aux)"
+        ) from error
+    return controlnet_aux
 
 
 def _transformers(path: Path, kind: str) -> tuple[Any, Any]:

@@ -306,7 +306,7 @@ class FileSource(Source):
             yield Skipped(ascii(part), "the file's name is not UTF-8")
             return
         try:
-            with reaching(f"{part} of {self.files.path}", "data.path"):
+            with reaching(f"{part} of {self.files.path}", "data.path", local=self.files.local):
                 yield from self.records(part, start)
         except FileNotFoundError:
             yield Skipped(part, "deleted since the corpus was listed")

@@ -8,18 +8,26 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, Literal, NamedTuple
 from unicodedata import normalize
 
 import fsspec
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from cm3leon.data.images import UnusableImage, read_limited
 from cm3leon.data.paths import all_paths
-from cm3leon.data.remote import reaching
+from cm3leon.data.remote import (
+    CHECKSUMS,
+    file_system,
+    kind_of,
+    missing_path,
+    open_remote,
+    persistently,
+    reaching,
+)
 from cm3leon.data.source import Skipped
 from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
@@ -29,9 +37,6 @@ CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
 
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
-
-CHECKSUMS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id", "CRC")
-"""Where file systems of fsspec keep what changes with a file's content, and with nothing else."""
 
 
 class File(NamedTuple):
@@ -102,8 +107,8 @@ class Files:
         found: dict[str, File] = {}
         left_out: dict[str, Skipped] = {}
         for place in self._places:
-            with reaching(place.path, self._where):
-                here = self._listing_of(place, endings)
+            with reaching(place.path, self._where, local=self.local):
+                here = persistently(partial(self._listing_of, place, endings))
             if not here.files and len(self._places) > 1:
                 raise UserError(
                     f"{self._where}: {place.path} holds no files that end in {', '.join(endings)}"
@@ -122,7 +127,11 @@ class Files:
             return Listing([self._remote(place.whole, self.system.info(place.whole))], [])
         if not self.local:
             list_all = self.system.glob if place.kind == "glob" else self.system.find
-            return Listing([*self._known(list_all(place.whole, detail=True), endings)], [])
+            try:
+                found = list_all(place.whole, detail=True)
+            except FileNotFoundError as error:
+                raise missing_path(place.path, self._where) from error
+            return Listing([*self._known(found, endings)], [])
 
         full_names: Iterable[str]
         told: dict[str, str]
@@ -185,6 +194,8 @@ class Files:
                         return read_limited(file, max_bytes)
                 except FileNotFoundError as error:
                     missing = missing or error
+        except UserError:  # the network or the credentials fail, which is no matter of this image
+            raise
         except UnusableImage as error:
             outside = missing is None and advice and not str(error).startswith("too large")
             raise UnusableImage(f"{error}; {advice}" if outside else str(error)) from error
@@ -226,8 +237,7 @@ class Files:
     def _open(self, name: str) -> BinaryIO:
         full = self.full(name)
         if not self.local:
-            with reaching(full, self._where):
-                return self.system.open(full, "rb")
+            return open_remote(self.system, full, self._where)
         mode = os.stat(full).st_mode
         if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a pipe could take forever
             raise FileNotFoundError(errno.ENOENT, "not a file", full)
@@ -253,7 +263,9 @@ class Files:
         full = self.full(name)
         try:
             with reaching(full, self._where):
-                found = self._remote(full, self.system.info(full))
+                found = self._remote(full, persistently(partial(self.system.info, full)))
+        except UserError:
+            raise
         except NOT_THERE as error:
             return type(error).__name__
         return found.checksum or str(found.size)
@@ -282,25 +294,25 @@ class _Place(NamedTuple):
             if os.path.lexists(path):  # whatever its name looks like
                 system, whole = LocalFileSystem(), make_path_posix(path)
             else:
-                system, whole = url_to_fs(path)
+                system, whole = file_system(path)
         except (ImportError, ValueError) as error:
             raise UserError(f"{where}: {path} cannot be opened: {error}") from error
         whole = whole.rstrip("/")
-        with reaching(path, where):
-            is_folder = system.isdir(whole or "/")
-            is_there = is_folder or system.exists(whole)
-        if is_folder:
+        with reaching(path, where, local=isinstance(system, LocalFileSystem)):
+            try:
+                kind = persistently(partial(kind_of, system, whole))
+            except FileNotFoundError as error:
+                raise missing_path(path, where, error) from error
+        if kind == "folder":
             return cls(path, system, whole or "/", "folder", whole)
-        if is_there:
+        if kind == "file":
             return cls(path, system, whole, "file", whole.rpartition("/")[0])
         if fsspec.core.has_magic(whole):
             root = "/".join(_before_magic(whole.split("/")[:-1]))
             return cls(path, system, whole, "glob", root)
         if isinstance(system, LocalFileSystem):
             check_readable(Path(whole))
-        raise UserError(
-            f"{where}: {path} does not exist; give a file, a folder, or a glob such as DIR/**/*.tar"
-        )
+        raise missing_path(path, where)
 
 
 class _Unpacked(gzip.GzipFile):

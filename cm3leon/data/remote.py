@@ -1,12 +1,40 @@
-"""Errors of the network, as a sentence: file systems of fsspec pass on those of the libraries that they are made of."""
+"""Files that lie elsewhere: opened so that a passing trouble is waited out, and any other one is a sentence.
+
+    throttling (503 SlowDown), a server's fault, a lost connection   asked again, from the byte that was reached
+    no credentials, a forbidden bucket, a server that stays away     UserError, which ends the run
+    a file that is not there                                         FileNotFoundError, as on a disk
+
+File systems of fsspec pass on the errors of the libraries that they are made of, which are told apart here.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
+import random
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal, TypeVar
 
+import fsspec.config
+from fsspec.core import url_to_fs
+
+from cm3leon.secrets import masked
 from cm3leon.types import UserError
+
+T = TypeVar("T")
+
+TRIES = 6
+"""Times that something is asked for before the trouble counts as lasting."""
+FIRST_WAIT = 1.0
+"""Seconds before the second try; each further wait is twice as long: 31 seconds in all."""
+BLOCK_BYTES = 8 * 2**20
+"""Bytes of one request. A file that is read from front to back holds twice as many at most."""
+
+CHECKSUMS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id", "CRC")
+"""Where file systems of fsspec keep what changes with a file's content, and with nothing else."""
 
 _LIBRARIES = frozenset(
     (
@@ -26,33 +54,248 @@ _LIBRARIES = frozenset(
     )
 )
 """Packages whose errors are those of a network or of a server."""
+_PASSING_NUMBERS = (errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EAGAIN)
+"""What s3fs makes of 503 (SlowDown), 500 (InternalError) and the like."""
+_PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_PASSING_NAMES = frozenset(
+    (
+        *("HTTPClientError", "ResponseParserError", "IncompleteReadError"),  # botocore
+        *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+        *("TransportError", "Timeout", "ChunkedEncodingError", "ProtocolError"),  # httpx, requests
+        "RateLimitError",
+    )
+)
+"""Classes, of `_LIBRARIES`, whose errors may be gone the next time."""
+_NO_CREDENTIALS = frozenset(("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"))
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
-@contextmanager
-def reaching(path: str, where: str) -> Iterator[None]:
-    """Say that a remote file could not be had, whatever library was asked for it.
+# ------------------------------------------------------------------------------------------------ file systems
 
-    Args:
-        where: the setting that holds the path, for the message.
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The file system of a path or an address, and the path in it.
+
+    S3 is asked for every listing anew, and tries a request as often as is said here and not five times as often.
 
     Raises:
-        UserError: in place of an error of the network, with its reason.
+        ImportError, ValueError: for a file system that is unknown or not installed.
     """
+    options = {}
+    for protocol in ("s3", "s3a"):
+        if f"{protocol}://" in path:
+            given = fsspec.config.conf.get(protocol, {})
+            own = {"retries": {"total_max_attempts": 1}}
+            config = {**own, **given.get("config_kwargs", {})}
+            options[protocol] = {"use_listings_cache": False, "config_kwargs": config}
+    return url_to_fs(path, **options)
+
+
+def kind_of(system: Any, whole: str) -> Literal["folder", "file", ""]:
+    """What lies at a path of a file system, "" for nothing.
+
+    Raises:
+        FileNotFoundError: for a bucket that is not there.
+    """
+    if "s3" not in system.protocol:
+        if system.isdir(whole or "/"):
+            return "folder"
+        return "file" if system.exists(whole) else ""
+    # S3 is asked about the path alone: s3fs would list a whole folder to say that it is one.
     try:
-        yield
-    except Exception as error:
-        if not is_network_error(error):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(
-            f"{where}: {path} cannot be reached ({reason}); see that this machine has a network and may read "
-            "there, or name a local path; what is done already is kept"
-        ) from error
+        is_folder = system.info(whole)["type"] == "directory"
+    except FileNotFoundError:
+        bucket = whole.partition("/")[0]
+        try:
+            system.info(bucket)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no bucket", bucket) from None
+        return ""
+    return "folder" if is_folder else "file"
+
+
+def missing_path(path: str, where: str, error: FileNotFoundError | None = None) -> UserError:
+    """What to say of a path where there is nothing."""
+    what = "does not exist"
+    if error is not None and error.strerror == "no bucket":
+        what = f"does not exist: there is no bucket {error.filename}"
+    return UserError(
+        f"{where}: {path} {what}; give a file, a folder, or a glob such as DIR/**/*.tar"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tries
+
+
+def persistently(action: Callable[[], T]) -> T:
+    """What the action gives, tried again after a wait where the trouble may pass; its last error is raised."""
+    for attempt in range(TRIES):
+        try:
+            return action()
+        except Exception as error:
+            if attempt + 1 == TRIES or not is_passing(error):
+                raise
+            # Hundreds of workers that were throttled together are not to come back together.
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
+    raise AssertionError("the last try either returns or raises")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    status = getattr(error, "status", None)
+    status = getattr(getattr(error, "response", None), "status_code", status)
+    if isinstance(status, int):
+        return status in _PASSING_STATUS
+    if isinstance(error, OSError) and error.errno in _PASSING_NUMBERS:
+        return True
+    return any(cls.__name__ in _PASSING_NAMES for cls in _library_classes(error))
+
+
+def _library_classes(error: BaseException) -> list[type]:
+    """The classes of an error that belong to a library that talks to servers."""
+    return [cls for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES]
 
 
 def is_network_error(error: BaseException) -> bool:
     """Whether an error is one of a connection, or comes from a library that talks to servers."""
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         return True
-    return any(cls.__module__.partition(".")[0] in _LIBRARIES for cls in type(error).__mro__)
+    return bool(_library_classes(error))
+
+
+# ------------------------------------------------------------------------------------------------ sentences
+
+
+@contextmanager
+def reaching(path: str, where: str, *, local: bool = False) -> Iterator[None]:
+    """Say that a remote file could not be had, whatever library was asked for it.
+
+    Args:
+        where: the setting that holds the path, for the message.
+        local: the path is on a disk, whose errors are passed on as they are.
+
+    Raises:
+        UserError: in place of an error of the network, of a server or of credentials, with its reason. That a file is
+            not there is passed on.
+    """
+    try:
+        yield
+    except Exception as error:
+        if local or isinstance(error, _ABSENT):
+            raise
+        if not isinstance(error, OSError) and not is_network_error(error):
+            raise
+        raise UserError(_sentence(path, where, error)) from error
+
+
+def _sentence(path: str, where: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        lines.insert(0, str(error.strerror))
+    reason = masked(lines[0] if lines else type(error).__name__).rstrip(".")
+    shown = masked(path)
+    names = {cls.__name__ for cls in _library_classes(error)}
+    if names & _NO_CREDENTIALS:
+        return (
+            f"{where}: {shown} cannot be opened without credentials ({reason}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for one of ~/.aws, or FSSPEC_S3_ANON=true for a public bucket"
+        )
+    if isinstance(error, PermissionError):
+        return (
+            f"{where}: {shown} is forbidden to these credentials ({reason}); they need the right to list and to read "
+            "there, and to write where something is copied to; what is done already is kept"
+        )
+    return (
+        f"{where}: {shown} cannot be reached ({reason}); see that this machine has a network and may read "
+        "there, or name a local path; what is done already is kept"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def open_remote(system: Any, path: str, where: str) -> BinaryIO:
+    """A file of a file system, read in blocks, each of which is asked for again where that may help.
+
+    Args:
+        where: the setting that holds the path, for messages.
+    """
+    raw = _Persistent(system, path, where)
+    return io.BufferedReader(raw, 64 * 2**10)
+
+
+class _Persistent(io.RawIOBase):
+    """A remote file that is opened again where its connection is lost, and read on from where it was.
+
+    Its errors are sentences here, because readers of a format take an OSError for damage of the file.
+    """
+
+    def __init__(self, system: Any, path: str, where: str) -> None:
+        super().__init__()
+        self._system, self._path, self._where = system, path, where
+        self._at = 0
+        self._file: Any = None
+        with reaching(path, where):
+            self._file = persistently(self._opened)
+        self._version = self._version_of(self._file)
+
+    def _opened(self) -> Any:
+        return self._system.open(self._path, "rb", block_size=BLOCK_BYTES)
+
+    def _version_of(self, file: Any) -> tuple[Any, ...]:
+        """What changes where the file is replaced, as far as its file system says; its size stands first."""
+        details = getattr(file, "details", None)
+        known = details if isinstance(details, dict) else {}
+        return (getattr(file, "size", None), *(known.get(key) for key in CHECKSUMS))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with reaching(self._path, self._where):
+            # Where it has no blocks, as inside a zip, a seek reads.
+            self._at = persistently(lambda: self._asked(lambda file: file.seek(offset, whence)))
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        with reaching(self._path, self._where):
+            content = persistently(lambda: self._asked(lambda file: self._read(file, len(buffer))))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+    def _read(self, file: Any, count: int) -> bytes:
+        content: bytes = file.read(count)
+        size = self._version[0]
+        if count and not content and size is not None and self._at < size:
+            raise ConnectionError(f"the file ended after {self._at} of {size} bytes")
+        return content
+
+    def _asked(self, action: Callable[[Any], T]) -> T:
+        """What the open file answers; after trouble it is opened anew, where the last read ended."""
+        if self._file is None:
+            self._file = self._opened()
+            if self._version_of(self._file) != self._version:
+                raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
+            self._file.seek(self._at)
+        try:
+            return action(self._file)
+        except Exception as error:
+            if is_passing(error):
+                self._file = None
+            raise
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
+            self._file.close()
+        super().close()
