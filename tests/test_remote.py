@@ -12,6 +12,7 @@ import pytest
 from command_line import cm3leon
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cm3leon.data import remote
 from cm3leon.data.files import Files
 from cm3leon.data.remote import is_network_error
 from cm3leon.types import UserError
@@ -60,7 +61,7 @@ class Remote(MemoryFileSystem):
 
     protocol = "gone"
     cachable = False
-    fails, error = "", OSError()
+    fails, error, opened = "", OSError(), False
 
     def _fail(self, at: str) -> None:
         if self.fails == at:
@@ -80,6 +81,9 @@ class Remote(MemoryFileSystem):
 
     def open(self, path: str, *args: Any, **kwargs: Any) -> Any:
         self._fail("open")
+        if self.fails == "read" and Remote.opened:
+            raise self.error
+        Remote.opened = True
         return Broken(self.error)
 
 
@@ -91,10 +95,13 @@ def test_a_server_that_is_gone_is_a_sentence(
     fsspec.register_implementation("gone", Remote, clobber=True)
     monkeypatch.setattr(Remote, "fails", fails)
     monkeypatch.setattr(Remote, "error", error)
+    monkeypatch.setattr(Remote, "opened", False)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     done = cm3leon("validate", "data.path=gone://corpus", check=False)
     assert done.returncode == 2
     assert "gone://corpus" in done.stderr or "/corpus" in done.stderr
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    told = getattr(error, "strerror", None) or str(error)
+    reason = told.partition("\n")[0] or type(error).__name__
     assert f"cannot be reached ({reason}); see that this machine has a network" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("cm3leon: data.path: ")
     assert "Traceback" not in done.stderr
