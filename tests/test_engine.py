@@ -857,7 +857,8 @@ def test_requests_without_room_are_refused_in_a_sentence() -> None:
     module = model()
     engine = Engine(module, VOCAB, Shape(1, 1, 4, 8))
     with pytest.raises(
-        UserError, match="a request of 2 rows, 1 shared and 7 own tokens does not fit"
+        UserError,
+        match="a request of 2 rows, 1 shared tokens and 7 tokens of each row does not fit",
     ):
         engine.submit(request([1, 5, 6], built("cd_k"), others=(np.array([1, 7, 8]),)))
     long = request(range(1, 60), built("greedy"), length=5)

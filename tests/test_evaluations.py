@@ -14,7 +14,7 @@ import yaml
 from records import finish
 
 from cm3leon.config import dump_yaml, to_mapping
-from cm3leon.evaluate.asking import Asker, check_others
+from cm3leon.evaluate.asking import ItemAsker, check_others
 from cm3leon.evaluation.config import Aim, AskConfig, EvaluationConfig, with_values
 from cm3leon.evaluation.protocols.base import Item, Protocol
 from cm3leon.evaluation.report.answers import aim_fact, evaluation_section
@@ -254,7 +254,7 @@ def test_a_shuffled_prompt_has_the_documents_of_the_next_one() -> None:
     items = [Item(n, "text_to_image", Document(n, (TextSegment(n),))) for n in "012"]
     documents = [TokenDocument(n, ()) for n in "012"]
     setting = AskConfig(documents=2, shuffled=True)
-    asker = Asker(model, _Images({}), setting, None)  # type: ignore[arg-type]
+    asker = ItemAsker(model, _Images({}), setting, None)  # type: ignore[arg-type]
     assert asker._retrieved(items, documents) == [[1, 1], [2, 2], [0, 0]]
     plain = dataclasses.replace(asker, setting=AskConfig(documents=2))
     assert plain._retrieved(items, documents) == [[0, 0], [1, 1], [2, 2]]

@@ -171,11 +171,11 @@ def test_a_bank_is_searched_on_the_gpu(kind: str, exact: Made, inverted: Made, g
         ([DOCUMENTS // 2 - 1] * 3, "GPU 0, 1, 2"),
         (
             [DOCUMENTS - 1],
-            "CPU, as 1 GPUs would have to hold 3.3e-05 GB each, which they have not left",
+            "CPU, as 1 GPUs would have to hold 3.3e-05 GB each, and have less left",
         ),
         (
             [0, DOCUMENTS // 2 - 1],
-            "CPU, as 2 GPUs would have to hold 1.7e-05 GB each, which they have not left",
+            "CPU, as 2 GPUs would have to hold 1.7e-05 GB each, and have less left",
         ),
     ],
 )

@@ -297,7 +297,7 @@ def test_the_bank_answers_by_text_and_image_and_takes_more_documents(
     said = cm3leon(*arguments(tars, tmp_path / "run", f"shards.bank={more}"), check=False)
     assert said.returncode == 2
     assert said.stderr.splitlines()[-1].startswith(
-        f"cm3leon: shards.bank: {more} is no run with a finished index"
+        f"cm3leon: shards.bank: {more} is not the folder of a run with a finished index"
     )
     for words in (
         ["text=x", "run=none"],

@@ -524,7 +524,9 @@ def test_another_bank_gives_other_documents(made):
     evaluation = study.evaluations["images"]
     evaluation.sweep, evaluation.setting = {"documents": [2]}, {"bank": str(folder / "none")}
     evaluation.models = {"first": folder / "first"}
-    with pytest.raises(UserError, match=r"setting\.bank: .*none is no run with a finished index"):
+    with pytest.raises(
+        UserError, match=r"setting\.bank: .*none is not the folder of a run with a finished index"
+    ):
         run_study(study, until="images")
 
 

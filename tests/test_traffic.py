@@ -13,8 +13,8 @@ from cm3leon.training.traffic import (
     HOP_INSIDE,
     LAUNCH,
     Collective,
-    Layout,
     Links,
+    ModelLayout,
     best,
     exposed,
     possible_replicas,
@@ -110,8 +110,8 @@ def test_copies_fill_nodes_or_equal_parts_of_one() -> None:
 def test_the_best_layout() -> None:
     def layout(
         replicas: int, step: float, awaited: float, memory: float, fits: bool = True
-    ) -> Layout:
-        return Layout(
+    ) -> ModelLayout:
+        return ModelLayout(
             replicas=replicas,
             shards=1,
             inside_bytes=0,

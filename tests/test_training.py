@@ -599,7 +599,7 @@ def test_a_training_goes_on_from_another_with_the_rate_raised_again(tmp_path: Pa
         for one, other in zip(module.parameters(), again.parameters(), strict=True)
     )
     with pytest.raises(
-        UserError, match=r"has no checkpoint to go on from; set start_with=weights$"
+        UserError, match=r"has no checkpoint to continue from; set training\.start_with=weights$"
     ):
         run(tmp_path / "third", resume_from=tmp_path / "nothing")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cm3leon.experiment import Experiment
     from cm3leon.training.config import ActivationCheckpointing
     from cm3leon.training.memory import Memory
-    from cm3leon.training.traffic import Layout, Links
+    from cm3leon.training.traffic import Links, ModelLayout
 
 PAPER_TOKENS = {"cm3leon_350m": 1.4e12, "cm3leon_760m": 1.9e12, "cm3leon_7b": 2.4e12}
 """Training tokens of the paper's models (Table 3)."""
@@ -100,7 +100,7 @@ class Plan:
     links: Links
     compute_seconds: float
     """Of a step, at that MFU."""
-    layouts: list[Layout]
+    layouts: list[ModelLayout]
     """Ways to lay the model out that the GPUs allow, by replicas; empty on one GPU."""
     best_replicas: int
     """Of the best layout that fits (`training/traffic.py`); 1 where none does."""

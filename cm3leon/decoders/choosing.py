@@ -1,5 +1,4 @@
-"""The choice of next tokens from hidden states: drawn by each sample's own seed,
-or searched by beams."""
+"""Choose the next tokens from hidden states: drawn by each sample's own seed, or by beam search."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import NotFinite
 
 NO_TOKEN = -1
-"""Stands in the place of tokens that cannot be drawn, because their logits are NaN or infinite."""
+"""Marks a token that cannot be drawn, because its logits are NaN or infinite."""
 
 
 class Chooser:
@@ -30,8 +29,7 @@ class Chooser:
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def all_logits(self, hidden_RWD: Tensor) -> Tensor:
-        """Logits (R, W, V) of all rows and all ids: a product of one shape,
-        whoever is asked for."""
+        """Logits (R, W, V) of all rows and all ids: one shape, whatever is being generated."""
         return F.linear(hidden_RWD, self._model.head.weight).float()
 
     def logits(
@@ -44,7 +42,7 @@ class Chooser:
         """Logits (C, B, W, V) of lanes of a kind, of the ids that are allowed.
 
         Args:
-            logits_RWV: of `all_logits`; None = those that are wanted are computed here.
+            logits_RWV: from `all_logits`; None: only the logits that are needed are computed.
         """
         allowed, tokens = kind.allowed, 1 + kind.drafts
         row_CB = self._rows(lanes, kind.streams)
@@ -56,47 +54,52 @@ class Chooser:
         return logits_CBWV[..., self._columns(allowed)] if allowed.closed else logits_CBWV
 
     def draw(self, kind: LaneKind, lanes: list[Lane], logits_CBWV: Tensor) -> Tensor:
-        """The tokens (B, N) that follow each lane's last one and its drafts,
-        and what is drawn ahead."""
+        """Draw the tokens (B, N) behind each lane's last one and its drafts, and those ahead.
+
+        N is 1 + drafts + ahead; a row with logits that are not finite is all `NO_TOKEN`.
+        """
         B, W = logits_CBWV.shape[1:3]
         column_V = self._columns(kind.allowed)
         id_V = column_V + kind.allowed.low
+
+        # A decoder that looks back is given the answer so far, as columns of its logits.
         past: dict[str, Any] = {}
         if kind.decoder.looks_back:
             column_of = {token: column for column, token in enumerate(id_V.tolist())}
-            past["past"] = [
-                [column_of[token] for token in lane.tokens if token in column_of] for lane in lanes
-            ]
+            columns = []
+            for lane in lanes:
+                columns.append([column_of[token] for token in lane.tokens if token in column_of])
+            past["past"] = columns
 
-        # What the decoder makes of the streams; the last position's logits serve what is drawn
-        # ahead, too.
+        # Combine the streams. The last position's logits also serve the tokens drawn ahead.
         conditional, *others = logits_CBWV.flatten(1, 2)
         logits_BWV = kind.decoder.logits(conditional, *(others or [None]), **past).view(B, W, -1)
         logits_BNV = torch.cat([logits_BWV, logits_BWV[:, -1:].expand(B, kind.ahead, -1)], 1)
 
-        # Each number is a function of the sample's seed, the token's place in its answer,
-        # and the id.
+        # Each noise value is a function of the sample's seed, the token's index in its answer, and
+        # the id, so that it does not depend on the batch or on which tokens were drafts.
         key_B, begin_B = self._tensor([(lane.key, len(lane.tokens)) for lane in lanes]).T
-        place_BN = begin_B[:, None] + torch.arange(W + kind.ahead, device=self._device)
+        index_BN = begin_B[:, None] + torch.arange(W + kind.ahead, device=self._device)
         noise_BNV = gumbel_noise(
-            key_B[:, None, None], place_BN[..., None] * self._vocab.size + id_V
+            key_B[:, None, None], index_BN[..., None] * self._vocab.size + id_V
         )
         token_BN = id_V[draw(logits_BNV, noise_BNV)]
 
-        # A draw from logits that are no numbers would be the first code, without a word. The mark
-        # comes with the tokens, so that nothing waits for the device here.
+        # From logits that are NaN, argmax would silently take the first id. The mark travels with
+        # the tokens, so that nothing waits for the device here.
         finite_BW = logits_CBWV.isfinite().all(-1).all(0) & (logits_BWV.amax(-1) < torch.inf)
         return token_BN.where(finite_BW.all(-1, keepdim=True), NO_TOKEN)
 
     def search(self, kind: LaneKind, lane: Lane, logits_KV: Tensor) -> list[int]:
-        """A step of beam search: for each of the lane's rows, the row whose beam it goes on with.
+        """Take a step of beam search; return for each of the lane's rows the row it continues.
 
-        When the run is over the lane has chosen its best beam, and the list is empty.
+        When the run is over, the lane has chosen its best beam and the list is empty.
         """
         K, V = logits_KV.shape
         decoder, search = kind.decoder, lane.search
         beams = search.running or [Candidate(0.0, [])]  # at the start all rows are the same
 
+        # 2 K candidates leave K to run on even if K of them end the run.
         before_B1 = torch.tensor([[beam.log_likelihood] for beam in beams], device=self._device)
         total_BV = decoder.logits(logits_KV)[: len(beams)] + before_B1
         best = total_BV.flatten().topk(min(2 * K, total_BV.numel()))
@@ -104,12 +107,14 @@ class Chooser:
         column_V = self._columns(lane.allowed)
         running: list[Candidate] = []
         parents: list[int] = []
-        for log_likelihood, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        for log_likelihood, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if math.isnan(log_likelihood):
                 raise NotFiniteLogits(lane)
             if log_likelihood == -torch.inf and (running or search.finished):
-                break  # beams without a chance are all that is left
-            parent, token = place // V, int(column_V[place % V]) + lane.allowed.low
+                break  # only impossible beams are left
+
+            # The grammar decides whether the run is over with this token.
+            parent, token = index // V, int(column_V[index % V]) + lane.allowed.low
             beam = lane.follow(beams[parent], token, log_likelihood)
             if beam.allowed != lane.allowed:
                 score = decoder.score(log_likelihood, len(beam.tokens))
@@ -121,7 +126,9 @@ class Chooser:
         if not running or len(search.finished) >= K:
             lane.choose(max(search.finished, key=lambda each: (each[0], each[1].tokens))[1])
             return []
-        # Where fewer tokens than beams are allowed, the last one fills up, without a chance.
+
+        # Where fewer tokens than beams are allowed, copies of the last one that can never win fill
+        # the other rows.
         while len(running) < K:
             running.append(Candidate(-torch.inf, running[-1].tokens))
             parents.append(parents[-1])
@@ -129,7 +136,8 @@ class Chooser:
         return parents
 
     def _rows(self, lanes: list[Lane], streams: int) -> Tensor:
-        """Rows (C, B) of the first streams of some lanes."""
+        """Rows (C, B) of the first streams of some lanes,
+        as a tensor that is kept for later steps."""
         numbers = tuple(lane.rows[stream] for stream in range(streams) for lane in lanes)
         if numbers not in self._indices:
             if len(self._indices) > 1000:
@@ -141,12 +149,9 @@ class Chooser:
         """Ids that are allowed, counted from the lowest."""
         key = (-1, allowed.low, allowed.high, *allowed.closed)
         if key not in self._indices:
-            ids = [
-                number - allowed.low
-                for number in range(allowed.low, allowed.high)
-                if number not in allowed.closed
-            ]
-            self._indices[key] = self._tensor(ids)
+            ids = range(allowed.low, allowed.high)
+            columns = [token - allowed.low for token in ids if token not in allowed.closed]
+            self._indices[key] = self._tensor(columns)
         return self._indices[key]
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:

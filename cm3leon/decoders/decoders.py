@@ -1,4 +1,5 @@
-"""The registered ways to choose the next token, composed of guidance and processors."""
+"""The registered decoders, composed of guidance (`guidance.py`)
+and processors (`processors.py`)."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ class SamplingConfig:
     temperature: Temperature = 1.0
     """Divides the guided logits."""
     top_p: Probability = 0.9
-    """Probability kept, of the most likely tokens; 1 keeps all."""
+    """Share of the probability that is kept, from the most likely token on; 1 keeps all tokens."""
     top_k: NonNegativeInt = 0
-    """Most likely tokens kept; 0 keeps all."""
+    """Number of most likely tokens that are kept; 0 keeps all."""
     repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
-    """For text: logits of tokens that the answer has already are divided by it where positive, and
-    multiplied where negative (CTRL, arXiv 1909.05858); 1 is none."""
+    """For text: logits of tokens that the answer already has are divided by it if positive, and
+    multiplied by it if negative (CTRL, arXiv 1909.05858); 1 turns it off."""
     no_repeat: NonNegativeInt = 0
-    """For text: no run of so many tokens occurs twice in an answer; 0 allows all."""
+    """For text: no run of this many tokens occurs twice in an answer; 0 turns it off."""
 
 
 class _Sampling(Decoder):
@@ -69,7 +70,7 @@ class TopP(_Sampling):
         """The usual settings of text to image."""
 
         cfg: Guidance = 3.0
-        """Weight of classifier-free guidance; 1 is none."""
+        """Weight of classifier-free guidance; 1 turns it off."""
 
     config: Config
 
@@ -131,15 +132,15 @@ class TwoConditions(_Sampling):
 
 @DECODERS.register("cd_k")
 class ContrastiveK(Decoder):
-    """Contrastive decoding with the k-th largest probability as its threshold (CD-K,
+    """Contrastive decoding with the k-th largest probability as threshold (CD-K,
     paper section 3.2)."""
 
     streams = 2
 
     @dataclass(kw_only=True)
     class Config:
-        """The paper does not state its settings;
-        these were the best on the digits' validation split, for 128 codes.
+        """The best settings on the validation split of digits, for 128 codes;
+        the paper states none.
 
         Another codebook needs its own (docs/decoding.md says how to find them).
         """
@@ -178,21 +179,21 @@ class Greedy(Decoder):
 
 @DECODERS.register("beam")
 class Beam(Decoder):
-    """Beam search: the tokens of the highest likelihood that so many beams find.
+    """Beam search: the tokens of the highest likelihood that a number of beams find.
 
-    Each run of tokens of one kind is searched by itself, a text, an image or a span of either: its
-    best beam is kept, and what follows goes on from it.
+    Each run of tokens of one kind (a text, an image, or a span of either) is searched by itself:
+    its best beam is kept, and the answer continues from it.
     """
 
     @dataclass(kw_only=True)
     class Config:
-        """As usual for captions."""
+        """The usual settings for captions."""
 
         beams: PositiveInt = 4
-        """Beginnings that are followed side by side."""
+        """Number of beams."""
         length_penalty: Annotated[float, Range(ge=0, le=10)] = 1.0
-        """The log-likelihood of a run of tokens is divided by its length to this power;
-        0 favours short ones."""
+        """The log-likelihood of a run is divided by its length to this power;
+        0 favours short runs."""
 
     config: Config
 
@@ -210,21 +211,21 @@ class Beam(Decoder):
 
 @DECODERS.register("mixture")
 class Alternating(Decoder):
-    """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K,
-    as in the paper's figure 4."""
+    """Several decoders in turn over a prompt's samples: half by top-p and half by CD-K, as in the
+    paper's figure 4."""
 
     @dataclass(kw_only=True)
     class Config:
-        """Which ones."""
+        """The decoders to alternate."""
 
         decoders: list[Annotated[Component, DECODERS]] = field(
             default_factory=lambda: [DECODERS.check("top_p"), DECODERS.check("cd_k")]
         )
-        """Sample i is drawn by number i of these, counted round and round."""
+        """Sample i is drawn by decoder i of this list, which starts again at its end."""
 
         def check(self) -> None:
             if not self.decoders:
-                raise UserError("decoders is empty, at least one is needed")
+                raise UserError("decoders is empty; name at least one, for example [top_p, cd_k]")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -241,5 +242,5 @@ class Alternating(Decoder):
     def logits(
         self, conditional_BV: Tensor, unconditional_BV: Tensor | None = None, *others: Tensor
     ) -> Tensor:
-        """By the first of them, for a prompt's only sample."""
+        """Logits of the first decoder, for a prompt with a single sample."""
         return self._decoders[0].logits(conditional_BV, unconditional_BV, *others)

@@ -1,9 +1,8 @@
-"""What a decoder takes to draw images, by arithmetic: memory by part,
-and the least time of an image.
+"""What drawing images takes, by arithmetic: memory by part, and the least time of an image.
 
-Each step of the decoding reads all weights that a token is multiplied by, and the keys and values
-of what stands before it. An image alone leaves a GPU's products idle, so that the time is at least
-that of reading (the weights are read once for all images that are drawn together).
+Each step of decoding reads all weights that a token is multiplied by, and the keys and values of
+the tokens before it. One image alone leaves most of a GPU's arithmetic idle, so the time of reading
+is a lower bound (images that are drawn together share one reading of the weights).
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ STREAMS = 2
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a decoder that is asked for images with guidance; bytes and seconds,
+    """Memory in bytes and time in seconds of drawing images with guidance,
     by precision of the weights."""
 
     ids: int
-    """Of an image, with what closes its rows."""
+    """Tokens of an image, including those that close its rows."""
     weights: dict[str, float]
     cache: float
-    """Keys and values of an image alone."""
+    """Keys and values of an image without retrieved documents."""
     full_cache: float
-    """Those of an image whose retrieved documents fill the context."""
+    """Keys and values of an image whose retrieved documents fill the context."""
     seconds: dict[str, float]
-    """Of an image alone, at least: nothing but reading is counted, and one code a step."""
+    """Lower bound for one image: only reading is counted, at one code a step."""
 
 
 def footprint(model: Model, ids: int, bandwidth: float) -> Footprint:
-    """What a decoder takes for images of so many ids.
+    """Memory and time of drawing images of this many tokens.
 
     Args:
         bandwidth: bytes that the GPU reads from its memory in a second.
@@ -42,11 +41,15 @@ def footprint(model: Model, ids: int, bandwidth: float) -> Footprint:
     total = sum(weight.numel() for weight in model.parameters())
     head, embedding = model.head.weight.numel(), model.embedding.weight.numel()
     rest = total - matrices - head - embedding
-    # As `keep_weights` keeps them: tables in float32, the head in bf16, the layers as is said.
+
+    # As `keep_weights` keeps them: tables in float32, the head in bf16, the layers' matrices in
+    # the given precision. A step reads only the last two.
     weights = {"bf16": 2.0 * matrices}
     if model.matrices:
         weights["int8"] = 1.0 * matrices
     read = {kind: size + 2 * head for kind, size in weights.items()}
+
+    # On average, half of an image's keys and values stand before a token.
     cache = 2 * STREAMS * model.cache_numbers
     return Footprint(
         ids=ids,

@@ -20,8 +20,7 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Execution, Prompt, UserError
 
 WINDOW = 4
-"""Window of the engine where a single image is asked for:
-more codes a step pay where few rows make it."""
+"""Window of the engine for a single image: with few rows, more codes a step are nearly free."""
 ROUNDING = 256
 """Columns of an engine that is kept are a multiple of this, so that more requests fit it."""
 
@@ -63,11 +62,11 @@ class Answerer:
         """Tokens of all samples of all requests.
 
         Args:
-            samples: how many are in the making at a time, at most.
-            on_answer: called with each as it is finished; its ticket is the number of the request.
+            samples: most samples that are generated at a time.
+            on_answer: called with each finished sample; its ticket is the index of the request.
 
         Raises:
-            UserError: for a request without room, in the model's positions or in memory.
+            UserError: for a request that the model has no positions for, or the device no memory.
         """
         for request in requests:
             request.check(self.model.seq_len)
@@ -78,11 +77,8 @@ class Answerer:
             if on_answer:
                 on_answer(answer)
 
-        while left := {
-            number: [sample for sample in range(len(request.seeds)) if sample not in found[number]]
-            for number, request in enumerate(requests)
-            if len(found[number]) < len(request.seeds)
-        }:
+        # When memory runs out, what is missing is tried again with half as many samples at a time.
+        while left := _unanswered(requests, found):
             try:
                 self._run(requests, left, samples, keep)
             except torch.OutOfMemoryError as error:  # more than was foreseen, or others took it
@@ -93,7 +89,11 @@ class Answerer:
                     ) from error
                 self._kept = None
                 samples = max(1, min(samples, sum(map(len, left.values()))) // 2)
-        return [[of[sample] for sample in range(len(of))] for of in found]
+
+        result = []
+        for by_sample in found:
+            result.append([by_sample[sample] for sample in range(len(by_sample))])
+        return result
 
     def _run(
         self,
@@ -102,8 +102,8 @@ class Answerer:
         samples: int,
         keep: Callable[[FinishedSample], None],
     ) -> None:
-        """Gives `keep` those samples of requests;
-        an answer's ticket is the number of the request."""
+        """Answer these samples of the requests,
+        and give each to `keep` with the index of its request."""
         parts = {number: requests[number].part(numbers) for number, numbers in left.items()}
         engine = self._engine(list(parts.values()), samples)
         tickets = {engine.submit(part): number for number, part in parts.items()}
@@ -112,22 +112,25 @@ class Answerer:
                 number = tickets[answer.ticket]
                 keep(replace(answer, ticket=number, number=left[number][answer.number]))
         finally:
-            for ticket in tickets:  # those that an interruption left
+            for ticket in tickets:  # an interruption may leave some unfinished
                 engine.cancel(ticket)
 
     def _engine(self, requests: Sequence[Request], samples: int) -> Engine:
-        single = (
-            sum(len(request.seeds) for request in requests) == 1
-            and "image" in requests[0].decoders[0]
-        )
-        window = self.window or (WINDOW if single else 1)
+        """An engine for the requests; the kept one if it has room for them."""
+        window = self.window
+        if window is None:
+            asked = sum(len(request.seeds) for request in requests)
+            single_image = asked == 1 and "image" in requests[0].decoders[0]
+            window = WINDOW if single_image else 1
         if self.execution == "eager":
             shape = shape_for(self.model, requests, samples=samples, window=window)
             return Engine(self.model, self.vocab, shape, window=window)
+
+        # Compiled steps and graphs are kept: they belong to the tensors of one engine.
         wanted = shape_for(self.model, requests, samples=samples, window=window, memory=sys.maxsize)
         kept = self._kept
         if kept is None or kept.window != window or not kept.shape.holds(wanted):
-            kept = self._kept = None  # its memory is free for the new one
+            kept = self._kept = None  # free its memory for the new one
             shape = shape_for(
                 self.model, requests, samples=samples, window=window, multiple=ROUNDING
             )
@@ -135,6 +138,18 @@ class Answerer:
                 self.model, self.vocab, shape, window=window, execution=self.execution
             )
         return kept
+
+
+def _unanswered(
+    requests: Sequence[Request], found: Sequence[Mapping[int, object]]
+) -> dict[int, list[int]]:
+    """The samples of each request that are not found yet, by the request's index."""
+    left = {}
+    for number, request in enumerate(requests):
+        samples = [each for each in range(len(request.seeds)) if each not in found[number]]
+        if samples:
+            left[number] = samples
+    return left
 
 
 def answers(
@@ -163,43 +178,48 @@ def generate(
     batch_size: int = 256,
     on_answer: Callable[[FinishedSample], object] | None = None,
 ) -> list[np.ndarray]:
-    """Answers to prompts: ids of the answer's modality, without what closes it.
+    """Answers to prompts: ids of the answer's modality, without the token that closes it.
 
-    An image answer is exactly `length` codes, a text answer is text until one of `ends` or `length`
-    pieces, or as many as the model has positions for. Prompts of different lengths and modalities
-    may be mixed; equal ones are computed once.
+    An image answer is exactly `length` codes. A text answer ends at one of `ends`, after `length`
+    pieces, or where the model's positions end. Prompts of different lengths and modalities may be
+    mixed; equal ones are computed once.
 
     Args:
         model: from `MODELS`, in evaluation mode.
-        seeds: one for each prompt; its answer depends on it alone,
-            not on its neighbours (up to rounding).
-        batch_size: samples in the making at a time; guidance doubles the rows.
-        on_answer: called as each is finished.
+        seeds: one for each prompt; its answer depends on its seed, not on its neighbours (up to
+            rounding).
+        batch_size: most samples that are generated at a time; guidance doubles the rows.
+        on_answer: called with each finished sample.
 
     Raises:
         UserError: for a prompt that leaves no room for its answer.
     """
+    # Equal prompts become the samples of one request.
     same: dict[tuple[Any, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        others = [
+        streams = [
             None if ids_T is None else ids_T.tobytes()
-            for ids_T in (prompt.unconditional_T, prompt.partial_T)
+            for ids_T in (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
         ]
-        key = (prompt.ids_T.tobytes(), *others, prompt.modality, prompt.length, prompt.ends)
+        key = (*streams, prompt.modality, prompt.length, prompt.ends)
         same.setdefault(key, []).append(number)
-    # Like lengths side by side: their prompts are computed together.
+
+    # Prompts of similar lengths go side by side, as they are computed together.
     groups = sorted(same.values(), key=lambda numbers: (len(prompts[numbers[0]].ids_T), numbers))
-    requests = [
-        request_for(
-            prompts[numbers[0]],
-            decoder,
-            vocab=vocab,
-            seeds=[seeds[n] for n in numbers],
-            seq_len=model.seq_len,
+    requests = []
+    for numbers in groups:
+        requests.append(
+            request_for(
+                prompts[numbers[0]],
+                decoder,
+                vocab=vocab,
+                seeds=[seeds[number] for number in numbers],
+                seq_len=model.seq_len,
+            )
         )
-        for numbers in groups
-    ]
     found = answers(model, requests, vocab=vocab, samples=batch_size, on_answer=on_answer)
+
+    # Back into the order of the prompts.
     result: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     for numbers, tokens in zip(groups, found, strict=True):
         for number, answer in zip(numbers, tokens, strict=True):
@@ -208,8 +228,7 @@ def generate(
 
 
 def longest_answer(prompt: Prompt, seq_len: int) -> int:
-    """Tokens that an answer may have: those of an image exactly,
-    a text's as far as the positions go."""
+    """Most tokens of an answer: exactly those of an image; of a text as many as have positions."""
     if prompt.modality == "image":
         return prompt.length
     streams = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
@@ -219,11 +238,11 @@ def longest_answer(prompt: Prompt, seq_len: int) -> int:
 
 
 def is_truncated(prompt: Prompt, answer_T: Sequence[int] | np.ndarray, seq_len: int) -> bool:
-    """Whether a text was stopped by its length, or by the model's positions, before it ended.
+    """Whether a text reached its largest length, or the model's last position, before it ended.
 
     Args:
-        answer_T: without the token that ends it. That one counts as a token of the answer, too, so
-            that an answer which ended is shorter than the longest one.
+        answer_T: without the token that ends it. That token counts towards the length too, so an
+            answer which ended is shorter than the longest one.
     """
     return prompt.modality == "text" and len(answer_T) >= longest_answer(prompt, seq_len)
 
@@ -231,7 +250,8 @@ def is_truncated(prompt: Prompt, answer_T: Sequence[int] | np.ndarray, seq_len: 
 def request_for(
     prompt: Prompt, decoder: Decoder, *, vocab: Vocab, seeds: Sequence[int], seq_len: int
 ) -> Request:
-    """Samples of a prompt, whose text answer ends at the latest where the model's positions do."""
+    """A request for samples of a prompt; a text answer ends at the model's last position at the
+    latest."""
     of_prompt = (prompt.ids_T, prompt.unconditional_T, prompt.partial_T)
     streams = tuple(ids_T for ids_T in of_prompt if ids_T is not None)
     length = longest_answer(prompt, seq_len)
@@ -239,5 +259,5 @@ def request_for(
         new: grammar.NewGrammar = partial(grammar.image, vocab, length, prompt.closed)
     else:
         new = partial(grammar.text, vocab, length, *prompt.ends)
-    of = [{prompt.modality: decoder.of(number)} for number in range(len(seeds))]
-    return Request(streams, new, length, of, seeds)
+    decoders = [{prompt.modality: decoder.of(number)} for number in range(len(seeds))]
+    return Request(streams, new, length, decoders, seeds)

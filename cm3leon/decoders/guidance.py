@@ -1,5 +1,5 @@
-"""Streams of logits into one: classifier-free guidance by one condition or two,
-contrastive decoding."""
+"""Combine the logits of several streams: classifier-free guidance by one or two conditions,
+CD-K."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from torch import Tensor
 
 
 def classifier_free(conditional_BV: Tensor, unconditional_BV: Tensor, weight: float) -> Tensor:
-    """uncond + weight * (cond - uncond): 0 is unconditional, 1 conditional,
-    more pushes away from unconditional."""
+    """uncond + weight * (cond - uncond).
+
+    Weight 0 is unconditional, 1 conditional; more pushes away from the unconditional logits.
+    """
     return unconditional_BV + weight * (conditional_BV - unconditional_BV)
 
 
 def two_conditions(
     both_BV: Tensor, first_BV: Tensor, neither_BV: Tensor, *, first: float, both: float
 ) -> Tensor:
-    """neither + first * (first - neither) + both * (both - first),
+    """neither + first * (first - neither) + both * (both - first).
+
     InstructPix2Pix's form (arXiv 2211.09800, eq. 3).
 
     Args:
-        first_BV: logits under the first condition alone (the image);
-            `both_BV` has the second one (the text) too.
+        both_BV: logits under both conditions, the image and the text.
+        first_BV: logits under the first condition only, the image.
+        neither_BV: logits under no condition.
     """
     return neither_BV + first * (first_BV - neither_BV) + both * (both_BV - first_BV)
 
@@ -34,7 +38,12 @@ def contrastive_k(
     """CD-K (paper eq. 3): log p_cond - log p_uncond where p_cond >= alpha * (k-th largest p_cond),
     -inf elsewhere.
 
-    k = 1 is the contrastive decoding of Li et al. 2023.
+    With k = 1 this is the contrastive decoding of Li et al. 2023. With alpha = 0.3 and k = 2, the
+    second largest probability below is 0.3, and tokens under 0.09 are removed:
+
+        p_cond      0.5   0.3   0.12  0.08
+        p_uncond    0.5   0.1   0.2   0.2
+        score       0.00  1.10  -0.51 -inf
     """
     log_p_BV = conditional_BV.log_softmax(-1)
     kth_B1 = log_p_BV.topk(min(k, log_p_BV.shape[-1]), dim=-1).values[:, -1:]

@@ -1,4 +1,4 @@
-"""What a device has left."""
+"""Free memory of a device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of a GPU, with what torch holds but does not use,
-    or of the machine."""
+    """Bytes that can still be allocated: on a GPU, including what torch holds but does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/meminfo has no line MemAvailable")

@@ -1,4 +1,4 @@
-"""Functions of one stream of logits, and the draw of the next token."""
+"""Functions of one stream's logits, and the draw of the next token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from cm3leon.seeds import GOLDEN, MULTIPLIERS
 
 
 def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
-    """Keeps the `top_k` most likely tokens and those as likely as the last of them,
-    others become -inf; 0 keeps all."""
+    """Set all but the `top_k` most likely tokens to -inf; 0 keeps all.
+
+    Tokens that tie with the last of them stay too.
+    """
     if not 0 < top_k < logits_BV.shape[-1]:
         return logits_BV
     kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
@@ -21,10 +23,13 @@ def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
 
 
 def penalize(logits_BV: Tensor, past: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Logits of the columns that each row has had,
-    divided by the penalty where positive and multiplied where not.
+    """Penalise tokens that each row already has: positive logits are divided by the penalty,
+    negative ones multiplied.
 
-    Source: CTRL, arXiv 1909.05858, section 4.1, as transformers has it.
+    Source: CTRL, arXiv 1909.05858, section 4.1, as in transformers.
+
+    Args:
+        past: for each row, the columns of its tokens so far.
     """
     if penalty == 1:
         return logits_BV
@@ -37,8 +42,10 @@ def penalize(logits_BV: Tensor, past: Sequence[Sequence[int]], penalty: float) -
 
 
 def forbid_repeats(logits_BV: Tensor, past: Sequence[Sequence[int]], size: int) -> Tensor:
-    """-inf for each column that would end a run of `size` columns which the row has had before.
-    0 forbids none."""
+    """Set to -inf each column that would complete a run of `size` columns that the row already has.
+
+    0 forbids nothing. With `size` 3 and the row 5 8 2 9 5 8, column 2 is forbidden.
+    """
     if not size:
         return logits_BV
     result_BV = logits_BV.clone()
@@ -51,8 +58,8 @@ def forbid_repeats(logits_BV: Tensor, past: Sequence[Sequence[int]], size: int) 
 
 
 def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Nucleus: keeps the fewest most likely tokens whose probabilities sum to at least `top_p`,
-    others become -inf."""
+    """Nucleus sampling: set to -inf all but the fewest most likely tokens whose probabilities sum
+    to at least `top_p`."""
     if top_p >= 1:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
@@ -65,17 +72,16 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
 
 
 def stream_key(seed: int) -> int:
-    """The start of a seed's stream of random numbers, well apart from those of other seeds."""
+    """Start of a seed's stream of random numbers, far from those of other seeds."""
     return _signed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
 def random_bits(key: Tensor, index: Tensor) -> Tensor:
-    """Numbers of SplitMix64's stream that starts at `key`, all 64 bits,
-    as int64 of the shapes broadcast.
+    """The numbers at `index` of the SplitMix64 streams that start at `key`: all 64 bits, as int64.
 
-    Any number is had without those before it, on any device, so that a draw depends on its place
-    alone. It is `seeds.split_mix` for tensors, which have no unsigned integers to compute with:
-    int64 wraps as uint64 does.
+    Shapes broadcast. Any number can be computed without those before it and on any device, so a
+    draw depends on its index alone. This is `seeds.split_mix` for tensors, which have no unsigned
+    integers to compute with: int64 wraps as uint64 does.
     """
     z = key + (index + 1) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(MULTIPLIERS[0])
@@ -84,10 +90,9 @@ def random_bits(key: Tensor, index: Tensor) -> Tensor:
 
 
 def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
-    """Standard Gumbel numbers at places of streams of random numbers: float32,
-    of the shapes broadcast.
+    """Standard Gumbel noise at `index` of streams of random numbers: float32, shapes broadcast.
 
-    The largest of logits + noise is drawn from softmax(logits).
+    The largest of logits + noise is a draw from softmax(logits).
     """
     # Half a step from 0, and rounded to float32 only here: small numbers, which make large noise,
     # keep all their bits.
@@ -96,10 +101,10 @@ def gumbel_noise(key: Tensor, index: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """A token from softmax(logits) over the last dimension, by Gumbel noise of the same shape.
+    """Draw a token from softmax(logits) over the last dimension, by Gumbel noise of the same shape.
 
-    The noise belongs to the tokens: distributions that are nearly the same nearly always give the
-    same token under it.
+    The noise belongs to the tokens: under it, distributions that are nearly the same nearly always
+    give the same token. That is why drafts are often right.
     """
     return (logits + noise).argmax(-1)
 

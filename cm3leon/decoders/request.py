@@ -16,7 +16,7 @@ from cm3leon.types import Modality, UserError
 WIDEST = 16
 """Most rows of a group; more samples of a prompt take several groups."""
 SHORTEST = 16
-"""Tokens from which a common beginning is a prefix, computed and kept once."""
+"""Shortest common beginning, in tokens, that is kept as a prefix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,66 +24,77 @@ class Request:
     """Samples of one prompt."""
 
     streams: tuple[np.ndarray, ...]
-    """Ids of the prompt, then of the unconditional one, then of one with a part of the conditions;
-    none is empty."""
+    """Ids of the prompt, of the unconditional prompt, and of a prompt with part of the conditions;
+    the last two may be missing, none is empty."""
     grammar: NewGrammar
-    """Begins the grammar of an answer."""
+    """Starts the grammar of an answer."""
     length: int
     """Most tokens of an answer."""
     decoders: Sequence[Mapping[Modality, Decoder]]
-    """How tokens of each modality are drawn, for each sample."""
+    """The decoder of each modality, for each sample."""
     seeds: Sequence[int]
-    """One for each sample, which depends on it alone (up to rounding), not on its neighbours."""
+    """One for each sample, which depends on its seed and not on its neighbours (up to rounding)."""
 
     def part(self, numbers: Sequence[int]) -> Request:
-        """Some of its samples."""
-        of = [self.decoders[number] for number in numbers]
-        return replace(self, decoders=of, seeds=[self.seeds[number] for number in numbers])
+        """The request with only these samples."""
+        return replace(
+            self,
+            decoders=[self.decoders[number] for number in numbers],
+            seeds=[self.seeds[number] for number in numbers],
+        )
+
+    def _all_decoders(self) -> list[Decoder]:
+        return [decoder for by_modality in self.decoders for decoder in by_modality.values()]
 
     def used(self) -> tuple[np.ndarray, ...]:
-        """The streams that the decoders look at."""
-        return self.streams[
-            : max(decoder.streams for of in self.decoders for decoder in of.values())
-        ]
+        """The streams that its decoders look at."""
+        return self.streams[: max(decoder.streams for decoder in self._all_decoders())]
 
     def rows(self) -> int:
-        """Rows of a sample: its streams as often as its beams need them."""
-        beams = max(decoder.beams for of in self.decoders for decoder in of.values())
+        """Rows of a sample: its streams, repeated until every beam has a row."""
+        beams = max(decoder.beams for decoder in self._all_decoders())
         streams = len(self.used())
         return -(-max(1, beams) // streams) * streams
 
     def shared(self) -> int:
-        """Tokens of the prefix that all streams begin with; the last one of each is not counted.
+        """Tokens of the prefix that all streams have in common, never the last one of a stream.
 
-        Fewer than `SHORTEST` are none, and are computed by each row: attention to a prefix beside
-        that to the tail costs more operators than it saves then.
+        0 if they are fewer than `SHORTEST`: each row then computes them, since attention to a
+        prefix beside that to the tail costs more operators than so short a prefix saves.
+
+            conditional    <eos> documents  a red dog <break>
+            unconditional  <eos> documents  <mask:0> <break>
+                           shared()         tails
         """
         streams = self.used()
         shortest = min(map(len, streams)) - 1
         differ = np.zeros(shortest, bool)
         for other in streams[1:]:
             differ |= streams[0][:shortest] != other[:shortest]
-        alike = int(differ.argmax()) if differ.any() else shortest
-        return alike if alike >= SHORTEST else 0
+        common = int(differ.argmax()) if differ.any() else shortest
+        return common if common >= SHORTEST else 0
 
     def tail(self) -> int:
         """Columns that a row needs behind what is shared."""
         return max(map(len, self.used())) - self.shared() - 1 + self.length
 
     def check(self, seq_len: int) -> None:
-        """Raises UserError for an answer that the model has no positions for."""
+        """Raise UserError for an answer that the model has no positions for."""
         longest = max(map(len, self.used()))
         if longest + self.length > seq_len:
             raise UserError(
-                f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do "
-                f"not fit the model's {seq_len} positions; ask for less, or use a model of a "
-                "larger model.seq_len"
+                f"a prompt of {longest} tokens and an answer of {self.length} do not fit the "
+                f"model's {seq_len} positions (model.seq_len); ask for a shorter answer or fewer "
+                "retrieved documents, or use a model with a larger model.seq_len"
             )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Room of an engine: groups of rows, each with a prefix, and tails; see `KVCache`."""
+    """The size of an engine: groups of `width` rows, and the columns of a prefix and of a tail.
+
+    See `KVCache`.
+    """
 
     groups: int
     width: int
@@ -91,7 +102,8 @@ class Shape:
     tail: int
 
     def holds(self, other: Shape) -> bool:
-        """Whether it has all the room that another has, in groups as wide."""
+        """Whether an engine of this shape can do all that one of another can,
+        with groups as wide."""
         fits = self.prefix >= other.prefix and self.tail >= other.tail
         return fits and self.width == other.width and self.groups >= other.groups
 
@@ -105,32 +117,40 @@ def shape_for(
     window: int = 1,
     multiple: int = 1,
 ) -> Shape:
-    """Room for these requests: for at most so many samples at a time, and bytes of keys and values.
+    """The shape of an engine for these requests.
 
     Args:
-        memory: None = what the device has left, less a fifth.
+        samples: most samples that are generated at a time.
+        memory: bytes for keys and values; None: what the device has left, less a fifth.
         window: of the engine.
-        multiple: what columns are rounded up to.
+        multiple: columns are rounded up to a multiple of this.
 
     Raises:
-        UserError: where not even one sample has room.
+        UserError: if there is no room for even one sample.
     """
+    # Columns and rows must suffice for the largest request.
     rows = max(request.rows() for request in requests)
-    prefix, tail = (
-        max(method(request) for request in requests) for method in (Request.shared, Request.tail)
-    )
-    prefix, tail = (-(-columns // multiple) * multiple for columns in (prefix, tail + window - 1))
+    prefix = max(request.shared() for request in requests)
+    prefix = -(-prefix // multiple) * multiple
+    tail = max(request.tail() for request in requests) + window - 1
+    tail = -(-tail // multiple) * multiple
+
     most = max(len(request.seeds) for request in requests)
-    at_once = max(1, min(most, samples, WIDEST // rows))
+    per_group = max(1, min(most, samples, WIDEST // rows))
     memory = memory or int(0.8 * free_memory(next(model.parameters()).device))
+
+    # Halve the groups until at least one of them fits into the memory.
     while True:
-        width = at_once * rows
-        pieces = sum(-(-len(request.seeds) // (width // request.rows())) for request in requests)
+        width = per_group * rows
+        pieces = 0
+        for request in requests:
+            pieces += -(-len(request.seeds) // (width // request.rows()))
         group = model.cache_bytes(groups=1, width=width, prefix=prefix, tail=tail)
-        groups = min(pieces, max(1, samples // at_once), memory // group)
-        if groups or at_once == 1:
+        groups = min(pieces, max(1, samples // per_group), memory // group)
+        if groups or per_group == 1:
             break
-        at_once = -(-at_once // 2)
+        per_group = -(-per_group // 2)
+
     if not groups:
         raise UserError(
             f"one sample of {prefix + tail} tokens in {rows} rows takes {group / 1e9:.3g} GB of "

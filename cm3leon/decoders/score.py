@@ -14,59 +14,37 @@ from cm3leon.models.base import Model
 from cm3leon.types import NotFinite, UserError
 
 TOKENS = 2**13
-"""Most tokens of a batch."""
+"""Most tokens of a batch, padding included."""
 
 
 @torch.inference_mode()
 def log_likelihoods(
     model: Model, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
 ) -> list[float]:
-    """Sum over an answer's tokens of log p(token | prompt, tokens before), in nats,
-    over the whole vocabulary.
+    """Sum over an answer's tokens of log p(token | prompt, tokens before), over all ids, in nats.
 
     Raises:
         UserError: for a prompt and an answer that the model has no positions for.
-        NotFinite: for a log-likelihood that is no finite number.
+        NotFinite: for a log-likelihood that is NaN or infinite.
     """
-    device = next(model.parameters()).device
     sequences = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
     longest = max(map(len, sequences), default=0)
     if longest - 1 > model.seq_len:
         raise UserError(
             f"a prompt and its answer take {longest} tokens, the model has {model.seq_len} "
-            "positions"
+            "positions (model.seq_len); shorten them, or use a model with a larger model.seq_len"
         )
+
     result = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     while order:
+        # The longest that are left, as many as fit a batch when padded to the first one.
         length = len(sequences[order[-1]])
         taken = [order.pop() for _ in range(min(len(order), max(1, TOKENS // length)))]
-        ids_BT = torch.zeros(len(taken), length, dtype=torch.int64)
-        for row, number in enumerate(taken):
-            ids_BT[row, : len(sequences[number])] = torch.from_numpy(sequences[number])
-        counts = [len(answers[number]) for number in taken]
-        rows_N = torch.repeat_interleave(torch.arange(len(taken)), torch.tensor(counts))
-        columns_N = torch.cat(
-            [len(prompts[number]) + torch.arange(len(answers[number])) for number in taken]
-        )
-        target_N = ids_BT[rows_N, columns_N].to(device)
+        answers_of = [answers[number] for number in taken]
+        nll_N = _answer_losses(model, [sequences[number] for number in taken], answers_of)
 
-        def read(
-            hidden_BTD: Tensor,
-            head: nn.Linear,
-            rows_N: Tensor = rows_N,
-            columns_N: Tensor = columns_N,
-            target_N: Tensor = target_N,
-        ) -> Tensor:
-            hidden_ND = hidden_BTD[rows_N.to(device), columns_N.to(device) - 1]
-            parts = zip(hidden_ND.split(1024), target_N.split(1024), strict=True)
-            nll = [
-                F.cross_entropy(head(hidden).float(), target, reduction="none")
-                for hidden, target in parts
-            ]
-            return torch.cat(nll) if nll else torch.zeros(0)
-
-        nll_N = model(ids_BT[:, :-1].to(device), readout=read).double().cpu()
+        counts = [len(answer) for answer in answers_of]
         for number, part_N in zip(taken, nll_N.split(counts), strict=True):
             result[number] = -float(part_N.sum())
             if not math.isfinite(result[number]):
@@ -75,3 +53,29 @@ def log_likelihoods(
                     "weights are damaged or have diverged"
                 )
     return result
+
+
+def _answer_losses(
+    model: Model, sequences: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+) -> Tensor:
+    """-log p of the answers' tokens, which end the sequences: float64, one answer after another."""
+    device = next(model.parameters()).device
+    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    rows, columns = [], []
+    for row, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
+        ids_BT[row, : len(sequence)] = torch.from_numpy(sequence)
+        rows.append(torch.full((len(answer),), row))
+        columns.append(torch.arange(len(sequence) - len(answer), len(sequence)))
+    rows_N, columns_N = torch.cat(rows), torch.cat(columns)
+    target_N = ids_BT[rows_N, columns_N].to(device)
+
+    def read(hidden_BTD: Tensor, head: nn.Linear) -> Tensor:
+        # The hidden state at a position predicts the next token. Logits are made in chunks, as
+        # those of all tokens of a large vocabulary would not fit the memory.
+        hidden_ND = hidden_BTD[rows_N.to(device), columns_N.to(device) - 1]
+        losses = []
+        for hidden, target in zip(hidden_ND.split(1024), target_N.split(1024), strict=True):
+            losses.append(F.cross_entropy(head(hidden).float(), target, reduction="none"))
+        return torch.cat(losses) if losses else torch.zeros(0)
+
+    return model(ids_BT[:, :-1].to(device), readout=read).double().cpu()

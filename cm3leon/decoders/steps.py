@@ -1,4 +1,4 @@
-"""The pass that every step makes: from Python, compiled, or as recorded CUDA graphs."""
+"""The pass over next tokens that every step makes: from Python, compiled, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from cm3leon.models.cache import KVCache
 from cm3leon.types import Execution, UserError
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Runs a function of tensors that stay where they are,
-and returns what does the same again without its Python."""
+"""Runs a function whose tensors stay at their addresses,
+and returns a function that repeats it without running its Python."""
 
 COLUMNS = {False: 64, True: 256}
-"""Columns of the cache are read in multiples of these, without and with graphs:
-fewer of them where shapes cost."""
+"""Columns of the cache are read in multiples of these, without and with graphs.
+Each shape costs a recording with graphs, so these are coarser."""
 
 
 class Steps:
-    """Hidden states of the next tokens of all rows; the first is the last of the answer,
-    others are drafts.
+    """The model's hidden states for the window of every row, the last token and its drafts.
 
     Args:
         window: tokens of a row.
-        recorder: in the place of CUDA graphs.
+        recorder: replaces the recording of CUDA graphs, for tests.
 
     Raises:
-        UserError: for CUDA graphs elsewhere.
+        UserError: for CUDA graphs on another device.
     """
 
     def __init__(
@@ -44,33 +43,38 @@ class Steps:
     ) -> None:
         graph = execution.endswith("graph")
         if graph and recorder is None and cache.device.type != "cuda":
-            raise UserError(f"execution is {execution}, which needs CUDA, not {cache.device.type}")
+            raise UserError(
+                f"execution is {execution}, which needs CUDA, not {cache.device.type}; "
+                "use execution=eager or execution=compiled"
+            )
         self._model, self._cache = model, cache
         self._recorder = (recorder or cuda_graph) if graph else None
-        self._compute = (
-            torch.compile(self._eager) if execution.startswith("compiled") else self._eager
-        )
+        self._compute = self._eager
+        if execution.startswith("compiled"):
+            self._compute = torch.compile(self._eager)
         self._recorded: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
+        # The inputs of a step lie in one buffer, as a graph reads the same addresses each time.
         self.next_RW = torch.zeros(
             cache.groups * cache.width, window, dtype=torch.int64, device=cache.device
         )
 
     def __call__(self, groups: int, prefix: int, tail: int) -> Tensor:
         """Hidden states (R, W, D) of the rows of the first `groups` groups;
-        their keys and values are kept.
+        their keys and values go to the cache.
 
         Args:
-            prefix: columns of the longest prefix that is read.
-            tail: columns of the longest tail that is read, these tokens included.
+            prefix: the longest prefix to read.
+            tail: the longest tail to read, with the window.
         """
         cache, columns = self._cache, COLUMNS[self._recorder is not None]
+
+        # Round shapes up: with graphs each one is recorded, and the groups go by powers of two.
         if self._recorder:
             groups = min(1 << (groups - 1).bit_length(), cache.groups)
-        shape = (
-            groups,
-            _rounded(prefix, columns, cache.prefix),
-            _rounded(tail, columns, cache.tail),
-        )
+        prefix = _rounded(prefix, columns, cache.prefix)
+        tail = _rounded(tail, columns, cache.tail)
+        shape = (groups, prefix, tail)
+
         if not self._recorder:
             return self._compute(*shape)
         if shape not in self._recorded:
@@ -89,22 +93,24 @@ def _hidden(hidden_RWD: Tensor, head: nn.Linear) -> Tensor:
     return hidden_RWD
 
 
-def _rounded(columns: int, multiple: int, most: int) -> int:
-    return min(-(-columns // multiple) * multiple, most)
+def _rounded(columns: int, multiple: int, limit: int) -> int:
+    return min(-(-columns // multiple) * multiple, limit)
 
 
 def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Records a function of tensors that stay where they are as a CUDA graph; see `Recorder`.
+    """Record a function whose tensors stay at their addresses as a CUDA graph; see `Recorder`.
 
-    It runs on the way, as warm-up: a step may,
-    since it writes the same keys and values to the same places again.
+    Recording runs the function several times. A step allows it, as it writes the same keys and
+    values to the same columns again.
     """
+    # Warm-up on a stream of its own, as PyTorch asks for before a capture.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             compute()
     torch.cuda.current_stream().wait_stream(stream)
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = compute()

@@ -1,4 +1,7 @@
-"""The one way models are asked and scored: by the items of a protocol, resumed after a kill."""
+"""How a model is asked the items of a protocol and scored; a killed evaluation is resumed.
+
+Read `evaluation.py` first.
+"""
 
 from cm3leon.evaluate.evaluation import Evaluation, figures_line
 from cm3leon.evaluate.own_corpus import own_corpus

@@ -1,4 +1,4 @@
-"""Items of a protocol become prompts of a model, and the answers that it draws become arrays."""
+"""From a protocol's items to prompts of a model, and from its answers to arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, Us
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Items in the tokens of a model, each with the documents that stand before it."""
+    """Items as token documents of a model, each with the documents retrieved for its prompt."""
 
     items: Sequence[Item]
     documents: Sequence[TokenDocument]
@@ -30,14 +30,14 @@ class Prompts:
 
 
 @dataclass(frozen=True, eq=False)
-class Asker:
+class ItemAsker:
     """A model that is asked the items of a protocol under a setting."""
 
     model: CM3Leon
     protocol: Protocol
     setting: AskConfig
     max_tokens: int | None
-    """Tokens of an answer in text; None where nothing is answered in text."""
+    """Most tokens of an answer in text; None if nothing is answered in text."""
 
     def prompts(self, items: Sequence[Item]) -> Prompts:
         """The items with the documents that are retrieved for them."""
@@ -51,16 +51,20 @@ class Asker:
     def answers(
         self, prompts: Prompts, samples: range, seeds: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """Samples of the answers as the arrays that a file of answers holds, a row for each item.
+        """Samples of the answers, as the arrays of a file of answers: one row for each item.
 
         Args:
+            samples: indices of the samples to draw.
             seeds: of the first sample of each item.
         """
+        drawn: list[list[Completed]] = []
         if self.protocol.ranks:
-            drawn, made = [], {"scores": self._ranked(prompts)[:, None]}
+            made = {"scores": self._ranked(prompts)[:, None]}
         else:
             drawn = self._drawn(prompts, samples, seeds)
             made = self._arrays(prompts, drawn)
+
+        # The protocol of the run's own corpus also looks at what was given and at what was copied.
         if isinstance(self.protocol, CorpusTask):
             made |= figures_of_own(self.model, prompts.items, prompts.documents, drawn)
             most = max(1, *map(len, prompts.retrieved))
@@ -68,6 +72,7 @@ class Asker:
             for index, rows in enumerate(prompts.retrieved):
                 rows_IK[index, : len(rows)] = rows
             made["rows"] = rows_IK
+
         made["documents"] = np.array([len(rows) for rows in prompts.retrieved], np.int32)
         return made
 
@@ -76,7 +81,7 @@ class Asker:
     def _drawn(
         self, prompts: Prompts, samples: range, seeds: Sequence[int]
     ) -> list[list[Completed]]:
-        """The documents of the items, completed by the model, in the order of the samples."""
+        """For each item, the samples of its document as the model completed it."""
         drawn: list[list[Completed]] = [[] for _ in prompts.items]
         for task in dict.fromkeys(item.task for item in prompts.items):
             of_task = [index for index, item in enumerate(prompts.items) if item.task == task]
@@ -87,7 +92,7 @@ class Asker:
                 samples=samples,
                 seeds=[seeds[index] for index in of_task],
                 decoder=self.setting.decoder,
-                **self._most(),
+                **self._max_tokens(),
             )
             for index, completed in zip(of_task, found, strict=True):
                 drawn[index] = completed
@@ -96,28 +101,31 @@ class Asker:
     def _arrays(
         self, prompts: Prompts, drawn: Sequence[Sequence[Completed]]
     ) -> dict[str, np.ndarray]:
-        """Codes and CLIP scores of images; texts, and whether they were cut."""
+        """Codes and CLIP scores of images; texts, and whether they were cut at their length."""
         model = self.model
         if self.protocol.answers_in == "text":
-            texts = [[_answered_text(model, each.document) for each in of] for of in drawn]
-            cut = [[each.truncated for each in of] for of in drawn]
+            texts, cut = [], []
+            for of_item in drawn:
+                texts.append([_answered_text(model, each.document) for each in of_item])
+                cut.append([each.truncated for each in of_item])
             return {"texts": np.array(texts), "truncated": np.array(cut)}
-        codes = [[_last_codes(model, each.document) for each in of] for of in drawn]
-        codes_InN = np.array(codes).astype(np.int32)
-        clip = [
-            model.clip_scores(item.document.text, codes_nN)
-            for item, codes_nN in zip(prompts.items, codes_InN, strict=True)
-        ]
-        return {"codes": codes_InN, "clip": np.stack(clip)}
+
+        codes, clip = [], []
+        for item, of_item in zip(prompts.items, drawn, strict=True):
+            codes_nN = np.array([_last_codes(model, each.document) for each in of_item])
+            codes.append(codes_nN.astype(np.int32))
+            clip.append(model.clip_scores(item.document.text, codes[-1]))
+        return {"codes": np.stack(codes), "clip": np.stack(clip)}
 
     def _ranked(self, prompts: Prompts) -> np.ndarray:
-        """Log-likelihoods (items, K) of the candidates, NaN where an item has fewer."""
+        """Log-likelihoods (items, K) of the candidates; NaN where an item has fewer than K."""
         encode = self.model.run.text_tokenizer.encode
         options = []
         for item in prompts.items:
             # A candidate stands where the answer does in the template, with the space before it.
             space = _answer_space(item)
             options.append([encode(space + option) for option in item.options])
+
         scores_IK = np.full((len(options), max(map(len, options))), np.nan)
         ranked = self.model.rank(prompts.documents, prompts.retrieved, options)
         for index, scores_K in enumerate(ranked):
@@ -127,18 +135,20 @@ class Asker:
     def _retrieved(
         self, items: Sequence[Item], documents: Sequence[TokenDocument]
     ) -> list[list[int]]:
-        """Rows of the bank for each item's prompt: up to `documents`,
-        fewer where fewer are found or have room."""
+        """Rows of the bank for each item's prompt: `setting.documents` of them, or as many as are
+        found and fit."""
         rows: list[list[int]] = [[] for _ in items]
         if not self.setting.documents:
             return rows
+
         for task in dict.fromkeys(item.task for item in items):
             of_task = [index for index, item in enumerate(items) if item.task == task]
             found = self._found(task, [items[index] for index in of_task])
             if self.setting.shuffled:
+                # Each item is given the documents of the next one of its task.
                 found = [*found[1:], *found[:1]]
             asked = [documents[index] for index in of_task]
-            fitting = self.model.fitting(task, asked, found, **self._most())
+            fitting = self.model.fitting(task, asked, found, **self._max_tokens())
             for index, kept in zip(of_task, fitting, strict=True):
                 rows[index] = kept
         return rows
@@ -148,29 +158,26 @@ class Asker:
         if by == "text":
             texts = [text_asked(item.document) for item in items]
             return self.model.retrieved(texts, None, by, count)
-        # The last image is the one that the text belongs to, on a page of several, too.
+        # On a page of several images, the text belongs to the last one.
         images_BHWC = np.stack([item.document.images[-1] for item in items])
         return self.model.retrieved(None, images_BHWC, by, count)
 
-    def _most(self) -> dict[str, int]:
-        """The longest answer as the API's argument,
-        which is left out where nothing is answered in text."""
+    def _max_tokens(self) -> dict[str, int]:
+        """The longest answer as an argument of the API; none if nothing is answered in text."""
         return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
 
 
 def text_asked(document: Document) -> str:
-    """The words of a document that its answer is asked by: all but the true answer,
-    which nothing is found by."""
-    texts = [segment for segment in document.segments if isinstance(segment, TextSegment)]
-    return " ".join(
-        segment.text.strip()
-        for segment in texts
-        if segment.role != "answer" and segment.text.strip()
-    )
+    """The words that documents are retrieved by: all of a document's but the true answer."""
+    words = []
+    for segment in document.segments:
+        if isinstance(segment, TextSegment) and segment.role != "answer" and segment.text.strip():
+            words.append(segment.text.strip())
+    return " ".join(words)
 
 
 def _with_empty_image(document: Document, size: int) -> Document:
-    """The document with an empty image to be asked for, where it ends in a text."""
+    """Append an empty image, which is to be drawn, to a document that ends in a text."""
     if not isinstance(document.segments[-1], TextSegment):
         return document
     asked_for = ImageSegment(np.zeros((size, size, 3), np.uint8))
@@ -197,8 +204,8 @@ def _answered_text(model: CM3Leon, document: TokenDocument) -> str:
 
 
 def check_others(items: Sequence[Item], where: str) -> None:
-    """Raise UserError for an item that has no other of its task,
-    whose documents it could be given."""
+    """Raise UserError for a task with a single item,
+    as `shuffled` needs the documents of another."""
     for task, count in Counter(item.task for item in items).items():
         if count == 1:
             raise UserError(

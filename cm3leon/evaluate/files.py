@@ -1,4 +1,15 @@
-"""Files of answers: a folder for each row of a result, in it a file for every 128 items."""
+"""Files of answers: a folder for each row of a result, with one file for every 128 items.
+
+Each file is an .npz archive of arrays with a row for each item and, in most, a column for each
+sample; which ones depends on the protocol:
+
+    codes (I, n, N), clip (I, n)         images: codes, cosine with the caption by CLIP
+    texts (I, n), truncated (I, n)       texts, and whether they were cut at their length
+    scores (I, 1, K)                     log-likelihoods of ranked candidates
+    documents (I,)                       retrieved documents in the prompt
+    rows (I, K), kept (I, n)             own corpus: their rows in the bank; given parts unchanged
+    seconds (1,)                         time of each visit to the file
+"""
 
 from __future__ import annotations
 
@@ -14,20 +25,23 @@ from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
 
 REPLACED = ("rows", "documents")
-"""Arrays that are of the items, not of their samples."""
+"""Arrays that have no samples: they are replaced when samples are added."""
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """The file of the answers to the items of one shard."""
+    """The file of the answers to one shard's items."""
     return folder / f"{number:05d}.npz"
 
 
 def sample_count(file: Path) -> int:
-    """Samples that a file of answers has; 0 for one that is not there."""
+    """Samples in a file of answers; 0 if it is missing."""
     if not file.is_file():
         return 0
     held = read_answers(file)
-    return next(len(held[name][0]) for name in ("clip", "texts", "scores") if name in held)
+    for name in ("clip", "texts", "scores"):
+        if name in held:
+            return len(held[name][0])
+    raise UserError(f"{file} holds no answers; remove it, and the same command makes it again")
 
 
 def read_answers(file: Path) -> dict[str, np.ndarray]:
@@ -43,7 +57,7 @@ def read_answers(file: Path) -> dict[str, np.ndarray]:
 
 
 def add_answers(file: Path, made: Mapping[str, np.ndarray], seconds: float) -> None:
-    """Write a file of answers anew, with further samples behind those that it has."""
+    """Append samples to a file of answers, which is written anew."""
     whole = {**made, "seconds": np.array([seconds])}
     if file.is_file():
         held = read_answers(file)
@@ -54,6 +68,6 @@ def add_answers(file: Path, made: Mapping[str, np.ndarray], seconds: float) -> N
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays into a file, whole or not at all."""
+    """Write arrays into a file, atomically."""
     with atomic(file, shared=True) as partial, partial.open("wb") as content:
         np.savez_compressed(content, allow_pickle=False, **arrays)

@@ -16,8 +16,7 @@ from cm3leon.types import TokenDocument
 
 
 def own_corpus(run: RunFolder) -> OwnCorpus:
-    """What a run knows of the documents that it was made from,
-    for a protocol that asks about them."""
+    """What a run knows of the documents that it was made from."""
     corpus, training = run.corpus, run.corpus.rows("train")
     labels = [UNKNOWN if label is None else label for label in corpus.labels]
     return OwnCorpus(
@@ -35,13 +34,14 @@ def figures_of_own(
     documents: Sequence[TokenDocument],
     drawn: Sequence[Sequence[Completed]],
 ) -> dict[str, np.ndarray]:
-    """Whether each answer left what was given as it was; of texts, their cosines with the images,
-    too."""
+    """Whether each answer left the given parts unchanged; for texts, also their CLIP cosine with
+    the image."""
     run = model.run
     kept_In = np.zeros((len(drawn), len(drawn[0])), bool)
     for index, answers in enumerate(drawn):
         task = TASKS.build(items[index].task, vocab=run.vocab, grid=run.grid)
         for sample, answer in enumerate(answers):
+            # An edit or an infilling must not touch what it was given.
             kept_In[index, sample] = task.keeps_given(documents[index], answer.document)
     if TASKS.get(items[0].task).answers_in == "image" or not model.has_clip:
         return {"kept": kept_In}

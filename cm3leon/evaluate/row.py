@@ -1,4 +1,4 @@
-"""A line of a result: a model under a setting, and the memory bank that it is asked with."""
+"""A row of a result: a model under a setting, with the memory bank that it is asked with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cm3leon.types import UserError
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of a result: a model under a setting."""
+    """One row of a result: a model under a setting."""
 
     name: str
     model: str
@@ -28,17 +28,19 @@ class Row:
 
 
 def bank_identity(folder: Path) -> list[str]:
-    """What identifies a memory bank: how its index was made,
-    and the documents that were added to it.
+    """What identifies a memory bank: the fingerprint of its index, and a digest of added documents.
 
     Raises:
         UserError: for a folder without a finished index.
     """
     check_readable(folder / "index" / MARKER)
     if not (folder / "index" / MARKER).is_file():
-        raise UserError(f"setting.bank: {folder} is no run with a finished index")
+        raise UserError(
+            f"setting.bank: {folder} is not the folder of a run with a finished index, "
+            "for example runs/digits"
+        )
+    identity = [read_stage(folder / "index")["fingerprint"]]
     added = folder / "index" / ADDED
-    return [
-        read_stage(folder / "index")["fingerprint"],
-        *([sha256(added)] if added.is_file() else []),
-    ]
+    if added.is_file():
+        identity.append(sha256(added))
+    return identity

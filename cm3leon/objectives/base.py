@@ -1,4 +1,4 @@
-"""What an objective is: a corruption of samples, and a loss on hidden states."""
+"""Base class of the objectives: a corruption of samples, and a loss on hidden states."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from cm3leon.types import Batch, OnCpu
 
 @dataclass(frozen=True, eq=False)
 class Corrupted:
-    """A sample as it is trained on: `ids_T`, and `weight_T`,
-    the weight of each token as a target of the loss."""
+    """A sample as it is trained on: `ids_T`, and in `weight_T` each token's weight as a target."""
 
     ids_T: np.ndarray
     weight_T: np.ndarray
@@ -32,18 +31,18 @@ class Objective:
         self.vocab = vocab
 
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
-        """The sample as it is trained on, at most `max_tokens` long (the sample itself is)."""
+        """Corrupt a sample of at most `max_tokens` tokens, into at most `max_tokens` tokens."""
         raise NotImplementedError
 
     def take(
         self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
     ) -> tuple[Corrupted, int]:
-        """The piece of a sample from `start` on that has `room` for it, as it is trained on,
-        and where the next starts.
+        """Corrupt the piece of a sample that starts at `start` and fits `room`; also return where
+        the next piece starts.
 
         Pieces of a sample are trained on in different blocks. All of `room` is used, unless the
-        sample ends in it; an objective that makes samples longer has to cut the piece shorter,
-        which this one does not.
+        sample ends in it. An objective that makes samples longer must cut the piece shorter; this
+        one does not.
         """
         end = min(start + room, len(sample.ids_T))
         return self.corrupt(cut(sample, start, end), rng, room), end
@@ -51,10 +50,10 @@ class Objective:
     def loss_of(
         self, model: nn.Module, batch: Batch, *, z_loss: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
-        """`loss` of a model on a batch: what training and validation minimise and measure.
+        """`loss` of a model on a batch, which training minimises and validation measures.
 
-        It is computed inside the model's forward pass,
-        the only time that a sharded model has its head's weight.
+        It is computed inside the model's forward pass:
+        a sharded model has its head's weight only then.
         """
         return model(
             batch.ids_BT,
@@ -66,23 +65,26 @@ class Objective:
     def loss(
         self, hidden_BTD: Tensor, head: nn.Linear, batch: Batch, *, z_loss: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor | float | tuple[Tensor, Tensor]]]:
-        """Weighted mean negative log-likelihood in nats of the tokens after each position,
-        with figures to record.
+        """Weighted mean negative log-likelihood of the next tokens in nats, with figures to record.
 
-        `head` is the output layer, without a bias. `loss_text` and `loss_image` are pairs (sum,
-        count) over the targets of each modality that carry a loss, float32 scalars: such pairs are
-        averaged over everything that is counted, micro-batches, ranks and steps. `tokens` counts
-        the positions that are not padding. An objective of another kind overrides this;
-        `head(hidden_BTD)` are the logits (B, T, V).
+        Args:
+            head: the output layer, without a bias; `head(hidden_BTD)` are the logits (B, T, V).
+            batch: on the model's device, except `sample_BT`, which is on the CPU, as is what is
+                counted of it. To use it with the others, write
+                `batch.sample_BT.to(hidden_BTD.device, non_blocking=True)`.
 
-        The hidden states, the head and the batch's tensors are on the model's device;
-        `batch.sample_BT` alone is on the CPU, and so is what is counted of it. Beside others it is
-        used as `batch.sample_BT.to(hidden_BTD.device, non_blocking=True)`.
+        Returns:
+            the loss, and figures. `loss_text` and `loss_image` are pairs (sum, count), float32
+            scalars over the targets of each modality that have a weight; such pairs are averaged
+            over all micro-batches, ranks and steps. `tokens` counts the positions that are not
+            padding. An objective of another kind overrides this method.
         """
         target_N, weight_N = batch.target_BT.flatten(), batch.weight_BT.flatten()
         loss, nll_N = linear_cross_entropy(
             hidden_BTD.flatten(0, 1), head.weight, target_N, weight_N, z_loss=z_loss
         )
+
+        # Figures of each modality, of the targets that count.
         counted_N = weight_N > 0
         image_N = counted_N & self.vocab.is_image(target_N)
         text_N = counted_N & self.vocab.is_text(target_N)
@@ -94,10 +96,10 @@ class Objective:
 
 
 def cut(sample: LaidOut, start: int, end: int) -> LaidOut:
-    """Positions [start, end) of a sample, with those parts of its segments that lie there."""
-    segments = tuple(
-        replace(s, start=max(s.start, start) - start, end=min(s.end, end) - start)
-        for s in sample.segments
-        if s.start < end and start < s.end
-    )
-    return LaidOut(sample.ids_T[start:end], segments)
+    """Positions [start, end) of a sample, with the parts of its segments that lie there."""
+    segments = []
+    for segment in sample.segments:
+        if segment.start < end and start < segment.end:
+            first, last = max(segment.start, start) - start, min(segment.end, end) - start
+            segments.append(replace(segment, start=first, end=last))
+    return LaidOut(sample.ids_T[start:end], tuple(segments))

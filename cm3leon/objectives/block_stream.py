@@ -1,5 +1,17 @@
 """Blocks as an endless, exactly resumable stream of batches;
-`packing` shows the ways of filling them."""
+`packing` draws the ways of filling them.
+
+With a batch of 4 blocks on 2 ranks, the samples of the stream go to lanes, and lanes to ranks:
+
+    lane  rank  samples            its blocks, one in every batch
+    0     0     0  4  8  12 ..     [0 4] [8] [12 16] ..
+    1     1     1  5  9  13 ..     [1] [5 9] [13] ..
+    2     0     2  6  10 14 ..
+    3     1     3  7  11 15 ..
+
+A sample is a function of its position in the stream, and a lane's state is the positions of what it
+holds. So the batches are the same on any number of ranks, and a checkpoint stores a few integers.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +29,25 @@ from cm3leon.tokenizers.document import LaidOut, lay_out, sample_length, token_c
 from cm3leon.types import Batch, Sample, UserError
 
 Draw = Callable[[int, np.random.Generator], Sample]
-"""(position in the endless stream of samples, generator of that position) -> the sample,
-the same every time."""
+"""(position in the endless stream of samples, generator of that position) -> the sample; always the
+same one."""
 
 TOLERANCE = 0.01
-"""Share of a block that `whole` and `together` may leave empty
-for samples that are harder to place."""
+"""Share of a block that whole and together may leave empty in favour of samples that are harder to
+place."""
 SPARE = 0.25
-"""Share of its farthest retrieved document that a sample may lose so
-that another shares its block."""
+"""Share of its farthest retrieved document that a sample may lose
+to share its block with another."""
 LARGEST_POOL = 4
-"""Windows of samples that `together` draws ahead at most,
-where those of one window fill no block."""
+"""Most windows of samples that together draws ahead, if those of one window fill no block."""
 
 SAMPLE, PIECE = 1, 3
-"""Second number of the seeds of samples and of pieces, which keeps them apart from each other."""
+"""Second number of the seeds of samples and of pieces, which keeps their draws apart."""
 
 
 class Samples:
-    """The endless stream of samples: everything about one is a function of (seed,
-    its position in the stream)."""
+    """The endless stream of samples; each is a function of the seed
+    and its position in the stream."""
 
     def __init__(self, draw: Draw, objective: Objective, *, seq_len: int, seed: int) -> None:
         self._draw = draw
@@ -46,7 +57,7 @@ class Samples:
         self._seed = seed
 
     def whole(self, position: int) -> Corrupted:
-        """A sample that fits a block, corrupted."""
+        """A corrupted sample that fits a block."""
         rng = self._generator(SAMPLE, position)
         sample = fit(self._draw(position, rng), self.seq_len, self.layout)
         return self._objective.corrupt(lay_out(sample, self._objective.vocab), rng, self.seq_len)
@@ -56,13 +67,13 @@ class Samples:
         sample = self._draw(position, self._generator(SAMPLE, position))
         laid_out = lay_out(sample, self._objective.vocab)
         rng = self._generator(PIECE, 0, position)
-        spare = (
-            int(SPARE * token_count(sample.retrieved[0], self.layout)) if sample.retrieved else 0
-        )
+        spare = 0
+        if sample.retrieved:
+            spare = int(SPARE * token_count(sample.retrieved[0], self.layout))
         return Uncut(sample, self._objective.corrupt(laid_out, rng, sys.maxsize), spare)
 
     def shortened(self, uncut: Uncut, position: int, length: int) -> Corrupted:
-        """A sample of `uncut` cut to at most `length` tokens by `shorten`, corrupted.
+        """A sample of `uncut`, cut by `shorten` to at most `length` tokens and corrupted.
 
         A document that lacks its beginning is context: none of its tokens is a target, since what
         they depend on is gone, and no span is taken from it.
@@ -70,6 +81,8 @@ class Samples:
         added = uncut.length - sample_length(uncut.sample, self.layout)
         sample, is_cut = self.fitted(uncut, length)
         laid_out, context = lay_out(sample, self._objective.vocab), 0
+
+        # Hide the segments of a document that was cut from the objective.
         if is_cut:
             lost = laid_out.segments[: len(sample.retrieved[0].segments)]
             context = laid_out.segments[len(lost)].start
@@ -83,10 +96,10 @@ class Samples:
         return Corrupted(corrupted.ids_T, weight_T)
 
     def fitted(self, uncut: Uncut, length: int) -> tuple[Sample, bool]:
-        """`shorten` of a sample, so that it has at most `length` tokens when it is corrupted.
+        """`shorten` a sample so that it has at most `length` tokens after its corruption.
 
-        What corruption adds is taken off the retrieved documents too. The query stays whole even
-        so, and has fewer spans where the block has no room for them.
+        What the corruption adds is taken off the retrieved documents too. The query stays whole
+        even so, with fewer spans if the block has no room for them.
         """
         added = uncut.length - sample_length(uncut.sample, self.layout)
         query = sample_length(replace(uncut.sample, retrieved=()), self.layout)
@@ -99,7 +112,7 @@ class Samples:
         )
 
     def id_of(self, position: int) -> str:
-        """Id of the query document of a sample."""
+        """Id of a sample's query document."""
         return self._draw(position, self._generator(SAMPLE, position)).query.id
 
     def piece(self, sample: LaidOut, position: int, start: int, room: int) -> tuple[Corrupted, int]:
@@ -121,31 +134,32 @@ class Uncut:
 
     @property
     def length(self) -> int:
-        """Tokens that it takes in a block, if nothing of it is cut."""
+        """Tokens that it takes in a block if it is not cut."""
         return len(self.corrupted.ids_T)
 
 
-class Lane(Protocol):
-    """One row of every batch: the blocks made of every B-th sample of the stream."""
+class BatchLane(Protocol):
+    """One block of every batch: lane l of B packs the samples l, l + B, l + 2 B ...
+    of the stream."""
 
     def next(self) -> list[Corrupted]:
-        """What the next block holds."""
+        """The samples of the next block."""
 
     def state(self) -> dict[str, Any]:
-        """Where the lane is, as JSON."""
+        """The lane's state, as JSON."""
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Continue from a state."""
 
     @property
     def drawn(self) -> list[int]:
-        """Positions of the samples in the block that was made last."""
+        """Positions of the samples in the last block."""
 
 
 class WholeLane:
-    """Whole samples, chosen from a pool of them to fill a block.
+    """Whole samples, chosen from a pool to fill a block.
 
-    A block starts with the oldest sample of the pool, so that none waits for ever.
+    A block starts with the oldest sample of the pool, so that none waits forever.
     """
 
     def __init__(self, samples: Samples, first: int, step: int, window: int) -> None:
@@ -160,6 +174,7 @@ class WholeLane:
         while len(self._pool) < self._window:
             self._pool[self._next] = self._samples.whole(self._next)
             self._next += self._step
+
         seq_len = self._samples.seq_len
         oldest, *others = self._pool
         room = seq_len - len(self._pool[oldest].ids_T)
@@ -177,11 +192,11 @@ class WholeLane:
 
 
 class TogetherLane:
-    """Samples that stay together, chosen from a pool to fill a block,
-    at the cost of farthest documents.
+    """Samples that stay together, chosen from a pool to fill a block, at the cost of their farthest
+    documents.
 
-    A block starts with the oldest sample of the pool. Where no choice from the pool fills the
-    block, more samples are drawn ahead, up to a few windows of them.
+    A block starts with the oldest sample of the pool. If no choice from the pool fills the block,
+    more samples are drawn ahead, up to a few windows of them.
     """
 
     def __init__(self, samples: Samples, first: int, step: int, window: int) -> None:
@@ -198,27 +213,32 @@ class TogetherLane:
         self.drawn = self._chosen()
         chosen = {position: self._pool.pop(position) for position in self.drawn}
 
-        # The surplus comes off the sample that can spare most; alone in its block, any sample can.
-        lengths = {position: uncut.length for position, uncut in chosen.items()}
-        surplus = max(0, sum(lengths.values()) - self._samples.seq_len)
+        # What the block lacks is cut off the sample that can spare most. A sample that is alone in
+        # its block pays whatever it can spare.
+        total = sum(uncut.length for uncut in chosen.values())
+        surplus = max(0, total - self._samples.seq_len)
         payer = max(chosen, key=lambda position: chosen[position].spare)
-        return [
-            self._samples.shortened(uncut, position, uncut.length - surplus)
-            if surplus and position == payer
-            else uncut.corrupted
-            for position, uncut in chosen.items()
-        ]
+
+        block = []
+        for position, uncut in chosen.items():
+            if surplus and position == payer:
+                length = uncut.length - surplus
+                block.append(self._samples.shortened(uncut, position, length))
+            else:
+                block.append(uncut.corrupted)
+        return block
 
     def _draw_ahead(self) -> None:
         self._pool[self._next] = self._samples.uncut(self._next)
         self._next += self._step
 
     def _chosen(self) -> list[int]:
-        """Positions of the samples that share the next block, the oldest of the pool first."""
+        """Positions of the samples of the next block, the oldest of the pool first."""
         seq_len = self._samples.seq_len
         tolerance = int(TOLERANCE * seq_len)
         oldest = next(iter(self._pool))
         room = seq_len - self._pool[oldest].length
+
         while room > 0:
             others = list(self._pool)[1:]
             chosen = self._best_fit([self._pool[oldest], *(self._pool[k] for k in others)], room)
@@ -229,12 +249,14 @@ class TogetherLane:
         return [oldest]
 
     def _best_fit(self, pool: Sequence[Uncut], room: int) -> list[int]:
-        """Numbers, in `pool` without its first, of samples that fill the room beside the first."""
+        """Choose samples to fill the room beside the first of `pool`;
+        return indices without the first."""
         lengths = [uncut.length for uncut in pool[1:]]
         tolerance = int(TOLERANCE * self._samples.seq_len)
         over = max(uncut.spare for uncut in pool)
         chosen = choose(lengths, room, tolerance, over)
-        # Only one of the samples in the block is cut, so that one of them must spare all of it.
+
+        # Only one sample of a block is cut, so one of them must be able to spare the whole surplus.
         spare = max([pool[0].spare, *(pool[1 + k].spare for k in chosen)])
         if sum(lengths[k] for k in chosen) - room > spare:
             return choose(lengths, room, tolerance)
@@ -263,6 +285,7 @@ class StreamLane:
         room = self._samples.seq_len
         block = []
         self.drawn = []
+
         while room:
             self.drawn.append(self._position)
             if self._sample is None:
@@ -272,6 +295,8 @@ class StreamLane:
             )
             block.append(piece)
             room -= len(piece.ids_T)
+
+            # The sample is used up; the next block or piece starts with the next one.
             if self._offset == len(self._sample.ids_T):
                 self._position, self._offset, self._sample = self._position + self._step, 0, None
         return block
@@ -283,7 +308,7 @@ class StreamLane:
         self._position, self._offset, self._sample = state["position"], state["offset"], None
 
 
-def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) -> Lane:
+def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) -> BatchLane:
     """The lane of the samples at positions `first`, `first + step`, `first + 2 * step` ...,
     at its start."""
     if packing.method == "whole":
@@ -299,18 +324,17 @@ def new_lane(samples: Samples, packing: PackingConfig, first: int, step: int) ->
 class BlockStream:
     """Endless batches of packed samples, of which each rank makes its part.
 
-    A batch of B blocks is B lanes. Lane l makes its blocks of the samples at positions l, l + B, l
-    + 2B ... of the stream, and rank r makes lanes r, r + ranks, r + 2 ranks ...: batches are the
-    same on any number of ranks, and a state of all lanes (see `merge_states`) can be loaded on any
-    other number of them.
+    A batch of B blocks is B lanes, and rank r makes lanes r, r + ranks, r + 2 ranks ...: batches
+    are the same on any number of ranks, and a state of all lanes (see `merge_states`) can be loaded
+    on any other number.
 
     Args:
         draw: the stream of samples, a pure function.
-        batch_size: blocks of a batch of all ranks together.
+        batch_size: blocks of a batch, of all ranks together.
 
     Raises:
-        UserError: if the ranks cannot share a batch evenly; from `next`,
-            for a document that does not fit a block.
+        UserError: if the ranks cannot share a batch evenly; from `next`, for a document that does
+            not fit a block.
     """
 
     def __init__(
@@ -330,11 +354,11 @@ class BlockStream:
             raise UserError(
                 f"training.batch_size is {batch_size}; it must be a multiple of the {ranks} ranks"
             )
+
         samples = Samples(draw, objective, seq_len=seq_len, seed=seed)
-        self._lanes: dict[str, Lane] = {
-            str(lane): new_lane(samples, packing, lane, batch_size)
-            for lane in range(rank, batch_size, ranks)
-        }
+        self._lanes: dict[str, BatchLane] = {}
+        for lane in range(rank, batch_size, ranks):
+            self._lanes[str(lane)] = new_lane(samples, packing, lane, batch_size)
         self._samples = samples
         self._packing = packing
         self._batch_size = batch_size
@@ -343,7 +367,7 @@ class BlockStream:
         self._device = device
 
     def next(self) -> Batch:
-        """The rank's lanes of the next batch, in order: (B / ranks, T)."""
+        """The blocks of the rank's lanes in the next batch, in order: (B / ranks, T)."""
         run_on = self._packing.run_on
         blocks = [
             pack(lane.next(), self._seq_len, self._pad, run_on=run_on)
@@ -353,31 +377,35 @@ class BlockStream:
 
     @property
     def drawn(self) -> list[int]:
-        """Positions of the samples in the rank's lanes of the batch that was made last."""
-        return sorted({position for lane in self._lanes.values() for position in lane.drawn})
+        """Positions of the samples in this rank's part of the last batch."""
+        positions: set[int] = set()
+        for lane in self._lanes.values():
+            positions.update(lane.drawn)
+        return sorted(positions)
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """Ids of the query documents of samples, which are drawn again."""
         return [self._samples.id_of(position) for position in positions]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the rank's lanes are, as JSON."""
+        """The state of the rank's lanes, as JSON."""
         lanes = {name: lane.state() for name, lane in self._lanes.items()}
         return {"batch_size": self._batch_size, "method": self._packing.method, "lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state that holds at least the lanes of this rank.
+        """Continue from a state that holds at least the lanes of this rank.
 
         Raises:
-            UserError: for a state of another batch size or packing method, or of other lanes.
+            UserError: for a state of another batch size or packing method, or without these lanes.
         """
         found = (state.get("batch_size"), state.get("method"))
         if found != (self._batch_size, self._packing.method):
             raise UserError(
-                f"the checkpoint's data were batches of {found[0]} blocks packed by {found[1]}, "
-                f"not of {self._batch_size} by {self._packing.method}: training.batch_size and "
-                "packing.method must stay"
+                f"the checkpoint was trained with training.batch_size={found[0]} and "
+                f"packing.method={found[1]}, not {self._batch_size} and {self._packing.method}; "
+                "both must stay the same, or start anew with redo=pretraining"
             )
+
         if missing := self._lanes.keys() - state["lanes"].keys():
             raise UserError(
                 f"the checkpoint lacks lane {min(missing, key=int)} of the batch: merge all ranks' "
@@ -388,8 +416,10 @@ class BlockStream:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks at the same step as one, that any number of ranks can load."""
+    """Merge the states of all ranks at one step; any number of ranks can load the result."""
     if "lanes" not in states[0]:
         return dict(states[0])  # the same on all ranks
-    lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
+    lanes: dict[str, Any] = {}
+    for state in states:
+        lanes |= state["lanes"]
     return {**states[0], "lanes": lanes}

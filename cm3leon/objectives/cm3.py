@@ -39,11 +39,11 @@ class CM3(Objective):
         """Mean of the Poisson distribution of the number of spans;
         zero spans leave the sample as it is."""
         placement: Literal["segment", "block"] = "segment"
-        """segment: query or retrieved part (half each), a segment of it, a span inside. block: two
-        draws over the whole sample, clipped to the segment overlapped most (the literal form, which
-        hardly ever masks a caption)."""
+        """segment: choose the query or a retrieved document (half each), a segment of it, and a
+        span inside. block: two draws over the whole sample, clipped to the segment that they
+        overlap most (the literal form, which hardly ever masks a caption)."""
         whole_segment: Probability = 0.3
-        """Placement segment: probability that the span is the whole segment."""
+        """Placement segment: probability that a span is its whole segment."""
         retrieved_weight: NonNegativeFloat = 1.0
         """Weight of retrieved documents' tokens in the loss (RA-CM3 used 0.1, CM3Leon 1)."""
 
@@ -56,20 +56,21 @@ class CM3(Objective):
         self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
     ) -> tuple[Corrupted, int]:
         left = len(sample.ids_T) - start
-        # A sample that fits is not cut for the sake of a span,
-        # and a piece has at least one token of the sample.
+
+        # A sample that fits is not cut for the sake of a span, and a piece keeps at least one
+        # token of the sample.
         spare = room - left if left <= room else room - 1
         count = min(self._draw_count(rng), spare // EXTRA)
         piece = cut(sample, start, start + min(left, room - EXTRA * count))
         spans = self._draw_apart(piece, count, rng)
-        end = start + min(
-            left, room - EXTRA * len(spans)
-        )  # further, where spans that met were dropped
+
+        # Overlapping spans were dropped, which makes room for more of the sample.
+        end = start + min(left, room - EXTRA * len(spans))
         return self._rotated(cut(sample, start, end), spans), end
 
     def draw_spans(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> list[Span]:
-        """Spans in order, apart from each other, each inside one segment;
-        few enough to fit `max_tokens`."""
+        """Draw spans that do not overlap, in order, each inside one segment;
+        they fit `max_tokens`."""
         room = (max_tokens - len(sample.ids_T)) // EXTRA
         return self._draw_apart(sample, min(self._draw_count(rng), room), rng)
 
@@ -77,7 +78,7 @@ class CM3(Objective):
         return min(int(rng.poisson(self.config.mean_spans)), self.vocab.sentinels - 1)
 
     def _draw_apart(self, sample: LaidOut, count: int, rng: np.random.Generator) -> list[Span]:
-        """At most `count` spans: of those that overlap, the first drawn stays."""
+        """Draw at most `count` spans; one that overlaps an earlier one is dropped."""
         segments = [segment for segment in sample.segments if segment.end > segment.start]
         spans: list[Span] = []
         for _ in range(count if segments else 0):
@@ -91,6 +92,9 @@ class CM3(Objective):
         weight_T = self._weights(sample)
         if not spans:
             return Corrupted(sample.ids_T, weight_T)
+
+        # Weights move with their tokens. Sentinels are no targets: where a span begins is drawn
+        # at random, so there is nothing to learn; that a span ends is learned.
         ids_T, source_T = rotate(sample.ids_T, spans, self.vocab)
         weight_T = np.where(source_T >= 0, weight_T[source_T], np.float32(1))
         weight_T[self.vocab.is_sentinel(ids_T)] = 0
@@ -111,9 +115,10 @@ class CM3(Objective):
         segment = part[int(rng.integers(len(part)))]
         if rng.random() < self.config.whole_segment:
             return segment.start, segment.end
-        start, end = np.sort(
-            rng.choice(segment.end - segment.start + 1, size=2, replace=False)
-        ).tolist()
+
+        # Two different boundaries between its tokens.
+        boundaries = rng.choice(segment.end - segment.start + 1, size=2, replace=False)
+        start, end = np.sort(boundaries).tolist()
         return segment.start + start, segment.start + end
 
     def _in_block(self, segments: Sequence[SegmentSpan], rng: np.random.Generator) -> Span:
@@ -123,12 +128,18 @@ class CM3(Objective):
 
 
 def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
-    """Moves spans, given in order, behind the sample.
+    """Move spans, given in order, behind the sample.
+
+    With the span [1, 3) of five tokens a b c d e, M the sentinel and E the end of a span:
+
+        ids     a  M  d  e  M  b  c  E
+        source  0 -1  3  4 -1  1  2 -1
 
     Returns:
         the rotated ids, `EXTRA` longer for each span, and for each of them its position in the
         sample, -1 for the tokens that the rotation adds.
     """
+    # One array of positions orders everything; an added token t stands in it as -1 - t.
     kept: list[np.ndarray] = []
     moved: list[np.ndarray] = []
     position = 0
@@ -138,5 +149,6 @@ def rotate(ids_T: np.ndarray, spans: Sequence[Span], vocab: Vocab) -> tuple[np.n
         moved += [np.array([added]), np.arange(start, end), np.array([-1 - vocab.end_of_span])]
         position = end
     order_T = np.concatenate([*kept, np.arange(position, len(ids_T)), *moved]).astype(np.int64)
+
     source_T = np.maximum(order_T, -1)
     return np.where(order_T >= 0, ids_T[source_T], -1 - order_T), source_T

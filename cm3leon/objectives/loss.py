@@ -1,4 +1,9 @@
-"""Cross-entropy of a linear output layer, without ever holding the logits of all tokens."""
+"""Cross-entropy of a linear output layer, without ever holding the logits of all tokens.
+
+A batch of 8 blocks of 4,096 tokens over 65,536 ids has 8.6 GB of float32 logits. Here at most 256
+MiB of them exist at a time: each chunk of tokens passes through the output layer, gives its losses
+and its part of the gradients, and its memory serves the next chunk.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGITS = 2**26
-"""Most float32 logits that are held at a time, 256 MiB:
-those of 1,024 tokens over the paper's vocabulary."""
-TOKENS, FEW_LOGITS = 1024, 2**22
-"""Tokens taken at a time with a smaller vocabulary,
-and logits so few that they are taken at once."""
+"""Most float32 logits that are held at a time (256 MiB):
+1,024 tokens over the paper's vocabulary."""
+TOKENS = 1024
+"""Tokens of a chunk over a smaller vocabulary."""
+FEW_LOGITS = 2**22
+"""Logits that always fit one chunk."""
 
 
 def tokens_at_once(vocab_size: int, most_logits: int | None = None) -> int:
-    """Tokens whose logits are held at a time."""
-    return max(1, (most_logits or min(LOGITS, max(FEW_LOGITS, TOKENS * vocab_size))) // vocab_size)
+    """Tokens of a chunk, whose logits are held at a time."""
+    if not most_logits:
+        most_logits = min(LOGITS, max(FEW_LOGITS, TOKENS * vocab_size))
+    return max(1, most_logits // vocab_size)
 
 
 def linear_cross_entropy(
@@ -34,19 +42,19 @@ def linear_cross_entropy(
     """Weighted mean of -log softmax(hidden @ head.T)[target] + z_loss * logsumexp^2, in nats.
 
     The second term is PaLM's (arXiv 2204.02311, section 5). Tokens are taken in chunks of at most
-    `most_logits` logits, by default of 1,024 tokens. Where there are several chunks, the gradients
-    of both factors are made with the loss, in the forward pass, so that no product is computed
-    twice and no logits are kept; the backward pass scales them, once.
+    `most_logits` logits, by default of 1,024 tokens. With several chunks, the forward pass also
+    makes the gradients of both factors, so that no product is computed twice and no logits are
+    kept; the backward pass only scales them, once.
 
     Args:
-        hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`,
-            the layer's weight.
+        hidden_ND: inputs of the output layer; autocast applies to it and to `head_VD`, the
+            layer's weight.
         target_N: ids of the tokens to predict.
         weight_N: share of each token in the mean; a token of weight 0 has no gradient.
 
     Returns:
-        the scalar loss in float32, and the negative log-likelihood of each token (N,),
-        which carries no gradient.
+        the scalar loss in float32, and the negative log-likelihood of each token (N,), which
+        carries no gradient.
     """
     rows = tokens_at_once(len(head_VD), most_logits)
     if len(hidden_ND) <= rows:
@@ -98,16 +106,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
-        # In place, as the head's gradient is as large as the head;
-        # torch then refuses a second backward pass.
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (
-            *(None if d is None else d.mul_(scale).to(dtype) for d, dtype in gradients),
-            None,
-            None,
-            None,
-            None,
-        )
+        # In place, as the head's gradient is as large as the head; torch then refuses a second
+        # backward pass.
+        gradients = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            gradients.append(None if gradient is None else gradient.mul_(scale).to(dtype))
+        return (*gradients, None, None, None, None)
 
 
 def _by_chunks(
@@ -119,21 +123,28 @@ def _by_chunks(
     rows: int,
     wanted: tuple[bool, bool],
 ) -> _Results:
-    """Loss and, where wanted, gradients of hidden states and head, `rows` tokens at a time.
+    """Compute the loss and, where `wanted`, gradients of hidden states and head, by chunks.
 
     With p the softmax and y the indicator of the target, dloss/dlogits = w ((1 + 2 z lse) p - y) /
-    sum w. Logits, p and this stand in the same float32 memory one after the other. What goes
-    through a matrix product is in the precision of autocast, or of the hidden states without it;
-    the head's gradient is added up in float32.
+    sum w. Logits, p and this gradient use the same float32 memory one after the other. Factors of
+    matrix products are in the precision of autocast, or of the hidden states without it; the head's
+    gradient is summed in float32.
+
+    Args:
+        rows: tokens of a chunk.
     """
     device, count = hidden_ND.device, len(hidden_ND)
-    on = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if on else hidden_ND.dtype
+    dtype = hidden_ND.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+
+    # Memory that all chunks share: the product's output, and its copy in float32.
     head = head_VD.to(dtype)
     product_RV = torch.empty(rows, len(head), dtype=dtype, device=device)
-    float_RV = (
-        product_RV if dtype == torch.float32 else torch.empty_like(product_RV, dtype=torch.float32)
-    )
+    float_RV = product_RV
+    if dtype != torch.float32:
+        float_RV = torch.empty_like(product_RV, dtype=torch.float32)
+
     share_N = weight_N / weight_N.sum().clamp(min=1e-8)
     loss = torch.zeros((), device=device)
     nll_N = torch.empty(count, device=device)
@@ -144,9 +155,13 @@ def _by_chunks(
             part = slice(start, min(start + rows, count))
             hidden, target, share = hidden_ND[part].to(dtype), target_N[part, None], share_N[part]
             product, scores = product_RV[: len(hidden)], float_RV[: len(hidden)]
+
+            # The logits, in float32.
             torch.mm(hidden, head.T, out=product)
             if float_RV is not product_RV:
                 scores.copy_(product)
+
+            # The loss. `scores` becomes exp(logits - highest), whose sum is `total`.
             of_target, highest = scores.gather(1, target)[:, 0], scores.amax(1)
             total = scores.sub_(highest[:, None]).exp_().sum(1)
             lse = highest + total.log()
@@ -154,9 +169,10 @@ def _by_chunks(
             loss += ((nll_N[part] + z_loss * lse.square()) * share).sum()
             if not any(wanted):
                 continue
-            scores.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None]).scatter_add_(
-                1, target, -share[:, None]
-            )
+
+            # The gradient of the logits, in the same memory: the softmax scaled, less the target.
+            scores.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None])
+            scores.scatter_add_(1, target, -share[:, None])
             if float_RV is not product_RV:
                 product.copy_(scores)
             if d_hidden_ND is not None:

@@ -1,11 +1,19 @@
-"""Samples into blocks of tokens.
+"""The packer: samples become blocks of tokens.
 
-Three ways of packing, drawn for a block of 16 positions; 1 is the farthest retrieved document, Q
-the query, and . is padding:
+Three ways of packing, drawn for blocks of 16 positions. 1 is the farthest retrieved document, Q the
+query document, and . is padding:
 
-    stream     QQQQ 111222QQQQ 1    every position is filled, and samples are cut where a block ends
-    whole      222QQQQ 333QQQQ ..   no document is cut; retrieved ones are dropped until a sample fits
-    together   12223333QQQQ QQQQ    a sample stays together; its farthest document loses its beginning
+    stream     QQQQ 111222QQQQ 1    all positions are filled; a block's end cuts its last sample
+    whole      222QQQQ 333QQQQ ..   no document is cut; retrieved ones are dropped to fit a block
+    together   12223333QQQQ QQQQ    a sample stays whole; its farthest document is cut at its start
+
+A block of two samples `a b c` and `d e` with run_on false; weights that are 0 carry no loss:
+
+    ids_T       a  b  c  d  e  pad
+    target_T    b  c  .  e  .  .
+    weight_T    1  1  0  1  0  0
+    sample_T    0  0  0  1  1  -1      attention stays inside a sample
+    position_T  0  1  2  0  1  0
 """
 
 from __future__ import annotations
@@ -31,27 +39,32 @@ class PackingConfig:
     method: Literal["stream", "whole", "together"] = "whole"
     """stream: samples are cut so that every position is filled. whole: no document is cut, and the
     rest of a block is padding. together: a sample is in one block, where its farthest retrieved
-    document may lose its beginning, and that document is context without a loss."""
+    document may lose its beginning; that document is then context without a loss."""
     window: PositiveInt = 64
-    """Methods whole and together: samples from which those that fill a block are chosen."""
+    """Methods whole and together: how many samples a block is chosen from."""
     positions: Literal["auto", "restart", "run_on"] = "auto"
-    """restart: at 0 in every sample of a block; run_on: through the block; auto: run_on in stream,
-    restart in the others."""
+    """restart: at 0 in every sample of a block; run_on: through the block; auto: run_on for stream,
+    restart for the others."""
 
     @property
     def run_on(self) -> bool:
         """Whether positions run on through a block."""
-        return self.method == "stream" if self.positions == "auto" else self.positions == "run_on"
+        if self.positions == "auto":
+            return self.method == "stream"
+        return self.positions == "run_on"
 
     @property
     def query_is_whole(self) -> bool:
-        """Whether every query document lies whole in one block, and so has to fit it."""
+        """Whether every query document lies in one block, and so has to fit it."""
         return self.method != "stream"
 
 
 def fit(sample: Sample, seq_len: int, layout: Layout) -> Sample:
-    """Drops retrieved documents from the left until the sample fits.
-    Raises UserError if the query alone does not."""
+    """Drop retrieved documents, the farthest first, until the sample fits.
+
+    Raises:
+        UserError: if the query alone does not fit.
+    """
     while (length := sample_length(sample, layout)) > seq_len:
         if not sample.retrieved:
             raise UserError(
@@ -63,12 +76,12 @@ def fit(sample: Sample, seq_len: int, layout: Layout) -> Sample:
 
 
 def shorten(sample: Sample, length: int, layout: Layout) -> tuple[Sample, bool]:
-    """Take tokens from the beginning of the farthest retrieved document until the sample fits.
+    """Cut tokens off the beginning of the farthest retrieved document until the sample fits.
 
-    A document that is used up is left out, and the next one loses its beginning. A document whose
-    first segments are gone begins within the first segment that is left, without a `<break>` before
-    it: where a cut falls on a segment's end, the `<break>` is lost too. An image that lacks its
-    beginning has no tokens that open it.
+    A document that is used up is dropped, and the next one loses its beginning. A document that
+    lost its first segments begins inside the first segment that is left, without a `<break>` before
+    it; a cut at the end of a segment takes the `<break>` too. An image that lacks its beginning has
+    no tokens that open it.
 
     Returns:
         The sample of at most `length` tokens, and whether its first document lacks its beginning.
@@ -95,8 +108,8 @@ def shorten(sample: Sample, length: int, layout: Layout) -> tuple[Sample, bool]:
 
 
 def _without_beginning(document: TokenDocument, lost: int, layout: Layout) -> TokenDocument:
-    """A document without its first `lost` tokens, or some more;
-    what stands around and between segments counts."""
+    """A document without its first `lost` tokens or a few more, counting those that open and close
+    segments or stand between them."""
     segments = list(document.segments)
     while len(segments) > 1:
         first, closing = _segment_length(segments[0], layout), len(layout.closing(segments[0]))
@@ -118,7 +131,8 @@ def _segment_length(segment: TokenSegment, layout: Layout) -> int:
 
 
 def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool = False) -> Block:
-    """One block of samples, or pieces of different samples; padding at the end. They must fit.
+    """One block of samples, or of pieces of different samples, with padding at the end.
+    They must fit.
 
     Args:
         run_on: positions run on through the block; otherwise they restart in each sample.
@@ -128,10 +142,12 @@ def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool =
     weight_T = np.zeros(seq_len, dtype=np.float32)
     sample_T = np.full(seq_len, -1, dtype=np.int64)
     position_T = np.arange(seq_len) if run_on else np.zeros(seq_len, dtype=np.int64)
+
     start = 0
     for number, sample in enumerate(samples):
         end = start + len(sample.ids_T)
         ids_T[start:end] = sample.ids_T
+        # The target of a position is the next token of the same sample; its last has none.
         target_T[start : end - 1] = sample.ids_T[1:]
         weight_T[start : end - 1] = sample.weight_T[1:]
         sample_T[start:end] = number
@@ -142,30 +158,40 @@ def pack(samples: Sequence[Corrupted], seq_len: int, pad: int, *, run_on: bool =
 
 
 def collate(blocks: Sequence[Block], device: torch.device) -> Batch:
-    """Blocks as one batch of tensors."""
-
-    stacked = (
-        np.stack([getattr(block, field.name) for block in blocks]) for field in fields(Block)
-    )
-    return Batch(*(torch.from_numpy(array).to(device) for array in stacked))
+    """Stack blocks to a batch of tensors."""
+    tensors = []
+    for field in fields(Block):
+        stacked = np.stack([getattr(block, field.name) for block in blocks])
+        tensors.append(torch.from_numpy(stacked).to(device))
+    return Batch(*tensors)
 
 
 def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> list[int]:
-    """Numbers of the items that are to fill `room`, the longest first:
-    short ones are easily placed later.
+    """Choose items that fill `room`; return their indices, the longest item first.
 
-    Their total may exceed the room by up to `over`. An item is passed over where the total would
-    end up farther from the room than the nearest of all choices by more than `tolerance`. Of
-    lengths 6, 4 and 4, a room of 8 is filled by both 4s; with a tolerance of 2 by the 6. A room of
-    9 is filled by both 4s too, and by 6 and 4 where the total may be one over and that is
-    tolerated.
+    Long items are preferred, as short ones are easily placed later. An item is passed over if
+    taking it would leave the room farther from full than the best choice by more than `tolerance`.
+
+    The lengths 6, 4, 4 and a room of 8:
+
+        tolerance 0          4 + 4, which fills it
+        tolerance 2          6, which leaves 2
+    and a room of 9:
+        tolerance 1          4 + 4, which leaves 1
+        tolerance 1, over 1  6 + 4, one over
+
+    Args:
+        over: by how much the total may exceed the room.
     """
     order = sorted(range(len(lengths)), key=lambda k: (lengths[k], -k))
-    # Bit s of sums[n] is set where some of the n shortest items are s long together.
+
+    # Subset sums as bits of whole numbers: bit s of sums[n] is set if some of the n shortest items
+    # have the total length s. For 4 4 6: 1, then 10001, then 100010001, then also 6, 10 and 14.
     sums = [1]
     for k in order:
         sums.append(sums[-1] | (sums[-1] << lengths[k]) & ((2 << (room + over)) - 1))
 
+    # From the longest down: take an item if the shorter ones can still fill what it leaves.
     farthest = _distance(sums[-1], room, over) + tolerance
     chosen = []
     for n, k in reversed(list(enumerate(order))):
@@ -179,10 +205,19 @@ def choose(lengths: Sequence[int], room: int, tolerance: int, over: int = 0) -> 
 
 
 def _distance(sums: int, room: int, over: int) -> int:
-    """Distance from bit `room` to the nearest bit that is set, at most `over` above it; `room` may
-    be negative, down to `-over`."""
-    below = room + 1 - (sums & ((2 << room) - 1)).bit_length() if room >= 0 else -1
+    """Distance from bit `room` to the nearest set bit, which is at most `over` above it.
+
+    Args:
+        room: may be negative, down to `-over`.
+    """
+    distances = []
+    if room >= 0:
+        below = sums & ((2 << room) - 1)
+        distances.append(room + 1 - below.bit_length())
+
     first = max(0, room)
     above = (sums >> first) & ((2 << (room + over - first)) - 1)
-    lowest = (above & -above).bit_length() - 1 + first - room if above else -1
-    return min(distance for distance in (below, lowest) if distance >= 0)
+    if above:
+        lowest = (above & -above).bit_length() - 1
+        distances.append(lowest + first - room)
+    return min(distance for distance in distances if distance >= 0)

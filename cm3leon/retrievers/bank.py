@@ -1,5 +1,4 @@
-"""The memory bank: documents on disk, known by their rows,
-that are searched by text or by image."""
+"""The memory bank: documents on disk, known by their rows, searched by text or by image."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ class Bank:
     """A memory bank on disk, searched by text or by image;
     documents can be added without a rebuild.
 
-    Added documents have the rows after all others, and are searched exactly;
-    `added_ids` are theirs.
+    Added documents have the rows after all others and are searched exactly; `added_ids` are their
+    ids.
 
     Args:
-        expect: what the vectors' plan has to say of the encoder.
-        with_added: whether documents that were added are in it.
+        expect: what the vectors' plan must say of the encoder.
+        with_added: whether added documents are part of the bank.
         verify: compare the checksum of each shard of vectors when it is first opened.
 
     Raises:
@@ -48,6 +47,7 @@ class Bank:
     ) -> None:
         self.vectors = VectorShards(vectors, expect, verify=verify)
         self._folder = index
+
         check_readable(index / FIGURES)
         try:
             figures = read_json(
@@ -62,10 +62,11 @@ class Bank:
                 f"{index} is the index of {figures['documents']} documents, {vectors} has "
                 f"{len(self.vectors)}; make the index again"
             )
+
         self._exact = figures["kind"] == "exact"
         if not self._exact:
             check_shape(figures, {"nprobe": int}, str(index / FIGURES))
-        # An index made before documents were left out has all of them.
+        # Indexes of older versions hold all documents.
         self.pairs_only = bool(figures.get("pairs_only", False))
         made = _flat(self.vectors, self.pairs_only) if self._exact else read_index(index)
         self._indexed = int(made.ntotal)
@@ -76,19 +77,22 @@ class Bank:
             self._nprobe = int(figures["nprobe"])
             rescored = int(figures["config"]["rescored"])
             self._by_codes = CodeSearch(self._searcher, self.vectors, made.nlist, rescored)
+
         self.added_ids: list[str] = []
-        self._added = Parts(*(np.zeros((0, self.vectors.width), np.float32) for _ in range(2)))
+        nothing = np.zeros((0, self.vectors.width), np.float32)
+        self._added = Parts(nothing, nothing)
         if with_added and (index / ADDED).is_file():
             shard = open_shard(index / ADDED)
-            parts = Parts(*(shard.numbers(name).astype(np.float32) for name in ("text", "image")))
-            self.add(shard.strings("id"), parts)
+            text_MD = shard.numbers("text").astype(np.float32)
+            image_MD = shard.numbers("image").astype(np.float32)
+            self.add(shard.strings("id"), Parts(text_MD, image_MD))
 
     def __len__(self) -> int:
         return len(self.vectors) + len(self.added_ids)
 
     @property
     def searchable(self) -> int:
-        """Number of documents that a search may find."""
+        """Number of documents that a search can find."""
         return self._indexed + len(self._added.searched(self.pairs_only))
 
     @property
@@ -97,31 +101,34 @@ class Bank:
         return self._searcher.place
 
     def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
-        """Adds documents, and returns their rows; `save_added` keeps them for the next time."""
+        """Add documents and return their rows; `save_added` keeps them for the next time."""
         first = len(self)
         self.added_ids += ids
         self._added = Parts.concatenate([self._added, parts])
         return np.arange(first, len(self))
 
     def save_added(self) -> None:
-        """Writes the added documents beside the index; whoever opens it finds them."""
+        """Write the added documents beside the index, for whoever opens it next."""
         plan = read_plan(self.vectors.folder)
         write_vector_shard(self._folder / ADDED, self.added_ids, self._added, plan)
 
     def search(self, query_QD: np.ndarray, count: int) -> np.ndarray:
-        """Rows (Q, count) of the best documents by inner product, the best first;
-        -1 where there are fewer."""
+        """Rows (Q, count) of the best documents by inner product, the best first; -1 if there are
+        fewer."""
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if self._exact:
-            places_QK = self._searcher.search(query_QD, count)
-            found_QK = np.full_like(places_QK, NONE)
-            found = places_QK != NONE
-            found_QK[found] = self._searched[places_QK[found]]
+            # The flat index numbers only the documents that it holds.
+            found_QK = self._searcher.search(query_QD, count)
+            is_row = found_QK != NONE
+            found_QK[is_row] = self._searched[found_QK[is_row]]
         else:
             found_QK = self._by_codes(query_QD, count, nprobe=self._nprobe)
+
         added_M = self._added.searched(self.pairs_only)
         if not len(added_M):
             return found_QK
+
+        # Score what was found again, and take the best of it and of the added documents.
         scores_QK = np.einsum("qkd,qd->qk", self.parts_of(found_QK).mean(), query_QD)
         scores_QK[found_QK == NONE] = -np.inf
         added_QM = np.broadcast_to(len(self.vectors) + added_M, (len(query_QD), len(added_M)))
@@ -136,24 +143,20 @@ class Bank:
         """The parts of some rows, (*rows.shape, D) each; zeros for a negative row."""
         added = rows >= len(self.vectors)
         parts = self.vectors.parts(np.where(added, NONE, rows))
-        places = rows[added] - len(self.vectors)
-        parts.text_BD[added], parts.image_BD[added] = (
-            self._added.text_BD[places],
-            self._added.image_BD[places],
-        )
+        indices = rows[added] - len(self.vectors)
+        parts.text_BD[added] = self._added.text_BD[indices]
+        parts.image_BD[added] = self._added.image_BD[indices]
         return parts
 
     def id(self, row: int) -> str:
         """The id of a document."""
-        return (
-            self.vectors.id(row)
-            if row < len(self.vectors)
-            else self.added_ids[row - len(self.vectors)]
-        )
+        if row < len(self.vectors):
+            return self.vectors.id(row)
+        return self.added_ids[row - len(self.vectors)]
 
 
 def _flat(vectors: VectorShards, pairs_only: bool) -> Any:
-    """The vectors as they are, for exact search."""
+    """An index of the vectors themselves, for exact search."""
     index = import_faiss().IndexFlatIP(vectors.width)
     for number in range(vectors.count):
         parts = vectors.shard(number)

@@ -1,5 +1,4 @@
-"""What all retrievers share: vectors of texts and images by an encoder, inner products,
-and the strategy on top."""
+"""Base classes of the retrievers: an encoder's vectors, inner products, and the strategy on top."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import Modality
 
 MOST_CANDIDATES = 2048
-"""Most candidates of a query, if more are not asked for: as many as a search on a GPU returns."""
+"""Most candidates of a query unless more are configured: as many as a search on a GPU returns."""
 AT_ONCE = 2**16
-"""Candidates of all queries together whose vectors are held at a time."""
+"""Candidates, of all queries together, whose vectors are held at a time."""
 
 
 @dataclass(kw_only=True)
@@ -28,66 +27,64 @@ class StrategyConfig:
     """The strategy of the paper's section 2.2."""
 
     threshold: float = 0.9
-    """A candidate whose cosine to the query, or to a document already taken,
-    is above this is skipped."""
+    """Candidates with a higher cosine to the query, or to a document already taken, are skipped."""
     both_modalities: bool = True
-    """Take only documents that have both text and image; others are not in the index."""
+    """Take only documents that have both text and image; the others are not in the index."""
     candidates: PositiveInt = 64
-    """Candidates that the search hands to the strategy at first. Where its rules leave too few
-    documents, twice as many are looked at, and so on up to 2,048."""
+    """Candidates that the search first hands to the strategy. If its rules leave too few documents,
+    it is given twice as many, and so on up to 2,048."""
     per_modality: PositiveInt = 2
-    """Documents retrieved by the text as query, and as many by the image,
+    """Documents retrieved with the text as query, and as many with the image,
     for each training document."""
     max_documents: NonNegativeInt = 3
-    """Most of those drawn for a training sample."""
+    """Most of them that are drawn for a training sample."""
     random_count: bool = True
-    """Draw how many are used uniformly from 0 to max_documents (RA-CM3),
-    so that the model works without any."""
+    """Draw the number of documents uniformly from 0 to max_documents (RA-CM3), so that the model
+    also works without documents."""
     query_dropout: Probability = 0.2
     """Share of the query's tokens (BPE pieces, image patches) dropped before encoding,
-    in training only."""
+    only in training."""
     dropout_variants: PositiveInt = 4
-    """Differently dropped-out queries a training document has; one is drawn in each epoch."""
+    """Queries with different tokens dropped, for each training document;
+    an epoch draws one of them."""
 
 
 class Encoder(nn.Module):
     """Base of the encoders: unit vectors of texts and of images."""
 
     embed_dim: int
-    """Numbers of a vector."""
+    """Size of a vector."""
     joint: bool = False
-    """Whether the inner product of a text and an image says how well they fit."""
+    """Whether the inner product of a text and an image measures how well they fit."""
 
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
-        """Vectors (B, D), float32. `dropout` is the share of each text that is left out,
+        """Unit vectors (B, D), float32. `dropout` is the share of each text to leave out,
         drawn by `seed`."""
         raise NotImplementedError
 
     def encode_images(
         self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Vectors (B, D), float32, of uint8 images.
-        `dropout` is the share of each image that is left out."""
+        """Unit vectors (B, D), float32, of uint8 images.
+        `dropout` is the share of each image to leave out."""
         raise NotImplementedError
 
     def loss(
         self, texts: list[str], images_BHWC: Tensor
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """What a trained encoder minimises over pairs of a text and an image,
-        with the figures to record."""
+        """The loss of a trained encoder on pairs of a text and an image, with figures to record."""
         raise NotImplementedError
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Takes from the training documents' texts what an encoder needs that is not trained."""
+        """Compute from the training documents' texts what an untrained encoder needs."""
         raise NotImplementedError
 
 
 class Retriever:
-    """Maximum inner product search by an encoder's vectors; relevance, modality, diversity,
-    query dropout."""
+    """Maximum inner product search over an encoder's vectors, with the paper's strategy."""
 
     trained: ClassVar[bool] = True
-    """Whether the encoder is trained by gradient, by its method `loss`; else its method
+    """Whether the encoder is trained by gradient with its method `loss`; otherwise its method
     `fit(texts)` is called once."""
     encoder: Encoder
 
@@ -97,13 +94,13 @@ class Retriever:
 
     @classmethod
     def without_weights(cls, config: Any) -> Any:
-        """The settings by which an encoder of the same shape is built
-        whose weights are read from a run."""
+        """Settings that build an encoder of the same shape without weights,
+        which are then read from a run."""
         return config
 
     @classmethod
     def vector_width(cls, config: Any) -> int:
-        """The width of its encoder's vectors."""
+        """Size of its encoder's vectors."""
         return cls(config).encoder.embed_dim
 
     def parts(
@@ -114,23 +111,20 @@ class Retriever:
         dropout: float = 0.0,
         seed: int = 0,
     ) -> Parts:
-        """Vectors of documents' or queries' parts;
-        a part that is None is a zero row in every document."""
-        text_BD = (
-            None
-            if texts is None
-            else self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
-        )
-        image_BD = (
-            None
-            if images_BHWC is None
-            else self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
-        )
+        """Vectors of the parts of documents or queries; None for a part gives zero vectors."""
+        text_BD = image_BD = None
+        if texts is not None:
+            text_BD = self.encoder.encode_texts(list(texts), dropout=dropout, seed=seed)
+        if images_BHWC is not None:
+            image_BD = self.encoder.encode_images(images_BHWC, dropout=dropout, seed=seed)
+
         if text_BD is None:
             if image_BD is None:
                 raise ValueError("a query needs texts or images")
             text_BD = np.zeros_like(image_BD)
-        return Parts(text_BD, np.zeros_like(text_BD) if image_BD is None else image_BD)
+        if image_BD is None:
+            image_BD = np.zeros_like(text_BD)
+        return Parts(text_BD, image_BD)
 
     def retrieve(
         self,
@@ -143,27 +137,30 @@ class Retriever:
         like: Parts | None = None,
         taken_QT: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Counter[str]]:
-        """For each query, rows of the bank to use, the most relevant first,
-        and the strategy's verdicts in all.
+        """Rows of the bank to use for each query, the most relevant first,
+        and the strategy's verdicts.
 
         Args:
-            queries: parts of the queries; `by` names the one that is searched with. For a query
-                without it nothing is found.
-            exclude_Q: row of each query's own document, -1 for one that is not in the bank; None =
-                none is.
-            like: parts of the documents whose copies are not to be found; None = the queries'. A
-                query that lost tokens to dropout no longer tells its own document's copies.
-            taken_QT: rows that each query has already, -1 where there are fewer; neither they nor
-                what is like them is found. None = none.
+            queries: parts of the queries; `by` names the part to search with. Nothing is found for
+                a query without it.
+            exclude_Q: row of each query's own document, -1 if it is not in the bank; None: no
+                query's is.
+            like: parts of the documents whose copies must not be found; None: the queries'. A query
+                that lost tokens to dropout cannot recognise copies of its own document.
+            taken_QT: rows that each query already has, padded with -1. Neither they nor similar
+                documents are found. None: no rows.
 
         Returns:
-            rows (Q, count), filled up with -1, and the verdicts.
+            rows (Q, count), padded with -1, and how many candidates each rule rejected.
         """
         vectors_QD = queries.text_BD if by == "text" else queries.image_BD
-        like = queries if like is None else like
         Q = len(vectors_QD)
-        exclude_Q = np.full(Q, NONE) if exclude_Q is None else exclude_Q
-        taken_QT = np.zeros((Q, 0), np.int64) if taken_QT is None else taken_QT
+        if like is None:
+            like = queries
+        if exclude_Q is None:
+            exclude_Q = np.full(Q, NONE)
+        if taken_QT is None:
+            taken_QT = np.zeros((Q, 0), np.int64)
         rows_QN = np.full((Q, count), NONE, np.int64)
         verdicts: Counter[str] = Counter()
 
@@ -174,6 +171,8 @@ class Retriever:
         while len(pending):
             candidates_PK = bank.search(vectors_QD[pending], wanted)
             short = []
+
+            # The candidates' vectors are read for some queries at a time, to bound the memory.
             step = max(1, AT_ONCE // wanted)
             for start in range(0, len(pending), step):
                 chosen = pending[start : start + step]
@@ -189,6 +188,8 @@ class Retriever:
                     taken=bank.parts_of(taken_QT[chosen]),
                 )
                 done = (rows_QN[chosen, -1] != NONE) | (wanted >= limit)
+
+                # A query that is asked again is counted only the last time.
                 verdicts += total(counted, done)
                 short.append(chosen[~done])
             pending = np.concatenate(short)

@@ -57,7 +57,10 @@ _HEAD = 16
 
 class ClipEncoder(Encoder):
     """An open_clip model with its tokenizer and pixel normalisation.
-    Raises UserError for an unknown architecture."""
+
+    Raises:
+        UserError: for an unknown architecture.
+    """
 
     joint = True
 
@@ -72,19 +75,16 @@ class ClipEncoder(Encoder):
     def loss(
         self, texts: list[str], images_BHWC: Tensor
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """CLIP's symmetric contrastive loss of pairs (open_clip's own),
-        with the figures to record."""
+        """CLIP's symmetric contrastive loss of pairs (open_clip's), with figures to record."""
         from open_clip import ClipLoss
 
         image_BD, text_BD, scale = self.clip(self._pixels(images_BHWC), self._tokens(texts))[:3]
-        # Each pair is told apart from all others of the batch, those of other ranks too.
+
+        # Each pair is compared with all others of the batch, including those of other ranks.
         image_BD, text_BD = all_rows(image_BD), all_rows(text_BD)
         scores_BB = image_BD.detach() @ text_BD.detach().T
-        accuracy = (
-            (scores_BB.argmax(1) == torch.arange(len(scores_BB), device=scores_BB.device))
-            .float()
-            .mean()
-        )
+        own_B = torch.arange(len(scores_BB), device=scores_BB.device)
+        accuracy = (scores_BB.argmax(1) == own_B).float().mean()
         loss = ClipLoss()(image_BD.float(), text_BD.float(), scale)
         return loss, {
             "pair_accuracy": accuracy,
@@ -95,7 +95,7 @@ class ClipEncoder(Encoder):
     @torch.inference_mode()
     def encode_texts(self, texts: list[str], *, dropout: float = 0.0, seed: int = 0) -> np.ndarray:
         """Unit vectors (B, D), float32. `dropout` is the share
-        of BPE tokens left out of each text."""
+        of each text's BPE tokens to leave out."""
         tokens_BT = self._tokens(texts)
         if dropout:
             tokens_BT = _drop_tokens(tokens_BT, dropout, np.random.default_rng(seed))
@@ -105,15 +105,15 @@ class ClipEncoder(Encoder):
     def encode_images(
         self, images_BHWC: np.ndarray, *, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """Unit vectors (B, D), float32, of uint8 images.
-        `dropout` is the share of the ViT's patches left out."""
+        """Unit vectors (B, D), float32, of uint8 images. `dropout` is the share of the ViT's
+        patches to leave out."""
+
+        def encode(rows: slice) -> Tensor:
+            pixels = self._pixels(torch.from_numpy(images_BHWC[rows]))
+            return self.clip.encode_image(pixels)
+
         with _patch_dropout(self.clip.visual, dropout, seed):
-            return self._batched(
-                lambda rows: self.clip.encode_image(
-                    self._pixels(torch.from_numpy(images_BHWC[rows]))
-                ),
-                len(images_BHWC),
-            )
+            return self._batched(encode, len(images_BHWC))
 
     def _batched(
         self, encode: Callable[[slice], Tensor], count: int, batch_size: int = 256
@@ -135,10 +135,8 @@ class ClipEncoder(Encoder):
             images_BCHW = F.interpolate(
                 images_BCHW, size=self.image_size, mode="bicubic", antialias=True
             ).clamp(0, 1)
-        mean, std = (
-            torch.tensor(v, device=self._device)[:, None, None]
-            for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-        )
+        mean = torch.tensor(OPENAI_DATASET_MEAN, device=self._device)[:, None, None]
+        std = torch.tensor(OPENAI_DATASET_STD, device=self._device)[:, None, None]
         return (images_BCHW - mean) / std
 
     @property
@@ -157,9 +155,8 @@ def _pretrained(config: EncoderConfig) -> tuple[Any, Any]:
     try:
         model = open_clip.create_model(config.architecture, pretrained=config.pretrained)
         return model, open_clip.get_tokenizer(config.architecture)
-    except (
-        Exception
-    ) as error:  # of a bad file or tag: OSError, RuntimeError, EOFError, UnpicklingError, ...
+    except Exception as error:
+        # A bad file or tag raises OSError, RuntimeError, EOFError, UnpicklingError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"retriever.encoder.pretrained: {config.pretrained!r} cannot be loaded for "
@@ -189,13 +186,12 @@ def _small(config: EncoderConfig) -> tuple[Any, Any]:
 
 
 def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Leaves out that share of each text's tokens, at random,
-    but keeps the first and the last (start and end)."""
+    """Leave out a share of each text's tokens at random, but never the first and the last, which
+    mark its start and end."""
     dropped_BT = torch.zeros_like(tokens_BT)
     for row, tokens_T in enumerate(tokens_BT):
-        length = (
-            int(tokens_T.argmax()) + 1
-        )  # the end is CLIP's largest id; 0 is padding, but also the piece "!"
+        # The end is CLIP's largest id. Padding is 0, which is also the piece "!".
+        length = int(tokens_T.argmax()) + 1
         inner = np.arange(1, length - 1)
         kept = np.sort(rng.permutation(inner)[: len(inner) - round(share * len(inner))])
         chosen = torch.as_tensor(np.concatenate([[0], kept, [length - 1]]), device=tokens_BT.device)
@@ -205,7 +201,7 @@ def _drop_tokens(tokens_BT: Tensor, share: float, rng: np.random.Generator) -> T
 
 @contextmanager
 def _patch_dropout(visual: Any, share: float, seed: int) -> Iterator[None]:
-    """Has open_clip's ViT leave out that share of its patches,
+    """Let open_clip's ViT leave out a share of its patches,
     with the rest of the model as at inference."""
     from open_clip.transformer import PatchDropout
 

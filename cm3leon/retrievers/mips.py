@@ -1,8 +1,7 @@
-"""Maximum inner product search by FAISS: on GPUs where it was built for them and a driver exists,
-on the CPU elsewhere.
+"""Maximum inner product search by FAISS, on GPUs if it was built for them and a driver exists.
 
 What a GPU has no room for, or cannot do, is done on the CPU, with the same results up to ties:
-exact search is exact on both, and candidates that codes find are ordered by their vectors.
+exact search is exact on both, and candidates found by codes are ordered by their exact vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from cm3leon.types import UserError
 
 PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12", "faiss-gpu-cu11")
-"""Distributions of FAISS, any one of which serves; all install the module `faiss`."""
+"""Distributions of FAISS. Any one of them will do; all install the module `faiss`."""
 MOST = 2048
 """Most results of a search on a GPU, and most lists that it probes."""
 SHARE = 0.8
@@ -31,10 +30,10 @@ ID_BYTES = 8
 
 
 def import_faiss() -> Any:
-    """The library.
+    """The module `faiss`.
 
     Raises:
-        UserError: where it is not installed, lacks the libraries of CUDA, or is installed twice.
+        UserError: if it is not installed, is installed twice, or lacks CUDA's libraries.
     """
     _check_packages()
     try:
@@ -51,8 +50,8 @@ def import_faiss() -> Any:
 
 @cache
 def _check_packages() -> None:
-    """Each package overwrites files of the others: without a word, no GPU is used,
-    or nothing can be imported."""
+    """Raise UserError if several distributions are installed: each overwrites files of the others,
+    so that without a warning GPUs are not used, or the import fails."""
     found = [name for name in PACKAGES if _is_installed(name)]
     if len(found) > 1:
         raise UserError(
@@ -74,7 +73,7 @@ def _is_installed(package: str) -> bool:
 class Searcher:
     """An index, searched on GPUs if they have room for a copy of it.
 
-    `place` says where, and if FAISS has GPUs and they are not used, why.
+    `place` says where, and why FAISS's GPUs are not used if it has some.
     """
 
     def __init__(self, index: Any) -> None:
@@ -84,11 +83,10 @@ class Searcher:
     def search(
         self, queries_QD: np.ndarray, count: int, *, nprobe: int | None = None
     ) -> np.ndarray:
-        """Rows (Q, count) of the best vectors in falling order of the index's scores,
-        -1 where there are fewer.
+        """Rows (Q, count) of the best vectors, the highest score first; -1 if there are fewer.
 
         Args:
-            nprobe: inverted lists that are looked through, of an index that has them.
+            nprobe: inverted lists to look through, for an index that has them.
         """
         within = max(count, nprobe or 0) <= MOST
         index = self._copy if within and self._copy is not None else self._index
@@ -99,10 +97,10 @@ class Searcher:
 def largest(
     queries_QD: np.ndarray, vectors_MD: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest inner products of each query in falling order, and the rows of their vectors, (Q,
+    """The `count` largest inner products of each query and the rows of their vectors, (Q,
     count) each.
 
-    There have to be `count` vectors at least.
+    There must be at least `count` vectors.
     """
     faiss = import_faiss()
     metric = faiss.METRIC_INNER_PRODUCT
@@ -118,18 +116,18 @@ def largest(
 
 
 def train_index(index: Any, vectors_BD: np.ndarray) -> None:
-    """Trains an index of inverted lists on the CPU, but its k-means on all GPUs."""
+    """Train an index of inverted lists on the CPU, with its k-means on all GPUs."""
     faiss = import_faiss()
     gpus = _gpus_with(4 * index.nlist * index.d)
     assigner = _copied(faiss.IndexFlatIP(index.d), gpus) if gpus else None
-    index.clustering_index = assigner  # which it does not keep alive
+    index.clustering_index = assigner  # the index does not keep it alive
     index.train(vectors_BD)
     index.clustering_index = None
 
 
 def with_vectors(index: Any, vectors_BD: np.ndarray, rows_B: np.ndarray) -> Any:
-    """A trained index of inverted lists with vectors added under their rows, on the CPU;
-    added on a GPU if it can."""
+    """Add vectors under their rows to a trained index of inverted lists,
+    on a GPU if that has room."""
     copy, _ = _copy_on_gpus(index, more=len(rows_B))
     if copy is None:
         index.add_with_ids(vectors_BD, rows_B)
@@ -142,13 +140,15 @@ def with_vectors(index: Any, vectors_BD: np.ndarray, rows_B: np.ndarray) -> Any:
 
 
 def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
-    """A copy on the fewest GPUs that hold it and so many more vectors; and in words, where it is.
+    """Copy an index to the fewest GPUs that hold it and `more` vectors, and say where it is.
 
-    None if it has to stay on the CPU.
+    The copy is None if the index stays on the CPU.
     """
     found = len(_gpus())
     if not found:
         return None, "CPU"
+
+    # Each of `count` GPUs holds an equal share of the vectors.
     for count in range(1, found + 1):
         needed = _bytes_on_a_gpu(index, -(-(index.ntotal + more) // count))
         gpus = _gpus_with(needed)[:count]
@@ -159,26 +159,25 @@ def _copy_on_gpus(index: Any, more: int = 0) -> tuple[Any | None, str]:
                 return None, f"CPU, as FAISS refuses the GPU: {str(error).rpartition('Error: ')[2]}"
     return (
         None,
-        f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, which they have not "
-        "left",
+        f"CPU, as {found} GPUs would have to hold {needed / 1e9:.3g} GB each, and have less left",
     )
 
 
 def _bytes_on_a_gpu(index: Any, vectors: int) -> int:
-    """Bytes of an index with so many vectors: these, with their rows, and the centres of lists,
-    twice."""
+    """Bytes of an index with this many vectors: the vectors with their rows,
+    and the lists' centres twice."""
     lists = getattr(index, "nlist", 0)  # FAISS gives them to indexes with inverted lists alone
     return vectors * (index.code_size + (ID_BYTES if lists else 0)) + 2 * lists * index.d * 4
 
 
 def _gpus_with(needed: int) -> list[int]:
-    """GPUs on which an index may take so many bytes, the one with most left first."""
+    """GPUs on which an index may take this many bytes, the one with most room first."""
     room = {gpu: SHARE * torch.cuda.mem_get_info(gpu)[0] - SCRATCH for gpu in _gpus()}
     return sorted((gpu for gpu in room if room[gpu] >= needed), key=lambda gpu: -room[gpu])
 
 
 def _gpus() -> Sequence[int]:
-    """GPUs that this process may use: all, or its own where it is one of several processes."""
+    """GPUs that this process may use: all, or only its own if it is one of several processes."""
     if not import_faiss().get_num_gpus() or not torch.cuda.is_available():
         return ()
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -187,15 +186,16 @@ def _gpus() -> Sequence[int]:
 
 
 def _copied(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
-    """The index on GPUs: a share of its vectors on each, or all of them."""
+    """A copy of the index on GPUs: a share of its vectors on each with `shard`,
+    else all of them."""
     faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
     options.shard = shard
-    # Of product-quantised indexes, tables of more than 48 bytes a code do not fit otherwise.
+    # In float32, the lookup tables of codes of more than 48 bytes do not fit a GPU's shared memory.
     options.useFloat16 = hasattr(index, "pq")
-    options.allowCpuCoarseQuantizer = True  # lists found by a graph
-    # cuVS has numerical behaviour of its own and no lists found by a graph.
-    # Some builds with it use it unasked.
+    # A graph over the lists' centres stays on the CPU.
+    options.allowCpuCoarseQuantizer = True
+    # cuVS gives other numbers and cannot use such a graph; some builds use it unasked.
     options.use_cuvs = False
     return faiss.index_cpu_to_gpu_multiple_py(
         [_resources(gpu) for gpu in gpus], index, options, gpus

@@ -1,4 +1,15 @@
-"""Neighbours of the training documents, found once, from which every epoch draws anew."""
+"""Neighbours of the training documents: found once, drawn anew in every epoch.
+
+Searching during training would keep the encoder and the index on every machine. Instead, each
+document is a query once in every of V variants (its text and image with other tokens dropped), and
+the rows that were found are stored. With 2 variants and 2 documents by each modality:
+
+                   by text   by image
+    variant 0      17  4     9  -1        -1: no fourth document passed the strategy's rules
+    variant 1      17  30    4  12
+
+A training sample draws one variant and up to `max_documents` of its rows; see `draw`.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +34,18 @@ def draw(
 ) -> list[int]:
     """Rows of the bank for one training sample, the most relevant last (next to the query).
 
-    One variant is drawn, `most` of its distinct neighbours at random, and of those a uniform number
-    from 0 to all of them if `random_count`.
+    A variant is drawn, then `most` of its distinct neighbours; with `random_count` the number of
+    documents is uniform from 0 to that many. From the row 17 4 9 -1 and `most` 2, for example,
+    the sample is given 9 and 17, in this order.
     """
     rows_K = rows_VK[rng.integers(len(rows_VK))]
     distinct = list(dict.fromkeys(row for row in rows_K.tolist() if row != NONE))
+
     count = min(most, len(distinct))
     if random_count:
         count = int(rng.integers(count + 1))
     chosen = np.sort(rng.permutation(len(distinct))[:count]).tolist()
-    return [distinct[place] for place in reversed(chosen)]
+    return [distinct[index] for index in reversed(chosen)]
 
 
 def neighbours_of(
@@ -43,16 +56,18 @@ def neighbours_of(
     *,
     like: Parts,
 ) -> tuple[np.ndarray, Counter[str]]:
-    """Rows of the bank (V, B, 2 * per_modality) for documents as queries in several variants,
-    and the verdicts in all.
+    """Find documents for queries in several variants; return rows of the bank and verdicts.
 
-    What the text finds is taken before the image is asked: the image's half has no document, and no
-    copy of a document, of the text's.
+    The image is asked after the text: what it finds excludes the text's documents and copies of
+    them.
 
     Args:
         variants: the parts of the documents in each variant.
-        own_B: the documents' own rows in the bank, -1 where they are not in it.
+        own_B: the documents' own rows in the bank, -1 for those not in it.
         like: the parts of the documents themselves, copies of which are not taken.
+
+    Returns:
+        rows (V, B, 2 * per_modality), and how many candidates each rule rejected in all.
     """
     count = retriever.config.per_modality
     verdicts: Counter[str] = Counter()
@@ -73,9 +88,10 @@ def neighbours_of(
 
 
 def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str, Any]) -> None:
-    """Writes the neighbours of a shard of documents.
+    """Write the neighbours of a shard of documents.
 
-    Its columns are `rows`, all variants of a document together, and `crc`, CRC-32 over their bytes.
+    Its columns are `rows`, all variants of a document one after the other, and `crc`, the CRC-32 of
+    their bytes.
     """
     V, B, K = rows_VBK.shape
     rows = rows_VBK.transpose(1, 0, 2).reshape(B, V * K).astype(np.int32)
@@ -85,7 +101,7 @@ def write_neighbour_shard(path: Path, rows_VBK: np.ndarray, header: Mapping[str,
 
 
 def finish_neighbours(folder: Path, count: int) -> None:
-    """Checks all shards and writes index.json.
+    """Check all shards and write index.json.
     Raises DamagedShard for one that is missing or damaged."""
     finish(folder, count, lambda shard: {"variants": shard.header["variants"]})
 
@@ -95,7 +111,7 @@ def _rows(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
 
 
 class NeighbourShards:
-    """The neighbours of a finished folder, for documents numbered
+    """The neighbours in a finished folder; documents are numbered
     from 0 in order of shards and rows.
 
     Raises:
@@ -116,17 +132,17 @@ class NeighbourShards:
         Raises:
             DamagedShard: naming the shard, if they are not as they were written.
         """
-        number, place = self._shards.locate(document)
+        number, index = self._shards.locate(document)
         rows, crc = self._shards.shard(number)
-        if zlib.crc32(rows[place].tobytes()) != crc[place]:
+        if zlib.crc32(rows[index].tobytes()) != crc[index]:
             raise DamagedShard(
-                f"{self._shards.path(number)}: row {place} is damaged, its checksum does not "
+                f"{self._shards.path(number)}: row {index} is damaged, its checksum does not "
                 "match; delete the file and make it again"
             )
-        return rows[place].reshape(self._variants, -1)
+        return rows[index].reshape(self._variants, -1)
 
     def shard(self, number: int) -> np.ndarray:
-        """All rows (M, V * K) of one shard, which are not checked."""
+        """All rows (M, V * K) of one shard, without checking their checksums."""
         return self._shards.shard(number)[0]
 
     def draw(

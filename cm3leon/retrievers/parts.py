@@ -1,4 +1,4 @@
-"""Vectors of the text and the image parts of documents, in memory."""
+"""Vectors of the text and image parts of documents, in memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ MODALITIES: tuple[Modality, ...] = ("text", "image")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Unit vectors of the text and image parts of documents, (B, D) each;
-    zeros where a document lacks one.
+    """Unit vectors of documents' text and image parts, (B, D) each; zeros for a missing part.
 
     Documents may have several dimensions, such as the candidates of each query: (Q, K, D).
     """
@@ -25,17 +24,16 @@ class Parts:
     image_BD: np.ndarray
 
     def mean(self) -> np.ndarray:
-        """One vector a document: the mean of its normalised parts (paper section 2.2),
-        of the one where it has one."""
+        """One vector for each document: the mean of the parts that it has (paper section 2.2)."""
         count_B1 = (self.has("text").astype(np.float32) + self.has("image"))[..., None]
         return (self.text_BD + self.image_BD) / np.maximum(count_B1, 1)
 
     def has(self, modality: Modality) -> np.ndarray:
-        """Which documents have that part, boolean (B,)."""
+        """Which documents have this part, boolean (B,)."""
         return np.any(self.text_BD if modality == "text" else self.image_BD, axis=-1)
 
     def searched(self, pairs_only: bool) -> np.ndarray:
-        """Places (N,) of the documents that an index holds: all, or those that have both parts."""
+        """Indices (N,) of the documents that an index holds: all, or only those with both parts."""
         if not pairs_only:
             return np.arange(len(self.text_BD))
         return np.flatnonzero(self.has("text") & self.has("image"))
@@ -46,7 +44,7 @@ class Parts:
 
     @staticmethod
     def concatenate(parts: Sequence[Parts]) -> Parts:
-        """The documents of all, one after the other."""
+        """The documents of several `Parts`, one after the other."""
         return Parts(
             np.concatenate([p.text_BD for p in parts]), np.concatenate([p.image_BD for p in parts])
         )

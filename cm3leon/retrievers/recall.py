@@ -1,4 +1,4 @@
-"""How well an index finds what exact search finds, and how many lists it has to probe for that."""
+"""Recall of an index against exact search, and how many lists to probe for it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ RECALL_AT = (2, 10)
 def lists_to_probe(
     search: CodeSearch, *, target: float, queries: int, seed: int, pairs_only: bool
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    """The fewest lists to probe for the recall that is aimed at, or all,
-    with the recall at `RECALL_AT`.
+    """The fewest lists to probe for the target recall (or all lists),
+    and the recall at `RECALL_AT`.
 
-    Queries are texts and images of documents, as training asks them;
-    the recall of each kind has to reach the target.
+    Queries are documents' texts and images, as in training; the recall of each kind has to reach
+    the target.
 
     Args:
-        queries: documents whose texts, and as many whose images, are asked for.
+        queries: documents whose texts, and as many whose images, are queries.
     """
-    # A query's own document is among the found ones, and does not count: one more is looked for.
+    # A query finds its own document, which does not count; so one more is asked for.
     most = max(RECALL_AT) + 1
-    asked = {by: _queries(search.vectors, queries, seed, by) for by in MODALITIES}
-    asked = {by: some for by, some in asked.items() if len(some.own_Q)}
-    exact = {
-        by: some.others(exact_search(search.vectors, some.vectors_QD, most, pairs_only))
-        for by, some in asked.items()
-    }
+    asked, exact = {}, {}
+    for by in MODALITIES:
+        some = _queries(search.vectors, queries, seed, by)
+        if len(some.own_Q):
+            found_QK = exact_search(search.vectors, some.vectors_QD, most, pairs_only)
+            asked[by], exact[by] = some, some.others(found_QK)
 
+    # Double the lists until the recall is reached.
     nprobe = 1
     while True:
         recall: dict[str, dict[str, float]] = {}
@@ -56,13 +57,14 @@ class Queries:
     own_Q: np.ndarray
 
     def others(self, found_QK: np.ndarray) -> np.ndarray:
-        """The found rows (Q, K - 1) without each query's own document, or without the last."""
+        """The found rows (Q, K - 1) without each query's own document, or without the last row."""
+        # A stable sort by "is it the own document" moves that document to the end.
         order_QK = np.argsort(found_QK == self.own_Q[:, None], axis=1, kind="stable")
         return np.take_along_axis(found_QK, order_QK, axis=1)[:, :-1]
 
 
 def _queries(vectors: VectorShards, count: int, seed: int, by: Modality) -> Queries:
-    """One part of random documents, of those that have it."""
+    """One part of random documents that have it."""
     rows = np.random.default_rng([seed, 1]).choice(
         len(vectors), min(count, len(vectors)), replace=False
     )

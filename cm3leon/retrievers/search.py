@@ -1,7 +1,7 @@
 """Search through the vectors of a bank: all of them, or the best candidates by their codes.
 
-Candidates by code are ordered by their vectors,
-so that the codes decide only which of them are seen.
+Candidates found by codes are ordered by their exact vectors, so the codes only decide which
+documents are considered.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from cm3leon.retrievers.strategy import NONE
 from cm3leon.retrievers.vectors import VectorShards
 
 PIECE = 2**18
-"""Vectors that are compared with queries at a time, in exact search through all shards."""
+"""Vectors that exact search compares with the queries at a time."""
 
 
 def exact_search(
     vectors: VectorShards, queries_QD: np.ndarray, count: int, pairs_only: bool = False
 ) -> np.ndarray:
-    """Rows (Q, count) of the best documents by inner product, going once through all shards,
-    piece by piece."""
+    """Rows (Q, count) of the best documents by inner product, in one pass through all shards."""
     best_QK = np.full((len(queries_QD), count), NONE, np.int64)
     scores_QK = np.full((len(queries_QD), count), -np.inf, np.float32)
     for number in range(vectors.count):
         parts = vectors.shard(number)
         places = parts.searched(pairs_only)
         rows_M, vectors_MD = vectors.first(number) + places, parts.mean()[places]
+
+        # Keep the best of what was found before and of each piece.
         for start in range(0, len(vectors_MD), PIECE):
             piece_MD = vectors_MD[start : start + PIECE]
             scores_QM, places_QM = largest(queries_QD, piece_MD, min(count, len(piece_MD)))
@@ -44,24 +45,26 @@ def best(scores_QM: np.ndarray, rows_QM: np.ndarray, count: int) -> tuple[np.nda
     """The `count` largest scores of each query in falling order, with their rows."""
     if scores_QM.shape[1] > count:
         chosen = np.argpartition(-scores_QM, count - 1, axis=1)[:, :count]
-        scores_QM, rows_QM = (np.take_along_axis(x, chosen, axis=1) for x in (scores_QM, rows_QM))
+        scores_QM = np.take_along_axis(scores_QM, chosen, axis=1)
+        rows_QM = np.take_along_axis(rows_QM, chosen, axis=1)
     order = np.argsort(-scores_QM, axis=1, kind="stable")
     return np.take_along_axis(scores_QM, order, axis=1), np.take_along_axis(rows_QM, order, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class CodeSearch:
-    """Search by codes in inverted lists; the vectors of the best candidates decide their order."""
+    """Search by codes in inverted lists; the exact vectors
+    of the best candidates decide their order."""
 
     searcher: Searcher
     vectors: VectorShards
     lists: int
     """Inverted lists of the index."""
     rescored: int
-    """Candidates by code that are ordered by their vectors, if more are not asked for."""
+    """Candidates that are ordered by their exact vectors, at least as many as are asked for."""
 
     def __call__(self, query_QD: np.ndarray, count: int, *, nprobe: int) -> np.ndarray:
-        """Rows (Q, count) of the best documents, the best first; -1 where there are fewer.
+        """Rows (Q, count) of the best documents, the best first; -1 if there are fewer.
 
         Queries whose `nprobe` lists hold fewer than `count` documents probe more lists.
         """
@@ -74,6 +77,7 @@ class CodeSearch:
             nprobe = min(2 * nprobe, self.lists)
             candidates_QM[short] = self.searcher.search(query_QD[short], most, nprobe=nprobe)
 
+        # Order the candidates by their exact vectors.
         scores_QM = np.einsum("qmd,qd->qm", self.vectors.parts(candidates_QM).mean(), query_QD)
         scores_QM = np.where(candidates_QM == NONE, -np.inf, scores_QM)
         return best(scores_QM, candidates_QM, count)[1]

@@ -1,4 +1,4 @@
-"""Vectors of documents in shards: the text and the image part of each, 16 bits a number."""
+"""Vectors of documents in shards: the text and the image part of each, as 16-bit floats."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cm3leon.weights import check_finite
 def write_vector_shard(
     path: Path, ids: Sequence[str], parts: Parts, header: Mapping[str, Any]
 ) -> None:
-    """Writes a shard of documents: the columns `id`,
-    `text` and `image` (zero where a document lacks one).
+    """Write a shard of documents with the columns `id`,
+    `text` and `image` (zeros for a missing part).
 
     Raises:
         NotFinite: for vectors that are NaN or infinite.
@@ -45,27 +45,27 @@ def _vectors(vectors_BD: np.ndarray) -> pa.Array:
 
 
 def finish_vectors(folder: Path, count: int) -> None:
-    """Checks all shards and writes index.json.
+    """Check all shards and write index.json.
     Raises DamagedShard for one that is missing or damaged."""
     finish(folder, count)
 
 
 class VectorShards:
-    """The vectors of a finished folder, numbered from 0 in order of shards and rows.
+    """The vectors in a finished folder; rows are numbered from 0 in order of shards.
 
     Args:
-        expect: what the folder's plan has to say of the encoder.
+        expect: what the folder's plan must say of the encoder.
         verify: compare the checksum of each shard when it is first opened.
 
     Raises:
-        UserError: for an unfinished folder, or one that another encoder made than `expect` says.
+        UserError: for an unfinished folder, or one that another encoder made.
     """
 
     def __init__(
         self, folder: Path, expect: Mapping[str, Any] | None = None, *, verify: bool = True
     ) -> None:
         self.folder = folder
-        self._shards = ShardFolder(folder, _Columns, verify=verify, scattered=True)
+        self._shards = ShardFolder(folder, _VectorColumns, verify=verify, scattered=True)
         made_by = read_plan(folder)
         check_shape(made_by, {"width": int}, str(folder / PLAN))
         self.width = made_by["width"]
@@ -81,7 +81,8 @@ class VectorShards:
 
     @property
     def all_stay_mapped(self) -> bool:
-        """Whether rows in any order open each shard once, see `ShardFolder.all_stay_mapped`."""
+        """Whether reading rows in any order opens each shard once, see
+        `ShardFolder.all_stay_mapped`."""
         return self._shards.all_stay_mapped
 
     @property
@@ -112,16 +113,17 @@ class VectorShards:
             IndexError: for a row beyond the last.
         """
         # Queries share many of their candidates: each row is read once, and in order.
-        distinct, place_of = np.unique(rows.ravel(), return_inverse=True)
-        text, image = (np.zeros((len(distinct), self.width), np.float32) for _ in range(2))
+        distinct, index_of = np.unique(rows.ravel(), return_inverse=True)
+        text = np.zeros((len(distinct), self.width), np.float32)
+        image = np.zeros_like(text)
         given = np.flatnonzero(distinct >= 0)
-        for number, places, wanted in self._shards.by_shard(distinct[given]):
+        for number, indices, wanted in self._shards.by_shard(distinct[given]):
             columns = self._shards.shard(number)
-            text[given[places]] = columns.text_MD[wanted]
-            image[given[places]] = columns.image_MD[wanted]
+            text[given[indices]] = columns.text_MD[wanted]
+            image[given[indices]] = columns.image_MD[wanted]
 
         shape = (*rows.shape, self.width)
-        return Parts(text[place_of].reshape(shape), image[place_of].reshape(shape))
+        return Parts(text[index_of].reshape(shape), image[index_of].reshape(shape))
 
     def id(self, row: int) -> str:
         """The id of a document."""
@@ -129,8 +131,8 @@ class VectorShards:
         return self._shards.shard(number).id[place].as_py()
 
 
-class _Columns:
-    """The columns of an open shard as views."""
+class _VectorColumns:
+    """Views of the columns of an open shard."""
 
     def __init__(self, shard: Shard) -> None:
         self.id = shard.columns["id"]

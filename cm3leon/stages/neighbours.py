@@ -53,7 +53,7 @@ def bank_fingerprint(run: RunFolder) -> str | None:
         fingerprint = read_stage(bank / "index")["fingerprint"]
     except (OSError, UserError) as error:
         raise UserError(
-            f"shards.bank: {bank} is no run with a finished index; make it with until=index first"
+            f"shards.bank: {bank} is not the folder of a run with a finished index; make it with until=index first"
         ) from error
     check_generations(bank, ("index",), where="shards.bank")
     return fingerprint

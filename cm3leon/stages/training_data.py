@@ -88,7 +88,8 @@ def start_digest(run: RunFolder) -> str | None:
     newest = checkpoints(folder)[-1:]
     if not newest:
         raise UserError(
-            f"training.start: {folder} has no checkpoint to go on from; set start_with=weights"
+            f"training.start: {folder} has no checkpoint to continue from; set "
+            "training.start_with=weights"
         )
     return sha256(newest[0] / MANIFEST)
 

@@ -11,8 +11,8 @@ from cm3leon.training.distributed import local
 class WeightAverage:
     """Exponential moving average of a module's parameters; its buffers are not averaged.
 
-    The decay rises to `decay` as (1 + step) / (10 + step),
-    so that a short run is not an average of its beginning.
+    The decay rises to `decay` as (1 + step) / (10 + step), so that the average of a short run is
+    not dominated by its beginning.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -24,11 +24,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, bad: Tensor) -> None:
-        """Takes in the weights after that many steps; nothing of a step that was bad.
+        """Add the weights after `step` steps to the average, unless the step was bad.
 
         Args:
-            bad: 1 for such a step, else 0; a float32 scalar on the weights' device,
-                which is not waited for.
+            bad: 1 for a bad step, else 0; a float32 scalar on the weights' device, which is not
+                waited for.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
         share = (1 - decay) * (1 - bad)
@@ -37,10 +37,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def install(self) -> None:
-        """Makes the average the module's weights."""
+        """Replace the module's weights by the average."""
         for name, average in self._average.items():
             self._parameters[name].copy_(average)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average itself by the parameters' names, to be saved or loaded into."""
+        """The average by the parameters' names; saving and loading use these tensors themselves."""
         return self._average

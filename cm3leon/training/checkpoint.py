@@ -1,9 +1,21 @@
-"""Training checkpoints: folders `step_00000123`, written whole or not at all,
-readable on any number of ranks.
+"""Training checkpoints: folders `step_00000123`, written whole or not at all, readable on any
+number of ranks.
 
-The tensors are written by torch.distributed.checkpoint, each rank its own shards, from a copy in
-memory while the training goes on. A folder gets its name when all files and their checksums are on
-the disk.
+How a checkpoint is committed, here on two ranks. The tensors are copied to memory first, so that
+the training goes on while a thread of each rank writes:
+
+    .partial_00000123/         1. each rank writes its shards (torch.distributed.checkpoint)
+        __0_0.distcp              of rank 0
+        __1_0.distcp              of rank 1
+        rank_0.json            2. each rank lists its files with their SHA-256
+        rank_1.json
+        .metadata              3. the first rank, once all lists are there, writes the state ...
+        state.json
+        manifest.json          4. ... and last the manifest: the checksums of all files
+    step_00000123/             5. the folder is flushed to disk and renamed
+
+A kill before the rename leaves a `.partial_*` folder, which the next start deletes; the rename is
+atomic, so a folder with the final name is complete. Old checkpoints are deleted only after it.
 """
 
 from __future__ import annotations
@@ -39,11 +51,12 @@ warnings.filterwarnings(
 )
 
 LAST_WAIT = 30.0
-"""Seconds; longer than it takes to notice that another rank is lost."""
+"""Seconds that a failed training gives to the checkpoint being written; longer than it takes to
+notice that another rank is lost."""
 
 FORMAT = 1
-"""Of the files in a checkpoint's folder; raised when an older version could not read them,
-or this one not its."""
+"""Version of a checkpoint's files. Raise it when an older version of the code could not read them,
+or this one could not read an older version's."""
 STATE = "state.json"
 
 
@@ -52,9 +65,9 @@ class Checkpoints:
 
     Args:
         folder: seen by all ranks.
-        keep: newest checkpoints that are kept.
-        keep_every: steps whose multiples are kept for good.
-        warn: is given a sentence when a checkpoint could not be written.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints of steps that are multiples of this are kept for good.
+        warn: called with a sentence when a checkpoint could not be written.
         patience: seconds that the first rank waits for the files of the others.
     """
 
@@ -80,7 +93,7 @@ class Checkpoints:
         self.group: Any = dist.new_group(backend="gloo") if ranks.count > 1 else None
 
     def begin(self) -> None:
-        """Makes the folder, without what a kill may have left half written in it."""
+        """Make the folder, and delete what a kill may have left half written in it."""
         if self.ranks.first:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(".partial_*"):
@@ -90,12 +103,15 @@ class Checkpoints:
     def save(
         self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, wait: bool = False
     ) -> None:
-        """Starts to write `step_<state["step"]>`, once the one before is finished;
-        to its end with `wait`.
+        """Start to write `step_<state["step"]>` once the one before is finished.
 
-        A checkpoint that fails is told about and leaves the older ones as they are. `tensors` may
-        be nested by names; they are copied before this returns. `state` must be JSON. All ranks
-        have to call it.
+        A checkpoint that fails gives a warning, and the older ones stay. All ranks have to call
+        this.
+
+        Args:
+            tensors: may be nested by names; they are copied before this returns.
+            state: must be JSON.
+            wait: return only when the checkpoint is complete.
         """
         self.finish()
         self._writing_to = final = checkpoint_of(self._folder, state["step"])
@@ -103,26 +119,26 @@ class Checkpoints:
         if self.ranks.first:
             self._attempt(lambda: _empty(partial))
         self.ranks.barrier()
-        self._writing = _Writing(
-            tensors, {**state, "ranks": self.ranks.count, "format": FORMAT}, partial, final, self
-        )
+
+        state = {**state, "ranks": self.ranks.count, "format": FORMAT}
+        self._writing = _Writing(tensors, state, partial, final, self)
         if wait:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written, if one is."""
+        """Wait for the checkpoint that is being written, if there is one."""
         if self._writing:
             self._writing.thread.join()
             self.poll()
 
     def close(self) -> None:
-        """Gives the checkpoint that is being written some time,
-        when the training ends by an error."""
+        """Give the checkpoint that is being written some time,
+        when the training ends with an error."""
         if self._writing:
             self._writing.thread.join(LAST_WAIT)
 
     def poll(self) -> None:
-        """Tells about a checkpoint that has failed since; does not wait."""
+        """Warn about a checkpoint that has failed since the last call, without waiting."""
         if self._writing and not self._writing.thread.is_alive():
             error, self._writing = self._writing.error, None
             if error:
@@ -132,21 +148,21 @@ class Checkpoints:
                 )
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files are as they were written;
-        damaged ones are told about and passed over.
+        """The newest checkpoint with intact files; damaged ones are skipped with a warning.
 
         The ranks share the work of reading all files, and agree.
 
         Raises:
-            UserError: for one of a format that this version does not read, or that this user may
-                not read: an older one is no answer to that.
+            UserError: for a checkpoint of a format that this version cannot read, or that this user
+                may not read: falling back to an older one would be wrong then.
         """
         for path in reversed(numbered(self._folder)):
             check_folder_readable(path)
             check_format(path)
-            damaged = [
-                name for names in self.ranks.gather(_damaged(path, self.ranks)) for name in names
-            ]
+            damaged = []
+            for names in self.ranks.gather(_damaged(path, self.ranks)):
+                damaged += names
+
             if damaged:
                 fault = f"{damaged[0]} is missing or has changed"
             elif (step := read_state(path)["step"]) != step_of(path):
@@ -158,34 +174,36 @@ class Checkpoints:
         return None
 
     def last(self) -> Path | None:
-        """The newest complete checkpoint, if there is one."""
+        """The newest complete checkpoint, or None."""
         return next(reversed(checkpoints(self._folder)), None)
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Does something that the disk may refuse; what follows will fail with a reason, too."""
+        """Do something that the disk may refuse, with a warning;
+        what follows will fail with its reason too."""
         try:
             action()
         except OSError as error:
             self._warn(f"{error.filename or self._folder}: {error.strerror}")
 
     def prune(self, newest: int) -> None:
-        """Deletes all but the newest checkpoints and those that are kept for good.
+        """Delete all but the newest checkpoints and those that are kept for good.
 
-        Those of later steps than `newest`, the one just written, were passed over when the training
-        started: they are not counted, and stay until the training has come as far.
+        Checkpoints of later steps than `newest`, the one just written, were skipped as damaged when
+        the training started. They are not counted, and stay until the training gets there.
         """
-        steps = {
-            step: path for path in checkpoints(self._folder) if (step := step_of(path)) is not None
-        }
-        written = [step for step in steps if step <= newest]
-        for step in written[: -self._keep]:
+        written: dict[int, Path] = {}
+        for path in checkpoints(self._folder):
+            step = step_of(path)
+            if step is not None and step <= newest:
+                written[step] = path
+        for step in list(written)[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(steps[step], ignore_errors=True)
+                shutil.rmtree(written[step], ignore_errors=True)
 
 
 class _Writing:
-    """One checkpoint on its way to the disk: a thread waits for the shards, checks them in,
-    and gives the name."""
+    """One checkpoint on its way to the disk:
+    a thread waits for this rank's shards and commits them."""
 
     def __init__(
         self,
@@ -213,29 +231,37 @@ class _Writing:
         if self.error:
             return
         try:
+            # This rank's shards are on the disk; list them with their checksums.
             self._future.result()
             rank, count = self._owner.ranks.rank, self._owner.ranks.count
             own = {path.name: sha256(path) for path in self._partial.glob(f"__{rank}_*")}
             write_json(self._partial / f"rank_{rank}.json", own, indent=None, sync=True)
+
             if rank == 0:
-                self._complete([self._partial / f"rank_{other}.json" for other in range(count)])
+                self._commit([self._partial / f"rank_{other}.json" for other in range(count)])
         except BaseException as error:
             self.error = error
 
-    def _complete(self, lists: list[Path]) -> None:
+    def _commit(self, lists: list[Path]) -> None:
+        """Wait for the lists of all ranks, write state and manifest, and rename the folder."""
         limit = time.monotonic() + self._owner.patience
         while not all(path.is_file() for path in lists):
             if time.monotonic() > limit:
-                raise TimeoutError(
-                    f"no word of its shards from {sum(not path.is_file() for path in lists)} ranks"
-                )
+                missing = sum(not path.is_file() for path in lists)
+                raise TimeoutError(f"no word of its shards from {missing} ranks")
             time.sleep(0.05)
+
+        # The manifest is the last file: a folder without one is never read.
         write_json(self._partial / STATE, self._state, indent=None, sync=True)
-        files = {name: digest for path in lists for name, digest in read_json(path).items()}
-        files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
+        files: dict[str, str] = {}
         for path in lists:
+            files |= read_json(path)
             path.unlink()
+        files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
         write_json(self._partial / MANIFEST, files, indent=None, sync=True)
+
+        # The folder's entries must be on the disk before its name is, and its name before older
+        # checkpoints go.
         sync_to_disk(self._partial)
         shutil.rmtree(self._final, ignore_errors=True)
         self._partial.rename(self._final)
@@ -244,23 +270,22 @@ class _Writing:
 
 
 def check_format(path: Path) -> None:
-    """Raises UserError for a checkpoint that another version of the code wrote
-    in a way that this one does not read."""
+    """Raise UserError for a checkpoint of a format that this version cannot read."""
     try:
         found = read_state(path).get("format", 1)
     except NotADirectoryError:
         found = 0  # a single file, before there were sharded checkpoints
     except (OSError, UserError):
-        return  # damaged, which is for others to say
+        return  # a damaged checkpoint is reported elsewhere
     if found != FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of format {found}, and this version reads format {FORMAT}; go "
-            f"on with the version that wrote it, or delete {path.parent} to begin anew"
+            f"{path} is a checkpoint of format {found}, and this version reads format {FORMAT}; "
+            f"continue with the version that wrote it, or delete {path.parent} to start anew"
         )
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors of a checkpoint, its `step` among it."""
+    """What was saved beside a checkpoint's tensors, including its `step`."""
     return read_json(path / STATE, {"step": int})
 
 
@@ -280,10 +305,10 @@ def check_intact(path: Path, ranks: Ranks) -> None:
 
 
 def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
-    """Reads a checkpoint into tensors of the same names, in place, however they are sharded now.
+    """Read a checkpoint in place into tensors of the same names, however they are sharded now.
 
     Raises:
-        UserError: for tensors that it lacks, or that have another shape there.
+        UserError: for tensors that the checkpoint lacks, or has in another shape.
     """
     try:
         dcp.load(dict(tensors), storage_reader=IndexReader(path), no_dist=ranks.count == 1)
@@ -294,17 +319,16 @@ def read_tensors(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
 def load_weights_at(
     folder: Path, step: int, module: nn.Module, *, averaged: bool, verify: bool = True
 ) -> None:
-    """Reads the weights that a training in `folder` had at a step,
-    if its checkpoint is still there.
+    """Read the weights that a training in `folder` had at a step, if that checkpoint still exists.
 
     Frozen weights of the module, which no checkpoint holds, stay as they are.
 
     Args:
-        averaged: whether the training averages its weights; the average is what is read then.
+        averaged: whether the training averages its weights; then the average is read.
         verify: compare the checkpoint's files with their recorded checksums.
 
     Raises:
-        UserError: for a step whose checkpoint is not there or is damaged, or one of another module.
+        UserError: for a step whose checkpoint is missing or damaged, or is of another module.
     """
     kept_steps = {step_of(path): path for path in checkpoints(folder)}
     path = kept_steps.get(step)
@@ -314,34 +338,38 @@ def load_weights_at(
             f"checkpoint is {step}, which {folder} does not have; it has {kept} "
             "(training.keep_every keeps more)"
         )
+
     alone = Ranks(torch.device("cpu"))
     if verify:
         check_intact(path, alone)
     read_tensors(path, {"model": _trained_state(module)}, alone)
     if averaged:
-        trained = {
-            name: each.detach() for name, each in module.named_parameters() if each.requires_grad
-        }
+        trained = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                trained[name] = parameter.detach()
         read_tensors(path, {"average": trained}, alone)
 
 
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> dict[str, Any]:
-    """All tensors of a training by name: weights and buffers, the optimizer's moments,
-    the average of the weights.
+    """All tensors of a training by name: weights and buffers, the optimizer's moments, and the
+    average of the weights.
 
-    Frozen weights are not among them: they are those that the training starts with every time.
+    Frozen weights are not included: the training starts with the same ones every time.
     """
     if not optimizer.state:
         prime(optimizer)
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    moments = {
-        names[parameter]: {name: _plain(tensor) for name, tensor in state.items()}
-        for parameter, state in optimizer.state.items()
-    }
+
+    moments = {}
+    for parameter, state in optimizer.state.items():
+        moments[names[parameter]] = {name: _plain(tensor) for name, tensor in state.items()}
     tensors: dict[str, Any] = {"model": _trained_state(module), "optimizer": moments}
-    return {**tensors, "average": average.tensors()} if average else tensors
+    if average:
+        tensors["average"] = average.tensors()
+    return tensors
 
 
 def _trained_state(module: nn.Module) -> dict[str, Any]:
@@ -351,24 +379,24 @@ def _trained_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(tensor: Tensor) -> Tensor | dict[str, Tensor]:
-    """A tensor, or the ones that make up a quantized one; they share its memory."""
+    """The tensor, or the tensors that make up a quantized one, which share its memory."""
     if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
         return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
     return tensor
 
 
 def save_weights(path: Path, module: nn.Module | Mapping[str, Tensor]) -> None:
-    """Parameters and buffers, of a module or by name, as safetensors."""
+    """Write parameters and buffers, of a module or by name, as safetensors."""
     state = module.state_dict() if isinstance(module, nn.Module) else module
     save_tensors(path, state)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Reads what `save_weights` wrote.
+    """Read what `save_weights` wrote.
 
     Raises:
-        UserError: for a file that is missing or damaged,
-            or naming the keys or shapes that do not fit the module.
+        UserError: for a file that is missing or damaged, or naming the keys or shapes that do not
+            fit the module.
     """
     given = read_weights(path)
     check_fit(path, given, module.state_dict())

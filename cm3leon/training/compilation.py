@@ -1,4 +1,4 @@
-"""What torch.compile gives up on, said where the user looks."""
+"""Report functions that torch.compile gives up on, where the user looks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from contextlib import contextmanager
 
 _LOGGER = "torch._dynamo.convert_frame"
 _LIMIT = "torch._dynamo hit config."
-"""How the message begins with which torch gives up on a function that it has compiled too often."""
+"""Start of the message that torch logs when it gives up on a function
+that it compiled too often."""
 
 
 @contextmanager
 def recompile_limits(report: Callable[[str], object]) -> Iterator[None]:
-    """Calls `report` with a sentence for every function that is not compiled any more,
-    because it was too often.
+    """Call `report` with a sentence for every function that torch stops compiling, as it had to
+    compile it too often.
 
-    torch says so in its log alone, which scrolls by while the training becomes slower for good.
+    torch says so only in its log, which scrolls by while the training stays slower for good.
     """
     logger, handler = logging.getLogger(_LOGGER), _Limits(report)
     logger.addHandler(handler)

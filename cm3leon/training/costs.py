@@ -1,5 +1,4 @@
-"""What a training step computes, and what devices can: model FLOPs,
-and the peaks that they are a share of (MFU)."""
+"""The FLOPs of a training step, and the peaks of devices that they are a share of (MFU)."""
 
 from __future__ import annotations
 
@@ -16,16 +15,15 @@ class Gpu(NamedTuple):
     """A device by its datasheet."""
 
     words: str
-    """Words of its name by CUDA."""
+    """Words of its name in CUDA."""
     memory: float
     """Bytes."""
     peak: float
-    """Dense bf16 FLOP/s, added up in float32."""
+    """Dense bf16 FLOP/s, accumulated in float32."""
     bandwidth: float
     """Bytes a second from its own memory."""
     link: float
-    """Bytes a second to the other GPUs of its node, one way: NVLink, or PCIe where a node has no
-    switch for that."""
+    """Bytes a second to the other GPUs of its node, one way: over NVLink, or PCIe without it."""
 
 
 GPUS = {
@@ -42,8 +40,8 @@ GPUS = {
     "rtx3090": Gpu("RTX 3090", 24e9, 71e12, 936e9, 32e9),
     "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12, 1008e9, 32e9),
 }
-"""By NVIDIA's datasheets and architecture whitepapers; of two whose words fit a device,
-the longer one holds."""
+"""From NVIDIA's datasheets and architecture whitepapers. If the words of two entries fit a device,
+the longer ones count."""
 
 
 def model_flops(model: Model, sample_BT: Tensor) -> float:
@@ -66,20 +64,23 @@ def model_flops(model: Model, sample_BT: Tensor) -> float:
 
 
 def flops_per_token(model: Model) -> float:
-    """Forward and backward FLOPs of a token of a block that is one sample;
-    shorter samples take less for attention."""
+    """Forward and backward FLOPs of a token of a block that is one sample; attention costs less in
+    shorter samples."""
     return 6 * model.matrix_weights + 6 * _attention_width(model) * model.seq_len
 
 
 def _attention_width(model: Model) -> int:
-    """Numbers of all heads of queries of all layers."""
+    """Width of all query heads, summed over the layers."""
     return model.config.layers * model.heads * model.config.head_size
 
 
 def peak_flops(device: torch.device, ranks: int) -> float | None:
-    """Peak of as many devices of this kind together; None where it is not known."""
+    """Peak FLOP/s of this many devices of one kind together; None if it is not known."""
     if device.type != "cuda":
         return None
-    words = re.split("[ -]", torch.cuda.get_device_name(device))  # whole words: an L40 is no L4
+    # Whole words: an L40 is not an L4.
+    words = re.split("[ -]", torch.cuda.get_device_name(device))
     known = [gpu for gpu in GPUS.values() if set(gpu.words.split()).issubset(words)]
-    return max(known, key=lambda gpu: len(gpu.words)).peak * ranks if known else None
+    if not known:
+        return None
+    return max(known, key=lambda gpu: len(gpu.words)).peak * ranks

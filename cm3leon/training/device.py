@@ -1,4 +1,4 @@
-"""Where to run and in which precision."""
+"""The device to run on, and its precision."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from cm3leon.types import TrainingPrecision, UserError
 
 
 def best_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
+    """CUDA if there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of_worker(number: int) -> torch.device:
-    """The device of worker `number`, from 0, of several on this machine: GPUs in turn,
-    from now on its current one."""
+    """The device of worker `number`, from 0, of several on this machine: GPUs in turn. It becomes
+    this process's current device."""
     device = best_device()
     if device.type == "cuda":
         device = torch.device("cuda", number % torch.cuda.device_count())
@@ -23,7 +23,7 @@ def device_of_worker(number: int) -> torch.device:
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
-    """The device of that name, as torch writes it: cpu, cuda, cuda:1; None = `best_device`.
+    """The device of this name, as torch writes it: cpu, cuda, cuda:1; None: `best_device`.
 
     Raises:
         UserError: for a device that torch does not know, or cannot compute on here.
@@ -35,22 +35,24 @@ def device_named(name: str | torch.device | None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"device is {name}, which cannot be used here: {reason}") from error
+        raise UserError(
+            f"device is {name}, which cannot be used here: {reason}; use cpu, or cuda with a GPU"
+        ) from error
     return device
 
 
 def autocast(device: torch.device, precision: TrainingPrecision) -> torch.autocast:
-    """Context that runs matrix products in bf16 (weights stay float32),
-    or does nothing for float32.
+    """A context that computes matrix products in bf16 (weights stay float32), or does nothing for
+    float32.
 
-    `auto` is bf16 where the processor computes in it: elsewhere it is emulated,
+    auto is bf16 if the processor computes in it; elsewhere bf16 is emulated,
     and slower than float32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 def uses_bf16(device: torch.device, precision: TrainingPrecision) -> bool:
-    """What `precision` means on `device`; in float8, all but the layers' products are in bf16."""
+    """Whether `precision` means bf16 on this device; float8 does outside the layers' products."""
     if precision != "auto":
         return precision in ("bf16", "float8")
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The processes of a training: found from torchrun's or SLURM's environment, joined,
+"""The processes of a training: found in torchrun's or SLURM's environment, joined,
 and asked for sums."""
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from cm3leon.types import Again, UserError
 
 @dataclass(frozen=True)
 class Rank:
-    """A process's number among the others, that on its node,
-    and where the first of them listens."""
+    """A process's rank among all and on its node, and the address where the first rank listens."""
 
     number: int
     count: int
@@ -38,11 +37,11 @@ class Rank:
 
 
 def current_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
-    """This process's rank by the variables of torchrun, or of a SLURM step with several tasks;
-    None alone.
+    """This process's rank by the variables of torchrun, or of a SLURM step with several tasks; None
+    for a process alone.
 
-    A batch script or a shell of SLURM is one process, however many tasks its job has:
-    only `srun` starts a step.
+    A batch script or shell of SLURM is one process, however many tasks its job has: only `srun`
+    starts a step.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Rank(
@@ -75,33 +74,31 @@ def _first_host(nodes: str) -> str:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """A port that is the same in all tasks of a step,
-    and another in other jobs on the same node."""
-    return (
-        20_000
-        + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_STEP_ID", 0)))
-        % 20_000
-    )
+    """A port that all tasks of a step agree on, and other jobs of the node hardly ever share."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
+    return 20_000 + (job * 31 + step) % 20_000
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together; one alone by default.
-    Methods but `tensor` and `mesh` wait for all ranks."""
+    """The processes that train together; by default a single one.
+
+    All methods but `tensor` and `mesh` wait for all ranks.
+    """
 
     device: torch.device
     rank: int = 0
     count: int = 1
     joined: bool = False
-    """Whether there is a process group, be it of one rank."""
+    """Whether there is a process group, even of one rank."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes logs and results."""
+        """Whether this rank writes logs and results."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, in float64, the same on all."""
+        """Sums over the ranks in float64, the same on all."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -109,24 +106,24 @@ class Ranks:
         return total.tolist()
 
     def tensor(self, values: Sequence[float]) -> Tensor:
-        """The values on this rank's device, float64; it is not waited for."""
+        """The values on this rank's device as float64, without waiting for it."""
         if self.device.type != "cuda":
             return torch.tensor(values, dtype=torch.float64, device=self.device)
         there = torch.tensor(values, dtype=torch.float64, pin_memory=True)
         return there.to(self.device, non_blocking=True)
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Sums over the ranks, in place and on the device, which is not waited for."""
+        """Sum over the ranks in place, on the device and without waiting for it."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is true on any rank."""
+        """Whether the value is true on any rank."""
         return self.sum([float(value)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, on each of them."""
+        """The values of all ranks in order, on each of them."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -134,26 +131,25 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Waits for all ranks."""
+        """Wait for all ranks."""
         self.sum([0.0])
 
     def nodes(self) -> int:
-        """Machines that the ranks are on."""
+        """Number of machines that the ranks are on."""
         return len(set(self.gather(socket.gethostname())))
 
     def on_same_processors(self) -> int:
-        """Ranks that run where this one does, itself included: on its node,
-        on processors of which it may use some.
+        """Number of ranks that may use some of this rank's processors, itself included.
 
-        torchrun leaves all processors of a node to each of its ranks,
+        torchrun leaves all processors of a node to each of its ranks;
         SLURM may give every task its own.
         """
         own = (socket.gethostname(), usable_processors())
         return sum(host == own[0] and bool(used & own[1]) for host, used in self.gather(own))
 
     def mesh(self, replicas: int) -> DeviceMesh | None:
-        """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding;
-        None without a process group.
+        """The ranks as a mesh to shard over, (replicas, shards) for hybrid sharding; None without a
+        process group.
 
         Raises:
             UserError: for replicas that the ranks cannot be divided into.
@@ -173,7 +169,7 @@ class Ranks:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a sharded tensor; any other as it is."""
+    """This rank's share of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -181,18 +177,17 @@ def local(tensor: Tensor) -> Tensor:
 def joined(
     rank: Rank | None, timeout_seconds: int, *, before: Callable[[], None] | None = None
 ) -> Iterator[Ranks]:
-    """The ranks of this training, with a process group for as long
-    as the context lasts where there are several.
+    """The ranks of this training, with a process group inside the context if there are several.
 
-    What is to be done `before` is done by the first of several ranks, without a process group,
-    while the others wait. Within the context, ranks on the same processors share them for decoding.
+    The first of several ranks calls `before` without a process group, while the others wait. Inside
+    the context, ranks on the same processors share them for decoding.
 
-    Collectives on CPU tensors go by gloo, on GPUs by NCCL. A rank that waits longer than the
-    timeout raises, and so does one whose peer has died: the job ends, it does not hang.
+    Collectives on CPU tensors use gloo, on GPUs NCCL. A rank that waits longer than the timeout
+    raises, and so does one whose peer has died: the job ends instead of hanging.
 
     Raises:
         UserError: if a rank has no GPU of its own on a machine with GPUs.
-        UserError, Again: on all ranks, if `before` does.
+        UserError, Again: on all ranks, if `before` raises it.
     """
     device = best_device()
     if rank is None:
@@ -206,7 +201,8 @@ def joined(
             )
         device = torch.device("cuda", rank.local_number)
         torch.cuda.set_device(device)
-    # Each time that this process joins the others has names of its own there.
+
+    # A process may join the others several times; each time has its own names in the store.
     store = dist.PrefixStore(f"joined {next(_times)}", _store(rank))
     if before:
         _first_alone(store, rank, before)
@@ -215,6 +211,7 @@ def joined(
     dist.init_process_group(
         backend, store=store, rank=rank.number, world_size=rank.count, timeout=timeout
     )
+
     ranks = Ranks(device, rank.number, rank.count, joined=True)
     try:
         share_processors(ranks.on_same_processors())
@@ -229,17 +226,17 @@ _times = itertools.count()
 
 @functools.cache
 def _store(rank: Rank) -> dist.Store:
-    """Where the ranks find each other; kept for as long as the process is there,
-    since the first of them serves it."""
-    url = (
-        f"tcp://{rank.address}:{rank.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://"
-    )
+    """Where the ranks find each other. It lives as long as the process, as the first rank serves
+    it."""
+    url = "env://"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        url = f"tcp://{rank.address}:{rank.port}"
     return next(dist.rendezvous(url, rank.number, rank.count))[0]
 
 
 def _first_alone(store: dist.Store, rank: Rank, action: Callable[[], None]) -> None:
-    """The first rank acts, and the others wait for a week at most;
-    what stops it is raised on all of them."""
+    """Let the first rank act while the others wait, for a week at most;
+    its error is raised on all."""
     kinds = {kind.__name__: kind for kind in (UserError, Again)}
     if rank.number == 0:
         try:

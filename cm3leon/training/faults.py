@@ -1,5 +1,4 @@
-"""What goes wrong in a long training: losses that jump,
-losses and gradients that are no numbers."""
+"""Faults of a long training: losses that jump, losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -9,15 +8,18 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-WINDOW, LEAST = 100, 20
-"""Losses that a spike is compared with, and how many there have to be."""
+WINDOW = 100
+"""Losses that a spike is compared with."""
+LEAST = 20
+"""Losses that must be there before one can be a spike."""
 
 
 class Spikes:
-    """Tells losses that stand out from those before them.
+    """Find losses that stand out from those before them.
 
     Args:
-        sigma: standard deviations above the mean of the last `WINDOW` losses from which one does.
+        sigma: standard deviations above the mean of the last `WINDOW` losses from which a loss is
+            a spike.
     """
 
     def __init__(self, sigma: float, losses: Iterable[float] = ()) -> None:
@@ -25,7 +27,7 @@ class Spikes:
         self._losses: deque[float] = deque(losses, maxlen=WINDOW)
 
     def look_at(self, loss: float) -> dict[str, float] | None:
-        """Takes in a finite loss; what there is to say of it if it is a spike."""
+        """Take in a finite loss; return figures about it if it is a spike."""
         said = None
         if len(self._losses) >= LEAST:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
@@ -35,21 +37,24 @@ class Spikes:
         return said
 
     def state(self) -> list[float]:
-        """The losses looked at, for `losses` of another one."""
+        """The losses seen last, which another `Spikes` can start with."""
         return list(self._losses)
 
 
 def diagnosis(*, step: int, skipped_in_a_row: int, loss: float, norm: float) -> str:
-    """Why a training that gets no finite loss or gradient any more has diverged."""
+    """Why a training without finite losses or gradients is given up."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    return f"{skipped_in_a_row} steps in a row were skipped; at step {step} {what} (events.jsonl has the documents)"
+    return (
+        f"{skipped_in_a_row} steps in a row were skipped; at step {step} {what} "
+        "(events.jsonl has the documents)"
+    )
 
 
 def diverged(title: str, why: str, last: Path | None) -> FloatingPointError:
-    """The error that ends a training whose result would be worth nothing.
+    """The error that ends a training whose result would be useless.
 
     Args:
-        last: its last good checkpoint, if it has one.
+        last: its last good checkpoint, if there is one.
     """
     kept = f"the last good checkpoint is {last}" if last else "it has no good checkpoint"
     return FloatingPointError(f"{title} diverged: {why}; {kept}")

@@ -1,10 +1,10 @@
-"""Training in float8: torchao computes the products of the decoder's layers in it,
-with a scale for each tensor.
+"""Training in float8: torchao computes the matrix products of the model's layers, with one scale a
+tensor.
 
-Weights stay in float32 and everything else is computed in bf16, as by `precision: bf16`; the
-embeddings and the head are left alone. The scales are found in every step (torchao's recipe
-`tensorwise`), so a training has no more state. It pays under `training.compile`, which makes one
-kernel of the scaling and what stands before it.
+Weights stay in float32 and the rest is computed in bf16, as with `precision: bf16`; the embeddings
+and the head are left alone. The scales are computed in every step (torchao's recipe `tensorwise`),
+so a training has no extra state. It pays under `training.compile`, which fuses the scaling with
+what comes before it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cm3leon.models.base import Model
 from cm3leon.types import UserError
 
 CAPABILITY = (9, 0)
-"""CUDA's compute capability of the H100."""
+"""CUDA compute capability of the H100."""
 MULTIPLE = 16
-"""What CUDA's float8 products ask of the sides of their matrices (cuBLAS)."""
+"""The sides of matrices in CUDA's float8 products must be multiples of this (cuBLAS)."""
 
 
 def missing(device: torch.device) -> str:
-    """What is missing to train in float8 on that device, in a few words; "" if nothing is."""
+    """What this device lacks for training in float8, in a few words; "" if nothing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         return "an H100 or a newer GPU"
     try:
@@ -33,7 +33,7 @@ def missing(device: torch.device) -> str:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises UserError for a device that does not compute in float8, or without torchao."""
+    """Raise UserError for a device that cannot compute in float8, or without torchao."""
     if lacks := missing(device):
         raise UserError(
             f"training.precision is float8, which needs {lacks}; take precision=bf16 here"
@@ -41,13 +41,13 @@ def check_device(device: torch.device) -> None:
 
 
 def to_float8(model: Model, *, emulate: bool = False) -> None:
-    """Has the layers' linear modules compute in float8, in place; names and values of weights stay.
+    """Let the layers' linear modules compute in float8, in place; names and values of weights stay.
 
     Args:
         emulate: round as float8 does and multiply in higher precision, on any device.
 
     Raises:
-        UserError: for layers whose matrices have sides that float8 products do not take.
+        UserError: for layers with matrices whose sides do not suit float8 products.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -1,5 +1,4 @@
-"""The index of a checkpoint's shards, which torch pickles,
-read without running what a pickle might hold."""
+"""Read the index of a checkpoint's shards, which torch pickles, without running code in it."""
 
 from __future__ import annotations
 
@@ -12,13 +11,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 UNREADABLE = (OSError, EOFError, pickle.UnpicklingError)
-"""What is raised for an index that is missing, cut or something else."""
+"""Raised for an index that is missing, cut off or something else."""
 
 
 class IndexReader(dcp.FileSystemReader):
-    """Reads the index of the shards without running what a pickle might hold.
+    """Reads the index of the shards without running code that its pickle may hold.
 
-    At once: torch 2.9 passes over what goes wrong when it asks for the index.
+    It is read in the constructor, as torch 2.9 swallows errors raised when it asks for the index.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +34,7 @@ class IndexReader(dcp.FileSystemReader):
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of an index of shards, and no other."""
+    """Loads the classes that an index of shards is made of, and no others."""
 
     _PLAIN = frozenset(
         (
@@ -51,6 +50,7 @@ class IndexUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in self._PLAIN or module in self._INDEX:
             found = super().find_class(module, name)
+            # Only classes that these modules define, not what they import.
             if module not in self._INDEX or (
                 isinstance(found, type) and found.__module__ == module
             ):

@@ -1,4 +1,4 @@
-"""What is said of a training while it runs: to its loggers, and on the terminal."""
+"""The log of a running training: its loggers, and the terminal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cm3leon.training.meter import Record
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a training is logged beside the lines of JSON in its folder,
-    and what is told of it there."""
+    """Where a training is logged besides the JSON lines in its folder,
+    and the settings it tells there."""
 
     loggers: Sequence[Component] = (Component("tensorboard", TensorBoard.Config()),)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -30,11 +30,10 @@ class Tracking:
 
 
 class TrainingLog:
-    """A training's loggers, its events and its progress bar;
-    on all ranks but the first it does nothing.
+    """A training's loggers, events and progress bar; on all ranks but the first it does nothing.
 
     Args:
-        step: where the training goes on; records and events after it are of a run that was killed,
+        step: where the training continues. Later records and events are of a run that was killed,
             and are cut off.
     """
 
@@ -84,11 +83,11 @@ class TrainingLog:
 
     @property
     def images(self) -> Loggers | None:
-        """What takes images and tables, on the first rank."""
+        """Takes images and tables, on the first rank."""
         return self._loggers if self._writes else None
 
     def record(self, record: Record) -> None:
-        """Takes down a record of figures under its `step`."""
+        """Log figures under their `step`."""
         if not self._writes:
             return
         figures = {name: value for name, value in record.items() if name != "step"}
@@ -98,46 +97,50 @@ class TrainingLog:
             self._progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
 
     def validation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Takes down figures of documents that are not trained on."""
+        """Log figures of the validation documents."""
         if self._writes and figures:
             self._lines.figures(step, "validation", figures)
             self._loggers.figures(step, "validation", figures)
 
     def has_validation(self, step: int) -> bool:
-        """Whether the figures of a step are written down, on the first rank."""
+        """Whether figures of this step are logged, on the first rank."""
         return step in self._validated
 
     def event(self, step: int, kind: str, **details: Any) -> None:
-        """Writes down what happened at a step, and says it above the progress bar."""
+        """Log an event of a step, and print it above the progress bar."""
         if self._writes:
             self._lines.event(step, kind, details)
             said = ", ".join(f"{name} {_short(value)}" for name, value in details.items())
             tqdm.write(f"      step {step}: {kind}: {said}")
 
     def advance(self) -> None:
-        """Counts a step."""
+        """Count a step."""
         self._step += 1
         self._progress.update()
 
     def close(self) -> None:
-        """Ends the loggers."""
+        """Close the loggers."""
         self._progress.close()
         if self._writes:
             self._lines.close(finished=True)
             self._loggers.close(finished=self._step == self._last)
 
     def _say(self, sentence: str) -> None:
-        """Says that a logger has failed."""
+        """Print that a logger has failed."""
         tqdm.write(f"      {self._folder}: {sentence}; the training goes on")
 
 
 def _named(loggers: Sequence[Component], say: Callable[[str], None]) -> dict[str, Logger]:
-    """The loggers by their names, without the lines of JSON, which are written in any case."""
-    return {
-        each.name: Process(each, say) if LOGGERS.get(each.name).apart else LOGGERS.build(each)
-        for each in loggers
-        if each.name != "jsonl"
-    }
+    """The loggers by name, without the JSON lines, which are always written."""
+    named: dict[str, Logger] = {}
+    for each in loggers:
+        if each.name == "jsonl":
+            continue
+        if LOGGERS.get(each.name).apart:
+            named[each.name] = Process(each, say)
+        else:
+            named[each.name] = LOGGERS.build(each)
+    return named
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ MOMENTUM = 0.95
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Both optimizers over their own groups; groups and state are shared with them.
+    """Both optimizers, each over its own groups; groups and state are shared with them.
 
     Args:
         matrices: groups of two-dimensional parameters, for Muon.
@@ -58,13 +58,13 @@ class ShardedMuon(torch.optim.Muon):
 
     The nearest orthogonal matrix is a function of the whole matrix. So the ranks take turns: as
     many matrices as there are ranks are gathered in bf16, in which they are orthogonalised anyway;
-    each rank computes one, and all are sent around. That is 4 bytes of traffic a weight and step,
-    and no matrix is computed twice.
+    each rank computes one and sends it to all. That is 4 bytes of traffic a weight and step, and no
+    matrix is computed twice.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Changes all matrices that have a gradient."""
+        """Update all matrices that have a gradient."""
         assert closure is None
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]

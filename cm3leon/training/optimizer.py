@@ -1,4 +1,4 @@
-"""AdamW or Muon, with its groups of parameters."""
+"""AdamW or Muon, with their groups of parameters."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
             rate=config.learning_rate,
             betas=betas,
         )
+
     groups = _groups(trained, config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
@@ -52,7 +53,7 @@ def new_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 def _groups(
     named: Sequence[tuple[str, nn.Parameter]], config: TrainingConfig
 ) -> list[dict[str, Any]]:
-    """The parameters that decay, and those that do not."""
+    """Two groups: the parameters that decay, and those that do not."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in named:
@@ -65,7 +66,7 @@ def _groups(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all groups; in place where the optimizer keeps it in a tensor."""
+    """Set the learning rate of all groups, in place if the optimizer keeps it in a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
@@ -74,8 +75,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Gives a new optimizer its state tensors, to be loaded into:
-    by a step of rate 0 that does not count."""
+    """Create a new optimizer's state tensors, to be loaded into, by a step at rate 0 that does not
+    count."""
     rate = float(optimizer.param_groups[0]["lr"])
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,11 +1,11 @@
-"""What a step comes to: one reduction over the ranks, on the device,
-whose result the host reads a step late.
+"""The outcome of a step: one reduction over the ranks on the device, which the host reads a step
+later.
 
     device   | step 1, reduction | step 2, reduction | step 3 ...
     host     launches 1, launches 2, reads 1, launches 3, reads 2 ...
 
-So the device never waits for the host to have looked at a loss. What depends on it is decided on
-the device: by how much gradients are clipped, and whether the step changes the weights.
+So the device never waits for the host to read a loss. What depends on the loss is decided on the
+device: how much gradients are clipped, and whether the step changes the weights.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Sums:
     coming_weight: Tensor
     """Weight of the next step's batch."""
     numbers: Tensor
-    """Those that the host reads: ranks that were asked to stop, the loss, and squared norms of
+    """What the host reads: how many ranks were asked to stop, the loss, and squared norms of
     gradients."""
 
     @property
     def norms(self) -> Tensor:
-        """Norm of the gradients of each module that is clipped by itself, float32."""
+        """Norm of the gradients of each module that is clipped by its own norm, float32."""
         return self.numbers[2:].sqrt().float()
 
     @property
     def bad(self) -> Tensor:
-        """1 where loss or gradient is not finite, else 0; float32."""
+        """1 if loss or gradient is not finite, else 0; float32."""
         return (~self.numbers[1:].sum().isfinite()).float()
 
 
 class Gradients:
-    """The gradients of a module, of which this rank may have a share.
+    """The gradients of a module, or this rank's share of them.
 
     Args:
-        clipped: modules inside whose gradients are clipped by their own norms.
+        clipped: modules whose gradients are clipped by their own norms.
     """
 
     def __init__(self, module: nn.Module, clipped: Sequence[nn.Module], ranks: Ranks) -> None:
@@ -63,13 +63,14 @@ class Gradients:
         self._shares: list[list[Tensor]] = []
 
     def measured(self) -> Tensor:
-        """This rank's part of the squared norm of each clipped module, float64:
-        the ranks' parts add up to it."""
+        """This rank's part of the squared norm of each clipped module, float64; the parts of all
+        ranks add up to it."""
         found = [(name, weight) for name, weight in self._named if weight.grad is not None]
         self.names = [name for name, _ in found]
         shares = [local(weight.grad) for _, weight in found if weight.grad is not None]
         norms = list(torch._foreach_norm(shares)) if shares else []
         self.norms = torch.stack(norms) if norms else torch.zeros(0)
+
         self._shares, squares = [], []
         for members in self._clipped:
             inside = [k for k, (_, weight) in enumerate(found) if id(weight) in members]
@@ -77,21 +78,22 @@ class Gradients:
             if not inside:
                 squares.append(torch.zeros((), dtype=torch.float64, device=self._ranks.device))
                 continue
-            # As torch.nn.utils.get_total_norm does it; squared in float64, where nothing overflows.
+
+            # As torch.nn.utils.get_total_norm computes it; squared in float64, against overflow.
+            # Ranks with copies of the same gradient share it out.
             total = torch.linalg.vector_norm(torch.stack([norms[k] for k in inside]))
             squares.append(total.double().square() / self._copies(found[inside[0]][1]))
         return torch.stack(squares)
 
     def clip(self, norms: Tensor, most: float) -> None:
-        """Scales down, in place, the gradients of each clipped module
-        whose norm is above `most`."""
+        """Scale down in place the gradients of each clipped module whose norm is above `most`."""
         for shares, norm in zip(self._shares, norms, strict=True):
             if not shares:
                 continue
             torch._foreach_mul_(shares, torch.clamp(most / (norm + 1e-6), max=1.0))
 
     def _copies(self, weight: Tensor) -> int:
-        """Ranks that have the same share of a weight's gradient."""
+        """Number of ranks that have the same share of a weight's gradient."""
         if not isinstance(weight, DTensor):
             return self._ranks.count
         mesh = weight.device_mesh
@@ -102,12 +104,12 @@ class Gradients:
 def reduced(
     loss: Tensor, gradients: Gradients, ranks: Ranks, *, coming_weight: float, asked: bool
 ) -> Sums:
-    """The step's one reduction.
+    """Make the step's one reduction.
 
     Args:
         loss: this rank's share of the step's loss.
-        coming_weight: weight of its next batch.
-        asked: whether it was asked to stop.
+        coming_weight: weight of this rank's next batch.
+        asked: whether this rank was asked to stop.
     """
     told = ranks.tensor([coming_weight, float(asked)])
     sums = ranks.reduce(torch.cat([told, loss.double()[None], gradients.measured()]))
@@ -115,10 +117,10 @@ def reduced(
 
 
 class Outcome:
-    """What a step came to, on its way from the device.
+    """A step's outcome, on its way from the device.
 
     Args:
-        step: steps done with it.
+        step: number of steps done, this one included.
         parts: what it was computed from.
     """
 
@@ -128,8 +130,8 @@ class Outcome:
         self._numbers = sums.numbers
         self._copied: torch.cuda.Event | None = None
         if sums.numbers.is_cuda:
-            # Read from the device itself, they would be waited
-            # for behind all that it was given since.
+            # A copy is queued right behind the step. Reading the device's tensor later would wait
+            # for all the work that it was given since.
             self._numbers = torch.empty_like(sums.numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(sums.numbers, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -153,12 +155,12 @@ class Outcome:
 
     @property
     def norm(self) -> float:
-        """Norm of all gradients together, before they were clipped."""
+        """Norm of all gradients together, before clipping."""
         return math.sqrt(sum(self._values[2:]))
 
     @property
     def bad(self) -> bool:
-        """Whether loss or gradient is not finite, so that the step is to change no weight."""
+        """Whether loss or gradient is not finite, so that the step must not change the weights."""
         return not math.isfinite(sum(self._values[1:]))
 
     @property
@@ -171,12 +173,13 @@ class Outcome:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of the optimizer asks `found_inf`, a tensor, if it is to change anything."""
+    """Whether a step of the optimizer reads `found_inf`, a tensor,
+    to decide if it changes anything."""
     return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
 
 
 def adds_to_gradients(module: nn.Module, more: bool) -> None:
-    """Says before a backward pass whether another one follows in the step:
-    replicas add up gradients in the last."""
+    """Tell the module before a backward pass whether another one follows in the step: replicas sum
+    gradients only in the last."""
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(not more)

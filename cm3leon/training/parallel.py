@@ -1,5 +1,5 @@
-"""A model over the ranks: FSDP2 on a device mesh,
-with recomputation and compilation of its layers."""
+"""Distribute a model over the ranks: FSDP2 on a device mesh, recomputation,
+compilation of layers."""
 
 from __future__ import annotations
 
@@ -41,61 +41,66 @@ def distributed(
     random_state: Tensor | None = None,
     weights: Path | None = None,
 ) -> Model:
-    """A model with its weights, sharded over the ranks; on one process without a group, as it is.
+    """A model with its weights, sharded over the ranks; whole on one process without a group.
 
-    Each layer is a group of FSDP2, and the embeddings and the head are another. Weights and
-    gradients are kept in float32; layers are gathered in bf16 where the precision is bf16, and
-    gradients are summed in float32.
+    Each layer is a group of FSDP2; embeddings and head are another. Weights and gradients are kept
+    in float32; layers are gathered in bf16 if the precision is bf16, and gradients are summed in
+    float32.
+
+    Args:
+        whole: makes the model with its first weights, on the CPU. It is called if these cannot be
+            had from what follows, and only on the first rank, which sends the others their shards,
+            so that no other rank ever holds all weights.
+        shape: makes the model; its weights are not used.
+        random_state: of the generator from which `whole` draws, so that each rank can draw its own
+            shards (`models/initial.py`), including adapters; None for a model that starts
+            otherwise.
+        weights: a safetensors file with the first weights; each rank reads its own shards of it.
 
     Raises:
         UserError: for replicas that the ranks cannot be divided into, 8-bit moments on several
-            ranks, or float8 on devices that do not compute in it.
-
-    Args:
-        whole: makes the model with its first weights, on the CPU. It is called where these are not
-            known from what follows, and on the first rank only, which sends the others their
-            shards, so that no other ever holds all of it.
-        shape: makes the model without looking at its weights.
-        random_state: of the generator from which `whole` draws, so that each rank may draw its own
-            shards (`models/initial.py`), those of adapters too;
-            None for a model that begins otherwise.
-        weights: a safetensors file that has the first weights, which each rank reads its own shards
-            of.
+            ranks, or float8 on devices that cannot compute in it.
     """
     if config.precision == "float8":
         check_device(ranks.device)
     mesh = ranks.mesh(config.copies(ranks.nodes()))
     with torch.device("meta"):
         model = shape()
+
+    # Whether this rank can make the first weights of its own shards without the whole model.
     begin = None
     if random_state is not None and _draws_itself(model):
         begin = _beginning(model, random_state, weights, ranks)
-    frozen = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
+    bf16 = torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None
+
+    # One process: no sharding.
     if mesh is None:
         if begin:
             with torch.device("meta"):
-                model = _adapted(model, config, frozen_dtype=frozen)
+                model = _adapted(model, config, frozen_dtype=bf16)
             begin(model.to_empty(device=ranks.device))
         else:
-            model = _adapted(whole(), config, frozen_dtype=frozen).to(ranks.device)
+            model = _adapted(whole(), config, frozen_dtype=bf16).to(ranks.device)
         _prepare(model, config)
         return model
+
     if config.optimizer == "adamw_8bit":
         raise UserError(
             "training.optimizer is adamw_8bit, whose moments are not sharded; it is for one "
             "process, without torchrun"
         )
+
+    # Shard the model while it has no memory, then give each rank memory for its own shards.
     with torch.device("meta"):
         model = _adapted(model, config)
     _prepare(model, config)
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if uses_bf16(ranks.device, config.precision) else None,
-        reduce_dtype=torch.float32,
-    )
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
+
+    # First weights: from this rank itself, or from the first rank, which makes the whole model.
     if begin:
         begin(model)
         return model
@@ -106,11 +111,11 @@ def distributed(
 
 
 def replicate(module: nn.Module, ranks: Ranks) -> None:
-    """Average the gradients of a module that every rank holds whole,
-    by one all-reduce at the end of a backward pass.
+    """Average the gradients of a module that every rank holds whole, by one all-reduce at the end
+    of a backward pass.
 
-    For tokenizers and encoders, which are small beside what they compute. The weights have to be
-    the same on all ranks, and stay so.
+    For tokenizers and encoders, which are small beside what they compute. Their weights must be the
+    same on all ranks, and stay so.
     """
     if not ranks.joined:
         return
@@ -118,6 +123,7 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     queued = False
 
+    # The first gradient of a backward pass queues the average, which runs after the last one.
     def average() -> None:
         nonlocal queued
         queued = False
@@ -138,7 +144,7 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
 
 
 def _draws_itself(model: Model) -> bool:
-    """Whether all that a model begins with is known from its `firsts`."""
+    """Whether all first weights of a model are known from its `firsts`."""
     begun = {first.name for first in model.firsts()}
     return not list(model.buffers()) and begun == {name for name, _ in model.named_parameters()}
 
@@ -146,8 +152,8 @@ def _draws_itself(model: Model) -> bool:
 def _beginning(
     plain: Model, state: Tensor, weights: Path | None, ranks: Ranks
 ) -> Callable[[nn.Module], None]:
-    """What gives this rank's shards of a model their first weights,
-    and those of adapters that it has by then."""
+    """A function that gives this rank's shards of a model, including adapters,
+    their first weights."""
     beginning, wanted = Beginning(plain, plain.firsts()), plain.state_dict()
 
     @torch.no_grad()
@@ -173,8 +179,7 @@ def _own_rows(weight: nn.Parameter) -> tuple[Tensor, int]:
 
 
 def _read(model: nn.Module, path: Path, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Reads this rank's rows of the weights in `wanted`.
-    All ranks end with a fault that one of them finds."""
+    """Read this rank's rows of the weights in `wanted`. An error of one rank is raised on all."""
     parameters, fault = dict(model.named_parameters()), ""
     try:
         check_fit(path, shapes_of(path), wanted)
@@ -187,17 +192,15 @@ def _read(model: nn.Module, path: Path, wanted: Mapping[str, Tensor], ranks: Ran
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """All weights by name on the CPU, on the first rank; empty on the others.
-    All ranks have to call it.
+    """All weights by name on the CPU, on the first rank; {} on the others. All ranks must call it.
 
-    What adapters (LoRA) have learned is added into the weights.
+    What adapters (LoRA) have learned is added to the weights.
     """
     return whole_state_and_adapter(model)[0]
 
 
 def whole_state_and_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`whole_state`, and the tensors of the adapters (LoRA) alone;
-    no tensors for a model without."""
+    """`whole_state`, and the tensors of the adapters (LoRA); {} for a model without adapters."""
     if isinstance(model, FSDPModule):
         state: dict[str, Any] = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -214,10 +217,10 @@ def whole_state_and_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str,
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights of a sharded model,
-    and its forward pass needs no other rank.
+    """Inside, every rank holds all weights of a sharded model, so that its forward pass needs no
+    other rank.
 
-    All ranks have to enter. Weights are in the precision of the forward pass: 14 GB for 7B in bf16.
+    All ranks must enter. Weights are in the precision of the forward pass: 14 GB for 7B in bf16.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
@@ -232,7 +235,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def _adapted(
     model: Model, config: DecoderTrainingConfig, *, frozen_dtype: torch.dtype | None = None
 ) -> Model:
-    """The model, with adapters if they are what is trained."""
+    """The model, with adapters if they are to be trained."""
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, frozen_dtype=frozen_dtype)
     return model

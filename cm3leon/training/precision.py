@@ -1,5 +1,4 @@
-"""What `training.precision: auto` means in a training: chosen once, written down,
-and kept when it is resumed."""
+"""The precision that `auto` means in a training: chosen once, recorded, and kept on resume."""
 
 from __future__ import annotations
 
@@ -16,23 +15,22 @@ from cm3leon.types import TrainingPrecision
 FILE = "precision.json"
 
 NARROWEST = {"avx512": 128, "amx": 256}
-"""Widths of a decoder from which bf16 autocast is faster than float32 on a CPU,
-by what the CPU computes bf16 with."""
+"""Widths of a model from which bf16 autocast is faster than float32 on a CPU, by its instructions
+for bf16."""
 
 
 def chosen_precision(
     precision: TrainingPrecision, folder: Path, ranks: Ranks, *, width: int | None = None
 ) -> TrainingPrecision:
-    """The precision of the training in `folder`; of `auto`, the one that it began with,
-    if it has begun.
+    """The precision of the training in `folder`; for auto, the one that it started with.
 
-    A choice by a rule and not by a clock, so that the same training chooses the same on the same
-    machine every time; and written down, so that a training goes on as it began on another machine
-    too. All ranks have to call it.
+    The choice follows a rule and not a clock, so that it is always the same on one machine. It is
+    recorded, so that a training continues as it started even on another machine. All ranks must
+    call it.
 
     Args:
-        width: of the decoder that is trained; None for other networks,
-            whose `auto` goes by the processor alone.
+        width: of the model that is trained; None for other networks, whose auto depends on the
+            processor only.
     """
     if precision != "auto":
         return precision
@@ -51,8 +49,8 @@ def chosen_precision(
 
 
 def faster(device: torch.device, width: int | None) -> TrainingPrecision:
-    """bf16 or float32, whichever is faster on the device;
-    in a narrow decoder casting costs more than bf16 saves."""
+    """bf16 or float32, whichever is faster on the device; in a narrow model casting costs more than
+    bf16 saves."""
     if not uses_bf16(device, "auto"):
         return "float32"
     if device.type == "cpu" and width is not None:

@@ -1,9 +1,9 @@
 """Batches made in a thread of their own while the device computes.
 
-    batches thread   | batch 3 | batch 4 | waits ...      makes, counts, pins; two batches ahead at most
+    batches thread   | batch 3 | batch 4 | waits ...      makes, weighs and pins; at most two ahead
     training         | step 1      | step 2      |        takes them in order
 
-Each batch comes with the state that its stream had after it, so that a checkpoint says where the
+Each batch comes with the state that its stream had after it, so that a checkpoint records where the
 training is, not how far the thread has come.
 """
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 AHEAD = 2
-"""Batches that are held for the training at most."""
+"""Most batches that wait for the training."""
 
 
 class Batches(Protocol):
-    """An endless stream of batches with a state, from which another stream goes on exactly.
+    """An endless stream of batches with a state, from which another stream continues exactly.
 
-    States that it gave are not changed by it later.
+    The stream must not change a state that it has returned.
     """
 
     def next(self) -> Any: ...
@@ -39,18 +39,18 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a batch of this rank is divided, and what its parts weigh; the default is one part.
+    """How a rank's batch is divided into parts, and what each weighs; by default one part.
 
-    The loss of a step is the mean of its parts' losses on all ranks by these weights, so that it
-    does not depend on how many ranks and parts there are.
+    A step's loss is the mean of the losses of all parts on all ranks by these weights, so that it
+    does not depend on the number of ranks and parts.
     """
 
     parts: Callable[[Any], Sequence[Any]] = lambda batch: [batch]
-    """Called in the batches' thread, right after the batch was drawn."""
+    """Called in the batches' thread, right after the batch is drawn."""
     weight: Callable[[Any], float] = lambda part: 1.0
-    """Called there too, so that it looks at what lies on the CPU."""
+    """Called there too, so that it sees tensors on the CPU."""
     ids: Callable[[Sequence[Any]], list[str]] = lambda parts: []
-    """Ids of the documents in the parts of a batch, called while no batch is drawn."""
+    """Ids of the documents in a batch's parts; called while no batch is drawn."""
 
 
 WHOLE = BatchSplit()
@@ -67,33 +67,34 @@ class Ready:
 
 
 class Prefetch:
-    """The next batches of a stream, in order; to be closed.
+    """The next batches of a stream in order; must be closed.
 
     Args:
-        count: batches that are made at most, so that none is made in vain.
-        device: what is made for a GPU lies in pinned memory,
-            which is copied to it while both go on.
+        count: number of batches to make, so that none is made in vain.
+        device: batches for a GPU are put into pinned memory, which is copied to it in the
+            background.
     """
 
     def __init__(
         self, batches: Batches, split: BatchSplit, *, count: int, device: torch.device
     ) -> None:
         self.state = batches.state_dict()
-        """The stream's after the batch that was taken last."""
+        """The stream's state after the batch that was taken last."""
         self._batches, self._split, self._count = batches, split, count
         self._pins = device.type == "cuda"
         self._made: Queue[Ready | BaseException] = Queue(AHEAD)
         self._looked_at: Ready | BaseException | None = None
         self._drawing = threading.Lock()
         self._closed = False
-        # In this thread's context, whose variables say how warnings and files are to be treated.
+
+        # In this thread's context, whose variables say how to treat warnings and files.
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._work,), name="batches", daemon=True
         )
         self._thread.start()
 
     def next(self) -> Ready:
-        """The next batch; raises, in its place, what kept it from being made."""
+        """The next batch; raises whatever kept it from being made."""
         ready = self._coming()
         if isinstance(ready, BaseException):
             raise ready
@@ -102,18 +103,18 @@ class Prefetch:
         return ready
 
     def coming_weight(self) -> float:
-        """Weight of the next batch, which stays the next; 0 where it could not be made."""
+        """Weight of the next batch, which is not taken; 0 if it could not be made."""
         ready = self._coming()
         return 0.0 if isinstance(ready, BaseException) else sum(ready.weights)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """No batch is drawn meanwhile: what reads the data may have one reader at a time."""
+        """Draw no batch inside: what reads the data allows one reader at a time."""
         with self._drawing:
             yield
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is making."""
+        """End the thread after the batch that it is making."""
         self._closed = True
         while self._thread.is_alive():
             with suppress(Empty):
@@ -144,7 +145,7 @@ class Prefetch:
 
 
 def pinned(value: Any) -> Any:
-    """Tensors, in lists and tuples too, in pinned memory; anything else as it is."""
+    """Copy tensors, also those in lists and tuples, to pinned memory; leave the rest."""
     if isinstance(value, Tensor):
         return value.pin_memory()
     if type(value) in (list, tuple):

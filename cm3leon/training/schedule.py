@@ -8,8 +8,7 @@ from cm3leon.training.config import TrainingConfig
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up to the peak, then a fall to `final_rate` of it,
-    that would be reached at step `steps`.
+    """Linear warm-up to the peak, then a fall to `final_rate` of it, reached after step `steps`.
 
     linear: OPT's polynomial decay of power 1. cosine: half a period (Loshchilov and Hutter, arXiv
     1608.03983). wsd: the peak until the last `decay_share` of the steps, then linear (arXiv
@@ -23,11 +22,12 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
     if step < warmup:
         return peak * (step + 1) / warmup
+
     last = config.final_rate * peak
     if config.schedule == "cosine":
-        return (
-            last + (peak - last) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        )
+        angle = math.pi * (step - warmup) / (steps - warmup)
+        return last + (peak - last) * (1 + math.cos(angle)) / 2
+
     falling = steps - warmup
     if config.schedule == "wsd":
         falling = min(falling, max(1, round(config.decay_share * steps)))

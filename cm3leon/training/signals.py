@@ -1,9 +1,9 @@
-"""Signals that ask a run to stop: SIGTERM, and SIGUSR1 and SIGUSR2,
-which clusters send some time before a limit.
+"""Signals that ask a run to stop: SIGTERM, and SIGUSR1 and SIGUSR2, which clusters send some time
+before a limit.
 
-Whatever a run writes is written whole or not at all, so it may be stopped at any place and goes on
-later. Only inside a training a signal is noted instead, and answered between two micro-batches,
-once a checkpoint is written.
+Whatever a run writes is written whole or not at all, so it can be stopped anywhere and continued
+later. Only inside a training a signal is noted instead, and answered between two micro-batches once
+a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """A context in which these signals raise Again, as Ctrl-C raises KeyboardInterrupt;
-    in the main thread alone.
+    """A context in which these signals raise Again, as Ctrl-C raises KeyboardInterrupt; only in the
+    main thread.
 
-    Contexts may be nested: the innermost one has the signals.
+    Contexts can be nested: the innermost one receives the signals.
 
     Args:
-        noted: signals are noted in `received` and nothing is raised, but inside `at_once`.
+        noted: note signals in `received` and raise nothing, except inside `at_once`.
     """
 
     def __init__(self, *, noted: bool = False) -> None:
         self.received = ""
-        """The signal's name, "" if there was none."""
+        """Name of the last signal; "" if there was none."""
         self._noted = noted
         self._before: dict[signal.Signals, Any] = {}
 
@@ -47,7 +47,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Signals raise Again inside, and one that was noted before does."""
+        """Inside, a signal raises Again, and one that was noted before raises it on entry."""
         before, self._noted = self._noted, False
         try:
             self.check()
@@ -56,12 +56,12 @@ class Signals:
             self._noted = before
 
     def check(self) -> None:
-        """Raises Again if a signal was received."""
+        """Raise Again if a signal was received."""
         if self.received:
             raise Again(f"stopped by {self.received}")
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         first, self.received = not self.received, signal.Signals(number).name
-        # A second one does not cut short what the first one has begun to clean up.
+        # A second signal must not interrupt the cleaning up that the first one started.
         if first and not self._noted:
             self.check()

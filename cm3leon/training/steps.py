@@ -1,9 +1,8 @@
-"""Names of checkpoints: which folders of a training count as one,
-asked in one place by whoever looks for them.
+"""Names of checkpoints: the one place that decides which folders of a training are checkpoints.
 
-A checkpoint is called `step_` and digits, and is ordered by its number: `step_00000040` is what a
-training writes. Whatever else lies beside it (`step_best`, `step_00000040-hf`,
-`step_00000040 copy`) belongs to somebody else: it is never read, counted or deleted.
+A checkpoint is called `step_` and digits, and ordered by its number: a training writes
+`step_00000040`. Anything else beside it (`step_best`, `step_00000040-hf`, `step_00000040 copy`)
+belongs to someone else: it is never read, counted or deleted.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import re
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-"""Names and checksums of a checkpoint's files; written last,
-so that a folder without one is not complete."""
+"""Names and checksums of a checkpoint's files. Written last,
+so a folder without it is incomplete."""
 
 _NAME = re.compile(r"step_([0-9]+)")
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name gives; None for any other name."""
+    """The step in a checkpoint's name; None for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -30,10 +29,10 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Whatever in a training's folder is called as a checkpoint is, complete or not, by its number.
+    """Folders that are named like checkpoints, complete or not, by step.
 
-    Where two names give one number (`step_40` beside `step_00000040`),
-    the one that a training writes counts.
+    If two names give one step (`step_40` beside `step_00000040`), the one that a training writes
+    counts.
     """
     found: dict[int, Path] = {}
     for path in folder.glob("step_*"):

@@ -13,7 +13,7 @@ What one rank sends to all takes a ring's hops but the one that would lead back 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,19 +38,19 @@ class Links:
 
 @dataclass(frozen=True)
 class Collective:
-    """Of a kind and size that ranks make `times` a step."""
+    """A collective that ranks make `times` a step."""
 
     kind: Literal["gather", "scatter", "sum", "broadcast"]
     size: float
-    """Bytes of the whole: gathered, or before they are scattered, added up or sent to all."""
+    """Bytes of the whole tensor: gathered, or before it is scattered, summed or broadcast."""
     ranks: int
     nodes: int
     times: float = 1
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes that a rank sends a step, inside its node and across nodes,
-        as a mean over the ranks."""
+        """Bytes that a rank sends a step, inside its node and between nodes;
+        a mean over the ranks."""
         passes = 2 if self.kind == "sum" else 1
         sent = self.times * passes * self.size * (self.ranks - 1) / self.ranks
         between = self.nodes / self.ranks if self.nodes > 1 else 0.0
@@ -59,7 +59,7 @@ class Collective:
         return sent * (1 - between), sent * between
 
     def seconds(self, links: Links) -> float:
-        """Time of all of them, one after the other; both kinds of links are at work at once."""
+        """Time of all of them, one after the other; both kinds of links work at once."""
         passes = 2 if self.kind == "sum" else 1
         hops = passes * (self.ranks - 1)
         across = passes * (self.nodes - 1)
@@ -70,19 +70,19 @@ class Collective:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of a step, by when they are made; of one rank alone there is none."""
+    """The collectives of a step, by when they are made; one rank alone makes none."""
 
     first: list[Collective]
-    """Before a micro-batch's first layer can be computed."""
+    """Before the first layer of a micro-batch can be computed."""
     forward: list[Collective]
-    """While layers are computed, those that follow are gathered."""
+    """While layers are computed: the following ones are gathered."""
     backward: list[Collective]
     """While gradients are computed: layers are gathered again, and gradients scattered."""
     sums: list[Collective]
-    """Of replicas, while gradients are computed; other links are at work than for what is scattered
-    inside a node."""
+    """Of replicas, while gradients are computed; over other links than what is scattered inside a
+    node."""
     last: list[Collective]
-    """After the last gradient: of what is not in layers, and Muon's."""
+    """After the last gradient: of weights outside layers, and Muon's."""
 
     def everything(self) -> list[Collective]:
         """All of them."""
@@ -90,22 +90,23 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """A way to lay a model out over the GPUs, and what a step takes with it."""
 
     replicas: int
     shards: int
     """GPUs that share one copy of the model."""
     inside_bytes: float
-    """That a GPU sends a step to others of its node."""
+    """Bytes that a GPU sends a step to others of its node."""
     across_bytes: float
-    """That it sends to other nodes, as a mean over the GPUs of a node."""
+    """Bytes that it sends to other nodes, as a mean over the GPUs of a node."""
     awaited_bytes: float
-    """Of those, weights and gradients that a layer waits for: all but the sums over replicas."""
+    """Those of them that a layer waits for, weights and gradients: all but the sums over
+    replicas."""
     traffic_seconds: float
-    """Of all collectives, one after the other."""
+    """Time of all collectives, one after the other."""
     exposed_seconds: float
-    """What of that does not overlap with the computation."""
+    """The part of that time that does not overlap with the computation."""
     step_seconds: float
     memory: float
     """Bytes of a GPU at its fullest."""
@@ -137,8 +138,8 @@ def traffic(
     trained_layer = (adapters or count.blocks) / layers
     trained_root = 0 if adapters else count.root
 
-    # Ranks are numbered node by node; a copy's shards are neighbours,
-    # and replicas of a shard lie as far apart.
+    # Ranks are numbered node by node. The shards of a copy are neighbours; the replicas of a shard
+    # are `shards` ranks apart.
     shard = Collective("gather", 0, shards, max(1, shards // a_node))
     replica = Collective("sum", 0, replicas, min(replicas, nodes))
 
@@ -167,23 +168,29 @@ def traffic(
         sums=[add_up(trained_layer, layers)],
         last=[scatter(trained_root, k), add_up(trained_root, 1), *muon],
     )
-    return Traffic(*(list(_needed(part)) for part in vars(made).values()))
+    return Traffic(
+        first=_needed(made.first),
+        forward=_needed(made.forward),
+        backward=_needed(made.backward),
+        sums=_needed(made.sums),
+        last=_needed(made.last),
+    )
 
 
-def _needed(collectives: Iterable[Collective]) -> Iterable[Collective]:
-    return (each for each in collectives if each.ranks > 1 and each.size and each.times)
+def _needed(collectives: Sequence[Collective]) -> list[Collective]:
+    """Those that send anything."""
+    return [each for each in collectives if each.ranks > 1 and each.size and each.times]
 
 
 def exposed(made: Traffic, links: Links, compute_seconds: float) -> float:
-    """Seconds of a step's traffic that do not overlap with its computation,
-    of which a third is the forward pass."""
+    """Seconds of a step's traffic that do not overlap with its computation, a third of which is the
+    forward pass."""
 
     def seconds(collectives: list[Collective]) -> float:
         return sum(each.seconds(links) for each in collectives)
 
     forward = max(0.0, seconds(made.forward) - compute_seconds / 3)
-    # What is scattered inside a node and added up across nodes takes different links;
-    # the slower one is waited for.
+    # Scattering inside a node and summing between nodes use different links; the slower one counts.
     backward = max(seconds(made.backward), seconds(made.sums)) - 2 * compute_seconds / 3
     return seconds(made.first) + forward + max(0.0, backward) + seconds(made.last)
 
@@ -197,11 +204,11 @@ def layout(
     shards: int,
     memory: float,
     fits: bool,
-) -> Layout:
-    """What a step takes with a way to lay the model out."""
+) -> ModelLayout:
+    """What a step takes with a layout of the model."""
     everything = made.everything()
     late = exposed(made, links, compute_seconds)
-    return Layout(
+    return ModelLayout(
         replicas=replicas,
         shards=shards,
         inside_bytes=sum(each.sent[0] for each in everything),
@@ -215,13 +222,13 @@ def layout(
     )
 
 
-def best(layouts: Sequence[Layout]) -> Layout | None:
-    """The best layout of those that fit; None where none does.
+def best(layouts: Sequence[ModelLayout]) -> ModelLayout | None:
+    """The best layout that fits; None if none does.
 
     Steps within 1 % of the shortest one count as equally short: this arithmetic cannot tell them
-    apart. Of these it is the one whose layers wait for the fewest bytes from other nodes, whose
-    links are shared and often slower than they should be; and of these the one that takes the least
-    memory.
+    apart. Of these, the layout counts whose layers wait for the fewest bytes from other nodes,
+    whose links are shared and often slower than they should be; and of these the one that takes the
+    least memory.
     """
     fitting = [each for each in layouts if each.fits]
     if not fitting:
@@ -232,7 +239,7 @@ def best(layouts: Sequence[Layout]) -> Layout | None:
 
 
 def possible_replicas(gpus: int, nodes: int) -> list[int]:
-    """Numbers of copies whose shards fill whole nodes, or equal parts of one;
+    """Numbers of copies whose shards fill whole nodes, or equal parts of one,
     in ascending order."""
     a_node = gpus // nodes
     found = []

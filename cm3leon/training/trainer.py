@@ -1,4 +1,4 @@
-"""The training loop, the same for every stage that trains: image tokenizer, retriever, pretraining,
+"""The training loop of every stage that trains: image tokenizer, retriever, pretraining,
 fine-tuning."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ from cm3leon.types import Again, NotFinite, UserError
 from cm3leon.weights import is_finite
 
 Loss = Callable[[Any, Any], tuple[Tensor, Mapping[str, Figure]]]
-"""(module, micro-batch) -> mean loss and figures to record; those named `tokens`, `images`,
-`flops` give rates."""
+"""(module, micro-batch) -> mean loss, and figures to record; the figures `tokens`, `images` and
+`flops` are recorded as rates."""
 
 
 def train(
@@ -70,37 +71,38 @@ def train(
     peak_flops: float | None = None,
     tracking: Tracking | None = None,
 ) -> list[Record]:
-    """Trains `module` in place, from the newest checkpoint in `folder` if there is one.
+    """Train `module` in place, from the newest checkpoint in `folder` if there is one.
 
-    All randomness of a step is a function of (seed, step), so that a resumed run equals an
-    uninterrupted one bit for bit. Figures go to `log.jsonl` and the loggers, what went wrong to
-    `events.jsonl`, in `folder`. A step whose loss or gradient is not finite changes no weight.
+    All randomness of a step is a function of (seed, step), so a resumed run equals an uninterrupted
+    one bit for bit. Figures go to `log.jsonl` and the loggers, faults to `events.jsonl`, both in
+    `folder`. A step whose loss or gradient is not finite changes no weight.
 
-    Nothing in a step waits for the device: batches are made in a thread, the ranks' one reduction
-    is on the device, and the host reads a step's loss after it has launched the next step. Several
-    ranks learn there, too, that one of them was asked to stop: they end the step in which it was,
-    and the next one. One rank stops at its next micro-batch.
+    Nothing in a step waits for the device (see `outcome.py`): batches are made in a thread, the
+    ranks' one reduction is on the device, and the host reads a step's loss after launching the next
+    step. This is also how several ranks learn that one of them was asked to stop: they finish that
+    step and the next one. A single rank stops at its next micro-batch.
 
     Args:
-        callback: called as (step, loggers) now and then, on all ranks; the loggers take images and
-            tables, and are None but on the first. Figures that it returns go
-            to `validation.jsonl` and the loggers.
+        callback: called as (step, loggers) every `callback_every` steps on all ranks. The loggers
+            take images and tables; they are None except on the first rank. Returned figures go to
+            `validation.jsonl` and the loggers.
         clipped: modules whose gradients are clipped by their own norms (networks with losses of
-            their own); those of the whole module are if there is none.
+            their own); by default the whole module is clipped together.
         ranks: the processes that train together, each with its share of the batches; `module` is
             sharded already.
-        resume_from: folder of a finished training whose weights, optimizer, data and steps this one
-            goes on from.
-        peak_flops: FLOP/s of the ranks' devices together, for the share of it that is used (MFU).
-        tracking: the loggers; None = TensorBoard's files.
+        resume_from: folder of a finished training whose weights, optimizer, data and steps this
+            training continues.
+        peak_flops: FLOP/s of the ranks' devices together, to record the share of them that is used
+            (MFU).
+        tracking: the loggers; None: TensorBoard.
 
     Returns:
         the records of the whole run, on the first rank.
 
     Raises:
-        FloatingPointError: for a training that diverged: after too many skipped steps in a row, a
-            last step that was skipped, or weights after it with which no finite loss is computed.
-            The last good checkpoint is left as it is, and the same training goes on from there.
+        FloatingPointError: for a training that diverged: too many skipped steps in a row, a skipped
+            last step, or final weights that give no finite loss. The last good checkpoint stays,
+            and the same command continues from it.
         Again: after SIGTERM, SIGUSR1 or SIGUSR2, once a checkpoint is written.
         UserError: for a checkpoint that does not fit.
     """
@@ -112,6 +114,8 @@ def train(
     optimizer = new_optimizer(module, config)
     average = WeightAverage(module, config.average_decay) if config.average_decay else None
     tensors = training_tensors(module, optimizer, average)
+
+    # Start where the newest checkpoint stopped.
     warnings: list[str] = []
     saved = Checkpoints(
         folder,
@@ -124,13 +128,14 @@ def train(
     step, first, skipped_in_a_row = start["step"], start["first"], start["skipped_in_a_row"]
     spikes = Spikes(config.spike, start["losses"])
     last = first + config.steps
+
     gradients = Gradients(module, clipped or (module,), ranks)
     late = skips_on_device(optimizer)
-    outcome: Outcome | None = None  # of the last step, until it is read
+    outcome: Outcome | None = None
+    """The last step's, until the host has read it."""
 
     def settle() -> bool:
-        """Reads what the last step came to, and writes it down;
-        whether a rank was asked to stop in it."""
+        """Read and record the last step's outcome; return whether a rank was asked to stop."""
         nonlocal outcome, skipped_in_a_row
         if outcome is None:
             return False
@@ -143,9 +148,9 @@ def train(
                 log.event(done.step, "loss spike", **spike, documents=documents(done))
             return done.asked
 
+        # The step was skipped. The event names what was not finite, on any rank.
         skipped_in_a_row += 1
-        bad_here = ranks.gather(done.bad_gradients())
-        names = sorted({name for names in bad_here for name in names})
+        names = sorted(set(chain.from_iterable(ranks.gather(done.bad_gradients()))))
         log.event(done.step, "step skipped", **figures, parameters=names, documents=documents(done))
         if skipped_in_a_row > config.bad_steps:
             saved.finish()
@@ -158,28 +163,28 @@ def train(
         )
 
     def documents(done: Outcome) -> list[str]:
-        """Ids of the documents in the step's batch, those of all ranks."""
+        """Ids of the documents in the step's batch, on all ranks."""
         with source.idle():
             own = split.ids(done.parts)
-        return [id_ for ids in ranks.gather(own) for id_ in ids]
+        return list(chain.from_iterable(ranks.gather(own)))
 
     def checkpoint(data: dict[str, Any], *, wait: bool) -> None:
-        place = {
+        """Save a checkpoint with the state of the data from which the next step draws."""
+        state = {
             "step": step,
             "first": first,
             "skipped_in_a_row": skipped_in_a_row,
             "losses": spikes.state(),
             "seed": seed,
         }
-        place["meter"] = ranks.gather(meter.state())
+        state["meter"] = ranks.gather(meter.state())
         states = ranks.gather(data)
-        saved.save(
-            tensors, {**place, "data": merge_states(states) if ranks.count > 1 else data}, wait=wait
-        )
+        state["data"] = merge_states(states) if ranks.count > 1 else data
+        saved.save(tensors, state, wait=wait)
 
     def validate() -> None:
-        """Calls the callback; alone, a signal stops it at once,
-        and a checkpoint says that it is still to be made."""
+        """Call the callback. A signal stops a single rank at once, with a checkpoint from which
+        the validation is made again."""
         assert callback is not None
         try:
             with (
@@ -212,12 +217,17 @@ def train(
         limits,
         Signals(noted=True) as signals,
     ):
+        # A kill during a validation has left a checkpoint, but no record of the validation.
         validated = ranks.gather(log.has_validation(step))[0]
         if callback and step > first and step % config.callback_every == 0 and not validated:
-            validate()  # a kill during it has left a checkpoint, but no record
+            validate()
+
+        # The loss is a mean over the batches of all ranks, so each must know their whole weight.
+        # Later steps learn it from the reduction of the step before.
         whole: Tensor | float = 0.0
         if ranks.count > 1 and step < last:
             whole = ranks.tensor(ranks.sum([source.coming_weight()]))[0]
+
         while step < last:
             torch.manual_seed(nth_seed(seed, step))
             set_rate(optimizer, rate := learning_rate(step - first, config))
@@ -225,6 +235,8 @@ def train(
             ready = source.next()
             if ranks.count == 1:
                 whole = sum(ready.weights)
+
+            # Forward and backward passes, one micro-batch at a time.
             value = torch.zeros((), device=device)
             measured = []
             for number, (part, weight) in enumerate(zip(ready.parts, ready.weights, strict=True)):
@@ -235,21 +247,24 @@ def train(
                 adds_to_gradients(module, number + 1 < len(ready.parts))
                 with autocast(device, config.precision):
                     part_loss, figures = loss(module, part)
-                # FSDP takes the mean of the ranks' gradients; the sum is what is wanted.
+                # FSDP averages the gradients of the ranks, where their sum is needed.
                 (part_loss * _float32(weight * ranks.count / whole)).backward()
                 value = value + part_loss.detach() * _float32(weight / whole)
                 measured.append(figures)
-            # Not before the step is complete: one that a signal cuts short is made again.
+            # Only now: a step that a signal cuts short is made again, and must not count twice.
             for figures in measured:
                 meter.add(figures)
 
-            # What the next batch weighs is told the other ranks with this step's loss.
+            # One reduction: the loss, the norms, and how much the next batch weighs.
             coming = source.coming_weight() if ranks.count > 1 and step + 1 < last else 0.0
             asked = bool(signals.received)
             sums = reduced(value, gradients, ranks, coming_weight=coming, asked=asked)
             whole = sums.coming_weight
             gradients.clip(sums.norms, config.clip)
             this = Outcome(step + 1, sums, gradients, ready.parts)
+
+            # Update the weights, unless the step is bad. Where the optimizer can decide that on the
+            # device (`late`), the host does not wait to know.
             if late:
                 optimizer.found_inf = sums.bad  # type: ignore[attr-defined]  # GradScaler sets it so, too
             if late or not this.bad:
@@ -260,13 +275,16 @@ def train(
             step += 1
             log.advance()
 
-            # The device has this step's work by now; the host looks at the one before.
+            # The device is busy with this step now; meanwhile the host reads the one before. A
+            # record, a validation or a stop needs this step's outcome too.
             stop = settle()
             outcome = this
             records = step % config.log_every == 0 or step == last
             validates = callback is not None and step % config.callback_every == 0
             if records or validates or stop:
                 stop |= settle()
+
+            # The weights of the last step are the result: they must be usable.
             if step == last:
                 saved.finish()
                 if skipped_in_a_row:
@@ -278,6 +296,8 @@ def train(
             if records:
                 rates = _with_mfu(meter.read(), peak_flops)
                 log.record({"step": step, "learning_rate": rate, **rates, **gpu_memory(device)})
+
+            # No checkpoint while steps are skipped: it might hold a training that has diverged.
             saves = step % config.checkpoint_every == 0 and not skipped_in_a_row
             stops = ranks.count > 1 and stop and step < last
             if saves or step == last or stops:
@@ -286,11 +306,13 @@ def train(
                 raise stopped()
             if validates:
                 validate()
+
             saved.poll()
             while warnings:
                 log.event(step, "warning", message=warnings.pop(0))
         if ranks.any(bool(signals.received)):
             raise Again(f"{title}: stopped at its end by {signals.received or 'a signal'}")
+
     if average:
         average.install()
     module.eval()
@@ -305,8 +327,8 @@ def _resume(
     batches: Batches,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Restores the newest checkpoint of the folder, or of the training that is gone on from;
-    what else was saved."""
+    """Restore the newest checkpoint of the folder, or else of `resume_from`;
+    return its other state."""
     saved.begin()
     path, state = saved.newest(), None
     if path:
@@ -315,23 +337,26 @@ def _resume(
         others = checkpoints(resume_from)
         if not others:
             raise UserError(
-                f"training.start: {resume_from} has no checkpoint to go on from; set "
-                "start_with=weights"
+                f"training.start: {resume_from} has no checkpoint to continue from; set "
+                "training.start_with=weights"
             )
         path = others[-1]
         check_intact(path, ranks)
+
+        # Another training: its steps are counted from here, and its losses are not compared with.
         state = {**read_state(path), "skipped_in_a_row": 0, "losses": [], "meter": []}
         state["first"] = state["step"]
     if path is None or state is None:
         return {"step": 0, "first": 0, "skipped_in_a_row": 0, "losses": [], "meter": []}
+
     read_tensors(path, tensors, ranks)
     batches.load_state_dict(state["data"])
-    # Checkpoints did not always have the meter, and called the skipped steps `in_row`.
+    # Older checkpoints have no meter, and call the skipped steps `in_row`.
     return {"meter": [], "skipped_in_a_row": state.get("in_row", 0), **state}
 
 
 def _float32(number: Tensor | float) -> Tensor | float:
-    """A share of the loss in its precision: a product with a float64 tensor would not be."""
+    """A share of the loss in the loss's precision; multiplying by float64 would change it."""
     return number.float() if isinstance(number, Tensor) else number
 
 
@@ -343,14 +368,13 @@ def _sound(
     config: TrainingConfig,
     ranks: Ranks,
 ) -> bool:
-    """Whether the weights are finite after the last step, and so is a loss with them.
+    """Whether the final weights are finite and give a finite loss.
 
-    Weights may be finite and still so large that nothing can be computed with them. Sharded ones
-    are not tried here: the decoder's validation does that. The forward pass of a training may
-    change buffers, which are put back.
+    Finite weights may be so large that nothing can be computed with them. Sharded ones are not
+    tried here: the validation does that. The forward pass of a training may change buffers, which
+    are then restored.
     """
-    # What is kept, that is: CLIP's mask of minus infinities is a buffer too,
-    # but no part of what is trained.
+    # Only saved tensors count: CLIP's mask of minus infinities is a buffer too, but is not saved.
     if not all(is_finite(local(tensor)) for tensor in module.state_dict().values()):
         return False
     if ranks.joined:
@@ -366,8 +390,8 @@ def _sound(
 
 
 def _with_mfu(record: Record, peak_flops: float | None) -> Record:
-    """The record with the share of the devices' peak that the model's FLOPs are,
-    where both are known."""
+    """Add to a record the share of the devices' peak that the model's FLOPs are,
+    if both are known."""
     if peak_flops and "flops_per_second" in record:
         return {**record, "mfu": record["flops_per_second"] / peak_flops}
     return record
