@@ -29,7 +29,7 @@ from cm3leon.plugins.scenes.instructions import SceneInstructionsSource
 from cm3leon.plugins.scenes.parse import parse
 from cm3leon.plugins.scenes.world import World, draw_scene
 from cm3leon.registry import SOURCES, TASKS, discover
-from cm3leon.tasks.instruction import answer_place
+from cm3leon.tasks.instruction import answer_index_of
 from cm3leon.tokenizers.document import lay_out, token_count
 from cm3leon.tokenizers.layout import PAPER
 from cm3leon.tokenizers.vocab import Vocab
@@ -583,11 +583,11 @@ def test_answers_stand_where_they_belong(kind: str) -> None:
     task = TASKS.build("instruction", vocab=VOCAB, grid=(2, 2))
     query = instruction(kind)
     completed = task.complete(query, np.array([50, 51]))
-    assert completed.segments[answer_place(query)].ids_T.tolist() == [50, 51]
+    assert completed.segments[answer_index_of(query)].ids_T.tolist() == [50, 51]
     assert task.keeps_given(query, completed)
     assert not task.keeps_given(query, instruction("edit" if kind == "question" else "question"))
     with pytest.raises(UserError, match="asks for nothing"):
-        answer_place(TokenDocument("text", (TokenSegment("text", np.array([5])),)))
+        answer_index_of(TokenDocument("text", (TokenSegment("text", np.array([5])),)))
 
 
 def as_texts(value: Any) -> Any:

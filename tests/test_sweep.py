@@ -34,7 +34,14 @@ from cm3leon.studies.config import Study, StudyConfig, StudyRun
 from cm3leon.studies.jobs import point_jobs
 from cm3leon.studies.points import MAX_POINTS, SweepConfig, named_points, short_names, values_of
 from cm3leon.studies.report import study_report
-from cm3leon.studies.results import Entry, Result, as_csv, entries_of, read_figures, results_of
+from cm3leon.studies.results import (
+    RunResult,
+    StudyEntry,
+    as_csv,
+    entries_of,
+    read_figures,
+    results_of,
+)
 from cm3leon.studies.sharing import groups_of
 from cm3leon.types import UserError
 
@@ -290,22 +297,22 @@ def test_figures_are_those_of_the_stages_that_are_there(tmp_path: Path) -> None:
     }
 
 
-def results(**losses: float | None) -> list[Result]:
+def results(**losses: float | None) -> list[RunResult]:
     return [
-        Result(name, {"seed": number}, "finished", {"loss": loss})
+        RunResult(name, {"seed": number}, "finished", {"loss": loss})
         if loss is not None
-        else Result(name, {"seed": number}, "failed", {}, "no room")
+        else RunResult(name, {"seed": number}, "failed", {}, "no room")
         for number, (name, loss) in enumerate(losses.items())
     ]
 
 
-def swept(found: Sequence[Result], wanted: str = "lowest loss", **values: Any) -> Entry:
+def swept(found: Sequence[RunResult], wanted: str = "lowest loss", **values: Any) -> StudyEntry:
     """The entry of a sweep that came to these results."""
     plan = StudyRun(experiment="digits", sweep=values or {"seed": [0, 1]}, sweep_best=wanted)
-    return Entry("", plan, found)
+    return StudyEntry("", plan, found)
 
 
-def page_of_sweep(folder: Path, entry: Entry) -> str:
+def page_of_sweep(folder: Path, entry: StudyEntry) -> str:
     """Writes the page of a sweep, and returns it."""
     about = "A sweep of digits<b> over seed"
     config = StudyConfig(title="title", about=about, name="digits<b>", runs={"": entry.plan})
@@ -339,7 +346,7 @@ def test_no_finished_point_is_better_than_the_best(
 @given(st.lists(st.dictionaries(st.sampled_from("xyz"), st.floats(allow_nan=False)), min_size=1))
 def test_the_table_holds_every_figure_of_every_point(figures: list[dict[str, float]]) -> None:
     found = [
-        Result(str(number), {"seed": number}, "finished", each)
+        RunResult(str(number), {"seed": number}, "finished", each)
         for number, each in enumerate(figures)
     ]
     lines = csv.DictReader(as_csv(found, []).splitlines())
@@ -419,7 +426,7 @@ def test_rates_and_wide_ranges_have_logarithmic_axes(
     drawn: list[Any] = []
     monkeypatch.setattr("cm3leon.studies.report.Report", lambda *page, **_: drawn.append(page))
     monkeypatch.setattr("cm3leon.studies.report.write_report", lambda path, page: None)
-    found = [Result(str(x), {key: x}, "finished", {"loss": 1.0}) for x in values]
+    found = [RunResult(str(x), {key: x}, "finished", {"loss": 1.0}) for x in values]
     given = f"loguniform({values[0]},{values[1]})" if drawn_so else values
     with contextlib.suppress(FileNotFoundError):
         page_of_sweep(tmp_path, swept(found, **{key: given}))
@@ -772,7 +779,7 @@ def test_figures_are_means_over_the_seeds_with_their_spread(tmp_path: Path) -> N
     study = load_study(str(study_of_rates(tmp_path, seeds=3)), (), tmp_path / "run")
     losses = {"rates-0.001": 1.0, "rates-0.001-seed_1": 2.0, "rates-0.001-seed_2": 6.0}
     found = {
-        name: Result(name, run.point, "finished", {"loss": losses.get(name, 5.0), name: 1.0})
+        name: RunResult(name, run.point, "finished", {"loss": losses.get(name, 5.0), name: 1.0})
         for name, run in study.runs.items()
     }
     plain, rates = entries_of(study, found)
@@ -795,7 +802,7 @@ def test_figures_are_means_over_the_seeds_with_their_spread(tmp_path: Path) -> N
     assert plain.best is None
 
     # One seed that failed stands for all: no figure is a mean of fewer.
-    found["rates-0.001-seed_2"] = Result("rates-0.001-seed_2", {}, "failed", {}, "no room")
+    found["rates-0.001-seed_2"] = RunResult("rates-0.001-seed_2", {}, "failed", {}, "no room")
     (_, rates) = entries_of(study, found)
     assert (rates.results[0].name, rates.results[0].state) == ("rates-0.001", "failed")
     assert rates.best is rates.results[1]

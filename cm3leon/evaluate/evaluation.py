@@ -39,7 +39,7 @@ from cm3leon.evaluation.config import shown
 from cm3leon.evaluation.metrics import Measured, proportion
 from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, true_answer
 from cm3leon.evaluation.protocols.corpus import CorpusTask, OwnCorpus
-from cm3leon.evaluation.report.answers import Example
+from cm3leon.evaluation.report.answers import AnsweredItem
 from cm3leon.io import digest_of, read_json, write_json
 from cm3leon.records import read_stage
 from cm3leon.registry import PROTOCOLS
@@ -249,7 +249,7 @@ class Evaluation:
         items = self._of_shard(row, number)
         return best_answers(self.model(row), self.protocol, items, held, row.setting.samples)
 
-    def shown(self, row: Row) -> list[Example]:
+    def shown(self, row: Row) -> list[AnsweredItem]:
         """Some items of each kind with the row's answers, all their samples,
         and the documents in their prompts."""
         items = self.items(row)
@@ -269,7 +269,7 @@ class Evaluation:
             item, answer = items[index], of_shard[index // SHARD][index % SHARD]
             of_item = self.protocol.shown(item)
             examples.append(
-                Example(
+                AnsweredItem(
                     of_item.text,
                     of_item.given_HWC,
                     answer,

@@ -16,7 +16,7 @@ from cm3leon.api import CM3Leon
 from cm3leon.evaluate import Evaluation, Row, bank_identity, figures_line, own_corpus
 from cm3leon.evaluation.metrics import codebook_use, proportion, psnr
 from cm3leon.evaluation.protocols.corpus import UNKNOWN, OwnCorpus
-from cm3leon.evaluation.report.answers import Example
+from cm3leon.evaluation.report.answers import AnsweredItem
 from cm3leon.experiment import row_name
 from cm3leon.io import sha256, write_json
 from cm3leon.models.serving import keep_weights
@@ -78,7 +78,7 @@ class Evaluator:
             results.append({"row": row.name, "model": "", "point": row.point, **result})
         return results
 
-    def shown(self, name: str, before: Mapping[str, Any]) -> list[list[Example]]:
+    def shown(self, name: str, before: Mapping[str, Any]) -> list[list[AnsweredItem]]:
         """Some of the answers of each row; made anew where their files are gone."""
         evaluation, found = self.evaluation(name), []
         for row in self.rows(name, before):

@@ -36,58 +36,64 @@ Kind = Literal["study", "sweep"]
 
 @dataclass(kw_only=True)
 class StudyRun(SweepConfig):
-    """One run of a study, in the folder `{run}/NAME`; or one at each point of what it sweeps,
-    in `{run}/NAME-VALUE`."""
+    """One run of a study, in the folder `{run}/NAME`, or a run at each point of what it sweeps, in
+    `{run}/NAME-VALUE`."""
 
     experiment: str
     """Name of an experiment, or the path of its file, relative to the study's."""
     overrides: Annotated[dict[str, Any], Settings(Experiment)] = field(default_factory=dict)
-    """Dotted keys and the values they replace in it."""
+    """Dotted keys, and the values that replace those of the experiment."""
 
     @property
     def logarithmic(self) -> set[str]:
         """Swept keys whose values are drawn evenly on a logarithmic scale."""
-        swept = {key: parse_values(key, given) for key, given in self.sweep.items()}
-        return {key for key, of in swept.items() if isinstance(of, Interval) and of.logarithmic}
+        found = set()
+        for key, given in self.sweep.items():
+            values = parse_values(key, given)
+            if isinstance(values, Interval) and values.logarithmic:
+                found.add(key)
+        return found
 
 
 @dataclass(kw_only=True)
 class StudyEvaluation(EvaluationConfig):
-    """A protocol put to models under settings."""
+    """A protocol, asked of models under settings."""
 
     models: dict[str, Path]
-    """Run folders with a finished pretraining, by the names that the result gives them."""
+    """Run folders with a finished pretraining, by the names that they have in the result."""
     against: Literal["sweep", "compute"] = "sweep"
-    """What it is drawn against: the first swept key,
-    or the FLOPs that the model was trained with."""
+    """Horizontal axis of the plot: the first swept key, or the FLOPs of the model's training."""
 
     def check(self) -> None:
         if not self.models:
-            raise UserError("models is empty; give at least one run folder by a name")
+            raise UserError(
+                "models is empty; give at least one run folder by a name, for example "
+                "{digits: runs/digits}"
+            )
         super().check()
 
     def needs_sweep(self) -> bool:
-        """Whether a plot is drawn against what is swept."""
+        """Whether its plot needs a swept key."""
         return self.against == "sweep"
 
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """Runs, made in their order, then evaluations of their models, or of those of other runs."""
+    """Runs, made in their order, then evaluations of their models or of those of other runs."""
 
     title: str
     """Heading of the report."""
     about: str = ""
-    """What is below it."""
+    """Text below the heading."""
     name: str | None = None
-    """What the report calls the study's file;
-    null = as it was named when the study was first started."""
+    """What the report calls the study's file; null: the name with which it was first started."""
     seeds: Annotated[int, Range(ge=1, le=MOST_RUNS)] = 1
-    """Seeds that every run is made with; figures are then their mean, with their spread."""
+    """Seeds that every run is made with; figures are then means over the seeds,
+    with their spread."""
     runs: dict[str, StudyRun] = field(default_factory=dict)
-    """By their names."""
+    """The runs, by name."""
     evaluations: dict[str, StudyEvaluation] = field(default_factory=dict)
-    """By their names."""
+    """The evaluations, by name."""
     aims: list[Aim] = field(default_factory=list)
     """Figures for the top of the report."""
     plugins: list[str] = field(default_factory=list)
@@ -95,11 +101,11 @@ class StudyConfig:
     launcher: Annotated[Component, LAUNCHERS] = field(
         default_factory=lambda: LAUNCHERS.check("here")
     )
-    """Where its runs and evaluations are made."""
+    """Starts the runs and evaluations."""
 
     def check(self) -> None:
         if not (self.runs or self.evaluations):
-            raise UserError("runs and evaluations are both empty; a study has some of either")
+            raise UserError("runs and evaluations are both empty; a study needs at least one")
         for aim in self.aims:
             if aim.evaluation not in self.evaluations:
                 raise UserError(
@@ -110,51 +116,51 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a study: the experiment of its entry, at one point of what is swept there,
-    with one seed."""
+    """A run of a study: the experiment of its entry at one point of the sweep, with one seed."""
 
     entry: str
-    """Name of its entry in the study's `runs`; empty in a sweep, which has one."""
+    """Name of its entry in the study's `runs`; "" in a sweep, which has only one."""
     plan: StudyRun
-    """That entry."""
+    """The entry itself."""
     sections: Mapping[str, Any]
-    """Those of the entry's experiment, as they are written."""
+    """Sections of the entry's experiment, as they are written."""
     overrides: dict[str, Any]
-    """Dotted keys and the values they replace there: the entry's, those of the point, the seed."""
+    """Dotted keys and the values that replace those of the sections: the entry's, the point's, the
+    seed."""
     point: Point
-    """The swept keys and their values; none where nothing is swept."""
+    """The swept keys and their values; {} if nothing is swept."""
     copy: int = 0
-    """0 for the first seed of a study, 1 for the next."""
+    """Index of the seed: 0 for the first one."""
 
 
 @dataclass
 class Study:
-    """A study whose every run has been checked."""
+    """A study in which every run has been checked."""
 
     config: StudyConfig
     folder: Path
     runs: dict[str, PlannedRun]
     """Every run by the name of its folder, in the order in which they are made."""
     written: Mapping[str, Any]
-    """What its folder keeps, from which the same study can be loaded again."""
+    """The mapping kept in its folder, from which the same study can be loaded."""
     kind: Kind = "study"
     _checked: dict[str, Experiment] = field(default_factory=dict, repr=False)
 
     @property
     def evaluations(self) -> dict[str, StudyEvaluation]:
-        """What is asked of the models, by name."""
+        """The evaluations, by name."""
         return self.config.evaluations
 
     @property
     def file(self) -> Path:
-        """The file in its folder that keeps what it is."""
+        """The file in its folder that keeps the study's settings."""
         return self.folder / KINDS[self.kind]
 
     def experiment(self, name: str) -> Experiment:
-        """The experiment of a run, which is run where it is started.
+        """The experiment of a run, with the launcher `here`.
 
         Raises:
-            UserError: for one that is not valid, or whose `until` is none of its stages.
+            UserError: for an invalid experiment, or an `until` that is not one of its stages.
         """
         if name not in self._checked:
             try:
@@ -173,16 +179,21 @@ class Study:
         return replace(experiment, launcher=LAUNCHERS.check("here", "launcher"))
 
     def batches(self) -> list[list[str]]:
-        """The runs in parts: the points of an entry with one seed together,
-        which may be made side by side."""
+        """The runs in batches that may be made side by side:
+        the points of an entry with one seed."""
         parts = groupby(self.runs, lambda name: (self.runs[name].entry, self.runs[name].copy))
         return [list(names) for _, names in parts]
 
 
 def rows(name: str, evaluation: StudyEvaluation) -> list[Row]:
-    """The rows of an evaluation: each model under each combination of what is swept."""
-    return [
-        Row(", ".join([model, *named(point)]), model, folder, setting, point)
-        for model, folder in evaluation.models.items()
-        for point, setting in evaluation.points(f"evaluations.{name}.setting")
-    ]
+    """The rows of an evaluation: each model under each combination of the swept values.
+
+    Two models and `sweep: {decoder.cfg: [1, 3]}` give four rows:
+
+        small, cfg 1    small, cfg 3    large, cfg 1    large, cfg 3
+    """
+    found = []
+    for model, folder in evaluation.models.items():
+        for point, setting in evaluation.points(f"evaluations.{name}.setting"):
+            found.append(Row(", ".join([model, *named(point)]), model, folder, setting, point))
+    return found

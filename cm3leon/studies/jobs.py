@@ -1,5 +1,10 @@
-"""A study as jobs: its runs one after the other, points side by side behind what they share,
-then what is measured."""
+"""A study as jobs: its runs one after the other, then what they are asked.
+
+A study with a run `base`, a sweep `lr` of three points that share their tokens, and an evaluation
+that the launcher makes in 4 parts; arrows point to the jobs that wait:
+
+    base -> lr.shared0 -> lr.points (array of 3) -> answers (array of 4) -> measuring
+"""
 
 from __future__ import annotations
 
@@ -27,10 +32,11 @@ ANSWERS, MEASURING, COLLECTING = "answers", "measuring", "collect"
 
 
 def study_jobs(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> list[Job]:
-    """The jobs of what a study has not yet: runs and points, then the answers as an array,
-    then what is measured."""
+    """The jobs of what a study lacks: runs and points, the answers as an array, the measuring."""
     names, folder = list(study.runs), study.folder.absolute()
     wanted = names[: names.index(until) + 1] if until in names else names
+
+    # Runs wait for the ones before them, as they may start from their weights.
     jobs: list[Job] = []
     for whole in study.batches():
         batch = [name for name in whole if name in wanted]
@@ -41,24 +47,29 @@ def study_jobs(study: Study, *, until: str | None = None, redo: Collection[str] 
         for name in batch:
             experiment = replace(study.experiment(name), launcher=study.config.launcher)
             added = experiment_jobs(experiment, folder / name, redo=redo, name=name)
-            jobs += [replace(added[0], after=(jobs[-1].name,)) if jobs else added[0], *added[1:]]
+            if jobs:
+                added[0] = replace(added[0], after=(jobs[-1].name,))
+            jobs += added
+
     if until in names:
         return jobs
-    if not study.config.evaluations:
-        # The table is made of what is there, whatever became of the runs.
-        command = ("collect", f"run={folder}", *_plugin_words(study))
-        after = (jobs[-1].name,) if jobs else ()
-        return [*jobs, Job(COLLECTING, (command,), after=after, always=True, together=False)]
-    return [*jobs, *_answer_jobs(study, jobs, until)]
+    if study.config.evaluations:
+        return [*jobs, *_answer_jobs(study, jobs, until)]
+
+    # Without evaluations only the table is missing; it shows failed runs too.
+    command = ("collect", f"run={folder}", *_plugin_words(study))
+    after = (jobs[-1].name,) if jobs else ()
+    return [*jobs, Job(COLLECTING, (command,), after=after, always=True, together=False)]
 
 
 def unfinished(study: Study, names: Sequence[str]) -> list[str]:
-    """The points that are not finished as they are asked for."""
-    return [
-        name
-        for name in names
-        if outcome_of(study.experiment(name), study.folder / name).get("state") != "finished"
-    ]
+    """The points that are not finished with their present settings."""
+    found = []
+    for name in names:
+        outcome = outcome_of(study.experiment(name), study.folder / name)
+        if outcome.get("state") != "finished":
+            found.append(name)
+    return found
 
 
 def point_jobs(
@@ -68,12 +79,11 @@ def point_jobs(
     redo: Collection[str] = (),
     before: str | None = None,
 ) -> list[Job]:
-    """What several of the missing points of an entry share, once,
-    and behind it an array of the points.
+    """The jobs of an entry's missing points: the stages that several share, then an array.
 
     Args:
-        batch: all points of one entry with one seed.
-        before: name of the job that comes first.
+        batch: all points of the entry with one seed.
+        before: name of the job that they wait for.
     """
     if not missing:
         return []
@@ -81,9 +91,12 @@ def point_jobs(
     title = f"{name_of(run.entry, run.copy)}." if run.entry else ""
     jobs: list[Job] = []
     commands, after = {}, [before] if before else []
+
     for number, group in enumerate(groups_of(study, batch)):
         wanted = [name for name in group.points if name in missing]
-        # A point that has begun by itself has no use for what others share.
+
+        # Stages are shared if two or more points need them. A point that has stages of its own
+        # does not.
         bare = [name for name in wanted if not _has_own_stages(study, name)]
         if len(bare) > 1:
             shared = _shared_jobs(study, group, f"{title}shared{number}", redo)
@@ -91,13 +104,15 @@ def point_jobs(
                 shared[0] = replace(shared[0], after=(before,))
             jobs += shared
             after += [job.name for job in shared[-1:]]
+
         for name in wanted:
             experiment = study.experiment(name)
             prepare_point(experiment, folder / name)
             words = (f"run={folder / name}", f"shared={folder / group.name}")
             own = redo_of(stages_of(experiment), redo)
             commands[name] = ("point", *words, *with_redo(own), *_plugin_words(study, name))
-    # A point can make what it would have shared: it says what is wrong with that, too.
+
+    # The points start even if a shared stage failed: each can make it, and reports what is wrong.
     tries = {"max_deaths": 1 + run.plan.sweep_retries}
     ordered = tuple(commands[name] for name in missing)
     return [*jobs, Job(f"{title}points", ordered, tries, tuple(after), always=before is None)]
@@ -107,12 +122,15 @@ def point_jobs(
 
 
 def _answer_jobs(study: Study, runs: Sequence[Job], until: str | None) -> list[Job]:
-    """The answers as an array, if the launcher makes them in parts, and what is measured."""
+    """The answers as an array if the launcher makes them in parts,
+    and the job that measures them."""
     folder, launcher = study.folder.absolute(), LAUNCHERS.build(study.config.launcher)
     file = _frozen_study(study)
     words = (f"experiment={file}", f"run={folder}", "launcher=here")
     parts, after = launcher.parts(ANSWERS), tuple(job.name for job in runs[-1:])
     command, resources = with_until(words, until), launcher.resources(MEASURING)
+
+    # In one part, the job that measures also answers.
     if parts == 1:
         return [Job(MEASURING, (command,), resources, after)]
     commands = tuple(("part", f"part={k}/{parts}", *words) for k in range(parts))
@@ -123,7 +141,7 @@ def _answer_jobs(study: Study, runs: Sequence[Job], until: str | None) -> list[J
 
 
 def _frozen_study(study: Study) -> Path:
-    """A file of the study whose experiments are files that nothing writes to later."""
+    """Write the study to a file whose experiments are files too, which nothing changes later."""
     folder, runs = study.folder.absolute(), {}
     for run in study.runs.values():
         if run.entry not in runs:
@@ -133,18 +151,18 @@ def _frozen_study(study: Study) -> Path:
 
 
 def _has_own_stages(study: Study, name: str) -> bool:
-    """Whether the first stage of a point was made in its own folder,
-    not taken over from what points share."""
+    """Whether the first stage of a point lies in its own folder,
+    not behind a link to shared stages."""
     first = study.folder / name / stages_of(study.experiment(name))[0].name
     return first.is_dir() and not first.is_symlink()
 
 
 def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
-    """What a job is told of the plugins: whoever starts a study has named them,
-    so its jobs may load them.
+    """Arguments that name the plugins to a job: whoever starts a study has named them, so its jobs
+    may load them.
 
     Args:
-        name: the run of the job; None for one that reads all of them.
+        name: the run of the job; None for a job that reads all runs.
     """
     runs = [study.runs[name]] if name else study.runs.values()
     plugins = dict.fromkeys(study.config.plugins)
@@ -154,8 +172,8 @@ def _plugin_words(study: Study, name: str | None = None) -> tuple[str, ...]:
 
 
 def _shared_jobs(study: Study, group: Group, title: str, redo: Collection[str]) -> list[Job]:
-    """The jobs of the stages that points share; none where they are made,
-    or the points end before."""
+    """The jobs of the stages that points share; [] if they are made,
+    or the points stop before them."""
     experiment = study.experiment(group.points[0])
     folder = study.folder.absolute() / group.name
     stages = stages_of(experiment)
@@ -163,6 +181,7 @@ def _shared_jobs(study: Study, group: Group, title: str, redo: Collection[str]) 
     last = number_of(stages, until, "until")
     if experiment.until and number_of(stages, experiment.until, "until") <= last:
         return []
+
     shared = RunFolder(experiment, folder, torch.device("cpu"))
     missing, _ = first_unfinished(stages[: last + 1], shared, folder)
     if missing is None:

@@ -1,5 +1,4 @@
-"""Studies and sweeps are read from their files and the command line,
-and every run of them is checked."""
+"""Studies and sweeps, read from their files and the command line; every run is checked."""
 
 from __future__ import annotations
 
@@ -54,11 +53,14 @@ def load_study(
     *,
     trusted_plugins: Sequence[str] | None = None,
 ) -> Study:
-    """Finds a study, applies `key=value` words, and checks it with every experiment of its runs.
+    """Find a study, apply `key=value` words, and check it with the experiment of every run.
 
-    `runs.NAME.key=value` replaces a value in the experiment of a run, and `runs.*.key=value` in
-    that of each. `{run}` in it stands for the folder. `trusted_plugins` are all that may be loaded,
-    see `load_plugins`; None trusts the file that is named.
+    `runs.NAME.key=value` replaces a value in the experiment of a run, `runs.*.key=value` in that of
+    each. `{run}` stands for the folder.
+
+    Args:
+        trusted_plugins: all plugins that may be loaded, see `load_plugins`; None trusts the file
+            that is named.
 
     Raises:
         UserError: for a mistake in its file, in the words, or in one of its experiments.
@@ -66,6 +68,8 @@ def load_study(
     """
     overrides = [parse_override(word) for word in words]
     discover()
+
+    # The file with the words that are about the study itself.
     own = [override for override in overrides if not _of_run(override)]
     file, mapping = load_listed(name_or_path, SHIPPED, own)
     mapping = with_absolute_plugins(_with_folder(mapping, folder), Path.cwd())
@@ -73,18 +77,22 @@ def load_study(
         named = mapping.get("plugins", [])
         mapping["plugins"] = load_plugins(named, trusted_plugins, f"{name_or_path}: plugins")
     discover(mapping.get("plugins", []))
+
     for evaluation in mapping.get("evaluations", {}).values():
         if isinstance(evaluation, dict) and "setting" in evaluation:
             evaluation["setting"] = settled(AskConfig, evaluation["setting"])
-    # The study's own file, written into its folder, keeps the name that it was first started by.
+    # The file in the study's folder keeps the name with which the study was first started.
     if mapping.get("name") is None:
         mapping["name"] = name_or_path
     config = from_mapping(StudyConfig, mapping)
 
+    # Words that are about the experiment of a run, or of all runs.
     of_runs = [(path[1:], value) for path, value in overrides if _of_run((path, value))]
     for (name, *_), _ in of_runs:
         if name not in (*config.runs, "*"):
             raise UserError(f"runs.{name} is not a run of this study; {choices(name, config.runs)}")
+
+    # Plan each entry; a swept one becomes a run for every point.
     runs: dict[str, PlannedRun] = {}
     for name, plan in config.runs.items():
         if plan.experiment.endswith((".yaml", ".yml")):
@@ -98,6 +106,7 @@ def load_study(
                 raise UserError(f"runs: two runs are named {each}; give one of them another name")
         runs |= found
 
+    # Check every experiment before any seed is copied.
     study = Study(config, folder, runs, {})
     for name in runs:
         study.experiment(name)
@@ -115,8 +124,7 @@ def load_sweep(
     until: str | None = None,
     trusted_plugins: Sequence[str] | None = None,
 ) -> Study:
-    """Finds an experiment that is swept, applies `key=value` words,
-    and makes it a study of one run.
+    """Find a swept experiment, apply `key=value` words, and make it a study of one run.
 
     Raises:
         UserError: for a mistake in its file, in the words, in the values, or at a point.
@@ -124,15 +132,19 @@ def load_sweep(
     mapping = load_mapping(name_or_path, words, trusted_plugins=trusted_plugins)
     if until:
         mapping["until"] = until
-    # The file of the sweep keeps the name, for whoever goes on with it or collects it.
+
+    # The file of the sweep keeps the name, for commands that continue or collect it.
     if mapping.get("sweep_of") is None:
         mapping["sweep_of"] = name_or_path
     if isinstance(mapping[SWEEP], Word):
         mapping[SWEEP] = parse_word(mapping[SWEEP], SWEEP)
-    own = {key: value for key, value in mapping.items() if key.startswith(SWEEP)}
-    sections = {key: value for key, value in mapping.items() if not key.startswith(SWEEP)}
+
+    # What says the sweep stands beside the sections of the experiment.
+    own, sections = {}, {}
+    for key, value in mapping.items():
+        (own if key.startswith(SWEEP) else sections)[key] = value
     swept = from_mapping(ExperimentSweep, own)
-    # Values that were typed are read by the type of their key.
+    # Swept values are read from `own` again: their types are those of their keys.
     plan = StudyRun(
         experiment=str(swept.sweep_of),
         **{key: getattr(swept, key) for key in _OF_SWEEP if key != SWEEP},
@@ -161,14 +173,13 @@ def _planned(
     words: Sequence[Override],
     trusted_plugins: Sequence[str] | None,
 ) -> dict[str, PlannedRun]:
-    """The runs of an entry, with what the command line says of it, or of all."""
+    """The runs of an entry, with what the command line says of it or of all runs."""
     said = {".".join(path[1:]): value for path, value in words if path[0] in (entry, "*")}
     given = {**plan.overrides, **said}
     sections = load_mapping(plan.experiment, settings=given, trusted_plugins=trusted_plugins)
-    typed = {
-        key: typed_value(Experiment, sections, split_key(key), value)
-        for key, value in given.items()
-    }
+    typed = {}
+    for key, value in given.items():
+        typed[key] = typed_value(Experiment, sections, split_key(key), value)
     plan.overrides = typed
     return _points(entry, plan, sections, typed, {key: typed[key] for key in said})
 
@@ -180,10 +191,10 @@ def _points(
     overrides: Mapping[str, Any],
     last: Mapping[str, Any],
 ) -> dict[str, PlannedRun]:
-    """The runs of an entry by their names: `NAME-VALUE-VALUE`, of a sweep `KEY=VALUE,KEY=VALUE`.
+    """The runs of an entry by name: `NAME-VALUE-VALUE`, or `KEY=VALUE,KEY=VALUE` in a sweep.
 
     Args:
-        last: overrides that count for more than the values of a point.
+        last: overrides that take precedence over the values of a point.
     """
 
     def name_of_point(point: Mapping[str, Any]) -> str:
@@ -191,25 +202,25 @@ def _points(
 
     values = values_of(plan.sweep, sections)
     points = named_points(plan, values, name_of_point if entry else None)
-    # Kept as they were read, so that a file says the same as the command line.
-    plan.sweep = {
-        key: list(of.values) if isinstance(of, Choice) else str(plan.sweep[key])
-        for key, of in values.items()
-    }
-    return {
-        name: PlannedRun(entry, plan, sections, {**overrides, **point, **last}, point)
-        for name, point in points.items()
-    }
+
+    # Keep the values as they were read, so that the written file means the same as the command.
+    for key, of in values.items():
+        plan.sweep[key] = list(of.values) if isinstance(of, Choice) else str(plan.sweep[key])
+
+    runs = {}
+    for name, point in points.items():
+        runs[name] = PlannedRun(entry, plan, sections, {**overrides, **point, **last}, point)
+    return runs
 
 
 def _of_run(override: Override) -> bool:
-    """Whether an override is of the experiment of a run, not of what a study says of it."""
+    """Whether an override is about the experiment of a run, not about the study."""
     path = override[0]
     return path[0] == "runs" and len(path) > 2 and path[2] not in _OF_SWEEP
 
 
 def _copies(study: Study) -> dict[str, PlannedRun]:
-    """The runs of all seeds but the first, of those that the study does not have yet."""
+    """The runs of all seeds but the first, except those that the study already has."""
     names, copies = first_runs(study.runs), {}
     for seed in range(1, study.config.seeds):
         for name in names:
@@ -222,25 +233,25 @@ def _copies(study: Study) -> dict[str, PlannedRun]:
 
 
 def _check_rows_of_aims(config: StudyConfig) -> None:
-    named = {
-        name: [row.name for row in rows(name, each)] for name, each in config.evaluations.items()
-    }
     for aim in config.aims:
-        if aim.row not in named[aim.evaluation]:
+        evaluation = config.evaluations[aim.evaluation]
+        names = [row.name for row in rows(aim.evaluation, evaluation)]
+        if aim.row not in names:
             raise UserError(
                 f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "
-                f"{choices(aim.row, named[aim.evaluation])}"
+                f"{choices(aim.row, names)}"
             )
 
 
 def _with_folder(content: Any, folder: Path) -> Any:
-    """The content with the study's folder in all its paths."""
+    """Put the study's folder into all paths of some content of a file."""
     if isinstance(content, str):
         return type(content)(content.replace(HERE, str(folder)))
+    if isinstance(content, list):
+        return [_with_folder(each, folder) for each in content]
     if isinstance(content, Mapping):
-        return {
-            _with_folder(key, folder): _with_folder(value, folder) for key, value in content.items()
-        }
-    return (
-        [_with_folder(each, folder) for each in content] if isinstance(content, list) else content
-    )
+        replaced = {}
+        for key, value in content.items():
+            replaced[_with_folder(key, folder)] = _with_folder(value, folder)
+        return replaced
+    return content

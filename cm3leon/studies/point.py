@@ -1,4 +1,4 @@
-"""A point of what is swept is run in a folder of its own, where it says how it ended."""
+"""A point of a sweep is run in a folder of its own, which records how it ended."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from cm3leon.training.distributed import current_rank
 from cm3leon.types import Again
 
 POINT_FILE = "point.yaml"
-"""In the folder of a point: its experiment, which its job reads."""
+"""The experiment of a point, in its folder; its job reads it."""
 OUTCOME = "outcome.json"
-"""In the folder of a point whose run has ended: its `state`,
-the digest of the `config` it ran with, the `error`."""
+"""How the run of a point ended, in its folder: `state`, digest of its `config`, `error`."""
 
 
 def prepare_point(experiment: Experiment, folder: Path) -> None:
-    """Makes the folder of a point, with what its job reads."""
+    """Make the folder of a point, with the file that its job reads."""
     folder.mkdir(exist_ok=True)
     write_text(folder / POINT_FILE, dump_yaml(without_secrets(to_mapping(experiment))))
 
@@ -36,16 +35,16 @@ def run_point(
     trusted_plugins: Sequence[str] | None,
     redo: Sequence[str] = (),
 ) -> None:
-    """Runs the experiment of a point in its folder, which has its `point.yaml`,
-    and writes down how it ended.
+    """Run the experiment of a point in its folder, and record how it ended.
 
-    Stages that are finished in `shared` stand in the folder as links; one that is another at this
-    point is made there in place of the link.
+    Stages that are finished in `shared` are linked into the folder. A stage that differs at this
+    point replaces its link.
     """
     rank = current_rank()
     first = rank is None or rank.number == 0
     config = (folder / POINT_FILE).read_text()
 
+    # Link the shared stages, also over links that an earlier run left dangling.
     if first:
         record(folder)
         (folder / OUTCOME).unlink(missing_ok=True)
@@ -54,11 +53,12 @@ def run_point(
             if not stage.exists():
                 stage.unlink(missing_ok=True)
                 stage.symlink_to(os.path.relpath(marker.parent, folder))
+
     try:
         experiment = load_experiment(str(folder / POINT_FILE), trusted_plugins=trusted_plugins)
         run_experiment(experiment, folder, redo=redo)
     except Again:
-        raise
+        raise  # stopped, not ended
     except Exception as error:
         if first:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -69,8 +69,7 @@ def run_point(
 
 
 def outcome_of(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """How the last run of a point ended; empty where none has,
-    or it was one with other settings."""
+    """How the last run of a point ended; {} if it has none, or one with other settings."""
     file = folder / OUTCOME
     outcome = read_json(file, {"state": str, "error?": str}) if file.is_file() else {}
     digest = digest_of(dump_yaml(to_mapping(experiment)))

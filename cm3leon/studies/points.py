@@ -1,5 +1,10 @@
-"""Points of what is swept: every combination of the values of its keys, or some drawn at random,
-by their names."""
+"""Points of a sweep: all combinations of its values, or some drawn at random, by their names.
+
+`sweep: {training.learning_rate: [1e-4, 3e-4], seed: range(2)}` has four points:
+
+    learning_rate=0.0001,seed=0    learning_rate=0.0001,seed=1
+    learning_rate=0.0003,seed=0    learning_rate=0.0003,seed=1
+"""
 
 from __future__ import annotations
 
@@ -27,35 +32,35 @@ from cm3leon.experiment import SWEEP, Experiment
 from cm3leon.types import UserError
 
 MAX_POINTS = 1000
-"""Points of a sweep: SLURM's arrays have no more elements, unless a cluster says otherwise."""
+"""Most points of a sweep: SLURM's arrays have no more elements by default."""
 MAX_NAME = 200
-"""Letters of a point's name, which is a folder's."""
+"""Most characters of a point's name, which is the name of a folder."""
 _FIXED = ("launcher", "plugins", "until")
 _DRAWS = 100
 
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """What is swept, as an experiment and the run of a study say it."""
+    """What is swept; the same keys in an experiment and in the run of a study."""
 
     sweep: Annotated[dict[str, Any], Settings(Experiment, swept=True)] = field(default_factory=dict)
-    """Dotted keys of the experiment and what they take: a list, `1e-4,3e-4`, `range(3)`,
-    `uniform(0,0.3)`, `loguniform(1e-5,1e-3)`; there is a run at each combination."""
+    """Dotted keys of the experiment and their values: a list, `1e-4,3e-4`, `range(3)`,
+    `uniform(0,0.3)`, `loguniform(1e-5,1e-3)`; each combination is a run."""
     sweep_trials: PositiveInt | None = None
-    """Points drawn at random; null = every combination of the values."""
+    """Number of points drawn at random; null: all combinations of the values."""
     sweep_seed: NonNegativeInt = 0
-    """Seed of those draws; more trials with the same seed are the same points and further ones."""
+    """Seed of the draws; more trials with the same seed are the same points and further ones."""
     sweep_retries: NonNegativeInt = 1
     """Times that a failed point is tried again."""
     sweep_best: str | None = None
-    """Column of the table whose best is marked, behind `lowest` or `highest`; null = lowest loss,
-    if there is one."""
+    """Which point the table marks as best: `lowest` or `highest`, and a column of the table; null:
+    lowest loss, if there is one."""
 
     def check(self) -> None:
         if self.sweep_best and not re.fullmatch(r"(lowest|highest) \S.*", self.sweep_best):
             raise UserError(
                 f"sweep_best is {self.sweep_best}; it must be lowest or highest, a space, and a "
-                "column of the table"
+                "column of the table, for example lowest loss"
             )
         for key in self.sweep:
             if key.partition(".")[0] in _FIXED:
@@ -69,8 +74,8 @@ class ExperimentSweep(SweepConfig):
     """What an experiment says of its sweep, beside the sections of an experiment."""
 
     sweep_of: str | None = None
-    """What the report calls the experiment;
-    null = as it was named when the sweep was first started."""
+    """What the report calls the experiment; null:
+    the name with which the sweep was first started."""
 
     def check(self) -> None:
         if not self.sweep:
@@ -81,12 +86,11 @@ class ExperimentSweep(SweepConfig):
 
 
 Point = Mapping[str, Any]
-"""Dotted keys and the values they have there."""
+"""Dotted keys and their values at one point."""
 
 
 def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
-    """What each key takes, as `parse_values` says,
-    every value typed as its key wants it among these sections.
+    """The values of each swept key, see `parse_values`, each of the type that its key has.
 
     Raises:
         UserError: for values that are not understood.
@@ -96,7 +100,10 @@ def values_of(swept: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str
         path = split_key(key)
         return lambda value: settled(Any, typed_value(Experiment, sections, path, value))
 
-    return {key: parse_values(f"{SWEEP}.{key}", given, reader(key)) for key, given in swept.items()}
+    found = {}
+    for key, given in swept.items():
+        found[key] = parse_values(f"{SWEEP}.{key}", given, reader(key))
+    return found
 
 
 def named_points(
@@ -104,17 +111,18 @@ def named_points(
     values: Mapping[str, Choice | Interval],
     name_of: Callable[[Point], str] | None = None,
 ) -> dict[str, Point]:
-    """The points by their names, in the order of the keys and their values.
+    """The points by name, in the order of the keys and their values.
 
     Args:
-        name_of: names a point; None names it `learning_rate=0.001,seed=2`.
+        name_of: names a point; None: as in `learning_rate=0.001,seed=2`.
 
     Raises:
-        UserError: for values of which there are infinitely many, too many points,
-            or two of one name.
+        UserError: for values of which there are infinitely many, too many points, or two points of
+            one name.
     """
     points = list(_drawn(config, values) if config.sweep_trials else _grid(config, values))
     short = short_names(list(values))
+
     named: dict[str, Point] = {}
     for point in points:
         name = name_of(point) if name_of else point_name(point, short)
@@ -132,26 +140,27 @@ def named_points(
 
 
 def point_name(point: Point, short: Mapping[str, str]) -> str:
-    """`learning_rate=0.001,seed=2`, of letters that folders, shells and SLURM take as they are."""
+    """`learning_rate=0.001,seed=2`, of characters that need no quotes in shells,
+    SLURM and file names."""
     return ",".join(f"{short[key]}={_safe(shown(value))}" for key, value in point.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """For each dotted key its last part, with those before it where others end alike.
+    """The last part of each dotted key, with as many parts before it as tell it from the others.
 
     `["training.steps", "retriever_training.steps", "seed"]` have `training.steps`,
     `retriever_training.steps`, `seed`.
     """
-    parts = {key: key.split(".") for key in keys}
     short = {}
     for key in keys:
-        tails = (".".join(parts[key][-count:]) for count in range(1, len(parts[key]) + 1))
-        alone = (
-            tail
-            for tail in tails
-            if not any(f".{other}".endswith(f".{tail}") for other in keys if other != key)
-        )
-        short[key] = next(alone, key)
+        parts = key.split(".")
+        others = [f".{other}" for other in keys if other != key]
+        short[key] = key
+        for count in range(1, len(parts) + 1):
+            tail = ".".join(parts[-count:])
+            if not any(other.endswith(f".{tail}") for other in others):
+                short[key] = tail
+                break
     return short
 
 
@@ -161,7 +170,7 @@ def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Itera
         if isinstance(of, Interval):
             raise UserError(
                 f"sweep.{key} is {config.sweep[key]}, a range to draw from; say how many points to "
-                "draw with sweep_trials=N"
+                "draw with sweep_trials=N, for example sweep_trials=20"
             )
         lists[key] = of.values
     count = math.prod(map(len, lists.values()))
@@ -174,10 +183,11 @@ def _grid(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> Itera
 
 
 def _drawn(config: SweepConfig, values: Mapping[str, Choice | Interval]) -> list[Point]:
-    """Different points, the first of them the same for any number of trials."""
+    """Different random points; more trials only add points."""
     trials = config.sweep_trials or 0
     if trials > MAX_POINTS:
         raise UserError(f"sweep_trials is {trials:,}; it must be at most {MAX_POINTS:,}")
+
     source = random.Random(config.sweep_seed)
     different: dict[str, Point] = {}
     for _ in range(_DRAWS * trials):

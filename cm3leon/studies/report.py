@@ -1,5 +1,4 @@
-"""The page of a study: aims, its evaluations, its runs, and of what is swept the best point,
-curves and a table."""
+"""The page of a study: aims, evaluations, runs; for a sweep the best point, curves and a table."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ from cm3leon.evaluation.report import (
     numbers,
     write_report,
 )
-from cm3leon.evaluation.report.answers import Example, aim_fact, evaluation_section
+from cm3leon.evaluation.report.answers import AnsweredItem, aim_fact, evaluation_section
 from cm3leon.provenance import machines
 from cm3leon.stages.attribution import attribution
 from cm3leon.studies.config import Study
-from cm3leon.studies.results import Entry, Result, columns
+from cm3leon.studies.results import RunResult, StudyEntry, columns, is_number
 
 COLUMNS = 12
-"""Figures of the table of points, the one that counts first; the CSV has all."""
+"""Most figures in the table of points, the one that decides first; the CSV has all."""
 KEPT = "All figures and settings are in results.json; the same command makes only what is missing."
 SEEDS = (
     "Figures are means over the seeds, ± the standard deviation between runs; in brackets the "
@@ -43,18 +42,19 @@ def study_report(
     path: Path,
     study: Study,
     results: Mapping[str, Any],
-    examples: Mapping[str, Sequence[Sequence[Example]]],
-    entries: Sequence[Entry],
+    examples: Mapping[str, Sequence[Sequence[AnsweredItem]]],
+    entries: Sequence[StudyEntry],
 ) -> None:
-    """Writes the page, with links to the pages of the runs, whose folders lie beside it.
+    """Write the page, with links to the pages of the runs, whose folders lie beside it.
 
     Args:
-        results: what results.json has.
-        examples: for each evaluation, those of each of its rows.
-        entries: what the runs came to.
+        results: the content of results.json.
+        examples: for each evaluation, the examples of each row.
+        entries: the entries with their results.
     """
     config, evaluations = study.config, results["evaluations"]
     facts = [aim_fact(aim, evaluations) for aim in config.aims if aim.evaluation in evaluations]
+
     sections = []
     for name, found in evaluations.items():
         asked = study.evaluations[name]
@@ -67,20 +67,22 @@ def study_report(
         facts += _facts(entry)
         sections += _points(entry, path.parent)
 
-    again, folders = results["again"], [study.folder, *(study.folder / name for name in study.runs)]
-    whose = attribution(
-        [study.experiment(name) for name in study.runs],
-        study.evaluations.values(),
-        [folder for each in study.evaluations.values() for folder in each.models.values()],
-    )
-    origin = Origin(str(config.name), again, datetime.now(UTC), machines(folders))
+    # Whose data and weights went into it, and where and how it was made.
+    models: list[Path] = []
+    for evaluation in study.evaluations.values():
+        models += evaluation.models.values()
+    experiments = [study.experiment(name) for name in study.runs]
+    whose = attribution(experiments, study.evaluations.values(), models)
+    folders = [study.folder, *(study.folder / name for name in study.runs)]
+    origin = Origin(str(config.name), results["again"], datetime.now(UTC), machines(folders))
+
     sections += [*_failures(swept), *_times(results["seconds"]), origin.section()]
     footer = "\n\n".join(filter(None, [KEPT, whose]))
     write_report(path, Report(config.title, config.about, facts, sections, footer=footer))
 
 
-def _facts(entry: Entry) -> list[Fact]:
-    """The best point, large, and how many are finished."""
+def _facts(entry: StudyEntry) -> list[Fact]:
+    """The best point, and how many points are finished."""
     winner, of = entry.best, f", {entry.name}" if entry.name else ""
     facts = [Fact(f"points finished{of}", f"{len(entry.finished)} of {len(entry.results)}")]
     if winner:
@@ -89,25 +91,25 @@ def _facts(entry: Entry) -> list[Fact]:
     return facts
 
 
-def _points(entry: Entry, folder: Path) -> list[Section]:
-    """Curves of the points of an entry, and a row for each with its values,
-    the figure that counts first."""
+def _points(entry: StudyEntry, folder: Path) -> list[Section]:
+    """Curves of an entry's points, and a table with a row for each, the deciding figure first."""
     of, results = f" of {entry.name}" if entry.name else "", entry.results
-    curves = _curves(entry)
-    leads: list[dict[str, Cell]] = [
-        {key: shown(value) for key, value in result.point.items()} for result in results
-    ]
+    leads: list[dict[str, Cell]] = []
+    for result in results:
+        leads.append({key: shown(value) for key, value in result.point.items()})
     figures = sorted(columns(results), key=lambda name: name != entry.column)[:COLUMNS]
     best = [index for index, result in enumerate(results) if result is entry.best]
     note = f"The best by {entry.column} is marked." if best else ""
-    return [
-        *([Section(f"Curves{of}", blocks=curves)] if curves else []),
-        Section(f"Points{of}", blocks=[_table(results, leads, figures, folder, note, best)]),
-    ]
+
+    sections = []
+    if curves := _curves(entry):
+        sections.append(Section(f"Curves{of}", blocks=curves))
+    table = _table(results, leads, figures, folder, note, best)
+    return [*sections, Section(f"Points{of}", blocks=[table])]
 
 
-def _runs(study: Study, entries: Sequence[Entry]) -> list[Section]:
-    """The runs that sweep nothing: their experiments, what was changed in these,
+def _runs(study: Study, entries: Sequence[StudyEntry]) -> list[Section]:
+    """The runs that sweep nothing: their experiments, what was changed in them,
     and their losses."""
     if not entries:
         return []
@@ -119,6 +121,8 @@ def _runs(study: Study, entries: Sequence[Entry]) -> list[Section]:
         lead["changed in it"] = ", ".join(f"{key} {shown(value)}" for key, value in changed)
         results.append(result)
         leads.append(lead)
+
+    # Figures of parts stay on the runs' own pages.
     figures = [name for name in columns(results) if "." not in name]
     losses = [result.figures.get("loss", math.inf) for result in results]
     best = [losses.index(min(losses))] if len(set(losses)) > 1 else []
@@ -126,14 +130,14 @@ def _runs(study: Study, entries: Sequence[Entry]) -> list[Section]:
 
 
 def _table(
-    results: Sequence[Result],
+    results: Sequence[RunResult],
     leads: Sequence[Mapping[str, Cell]],
     figures: Sequence[str],
     folder: Path,
     note: str,
     best: Sequence[int],
 ) -> Table:
-    """A row for each result: what leads it, its state, its page if any has one, its figures."""
+    """A row for each result: its lead, its state, its page if any has one, its figures."""
     pages = [page_of(result.name, folder) for result in results]
     rows = []
     for result, lead, page in zip(results, leads, pages, strict=True):
@@ -146,8 +150,8 @@ def _table(
     return Table.of(rows, " ".join(filter(None, [note, seeds])), best)
 
 
-def _cell(result: Result, name: str) -> Cell:
-    """A figure; over several seeds the mean, with the deviation and the interval of the mean."""
+def _cell(result: RunResult, name: str) -> Cell:
+    """A figure; over several seeds the mean, its deviation and its interval."""
     if name not in result.spread:
         return result.figures.get(name)
     over = result.spread[name]
@@ -158,60 +162,57 @@ def _cell(result: Result, name: str) -> Cell:
 def _times(seconds: Mapping[str, Mapping[str, float]]) -> list[Section]:
     if not seconds:
         return []
-    rows: list[dict[str, Cell]] = [
-        {
-            "run": name,
-            "stages, in seconds": " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items()),
-            "seconds": round(sum(of.values())),
-        }
-        for name, of in seconds.items()
-    ]
-    total = sum(sum(of.values()) for of in seconds.values())
+    rows: list[dict[str, Cell]] = []
+    total = 0.0
+    for name, of in seconds.items():
+        stages = " ".join(f"{stage} {spent:.0f}" for stage, spent in of.items())
+        spent = sum(of.values())
+        rows.append({"run": name, "stages, in seconds": stages, "seconds": round(spent)})
+        total += spent
     text = f"All runs together took {total / 60:.1f} minutes."
     return [Section("Time", text, [Table.of(rows)])]
 
 
-def _curves(entry: Entry) -> list[Curves]:
-    """The figure against each swept key that has numbers,
-    a line for each combination of the others.
+def _curves(entry: StudyEntry) -> list[Curves]:
+    """The deciding figure against each numeric swept key,
+    one line for each combination of the others.
 
-    Seeds are no line of their own: where there are several, the line is their mean,
-    and a band from lowest to highest.
+    Seeds have no lines of their own: the line is their mean, in a band from lowest to highest.
     """
     able = [result for result in entry.finished if result.has(entry.column)]
     keys = _numeric_keys(able)
     return [_curve(able, key, entry.column, key in entry.plan.logarithmic) for key in keys]
 
 
-def _numeric_keys(results: Sequence[Result]) -> list[str]:
-    """Swept keys, but seeds, that have two or more numbers and nothing else."""
+def _numeric_keys(results: Sequence[RunResult]) -> list[str]:
+    """Swept keys other than seeds that have only numbers, and at least two."""
     found = []
     for key in results[0].point if results else ():
         values = [result.point[key] for result in results]
-        numeric = all(
-            isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
-        )
-        if numeric and len(set(values)) > 1 and not _is_seed(key):
+        if len(set(values)) > 1 and all(map(is_number, values)) and not _is_seed(key):
             found.append(key)
     return found
 
 
-def _curve(results: Sequence[Result], key: str, column: str, logarithmic: bool) -> Curves:
+def _curve(results: Sequence[RunResult], key: str, column: str, logarithmic: bool) -> Curves:
     log_x = logarithmic or is_logarithmic(key, [result.point[key] for result in results])
+
+    # line -> x -> the figures of all seeds.
     lines: dict[str, dict[float, list[float]]] = {}
     for result in results:
-        others = ", ".join(
-            f"{other.split('.')[-1]} {shown(value)}"
-            for other, value in result.point.items()
-            if other != key and not _is_seed(other)
-        )
-        line = lines.setdefault(others or column, {})
+        others = []
+        for other, value in result.point.items():
+            if other != key and not _is_seed(other):
+                others.append(f"{other.split('.')[-1]} {shown(value)}")
+        line = lines.setdefault(", ".join(others) or column, {})
         line.setdefault(result.point[key], []).append(result.figures[column])
+
     series = []
     for name, at in lines.items():
         ordered = sorted(at)
-        mean, low, high = ([of(at[x]) for x in ordered] for of in (statistics.fmean, min, max))
-        series.append(Series(name, ordered, mean, low, high))
+        figures = [at[x] for x in ordered]
+        mean, low, high = map(statistics.fmean, figures), map(min, figures), map(max, figures)
+        series.append(Series(name, ordered, list(mean), list(low), list(high)))
     return Curves(series, x_label=key, y_label=column, log_x=log_x)
 
 
@@ -219,12 +220,14 @@ def _is_seed(key: str) -> bool:
     return key.split(".")[-1] == "seed"
 
 
-def _failures(entries: Collection[Entry]) -> list[Section]:
-    rows: list[dict[str, Cell]] = [
-        {"point": result.name, "state": result.state, "reason": result.error}
-        for entry in entries
-        for result in entry.results
-        if result.state != "finished"
-    ]
-    text = "The same command, given again, tries these and no others."
-    return [Section("Not finished", text, [Table.of(rows)])] if rows else []
+def _failures(entries: Collection[StudyEntry]) -> list[Section]:
+    rows: list[dict[str, Cell]] = []
+    for entry in entries:
+        for result in entry.results:
+            if result.state != "finished":
+                row = {"point": result.name, "state": result.state, "reason": result.error}
+                rows.append({**row})
+    if not rows:
+        return []
+    text = "The same command, given again, tries only these points."
+    return [Section("Not finished", text, [Table.of(rows)])]

@@ -1,5 +1,12 @@
-"""What the runs of a study came to: read from their folders, put into one table,
-the best of what is swept marked."""
+"""Results of a study's runs: read from their folders, put into one table, the best points marked.
+
+With two seeds, a swept entry `lr` becomes rows like these. A run's figures are one result each;
+the entry has one result a point, the mean over the seeds:
+
+    runs      lr-0.001          loss 3.10     lr-0.003          loss 2.98
+              lr-0.001-seed_1   loss 3.14     lr-0.003-seed_1   loss 3.02
+    entry lr  lr-0.001          loss 3.12     lr-0.003          loss 3.00   best
+"""
 
 from __future__ import annotations
 
@@ -25,67 +32,65 @@ from cm3leon.studies.seeds import first_runs, name_of
 from cm3leon.types import UserError
 
 LOWEST = "lowest loss"
-"""What a point is best by, if nothing else is said."""
+"""What makes a point the best, unless `sweep_best` says otherwise."""
 State = Literal["finished", "failed", "missing"]
-"""finished and failed as its run said; missing: it has not begun, still runs,
-or has ended without a word."""
+"""finished, failed: as the run recorded. missing: not started, still running, or ended without a
+record."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """A run of a study, be it a point of what is swept or not."""
+class RunResult:
+    """The result of a run of a study, or the mean of its seeds."""
 
     name: str
     point: Point
     state: State
     figures: Mapping[str, float] = field(default_factory=dict)
-    """By the columns of the table; of several seeds the mean."""
+    """By columns of the table; means over the seeds."""
     error: str = ""
     """Why it failed, in a sentence."""
     spread: Mapping[str, OverRuns] = field(default_factory=dict)
-    """How each figure varies over the seeds of the study; empty for a single seed."""
+    """How each figure varies over the seeds; {} for a single seed."""
 
     def has(self, column: str) -> bool:
-        """Whether it has a finite figure of that name."""
+        """Whether it has a finite figure of this name."""
         return math.isfinite(self.figures.get(column, math.nan))
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An entry of a study, with what each of its points came to over the seeds;
-    one that sweeps nothing has one."""
+class StudyEntry:
+    """An entry of a study with a result for each of its points;
+    an entry without a sweep has one."""
 
     name: str
-    """Empty in a sweep."""
+    """"" in a sweep."""
     plan: StudyRun
-    results: Sequence[Result]
+    results: Sequence[RunResult]
 
     @property
     def wanted(self) -> str:
-        """What the best point is best by, `lowest loss`."""
+        """What makes a point the best, such as `lowest loss`."""
         return self.plan.sweep_best or LOWEST
 
     @property
     def column(self) -> str:
-        """The figure in that."""
+        """The figure that decides which point is best."""
         return self.wanted.partition(" ")[2]
 
     @property
-    def finished(self) -> list[Result]:
-        """The points that are."""
+    def finished(self) -> list[RunResult]:
+        """The results of finished points."""
         return [result for result in self.results if result.state == "finished"]
 
     @property
-    def best(self) -> Result | None:
-        """The finished point that is best; None where none has that figure,
-        and where nothing is swept."""
+    def best(self) -> RunResult | None:
+        """The best finished point; None if none has the figure, or nothing is swept."""
         sign = 1 if self.wanted.startswith("lowest") else -1
         able = [result for result in self.finished if self.plan.sweep and result.has(self.column)]
         return min(able, key=lambda result: sign * result.figures[self.column], default=None)
 
     def check_best(self) -> None:
-        """Raises UserError where points are finished,
-        and none of them has the column of `sweep_best`."""
+        """Raise UserError if points are finished and none has the column of `sweep_best`."""
         known = columns(self.finished)
         if self.plan.sweep_best and known and self.column not in known:
             raise UserError(
@@ -94,43 +99,48 @@ class Entry:
             )
 
 
-def results_of(study: Study) -> dict[str, Result]:
-    """What every run of a study came to, by its name."""
+def results_of(study: Study) -> dict[str, RunResult]:
+    """The result of every run of a study, by name."""
     found = {}
     for name, run in study.runs.items():
         state, error = _state(study, name)
         figures = read_figures(study.folder / name) if state == "finished" else {}
-        found[name] = Result(name, run.point, state, figures, error)
+        found[name] = RunResult(name, run.point, state, figures, error)
     return found
 
 
-def entries_of(study: Study, results: Mapping[str, Result]) -> list[Entry]:
+def entries_of(study: Study, results: Mapping[str, RunResult]) -> list[StudyEntry]:
     """The entries of a study, each with its points and their figures over the seeds."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, StudyEntry] = {}
     for name in first_runs(study.runs):
         run = study.runs[name]
         of_seeds = [results[name_of(name, seed)] for seed in range(study.config.seeds)]
-        of = entries.get(run.entry, Entry(run.entry, run.plan, ()))
+        of = entries.get(run.entry, StudyEntry(run.entry, run.plan, ()))
         entries[run.entry] = replace(of, results=[*of.results, _over_seeds(of_seeds)])
     return list(entries.values())
 
 
-def _over_seeds(results: Sequence[Result]) -> Result:
-    """The first seed's result with the mean and the spread of each figure;
-    an unfinished one stands for all."""
+def _over_seeds(results: Sequence[RunResult]) -> RunResult:
+    """The first seed's result with the mean and spread of each figure; if a seed is unfinished, its
+    result."""
     first = results[0]
-    unfinished = next((each for each in results if each.state != "finished"), None)
-    if unfinished or len(results) == 1:
-        return replace(unfinished or first, name=first.name)
-    shared = [key for key in first.figures if all(key in each.figures for each in results)]
-    values = {key: [each.figures[key] for each in results] for key in shared}
-    means = {key: statistics.fmean(several) for key, several in values.items()}
-    spread = {key: over_runs(several) for key, several in values.items()}
+    for result in results:
+        if result.state != "finished":
+            return replace(result, name=first.name)
+    if len(results) == 1:
+        return first
+
+    means, spread = {}, {}
+    for name in first.figures:
+        values = [result.figures[name] for result in results if name in result.figures]
+        if len(values) == len(results):
+            means[name] = statistics.fmean(values)
+            spread[name] = over_runs(values)
     return replace(first, figures=means, spread=spread)
 
 
 def _state(study: Study, name: str) -> tuple[State, str]:
-    """How a run ended: a point as it has written down, any other run by its last stage."""
+    """How a run ended: for a point as it recorded, for any other run by its last stage."""
     experiment, folder = study.experiment(name), study.folder / name
     if study.runs[name].plan.sweep:
         outcome = outcome_of(experiment, folder)
@@ -140,10 +150,10 @@ def _state(study: Study, name: str) -> tuple[State, str]:
 
 
 def read_figures(folder: Path) -> dict[str, float]:
-    """The figures of a run folder, of the stages that it has.
+    """The figures in a run folder, of the stages that are there.
 
-    `loss` and others of the validation documents after pretraining, `train.*` of its last record,
-    `reconstruction.*`, and from metrics.json `EVALUATION-VALUE-VALUE.METRIC` of each row of an
+    `loss` and other figures of the validation documents after pretraining; `train.*` of its last
+    record; `reconstruction.*`; from metrics.json `EVALUATION-VALUE-VALUE.METRIC` of each row of an
     evaluation, and `seconds`.
     """
     found: dict[str, float] = dict(_numbers(_json(folder / "pretraining" / "validation.json")))
@@ -157,6 +167,7 @@ def read_figures(folder: Path) -> dict[str, float]:
             f"{folder / 'metrics.json'} is of an earlier version; run the point again, which makes "
             "its evaluation anew"
         )
+
     for name, rows in metrics.get("evaluations", {}).items():
         for row in rows:
             title = "-".join([name, *map(shown, row["point"].values())])
@@ -171,29 +182,38 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a mapping, also those given with an interval."""
-    values = {
-        key: value["value"] if isinstance(value, dict) and "value" in value else value
-        for key, value in content.items()
-    }
-    return {prefix + key: value for key, value in values.items() if _is_number(value)}
+    """The numbers of a mapping, also those that come with an interval."""
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and "value" in value:
+            value = value["value"]
+        if is_number(value):
+            found[prefix + key] = value
+    return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def columns(results: Sequence[Result]) -> list[str]:
+def columns(results: Sequence[RunResult]) -> list[str]:
     """The names of the figures, in the order of their first appearance."""
-    return list(dict.fromkeys(name for result in results for name in result.figures))
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result.figures)
+    return list(names)
 
 
-def as_csv(results: Sequence[Result], best: Collection[Result | None]) -> str:
-    """The table: a line for each run, with its name, the swept keys, its state, whether it is best,
-    its figures."""
+def as_csv(results: Sequence[RunResult], best: Collection[RunResult | None]) -> str:
+    """The table: for each run its name, the swept keys, its state, whether it is best, its
+    figures."""
+    keys: dict[str, None] = {}
+    for result in results:
+        keys |= dict.fromkeys(result.point)
     names, text = columns(results), io.StringIO()
-    keys = dict.fromkeys(key for result in results for key in result.point)
     winners = [winner.name for winner in best if winner]
+
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["point", *keys, "state", "best", *names])
     for result in results:

@@ -1,5 +1,4 @@
-"""A study is run: what is missing of its runs and answers is made, then measured,
-and one page shows it."""
+"""Run a study: make what is missing of its runs and answers, measure, and write its page."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from typing import Any
 from cm3leon.config import choices, dump_yaml
 from cm3leon.evaluate import Evaluation, Row, figures_line
 from cm3leon.evaluation.report import write_page
-from cm3leon.evaluation.report.answers import Example
+from cm3leon.evaluation.report.answers import AnsweredItem
 from cm3leon.io import read_json, write_json, write_text
 from cm3leon.launch.follow import refuse_twice
 from cm3leon.launch.runs import launched
@@ -43,22 +42,24 @@ from cm3leon.types import UserError
 
 RESULTS, REPORT = "results.json", "report.html"
 WAIT = 24 * 3600
-"""Seconds that a rank waits for those that have more to answer."""
+"""Seconds that a rank waits for ranks with more to answer."""
 
-Found = Mapping[str, tuple[list[dict[str, Any]], list[Sequence[Example]]]]
-"""For each evaluation the results of its rows, and what is shown of each."""
+Found = Mapping[str, tuple[list[dict[str, Any]], list[Sequence[AnsweredItem]]]]
+"""For each evaluation the results of its rows, and the answered items to show of each."""
 
 
 def is_made_here(study: Study) -> bool:
-    """Whether this process makes the jobs of a study and waits: a sweep that is finished,
+    """Whether this process starts the jobs of a study and waits for them: a sweep that is finished,
     or whose launcher waits."""
     detached = LAUNCHERS.get(study.config.launcher.name).detached
     return study.kind == "sweep" and not (detached and unfinished(study, list(study.runs)))
 
 
 def launch_study(study: Study, *, until: str | None = None, redo: Collection[str] = ()) -> int:
-    """Gives a study to its launcher, and says how to follow it. Returns an exit code,
-    0 where none is known yet.
+    """Hand a study to its launcher, and print how to follow it.
+
+    Returns:
+        an exit code; 0 if none is known yet.
 
     Raises:
         UserError: as `run_study`, and for what the launcher can know to be impossible.
@@ -84,21 +85,22 @@ def run_study(
     redo: Collection[str] = (),
     asked: tuple[int, int] | None = None,
 ) -> None:
-    """Makes the runs that are not finished, then the evaluations, and says where the report is.
+    """Make the runs that are not finished, then the evaluations, and print where the report is.
 
     Args:
-        until: name of a run or evaluation after which it ends.
-        redo: stages of the runs that may be made anew although they are expensive,
-            with all that depend on them.
-        asked: (k, n): only share k of n of the answers is made, and nothing measured.
+        until: name of the last run or evaluation to make.
+        redo: stages of the runs that may be made anew although they are expensive, with all stages
+            that depend on them.
+        asked: (k, n): make only share k of n of the answers, and measure nothing.
 
     Raises:
-        UserError: for an unknown `until` or `redo`, a folder that is no run's, whatever a run or an
-            evaluation finds wrong, and points that failed.
+        UserError: for an unknown `until` or `redo`, a folder that is not this study's, a mistake
+            that a run or an evaluation finds, and points that failed.
     """
     wanted = parts_until(study, until)
     check_study_redo(study, redo)
     check_run_folder(study.folder)
+
     rank = current_rank()
     if study.kind == "sweep":
         if rank:
@@ -109,7 +111,8 @@ def run_study(
         refuse_twice(study.folder)
     make_folder(study.folder, "run")
     first = rank is None or rank.number == 0
-    # The answers of a study may be shared by jobs; whoever measures them holds the folder alone.
+
+    # Several jobs may make answers at the same time; the one that measures has the folder alone.
     alone = locked(study.folder, shared=asked is not None)
     with alone if first else nullcontext(), naming(study.folder):
         if first and asked is None:
@@ -123,32 +126,37 @@ def run_study(
 
 
 def write_results(study: Study, found: Found | None = None) -> None:
-    """Writes `results.json`, the table and the page of the runs as they stand,
-    and prints the best and what is missing.
+    """Write `results.json`, the table and the page of the runs as they are, and print the best
+    points and what is missing.
 
     Args:
-        found: what the evaluations came to; None where they were not made.
+        found: results of the evaluations; None if they were not made.
 
     Raises:
-        UserError: where no point has the figure of `sweep_best`, when all are written.
+        UserError: if no point has the figure of `sweep_best`, after everything is written.
     """
     results, found, folder = results_of(study), found or {}, study.folder
     entries = entries_of(study, results)
-    means = [result for entry in entries for result in entry.results]
     alone = [name for name, run in study.runs.items() if not run.plan.sweep]
+    spread = {}
+    for entry in entries:
+        for result in entry.results:
+            if result.spread:
+                spread[result.name] = asdict(result)["spread"]
     content = {
         "again": command_line(f"experiment={study.file}", f"run={folder}"),
         study.kind: study.written,
         "seconds": {name: _seconds(folder / name) for name in alone},
         "validation": {name: _validation(folder / name) for name in study.runs},
         "runs": [asdict(result) for result in results.values()],
-        "over_seeds": {result.name: asdict(result)["spread"] for result in means if result.spread},
+        "over_seeds": spread,
         "evaluations": {name: rows for name, (rows, _) in found.items()},
     }
     write_json(folder / RESULTS, content)
     examples = {name: examples for name, (_, examples) in found.items()}
     study_report(folder / REPORT, study, content, examples, entries)
 
+    # The same for the terminal.
     for result in results.values():
         if result.state != "finished":
             print(f"{result.state}: {result.name}{result.error and f', {result.error}'}")
@@ -160,13 +168,17 @@ def write_results(study: Study, found: Found | None = None) -> None:
         write_page(table, as_csv(list(results.values()), [entry.best for entry in entries]))
         print(f"table: {table}")
     print(f"report: {folder / REPORT}", flush=True)
+
     for entry in entries:
         entry.check_best()
 
 
 def parts_until(study: Study, until: str | None) -> list[str]:
     """The runs and evaluations of a study up to one of them.
-    Raises UserError for an `until` that is none of them."""
+
+    Raises:
+        UserError: for an `until` that is not one of them.
+    """
     names = [*study.runs, *study.evaluations]
     if until is None:
         return names
@@ -178,10 +190,12 @@ def parts_until(study: Study, until: str | None) -> list[str]:
 
 
 def check_study_redo(study: Study, redo: Collection[str]) -> None:
-    """Raises UserError for a name in `redo` that is a stage of none of the runs."""
+    """Raise UserError for a name in `redo` that is not a stage of any run."""
     if not redo:
         return
-    known = {stage.name for name in study.runs for stage in stages_of(study.experiment(name))}
+    known: set[str] = set()
+    for name in study.runs:
+        known.update(stage.name for stage in stages_of(study.experiment(name)))
     for name in redo:
         if name not in known:
             raise UserError(
@@ -191,26 +205,26 @@ def check_study_redo(study: Study, redo: Collection[str]) -> None:
 
 
 def rows_of_seeds(study: Study, name: str) -> list[list[Row]]:
-    """The rows of an evaluation; each is a list of what it is for every seed."""
-    names = first_runs(study.runs)
-    return [
-        [row_of_seed(row, names, study.folder, seed) for seed in range(study.config.seeds)]
-        for row in rows(name, study.evaluations[name])
-    ]
+    """The rows of an evaluation, each as the list of its rows for every seed."""
+    names, seeds = first_runs(study.runs), range(study.config.seeds)
+    found = []
+    for row in rows(name, study.evaluations[name]):
+        found.append([row_of_seed(row, names, study.folder, seed) for seed in seeds])
+    return found
 
 
 # -------------------------------------------------------------------------------------------- parts
 
 
 def _make_runs(study: Study, wanted: Collection[str], redo: Collection[str]) -> None:
-    """Makes the runs that are missing, in their order; points of an entry as jobs of the launcher.
+    """Make the missing runs in their order; the points of an entry as jobs of the launcher.
 
     Raises:
-        UserError: for points that failed, when the page is written of what there is.
+        UserError: for points that failed, after the page of what there is was written.
     """
     number = itertools.count(1)
     for batch in study.batches():
-        # Ranks were started together, and train every run together.
+        # Ranks that were started together train every run together, points too.
         if study.runs[batch[0]].plan.sweep and current_rank() is None:
             _make_points(study, batch, [name for name in batch if name in wanted], redo)
             continue
@@ -225,7 +239,7 @@ def _make_runs(study: Study, wanted: Collection[str], redo: Collection[str]) -> 
 def _make_points(
     study: Study, batch: Sequence[str], wanted: Sequence[str], redo: Collection[str]
 ) -> None:
-    """Gives the missing points of an entry to the launcher, and waits for them."""
+    """Hand the missing points of an entry to the launcher, and wait for them."""
     missing = _missing_points(study, wanted)
     if missing:
         jobs = point_jobs(study, batch, missing, redo)
@@ -240,7 +254,7 @@ def _make_points(
 
 
 def _missing_points(study: Study, wanted: Sequence[str]) -> list[str]:
-    """Those of the points that are not finished, and says how many they are."""
+    """The points that are not finished; prints how many they are."""
     missing = unfinished(study, wanted)
     if wanted:
         print(f"{len(wanted)} points in {study.folder}, {len(missing)} to run", flush=True)
@@ -248,8 +262,8 @@ def _missing_points(study: Study, wanted: Sequence[str]) -> list[str]:
 
 
 def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | None) -> Found:
-    """What the evaluations came to; empty on all ranks but the first,
-    and where only a share is answered."""
+    """The results of the evaluations; {} on all ranks but the first,
+    and if only a share is answered."""
     found = {}
     with joined(current_rank(), WAIT) as ranks:
         share = asked or (ranks.rank, ranks.count)
@@ -257,6 +271,8 @@ def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | Non
             evaluation = study.evaluations[name]
             asking = Evaluation(evaluation.protocol, study.folder / "answers")
             of_seeds = rows_of_seeds(study, name)
+
+            # Each rank or job answers every n-th file; the first rank measures when all are there.
             for row in itertools.chain(*of_seeds):
                 asking.answer(row, range(share[0], asking.shards(row), share[1]))
             ranks.barrier()
@@ -267,11 +283,10 @@ def _evaluated(study: Study, wanted: Sequence[str], asked: tuple[int, int] | Non
 
 def _measured(
     asking: Evaluation, name: str, evaluation: StudyEvaluation, of_seeds: Sequence[Sequence[Row]]
-) -> tuple[list[dict[str, Any]], list[Sequence[Example]]]:
-    """The result of each row of an evaluation, and for each what is shown of it:
-    the first seed's."""
+) -> tuple[list[dict[str, Any]], list[Sequence[AnsweredItem]]]:
+    """The result of each row of an evaluation, and the first seed's answered items to show."""
     results: list[dict[str, Any]] = []
-    pictures: list[Sequence[Example]] = []
+    pictures: list[Sequence[AnsweredItem]] = []
     for of_row in of_seeds:
         first = of_row[0]
         result = over_seeds([asking.measure(row) for row in of_row])
@@ -294,13 +309,12 @@ def _measured(
 
 
 def _validation(folder: Path) -> dict[str, float]:
-    """The losses of a run's validation documents after its training;
-    empty for one that did not train."""
+    """The losses of a run's validation documents after its training; {} if it did not train."""
     file = folder / "pretraining" / "validation.json"
     return read_json(file, {str: (int, float)}) if file.is_file() else {}
 
 
 def _seconds(folder: Path) -> dict[str, float]:
-    """How long each stage of a run took."""
+    """Seconds that each stage of a run took."""
     stages = sorted(file.parent for file in folder.glob(f"*/{MARKER}"))
     return {stage.name: read_stage(stage)["seconds"] for stage in stages}

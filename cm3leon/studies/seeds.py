@@ -1,11 +1,10 @@
-"""Several seeds of one study: each run is made once for every seed,
-and each figure says how it varies.
+"""Several seeds of one study: each run is made once for every seed, and figures show how they vary.
 
-With `seeds: 3` a study that has the run `model` has the runs `model-seed_1` and `model-seed_2` too.
-Their experiments differ from the first one's in the seed alone, and where the first refers to a run
-of the study (`training.start: {run}/pretrain`), they refer to that run of their own seed:
+With `seeds: 3` a study that has the run `model` also has `model-seed_1` and `model-seed_2`. Their
+experiments differ from the first one's only in the seed. If the first one refers to a run of the
+study (`training.start: {run}/pretrain`), they refer to the run of their own seed:
 
-    pretrain          tuned           seed 0 of the experiment, or the one that is set for it
+    pretrain          tuned           seed 0, or the one that the experiment sets
     pretrain-seed_1   tuned-seed_1    that seed + 1
     pretrain-seed_2   tuned-seed_2    that seed + 2
 """
@@ -24,28 +23,32 @@ from cm3leon.evaluate import Row
 from cm3leon.evaluation.metrics import over_runs
 
 DRAWS = 2**20
-"""Distance between the first seeds of sampling of one seed and the next:
-more than items there are."""
+"""Distance between the sampling seeds of neighbouring study seeds: more than there are items."""
 PARTS = ("metrics", "ceiling", "chance")
 """Groups of figures in the result of a row."""
 SHARES = ("all_documents", "truncated")
-"""Figures that stand by themselves in the result of a row, where it has them."""
+"""Single figures in the result of a row, if it has them."""
 _COPY = re.compile(r"(.+)-seed_\d+")
 
 
 def name_of(name: str, seed: int) -> str:
-    """The name of a run's copy with another seed; the first one keeps its own."""
+    """The name of a run's copy with another seed; with the first seed its own name."""
     return name if seed == 0 else f"{name}-seed_{seed}"
 
 
 def first_runs(names: Collection[str]) -> list[str]:
     """The runs of the first seed: those that are not copies of another run in `names`."""
-    copies = [name for name in names if (match := _COPY.fullmatch(name)) and match[1] in names]
-    return [name for name in names if name not in copies]
+    first = []
+    for name in names:
+        match = _COPY.fullmatch(name)
+        if not (match and match[1] in names):
+            first.append(name)
+    return first
 
 
 def of_seed(content: Any, names: Collection[str], folder: Path, seed: int) -> Any:
-    """The content with every path in the folder of one of the runs `names` moved to its copy's."""
+    """The content with every path into the folder of one
+    of the runs `names` moved to its copy's."""
     if isinstance(content, Mapping):
         return {key: of_seed(value, names, folder, seed) for key, value in content.items()}
     if isinstance(content, list):
@@ -55,9 +58,11 @@ def of_seed(content: Any, names: Collection[str], folder: Path, seed: int) -> An
 
     try:
         name, *rest = Path(content).relative_to(folder).parts
-    except ValueError:  # it is no path in the study's folder, or that folder itself
+    except ValueError:  # not a path inside the study's folder
         return content
-    return type(content)(folder.joinpath(name_of(name, seed), *rest)) if name in names else content
+    if name not in names:
+        return content
+    return type(content)(folder.joinpath(name_of(name, seed), *rest))
 
 
 def row_of_seed(row: Row, names: Collection[str], folder: Path, seed: int) -> Row:
@@ -74,18 +79,22 @@ def row_of_seed(row: Row, names: Collection[str], folder: Path, seed: int) -> Ro
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One result of a row out of those of its seeds;
-    what is no figure is that of the first seed."""
+    """Combine the results of a row for all seeds; what is not a figure is the first seed's."""
     first = dict(results[0])
     if len(results) == 1:
         return first
+
+    # Figures that every seed has.
     for part in PARTS:
-        if part in first:
-            first[part] = {
-                name: _combined([result[part][name] for result in results])
-                for name in first[part]
-                if all(name in result[part] for result in results)
-            }
+        if part not in first:
+            continue
+        combined = {}
+        for name in first[part]:
+            figures = [result[part][name] for result in results if name in result[part]]
+            if len(figures) == len(results):
+                combined[name] = _combined(figures)
+        first[part] = combined
+
     for share in SHARES:
         if share in first:
             first[share] = _combined([result[share] for result in results])
@@ -94,10 +103,10 @@ def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _combined(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of a figure over the seeds, with its interval over items and what it is over runs.
+    """The mean of a figure over the seeds, with its interval over items and its spread over runs.
 
-    The interval over items (`low`, `high`) is the mean of those of the runs:
-    how well one run is known.
+    The interval over items (`low`, `high`) is the mean of the runs' intervals: how well one run is
+    known.
     """
     values = [figure["value"] for figure in figures]
     return {

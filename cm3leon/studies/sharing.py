@@ -1,4 +1,10 @@
-"""Which points share stages: those whose stages up to pretraining read the same."""
+"""Which points share stages: those whose stages before pretraining read the same.
+
+A sweep over `training.learning_rate` and `seed`, where the seed changes the tokenizers too:
+
+    learning_rate=0.001,seed=0   learning_rate=0.003,seed=0     share the folder shared,seed=0
+    learning_rate=0.001,seed=1   learning_rate=0.003,seed=1     share the folder shared,seed=1
+"""
 
 from __future__ import annotations
 
@@ -24,19 +30,18 @@ from cm3leon.types import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """Points that are made of the same tokenizers, tokens, vectors and neighbours."""
+    """Points made of the same tokenizers, tokens, vectors and neighbours."""
 
     name: str
-    """Of the folder of what they share: `shared`, with what they have in common and others have
-    not."""
+    """Name of the folder of what they share: `shared`, with the values that they have in common and
+    other points have not."""
     points: tuple[str, ...]
     pretraining: bool
-    """Whether they share their pretraining, too."""
+    """Whether they share their pretraining too."""
 
 
 def groups_of(study: Study, names: Sequence[str]) -> list[Group]:
-    """The points of an entry by what their stages read:
-    those whose inputs up to pretraining are equal share them."""
+    """Group the points of an entry by what their stages read before pretraining."""
     alike: dict[str, list[str]] = {}
     trained: dict[str, set[str]] = {}
     corpora: dict[str, str | None] = {}
@@ -50,6 +55,8 @@ def groups_of(study: Study, names: Sequence[str]) -> list[Group]:
             run = RunFolder(
                 experiment, study.folder, torch.device("cpu"), corpus_fingerprint=corpora[data]
             )
+
+            # Digests of all that the stages up to pretraining depend on.
             stages = stages_of(experiment)
             last = number_of(stages, "pretraining", "until")
             inputs = [_inputs(stage, run) for stage in stages[: last + 1]]
@@ -63,22 +70,25 @@ def groups_of(study: Study, names: Sequence[str]) -> list[Group]:
     prefix = ",".join(filter(None, [first.entry, "shared"]))
     groups: dict[str, Group] = {}
     for before, members in alike.items():
-        common = {
-            key: value
-            for key, value in points[members[0]].items()
-            if all(points[name][key] == value for name in members)
-            and any(point[key] != value for point in points.values())
-        }
+        # Named by the values that all members have, and some other point has not.
+        common = {}
+        for key, value in points[members[0]].items():
+            shared = all(points[name][key] == value for name in members)
+            if shared and any(point[key] != value for point in points.values()):
+                common[key] = value
         folder = name_of(",".join(filter(None, [prefix, point_name(common, short)])), first.copy)
-        if folder in groups:  # they differ in what values of several keys make together
+
+        # Groups may differ only in what several keys make together; then the digest tells them
+        # apart.
+        if folder in groups:
             folder = f"{folder},{before[:8]}"
         groups[folder] = Group(folder, tuple(members), len(trained[before]) == 1)
     return list(groups.values())
 
 
 def _fingerprint(experiment: Experiment) -> str | None:
-    """That of the corpus; None where it cannot be told,
-    which the stages that read it say themselves."""
+    """The fingerprint of the corpus; None if it cannot be told,
+    which the stages that read it report."""
     try:
         return SOURCES.build(experiment.data).fingerprint()
     except UserError:
@@ -86,8 +96,7 @@ def _fingerprint(experiment: Experiment) -> str | None:
 
 
 def _inputs(stage: Stage[RunFolder], run: RunFolder) -> str:
-    """What a stage depends on, as text; where that cannot be told, why,
-    which its point will say."""
+    """What a stage depends on, as text; or why that cannot be told, which its point will report."""
     try:
         return json.dumps([stage.name, stage.inputs(run)], sort_keys=True)
     except UserError as error:

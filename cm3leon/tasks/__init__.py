@@ -1,1 +1,1 @@
-"""What is asked of the model: training documents to prompts, answers to segments."""
+"""What the model is asked: training documents become prompts, answers become segments."""

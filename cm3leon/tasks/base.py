@@ -1,4 +1,4 @@
-"""What a task is: a prompt for a document, and the document completed by the answer."""
+"""Base class of the tasks: a prompt for a document, and the document completed by the answer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Task:
     """Base of the tasks on documents of one text and one image."""
 
     retrieves_by: Modality
-    """The modality of the query that documents are retrieved by."""
+    """Modality of the query that documents are retrieved by."""
     answers_in: Modality
-    """The modality of the answer."""
+    """Modality of the answer."""
     guided: bool = False
     """Whether its prompts have an unconditional stream."""
     asked_again: bool = False
     """Whether a prompt has many right answers,
-    so that asking it again with another seed tells more."""
+    so that it is worth asking again with another seed."""
 
     def __init__(self, config: Any, *, vocab: Vocab, grid: Grid) -> None:
         self.config = config
@@ -54,21 +54,20 @@ class Task:
 
     @property
     def fresh_image(self) -> TokenSegment:
-        """The image that is asked for, of which there are no codes yet."""
+        """The image that is asked for, without codes yet."""
         return TokenSegment("image", np.empty(0, np.int64), grid=self.grid)
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
-        """The prompt that asks for the task's answer to `query`,
-        with retrieved documents before it."""
+        """The prompt for the task's answer to `query`, with retrieved documents before it."""
         raise NotImplementedError
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
-        """The query with the answer put where it belongs."""
+        """The query with the answer in its position."""
         raise NotImplementedError
 
     def shortened(self, query: TokenDocument) -> TokenDocument | None:
-        """The query with less of its context, for a prompt that is too long;
-        None where all of it is needed."""
+        """The query with less context, for a prompt that is too long;
+        None if all of it is needed."""
         return None
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
@@ -105,11 +104,11 @@ def infilling_prompt(
     length: int,
     closed: tuple[int, ...] = (),
 ) -> Prompt:
-    """Asks for a span of the query's segment of that modality,
-    by the form that the CM3 objective trains.
+    """The prompt for a span of the query's segment of a modality, in the form that CM3 trains.
 
-    The span [start, end) counts from the segment's beginning. "a red dog" with the span "red dog"
-    asks with `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>` and ends in `<end_of_span>`.
+    The span [start, end) counts from the segment's start. "a red dog" with the span "red dog"
+    becomes `<eos> a <mask:0> <break> I7 I2 I9 I4 <eos> <mask:0>`, and the answer ends in
+    `<end_of_span>`.
 
     Args:
         length: most tokens of the answer.
@@ -118,60 +117,65 @@ def infilling_prompt(
     laid_out = lay_out(sample, vocab)
     segment = next(s for s in laid_out.segments if s.is_query and s.modality == modality)
     start, end = segment.start + span[0], segment.start + span[1]
+
+    # The rotated sample ends in the span's tokens and `<end_of_span>`, which are the answer.
     rotated_T, _ = rotate(laid_out.ids_T, [(start, end)], vocab)
     asked_T = rotated_T[: len(rotated_T) - (end - start) - 1]
     return Prompt(asked_T, modality, length, vocab.end_of_span, closed=closed)
 
 
 def masked(
-    document: TokenDocument, places: Collection[int], vocab: Vocab, *, first: int = 0
+    document: TokenDocument, indices: Collection[int], vocab: Vocab, *, first: int = 0
 ) -> TokenDocument:
-    """The document with a sentinel for each segment of those numbers,
-    as training masks segments whole.
+    """The document with a sentinel for each of these segments, as training masks whole segments.
 
     Args:
-        first: number of the first sentinel; the others count on from it.
+        indices: of the segments.
+        first: number of the first sentinel; the others follow it.
 
     Raises:
         UserError: for more masks than there are sentinels left.
     """
-    if first + len(places) > vocab.sentinels:
+    if first + len(indices) > vocab.sentinels:
         raise UserError(
-            f"document {document.id}: {first} spans and {len(places)} masked segments need a "
+            f"document {document.id}: {first} spans and {len(indices)} masked segments need a "
             f"sentinel each, the vocabulary has {vocab.sentinels}"
         )
     segments = list(document.segments)
-    for number, place in enumerate(sorted(places), first):
-        old = segments[place]
-        # As in training, an image keeps the size that is said in front of it.
-        grid = old.grid or (vocab.layout.grid_of(old.ids_T) if old.modality == "image" else None)
-        segments[place] = replace(old, ids_T=np.array([vocab.sentinel(number)]), grid=grid)
+    for number, index in enumerate(sorted(indices), first):
+        old = segments[index]
+        # As in training, an image keeps the size that stands in front of it.
+        grid = old.grid
+        if not grid and old.modality == "image":
+            grid = vocab.layout.grid_of(old.ids_T)
+        segments[index] = replace(old, ids_T=np.array([vocab.sentinel(number)]), grid=grid)
     return replace(document, segments=tuple(segments))
 
 
 def without_conditions(
     query: TokenDocument, modality: Modality, vocab: Vocab, *, spans: int = 0
 ) -> TokenDocument | None:
-    """What the unconditional stream sees of a query whose answer is of that modality.
+    """What the unconditional stream sees of a query whose answer is of this modality.
 
-    Every segment of the other modality is masked whole: the texts where codes are asked for, the
-    images where words are. Spans that are asked for keep their sentinels, `<mask:0>` and on, in
-    both streams; the masks take the numbers behind them. None where there is nothing to mask: no
-    segment of the other modality, or only empty ones.
+    Every segment of the other modality is masked whole: the texts if codes are asked for, the
+    images if words are. Spans that are asked for keep their sentinels, from `<mask:0>` on, in both
+    streams; the masks use the numbers behind them. None if there is nothing to mask: no segment of
+    the other modality, or only empty ones.
 
     Args:
-        spans: spans that are asked for.
+        spans: number of spans that are asked for.
     """
-    places = [
-        place
-        for place, segment in enumerate(query.segments)
-        if segment.modality != modality and len(segment.ids_T)
-    ]
-    return masked(query, places, vocab, first=spans) if places else None
+    indices = []
+    for index, segment in enumerate(query.segments):
+        if segment.modality != modality and len(segment.ids_T):
+            indices.append(index)
+    if not indices:
+        return None
+    return masked(query, indices, vocab, first=spans)
 
 
 def required(document: TokenDocument, modality: Modality) -> TokenSegment:
-    """The document's segment of that modality. Raises UserError without one."""
+    """The document's segment of this modality. Raises UserError without one."""
     segment = document.segment(modality)
     if segment is None:
         raise UserError(f"document {document.id} has no {modality}, which this task needs")
@@ -179,14 +183,13 @@ def required(document: TokenDocument, modality: Modality) -> TokenSegment:
 
 
 def with_segment(document: TokenDocument, modality: Modality, ids_T: np.ndarray) -> TokenDocument:
-    """The document with other ids in its first segment of that modality; a new text comes first,
+    """The document with other ids in its first segment of this modality; a new text comes first,
     a new image last."""
     old = document.segment(modality)
     new = TokenSegment(modality, ids_T)
-    if old is None:
-        segments = (new, *document.segments) if modality == "text" else (*document.segments, new)
-        return replace(document, segments=segments)
-    return replace(
-        document,
-        segments=tuple(new if segment is old else segment for segment in document.segments),
-    )
+    if old is not None:
+        segments = [new if segment is old else segment for segment in document.segments]
+        return replace(document, segments=tuple(segments))
+    if modality == "text":
+        return replace(document, segments=(new, *document.segments))
+    return replace(document, segments=(*document.segments, new))

@@ -17,9 +17,8 @@ class Caption(TextOfImage):
     then text until `<end_of_span>`."""
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
-        unknown = TokenSegment(
-            "text", np.array([self.vocab.pad])
-        )  # its place is all that the prompt keeps of it
+        # A token to ask for: the prompt keeps only its position.
+        unknown = TokenSegment("text", np.array([self.vocab.pad]))
         asked = TokenDocument(query.id, (unknown, required(query, "image")))
         return infilling_prompt(
             Sample(asked, tuple(retrieved)),

@@ -1,4 +1,4 @@
-"""A question about an image, asked in turns as chat models of public weights were tuned."""
+"""A question about an image, in turns, as public chat models were tuned."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cm3leon.types import Prompt, Sample, TokenDocument
 class Chat(TextOfImage):
     """`<s> question <break> image <end_of_span> <end of turn>`, then text until `</s>`.
 
-    The form is transformers' ChameleonProcessor's for chat. Where a layout has no token that ends a
-    turn, the question ends where a sample would.
+    This is the form of transformers' ChameleonProcessor for chat. In a layout without a token that
+    ends a turn, the question ends where a sample would.
     """
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:

@@ -21,7 +21,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument
 
 
 class Infilling(Task):
-    """Base of the tasks that ask for some codes of an image, by the caption and the other codes."""
+    """Base of the tasks that ask for some codes of an image,
+    given the caption and the other codes."""
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"
@@ -39,26 +40,24 @@ class Infilling(Task):
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
         start, end = self.span
-        old_T, new_T = (
-            np.delete(required(d, "image").ids_T, np.s_[start:end]) for d in (query, completed)
-        )
+        old_T = np.delete(required(query, "image").ids_T, np.s_[start:end])
+        new_T = np.delete(required(completed, "image").ids_T, np.s_[start:end])
         return super().keeps_given(query, completed) and np.array_equal(old_T, new_T)
 
 
 @TASKS.register("infill")
 class Infill(Infilling):
-    """The caption and one half of the image are given, the other half's codes are asked for;
-    what is given stays.
+    """Given the caption and one half of an image, generate the other half; what is given stays.
 
-    The unconditional stream has `<mask:1>` for the caption,
-    `<mask:0>` being the half that is asked for.
+    In the unconditional stream `<mask:1>` stands for the caption; `<mask:0>` is the half that is
+    asked for.
     """
 
     guided = True
 
     @dataclass(kw_only=True)
     class Config:
-        """Which half is missing."""
+        """The half that is missing."""
 
         half: Literal["top", "bottom"] = "bottom"
         """The half of the image that is generated."""
@@ -80,10 +79,10 @@ class Infill(Infilling):
                 closed=self.vocab.layout.row_ends(self.grid[1], *span),
             )
 
-        unguided = without_conditions(query, "image", self.vocab, spans=1)
-        return replace(
-            ask(query), unconditional_T=None if unguided is None else ask(unguided).ids_T
-        )
+        prompt, unguided = ask(query), without_conditions(query, "image", self.vocab, spans=1)
+        if unguided is None:
+            return prompt
+        return replace(prompt, unconditional_T=ask(unguided).ids_T)
 
     @property
     def span(self) -> Span:

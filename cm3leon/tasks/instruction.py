@@ -1,4 +1,4 @@
-"""Instructions: a document with roles becomes the prompt for what it is asked for."""
+"""Instructions: a document whose segments have roles becomes the prompt for its answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cm3leon.types import Modality, Prompt, Role, Sample, TokenDocument, UserErr
 
 @TASKS.register("instruction")
 class Instruction(Task):
-    """Asks for a document's answer in text, or where it has none, for its last image.
+    """Ask for a document's text answer, or for its last image if it has none.
 
-    In text: `<eos> Question: what color? Answer:<mask:0>. <break> I7 I2 <eos> <mask:0>`, then the
+    A text: `<eos> Question: what color? Answer:<mask:0>. <break> I7 I2 <eos> <mask:0>`, then the
     answer until `<end_of_span>`. An image: everything before it; the unconditional stream has masks
-    for instruction and conditions, and where there are conditions, a third one for the instruction
+    for instruction and conditions, and with conditions a third stream has one for the instruction
     alone.
     """
 
@@ -40,16 +40,18 @@ class Instruction(Task):
     config: Config
 
     def prompt(self, query: TokenDocument, retrieved: Sequence[TokenDocument] = ()) -> Prompt:
-        place = answer_place(query)
+        index = answer_index_of(query)
         segments = list(query.segments)
-        if segments[place].modality == "text":
-            segments[place] = replace(
-                segments[place], ids_T=np.array([self.vocab.pad])
-            )  # only its place is kept
+
+        # A text is a span of one token; the prompt keeps only its position.
+        if segments[index].modality == "text":
+            segments[index] = replace(segments[index], ids_T=np.array([self.vocab.pad]))
             asked = replace(query, segments=tuple(segments))
-            ids_T = spans_prompt(asked, [AskedSpan(place, 0, 1)], retrieved, self.vocab)
+            ids_T = spans_prompt(asked, [AskedSpan(index, 0, 1)], retrieved, self.vocab)
             return Prompt(ids_T, "text", self.config.max_tokens, self.vocab.end_of_span)
-        segments[place] = replace(self.fresh_image, role=segments[place].role)
+
+        # An image is generated behind everything else, with streams for guidance.
+        segments[index] = replace(self.fresh_image, role=segments[index].role)
         asked = replace(query, segments=tuple(segments))
 
         def ask(*masked: Role) -> np.ndarray:
@@ -64,30 +66,30 @@ class Instruction(Task):
         )
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
-        place = answer_place(query)
+        index = answer_index_of(query)
         segments = list(query.segments)
-        segments[place] = replace(segments[place], ids_T=answer_T)
+        segments[index] = replace(segments[index], ids_T=answer_T)
         return replace(query, segments=tuple(segments))
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
-        place = answer_place(query)
-        return len(query.segments) == len(completed.segments) and all(
-            np.array_equal(one.ids_T, other.ids_T)
-            for number, (one, other) in enumerate(
-                zip(query.segments, completed.segments, strict=True)
-            )
-            if number != place
-        )
+        index = answer_index_of(query)
+        if len(query.segments) != len(completed.segments):
+            return False
+        given = [*query.segments[:index], *query.segments[index + 1 :]]
+        kept = [*completed.segments[:index], *completed.segments[index + 1 :]]
+        pairs = zip(given, kept, strict=True)
+        return all(np.array_equal(one.ids_T, other.ids_T) for one, other in pairs)
 
 
-def answer_place(document: TokenDocument) -> int:
-    """Number of the segment that is asked for: the answer, or the last image.
-    Raises UserError without either."""
-    answers = [
-        number for number, segment in enumerate(document.segments) if segment.role == "answer"
-    ]
-    if answers:
-        return answers[0]
+def answer_index_of(document: TokenDocument) -> int:
+    """Index of the segment that is asked for: the answer, or the last image.
+
+    Raises:
+        UserError: for a document without either.
+    """
+    for index, segment in enumerate(document.segments):
+        if segment.role == "answer":
+            return index
     last = len(document.segments) - 1
     if last < 0 or document.segments[last].modality != "image" or document.segments[last].role:
         raise UserError(
@@ -98,7 +100,6 @@ def answer_place(document: TokenDocument) -> int:
 
 
 def with_masks(document: TokenDocument, roles: Collection[Role], vocab: Vocab) -> TokenDocument:
-    """The document with a sentinel in the place of each segment of some roles,
-    as training masks them."""
-    places = [place for place, segment in enumerate(document.segments) if segment.role in roles]
-    return masked(document, places, vocab)
+    """The document with a sentinel for each segment that has one of these roles, as in training."""
+    indices = [index for index, each in enumerate(document.segments) if each.role in roles]
+    return masked(document, indices, vocab)

@@ -1,7 +1,7 @@
-"""Pages of several texts and images: an image by what stands before it, the text behind an image.
+"""Pages of several texts and images: an image given what stands before it, or the text behind one.
 
-The page "a farm" I2 I9 "its cow" I4 I7 asks for its second image,
-and for the text behind its first one, with
+The page "a farm" I2 I9 "its cow" I4 I7 asks for its second image, and for the text behind its first
+image, with
 
     <eos> a farm <break> I2 I9 <break> its cow <break>        then the image's codes
     <eos> a farm <break> I2 I9 <break>                        then text until <break> or <eos>
@@ -24,27 +24,27 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment,
 
 
 class PageTask(Task):
-    """Base of the tasks that ask for one segment of a page by what stands before it;
-    what follows is not seen."""
+    """Base of the tasks that ask for one segment of a page given what stands before it; what
+    follows is not seen."""
 
     guided = True
 
     @dataclass(kw_only=True)
     class Config:
-        """Which image of the page."""
+        """The image of the page that the task is about."""
 
         number: PositiveInt | None = None
-        """Which image of the page, counted from 1; null = the last one."""
+        """Number of the image on the page, from 1; null: the last one."""
 
     config: Config
 
     def answer_index(self, page: TokenDocument) -> int:
         """Index of the segment that is asked for;
-        the number of segments where it is to be added."""
+        the number of segments if it is to be appended."""
         raise NotImplementedError
 
     def beginning(self, page: TokenDocument) -> TokenDocument:
-        """What stands before the segment that is asked for."""
+        """The page up to the segment that is asked for."""
         return replace(page, segments=page.segments[: self.answer_index(page)])
 
     def complete(self, query: TokenDocument, answer_T: np.ndarray) -> TokenDocument:
@@ -56,23 +56,23 @@ class PageTask(Task):
         return replace(query, segments=(*before, answer, *behind))
 
     def shortened(self, query: TokenDocument) -> TokenDocument | None:
-        """Without the page's first segment, the farthest from the answer; one stays before it."""
+        """The page without its first segment, the farthest from the answer; one stays before it."""
         if self.config.number is not None or self.answer_index(query) < 2:
             return None
         return replace(query, segments=query.segments[1:])
 
     def keeps_given(self, query: TokenDocument, completed: TokenDocument) -> bool:
         given, kept = self.beginning(query).segments, self.beginning(completed).segments
-        return len(given) == len(kept) and all(
-            one.modality == other.modality and np.array_equal(one.ids_T, other.ids_T)
-            for one, other in zip(given, kept, strict=True)
-        )
+        if len(given) != len(kept):
+            return False
+        for one, other in zip(given, kept, strict=True):
+            if one.modality != other.modality or not np.array_equal(one.ids_T, other.ids_T):
+                return False
+        return True
 
     def image_index(self, page: TokenDocument) -> int:
         """Index of the image that the config names. Raises UserError for a page without it."""
-        images = [
-            index for index, segment in enumerate(page.segments) if segment.modality == "image"
-        ]
+        images = [index for index, each in enumerate(page.segments) if each.modality == "image"]
         number = self.config.number or len(images) or 1
         if number > len(images):
             raise UserError(
@@ -84,7 +84,7 @@ class PageTask(Task):
     def ask(
         self, page: TokenDocument, retrieved: Sequence[TokenDocument]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids of the prompt and of the unconditional stream: the page as far as the answer."""
+        """Ids of the prompt and of the unconditional stream: the page up to the answer."""
 
         def until_answer(begun: TokenDocument) -> np.ndarray:
             empty_text = TokenSegment("text", np.empty(0, np.int64))
@@ -94,12 +94,14 @@ class PageTask(Task):
 
         given = self.beginning(page)
         unguided = without_conditions(given, self.answers_in, self.vocab)
-        return until_answer(given), None if unguided is None else until_answer(unguided)
+        if unguided is None:
+            return until_answer(given), None
+        return until_answer(given), until_answer(unguided)
 
 
 @TASKS.register("page_image")
 class PageImage(PageTask):
-    """An image of a page by what stands before it;
+    """An image of a page given what stands before it;
     the unconditional stream has a mask for each text."""
 
     retrieves_by: Modality = "text"

@@ -18,7 +18,7 @@ from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
 
 class AskedSpan(NamedTuple):
-    """Tokens [start, end) of the segment of that number, which are asked for."""
+    """Tokens [start, end) of a segment that are asked for, with the segment's index."""
 
     segment: int
     start: int
@@ -31,31 +31,37 @@ def spans_prompt(
     retrieved: Sequence[TokenDocument],
     vocab: Vocab,
 ) -> np.ndarray:
-    """Asks for spans of a document by the form that the CM3 objective trains.
+    """The prompt for spans of a document, in the form that CM3 trains.
 
-    `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the spans "red" and I2 I9 asks
-    `<eos> a <mask:0> dog <break> I7 <mask:1> I4 <eos> <mask:0>`;
-    `infilling` is the grammar of the answer.
+    `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the spans "red" and I2 I9 becomes
+    `<eos> a <mask:0> dog <break> I7 <mask:1> I4 <eos> <mask:0>`; `infilling` is the grammar of the
+    answer.
 
     Raises:
-        UserError: for no spans, more than there are sentinels,
-            or spans that overlap or are not in order.
+        UserError: for no spans, more than there are sentinels, or spans that overlap or are not in
+            order.
     """
     if not 0 < len(spans) <= vocab.sentinels:
         raise UserError(
             f"{len(spans)} spans are asked for; it must be from 1 to {vocab.sentinels}, one a "
             "sentinel"
         )
+
+    # Positions of the spans in the sample.
     laid_out = lay_out(Sample(query, tuple(retrieved)), vocab)
     own = [segment for segment in laid_out.segments if segment.is_query]
-    places = [
-        (own[span.segment].start + span.start, own[span.segment].start + span.end) for span in spans
-    ]
-    if any(start >= end for start, end in places) or any(a[1] > b[0] for a, b in pairwise(places)):
+    found = []
+    for span in spans:
+        first = own[span.segment].start
+        found.append((first + span.start, first + span.end))
+    empty = any(start >= end for start, end in found)
+    if empty or any(one[1] > next_one[0] for one, next_one in pairwise(found)):
         raise UserError("spans must not be empty, and stand in order without overlap")
-    rotated_T, _ = rotate(laid_out.ids_T, places, vocab)
-    behind = sum(end - start + 2 for start, end in places)
-    return rotated_T[: len(rotated_T) - behind + 1]
+
+    # Keep the first sentinel of what the rotation moved behind the sample; the rest is the answer.
+    rotated_T, _ = rotate(laid_out.ids_T, found, vocab)
+    moved = sum(end - start + 2 for start, end in found)
+    return rotated_T[: len(rotated_T) - moved + 1]
 
 
 def unconditional_spans_prompt(
@@ -64,12 +70,12 @@ def unconditional_spans_prompt(
     retrieved: Sequence[TokenDocument],
     vocab: Vocab,
 ) -> np.ndarray | None:
-    """The unconditional stream of `spans_prompt`: the same spans, and a mask for what guides them.
+    """The unconditional stream of `spans_prompt`: the same spans, and masks for what guides them.
 
-    `<eos> a red dog <break> I7 <mask:0> I4 <eos> <mask:0>` asks for I2 I9 under the text; beside it
+    `<eos> a red dog <break> I7 <mask:0> I4 <eos> <mask:0>` asks for I2 I9 given the text; beside it
     stands `<eos> <mask:1> <break> I7 <mask:0> I4 <eos> <mask:0>`. Words are asked for beside a
-    masked image alike. None where spans of both modalities are asked for: what is left of a segment
-    that is itself asked for is context of the answer, and there is nothing to guide by.
+    masked image in the same way. None if spans of both modalities are asked for: what is left of a
+    segment that is itself asked for is context of the answer, so there is nothing to guide by.
     """
     modalities = {query.segments[span.segment].modality for span in spans}
     if len(modalities) > 1:
@@ -81,13 +87,15 @@ def unconditional_spans_prompt(
 def fill(
     query: TokenDocument, spans: Sequence[AskedSpan], answer: Sequence[int], vocab: Vocab
 ) -> TokenDocument:
-    """The document with the answer to `spans_prompt` put where the spans were."""
+    """The document with the answer to `spans_prompt` in place of the spans."""
     contents: list[list[int]] = [[]]
     for token in answer:
         if vocab.kind(token) == "sentinel":
             contents.append([])
         elif token != vocab.end_of_span:
             contents[-1].append(token)
+
+    # From the last span on, so that earlier ones keep their positions.
     segments = list(query.segments)
     for span, content in reversed(list(zip(spans, contents, strict=True))):
         old = segments[span.segment]
@@ -109,17 +117,17 @@ def box_spans(
 ) -> list[AskedSpan]:
     """The codes of an image that a box of its pixels touches, as spans (`code_spans`).
 
-    The tokenizer sees the middle of an image, as much as has the shape of its grid.
+    The tokenizer sees the middle of an image, the largest part with the shape of its grid.
 
     Args:
         box: (left, top, right, bottom) in pixels of the image; right and bottom are outside.
         grid: rows and columns of the image's codes.
-        width: columns of pixels of the image.
-        height: rows of pixels of the image.
-        layout: which says whether rows of codes are closed.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        layout: says whether rows of codes are closed.
 
     Raises:
-        UserError: for a box that is empty or leaves what is seen.
+        UserError: for a box that is empty or leaves the visible part.
     """
     left, top, right, bottom = box
     across, down = _cells(width, height, grid)
@@ -133,6 +141,7 @@ def box_spans(
             f"box is {tuple(box)}; it must be (left, top, right, bottom) inside an image of "
             f"{width} x {height} pixels{inside}"
         )
+
     asked_RC = np.zeros(grid, bool)
     rows = slice(down.code(top, up=False), down.code(bottom, up=True))
     asked_RC[rows, across.code(left, up=False) : across.code(right, up=True)] = True
@@ -140,11 +149,11 @@ def box_spans(
 
 
 def mask_codes(mask_HW: np.ndarray, grid: Grid) -> np.ndarray:
-    """Which of an image's codes a mask of its pixels touches: boolean (rows, columns).
+    """The codes of an image that a mask of its pixels touches: boolean (rows, columns).
 
-    The tokenizer sees the middle of an image, cut into cells of its grid; a code is touched if a
-    single pixel of its cell is, be it cut by the cell's edge. Pixels outside of what is seen touch
-    none.
+    The tokenizer sees the middle of an image, divided into cells of its grid. A code is touched if
+    any pixel of its cell is, even one that the cell's edge cuts. Pixels outside the visible part
+    touch none.
     """
     height, width = mask_HW.shape
     across, down = _cells(width, height, grid)
@@ -156,13 +165,13 @@ def mask_codes(mask_HW: np.ndarray, grid: Grid) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The cells of one axis of an image, which lie around its middle
-    and may begin between two pixels."""
+    """The cells along one axis of an image, centred on its middle;
+    they may start between two pixels."""
 
     length: int
     """Pixels of the axis."""
     cells: int
-    """Its cells, of `num / den` pixels each."""
+    """Number of cells, of `num / den` pixels each."""
     num: int
     den: int
 
@@ -173,7 +182,7 @@ class _Cells:
         return start, start - (-self.cells * self.num // self.den)
 
     def code(self, pixel: int, *, up: bool) -> int:
-        """The cell at a pixel's edge."""
+        """The cell at a pixel's edge, rounded down or up."""
         numerator = (2 * pixel - self.length) * self.den + self.cells * self.num
         rounded = -(-numerator // (2 * self.num)) if up else numerator // (2 * self.num)
         return min(max(rounded, 0), self.cells)
@@ -186,7 +195,7 @@ class _Cells:
 
 
 def _cells(width: int, height: int, grid: Grid) -> tuple[_Cells, _Cells]:
-    """Columns and rows of the largest cells of which the grid lies inside an image."""
+    """Columns and rows of the largest cells whose grid fits into an image."""
     rows, columns = grid
     num, den = (width, columns) if width * rows <= height * columns else (height, rows)
     return _Cells(width, columns, num, den), _Cells(height, rows, num, den)
@@ -201,7 +210,7 @@ def code_spans(asked_GG: np.ndarray, *, segment: int, layout: Layout) -> list[As
     . . 1 1      one span, of the codes 2 to 7
     1 1 1 1
 
-    What closes a row belongs to a span where the whole row does.
+    The token that closes a row belongs to a span if the whole row does.
     """
     rows, columns = asked_GG.shape
     asked_RT = np.zeros((rows, layout.row_length(columns)), bool)

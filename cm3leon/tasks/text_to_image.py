@@ -16,8 +16,8 @@ from cm3leon.types import Modality, Prompt, Sample, TokenDocument, TokenSegment
 
 @TASKS.register("text_to_image")
 class TextToImage(Task):
-    """`<eos> [documents] caption <break>`, then the image;
-    the unconditional stream has `<mask:0>` for the caption."""
+    """`<eos> [documents] caption <break>`, then the image; in the unconditional stream `<mask:0>`
+    stands for the caption."""
 
     retrieves_by: Modality = "text"
     answers_in: Modality = "image"
@@ -26,13 +26,13 @@ class TextToImage(Task):
 
     @dataclass(kw_only=True)
     class Config:
-        """What guidance compares with."""
+        """The unconditional stream that guidance compares with."""
 
         unconditional_documents: Literal["keep", "drop"] = "keep"
         """Whether the unconditional stream sees the retrieved documents."""
         unconditional_text: Literal["mask", "none"] | None = None
-        """What the unconditional stream has in the caption's place: a mask, as in the paper, or
-        nothing at all; null = what the layout says."""
+        """What stands for the caption in the unconditional stream: a mask, as in the paper, or
+        nothing; null: as the layout says."""
 
     config: Config
 

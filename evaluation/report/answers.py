@@ -55,7 +55,7 @@ class Retrieved(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class AnsweredItem:
     """An item with its answer, as a report shows it."""
 
     text: str
@@ -115,7 +115,7 @@ def aim_status(aim: Aim, found: Mapping[str, Any]) -> Status:
 def evaluation_section(
     evaluation: EvaluationConfig,
     rows: Sequence[Mapping[str, Any]],
-    examples: Sequence[Sequence[Example]],
+    examples: Sequence[Sequence[AnsweredItem]],
     *,
     text: str = "",
     best: Collection[int] = (),
@@ -189,7 +189,7 @@ _PICTURED = 4
 those of the others are behind their names."""
 
 
-def _samples(row: str, examples: Sequence[Example]) -> Folded:
+def _samples(row: str, examples: Sequence[AnsweredItem]) -> Folded:
     """Every image that was drawn for some items, folded."""
     count = max(len(example.samples) for example in examples)
     cards = [
@@ -246,7 +246,7 @@ def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) ->
     return Curves(series, x_label=label, y_label=metric, log_x=log_x)
 
 
-def _card(example: Example) -> Card:
+def _card(example: AnsweredItem) -> Card:
     looked_at = [
         ("given", example.given_HWC),
         ("answer", example.answer.image_HWC),
