@@ -676,7 +676,7 @@ def test_status_of_a_run_made_here_tells_its_stages(
     documents, pretraining, end = capsys.readouterr().out.splitlines()
     assert documents.split() == ["documents", "done", "in", "2", "s"]
     assert pretraining.endswith("step 200 of 1,000, loss 2.250")
-    assert "the command of the run, given again, goes on from there" in end
+    assert "the command of the run, given again, continues from there" in end
     with locked(folder):  # as a process that works there does
         assert main(["status", f"run={folder}"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,5 +1,7 @@
-"""Launching: jobs made of commands, given to this machine or to SLURM, followed,
-and gone on with."""
+"""Launch jobs made of commands, on this machine or on SLURM; follow and continue them.
+
+`jobs.py` is what a job is, `runs.py` how an experiment becomes jobs, `launchers.py` where they run.
+"""
 
 from cm3leon.launch.jobs import Job, Submitted, submit
 

@@ -1,4 +1,5 @@
-"""What a SLURM cluster says of itself and of jobs, by its own commands; sacct is not needed."""
+"""What a SLURM cluster says of itself and of jobs, through its own commands;
+sacct is not needed."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ class Nodes:
     default: bool
     count: int
     gpus: int
-    """Of each."""
+    """GPUs of each node."""
 
 
 def ask(*command: str) -> str:
-    """What a command prints; nothing where it fails, or is not there."""
+    """The output of a command; "" if it fails or is not installed."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=60
@@ -35,7 +36,7 @@ def ask(*command: str) -> str:
 
 
 def check_commands() -> None:
-    """Raises UserError where SLURM's commands are not on the PATH."""
+    """Raise UserError if SLURM's commands are not on the PATH."""
     for name in ("sbatch", "srun"):
         if shutil.which(name) is None:
             raise UserError(
@@ -45,7 +46,7 @@ def check_commands() -> None:
 
 
 def partitions() -> list[Nodes]:
-    """All partitions, each with its kinds of nodes; none where sinfo does not answer."""
+    """All partitions with their kinds of nodes; [] if sinfo does not answer."""
     found = []
     for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%G").splitlines():
         name, count, resources = line.split("|")
@@ -57,17 +58,21 @@ def partitions() -> list[Nodes]:
 def check_fits(
     *, nodes: int, gpus_per_node: int, partition: str | None, known: Sequence[Nodes]
 ) -> None:
-    """Raises UserError for a partition that is not there, or nodes and GPUs that it has not got."""
+    """Raise UserError for an unknown partition, or one without so many nodes and GPUs."""
+    if not known:
+        return
     names = {each.partition for each in known}
-    if known and partition and not names.issuperset(partition.split(",")):
+    if partition and not names.issuperset(partition.split(",")):
         raise UserError(
             f"launcher.partition is {partition}, which the cluster does not have; "
             f"{choices(partition, names)}"
         )
-    wanted = (
-        partition.split(",") if partition else [each.partition for each in known if each.default]
-    )
-    for name in wanted if known else ():
+
+    # Without a partition, SLURM takes the default one.
+    wanted = [each.partition for each in known if each.default]
+    if partition:
+        wanted = partition.split(",")
+    for name in wanted:
         there = [each for each in known if each.partition == name]
         most = max(each.gpus for each in there)
         fit = sum(each.count for each in there if each.gpus >= gpus_per_node)
@@ -81,8 +86,8 @@ def check_fits(
 
 
 def check_account(account: str | None) -> None:
-    """Raises UserError for an account that accounting, where there is any,
-    knows not to be the user's."""
+    """Raise UserError for an account that the cluster's accounting, if there is any, does not give
+    the user."""
     if account is None:
         return
     answer = ask("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account")
@@ -94,17 +99,19 @@ def check_account(account: str | None) -> None:
 
 
 def states(ids: Sequence[str]) -> dict[str, dict[str, str]] | None:
-    """What SLURM still knows of jobs: `state`, `reason`, `nodes` and `code` by id,
-    an array's elements each by its own.
+    """What SLURM still knows of jobs: `state`, `reason`, `nodes` and `code` by id; elements of an
+    array have their own ids.
 
-    Ended jobs are known for a while only (MinJobAge, 300 s by default), and left out later.
-    None if it does not answer.
+    Ended jobs are known for a while (MinJobAge, 300 s by default) and then left out. None if SLURM
+    does not answer.
     """
     found = {}
     for id_ in sorted({id_.partition("_")[0] for id_ in ids}):
         lines = ask("scontrol", "show", "job", "-o", id_).splitlines()
         if not lines and not ask("scontrol", "ping"):
             return None
+
+        # One line describes a job, an element of an array, or a range of waiting elements.
         for line in lines:
             known = dict(re.findall(r"(\w+)=(\S*)", line))
             element = known.get("ArrayTaskId", "")
@@ -120,7 +127,7 @@ def states(ids: Sequence[str]) -> dict[str, dict[str, str]] | None:
 
 
 def _numbers(elements: str) -> list[int | None]:
-    """Numbers of `3`, of `0-2,5%4`; [None] of nothing."""
+    """The numbers in `3` or in `0-2,5%4`; [None] for ""."""
     if not elements:
         return [None]
     numbers: list[int | None] = []
@@ -131,6 +138,6 @@ def _numbers(elements: str) -> list[int | None]:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """Cancels jobs; those that have ended stay as they are."""
+    """Cancel jobs; those that have ended stay as they are."""
     if ids:
         ask("scancel", *ids)

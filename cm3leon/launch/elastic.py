@@ -1,7 +1,7 @@
-"""A command in several processes of this machine, by torchrun's own machinery:
+"""Run a command in several processes of this machine, with torchrun's own machinery:
 `python -m ...elastic COUNT COMMAND`.
 
-`torchrun` itself exits with 1 whatever its processes say; here their exit code is kept.
+`torchrun` itself exits with 1 whatever its processes return; here their exit code is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cm3leon.types import AGAIN
 
 
 def run(count: int, command: list[str]) -> int:
-    """Exit code of the process that ended first with one that is not 0, 0 if there is none."""
+    """Exit code of the process that failed first, or 0."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -30,9 +30,9 @@ def run(count: int, command: list[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "cm3leon.run", *command)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code  # as a shell says it
+        return code if code >= 0 else 128 - code  # a signal's number, as shells report it
     except SignalException:
-        return AGAIN  # it has passed the signal on, and waited for the checkpoint
+        return AGAIN  # the signal was passed on, and a checkpoint is written
     return 0
 
 

@@ -1,4 +1,13 @@
-"""What is launched: commands in jobs, one after the other or side by side."""
+"""What is launched: commands in jobs, one after the other or side by side.
+
+A run folder keeps each submission:
+
+    launch/1/jobs.json            what was given to the launcher, and the ids of the jobs
+    launch/1/code/                the copy of the code that they run
+    launch/1/jobs/                what they print
+    launch/1/journal/NAME-0.jsonl what became of command 0 of job NAME (`journal.py`)
+    launch/4f1c09ab77d2.yaml      the settings that they read
+"""
 
 from __future__ import annotations
 
@@ -18,11 +27,11 @@ from cm3leon.registry import LAUNCHERS
 from cm3leon.types import UserError
 
 Command = tuple[str, ...]
-"""Arguments of `python -m cm3leon.run`;
-those of a job name their own `run=` and have `launcher=here`."""
+"""Arguments of `python -m cm3leon.run`. Those of a job name their own `run=`,
+and have `launcher=here`."""
 
 ROOM = 100_000_000
-"""Bytes that a disk must have free for a run to be begun on it."""
+"""Bytes that a disk must have free before a run starts on it."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +39,17 @@ class Job:
     """One command, or several that run side by side as the elements of an array."""
 
     name: str
-    """Of letters, digits, `-`, `_` and `.`; one of its kind in a submission."""
+    """Letters, digits, `-`, `_` and `.`; different from other jobs of the submission."""
     commands: tuple[Command, ...]
     resources: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the launcher that are other ones for this job: `{"timeout_min": 60}`."""
+    """Settings of the launcher that differ for this job, such as `{"timeout_min": 60}`."""
     after: tuple[str, ...] = ()
-    """Names of jobs that have to succeed before this one starts."""
+    """Names of jobs that must succeed before this one starts."""
     together: bool = True
-    """Whether a command runs on all processes that the launcher starts, as one training;
-    else it is one process."""
+    """Whether a command runs in all processes that the launcher starts, as one training; otherwise
+    it runs in one process."""
     always: bool = False
-    """Whether it starts when those before it have ended, however they did."""
+    """Whether it starts even if the jobs before it failed."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,13 @@ class Submitted:
     job: str
     """Name of its job."""
     number: int
-    """Place among the job's commands, from 0."""
+    """Index among the job's commands."""
     id: str
-    """What SLURM calls it, `123` or `123_4`; the id of the process that looks after it, on this
-    machine."""
+    """SLURM's id, `123` or `123_4`; on this machine, the id of the process that runs it."""
     log: Path | None
-    """What it prints, on the first process; None where that goes to the terminal."""
+    """What its first process prints; None if that goes to the terminal."""
     code: int | None = None
-    """Exit code, where the launcher waits for the end; None where it does not."""
+    """Exit code, if the launcher waits for the end; otherwise None."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Launch:
 
     @property
     def logs(self) -> Path:
-        """What the jobs print, and what submitit keeps of them."""
+        """What the jobs print, and submitit's files."""
         return self.folder / "jobs"
 
     @property
@@ -83,34 +91,31 @@ class Launch:
         return int(self.folder.name)
 
     def journal(self, job: str, number: int | str) -> Path:
-        """Where a command writes down what becomes of it."""
+        """The journal of a command."""
         return self.folder / "journal" / f"{job}-{number}.jsonl"
 
     def write(
         self, launcher: str, jobs: Sequence[Job], submitted: Sequence[Submitted] = ()
     ) -> None:
-        """Writes down what is given to a launcher, before and after it has taken it."""
+        """Record what is given to a launcher, before and after it has accepted it."""
+        recorded = [{**asdict(each), "log": each.log and str(each.log)} for each in submitted]
         content = {
             "time": round(time.time()),
             "launcher": launcher,
             "command": sys.argv,
             "after": {job.name: job.after for job in jobs},
             "commands": {job.name: job.commands for job in jobs},
-            "submitted": [
-                {**asdict(each), "log": each.log and str(each.log)} for each in submitted
-            ],
+            "submitted": recorded,
         }
         write_json(self.folder / "jobs.json", content)
 
     def read(self) -> dict[str, Any]:
-        """What `write` wrote, with `submitted` as such."""
-        content = read_json(
-            self.folder / "jobs.json", {"commands": {str: [[str]]}, "submitted": [dict]}
-        )
-        submitted = [
-            Submitted(**{**each, "log": each["log"] and Path(each["log"])})
-            for each in content["submitted"]
-        ]
+        """What `write` wrote, with `submitted` as `Submitted`."""
+        file = self.folder / "jobs.json"
+        content = read_json(file, {"commands": {str: [[str]]}, "submitted": [dict]})
+        submitted = []
+        for each in content["submitted"]:
+            submitted.append(Submitted(**{**each, "log": each["log"] and Path(each["log"])}))
         return {**content, "submitted": submitted}
 
 
@@ -136,7 +141,7 @@ def newest_launch(folder: Path) -> Launch:
 
 
 def begin_launch(folder: Path) -> Launch:
-    """A new submission with its copy of the code.
+    """Make the folder of a new submission, with a copy of the code.
 
     Raises:
         UserError: for a run folder that cannot be written, or whose disk is full.
@@ -150,9 +155,9 @@ def begin_launch(folder: Path) -> Launch:
                 f"run: the disk of {folder} is full, {free / 1e6:.0f} MB are left; choose another "
                 "run="
             )
-        numbers = [
-            int(path.name) for path in (folder / "launch").glob("*") if path.name.isdecimal()
-        ]
+
+        names = [path.name for path in (folder / "launch").glob("*")]
+        numbers = [int(name) for name in names if name.isdecimal()]
         launch = Launch(folder / "launch" / str(max(numbers, default=0) + 1))
         snapshot(launch.code)
         launch.logs.mkdir()
@@ -165,8 +170,8 @@ def begin_launch(folder: Path) -> Launch:
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Raises UserError for jobs whose names are not fit for file names, are taken,
-    or are not there to wait for."""
+    """Raise UserError for jobs with invalid or repeated names,
+    or that wait for jobs not before them."""
     known: list[str] = []
     for job in jobs:
         if not re.fullmatch(r"[\w.-]+", job.name) or job.name in known:
@@ -184,14 +189,14 @@ def check_jobs(jobs: Sequence[Job]) -> None:
 
 
 def submit(jobs: Sequence[Job], folder: Path, launcher: Component) -> list[Submitted]:
-    """Gives jobs to a launcher, each after those that it depends on;
-    what they print goes to files in `folder/launch`.
+    """Give jobs to a launcher, each after those that it waits for;
+    their output goes to `folder/launch`.
 
     A launcher that waits returns when all have ended;
-    commands whose predecessors failed are left out of the answer.
+    commands whose predecessors failed are left out.
 
     Raises:
-        UserError: for what can be known to be impossible: nothing is queued then.
+        UserError: for what is known to be impossible; nothing is queued then.
     """
     check_jobs(jobs)
     return LAUNCHERS.build(launcher).launch(jobs, folder)

@@ -1,15 +1,14 @@
-"""What became of a command, written down by the job itself,
-so that nobody has to be asked who may have forgotten.
+"""The journal of a command: what became of it, as its job recorded.
 
-A journal is a file of JSON lines, one an event:
+SLURM forgets jobs after a while; the journal does not. It is a file of JSON lines, one an event:
 
     started    on a host, at a step
     again      asked to make room: a checkpoint is written, and it is to be started again
     died       ended by an error or a kill, with an exit code, at a step
-    refused    a user's mistake, which another start would not mend
-    stopped    not started again: it reached its limit, or died at the same step, too many times
+    refused    a user's mistake, which another start would not fix
+    stopped    not started again: too many time limits, or too many deaths at one step
     unseen     a node does not see the run folder
-    done       to its end
+    done       finished
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Event = dict[str, Any]
 
 
 def write_event(journal: Path, event: str, **details: Any) -> None:
-    """Adds a line to a journal."""
+    """Append an event to a journal."""
     line = json.dumps(
         {"time": round(time.time()), "event": event, "host": socket.gethostname(), **details}
     )
@@ -44,8 +43,7 @@ def write_event(journal: Path, event: str, **details: Any) -> None:
 
 
 def read_events(journal: Path) -> list[Event]:
-    """The events of a journal, none where there is no file;
-    a line that a kill cut short is left out."""
+    """The events of a journal; [] without a file. A line that a kill cut short is left out."""
     return read_log(journal, {"event": str, "time": (int, float), "at?": str})
 
 
@@ -57,7 +55,7 @@ def outcome(
     Args:
         at: how far the command came.
         before: the events of its journal.
-        max_deaths: deaths at the same place from which it is not started again.
+        max_deaths: after this many deaths at one point it is not started again.
     """
     if code == 0:
         return "done", {}
@@ -65,6 +63,8 @@ def outcome(
         return "again", {"at": at}
     if code == REFUSED:
         return "refused", {"code": code}
+
+    # Deaths in a row at the same point, this one included; progress in between resets the count.
     deaths = 1
     for event in reversed([event for event in before if event["event"] == "died"]):
         if event["at"] != at:
@@ -77,21 +77,20 @@ def outcome(
 
 
 def progress(command: Sequence[str]) -> str:
-    """How far a command has come: the stage that is being made in its run folder,
-    and the step of its checkpoint."""
+    """How far a command has come: the stage being made in its run folder, and its last step."""
     words = dict(word.partition("=")[::2] for word in command if "=" in word)
     if command[0] == "part":
         return f"part {words.get('part')} of {words.get('stage') or 'the answers'}"
+
+    # Stages that were started and are not finished, also those of runs inside a study's folder.
     folder = Path(words["run"])
-    begun = [
-        file.parent
-        for pattern in (f"*/{STARTED}", f"*/*/{STARTED}")
-        for file in folder.glob(pattern)
-        if SUPERSEDED not in file.parts and not (file.parent / MARKER).is_file()
-    ]
+    begun = []
+    for file in (*folder.glob(f"*/{STARTED}"), *folder.glob(f"*/*/{STARTED}")):
+        if SUPERSEDED not in file.parts and not (file.parent / MARKER).is_file():
+            begun.append(file.parent)
     if not begun:
-        return "the beginning" if not list(folder.glob(f"*/{MARKER}")) else "a stage's beginning"
-    place = max(begun, key=lambda place: (place / STARTED).stat().st_mtime)
-    written = checkpoints(place)
-    stage = place.relative_to(folder).as_posix()
-    return f"{stage}, step {step_of(written[-1])}" if written else stage
+        return "a stage's beginning" if list(folder.glob(f"*/{MARKER}")) else "the beginning"
+
+    newest = max(begun, key=lambda stage: (stage / STARTED).stat().st_mtime)
+    name, written = newest.relative_to(folder).as_posix(), checkpoints(newest)
+    return f"{name}, step {step_of(written[-1])}" if written else name

@@ -1,5 +1,5 @@
-"""Where commands run: in this process, in several of this machine, in a job of this machine,
-or on a SLURM cluster."""
+"""The launchers: this process, several processes of this machine, a job of this machine,
+or SLURM."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from cm3leon.terminal import is_printable, printable
 from cm3leon.types import UserError
 
 YEAR = 365 * 24 * 60
-"""Minutes; jobs of this machine have no time limit, and submitit wants one."""
+"""Minutes. Jobs of this machine have no time limit, but submitit needs one."""
 UNSEEN = 66
-"""Exit code of a job one of whose nodes does not see the run folder (EX_NOINPUT of sysexits.h)."""
+"""Exit code of a job with a node that does not see the run folder (EX_NOINPUT of sysexits.h)."""
 
 
 class Launcher:
     """Base of the launchers. Registered in `LAUNCHERS`, built as `cls(config)`."""
 
     detached: bool = False
-    """Whether `launch` returns at once, and the jobs go on without it."""
+    """Whether `launch` returns at once while the jobs continue."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @property
     def gpus(self) -> int:
-        """GPUs of a training, on all nodes together; 1 where none are asked for."""
+        """GPUs of a training on all nodes; 1 if none are asked for."""
         return 1
 
     @property
@@ -58,11 +58,11 @@ class Launcher:
         return 1
 
     def parts(self, stage: str) -> int:
-        """Commands that make a stage in shards, or a study's answers."""
+        """Number of commands that make a stage in shards, or a study's answers."""
         return 1
 
     def resources(self, stage: str) -> Mapping[str, Any]:
-        """Settings that are other ones for the job of a stage."""
+        """Settings that differ for the job of a stage."""
         return {}
 
     def launch(self, jobs: Sequence[Job], folder: Path) -> list[Submitted]:
@@ -78,10 +78,10 @@ class Here(Launcher):
     @dataclass(kw_only=True)
     class Config:
         gpus: PositiveInt = 1
-        """GPUs that `plan` counts with, on all nodes together;
-        the training takes the ranks that it is started on."""
+        """GPUs on all nodes that `plan` calculates with;
+        a training uses the ranks that it is started on."""
         gpus_per_node: PositiveInt = 8
-        """GPUs of a node, that `plan` counts with."""
+        """GPUs of a node that `plan` calculates with."""
 
     config: Config
 
@@ -99,13 +99,13 @@ class Here(Launcher):
 
 @LAUNCHERS.register("torchrun")
 class Torchrun(Launcher):
-    """On this machine, in several processes that torchrun starts;
-    several commands run one after the other."""
+    """On this machine, in several processes that torchrun starts; several commands run one after
+    the other."""
 
     @dataclass(kw_only=True)
     class Config:
         processes: PositiveInt | None = None
-        """Processes of a training; null = one a GPU, or a single one without a GPU."""
+        """Processes of a training; null: one for each GPU, or a single one without GPUs."""
 
     config: Config
 
@@ -124,7 +124,7 @@ class Torchrun(Launcher):
 
 @LAUNCHERS.register("local")
 class Local(Launcher):
-    """A job of this machine (submitit's local executor) that goes on
+    """A job of this machine (submitit's local executor) that continues
     when the terminal is closed."""
 
     detached = True
@@ -132,15 +132,14 @@ class Local(Launcher):
     @dataclass(kw_only=True)
     class Config:
         processes: PositiveInt | None = None
-        """Processes of a training; null = one a GPU, or a single one without a GPU."""
+        """Processes of a training; null: one for each GPU, or a single one without GPUs."""
         array_parallelism: PositiveInt = 1
-        """Commands of a job that run at the same time, at most;
-        the GPUs are shared out among them."""
+        """Most commands of a job that run at the same time; they share the GPUs."""
         parts: PositiveInt = 1
-        """Commands that make a stage in shards, or a study's answers."""
+        """Number of commands that make a stage in shards, or a study's answers."""
         max_deaths: PositiveInt = 3
-        """Times that a command may die at the same step before it ends for good;
-        until then it is started again."""
+        """A command that dies is started again,
+        until it has died this many times at the same step."""
 
     config: Config
 
@@ -160,25 +159,27 @@ class Local(Launcher):
         launch.write("local", jobs)
         parallel, deaths = self.config.array_parallelism, self.config.max_deaths
         machine = LocalJobs(launch, gpus(), self.config.processes, parallel, deaths)
+
+        # One process, which outlives the terminal, runs all jobs.
         executor = submitit.LocalExecutor(launch.logs)
         executor.update_parameters(
             timeout_min=YEAR, gpus_per_node=len(machine.devices), stderr_to_stdout=True
         )
         with _detached():
             process = executor.submit(machine.run_detached, jobs).job_id
-        submitted = [
-            Submitted(job.name, number, process, machine.log(job, number))
-            for job in jobs
-            for number in range(len(job.commands))
-        ]
+
+        submitted = []
+        for job in jobs:
+            for number in range(len(job.commands)):
+                submitted.append(Submitted(job.name, number, process, machine.log(job, number)))
         launch.write("local", jobs, submitted)
         return submitted
 
 
 @LAUNCHERS.register("slurm")
 class Slurm(Launcher):
-    """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays;
-    they requeue themselves."""
+    """Jobs of a SLURM cluster (submitit's Slurm executor), with dependencies and arrays; they
+    requeue themselves."""
 
     detached = True
 
@@ -189,35 +190,34 @@ class Slurm(Launcher):
         gpus_per_node: NonNegativeInt = 0
         """GPUs of each node; 0 asks for none."""
         tasks_per_node: PositiveInt | None = None
-        """Processes on each node; null = one a GPU, or a single one without GPUs."""
+        """Processes on each node; null: one for each GPU, or a single one without GPUs."""
         cpus_per_task: PositiveInt | None = None
-        """CPUs of each process; null = the cluster's default."""
+        """CPUs of each process; null: the cluster's default."""
         mem_gb: PositiveFloat | None = None
-        """Memory of each node in GB; null = the cluster's default."""
+        """Memory of each node in GB; null: the cluster's default."""
         partition: str | None = None
-        """Where the jobs queue; null = the cluster's default."""
+        """Partition or partitions of the jobs; null: the cluster's default."""
         account: str | None = None
-        """What is charged; null = the user's default."""
+        """Account to charge; null: the user's default."""
         qos: str | None = None
-        """Quality of service; null = the default."""
+        """Quality of service; null: the default."""
         constraint: str | None = None
-        """Features that the nodes must have; null = none."""
+        """Features that the nodes must have; null: none."""
         timeout_min: PositiveInt = 1440
-        """Time limit; a job that reaches it writes a checkpoint and queues itself again."""
+        """Time limit in minutes; a job that reaches it writes a checkpoint and requeues itself."""
         signal_delay_s: PositiveInt = 120
-        """Seconds before the time limit at which it is asked to;
-        longer than a step and a checkpoint take."""
+        """Seconds before the time limit at which a job is asked to stop; longer than a step and a
+        checkpoint take."""
         max_timeouts: NonNegativeInt = 100
-        """Times that a job may reach its limit before it ends for good."""
+        """Number of times that a job may reach its limit before it ends for good."""
         max_deaths: PositiveInt = 3
-        """Times that a job may die at the same step before it ends for good;
-        until then it is queued again."""
+        """A job that dies is queued again, until it has died this many times at the same step."""
         array_parallelism: PositiveInt = 64
-        """Elements of an array that run at the same time, at most."""
+        """Most elements of an array that run at the same time."""
         parts: PositiveInt = 8
         """Elements of the arrays that make stages in shards, or a study's answers."""
         setup: list[str] = field(default_factory=list)
-        """Shell lines at the beginning of each job: modules, environment variables."""
+        """Shell lines at the start of each job: modules, environment variables."""
         sbatch: dict[str, Any] = field(default_factory=dict)
         """Further parameters of sbatch, without the dashes: {exclusive: true, reservation:
         name}."""
@@ -228,7 +228,8 @@ class Slurm(Launcher):
         def check(self) -> None:
             for name, given in self.stages.items():
                 from_mapping(Slurm.Config, given, f"stages.{name}")
-            # Each of these texts becomes a line of the batch script, which a line feed would end.
+
+            # Each of these texts becomes a line of the batch script; a line feed would end it.
             texts = {
                 "partition": self.partition,
                 "account": self.account,
@@ -287,6 +288,8 @@ class Slurm(Launcher):
                 f"run is {printable(str(folder))}; for jobs of SLURM it must not have control "
                 "characters such as line feeds"
             )
+
+        # Refuse what the cluster does not have before anything is queued.
         settings = {job.name: self.of(job) for job in jobs}
         known = cluster.partitions()
         for each in settings.values():
@@ -299,6 +302,8 @@ class Slurm(Launcher):
         for account in dict.fromkeys(each.account for each in settings.values()):
             cluster.check_account(account)
         refuse_twice(folder)
+
+        # Queue the jobs; if sbatch refuses one, cancel those before it.
         launch = begin_launch(folder)
         launch.write("slurm", jobs)
         ids: dict[str, str] = {}
@@ -320,24 +325,27 @@ class Slurm(Launcher):
 
 
 def _queue(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> list[Submitted]:
-    """Gives one job to sbatch, to start when those with the ids in `after` have succeeded,
-    or just ended."""
+    """Give one job to sbatch.
+
+    Args:
+        after: ids of jobs that must succeed before it starts, or only end if `job.always`.
+    """
     executor = submitit.SlurmExecutor(launch.logs, max_num_timeout=config.max_timeouts)
     executor.update_parameters(**_sbatch(job, config, launch, after))
-    work = [
-        SlurmTask(command, launch.journal(job.name, number))
-        for number, command in enumerate(job.commands)
-    ]
-    queued = executor.submit_array(work)
-    return [
-        Submitted(job.name, number, each.job_id, each.paths.stdout)
-        for number, each in enumerate(queued)
-    ]
+    tasks = []
+    for number, command in enumerate(job.commands):
+        tasks.append(SlurmTask(command, launch.journal(job.name, number)))
+
+    submitted = []
+    for number, queued in enumerate(executor.submit_array(tasks)):
+        submitted.append(Submitted(job.name, number, queued.job_id, queued.paths.stdout))
+    return submitted
 
 
 def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]) -> dict[str, Any]:
-    """What submitit's Slurm executor is given for a job."""
-    given = {
+    """The parameters of submitit's Slurm executor for a job."""
+    # Settings that are left to the cluster where they are not given.
+    given: dict[str, Any] = {
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
@@ -345,15 +353,19 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
         "gpus_per_node": config.gpus_per_node or None,
         "cpus_per_task": config.cpus_per_task,
         "mem": config.mem_gb and f"{round(config.mem_gb * 1000)}M",
-        "dependency": f"{'afterany' if job.always else 'afterok'}:{':'.join(after)}"
-        if after
-        else None,
     }
-    # Since 22.05, srun does not take over the CPUs of a task from sbatch.
-    cpus = [f"--cpus-per-task={config.cpus_per_task}"] if config.cpus_per_task else []
+    if after:
+        kind = "afterany" if job.always else "afterok"
+        given["dependency"] = f"{kind}:{':'.join(after)}"
+
+    # Since SLURM 22.05, srun does not take the CPUs of a task from sbatch.
+    srun = ["--kill-on-bad-exit=1"]
+    if config.cpus_per_task:
+        srun.append(f"--cpus-per-task={config.cpus_per_task}")
+
     return {
         **{name: value for name, value in given.items() if value is not None},
-        # Of letters that sbatch takes as they are.
+        # Only characters that sbatch takes as they are.
         "job_name": re.sub(r"[^\w.+-]+", "-", f"{launch.folder.parent.parent.name}.{job.name}"),
         "time": config.timeout_min,
         "nodes": config.nodes,
@@ -361,7 +373,7 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
         "signal_delay_s": config.signal_delay_s,
         "array_parallelism": config.array_parallelism,
         "stderr_to_stdout": True,
-        "srun_args": ["--kill-on-bad-exit=1", *cpus],
+        "srun_args": srun,
         "setup": [*config.setup, *_before(job, config, launch)],
         "teardown": _after(job, config, launch),
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **config.sbatch},
@@ -369,12 +381,13 @@ def _sbatch(job: Job, config: Slurm.Config, launch: Launch, after: Sequence[str]
 
 
 def _before(job: Job, config: Slurm.Config, launch: Launch) -> Iterator[str]:
-    """Shell lines before the step: the copied code goes first,
-    and all nodes have to see the run folder."""
+    """Shell lines before the step: the copied code is used,
+    and all nodes must see the run folder."""
     yield f"export PYTHONPATH={shlex.quote(str(launch.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    # The working folder stays as it is, for relative paths,
-    # but is not where Python looks for the code.
+    # Relative paths need the working folder, but Python must not look for the code there.
     yield "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"
+
+    # A node that does not see the folder cannot report it: the batch script writes the event.
     if config.nodes > 1:
         journal = shlex.quote(str(launch.journal(job.name, "NUMBER"))).replace(
             "NUMBER", "${SLURM_ARRAY_TASK_ID:-0}"
@@ -394,8 +407,7 @@ def _after(job: Job, config: Slurm.Config, launch: Launch) -> list[str]:
 def _run_to_the_end(
     name: str, jobs: Sequence[Job], folder: Path, *, devices: tuple[str, ...], processes: int | None
 ) -> list[Submitted]:
-    """Runs jobs in processes of this machine while this one waits;
-    a single command prints to the terminal."""
+    """Run jobs in processes of this machine and wait; a single command prints to the terminal."""
     launch = begin_launch(folder)
     launch.write(name, jobs)
     alone = sum(len(job.commands) for job in jobs) == 1
@@ -411,7 +423,7 @@ def _run_to_the_end(
 
 @contextmanager
 def _detached() -> Iterator[None]:
-    """What is started inside outlives the terminal, and holds none of it open."""
+    """What is started inside outlives the terminal, and keeps none of its files open."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()

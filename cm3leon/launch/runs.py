@@ -1,4 +1,10 @@
-"""An experiment as jobs: its stages, each with its own resources, after those that it needs."""
+"""An experiment as jobs: its stages, each with its own resources, after those that it needs.
+
+A corpus in many parts, trained on several GPUs, becomes for example:
+
+    text_tokenizer -> tokens (array of 256) -> tokens_end -> vectors (array of 256) -> index ->
+    neighbours (array of 256) -> neighbours_end -> pretraining (all ranks) -> evaluation
+"""
 
 from __future__ import annotations
 
@@ -31,12 +37,14 @@ def launch_experiment(
     until: str | None = None,
     redo: Collection[str] = (),
 ) -> int:
-    """Gives an experiment to its launcher, and says how to follow it. Returns an exit code,
-    0 where none is known yet.
+    """Hand an experiment to its launcher, and print how to follow it.
+
+    Returns:
+        an exit code; 0 if none is known yet.
 
     Raises:
-        UserError: for an unknown `until` or `redo`, a folder that is no run's, or what the launcher
-            can know to be impossible.
+        UserError: for an unknown `until` or `redo`, a folder that is not a run's, or what the
+            launcher knows to be impossible.
     """
     folder = folder.absolute()
     check_redo(stages_of(experiment), redo)
@@ -54,12 +62,14 @@ def experiment_jobs(
     redo: Collection[str] = (),
     name: str = "",
 ) -> list[Job]:
-    """The jobs of an experiment in a run folder: one, or several for a corpus of many parts, or
-    where the launcher's section says in how many a stage is made.
+    """The jobs of an experiment in a run folder.
 
-    There, each stage that workers share is an array, and each that is trained by all ranks together
-    a job of its own; what one process makes is a job before, between and behind them. `name` goes
-    before the names of the jobs.
+    One job, unless the corpus has many parts or the launcher's section sets the parts of a stage.
+    Then each stage that workers share is an array, and each that all ranks train together is a job;
+    what one process makes is a job before, between and behind them.
+
+    Args:
+        name: stands before the names of the jobs.
     """
     until = until or experiment.until
     stages = stages_of(experiment)
@@ -69,11 +79,13 @@ def experiment_jobs(
     own = redo_of(stages_of(experiment), redo)
     words = (f"experiment={frozen}", f"run={folder}", "launcher=here", *with_redo(own))
     launcher = LAUNCHERS.build(experiment.launcher)
+
+    # A single job; all ranks start it if they train something together.
     asked_for = any("parts" in launcher.resources(stage.name) for stage in stages)
     if not asked_for and not is_shared_out(experiment):
-        # All ranks start it where there is something that they train together.
         trains = bool(trained_together(experiment, folder, until, launcher.processes("")))
         return [Job(name or "run", (with_until(words, until),), together=trains)]
+
     jobs: list[Job] = []
 
     def add(stage: str, *commands: Command, together: bool = False) -> None:
@@ -81,22 +93,21 @@ def experiment_jobs(
         after = (jobs[-1].name,) if jobs else ()
         jobs.append(Job(title, commands, launcher.resources(stage), after, together))
 
+    # Stages in parts, and stages of all ranks.
     parts = {stage.name: launcher.parts(stage.name) if stage.make_part else 1 for stage in stages}
-    trained = {
-        stage.name
-        for stage in stages
-        if stage.name in trained_together(experiment, folder, until, launcher.processes(stage.name))
-    }
+    trained = set()
+    for stage in stages:
+        ranks = launcher.processes(stage.name)
+        if stage.name in trained_together(experiment, folder, until, ranks):
+            trained.add(stage.name)
+
+    # A run up to a stage makes all stages before it that are missing. So a stage of one process has
+    # a job only before an array or a training, or at the end.
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
         count = parts[stage.name]
         if count > 1:
-            add(
-                stage.name,
-                *(
-                    ("part", f"stage={stage.name}", f"part={k}/{count}", *words)
-                    for k in range(count)
-                ),
-            )
+            about = ("part", f"stage={stage.name}")
+            add(stage.name, *((*about, f"part={k}/{count}", *words) for k in range(count)))
         if stage.name in trained:
             add(stage.name, with_until(words, stage.name), together=True)
         elif following is None or following.name in trained or parts[following.name] > 1:
@@ -105,12 +116,13 @@ def experiment_jobs(
 
 
 def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
-    """Gives jobs to a launcher. Says how to follow them where it does not wait;
-    returns the first exit code but 0.
+    """Give jobs to a launcher, and print how to follow them if it does not wait.
+
+    Returns:
+        the first exit code that is not 0, if the launcher waits.
 
     Raises:
-        UserError: for what can be known to be impossible,
-            such as checkpoints of an older format to go on from.
+        UserError: for what is known to be impossible, such as checkpoints of an older format.
     """
     for stage in folder.glob("*/"):
         for path in numbered(stage):
@@ -118,6 +130,7 @@ def launched(jobs: list[Job], folder: Path, launcher: Component) -> int:
     submitted = submit(jobs, folder, launcher)
     if not LAUNCHERS.get(launcher.name).detached:
         return next((each.code for each in submitted if each.code), 0)
+
     for job in jobs:
         of_job = [each for each in submitted if each.job == job.name]
         after = f", after {', '.join(job.after)}" if job.after else ""
@@ -135,7 +148,7 @@ def _shown(submitted: list[Submitted]) -> str:
 
 
 def frozen_file(settings: Mapping[str, Any], folder: Path) -> Path:
-    """A file of resolved settings that nothing writes to later,
+    """A file of resolved settings that nothing changes later,
     for jobs that read it when they start.
 
     Raises:
@@ -155,10 +168,10 @@ def frozen_file(settings: Mapping[str, Any], folder: Path) -> Path:
 
 
 def with_redo(names: Collection[str]) -> Command:
-    """The word that lets stages be made anew, where there are some."""
+    """The argument that allows stages to be made anew, if there are any."""
     return (f"redo={','.join(names)}",) if names else ()
 
 
 def with_until(words: Command, until: str | None) -> Command:
-    """The words, with that of the last stage or part, if one is given."""
+    """The arguments, with the name of the last stage or part if one is given."""
     return (*words, f"until={until}") if until else words

@@ -1,5 +1,4 @@
-"""Where a run stands that was made without jobs,
-read from what its stages have left in its folder."""
+"""The state of a run that was made without jobs, from what its stages left in its folder."""
 
 from __future__ import annotations
 
@@ -21,25 +20,25 @@ TRAINED = {
     "retriever": "retriever_training",
     "pretraining": "training",
 }
-"""Stages that train, and the section that says for how many steps."""
+"""Stages that train, and the section that sets the number of their steps."""
 
 
 def standing(folder: Path) -> list[str]:
-    """A line for each stage that was begun, or for each run of a sweep or a study;
-    none for another folder."""
+    """A line for each stage that was started, or for each run of a sweep or study;
+    [] for other folders."""
     inner = [file.parent for file in sorted(folder.glob(f"*/{KINDS['run']}"))]
     if inner and any((folder / KINDS[kind]).is_file() for kind in ("sweep", "study")):
         return [f"{run.name}: {_summary(run)}" for run in inner]
     lines = [f"{name:<16} {words}" for name, words in _stages(folder)]
     if lines and not _is_working(folder):
         lines.append(
-            "nothing works here now; the command of the run, given again, goes on from there"
+            "nothing runs here now; the command of the run, given again, continues from there"
         )
     return lines
 
 
 def _summary(run: Path) -> str:
-    """The stage that a run has come to, on one line."""
+    """The stage that a run has reached, on one line."""
     *_, (name, words) = [("not begun", ""), *_stages(run)]
     return f"{name} {words}".strip()
 
@@ -55,8 +54,7 @@ def _stages(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _under_way(folder: Path, name: str) -> str:
-    """What is known of a stage that is not finished: step, loss and the time that is left,
-    of one that trains."""
+    """What is known of an unfinished stage: if it trains, its step, loss and remaining time."""
     place = folder / name
     records = _records(place / "log.jsonl")
     if not records:
@@ -73,8 +71,8 @@ def _under_way(folder: Path, name: str) -> str:
 
 
 def _seconds_a_step(place: Path, step: int) -> float | None:
-    """Of the steps since this process began, by the times of its files;
-    None where they tell nothing."""
+    """Seconds a step since this process started, by the times of its files;
+    None if they do not tell."""
     began = (place / STARTED).stat().st_mtime
     before = [path for path in numbered(place) if path.stat().st_mtime <= began]
     done = step - max((step_of(path) or 0 for path in before), default=0)
@@ -92,7 +90,7 @@ def _steps(folder: Path, name: str) -> int | None:
 
 
 def _is_working(folder: Path) -> bool:
-    """Whether a process holds the folder; one that cannot be asked counts as not."""
+    """Whether a process holds the folder's lock; False if that cannot be found out."""
     try:
         with locked(folder, shared=True):
             return False
@@ -103,7 +101,7 @@ def _is_working(folder: Path) -> bool:
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
-    """The records of a log that have a step; a last line that is being written is left out."""
+    """The records of a log that have a step, without a last line that is still being written."""
     return [record for record in read_log(file) if isinstance(record.get("step"), int)]
 
 

@@ -1,5 +1,5 @@
-"""What runs inside a job of SLURM: a command in submitit's process,
-and a look at its end by the batch script."""
+"""What runs inside a SLURM job: a command in submitit's process, and the batch script's look at its
+end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class SlurmTask:
     """A command as submitit calls it, in each process of the job's step;
     the first keeps the journal.
 
-    The training notes submitit's signal and ends with a checkpoint of all ranks; only then does the
-    first one go submitit's way to `checkpoint` and to the queue. A stage without checkpoints goes
-    there at once: its files are its progress.
+    A training notes submitit's signal and ends with a checkpoint of all ranks; only then does the
+    first rank call submitit's handler, which calls `checkpoint` and requeues the job. A stage
+    without checkpoints calls it at once: its files are its progress.
     """
 
     command: tuple[str, ...]
@@ -44,30 +44,24 @@ class SlurmTask:
             code = run(self.command)
             if code == AGAIN and first:
                 self.queue_again()
-        except (
-            UncompletedJobError
-        ) as error:  # submitit's handler, wherever its signal came, has refused to requeue
-            why = (
-                str(error)
-                .partition("because: ")[2]
-                .rstrip(".")
-                .replace("timed-out", "reached its time limit")
-            )
-            write_event(self.journal, "stopped", at=progress(self.command), why=f"it {why}")
+        except UncompletedJobError as error:
+            # submitit's handler has refused to requeue, wherever its signal arrived.
+            reason = str(error).partition("because: ")[2].rstrip(".")
+            why = f"it {reason.replace('timed-out', 'reached its time limit')}"
+            write_event(self.journal, "stopped", at=progress(self.command), why=why)
             raise SystemExit(STOPPED) from error
+
         if code == 0 and first:
             write_event(self.journal, "done")
-        elif code and (
-            first or code != AGAIN
-        ):  # of those that make room, only the first one's end counts
+        elif code and (first or code != AGAIN):
+            # Of ranks that were asked to stop, only the end of the first one counts.
             raise SystemExit(code)
 
     def queue_again(self) -> None:
-        """Hands over to submitit's handler of its signal, which ends the process,
-        if SLURM means the job to go on.
+        """Call submitit's handler of its signal, which ends the process,
+        if SLURM lets the job continue.
 
-        It does not where the job is cancelled or over its time,
-        or where SLURM puts it back into the queue itself.
+        It does not if the job is cancelled or over its time limit, or if SLURM requeues it itself.
         """
         if is_running(job_id()):
             number = JobEnvironment._usr_sig()
@@ -75,15 +69,14 @@ class SlurmTask:
         write_event(self.journal, "again", at=progress(self.command))
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit starts next time: the same,
-        which goes on from what it finds in the run folder."""
+        """What submitit starts next time: the same command, which continues from the run folder."""
         write_event(self.journal, "again", at=progress(self.command))
         return DelayedSubmission(self)
 
 
 def run(command: tuple[str, ...]) -> int:
     """Exit code of `python -m cm3leon.run` with these arguments, in this process;
-    raises what that lets through."""
+    other exceptions pass."""
     before, sys.argv = sys.argv, ["cm3leon.run", *command]
     try:
         runpy.run_module("cm3leon.run", run_name="__main__", alter_sys=True)
@@ -95,13 +88,13 @@ def run(command: tuple[str, ...]) -> int:
 
 
 def job_id() -> str:
-    """The id by which `scontrol` knows this job, an array's element by its own."""
+    """The id by which `scontrol` knows this job; elements of an array have their own."""
     return os.environ["SLURM_JOB_ID"]
 
 
 def is_running(job: str) -> bool:
-    """Whether SLURM means the job to go on: not for one that is cancelled, being requeued,
-    or over its time."""
+    """Whether SLURM lets the job continue: not if it is cancelled, requeued,
+    or over its time limit."""
     answer = subprocess.run(
         ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False
     )
@@ -109,11 +102,10 @@ def is_running(job: str) -> bool:
 
 
 def after_step(launch: Launch, job: str, number: int, max_deaths: int, code: int) -> int:
-    """What the batch script does when its step has ended with a code that is not 0.
-    Returns its own exit code.
+    """What the batch script does when its step failed; returns its own exit code.
 
-    A step that was killed could not say so itself. It is queued again,
-    unless it died at the same place too often.
+    A step that was killed could not write its journal. It is queued again, unless it died too often
+    at the same point.
     """
     journal, command = launch.journal(job, number), launch.read()["commands"][job][number]
     events = read_events(journal)

@@ -225,8 +225,7 @@ def _failures(entries: Collection[StudyEntry]) -> list[Section]:
     for entry in entries:
         for result in entry.results:
             if result.state != "finished":
-                row = {"point": result.name, "state": result.state, "reason": result.error}
-                rows.append({**row})
+                rows.append({"point": result.name, "state": result.state, "reason": result.error})
     if not rows:
         return []
     text = "The same command, given again, tries only these points."
