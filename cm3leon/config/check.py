@@ -37,31 +37,33 @@ C = TypeVar("C", bound="DataclassInstance")
 def from_mapping(
     cls: type[C], mapping: Mapping[str, Any], where: str = "", *, unfit: list[str] | None = None
 ) -> C:
-    """Builds a config dataclass from plain data; `where` is the dotted path of the mapping,
-    for messages.
+    """Build a config dataclass from plain data.
 
-    A method `check(self)` of the dataclass, if any, is called on the result: it raises ValueError
-    for fields that do not go together. All mistakes, of all sections, are given in one answer.
+    If the dataclass has a method `check(self)`, it is called on the result and raises ValueError
+    for fields that do not go together. All mistakes, of all sections, are reported at once.
 
     Args:
-        unfit: is given what the `check` of this and of inner sections object to, in place of an
-            error, for a caller that has more to check: the config that is returned is of the right
-            types then, but not fit for use.
+        where: the dotted path of the mapping, for messages.
+        unfit: collects what the `check` of this and of inner sections object to, instead of an
+            error, for a caller that has more to check. The returned config then has the right types
+            but is not fit for use.
 
     Raises:
-        UserError: for unknown or missing keys, wrong types, values out of range,
-            or a failed `check`.
+        UserError: for unknown or missing keys, wrong types, values out of range, or a failed
+            `check`.
     """
     mapping = settled(cls, mapping, where)
     if not isinstance(mapping, Mapping):
         raise _not_allowed(where, mapping, "a section of key: value")
+
     hints = hints_of(cls)
     keys = [key_of(field) for field in dataclasses.fields(cls)]
-    mistakes = [
-        f"{_join(where, key)} is not a known key; {choices(str(key), keys)}"
-        for key in mapping
-        if key not in keys
-    ]
+    mistakes = []
+    for key in mapping:
+        if key not in keys:
+            mistakes.append(f"{_join(where, key)} is not a known key; {choices(str(key), keys)}")
+
+    # Every field is read before any mistake is reported.
     objections: list[str] = []
     values = {}
     for field in dataclasses.fields(cls):
@@ -78,14 +80,17 @@ def from_mapping(
     if mistakes:
         refuse([*mistakes, *objections])
 
+    # Then what only the class itself can check.
     config = cls(**values)
     if isinstance(config, SelfChecked):
         try:
             config.check()
         except UserError as error:
-            objections += [f"{where}: {each}" if where else each for each in sentences_of(error)]
+            prefix = f"{where}: " if where else ""
+            objections += [prefix + sentence for sentence in sentences_of(error)]
         except ValueError as error:
             objections.append(f"{where}: {error}" if where else str(error))
+
     if unfit is None:
         refuse(objections)
     else:
@@ -97,14 +102,13 @@ def checked_value(annotation: Any, value: Any, where: str) -> Any:
     """A single value as the annotated type, by the rules of a config's fields.
 
     Raises:
-        UserError: for another type or a value out of range, naming it by `where`.
+        UserError: for another type or a value out of range; `where` names it.
     """
     return _convert(annotation, value, where)
 
 
 def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
-    """Completes `{nodes: 4}` to
-    `{name: slurm, nodes: 4}` where the field has a default component."""
+    """Complete `{nodes: 4}` to `{name: slurm, nodes: 4}` if the field has a default component."""
     nameless = isinstance(value, Mapping) and "name" not in value
     if nameless and checker_of(annotation) is not None and not is_required(field):
         default = default_of(field)
@@ -115,6 +119,8 @@ def _with_default_name(field: dataclasses.Field[Any], annotation: Any, value: An
 def _convert(annotation: Any, value: Any, where: str, unfit: list[str] | None = None) -> Any:
     """The value as the annotated type; `unfit` as in `from_mapping`."""
     origin, args = get_origin(annotation), get_args(annotation)
+
+    # Components, bounds, unions and sections.
     checker = checker_of(annotation)
     if checker is not None and (value is not None or not is_union(annotation)):
         return checker.check(value, where, unfit=unfit)
@@ -124,6 +130,8 @@ def _convert(annotation: Any, value: Any, where: str, unfit: list[str] | None = 
         return _convert_union(annotation, value, where, unfit)
     if dataclasses.is_dataclass(annotation):
         return from_mapping(typing.cast(type, annotation), value, where, unfit=unfit)
+
+    # Containers, whose items are converted one by one.
     if origin is list and args[0] is str and isinstance(value, str):
         return [value]  # one text may stand without brackets
     if origin is list and isinstance(value, (list, tuple)):
@@ -139,6 +147,7 @@ def _convert(annotation: Any, value: Any, where: str, unfit: list[str] | None = 
             (args[1],) * len(keys), list(value.values()), where, unfit, names=list(value)
         )
         return dict(zip(keys, items, strict=True))
+
     if origin is Literal and any(value == arg and type(value) is type(arg) for arg in args):
         return value
     return _convert_scalar(annotation, value, where)
@@ -158,13 +167,12 @@ def _convert_items(
     unfit: list[str] | None,
     names: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The values as the annotated types; `names` stand in messages,
-    the places in the list without them."""
+    """The values as the annotated types; messages use `names`, or else the indices."""
     converted: list[Any] = []
     mistakes: list[str] = []
-    for place, (annotation, value) in enumerate(zip(annotations, values, strict=True)):
+    for index, (annotation, value) in enumerate(zip(annotations, values, strict=True)):
         try:
-            path = _join(where, names[place] if names else place)
+            path = _join(where, names[index] if names else index)
             converted.append(_convert(annotation, value, path, unfit))
         except UserError as error:
             mistakes += sentences_of(error)
@@ -180,7 +188,7 @@ def _convert_scalar(annotation: Any, value: Any, where: str) -> Any:
     if annotation is float and _is_number(value):
         return _finite(value, where)
     if annotation is Path and isinstance(value, (str, Path)) and str(value):
-        return path_of(value, where)  # the shell leaves the ~ of key=~/folder alone
+        return path_of(value, where)  # the shell does not expand the ~ of key=~/folder
     if value is None and annotation is types.NoneType:
         return None
     raise _not_allowed(where, value, type_text(annotation))
@@ -192,7 +200,7 @@ def _convert_in_range(annotation: Any, value: Any, where: str) -> Any:
     try:
         number = _convert(base, value, where)
     except UserError:
-        if bounds:  # say the bounds too, so that the next try is right
+        if bounds:  # the message names the bounds too
             finite = "" if base is int or not _is_number(value) else ", and finite"
             raise _not_allowed(where, value, type_text(annotation) + finite) from None
         raise
@@ -202,8 +210,8 @@ def _convert_in_range(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _finite(value: Any, where: str) -> float:
-    """A number as a float. Raises UserError for infinities, NaN, and what is too large to be one,
-    such as 1e400."""
+    """A number as a float. Raises UserError for infinity, NaN, and numbers that are too large, such
+    as 1e400."""
     try:
         number = float(value)
     # An integer of hundreds of digits, or ".inf" and ".nan" as texts.
@@ -219,7 +227,8 @@ def _convert_union(annotation: Any, value: Any, where: str, unfit: list[str] | N
         return None
     members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
     if len(members) == 1 and (members[0] is Path or isinstance(value, (Mapping, list, tuple))):
-        return _convert(members[0], value, where, unfit)  # its message says what is at fault
+        return _convert(members[0], value, where, unfit)  # its message is more exact
+
     for member in members:
         try:
             return _convert(member, value, where, unfit)
@@ -237,14 +246,20 @@ def _join(where: str, key: Any) -> str:
 
 
 def settled(annotation: Any, value: Any, where: str = "") -> Any:
-    """Plain data with every `Word` in it read as the annotated type wants it;
-    what is no word stays as it is.
+    """Plain data with every `Word` in it read as the annotated type asks for.
 
-    A text or a path takes the word as it was typed, quotes and all; only `null` is none where that
-    is allowed. A choice among texts may stand in quotes. Anything else is read as YAML: a number,
-    true, false, null, or a list or section in brackets, whose parts are read by the same rule. A
-    single value where a list is wanted is a list of it, and numbers with commas between them are a
-    list where numbers are wanted; what is no such list stays as it was typed.
+    A word is what was typed on the command line. For a text or a path it stays as it was typed,
+    quotes and all; only `null` means None where that is allowed. A choice among texts may be in
+    quotes. Anything else is read as YAML: a number, true, false, null, or a list or section in
+    brackets, whose parts follow the same rule. A single value where a list is wanted becomes a list
+    of one, and numbers with commas become a list where numbers are wanted; otherwise it stays as it
+    was typed.
+
+        field           word        value
+        str             1e-4        "1e-4"
+        float           1e-4        0.0001
+        list of int     0,4         [0, 4]
+        str or None     null        None
 
     Raises:
         UserError: for brackets that are not valid YAML.
@@ -253,26 +268,20 @@ def settled(annotation: Any, value: Any, where: str = "") -> Any:
         value = _read_word(annotation, value, where)
     if isinstance(value, Mapping):
         types_of = _member_types(annotation, value)
-        return {
-            str(key) if isinstance(key, Word) else key: settled(
-                types_of(key), inner, _join(where, key)
-            )
-            for key, inner in value.items()
-        }
+        section = {}
+        for key, inner in value.items():
+            plain = str(key) if isinstance(key, Word) else key
+            section[plain] = settled(types_of(key), inner, _join(where, key))
+        return section
     if isinstance(value, (list, tuple)):
-        item = next(
-            (
-                get_args(each)[0]
-                for each in _members(annotation)
-                if get_origin(each) in (list, tuple)
-            ),
-            Any,
-        )
+        lists = [each for each in _members(annotation) if get_origin(each) in (list, tuple)]
+        item = get_args(lists[0])[0] if lists else Any
         return [settled(item, inner, _join(where, index)) for index, inner in enumerate(value)]
     return value
 
 
 def _read_word(annotation: Any, word: Word, where: str) -> Any:
+    """A word as the annotated type, see `settled`."""
     members = _members(annotation)
     if word == "null" and types.NoneType in members:
         return None
@@ -280,16 +289,22 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
         numbers = _numbers_of(each, word, where)
         if numbers is not None:
             return numbers
+
+    # Without texts among the types, the word is YAML; a single value may become a list.
     if not any(map(_takes_text, members)):
         value = parse_word(word, where)
         alone = value is not None and not isinstance(value, list)
         takes_list = any(get_origin(each) in (list, tuple) for each in members)
-        return [word] if alone and takes_list and not any(map(_takes_numbers, members)) else value
-    # A choice may stand in quotes, as YAML has it; a free text keeps the quotes that were typed.
+        if alone and takes_list and not any(map(_takes_numbers, members)):
+            return [word]
+        return value
+
+    # A choice may be in quotes, as in YAML; a free text keeps the quotes that were typed.
     unquoted = word.strip().strip("\"'")
     if any(get_origin(each) is Literal and unquoted in get_args(each) for each in members):
         return unquoted
-    # Beside a text, the field may also take a list, or a number.
+
+    # Besides a text, the field may take a list or a number.
     others = [each for each in members if not _takes_text(each) and each is not types.NoneType]
     for other in others:
         try:
@@ -302,24 +317,24 @@ def _read_word(annotation: Any, word: Word, where: str) -> Any:
 
 
 def _numbers_of(annotation: Any, word: Word, where: str) -> list[Any] | None:
-    """The numbers of a word such as `0,0,4,4`, where the annotated type is a list that they fit;
-    None otherwise."""
+    """The numbers in a word such as `0,0,4,4`, if the annotated type is a list that they fit;
+    else None."""
     if not _takes_numbers(annotation) or word.strip().startswith(("[", "{", '"', "'")):
         return None
     numbers = settled(annotation, [Word(part.strip()) for part in word.split(",")], where)
     try:
         _convert(annotation, numbers, where)
-    except UserError:  # whoever checks the value as it was typed says so
+    except UserError:  # reported when the value is checked as it was typed
         return None
     return typing.cast(list[Any], numbers)
 
 
 def _takes_numbers(annotation: Any) -> bool:
     """Whether it is a list or a tuple of numbers."""
+    if get_origin(annotation) not in (list, tuple):
+        return False
     parts = [each for each in get_args(annotation) if each is not Ellipsis]
-    return get_origin(annotation) in (list, tuple) and all(
-        set(_members(each)) <= {int, float} for each in parts
-    )
+    return all(set(_members(each)) <= {int, float} for each in parts)
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -329,16 +344,20 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have, without the marks beside them."""
+    """The types that a value may have, without their marks."""
     if get_origin(annotation) is Annotated and checker_of(annotation) is None:
         annotation = get_args(annotation)[0]
     if not is_union(annotation):
         return (annotation,)
-    return tuple(member for each in get_args(annotation) for member in _members(each))
+    members: list[Any] = []
+    for each in get_args(annotation):
+        members += _members(each)
+    return tuple(members)
 
 
 def _member_types(annotation: Any, section: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Key of a section -> the type of its value; Any where it is not known."""
+    """A function from the keys of a section to the types of their values;
+    Any if a type is not known."""
     checker = checker_of(annotation)
     if checker is not None:
         try:
@@ -355,11 +374,13 @@ def _member_types(annotation: Any, section: Mapping[str, Any]) -> Callable[[str]
 
 
 def typed_value(cls: type, mapping: Mapping[str, Any], path: tuple[str, ...], word: Any) -> Any:
-    """What a word is as the value of a path of a config class, given the sections around it."""
+    """A word as the value at a path of a config class, given the sections around it."""
     if not isinstance(word, Word):
         return word
     at: Any = settled(cls, apply_overrides(mapping, [(path, word)], component_sections(cls)))
     for part in path:
         at = at[int(part)] if isinstance(at, list) else at[part]
-    # A component named by its bare name has become its section.
-    return str(word) if isinstance(at, Mapping) and not word.strip().startswith("{") else at
+    # The bare name of a component has become its section.
+    if isinstance(at, Mapping) and not word.strip().startswith("{"):
+        return str(word)
+    return at

@@ -1,5 +1,5 @@
-"""Configs in words: help texts, and the halves of sentences about what is allowed
-and what was meant."""
+"""Configs in words: help texts, and parts of messages
+that say what is allowed and what was meant."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cm3leon.config.schema import (
 
 @dataclass(frozen=True)
 class FieldDoc:
-    """One field of a config class, as text for people."""
+    """A field of a config class, as text for people."""
 
     name: str
     type: str
@@ -43,9 +43,10 @@ class FieldDoc:
 
 
 def describe(cls: type, defaults: Mapping[str, Any] | None = None) -> list[FieldDoc]:
-    """The fields of a config class in order, those of nested dataclasses under their dotted names.
+    """The fields of a config class in order; fields of nested dataclasses have dotted names.
 
-    `defaults` are plain values that stand in for the defaults of the class.
+    Args:
+        defaults: plain values that replace the defaults of the class.
     """
     return list(_describe(cls, defaults or {}, ""))
 
@@ -60,6 +61,7 @@ def _describe(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[F
         elif is_required(field):
             default = "required"
         else:
+            # A nested section has no default of its own; its fields have theirs.
             value = default_of(field)
             default = "" if nested and value is not None else shown(to_mapping(value))
         yield FieldDoc(name, type_text(annotation), default, sentences.get(field.name, ""))
@@ -68,11 +70,11 @@ def _describe(cls: type, defaults: Mapping[str, Any], prefix: str) -> Iterator[F
 
 
 def check_config_class(cls: type) -> None:
-    """Checks that a class can serve as a config.
+    """Check that a class can serve as a config.
 
     Raises:
-        TypeError: for a class that is no keyword-only dataclass, a field without a sentence, or a
-            type that a config cannot hold.
+        TypeError: for a class that is not a keyword-only dataclass, a field without a sentence, or
+            a type that a config cannot hold.
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__qualname__} must be a dataclass")
@@ -139,8 +141,7 @@ def type_text(annotation: Any) -> str:
 
 
 def bounds_text(bounds: Range, base: str) -> str:
-    """The bounds behind the name of a type: `a whole number, at least 1`,
-    `a number from 0 to 1`."""
+    """A type with its bounds: `a whole number, at least 1`, `a number from 0 to 1`."""
     if bounds.ge is not None and bounds.le is not None:
         return f"{base} from {bounds.ge} to {bounds.le}"
     limits = {
@@ -154,8 +155,8 @@ def bounds_text(bounds: Range, base: str) -> str:
 
 
 def choices(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, if any is near,
-    and the list."""
+    """The end of a sentence about an unknown name: the nearest known name, if one is near,
+    and all names."""
     known = sorted(names)
     best = nearest(name, known)
     listed = f"known: {', '.join(known)}" if known else "none is known"
@@ -163,14 +164,14 @@ def choices(name: str, names: Iterable[str]) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name most like the given one, None where none is alike."""
+    """The name most like the given one; None if none is alike."""
     by_lower = {known.lower(): known for known in names}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[found[0]] if found else None
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would write it, cut where it is long."""
+    """A value as YAML would write it, shortened if it is long."""
     return textwrap.shorten(
         json.dumps(value, default=str, ensure_ascii=False), 100, placeholder=" ..."
     )
@@ -184,13 +185,15 @@ def summary_of(cls: type) -> str:
 
 @functools.cache
 def sentences_of_fields(cls: type) -> dict[str, str]:
-    """The string under each field, inherited fields included. A class without source has none."""
+    """The string under each field, inherited fields included; {} for a class without source."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         try:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):
             continue
+
+        # Python keeps no docstrings of fields, so they are read from the source.
         body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
         for statement, below in itertools.pairwise(body):
             if (

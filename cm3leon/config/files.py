@@ -158,13 +158,12 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of the mapping with the overrides applied in order.
 
-    A path in `component_sections` (see the function of that name) takes a bare name: one that
-    differs from the current replaces the section, so that no key of the old component leaks into
-    the new one.
+    A path in `component_sections` (see the function of that name) accepts a bare name. A name that
+    differs from the current one replaces the whole section, so that no key of the old component
+    leaks into the new one.
 
     Raises:
-        UserError: where a path leads through something that is no section,
-            or past the end of a list.
+        UserError: for a path through something that is not a section, or past the end of a list.
     """
     result = copy.deepcopy(dict(mapping))
     for path, value in overrides:
@@ -176,14 +175,17 @@ def apply_overrides(
             value = _parsed(value, path)
         if _pattern(path) in component_sections and isinstance(value, str):
             current = parent.get(key) if isinstance(parent, dict) else parent[key]
-            current = {"name": current} if isinstance(current, str) else current or {}
-            value = current if current.get("name") == value else {"name": value}
+            if isinstance(current, str):
+                current = {"name": current}
+            # The same name keeps the section with its keys.
+            same = bool(current) and current.get("name") == value
+            value = current if same else {"name": value}
         parent[key] = copy.deepcopy(value)
     return result
 
 
 def _section(parent: Any, path: tuple[str, ...], component_sections: Collection[str]) -> Any:
-    """The mapping or list at the path, made where there is none yet."""
+    """The mapping or list at the path, created if there is none."""
     key = _key(parent, path)
     current = _parsed(parent.get(key) if isinstance(parent, dict) else parent[key], path)
     if current is None:
@@ -197,7 +199,7 @@ def _section(parent: Any, path: tuple[str, ...], component_sections: Collection[
 
 
 def _parsed(value: Any, path: tuple[str, ...]) -> Any:
-    """The value, a word as YAML has it: for what can only be a name, a section or a list."""
+    """The value; a word is read as YAML, since here it can only be a name, a section or a list."""
     return parse_word(value, ".".join(path)) if isinstance(value, Word) else value
 
 

@@ -1,11 +1,11 @@
-"""Config classes as a JSON Schema (draft 7), by which editors complete and check YAML.
+"""Config classes as a JSON Schema (draft 7), with which editors complete and check YAML.
 
 schema = Schemas()
 schema.section(Experiment)    # {"$ref": "#/definitions/Experiment"}
 schema.definitions            # what is referred to
 
-No key is required but where a component is named: what a file leaves out may be given on the
-command line. What only a config's own `check` knows, such as two fields that do not go together, is
+No key is required, except the name of a component: what a file leaves out may be given on the
+command line. What only a config's own `check` knows, such as two fields that exclude each other, is
 left to it.
 """
 
@@ -56,7 +56,7 @@ class Schemas:
         """The schema of a section that holds the fields of a config class."""
         name = f"{cls.__module__.removeprefix('cm3leon.')}.{cls.__qualname__}"
         if name not in self.definitions:
-            self.definitions[name] = {}  # so that a class may hold itself
+            self.definitions[name] = {}  # a class may contain itself
             self.definitions[name] = {
                 "description": summary_of(cls),
                 "type": "object",
@@ -66,17 +66,16 @@ class Schemas:
         return _reference(name)
 
     def definition(self, reference: Schema) -> Schema:
-        """What a reference refers to."""
+        """The schema that a reference refers to."""
         return self.definitions[reference["$ref"].rpartition("/")[2].replace("%20", " ")]
 
     def properties(self, cls: type) -> dict[str, Schema]:
-        """The schemas of the fields of a config class by their keys,
-        with sentences and defaults."""
+        """The schemas of a config class's fields by key, with their sentences and defaults."""
         hints, sentences = hints_of(cls), sentences_of_fields(cls)
         found = {}
         for field in dataclasses.fields(cls):
             schema = self.value(hints[field.name])
-            # Beside a reference draft 7 reads nothing.
+            # Draft 7 ignores whatever stands beside a reference.
             schema = {"allOf": [schema]} if "$ref" in schema else dict(schema)
             schema["description"] = sentences.get(field.name, "")
             if not is_required(field):
@@ -87,6 +86,8 @@ class Schemas:
     def value(self, annotation: Any) -> Schema:
         """The schema of a value of an annotated type, by the rules of `check`."""
         origin, args = get_origin(annotation), get_args(annotation)
+
+        # Components, bounds, unions and sections.
         checker = checker_of(annotation)
         if checker is not None:
             one = self.component(checker)
@@ -99,6 +100,8 @@ class Schemas:
             return self.section(cast(type, annotation))
         if origin is Literal:
             return {"enum": list(args)}
+
+        # Containers. A single text may stand for a list of texts.
         if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
             items = {"type": "array", "items": self.value(args[0])}
             return {"anyOf": [items, SCALARS[str]]} if args[0] is str else items
@@ -121,13 +124,15 @@ class Schemas:
 
     def component(self, registry: ComponentChecker) -> Schema:
         """The schema of a component: its bare name,
-        or a section with the fields of the one that it names."""
+        or a section with the fields of the named one."""
         name = registry.kind
         if name in self.definitions:
             return _reference(name)
         self.definitions[name] = {}
         names = registry.names()
         name_schema = {"enum": names, "enumDescriptions": list(map(registry.summary, names))}
+
+        # Names that share a config class, such as presets, share a case.
         classes: dict[type, list[str]] = {}
         for each in names:
             classes.setdefault(registry.config_class(each), []).append(each)
@@ -139,7 +144,8 @@ class Schemas:
             allowed = {"properties": {"name": of_name, **fields}, "additionalProperties": False}
             chosen = {"properties": {"name": of_name}, "required": ["name"]}
             cases.append({"if": chosen, "then": allowed})
-        # Without a name it is the default's section, or its name is given on the command line.
+
+        # Without a name it is the default component's section, or the command line names it.
         section = {
             "type": "object",
             "properties": every_key,
@@ -152,7 +158,7 @@ class Schemas:
     # ---------------------------------------------------------------------------------- dotted keys
 
     def settings(self, cls: type, *, swept: bool = False) -> Schema:
-        """The schema of a mapping of keys of a config class, dotted or whole sections, to values.
+        """The schema of a mapping from keys of a config class, dotted or whole sections, to values.
 
         Args:
             swept: whether each key has several values, as a list or in words.
@@ -163,13 +169,15 @@ class Schemas:
         self.definitions[name] = {}
         properties: dict[str, Schema] = {}
         patterns: dict[str, Schema] = {}
+
         for path, schema in self._paths(cls, "", ()):
-            # Any value of a swept key may be one of a list, or stand in words such as range(3).
+            # A swept key may have anything: a list of its values, or words such as range(3).
             taken = {} if swept else schema
             if "[" in path:
                 _add(patterns, f"^{path}$", taken)
             else:
                 _add(properties, path.replace("\\.", "."), taken)
+
         self.definitions[name] = {
             "type": "object",
             "properties": properties,
@@ -181,24 +189,24 @@ class Schemas:
     def _paths(
         self, annotation: Any, prefix: str, within: tuple[Any, ...]
     ) -> Iterator[tuple[str, Schema]]:
-        """Regular expressions of the keys below a value, and their schemas;
-        the value itself is left out."""
+        """Regular expressions of the keys below a value, with their schemas;
+        without the value itself."""
         for key, inner in _inside(annotation):
             path = f"{prefix}{key}"
             yield path, self.value(inner)
-            # A component may hold one of its own kind, to any depth:
-            # three levels are what anybody writes.
+            # A component may contain one of its kind, to any depth; three levels are enough.
             marker = checker_of(inner)
             if within.count(marker) < 2 or marker is None:
                 yield from self._paths(inner, f"{path}\\.", (*within, marker))
 
 
 def _inside(annotation: Any) -> Iterator[tuple[str, Any]]:
-    """The keys, as regular expressions, that may follow a value's own after a dot,
-    with the types of their values."""
+    """The keys that may follow a value's own key after a dot, as regular expressions,
+    with their types."""
     origin, args = get_origin(annotation), get_args(annotation)
     checker = checker_of(annotation)
     if checker is not None:
+        # The fields of all components of this kind.
         names = checker.names()
         yield "name", cast(Any, Literal)[tuple(names)]
         found: dict[str, list[Any]] = {}
@@ -234,8 +242,8 @@ def _fields(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _add(schemas: dict[str, Schema], key: str, schema: Schema) -> None:
-    """One more schema that the values of a key may have:
-    components differ in what a key of theirs takes."""
+    """Add a schema that the values of a key may have;
+    components may share a key with different types."""
     if key not in schemas:
         schemas[key] = schema
     elif schema != schemas[key] and schema not in schemas[key].get("anyOf", []):

@@ -1,5 +1,4 @@
-"""Configs as plain data: whole, what a result depends on,
-or as a record that holds in any working directory."""
+"""Configs as plain data: whole, without what changes no result, or with absolute paths."""
 
 from __future__ import annotations
 
@@ -19,8 +18,10 @@ _LEFT_OUT = object()
 
 
 def to_mapping(config: Any) -> Any:
-    """Plain data that YAML can hold; `from_mapping` is its inverse. Components become
-    `{name: ..., **fields}`."""
+    """Plain data that YAML can hold; `from_mapping` is its inverse.
+
+    Components become `{name: ..., **fields}`.
+    """
     if isinstance(config, Component):
         return {"name": config.name, **to_mapping(config.config)}
     if dataclasses.is_dataclass(config):
@@ -36,24 +37,23 @@ def to_mapping(config: Any) -> Any:
 
 
 def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> Any:
-    """The settings that a result depends on, as plain data:
-    `to_mapping` without what changes no result.
+    """The settings that a result depends on, as plain data.
 
-    Fields marked `NoEffect` are left out. Locations are left out too,
-    or replaced by what lies there:
+    This is `to_mapping` without fields marked `NoEffect`. Locations are left out too, or replaced
+    by what lies there:
 
         result_settings(config)                    # {"layout": "auto"}
         result_settings(config, held=path_digest)  # {"path": "sha256:9f86...", "layout": "auto"}
 
     Args:
-        held: a location -> what stands for its files, for example a digest; None where the caller
-            says what the files hold in another way.
+        held: maps a location to what stands for its files, for example a digest; None if the
+            caller records in another way what the files hold.
     """
 
     def at(mark: Location, value: Any) -> Any:
         if held is None:
             return _LEFT_OUT
-        if isinstance(value, Mapping):  # the order of folders may count, so they stay a list
+        if isinstance(value, Mapping):  # a list, as the order of folders may matter
             return [[held(str(key)), to_mapping(item)] for key, item in value.items()]
         return _each(value, held)
 
@@ -61,8 +61,8 @@ def result_settings(config: Any, held: Callable[[str], Any] | None = None) -> An
 
 
 def recorded_settings(config: Any) -> Any:
-    """`to_mapping` with every local location absolute,
-    so that it means the same in another working directory."""
+    """`to_mapping` with every local location absolute, so that it means the same in another working
+    directory."""
 
     def at(mark: Location, value: Any) -> Any:
         def moved(place: str) -> str:
@@ -76,21 +76,21 @@ def recorded_settings(config: Any) -> Any:
 
 
 def absolute_location(location: str) -> str:
-    """A local path, or a glob of such, made absolute; a URL, and an empty text,
-    stay as they are."""
-    if "::" in location and not Path(location).exists():  # several paths, or one through another
-        return "::".join(
-            os.path.abspath(each) if Path(each).exists() else each for each in location.split("::")
-        )
+    """Make a local path, or a glob of paths, absolute; URLs and "" stay as they are."""
+    # Several paths, or a path through another one, as fsspec writes them.
+    if "::" in location and not Path(location).exists():
+        parts = location.split("::")
+        return "::".join(os.path.abspath(each) if Path(each).exists() else each for each in parts)
     if not location or "://" in location or location.startswith("{/"):
         return location
-    home = str(Path(location).expanduser()) if location.startswith("~/") else location
-    return os.path.abspath(home)
+    if location.startswith("~/"):
+        location = str(Path(location).expanduser())
+    return os.path.abspath(location)
 
 
 def _plain(config: Any, at: Callable[[Location, Any], Any], *, results_only: bool) -> Any:
-    """`to_mapping`, with locations given to `at` and, for results,
-    without the fields that change none."""
+    """`to_mapping` with locations replaced by `at`,
+    and for results without fields that change none."""
     again = functools.partial(_plain, at=at, results_only=results_only)
     if isinstance(config, Component):
         return {"name": config.name, **again(config.config)}
@@ -128,9 +128,7 @@ def _marked(annotation: Any, kind: type[M]) -> M | None:
 
 
 def _each(value: Any, change: Callable[[str], Any]) -> Any:
-    """One location changed, or each of a list."""
-    return (
-        [change(str(item)) for item in value]
-        if isinstance(value, (list, tuple))
-        else change(str(value))
-    )
+    """Change one location, or each of a list."""
+    if isinstance(value, (list, tuple)):
+        return [change(str(item)) for item in value]
+    return change(str(value))

@@ -1,4 +1,4 @@
-"""What a config class is made of: bounds, marks, components, and how its fields are read."""
+"""The parts of config classes: bounds, marks, components, and how fields are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol, Union, get_args, get_origin, runtim
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, written `Annotated[int, Range(ge=1)]`."""
+    """Bounds of a number, as in `Annotated[int, Range(ge=1)]`."""
 
     ge: float | None = None
     gt: float | None = None
@@ -34,10 +34,10 @@ NonNegativeInt = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Temperature = Annotated[float, Range(ge=0.01)]
-"""Below it the softmax of float32 logits is that of the largest alone, or no number:
-take the decoder greedy."""
+"""Lower temperatures would make the softmax of float32 logits one-hot or NaN;
+use the decoder greedy."""
 Guidance = Annotated[float, Range(ge=0, le=1000)]
-"""Weights of guidance; with larger ones float32 logits of a trained model can overflow."""
+"""Weight of guidance; with larger ones float32 logits of a trained model can overflow."""
 Seed = Annotated[int, Range(ge=0, le=2**64 - 1)]
 """Any number of 64 bits, such as a time in nanoseconds; see `seeds.wrapped`."""
 Probability = Annotated[float, Range(ge=0, le=1)]
@@ -46,37 +46,35 @@ Probability = Annotated[float, Range(ge=0, le=1)]
 @dataclass(frozen=True)
 class Location:
     """Marks a field that says where files lie: `Annotated[str, Location()]`.
-    Fields of type Path are such unmarked.
 
-    A result depends on what the files hold, not on where they lie; see `result_settings`. Of a
-    mapping, the keys are the locations.
+    Fields of type Path need no mark. A result depends on what the files hold, not on where they
+    lie; see `result_settings`. In a mapping, the keys are the locations.
     """
 
     or_name: bool = False
-    """Whether a value that is no file on this machine is a name,
+    """Whether a value that is not a file on this machine is a name,
     such as the tag of published weights."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Marks a mapping of keys of a config class, dotted ones or whole sections, with their values.
+    """Marks a mapping from keys of a config class, dotted or whole sections, to values.
 
-    The mapping is checked by whoever applies it;
-    the schema for editors knows the keys by this mark.
+    Whoever applies the mapping checks it; the schema for editors knows the keys by this mark.
     """
 
     cls: type
     swept: bool = False
-    """Whether each key has several values, a list or words such as range(3)."""
+    """Whether each key has several values, as a list or words such as range(3)."""
 
 
 @dataclass(frozen=True)
 class NoEffect:
     """Marks a field that changes no result:
-    `Annotated[int, NoEffect("how often figures are written down")]`."""
+    `Annotated[int, NoEffect("how often figures are logged")]`."""
 
     why: str
-    """What the field is about instead, for whoever reads the class."""
+    """What the field is about instead, for readers of the class."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Component:
     """A component chosen by its registry name, with its checked `Config`; the registry builds it.
 
     A field for one is annotated `Annotated[Component, MODELS]`; in YAML it is
-    `{name: cm3leon, layers: 24}`, or the bare name.
+    `{name: cm3leon, layers: 24}`, or only the name.
     """
 
     name: str
@@ -93,25 +91,25 @@ class Component:
 
 @dataclass(kw_only=True)
 class NoSettings:
-    """The `Config` of a component that has nothing to choose."""
+    """The `Config` of a component without settings."""
 
 
 @runtime_checkable
 class SelfChecked(Protocol):
-    """A config class that refuses what the types of its fields cannot say."""
+    """A config class that checks what the types of its fields cannot say."""
 
     def check(self) -> None:
-        """Raises UserError for settings that do not go together."""
+        """Raise UserError for settings that do not go together."""
 
 
 @runtime_checkable
 class ComponentChecker(Protocol):
-    """What the metadata of an `Annotated[Component, ...]` has to offer; registries do."""
+    """What the metadata of an `Annotated[Component, ...]` must offer; registries do."""
 
     kind: str
 
     def check(self, section: Any, where: str, *, unfit: list[str] | None = None) -> Component:
-        """Checks a section of a config, named by its dotted path; `unfit` as in `from_mapping`."""
+        """Check a section of a config at a dotted path; `unfit` as in `from_mapping`."""
 
     def config_class(self, name: str) -> Any:
         """The `Config` of a component. Raises UserError for an unknown name."""
@@ -120,25 +118,25 @@ class ComponentChecker(Protocol):
         """All names, sorted."""
 
     def summary(self, name: str) -> str:
-        """What a component is, in a line."""
+        """What a component is, on one line."""
 
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """The annotations of the fields of a config class, with their marks."""
+    """The annotations of a config class's fields, with their marks."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:
-    """The key of a field: its name, less the underscore of one that would be a word of Python,
-    as `from_`."""
+    """The key of a field: its name without the underscore that keeps it from being a Python
+    keyword, as in `from_`."""
     return field.name.removesuffix("_")
 
 
 def component_sections(cls: type) -> frozenset[str]:
     """Dotted paths of the component fields of a config class;
-    `*` stands for the index in a list of components."""
+    `*` stands for the index in a list."""
     paths = set()
     for name, annotation in hints_of(cls).items():
         nested = nested_dataclass(annotation)
@@ -158,19 +156,19 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field that has one."""
-    return (
-        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    )
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def is_union(annotation: Any) -> bool:
-    """Whether it is `X | Y`, in either way of writing it."""
+    """Whether it is `X | Y`, written in either way."""
     return get_origin(annotation) in (Union, types.UnionType)
 
 
 def checker_of(annotation: Any) -> ComponentChecker | None:
-    """The registry of `Annotated[Component, REGISTRY]`, also where it is `| None`;
-    None for any other annotation."""
+    """The registry of `Annotated[Component, REGISTRY]`, also with `| None`;
+    None for other annotations."""
     if is_union(annotation):
         return next(filter(None, map(checker_of, get_args(annotation))), None)
     if get_origin(annotation) is Annotated and get_args(annotation)[0] is Component:
@@ -179,6 +177,6 @@ def checker_of(annotation: Any) -> ComponentChecker | None:
 
 
 def nested_dataclass(annotation: Any) -> type | None:
-    """The dataclass of `X` or `X | None`, None for any other annotation."""
+    """The dataclass of `X` or `X | None`; None for other annotations."""
     members = get_args(annotation) if is_union(annotation) else (annotation,)
     return next((member for member in members if dataclasses.is_dataclass(member)), None)  # type: ignore[return-value]  # a class

@@ -1,4 +1,4 @@
-"""What a swept key takes, written in a line: `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
+"""The values of a swept key, written on one line: `1e-4,3e-4`, `range(3)`, `uniform(0,0.3)`,
 `loguniform(1e-5,1e-3)`."""
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from cm3leon.config.files import Word, parse_word
 from cm3leon.types import UserError
 
 MAX_VALUES = 1000
-"""Values that a key of a run or an evaluation may take: there is a run, or a row, for each."""
+"""Most values of a key: each is a run or a row."""
 DIGITS = 4
-"""Significant digits of a drawn value: few enough for the name of its point to tell it whole."""
-LEGEND = "write values as a,b,c or range(n), or uniform(low,high) and loguniform(low,high) for sweep_trials"
+"""Significant digits of a drawn value: few enough to be shown whole in the name of its point."""
+LEGEND = (
+    "write values as a,b,c or range(n), or uniform(low,high) and loguniform(low,high) for "
+    "sweep_trials"
+)
 
 _CALL = re.compile(r"([a-z_]+)\(([^()]*)\)")
 _INT = re.compile(r"-?\d{1,9}")
@@ -31,13 +34,13 @@ class Choice:
     values: Sequence[Any]
 
     def draw(self, random: random.Random) -> Any:
-        """One of them, each as likely as the others."""
+        """One of the values, all equally likely."""
         return random.choice(self.values)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number between two others; even on a logarithmic scale where `logarithmic`."""
+    """A number between two others; uniform on a logarithmic scale if `logarithmic`."""
 
     low: float
     high: float
@@ -55,15 +58,15 @@ class Interval:
 def parse_values(
     where: str, given: Any, read: Callable[[Any], Any] = lambda word: settled(Any, word)
 ) -> Choice | Interval:
-    """The values of a swept key: a list as it is, text as `LEGEND` says,
-    anything else as a single value.
+    """The values of a swept key: a list as it is, a text as `LEGEND` says,
+    anything else as one value.
 
     Args:
         where: the dotted path of the key, for messages.
-        read: makes what the key takes of one value, which is a `Word` where it was typed.
+        read: converts a single value to the key's type; the value is a `Word` if it was typed.
 
     Raises:
-        UserError: for text that is none of these, bounds in the wrong order, or no values at all.
+        UserError: for a text that is none of these, bounds in the wrong order, or no values.
     """
     values = _values(where, given, read)
     if isinstance(values, Choice) and not len(values.values):
@@ -72,7 +75,7 @@ def parse_values(
 
 
 def parse_lists(swept: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
-    """The values of every key that is swept, for what has no draws.
+    """The values of every swept key, where none can be drawn at random.
 
     Raises:
         UserError: for values that are not understood, or of which there are infinitely many.
@@ -99,21 +102,20 @@ def _values(where: str, given: Any, read: Callable[[Any], Any]) -> Choice | Inte
         return Choice(tuple(given))
     if not isinstance(given, str):
         return Choice((given,))
+
+    # Without a call such as range(3), it is a list; the brackets may be left out.
     call = _CALL.fullmatch(given.strip())
     if call is None:
         values = parse_word(Word(f"[{given}]"), where)
-        # Typed with brackets around all of them, they are a list as a file has it.
         if isinstance(given, Word) and len(values) == 1 and isinstance(values[0], list):
             (values,) = values
         return Choice(tuple(map(read, values)))
+
     name, numbers = call[1], [number.strip() for number in call[2].split(",")]
-    if (
-        name == "range"
-        and 1 <= len(numbers) <= 3
-        and all(map(_INT.fullmatch, numbers))
-        and (len(numbers) < 3 or int(numbers[2]) != 0)
-    ):
-        return Choice(range(*map(int, numbers)))
+    if name == "range" and len(numbers) <= 3 and all(map(_INT.fullmatch, numbers)):
+        step = int(numbers[2]) if len(numbers) == 3 else 1
+        if step != 0:
+            return Choice(range(*map(int, numbers)))
     if name in ("uniform", "loguniform") and len(numbers) == 2:
         interval = _interval(*numbers, logarithmic=name == "loguniform")
         if interval:
@@ -124,13 +126,13 @@ def _values(where: str, given: Any, read: Callable[[Any], Any]) -> Choice | Inte
 
 
 def _interval(low: str, high: str, *, logarithmic: bool) -> Interval | None:
+    """The interval between two numbers; None if they are not the bounds of one."""
     try:
         bounds = Interval(float(low), float(high), logarithmic)
     except ValueError:
         return None
-    finite = math.isfinite(bounds.low) and math.isfinite(bounds.high)
-    return (
-        bounds
-        if finite and bounds.low < bounds.high and (bounds.low > 0 or not logarithmic)
-        else None
-    )
+    if not (math.isfinite(bounds.low) and math.isfinite(bounds.high)):
+        return None
+    if bounds.low >= bounds.high or (logarithmic and bounds.low <= 0):
+        return None
+    return bounds

@@ -28,10 +28,9 @@ from cm3leon.registry import (
 from cm3leon.types import UserError
 
 EARLIER = ("tasks", "task_decoders", "generation", "metrics")
-"""Sections of earlier versions, in place of which there is `evaluations`."""
+"""Sections of earlier versions, which `evaluations` has replaced."""
 SWEEP = "sweep"
-"""Section of dotted keys and the values that they take in turn,
-which makes an experiment a sweep."""
+"""Section of dotted keys and the values that they take in turn; it makes an experiment a sweep."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +47,7 @@ class Entry:
     """The numbers to expect, in one line."""
 
     overrides: Annotated[dict[str, Any], Settings(Experiment)] = field(default_factory=dict)
-    """Dotted keys and the values they replace in the file."""
+    """Dotted keys, and the values that replace those in the file."""
 
 
 def list_experiments(shipped: Path = SHIPPED) -> dict[str, Entry]:
@@ -57,11 +56,10 @@ def list_experiments(shipped: Path = SHIPPED) -> dict[str, Entry]:
     Raises:
         UserError: for a broken experiments.yaml.
     """
-    entries = load_yaml(shipped / "experiments.yaml")
-    return {
-        name: from_mapping(Entry, entry, f"experiments.yaml: {name}")
-        for name, entry in entries.items()
-    }
+    entries = {}
+    for name, entry in load_yaml(shipped / "experiments.yaml").items():
+        entries[name] = from_mapping(Entry, entry, f"experiments.yaml: {name}")
+    return entries
 
 
 def experiment_name(name_or_path: str) -> str:
@@ -103,15 +101,15 @@ def load_experiment(
             (`stages/checks.py`).
 
     Raises:
-        UserError: for an unknown experiment, one that is a sweep, a mistake in its file or the
-            overrides, or a plugin that is not trusted.
+        UserError: for an unknown experiment, a sweep, a mistake in the file or the overrides, or a
+            plugin that is not trusted.
         PluginError: for a plugin that fails to import.
     """
     mapping = load_mapping(name_or_path, overrides, shipped, **reading)
     if SWEEP in mapping:
         raise UserError(
-            f"experiment: {name_or_path} is a sweep, which only the command run takes; give that "
-            "of one of its points"
+            f"experiment: {name_or_path} is a sweep, which only the command run takes; give the "
+            "experiment of one of its points"
         )
     return from_mapping(Experiment, mapping, unfit=unfit)
 
@@ -141,20 +139,21 @@ def load_mapping(
             mapping.get("plugins", []), trusted, f"{name_or_path}: plugins"
         )
     discover(mapping.get("plugins", []))
-    # What a sweep's key takes is read by the type of that key, see `cm3leon.studies`.
+
+    # Swept values are left as they are: their types are those of their keys (`cm3leon.studies`).
     swept = {SWEEP: mapping.pop(SWEEP)} if SWEEP in mapping else {}
     written = settled(Experiment, mapping)
-    if written.get("shards", {}) is None:  # what earlier versions wrote where they had none
+    if written.get("shards", {}) is None:  # as earlier versions wrote it
         del written["shards"]
     return {**written, **swept}
 
 
 def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str) -> list[str]:
-    """Load the trusted plugins, which are all that those named in somebody's file may be.
+    """Load the trusted plugins, which must include all plugins that somebody's file names.
 
-    A named plugin passes if it is among the trusted ones, has the file name of one (which takes its
-    place: the run may come from another machine), lies in `plugins/`, or was loaded before in this
-    process.
+    A named plugin passes if it is trusted, has the file name of a trusted one (which replaces it:
+    the run may come from another machine), lies in `plugins/`,
+    or was loaded before in this process.
 
     Returns:
         The absolute paths of all.
@@ -178,43 +177,47 @@ def load_plugins(named: Sequence[str], trusted: Sequence[str | Path], where: str
 
 def is_study(name_or_path: str, shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is made of several runs, see `cm3leon.studies`.
-    Raises UserError where there is none."""
+
+    Raises:
+        UserError: for an unknown experiment.
+    """
     file, _ = _find(name_or_path, shipped)
     return _is_study(load_yaml(file))
 
 
 def _is_study(mapping: Mapping[str, Any]) -> bool:
-    """Whether these are the sections of a study: it has runs,
-    or evaluations of models without a corpus."""
+    """Whether a mapping is a study's: it has runs, or evaluations of models and no corpus."""
     return "runs" in mapping or ("evaluations" in mapping and "data" not in mapping)
 
 
 def _refuse_earlier(name_or_path: str, mapping: Mapping[str, Any]) -> None:
-    """Raises UserError for sections of an earlier version, saying what to write in their place."""
+    """Raise UserError for sections of an earlier version, saying what to write instead."""
     found = [section for section in EARLIER if section in mapping]
     if found:
         raise UserError(
-            f"{name_or_path}: {', '.join(found)} of earlier versions are no sections any more; write what the model is "
-            "asked as evaluations, for example evaluations={caption: {title: Captions, protocol: {name: corpus, "
-            "task: caption}}} (docs/evaluation.md)"
+            f"{name_or_path}: {', '.join(found)} of earlier versions are no sections any more; "
+            "write what the model is asked as evaluations, for example evaluations={caption: "
+            "{title: Captions, protocol: {name: corpus, task: caption}}} (docs/evaluation.md)"
         )
 
 
 def is_sweep(name_or_path: str, overrides: Sequence[str] = (), shipped: Path = SHIPPED) -> bool:
     """Whether an experiment is run at several points, see `cm3leon.studies`.
-    Raises UserError where there is none."""
+
+    Raises:
+        UserError: for an unknown experiment.
+    """
     file, listed = _find(name_or_path, shipped)
-    sections = [key.partition(".")[0] for key in listed] + [
-        path[0] for path, _ in _overrides(overrides, shipped)
-    ]
+    sections = [key.partition(".")[0] for key in listed]
+    sections += [path[0] for path, _ in _overrides(overrides, shipped)]
     return SWEEP in sections or SWEEP in load_yaml(file)
 
 
 def load_listed(
     name_or_path: str, shipped: Path, overrides: Sequence[Override]
 ) -> tuple[Path, dict[str, Any]]:
-    """The file of an experiment, and what it says with the overrides of experiments.yaml,
-    then with those given.
+    """The file of an experiment, and its content with the overrides of experiments.yaml and the
+    given ones.
 
     Raises:
         UserError: for an unknown experiment, or overrides that lead nowhere.
@@ -222,17 +225,18 @@ def load_listed(
     file, listed = _find(name_or_path, shipped)
     sections = component_sections(Experiment)
     mapping = with_absolute_plugins(load_yaml(file), file.parent)
-    mapping = apply_overrides(
-        mapping, _of_sweep((split_key(key), value) for key, value in listed.items()), sections
-    )
+
+    # Plugins are named relative to the file that names them.
+    own = [(split_key(key), value) for key, value in listed.items()]
+    mapping = apply_overrides(mapping, _of_sweep(own), sections)
     mapping = with_absolute_plugins(mapping, shipped)
     return file, apply_overrides(mapping, _of_sweep(overrides), sections)
 
 
 def _of_sweep(overrides: Iterable[Override]) -> Iterator[Override]:
-    """The overrides with what is behind `sweep` in one piece, as a dotted key is a key there.
+    """The overrides with everything behind `sweep` as one key, which is a dotted key of the sweep.
 
-    `sweep` is a section of an experiment, and one of each run and evaluation
+    `sweep` is a section of an experiment, and of each run and evaluation
     (`evaluations.NAME.sweep.KEY`).
     """
     for path, value in overrides:
@@ -256,24 +260,24 @@ def _find(name_or_path: str, shipped: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _overrides(words: Sequence[str], shipped: Path) -> Iterator[Override]:
-    """The overrides of a command line, with those of the files that it names."""
+    """The overrides of a command line, including those of the files that it names."""
     for word in words:
         key, _, value = word.partition("=")
         if key != "overrides":
             yield parse_override(word)
             continue
-        names = sorted(file.stem for file in (shipped / "experiments" / "overrides").glob("*.yaml"))
+
+        # overrides=NAME, or overrides=FILE.yaml.
+        folder = shipped / "experiments" / "overrides"
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
         if not _is_path(value) and value not in names:
             raise UserError(
                 f"overrides is {value}, which is not known; {choices(value, names)}, or a .yaml "
                 "file"
             )
-        file = (
-            Path(value).expanduser()
-            if _is_path(value)
-            else shipped / "experiments" / "overrides" / f"{value}.yaml"
-        )
-        yield from ((split_key(name), setting) for name, setting in load_yaml(file).items())
+        file = Path(value).expanduser() if _is_path(value) else folder / f"{value}.yaml"
+        for name, setting in load_yaml(file).items():
+            yield split_key(name), setting
 
 
 def _is_path(name_or_path: str) -> bool:
@@ -281,20 +285,17 @@ def _is_path(name_or_path: str) -> bool:
 
 
 def with_absolute_plugins(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The mapping with its plugins' paths made absolute,
-    so that its resolved copy may lie anywhere."""
+    """The mapping with absolute paths of its plugins, so that its copy may lie anywhere."""
     if "plugins" not in mapping:
         return mapping
     plugins = from_mapping(_Plugins, {"plugins": mapping["plugins"]}).plugins
-    return {
-        **mapping,
-        "plugins": [str((folder / Path(path).expanduser()).resolve()) for path in plugins],
-    }
+    absolute = [str((folder / Path(path).expanduser()).resolve()) for path in plugins]
+    return {**mapping, "plugins": absolute}
 
 
 @dataclass(kw_only=True)
 class _Plugins:
-    """The one section that is read before the others can be checked."""
+    """The section that is read before the others can be checked."""
 
     plugins: list[str] = field(default_factory=list)
     """As in `Experiment`."""

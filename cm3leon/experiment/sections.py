@@ -1,4 +1,4 @@
-"""The sections of an experiment, and how they go together."""
+"""The sections of an experiment, and what they must agree on."""
 
 from __future__ import annotations
 
@@ -52,33 +52,33 @@ class SplitConfig:
 
 @dataclass(kw_only=True)
 class ShardsConfig:
-    """How the corpus is tokenised, embedded and given its neighbours: in shards,
-    one for each part of the source.
+    """How the corpus is tokenised, embedded and given its neighbours: in shards, one for each part
+    of the source.
 
-    A sample of it trains the tokenizers and the retriever's encoder, and is what results are
-    reported on; of a small corpus that is all of it.
+    A sample of the corpus trains the tokenizers and the retriever's encoder, and results are
+    reported on it; for a small corpus, the sample is everything.
     """
 
     sample: PositiveInt = 10_000
-    """Documents of that sample, taken from parts all over the corpus."""
+    """Documents of the sample, taken from parts all over the corpus."""
     tokenizer_images: Literal["sample", "corpus"] = "sample"
-    """What the image tokenizer is trained on: the images of the sample, cut to their centre, or
-    those of the whole corpus, read as they come and cut and mirrored at random."""
+    """Images that train the image tokenizer. sample: those of the sample, cropped at their centre.
+    corpus: those of the whole corpus, as they are read, cropped and mirrored at random."""
     tokenizers: Path | None = None
-    """Run folder whose tokenizers, and encoder if it has one, are used as they are;
-    None trains them on the sample."""
+    """Run folder whose tokenizers, and encoder if it has one, are used as they are; None: they are
+    trained on the sample."""
     bank: Path | None = None
-    """Run folder whose documents are the memory bank; None makes one of this corpus."""
+    """Run folder whose documents are the memory bank; None: one is made of this corpus."""
     mix: Annotated[dict[str, PositiveFloat], Location()] = field(default_factory=dict)
-    """Run folders with more training documents, each with the share it is to have beside this
-    corpus's 1.0; none is repeated more than 3 times in an epoch nor cut below 0.3 of it."""
+    """Run folders with more training documents, each with its share beside this corpus's 1.0. In an
+    epoch none is repeated more than 3 times nor reduced below 0.3."""
     workers: PositiveInt = 1
-    """Processes on this machine that make shards, spread over its GPUs; on a cluster, array jobs do
-    (see the command part)."""
+    """Processes on this machine that make shards, spread over its GPUs; on a cluster, array jobs
+    make them (see the command part)."""
     decoded_gb: NonNegativeFloat = 20.0
-    """Gigabytes of the run's folder for images as the stage tokens decoded them, until their
-    neighbours are found, so that each is decoded once;
-    parts that have no room there are decoded again. 0 keeps none."""
+    """Gigabytes of the run folder for images that the stage tokens has decoded, kept until their
+    neighbours are found, so that each is decoded once. Parts that do not fit are decoded again; 0
+    keeps none."""
 
 
 @dataclass(kw_only=True)
@@ -86,20 +86,19 @@ class ReconstructionConfig:
     """What is measured of reconstructions besides PSNR, SSIM and the use of the codes."""
 
     perceptual_file: Path | None = None
-    """Weights of torchvision's VGG16 (vgg16-397923af.pth), for LPIPS; None leaves it out."""
+    """Weights of torchvision's VGG16 (vgg16-397923af.pth), for LPIPS; None: no LPIPS."""
     inception_file: Path | None = None
-    """Weights of pytorch-fid's Inception (pt_inception-2015-12-05-6726825d.pth), for rFID;
-    None leaves it out."""
+    """Weights of pytorch-fid's Inception (pt_inception-2015-12-05-6726825d.pth), for rFID; None:
+    no rFID."""
 
 
 @dataclass(kw_only=True)
 class RunEvaluation(EvaluationConfig):
-    """A protocol that the run's own model is asked by."""
+    """A protocol that the run's own model is asked."""
 
     best_of: str | None = None
-    """Name of an evaluation above; of what it sweeps, the values of its best row are taken: the one
-    with the best of the figures that stand first, which is the highest,
-    or the lowest of a distance."""
+    """Name of an evaluation above it, whose best row's swept values are used here. The best row has
+    the highest value of the first figure, or the lowest if that is a distance."""
 
     def check(self) -> None:
         super().check()
@@ -110,8 +109,8 @@ class RunEvaluation(EvaluationConfig):
 
 @dataclass(kw_only=True)
 class Experiment:
-    """Everything an experiment fixes; `config.to_mapping` gives the resolved file kept beside the
-    run."""
+    """Everything an experiment fixes; `config.to_mapping` gives the resolved file
+    in the run folder."""
 
     seed: Seed = 0
     """Seed of every random draw."""
@@ -135,17 +134,17 @@ class Experiment:
     """Byte-level BPE, trained on the captions of the training documents or on `text_data`."""
 
     text_data: Annotated[Component, SOURCES] | None = None
-    """Corpus whose training documents the text tokenizer is trained on;
-    null = the captions of this experiment."""
+    """Corpus whose training documents train the text tokenizer; null:
+    the captions of this experiment."""
 
     image_tokenizer: Annotated[Component, IMAGE_TOKENIZERS]
     """Turns images into codes and back."""
 
     image_tokenizer_training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How it is trained on the training images, if it has to be."""
+    """How the image tokenizer is trained on the training images, if it has to be."""
 
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    """How it is measured on the held-out images."""
+    """How the image tokenizer is measured on the held-out images."""
 
     sentinels: PositiveInt = 512
     """Mask tokens of the vocabulary."""
@@ -157,8 +156,8 @@ class Experiment:
     """How the memory bank is searched."""
 
     retriever_training: TrainingConfig | None = None
-    """How its encoder is trained on the training pairs; None leaves it frozen as it was loaded. It
-    is left out for a retriever that has nothing to train."""
+    """How the retriever's encoder is trained on the training pairs; None: it stays as it was
+    loaded. It is ignored for a retriever with nothing to train."""
 
     objective: Annotated[Component, OBJECTIVES]
     """What the model learns from a sample."""
@@ -176,12 +175,12 @@ class Experiment:
         default_factory=lambda: [LOGGERS.check("tensorboard")]
     )
     """Where figures, images and tables of the trainings go,
-    beside the lines of JSON in the run's folder."""
+    besides the JSON lines in the run folder."""
 
     launcher: Annotated[Component, LAUNCHERS] = field(
         default_factory=lambda: LAUNCHERS.check("here")
     )
-    """Where it runs, and what its jobs are given."""
+    """Starts the experiment's jobs."""
 
     decoder: Annotated[Component, DECODERS]
     """How image tokens are drawn from logits."""
@@ -198,12 +197,12 @@ class Experiment:
     """Figures for the top of the report."""
 
     until: str | None = None
-    """Stage after which a run of this experiment ends, if the command line names none;
-    None = the last one."""
+    """Last stage that a run of this experiment makes, unless the command line names one; None: the
+    last stage of all."""
 
     def check(self) -> None:
         if self.retriever_training and not RETRIEVERS.get(self.retriever.name).trained:
-            # So that retriever=lexical is enough for an experiment whose own retriever is trained.
+            # retriever=lexical must be enough for an experiment whose own retriever is trained.
             self.retriever_training = None
             warnings.warn(
                 f"retriever_training is left out: the retriever {self.retriever.name} has nothing "
@@ -211,6 +210,7 @@ class Experiment:
                 Notice,
                 stacklevel=2,
             )
+
         names = [logger.name for logger in self.loggers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(
@@ -220,7 +220,10 @@ class Experiment:
 
     def _rows(self) -> dict[str, list[str]]:
         """The names of the rows of each evaluation.
-        Raises UserError for settings that do not go together."""
+
+        Raises:
+            UserError: for settings that do not go together.
+        """
         points: dict[str, list[dict[str, Any]]] = {}
         for name, evaluation in self.evaluations.items():
             best: Mapping[str, Any] = {}
@@ -230,8 +233,9 @@ class Experiment:
                         f"evaluations.{name}.best_of is {evaluation.best_of}, which is no "
                         f"evaluation above; {choices(evaluation.best_of, points)}"
                     )
-                # Any of its rows may turn out the best; all of them set the same keys.
+                # Which row is the best is not known yet, but all of them set the same keys.
                 best = points[evaluation.best_of][0]
+
             points[name] = [point for point, _ in self.points_of(name, best)]
             left_out = [key for key in evaluation.sweep if key not in points[name][0]]
             if left_out:
@@ -241,28 +245,34 @@ class Experiment:
                     Notice,
                     stacklevel=2,
                 )
-        return {name: [row_name(name, point) for point in of] for name, of in points.items()}
+
+        rows = {}
+        for name, of in points.items():
+            rows[name] = [row_name(name, point) for point in of]
+        return rows
 
     def points_of(
         self, name: str, best: Mapping[str, Any]
     ) -> list[tuple[dict[str, Any], AskConfig]]:
-        """Each combination of what an evaluation sweeps, with the setting that it makes.
+        """Each combination of an evaluation's swept values, with its setting.
 
         Args:
-            best: the values of the best row of the evaluation that `best_of` names.
+            best: values of the best row of the evaluation that `best_of` names.
 
         Raises:
-            UserError: for a setting that is none.
+            UserError: for an invalid setting.
         """
         evaluation = self.evaluations[name]
         setting, sweep = {"seed": self.seed, **evaluation.setting}, evaluation.sweep
+
+        # Keys such as decoder.cfg change the experiment's decoder unless the setting has its own.
         in_decoder = any(key.startswith("decoder.") for key in (*sweep, *best))
         if in_decoder and setting.get("decoder") is None:
             in_text = PROTOCOLS.build(evaluation.protocol).answers_in == "text"
             own = self.text_decoder if in_text else self.decoder
             setting["decoder"] = to_mapping(AskConfig(decoder=own))["decoder"]
-            # So that decoder=greedy is enough for an experiment
-            # whose evaluations set a weight of guidance.
+
+            # decoder=greedy must be enough for an experiment whose evaluations sweep guidance.
             sweep = _without_others(sweep, own)
             lacking = best.keys() - _without_others(best, own).keys()
             if lacking:
@@ -289,15 +299,16 @@ class Experiment:
 
 
 def _without_others(values: Mapping[str, Any], decoder: Component) -> dict[str, Any]:
-    """The values without those of keys that other decoders have and this one has not."""
+    """The values without keys that other decoders have and this one has not."""
     own = {field.name for field in fields(decoder.config)}
-    others = {
-        field.name for name in DECODERS.names() for field in fields(DECODERS.config_class(name))
-    }
-    left_out = {f"decoder.{name}" for name in others - own}
+    left_out = set()
+    for name in DECODERS.names():
+        for field_ in fields(DECODERS.config_class(name)):
+            if field_.name not in own:
+                left_out.add(f"decoder.{field_.name}")
     return {key: value for key, value in values.items() if key not in left_out}
 
 
 def row_name(evaluation: str, point: Mapping[str, Any]) -> str:
-    """The name of a row of a run's own evaluation: what is swept, or that of the evaluation."""
+    """The name of a row of a run's own evaluation: its swept values, or the evaluation's name."""
     return ", ".join(named(point)) or evaluation

@@ -140,7 +140,8 @@ def load_sweep(
         mapping[SWEEP] = parse_word(mapping[SWEEP], SWEEP)
 
     # What says the sweep stands beside the sections of the experiment.
-    own, sections = {}, {}
+    own: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for key, value in mapping.items():
         (own if key.startswith(SWEEP) else sections)[key] = value
     swept = from_mapping(ExperimentSweep, own)
