@@ -24,7 +24,7 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import run_experiment
 from cm3leon.stages.text_tokenizer import (
     TRAINED_ON,
-    Sample,
+    TextSample,
     make_text_tokenizer,
     text_tokenizer_inputs,
 )
@@ -372,7 +372,7 @@ def test_the_librarys_own_byte_level_bpe_and_an_empty_one_are_refused(tmp_path: 
 
 @given(st.lists(st.text(max_size=8)), st.integers(1, 60) | st.none())
 def test_a_sample_is_the_texts_up_to_so_many_bytes(texts: list[str], limit: int | None) -> None:
-    sample = Sample()
+    sample = TextSample()
     taken = list(sample.take(texts, limit))
     whole = "".join(texts).encode()
     assert "".join(taken) == whole[:limit].decode(errors="ignore")

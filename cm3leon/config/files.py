@@ -178,8 +178,10 @@ def apply_overrides(
             if isinstance(current, str):
                 current = {"name": current}
             # The same name keeps the section with its keys.
-            same = bool(current) and current.get("name") == value
-            value = current if same else {"name": value}
+            if current and current.get("name") == value:
+                value = current
+            else:
+                value = {"name": value}
         parent[key] = copy.deepcopy(value)
     return result
 

@@ -1,4 +1,4 @@
-"""Whose pictures a page shows: the attribution that their licences ask for."""
+"""Whose images a page shows: the attribution that their licences require."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ def attribution(
     evaluations: Iterable[EvaluationConfig] = (),
     folders: Iterable[Path] = (),
 ) -> str:
-    """What a page has to say of the pictures on it, a paragraph for each licensor;
-    empty where none asks for it.
+    """What a page has to say about its images, one paragraph a licensor; "" if none requires it.
 
-    Pictures come from the corpora of the runs, and of those that they retrieve from, mix in or
-    begin with, and from what protocols ask about.
+    Images come from the corpora of the runs; from corpora that they retrieve from, mix in or start
+    with; and from what protocols ask about.
 
     Args:
-        experiments: of runs whose pictures are shown.
+        experiments: of runs whose images are shown.
         evaluations: whose items are shown.
-        folders: of more runs whose pictures are shown.
+        folders: of more runs whose images are shown.
     """
     said: list[str] = []
     opened: set[Path] = set()
@@ -40,8 +39,7 @@ def attribution(
     for evaluation in evaluations:
         said += _of_protocol(evaluation.protocol)
 
-    # The settings of a run are read as they stand:
-    # whose they are does not depend on whether it can be opened.
+    # Settings are read without opening the runs: attribution is due even if one cannot be opened.
     while waiting:
         folder = waiting.pop()
         if folder in opened:

@@ -1,8 +1,7 @@
-"""What the settings of an experiment alone decide: all of it is known, and said,
-before the first stage.
+"""Checks of what the settings alone decide, before the first stage starts.
 
 A mistake that a stage would find after an hour is found here by shapes and names: sizes that do not
-go together, and other runs that are not there or do not fit.
+fit together, and other runs that are missing or do not fit.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from cm3leon.types import UserError, refuse, sentences_of
 from cm3leon.weights import check_fit
 
 AROUND = 4
-"""Tokens of the shortest pair beside its codes: two `<eos>`, a piece of text,
-and the `<break>` behind it."""
+"""Tokens of the shortest image with caption besides its codes: two `<eos>`, a piece of text and a
+`<break>`."""
 
 
 def check_settings(
     experiment: Experiment, folder: Path, *, trains: bool, asks: bool, found: Sequence[str] = ()
 ) -> None:
-    """Check what the settings alone decide, for a run that nothing has been made of yet.
+    """Check what the settings alone decide, for a run that may not have started.
 
     Args:
         folder: the run folder, which need not exist.
         trains: whether the run reaches its pretraining.
         asks: whether it reaches the evaluation, whose prompts hold an image each.
-        found: mistakes that are known already, which belong into the same answer.
+        found: mistakes that are known already, to be reported together.
 
     Raises:
         UserError: naming all mistakes.
@@ -58,6 +57,8 @@ def check_settings(
 def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[], object]]:
     """The checks that apply, each of which raises UserError for a mistake."""
     experiment = run.experiment
+
+    # What every run needs.
     for number, logger in enumerate(experiment.loggers):
         yield partial(check_installed, logger.name, f"loggers.{number}")
     trained_with = getattr(experiment.image_tokenizer.config, "perceptual_file", None)
@@ -70,6 +71,7 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
     if not trains:
         return
 
+    # What pretraining and evaluation need.
     yield lambda: _check_split("validation", experiment.split.validation, "pretraining")
     if asks:
         yield lambda: _check_split("held_out", experiment.split.held_out, "evaluation")
@@ -85,7 +87,7 @@ def _checks(run: RunFolder, *, trains: bool, asks: bool) -> Iterator[Callable[[]
 
 
 def _check_split(name: str, share: float, stage: str) -> None:
-    """Raise UserError where a stage would have no documents, as none are set aside for it."""
+    """Raise UserError if a stage would have no documents, as its split has no share."""
     if share == 0:
         raise UserError(
             f"split.{name} is 0, and the stage {stage} needs documents of that split; give it a "
@@ -94,7 +96,7 @@ def _check_split(name: str, share: float, stage: str) -> None:
 
 
 def _check_block(run: RunFolder) -> None:
-    """Raise UserError where no image with a caption fits a block."""
+    """Raise UserError if no image with a caption fits a block."""
     layout, (rows, columns) = run.vocab.layout, run.grid
     if len(run.grids) > 1 and run.experiment.augment.versions:
         raise UserError(
@@ -106,6 +108,7 @@ def _check_block(run: RunFolder) -> None:
             f"image_tokenizer: images of {rows} x {columns} codes have no tokens of their size in "
             f"{run.layout_file}; take another image_size"
         )
+
     least = layout.image_length(run.grid) + layout.around_image(run.grid) + AROUND
     if least > run.seq_len:
         raise UserError(
@@ -116,10 +119,9 @@ def _check_block(run: RunFolder) -> None:
 
 
 def _check_tokenizers(run: RunFolder, start: Path | None) -> None:
-    """Raise UserError where the run to start from has tokenizers
-    of other settings than those made here.
+    """Raise UserError if the run to start from has tokenizers of other settings than this run's.
 
-    Tokenizers of the same settings may still be others, which is known when they are made.
+    Tokenizers of the same settings may still differ, which is checked when they are made.
     """
     assert start is not None
     for name in ("text", "image"):
@@ -133,17 +135,16 @@ def _check_tokenizers(run: RunFolder, start: Path | None) -> None:
 
 
 def _check_shapes(run: RunFolder, start: Path | None) -> None:
-    """Raise UserError where the weights of the run to start from are those
+    """Raise UserError if the weights of the run to start from are
     of another model or vocabulary."""
     assert start is not None
     file = start / "pretraining" / WEIGHTS
     with torch.device("meta"):
         wanted = run.empty_model().state_dict()
     with safe_open(file, framework="pt") as weights:
-        given = {
-            name: torch.empty(weights.get_slice(name).get_shape(), device="meta")
-            for name in weights.keys()  # noqa: SIM118  (it is no mapping)
-        }
+        given = {}
+        for name in weights.keys():  # noqa: SIM118  (not a mapping)
+            given[name] = torch.empty(weights.get_slice(name).get_shape(), device="meta")
     try:
         check_fit(file, given, wanted)
     except UserError as error:

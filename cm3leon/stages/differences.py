@@ -9,11 +9,12 @@ from typing import Any
 from cm3leon.stages.stage import StageRecord
 
 DIFFERENCES = 5
-"""Settings that a refusal names, if more differ."""
+"""Most settings that a refusal names."""
 
 
 def differences(before: StageRecord, now: StageRecord) -> list[str]:
-    """What differs between what a stage was made from and what it is to be made from, in words."""
+    """What differs between what a stage was made from and what it would be made from now,
+    in words."""
     if before.version is None:
         return [
             "it was made by an earlier version of CM3Leon, whose record does not say from which "
@@ -21,10 +22,11 @@ def differences(before: StageRecord, now: StageRecord) -> list[str]:
         ]
     was, is_ = _flat(before.inputs), _flat(now.inputs)
     keys = [key for key in dict.fromkeys([*was, *is_]) if was.get(key) != is_.get(key)]
-    found = [
-        f"{key or 'its input'} was {_short(was.get(key))}, is {_short(is_.get(key))}"
-        for key in keys[:DIFFERENCES]
-    ]
+
+    found = []
+    for key in keys[:DIFFERENCES]:
+        before_now = f"was {_short(was.get(key))}, is {_short(is_.get(key))}"
+        found.append(f"{key or 'its input'} {before_now}")
     if len(keys) > DIFFERENCES:
         found.append(f"{len(keys) - DIFFERENCES} more settings differ")
     if before.version != now.version:
@@ -34,19 +36,19 @@ def differences(before: StageRecord, now: StageRecord) -> list[str]:
 
 def changed_parts(before: StageRecord, now: StageRecord) -> list[str]:
     """The stages, and files of stages, that were others when a stage was made."""
-    pairs = ((before.needs, now.needs), (before.made_with, now.made_with))
-    return [name for old, new in pairs for name in new if old.get(name) != new[name]]
+    old, new = before.needs | before.made_with, now.needs | now.made_with
+    return [name for name in new if old.get(name) != new[name]]
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    if re.fullmatch(r'"[0-9a-f]{64}"', text):  # a checksum, of which the beginning says enough
+    if re.fullmatch(r'"[0-9a-f]{64}"', text):  # the start of a checksum is enough
         return text[1:13]
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of such, as one mapping with dotted keys."""
+    """Nested mappings, and lists of mappings, as one mapping with dotted keys."""
     if isinstance(value, dict) and value:
         entries = value.items()
     elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):

@@ -1,4 +1,5 @@
-"""The stage that reads a sample of the corpus, which is all of a small one, into memory."""
+"""The stage that reads a sample of the corpus into memory;
+of a small corpus the sample is everything."""
 
 from __future__ import annotations
 
@@ -23,27 +24,27 @@ SKIPPED = "skipped.jsonl"
 
 
 def make_documents(run: RunFolder, folder: Path) -> None:
-    """Reads the sample, brings its images to the tokenizer's size, fixes the splits,
-    lists what was left out."""
+    """Read the sample, resize its images for the tokenizer, fix the splits,
+    and list what was left out."""
     size = run.image_tokenizer_shape.image_size
     ids: list[str] = []
     keys: list[str] = []
     captions: list[str] = []
     labels: list[int | None] = []
-    pixels = bytearray()  # of all images, one after the other: the array below is a view of it
+    pixels = bytearray()  # of all images, one after the other; the array below is a view of it
     first_skipped, skipped = "", 0
 
     sample = DocumentSample(run)
+    bar = tqdm(sample, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True)
     with (folder / SKIPPED).open("w") as file:
-        for item in tqdm(
-            sample, desc="documents", unit="document", mininterval=2.0, dynamic_ncols=True
-        ):
+        for item in bar:
             found = _usable(item)
             if isinstance(found, Skipped):
                 file.write(json.dumps(without_secrets(dataclasses.asdict(found))) + "\n")
                 first_skipped = first_skipped or f", for example {found.file}: {found.reason}"
                 skipped += 1
                 continue
+
             ids.append(found.id)
             keys.append(found.split_key)
             captions.append(found.text)
@@ -53,7 +54,8 @@ def make_documents(run: RunFolder, folder: Path) -> None:
     if skipped:
         total = skipped + len(ids)
         print(f"      {skipped} of {total} items skipped, listed in {folder / SKIPPED}")
-    # With reused tokenizers the corpus may be text alone, to be mixed into another run.
+
+    # With reused tokenizers the corpus may be text only, to be mixed into another run.
     if not ids and run.reused is None:
         raise UserError(
             f"data: no usable documents in the corpus ({skipped} items skipped{first_skipped})"
@@ -68,7 +70,7 @@ def make_documents(run: RunFolder, folder: Path) -> None:
 
 
 def _usable(item: Document | Skipped) -> Document | Skipped:
-    """The item, left out where it is not a caption and an image."""
+    """The item; skipped if it has no caption or no image."""
     if isinstance(item, Document) and (item.image is None or not item.text):
         reason = "this experiment needs a caption and an image in every document"
         return Skipped(item.id, reason)
@@ -76,14 +78,14 @@ def _usable(item: Document | Skipped) -> Document | Skipped:
 
 
 def _splits(run: RunFolder, keys: list[str], sample: DocumentSample) -> list[Split]:
-    """The split of each document of the sample, which is that of the whole corpus."""
+    """The split of each document of the sample, the same as in the whole corpus."""
     config = run.experiment.split
     splits = [
         split_of_key(key, validation=config.validation, held_out=config.held_out) for key in keys
     ]
     shares = {"validation": config.validation, "held_out": config.held_out}
     for split in get_args(Split):
-        # Whoever asks for no share of it wants none.
+        # A split with a share of 0 may be empty.
         if split not in splits and shares.get(split, 1.0) and run.reused is None:
             if not sample.whole:
                 raise UserError(

@@ -1,5 +1,5 @@
-"""A run's own evaluation: its model asked by the protocols of `evaluations`,
-and its parts measured."""
+"""A run's own evaluation: its model is asked by the protocols of `evaluations`,
+its parts are measured."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from cm3leon.training.device import uses_bf16
 
 RESULTS = "results.json"
 ANSWERS = "answers"
-"""Folder of a run for answers, beside those of its stages: they are kept when more is asked."""
+"""Folder of the answers, beside the stages' folders: they are kept when more is asked."""
 
 
 def make_evaluation(run: RunFolder, folder: Path) -> None:
-    """Ask everything that has no answer yet, measure, and write all figures as results.json."""
+    """Ask everything that has no answer yet, measure, and write all figures to results.json."""
     if uses_bf16(run.device, run.experiment.training.precision):
-        keep_weights(run.model, "bf16")  # what autocast would do again at every token
+        keep_weights(run.model, "bf16")  # autocast would convert them again for every token
+
     evaluator = Evaluator(run)
     found: dict[str, Any] = {}
     for name in run.experiment.evaluations:
@@ -64,10 +65,10 @@ class Evaluator:
         self._model: CM3Leon | None = None
 
     def measured(self, name: str, before: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The figures of each row of an evaluation, its answers made where they are missing.
+        """The figures of each row of an evaluation, after making missing answers.
 
         Args:
-            before: those of the evaluations above it.
+            before: the figures of the evaluations above it.
         """
         evaluation = self.evaluation(name)
         results = []
@@ -79,7 +80,7 @@ class Evaluator:
         return results
 
     def shown(self, name: str, before: Mapping[str, Any]) -> list[list[AnsweredItem]]:
-        """Some of the answers of each row; made anew where their files are gone."""
+        """Some of the answers of each row, made again if their files are gone."""
         evaluation, found = self.evaluation(name), []
         for row in self.rows(name, before):
             evaluation.answer(row, range(evaluation.shards(row)))
@@ -87,7 +88,7 @@ class Evaluator:
         return found
 
     def evaluation(self, name: str) -> Evaluation:
-        """The protocol of an evaluation, to be put to the run's own model."""
+        """The protocol of an evaluation, asked of the run's own model."""
         if self._model is None:
             asked = self.run.experiment.training.precision
             self._model = CM3Leon(self.run, precision="bf16" if asked == "float8" else asked)
@@ -95,32 +96,31 @@ class Evaluator:
         return Evaluation(protocol, self.run.folder / ANSWERS, (self._model, self.corpus))
 
     def lowest_is_best(self, name: str) -> Collection[str]:
-        """The figures of an evaluation of which the lowest is the best."""
+        """The figures of an evaluation of which the lowest is best."""
         return PROTOCOLS.get(self.run.experiment.evaluations[name].protocol.name).lowest_is_best
 
     def rows(self, name: str, before: Mapping[str, Any]) -> list[Row]:
-        """The rows of an evaluation: the run's model under each combination of what is swept."""
+        """The rows of an evaluation: the run's model under each combination of swept values."""
+        best: Mapping[str, Any] = {}
         best_of = self.run.experiment.evaluations[name].best_of
-        best = (
-            {}
-            if best_of is None
-            else best_row(before[best_of], self.lowest_is_best(best_of))["point"]
-        )
-        return [
-            Row(row_name(name, point), "", self.run.folder, setting, point)
-            for point, setting in self.run.experiment.points_of(name, best)
-        ]
+        if best_of is not None:
+            best = best_row(before[best_of], self.lowest_is_best(best_of))["point"]
+
+        rows = []
+        for point, setting in self.run.experiment.points_of(name, best):
+            rows.append(Row(row_name(name, point), "", self.run.folder, setting, point))
+        return rows
 
     def documents(self) -> dict[str, int]:
-        """How many documents each split has, and how many items were skipped."""
-        counts = {
-            split: len(self.run.corpus.rows(split)) for split in ("train", "validation", "held_out")
-        }
+        """Number of documents in each split, and of items that were skipped."""
+        counts = {}
+        for split in ("train", "validation", "held_out"):
+            counts[split] = len(self.run.corpus.rows(split))
         skipped = (self.run.folder / "documents" / "skipped.jsonl").read_text().splitlines()
         return {**counts, "skipped": len(skipped)}
 
     def judge_figures(self) -> dict[str, Any] | None:
-        """The judge's own accuracy on real held-out images, and on their reconstructions."""
+        """The judge's accuracy on real held-out images, and on their reconstructions."""
         if self.corpus.judge is None:
             return None
         rows = self.run.corpus.rows("held_out")
@@ -157,8 +157,8 @@ class Evaluator:
         }
 
     def retriever_figures(self) -> dict[str, Any]:
-        """The strategy's verdicts on the training queries,
-        and the vote of retrieved documents on held-out images."""
+        """The strategy's verdicts on the training queries, and the class of the nearest document to
+        each held-out image as a guess of its class."""
         figures = json.loads((self.run.folder / "neighbours" / STRATEGY).read_text())
         if self.corpus.judge is None:
             return figures
@@ -178,11 +178,10 @@ class Evaluator:
 def best_row(
     rows: Sequence[Mapping[str, Any]], lowest_is_best: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """The row with the best of the figures that stand first, such as accuracy;
-    of equal ones the first.
+    """The row with the best first figure, such as accuracy; of equal ones the first.
 
     Args:
-        lowest_is_best: names of figures of which the best is not the highest.
+        lowest_is_best: names of figures of which the lowest is best.
     """
 
     def goodness(row: Mapping[str, Any]) -> float:
@@ -204,7 +203,8 @@ def evaluation_inputs(run: RunFolder) -> dict[str, Any]:
         for name, evaluation in run.experiment.evaluations.items()
     }
     inputs = {**run.depends_on(*SECTIONS), "protocols": protocols}
-    # A memory bank counts by what it holds, not by where it lies.
+
+    # Of a memory bank the content counts, not its folder.
     banks = {}
     for name, asked in inputs["evaluations"].items():
         given = [asked["setting"].pop("bank", None), *asked["sweep"].pop("bank", [])]

@@ -1,4 +1,4 @@
-"""Files that stages leave: their names, and how they are opened."""
+"""Files of stages: their names, and how they are opened."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from cm3leon.records import MARKER, check_stage, read_stage
 from cm3leon.types import UserError
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
-TEXT_TOKENIZER, IMAGE_TOKENIZER, ENCODER = (
-    f"text_tokenizer/{TOKENIZER}",
-    f"image_tokenizer/{WEIGHTS}",
-    f"retriever/{WEIGHTS}",
-)
-"""Files of a run that another one may take over."""
+
+# Files of a run that another run may reuse.
+TEXT_TOKENIZER = f"text_tokenizer/{TOKENIZER}"
+IMAGE_TOKENIZER = f"image_tokenizer/{WEIGHTS}"
+ENCODER = f"retriever/{WEIGHTS}"
 GEOMETRY = "geometry.json"
-"""What a run keeps of a published image tokenizer beside its weights."""
+"""What a run keeps of a published image tokenizer besides its weights."""
 SHARD_LISTS = (PLAN, INDEX)
-"""Files of a stage in shards; the shards carry checksums of their own."""
+"""Files of a stage in shards, whose shards have checksums of their own."""
 
 
 def recorded_digest(stage: Path, name: str) -> str:
-    """The digest of a file of a finished stage, as it is recorded."""
+    """The recorded digest of a file of a finished stage."""
     files = read_stage(stage)["files"]
     if name not in files:
         raise UserError(f"{stage / MARKER} does not name {name}; run the experiment again")

@@ -1,5 +1,5 @@
-"""Folders of runs and of their stages: whose they are, what is made in them,
-and what is set aside."""
+"""Folders of runs and of their stages: which folders are runs,
+how results are made and set aside."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ SUPERSEDED = "superseded"
 
 
 RUN_FILES = (LOCK, "code.json", "sweep.yaml", "study.yaml", "point.yaml", "launch", SUPERSEDED)
-"""By any of these a folder is known as a run's,
-besides a stage's record and a `config.yaml` of an experiment."""
+"""Any of these identifies a folder as a run's,
+as do a stage's record and an experiment's config.yaml."""
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder that is no run's, before anything is written there.
+    """Refuse a folder that is not a run's, before anything is written there.
 
     Raises:
-        UserError: for the root of a file system, a home,
-            or a folder with files that are not those of a run.
+        UserError: for the root of a file system, a home directory, or a folder with other files.
     """
     if folder.parent.resolve() == folder.resolve() or folder.resolve() == Path.home().resolve():
         raise UserError(
-            f"run: {folder} is no place for a run; choose a folder of its own, such as runs/NAME"
+            f"run: {folder} cannot be a run folder; choose a folder of its own, such as runs/NAME"
         )
+
     check_folder(folder, "run")
     if not folder.is_dir():
         return
@@ -66,18 +66,21 @@ def _has_experiment(folder: Path) -> bool:
 def damaged_files(stage: Stage[R], place: Path, record: StageRecord) -> list[str]:
     """Files of a finished stage that are missing, or not as they were written."""
     results = {name: digest for name, digest in record.files.items() if _is_result(stage, name)}
-    # A record that names no file says nothing about them.
+    # A record without files cannot vouch for any.
     return changed(place, results) if results else [MARKER]
 
 
 def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> StageRecord:
+    """Make a stage's result in its folder, and write its record last."""
     place.mkdir(parents=True, exist_ok=True)
     (place / MARKER).unlink(missing_ok=True)
     write_json(place / STARTED, without_secrets(asdict(wanted)))
+
     start = time.perf_counter()
     with naming(place):
         stage.make(run, place)
     seconds = time.perf_counter() - start
+
     files = {file.relative_to(place).as_posix(): checksum(file) for file in _results(stage, place)}
     made = {"made_by": f"cm3leon {__version__}", "seconds": seconds, "files": files}
     record = StageRecord(**{**asdict(wanted), **made})
@@ -86,15 +89,14 @@ def make_result(stage: Stage[R], run: R, place: Path, wanted: StageRecord) -> St
 
 
 def _results(stage: Stage[R], place: Path) -> Iterator[Path]:
-    """The files that make up a result."""
+    """The files of a stage's result."""
     for file in sorted(place.rglob("*")):
         if file.is_file() and _is_result(stage, file.relative_to(place).as_posix()):
             yield file
 
 
 def _is_result(stage: Stage[R], name: str) -> bool:
-    """Whether a file belongs to a stage's result: no marker, no log or checkpoint,
-    which serve while it is made."""
+    """Whether a file belongs to a stage's result; records, logs and checkpoints do not."""
     inner = name.partition("/")[0]
     if inner in (MARKER, STARTED, "tensorboard", "pictures", "loggers") or inner.startswith(
         ("step_", ".")
@@ -104,7 +106,7 @@ def _is_result(stage: Stage[R], name: str) -> bool:
 
 
 def refuse_foreign_files(place: Path) -> None:
-    """Raises UserError if files that no stage has made stand where a stage writes."""
+    """Raise UserError if there are files where a stage writes that no stage has made."""
     if not place.is_dir() or all(file.name.startswith(".") for file in place.iterdir()):
         return
     if (place / MARKER).exists() or (place / STARTED).exists():
@@ -116,8 +118,7 @@ def refuse_foreign_files(place: Path) -> None:
 
 
 def attic(place: Path, fingerprint: str) -> Path:
-    """Where a result that was made from these inputs is kept while another one stands
-    in the stage's folder."""
+    """Where a result made from these inputs is kept while another one is in the stage's folder."""
     return place.parent / SUPERSEDED / f"{place.name}-{fingerprint[:12]}"
 
 
@@ -126,12 +127,14 @@ def is_kept(place: Path, wanted: StageRecord | None) -> bool:
 
 
 def make_room(stage: Stage[R], place: Path, fingerprint: str) -> None:
-    """Move away what other inputs made, and back what these inputs made earlier."""
+    """Set aside what other inputs made, and restore what these inputs made earlier."""
+    # A stage that the points of a sweep share: only the link is removed.
     if place.is_symlink():
         record = readable_record(place / MARKER)
         if record is not None and record.fingerprint == fingerprint:
             return
         place.unlink()
+
     standing = readable_record(place / MARKER) or readable_record(place / STARTED)
     if standing is not None and standing.fingerprint == fingerprint:
         return
@@ -145,6 +148,7 @@ def make_room(stage: Stage[R], place: Path, fingerprint: str) -> None:
     else:
         refuse_foreign_files(place)
         shutil.rmtree(place, ignore_errors=True)
+
     earlier = attic(place, fingerprint)
     if earlier.is_dir():
         earlier.rename(place)

@@ -1,8 +1,8 @@
-"""Whether the parts of a run folder belong together, and with which settings each was made.
+"""Whether the parts of a run folder belong together, and the settings each was made with.
 
-`config.yaml` holds the settings that were last accepted, of which only some stages may have been
-made: a command with `until=`, or one that was stopped, leaves later stages as earlier settings made
-them. So whoever opens a run takes the settings of what is finished from the records of its stages,
+`config.yaml` holds the settings that were last accepted, with which only some stages may have been
+made: after a command with `until=`, or one that was stopped, later stages are still those of
+earlier settings. So whoever opens a run takes the settings of finished stages from their records,
 and refuses parts of different generations.
 """
 
@@ -23,12 +23,12 @@ from cm3leon.types import UserError
 SHOWN = 3
 """Settings that a refusal names."""
 OF_THIS_MACHINE = ("plugins", "launcher", "loggers", "until")
-"""Sections of which no result depends."""
+"""Sections that no result depends on."""
 
 
 def finished_settings(folder: Path) -> dict[str, Any]:
-    """Sections of the experiment as the finished stages of a run were made with them,
-    later stages' last.
+    """Sections of the experiment with which the finished stages were made;
+    later stages take precedence.
 
     Raises:
         UserError: for a record that cannot be read.
@@ -44,16 +44,16 @@ def finished_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_generations(folder: Path, needs: Collection[str] = (), where: str = "run") -> None:
-    """Compare what stages of a run were made from with what stands in its folder now.
+    """Compare what the stages of a run were made from with what is in its folder now.
 
     Args:
-        needs: the stages that will be used, with those that they were made from;
-            none = all up to pretraining.
+        needs: the stages that will be used, including those they were made from; (): all up to
+            pretraining.
         where: the setting that names the folder, for the message.
 
     Raises:
-        UserError: if one was made with another part than the one that is there,
-            naming both and what differs.
+        UserError: if a stage was made with another part than the present one, naming both and what
+            differs.
     """
     wanted = list(needs or STAGES[: STAGES.index("pretraining") + 1])
     checked: set[str] = set()
@@ -69,19 +69,21 @@ def check_generations(folder: Path, needs: Collection[str] = (), where: str = "r
 
 
 def _made_from(record: StageRecord) -> Iterator[tuple[str, str]]:
-    """The stages, by name, and the files of stages that one was made from,
-    with their fingerprints and checksums."""
+    """The stages, and files of stages, that a stage was made from,
+    with fingerprints and checksums."""
     yield from record.needs.items()
     yield from record.made_with.items()
 
 
 def _check(folder: Path, name: str, other: str, digest: str, where: str) -> None:
-    """Raises UserError if a stage was made with another stage, or file of a stage,
-    than the one that is there now."""
+    """Raise UserError if a stage was made with another stage, or file of a stage,
+    than the present one."""
     stage, _, file = other.partition("/")
     there = read_record(folder / stage / MARKER)
     if there is None or digest == (there.files.get(file) if file else there.fingerprint):
         return
+
+    # If the earlier result was set aside, its record tells what differs.
     what = ""
     earlier = folder / SUPERSEDED / f"{stage}-{digest[:12]}" / MARKER
     before = read_record(earlier) if not file else None

@@ -27,14 +27,16 @@ from cm3leon.training.parallel import replicate
 from cm3leon.training.prefetch import Batches
 from cm3leon.training.trainer import train
 
-LOOKED_AT, SHOWN = 64, 8
-"""Validation images that are measured during training, and those that are drawn."""
+LOOKED_AT = 64
+"""Validation images that are measured during training."""
+SHOWN = 8
+"""Validation images that are logged."""
 
 
 def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
-    """Trains the image tokenizer, or takes over another one, then encodes the images of the sample.
+    """Train the image tokenizer, or reuse another one, then encode the images of the sample.
 
-    All ranks train it; what follows is for the first.
+    All ranks train it; the first does the rest.
     """
     torch.manual_seed(run.experiment.seed)
     tokenizer = run.new_image_tokenizer()
@@ -44,6 +46,7 @@ def make_image_tokenizer(run: RunFolder, folder: Path) -> None:
         _train(run, tokenizer, folder)
     if not run.ranks.first:
         return
+
     tokenizer.to(run.device).ready()
     corpus = run.corpus
     if len(corpus):
@@ -78,8 +81,7 @@ def _train(run: RunFolder, tokenizer: ImageTokenizer, folder: Path) -> None:
 
 
 def _batches(run: RunFolder, batch_size: int) -> Batches:
-    """Training images: all of the corpus, streamed,
-    or those of the sample with their varied versions."""
+    """Training images: the whole corpus, streamed, or the sample with its varied versions."""
     seed, share = run.experiment.seed, (run.ranks.rank, run.ranks.count)
     if run.shards.tokenizer_images == "corpus":
         return ImageStream(
@@ -104,23 +106,20 @@ def _reconstructions(
     run: RunFolder, tokenizer: ImageTokenizer
 ) -> Callable[[int, Loggers | None], dict[str, float]]:
     """A callback that measures some validation images,
-    and draws some of them above their reconstructions."""
+    and logs some above their reconstructions."""
     validation = run.corpus.rows("validation")
-    chosen = [
-        validation[shuffled(0, place, len(validation))]
-        for place in range(min(LOOKED_AT, len(validation)))
-    ]
+    count = min(LOOKED_AT, len(validation))
+    chosen = [validation[shuffled(0, index, len(validation))] for index in range(count)]
     images_BHWC = run.corpus.images_BHWC[chosen]
 
     def callback(step: int, loggers: Loggers | None) -> dict[str, float]:
-        if loggers is None:  # the first rank has the same weights
+        if loggers is None:  # the first rank measures; all have the same weights
             return {}
+
         tokenizer.eval()
         codes_BN = tokenizer.encode(images_BHWC)
         rebuilt_BHWC = tokenizer.decode(codes_BN)
-        pairs_BHWC = np.concatenate(
-            [images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1
-        )  # originals above
+        pairs_BHWC = np.concatenate([images_BHWC[:SHOWN], rebuilt_BHWC[:SHOWN]], axis=1)
         loggers.images(step, "reconstructions", pairs_BHWC)
         figures = averages(images_BHWC, rebuilt_BHWC, codes_BN, tokenizer.codebook_size)
         return {name: float(value) for name, value in figures.items()}
@@ -130,10 +129,10 @@ def _reconstructions(
 
 def image_tokenizer_inputs(run: RunFolder) -> dict[str, Any]:
     """What the tokenizer depends on besides the sample: how it is trained,
-    or the weights that are taken over."""
+    or the reused weights."""
     experiment = run.experiment
     inputs: dict[str, Any] = {"weights": run.reused_digest(IMAGE_TOKENIZER)}
-    # The settings of the discriminator and so on shape the tokenizer only if it is trained here.
+    # Settings such as the discriminator's only matter if the tokenizer is trained here.
     if is_trained(run):
         inputs |= run.depends_on("image_tokenizer", "seed")
         inputs["image_tokenizer_training"] = training_settings(experiment.image_tokenizer_training)
@@ -146,7 +145,7 @@ def image_tokenizer_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def is_trained(run: RunFolder) -> bool:
-    """Whether the tokenizer is trained in this run, and not another run's or a published one."""
+    """Whether the tokenizer is trained in this run, and is not another run's or a published one."""
     return run.reused is None and not run.image_tokenizer_shape.pretrained
 
 

@@ -16,8 +16,8 @@ from cm3leon.stages.stage import Part, Stage
 
 
 def make_index_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Adds the vectors of this worker's shards to a piece of the index each;
-    the first worker trains what all use."""
+    """Add the vectors of this worker's shards to pieces of the index;
+    the first worker trains it."""
     vectors = run.vectors
     _train(run, folder)
     numbers = range(part[0], vectors.count, part[1])
@@ -26,7 +26,7 @@ def make_index_part(run: RunFolder, folder: Path, part: Part) -> None:
 
 
 def _train(run: RunFolder, folder: Path) -> None:
-    """Trains what all pieces use, unless another worker has, or is about to."""
+    """Train what all pieces use, unless another worker has or is about to."""
     with locked(folder, ".training", wait=True):
         train(
             run.vectors,
@@ -38,8 +38,8 @@ def _train(run: RunFolder, folder: Path) -> None:
 
 
 def make_index(run: RunFolder, folder: Path) -> None:
-    """Makes the pieces that no worker has made, merges all, and measures the recall."""
-    _train(run, folder)  # here, on all GPUs: a worker has one of them
+    """Make the pieces that no worker has made, merge all, and measure the recall."""
+    _train(run, folder)  # here, where all GPUs can be used; a worker has one
     share_out(run, folder, make_index_part)
     merge(
         run.vectors,

@@ -1,7 +1,7 @@
 """What several stages depend on besides other stages.
 
-`inputs` of a stage give all that its result depends on, and nothing else: of files, what they hold,
-and no setting that changes no result. Whatever they leave out may change while a run goes on.
+A stage's `inputs` are all that its result depends on, and nothing else: the content of files, and
+no setting that changes no result. What they leave out may change without making the stage anew.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from cm3leon.retrievers.base import StrategyConfig
 from cm3leon.stages.run_folder import RunFolder
 
 SHARDS = ("*.arrow", "index.json", "plan.json")
-"""The files of a result in shards."""
+"""Patterns of the files of a result in shards."""
 DRAWN_IN_TRAINING = ("max_documents", "random_count")
-"""Settings of the retriever that no neighbours depend on,
-as training draws among those that were found."""
+"""Settings of the retriever that neighbours do not depend on: training draws among those found."""
 
 
 def recorded(*sections: str) -> Callable[[RunFolder], dict[str, Any]]:
-    """Sections of the experiment, whole, as a stage keeps them for those who open the run."""
+    """Whole sections of the experiment, which a stage records for those who open the run."""
     return lambda run: run.recorded(*sections)
 
 
 def depends_on(*sections: str) -> Callable[[RunFolder], dict[str, Any]]:
-    """Sections of the experiment, without what changes no result."""
+    """Sections of the experiment without what changes no result."""
     return lambda run: run.depends_on(*sections)
 
 
@@ -43,8 +42,7 @@ def corpus_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def _sample_inputs(run: RunFolder) -> dict[str, Any]:
-    """The size of the sample; the seed says from which parts it is,
-    where they are more than it has."""
+    """The size of the sample, and the seed if it chooses the parts of the corpus."""
     shards = run.shards
     drawn = len(run.source.parts()) > shards.sample
     return {"shards": {"sample": shards.sample}, **(run.depends_on("seed") if drawn else {})}
@@ -61,7 +59,7 @@ def encoder_settings(run: RunFolder, held: Callable[[str], Any] | None = None) -
     """The settings of the retriever that shape its encoder, not the strategy.
 
     Args:
-        held: what stands for a file's path, such as a checksum of what it holds.
+        held: maps a file's path to what stands for it, such as a checksum.
     """
     strategy = {field.name for field in fields(StrategyConfig)}
     settings = result_settings(run.experiment.retriever, held)

@@ -1,5 +1,5 @@
-"""Whether the sample's captions fit a block beside their images,
-said before anything long is made of them."""
+"""Check whether the sample's captions fit a block beside their images,
+before anything long is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cm3leon.types import UserError
 
 
 def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
-    """Say how many documents of the sample will be left out because a block cannot hold them.
+    """Print how many documents of the sample will be left out because they do not fit a block.
 
     Raises:
         UserError: naming the longest one and what to do, if no training document is left.
@@ -19,18 +19,17 @@ def check_lengths(run: RunFolder, tokenizer: TextTokenizer) -> None:
     layout = run.vocab.layout
     codes = layout.image_length(run.grid) + layout.around_image(run.grid)
     between = len(layout.between_segments)
-    if (
-        room is None or codes + between + 1 > room
-    ):  # no document with an image fits, whatever its caption
+    # Without a limit all fit; if not even the shortest caption does, that is reported elsewhere.
+    if room is None or codes + between + 1 > room:
         return
     allowed = room - codes - between
 
+    # Captions with too many tokens. A piece has one byte or more, so most need no counting.
     corpus = run.corpus
     too_long: list[tuple[int, int]] = []
     limit = 0
     for number, caption in enumerate(corpus.captions):
         size = len(unicode_text(caption).encode())
-        # A piece has a byte or more, so most captions need no counting.
         length = len(tokenizer.encode(caption)) if size > allowed else 0
         if length > allowed:
             too_long.append((length, number))

@@ -34,17 +34,16 @@ from cm3leon.stages.vectors import document_parts
 from cm3leon.types import UserError
 
 STRATEGY = "strategy.json"
-"""What the strategy did to the candidates, in the folder of the neighbours."""
+"""What the strategy did with the candidates, in the stage's folder."""
 OWN_BANK = ".."
-"""The run folder whose documents are the bank, as seen from the stage's folder."""
+"""The run folder whose documents are the bank, relative to the stage's folder."""
 
 
 def bank_fingerprint(run: RunFolder) -> str | None:
-    """Changes with the memory bank of another run; None where this run's own is used.
+    """Fingerprint of another run's memory bank; None if the run's own is used.
 
     Raises:
-        UserError: for a folder without a finished index,
-            or one of other vectors than those that are there now.
+        UserError: for a folder without a finished index, or with an index of other vectors.
     """
     bank = run.shards.bank
     if bank is None:
@@ -53,23 +52,24 @@ def bank_fingerprint(run: RunFolder) -> str | None:
         fingerprint = read_stage(bank / "index")["fingerprint"]
     except (OSError, UserError) as error:
         raise UserError(
-            f"shards.bank: {bank} is not the folder of a run with a finished index; make it with until=index first"
+            f"shards.bank: {bank} is not the folder of a run with a finished index; make it with "
+            "until=index first"
         ) from error
     check_generations(bank, ("index",), where="shards.bank")
     return fingerprint
 
 
 def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Finds the neighbours of this worker's documents, under every variant of query dropout."""
+    """Find the neighbours of this worker's documents, under every variant of query dropout."""
     parts, config = run.source.parts(), run.experiment.retriever.config
     first_rows = np.concatenate([[0], np.cumsum(run.tokens.rows)])
     plan = {"bank": str(run.shards.bank.absolute()) if run.shards.bank else OWN_BANK}
     if (folder / PLAN).is_file() and read_plan(folder) != plan:
-        # The stage is of the same bank, by what it holds: it was moved.
+        # The bank has the same content, which the stage's fingerprint says, but was moved.
         write_json(folder / PLAN, plan, indent=None, shared=True)
     write_plan(folder, plan)
-    # Training knows the documents of the bank by the rows of its token shards:
-    # those added later have none there.
+
+    # Training knows documents by their rows in the bank's token shards; added ones have none.
     bank = run.open_bank(with_added=False)
     if part[0] == 0:
         print(f"      memory bank: {bank.place}", flush=True)
@@ -83,23 +83,26 @@ def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
 
     def make(number: int) -> None:
         width = 2 * config.per_modality
-        if not config.max_documents:  # training will draw none, so nothing is looked for
+        if not config.max_documents:  # training draws none, so nothing is searched for
             none_VBK = np.full((config.dropout_variants, int(run.tokens.rows[number]), width), NONE)
             write_neighbour_shard(
                 shard_path(folder, number, len(parts)), none_VBK, {"verdicts": {}}
             )
             return
+
         found = [np.zeros((config.dropout_variants, 0, width), np.int64)]
         verdicts: Counter[str] = Counter()
         first = int(first_rows[number])
         for batch in shard_documents(run, parts, number):
-            seeds = np.random.SeedSequence([run.experiment.seed, first]).generate_state(
-                config.dropout_variants
-            )
-            queries = [
-                document_parts(run, batch, dropout=config.query_dropout, seed=int(seed))
-                for seed in seeds
-            ]
+            # The queries in all variants; their seeds follow from the documents' rows.
+            seeds = np.random.SeedSequence([run.experiment.seed, first])
+            queries = []
+            for seed in seeds.generate_state(config.dropout_variants):
+                queries.append(
+                    document_parts(run, batch, dropout=config.query_dropout, seed=int(seed))
+                )
+
+            # A document's own row, and the vectors by which its copies are recognised.
             if run.shards.bank is None:
                 own_B = np.arange(first, first + len(batch))
                 documents = bank.parts_of(own_B)
@@ -116,10 +119,11 @@ def make_neighbours_part(run: RunFolder, folder: Path, part: Part) -> None:
 
 
 def make_neighbours(run: RunFolder, folder: Path) -> None:
-    """Makes the shards that no worker has made, the index of all, and the strategy's figures."""
+    """Make the shards that no worker has made, the index of all, and the strategy's figures."""
     share_out(run, folder, make_neighbours_part)
     count = len(run.source.parts())
     finish_neighbours(folder, count)
+
     verdicts: Counter[str] = Counter()
     found: Counter[int] = Counter()
     for number in range(count):
@@ -129,16 +133,18 @@ def make_neighbours(run: RunFolder, folder: Path) -> None:
         found += neighbour_counts(
             rows_MN.reshape(len(shard) * variants, len(rows_MN.T) // variants)
         )
+
     figures = strategy_figures(verdicts, found)
     write_json(folder / STRATEGY, {**figures, "same_label": _same_label(run, folder)})
-    # Nothing reads it any more, but for other runs where the stage is shared with them.
+
+    # Nothing reads the kept images any more, unless other runs share the stage.
     if not (run.folder / "tokens").is_symlink():
         shutil.rmtree(run.folder / "tokens" / DECODED, ignore_errors=True)
 
 
 def _same_label(run: RunFolder, folder: Path) -> float | None:
-    """Share of neighbours of the class of their query document;
-    None where classes are unknown or another run's."""
+    """Share of neighbours with the class of their query document; None if classes are not known, or
+    are another run's."""
     if not run.source.class_names or run.shards.bank is not None:
         return None
     neighbours, tokens = NeighbourShards(folder), run.tokens
@@ -157,40 +163,41 @@ def _same_label(run: RunFolder, folder: Path) -> float | None:
 
 
 def neighbour_counts(rows: np.ndarray) -> Counter[int]:
-    """How many documents (in a variant) have 0, 1, 2 ... neighbours, of rows (..., K)."""
+    """How many documents (in a variant) have 0, 1, 2 ... neighbours, from rows (..., K)."""
     return Counter(dict(enumerate(np.bincount((rows != NONE).sum(axis=-1).ravel()).tolist())))
 
 
 def strategy_figures(verdicts: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, Any]:
-    """What the strategy did: the share of the candidates that each rule rejected,
-    and how many neighbours it left.
+    """What the strategy did: the share of candidates that each rule rejected, and how many
+    neighbours are left.
 
     Args:
-        verdicts: how many candidates were `seen` and how many rejected by each rule.
-        counts: how many documents have so many neighbours, see `neighbour_counts`.
+        verdicts: how many candidates were `seen`, and how many each rule rejected.
+        counts: how many documents have how many neighbours, see `neighbour_counts`.
     """
     seen, documents = verdicts.get("seen", 0), max(1, sum(counts.values()))
     rejected = {rule: count / seen for rule, count in sorted(verdicts.items()) if rule != "seen"}
+    neighbours = sum(number * count for number, count in counts.items())
     return {
         "candidates_looked_at": seen,
         "share_rejected": rejected,
-        "neighbours_per_document": sum(number * count for number, count in counts.items())
-        / documents,
+        "neighbours_per_document": neighbours / documents,
         "documents_without_neighbours": counts.get(0, 0) / documents,
     }
 
 
 def bank_of(folder: Path) -> Path:
     """The run folder whose documents the neighbours in a stage's folder are."""
-    return folder.parent if (bank := read_plan(folder)["bank"]) == OWN_BANK else Path(bank)
+    bank = read_plan(folder)["bank"]
+    return folder.parent if bank == OWN_BANK else Path(bank)
 
 
 def neighbours_inputs(run: RunFolder) -> dict[str, Any]:
-    """The settings that find the neighbours;
+    """The settings that decide the neighbours;
     how many of them a sample gets is drawn in training."""
     settings = result_settings(run.experiment.retriever)
     settings = {name: value for name, value in settings.items() if name not in DRAWN_IN_TRAINING}
-    # Where training draws none, none are looked for.
+    # If training draws none, none are searched for.
     settings["max_documents"] = min(1, run.experiment.retriever.config.max_documents)
     return {"retriever": settings, **run.depends_on("seed"), "bank": bank_fingerprint(run)}
 
@@ -210,5 +217,5 @@ STAGE = Stage(
 
 
 def stage_of(experiment: Experiment) -> Stage[RunFolder]:
-    """The stage, without the need of an index where the memory bank is another run's."""
+    """The stage, which needs no index if the memory bank is another run's."""
     return replace(STAGE, needs=("tokens",)) if experiment.shards.bank else STAGE

@@ -1,15 +1,14 @@
-"""The one way in which a finished run is opened, by whoever asks it: the API, the commands,
-studies, plugins.
+"""The one way to open a finished run: for the API, the commands, studies and plugins.
 
-Nothing that the run's folder says is believed before it is looked at:
+Nothing that the run's folder says is trusted before it is checked:
 
-- its parts have to belong together, and each is read with the settings it was made
-  with (`generations.py`);
-- its files are compared with their recorded checksums, each once in a process and when it is read
+- its parts must belong together, and each is read with the settings it was made with
+  (`generations.py`);
+- its files are compared with their recorded checksums, once a process, when they are read
   (`records.py`);
 - plugins that its `config.yaml` names are code of whoever made the run. They are loaded if the user
-  has named them in this call or on this command line, has said `trust`, or has loaded them before.
-  Packages that are installed, and folders of `plugins/`, are the user's own.
+  named them in this call or on this command line, said `trust`, or loaded them before. Installed
+  packages and folders in `plugins/` are the user's own.
 """
 
 from __future__ import annotations
@@ -43,33 +42,35 @@ def open_run(
     needs: Sequence[str] = (),
     device: torch.device | None = None,
 ) -> RunFolder:
-    """Open a finished run, which reads each of its results when it is first asked for.
+    """Open a finished run, which reads each of its results when it is first needed.
 
     Args:
-        opening: which code and which files are trusted; None = its defaults.
-        where: the name of the argument that names the folder, for messages.
-        needs: stages that have to be finished.
-        device: where models are put; None = a GPU where there is one.
+        opening: which code and which files are trusted; None: the defaults.
+        where: the argument that names the folder, for messages.
+        needs: stages that must be finished.
+        device: where models are put; None: a GPU if there is one.
 
     Raises:
-        UserError: for a folder that is no run or that this user may not read, parts of different
+        UserError: for a folder that is not a run or that this user may not read, parts of different
             generations, a stage in `needs` that is not finished, or a plugin that is not trusted.
-            Reading a result from the run raises it for a file that is missing or has changed.
+            Reading a result raises it for a file that is missing or has changed.
         PluginError: for a plugin that fails to import.
     """
     opening = opening or Opening()
     folder = path_of(folder, where)
     check_readable(folder)
+
     config = folder / CONFIG
     for file in (config, *(folder / stage / MARKER for stage in needs)):
         if not file.is_file():
             what = f"run with a finished {needs[-1]}" if needs else "run folder"
             raise UserError(f"{where}: {folder} is no {what}, {file} is missing")
+
     check_generations(folder, needs, where)
     experiment = load_experiment(
         str(config),
         trusted_plugins=opening.trusted_plugins,
-        # Aims may be about evaluations that came later than those that are finished.
+        # Aims may be about evaluations that are not finished yet.
         sections={**finished_settings(folder), "aims": []},
         earlier=True,
     )
@@ -79,14 +80,13 @@ def open_run(
 
 
 def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set[str] | None:
-    """The tasks of instructions that a run learned,
-    also from the runs that it mixes or started from.
+    """The instruction tasks that a run learned, also from runs that it mixes in or started from.
 
-    None where settings do not tell: for a source whose documents may be of any task, and for
-    another run that cannot be opened any more.
+    None if the settings do not tell: for a source whose documents may be of any task, or another
+    run that cannot be opened any more.
 
     Args:
-        seen: runs that are not asked again.
+        seen: runs that are not to be followed again.
     """
     tasks: set[str] = set()
     if experiment.objective.name == TUNED:
@@ -96,6 +96,8 @@ def tuned_on(experiment: Experiment, seen: frozenset[Path] = frozenset()) -> set
             if task is None:
                 return None
             tasks.add(task)
+
+    # The run that it started from may have learned tasks before.
     start = experiment.training.start
     if start is not None and start not in seen:
         before = _settings_of(start)

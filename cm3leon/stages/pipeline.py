@@ -1,13 +1,10 @@
-"""Stages that are skipped when nothing they depend on has changed,
-and go on where a kill stopped them.
+"""Stages that are skipped if nothing they depend on has changed, and continued after a kill.
 
-It is told in five files:
-
-    stage.py        what a stage is, and the record that it leaves
-    differences.py  two records compared, in words
-    folders.py      the folders that stages write into
-    plan.py         what is to be done for each stage, before anything is touched
-    pipeline.py     stages brought up to date, whole or in parts
+stage.py        what a stage is, and the record that it leaves
+differences.py  two records compared, in words
+folders.py      the folders that stages write into
+plan.py         what to do for each stage, before anything is changed
+pipeline.py     stages brought up to date, whole or in parts
 """
 
 from __future__ import annotations
@@ -28,7 +25,14 @@ from cm3leon.stages.folders import (
     make_result,
     make_room,
 )
-from cm3leon.stages.plan import Step, causes, planned, refuse_unasked, step_for, wanted_record
+from cm3leon.stages.plan import (
+    PlannedStage,
+    causes,
+    planned,
+    refuse_unasked,
+    step_for,
+    wanted_record,
+)
 from cm3leon.stages.stage import (
     STARTED,
     Part,
@@ -54,23 +58,24 @@ def run_stages(
     redo: Collection[str] = (),
     accepted: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Bring every stage up to date, to `until` if it is given.
-    Return the seconds that each took when it was made.
+    """Bring every stage up to date, until `until` if it is given.
 
-    Results made from other inputs are not deleted but moved to `superseded/`, and fetched from
-    there when the inputs are as they were.
+    Results made from other inputs are not deleted but moved to `superseded/`, and moved back when
+    the inputs are as they were.
 
     Args:
         redo: stages that may be made anew although they are expensive, with all that depend on
-            them. One that is up to date is not made anew for that,
-            so that the same command goes on after a kill.
-        accepted: called once, before anything is made, when the folder is this process's and
+            them. Stages that are up to date stay, so that the same command continues after a kill.
+        accepted: called once, before anything is made, when this process holds the folder and
             nothing is refused.
 
+    Returns:
+        the seconds that each stage took when it was made.
+
     Raises:
-        UserError: if another process is working in the folder, it is somebody else's, files of
-            somebody else's stand where a stage writes, an expensive stage would be made anew
-            unasked, or there is no such stage.
+        UserError: if another process works in the folder, the folder is not a run's, other files
+            are where a stage writes, an expensive stage would be made anew without `redo`, or there
+            is no such stage.
     """
     check_redo(stages, redo)
     covered = depending_on(stages, redo)
@@ -78,6 +83,7 @@ def run_stages(
         stages = stages[: number_of(stages, until, "until") + 1]
     check_run_folder(folder)
     make_folder(folder, "run")
+
     seconds: dict[str, float] = {}
     with locked(folder):
         steps = planned(stages, run, folder)
@@ -88,11 +94,11 @@ def run_stages(
         for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.name}"
             step = steps[number - 1]
+
+            # It depends on files of a stage that did not exist when the plan was made.
             if step.wanted is None:
-                # It depends on files of a stage that has been made since the plan.
-                wanted = wanted_record(
-                    stage, run, {name: r.fingerprint for name, r in made.items()}, made
-                )
+                fingerprints = {name: record.fingerprint for name, record in made.items()}
+                wanted = wanted_record(stage, run, fingerprints, made)
                 step = step_for(stage, run, folder, wanted)
                 refuse_unasked([step], folder, covered)
             assert step.wanted is not None
@@ -104,18 +110,18 @@ def run_stages(
 def check_unasked(
     stages: Sequence[Stage[R]], run: R, folder: Path, redo: Collection[str] = ()
 ) -> None:
-    """Raises UserError where `run_stages` would, for what must not be made anew unasked;
-    changes nothing."""
+    """Raise UserError where `run_stages` would, for what must not be made anew; changes nothing."""
     refuse_unasked(planned(stages, run, folder), folder, depending_on(stages, redo))
 
 
 def _bring_up_to_date(
-    step: Step[R], run: R, place: Path, title: str, say: Callable[[str], None]
+    step: PlannedStage[R], run: R, place: Path, title: str, say: Callable[[str], None]
 ) -> StageRecord:
-    """Make the room for a stage's result, and the result where it is not there.
-    Return its record."""
+    """Make room for a stage's result, and the result if it is not there; return its record."""
     assert step.wanted is not None
     make_room(step.stage, place, step.wanted.fingerprint)
+
+    # Finished and intact: nothing to do. Damaged files are deleted and made again.
     record = readable_record(place / MARKER)
     if record is not None:
         damaged = damaged_files(step.stage, place, record)
@@ -134,6 +140,7 @@ def _bring_up_to_date(
         say(f"{title}: made anew ({why}); what was there is in {SUPERSEDED}")
     else:
         say(title)
+
     record = make_result(step.stage, run, place, step.wanted)
     say(f"{title}: done in {record.seconds:.0f} s")
     return record
@@ -148,20 +155,19 @@ def run_part(
     *,
     redo: Collection[str] = (),
 ) -> None:
-    """Make one worker's share of a stage. Any number of workers may do so at the same time,
-    on any machines.
+    """Make one worker's share of a stage; any number of workers may do so at once, on any machines.
 
-    The stage is not finished by it: `run_stages` finds the shards there,
-    makes what is still missing, and finishes.
+    This does not finish the stage: `run_stages` finds the shards, makes the missing ones,
+    and finishes.
 
     Raises:
-        UserError: for a stage that is unknown or cannot be shared out, if a stage before it is not
-            finished, or if it is finished with other settings
-            and not among those that may be made anew.
+        UserError: for a stage that is unknown or that workers cannot share, if a stage before it is
+            not finished, or if it is finished with other settings and `redo` does not allow it.
     """
     check_redo(stages, redo)
     number = number_of(stages, name, "stage")
     stage, place = stages[number], folder / name
+
     if stage.make_part is None:
         shared = ", ".join(other.name for other in stages if other.make_part)
         raise UserError(
@@ -169,6 +175,8 @@ def run_part(
         )
     if not folder.is_dir():
         raise UserError(f"run: {folder} does not exist; make the stages before {name} first")
+
+    # Workers hold the folder together; the lock .room lets one of them prepare the stage's folder.
     with locked(folder, shared=True):
         missing, records = _unfinished(stages[:number], run, folder)
         if missing:
@@ -179,6 +187,7 @@ def run_part(
         made = {name: record.fingerprint for name, record in records.items()}
         wanted = wanted_record(stage, run, made, records)
         assert wanted is not None
+
         with locked(folder, ".room", wait=True):
             refuse_unasked(
                 [step_for(stage, run, folder, wanted)], folder, depending_on(stages, redo)
@@ -187,6 +196,7 @@ def run_part(
             if not (place / MARKER).is_file() and not (place / STARTED).is_file():
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(place / STARTED, without_secrets(asdict(wanted)))
+
         with naming(place):
             stage.make_part(run, place, part)
 
@@ -194,8 +204,8 @@ def run_part(
 def first_unfinished(
     stages: Sequence[Stage[R]], run: R, folder: Path
 ) -> tuple[str | None, dict[str, str]]:
-    """The first stage that is not finished in the folder with these settings, if any,
-    and the fingerprints up to it."""
+    """The first stage that is not finished with these settings, if any,
+    and the fingerprints before it."""
     missing, records = _unfinished(stages, run, folder)
     return missing, {name: record.fingerprint for name, record in records.items()}
 
@@ -217,7 +227,6 @@ def _unfinished(
 
 
 def is_finished(stage: Stage[R], before: Sequence[Stage[R]], run: R, folder: Path) -> bool:
-    """Whether a stage, with those before it finished,
-    is up to date in the folder and its files as they were made."""
+    """Whether a stage is up to date with intact files, and those before it are finished."""
     missing, records = _unfinished([*before, stage], run, folder)
     return missing is None and not damaged_files(stage, folder / stage.name, records[stage.name])

@@ -1,6 +1,6 @@
-"""What a run is about to do, found out before anything in its folder is touched.
+"""What a run is about to do, found out before anything in its folder is changed.
 
-What would be lost, or made anew at great expense, is said and has to be asked for with `redo=`.
+What would be lost, or made anew at great expense, is refused unless `redo=` allows it.
 """
 
 from __future__ import annotations
@@ -30,39 +30,42 @@ from cm3leon.types import UserError
 
 
 @dataclass(frozen=True)
-class Step(Generic[R]):
+class PlannedStage(Generic[R]):
     """What a run is about to do with a stage."""
 
     stage: Stage[R]
     wanted: StageRecord | None
-    """What it is to be made from; None where that depends on files that are still to be made."""
+    """What it is to be made from; None if that depends on files that are still to be made."""
     standing: StageRecord | None = None
-    """The record of what stands in its folder, finished or not."""
+    """The record in its folder, whether the stage is finished or not."""
     finished: bool = False
-    """Whether what stands there is finished."""
+    """Whether the stage in the folder is finished."""
     anew: bool = False
-    """Whether what stands there was made from something else."""
+    """Whether the stage in the folder was made from something else."""
     kept: bool = False
-    """Whether what is wanted lies in `superseded`."""
+    """Whether the wanted result is in `superseded`."""
     differences: tuple[str, ...] = ()
     """What differs, in words."""
     changed: tuple[str, ...] = ()
-    """Stages before it, and files of such, that are others now."""
+    """Stages before it, and files of stages, that have changed."""
     refusal: str = ""
-    """Why it cannot be made again unasked, although it was made from what is wanted."""
+    """Why it cannot be made again without `redo`, although it was made from what is wanted."""
 
 
-def planned(stages: Sequence[Stage[R]], run: R, folder: Path) -> list[Step[R]]:
-    """What has to be done for each stage, found out without changing anything."""
-    steps: list[Step[R]] = []
+def planned(stages: Sequence[Stage[R]], run: R, folder: Path) -> list[PlannedStage[R]]:
+    """What to do for each stage, found out without changing anything."""
+    steps: list[PlannedStage[R]] = []
     fingerprints: dict[str, str] = {}
     records: dict[str, StageRecord] = {}
     for number, stage in enumerate(stages):
         wanted = wanted_record(stage, run, fingerprints, records)
+
+        # Stages before it that will be made anew, which change it too.
         others = [step.stage.name for step in steps if step.anew and not step.kept]
         changed = [name for name in sources_of(stages, number) if name in others]
         step = step_for(stage, run, folder, wanted, changed)
         steps.append(step)
+
         if wanted is not None:
             fingerprints[stage.name] = wanted.fingerprint
         record = _record_to_stand(step, folder)
@@ -77,21 +80,24 @@ def wanted_record(
     fingerprints: Mapping[str, str],
     records: Mapping[str, StageRecord],
 ) -> StageRecord | None:
-    """What a stage is to be made from, None where a stage before it has still to be made for that.
+    """What a stage is to be made from; None if a stage before it has to be made to know that.
 
     Args:
-        fingerprints: of the stages before it, in order; those that are not known yet are left out.
-        records: of the stages before it whose files are there.
+        fingerprints: of the stages before it, in order, without unknown ones.
+        records: of the stages before it whose files exist.
     """
     needs = list(fingerprints)[-1:] if stage.needs is None else list(stage.needs)
     if any(name not in fingerprints for name in needs):
         return None
+
     made_with = {}
     for file in stage.files:
         name, _, inner = file.partition("/")
         if name not in records or inner not in records[name].files:
             return None
         made_with[file] = records[name].files[inner]
+
+    # Through JSON, so that a record compares equal after it was written and read.
     inputs = json.loads(json.dumps(stage.inputs(run)))
     needed = {name: fingerprints[name] for name in needs}
     content = [stage.name, stage.version, inputs, needed, made_with]
@@ -111,9 +117,12 @@ def step_for(
     folder: Path,
     wanted: StageRecord | None,
     changed: Sequence[str] = (),
-) -> Step[R]:
-    """What has to be done for a stage; `changed` are stages
-    that it depends on and that will be others."""
+) -> PlannedStage[R]:
+    """What to do for a stage.
+
+    Args:
+        changed: stages it depends on that will change.
+    """
     place = folder / stage.name
     record, unreadable = None, ""
     try:
@@ -122,19 +131,22 @@ def step_for(
         unreadable = str(error)
     finished = record is not None
     standing = record or readable_record(place / STARTED)
+
+    # A stage that the points of a sweep share: the link may be removed without losing anything.
     if place.is_symlink():
-        # A sweep's shared stage. The link may go: what it leads to stays where it is.
-        same = (
-            wanted is not None and record is not None and record.fingerprint == wanted.fingerprint
-        )
-        return Step(stage, wanted, standing if same else None, finished and same)
+        if wanted is not None and record is not None and record.fingerprint == wanted.fingerprint:
+            return PlannedStage(stage, wanted, standing, finished)
+        return PlannedStage(stage, wanted)
+
     if standing is None:
         refuse_foreign_files(place)
-        return Step(stage, wanted, kept=is_kept(place, wanted))
+        return PlannedStage(stage, wanted, kept=is_kept(place, wanted))
     if wanted is None:
-        return Step(stage, wanted, standing, finished, anew=bool(changed), changed=tuple(changed))
+        return PlannedStage(
+            stage, wanted, standing, finished, anew=bool(changed), changed=tuple(changed)
+        )
     if standing.fingerprint != wanted.fingerprint:
-        return Step(
+        return PlannedStage(
             stage,
             wanted,
             standing,
@@ -145,6 +157,7 @@ def step_for(
             changed=tuple(changed_parts(standing, wanted)),
         )
 
+    # Made from the right inputs. If a trained stage lost files, its checkpoint must still be there.
     refusal = ""
     if stage.expensive and stage.trains(run) and not checkpoints(place):
         damaged = damaged_files(stage, place, record) if record else []
@@ -154,19 +167,24 @@ def step_for(
                 f"{what}, and {place} has no checkpoint to make it of, so that {stage.name} would "
                 "be trained again from the first step"
             )
-    return Step(stage, wanted, standing, finished, refusal=refusal)
+    return PlannedStage(stage, wanted, standing, finished, refusal=refusal)
 
 
-def _record_to_stand(step: Step[R], folder: Path) -> StageRecord | None:
-    """The record that a stage will have when its turn is over, where that is known beforehand."""
-    if step.kept and step.wanted is not None:
+def _record_to_stand(step: PlannedStage[R], folder: Path) -> StageRecord | None:
+    """The record that a stage will have after its turn, if that is known already."""
+    if step.wanted is None:
+        return None
+    if step.kept:
         return readable_record(attic(folder / step.stage.name, step.wanted.fingerprint) / MARKER)
-    same = step.standing is not None and step.wanted is not None and not step.anew
-    return step.standing if same and step.finished else None
+    if step.finished and not step.anew:
+        return step.standing
+    return None
 
 
-def refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[str]) -> None:
-    """Raises UserError if an expensive stage would be made anew, or unfinished work set aside,
+def refuse_unasked(
+    steps: Sequence[PlannedStage[R]], folder: Path, covered: Collection[str]
+) -> None:
+    """Raise UserError if an expensive stage would be made anew, or unfinished work set aside,
     without `redo`."""
     lost = [step for step in steps if step.stage.expensive and step.stage.name not in covered]
     for step in lost:
@@ -184,6 +202,7 @@ def refuse_unasked(steps: Sequence[Step[R]], folder: Path, covered: Collection[s
                 "anew"
             )
 
+    # Finished stages that would be made anew; the first of them is the cause of those behind it.
     anew = [step for step in lost if step.anew and not step.kept and step.finished]
     if not anew:
         return
@@ -204,13 +223,13 @@ def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def causes(step: Step[R], steps: Sequence[Step[R]]) -> str:
-    """Why a stage is to be made anew: what differs of its own,
-    and of the stages before it that are others."""
+def causes(step: PlannedStage[R], steps: Sequence[PlannedStage[R]]) -> str:
+    """Why a stage is to be made anew: what differs in its own inputs,
+    and in changed stages before it."""
     by_name = {each.stage.name: each for each in steps}
     found: list[str] = []
 
-    def add(step: Step[R]) -> None:
+    def add(step: PlannedStage[R]) -> None:
         found.extend(step.differences)
         for part in step.changed:
             before = by_name.get(part.partition("/")[0])

@@ -1,4 +1,4 @@
-"""Pretraining: the decoder on retrieval-augmented samples under the CM3 objective."""
+"""Pretraining: the model is trained on retrieval-augmented samples with the CM3 objective."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cm3leon.stages.origin import ORIGIN, keep_origin
 from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.stage import Stage
 from cm3leon.stages.training_data import mixed_fingerprints, start_digest, training_samples
-from cm3leon.stages.validation import Drawing, validation_loss
+from cm3leon.stages.validation import ValidationImages, validation_loss
 from cm3leon.tokenizers.text import LAYOUT
 from cm3leon.training.checkpoint import load_weights, load_weights_at, save_weights
 from cm3leon.training.config import DecoderTrainingConfig, training_settings
@@ -38,10 +38,10 @@ from cm3leon.types import Batch, UserError
 
 
 def make_pretraining(run: RunFolder, folder: Path) -> None:
-    """Trains the decoder; draws validation figures and images for the loggers now and then.
+    """Train the model; validate and draw images for the loggers every `callback_every` steps.
 
     Raises:
-        UserError: if no document is there to validate with.
+        UserError: if there is no document to validate with.
         FloatingPointError: if it diverged.
     """
     if not len(run.corpus.rows("validation")):
@@ -50,6 +50,8 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
             "split; raise shards.sample if the corpus has more documents, or stop at "
             "until=neighbours and mix this run into another with shards.mix"
         )
+
+    # The data.
     config, seed, ranks = run.experiment.training, run.experiment.seed, run.ranks
     samples = training_samples(run)
     stream = BlockStream(
@@ -63,6 +65,8 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         rank=ranks.rank,
         ranks=ranks.count,
     )
+
+    # The model with its first weights, on this rank.
     width = getattr(run.experiment.model.config, "width", None)
     precision = chosen_precision(config.precision, folder, ranks, width=width)
     config = replace(config, precision=precision)
@@ -79,10 +83,12 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
     if ranks.first:
         print(f"      attention: {model.attention_on(run.device)}", flush=True)
         print(f"      precision: {precision}", flush=True)
-    drawing = Drawing(run, precision)
-    drawn = 0  # about how many samples the batches held so far, of all ranks together
 
-    def micro_loss(module: nn.Module, part: Part) -> tuple[Tensor, Any]:
+    images = ValidationImages(run, precision)
+    drawn = 0
+    """About how many samples the batches of all ranks have held so far."""
+
+    def micro_loss(module: nn.Module, part: MicroBatch) -> tuple[Tensor, Any]:
         nonlocal drawn
         drawn = part.positions[-1] + 1
         batch = part.batch.to(run.device)
@@ -91,10 +97,16 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
 
     def callback(step: int, loggers: Loggers | None) -> dict[str, float]:
         model.eval()
-        drawing.write(model, loggers, step)
+        images.write(model, loggers, step)
         return {"epoch": drawn / samples.epoch, **validation_loss(run, model, precision)}
 
+    def parts(batch: Batch) -> list[MicroBatch]:
+        return [_part(run, model, each, stream.drawn) for each in batch.split(at_once)]
+
     at_once = config.blocks_at_once(run.seq_len, config.blocks(run.seq_len) // ranks.count)
+    resume_from = None
+    if config.start and config.start_with == "everything":
+        resume_from = config.start / "pretraining"
     train(
         model,
         micro_loss,
@@ -106,25 +118,24 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
         title="pretraining",
         callback=callback,
         split=BatchSplit(
-            parts=lambda batch: [
-                _part(run, model, each, stream.drawn) for each in batch.split(at_once)
-            ],
+            parts=parts,
             weight=lambda part: float(part.batch.weight_BT.sum()),
             ids=lambda parts: stream.ids(parts[0].positions),
         ),
         ranks=ranks,
-        resume_from=config.start / "pretraining"
-        if config.start and config.start_with == "everything"
-        else None,
+        resume_from=resume_from,
         peak_flops=peak_flops(run.device, ranks.count),
         tracking=run.tracking,
     )
+
+    # The result, unless the last weights are useless.
     state, adapter = whole_state_and_adapter(model)
     figures = validation_loss(run, model, precision)
     if not math.isfinite(figures.get("loss", math.nan)):
         why = "the loss of the validation documents with its last weights is NaN or infinite"
         good = checkpoints(folder)[:-1]
         raise diverged("pretraining", why, good[-1] if good else None)
+
     if ranks.first:
         save_weights(folder / WEIGHTS, state)
         if adapter:
@@ -139,8 +150,8 @@ def make_pretraining(run: RunFolder, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a rank computes at a time."""
+class MicroBatch:
+    """The blocks that a rank computes at a time."""
 
     batch: Batch
     counts: dict[str, float]
@@ -149,19 +160,18 @@ class Part:
     """Positions in the stream of the samples in the whole batch, in ascending order."""
 
 
-def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> Part:
-    """Counts on the CPU what is to be known of a batch, and has a GPU copy it while both go on."""
+def _part(run: RunFolder, model: Model, batch: Batch, positions: list[int]) -> MicroBatch:
+    """Count a batch's tokens and FLOPs on the CPU, and pin it for a copy to the GPU."""
     counts = {"tokens": float((batch.sample_BT >= 0).sum())}
     counts["flops"] = model_flops(model, batch.sample_BT)
     pinned = run.device.type == "cuda"
-    return Part(batch.pinned() if pinned else batch, counts, positions)
+    return MicroBatch(batch.pinned() if pinned else batch, counts, positions)
 
 
 def _weights_to_start_from(config: DecoderTrainingConfig, ranks: Ranks) -> Path | None:
-    """The weights of the run that a training starts from, if they are all that it takes over.
+    """The weights of the run that a training starts from, if it uses nothing else of that run.
 
-    The first rank compares them with their recorded checksum,
-    and all end with the fault that it finds.
+    The first rank compares them with their recorded checksum; an error is raised on all ranks.
     """
     if config.start is None or config.start_with == "everything":
         return None
@@ -177,8 +187,7 @@ def _weights_to_start_from(config: DecoderTrainingConfig, ranks: Ranks) -> Path 
 
 
 def first_weights(run: RunFolder) -> Model:
-    """The decoder before its training: with random weights,
-    or those of the run that it starts from.
+    """The model before its training: with random weights, or those of the run that it starts from.
 
     Raises:
         UserError: for a run to start from that has no weights, or those of another model.
@@ -197,18 +206,16 @@ def load_checkpoint(
     *,
     verify: bool = True,
 ) -> None:
-    """Give a decoder the weights that the training in a run folder had at a step.
+    """Give a model the weights that the training in a run folder had at a step.
 
-    Checkpoints of adapters (LoRA) hold these alone: they are added to the weights of the run that
-    the training started from, so that the result is what the training would have ended with at that
-    step.
+    Checkpoints of adapters (LoRA) hold only these: they are added to the weights of the run that
+    the training started from, which gives what the training would have ended with at that step.
 
     Args:
         verify: compare files with their recorded checksums.
 
     Raises:
-        UserError: for a step that has no checkpoint,
-            or adapters whose run to start from is not there any more.
+        UserError: for a step without a checkpoint, or adapters whose run to start from is gone.
     """
     averaged = config.average_decay is not None
     if not config.lora_rank:
@@ -229,8 +236,7 @@ def load_checkpoint(
 
 
 def another_tokenizer(start: Path, name: str) -> str:
-    """The sentence for a run to start from whose text or image tokenizer is another one than this
-    run's."""
+    """The sentence about a run to start from whose text or image tokenizer is not this run's."""
     return (
         f"training.start: {start} was trained with another {name} tokenizer than this run's; "
         f"take its tokenizers over with shards.tokenizers={start}"
@@ -238,8 +244,7 @@ def another_tokenizer(start: Path, name: str) -> str:
 
 
 def check_tokenizers(run: RunFolder, start: Path) -> None:
-    """Raises UserError where a run to start from has tokenizers
-    that give its ids another meaning."""
+    """Raise UserError if a run to start from has tokenizers that give its ids another meaning."""
     if _layout_digest(start) != _layout_digest(run.folder):
         raise UserError(another_tokenizer(start, "text"))
     for name, file in (("text", TEXT_TOKENIZER), ("image", IMAGE_TOKENIZER)):

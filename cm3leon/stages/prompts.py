@@ -1,5 +1,5 @@
 """The retrieved documents before a prompt: found in a run's memory bank,
-and as many as there is room for."""
+as many as there is room for."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def retrieved_rows(
     """Rows of the bank for each query, the closest last.
 
     Args:
-        texts: of the queries, if they are known; those of the modality `by` have to be.
-        images_BHWC: uint8, in the size of the image tokenizer.
-        by: the modality that is searched with.
+        texts: of the queries, if they are known; required if `by` is text.
+        images_BHWC: uint8, in the size of the image tokenizer; required if `by` is image.
+        by: the modality to search with.
     """
     searched: Sequence[str] | np.ndarray | None = texts if by == "text" else images_BHWC
     assert searched is not None
     if not count or not len(searched):
         return [[] for _ in searched]
     queries = run.retriever.parts(texts, images_BHWC)
-    # Every document takes at least a position: no more of them have room.
+    # Every document takes at least one position, so more of them cannot fit.
     rows_QK, _ = run.retriever.retrieve(run.bank, queries, by, count=min(count, run.seq_len))
     return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
 
@@ -42,10 +42,10 @@ def found_rows(
     run: RunFolder, text: str | None, pixels_HWC: np.ndarray | None, count: int
 ) -> list[tuple[int, float]]:
     """Rows of the bank and their scores, the best first:
-    inner products with the mean of a text and an image.
+    inner products with the mean of text and image.
 
     Args:
-        pixels_HWC: uint8, in the size of the image tokenizer; one of both may be None.
+        pixels_HWC: uint8, in the size of the image tokenizer; either it or the text may be None.
     """
     query = run.retriever.parts(
         None if text is None else [text], None if pixels_HWC is None else pixels_HWC[None]
@@ -69,10 +69,10 @@ def _scores(run: RunFolder, query: Parts, rows: list[int]) -> list[float]:
 def fitting_prompt(
     run: RunFolder, task: Task, document: TokenDocument, rows: list[int]
 ) -> tuple[Prompt, list[int]]:
-    """The prompt with as many of the retrieved documents, the closest ones,
+    """The prompt with as many of the closest retrieved documents
     as leave room for the longest answer.
 
-    Where there is none without any, a page loses segments from its beginning.
+    If it is too long without documents, a page loses segments from its beginning.
 
     Args:
         rows: of the bank, the closest last.

@@ -42,11 +42,11 @@ Entry = dict[str, Any]
 """A part of results.json."""
 
 COLUMNS = 12
-"""Pictures in a strip."""
+"""Images in a strip."""
 
 
 def closing(run: RunFolder, metrics: Entry) -> list[str]:
-    """What a run ends with: its figures beside their aims, the report's address,
+    """The last lines of a run: its figures beside their aims, the report,
     and a command to try next."""
     lines = []
     for aim in run.experiment.aims:
@@ -73,8 +73,7 @@ def closing(run: RunFolder, metrics: Entry) -> list[str]:
 
 
 def publish(run: RunFolder, seconds: dict[str, float]) -> list[str]:
-    """Writes `metrics.json` and `report.html` into the run folder; returns what is said of them,
-    see `closing`."""
+    """Write `metrics.json` and `report.html` into the run folder; return the lines of `closing`."""
     results = json.loads((run.folder / "evaluation" / RESULTS).read_text())
     metrics = figures(run, results, seconds)
     write_json(run.folder / "metrics.json", metrics)
@@ -134,7 +133,7 @@ def _provenance(run: RunFolder) -> Entry:
 
 # -------------------------------------------------------------------------------------- report.html
 class _Page:
-    """Composes the report; every picture and figure comes from the run folder."""
+    """Composes the report; every image and figure comes from the run folder."""
 
     def __init__(self, run: RunFolder, results: Entry, metrics: Entry) -> None:
         self.run = run
@@ -143,6 +142,7 @@ class _Page:
 
     def report(self) -> Report:
         counts = self.results["documents"]
+        sections = [*self.pictures_first(), self.curves(), self.retrieval(), self.again()]
         return Report(
             title=f"CM3Leon on {self.run.experiment.data.name}",
             subtitle=(
@@ -151,37 +151,29 @@ class _Page:
                 f"{counts['held_out']:,} it never saw."
             ),
             facts=self.facts(),
-            sections=[
-                section
-                for section in (
-                    *self.pictures_first(),
-                    self.curves(),
-                    self.retrieval(),
-                    self.again(),
-                )
-                if section.blocks
-            ],
+            sections=[section for section in sections if section.blocks],
             footer=attribution([self.run.experiment], self.run.experiment.evaluations.values()),
         )
 
     def pictures_first(self) -> list[Section]:
-        """What there is to look at; where nothing is judged,
-        originals beside what their codes keep come first."""
+        """What there is to look at. Without a judge,
+        originals beside their reconstructions come first."""
         rebuilt, made = self.reconstructions(), self.evaluations()
         return [rebuilt, *made] if self.results["judge"] is None else [*made, rebuilt]
 
     def evaluations(self) -> list[Section]:
-        """A section for each evaluation; behind the others those
-        that only choose values for them."""
+        """A section for each evaluation; last come those that only choose values for others."""
         evaluations, found = self.run.experiment.evaluations, self.results["evaluations"]
         evaluator = Evaluator(self.run)
         chosen_from = {config.best_of for config in evaluations.values()}
         sections = []
         for name in sorted(evaluations, key=lambda name: name in chosen_from):
             config, text = evaluations[name], ""
-            best = {} if config.best_of is None else self._best(evaluator, config.best_of)["point"]
-            if best:
-                text = f"With {', '.join(named(best))}, the best row of “{evaluations[str(config.best_of)].title}”."
+            if config.best_of is not None:
+                best = self._best(evaluator, config.best_of)["point"]
+                title = evaluations[config.best_of].title
+                if best:
+                    text = f"With {', '.join(named(best))}, the best row of “{title}”."
             chosen = name in chosen_from
             marked = [found[name].index(self._best(evaluator, name))] if chosen else []
             examples = evaluator.shown(name, found)
@@ -191,7 +183,7 @@ class _Page:
         return sections
 
     def _best(self, evaluator: Evaluator, name: str) -> Mapping[str, Any]:
-        """The row of an evaluation that others take their values from."""
+        """The row of an evaluation whose values other evaluations use."""
         return best_row(self.results["evaluations"][name], evaluator.lowest_is_best(name))
 
     def facts(self) -> list[Fact]:
@@ -236,19 +228,10 @@ class _Page:
 
     def curves(self) -> Section:
         pretraining = self.run.log("pretraining")
+        by_modality = {"text": "loss_text", "image": "loss_image"}
         blocks = [
-            logged(
-                "Validation loss",
-                self._validation(),
-                {"text": "loss_text", "image": "loss_image"},
-                "nats a token",
-            ),
-            logged(
-                "Pretraining loss",
-                pretraining,
-                {"text": "loss_text", "image": "loss_image"},
-                "nats a token",
-            ),
+            logged("Validation loss", self._validation(), by_modality, "nats a token"),
+            logged("Pretraining loss", pretraining, by_modality, "nats a token"),
             logged(
                 "Learning rate", pretraining, {"learning rate": "learning_rate"}, "learning rate"
             ),
@@ -256,13 +239,15 @@ class _Page:
             logged("Image tokenizer", self.run.log("image_tokenizer"), {"PSNR": "psnr_db"}, "dB"),
             logged("Retriever", self.run.log("retriever"), {"loss": "loss"}, "nats"),
         ]
+
         loss = self.metrics["validation_loss"]
-        text = ", ".join(
-            f"{name[5:]} {loss[name]:.3f}" for name in ("loss_text", "loss_image") if name in loss
-        )
+        said = [
+            f"{modality} {loss[name]:.3f}" for modality, name in by_modality.items() if name in loss
+        ]
         return Section(
             "Training",
-            f"Validation loss after training, without documents, in nats a token: {text}.",
+            "Validation loss after training, without documents, in nats a token: "
+            f"{', '.join(said)}.",
             [
                 *(block for block in blocks[:2] if block.series),
                 Folded("More curves", [block for block in blocks[2:] if block.series]),
@@ -270,20 +255,16 @@ class _Page:
         )
 
     def _validation(self) -> list[dict[str, float]]:
-        """Records of the validation while pretraining; empty for a run that kept none."""
+        """Records of the validation during pretraining; [] for a run that kept none."""
         file = self.run.folder / "pretraining" / "validation.jsonl"
         return read_json_lines(file, {"step": int}) if file.is_file() else []
 
     def retrieval(self) -> Section:
         figures = self.results["retriever"]
-        rows: list[tuple[str, str]] = [
-            ("candidates looked at", f"{figures['candidates_looked_at']:,}"),
-            *(
-                (f"rejected: {rule.replace('_', ' ')}", f"{share:.1%}")
-                for rule, share in figures["share_rejected"].items()
-            ),
-            ("neighbours a training document", f"{figures['neighbours_per_document']:.2f}"),
-        ]
+        rows = [("candidates looked at", f"{figures['candidates_looked_at']:,}")]
+        for rule, share in figures["share_rejected"].items():
+            rows.append((f"rejected: {rule.replace('_', ' ')}", f"{share:.1%}"))
+        rows.append(("neighbours a training document", f"{figures['neighbours_per_document']:.2f}"))
         if figures.get("same_label") is not None:
             rows.append(("neighbours of the same class", f"{figures['same_label']:.1%}"))
         if "nearest_neighbour_vote" in figures:
@@ -328,17 +309,19 @@ class _Page:
 
     def _held_out(self, count: int) -> list[int]:
         rows = self.run.corpus.rows("held_out")
-        return [int(rows[shuffled(0, place, len(rows))]) for place in range(min(count, len(rows)))]
+        indices = [shuffled(0, index, len(rows)) for index in range(min(count, len(rows)))]
+        return [int(rows[index]) for index in indices]
 
 
-FEW_CODES, LOW_PSNR = 0.1, 20.0
-"""Share of the codes in use, and PSNR in dB,
-below which the image tokenizer limits whatever is drawn."""
+FEW_CODES = 0.1
+"""Share of the codes in use below which the image tokenizer limits whatever is drawn."""
+LOW_PSNR = 20.0
+"""PSNR in dB below which it does."""
 
 
 def limit(figures: Entry) -> str:
-    """What the image tokenizer limits, in a sentence, by its figures on held-out images;
-    empty if it is good enough."""
+    """How the image tokenizer limits the model, in a sentence, by its figures on held-out images;
+    "" if it is good enough."""
     use, psnr = figures["codebook_use"], figures["psnr_held_out"]
     found = []
     if use < FEW_CODES:

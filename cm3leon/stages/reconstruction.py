@@ -1,5 +1,4 @@
-"""The stage that measures what the image tokenizer's codes keep of held-out images,
-and its page."""
+"""The stage that measures how well held-out images survive the image tokenizer, and its page."""
 
 from __future__ import annotations
 
@@ -27,38 +26,42 @@ from cm3leon.tokenizers.image.perceptual import Perceptual
 
 FIGURES = "figures.json"
 SHOWN = 12
-"""Pictures on the page."""
+"""Images on the page."""
 HEIGHT = 192
-"""Of a picture, in CSS pixels."""
+"""Height of an image in CSS pixels."""
 CURVES = {
     "psnr_db": "PSNR, dB",
     "perplexity_of_batch": "perplexity of the codes",
     "perceptual": "LPIPS",
     "discriminator_loss": "discriminator's loss",
 }
-"""Training records that are drawn, and the names of their axes."""
+"""Training records that are plotted, and the names of their axes."""
 
 
 def make_reconstruction(run: RunFolder, folder: Path) -> None:
-    """Measures the reconstructions of the held-out images, if there are any,
-    and draws some of them."""
+    """Measure the reconstructions of the held-out images, if there are any,
+    and show some of them."""
     rows = run.corpus.rows("held_out")
     if not len(rows):
         write_json(folder / FIGURES, {})
         return
+
+    # LPIPS and FID need published weights.
     config = run.experiment.reconstruction
+    perceptual = extractor = None
+    if config.perceptual_file:
+        perceptual = Perceptual.load(config.perceptual_file).to(run.device)
+    if config.inception_file:
+        extractor = Inception.load(config.inception_file, run.device)
+
     codes_BN = run.codes_MN[rows]
     figures = reconstruction_figures(
         run.corpus.images_BHWC[rows],
         run.image_tokenizer.decode(codes_BN, title="decoding"),
         codes_BN,
         run.image_tokenizer.codebook_size,
-        perceptual=Perceptual.load(config.perceptual_file).to(run.device)
-        if config.perceptual_file
-        else None,
-        extractor=Inception.load(config.inception_file, run.device)
-        if config.inception_file
-        else None,
+        perceptual=perceptual,
+        extractor=extractor,
     )
     write_json(folder / FIGURES, figures)
     write_report(folder / "report.html", _report(run, figures))
@@ -66,13 +69,9 @@ def make_reconstruction(run: RunFolder, folder: Path) -> None:
 
 def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
     rows = run.corpus.rows("held_out")[:SHOWN]
-    pictures = [
-        [Picture(pixels_HWC, height=HEIGHT) for pixels_HWC in images_BHWC]
-        for images_BHWC in (
-            run.corpus.images_BHWC[rows],
-            run.image_tokenizer.decode(run.codes_MN[rows]),
-        )
-    ]
+    rebuilt_BHWC = run.image_tokenizer.decode(run.codes_MN[rows])
+    originals = [Picture(pixels, height=HEIGHT) for pixels in run.corpus.images_BHWC[rows]]
+    rebuilt = [Picture(pixels, height=HEIGHT) for pixels in rebuilt_BHWC]
     tokenizer, log = run.image_tokenizer, run.log("image_tokenizer")
     curves = [
         logged(label, log, {"batch": name}, label, is_noisy=True) for name, label in CURVES.items()
@@ -103,7 +102,7 @@ def _report(run: RunFolder, figures: dict[str, Any]) -> Report:
                 "Reconstructions",
                 "Held-out images, and what comes back from their codes: everything a model draws "
                 "is bounded by this.",
-                [Strip([("original", pictures[0]), ("from codes", pictures[1])])],
+                [Strip([("original", originals), ("from codes", rebuilt)])],
             ),
             *([Section("Training", "Figures of training batches.", drawn)] if drawn else []),
             Section("To make it again", "The settings are in config.yaml of the run's folder."),

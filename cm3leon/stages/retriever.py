@@ -22,8 +22,7 @@ from cm3leon.training.trainer import train
 
 
 def make_retriever(run: RunFolder, folder: Path) -> None:
-    """Fits or trains the encoder on the training documents of the sample,
-    unless it is frozen or taken over.
+    """Fit or train the encoder on the sample's training documents, unless it is frozen or reused.
 
     All ranks train it; the first keeps it.
     """
@@ -42,9 +41,9 @@ def make_retriever(run: RunFolder, folder: Path) -> None:
         varied_BHWC = run.varied_images
 
         def pairs(items: np.ndarray) -> tuple[list[str], torch.Tensor]:
-            return [captions[item % len(rows)] for item in items], torch.from_numpy(
-                varied_BHWC[items]
-            )
+            # Varied versions of the images follow the originals; their captions are the same.
+            texts = [captions[item % len(rows)] for item in items]
+            return texts, torch.from_numpy(varied_BHWC[items])
 
         replicate(encoder, run.ranks)
         train(

@@ -1,4 +1,4 @@
-"""A run: its experiment, and what its finished stages have left in the run folder."""
+"""A run: its experiment, and the results of its finished stages."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ from cm3leon.types import TokenDocument, UserError
 
 @dataclass(frozen=True, eq=False)
 class RunFolder(TokenizedRun):
-    """Reads results of finished stages, each once.
-    `folder / <stage name>` holds a stage's files."""
+    """Reads the results of finished stages, each once;
+    `folder / NAME` holds the files of a stage."""
 
     asked_model: Model | None = None
-    """The decoder that is asked in place of the one that the run trained; None = that one."""
+    """The model that is asked instead of the one that the run trained; None: the run's own."""
     corpus_fingerprint: str | None = None
-    """That of the source, if whoever opened the run has read it already;
-    None = it is read where it is needed."""
+    """The source's fingerprint, if whoever opened the run has computed it; None:
+    computed when needed."""
 
     @property
     def tracking(self) -> Tracking:
-        """Where its trainings are logged, and what is told of them there."""
+        """Where its trainings are logged, and the settings that are logged there."""
         return Tracking(self.experiment.loggers, without_secrets(to_mapping(self.experiment)))
 
     def bank_stage(self, name: str, *files: str) -> Path:
-        """The same as `stage`, of the run whose documents are the memory bank."""
+        """Like `stage`, of the run whose documents are the memory bank."""
         if self.bank_folder == self.folder:
             return self.stage(name, *files)
         return opened_stage(self.bank_folder / name, *files, verify=self.verify)
 
     @property
     def has_retriever(self) -> bool:
-        """Whether there is an encoder; a run whose weights were made elsewhere has none."""
+        """Whether there is an encoder; an imported run has none."""
         return (self.folder / ENCODER).is_file()
 
     @cached_property
     def retriever(self) -> Retriever:
         """The trained retriever."""
         section = self.experiment.retriever
-        # The run has the weights: published ones are neither read nor fetched again.
+        # The run holds the weights, so published ones need not be read or fetched again.
         bare = RETRIEVERS.get(section.name).without_weights(section.config)
         retriever = RETRIEVERS.build(replace(section, config=bare))
         load_weights(self.stage("retriever", WEIGHTS) / WEIGHTS, retriever.encoder)
@@ -76,7 +76,7 @@ class RunFolder(TokenizedRun):
 
     @cached_property
     def encoder_header(self) -> dict[str, Any]:
-        """What vector shards say of the encoder that makes them."""
+        """What vector shards record of the encoder that makes them."""
         return {
             "encoder": sha256(self.stage("retriever", WEIGHTS) / WEIGHTS),
             "width": self.retriever.encoder.embed_dim,
@@ -104,13 +104,13 @@ class RunFolder(TokenizedRun):
     @cached_property
     def bank(self) -> Bank:
         """The memory bank: the training documents, or those of `shards.bank`,
-        and what was added to them."""
+        and added documents."""
         return self.open_bank()
 
     @property
     def retrieves_pairs_only(self) -> bool:
-        """Whether the strategy always refuses documents without a text or an image,
-        which no index holds then."""
+        """Whether the strategy refuses documents without a text or an image,
+        so that no index holds them."""
         return self.experiment.retriever.config.both_modalities
 
     @property
@@ -119,17 +119,18 @@ class RunFolder(TokenizedRun):
         return (self.bank_folder / "index" / MARKER).is_file()
 
     def open_bank(self, *, with_added: bool = True) -> Bank:
-        """The memory bank, with or without the documents that were added to it.
+        """The memory bank, with or without added documents.
 
         Raises:
-            UserError: for a bank without a finished index, or another run's without the single
-                modalities that this run retrieves.
+            UserError: for a bank without a finished index, or another run's bank without the
+                documents of one modality that this run retrieves.
         """
         if not self.has_bank:
             raise UserError(
                 f"{self.bank_folder} has no memory bank: its stage index is not finished; run its "
                 "experiment again, with until=index at least"
             )
+
         bank = Bank(
             self.bank_stage("vectors", *SHARD_LISTS),
             self.bank_stage("index"),
@@ -147,7 +148,7 @@ class RunFolder(TokenizedRun):
 
     @cached_property
     def bank_tokens(self) -> TokenShards:
-        """The documents of the memory bank, as ids, without those that were added."""
+        """The documents of the memory bank as ids, without added ones."""
         return TokenShards(
             self.bank_stage("tokens", *SHARD_LISTS), self.tokenizer_digests, self.vocab.layout
         )
@@ -155,13 +156,13 @@ class RunFolder(TokenizedRun):
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
         made = len(self.bank_tokens)
-        return (
-            self.bank_tokens.document(row) if row < made else self.added_tokens.document(row - made)
-        )
+        if row < made:
+            return self.bank_tokens.document(row)
+        return self.added_tokens.document(row - made)
 
     @property
     def added_tokens_file(self) -> Path:
-        """Where the ids of documents are that were added to the memory bank."""
+        """The ids of documents that were added to the memory bank."""
         return self.bank_folder / "index" / "added_tokens.arrow"
 
     @cached_property
@@ -176,7 +177,7 @@ class RunFolder(TokenizedRun):
 
     @cached_property
     def model(self) -> Model:
-        """The trained decoder, or the one that is asked in its place."""
+        """The trained model, or the one that is asked instead."""
         if self.asked_model is not None:
             return self.asked_model
         model = self.new_model()
@@ -184,22 +185,23 @@ class RunFolder(TokenizedRun):
         return model.to(self.device).eval()
 
     def new_model(self) -> Model:
-        """The decoder as it is initialised, which the seed alone decides."""
+        """The model as the seed initialises it."""
         torch.set_rng_state(self.state_of_new_model())
         return self.empty_model()
 
     def state_of_new_model(self) -> torch.Tensor:
-        """Of torch's generator, from which the first weights of the decoder are drawn."""
+        """State of torch's generator from which the model's first weights are drawn."""
         torch.manual_seed(self.experiment.seed)
-        self.new_image_tokenizer()  # its weights are the first numbers of this stream; the decoder's are to be others
+        # The image tokenizer's weights come first, so that the model's are other numbers.
+        self.new_image_tokenizer()
         return torch.get_rng_state()
 
     def empty_model(self) -> Model:
-        """The decoder, whatever its weights: for the meta device."""
+        """The model with arbitrary weights: for the meta device."""
         return MODELS.build(self.experiment.model, vocab_size=self.vocab.size)
 
     def parts_of_answers(self, *, with_bank: bool) -> dict[str, str]:
-        """Digests of everything trained or made that the run's answers depend on, by what it is.
+        """Digests of everything trained or made that the run's answers depend on, by its name.
 
         Args:
             with_bank: whether documents are retrieved.
@@ -215,6 +217,7 @@ class RunFolder(TokenizedRun):
             parts["layout"] = recorded_digest(self.folder / "text_tokenizer", LAYOUT)
         if not with_bank:
             return parts
+
         stages = ("tokens", "vectors", "index")
         files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
         added = self.added_tokens_file
@@ -222,5 +225,5 @@ class RunFolder(TokenizedRun):
         return {**parts, "memory bank": digest_of("".join(files))}
 
     def log(self, stage: str) -> list[dict[str, float]]:
-        """The training records of a stage; empty if it did not train."""
+        """The training records of a stage; [] if it did not train."""
         return read_log(self.folder / stage / "log.jsonl")

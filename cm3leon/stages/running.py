@@ -1,4 +1,4 @@
-"""Runs an experiment's stages in its folder: in one process, on several ranks,
+"""Run an experiment's stages in its folder: in one process, on several ranks,
 or one worker's share."""
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from cm3leon.training.distributed import Ranks, current_rank, joined
 from cm3leon.types import UserError
 
 CONFIG = "config.yaml"
-"""The settings that were last accepted; of what is finished,
-each stage's own record is the truth."""
+"""The settings that were last accepted; for finished stages, their own records count."""
 DIGESTS = "digests.json"
-"""Checksums of what the run was made from, so that a second start need not read it again."""
+"""Checksums of what the run was made from, so that a later start need not read it again."""
 
 
 def run_experiment(
@@ -48,18 +47,19 @@ def run_experiment(
     redo: Collection[str] = (),
     accepted: Callable[[], None] = lambda: None,
 ) -> None:
-    """Bring all stages of an experiment up to date in the run folder, and say where the report is.
+    """Bring all stages of an experiment up to date in the run folder,
+    and print where the report is.
 
     Args:
         redo: stages that may be made anew although they are expensive,
             with all that depend on them.
-        accepted: called before anything is made, when nothing is refused; on several ranks, on the
+        accepted: called before anything is made, once nothing is refused; on several ranks, on the
             first.
 
     Raises:
         UserError: for a user's mistake that only a stage can see, such as a corpus without
-            documents; for settings that would make an expensive stage anew unasked; on several
-            ranks, if the stages before pretraining are not finished.
+            documents; for settings that would make an expensive stage anew without `redo`; on
+            several ranks, if the stages before pretraining are not finished.
     """
     until, stages = until or experiment.until, stages_of(experiment)
     check_redo(stages, redo)
@@ -80,13 +80,14 @@ def run_experiment(
             return run_stages(stages, run, folder, _say, until=last, redo=redo, accepted=begin)
 
     def refuse_at_once() -> None:
-        """What would be refused of a later stage,
-        said before an earlier one has been trained for hours."""
+        """Refuse what a later stage would refuse before an earlier one trains for hours."""
         if folder.is_dir():
             last = stages if until is None else stages[: number_of(stages, until, "until") + 1]
             with remembered(folder / DIGESTS):
                 check_unasked(last, RunFolder(experiment, folder, best_device()), folder, redo)
 
+    # On several ranks: before each stage that they train together, the first rank makes those
+    # that one process makes, while the others wait.
     for name in together:
         alone = stages[number_of(stages, name, "until") - 1].name
 
@@ -97,8 +98,7 @@ def run_experiment(
         ) -> None:
             if begins:
                 refuse_at_once()
-            # Several processes share the parts of a larger corpus,
-            # and ranks are not to wait for them.
+            # The parts of a larger corpus take hours; ranks must not wait for them.
             if not (shared and is_shared_out(experiment)):
                 bring(RunFolder(experiment, folder, best_device()), last)
 
@@ -106,6 +106,8 @@ def run_experiment(
             _train_together(experiment, folder, name, ranks, redo, bring)
     if rank and (rank.number > 0 or until in together):
         return
+
+    # Whatever is left is made by one process.
     run = RunFolder(experiment, folder, best_device())
     seconds = bring(run, until)
     if "evaluation" in seconds:
@@ -117,8 +119,10 @@ def run_experiment(
 def trained_together(
     experiment: Experiment, folder: Path, until: str | None, ranks: int
 ) -> list[str]:
-    """The stages up to `until` that several ranks train together; what they cannot share,
-    the first trains alone."""
+    """The stages up to `until` that several ranks train together.
+
+    A stage whose batch the ranks cannot share evenly is trained by the first rank alone.
+    """
     run, stages = RunFolder(experiment, folder, torch.device("cpu")), stages_of(experiment)
     batches = {
         "image_tokenizer": experiment.image_tokenizer_training,
@@ -137,11 +141,10 @@ def trained_together(
 def check_before_stages(
     experiment: Experiment, folder: Path, *, until: str | None = None, found: Sequence[str] = ()
 ) -> None:
-    """`check_settings` for the stages of an experiment up to `until`,
-    or to the experiment's own last one.
+    """`check_settings` for the stages of an experiment up to `until`, or else to its own last one.
 
     Raises:
-        UserError: naming all mistakes, those in `found` too.
+        UserError: naming all mistakes, including those in `found`.
     """
     until, stages = until or experiment.until, stages_of(experiment)
     check_settings(
@@ -165,8 +168,7 @@ def _train_together(
     redo: Collection[str],
     bring: Callable[[RunFolder, str | None], dict[str, float]],
 ) -> None:
-    """Bring a stage that trains up to date, on all ranks;
-    the first of them looks after the run folder."""
+    """Bring a stage that trains up to date on all ranks; the first rank keeps the run folder."""
     run = RunFolder(experiment, folder, ranks.device, ranks)
     stages = stages_of(experiment)
     number = number_of(stages, name, "until")
@@ -179,8 +181,10 @@ def _train_together(
             needed = not missing and not is_finished(stages[number], before, run, folder)
             try:
                 check_unasked(stages[: number + 1], run, folder, redo)
-            except UserError as error:  # which all ranks end with: none is to wait for the first
+            except UserError as error:  # raised on all ranks below, so that none waits
                 refusal = str(error)
+
+    # All ranks act on what the first one found.
     missing, needed, refusal = ranks.gather((missing, needed, refusal))[0]
     if refusal:
         raise UserError(refusal)
@@ -202,8 +206,8 @@ def run_stage_part(
     """Make one worker's share of a stage's shards.
 
     Raises:
-        UserError: for an unknown stage, one that cannot be shared out,
-            or one whose turn has not come.
+        UserError: for an unknown stage, one that workers cannot share, or one that needs a stage
+            which is not finished.
     """
     run = RunFolder(experiment, folder, best_device())
     with remembered(folder / DIGESTS) if folder.is_dir() else nullcontext():
@@ -211,9 +215,9 @@ def run_stage_part(
 
 
 def write_config(experiment: Experiment, folder: Path) -> None:
-    """Write the settings of an experiment beside its stages, whole or not at all.
+    """Write the settings of an experiment beside its stages, atomically.
 
-    Paths are absolute, and secrets masked.
+    Paths are absolute, and secrets are masked.
     """
     settings = without_secrets(recorded_settings(experiment))
     write_text(folder / CONFIG, dump_yaml(settings))

@@ -1,4 +1,5 @@
-"""Stages whose shards workers share: processes of this machine, or array jobs of a cluster."""
+"""Stages whose shards are shared among workers: processes of this machine,
+or a cluster's array jobs."""
 
 from __future__ import annotations
 
@@ -28,18 +29,16 @@ T = TypeVar("T")
 MakePart = Callable[[RunFolder, Path, Part], None]
 
 FEW_PARTS = 3
-"""Parts of a corpus that are not worth sharing out;
-a folder of up to a thousand images has three."""
+"""Parts of a corpus that are too few to share; a folder of up to a thousand images has three."""
 BATCH = 256
 """Documents that are encoded together."""
 DECODED = "decoded"
-"""Folder of the stage tokens for its images, for the stages that read the same ones;
-it may be deleted."""
+"""Folder of the stage tokens with decoded images, for stages that read the same ones;
+may be deleted."""
 
 
 def is_shared_out(experiment: Experiment) -> bool:
-    """Whether the corpus has parts enough for workers to share;
-    also one that cannot be read from here."""
+    """Whether the corpus has enough parts to share, or cannot be read from here."""
     try:
         return len(SOURCES.build(experiment.data).parts()) > FEW_PARTS
     except UserError:
@@ -47,7 +46,7 @@ def is_shared_out(experiment: Experiment) -> bool:
 
 
 def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
-    """Makes the missing shards of a stage in `shards.workers` processes, in this one if that is 1.
+    """Make the missing shards of a stage in `shards.workers` processes; with 1, in this process.
 
     Raises:
         UserError: if a worker fails; what the others have finished is kept.
@@ -56,17 +55,14 @@ def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
     if workers == 1:
         make_part(run, folder, (0, 1))
         return
+
     context = multiprocessing.get_context("spawn")
-    running = [
-        context.Process(
-            target=_work,
-            args=(to_mapping(run.experiment), run.folder, folder, make_part, (k, workers)),
-            daemon=True,
-        )
-        for k in range(workers)
-    ]
-    for process in running:
-        process.start()
+    settings = to_mapping(run.experiment)
+    running = []
+    for k in range(workers):
+        arguments = (settings, run.folder, folder, make_part, (k, workers))
+        running.append(context.Process(target=_work, args=arguments, daemon=True))
+        running[-1].start()
     try:
         for process in running:
             process.join()
@@ -75,15 +71,16 @@ def share_out(run: RunFolder, folder: Path, make_part: MakePart) -> None:
             process.terminate()
     if any(process.exitcode for process in running):
         raise UserError(
-            f"stage {folder.name}: a worker failed, see above; the same command goes on from there"
+            f"stage {folder.name}: a worker failed, see above; the same command continues from "
+            "there"
         )
 
 
 def _work(
     experiment: Mapping[str, Any], run_folder: Path, folder: Path, make_part: MakePart, part: Part
 ) -> None:
-    """What a worker process does, with the settings of the process that started it,
-    once its plugins are loaded."""
+    """Run a worker process, with the settings of the process
+    that started it and its plugins loaded."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // part[1]))
     share_processors(part[1])
     try:
@@ -97,8 +94,8 @@ def _work(
 
 
 def with_progress(title: str, made: Iterable[tuple[int, bool]], count: int, part: Part) -> None:
-    """Goes through a worker's shards, showing how many of its share are there,
-    with a rate and the time left."""
+    """Go through a worker's shards, showing how many of its share exist,
+    a rate and the time left."""
     share = len(range(part[0], count, part[1]))
     name = title if part[1] == 1 else f"{title} {part[0]}/{part[1]}"
     for _ in tqdm(made, total=share, desc=name, unit="shard", mininterval=2.0, dynamic_ncols=True):
@@ -106,17 +103,16 @@ def with_progress(title: str, made: Iterable[tuple[int, bool]], count: int, part
 
 
 def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
-    """Items in lists of `size`, the last one shorter."""
+    """Items in lists of `size`; the last one may be shorter."""
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
 
 
 def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[list[Document]]:
-    """The documents of token shard `number` with their text and first image at least, in its order,
-    in batches.
+    """The documents of token shard `number` in its order and in batches, with text and first image.
 
-    Images are those that were kept when the shard was made, or else they are decoded once more.
+    Images are those kept when the shard was made; otherwise they are decoded again.
 
     Raises:
         UserError: if the source no longer holds the documents that the shard was made of.
@@ -128,6 +124,8 @@ def shard_documents(run: RunFolder, parts: list[str], number: int) -> Iterator[l
     size = run.image_tokenizer_shape.image_size
     read = decoded or run.source.read_squared(parts[number], size=size)
     items = (item for item in read if isinstance(item, Document) and item.id in kept)
+
+    # The order must be that of the shard.
     found = 0
     for batch in batches(items):
         if [document.id for document in batch] != wanted[found : found + len(batch)]:

@@ -1,15 +1,25 @@
 """What a stage is, and the record that it leaves.
 
-Each stage writes into a folder of its name. `started.json` says from what it is being made, and
-`stage.json`, written last, from what it was made and what its files are:
+Each stage writes into a folder of its name. `started.json` records what it is being made from.
+`stage.json` is written last, and records what it was made from and its files:
 
-    {"fingerprint": "3f0c...", "version": 1,
-     "needs": {"documents": "77ab..."},                  the stages it was made from, by their fingerprints
-     "made_with": {"retriever/model.safetensors": "..."},   single files of stages, by their checksums
-     "inputs": {"training": {"steps": 1000}},            what else its result depends on
-     "settings": {"training": {"steps": 1000, ...}},     the sections of the experiment as they were, whole
+    {"fingerprint": "3f0c...",                   digest of all that its result depends on:
+     "version": 1,                               - the version of its code
+     "needs": {"documents": "77ab..."},          - fingerprints of the stages it was made from
+     "made_with": {"retriever/model.safetensors": "..."},   - checksums of single files of stages
+     "inputs": {"training": {"steps": 1000}},    - settings, and what files outside the run hold
+     "settings": {"training": {"steps": 1000, ...}},        the sections that it reads, whole
      "made_by": "cm3leon 0.1.0",
      "seconds": 12.5, "files": {"model.safetensors": "9a1b..."}}
+
+If the digest of today's inputs equals the recorded fingerprint, the stage is up to date. A change
+travels down the chain, since each fingerprint is an input of those behind it:
+
+    documents 77ab -> retriever 10fe -> vectors c3d9 -> index 0b44
+    a new seed:       retriever 9d21 -> vectors c3d9 -> ...
+
+Here the vectors depend on the encoder's file (`files`), not on the retriever's fingerprint: if the
+new seed gives the same weights, the vectors and all behind them stay.
 """
 
 from __future__ import annotations
@@ -26,63 +36,63 @@ from cm3leon.types import UserError
 
 R = TypeVar("R")
 Part = tuple[int, int]
-"""(k, n): this worker is number k, from 0, of n that share a stage's shards."""
+"""(k, n): this worker is number k, from 0, of the n that share a stage's shards."""
 
 STARTED = "started.json"
-"""Tells what is being made in a folder that has no `MARKER` yet."""
+"""Records what is being made in a folder that has no `MARKER` yet."""
 
 
 @dataclass(frozen=True)
 class Stage(Generic[R]):
     """One step of a run; it writes into the folder of its name and nowhere else.
 
-    `make(run, folder)` may find a part of its work there. `make_part(run, folder, part)` makes one
-    worker's share of the shards, where the stage can be shared out; what is missing of a shared
-    stage is made again shard by shard.
+    `make(run, folder)` may find a part of its work already there. `make_part(run, folder, part)`
+    makes one worker's share of the shards, if workers can share the stage; missing shards are made
+    again one by one.
     """
 
     name: str
     version: int
-    """Raised when its code starts to make something else of the same inputs."""
+    """Raise it when the code starts to make something else of the same inputs."""
     inputs: Callable[[R], Any]
     """All that its result depends on besides other stages, and nothing else, as JSON."""
     make: Callable[[R, Path], None]
     make_part: Callable[[R, Path, Part], None] | None = None
     needs: tuple[str, ...] | None = None
-    """Names of the stages it depends on, however these came to be; None = the one before it."""
+    """Names of the stages it depends on through their fingerprints; None: the stage before it."""
     files: tuple[str, ...] = ()
-    """Files of other stages that it depends on by what they hold, however they came to be."""
+    """Files of other stages it depends on through their content, however they were made."""
     settings: Callable[[R], Mapping[str, Any]] = lambda run: {}
-    """The sections of the experiment that it reads, whole,
+    """The whole sections of the experiment that it reads,
     so that it can be opened later as it was made."""
     results: tuple[str, ...] = ("*",)
-    """Patterns of the files that make up its result; `*` stands for any text, also across folders.
-    Logs, events, pages and checkpoints are none: whatever happens to them,
-    the stage stays finished."""
+    """Patterns of the files that make up its result; `*` also matches across folders. Logs, events,
+    pages and checkpoints are not results: whatever happens to them, the stage stays finished."""
     scratch: tuple[str, ...] = ()
-    """Folders in its own that only serve stages behind it: they go when the result is set aside."""
+    """Folders inside its own that only later stages use;
+    they are deleted when the result is set aside."""
     expensive: bool = False
-    """Whether it trains, or takes hours on a large corpus:
-    it is made anew only where `redo` asks for it."""
+    """Whether it trains, or takes hours on a large corpus;
+    then it is made anew only if `redo` allows it."""
     trains: Callable[[R], bool] = lambda run: False
-    """Whether these settings train it, so that without a checkpoint it can only be made again from
-    the first step."""
+    """Whether these settings train it, so that without a checkpoint it must start
+    from the first step."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What `stage.json` or `started.json` says of a stage."""
+    """The content of `stage.json` or `started.json`."""
 
     fingerprint: str
     version: int | None = None
     """None in records of earlier versions of the code,
-    which did not say from what a stage was made."""
+    which do not say what a stage was made from."""
     needs: dict[str, str] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=dict)
     inputs: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
     made_by: str = ""
-    """Name and version of the package; empty in records of versions that did not say it."""
+    """Name and version of the package; "" in records of versions that did not record it."""
     seconds: float = 0.0
     files: dict[str, str] = field(default_factory=dict)
 
@@ -100,20 +110,25 @@ RECORD = {
 
 
 def read_record(file: Path) -> StageRecord | None:
-    """The record of a stage, None where there is no such file.
+    """The record of a stage; None without a file.
 
     Raises:
-        UserError: for a file that is no record, or names files outside the stage's folder.
-        OSError: where the system refuses to read it.
+        UserError: for a file that is not a record, or names files outside the stage's folder.
+        OSError: if the system refuses to read it.
     """
     if not file.exists():
         return None
     content = read_json(file, RECORD)
-    # It becomes a part of a folder's name, where results are set aside.
+
+    # The fingerprint becomes part of a folder's name when a result is set aside.
     if not re.fullmatch(r"[0-9A-Za-z]{1,64}", content["fingerprint"]):
         raise UserError(f"{file}: fingerprint must be a checksum, of letters and digits")
-    known = {name: content[name] for name in StageRecord.__dataclass_fields__ if name in content}
-    record = StageRecord(**{name: value for name, value in known.items() if value is not None})
+    known = {}
+    for name in StageRecord.__dataclass_fields__:
+        if content.get(name) is not None:
+            known[name] = content[name]
+    record = StageRecord(**known)
+
     for name in record.files:
         if not lies_inside(file.parent, name):
             raise UserError(f"{file} names {name!a}, which is not a file in the stage's folder")
@@ -121,8 +136,8 @@ def read_record(file: Path) -> StageRecord | None:
 
 
 def lies_inside(place: Path, name: str) -> bool:
-    """Whether a name of a record is that of a file in the folder,
-    also where a folder in it is a link."""
+    """Whether a name in a record is that of a file in the folder,
+    also if a folder in it is a link."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         return False
@@ -130,7 +145,7 @@ def lies_inside(place: Path, name: str) -> bool:
 
 
 def readable_record(file: Path) -> StageRecord | None:
-    """The record in a file, None for one that is missing or damaged, which is as good as none."""
+    """The record in a file; None for one that is missing or damaged."""
     try:
         return read_record(file)
     except UserError:
@@ -138,8 +153,8 @@ def readable_record(file: Path) -> StageRecord | None:
 
 
 def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
-    """The place of a stage in the table. Raises UserError, naming the option `where`,
-    for an unknown name."""
+    """The index of a stage in the table. Raises UserError for an unknown name;
+    `where` is the option."""
     names = [stage.name for stage in stages]
     if name not in names:
         raise UserError(
@@ -149,19 +164,19 @@ def number_of(stages: Sequence[Stage[R]], name: str, where: str) -> int:
 
 
 def check_redo(stages: Sequence[Stage[R]], redo: Collection[str]) -> None:
-    """Raises UserError for a name in `redo` that is no stage."""
+    """Raise UserError for a name in `redo` that is not a stage."""
     for name in redo:
         number_of(stages, name, "redo")
 
 
 def redo_of(stages: Sequence[Stage[R]], redo: Collection[str]) -> list[str]:
-    """The names in `redo` that are stages of these, where it is for several runs."""
+    """The names in `redo` that are stages of this run, as `redo` may be for several runs."""
     known = {stage.name for stage in stages}
     return [name for name in redo if name in known]
 
 
 def depending_on(stages: Sequence[Stage[R]], names: Collection[str]) -> set[str]:
-    """These stages and all that depend on one of them."""
+    """These stages, and all that depend on one of them."""
     covered = set(names)
     for number, stage in enumerate(stages):
         if covered & set(sources_of(stages, number)):

@@ -21,8 +21,8 @@ from cm3leon.stages.stage import Stage
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage[RunFolder], ...]:
-    """The stages of an experiment; one that takes another run's memory bank makes none
-    of its own."""
+    """The stages of an experiment; one that uses another run's memory bank makes no vectors and
+    index."""
     bank = () if experiment.shards.bank else (vectors.STAGE, index.STAGE)
     return (
         documents.STAGE,

@@ -31,7 +31,7 @@ TRAINED_ON = "trained_on.json"
 
 def text_tokenizer_inputs(run: RunFolder) -> Any:
     """What the tokenizer depends on besides the captions: a corpus of its own,
-    or the file that is taken over."""
+    or the reused file."""
     file = run.reused_digest(TEXT_TOKENIZER)
     inputs = {**run.depends_on("text_tokenizer"), "file": file, **run.layout_inputs()}
     if run.reused is not None or run.experiment.text_data is None:
@@ -46,8 +46,7 @@ def text_tokenizer_inputs(run: RunFolder) -> Any:
 
 
 def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
-    """Learns the merges on `text_data` or the training captions,
-    or takes over another run's tokenizer.
+    """Learn the merges on `text_data` or the training captions, or reuse another run's tokenizer.
 
     Raises:
         UserError: for a corpus without text.
@@ -60,10 +59,10 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
             if (reused / name).is_file():
                 shutil.copyfile(run.reused_file(f"text_tokenizer/{name}"), folder / name)
         return
-    sample = Sample()
-    texts = (
-        _captions(run, sample) if run.experiment.text_data is None else _corpus_texts(run, sample)
-    )
+
+    sample = TextSample()
+    reads_captions = run.experiment.text_data is None
+    texts = _captions(run, sample) if reads_captions else _corpus_texts(run, sample)
     tokenizer = TextTokenizer.train(config, texts)
     check_lengths(run, tokenizer)
     tokenizer.save(folder)
@@ -80,8 +79,8 @@ def make_text_tokenizer(run: RunFolder, folder: Path) -> None:
 
 
 @dataclass
-class Sample:
-    """Counts of what a tokenizer is trained on, kept while it is read."""
+class TextSample:
+    """Counts of what a tokenizer is trained on, updated while it is read."""
 
     documents: int = 0
     bytes: int = 0
@@ -89,13 +88,12 @@ class Sample:
     first_skipped: str = ""
 
     def take(self, texts: Iterable[str], limit: int | None) -> Iterator[str]:
-        """The texts up to `limit` bytes, the last one cut there; None takes all."""
+        """The texts up to `limit` bytes, the last one cut there; None: all of them."""
         left = limit
         for text in texts:
             whole = unicode_text(text).encode()
-            taken = whole[:left].decode(
-                errors="ignore"
-            )  # without the half of a character at the cut
+            # A character that the cut divides is dropped.
+            taken = whole[:left].decode(errors="ignore")
             if taken:
                 self.documents += 1
                 self.bytes += len(taken.encode())
@@ -106,34 +104,35 @@ class Sample:
                     return
 
 
-def _captions(run: RunFolder, sample: Sample) -> Iterator[str]:
-    """The captions of the training documents; where they are more than the sample,
+def _captions(run: RunFolder, sample: TextSample) -> Iterator[str]:
+    """The captions of the training documents; if the sample is smaller,
     from all over the corpus."""
     corpus = run.corpus
     rows = corpus.rows("train")
-    # The order matters only where it is cut; one that no setting changes spares the stage a
-    # dependence on the seed.
-    texts = (corpus.captions[row] for row in rows[np.random.default_rng(0).permutation(len(rows))])
+    # A fixed order, so that the stage does not depend on the seed.
+    order = np.random.default_rng(0).permutation(len(rows))
+    texts = (corpus.captions[row] for row in rows[order])
     return sample.take(texts, run.experiment.text_tokenizer.sample_bytes)
 
 
-def _corpus_texts(run: RunFolder, sample: Sample) -> Iterator[str]:
+def _corpus_texts(run: RunFolder, sample: TextSample) -> Iterator[str]:
     """Training documents of `text_data`, from the front of every part, until the sample is full.
 
-    The parts come in an order drawn by the seed, each with an equal share of the bytes still
-    wanted: what short parts leave goes to those behind them.
+    The parts come in an order drawn by the seed, each with an equal share of the remaining bytes:
+    what short parts leave goes to those behind them.
     """
     with _as_text_data():
         source = _text_source(run)
         parts = source.parts()
+
     wanted = run.experiment.text_tokenizer.sample_bytes
-    for done, number in enumerate(
-        np.random.default_rng(run.experiment.seed).permutation(len(parts)).tolist()
-    ):
+    order = np.random.default_rng(run.experiment.seed).permutation(len(parts)).tolist()
+    for done, number in enumerate(order):
         share = None if wanted is None else -(-(wanted - sample.bytes) // (len(parts) - done))
         if share == 0:
             return
         yield from sample.take(_training_texts(run, source.read(parts[number]), sample), share)
+
     if not sample.bytes:
         reason = f", for example {sample.first_skipped}" if sample.skipped else ""
         raise UserError(
@@ -143,7 +142,7 @@ def _corpus_texts(run: RunFolder, sample: Sample) -> Iterator[str]:
 
 
 def _training_texts(
-    run: RunFolder, items: Iterable[Document | Skipped], sample: Sample
+    run: RunFolder, items: Iterable[Document | Skipped], sample: TextSample
 ) -> Iterator[str]:
     for item in items:
         if isinstance(item, Skipped):
@@ -160,7 +159,7 @@ def _text_source(run: RunFolder) -> Source:
 
 @contextmanager
 def _as_text_data() -> Iterator[None]:
-    """Names the section that is meant: sources speak of theirs as `data`."""
+    """Let messages name the section that is meant: sources call theirs `data`."""
     try:
         yield
     except UserError as error:
@@ -179,6 +178,6 @@ STAGE = Stage(
 
 
 def stage_of(experiment: Experiment) -> Stage[RunFolder]:
-    """The stage, without the need of the sample where its texts are not those of the captions."""
+    """The stage, which needs no sample if its texts are not the sample's captions."""
     reads_captions = experiment.text_data is None and experiment.shards.tokenizers is None
     return STAGE if reads_captions else replace(STAGE, needs=())

@@ -1,4 +1,4 @@
-"""The half of a run that its model is trained on: the corpus, the tokenizers,
+"""The part of a run that its model is trained on: the corpus, the tokenizers,
 and documents as ids."""
 
 from __future__ import annotations
@@ -44,27 +44,26 @@ from cm3leon.types import TokenDocument, UserError
 
 @dataclass(frozen=True, eq=False)
 class TokenizedRun:
-    """Reads results of a run's stages up to its tokenizers, each once."""
+    """Reads the results of a run's stages up to its tokenizers, each once."""
 
     experiment: Experiment
     folder: Path
     device: torch.device
     joined: Ranks | None = None
-    """The processes that train together; None = this one alone."""
+    """The processes that train together; None: only this one."""
     verify: bool = True
-    """Whether a file is compared with its recorded checksum before it is read,
-    once in a process."""
+    """Whether files are compared with their recorded checksums before they are read,
+    once a process."""
     finished: bool = False
-    """Whether the run was opened to be asked: stages that are not finished are refused then."""
+    """Whether the run was opened to be asked; then stages that are not finished are refused."""
 
     @cached_property
     def ranks(self) -> Ranks:
-        """The processes that train together, be it this one alone."""
+        """The processes that train together, even if only this one."""
         return self.joined or Ranks(self.device)
 
     def stage(self, name: str, *files: str) -> Path:
-        """The folder of a stage, whose files (all,
-        if none is named) are compared with its record first.
+        """The folder of a stage, after comparing its files (by default all) with its record.
 
         Raises:
             UserError: for a file that is missing or has changed, or a stage that is not finished.
@@ -78,7 +77,7 @@ class TokenizedRun:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The documents of the sample, with their split."""
+        """The documents of the sample, with their splits."""
         return Corpus.load(self.stage("documents"))
 
     @cached_property
@@ -101,24 +100,24 @@ class TokenizedRun:
         return self.shards.tokenizers
 
     def reused_file(self, name: str) -> Path:
-        """A file of that run. Raises UserError where it is missing."""
+        """A file of the reused run. Raises UserError if it is missing."""
         assert self.reused is not None
         file = self.reused / name
         if not file.is_file():
             raise UserError(
-                f"shards.tokenizers: {self.reused} is no run with trained tokenizers, {file} is "
-                "missing"
+                f"shards.tokenizers: {self.reused} is not the folder of a run with trained "
+                f"tokenizers: {file} is missing"
             )
         opened_stage(file.parent, file.name, verify=self.verify)
         return file
 
     @property
     def reuses_encoder(self) -> bool:
-        """Whether that run has an encoder; one that stopped at its tokenizers has none."""
+        """Whether the reused run has an encoder; one that stopped at its tokenizers has none."""
         return self.reused is not None and (self.reused / ENCODER).is_file()
 
     def reused_digest(self, name: str) -> str | None:
-        """Changes with a file that is taken over, None where nothing is."""
+        """SHA-256 of the reused file; None if nothing is reused."""
         if self.reused is None or (name == ENCODER and not self.reuses_encoder):
             return None
         return sha256(self.reused_file(name))
@@ -140,13 +139,19 @@ class TokenizedRun:
     def new_image_tokenizer(self) -> ImageTokenizer:
         """The image tokenizer before training; of a finished run, before its weights are read.
 
-        Published files that a run was made from may be gone: it opens without them, and so does one
-        that takes its tokenizers over.
+        Published files that a run was made from may be gone: the run opens without them, and so
+        does one that reuses its tokenizers.
         """
         section = self.experiment.image_tokenizer
         if not IMAGE_TOKENIZERS.get(section.name).pretrained:
             return IMAGE_TOKENIZERS.build(section)
-        kept = [self.folder] if self.finished else [self.reused, self.folder] if self.reused else []
+
+        # A run keeps the sizes of a published tokenizer.
+        kept: list[Path] = []
+        if self.finished:
+            kept = [self.folder]
+        elif self.reused:
+            kept = [self.reused, self.folder]
         for folder in kept:
             file = folder / "image_tokenizer" / GEOMETRY
             if file.is_file():
@@ -156,8 +161,7 @@ class TokenizedRun:
 
     @cached_property
     def image_tokenizer_shape(self) -> ImageTokenizer:
-        """The image tokenizer without memory for its weights:
-        sizes are all that it can be asked for."""
+        """The image tokenizer without memory for its weights: only its sizes can be used."""
         with torch.device("meta"):
             return self.new_image_tokenizer()
 
@@ -180,24 +184,22 @@ class TokenizedRun:
 
     @property
     def layout_file(self) -> Path | None:
-        """The layout that stands beside the text tokenizer: a finished run's own,
-        or the one that is taken over.
+        """The layout beside the text tokenizer: a finished run's own, or the reused one.
 
-        None is the paper's, which every tokenizer that is trained here has.
+        None is the paper's layout, which every tokenizer trained here has.
         """
         folder = self.folder
         if not self.finished:
             if self.reused is None:
                 return None
-            # The run that tokenizers were taken from may be gone.
+            # The run whose tokenizers are reused may be gone.
             if (self.reused / TEXT_TOKENIZER).is_file():
                 folder = self.reused
         file = folder / "text_tokenizer" / LAYOUT
         return file if file.is_file() else None
 
     def layout_inputs(self) -> dict[str, str]:
-        """What changes with the layout, for the inputs of a stage;
-        nothing where it is the paper's."""
+        """The layout as an input of a stage; {} if it is the paper's."""
         return {"layout": sha256(self.layout_file)} if self.layout_file else {}
 
     def _layout_table(self) -> LayoutTable:
@@ -215,12 +217,12 @@ class TokenizedRun:
 
     @cached_property
     def grids(self) -> list[Grid]:
-        """Rows and columns that images are brought to:
-        those of the layout as large as the square one, or it alone."""
+        """Grids that images are resized to: the layout's grids with as many codes as the square
+        one, or only that."""
         return self.vocab.layout.sizes_within(self.grid[0] * self.grid[1]) or [self.grid]
 
     def grid_for(self, height: int, width: int) -> Grid:
-        """The grid whose shape is nearest to that of an image of so many pixels;
+        """The grid whose shape is nearest to an image of this many pixels;
         of equally near ones the largest."""
 
         def distance(grid: Grid) -> tuple[float, int]:
@@ -230,23 +232,23 @@ class TokenizedRun:
         return min(self.grids, key=distance)
 
     def fitted(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """An image, cropped and resized to the grid that is nearest to its shape."""
+        """An image, cropped and resized to the grid nearest to its shape."""
         rows, columns = self.grid_for(*pixels_HWC.shape[:2])
         scale = self.image_tokenizer_shape.downsampling
         return fitted(pixels_HWC, rows * scale, columns * scale)
 
     def encoded(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, Grid]]:
-        """Codes (N,) and grid of each image, whose sides are those of some grid;
+        """Codes (N,) and grid of each image, whose sides are those of a grid;
         images of one size in one batch."""
         scale = self.image_tokenizer.downsampling
         grids = [(image.shape[0] // scale, image.shape[1] // scale) for image in images]
         found: list[tuple[np.ndarray, Grid]] = [(np.empty(0, np.int64), grid) for grid in grids]
         for grid in dict.fromkeys(grids):
-            places = [place for place, other in enumerate(grids) if other == grid]
-            images_BHWC = np.stack([images[place] for place in places])
+            indices = [index for index, other in enumerate(grids) if other == grid]
+            images_BHWC = np.stack([images[index] for index in indices])
             codes_BN = self.image_tokenizer.encode(images_BHWC, grid=grid)
-            for place, codes_N in zip(places, codes_BN, strict=True):
-                found[place] = codes_N, grid
+            for index, codes_N in zip(indices, codes_BN, strict=True):
+                found[index] = codes_N, grid
         return found
 
     @cached_property
@@ -256,7 +258,7 @@ class TokenizedRun:
 
     @cached_property
     def tokenizer_digests(self) -> Tokenizers:
-        """What token shards say of the tokenizers that make them."""
+        """What token shards record of the tokenizers that make them."""
         text = self.stage("text_tokenizer", TOKENIZER)
         digest = sha256(text / TOKENIZER)
         if (text / LAYOUT).is_file():
@@ -272,23 +274,24 @@ class TokenizedRun:
     @cached_property
     def token_documents(self) -> list[TokenDocument]:
         """The documents of the sample as ids."""
-        corpus, codes_MN = self.corpus, self.codes_MN
-        return [
-            self.tokenizer.token_document(id_, caption, codes_N)
-            for id_, caption, codes_N in zip(corpus.ids, corpus.captions, codes_MN, strict=True)
-        ]
+        corpus = self.corpus
+        documents = []
+        for id_, caption, codes_N in zip(corpus.ids, corpus.captions, self.codes_MN, strict=True):
+            documents.append(self.tokenizer.token_document(id_, caption, codes_N))
+        return documents
 
     def rows_to_ask(self, split: Split) -> list[int]:
-        """Rows of the sample's documents of a split that a block holds.
+        """Rows of the sample's documents of a split that fit a block.
 
         Raises:
             UserError: if there are none.
         """
-        rows = [
-            int(row)
-            for row in self.corpus.rows(split)
-            if token_count(self.token_documents[row], self.vocab.layout) <= self.seq_len - 2
-        ]
+        rows = []
+        for row in self.corpus.rows(split).tolist():
+            # Between two `<eos>`.
+            if token_count(self.token_documents[row], self.vocab.layout) <= self.seq_len - 2:
+                rows.append(row)
+
         if not len(self.corpus.rows(split)):
             raise UserError(
                 f"data: no document that was read is in the {split} split; raise shards.sample or "
@@ -311,11 +314,11 @@ class TokenizedRun:
         return {name: to_mapping(getattr(self.experiment, name)) for name in names}
 
     def recorded(self, *names: str) -> dict[str, Any]:
-        """Sections of the experiment as plain data, their paths absolute, for records."""
+        """Sections of the experiment as plain data with absolute paths, for records."""
         return {name: recorded_settings(getattr(self.experiment, name)) for name in names}
 
     def depends_on(self, *names: str) -> dict[str, Any]:
-        """Sections of the experiment as far as results depend on them: of files, what they hold."""
+        """Sections of the experiment as far as results depend on them; files by their content."""
         return {
             name: result_settings(getattr(self.experiment, name), path_digest) for name in names
         }

@@ -36,38 +36,37 @@ from cm3leon.types import (
 )
 
 VALIDATION = "validation.arrow"
-"""Token shard of the sample's validation documents, of any segments."""
+"""Token shard of the sample's validation documents, which may have any segments."""
 
 
 def split_in(run: RunFolder, document: Document) -> Split:
-    """The split of a document, by what it is about: its group or picture."""
+    """The split of a document, by its group or image."""
     shares = run.experiment.split
     return split_of_key(document.split_key, validation=shares.validation, held_out=shares.held_out)
 
 
 def squared_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
-    """The items of a part of the source, images brought to the size
-    of the tokenizer as they are read."""
+    """The items of a part of the source, with images resized to the tokenizer's square."""
     return iter(run.source.read_squared(part, size=run.image_tokenizer_shape.image_size))
 
 
 def fitted_items(run: RunFolder, part: str) -> Iterator[Document | Skipped]:
-    """The items of a part as they are tokenised: in the shapes that the layout has,
-    where it has more than one."""
+    """The items of a part as they are tokenised;
+    images keep their shapes if the layout has several."""
     return squared_items(run, part) if len(run.grids) == 1 else iter(run.source.read(part))
 
 
 class DocumentSample:
-    """About `shards.sample` documents, equally many from every part of the source,
-    or one from each of as many parts.
+    """About `shards.sample` documents: equally many from every part of the source, or one from each
+    of as many parts.
 
-    Parts with fewer are not made up for. Images have the size of the tokenizer.
+    Parts with fewer documents are not made up for. Images have the size of the tokenizer.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.whole = False
-        """Whether the sample turned out to be all that the source has; known when it was read."""
+        """Whether the sample is all that the source has; known once it was read."""
 
     def __iter__(self) -> Iterator[Document | Skipped]:
         parts = self.run.source.parts()
@@ -86,40 +85,44 @@ class DocumentSample:
 
 
 def sampled_parts(run: RunFolder) -> tuple[list[int], int]:
-    """Numbers of the source's parts that the sample is taken from,
-    and how many documents from the front of each."""
+    """Indices of the source's parts that the sample is taken from,
+    and how many documents from each."""
     count, parts = run.shards.sample, len(run.source.parts())
     order = np.random.default_rng(run.experiment.seed).permutation(parts)[:count]
     return sorted(order.tolist()), -(-count // max(1, len(order)))
 
 
 def sampled_rows(run: RunFolder) -> dict[str, int]:
-    """The row in `run.tokens` of each training document of the sample that has one, by its id.
+    """The row in `run.tokens` of each training document of the sample, by id.
 
-    A document that does not fit a block has none.
+    Documents that do not fit a block have none.
     """
     known = {run.corpus.ids[row] for row in run.corpus.rows("train")}
     numbers, of_each = sampled_parts(run)
     rows: dict[str, int] = {}
     for number in numbers:
         shard, first = run.tokens.shard(number), run.tokens.first(number)
-        ids = map(shard.id, range(min(of_each, len(shard))))
-        rows |= {id_: first + place for place, id_ in enumerate(ids) if id_ in known}
+        for index in range(min(of_each, len(shard))):
+            if (id_ := shard.id(index)) in known:
+                rows[id_] = first + index
     return rows
 
 
 def training_codes(run: RunFolder) -> np.ndarray:
-    """Image codes (M, N) of the training documents of the sample, in all their versions."""
-    rows, versions = sampled_rows(run).values(), range(run.tokens.versions + 1)
-    documents = [run.tokens.document(row, version) for row in rows for version in versions]
+    """Image codes (M, N) of the sample's training documents, in all their versions."""
     N = run.codes_MN.shape[1]
-    codes = [run.tokenizer.codes(document) for document in documents]
-    # Of other shapes none can be a copy of what is asked for, which is square.
-    return np.array([each for each in codes if len(each) == N], np.int64).reshape(-1, N)
+    found = []
+    for row in sampled_rows(run).values():
+        for version in range(run.tokens.versions + 1):
+            codes_N = run.tokenizer.codes(run.tokens.document(row, version))
+            # Images that are asked for are square; those of other shapes cannot be copied.
+            if len(codes_N) == N:
+                found.append(codes_N)
+    return np.array(found, np.int64).reshape(-1, N)
 
 
 def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Tokenises the training documents of this worker's parts of the source."""
+    """Tokenise the training documents of this worker's parts of the source."""
     parts, versions = run.source.parts(), run.experiment.augment.versions
     plan = {
         "tokenizers": asdict(run.tokenizer_digests),
@@ -129,9 +132,9 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
     write_plan(folder, plan | ({"versions": versions} if versions else {}))
 
     size = run.image_tokenizer_shape.image_size
-    # Whoever has its neighbours already will not read the images again. If all parts are as long as
-    # this one, the first ones have the room, as many as fit; what is left of it is divided among
-    # the workers.
+    # Room for decoded images, which the later stages read again. A run that has its neighbours does
+    # not need them. If all parts are as long as this one, the room is for the first ones, as many
+    # as fit; what is left is divided among the workers.
     found = (run.folder / "neighbours" / MARKER).is_file() or len(run.grids) > 1
     room = 0 if found else int(run.shards.decoded_gb * 1e9)
     own = max(0, room - _size_of(folder / DECODED)) // part[1]
@@ -140,7 +143,7 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
         nonlocal own
         listed = folder / "skipped" / f"{number:05d}.jsonl"
         listed.parent.mkdir(exist_ok=True)
-        with listed.open("w") as file:  # what is left out is written down as it is met, not held
+        with listed.open("w") as file:  # written as it is met, so that it needs no memory
 
             def leave_out(skipped: Skipped) -> None:
                 line = {"file": skipped.file, "reason": skipped.reason}
@@ -172,24 +175,28 @@ def _size_of(folder: Path) -> int:
 
 
 def make_tokens(run: RunFolder, folder: Path) -> None:
-    """Makes the shards that no worker has made, the index of all,
-    and the validation documents of the sample.
+    """Make the shards that no worker has made, the index of all,
+    and the sample's validation documents.
 
     Raises:
-        UserError: if there is not one document to train on.
+        UserError: if there is no document to train on.
     """
     share_out(run, folder, make_tokens_part)
     finish_tokens(folder, len(run.source.parts()), run.vocab.layout)
     if not len(TokenShards(folder)):
-        lists = sorted((folder / "skipped").glob("*.jsonl"))
-        first = next((item for file in lists for item in read_log(file)), None)
+        first = None
+        for file in sorted((folder / "skipped").glob("*.jsonl")):
+            for item in read_log(file):
+                first = first or item
         why = f" (the first: {first['file']}: {first['reason']})" if first else ""
         raise UserError(
             "data: the corpus has no document to train on; what was left out is listed in "
             f"{folder}/skipped{why}"
         )
-    found = _tokenized(run, DocumentSample(run), "validation", lambda skipped: None)
-    documents = [document for _, tokenized in found for document in tokenized]
+
+    documents: list[TokenDocument] = []
+    for _, tokenized in _tokenized(run, DocumentSample(run), "validation", lambda skipped: None):
+        documents += tokenized
     write_token_shard(folder / VALIDATION, documents, run.tokenizer_digests)
 
 
@@ -199,14 +206,16 @@ def _tokenized(
     split: Split,
     leave_out: Callable[[Skipped], None],
 ) -> Iterator[tuple[list[Document], list[TokenDocument]]]:
-    """The documents of a split among the items in batches, as they are and as ids.
+    """The documents of a split in batches, as documents and as ids.
 
     Args:
-        leave_out: called with what cannot be used, which documents of other splits can.
+        leave_out: called with items that cannot be used.
     """
     room = longest_document(run)
     for batch in batches(_documents_of(run, items, split, leave_out)):
         kept: tuple[list[Document], list[TokenDocument]] = ([], [])
+
+        # A document that must lie in one block must fit it.
         for original, document in zip(batch, token_documents(run, batch), strict=True):
             length = token_count(document, run.vocab.layout)
             if room is not None and length > room:
@@ -220,20 +229,22 @@ def _tokenized(
 
 
 def _varied_ids(run: RunFolder, documents: Sequence[Document]) -> list[np.ndarray]:
-    """For each document the ids of its images in each varied version (V, N)."""
+    """For each document, the ids of its images in each varied version (V, N)."""
     config, size = run.experiment.augment, run.image_tokenizer.image_size
     images: list[np.ndarray] = []
     keys: list[str] = []
     for document in documents:
-        for place, pixels_HWC in enumerate(document.images):
+        for index, pixels_HWC in enumerate(document.images):
             images.append(square(pixels_HWC, size))
-            keys.append(f"{document.id}#{place}" if place else document.id)
+            keys.append(f"{document.id}#{index}" if index else document.id)
 
     ids_VBN = np.zeros((config.versions, 0, 0), np.int64)
     if images:
         versions = varied(np.stack(images), keys, config, run.experiment.seed)
         codes = [run.image_tokenizer.encode(version_BHWC) for version_BHWC in versions]
         ids_VBN = run.vocab.image_ids(np.stack(codes))
+
+    # Each document is given those of its own images, one after the other.
     found, first = [], 0
     for document in documents:
         last = first + len(document.images)
@@ -243,7 +254,8 @@ def _varied_ids(run: RunFolder, documents: Sequence[Document]) -> list[np.ndarra
 
 
 def longest_document(run: RunFolder) -> int | None:
-    """Tokens that a document may have where it has to lie in one block, between two `<eos>`."""
+    """Tokens that a document may have if it must lie in one block, between two `<eos>`; None:
+    any number."""
     return run.seq_len - 2 if run.experiment.packing.query_is_whole else None
 
 
@@ -261,35 +273,37 @@ def _documents_of(
 
 
 def token_documents(run: RunFolder, documents: Sequence[Document]) -> Iterator[TokenDocument]:
-    """Documents of any segments as ids, all their images of one size encoded as one batch."""
-    images = [
-        run.fitted(s.pixels_HWC)
-        for d in documents
-        for s in d.segments
-        if isinstance(s, ImageSegment)
-    ]
-    codes = iter(run.encoded(images))
-    texts = [s.text for d in documents for s in d.segments if isinstance(s, TextSegment)]
-    texts_ids = iter(run.text_tokenizer.encode_all(texts))
+    """Documents of any segments as ids; all images of one size are encoded as one batch."""
+    images: list[np.ndarray] = []
+    texts: list[str] = []
     for document in documents:
-        yield TokenDocument(
-            document.id,
-            tuple(
-                TokenSegment("text", next(texts_ids), segment.role, segment.joined)
-                if isinstance(segment, TextSegment)
-                else TokenSegment("image", run.vocab.image_ids(*next(codes)), segment.role)
-                for segment in document.segments
-            ),
-            document.label,
-        )
+        for segment in document.segments:
+            if isinstance(segment, ImageSegment):
+                images.append(run.fitted(segment.pixels_HWC))
+            else:
+                texts.append(segment.text)
+
+    # Back to the segments in the same order.
+    codes = iter(run.encoded(images))
+    text_ids = iter(run.text_tokenizer.encode_all(texts))
+    for document in documents:
+        segments = []
+        for segment in document.segments:
+            if isinstance(segment, TextSegment):
+                ids_T = next(text_ids)
+                segments.append(TokenSegment("text", ids_T, segment.role, segment.joined))
+            else:
+                ids_T = run.vocab.image_ids(*next(codes))
+                segments.append(TokenSegment("image", ids_T, segment.role))
+        yield TokenDocument(document.id, tuple(segments), document.label)
 
 
 def tokens_inputs(run: RunFolder) -> dict[str, Any]:
     """What token shards depend on besides the tokenizers."""
     sizes = run.vocab.text_size, run.vocab.image_size, run.vocab.sentinels
     inputs = {**corpus_inputs(run), "vocabulary": sizes, "longest": longest_document(run)}
-    # Named only where there are some, so that tokens of a corpus
-    # that has neither are what they were.
+
+    # Named only if they apply, so that the fingerprints of other corpora stay as they were.
     if run.experiment.augment.versions:
         inputs |= varied_inputs(run)
     if run.source.class_names:
@@ -299,8 +313,8 @@ def tokens_inputs(run: RunFolder) -> dict[str, Any]:
     return inputs | run.layout_inputs()
 
 
-# This and the stages of the bank depend on the tokenizers and the encoder themselves, not on how
-# they came to be: a terabyte of tokens stays when the retriever changes.
+# This and the stages of the bank depend on the files of the tokenizers and the encoder, not on how
+# they were made: a terabyte of tokens stays when the retriever changes.
 STAGE = Stage(
     "tokens",
     version=4,

@@ -1,5 +1,5 @@
-"""Training samples: documents with the retrieved ones drawn for them,
-from the shards of one corpus or several."""
+"""Training samples: documents with retrieved ones drawn for them,
+from the shards of some corpora."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from cm3leon.types import Sample, UserError
 @dataclass(frozen=True)
 class TrainingSamples:
     """The endless stream of training samples, a `Draw`:
-    at each position a document of one of the corpora."""
+    each position is a document of one of the corpora."""
 
     corpora: Sequence[TrainingCorpus]
     at: Callable[[int], tuple[int, int]]
-    """Position -> the number of the corpus, and the document's row in it."""
+    """Maps a position to the index of a corpus and the document's row in it."""
     epoch: int
     """Positions of an epoch."""
 
@@ -56,16 +56,16 @@ def training_samples(run: RunFolder) -> TrainingSamples:
 
 
 def mixed_fingerprints(run: RunFolder) -> list[Any]:
-    """Changes with other runs whose samples are mixed in, and with their shares."""
+    """Fingerprints of the runs whose samples are mixed in, with their shares."""
     return [[share, *_fingerprints(Path(name))] for name, share in run.shards.mix.items()]
 
 
 def start_digest(run: RunFolder) -> str | None:
-    """Changes with the weights that the training starts from; None where these are random.
+    """Digest of the weights that the training starts from; None if they are random.
 
     Raises:
-        UserError: for a folder without a finished pretraining, or whose tokenizers are others by
-            now, or without a checkpoint to go on from.
+        UserError: for a folder without a finished pretraining, with other tokenizers than it was
+            trained with, or without a checkpoint to continue from.
     """
     config = run.experiment.training
     if config.start is None:
@@ -111,8 +111,8 @@ def _fingerprints(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainingCorpus:
-    """The training documents of a run's folder,
-    with their neighbours and the documents of the bank these are in."""
+    """The training documents in a run's folder,
+    with their neighbours and the documents of the bank."""
 
     folder: Path
     run: RunFolder
@@ -140,7 +140,7 @@ class TrainingCorpus:
     @cached_property
     def bank(self) -> TokenShards:
         """The documents of the memory bank."""
-        # This run's own bank is where its settings say now; it may have been moved since.
+        # The settings say where this run's bank is; it may have been moved since the search.
         own = self.folder == self.run.folder
         bank = self.run.bank_folder if own else bank_of(self._stage("neighbours"))
         return TokenShards(

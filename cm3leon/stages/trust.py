@@ -1,5 +1,5 @@
-"""Which code and which files of a run's folder a command believes, apart from `opening.py`,
-which needs torch."""
+"""Which code and which files of a run's folder a command trusts; apart from `opening.py`, which
+needs torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Trust:
 
     plugins: list[str] = field(default_factory=list)
     """Plugins (.py files or package folders) to load;
-    those that the run names are loaded if they are named here."""
+    those that the run names must be among them."""
     trust: bool = False
-    """Load all plugins that the run names; their code is run."""
+    """Load all plugins that the run names, which runs their code."""
 
     @property
     def trusted_plugins(self) -> list[str] | None:
-        """The plugins that may be loaded, None for all, as `load_experiment` takes them."""
+        """The plugins that may be loaded; None: all, as for `load_experiment`."""
         return None if self.trust else self.plugins
 
 
@@ -27,5 +27,5 @@ class Opening(Trust):
     """Options of every command that opens a run."""
 
     verify: bool = True
-    """Compare each file with its recorded checksum before it is read;
-    false saves the time for large files."""
+    """Compare each file with its recorded checksum before reading it;
+    false saves time for large files."""

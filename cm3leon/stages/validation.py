@@ -1,5 +1,5 @@
-"""What is looked at while the decoder trains: losses of validation documents,
-and images drawn for their captions."""
+"""What is looked at while the model trains: losses of validation documents,
+and images drawn for them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from cm3leon.training.parallel import gathered
 from cm3leon.types import Batch, Sample, TokenDocument, TrainingPrecision
 
 SHOWN = 16
-"""Images drawn for the loggers at a time."""
+"""Images that are drawn at a time."""
 
 
 @torch.inference_mode()
 def validation_loss(
     run: RunFolder, model: nn.Module, precision: TrainingPrecision
 ) -> dict[str, float]:
-    """Losses of the validation documents without retrieval, under the same corruption every time,
-    in nats a token.
+    """Losses of the validation documents without retrieval, always under the same corruption, in
+    nats a token.
 
-    `loss`, `loss_text` and `loss_image`; where corpora are mixed, `loss/NAME` and so on for each of
-    them too. The ranks share the documents; those that have fewer compute some twice,
-    as all have to compute equally often.
+    `loss`, `loss_text` and `loss_image`; if corpora are mixed, also `loss/NAME` and so on for each.
+    The ranks share the documents; all must compute equally often, so some compute a batch twice.
     """
     sources = validation_documents(run)
-    batches = [
-        (name, batch) for name, documents in sources.items() for batch in _batches(run, documents)
-    ]
+    batches = []
+    for name, documents in sources.items():
+        batches += [(name, batch) for batch in _batches(run, documents)]
+
     ranks, meter = run.ranks, Meter(run.ranks)
     for first in range(0, len(batches), ranks.count):
         number = first + ranks.rank
@@ -55,45 +55,47 @@ def validation_loss(
         batch = batch.to(run.device)
         with autocast(run.device, precision):
             value, figures = run.objective.loss_of(model, batch)
+
+        # Sums with their weights, which the meter averages; a repeated batch counts nothing.
         weight = batch.weight_BT.sum()
         pairs = {"loss": (value * weight, weight)}
         pairs |= {name: figure for name, figure in figures.items() if isinstance(figure, tuple)}
         nothing = {name: (value * 0, value * 0) for name in pairs}
-        meter.add(pairs if number < len(batches) else nothing)
+        counts = number < len(batches)
+        meter.add(pairs if counts else nothing)
+
+        # All ranks must have the figures of all sources.
         if len(sources) == 1:
             continue
         for name in sources:
-            counts = number < len(batches) and name == source
-            meter.add(
-                {f"{key}/{name}": pair for key, pair in (pairs if counts else nothing).items()}
-            )
+            of_source = pairs if counts and name == source else nothing
+            meter.add({f"{key}/{name}": pair for key, pair in of_source.items()})
     return meter.read()
 
 
 def validation_documents(run: RunFolder) -> dict[str, list[tuple[int, TokenDocument]]]:
-    """Validation documents that fit into a block, each with its number: those of this run,
-    and of runs mixed into it.
+    """Validation documents that fit a block, each with its row: those of this run,
+    and of mixed runs.
 
-    They are of any segments.
+    They may have any segments.
     """
     folders = [run.folder, *map(Path, run.shards.mix)]
     names = [folder.name for folder in folders]
     found = {}
     for folder, name in zip(folders, names, strict=True):
         shard = TokenShard(open_shard(folder / "tokens" / VALIDATION))
-        numbered = [(row, shard.document(row)) for row in range(len(shard))]
-        fitting = [
-            (row, document)
-            for row, document in numbered
-            if sample_length(Sample(document), run.vocab.layout) <= run.seq_len
-        ]
+        fitting = []
+        for row in range(len(shard)):
+            document = shard.document(row)
+            if sample_length(Sample(document), run.vocab.layout) <= run.seq_len:
+                fitting.append((row, document))
         if fitting:
             found[name if names.count(name) == 1 else str(folder)] = fitting
     return found
 
 
 def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> Iterator[Batch]:
-    """The documents packed whole; the number of each is the seed of its corruption."""
+    """The documents packed whole; each one's row is the seed of its corruption."""
     blocks: list[list[Corrupted]] = [[]]
     for row, document in documents:
         rng = np.random.default_rng([run.experiment.seed, 2, row])
@@ -102,6 +104,8 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
         if sum(len(other.ids_T) for other in blocks[-1]) + len(sample.ids_T) > run.seq_len:
             blocks.append([])
         blocks[-1].append(sample)
+
+    # As many blocks at a time as in training.
     config = run.experiment.training
     share = max(1, config.blocks(run.seq_len) // run.ranks.count)
     size = config.blocks_at_once(run.seq_len, share)
@@ -112,9 +116,9 @@ def _batches(run: RunFolder, documents: Sequence[tuple[int, TokenDocument]]) -> 
         yield collate(packed, torch.device("cpu"))
 
 
-class Drawing:
-    """Images for the captions of some validation documents, drawn now and then:
-    without and with retrieved documents.
+class ValidationImages:
+    """Images for the captions of some validation documents, drawn during training without and with
+    retrieved documents.
 
     The ranks share the prompts.
 
@@ -127,32 +131,27 @@ class Drawing:
         self._precision = precision
         self._task = TASKS.build("text_to_image", vocab=run.vocab, grid=run.grid)
         validation = run.rows_to_ask("validation")
-        self._rows = [
-            validation[shuffled(0, place, len(validation))]
-            for place in range(min(SHOWN, len(validation)))
-        ]
+        count = min(SHOWN, len(validation))
+        self._rows = [validation[shuffled(0, index, len(validation))] for index in range(count)]
 
     @cached_property
     def _retrieved(self) -> list[list[int]]:
-        """Rows of the bank for each document, found once, by the first rank."""
+        """Rows of the bank for each document, found once by the first rank."""
         run, found = self._run, None
         if run.ranks.first:
             captions = [run.corpus.captions[row] for row in self._rows]
             count = run.experiment.retriever.config.max_documents
-            of_rows = zip(
-                self._rows, retrieved_rows(run, captions, None, "text", count), strict=True
-            )
-            found = [
-                fitting_prompt(run, self._task, run.token_documents[row], others)[1]
-                for row, others in of_rows
-            ]
+            retrieved = retrieved_rows(run, captions, None, "text", count)
+            found = []
+            for row, others in zip(self._rows, retrieved, strict=True):
+                _, fitting = fitting_prompt(run, self._task, run.token_documents[row], others)
+                found.append(fitting)
         return run.ranks.gather(found)[0]
 
     def write(self, model: Model, loggers: Loggers | None, step: int) -> None:
-        """Draws, and gives the images to the loggers, which the first rank has.
-        All ranks have to call it.
+        """Draw images, and give them to the loggers of the first rank. All ranks must call this.
 
-        `generated` has an image for each caption; in `generated_with_documents` those of the
+        `generated` has an image for each caption; in `generated_with_documents` the images of the
         retrieved documents stand before it.
         """
         run, retrieved = self._run, self._retrieved
@@ -166,13 +165,15 @@ class Drawing:
         # All images, drawn and retrieved, are decoded at once.
         drawn = len(codes)
         beside = [self._documents_with_images(found) for found in retrieved]
-        codes += [run.tokenizer.codes(document) for found in beside for document in found]
+        for found in beside:
+            codes += [run.tokenizer.codes(document) for document in found]
         images_BHWC = run.image_tokenizer.decode(np.stack(codes))
         count = len(self._rows)
         loggers.images(step, "generated", images_BHWC[:count])
         loggers.table(step, "prompts", ["prompt"], [[caption] for caption in captions])
         if not any(retrieved):
             return
+
         pictures_BHWC = _in_rows(
             images_BHWC[drawn:],
             list(map(len, beside)),
@@ -180,36 +181,41 @@ class Drawing:
             images_BHWC[count:drawn],
         )
         loggers.images(step, "generated_with_documents", pictures_BHWC)
-        rows = [
-            [" / ".join(self._captions(found)), caption]
-            for found, caption in zip(retrieved, captions, strict=True)
-        ]
+        rows = []
+        for found_rows, caption in zip(retrieved, captions, strict=True):
+            rows.append([" / ".join(self._captions(found_rows)), caption])
         loggers.table(step, "prompts_with_documents", ["documents", "prompt"], rows)
 
     def _draw(self, model: Model, columns: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
-        """Codes of an image for each document, on the first rank: for all of them by a column of
-        retrieved rows, then by the next. They are drawn together:
-        a step of many rows takes hardly longer than one of few."""
+        """Codes of an image for each document, for one column of retrieved rows after the other.
+
+        Everything is drawn together, as a step of many rows takes hardly longer than one of few.
+        The result is on the first rank.
+        """
         run, ranks = self._run, self._run.ranks
-        asked = [(place, found[place]) for found in columns for place in range(len(self._rows))]
+        asked = []
+        for column in columns:
+            asked += list(enumerate(column))
+
+        # Each rank draws every n-th image; an image's seed is the index of its document.
         mine = asked[ranks.rank :: ranks.count]
-        documents = [run.token_documents[self._rows[place]] for place, _ in mine]
-        prompts = [
-            self._task.prompt(document, [run.bank_document(row) for row in found])
-            for document, (_, found) in zip(documents, mine, strict=True)
-        ]
+        documents = [run.token_documents[self._rows[index]] for index, _ in mine]
+        prompts = []
+        for document, (_, rows) in zip(documents, mine, strict=True):
+            retrieved = [run.bank_document(row) for row in rows]
+            prompts.append(self._task.prompt(document, retrieved))
         with autocast(run.device, self._precision):
             answers = generate(
                 model,
                 prompts,
                 DECODERS.build(run.experiment.decoder),
                 vocab=run.vocab,
-                seeds=[place for place, _ in mine],
+                seeds=[index for index, _ in mine],
             )
-        codes = [
-            run.tokenizer.codes(self._task.complete(*pair))
-            for pair in zip(documents, answers, strict=True)
-        ]
+
+        codes = []
+        for document, answer_T in zip(documents, answers, strict=True):
+            codes.append(run.tokenizer.codes(self._task.complete(document, answer_T)))
         shares = ranks.gather(codes)
         return [shares[n % ranks.count][n // ranks.count] for n in range(len(asked))]
 
@@ -224,17 +230,18 @@ class Drawing:
 def _in_rows(
     beside_NHWC: np.ndarray, counts: Sequence[int], most: int, images_BHWC: np.ndarray
 ) -> np.ndarray:
-    """Images with those of their retrieved documents before them, two white pixels apart,
-    ending at the same place.
+    """Images with those of their retrieved documents before them, two white pixels apart and
+    aligned at the right.
 
     Args:
         beside_NHWC: images of documents, `counts` of them for each image.
-        most: documents that any image may have before it.
+        most: most documents before an image.
     """
     B, H, W, C = images_BHWC.shape
     pictures_BHWC = np.full((B, H, most * (W + 2) + W, C), 255, np.uint8)
     parts = np.split(beside_NHWC, np.cumsum(counts)[:-1])
     for picture_HWC, part_NHWC, image_HWC in zip(pictures_BHWC, parts, images_BHWC, strict=True):
-        for place, shown_HWC in enumerate([*part_NHWC, image_HWC], start=most - len(part_NHWC)):
-            picture_HWC[:, place * (W + 2) : place * (W + 2) + W] = shown_HWC
+        for column, shown_HWC in enumerate([*part_NHWC, image_HWC], start=most - len(part_NHWC)):
+            left = column * (W + 2)
+            picture_HWC[:, left : left + W] = shown_HWC
     return pictures_BHWC

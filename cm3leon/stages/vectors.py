@@ -20,8 +20,8 @@ from cm3leon.types import Document
 
 
 def make_vectors_part(run: RunFolder, folder: Path, part: Part) -> None:
-    """Encodes the documents of this worker's token shards,
-    read once more from the source for their pixels."""
+    """Encode the documents of this worker's token shards,
+    whose images are read again from the source."""
     parts = run.source.parts()
     write_plan(folder, run.encoder_header)
 
@@ -42,7 +42,7 @@ def make_vectors_part(run: RunFolder, folder: Path, part: Part) -> None:
 
 
 def make_vectors(run: RunFolder, folder: Path) -> None:
-    """Makes the shards that no worker has made, and the index of all."""
+    """Make the shards that no worker has made, and the index of all."""
     share_out(run, folder, make_vectors_part)
     finish_vectors(folder, len(run.source.parts()))
 
@@ -50,22 +50,23 @@ def make_vectors(run: RunFolder, folder: Path) -> None:
 def document_parts(
     run: RunFolder, documents: Sequence[Document], *, dropout: float = 0.0, seed: int = 0
 ) -> Parts:
-    """Vectors of the documents' texts and first images, zero where one lacks them."""
+    """Vectors of the documents' texts and first images; zeros for a missing part."""
     encoder, size = run.retriever.encoder, run.image_tokenizer.image_size
-    texts = [document.text for document in documents]
-    images = [document.image for document in documents]
-    with_text = [place for place, text in enumerate(texts) if text]
-    with_image = [place for place, image in enumerate(images) if image is not None]
-    text_BD, image_BD = (
-        np.zeros((len(documents), encoder.embed_dim), np.float32) for _ in range(2)
-    )
+    text_BD = np.zeros((len(documents), encoder.embed_dim), np.float32)
+    image_BD = np.zeros_like(text_BD)
+
+    with_text = [index for index, document in enumerate(documents) if document.text]
     if with_text:
-        text_BD[with_text] = encoder.encode_texts(
-            [texts[place] for place in with_text], dropout=dropout, seed=seed
-        )
+        texts = [documents[index].text for index in with_text]
+        text_BD[with_text] = encoder.encode_texts(texts, dropout=dropout, seed=seed)
+
+    with_image, squares = [], []
+    for index, document in enumerate(documents):
+        if document.image is not None:
+            with_image.append(index)
+            squares.append(square(document.image, size))
     if with_image:
-        squares_BHWC = np.stack([square(image, size) for image in images if image is not None])
-        image_BD[with_image] = encoder.encode_images(squares_BHWC, dropout=dropout, seed=seed)
+        image_BD[with_image] = encoder.encode_images(np.stack(squares), dropout=dropout, seed=seed)
     return Parts(text_BD, image_BD)
 
 
