@@ -178,10 +178,8 @@ def apply_overrides(
             if isinstance(current, str):
                 current = {"name": current}
             # The same name keeps the section with its keys.
-            if current and current.get("name") == value:
-                value = current
-            else:
-                value = {"name": value}
+            name = current.get("name") if current else None
+            value = current if name == value else {"name": value}
         parent[key] = copy.deepcopy(value)
     return result
 
