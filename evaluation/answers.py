@@ -1,5 +1,4 @@
-"""Answers in words against those of people: VQA accuracy, options,
-and the ranking of candidates in VisDial."""
+"""Answers in words compared with those of people: VQA accuracy, options, and VisDial's ranking."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ _CONTRACTED = """
 
 
 def _without_apostrophes() -> dict[str, str]:
-    """The ways in which people leave apostrophes out, the first or the second;
-    the official list has such pairs."""
+    """Ways to leave out apostrophes, the first or the second, with the correct words; the official
+    list has such pairs."""
     table: dict[str, str] = {}
     for word in _CONTRACTED.split():
-        places = [place for place, letter in enumerate(word) if letter == "'"]
+        first, last = word.find("'"), word.rfind("'")
         table[word.replace("'", "", 1)] = word
-        if len(places) == 2:
-            table[word[: places[1]] + word[places[1] + 1 :]] = word
+        if last > first:
+            table[word[:last] + word[last + 1 :]] = word
     return table
 
 
@@ -54,12 +53,12 @@ _PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalized(answer: str) -> str:
-    """An answer without case, punctuation and articles, numbers as digits,
-    contractions with their apostrophes.
+    """An answer in lower case without punctuation and articles, with digits for number words and
+    apostrophes in contractions.
 
-    Source: the evaluation tools of VQA (Antol et al. 2015), as they are: punctuation with a space
-    beside it is dropped, and becomes a space otherwise, unless a comma stands inside a number; a
-    period stays before a digit only.
+    Source: the evaluation tools of VQA (Antol et al. 2015), unchanged: punctuation beside a space
+    is dropped, other punctuation becomes a space, unless a comma stands inside a number; a period
+    stays only before a digit.
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     result = text
@@ -71,11 +70,10 @@ def normalized(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """Share of right: min(1, others that gave this answer / 3),
-    averaged over leaving each person out.
+    """min(1, number of other people with this answer / 3), averaged over leaving each person out.
 
-    As the official tools do, answers are normalised only where people disagree. VQA2,
-    OKVQA and VizWiz use it.
+    As in the official tools, answers are normalised only if people disagree. Used for VQA2, OKVQA
+    and VizWiz.
 
     Raises:
         ValueError: without answers.
@@ -91,10 +89,9 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
 
 
 def option_of(answer: str, options: Sequence[str]) -> int | None:
-    """Number of the option that an answer names: its letter behind "answer is",
-    any letter in brackets, or its text."""
-    letters = [chr(ord("A") + number) for number in range(len(options))]
-    allowed = "".join(letters)
+    """Index of the option that an answer names: by its letter behind "answer is", a letter in
+    brackets, a letter alone, or its text."""
+    allowed = "".join(chr(ord("A") + number) for number in range(len(options)))
     for pattern in (
         rf"answer is \(?([{allowed}])\b",
         rf"\(([{allowed}])\)",
@@ -102,23 +99,22 @@ def option_of(answer: str, options: Sequence[str]) -> int | None:
     ):
         found = re.findall(pattern, answer)
         if found:
-            return letters.index(found[-1])
-    same = [
-        number
-        for number, option in enumerate(options)
-        if option.strip().lower() == answer.strip(" .").lower()
-    ]
+            return allowed.index(found[-1])
+
+    # The whole text of exactly one option.
+    named = answer.strip(" .").lower()
+    same = [number for number, each in enumerate(options) if each.strip().lower() == named]
     return same[0] if len(same) == 1 else None
 
 
 def ndcg(scores_K: Sequence[float], relevance_K: Sequence[float]) -> float:
-    """VisDial's NDCG: of the first k candidates by score, k being how many have any relevance;
-    0 where none has.
+    """VisDial's NDCG of the first k candidates by score, where k candidates have any relevance; 0
+    if none has.
 
     Source: Visual Dialog challenge: gains are the relevances, discounts 1 / log2(rank + 1).
 
     Raises:
-        ValueError: where there are not as many scores as relevances.
+        ValueError: if there are not as many scores as relevances.
     """
     if len(scores_K) != len(relevance_K):
         raise ValueError(f"{len(scores_K)} scores for {len(relevance_K)} candidates")

@@ -1,4 +1,4 @@
-"""Captions against those of people: CIDEr, BLEU, ROUGE-L and METEOR, by pycocoevalcap."""
+"""Captions compared with those of people: CIDEr, BLEU, ROUGE-L and METEOR, by pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cm3leon.evaluation.metrics import Measured
 from cm3leon.types import UserError
 
 LEAST = 2
-"""Images from which CIDEr is defined: its weights are logarithms of shares of images."""
+"""Fewest images for which CIDEr is defined: its weights are logarithms of shares of images."""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores of a set of captions, and what cut them into words."""
+    """Scores of a set of captions, and the tokenizer that divided them into words."""
 
     cider: float
     bleu: tuple[float, float, float, float]
@@ -24,8 +24,7 @@ class CaptionScores:
     meteor: float | None
     """None without Java, which computes it."""
     tokenizer: str
-    """PTB, as the published figures have it, or what stood in for it: then they are not
-    comparable."""
+    """PTB, as for published figures, or what replaced it; then the scores are not comparable."""
     images: int
 
 
@@ -44,9 +43,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
             f"{len(captions)} captions for {len(references)} images; CIDEr needs one each, of "
             f"{LEAST} or more"
         )
-    missing = next((number for number, of_image in enumerate(references) if not of_image), None)
-    if missing is not None:
-        raise UserError(f"image {missing} has no reference caption")
+    for number, of_image in enumerate(references):
+        if not of_image:
+            raise UserError(f"image {number} has no reference caption")
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -56,10 +55,13 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         raise UserError(
             "captions are scored by the package pycocoevalcap (pip install pycocoevalcap)"
         ) from error
+
+    # The official tokenizer and METEOR are Java programs.
     has_java = shutil.which("java") is not None
     cut = _penn_treebank if has_java else _words
     given = cut({number: [caption] for number, caption in enumerate(captions)})
     expected = cut(dict(enumerate(map(list, references))))
+
     bleu, _ = Bleu(4).compute_score(expected, given, verbose=0)
     cider, _ = Cider().compute_score(expected, given)
     rouge, _ = Rouge().compute_score(expected, given)
@@ -77,7 +79,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 def caption_figures(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Measured]:
-    """The scores as figures, named with what cut the texts into words."""
+    """The scores as figures, named with the tokenizer."""
     found = caption_scores(captions, references)
     figures = {
         "CIDEr": found.cider,
@@ -85,23 +87,25 @@ def caption_figures(
         "ROUGE-L": found.rouge_l,
         "METEOR": found.meteor,
     }
-    return {
-        f"{name} ({found.tokenizer})": Measured(value, value, value, found.images)
-        for name, value in figures.items()
-        if value is not None
-    }
+    measured = {}
+    for name, value in figures.items():
+        if value is not None:
+            exact = Measured(value, value, value, found.images)
+            measured[f"{name} ({found.tokenizer})"] = exact
+    return measured
 
 
 def _penn_treebank(texts: dict[int, list[str]]) -> dict[int, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize(
-        {key: [{"caption": text} for text in of_key] for key, of_key in texts.items()}
-    )
+    captions = {}
+    for key, of_key in texts.items():
+        captions[key] = [{"caption": text} for text in of_key]
+    return PTBTokenizer().tokenize(captions)
 
 
 def _words(texts: dict[int, list[str]]) -> dict[int, list[str]]:
-    return {
-        key: [" ".join(re.findall(r"[^\W_]+(?:'[a-z]+)?", text.lower())) for text in of_key]
-        for key, of_key in texts.items()
-    }
+    def words_of(text: str) -> str:
+        return " ".join(re.findall(r"[^\W_]+(?:'[a-z]+)?", text.lower()))
+
+    return {key: list(map(words_of, of_key)) for key, of_key in texts.items()}

@@ -1,5 +1,4 @@
-"""How models are asked, as YAML says it: settings of one evaluation, what is swept in them,
-and aims."""
+"""How models are asked, as in YAML: the settings of an evaluation, what it sweeps, and aims."""
 
 from __future__ import annotations
 
@@ -33,57 +32,60 @@ class AskConfig:
     documents: NonNegativeInt = 0
     """Retrieved documents before the prompt."""
     shuffled: bool = False
-    """Whether the documents are those of another prompt, which tells what unrelated ones do."""
+    """Whether to give each prompt the documents of another prompt, as a control."""
     samples: PositiveInt = 1
-    """Answers drawn for an item; the best by the run's own CLIP is the one that counts."""
+    """Answers drawn for an item; the best by the run's own CLIP counts."""
     decoder: Annotated[Component, DECODERS] | None = None
-    """How tokens are drawn; null = as the model's own experiment says."""
+    """How tokens are drawn; null: as the model's own experiment says."""
     bank: Path | None = None
-    """Run folder whose documents are the memory bank; null = that of the model's own experiment."""
+    """Run folder whose documents are the memory bank; null: that of the model's own experiment."""
     checkpoint: PositiveInt | None = None
     """Step of the pretraining whose weights are asked, one that its `training.keep_every` kept;
-    null = the last."""
+    null: the last."""
     seed: Seed = 0
-    """Of the first sample of the first item."""
+    """Seed of the first sample of the first item."""
     max_tokens: PositiveInt | None = None
-    """Tokens of an answer in text, at most; null = as many as the protocol says."""
+    """Most tokens of an answer in text; null: as many as the protocol says."""
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """A protocol, and the settings under which a model is asked by it."""
+    """A protocol, and the settings under which models are asked its items."""
 
     title: Annotated[str, NoEffect("what the report calls it")]
     """What the report calls it."""
     protocol: Annotated[Component, PROTOCOLS]
     """What is asked, and how the answers are measured."""
     setting: Annotated[dict[str, Any], Settings(AskConfig)] = field(default_factory=dict)
-    """How it is asked: documents, shuffled, samples, decoder, bank, checkpoint, seed,
+    """How models are asked: documents, shuffled, samples, decoder, bank, checkpoint, seed,
     max_tokens."""
     sweep: Annotated[dict[str, Any], Settings(AskConfig, swept=True)] = field(default_factory=dict)
-    """Dotted keys of the setting and what they take, a list, `1,2,5` or `range(3)`; there is a row
-    for each model and combination."""
+    """Dotted keys of the setting and their values: a list, `1,2,5` or `range(3)`; each model and
+    combination is a row."""
     plot: Annotated[str | None, NoEffect("what is drawn")] = None
-    """The metric that is drawn; null = a table alone."""
+    """The metric to plot; null: only a table."""
 
     def check(self) -> None:
-        given, self.sweep = self.sweep, {}  # so that values that are refused are no rows
+        given, self.sweep = self.sweep, {}  # refused values must not become rows
         self.sweep = parse_lists(given, "sweep")
         if self.plot and not self.sweep and self.needs_sweep():
-            raise UserError("plot is against the first key of sweep, which is empty")
+            raise UserError(
+                f"plot is {self.plot}, which is drawn against the first key of sweep; sweep is "
+                "empty: give it a key, or leave plot out"
+            )
 
     def needs_sweep(self) -> bool:
-        """Whether a plot is drawn against what is swept."""
+        """Whether its plot needs a swept key."""
         return True
 
     def points(self, where: str) -> Iterator[tuple[dict[str, Any], AskConfig]]:
-        """Each combination of what is swept, with the setting that it makes.
+        """Each combination of the swept values, with its setting.
 
         Args:
             where: the section of the setting, for messages.
 
         Raises:
-            UserError: for a setting that is none.
+            UserError: for an invalid setting.
         """
         for point in combinations(self.sweep):
             yield point, from_mapping(AskConfig, with_values(self.setting, point), where)
@@ -94,38 +96,38 @@ class Aim:
     """What a figure should reach, shown at the top of the report."""
 
     label: str
-    """What it is called there."""
+    """Its label there."""
     evaluation: str
     """Name of the evaluation."""
     row: str
-    """Name of its row: the model, and the swept values behind it."""
+    """Name of the row: the model, and the swept values."""
     metric: str
     """Name of the figure."""
     at_least: float | None = None
-    """What it should reach; null = nothing."""
+    """The value it should reach; null: none."""
     at_most: float | None = None
-    """What it should not exceed; null = nothing."""
+    """The value it should not exceed; null: none."""
 
 
 def with_values(setting: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting with the values of a point in it. Raises UserError for keys that lead nowhere."""
+    """A setting with the values of a point. Raises UserError for keys that lead nowhere."""
     overrides = [(split_key(key), value) for key, value in point.items()]
     return apply_overrides(dict(setting), overrides, component_sections(AskConfig))
 
 
 def combinations(sweep: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values of some keys; one, of none, where there are no keys."""
+    """Every combination of the values of some keys; {} alone if there are no keys."""
     for values in itertools.product(*sweep.values()):
         yield dict(zip(sweep, values, strict=True))
 
 
 def named(point: Mapping[str, Any]) -> list[str]:
-    """The values of a point as the name of a row has them: `documents 2`, `cfg 3`."""
+    """The values of a point as in the name of a row: `documents 2`, `cfg 3`."""
     return [f"{key.split('.')[-1]} {shown(value)}" for key, value in point.items()]
 
 
 def shown(value: Any) -> str:
-    """A value of a sweep as the name of a row has it."""
+    """A swept value as in the name of a row."""
     if isinstance(value, Mapping):
         others = (f"{k} {shown(v)}" for k, v in value.items() if k != "name")
         return " ".join([str(value.get("name", "")), *others]).strip()

@@ -21,23 +21,23 @@ from cm3leon.weights import read_weights
 Extractor = Callable[[np.ndarray], np.ndarray]
 """uint8 images (B, H, W, 3) to features (B, D)."""
 WINDOW = 11
-"""Pixels of a side of the window in which structures are compared."""
+"""Side, in pixels, of the window in which structures are compared."""
 HELD = 2**23
-"""Numbers of a matrix of distances that are held at once: 64 MiB in float64."""
+"""Most numbers of a matrix of distances in memory: 64 MiB in float64."""
 SPARE = 4
-"""Neighbours beyond the k-th whose distances are computed anew."""
+"""Neighbours beyond the k-th whose distances are computed exactly."""
 ROUNDED = 1 + 1e-12
-"""Squared distances up to so many times a squared radius lie within it."""
+"""Squared distances up to this multiple of a squared radius lie within it."""
 
 # ---------------------------------------------------------------------------------- pairs of images
 
 
 def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
-    """Mean structural similarity of each image, (B,), 1 where nothing differs (Wang et al. 2004,
+    """Mean structural similarity of each image, (B,), 1 for identical images (Wang et al. 2004,
     IEEE TIP 13, eq. 13).
 
-    As published: a Gaussian window of 11x11 pixels with sigma 1.5, wherever it lies within the
-    image; K1 = 0.01, K2 = 0.03. Red, green and blue are compared one by one, and count equally.
+    As published: a Gaussian window of 11x11 pixels with sigma 1.5, at all positions inside the
+    image; K1 = 0.01, K2 = 0.03. Red, green and blue are compared separately, and count equally.
 
     Raises:
         ValueError: for images with a side below 11 pixels.
@@ -47,14 +47,12 @@ def ssim(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"structural similarity needs sides of at least {WINDOW} pixels, got {H}x{W}"
         )
-    return np.array(
-        [_ssim_of_one(*pair) for pair in zip(images_BHWC, reconstructed_BHWC, strict=True)]
-    )
+    pairs = zip(images_BHWC, reconstructed_BHWC, strict=True)
+    return np.array([_ssim_of_one(*pair) for pair in pairs])
 
 
 def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
-    # float64, as the differences of nearly equal numbers
-    # that follow would show the rounding of float32.
+    # In float64: the differences below are of nearly equal numbers.
     x_HWC, y_HWC = image_HWC.astype(np.float64), reconstructed_HWC.astype(np.float64)
     x_mean, y_mean = _in_windows(x_HWC), _in_windows(y_HWC)
     x_variance, y_variance = _in_windows(x_HWC**2) - x_mean**2, _in_windows(y_HWC**2) - y_mean**2
@@ -66,7 +64,7 @@ def _ssim_of_one(image_HWC: np.ndarray, reconstructed_HWC: np.ndarray) -> float:
 
 
 def _in_windows(values_HWC: np.ndarray) -> np.ndarray:
-    """Weighted mean of every window that lies within the image, (H - 10, W - 10, C)."""
+    """Weighted mean of every window inside the image, (H - 10, W - 10, C)."""
     border = WINDOW // 2
     return gaussian_filter(values_HWC, sigma=1.5, radius=border, axes=(0, 1))[
         border:-border, border:-border
@@ -79,17 +77,15 @@ def lpips(
     reconstructed_BHWC: np.ndarray,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Perceptual distance (LPIPS, VGG16) of each image, (B,), 0 where nothing differs."""
+    """Perceptual distance (LPIPS, VGG16) of each image, (B,), 0 for identical images."""
     device = perceptual.mean_C11.device
     distances = []
     with torch.inference_mode():
         for start in range(0, len(images_BHWC), batch_size):
             part = slice(start, start + batch_size)
-            signals = (
-                to_signal(torch.from_numpy(pixels_BHWC[part]).to(device))
-                for pixels_BHWC in (images_BHWC, reconstructed_BHWC)
-            )
-            distances.append(perceptual(*signals).cpu().numpy())
+            original = to_signal(torch.from_numpy(images_BHWC[part]).to(device))
+            rebuilt = to_signal(torch.from_numpy(reconstructed_BHWC[part]).to(device))
+            distances.append(perceptual(original, rebuilt).cpu().numpy())
     return np.concatenate(distances) if distances else np.zeros(0, np.float32)
 
 
@@ -98,18 +94,16 @@ def lpips(
 
 def features(extractor: Extractor, images_BHWC: np.ndarray, batch_size: int = 32) -> np.ndarray:
     """Features (B, D) of at least one image, `batch_size` images at a time."""
-    return np.concatenate(
-        [
-            extractor(images_BHWC[start : start + batch_size])
-            for start in range(0, len(images_BHWC), batch_size)
-        ]
-    )
+    found = []
+    for start in range(0, len(images_BHWC), batch_size):
+        found.append(extractor(images_BHWC[start : start + batch_size]))
+    return np.concatenate(found)
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come in parts, in float64 (Chan et al. 1979).
+    """Mean and covariance of features that arrive in parts, in float64 (Chan et al. 1979).
 
-    A set of 50,000 images is so compared without holding their features, or the images:
+    So a set of 50,000 images is compared without holding their features, or the images:
 
         for images_BHWC in batches:
             statistics.add(extractor(images_BHWC))
@@ -121,12 +115,14 @@ class FeatureStatistics:
         self._scatter_DD: np.ndarray = np.zeros(())
 
     def add(self, features_BD: np.ndarray) -> None:
-        """Takes in the features of some more images."""
+        """Add the features of more images."""
         if not len(features_BD):
             return
         features_BD = features_BD.astype(np.float64)
         mean_D = features_BD.mean(0)
         centred_BD = features_BD - mean_D
+
+        # The scatter within the new features, and that between their mean and the old one.
         step_D = mean_D - self.mean_D
         total = self.count + len(features_BD)
         between = self.count * len(features_BD) / total
@@ -146,13 +142,13 @@ class FeatureStatistics:
         return self._scatter_DD / (self.count - 1)
 
     def frechet(self, other: FeatureStatistics) -> float:
-        """Fréchet distance of two normal distributions with these means
-        and covariances (Dowson and Landau 1982).
+        """Fréchet distance of two normal distributions with these means and covariances (Dowson and
+        Landau 1982).
 
         |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), which is the FID for the features of `Inception`
         (Heusel et al. 2017, arXiv 1706.08500). With C = L L^T, the last trace is the sum of the
-        singular values of L^T L', which needs no root of a matrix that is not symmetric, and is
-        exact for fewer images than features as well.
+        singular values of L^T L', which needs no root of an asymmetric matrix and is exact for
+        fewer images than features too.
 
         Raises:
             ValueError: for fewer than two images, or features of another size.
@@ -161,23 +157,22 @@ class FeatureStatistics:
             raise ValueError(
                 f"features of {self.mean_D.size} and {other.mean_D.size} numbers have no distance"
             )
-        covariances = self.covariance_DD, other.covariance_DD
-        left, right = (_root(covariance_DD) for covariance_DD in covariances)
+        left, right = _root(self.covariance_DD), _root(other.covariance_DD)
         common = np.linalg.svd(left.T @ right, compute_uv=False).sum()
-        spread = sum(np.trace(covariance_DD) for covariance_DD in covariances)
-        # Rounding may take the distance of equal sets below 0.
+        spread = np.trace(self.covariance_DD) + np.trace(other.covariance_DD)
+        # Rounding can make the distance of equal sets negative.
         return max(float(np.square(self.mean_D - other.mean_D).sum() + spread - 2 * common), 0.0)
 
 
 def frechet_distance(features_MD: np.ndarray, other_ND: np.ndarray) -> float:
-    """Fréchet distance of two sets of features, as `FeatureStatistics.frechet`.
+    """Fréchet distance of two sets of features, see `FeatureStatistics.frechet`.
 
-    It falls with the number of images: compare figures from equally many.
+    It falls with the number of images: compare figures only of equally many.
     """
-    statistics = FeatureStatistics(), FeatureStatistics()
-    for each, features_BD in zip(statistics, (features_MD, other_ND), strict=True):
-        each.add(features_BD)
-    return statistics[0].frechet(statistics[1])
+    statistics, other = FeatureStatistics(), FeatureStatistics()
+    statistics.add(features_MD)
+    other.add(other_ND)
+    return statistics.frechet(other)
 
 
 @torch.inference_mode()
@@ -189,30 +184,27 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
-    Precision is the share of generated features within the hyperspheres of the real ones, each as
-    wide as the distance to its k-th nearest neighbour among the real ones; recall the same with
-    both exchanged.
+    Precision is the share of generated features inside the hyperspheres of real ones, whose radius
+    is the distance to the k-th nearest neighbour among the real features. Recall is the same with
+    both sets exchanged.
 
-    Distances come from matrix products in float64. Where these are too close to a radius to tell,
-    the differences themselves decide; what lies outside by a part in 10^12 counts as inside.
+    Distances come from matrix products in float64. Where one is too close to a radius to decide,
+    the difference itself is computed; a distance larger by a part in 10^12 still counts as inside.
 
     Args:
-        device: where the products are computed; it must know float64.
+        device: where the products are computed; it must support float64.
 
     Raises:
         ValueError: for no more features of a kind than neighbours.
     """
     if min(len(real_MD), len(generated_ND)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images of each kind")
-    # Distances do not change if all features move;
-    # the products of those around 0 are rounded the least.
+    # Moving all features does not change distances; around 0, products have the least rounding.
     mean_D = real_MD.mean(0, dtype=np.float64)
-    real, generated = (
-        torch.from_numpy(features - mean_D).to(device) for features in (real_MD, generated_ND)
-    )
-    real_radius_M, generated_radius_N = (
-        _squared_radii(features, neighbours) for features in (real, generated)
-    )
+    real = torch.from_numpy(real_MD - mean_D).to(device)
+    generated = torch.from_numpy(generated_ND - mean_D).to(device)
+    real_radius_M = _squared_radii(real, neighbours)
+    generated_radius_N = _squared_radii(generated, neighbours)
 
     within_real_N = torch.zeros(len(generated), dtype=torch.bool, device=device)
     within_generated_M = torch.zeros(len(real), dtype=torch.bool, device=device)
@@ -220,22 +212,25 @@ def precision_recall(
     for first in range(0, len(generated), rows):
         part = slice(first, first + rows)
         squares_AM, error_AM = _squared_distances(generated[part], real)
+
+        # Recompute the distances that the products leave undecided.
         for radius in (real_radius_M[None, :], generated_radius_N[part, None]):
             unsure = ((squares_AM - radius).abs() <= error_AM).nonzero()
             for pairs in unsure.split(_rows_at_once(real.shape[1])):
                 a, m = pairs.unbind(1)
                 squares_AM[a, m] = (generated[part][a] - real[m]).square().sum(1)
+
         within_real_N[part] = (squares_AM <= real_radius_M * ROUNDED).any(1)
         within_generated_M |= (squares_AM <= generated_radius_N[part, None] * ROUNDED).any(0)
     return float(within_real_N.double().mean()), float(within_generated_M.double().mean())
 
 
 def _squared_radii(features_MD: Tensor, neighbours: int) -> Tensor:
-    """Squared distance (M,) of each feature to its k-th nearest other one."""
+    """Squared distance (M,) of each feature to its k-th nearest other feature."""
     radii = []
     for part_AD in features_MD.split(_rows_at_once(len(features_MD))):
-        # The nearest one of a feature is itself; a few more,
-        # as the products may take neighbours for each other.
+        # The nearest feature is the feature itself. A few spare ones, since products can confuse
+        # neighbours with nearly equal distances.
         squares_AM, _ = _squared_distances(part_AD, features_MD)
         found = min(neighbours + 1 + SPARE, len(features_MD))
         nearest_AK = squares_AM.topk(found, dim=1, largest=False).indices
@@ -247,10 +242,10 @@ def _squared_radii(features_MD: Tensor, neighbours: int) -> Tensor:
 
 
 def _squared_distances(a_AD: Tensor, b_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (A, B) by a matrix product, and a bound of the error of each."""
+    """Squared distances (A, B) by a matrix product, and a bound on the error of each."""
     sizes_AB = a_AD.square().sum(1)[:, None] + b_BD.square().sum(1)
     squares_AB = torch.addmm(sizes_AB, a_AD, b_BD.T, alpha=-2)
-    # A sum of D products is wrong by D times the precision of its terms at most.
+    # The error of a sum of D products is at most D times the precision of its terms.
     return squares_AB, sizes_AB * (2 * a_AD.shape[1] * torch.finfo(torch.float64).eps)
 
 
@@ -259,8 +254,8 @@ def _rows_at_once(columns: int) -> int:
 
 
 def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
-    """Mean colours of cells x cells fields of each image, (B, 3 * cells * cells):
-    features for small, plain images."""
+    """Mean colours of cells x cells fields of each image, (B, 3 * cells * cells): features for
+    small, plain images."""
     B, H, W, _ = images_BHWC.shape
     rows, columns = np.arange(cells) * H // cells, np.arange(cells) * W // cells
     sums_BRWC = np.add.reduceat(images_BHWC.astype(np.float64), rows, axis=1)
@@ -272,8 +267,8 @@ def cell_features(images_BHWC: np.ndarray, cells: int = 6) -> np.ndarray:
 def _root(covariance_DD: np.ndarray) -> np.ndarray:
     """L (D, R) of rank R with L L^T = covariance."""
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
-    # What is 0 comes out as rounding noise, whose root would not be small: 1e-16 gives 1e-8,
-    # thousands of times.
+    # A zero comes out as rounding noise, whose root is not small: 1e-16 gives 1e-8, thousands of
+    # times.
     kept_D = values_D > len(values_D) * np.finfo(np.float64).eps * values_D.max()
     return vectors_DD[:, kept_D] * np.sqrt(values_D[kept_D])
 
@@ -282,12 +277,12 @@ def _root(covariance_DD: np.ndarray) -> np.ndarray:
 
 
 class Inception:
-    """Extractor of the FID: the 2048 features after the last pooling of an Inception v3,
-    exactly as in pytorch-fid.
+    """Extractor for the FID: the 2048 features after the last pooling of an Inception v3, exactly
+    as in pytorch-fid.
 
-    That network was trained in TensorFlow, and differs from torchvision's in its pooling. The
-    images are resized to 299x299 by bilinear interpolation without smoothing, which aliases where
-    they are larger, as published.
+    This network was trained in TensorFlow, and differs from torchvision's in its pooling. Images
+    are resized to 299x299 by bilinear interpolation without smoothing, which aliases larger images,
+    as published.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -296,16 +291,15 @@ class Inception:
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Inception:
-        """With pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth,
+        """Load pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth,
         or the same as safetensors).
 
         Raises:
             UserError: for a file that is missing, cannot be read,
                 or does not hold this network's weights.
         """
-        with torch.device(
-            "meta"
-        ):  # the file's weights take the place of these, which so cost nothing
+        # The file's weights replace the initial ones, which need no memory.
+        with torch.device("meta"):
             network = _network()
         fit_weights(network, read_weights(path), path)
         network.fc = nn.Identity()
@@ -326,8 +320,8 @@ class Inception:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Inside, cuDNN does not round what it multiplies to 10 bits (TF32):
-    images have the same distance on a GPU."""
+    """Inside, cuDNN does not round factors to 10 bits (TF32),
+    so that distances are the same on a GPU."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -338,17 +332,13 @@ def _whole_float32() -> Iterator[None]:
 def _network() -> nn.Module:
     from torchvision.models import inception  # takes seconds, see `perceptual.py`
 
-    averaged = [
-        _pooled(block, _average)
-        for block in (inception.InceptionA, inception.InceptionC, inception.InceptionE)
-    ]
     blocks = [
         inception.BasicConv2d,
-        averaged[0],
+        _pooled(inception.InceptionA, _average),
         inception.InceptionB,
-        averaged[1],
+        _pooled(inception.InceptionC, _average),
         inception.InceptionD,
-        averaged[2],
+        _pooled(inception.InceptionE, _average),
     ]
     network = inception.Inception3(
         1008,

@@ -8,13 +8,13 @@ from cm3leon.data.augment import AugmentConfig, varied
 
 
 class Judge:
-    """Support vector classifier (RBF kernel, scikit-learn) of images, looked at in 8x8 grey.
+    """Support vector classifier (RBF kernel, scikit-learn) of images in 8x8 grey.
 
-    That is the resolution at which the handwritten digits were scanned. It learns from the images
-    it is given and from slightly moved versions of them.
+    That is the resolution at which the handwritten digits were scanned. It learns from the given
+    images and from slightly moved versions of them.
 
     Args:
-        images_BHWC: uint8 images with a side that is a multiple of 8, of the classes `labels_B`.
+        images_BHWC: uint8 images, whose sides are multiples of 8, of the classes `labels_B`.
     """
 
     side = 8
@@ -23,8 +23,8 @@ class Judge:
     def __init__(self, images_BHWC: np.ndarray, labels_B: np.ndarray) -> None:
         from sklearn.svm import SVC
 
-        places = [str(place) for place in range(len(images_BHWC))]
-        moved = varied(images_BHWC, places, AugmentConfig(versions=self.versions), seed=0)
+        keys = [str(index) for index in range(len(images_BHWC))]
+        moved = varied(images_BHWC, keys, AugmentConfig(versions=self.versions), seed=0)
         features_BF = self._features(np.concatenate([images_BHWC, *moved]))
         gamma = 2 / (features_BF.shape[1] * features_BF.var())  # twice scikit-learn's "scale"
         self._classifier = SVC(C=10, gamma=gamma).fit(

@@ -23,8 +23,8 @@ class Measured:
 
 
 def proportion(hits_B: np.ndarray) -> Measured:
-    """Share of True, with the Wilson score interval (Wilson 1927).
-    Raises ValueError for no items."""
+    """Share of True values, with the Wilson score interval (Wilson 1927).
+    Raises ValueError for none."""
     n = len(hits_B)
     if not n:
         raise ValueError("a proportion of no items is undefined")
@@ -35,7 +35,7 @@ def proportion(hits_B: np.ndarray) -> Measured:
 
 
 def average(values_B: np.ndarray) -> Measured:
-    """Mean, with the normal interval of its standard error. Raises ValueError for no items."""
+    """Mean, with the normal interval of its standard error. Raises ValueError for no values."""
     n = len(values_B)
     if not n:
         raise ValueError("a mean of no items is undefined")
@@ -46,14 +46,14 @@ def average(values_B: np.ndarray) -> Measured:
 
 @dataclass(frozen=True)
 class OverRuns:
-    """How a figure varies over runs that differ in their seed."""
+    """How a figure varies over runs with different seeds."""
 
     deviation: float
-    """Standard deviation of a run's figure, that of a sample (n - 1)."""
+    """Sample standard deviation (n - 1) of a run's figure."""
     low: float
     """Lower end of the 95 % interval of the mean over seeds."""
     high: float
-    """Upper end of it."""
+    """Upper end of the interval."""
 
 
 _T95 = (
@@ -63,7 +63,7 @@ _T95 = (
 )
 """Quantiles of Student's t for a two-sided interval of 95 %, for 1, 2, ... degrees of freedom."""
 MOST_RUNS = len(_T95) + 1
-"""Runs of different seeds that `over_runs` takes at most."""
+"""Most runs that `over_runs` accepts."""
 
 
 def over_runs(values: Sequence[float]) -> OverRuns:
@@ -82,17 +82,16 @@ def over_runs(values: Sequence[float]) -> OverRuns:
 
 
 def psnr_each(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each uint8 image in dB, (B,);
-    infinite where nothing differs."""
+    """Peak signal-to-noise ratio of each uint8 image in dB, (B,); infinite for identical images."""
     error_B = np.square(images_BHWC.astype(np.float64) - reconstructed_BHWC).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / error_B)
 
 
 def psnr(images_BHWC: np.ndarray, reconstructed_BHWC: np.ndarray) -> float:
-    """The PSNR of every page and record: the mean over images of each one's, in dB.
+    """Mean over images of their PSNR in dB, as on every page and in every record.
 
-    An image that comes back exactly has none and does not count; infinite if that is true of all.
+    Images that come back exactly have none and do not count; infinite if all do.
     """
     psnr_B = psnr_each(images_BHWC, reconstructed_BHWC)
     known_B = np.isfinite(psnr_B)
@@ -109,7 +108,5 @@ def codebook_use(codes_BN: np.ndarray, codebook_size: int) -> tuple[float, float
 def equal_to_any(codes_BN: np.ndarray, known_MN: np.ndarray) -> np.ndarray:
     """Which rows of `codes_BN` occur as rows of `known_MN`, boolean (B,)."""
     known = {row.tobytes() for row in np.ascontiguousarray(known_MN, dtype=np.int64)}
-    return np.array(
-        [row.tobytes() in known for row in np.ascontiguousarray(codes_BN, dtype=np.int64)],
-        dtype=bool,
-    )
+    asked = np.ascontiguousarray(codes_BN, dtype=np.int64)
+    return np.array([row.tobytes() in known for row in asked], dtype=bool)

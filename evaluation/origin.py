@@ -1,5 +1,5 @@
-"""What a page of several runs says of itself: experiment, command, date and machines,
-and links to their pages."""
+"""Where a page of several runs comes from: experiment, command, date, machines,
+and links to pages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ PAGES = {
     "report.html": "report",
     "reconstruction/report.html": "reconstructions",
 }
-"""The pages that a run may have, the one that says most first,
-and what a link to each is called."""
+"""The pages that a run may have, the most informative first, with the text of a link to each."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Origin:
     """Where a page comes from."""
 
     experiment: str
-    """As it was named when it was started."""
+    """Its name when it was started."""
     command: str
-    """Makes the page again, and only what is missing of its runs."""
+    """Makes the page again, and of its runs only what is missing."""
     date: datetime
     """When the page was made."""
     machines: Sequence[str] = ()
-    """A line for each machine that its runs were made on, as far as they have written it down."""
+    """A line for each machine that its runs were made on, as far as recorded."""
 
     def section(self) -> Section:
         """The last section of a page."""
@@ -46,7 +45,7 @@ class Origin:
 
 
 def page_of(name: str, folder: Path) -> Link | None:
-    """The link to the page of the run that lies in `folder / name`; None where it has made none."""
+    """A link to the page of the run in `folder / name`; None if it has none."""
     for page, title in PAGES.items():
         if (folder / name / page).is_file():
             return Link(title, PurePath(name) / page)
@@ -54,8 +53,8 @@ def page_of(name: str, folder: Path) -> Link | None:
 
 
 def is_logarithmic(key: str, values: Sequence[float]) -> bool:
-    """Whether the axis of a swept key is logarithmic: that of a learning rate, and of numbers above
-    0 of which the largest is at least ten times the smallest."""
+    """Whether the axis of a swept key is logarithmic: that of a learning rate, and of positive
+    numbers whose largest is at least ten times the smallest."""
     if not values or min(values) <= 0:
         return False
     return key.endswith("learning_rate") or max(values) >= 10 * min(values)

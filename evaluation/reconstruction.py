@@ -22,7 +22,7 @@ from cm3leon.tokenizers.image.perceptual import SMALLEST, Perceptual
 def averages(
     images_BHWC: np.ndarray, rebuilt_BHWC: np.ndarray, codes_BN: np.ndarray, codebook_size: int
 ) -> dict[str, float]:
-    """Figures that are cheap enough to be looked at during training."""
+    """Figures that are cheap enough to compute during training."""
     use, perplexity = codebook_use(codes_BN, codebook_size)
     return {
         "psnr_db": psnr(images_BHWC, rebuilt_BHWC),
@@ -40,31 +40,36 @@ def reconstruction_figures(
     perceptual: Perceptual | None = None,
     extractor: Extractor | None = None,
 ) -> dict[str, Any]:
-    """All figures, those of single images with the 95 % interval of their mean;
-    None for one that is not measured.
+    """All figures; those of single images with the 95 % interval of their mean,
+    None if not measured.
 
     Args:
         perceptual: gives `lpips`.
         extractor: gives `rfid`, the Fréchet distance of originals
             and reconstructions in its features.
     """
+    figures: dict[str, Any] = {"psnr_db": None, "ssim": None, "lpips": None, "rfid": None}
+
+    # An image that comes back exactly has no PSNR.
     psnr_B = psnr_each(images_BHWC, rebuilt_BHWC)
+    known_B = np.isfinite(psnr_B)
+    if known_B.any():
+        figures["psnr_db"] = asdict(average(psnr_B[known_B]))
+
+    # Small images have no SSIM and LPIPS.
     side = min(images_BHWC.shape[1:3])
-    known_B = np.isfinite(psnr_B)  # an image that comes back exactly has none
-    use, perplexity = codebook_use(codes_BN, codebook_size)
-    rfid = None
+    if side >= WINDOW:
+        figures["ssim"] = asdict(average(ssim(images_BHWC, rebuilt_BHWC)))
+    if perceptual is not None and side >= SMALLEST:
+        figures["lpips"] = asdict(average(lpips(perceptual, images_BHWC, rebuilt_BHWC)))
     if extractor is not None and len(images_BHWC) > 1:
-        rfid = frechet_distance(features(extractor, images_BHWC), features(extractor, rebuilt_BHWC))
+        originals_BD = features(extractor, images_BHWC)
+        figures["rfid"] = frechet_distance(originals_BD, features(extractor, rebuilt_BHWC))
+
+    use, perplexity = codebook_use(codes_BN, codebook_size)
     return {
         "images": len(images_BHWC),
-        "psnr_db": asdict(average(psnr_B[known_B])) if known_B.any() else None,
-        "ssim": asdict(average(ssim(images_BHWC, rebuilt_BHWC))) if side >= WINDOW else None,
-        "lpips": (
-            asdict(average(lpips(perceptual, images_BHWC, rebuilt_BHWC)))
-            if perceptual is not None and side >= SMALLEST
-            else None
-        ),
-        "rfid": rfid,
+        **figures,
         "codebook_use": use,
         "codebook_perplexity": perplexity,
     }

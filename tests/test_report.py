@@ -23,7 +23,7 @@ from cm3leon.evaluation.report import (
     Gallery,
     Link,
     Picture,
-    Reference,
+    ReferenceLine,
     Report,
     Section,
     Series,
@@ -88,7 +88,9 @@ def example(text: str = "a handwritten seven") -> Report:
     picture = Picture(noise(), text)
     ramp = np.linspace(1, 2, 1500)
     lines = (Series(text, ramp, ramp, ramp - 0.1, ramp + 0.1), Series(text, ramp, 3 - ramp))
-    chart = Curves(lines, text, text, text, log_y=True, smooth=9, references=[Reference(1.5, text)])
+    chart = Curves(
+        lines, text, text, text, log_y=True, smooth=9, references=[ReferenceLine(1.5, text)]
+    )
     blocks = [
         Table([text, "n"], [[text, 1000], ["none", None]], text, frozenset({1})),
         Gallery(
@@ -245,7 +247,7 @@ def test_curves_of_few_or_no_points(y, is_drawn, smooth, log_y):
 
 
 def test_curves_without_series_and_below_zero():
-    page_with(curves(references=[Reference(1.0, "aim")]))
+    page_with(curves(references=[ReferenceLine(1.0, "aim")]))
     page_with(curves(Series("run", [0, 1], [-1.0, 0.0]), log_y=True))
 
 

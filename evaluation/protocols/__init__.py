@@ -1,2 +1,1 @@
-"""Protocols: fixed prompts, what their answers are compared with,
-and the figures that come of it."""
+"""Protocols: fixed items, what their answers are compared with, and the figures that result."""

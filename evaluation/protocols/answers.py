@@ -28,7 +28,7 @@ from cm3leon.types import Document, UserError
 @PROTOCOLS.register("ranked_answers")
 class RankedAnswers(Protocol):
     """Candidates ranked by their log-likelihoods,
-    as VisDial's NDCG over its dense annotations is measured."""
+    measured by VisDial's NDCG over its dense annotations."""
 
     answers_in = "text"
     ranks = True
@@ -36,14 +36,14 @@ class RankedAnswers(Protocol):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which data set."""
+        """The data set."""
 
         data: Annotated[Component, SOURCES]
         """A source of rated candidates: visdial with `relevance`."""
         count: PositiveInt | None = None
-        """Items, the first ones; null = all."""
+        """Number of items, the first ones; null: all."""
         missing: Probability = 0.01
-        """Share of the items that may be unusable, such as those whose image is missing."""
+        """Share of the items that may be unusable, for example because an image is missing."""
 
         def check(self) -> None:
             if self.data.name != "visdial" or not self.data.config.relevance:
@@ -61,16 +61,16 @@ class RankedAnswers(Protocol):
 
     def _items(self, size: int | None = None) -> list[Item]:
         found = asked_items(self.config.data, self.config.count, self.config.missing, size)
-        return [
-            Item(document.id, "instruction", document, example.relevance, options=example.options)
-            for document, example in found
-        ]
+        items = []
+        for document, example in found:
+            truth, options = example.relevance, example.options
+            items.append(Item(document.id, "instruction", document, truth, options=options))
+        return items
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        values = [
-            ndcg(list(_scores(answer)), item.truth)
-            for item, answer in zip(items, answers, strict=True)
-        ]
+        values = []
+        for item, answer in zip(items, answers, strict=True):
+            values.append(ndcg(list(_scores(answer)), item.truth))
         return {"NDCG": average(np.array(values))}
 
     def fingerprint(self) -> str:
@@ -79,8 +79,8 @@ class RankedAnswers(Protocol):
 
 @PROTOCOLS.register("answers")
 class Answers(Protocol):
-    """Answers in text, each image or question of a source once,
-    by the rule that its data set is measured by."""
+    """Answers in text to each image or question of a source,
+    measured by the rule of its data set."""
 
     answers_in = "text"
     has_truth = False
@@ -92,17 +92,17 @@ class Answers(Protocol):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which data set, and how it is measured."""
+        """The data set, and how it is measured."""
 
         data: Annotated[Component, SOURCES]
         """A source of instructions in its evaluation split."""
         measure: Literal["vqa", "options", "captions"]
-        """vqa: the official accuracy over ten answers. options: the one that an answer names
-        (ScienceQA). captions: CIDEr and others against all captions of an image."""
+        """vqa: the official accuracy over ten answers. options: the option that an answer names
+        (ScienceQA). captions: CIDEr and other scores against all captions of an image."""
         count: PositiveInt | None = None
-        """Items, the first ones; null = all."""
+        """Number of items, the first ones; null: all."""
         missing: Probability = 0.01
-        """Share of the items that may be unusable, such as those whose image is missing."""
+        """Share of the items that may be unusable, for example because an image is missing."""
 
         def check(self) -> None:
             if not issubclass(SOURCES.get(self.data.name), InstructionSource):
@@ -150,12 +150,12 @@ class Answers(Protocol):
 def asked_items(
     data: Component, count: int | None, missing: float, size: int | None
 ) -> list[tuple[Document, Any]]:
-    """What a source of instructions asks about, at most so many items, each with its example.
+    """What a source of instructions asks, at most `count` items, each with its example.
 
-    Images are brought to `size` as they are read; None leaves them in their own size.
+    Images are resized to `size` as they are read; None keeps their own size.
 
     Raises:
-        UserError: where more than the share `missing` of them cannot be used.
+        UserError: if more than the share `missing` of the items cannot be used.
     """
     source = SOURCES.build(data)
     assert isinstance(source, InstructionSource)  # see `check` of the protocols

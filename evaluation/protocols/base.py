@@ -1,4 +1,4 @@
-"""What a protocol is: items that are asked, and the figures of their answers."""
+"""Base class of the protocols: items that are asked, and the figures of their answers."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from cm3leon.evaluation.metrics import Measured, average
 from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserError
 
 MAX_TOKENS = {"caption": 64, "vqa": 32, "paragraph": 256, "narrative": 256, "reasoning": 384}
-"""Tokens of an answer in text at most, by task: what nearly all answers of its data sets take,
-at 1.3 tokens a word.
+"""Most tokens of an answer in text by task: what nearly all answers of its data sets take, at 1.3
+tokens a word.
 
 - caption: COCO's sentences have 10 words on average, Flickr30k's 12, hardly one has 45.
-- vqa: 99 % of VQA's answers have at most three words; VizWiz's are as short,
-  32 tokens hold the text of a label, too.
+- vqa: 99 % of VQA's answers have at most three words; VizWiz's are as short, and 32 tokens also
+  hold the text of a label.
 - paragraph: those of Image Paragraph have 68 words with a standard deviation of 26 (Krause et al.
   2017, table 1); mean and four deviations are 172 words, 224 tokens.
-- narrative: 37 words on average (Pont-Tuset et al. 2020), with a longer tail than captions have.
-- reasoning: ScienceQA's answer is behind an explanation, of 48 words on average, or where that is
-  missing behind a lecture, of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words,
-  more than twice a lecture.
+- narrative: 37 words on average (Pont-Tuset et al. 2020), with a longer tail than captions.
+- reasoning: ScienceQA's answer follows an explanation of 48 words on average, or without one a
+  lecture of 125 (Lu et al. 2022, table 1); 384 tokens are 295 words, more than twice a lecture.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One prompt: the registered task that asks for an answer,
-    and the document with the true one."""
+    """One prompt: the registered task that asks it, and the document with the true answer."""
 
     id: str
     task: str
@@ -42,89 +40,86 @@ class Item:
     truth: Any = None
     """What else the answer is compared with."""
     kind: str = ""
-    """Figures of each kind are given beside those of all."""
+    """Figures are given for each kind besides those of all items."""
     options: tuple[str, ...] = ()
-    """Candidates that are to be ranked, where the protocol `ranks`."""
+    """Candidates to rank, if the protocol `ranks`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was answered: a text, or an image (H, W, C) of uint8 with its CLIP score,
+    """An answer: a text, or a uint8 image (H, W, C) with its CLIP score,
     or scores of the candidates."""
 
     text: str = ""
     image_HWC: np.ndarray | None = None
     clip: float = float("nan")
-    """NaN where the run's retriever has no CLIP."""
+    """NaN if the run's retriever has no CLIP."""
     truncated: bool = False
     """Whether the text was stopped by its length before it ended."""
     scores_K: np.ndarray | None = None
-    """Log-likelihood of each candidate in nats; `text` is the likeliest one then."""
+    """Log-likelihood of each candidate in nats; then `text` is the likeliest one."""
     codes_N: np.ndarray | None = None
     """Codes of an image."""
     retrieved: Sequence[np.ndarray] = ()
-    """Codes of the images that were retrieved for its prompt,
-    for a protocol of a run's own corpus."""
+    """Codes of the images retrieved for its prompt, for a protocol of a run's own corpus."""
     features_D: np.ndarray | None = None
     """Features of an image, for a protocol that is `scored_by` them;
-    the image itself may be missing then."""
+    then the image may be missing."""
     given_kept: bool | None = None
-    """Whether all that was given stands beside the answer as it was, for a protocol of a run's own
-    corpus; None where no model has answered: of true answers, and of those to other items."""
+    """Whether everything given is unchanged, for a protocol of a run's own corpus; None for answers
+    that no model made: true answers, and those to other items."""
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ShownItem:
     """An item as a reader is shown it, without its answer."""
 
     text: str
     given_HWC: np.ndarray | None
     """The image that is given with it."""
     original_HWC: np.ndarray | None = None
-    """The true image, where an answer is looked at beside it."""
+    """The true image, if the answer is to be compared with it."""
 
 
 def clip_score(answers: Sequence[Answer]) -> dict[str, Measured]:
-    """The mean score of images, by name; no figure where the run's retriever has no CLIP."""
+    """The mean CLIP score of images, by name; {} if the run's retriever has no CLIP."""
     scores = np.array([answer.clip for answer in answers])
     return {} if np.isnan(scores).any() else {"CLIP score": average(scores)}
 
 
 class Protocol(ABC):
     """Registered in `PROTOCOLS`, built as `cls(config)`;
-    the same config gives the same items everywhere."""
+    the same config always gives the same items."""
 
     answers_in: Modality
     """The modality of the answers."""
     ranks: bool = False
-    """Whether the items' `options` are scored, instead of an answer being made; in text only."""
+    """Whether the items' `options` are scored instead of making an answer; only in text."""
     has_truth: bool = True
-    """Whether one right answer to an item is known,
-    so that ceiling and chance can be measured by it."""
+    """Whether each item has one right answer, with which ceiling and chance can be measured."""
     max_tokens: int = 64
-    """Tokens of an answer in text, at most, unless the setting says otherwise; see `MAX_TOKENS`."""
+    """Most tokens of an answer in text, unless the setting says otherwise; see `MAX_TOKENS`."""
     lowest_is_best: ClassVar[Collection[str]] = ()
-    """Figures of which the lowest is the best, such as distances."""
+    """Figures of which the lowest is best, such as distances."""
     scored_by: str = ""
-    """What features images are scored by, changing with whatever changes them;
-    empty = by the images themselves."""
+    """The features that images are scored by, different after any change to them; "":
+    the images."""
     device: torch.device = torch.device("cpu")
-    """What features are computed on."""
+    """Device that features are computed on."""
     folder: Path | None = None
-    """Where it may keep what is the same for all models that are asked; None = nowhere."""
+    """Where it may keep what is the same for all models; None: nowhere."""
     attribution: ClassVar[str] = ""
-    """What a page that shows its items has to say of whose they are,
+    """What a page that shows its items must say of their licensor,
     as in a source (`data/source.py`)."""
     explained: ClassVar[Mapping[str, str]] = {}
-    """What there is to say on a page of a figure whose name does not say enough, in a sentence,
-    by its name."""
+    """Sentences for a page that explain figures whose names do not, by name."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """What is asked, in a fixed order.
+        """The items, in a fixed order.
 
         Raises:
             UserError: for data that is missing or of another form,
@@ -132,10 +127,10 @@ class Protocol(ABC):
         """
 
     def items_squared(self, size: int) -> list[Item]:
-        """The items with their images brought to (size, size, 3), see `cm3leon.data.images.square`.
+        """The items with images resized to (size, size, 3), see `cm3leon.data.images.square`.
 
-        A protocol that reads photographs brings each to the size as it is read, so that what is
-        held does not grow with them.
+        A protocol of photographs resizes each as it is read,
+        so that memory does not grow with them.
         """
         return [replace(item, document=squared(item.document, size)) for item in self.items()]
 
@@ -148,25 +143,25 @@ class Protocol(ABC):
         raise NotImplementedError
 
     def right(self, item: Item, answer: Answer) -> bool | None:
-        """Whether one answer is right; None where that cannot be said of one alone."""
+        """Whether one answer is right; None if that cannot be said of a single answer."""
         return None
 
-    def shown(self, item: Item) -> Shown:
+    def shown(self, item: Item) -> ShownItem:
         """What a report shows of an item."""
-        return Shown(asked(item), given_image(item))
+        return ShownItem(asked(item), given_image(item))
 
     def notes(self, items: Sequence[Item]) -> dict[str, str]:
-        """What else a result has to say of how it came about."""
+        """Further notes on how a result was made."""
         return {}
 
     def fingerprint(self) -> str:
-        """Changes with files that the items come from."""
+        """Digest of the files that the items come from."""
         return ""
 
 
 def check_missing(skipped: int, usable: int, share: float) -> None:
-    """Raises UserError where more than that share of a data set's items cannot be used:
-    it is not what it should be."""
+    """Raise UserError if more than a share of a data set's items cannot be used,
+    as it is not complete."""
     if skipped > share * (skipped + usable):
         raise UserError(
             f"data: {skipped} of {skipped + usable} items cannot be used (missing images, broken "
@@ -177,25 +172,27 @@ def check_missing(skipped: int, usable: int, share: float) -> None:
 
 def asked(item: Item) -> str:
     """The text of an item without its answer, as a reader is shown it."""
+    if item.task == "caption":
+        return ""
     runs: list[str] = []
     for segment in item.document.segments:
-        if isinstance(segment, TextSegment):
-            text = " …" if segment.role == "answer" else segment.text
-            runs = (
-                [*runs[:-1], runs[-1] + text] if segment.joined and runs else [*runs, text.strip()]
-            )
-    return " | ".join(runs) if item.task != "caption" else ""
+        if not isinstance(segment, TextSegment):
+            continue
+        text = " …" if segment.role == "answer" else segment.text
+        if segment.joined and runs:
+            runs[-1] += text
+        else:
+            runs.append(text.strip())
+    return " | ".join(runs)
 
 
 def given_image(item: Item) -> np.ndarray | None:
-    """The image (H, W, C) that is given with an item, None without one."""
+    """The image (H, W, C) that is given with an item; None without one."""
     images = [segment for segment in item.document.segments if isinstance(segment, ImageSegment)]
-    if (
-        any(segment.role == "answer" for segment in item.document.segments)
-        or item.task == "caption"
-    ):
-        return images[0].pixels_HWC if images else None
-    return images[0].pixels_HWC if len(images) > 1 else None
+    has_answer = any(segment.role == "answer" for segment in item.document.segments)
+    # With an answer in text, every image is given; otherwise the last image is asked for.
+    fewest = 1 if has_answer or item.task == "caption" else 2
+    return images[0].pixels_HWC if len(images) >= fewest else None
 
 
 def true_answer(item: Item, modality: Modality) -> Answer:

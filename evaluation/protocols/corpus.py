@@ -1,5 +1,5 @@
-"""The documents that a model's run kept from training, asked for by one of its tasks,
-read by an independent judge."""
+"""The documents that a model's run kept from training, asked by one of its tasks,
+read by a judge."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from cm3leon.config import PositiveInt, choices
 from cm3leon.data.corpus import Split
 from cm3leon.evaluation.judge import Judge
 from cm3leon.evaluation.metrics import Measured, average, equal_to_any, proportion
-from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, Shown
+from cm3leon.evaluation.protocols.base import MAX_TOKENS, Answer, Item, Protocol, ShownItem
 from cm3leon.registry import PROTOCOLS, TASKS
 from cm3leon.types import Document, Modality, UserError
 
 UNKNOWN = -1
-"""A class that nobody asked for, or that nothing shows."""
+"""A class that is not asked for, or not shown."""
 GREY = 128
-"""What stands for the half of an image that is not given."""
+"""Pixel value of the half of an image that is not given."""
 
 
 @dataclass(frozen=True, eq=False)
 class OwnCorpus:
     """What a run knows of its corpus: the documents that it kept from training,
-    and the training images."""
+    and its training images."""
 
     documents: Callable[[Split], Sequence[Document]]
-    """Those of a split that fit into a block of the model."""
+    """The documents of a split that fit a block of the model."""
     training_images_BHWC: np.ndarray
     training_labels_B: np.ndarray
-    """Classes of the training images; -1 where one is not known."""
+    """Classes of the training images; -1 for an unknown one."""
     training_codes_MN: np.ndarray
     """Codes of the training images and of their varied versions."""
     class_in: Callable[[str], int | None]
@@ -48,9 +48,9 @@ class OwnCorpus:
         return Judge(self.training_images_BHWC, labels_B)
 
     def read(self, answers: Sequence[Answer]) -> np.ndarray:
-        """The class that the judge reads in each image, or that each text names;
-        -1 where there is none."""
+        """The class that the judge reads in each image, or that each text names; -1 if none."""
         named = [UNKNOWN] * len(answers)
+
         if answers and answers[0].image_HWC is not None:
             if self.judge is None:
                 return np.array(named)
@@ -63,30 +63,29 @@ class OwnCorpus:
 
 @PROTOCOLS.register("corpus")
 class CorpusTask(Protocol):
-    """A task of pairs, for the documents that the run of the model itself kept from training.
+    """A task of captioned images, for the documents that the model's own run kept from training.
 
-    - accuracy: share of answers in which the class asked for is read, by the judge in an image, by
-      its name in a text; none where documents have no known class
+    - accuracy: share of answers in which the requested class is read, by the judge in an image, by
+      its name in a text; not measured if documents have no known class
     - clip_score: mean cosine of text and image by the run's own retriever, which is not independent
       of it
     - copies: share of images with the codes of a training image, of one of its varied versions, or
-      of a retrieved one, which are no generation
-    - distinct: share of different images among all; a low one tells of a collapse
-    - given_kept: share of answers beside which all that was given is as it was
+      of a retrieved one, which were not generated but copied
+    - distinct: share of different images; a low one shows a collapse
+    - given_kept: share of answers that leave everything given unchanged
     """
 
     @dataclass(kw_only=True)
     class Config:
-        """Which task, of which documents."""
+        """The task, and the documents."""
 
         task: str
         """Name of the task: text_to_image, caption, infill_top, infill_bottom, or one of a
         plugin."""
         split: Literal["validation", "held_out"] = "held_out"
-        """The documents that are asked for."""
+        """The split of the documents."""
         at_least: PositiveInt = 1
-        """Prompts at least: all documents are asked for as often as that takes,
-        with other seeds."""
+        """Fewest prompts: all documents are asked as often as that takes, with other seeds."""
 
         def check(self) -> None:
             if self.task not in TASKS.names():
@@ -109,57 +108,58 @@ class CorpusTask(Protocol):
 
     @property
     def corpus(self) -> OwnCorpus:
-        """What is asked about: that of the model which is asked."""
+        """The corpus of the model that is asked."""
         assert self._corpus is not None
         return self._corpus
 
     def ask_about(self, corpus: OwnCorpus) -> None:
-        """Take the items from this corpus from now on."""
+        """Use the items of this corpus from now on."""
         self._corpus = corpus
 
     def items(self) -> list[Item]:
         documents = self.corpus.documents(self.config.split)
         rounds = max(1, -(-self.config.at_least // max(1, len(documents))))
-        return [
-            Item(
-                f"{document.id}#{number}" if number else document.id,
-                self.config.task,
-                document,
-                truth=document.label,
-            )
-            for number in range(rounds)
-            for document in documents
-        ]
+        items = []
+        for number in range(rounds):
+            for document in documents:
+                id_ = f"{document.id}#{number}" if number else document.id
+                items.append(Item(id_, self.config.task, document, truth=document.label))
+        return items
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         figures: dict[str, Measured] = {}
+
+        # Whether the answers show what was asked for.
         if all(item.truth is not None for item in items) and self._can_read:
             asked_B = np.array([item.truth for item in items])
             figures["accuracy"] = proportion(self.corpus.read(answers) == asked_B)
         clip_B = np.array([answer.clip for answer in answers])
         if not np.isnan(clip_B).any():
             figures["clip_score"] = average(clip_B)
+
+        # Whether images were generated: neither copied nor all the same.
         if self.answers_in == "image":
             codes_BN = np.stack([np.asarray(answer.codes_N) for answer in answers])
             figures["copies"] = proportion(self._copied(answers, codes_BN))
             _, first, of_row = np.unique(codes_BN, axis=0, return_index=True, return_inverse=True)
             figures["distinct"] = proportion(first[of_row.ravel()] == np.arange(len(codes_BN)))
+
         kept = [answer.given_kept for answer in answers if answer.given_kept is not None]
         if kept:
             figures["given_kept"] = proportion(np.array(kept))
         return figures
 
     def _copied(self, answers: Sequence[Answer], codes_BN: np.ndarray) -> np.ndarray:
-        """Which images have the codes of a training image or of one that was retrieved for them."""
+        """Which images have the codes of a training image, or of one retrieved for them."""
         copied_B = equal_to_any(codes_BN, self.corpus.training_codes_MN)
         for row, answer in enumerate(answers):
-            retrieved = (np.array_equal(codes_BN[row], codes_N) for codes_N in answer.retrieved)
-            copied_B[row] |= any(retrieved)
+            for codes_N in answer.retrieved:
+                copied_B[row] |= np.array_equal(codes_BN[row], codes_N)
         return copied_B
 
     @property
     def _can_read(self) -> bool:
-        """Whether there is somebody to read the class of an answer."""
+        """Whether the class of an answer can be read."""
         return self.answers_in == "text" or self.corpus.judge is not None
 
     def right(self, item: Item, answer: Answer) -> bool | None:
@@ -167,13 +167,14 @@ class CorpusTask(Protocol):
             return None
         return bool(self.corpus.read([answer])[0] == item.truth)
 
-    def shown(self, item: Item) -> Shown:
+    def shown(self, item: Item) -> ShownItem:
         text, image_HWC = item.document.text, item.document.image
         if self.answers_in == "text":
-            return Shown(f"the document's caption: {text}", image_HWC)
+            return ShownItem(f"the document's caption: {text}", image_HWC)
         if image_HWC is None or self.config.task not in ("infill_top", "infill_bottom"):
-            return Shown(text, None)
+            return ShownItem(text, None)
+
         given_HWC, middle = image_HWC.copy(), len(image_HWC) // 2
         missing = slice(0, middle) if self.config.task == "infill_top" else slice(middle, None)
         given_HWC[missing] = GREY
-        return Shown(text, given_HWC, image_HWC)
+        return ShownItem(text, given_HWC, image_HWC)

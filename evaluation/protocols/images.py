@@ -1,5 +1,4 @@
-"""Images for captions against the images that people captioned: FID, precision and recall,
-CLIP score."""
+"""Images for captions, compared with captioned images: FID, precision and recall, CLIP score."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +34,7 @@ BATCH = 256
 AT_ONCE, AT_ONCE_ON_GPU = 32, 256
 """Images that Inception looks at together."""
 VERSION = 1
-"""Raised when the same images get other features."""
+"""Raise it when the same images get other features."""
 REFERENCES = "references"
 """Folder for the features of reference images."""
 FID, CELLS = "FID", "Fréchet distance of cells"
@@ -44,11 +42,11 @@ FID, CELLS = "FID", "Fréchet distance of cells"
 
 @PROTOCOLS.register("captioned_images")
 class CaptionedImages(Protocol):
-    """Text to image for the captions of a corpus, measured against its images,
-    as zero-shot MS-COCO FID is.
+    """Text to image for the captions of a corpus,
+    measured against its images like zero-shot MS-COCO FID.
 
     The documents are those whose ids come first by their SHA-256, one for each image; their own
-    images are the reference, cut to the central square and resized (bicubic, antialiased).
+    images are the reference, cropped to the central square and resized (bicubic, antialiased).
     """
 
     answers_in = "image"
@@ -57,25 +55,25 @@ class CaptionedImages(Protocol):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which captions, and by what features images are compared."""
+        """The captions, and the features that images are compared by."""
 
         data: Annotated[Component, SOURCES]
-        """The corpus, one that nothing was trained on."""
+        """The corpus, which no run was trained on."""
         count: PositiveInt = 30_000
-        """Captions."""
+        """Number of captions."""
         size: PositiveInt = 256
-        """Pixels of a side of the reference images."""
+        """Side of the reference images, in pixels."""
         inception_file: Path | None = None
-        """pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth); null = mean colours of 6 x
-        6 cells, for small plain images, whose distance is no FID and named so."""
+        """pytorch-fid's weights (pt_inception-2015-12-05-6726825d.pth); null: mean colours of 6 x 6
+        cells, for small plain images, whose distance is not an FID and is named accordingly."""
         missing: Probability = 0.01
         """Share of the corpus's items that may be unusable."""
         seed: Seed = 0
-        """Of the order of the documents."""
+        """Seed of the order of the documents."""
 
     config: Config
     _known: tuple[str, Reference] | None = None
-    """The reference that was asked for last, by what it was made from."""
+    """The last reference, with a digest of what it was made from."""
 
     def items(self) -> list[Item]:
         config = self.config
@@ -86,6 +84,7 @@ class CaptionedImages(Protocol):
                 skipped += 1
             elif found.text and found.image is not None:
                 documents[found.id] = replace(found, segments=(TextSegment(found.text),))
+
         check_missing(skipped, len(documents), config.missing)
         chosen = sorted(documents, key=self._order)[: config.count]
         least = self._features + 2
@@ -98,17 +97,14 @@ class CaptionedImages(Protocol):
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         generated_BD = np.concatenate(list(self._features_of(answers)))
-        reference = self._reference(items)
-        distances = FeatureStatistics(), FeatureStatistics()
-        for statistics, features_BD in zip(
-            distances, (generated_BD, reference.features_BD), strict=True
-        ):
-            statistics.add(features_BD)
-        precision, recall = precision_recall(
-            reference.features_BD, generated_BD, device=self.device
-        )
+        reference_BD = self._reference(items).features_BD
+        generated, reference = FeatureStatistics(), FeatureStatistics()
+        generated.add(generated_BD)
+        reference.add(reference_BD)
+        precision, recall = precision_recall(reference_BD, generated_BD, device=self.device)
+
         name = FID if self.config.inception_file else CELLS
-        found = {name: distances[0].frechet(distances[1]), "precision": precision, "recall": recall}
+        found = {name: generated.frechet(reference), "precision": precision, "recall": recall}
         figures = {key: Measured(value, value, value, len(items)) for key, value in found.items()}
         return {**figures, **clip_score(answers)}
 
@@ -154,7 +150,7 @@ class CaptionedImages(Protocol):
         return Inception.load(file, self.device) if file else cell_features
 
     def _features_of(self, answers: Sequence[Answer]) -> Iterator[np.ndarray]:
-        """Features of the answers, those that have none yet in batches."""
+        """Features of the answers in batches, computed for those that have none."""
         for first in range(0, len(answers), BATCH):
             few = answers[first : first + BATCH]
             known = [answer.features_D for answer in few if answer.features_D is not None]
@@ -165,8 +161,7 @@ class CaptionedImages(Protocol):
             yield self.features(np.stack(images))
 
     def _reference(self, items: Sequence[Item]) -> Reference:
-        """The reference of these items, made once for all models;
-        a file of it that is damaged is made again."""
+        """The reference of these items, made once for all models; a damaged file is made again."""
         ids = [item.id for item in items]
         made_from = {
             "corpus": self.fingerprint(),
@@ -176,6 +171,7 @@ class CaptionedImages(Protocol):
             "features": self.scored_by,
         }
         key = digest_of(json.dumps(made_from, sort_keys=True))
+
         if self._known is not None and self._known[0] == key:
             return self._known[1]
         file = None if self.folder is None else self.folder / REFERENCES / f"{key[:16]}.arrow"
@@ -189,8 +185,8 @@ class CaptionedImages(Protocol):
         return reference
 
     def _made_reference(self, ids: Sequence[str]) -> Reference:
-        """Read the reference images once more, in batches:
-        a corpus of them need not fit into memory."""
+        """Read the reference images again in batches,
+        since a corpus of them need not fit the memory."""
         found: list[np.ndarray] = []
 
         def pixels() -> Iterator[bytes]:
@@ -202,25 +198,23 @@ class CaptionedImages(Protocol):
         return Reference(np.concatenate(found), digest)
 
     def _reference_images(self, wanted: set[str]) -> Iterator[np.ndarray]:
-        images = (
-            self._taken(found, wanted) for found in self._source().documents(size=self.config.size)
-        )
-        there = (image for image in images if image is not None)
-        while batch := list(islice(there, BATCH)):
+        """The images of the wanted documents in batches; each id is taken once."""
+        batch: list[np.ndarray] = []
+        for found in self._source().documents(size=self.config.size):
+            if isinstance(found, Skipped) or found.id not in wanted or found.image is None:
+                continue
+            wanted.remove(found.id)
+            batch.append(found.image)
+            if len(batch) == BATCH:
+                yield np.stack(batch)
+                batch = []
+        if batch:
             yield np.stack(batch)
-
-    @staticmethod
-    def _taken(found: Document | Skipped, wanted: set[str]) -> np.ndarray | None:
-        """The image of a document that is wanted, which then is no more."""
-        if isinstance(found, Skipped) or found.id not in wanted or found.image is None:
-            return None
-        wanted.remove(found.id)
-        return found.image
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What answers are compared with."""
+    """The reference images' features."""
 
     features_BD: np.ndarray
     pixels: str
@@ -235,8 +229,8 @@ def write_reference(file: Path, reference: Reference, made_from: Mapping[str, An
 
 
 def read_reference(file: Path, made_from: Mapping[str, Any]) -> Reference | None:
-    """The reference in a file; None where there is none, it was made from something else,
-    or is damaged."""
+    """The reference in a file; None if there is none,
+    or it was made from something else or is damaged."""
     if not file.is_file():
         return None
     try:

@@ -1,5 +1,5 @@
-"""Pages of several texts and images: their images by what stands before them,
-the texts behind them."""
+"""Pages of several texts and images: images given what stands before them,
+or the texts behind them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cm3leon.types import Document, ImageSegment, Modality, TextSegment, UserErr
 
 @PROTOCOLS.register("pages")
 class Pages(Protocol):
-    """Images of interleaved documents by what stands before them, or the texts behind them.
+    """Images of interleaved documents given what stands before them, or the texts behind them.
 
-    An item is a page as far as the segment that is asked for: an image behind other segments, or a
-    text that stands directly behind an image. Of a corpus that was trained on, the pages are those
-    of its held-out split.
+    An item is a page up to the segment that is asked for: an image behind other segments, or a text
+    directly behind an image. Of a corpus that a run was trained on, only the held-out pages are
+    asked.
     """
 
     @dataclass(kw_only=True)
@@ -36,20 +36,20 @@ class Pages(Protocol):
         data: Annotated[Component, SOURCES]
         """The corpus of pages."""
         asks: Modality
-        """image: images by what stands before them. text: the texts behind them."""
+        """image: images given what stands before them. text: the texts behind them."""
         number: PositiveInt | None = None
-        """Which image of each page it is about, counted from 1;
-        null = each that something can be asked about."""
+        """Number of the image on each page, from 1; null:
+        each image that something can be asked about."""
         count: PositiveInt | None = None
-        """Items, the first ones; null = all."""
+        """Number of items, the first ones; null: all."""
         split: Literal["train", "validation", "held_out", "all"] = "held_out"
-        """Which pages; all for a corpus that nothing was trained on."""
+        """The split of the pages; all for a corpus that no run was trained on."""
         validation: Probability = 0.1
-        """The share split.validation of the run that was trained on the corpus."""
+        """split.validation of the run that was trained on the corpus."""
         held_out: Probability = 0.2
-        """The share split.held_out of that run."""
+        """split.held_out of that run."""
         missing: Probability = 0.01
-        """Share of the pages that may be unusable, such as those with a missing image."""
+        """Share of the pages that may be unusable, for example because an image is missing."""
 
     config: Config
 
@@ -66,11 +66,12 @@ class Pages(Protocol):
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         if self.answers_in == "text":
             return caption_figures([answer.text for answer in answers], [[i.truth] for i in items])
-        similar = [
-            ssim(item.document.images[-1][None], answer.image_HWC[None])[0]
-            for item, answer in zip(items, answers, strict=True)
-            if answer.image_HWC is not None and min(answer.image_HWC.shape[:2]) >= WINDOW
-        ]
+
+        similar = []
+        for item, answer in zip(items, answers, strict=True):
+            image_HWC = answer.image_HWC
+            if image_HWC is not None and min(image_HWC.shape[:2]) >= WINDOW:
+                similar.append(ssim(item.document.images[-1][None], image_HWC[None])[0])
         figures = {"SSIM": average(np.array(similar))} if similar else {}
         return {**figures, **clip_score(answers)}
 
@@ -96,6 +97,7 @@ class Pages(Protocol):
                 items += self._of_page(found)
             if config.count and len(items) >= config.count:
                 break
+
         check_missing(skipped, pages, config.missing)
         if not items:
             wanted = "an image behind another segment"
@@ -115,14 +117,15 @@ class Pages(Protocol):
         )
 
     def _of_page(self, page: Document) -> Iterator[Item]:
-        images = [
-            index
-            for index, segment in enumerate(page.segments)
-            if isinstance(segment, ImageSegment)
-        ]
-        for number, index in enumerate(images, 1):
+        """The items of a page."""
+        number = 0
+        for index, segment in enumerate(page.segments):
+            if not isinstance(segment, ImageSegment):
+                continue
+            number += 1
             if self.config.number not in (None, number):
                 continue
+
             until = index + 1
             if self.config.asks == "image":
                 if index:
@@ -131,7 +134,7 @@ class Pages(Protocol):
             elif until < len(page.segments):
                 text = page.segments[until]
                 if isinstance(text, TextSegment):
-                    # Its role keeps the true text out of what a report shows as asked.
+                    # The role keeps the true text out of what a report shows as the prompt.
                     answer = replace(text, role="answer")
                     document = replace(page, segments=(*page.segments[:until], answer))
                     yield Item(f"{page.id}#{number}", "page_text", document, text.text)

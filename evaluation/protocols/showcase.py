@@ -1,5 +1,5 @@
-"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7 and 12 to 16,
-and appendix A)."""
+"""Prompts to look at: the showcase of a model (the paper's figures 1, 5 to 7, 12 to 16,
+appendix A)."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SLOTS = {
     "paragraph": ("image",),
     "vqa": ("image", "question"),
 }
-"""What is given, by task."""
+"""What a prompt gives, by task."""
 IN_TEXT = ("caption", "paragraph", "vqa")
 IMAGES = ("image", "image1", "feature_image")
-"""Slots that are given as paths of images."""
+"""Slots that hold paths of images."""
 
 
 @PROTOCOLS.register("showcase")
 class Showcase(Protocol):
-    """Prompts of one task, each with what is given for it; there are no true answers,
-    its result is to be looked at.
+    """Prompts of one task, each with what is given for it; there are no true answers, its result is
+    to be looked at.
 
-    Its figures are the CLIP score of images, and the words of texts.
+    Its figures are the CLIP score of images, and the number of words of texts.
     """
 
     has_truth = False
@@ -52,16 +52,20 @@ class Showcase(Protocol):
         task: str
         """text_to_image, edit, write, grounded, features, caption, paragraph or vqa."""
         prompts: list[dict[str, str]]
-        """The slots of the task's template, each a text or the path of an image: {text: ...},
-        {image1: PATH, instruction: ...}, {feature: depth, feature_image: PATH, caption: ...}."""
+        """Values for the slots of the task's template, each a text or the path of an image: {text:
+        ...}, {image1: PATH, instruction: ...}, {feature: depth, feature_image: PATH, caption:
+        ...}."""
         max_pixels: PositiveInt = 64 * 1024 * 1024
-        """Of an image that is given."""
+        """Most pixels of a given image."""
 
         def check(self) -> None:
             if self.task not in SLOTS:
                 raise UserError(f"task is {self.task}; {choices(self.task, SLOTS)}")
             if not self.prompts:
-                raise UserError("prompts is empty")
+                raise UserError(
+                    "prompts is empty; give at least one, for example [{text: a red dog}] for "
+                    "text_to_image"
+                )
             for number, prompt in enumerate(self.prompts):
                 if set(prompt) != set(SLOTS[self.task]):
                     has, takes = ", ".join(sorted(prompt)) or "nothing", ", ".join(SLOTS[self.task])
@@ -83,16 +87,17 @@ class Showcase(Protocol):
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
         if self.answers_in == "text":
-            return {
-                "words": average(np.array([len(answer.text.split()) for answer in answers], float))
-            }
+            words = [len(answer.text.split()) for answer in answers]
+            return {"words": average(np.array(words, float))}
         return clip_score(answers)
 
     def fingerprint(self) -> str:
-        slots = [slot for slot in SLOTS[self.config.task] if slot in IMAGES]
-        return digest_of_parts(
-            _existing(prompt[slot]).read_bytes() for prompt in self.config.prompts for slot in slots
-        )
+        files = []
+        for prompt in self.config.prompts:
+            for slot in SLOTS[self.config.task]:
+                if slot in IMAGES:
+                    files.append(_existing(prompt[slot]))
+        return digest_of_parts(file.read_bytes() for file in files)
 
     # ---------------------------------------------------------------------------------------- parts
 
@@ -100,7 +105,9 @@ class Showcase(Protocol):
         task, id_ = self.config.task, f"{self.config.task}-{number}"
         if task == "text_to_image":
             return Item(id_, task, Document(id_, (TextSegment(prompt["text"]),)))
-        blank_HWC = np.zeros((1, 1, 3), np.uint8)  # stands where the answer is asked for
+
+        # The answer's slot holds a placeholder.
+        blank_HWC = np.zeros((1, 1, 3), np.uint8)
         values: dict[str, Any] = {
             "answer": "?",
             "caption": "?",
@@ -108,19 +115,14 @@ class Showcase(Protocol):
             "image2": blank_HWC,
         }
         for slot, value in prompt.items():
-            values[slot] = (
-                self._image(value)
-                if slot in IMAGES
-                else FEATURES[value]
-                if slot == "feature"
-                else value
-            )
+            if slot in IMAGES:
+                values[slot] = self._image(value)
+            elif slot == "feature":
+                values[slot] = FEATURES[value]
+            else:
+                values[slot] = value
         segments = fill_with_pixels(TABLE_5[task][0], values, ROLES[task])
-        document = Document(
-            id_,
-            segments,
-        )
-        return Item(id_, "instruction", document)
+        return Item(id_, "instruction", Document(id_, segments))
 
     def _image(self, path: str) -> np.ndarray:
         try:

@@ -1,5 +1,4 @@
-"""What an evaluation shows on a page, of a run or of a study: its figures as a table and a plot,
-and some answers."""
+"""What a page shows of an evaluation: its figures as a table and a plot, and some answers."""
 
 from __future__ import annotations
 
@@ -33,12 +32,18 @@ from cm3leon.registry import PROTOCOLS
 
 NOTE = "In brackets the interval of 95 %."
 SEEDS = (
-    "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in round brackets the "
-    "interval of 95 % of that mean (Student's t over the runs), in square brackets that over the items of one run. "
-    "Answers that are shown are of the first seed."
+    "Each figure is the mean over {count} seeds, ± the standard deviation between their runs; in "
+    "round brackets the interval of 95 % of that mean (Student's t over the runs), in square "
+    "brackets that over the items of one run. Answers that are shown are of the first seed."
 )
-ALL_DOCUMENTS = "All documents: the share of the prompts that had as many retrieved documents as were asked for."
-TRUNCATED = "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they ended."
+ALL_DOCUMENTS = (
+    "All documents: the share of the prompts that had as many retrieved documents as were asked "
+    "for."
+)
+TRUNCATED = (
+    "Truncated: the share of answers that were cut at their longest, {lengths} tokens, before they "
+    "ended."
+)
 CEILING = (
     "Ceiling: the true images after the image tokenizer, measured as answers are. Chance: the true "
     "answers to other items."
@@ -63,15 +68,15 @@ class AnsweredItem:
     answer: Answer
     right: bool | None
     samples: Sequence[Answer] = ()
-    """All images that were drawn, the best by CLIP first; empty for answers in text."""
+    """All images that were drawn, the best by CLIP first; () for answers in text."""
     retrieved: Sequence[Retrieved] = ()
-    """The documents that stood in the prompt, the closest last."""
+    """The documents in the prompt, the closest last."""
     original_HWC: np.ndarray | None = None
-    """The true image, where the answer is looked at beside it."""
+    """The true image, if the answer is to be compared with it."""
 
 
 def aim_fact(aim: Aim, evaluations: Mapping[str, Any]) -> Fact:
-    """The figure of an aim, large, with its interval and whether it reaches the aim."""
+    """The figure of an aim as a fact, with its interval and whether it reaches the aim."""
     row = next((row for row in evaluations[aim.evaluation] if row["row"] == aim.row), None)
     if row is None:
         return Fact(aim.label, numbers.DASH, f"{aim.evaluation} has no row {aim.row}")
@@ -102,7 +107,7 @@ AIMED: dict[Status, str] = {
 
 
 def aim_status(aim: Aim, found: Mapping[str, Any]) -> Status:
-    """Whether a figure reaches an aim, or its interval holds the bound that it does not reach."""
+    """Whether a figure reaches an aim ("good"), or its interval reaches it ("plain")."""
     lowest = -math.inf if aim.at_least is None else aim.at_least
     highest = math.inf if aim.at_most is None else aim.at_most
     if lowest == -math.inf and highest == math.inf:
@@ -124,14 +129,15 @@ def evaluation_section(
     """The section of an evaluation.
 
     Args:
-        examples: for each of its rows, what is shown of its answers.
-        text: what stands below its heading.
-        best: numbers of rows to mark.
-        by_compute: whether it is drawn against the FLOPs of training, not the first swept key.
+        examples: for each row, the answered items to show.
+        text: stands below the heading.
+        best: indices of rows to mark.
+        by_compute: whether the plot is against the FLOPs of training, not the first swept key.
     """
     blocks: list[Content] = [_table(evaluation, rows, best)]
     if evaluation.plot and _can_be_drawn(evaluation.plot, rows, by_compute):
         blocks.insert(0, _curves(evaluation.plot, rows, by_compute))
+
     for number, (row, few) in enumerate(zip(rows, examples, strict=True)):
         answered = Gallery([_card(example) for example in few], caption=row["row"])
         several = [example for example in few if len(example.samples) > 1]
@@ -146,10 +152,13 @@ def evaluation_section(
 def _table(
     evaluation: EvaluationConfig, rows: Sequence[Mapping[str, Any]], best: Collection[int]
 ) -> Table:
-    """A line for each row, then for its ceiling and its chance,
-    with what there is to say of them below."""
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
+    """A line for each row, then for ceiling and chance, with notes below."""
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(row["metrics"])
+    metrics = list(found)
     levels = [level for level in ("ceiling", "chance") if level in rows[0]]
+
     lines: list[dict[str, Cell]] = []
     for row in rows:
         line: dict[str, Cell] = {"": row["row"], **_cells(metrics, row["metrics"])}
@@ -160,7 +169,8 @@ def _table(
         if "training_flops" in row:
             line["FLOPs of training"] = f"{row['training_flops']:.2e}"
         lines.append(line)
-    # What is no figure of the answers is left open in the lines of the levels.
+
+    # In the lines of the levels, what is not a figure of the answers stays empty.
     open_cells: dict[str, Cell] = dict.fromkeys(lines[0], "")
     for level in levels:
         figures = _cells(metrics, rows[0][level])
@@ -185,23 +195,18 @@ def _cells(metrics: Sequence[str], found: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 _PICTURED = 4
-"""Rows of an evaluation whose answers are seen at once;
-those of the others are behind their names."""
+"""Rows of an evaluation whose answers are visible at once; those of other rows are folded."""
 
 
 def _samples(row: str, examples: Sequence[AnsweredItem]) -> Folded:
     """Every image that was drawn for some items, folded."""
     count = max(len(example.samples) for example in examples)
-    cards = [
-        Card(
-            [
-                Picture(np.asarray(sample.image_HWC), f"CLIP {sample.clip:.3f}")
-                for sample in example.samples
-            ],
-            caption=example.text,
-        )
-        for example in examples
-    ]
+    cards = []
+    for example in examples:
+        images = []
+        for sample in example.samples:
+            images.append(Picture(np.asarray(sample.image_HWC), f"CLIP {sample.clip:.3f}"))
+        cards.append(Card(images, caption=example.text))
     caption = "The first one is the answer that counts."
     return Folded(
         f"All {count} samples of {row}, the best by CLIP first", [Gallery(cards, caption=caption)]
@@ -217,32 +222,36 @@ def _can_be_drawn(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bo
 
 
 def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) -> Curves:
-    """The metric against the first swept key, a line for each model and combination of the other
-    keys; or against the FLOPs of training, a line for each model and combination
-    of all keys but the checkpoint's."""
+    """The metric against the first swept key,
+    one line for each model and combination of the other keys.
+
+    By compute, it is against the FLOPs of training, one line for each model and combination of all
+    keys but the checkpoint's.
+    """
     swept = list(rows[0]["point"])
     key = "" if by_compute else swept[0]
     others = [each for each in swept if each != "checkpoint"] if by_compute else swept[1:]
     most = max(row["training_flops"] for row in rows) if by_compute else 1.0
     power = 3 * (math.floor(math.log10(most)) // 3)
+
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         values = [f"{other.split('.')[-1]} {shown(row['point'][other])}" for other in others]
         name = ", ".join(filter(None, [row["model"], *values]))
         lines.setdefault(name, []).append(row)
-    series = [
-        Series(
-            name,
-            [
-                row["training_flops"] / 10**power if by_compute else float(row["point"][key])
-                for row in of
-            ],
-            *([row["metrics"][metric][part] for row in of] for part in ("value", "low", "high")),
-        )
-        for name, of in lines.items()
-    ]
+
+    def x_of(row: Mapping[str, Any]) -> float:
+        return row["training_flops"] / 10**power if by_compute else float(row["point"][key])
+
+    series, every_x = [], []
+    for name, of in lines.items():
+        xs, found = list(map(x_of, of)), [row["metrics"][metric] for row in of]
+        values = [figure["value"] for figure in found]
+        lows, highs = [each["low"] for each in found], [each["high"] for each in found]
+        series.append(Series(name, xs, values, lows, highs))
+        every_x += xs
     label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
-    log_x = is_logarithmic(key, [x for of in series for x in of.x])
+    log_x = is_logarithmic(key, every_x)
     return Curves(series, x_label=label, y_label=metric, log_x=log_x)
 
 
@@ -253,28 +262,26 @@ def _card(example: AnsweredItem) -> Card:
         ("original", example.original_HWC),
     ]
     images = [(label, image) for label, image in looked_at if image is not None]
-    # A picture alone says what it is.
+    # A single image needs no label.
     pictures = [Picture(image, label if len(images) > 1 else "") for label, image in images]
+
     status: Literal["good", "bad"] | None = None
     if example.right is not None:
         status = "good" if example.right else "bad"
     title = example.answer.text
     if not title and example.answer.image_HWC is None:
         title = "(empty)"
-    # A retrieved document of text alone has no picture to stand under.
-    texts = [f"retrieved: {each.text}" for each in example.retrieved if each.image is None]
+
+    # Retrieved images stand beside the answer; documents of text alone go into the caption.
+    texts, retrieved = [], []
+    for each in example.retrieved:
+        if each.image is None:
+            texts.append(f"retrieved: {each.text}")
+        else:
+            retrieved.append(Picture(np.asarray(each.image), each.text))
     cut = "truncated" if example.answer.truncated else ""
-    return Card(
-        pictures,
-        title=title,
-        caption="; ".join(filter(None, [example.text, cut, *texts])),
-        retrieved=[
-            Picture(np.asarray(each.image), each.text)
-            for each in example.retrieved
-            if each.image is not None
-        ],
-        status=status,
-    )
+    caption = "; ".join(filter(None, [example.text, cut, *texts]))
+    return Card(pictures, title=title, caption=caption, retrieved=retrieved, status=status)
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -285,13 +292,11 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 
 def _spread(found: Mapping[str, Any]) -> str:
-    """How a figure varies over the seeds, `± 0.012 (0.880 to 0.940)`; empty for a single seed."""
+    """How a figure varies over the seeds, `± 0.012 (0.880 to 0.940)`; "" for a single seed."""
     if "runs" not in found:
         return ""
-    deviation, low, high = (
-        numbers.metric(found["runs"][name]) for name in ("deviation", "low", "high")
-    )
-    return f"± {deviation} ({low} to {high})"
+    runs = {name: numbers.metric(found["runs"][name]) for name in ("deviation", "low", "high")}
+    return f"± {runs['deviation']} ({runs['low']} to {runs['high']})"
 
 
 def _interval(found: Mapping[str, Any]) -> str:

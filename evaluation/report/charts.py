@@ -1,8 +1,7 @@
-"""Charts: lines on shared axes, drawn by matplotlib,
-in the colours and letters of the page's style sheet.
+"""Charts: lines on shared axes, drawn by matplotlib in the colours and fonts of the style sheet.
 
-A chart's drawing has no text but the numbers of its axes. Title, legend and the axes' names are
-HTML around it, where they wrap and are read aloud.
+The drawing's only text is the numbers of its axes. Title, legend and axis labels are HTML around
+it, where they wrap and screen readers find them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 Numbers: TypeAlias = "Sequence[float] | np.ndarray"
 
 SIZE = (704, 290)
-"""Width and height of a chart in units of its own, which are CSS pixels at full width."""
+"""Width and height of a chart in its own units, which are CSS pixels at full width."""
 MAX_POINTS = 500
 """A longer line is thinned to this many points."""
 MARKED_POINTS = 24
@@ -32,7 +31,7 @@ MARKED_POINTS = 24
 COLOURS = 6
 """Colours of series in the style sheet."""
 DASHES = ("solid", "dashed", "dotted")
-"""What tells series apart once colours repeat."""
+"""Tell series apart once colours repeat."""
 STEPS = (1, 2, 2.5, 5, 10)
 """Distances between numbers on an axis, up to powers of ten."""
 
@@ -43,8 +42,7 @@ _SERIES_INKS = tuple(f"#0000{16 + index:02x}" for index in range(COLOURS))
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A line through `x` and `y`, both of one length;
-    `y_low` and `y_high` of the same length shade a band."""
+    """A line through `x` and `y`, of equal length; `y_low` and `y_high` shade a band."""
 
     name: str
     x: Numbers
@@ -54,7 +52,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLine:
     """A horizontal line to read the curves against."""
 
     y: float
@@ -63,8 +61,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines on shared axes. `smooth` > 1 draws the moving mean over that many points,
-    the raw line light behind it.
+    """Lines on shared axes. `smooth` > 1 draws the moving mean over that many points, with the raw
+    line lightly behind it.
 
     Points that are not finite are left out, as are those not above zero on a logarithmic axis.
     """
@@ -78,7 +76,7 @@ class Curves:
     log_y: bool = False
     log_x: bool = False
     smooth: int = 0
-    references: Sequence[Reference] = ()
+    references: Sequence[ReferenceLine] = ()
 
 
 def logged(
@@ -89,10 +87,9 @@ def logged(
     *,
     is_noisy: bool = False,
 ) -> Curves:
-    """Figures of training by step: a line for each of `names`,
-    which say under which key it was written.
+    """Figures of a training by step, with a line for each of `names`, which map line names to keys.
 
-    What is noisy is drawn as its moving mean over a twentieth of its points.
+    A noisy figure is drawn as its moving mean over a twentieth of its points.
     """
     series = []
     for name, key in names.items():
@@ -117,7 +114,7 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template shows of curves: the inside of an SVG element of `SIZE`, what it shows,
+    """What the template shows: the inside of an SVG element of `SIZE`, its description,
     the legend."""
 
     drawing: Markup
@@ -129,10 +126,10 @@ class Chart:
 def chart(curves: Curves, key: str) -> Chart:
     """Draw curves; `key` is unique in the page."""
     lines = [line_of(series, log_x=curves.log_x, log_y=curves.log_y) for series in curves.series]
-    strokes = [
-        Stroke(series.name, index % COLOURS + 1, _dash(index), has_points=len(line.x) > 0)
-        for index, (series, line) in enumerate(zip(curves.series, lines, strict=True))
-    ]
+    strokes = []
+    for index, (series, line) in enumerate(zip(curves.series, lines, strict=True)):
+        has_points = len(line.x) > 0
+        strokes.append(Stroke(series.name, index % COLOURS + 1, _dash(index), has_points))
     about = curves.title or f"{curves.y_label} by {curves.x_label}"
     if strokes:
         about += f": {', '.join(stroke.name for stroke in strokes)}"
@@ -161,7 +158,7 @@ class Line:
 
 
 def line_of(series: Series, *, log_x: bool, log_y: bool) -> Line:
-    """The points of a series that have a place on the axes."""
+    """The points of a series that can be drawn on the axes."""
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
     band = None
     if series.y_low is not None and series.y_high is not None:
@@ -236,7 +233,7 @@ def _drawn(curves: Curves, lines: Sequence[Line]) -> str:
 
 
 def _draw_line(axes: Axes, line: Line, smooth: int, ink: str, dash: str) -> None:
-    """One series on matplotlib's axes: the band, the raw line, the smoothed one over it."""
+    """Draw one series: the band, the raw line, the smoothed line over it."""
     marker = "o" if len(line.x) <= MARKED_POINTS else None
     thin = thinned(line)
     if thin.band is not None:
@@ -250,8 +247,8 @@ def _draw_line(axes: Axes, line: Line, smooth: int, ink: str, dash: str) -> None
 
 
 def _for_page(svg: str, prefix: str) -> Markup:
-    """The inside of matplotlib's file for a page: colours and fonts left to the style sheet,
-    ids under `prefix`."""
+    """The inside of matplotlib's file for a page: colours and fonts from the style sheet, ids with
+    `prefix`."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL

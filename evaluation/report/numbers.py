@@ -12,30 +12,29 @@ _NUMERIC = re.compile(r"nan|\u2212?inf|[\d\s.,%e/()\[\]+\-\u00b1\u00d7\u2013\u22
 
 
 def column(cells: Sequence[str | float | None]) -> list[str]:
-    """A column of a table as text, its floats lined up at the decimal point."""
+    """A column of a table as text, with floats aligned at the decimal point."""
     floats = [cell for cell in cells if isinstance(cell, float | np.floating)]
     decimals = max((_decimals(value) for value in floats), default=0)
     return [_cell(cell, decimals) for cell in cells]
 
 
 def is_numeric(texts: Sequence[str]) -> bool:
-    """Whether a column reads as numbers: digits, signs, units of per cent, intervals.
+    """Whether a column reads as numbers: digits, signs, per cent, intervals.
 
-    Dashes and gaps count for neither.
+    Dashes and gaps do not count.
     """
     filled = [text for text in texts if text.strip(f" -{DASH}")]
     return bool(filled) and all(_NUMERIC.fullmatch(text) for text in filled)
 
 
 def _decimals(value: float) -> int:
-    """Decimals that four digits of the value take."""
+    """Decimals that show a value with four digits."""
     text = f"{value:.4g}"
     return 0 if "e" in text else len(text.partition(".")[2])
 
 
 def _cell(cell: str | float | None, decimals: int) -> str:
-    """A string as it is, a dash for nothing, a float with `decimals`,
-    but not beyond five digits."""
+    """A string as it is, a dash for None, a float with `decimals` but at most five digits."""
     if cell is None:
         return DASH
     if isinstance(cell, str):
@@ -64,17 +63,17 @@ def tick(value: float) -> str:
 
 
 def metric(value: float) -> str:
-    """A figure of whatever size: 0.912, 27.3."""
+    """A figure of any size: 0.912, 27.3."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def interval(low: float, high: float, write: Callable[[float], str] = metric) -> str:
-    """The interval of a figure that `write` writes: [0.880, 0.940]."""
+    """The interval of a figure that `write` formats: [0.880, 0.940]."""
     return f"[{write(low)}, {write(high)}]"
 
 
 def counted(count: int, noun: str) -> str:
-    """So many of something: 1 code, 1,024 codes."""
+    """A number of things: 1 code, 1,024 codes."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of, and how it becomes a page:
+"""The parts of a report, and how they become a page:
 templates are filled with these dataclasses."""
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Link:
-    """A cell that leads to a file beside the page, or in a folder below it:
-    `path` is relative to the page's folder."""
+    """A cell that links to a file beside the page or in a folder below it.
+
+    `path` is relative to the page's folder.
+    """
 
     text: str
     path: PurePath
 
     @property
     def address(self) -> str:
-        """The path as an address that no letter in it turns into a protocol,
-        a query or a place in a page."""
+        """The path as an address in which no character can become a protocol,
+        a query or an anchor."""
         return f"./{quote(self.path.as_posix())}"
 
 
@@ -45,8 +47,8 @@ Cell = str | int | float | Link | None
 
 @dataclass(frozen=True)
 class Fact:
-    """One large figure at the top: `value` is what is read first, `label` what it measures,
-    `note` its context."""
+    """One large figure at the top: its `value`, the `label` of what it measures,
+    and a `note` on it."""
 
     label: str
     value: str
@@ -56,11 +58,11 @@ class Fact:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image of uint8 with 1, 3 or 4 channels, drawn `height` CSS pixels tall.
+    """A uint8 image with 1, 3 or 4 channels, drawn `height` CSS pixels tall.
 
-    Enlarged twice or more, a `pixelated` picture is drawn at the largest whole multiple of its size
-    within `height`, so that its pixels stay squares of one size. `label` stands under it and is its
-    text for those who cannot see it.
+    A `pixelated` image that is enlarged twice or more is drawn at the largest whole multiple of its
+    size within `height`, so that its pixels stay squares of one size. `label` stands under it and
+    is its text for screen readers.
     """
 
     pixels_HWC: np.ndarray
@@ -70,25 +72,25 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The image as a data URI, one PNG pixel for each of its own."""
+        """The image as a data URI, one PNG pixel for each pixel."""
         return png_uri(self.pixels_HWC)
 
     def size(self, height: int) -> tuple[int, int]:
-        """Width and height in CSS pixels where `height` is given to it."""
+        """Width and height in CSS pixels at a given height."""
         native_height, native_width = self.pixels_HWC.shape[:2]
         if self.pixelated and height >= 2 * native_height:
             height -= height % native_height
         return max(1, round(native_width * height / native_height)), height
 
     def has_squares(self, height: int) -> bool:
-        """Whether its pixels, drawn `height` tall, are to be seen as squares."""
+        """Whether its pixels are visible as squares when drawn `height` tall."""
         return self.pixelated and height % len(self.pixels_HWC) == 0
 
 
 @dataclass(frozen=True)
 class Card:
     """One sample: its images, the title and caption under them,
-    the retrieved documents at half the size beside."""
+    retrieved documents at half the size."""
 
     images: Sequence[Picture]
     title: str = ""
@@ -98,8 +100,8 @@ class Card:
 
     @property
     def width(self) -> int:
-        """CSS pixels it needs: its images side by side,
-        and room for retrieved documents with their captions."""
+        """CSS pixels that it needs: its images side by side,
+        and retrieved documents with their captions."""
         gap, words, narrowest = 12, 104, 128
         width = sum(image.size(image.height)[0] + gap for image in self.images)
         if self.retrieved:
@@ -110,7 +112,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards in a grid of at most `columns` columns; as many as fit without it."""
+    """Cards in a grid of at most `columns` columns; None: as many as fit."""
 
     kind: ClassVar[str] = "gallery"
 
@@ -121,7 +123,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Strip:
-    """Titled rows of pictures aligned in columns, such as originals over their reconstructions."""
+    """Titled rows of images aligned in columns, such as originals over their reconstructions."""
 
     kind: ClassVar[str] = "strip"
 
@@ -141,9 +143,8 @@ class WrittenCell:
 @dataclass(frozen=True)
 class Table:
     """Rows of cells, one for each column; the first cell of a row names it.
-    `highlight` holds indices of rows.
 
-    Columns that are all called "" have no line of names above them.
+    `highlight` holds indices of rows. A table whose columns are all called "" has no header.
     """
 
     kind: ClassVar[str] = "table"
@@ -157,13 +158,16 @@ class Table:
     def of(
         cls, rows: Sequence[Mapping[str, Cell]], caption: str = "", highlight: Collection[int] = ()
     ) -> Table:
-        """A table of rows that name their cells; a dash stands where a row has none."""
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        """A table of rows that name their cells; missing ones become a dash."""
+        names: dict[str, None] = {}
+        for row in rows:
+            names |= dict.fromkeys(row)
+        columns = list(names)
         cells = [[row.get(name) for name in columns] for row in rows]
         return cls(columns, cells, caption, frozenset(highlight))
 
     def written(self) -> tuple[list[WrittenCell], list[list[WrittenCell]]]:
-        """The names of the columns and the rows, as text; floats of a column are lined up."""
+        """The column names and the rows as text, with floats of a column aligned."""
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
@@ -195,7 +199,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Text kept as it is, line by line: a command, a configuration."""
+    """Text kept line by line: a command, a configuration."""
 
     kind: ClassVar[str] = "code"
 
@@ -208,8 +212,7 @@ Content: TypeAlias = "Table | Gallery | Strip | Curves | Text | Code | Folded"
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are seen when their title is clicked:
-    what a reader looks up rather than reads."""
+    """Blocks that appear when their title is clicked: things to look up rather than read."""
 
     kind: ClassVar[str] = "folded"
 
@@ -238,13 +241,12 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the page to `path`, in one step: a reader sees the old file or the new one,
-    never half of either."""
+    """Write the page to `path` atomically: a reader sees the old file or the new one."""
     write_page(path, render(report))
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write HTML as a file, in one step."""
+    """Write HTML to a file atomically."""
     content = page.encode("utf-8", errors="xmlcharrefreplace")  # captions may hold lone surrogates
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,12 +288,12 @@ def paragraphs(text: str) -> list[str]:
 
 
 def px(length: float) -> str:
-    """A length in a drawing: tenths of a CSS pixel are enough."""
+    """A length in a drawing, in tenths of a CSS pixel."""
     return f"{length:.1f}"
 
 
 def png_uri(pixels_HWC: np.ndarray) -> str:
-    """An image as a data URI, one PNG pixel for each of its own."""
+    """An image as a data URI, one PNG pixel for each pixel."""
     from PIL import Image
 
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3, 4):

@@ -1,8 +1,8 @@
-"""One training sample as an HTML page: what the model is trained on,
-drawn as the paper's figures 8 and 9 draw it.
+"""One training sample as an HTML page: what the model is trained on, drawn like the paper's figures
+8 and 9.
 
-The page is one file with nothing to fetch and no script. Every string is escaped: captions and ids
-come from data sets and are trusted with nothing.
+The page is one file with nothing to fetch and no script. Every string is escaped, since captions
+and ids come from data sets and are not trusted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -29,16 +29,17 @@ SPECIAL_KINDS: tuple[Kind, ...] = ("pad", "eos", "break", "end")
 """Kinds of the special tokens, in the order of their ids."""
 
 MOST_CODES, FIRST_CODES, LAST_CODES = 16, 8, 3
-"""A longer run of codes is abbreviated to its first and last ones."""
+"""A longer run of codes is abbreviated to its first and last codes."""
 UNFOLDED = 8
 """A longer run of codes is folded in the table of tokens."""
 PIXELS = 112
-"""Side of a picture, in CSS pixels."""
+"""Side of an image, in CSS pixels."""
+
+# The drawing of a rotation, in CSS pixels: between boxes, width of a letter, height of a box, tops
+# of the rows.
 GAP, LETTER, TALL, ROWS = 3, 6.7, 28, (34, 106, 178)
-"""The drawing of a rotation, in CSS pixels: between boxes, a letter, the height of a box,
-the tops of its rows."""
 LONG_LABEL = 17
-"""A longer label of a box is cut."""
+"""A longer label of a box is shortened."""
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -67,8 +68,7 @@ class Names:
         return kind if kind in ("text", "image") else "mask"
 
     def token(self, id_: int) -> str:
-        """One token: a special token's name, a code's number,
-        or a piece with its spaces visible."""
+        """One token: a special token's name, a code's number, or a piece with visible spaces."""
         match self.kind(id_):
             case "text":
                 return visible(self.piece(id_)).replace(" ", "␣")
@@ -80,8 +80,7 @@ class Names:
                 return self.specials[id_]
 
     def run(self, ids_T: np.ndarray) -> str:
-        """Tokens of one kind in a row: text as text, codes as `17 993 4 ... 12 8`,
-        others by name."""
+        """Tokens of one kind: text as text, codes as `17 993 4 ... 12 8`, others by name."""
         kind = self.kind(int(ids_T[0]))
         if kind == "text":
             return visible(self.decode(ids_T))
@@ -104,7 +103,7 @@ def visible(text: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ShownSegment:
-    """A segment of the laid-out sample; for an image its pictures with their labels,
+    """A segment of the laid-out sample; for an image its pictures with labels,
     that of its codes first."""
 
     span: SegmentSpan
@@ -113,7 +112,7 @@ class ShownSegment:
 
 @dataclass(frozen=True)
 class ShownDocument:
-    """A document of the sample: its part in it, its id, how it was found, and its segments."""
+    """A document of the sample: its role, its id, how it was found, and its segments."""
 
     role: str
     id: str
@@ -124,7 +123,7 @@ class ShownDocument:
 @dataclass(frozen=True)
 class Companion:
     """A sample, or a piece of one, in a block: its name, the id of its query,
-    and how many tokens it has there."""
+    and its number of tokens."""
 
     name: str
     query: str
@@ -133,11 +132,11 @@ class Companion:
 
 @dataclass(frozen=True, eq=False)
 class ShownPiece:
-    """Positions [start, end) of the laid-out sample as they are trained on, in a block.
+    """Positions [start, end) of the laid-out sample as they are trained on in a block.
 
-    `spans` are those that were moved, as positions of the laid-out sample, and `source_T` has for
-    each trained token its position there, -1 for one that was added; both are None where the
-    objective changed the sample otherwise.
+    `spans` are the moved spans, as positions of the laid-out sample; `source_T` has for each
+    trained token its position there, -1 for an added one. Both are None if the objective changed
+    the sample in another way.
     """
 
     start: int
@@ -162,23 +161,23 @@ class ShownPiece:
 
     @property
     def tail(self) -> int:
-        """Where its moved spans begin, each between its sentinel and `<end_of_span>`;
-        its length if there are none."""
+        """Where its moved spans start, each between its sentinel and `<end_of_span>`; its length if
+        it has none."""
         return len(self.ids_T) - sum(end - start + 2 for start, end in self.spans or ())
 
     @property
     def loss_T(self) -> np.ndarray:
-        """The weight of each of its tokens as a target; the first one is none."""
+        """The weight of each of its tokens as a target; the first token is not a target."""
         weight_T = self.block.weight_T[self.block.sample_T == self.number]
         return np.concatenate([[0], weight_T[:-1]]).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class ShownSample:
-    """All there is to see of a training sample.
+    """Everything to show of a training sample.
 
-    `left_out` are the ids of retrieved documents that its block has no room for; `grid` is the side
-    of an image, in codes.
+    `left_out` are the ids of retrieved documents for which its block has no room; `grid` is the
+    side of an image in codes.
     """
 
     title: str
@@ -200,16 +199,14 @@ class ShownSample:
 
     @cached_property
     def span_numbers(self) -> np.ndarray:
-        """Which of `spans` each position of the laid-out sample lies in, -1 for none:
-        int64 (T,)."""
+        """Index in `spans` of each position of the laid-out sample, -1 outside: int64 (T,)."""
         numbers_T = np.full(len(self.laid_out.ids_T), -1)
         for number, (_, (start, end)) in enumerate(self.spans):
             numbers_T[start:end] = number
         return numbers_T
 
     def moved(self, piece: ShownPiece) -> np.ndarray:
-        """Which of `spans` each token of a piece belongs to, sentinels included, -1 for none:
-        int64 (T,)."""
+        """Index in `spans` of each token of a piece, sentinels included, -1 outside: int64 (T,)."""
         if piece.source_T is None:
             return np.full(len(piece.ids_T), -1)
         before = sum(len(other.spans or ()) for other in self.pieces if other.start < piece.start)
@@ -219,23 +216,22 @@ class ShownSample:
         return numbers_T
 
     def words(self, span: SegmentSpan) -> list[tuple[str, int]]:
-        """The text of a segment in parts, each with which of `spans` it lies in, -1 for none."""
+        """The text of a segment in parts, each with its index in `spans`, -1 outside."""
         ids_T = self.laid_out.ids_T[span.start : span.end]
         number_T = self.span_numbers[span.start : span.end]
-        return [
-            (self.names.run(ids_T[start:end]), int(number_T[start]))
-            for start, end in runs(ids_T, self.names, number_T)
-        ]
+        parts = []
+        for start, end in runs(ids_T, self.names, number_T):
+            parts.append((self.names.run(ids_T[start:end]), int(number_T[start])))
+        return parts
 
     def moved_codes(self, span: SegmentSpan) -> dict[int, int]:
-        """How many codes of an image lie in which of `spans`."""
+        """How many codes of an image lie in each of `spans`."""
         number_T = self.span_numbers[span.start : span.end]
         numbers_M, counts_M = np.unique(number_T[number_T >= 0], return_counts=True)
         return dict(zip(numbers_M.tolist(), counts_M.tolist(), strict=True))
 
     def moved_cells(self, span: SegmentSpan) -> Iterator[tuple[int, int, int, int]]:
-        """Moved codes of an image as (which of `spans`, column, row, width),
-        one row of the image at a time."""
+        """Moved codes of an image as (index in `spans`, column, row, width), row by row."""
         number_T = self.span_numbers[span.start : span.end]
         borders = [0, *(np.flatnonzero(np.diff(number_T)) + 1).tolist(), len(number_T)]
         for start, end in pairwise(borders):
@@ -247,20 +243,19 @@ class ShownSample:
                 yield int(number_T[start]), left - first, row, right - left
 
     def document_at(self, position: int) -> str:
-        """The role of the document that a position of the laid-out sample belongs to,
-        empty between documents."""
+        """The role of the document at a position of the laid-out sample; "" between documents."""
         for document in self.documents:
-            if (
-                document.segments
-                and document.segments[0].span.start <= position < document.segments[-1].span.end
-            ):
+            if not document.segments:
+                continue
+            first, last = document.segments[0].span, document.segments[-1].span
+            if first.start <= position < last.end:
                 return document.role
         return ""
 
 
 def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Divides a sequence into runs [start, end) of text or of codes that agree in all keys,
-    and single other tokens."""
+    """Divide a sequence into runs [start, end) of text or codes that agree in all keys; each other
+    token is a run."""
     kinds = [names.kind(int(id_)) for id_ in ids_T]
     start = 0
     for end in range(1, len(kinds) + 1):
@@ -281,13 +276,13 @@ def runs(ids_T: np.ndarray, names: Names, *keys_T: np.ndarray) -> Iterator[tuple
 def write_sample_page(
     path: Path, sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = ""
 ) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     write_page(path, render_sample(sample, facts, footer))
 
 
 def render_sample(sample: ShownSample, facts: Sequence[tuple[str, str]], footer: str = "") -> str:
     """The page as HTML; `facts` are the rows of its first table,
-    `footer` says whose the pictures are."""
+    `footer` names the images' licensors."""
     return fill(
         "sample.html",
         sample=sample,
@@ -318,8 +313,7 @@ def block_of(piece: ShownPiece) -> Table:
 
 
 def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int, bool]]:
-    """The tokens of a piece as long runs of codes, which are folded,
-    and what lies between these."""
+    """The tokens of a piece as long runs of codes, which are folded, and what lies between them."""
     begin = 0
     for start, end in runs(piece.ids_T, sample.names, sample.moved(piece), piece.loss_T):
         is_image = sample.names.kind(int(piece.ids_T[start])) == "image"
@@ -337,8 +331,8 @@ def folds_of(sample: ShownSample, piece: ShownPiece) -> Iterator[tuple[int, int,
 
 @dataclass(frozen=True)
 class Bar:
-    """A run of tokens from `start` on as a box of the drawing,
-    its left and right side in CSS pixels."""
+    """A run of tokens from `start` as a box of the drawing,
+    with its left and right side in CSS pixels."""
 
     start: int
     left: float
@@ -352,7 +346,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Band:
-    """From the boxes of a span in one row, above, to those in the next, below."""
+    """A band from the boxes of a span in one row to those in the next row."""
 
     span: int
     above: tuple[float, float]
@@ -387,15 +381,15 @@ def rotation_of(sample: ShownSample, piece: ShownPiece) -> Rotation:
         np.ones(end - start, bool),
         role_T,
     )
-    stays, behind = (
-        _bars(names, top, piece.ids_T[part], moved_T[part], has_loss_T[part])
-        for top, part in ((ROWS[1], slice(tail)), (ROWS[2], slice(tail, None)))
-    )
+    stays = _bars(names, ROWS[1], piece.ids_T[:tail], moved_T[:tail], has_loss_T[:tail])
+    behind = _bars(names, ROWS[2], piece.ids_T[tail:], moved_T[tail:], has_loss_T[tail:])
 
+    # Documents are named above their boxes.
     documents: dict[str, list[Bar]] = {}
     for bar in above:
         documents.setdefault(str(role_T[bar.start]), []).append(bar)
     documents.pop("", None)  # special tokens between documents
+
     bands = []
     for span in dict.fromkeys(bar.span for bar in above if bar.span >= 0):
         bands += [_band(above, stays, span), _band(stays, behind, span)]
@@ -403,7 +397,7 @@ def rotation_of(sample: ShownSample, piece: ShownPiece) -> Rotation:
     return Rotation(
         {role: _sides(bars) for role, bars in documents.items()},
         bands,
-        [bar for row in rows for bar in row],
+        list(chain.from_iterable(rows)),
         width=max(bars[-1].right for bars in (above, stays, behind) if bars) + 2,
         height=ROWS[len(rows) - 1] + TALL + 2,
     )
@@ -417,8 +411,8 @@ def _bars(
     has_loss_T: np.ndarray,
     *keys_T: np.ndarray,
 ) -> list[Bar]:
-    """Boxes wide enough for their labels; longer runs have wider ones, not in proportion:
-    all of it is to be seen."""
+    """Boxes wide enough for their labels; longer runs have wider boxes, but not in proportion, so
+    that everything stays visible."""
     bars, left = [], 0.0
     for start, end in runs(ids_T, names, span_T, has_loss_T, *keys_T):
         kind, label = names.kind(int(ids_T[start])), names.run(ids_T[start:end])

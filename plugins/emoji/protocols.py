@@ -11,7 +11,7 @@ import numpy as np
 from cm3leon.config import PositiveInt
 from cm3leon.evaluation.images import FeatureStatistics, cell_features
 from cm3leon.evaluation.metrics import Measured, proportion
-from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, Shown, clip_score
+from cm3leon.evaluation.protocols.base import Answer, Item, Protocol, ShownItem, clip_score
 from cm3leon.evaluation.protocols.corpus import GREY
 from cm3leon.registry import PROTOCOLS
 from cm3leon.types import Document, ImageSegment, TextSegment, UserError
@@ -116,7 +116,7 @@ class EmojiTask(Protocol):
         nearest = known.nearest_by_pixels(np.asarray(answer.image_HWC)[None])
         return bool(self._right(known, [item.truth], nearest)[0])
 
-    def shown(self, item: Item) -> Shown:
+    def shown(self, item: Item) -> ShownItem:
         image_HWC, task = item.document.images[-1], self.config.task
         if task in ("caption", "edit"):
             of_base = super().shown(item)
@@ -125,11 +125,11 @@ class EmojiTask(Protocol):
                 of_base, text=truth, original_HWC=None if task == "caption" else image_HWC
             )
         if task == "text_to_image":
-            return Shown(item.document.text, None, image_HWC)
+            return ShownItem(item.document.text, None, image_HWC)
         given_HWC = image_HWC.copy()
         middle = len(image_HWC) // 2
         given_HWC[slice(0, middle) if task == "infill_top" else slice(middle, None)] = GREY
-        return Shown(item.document.text, given_HWC, image_HWC)
+        return ShownItem(item.document.text, given_HWC, image_HWC)
 
     def fingerprint(self) -> str:
         return made_with()
