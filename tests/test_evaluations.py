@@ -206,7 +206,10 @@ def test_values_of_a_point_take_the_place_of_a_setting_s() -> None:
         (["evaluations.text_to_image.setting.decoder=greedy"], "text_to_image.setting.decoder"),
         (["evaluations.caption.setting.dokuments=1"], "did you mean documents?"),
         (["evaluations.caption.protocol.task=captoin"], "did you mean caption?"),
-        (["evaluations.caption.plot=accuracy", "evaluations.caption.sweep={}"], "plot is against"),
+        (
+            ["evaluations.caption.plot=accuracy", "evaluations.caption.sweep={}"],
+            "is drawn against the first key of sweep",
+        ),
         (
             ["evaluations.caption.best_of=guidance", "text_decoder=greedy"],
             "caption.best_of is guidance, whose best row sets decoder.cfg, which the decoder greedy does not have",

@@ -83,8 +83,8 @@ class Request:
         longest = max(map(len, self.used()))
         if longest + self.length > seq_len:
             raise UserError(
-                f"a prompt of {longest} tokens and an answer of {self.length} do not fit the "
-                f"model's {seq_len} positions (model.seq_len); ask for a shorter answer or fewer "
+                f"model.seq_len: a prompt of {longest} tokens and an answer of {self.length} do "
+                f"not fit the model's {seq_len} positions; ask for a shorter answer or fewer "
                 "retrieved documents, or use a model with a larger model.seq_len"
             )
 

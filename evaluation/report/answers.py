@@ -246,9 +246,9 @@ def _curves(metric: str, rows: Sequence[Mapping[str, Any]], by_compute: bool) ->
     series, every_x = [], []
     for name, of in lines.items():
         xs, found = list(map(x_of, of)), [row["metrics"][metric] for row in of]
-        values = [figure["value"] for figure in found]
+        ys = [each["value"] for each in found]
         lows, highs = [each["low"] for each in found], [each["high"] for each in found]
-        series.append(Series(name, xs, values, lows, highs))
+        series.append(Series(name, xs, ys, lows, highs))
         every_x += xs
     label = f"FLOPs of training, in units of 10^{power}" if by_compute else key.split(".")[-1]
     log_x = is_logarithmic(key, every_x)
