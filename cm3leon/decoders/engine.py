@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -315,7 +316,7 @@ class Engine:
 
     def _add_tokens(self) -> None:
         """Compute every row's window, let each lane take its tokens, and release finished lanes."""
-        lanes = [lane for group in self._groups.values() for lane in group.lanes]
+        lanes = [*chain.from_iterable(group.lanes for group in self._groups.values())]
         length_before = {lane: lane.grown for lane in lanes}
         hidden_RWD = self._hidden()
 

@@ -44,7 +44,10 @@ class Request:
         )
 
     def _all_decoders(self) -> list[Decoder]:
-        return [decoder for by_modality in self.decoders for decoder in by_modality.values()]
+        found: list[Decoder] = []
+        for by_modality in self.decoders:
+            found += by_modality.values()
+        return found
 
     def used(self) -> tuple[np.ndarray, ...]:
         """The streams that its decoders look at."""

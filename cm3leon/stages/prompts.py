@@ -35,7 +35,11 @@ def retrieved_rows(
     queries = run.retriever.parts(texts, images_BHWC)
     # Every document takes at least one position, so more of them cannot fit.
     rows_QK, _ = run.retriever.retrieve(run.bank, queries, by, count=min(count, run.seq_len))
-    return [[row for row in reversed(rows_K) if row != NONE] for rows_K in rows_QK.tolist()]
+
+    found = []
+    for rows_K in rows_QK.tolist():
+        found.append([row for row in reversed(rows_K) if row != NONE])
+    return found
 
 
 def found_rows(
@@ -47,9 +51,9 @@ def found_rows(
     Args:
         pixels_HWC: uint8, in the size of the image tokenizer; either it or the text may be None.
     """
-    query = run.retriever.parts(
-        None if text is None else [text], None if pixels_HWC is None else pixels_HWC[None]
-    )
+    texts = None if text is None else [text]
+    images_BHWC = None if pixels_HWC is None else pixels_HWC[None]
+    query = run.retriever.parts(texts, images_BHWC)
     rows_K = [row for row in run.bank.search(query.mean(), count)[0].tolist() if row != NONE]
     return list(zip(rows_K, _scores(run, query, rows_K), strict=True))
 

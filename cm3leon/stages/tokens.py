@@ -186,8 +186,9 @@ def make_tokens(run: RunFolder, folder: Path) -> None:
     if not len(TokenShards(folder)):
         first = None
         for file in sorted((folder / "skipped").glob("*.jsonl")):
-            for item in read_log(file):
-                first = first or item
+            if left_out := read_log(file):
+                first = left_out[0]
+                break
         why = f" (the first: {first['file']}: {first['reason']})" if first else ""
         raise UserError(
             "data: the corpus has no document to train on; what was left out is listed in "

@@ -42,7 +42,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             ShardedMuon(matrices, lr=rate, momentum=MOMENTUM),
             torch.optim.AdamW(others, lr=rate, betas=betas, fused=True),
         ]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        groups: list[dict[str, Any]] = []
+        for part in self._parts:
+            groups += part.param_groups
+        super().__init__(groups, {})
         for part in self._parts:
             part.state = self.state
 

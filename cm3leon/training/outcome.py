@@ -54,7 +54,7 @@ class Gradients:
 
     def __init__(self, module: nn.Module, clipped: Sequence[nn.Module], ranks: Ranks) -> None:
         self._named = list(module.named_parameters())
-        self._clipped = [{id(weight) for weight in part.parameters()} for part in clipped]
+        self._clipped = [set(map(id, part.parameters())) for part in clipped]
         self._ranks = ranks
         self.names: list[str] = []
         """Of the parameters that had a gradient in the last step."""

@@ -78,7 +78,7 @@ class RankedAnswers(Protocol):
 
 
 @PROTOCOLS.register("answers")
-class Answers(Protocol):
+class TextAnswers(Protocol):
     """Answers in text to each image or question of a source,
     measured by the rule of its data set."""
 

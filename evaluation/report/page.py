@@ -163,7 +163,9 @@ class Table:
         for row in rows:
             names |= dict.fromkeys(row)
         columns = list(names)
-        cells = [[row.get(name) for name in columns] for row in rows]
+        cells = []
+        for row in rows:
+            cells.append([row.get(name) for name in columns])
         return cls(columns, cells, caption, frozenset(highlight))
 
     def written(self) -> tuple[list[WrittenCell], list[list[WrittenCell]]]:
