@@ -24,10 +24,10 @@ def _without_apostrophes() -> dict[str, str]:
     list has such pairs."""
     table: dict[str, str] = {}
     for word in _CONTRACTED.split():
-        first, last = word.find("'"), word.rfind("'")
         table[word.replace("'", "", 1)] = word
-        if last > first:
-            table[word[:last] + word[last + 1 :]] = word
+        if word.count("'") == 2:
+            before, after = word.rsplit("'", 1)
+            table[before + after] = word
     return table
 
 
