@@ -29,6 +29,8 @@ from cm3leon.types import UserError
 
 EARLIER = ("tasks", "task_decoders", "generation", "metrics")
 """Sections of earlier versions, which `evaluations` has replaced."""
+EARLIER_TEXT_TOKENIZER = {"pattern": "words"}
+"""Of runs from before there was a choice, which do not say it."""
 SWEEP = "sweep"
 """Section of dotted keys and the values that they take in turn; it makes an experiment a sweep."""
 
@@ -78,7 +80,7 @@ class Reading(TypedDict, total=False):
     sections: Mapping[str, Any] | None
     """Whole ones that take the place of the file's."""
     earlier: bool
-    """Leave out what earlier versions asked of a model, for a run that one of them made."""
+    """Leave out what earlier versions asked of a model, and say what they did not: for their runs."""
 
 
 def load_experiment(
@@ -132,6 +134,9 @@ def load_mapping(
     mapping = with_absolute_plugins({**mapping, **(reading.get("sections") or {})}, Path.cwd())
     if reading.get("earlier"):
         mapping = {name: value for name, value in mapping.items() if name not in EARLIER}
+        text_tokenizer = mapping.get("text_tokenizer", {})
+        if isinstance(text_tokenizer, Mapping):
+            mapping["text_tokenizer"] = {**EARLIER_TEXT_TOKENIZER, **text_tokenizer}
     _refuse_earlier(name_or_path, mapping)
     trusted = reading.get("trusted_plugins")
     if trusted is not None:

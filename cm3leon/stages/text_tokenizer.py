@@ -33,7 +33,7 @@ def text_tokenizer_inputs(run: RunFolder) -> Any:
     """What the tokenizer depends on besides the captions: a corpus of its own,
     or the reused file."""
     file = run.reused_digest(TEXT_TOKENIZER)
-    inputs = {**run.depends_on("text_tokenizer"), "file": file, **run.layout_inputs()}
+    inputs = {"text_tokenizer": _settings(run), "file": file, **run.layout_inputs()}
     if run.reused is not None or run.experiment.text_data is None:
         return inputs
     with _as_text_data():
@@ -43,6 +43,17 @@ def text_tokenizer_inputs(run: RunFolder) -> Any:
             "text_corpus": _text_source(run).fingerprint(),
             **run.depends_on("split", "seed"),
         }
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """The settings of what is learned.
+
+    Records from before there was a choice of patterns have none: it was `words`.
+    """
+    settings: dict[str, Any] = run.depends_on("text_tokenizer")["text_tokenizer"]
+    if run.reused is not None or settings["pattern"] == "words":
+        del settings["pattern"]
+    return settings
 
 
 def make_text_tokenizer(run: RunFolder, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Byte-level BPE, digits split one by one (the lineage's choice), trained and run by the `tokenizers` library."""
+"""Byte-level BPE over the words of a pattern, trained and run by the `tokenizers` library."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cm3leon.config import PositiveInt, Range
 from cm3leon.io import read_json, write_json
 from cm3leon.permissions import check_readable
 from cm3leon.tokenizers.layout import SPECIALS, LayoutTable
+from cm3leon.tokenizers.patterns import Pattern, expression, learned_from
 from cm3leon.types import UserError
 
 BYTES = 256
@@ -33,14 +35,16 @@ BATCH = 1 << 20
 
 @dataclass(kw_only=True)
 class TextTokenizerConfig:
-    """Size of the text vocabulary, and how much text it is learned from."""
+    """Size of the text vocabulary, where its pieces end, and how much text it is learned from."""
 
     vocab_size: Annotated[int, Range(ge=BYTES + len(SPECIALS))] = 56_320
     """Text ids, the four special tokens and the 256 bytes included; fewer are used where the corpus has few merges."""
     min_frequency: PositiveInt = 2
     """A pair of pieces is merged only if the sample holds it at least this often."""
+    pattern: Pattern = "qwen3_5"
+    """Words that no piece reaches across: `words` is our own, the others are of published models."""
     max_word: Annotated[int, Range(ge=1, le=1000)] = 64
-    """Characters after which a run of letters, signs or white space is cut: a piece has no more, and a space before."""
+    """Characters after which a word is cut for learning: no piece has more (`words`: and a space)."""
     sample_bytes: PositiveInt | None = 1_000_000_000
     """UTF-8 bytes of text that are read, equally many from each part of the corpus; null = all of it."""
 
@@ -48,8 +52,9 @@ class TextTokenizerConfig:
 class TextTokenizer:
     """Text to ids and back, exactly, for any Unicode string; text never becomes a special token.
 
-    The special tokens are the first four *ordinary* entries of the vocabulary: what the library calls special tokens
-    would be recognised inside user text. No merge can produce them, because "<" is always a piece of its own.
+    The special tokens are the first four *ordinary* entries of the vocabulary: what the library
+    calls special tokens would be recognised inside user text. No merge can produce them, because
+    no pattern has a word with a letter before ">".
     A lone surrogate, which JSON can smuggle into a Python string but no Unicode text may hold, counts as U+FFFD.
     """
 
@@ -67,7 +72,10 @@ class TextTokenizer:
         Raises:
             UserError: where there is no text at all.
         """
-        learner = _pipeline(models.BPE(), config.max_word)
+        learner = Tokenizer(models.BPE())
+        learner.decoder = decoders.ByteLevel()
+        # Words are cut for learning only, so that the file has the pattern as others know it.
+        learner.pre_tokenizer = _cut_at(*learned_from(config.pattern, config.max_word))
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size - len(SPECIALS),
             min_frequency=config.min_frequency,
@@ -77,11 +85,14 @@ class TextTokenizer:
         with tqdm(
             desc="text", unit="B", unit_scale=True, mininterval=2.0, dynamic_ncols=True
         ) as progress:
-            learner.train_from_iterator(_stretches(texts, progress), trainer)
-            if not progress.n:
+            stretches = _stretches(texts, progress)
+            first = next(stretches, None)
+            if first is None:
                 raise UserError(
                     "text_tokenizer: the corpus holds no text to train on, at least one caption is needed"
                 )
+            learner.train_from_iterator(itertools.chain([first], stretches), trainer)
+        learner.pre_tokenizer = _cut_at(expression(config.pattern, config.max_word))
         return cls(_with_specials(learner), config.vocab_size)
 
     @classmethod
@@ -198,34 +209,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------------------ from text to words
 
 
-def _pipeline(model: models.BPE, max_word: int) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_words(max_word)), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _words(longest: int) -> str:
-    """What merges never cross: GPT-2's words, but digits and "<" alone, accents with their letters, none too long.
-
-    White space before a word is one run, of which the word takes the last space; a run that ends in a newline stays
-    whole. Without the limit a megabyte of base64 or of Chinese would be one word, through which every merge goes again.
-
-    "it's 12\\n\\n  <red> dogs" -> "it" "'s" " " "1" "2" "\\n\\n " " " "<" "red" ">" " dogs"
-    """
-    return (
-        r"'(?:s|t|re|ve|m|ll|d)|\p{N}|<"
-        rf"| ?[\p{{L}}\p{{M}}]{{1,{longest}}}"
-        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}<]{{1,{longest}}}"
-        rf"|\s{{0,{longest - 1}}}[\r\n](?!\s)"
-        rf"|\s{{1,{longest}}}(?!\S)"
-        rf"|\s{{1,{longest}}}"
-    )
+def _cut_at(*expressions: str) -> pre_tokenizers.PreTokenizer:
+    """Cuts text at the matches of each expression in turn, and spells the words as bytes."""
+    splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in expressions]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, byte_level])
 
 
 def _stretches(texts: Iterable[str], progress: tqdm[Any]) -> Iterator[str]:
