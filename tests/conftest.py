@@ -55,12 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-LAST = ("test_wheel.py", "test_end_to_end.py", "test_digits.py")
+WHOLE_RUNS = ("test_end_to_end.py", "test_wheel.py", "test_digits.py")
+"""Files that build a wheel or run whole experiments."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: those that build a wheel or run whole experiments come at the end."""
-    items.sort(key=lambda item: LAST.index(item.path.name) if item.path.name in LAST else -1)
+    """Fast tests first in one process; among several the longest files, so none is left at the end."""
+    among_several = "PYTEST_XDIST_WORKER" in os.environ
+    items.sort(key=lambda item: (item.path.name in WHOLE_RUNS) != among_several)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -789,7 +789,7 @@ def test_documents_are_added_by_one_command_at_a_time(
     codes = [process.wait(300) for process in running]
     assert set(codes) <= {0, 2}
     for code, each in zip(codes, words, strict=True):
-        assert code == 0 or subprocess.run(each, stderr=subprocess.DEVNULL).returncode == 0
+        assert code == 0 or main(each[3:]) == 0
     bank = CM3Leon.load(run).run.bank
     assert {"first.png", "second.png"} <= {Path(id_).name for id_ in bank.added_ids}
 

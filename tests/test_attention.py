@@ -26,6 +26,8 @@ from cm3leon.models.transformer import Transformer
 from cm3leon.registry import ATTENTIONS
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 A, E = 2, 8
 

@@ -29,6 +29,8 @@ from cm3leon.training.compilation import recompile_limits
 from cm3leon.training.config import TrainingConfig
 from cm3leon.training.trainer import train
 
+pytestmark = pytest.mark.stack
+
 T, V = 32, 50
 BACKENDS = ("naive", "sdpa", "sdpa of long blocks", "flex", "xformers")
 

@@ -34,6 +34,8 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Document, Sample, TokenDocument, TokenSegment, UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 

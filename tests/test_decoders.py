@@ -26,6 +26,8 @@ from cm3leon.registry import DECODERS, discover
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Prompt, UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 VOCAB = Vocab(text_size=40, image_size=16, sentinels=4)

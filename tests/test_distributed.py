@@ -28,6 +28,8 @@ from cm3leon.training.distributed import Rank, Ranks, current_rank, joined
 from cm3leon.training.steps import checkpoints
 from cm3leon.training.traffic import traffic
 
+pytestmark = pytest.mark.stack
+
 WORKER = Path(__file__).parent / "rank_worker.py"
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
 

@@ -26,6 +26,8 @@ from cm3leon.tokenizers.layout import LayoutTable
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment
 
+pytestmark = pytest.mark.stack
+
 transformers = pytest.importorskip("transformers")
 
 CODES = 16

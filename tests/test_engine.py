@@ -42,6 +42,8 @@ from cm3leon.tasks.prompts import (
 from cm3leon.tokenizers.layout import PAPER
 from cm3leon.types import TokenDocument, TokenSegment, UserError
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture(scope="module", autouse=True)
 def short_prefixes() -> Iterator[None]:

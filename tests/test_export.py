@@ -36,6 +36,8 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Prompt, UserError
 
+pytestmark = pytest.mark.stack
+
 transformers = pytest.importorskip(
     "transformers", reason="the export needs transformers: pip install transformers"
 )

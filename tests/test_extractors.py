@@ -22,6 +22,8 @@ from cm3leon.plugins.scenes.world import Scene, Thing
 from cm3leon.registry import EXTRACTORS, SOURCES, discover
 from cm3leon.types import Document, TextSegment, UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 SIDE = 96

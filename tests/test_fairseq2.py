@@ -31,6 +31,7 @@ from cm3leon.registry import ATTENTIONS, DECODERS, MODELS, OBJECTIVES, discover
 from cm3leon.training.checkpoint import save_weights
 
 pytestmark = [
+    pytest.mark.stack,
     pytest.mark.cluster,
     pytest.mark.skipif(bool(guard.missing()), reason=f"needs {guard.missing()}"),
 ]

@@ -29,6 +29,8 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import Sample, TokenDocument, TokenSegment, UserError
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = "cm3leon.plugins.fairseq2_cm3leon"
 STEPS = 10

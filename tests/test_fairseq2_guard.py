@@ -17,6 +17,8 @@ from cm3leon.plugins.fairseq2_cm3leon.convert import from_fairseq2, to_fairseq2
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 SIZES = {"name": "fairseq2_cm3leon", "layers": 1, "width": 16, "head_size": 8, "seq_len": 8}

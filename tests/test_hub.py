@@ -40,6 +40,8 @@ from cm3leon.training.checkpoint import save_weights
 from cm3leon.training.parallel import whole_state_and_adapter
 from cm3leon.types import TokenDocument, UserError
 
+pytestmark = pytest.mark.stack
+
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 

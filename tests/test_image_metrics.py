@@ -43,6 +43,8 @@ from cm3leon.tokenizers.image.perceptual import MEAN, Perceptual
 from cm3leon.types import UserError
 from cm3leon.weights import read_weights
 
+pytestmark = pytest.mark.stack
+
 
 def pair_of_images(count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Random images, coarse ones so that neighbours are alike, and noisy copies of them: uint8 (B, H, W, 3)."""

@@ -30,6 +30,8 @@ from cm3leon.tokenizers.families import FAMILIES, renumbered
 from cm3leon.tokenizers.layout import Layout, LayoutTable
 from cm3leon.types import TokenDocument, UserError
 
+pytestmark = pytest.mark.stack
+
 CODES = 16
 TEXTS = ["a red dog on a blue sofa", "two cats, 12 dogs", "What is it? It is a cow."] * 4
 

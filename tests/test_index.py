@@ -35,6 +35,8 @@ from cm3leon.retrievers.vectors import VectorShards, finish_vectors, write_vecto
 from cm3leon.stages.index import make_index, make_index_part
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 WIDTH = 16
 HEADER = {"encoder": "abc", "width": WIDTH}
 

@@ -13,6 +13,8 @@ from cm3leon.models.initial import Beginning, draw, skip
 from cm3leon.models.llama import Llama
 from cm3leon.models.transformer import Transformer
 
+pytestmark = pytest.mark.stack
+
 TINY: dict[str, Any] = {"layers": 2, "width": 24, "head_size": 8, "seq_len": 13, "init_std": 0.05}
 
 

@@ -17,6 +17,8 @@ from cm3leon.models.llama import Llama, rotated, rotations
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 V, T = 96, 20
 IDS_BT = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
 SHAPES = pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from PIL import Image
 
 from cm3leon.api import CM3Leon
 from cm3leon.plugins.lmms_eval import CM3LeonModel, _until
-from cm3leon.run import main
 from cm3leon.types import UserError
 
 
@@ -29,11 +28,8 @@ class Request:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lmms") / "run"
-    words = ["experiment=pretrain_350m", "overrides=smoke", "objective=instruct"]
-    assert main([*words, f"run={folder}", "until=pretraining"]) == 0
-    return folder
+def run(tuned_model: CM3Leon) -> Path:
+    return tuned_model.run.folder
 
 
 def picture(number: int) -> Image.Image:

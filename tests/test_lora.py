@@ -24,6 +24,8 @@ from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 
 def decoder() -> Transformer:
     torch.manual_seed(0)

@@ -23,6 +23,8 @@ from cm3leon.tokenizers.document import lay_out
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import Sample, TokenDocument, TokenSegment
 
+pytestmark = pytest.mark.stack
+
 discover()
 D = 6
 

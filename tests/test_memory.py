@@ -26,6 +26,8 @@ from cm3leon.training.memory import USABLE, parameters, training_memory
 from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 
+pytestmark = pytest.mark.stack
+
 discover()
 CPU = torch.device("cpu")
 

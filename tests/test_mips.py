@@ -23,6 +23,8 @@ from cm3leon.retrievers import mips
 from cm3leon.retrievers.bank import Bank
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 Made = tuple[tuple[Path, Path], np.ndarray]
 """Folders of vectors and index of a bank, and what is found in it on the CPU."""
 DOCUMENTS = 2000

@@ -37,6 +37,8 @@ from cm3leon.training.optimizer import new_optimizer
 from cm3leon.training.parallel import distributed
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 V, T = 96, 20
 IDS_BT = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
 SHAPE = {"layers": 2, "width": 64, "kv_heads": 2, "head_size": 16, "seq_len": 32}

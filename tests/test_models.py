@@ -19,6 +19,8 @@ from cm3leon.models.transformer import Transformer
 from cm3leon.registry import MODELS, discover
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 V = 50

@@ -21,6 +21,8 @@ from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.types import NotFinite
 from cm3leon.weights import is_finite
 
+pytestmark = pytest.mark.stack
+
 BAD = [math.nan, math.inf, -math.inf]
 NUMBERS = r"holds numbers that are NaN or infinite"
 

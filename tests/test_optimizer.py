@@ -21,6 +21,8 @@ from cm3leon.training.parallel import distributed
 from cm3leon.training.precision import chosen_precision, faster
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from cm3leon.config import from_mapping
 from cm3leon.paths import make_folder, naming, path_of
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.mark.parametrize(
     ("name", "sentence"),

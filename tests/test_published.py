@@ -36,6 +36,8 @@ from cm3leon.tokenizers.image.published import PublishedVQ
 from cm3leon.training.checkpoint import load_weights, save_weights
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 SIDE = 32
 GEOMETRY: dict[str, Any] = {
     "channels": 32,

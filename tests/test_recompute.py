@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cm3leon.models.recompute import recompute
 from cm3leon.models.transformer import Transformer
 
+pytestmark = pytest.mark.stack
+
 
 def decoder() -> Transformer:
     torch.manual_seed(0)

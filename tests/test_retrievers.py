@@ -25,6 +25,8 @@ from cm3leon.retrievers.parts import Parts
 from cm3leon.retrievers.strategy import NONE, Rules, select, total
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 # ------------------------------------------------------------------------------------------------ parts, bank

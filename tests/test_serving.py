@@ -15,6 +15,8 @@ from cm3leon.models.transformer import Transformer
 from cm3leon.registry import DECODERS
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 
 def wide() -> Transformer:
     torch.manual_seed(0)

@@ -43,6 +43,8 @@ from cm3leon.training.steps import checkpoints
 from cm3leon.training.trainer import _sound, train
 from cm3leon.types import Again, UserError
 
+pytestmark = pytest.mark.stack
+
 CPU = torch.device("cpu")
 
 

@@ -23,6 +23,8 @@ from cm3leon.tokenizers.image.discriminator import (
 from cm3leon.tokenizers.image.quantizer import GumbelQuantizer, LookupQuantizer, nearest
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 discover()
 
 TINY = {
