@@ -10,26 +10,17 @@ what was accepted is finished. Needs the packages of cm3leon[serve].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-from cm3leon.commands.words import AskingOptions
-from cm3leon.config import PositiveInt, Range
-from cm3leon.types import UserError
+from cm3leon.commands.listening import ListeningOptions, Port, packages_of
+from cm3leon.config import PositiveInt
 
 
 @dataclass(kw_only=True)
-class Options(AskingOptions):
+class Options(ListeningOptions):
     """Options of the command serve."""
 
-    host: str = "127.0.0.1"
-    """Address to listen at; another one than this machine's own needs an API key."""
-    port: Annotated[int, Range(ge=0, le=65535)] = 8000
+    port: Port = 8000
     """Number of the port; 0 = any that is free, which is printed."""
-    key_file: Path | None = None
-    """File with the API key that requests have to bear; null = that of CM3LEON_API_KEY, if there is one."""
-    samples: PositiveInt = 8
-    """Samples in the making at a time, whose memory is taken at the start."""
     rows: PositiveInt | None = None
     """Number of rows of a sample, for guidance or beams; null = as many as the run's own decoders need."""
     tokens: PositiveInt | None = None
@@ -40,10 +31,6 @@ class Options(AskingOptions):
     """Requests in work at a time; more are refused with the status 429."""
     max_samples: PositiveInt = 16
     """Images that a request may ask for."""
-    max_pixels: PositiveInt = 16_000_000
-    """Pixels that an image of a request may have."""
-    body_mb: PositiveInt = 16
-    """Megabytes (2^20 bytes) that a request may have."""
     grace: PositiveInt = 120
     """Seconds that accepted requests have to be finished in, when the server is stopped."""
 
@@ -54,14 +41,8 @@ def main(options: Options) -> None:
     Raises:
         UserError: for packages that are missing, a mistake in the options, or a run that cannot be served.
     """
-    try:
+    with packages_of("serve"):
         from cm3leon.serve.listening import listen
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "cm3leon":
-            raise
-        raise UserError(
-            f"`serve` needs the package {error.name}: pip install 'cm3leon[serve]'"
-        ) from error
     from cm3leon.commands.asking import load_model
     from cm3leon.serve.app import Server
     from cm3leon.serve.gate import key_to_listen
@@ -80,7 +61,7 @@ def main(options: Options) -> None:
         execution=options.execution,
     )
     limits = Limits(
-        body_bytes=options.body_mb * 2**20,
+        body_bytes=options.body_bytes,
         pixels=options.max_pixels,
         samples=options.max_samples,
         requests=options.requests,
