@@ -8,6 +8,11 @@ Each prompt's images are PNG files, the best by CLIP first, and a line of `manif
 and its images is not drawn again. `settings.json` says what all of them depend on, with the digests of the run's parts:
 a folder that was made with other settings or by a run that has been trained anew since is refused.
 
+`layout` writes the folders that benchmarks read (docs/evaluation.md):
+
+    python -m cm3leon.run generate run=runs/pretrain_7b layout=geneval prompts=evaluation_metadata.jsonl n=4 out=drawn
+    python -m cm3leon.run generate run=runs/pretrain_7b layout=dpg prompts=dpg_bench/prompts n=4 out=drawn
+
 A prompt that is too long for the model is named before anything is drawn and has a line that says so (`left_out`), the
 others are drawn, and the exit code is 3.
 """
@@ -16,15 +21,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cm3leon.arguments import worded_text
+from cm3leon.commands.layouts import LAYOUTS, Layout, Prompt
 from cm3leon.commands.words import AskingOptions
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
 from cm3leon.io import read_json, read_log, write_json, write_json_lines
@@ -40,7 +45,6 @@ if TYPE_CHECKING:
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 NAMED = 3
 """Prompts that a message names, at most."""
-_SEPARATORS = re.compile("[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]+")
 AT_ONCE = 16
 """Prompts that are drawn together, and written down together."""
 TIMEOUT = 600
@@ -56,7 +60,9 @@ class Options(AskingOptions):
     prompt: str | None = None
     """A text to draw."""
     prompts: Path | None = None
-    """File with a text a line (UTF-8), in place of `prompt`; empty lines are left out."""
+    """File with a text a line (UTF-8), in place of `prompt`; empty lines are left out. Benchmarks have others."""
+    layout: Literal["plain", "geneval", "dpg"] = "plain"
+    """How prompts are read and images laid: plain, or as GenEval or DPG-Bench has it; then in the folder images/."""
     n: PositiveInt = 8
     """Images that are drawn for a prompt."""
     keep: PositiveInt | None = None
@@ -82,6 +88,25 @@ class Options(AskingOptions):
             raise UserError("prompt and prompts are both given; give one of them")
         if self.keep is not None and self.keep > self.n:
             raise UserError(f"keep is {self.keep}, of n = {self.n} images")
+        if self.layout == "plain":
+            return
+        if self.prompts is None:
+            raise UserError(
+                f"layout={self.layout} needs the prompts of its benchmark: prompts=PATH"
+            )
+        if self.size is not None and self.size[0] != self.size[1]:
+            raise UserError(f"layout={self.layout} has square images; leave size out")
+        counts = LAYOUTS[self.layout].counts
+        if counts and self.kept not in counts:
+            allowed = " or ".join(map(str, counts))
+            raise UserError(
+                f"layout={self.layout} has {allowed} images of a prompt, not {self.kept}; give n=4, or keep=4"
+            )
+
+    @property
+    def kept(self) -> int:
+        """Images of a prompt that are written."""
+        return self.keep or self.n
 
 
 def main(options: Options) -> None:
@@ -97,17 +122,17 @@ def main(options: Options) -> None:
     from cm3leon.commands.asking import load_model
     from cm3leon.training.distributed import current_rank, joined
 
-    prompts = _prompts(options)
-    texts = list(prompts.values())
+    layout = LAYOUTS[options.layout]
+    prompts = _prompts(options, layout)
+    texts = [prompt.text for prompt in prompts]
     with joined(current_rank(), TIMEOUT) as ranks, ExitStack() as held:
         model = load_model(options, ranks if ranks.joined else None)
         if options.keep is not None and options.keep < options.n and not model.has_clip:
             raise UserError(
                 f"keep is {options.keep} of n = {options.n} images, and the run has no CLIP to choose by; leave it out"
             )
-        lines = list(prompts)
         too_long = {
-            number: f"{_named(options, lines[number])} ({shortened(texts[number])}): {reason}"
+            number: f"{prompts[number].origin} ({shortened(texts[number])}): {reason}"
             for number, reason in model.too_long(texts, size=options.size).items()
         }
         if len(too_long) == len(texts):
@@ -115,7 +140,9 @@ def main(options: Options) -> None:
         if ranks.first:
             held.enter_context(writing(options.out, "out"))
             held.enter_context(naming(options.out))
-        left = ranks.gather(_left(options, texts, too_long, model.run) if ranks.first else None)[0]
+        left = ranks.gather(_left(options, prompts, too_long, model.run) if ranks.first else None)[
+            0
+        ]
         shortages: Counter[str] = Counter()
         with tqdm(
             total=len(left),
@@ -128,7 +155,7 @@ def main(options: Options) -> None:
                 shortages += _draw(
                     model,
                     options,
-                    {number: texts[number] for number in left[start : start + AT_ONCE]},
+                    {number: prompts[number] for number in left[start : start + AT_ONCE]},
                     ranks,
                 )
                 progress.update(len(left[start : start + AT_ONCE]))
@@ -137,33 +164,32 @@ def main(options: Options) -> None:
                 print(
                     sentence if len(texts) == 1 else f"{sentence} ({count} of {len(left)} prompts)"
                 )
-            print(f"images: {options.out}")
+            size = options.size or (model.run.image_tokenizer_shape.image_size,) * 2
+            print(layout.told(layout.folder(options.out), size, options.kept))
     if too_long:
         named = "; ".join(list(too_long.values())[:NAMED])
         raise Partly(f"{len(too_long)} of {len(texts)} prompts are too long, not drawn: {named}")
 
 
-def _named(options: Options, line: int) -> str:
-    return f"{options.prompts}, line {line}" if options.prompts else "prompt"
-
-
 def _left(
-    options: Options, texts: list[str], too_long: Mapping[int, str], run: RunFolder
+    options: Options, prompts: list[Prompt], too_long: Mapping[int, str], run: RunFolder
 ) -> list[int]:
     """Numbers of the prompts that are not drawn yet; what is too long is written down, and never drawn."""
     _check_settings(options, run)
-    done = _done(options.out, texts)
+    done = _done(options.out, prompts, LAYOUTS[options.layout])
     if drawn := done - set(too_long):
-        print(f"{len(drawn)} of {len(texts)} prompts are done already")
+        print(f"{len(drawn)} of {len(prompts)} prompts are done already")
     with (options.out / MANIFEST).open("a") as manifest:
         for number in too_long:
             if number not in done:
-                entry = {"number": number, "prompt": texts[number], "images": []}
+                entry = {"number": number, "prompt": prompts[number].text, "images": []}
                 manifest.write(json.dumps({**entry, "left_out": too_long[number]}) + "\n")
-    return [number for number in range(len(texts)) if number not in {*done, *too_long}]
+    return [number for number in range(len(prompts)) if number not in {*done, *too_long}]
 
 
-def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ranks) -> Counter[str]:
+def _draw(
+    model: CM3Leon, options: Options, prompts: Mapping[int, Prompt], ranks: Ranks
+) -> Counter[str]:
     """Draws some prompts, by their numbers: all ranks do, the first writes them down.
 
     Returns what is to be said of prompts with fewer documents than asked, and of how many.
@@ -171,7 +197,7 @@ def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ran
     from cm3leon.api import found_of
 
     drawn = model.generate(
-        list(texts.values()),
+        [prompt.text for prompt in prompts.values()],
         n=options.n,
         retrieve=options.retrieve,
         documents=options.documents,
@@ -181,8 +207,8 @@ def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ran
     )
     if ranks.first:
         with (options.out / MANIFEST).open("a") as manifest:
-            for (number, text), pictures in zip(texts.items(), drawn, strict=True):
-                manifest.write(json.dumps(_write(options, number, text, pictures)) + "\n")
+            for (number, prompt), pictures in zip(prompts.items(), drawn, strict=True):
+                manifest.write(json.dumps(_write(options, number, prompt, pictures)) + "\n")
                 manifest.flush()
     return Counter(
         found_of(len(best.documents), best.asked, best.shortage)
@@ -191,26 +217,11 @@ def _draw(model: CM3Leon, options: Options, texts: Mapping[int, str], ranks: Ran
     )
 
 
-def _prompts(options: Options) -> dict[int, str]:
-    """The texts to draw by the number of their line in the file, from 1.
-
-    A line ends at a line feed and nothing else. Other separators of lines, the carriage return before it and a byte
-    order mark are no part of a prompt.
-    """
-    if options.prompts is None:
-        return {1: worded_text(options.prompt, "prompt")}
-    try:
-        lines = options.prompts.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {options.prompts} cannot be read: {error}") from error
-    found = {
-        number: text
-        for number, line in enumerate(lines, 1)
-        if (text := _SEPARATORS.sub(" ", line).strip())
-    }
-    if not found:
-        raise UserError(f"prompts: {options.prompts} has no line with a text")
-    return found
+def _prompts(options: Options, layout: Layout) -> list[Prompt]:
+    """What is to be drawn, in its order."""
+    if options.prompts is not None:
+        return layout.prompts(options.prompts)
+    return [Prompt(worded_text(options.prompt, "prompt"), "prompt", f"{0:05d}")]
 
 
 def _check_settings(options: Options, run: RunFolder) -> None:
@@ -226,6 +237,7 @@ def _check_settings(options: Options, run: RunFolder) -> None:
         "precision",
         "weights",
         "size",
+        "layout",
     )
     settings = {name: to_mapping(options)[name] for name in names}
     settings["run"] = str(options.run.resolve())
@@ -237,7 +249,7 @@ def _check_settings(options: Options, run: RunFolder) -> None:
     if not file.is_file():
         write_json(file, settings)
         return
-    written = read_json(file, {"parts?": {str: str}})
+    written = {"layout": "plain", **read_json(file, {"parts?": {str: str}})}
     if not written.get("parts"):
         raise UserError(
             f"out: {file} does not say which model drew the images; an earlier version made it, take another folder"
@@ -257,33 +269,38 @@ def _check_settings(options: Options, run: RunFolder) -> None:
         )
 
 
-def _done(out: Path, texts: list[str]) -> set[int]:
-    """Numbers of the prompts that have a whole line and all its images.
+def _done(out: Path, prompts: list[Prompt], layout: Layout) -> set[int]:
+    """Numbers of the prompts that have a whole line and all its files.
 
-    What a kill has cut short, and lines whose images were deleted, are taken away.
+    What a kill has cut short, and lines whose files were deleted, are taken away.
     """
-    file = out / MANIFEST
+    file, folder = out / MANIFEST, layout.folder(out)
     entries = []
     for entry in read_log(file, {"number": int, "prompt": str, "images": [{"file": str}]}):
-        if texts[entry["number"] : entry["number"] + 1] != [entry["prompt"]]:
+        found = prompts[entry["number"] : entry["number"] + 1]
+        if [prompt.text for prompt in found] != [entry["prompt"]]:
             raise UserError(f"{file} has other prompts than those given; take another folder")
-        if all((out / Path(image["file"]).name).is_file() for image in entry["images"]):
+        count = len(entry["images"])
+        files = layout.files(found[0], count) if count else set()
+        if all((folder / name).is_file() for name in files):
             entries.append(entry)
     write_json_lines(file, entries)
     return {entry["number"] for entry in entries}
 
 
 def _write(
-    options: Options, number: int, text: str, pictures: list[GeneratedImage]
+    options: Options, number: int, prompt: Prompt, pictures: list[GeneratedImage]
 ) -> dict[str, Any]:
     """Writes the images of a prompt; returns its line of the manifest."""
+    layout, kept = LAYOUTS[options.layout], pictures[: options.keep]
+    folder = layout.folder(options.out)
+    layout.write(folder, prompt, [picture.image for picture in kept])
     images = []
-    for place, picture in enumerate(pictures[: options.keep]):
-        name = f"{number:05d}_{place}.png"
-        picture.image.save(options.out / name)
+    for name, picture in zip(layout.image_files(prompt, len(kept)), kept, strict=True):
         score = None if math.isnan(picture.score) else picture.score
-        images.append({"file": name, "score": score, "seed": picture.seed})
+        file = (folder / name).relative_to(options.out).as_posix()
+        images.append({"file": file, "score": score, "seed": picture.seed})
     best = pictures[0]
     documents = [{"id": document.id, "text": document.text} for document in best.documents]
-    entry = {"number": number, "prompt": text, "images": images, "documents": documents}
+    entry = {"number": number, "prompt": prompt.text, "images": images, "documents": documents}
     return {**entry, "shortage": best.shortage} if best.shortage else entry
