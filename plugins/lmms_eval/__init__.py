@@ -4,11 +4,19 @@ pip install "cm3leon[lmms]"
 python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b --tasks vqav2_val
 
 Questions about one image each are answered, or candidates for their answers scored, by a finished run.
+
+With a folder for images, texts are drawn, and images edited as an instruction says, which lmms-eval's tasks of
+generation and editing score:
+
+python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b,images=drawn --tasks gedit_bench
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -33,10 +41,12 @@ def manifest() -> Any:
 class CM3LeonModel(Base):
     """Arguments of `--model_args`: `pretrained`, the run folder; the others as `CM3Leon.load` takes them.
 
-    `plugins` are separated by colons.
+    `plugins` are separated by colons. `images` is a folder: requests are then answered by images that are written into
+    it, drawn for a text alone, edited where the request has an image. Of `samples` for each of them the best by CLIP is
+    taken, their seeds count on from `seed`; a drawing has `retrieve` documents before its text.
 
     Raises:
-        UserError: for a folder that is no finished run, and for a question without an image or with several.
+        UserError: for a folder that is no finished run, and for a request with more or fewer images than are taken.
     """
 
     def __init__(
@@ -47,6 +57,10 @@ class CM3LeonModel(Base):
         plugins: str = "",
         trust: bool = False,
         verify: bool = True,
+        images: str = "",
+        samples: int = 1,
+        seed: int = 0,
+        retrieve: int = 0,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -58,10 +72,17 @@ class CM3LeonModel(Base):
             trust=trust,
             verify=verify,
         )
+        self._images = Path(images) if images else None
+        self._drawing = {"n": samples, "seed": seed}
+        self._retrieve = retrieve
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         found = []
         for context, settings, doc_to_visual, doc_id, task, split in self._arguments(requests):
+            if self._images is not None:
+                given = self._given(doc_to_visual, doc_id, task, split, (0, 1))
+                found.append(self._drawn(context, given, self._images / _file_name(task, doc_id)))
+                continue
             image = self._image(doc_to_visual, doc_id, task, split)
             max_tokens = int(settings.get("max_new_tokens", 64))
             found.append(
@@ -95,12 +116,33 @@ class CM3LeonModel(Base):
         return (request.args for request in tqdm(requests, desc="cm3leon", disable=self.rank != 0))
 
     def _image(self, doc_to_visual: Any, doc_id: Any, task: str, split: str) -> Image.Image:
+        return self._given(doc_to_visual, doc_id, task, split, (1,))[0]
+
+    def _given(
+        self, doc_to_visual: Any, doc_id: Any, task: str, split: str, counts: tuple[int, ...]
+    ) -> list[Image.Image]:
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        if len(images) != 1 or not isinstance(images[0], Image.Image):
+        if len(images) not in counts or not all(isinstance(each, Image.Image) for each in images):
+            wanted = "one image is" if counts == (1,) else "no image or one is"
             raise UserError(
-                f"item {doc_id} of {task} has {len(images)} images or videos; one image is taken"
+                f"item {doc_id} of {task} has {len(images)} images or videos; {wanted} taken"
             )
-        return images[0]
+        return images
+
+    def _drawn(self, text: str, given: list[Image.Image], file: Path) -> str:
+        """Draw or edit, and answer as lmms-eval's tasks read it: the paths of images, in JSON."""
+        if given:
+            best = self._model.edit(given[0], text.strip(), **self._drawing)[0]
+        else:
+            best = self._model.generate(text.strip(), retrieve=self._retrieve, **self._drawing)[0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        best.image.save(file)
+        return json.dumps({"text": "", "images": [str(file)]})
+
+
+def _file_name(task: str, doc_id: Any) -> str:
+    """The name of an item's image, which leads out of no folder."""
+    return re.sub(r"[^\w.-]", "_", f"{task}_{doc_id}") + ".png"
 
 
 def _until(text: str, ends: str | Sequence[str]) -> str:
