@@ -72,10 +72,19 @@ def last(results: Iterator[Result]) -> Result:
     return list(results)[-1]
 
 
+def picture_file(pixels_HWC: np.ndarray) -> str:
+    """A file in the current folder, which is the test's own."""
+    Image.fromarray(pixels_HWC).save("given.png")
+    return "given.png"
+
+
 def made_by_python(result: Result) -> Any:
     assert result.again is not None
-    for name, image in result.files.items():
-        image.save(name)
+    for name, content in result.files.items():
+        if isinstance(content, str):
+            Path(name).write_text(content)
+        else:
+            content.save(name)
     names: dict[str, Any] = {}
     exec(result.again.python(), names)
     return names["result"]
@@ -178,6 +187,66 @@ def test_who_leaves_is_not_drawn_for(asker: Asker) -> None:
     with pytest.raises(Exception, match="gone") as caught:
         list(growing)
     assert asking.sentence_of(caught.value) == "the caller has gone"
+
+
+def test_own_documents_are_retrieved_for_who_added_them_and_results_made_again(
+    asker: Asker, loaded: CM3Leon
+) -> None:
+    size = len(asker.model.run.bank)
+    text = "a very peculiar zebra of glass"
+    said = asking.add(asker, "me", picture_file(noise(40)), text)
+    assert (
+        said == f"Row {size} of the memory bank, in this browser alone, until its page is closed."
+    )
+    asking.add(asker, "me", picture_file(255 - noise(40)), "another one")
+
+    found = asking.search(asker, "me", text, None, 1)
+    assert (found[0].row, found[0].text) == (size, text)
+    shown, described = asking.browse(asker, "me", np.inf, size + 2)
+    assert described == f"Page 1 of 1, {size + 2:,} documents."
+    assert [line for _, line in shown[-2:]] == [f"{size}: {text}", f"{size + 1}: another one"]
+
+    # Nobody else has it: neither another session nor the run.
+    assert all(each.row < size for each in asking.search(asker, "you", text, None, 5))
+    assert len(asker.model.run.bank) == size
+    assert not asker.model.run.added_tokens_file.is_file()
+
+    # What is drawn with it is made again by Python and by the command, from the files that the page hands out.
+    (row,) = [each.row for each in asking.documents_for(asker, "me", text, 1)]
+    assert row == size
+    for used in ([size], [size, size + 1]):
+        drawing = asking.draw(
+            asker, "me", "a seven", n=1, decoder=None, found=[size, 0, size + 1], used=used, seed=3
+        )
+        result = last(drawing)
+        assert set(result.files) == {"own.jsonl", "own_0.png", "own_1.png"}
+        (drawn,) = [image for image, _ in result.pictures]
+        (again,) = made_by_python(result)
+        assert same(drawn, again.image)
+        assert [each.text for each in again.documents] == [text, "another one"][: len(used)]
+        run_command(result)
+        assert same(Image.open("generated/00000_0.png"), drawn)
+        shutil.rmtree("generated")
+    captioned = last(asking.look(asker, "me", noise(), "", retrieve=1, seed=5))
+    assert captioned.text == made_by_python(captioned)
+
+    with pytest.raises(UserError, match="the document's text is empty"):
+        asking.add(asker, "me", picture_file(noise()), " ")
+    with pytest.raises(UserError, match="image is missing"):
+        asking.add(asker, "me", None, "a")
+    asker.end("me")
+    assert all(each.row < size for each in asking.search(asker, "me", text, None, 5))
+
+
+def test_files_of_own_documents_are_read_or_refused_with_a_sentence(
+    asker: Asker, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"image": "missing.png", "text": "a"}\n')
+    with pytest.raises(UserError, match=r"own: own\.jsonl:1"):
+        asker.model.with_documents(tmp_path / "own.jsonl")
+    (tmp_path / "own.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"own: .*own\.jsonl has no documents"):
+        asker.model.with_documents(tmp_path / "own.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ in a browser

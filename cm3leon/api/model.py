@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from cm3leon.decoders.generate import Answers
 from cm3leon.decoders.score import log_likelihoods
 from cm3leon.registry import TASKS
 from cm3leon.stages.opening import TUNED
+from cm3leon.stages.own import with_own_documents
 from cm3leon.stages.prompts import fitting_prompt, found_rows, text_scores
 from cm3leon.tasks.base import Task
 from cm3leon.types import (
@@ -312,6 +314,21 @@ class CM3Leon(AskedPages, AskedFilling):
         pixels_HWC = None if image is None else self._pixels(image)
         found = found_rows(self.run, text, pixels_HWC, min(count, len(self.run.bank)))
         return self._found(found)
+
+    @checked
+    def with_documents(self, path: Path) -> Self:
+        """The same model, with documents behind those of its memory bank, in memory alone.
+
+        Args:
+            path: files that a source reads, such as a .jsonl file with an `image` and a `text` a line (docs/data.md).
+
+        Raises:
+            UserError: for a run without a memory bank, or documents that cannot be used.
+        """
+        self._check_bank("own")
+        other = copy(self)
+        other.run = with_own_documents(self.run, path)
+        return other
 
     def _found(self, found: Iterable[tuple[int, float]]) -> list[FoundDocument]:
         """Rows of the bank with their scores, to look at."""

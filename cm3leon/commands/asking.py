@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from PIL import Image
 
 from cm3leon.arguments import current_name
-from cm3leon.commands.words import AskingOptions
+from cm3leon.commands.words import AskingOptions, OwnDocuments
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, to_mapping
 from cm3leon.io import read_json, read_log, sha256, write_json, write_text
 from cm3leon.locks import locked
@@ -81,7 +81,7 @@ def load_model(options: AskingOptions, ranks: Ranks | None = None) -> CM3Leon:
     """The model of the run that the options name, shared by the ranks if there are several."""
     from cm3leon.api import CM3Leon
 
-    return CM3Leon.load(
+    model = CM3Leon.load(
         options.run,
         precision=options.precision,
         weights=options.weights,
@@ -92,6 +92,9 @@ def load_model(options: AskingOptions, ranks: Ranks | None = None) -> CM3Leon:
         trust=options.trust,
         verify=options.verify,
     )
+    if isinstance(options, OwnDocuments) and options.own is not None:
+        return model.with_documents(options.own)
+    return model
 
 
 def ask(options: ImageOptions, out: Path | None, answer: Answer) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cm3leon.commands.asking import LineOptions, Save, TextOptions, ask
+from cm3leon.commands.words import OwnDocuments
 from cm3leon.config import NonNegativeInt
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Options(LineOptions, TextOptions):
+class Options(OwnDocuments, LineOptions, TextOptions):
     """Options of the command caption."""
 
     retrieve: NonNegativeInt = 0

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cm3leon.arguments import worded_text
 from cm3leon.commands.layouts import LAYOUTS, Layout, Prompt
-from cm3leon.commands.words import AskingOptions
+from cm3leon.commands.words import AskingOptions, OwnDocuments
 from cm3leon.config import Component, NonNegativeInt, PositiveInt, Seed, to_mapping
 from cm3leon.io import read_json, read_log, write_json, write_json_lines
 from cm3leon.paths import naming, writing
@@ -52,7 +52,7 @@ TIMEOUT = 600
 
 
 @dataclass(kw_only=True)
-class Options(AskingOptions):
+class Options(OwnDocuments, AskingOptions):
     """Options of the command generate."""
 
     out: Path = Path("generated")

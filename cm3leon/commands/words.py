@@ -113,6 +113,15 @@ class AskingOptions(Opening):
 
 
 @dataclass(kw_only=True)
+class OwnDocuments:
+    """Options of a command that retrieves documents."""
+
+    own: Path | None = None
+    """File or folder of documents that stand behind those of the memory bank for this command alone, such as a .jsonl
+    file with an image and a text a line."""
+
+
+@dataclass(kw_only=True)
 class DataOptions:
     """Options of a command that reads a source."""
 

@@ -31,10 +31,13 @@ class Again:
     method: str
     positional: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    own: str = ""
+    """File with documents that stand in the memory bank too; empty = none."""
 
     def shell(self) -> str:
         """The command, to be run where the page was started and its files lie."""
-        given = {"run": self.run, **self.loading, **self.positional, **self.options}
+        own = {"own": self.own}
+        given = {"run": self.run, **self.loading, **self.positional, **self.options, **own}
         words = [f"{name}={_word(value)}" for name, value in given.items() if _is_given(value)]
         return shlex.join(["python", "-m", "cm3leon.run", self.command, *words])
 
@@ -47,7 +50,8 @@ class Again:
             lines[:0] = ["import numpy as np", "from PIL import Image"]
             options["mask"] = _Code(f'np.asarray(Image.open("{MASK}").getchannel("A")) == 0')
         asked = _arguments(list(self.positional.values()), options)
-        lines.append(f"model = CM3Leon.load({loading})")
+        with_own = f".with_documents({self.own!r})" if self.own else ""
+        lines.append(f"model = CM3Leon.load({loading}){with_own}")
         lines.append(f"result = model.{self.method}({asked})")
         return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from PIL import Image
 from cm3leon.api import CM3Leon, FoundDocument, GeneratedImage, found_of
 from cm3leon.demo.again import IMAGE, MASK, Again
 from cm3leon.demo.entered import LONGEST_TEXT, pixels_of, text_of, words_of
+from cm3leon.demo.own import DOCUMENTS, OwnDocuments
 from cm3leon.serve.engine import Caller
 from cm3leon.serve.errors import refusal_of
 from cm3leon.serve.pictures import Canvas
@@ -60,8 +61,8 @@ class Result:
     """Sentences."""
     again: Again | None = None
     """None while it grows."""
-    files: dict[str, Image.Image] = field(default_factory=dict)
-    """Images that `again` reads, by their names."""
+    files: Mapping[str, Image.Image | str] = field(default_factory=dict)
+    """Images and texts that `again` reads, by their names."""
 
 
 class Asker:
@@ -78,6 +79,7 @@ class Asker:
         self.service, self.limits = service, limits
         self._run, self._loading = run, loading
         self._callers: dict[str, set[Caller]] = defaultdict(set)
+        self.own = OwnDocuments()
         # The engine's thread has the cores; beside it, one thread computes at a time.
         alone = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(requests, "page", initializer=alone)
@@ -109,9 +111,15 @@ class Asker:
         for caller in list(self._callers.pop(session, ())):
             caller.cancel()
 
+    def end(self, session: str) -> None:
+        """Gives up all of a session that has ended, its documents too."""
+        self.leave(session)
+        self.own.forget(session)
+
     def briefly(self, session: str, work: Callable[[CM3Leon], Any]) -> Any:
         """What the work returns, which asks the engine for nothing."""
-        return self._brief.submit(self._work, self.service.caller(session), work, []).result()
+        caller = self.service.caller(session)
+        return self._brief.submit(self._work, session, caller, work, []).result()
 
     def watch(
         self,
@@ -140,7 +148,7 @@ class Asker:
         caller = self.service.caller(session, on_tokens=None if canvas is None else put)
         self._callers[session].add(caller)
         notices: list[Notice] = []
-        done: Future[Result] = self._pool.submit(self._work, caller, work, notices)
+        done: Future[Result] = self._pool.submit(self._work, session, caller, work, notices)
         done.add_done_callback(lambda _: changed.set())
         try:
             while not done.done():
@@ -158,9 +166,22 @@ class Asker:
             caller.cancel()
             self._forget(session, caller)
 
-    def again(self, command: str, method: str, positional: dict[str, Any], **options: Any) -> Again:
-        """What makes a result of this run again."""
-        return Again(self._run, self._loading, command, method, positional, options)
+    def again(
+        self,
+        command: str,
+        method: str,
+        positional: dict[str, Any],
+        *,
+        own: bool = False,
+        **options: Any,
+    ) -> Again:
+        """What makes a result of this run again.
+
+        Args:
+            own: whether documents that a browser has added are retrieved from too.
+        """
+        documents = DOCUMENTS if own else ""
+        return Again(self._run, self._loading, command, method, positional, options, documents)
 
     def _forget(self, session: str, caller: Caller) -> None:
         callers = self._callers.get(session, set())
@@ -168,9 +189,15 @@ class Asker:
         if not callers:
             self._callers.pop(session, None)
 
-    def _work(self, caller: Caller, work: Callable[[CM3Leon], Any], notices: list[Notice]) -> Any:
+    def _work(
+        self,
+        session: str,
+        caller: Caller,
+        work: Callable[[CM3Leon], Any],
+        notices: list[Notice],
+    ) -> Any:
         with self.service.asking(caller, notices) as model:
-            return work(model)
+            return work(self.own.of(session, model))
 
 
 def sentence_of(error: Exception) -> str:
@@ -207,6 +234,7 @@ def draw(
     """
     prompt = text_of(prompt, "prompt")
     kept = [row for row in found if row in set(used)]
+    own = asker.own.files(session) if kept else {}
     chosen: dict[str, Any] = {"documents": kept} if kept else {}
     if kept and kept == list(found):
         chosen = {"retrieve": len(kept)}
@@ -220,8 +248,8 @@ def draw(
         if best.shortage:
             told.append(found_of(len(best.documents), best.asked, best.shortage))
         options = {"n": n, **chosen, "decoder": decoder, "seed": seed}
-        again = asker.again("generate", "generate", {"prompt": prompt}, **options)
-        return Result(pictures=_pictures(drawn), told=told, again=again)
+        again = asker.again("generate", "generate", {"prompt": prompt}, own=bool(own), **options)
+        return Result(pictures=_pictures(drawn), told=told, again=again, files=own)
 
     return asker.watch(session, work, Canvas.empty)
 
@@ -255,6 +283,7 @@ def look(
 ) -> Iterator[Result]:
     """A text for an image: the answer to a question, its caption without one."""
     image, question = Image.fromarray(pixels_HWC), (question or "").strip()
+    own = asker.own.files(session) if retrieve and not question else {}
 
     def work(model: CM3Leon) -> Result:
         given = {"image": IMAGE}
@@ -265,8 +294,9 @@ def look(
         else:
             text = model.caption(image, retrieve=retrieve, seed=seed)
             options = {"retrieve": retrieve or None, "seed": seed}
-            again = asker.again("caption", "caption", given, **options)
-        return Result(text=text, told=[f"Seed {seed}."], again=again, files={IMAGE: image})
+            again = asker.again("caption", "caption", given, own=bool(own), **options)
+        files = {IMAGE: image, **own}
+        return Result(text=text, told=[f"Seed {seed}."], again=again, files=files)
 
     return asker.watch(session, work)
 
@@ -301,7 +331,8 @@ def fill_in(
     if brushed and box is not None:
         raise UserError("both a box and a brush say what is made anew; take one of them away")
     grid = asker.model.run.grid[0]
-    image, files = Image.fromarray(pixels_HWC), {IMAGE: Image.fromarray(pixels_HWC)}
+    image = Image.fromarray(pixels_HWC)
+    files = {IMAGE: image}
     scale = asker.size // grid
     asked_HW = np.zeros((asker.size, asker.size), bool)
     options: dict[str, Any] = {"box": box, "words": words, "decoder": decoder, "seed": seed}
@@ -350,13 +381,24 @@ def search(
     return asker.briefly(session, work)
 
 
-def browse(asker: Asker, session: str, page: int, per_page: int) -> tuple[list[Picture], str]:
+def add(asker: Asker, session: str, file: str | None, text: str) -> str:
+    """Add a document to the memory bank as this session sees it; returns what is said of it."""
+    pixels_HWC = asker.pixels(file)
+
+    def work(model: CM3Leon) -> int:
+        return asker.own.add(session, model, pixels_HWC, text)
+
+    row = asker.briefly(session, work)
+    return f"Row {row} of the memory bank, in this browser alone, until its page is closed."
+
+
+def browse(asker: Asker, session: str, page: float, per_page: int) -> tuple[list[Picture], str]:
     """A page of the memory bank in its order, from 1, and what is said of it; pages beyond an end are the last one."""
 
     def work(model: CM3Leon) -> tuple[list[Picture], str]:
         size = len(model.run.bank)
         pages = max(1, math.ceil(size / per_page))
-        number = min(max(page, 1), pages)
+        number = int(min(max(page, 1), pages))
         rows = range((number - 1) * per_page, min(number * per_page, size))
         shown = [
             (each.image or _no_image(asker.size), f"{row}: {each.text}")

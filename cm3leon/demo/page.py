@@ -18,6 +18,7 @@ from PIL import Image
 
 from cm3leon.demo import asking, entered
 from cm3leon.demo.asking import Asker
+from cm3leon.demo.library import library_tab
 from cm3leon.demo.parts import (
     Shown,
     Updates,
@@ -36,8 +37,6 @@ USER = "cm3leon"
 """Who a page with a password is opened by."""
 SHOWN_SIDE = 512
 """Pixels of a side of an image that is brushed over, about."""
-PER_PAGE = 24
-"""Documents of a page of the memory bank."""
 KEPT_SECONDS = 3600
 """Time for which images of a session can be downloaded."""
 CSS = """
@@ -123,8 +122,8 @@ class _Blocks:
                     self._edit()
             if self._has_bank:
                 with gr.Tab("Library", id="library"):
-                    self._library()
-            self.blocks.unload(self._leave)
+                    library_tab(asker, self.blocks)
+            self.blocks.unload(self._end)
 
     # ------------------------------------------------------------------------------------------------- tabs
 
@@ -191,9 +190,9 @@ class _Blocks:
         ) -> Iterator[Updates]:
             updates: Updates = (gr.skip(), gr.skip(), gr.skip())
             try:
-                if before is None or before[:2] != (text.strip(), wanted):
+                if before is None or before[0] != self._asked_for(text, wanted, request):
                     updates = self._documents(text, wanted, request)
-                    before, chosen = updates[0], list(updates[0][2])
+                    before, chosen = updates[0], list(updates[0][1])
                 decoding = entered.decoder_entered(asker.model, name, weight)
                 growing = asking.draw(
                     asker,
@@ -201,7 +200,7 @@ class _Blocks:
                     text,
                     n=int(samples),
                     decoder=decoding,
-                    found=before[2],
+                    found=before[1],
                     used=chosen,
                     seed=entered.seed_of(number),
                 )
@@ -225,10 +224,14 @@ class _Blocks:
         choices = [(asking.document_line(each), each.row) for each in found]
         pictures = asking.found_pictures(found, self._asker.size)
         return (
-            (text.strip(), wanted, rows),
+            (self._asked_for(text, wanted, request), rows),
             gr.update(choices=choices, value=rows, visible=bool(found)),
             gr.update(value=pictures, visible=bool(found)),
         )
+
+    def _asked_for(self, text: str, wanted: int, request: gr.Request) -> tuple[str, int, int]:
+        """What retrieved documents depend on."""
+        return text.strip(), int(wanted), self._asker.own.count(session_of(request))
 
     def _look(self) -> None:
         asker = self._asker
@@ -256,18 +259,16 @@ class _Blocks:
         def looking(
             file: str | None, asked: str, wanted: int, number: str, request: gr.Request
         ) -> Iterator[Updates]:
-            try:
-                for result in asking.look(
+            yield from shown.growing(
+                lambda: asking.look(
                     asker,
                     session_of(request),
                     asker.pixels(file),
                     asked,
                     retrieve=int(wanted),
                     seed=entered.seed_of(number),
-                ):
-                    yield shown.updates(result)
-            except Exception as error:
-                yield shown.failed(error)
+                )
+            )
 
         on([go.click, question.submit], looking, [image, question, count, seed], shown.outputs)
 
@@ -330,8 +331,8 @@ class _Blocks:
             number: str,
             request: gr.Request,
         ) -> Iterator[Updates]:
-            try:
-                for result in asking.fill_in(
+            yield from shown.growing(
+                lambda: asking.fill_in(
                     asker,
                     session_of(request),
                     asker.pixels(file),
@@ -340,10 +341,8 @@ class _Blocks:
                     box=entered.box_of(corners, asker.size),
                     decoder=entered.decoder_entered(asker.model, name, weight),
                     seed=entered.seed_of(number),
-                ):
-                    yield shown.updates(result)
-            except Exception as error:
-                yield shown.failed(error)
+                )
+            )
 
         inputs = [image, editor, box, caption, decoder, guidance, seed]
         image.change(chosen, image, [shown.status, editor], api_visibility="private")
@@ -369,66 +368,19 @@ class _Blocks:
         def editing(
             file: str | None, text: str, samples: int, number: str, request: gr.Request
         ) -> Iterator[Updates]:
-            try:
-                for result in asking.edit(
+            yield from shown.growing(
+                lambda: asking.edit(
                     asker,
                     session_of(request),
                     asker.pixels(file),
                     text,
                     n=int(samples),
                     seed=entered.seed_of(number),
-                ):
-                    yield shown.updates(result)
-            except Exception as error:
-                yield shown.failed(error)
+                )
+            )
 
         on([go.click, instruction.submit], editing, [image, instruction, n, seed], shown.outputs)
         stop.click(self._leave, api_visibility="private")
-
-    def _library(self) -> None:
-        asker = self._asker
-        with gr.Row():
-            with gr.Column(min_width=300):
-                text = gr.Textbox(
-                    label="Search for", placeholder="a seven", max_length=entered.LONGEST_TEXT
-                )
-                image = given_image("library-image", "Image to search by")
-                go = gr.Button("Search", variant="primary")
-                page = gr.Number(1, label="Page of the memory bank", precision=0, minimum=1)
-                turn = gr.Button("Browse")
-            with gr.Column(min_width=300, scale=2):
-                status = gr.Markdown("", elem_classes="status", elem_id="library-status")
-                gallery = gr.Gallery(
-                    label="Documents",
-                    columns=3,
-                    format="png",
-                    height="auto",
-                    interactive=False,
-                    object_fit="contain",
-                    elem_classes="gallery",
-                    elem_id="library-images",
-                )
-
-        def searching(words: str, file: str | None, request: gr.Request) -> Updates:
-            try:
-                found = asking.search(asker, session_of(request), words, file, PER_PAGE)
-                return (
-                    f"{len(found)} documents, the closest first.",
-                    asking.found_pictures(found, asker.size),
-                )
-            except Exception as error:
-                return (told(error), gr.skip())
-
-        def browsing(number: float | None, request: gr.Request) -> Updates:
-            try:
-                session = session_of(request)
-                pictures, said = asking.browse(asker, session, int(number or 1), PER_PAGE)
-                return (said, pictures)
-            except Exception as error:
-                return (told(error), gr.skip())
-
-        on([go.click, text.submit], searching, [text, image], [status, gallery])
-        on([turn.click, page.submit, self.blocks.load], browsing, [page], [status, gallery])
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -448,3 +400,6 @@ class _Blocks:
 
     def _leave(self, request: gr.Request) -> None:
         self._asker.leave(session_of(request))
+
+    def _end(self, request: gr.Request) -> None:
+        self._asker.end(session_of(request))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,24 @@ class Shown:
             return ("Working ...", pictures, "", "", "", gr.update(value=None, visible=False))
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         files = []
-        for name, image in result.files.items():
-            image.save(folder / name)
+        for name, content in result.files.items():
+            if isinstance(content, str):
+                (folder / name).write_text(content, encoding="utf-8")
+            else:
+                content.save(folder / name)
             files.append(str(folder / name))
         status = " ".join(plain(sentence) for sentence in result.told)
         again = result.again
         reading = gr.update(value=files or None, visible=bool(files))
         return (status, pictures, result.text, again.shell(), again.python(), reading)
+
+    def growing(self, ask: Callable[[], Iterator[Result]]) -> Iterator[Updates]:
+        """What becomes of the outputs while a result grows; of a mistake, a sentence."""
+        try:
+            for result in ask():
+                yield self.updates(result)
+        except Exception as error:
+            yield self.failed(error)
 
     def failed(self, error: Exception) -> Updates:
         return (told(error), *(gr.skip() for _ in self.outputs[1:]))

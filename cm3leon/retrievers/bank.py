@@ -103,7 +103,8 @@ class Bank:
     def add(self, ids: Sequence[str], parts: Parts) -> np.ndarray:
         """Add documents and return their rows; `save_added` keeps them for the next time."""
         first = len(self)
-        self.added_ids += ids
+        # A copy of this bank keeps the documents that it has.
+        self.added_ids = [*self.added_ids, *ids]
         self._added = Parts.concatenate([self._added, parts])
         return np.arange(first, len(self))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,8 @@ class RunFolder(TokenizedRun):
 
     asked_model: Model | None = None
     """The model that is asked instead of the one that the run trained; None: the run's own."""
+    own_documents: tuple[TokenDocument, ...] = ()
+    """The last documents of the memory bank, which are in memory alone."""
     corpus_fingerprint: str | None = None
     """The source's fingerprint, if whoever opened the run has computed it; None:
     computed when needed."""
@@ -155,6 +158,8 @@ class RunFolder(TokenizedRun):
 
     def bank_document(self, row: int) -> TokenDocument:
         """A document of the memory bank, as ids."""
+        if self.own_documents and row >= (first := len(self.bank) - len(self.own_documents)):
+            return self.own_documents[row - first]
         made = len(self.bank_tokens)
         if row < made:
             return self.bank_tokens.document(row)
@@ -222,8 +227,15 @@ class RunFolder(TokenizedRun):
         files = [read_stage(self.bank_folder / stage)["fingerprint"] for stage in stages]
         added = self.added_tokens_file
         files.append(sha256(added) if added.is_file() else "")
+        files += [_digest(document) for document in self.own_documents]
         return {**parts, "memory bank": digest_of("".join(files))}
 
     def log(self, stage: str) -> list[dict[str, float]]:
         """The training records of a stage; [] if it did not train."""
         return read_log(self.folder / stage / "log.jsonl")
+
+
+def _digest(document: TokenDocument) -> str:
+    """Of the ids of all its segments."""
+    ids = [segment.ids_T.tolist() for segment in document.segments]
+    return digest_of(json.dumps(ids))
