@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shlex
 import shutil
 import socket
@@ -39,9 +41,8 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def asker(tuned_model: CM3Leon) -> Iterator[Asker]:
     before = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as the threads of a page have: convolutions round otherwise on several
+    # As the threads of a page have: convolutions round otherwise on several.
+    torch.set_num_threads(1)
     with Service(tuned_model, samples=2, precision="float32") as service:
         limits = Limits(pixels=250_000, samples=4, documents=2)
         found = Asker(service, tuned_model.run.folder, {"precision": "float32"}, limits, requests=4)
@@ -242,7 +243,7 @@ def test_files_of_own_documents_are_read_or_refused_with_a_sentence(
     asker: Asker, tmp_path: Path
 ) -> None:
     (tmp_path / "own.jsonl").write_text('{"image": "missing.png", "text": "a"}\n')
-    with pytest.raises(UserError, match=r"own: own\.jsonl:1"):
+    with pytest.raises(UserError, match=r"own: own\.jsonl/1: unreadable"):
         asker.model.with_documents(tmp_path / "own.jsonl")
     (tmp_path / "own.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"own: .*own\.jsonl has no documents"):
@@ -269,74 +270,182 @@ def url(asker: Asker) -> Iterator[str]:
     listener.close()
 
 
-def test_a_person_uses_each_tab_and_nothing_is_fetched_elsewhere(url: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
         pytest.skip("needs chromium")
-    picture = tmp_path / "picture.png"
-    Image.fromarray(noise(40)).save(picture)
+    with playwright.sync_playwright() as drivers:
+        found = drivers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Person:
+    """One who looks at the page, in a window of their own."""
+
+    def __init__(self, browser: Any, url: str, *, width: int, dark: bool) -> None:
+        scheme = "dark" if dark else "light"
+        size = {"width": width, "height": 844}
+        self.page = browser.new_page(viewport=size, color_scheme=scheme)
+        self.page.set_default_timeout(60_000)
+        self.asked: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(url)
+
+    def press(self, button: str) -> None:
+        self.page.get_by_role("button", name=button, exact=True).click()
+
+    def fill(self, label: str, text: str) -> None:
+        self.page.get_by_label(label).fill(text)
+
+    def open_tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+    def give(self, where: str, file: Path) -> None:
+        self.page.locator(f"#{where} input[type=file]").set_input_files(file)
+        self.page.locator(f"#{where} img").wait_for()
+
+    def reads(self, tab: str, text: str) -> None:
+        self.page.locator(f"#{tab}-status").get_by_text(text).first.wait_for()
+
+    def command(self, tab: str) -> str:
+        """The command that makes a result again, when its part is open."""
+        return str(self.page.locator(f"#{tab}-command textarea").input_value())
+
+    def file(self, tab: str, name: str) -> bytes:
+        """A file that is offered beside a result."""
+        links = self.page.locator(f"#{tab}-files a[href$='{name}']")
+        links.first.wait_for()
+        return bytes(self.page.request.get(links.first.get_attribute("href")).body())
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.fromarray(noise(40)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_a_person_uses_each_tab_on_a_phone_in_the_dark_and_by_keyboard(
+    browser: Any, url: str, picture: Path
+) -> None:
+    person = Person(browser, url, width=390, dark=True)
+    page = person.page
+
+    # An empty prompt is refused, a text is drawn.
+    page.get_by_label("Prompt").press("Enter")
+    person.reads("draw", "prompt is empty")
+    person.fill("Prompt", "a seven")
+    page.keyboard.press("Enter")
+    person.reads("draw", "Seed")
+    assert page.locator("#draw-images img").count() == 4
+
+    # All five tabs are there; the arrow key goes from one to the next.
+    names = ["Draw", "Look", "Fill in", "Edit", "Library"]
+    tabs = page.get_by_role("tab")
+    assert [tabs.nth(number).inner_text() for number in range(tabs.count())] == names
+    for name in names:
+        found = page.get_by_role("tab", name=name).bounding_box()
+        assert found["x"] >= 0
+        assert found["x"] + found["width"] <= 390
+    page.get_by_role("tab", name="Draw").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Describe").wait_for()
+
+    # Nothing is wider than the phone, and the page is dark.
+    for name in names:
+        person.open_tab(name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", colour)[:3])) < 3 * 128
+
+    person.open_tab("Edit")
+    person.give("edit-image", picture)
+    person.fill("Instruction", "make it bold")
+    page.keyboard.press("Enter")
+    person.reads("edit", "Seed")
+    page.close()
+
+
+def test_a_person_switches_documents_brushes_and_adds_documents(
+    browser: Any, url: str, picture: Path, tmp_path: Path
+) -> None:
+    person = Person(browser, url, width=1000, dark=False)
+    page = person.page
+    person.fill("Prompt", "a seven")
+    person.press("Draw")
+    person.reads("draw", "Seed")
+    page.locator("#draw-again button").first.click()
+    assert "retrieve=2" in person.command("draw")
+    page.locator("#draw-used input").first.uncheck()
+    person.press("Draw")
+    page.wait_for_function(
+        "document.querySelector('#draw-command textarea').value.includes('documents=[')"
+    )
+
     large = tmp_path / "large.png"
     Image.new("L", (600, 600)).save(large)
-    asked: list[str] = []
-    with playwright.sync_playwright() as drivers:
-        browser = drivers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        page.set_default_timeout(30_000)
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(url)
+    person.open_tab("Look")
+    person.give("look-image", large)
+    person.press("Describe")
+    person.reads("look", "pixels")
 
-        def status(tab: str, text: str) -> None:
-            page.locator(f"#{tab}-status").get_by_text(text).first.wait_for()
+    # A box, and then a brush that is dragged through the middle of the image.
+    person.open_tab("Fill in")
+    person.give("fill-image", picture)
+    canvas = page.locator("#fill-editor canvas").first
+    canvas.wait_for()
+    person.press("Fill in")
+    person.reads("fill", "nothing is to be made anew")
+    person.fill("Or a box", "0, 16, 32, 32")
+    person.press("Fill in")
+    person.reads("fill", "Seed")
+    page.locator("#fill-again button").first.click()
+    assert "'box=[0, 16, 32, 32]'" in person.command("fill")
+    person.fill("Or a box", "")
+    drag(page, canvas)
+    person.press("Fill in")
+    page.wait_for_function(
+        "document.querySelector('#fill-command textarea').value.includes('mask=mask.png')"
+    )
+    mask = Image.open(io.BytesIO(person.file("fill", "mask.png")))
+    transparent_HW = np.asarray(mask.getchannel("A")) == 0
+    assert transparent_HW.shape == (SIZE, SIZE)
+    assert transparent_HW[SIZE // 2, SIZE // 4 : SIZE * 3 // 4].all()
+    assert not transparent_HW[: SIZE // 8].any()
 
-        # By keyboard: an empty prompt is refused, a text is drawn.
-        page.get_by_label("Prompt").press("Enter")
-        status("draw", "prompt is empty")
-        page.get_by_label("Prompt").fill("a seven")
-        page.keyboard.press("Enter")
-        status("draw", "Seed")
-        assert page.locator("#draw-images img").count() == 4
-        page.locator("#draw-again button").first.click()
-        command = page.locator("#draw-command textarea").input_value()
-        assert "retrieve=2" in command
+    # A document that is added is found and drawn with; it is this browser's alone.
+    person.open_tab("Library")
+    person.reads("library", "Page 1 of")
+    page.locator("#library-own button").first.click()
+    person.give("library-own-image", picture)
+    person.fill("Words of the document", "a zebra of glass")
+    person.press("Add")
+    person.reads("library", "in this browser alone")
+    person.fill("Search for", "a zebra of glass")
+    page.keyboard.press("Enter")
+    person.reads("library", "the closest first")
+    page.locator("#library-images").get_by_text("a zebra of glass").first.wait_for()
+    person.open_tab("Draw")
+    person.fill("Prompt", "a zebra of glass")
+    person.press("Draw")
+    page.wait_for_function(
+        "document.querySelector('#draw-command textarea').value.includes('own=own.jsonl')"
+    )
+    assert b"a zebra of glass" in person.file("draw", "own.jsonl")
+    elsewhere = {each for each in person.asked if not each.startswith((url, "data:", "blob:"))}
+    assert elsewhere == set()
+    page.close()
 
-        # One of its documents is switched off.
-        page.locator("#draw-used input").first.uncheck()
-        page.get_by_role("button", name="Draw", exact=True).click()
-        page.wait_for_function(
-            "document.querySelector('#draw-command textarea').value.includes('documents=[')"
-        )
 
-        # A phone shows all of it below each other; the other tabs are used on a wider screen.
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.set_viewport_size({"width": 1000, "height": 900})
-
-        page.get_by_role("tab", name="Look").click()
-        page.locator("#look-image input[type=file]").set_input_files(large)
-        page.locator("#look-image img").wait_for()
-        page.get_by_role("button", name="Describe").click()
-        status("look", "pixels")
-
-        page.get_by_role("tab", name="Fill in").click()
-        page.locator("#fill-image input[type=file]").set_input_files(picture)
-        canvas = page.locator("#fill-editor canvas").first
-        canvas.wait_for()
-        page.get_by_role("button", name="Fill in").click()
-        status("fill", "nothing is to be made anew")
-        page.get_by_label("Or a box").fill("0, 16, 32, 32")
-        page.get_by_role("button", name="Fill in").click()
-        status("fill", "Seed")
-
-        page.get_by_role("tab", name="Edit").click()
-        page.locator("#edit-image input[type=file]").set_input_files(picture)
-        page.locator("#edit-image img").wait_for()
-        page.get_by_label("Instruction").fill("make it bold")
-        page.keyboard.press("Enter")
-        status("edit", "Seed")
-
-        page.get_by_role("tab", name="Library").click()
-        status("library", "Page 1 of")
-        page.get_by_label("Search for").fill("a seven")
-        page.keyboard.press("Enter")
-        status("library", "the closest first")
-        browser.close()
-    assert {each for each in asked if not each.startswith((url, "data:", "blob:"))} == set()
+def drag(page: Any, canvas: Any) -> None:
+    """Drag the brush through the middle of the canvas, from a quarter of its width to three quarters."""
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    height = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 4, height)
+    page.mouse.down()
+    for step in range(1, 11):
+        page.mouse.move(box["x"] + box["width"] * (1 / 4 + step / 20), height)
+    page.mouse.up()

@@ -46,6 +46,7 @@ CSS = """
 button[role=tab] { padding-left: 10px; padding-right: 10px; }
 .code textarea { font-family: ui-monospace, monospace; font-size: 0.85rem; }
 .gallery img { image-rendering: pixelated; }
+.gallery .grid-wrap { min-height: 0 !important; padding-top: 2rem !important; }
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
 """
@@ -111,18 +112,20 @@ class _Blocks:
             delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
         ) as self.blocks:
             gr.Markdown(f"# {plain(run.folder.resolve().name)}")
-            with gr.Tab("Draw", id="draw"):
-                self._draw()
-            with gr.Tab("Look", id="look"):
-                self._look()
-            with gr.Tab("Fill in", id="fill"):
-                self._fill_in()
-            if is_tuned(asker.model):
-                with gr.Tab("Edit", id="edit"):
-                    self._edit()
-            if self._has_bank:
-                with gr.Tab("Library", id="library"):
-                    library_tab(asker, self.blocks)
+            # A phone shows all of them, in two rows if need be.
+            with gr.Tabs(overflow_behavior="wrap"):
+                with gr.Tab("Draw", id="draw"):
+                    self._draw()
+                with gr.Tab("Look", id="look"):
+                    self._look()
+                with gr.Tab("Fill in", id="fill"):
+                    self._fill_in()
+                if is_tuned(asker.model):
+                    with gr.Tab("Edit", id="edit"):
+                        self._edit()
+                if self._has_bank:
+                    with gr.Tab("Library", id="library"):
+                        library_tab(asker, self.blocks)
             self.blocks.unload(self._end)
 
     # ------------------------------------------------------------------------------------------------- tabs
