@@ -164,8 +164,9 @@ def main(options: Options) -> None:
                 print(
                     sentence if len(texts) == 1 else f"{sentence} ({count} of {len(left)} prompts)"
                 )
-            size = options.size or (model.run.image_tokenizer_shape.image_size,) * 2
-            print(layout.told(layout.folder(options.out), size, options.kept))
+            side = model.run.image_tokenizer_shape.image_size
+            folder = layout.folder(options.out)
+            print(layout.told(folder, options.size or (side, side), options.kept))
     if too_long:
         named = "; ".join(list(too_long.values())[:NAMED])
         raise Partly(f"{len(too_long)} of {len(texts)} prompts are too long, not drawn: {named}")

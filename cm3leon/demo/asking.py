@@ -295,7 +295,7 @@ def look(
             text = model.caption(image, retrieve=retrieve, seed=seed)
             options = {"retrieve": retrieve or None, "seed": seed}
             again = asker.again("caption", "caption", given, own=bool(own), **options)
-        files = {IMAGE: image, **own}
+        files: dict[str, Image.Image | str] = {IMAGE: image, **own}
         return Result(text=text, told=[f"Seed {seed}."], again=again, files=files)
 
     return asker.watch(session, work)

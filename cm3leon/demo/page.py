@@ -42,11 +42,14 @@ KEPT_SECONDS = 3600
 CSS = """
 .status { min-height: 1.5em; }
 .status p { margin: 0; }
-.gallery .caption-label { white-space: normal; max-width: 100%; font-size: 0.75rem; padding: 1px 4px; }
+.gallery .thumbnail-lg { aspect-ratio: auto; height: auto; display: flex; flex-direction: column; }
+.gallery .thumbnail-lg > img { height: auto; aspect-ratio: 1; }
+.gallery .caption-label { position: static; white-space: normal; max-width: 100%; width: 100%; border: 0; }
+.gallery .caption-label { font-size: 0.75rem; padding: 1px 4px; text-align: left; }
 button[role=tab] { padding-left: 10px; padding-right: 10px; }
 .code textarea { font-family: ui-monospace, monospace; font-size: 0.85rem; }
 .gallery img { image-rendering: pixelated; }
-.gallery .grid-wrap { min-height: 0 !important; padding-top: 2rem !important; }
+.gallery .grid-wrap { min-height: 0 !important; max-height: none !important; padding-top: 2rem !important; }
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
 """

@@ -73,7 +73,7 @@ class CM3LeonModel(Base):
             verify=verify,
         )
         self._images = Path(images) if images else None
-        self._drawing = {"n": samples, "seed": seed}
+        self._drawing: dict[str, Any] = {"n": samples, "seed": seed}
         self._retrieve = retrieve
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
