@@ -235,6 +235,8 @@ NOT_COMMANDS = {
     "__init__",
     "asking",
     "help",
+    "layouts",
+    "listening",
     "listing",
     "schema",
     "sample",
