@@ -27,7 +27,7 @@ def test_the_notebook_of_the_page_s_steps_runs(
     monkeypatch.setenv("CM3LEON_RUN", str(tuned_model.run.folder))
     notebook = jupytext.read(NOTEBOOK)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
 
