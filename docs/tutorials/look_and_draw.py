@@ -138,7 +138,7 @@ for document in model.search("a seven", picture, count=3):
 
 # %% [markdown]
 # Documents of one's own stand behind those of the bank, for this model in memory alone; the run's folder stays as it
-# is. (`python -m cm3leon.run add` adds for good.)
+# is. (The command `add` adds for good.)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
