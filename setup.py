@@ -61,7 +61,7 @@ TEST = [
     "wandb",
     "mlflow-skinny",
 ]
-"""What the tests import beside the package itself."""
+"""What the tests import beside the package itself, but for the page's, Trackio and lmms-eval."""
 
 
 class BuildWithExperiments(build_py):

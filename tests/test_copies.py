@@ -29,6 +29,8 @@ from cm3leon.hub import copies
 from cm3leon.hub.copies import FILES, STATE, ForeignCopy, Store, pull_copy, push_copy
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -247,6 +247,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.stack
 def test_two_ranks_take_up_a_run_at_its_pretraining(finished: Path, tmp_path: Path) -> None:
     """The losses are those of one process up to bf16's rounding; the stages behind it are made by the first rank."""
     folder = tmp_path / "digits_smoke"

@@ -301,6 +301,7 @@ def test_jobs_run_in_order_and_not_behind_one_that_failed(tmp_path: Path, small_
     ]
 
 
+@pytest.mark.stack
 def test_torchrun_starts_ranks_and_keeps_their_exit_code(
     tmp_path: Path, small_code: None, capfd: Any
 ) -> None:

@@ -21,6 +21,8 @@ from cm3leon.tokenizers.layout import SPECIALS
 from cm3leon.tokenizers.patterns import PUBLISHED_PATTERNS, Pattern, expression
 from cm3leon.tokenizers.text import TextTokenizer, TextTokenizerConfig
 
+pytestmark = pytest.mark.stack
+
 PATTERNS = get_args(Pattern)
 TEXTS = ["a red dog on 12 chairs; it's नमस्ते", "<pad> <eos><break> <end_of_span>", "x\n\n  y"] * 3
 

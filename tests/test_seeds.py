@@ -27,6 +27,8 @@ from cm3leon.seeds import wrapped
 from cm3leon.training.trainer import train
 from cm3leon.types import UserError
 
+pytestmark = pytest.mark.stack
+
 LARGE = [2**31, 1_764_361_234_567, 2**63 + 5, 2**64 - 1]
 """Of more than 31 bits, a time in milliseconds, of more than 63 bits, and the largest."""
 

@@ -22,6 +22,8 @@ from cm3leon.serve.engine import Busy, Caller, Cancelled, SharedEngine, Stopped
 from cm3leon.training.device import autocast
 from cm3leon.types import NotFinite, UserError
 
+pytestmark = pytest.mark.stack
+
 SHAPE = Shape(groups=5, width=4, prefix=SEQ_LEN, tail=SEQ_LEN)
 DECODERS = (
     built("top_p", cfg=1, top_p=0.8),

@@ -2,8 +2,8 @@
 
 The versions of requirements/cluster.lock are older than those of a fresh installation: torch 2.9,
 transformers 4. A file of tests has the marker if it handles one of the packages that differ itself,
-and every part of the program that computes with torch has a marked file. The rest of the tests
-would say there what they have said already.
+by itself or through a helper of the tests, and each part of the method has a marked file. The rest of
+the tests would say there what they have said already.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ DIFFERENT = (
     "transformers",
     "diffusers",
     "peft",
+    "tokenizers",
+    "huggingface_hub",
 )
 """Packages beside torch whose versions differ, and of which more than tensors is used."""
 COMPUTING = (
@@ -53,7 +55,16 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-FILES = {file.name: imports(file) for file in sorted(TESTS.glob("test_*.py"))}
+def imports_of_test(file: Path) -> set[str]:
+    """Modules that a file of tests imports, by itself or through the helpers beside it."""
+    found = imports(file)
+    for helper in sorted(found):
+        if (TESTS / f"{helper}.py").is_file():
+            found |= imports(TESTS / f"{helper}.py")
+    return found
+
+
+FILES = {file.name: imports_of_test(file) for file in sorted(TESTS.glob("test_*.py"))}
 
 
 def marked(name: str) -> bool:

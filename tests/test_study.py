@@ -787,6 +787,10 @@ def test_combinations_are_the_product():
             "runs.fist is not a run of this study; did you mean first",
         ),
         (["aims.0.row=first"], "aims: right: row is first, which images has not"),
+        (
+            ["aims=[]", "evaluations.images.setting.documnets=2"],
+            "evaluations.images.setting.documnets is not a known key; did you mean documents",
+        ),
         (["aims.0.evaluation=image"], "evaluation is image; did you mean images"),
         (["until=later"], "until is later, which is no part of this study"),
     ],

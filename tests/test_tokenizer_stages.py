@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cm3leon.stages.opening import open_run
 
+pytestmark = pytest.mark.stack
+
 TRAINING = {
     "steps": 8,
     "warmup_steps": 1,

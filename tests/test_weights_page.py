@@ -15,6 +15,8 @@ from test_import import publish
 from cm3leon.run import main
 from cm3leon.tokenizers.families import FAMILIES, renumbered
 
+pytestmark = pytest.mark.stack
+
 PAGE = Path(__file__).parent.parent / "docs" / "public_weights.md"
 CALL = "python -m cm3leon.run "
 ELSEWHERE = {"push", "serve", "demo"}

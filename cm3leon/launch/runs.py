@@ -1,8 +1,8 @@
 """An experiment as jobs: its stages, each with its own resources, after those that it needs.
 
-A corpus in many parts, trained on several GPUs, becomes for example:
+A corpus in many parts, trained on several GPUs with a published image tokenizer, becomes for example:
 
-    text_tokenizer -> tokens (array of 256) -> tokens_end -> vectors (array of 256) -> index ->
+    retriever -> tokens (array of 256) -> tokens_end -> vectors (array of 256) -> index ->
     neighbours (array of 256) -> neighbours_end -> pretraining (all ranks) -> evaluation
 """
 

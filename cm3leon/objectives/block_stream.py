@@ -403,7 +403,7 @@ class BlockStream:
             raise UserError(
                 f"the checkpoint was trained with training.batch_size={found[0]} and "
                 f"packing.method={found[1]}, not {self._batch_size} and {self._packing.method}; "
-                "both must stay the same, or start anew with redo=pretraining"
+                "both must stay the same, or set training.start_with=weights"
             )
 
         if missing := self._lanes.keys() - state["lanes"].keys():

@@ -112,7 +112,7 @@ def load_study(
         study.experiment(name)
     study.runs |= _copies(study)
     study.written = to_mapping(config)
-    _check_rows_of_aims(config)
+    _check_rows(config)
     return study
 
 
@@ -233,10 +233,14 @@ def _copies(study: Study) -> dict[str, PlannedRun]:
     return copies
 
 
-def _check_rows_of_aims(config: StudyConfig) -> None:
+def _check_rows(config: StudyConfig) -> None:
+    """Raise UserError for a setting or sweep that no row can be made of, or an aim of no row."""
+    named = {}
+    for name, evaluation in config.evaluations.items():
+        named[name] = [row.name for row in rows(name, evaluation)]
+
     for aim in config.aims:
-        evaluation = config.evaluations[aim.evaluation]
-        names = [row.name for row in rows(aim.evaluation, evaluation)]
+        names = named[aim.evaluation]
         if aim.row not in names:
             raise UserError(
                 f"aims: {aim.label}: row is {aim.row}, which {aim.evaluation} has not; "

@@ -256,6 +256,7 @@ class _Writing:
         files: dict[str, str] = {}
         for path in lists:
             files |= read_json(path)
+        for path in lists:
             path.unlink()
         files |= {name: sha256(self._partial / name) for name in (".metadata", STATE)}
         write_json(self._partial / MANIFEST, files, indent=None, sync=True)
