@@ -26,7 +26,8 @@ from test_training import Interrupted, Numbers, run, without_rates
 
 from cm3leon.data import remote
 from cm3leon.hub import copies
-from cm3leon.hub.copies import FILES, STATE, ForeignCopy, Store, pull_copy, push_copy
+from cm3leon.hub.copies import STATE, ForeignCopy, pull_copy, push_copy
+from cm3leon.hub.store import FILES, Store
 from cm3leon.types import UserError
 
 pytestmark = pytest.mark.stack

@@ -68,8 +68,8 @@ def contents(source: Any) -> list[tuple[Any, ...]]:
     return found
 
 
-def on_s3(name: str, place: Path, bucket: str) -> tuple[Any, Any]:
-    """A corpus on disk, and the same one in a bucket."""
+def uploaded(name: str, place: Path, bucket: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a corpus on disk, and those of the same one in a bucket."""
     place.mkdir()
     settings = CORPORA[name](place)
     upload(place, f"s3://{bucket}/corpus")
@@ -77,6 +77,12 @@ def on_s3(name: str, place: Path, bucket: str) -> tuple[Any, Any]:
         key: value.replace(str(place), f"s3://{bucket}/corpus") if isinstance(value, str) else value
         for key, value in settings.items()
     }
+    return settings, there
+
+
+def on_s3(name: str, place: Path, bucket: str) -> tuple[Any, Any]:
+    """A corpus on disk, and the same one in a bucket."""
+    settings, there = uploaded(name, place, bucket)
     return build(name, **settings), build(name, **there)
 
 
@@ -90,7 +96,21 @@ def test_a_corpus_on_s3_is_read_as_a_local_one(name: str, gate: Gate, tmp_path: 
     expected = contents(local)
     assert any(len(item) == 5 for item in expected)
     assert contents(there) == expected
-    assert there.fingerprint() == there.fingerprint()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_corpus_on_s3_is_another_one_once_an_object_changes(
+    name: str, gate: Gate, tmp_path: Path
+) -> None:
+    place, bucket = tmp_path / "corpus", f"changed-{name.replace('_', '-')}"
+    _, settings = uploaded(name, place, bucket)
+    fingerprint = build(name, **settings).fingerprint()
+    assert build(name, **settings).fingerprint() == fingerprint
+
+    changed = min(path for path in place.rglob("*") if path.is_file())
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    upload(place, f"s3://{bucket}/corpus")
+    assert build(name, **settings).fingerprint() != fingerprint
 
 
 @pytest.mark.parametrize("name", ["webdataset", "parquet", "jsonl"])

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cm3leon.config import PositiveInt
+from cm3leon.secrets import masked
 from cm3leon.types import UserError
 
 
@@ -76,22 +77,27 @@ def main(options: Options) -> None:
 
 def _push_to_address(options: Options) -> None:
     """Copy a folder to a store, once or every so often."""
-    from cm3leon.hub.copies import ForeignCopy, kept_files, push_copy
+    from cm3leon.hub.copies import ForeignCopy, kept_sizes, push_copy
 
+    # It may hold a password, as in sftp://me:password@host/runs.
+    address = masked(options.to)
     if options.dry_run:
-        sizes = {
-            name: (options.folder / name).stat().st_size for name in kept_files(options.folder)
-        }
+        sizes = kept_sizes(options.folder)
         print("\n".join(f"{size:>16,} bytes  {name}" for name, size in sizes.items()))
         print(f"{sum(sizes.values()):>16,} bytes in {len(sizes)} files")
-        print(f"nothing was uploaded to {options.to}, as dry_run is true")
+        print(f"nothing was uploaded to {address}, as dry_run is true")
         return
-    print(f"pushed to {options.to}: {push_copy(options.folder, options.to)}", flush=True)
-    while options.every is not None:
-        time.sleep(options.every)
+
+    while True:
         try:
-            print(f"pushed to {options.to}: {push_copy(options.folder, options.to)}", flush=True)
+            print(f"pushed to {address}: {push_copy(options.folder, options.to)}", flush=True)
         except ForeignCopy:
             raise
-        except UserError as error:  # the network, which may be back the next time
-            print(f"{error}; tried again in {options.every} s", flush=True)
+        except UserError as error:
+            if options.every is None:
+                raise
+            # The network may be back the next time, and the training have made its folder.
+            print(masked(f"{error}; tried again in {options.every} s"), flush=True)
+        if options.every is None:
+            return
+        time.sleep(options.every)

@@ -8,77 +8,37 @@ copied:
     s3://bucket/runs/tars/pretraining/log.jsonl.3         one that has changed since, under another
 
 The list is written last, and an object that it names is never written over: a push that is killed leaves the copy
-before as it was. Nothing of a file that is larger than a block is held in memory.
+before as it was. What it has uploaded is named by a file beside the list, which is written first, and goes with the
+next push. Nothing of a file that is larger than a block is held in memory.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
+import itertools
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
-from cm3leon.data.remote import BLOCK_BYTES, file_system, open_remote, persistently, reaching
-from cm3leon.io import atomic, digest_of, read_json, sha256, write_json
+from cm3leon.hub.store import FILES, UNLISTED, Copy, Gone, Store, Stored, reading
+from cm3leon.io import digest_of, read_json, sha256, write_json
 from cm3leon.locks import LOCK, locked
 from cm3leon.paths import check_folder, make_folder
 from cm3leon.stages.folders import SUPERSEDED
-from cm3leon.stages.stage import lies_inside
-from cm3leon.training.steps import MANIFEST, step_of
+from cm3leon.training.steps import MANIFEST, numbered, step_of
 from cm3leon.types import UserError
 
-FILES = "cm3leon-files.json"
 STATE = ".copied.json"
 """In the folder here: the lists of the copy that are its own, and what of it was copied when."""
 LEFT_OUT = (SUPERSEDED, "decoded")
 """Folders that only serve the run on the disk where it lies."""
-MAX_PARTS = 9000
-"""Parts of an object; S3 has room for 10,000."""
-MAX_LIST_BYTES = 2**30
-
-
-class Gone(Exception):
-    """A file of the folder here that vanished, or became shorter, while it was copied."""
+WALKS = 3
+"""Times that a folder is walked through while the checkpoints of a training vanish from it."""
 
 
 class ForeignCopy(UserError):
     """A copy at an address that was not made from the folder which is pushed there."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file of a copy: its object below the address, and what it holds."""
-
-    object: str
-    bytes: int
-    sha256: str
-
-
-@dataclass
-class Copy:
-    """What the list at an address says; of number 0 where there is none."""
-
-    number: int = 0
-    """How many times it was pushed."""
-    files: dict[str, Stored] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        """The list as it is written."""
-        files = {name: asdict(self.files[name]) for name in sorted(self.files)}
-        return json.dumps({"number": self.number, "files": files})
-
-    @property
-    def digest(self) -> str:
-        """Changes with every push."""
-        return digest_of(self.text)
 
 
 Times = dict[str, list[int]]
@@ -117,139 +77,7 @@ class Copied:
         return f"{self.files} files of {self.bytes:,} bytes, {self.unchanged} were there already"
 
 
-# ------------------------------------------------------------------------------------------------ the address
-
-
-@dataclass(frozen=True)
-class Store:
-    """An address where a copy lies or is to lie."""
-
-    address: str
-    where: str
-    """The option that names it, for messages."""
-
-    @functools.cached_property
-    def _place(self) -> tuple[Any, str]:
-        """The file system, and the path in it. Raises UserError for an address that is none."""
-        try:
-            system, root = file_system(self.address)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.where}: {self.address} cannot be opened: {error}") from error
-        root = root.rstrip("/")
-        if isinstance(system, LocalFileSystem) or not root:
-            raise UserError(
-                f"{self.where} is {self.address}; give an address such as s3://bucket/runs/tars"
-            )
-        return system, root
-
-    def full(self, name: str) -> str:
-        """The path of an object in its file system."""
-        return f"{self._place[1]}/{name}"
-
-    def copy(self) -> Copy:
-        """The copy that lies there, an empty one for none.
-
-        Raises:
-            UserError: for a list that is damaged, or names files outside the folder or the address.
-        """
-        file = self.full(FILES)
-        try:
-            with open_remote(self._place[0], file, self.where) as opened:
-                text = opened.read(MAX_LIST_BYTES)
-        except FileNotFoundError:
-            return Copy()
-        try:
-            content = json.loads(text)
-            files = {name: Stored(**entry) for name, entry in content["files"].items()}
-            copy = Copy(int(content["number"]), files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.where}: {file} is damaged ({error})") from error
-        inside = Path("/copy")
-        for name, stored in files.items():
-            if not (lies_inside(inside, name) and lies_inside(inside, stored.object)):
-                raise UserError(f"{self.where}: {file} names {name!a}, which lies outside the copy")
-        return copy
-
-    def write_list(self, copy: Copy) -> None:
-        """Make a copy the one that lies there, the last step of a push."""
-        file, content = self.full(FILES), copy.text.encode()
-        with self._writing(file):
-            persistently(lambda: self._place[0].pipe_file(file, content))
-
-    def upload(self, path: Path, name: str) -> Stored:
-        """Copy a file as long as it is now, block by block.
-
-        Raises:
-            Gone: for a file that is not there any more.
-        """
-        with self._writing(self.full(name)):
-            return persistently(lambda: self._uploaded(path, name))
-
-    @contextmanager
-    def _writing(self, full: str) -> Iterator[None]:
-        """Say that an object could not be written. Raises UserError."""
-        with reaching(full, self.where):
-            try:
-                yield
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{self.where}: {full} cannot be written ({error}); make the bucket first, or give another address"
-                ) from error
-
-    def _uploaded(self, path: Path, name: str) -> Stored:
-        system, full = self._place[0], self.full(name)
-        digest = hashlib.sha256()
-        try:
-            file = path.open("rb")
-        except FileNotFoundError as error:
-            raise Gone from error
-        with file:
-            size = left = os.fstat(file.fileno()).st_size
-            part_bytes = max(2 * BLOCK_BYTES, size // MAX_PARTS)
-            out = system.open(full, "wb", block_size=part_bytes)
-            try:
-                while left:
-                    piece = file.read(min(left, BLOCK_BYTES))
-                    if not piece:
-                        raise Gone
-                    digest.update(piece)
-                    out.write(piece)
-                    left -= len(piece)
-            except BaseException:
-                # To close it would make an object of the half.
-                out.discard()
-                out.closed = True
-                raise
-            out.close()
-        if (arrived := system.info(full)["size"]) != size:
-            raise ConnectionError(f"{arrived} of {size} bytes arrived")
-        return Stored(name, size, digest.hexdigest())
-
-    def download(self, stored: Stored, path: Path) -> None:
-        """Copy an object into a file, which appears whole.
-
-        Raises:
-            FileNotFoundError: where the object is gone, or holds something else than the list says.
-        """
-        digest = hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        full = self.full(stored.object)
-        with atomic(path) as partial, open_remote(self._place[0], full, self.where) as file:
-            with partial.open("wb") as out:
-                while piece := file.read(BLOCK_BYTES):
-                    digest.update(piece)
-                    out.write(piece)
-            if digest.hexdigest() != stored.sha256:
-                raise FileNotFoundError(f"{full} is not as it was pushed")
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Delete objects that the list does not name any more."""
-        for name in names:
-            with reaching(self.full(name), self.where):
-                persistently(functools.partial(self._place[0].rm_file, self.full(name)))
-
-
-# ------------------------------------------------------------------------------------------------ there and back
+# ------------------------------------------------------------------------------------------------ the folder here
 
 
 def _is_complete(checkpoint: Path, files: list[str]) -> bool:
@@ -263,8 +91,14 @@ def _is_complete(checkpoint: Path, files: list[str]) -> bool:
 
 
 def kept_files(folder: Path) -> Iterator[str]:
-    """Names of the files of a folder that are copied: no hidden ones, and of checkpoints those that are complete."""
-    for place, folders, files in os.walk(folder, followlinks=True):
+    """Names of the files of a folder that are copied: no hidden ones, and of checkpoints those that are complete.
+
+    The names of a copy's own lists are left out at the top, where they would lie at the address.
+
+    Raises:
+        UserError: for a folder in it that cannot be read.
+    """
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         within = Path(place)
         if step_of(within) is not None and not _is_complete(within, files):
             folders.clear()
@@ -273,9 +107,144 @@ def kept_files(folder: Path) -> Iterator[str]:
             name for name in folders if not name.startswith(".") and name not in LEFT_OUT
         )
         for name in sorted(files):
+            if within == folder and name in (FILES, UNLISTED):
+                continue
             # The index of a checkpoint is called .metadata.
             if not name.startswith(".") or step_of(within) is not None:
                 yield (within / name).relative_to(folder).as_posix()
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    # Its files would count as deleted, and be deleted at the address. One that vanished is deleted.
+    if not isinstance(error, FileNotFoundError):
+        raise UserError(f"folder: {error.filename} cannot be read here ({error.strerror})")
+
+
+def _check_there(folder: Path) -> None:
+    check_folder(folder, "folder")
+    if not folder.is_dir():
+        raise UserError(f"folder: {folder} does not exist; give the folder of a run or an export")
+
+
+def kept_sizes(folder: Path) -> dict[str, int]:
+    """The files of a folder that are copied, with their bytes.
+
+    Raises:
+        UserError: for a folder that does not exist or cannot be read.
+    """
+    _check_there(folder)
+    sizes: dict[str, int] = {}
+    for name in kept_files(folder):
+        with suppress(FileNotFoundError):  # a training deletes checkpoints meanwhile
+            sizes[name] = (folder / name).stat().st_size
+    return sizes
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    return step_of(Path(name).parent) is not None
+
+
+def _trainings(names: Iterable[str]) -> set[str]:
+    """The folders of the trainings to whose checkpoints some of the files belong."""
+    return {str(Path(name).parent.parent) for name in names if _is_of_checkpoint(name)}
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+@dataclass
+class _Pushing:
+    """A push under way."""
+
+    folder: Path
+    store: Store
+    number: int
+    """Of the list that is to be written."""
+    files: dict[str, Stored]
+    """What that list is to name: at first the files of the copy before, then what the last walk found."""
+    times: Times
+    objects: set[str]
+    """Objects of the copy before and of this push, none of which is written over."""
+    killed: set[str]
+    """Objects that pushes which were killed may have left."""
+
+    def walk(self) -> bool:
+        """Copy what has changed in the folder since `files` was made.
+
+        A training may have deleted the checkpoint that was being copied, and its next one is not among those that were
+        found: then the checkpoints of the copy before are kept.
+
+        Returns:
+            Whether a training was left without a new checkpoint, so that another walk is worth while.
+        """
+        found, gone = self._found()
+
+        # What has changed gets another name there, so that the list before stays true until the next one is written.
+        # Points of a study link the stages that they share, which are copied once.
+        paths: dict[str, str] = {}
+        chosen: dict[str, str] = {}
+        for name, now in found.items():
+            if name not in self.files or self.times.get(name) != now:
+                path = paths[name] = os.path.realpath(self.folder / name)
+                if path not in chosen:
+                    chosen[path] = self._object_for(name, found)
+        if chosen or found.keys() != self.files.keys():
+            self.killed.add(UNLISTED)  # It goes with what it names.
+            self.store.write_unlisted(self.objects | self.killed)
+
+        files: dict[str, Stored] = {}
+        uploaded: dict[str, Stored] = {}
+        for name in found:
+            if name not in paths:
+                files[name] = self.files[name]
+                continue
+            path = paths[name]
+            try:
+                if path not in uploaded:
+                    uploaded[path] = self.store.upload(self.folder / name, chosen[path])
+            except Gone:
+                gone.add(name)
+                continue
+            files[name] = uploaded[path]
+
+        # Of a checkpoint that was deleted meanwhile no part is of use.
+        broken = {Path(name).parent for name in gone if _is_of_checkpoint(name)}
+        files = {name: stored for name, stored in files.items() if Path(name).parent not in broken}
+        times = {name: found[name] for name in files}
+
+        lost: set[str] = set()
+        for training in (_trainings(self.files) | _trainings(gone)) - _trainings(files):
+            if numbered(self.folder / training):  # else they were all deleted on purpose
+                lost.add(training)
+        for name, stored in self.files.items():
+            if _trainings([name]) & lost:
+                files[name], times[name] = stored, self.times.get(name, [])
+        self.files, self.times = files, times
+        return bool(lost)
+
+    def _found(self) -> tuple[Times, set[str]]:
+        """The files of the folder with their times, and the names of those that vanished since they were listed."""
+        found: Times = {}
+        gone: set[str] = set()
+        for name in kept_files(self.folder):
+            try:
+                with reading(self.folder / name):
+                    status = (self.folder / name).stat()
+            except Gone:
+                gone.add(name)
+                continue
+            found[name] = [status.st_size, status.st_mtime_ns]
+        return found, gone
+
+    def _object_for(self, name: str, found: Times) -> str:
+        """A name that no object of the copy before and of this push has, nor any file that may get its own."""
+        chosen = name
+        if name in self.files or name in self.objects:
+            numbers = itertools.count(self.number)
+            while (chosen := f"{name}.{next(numbers)}") in self.objects or chosen in found:
+                pass
+        self.objects.add(chosen)
+        return chosen
 
 
 def push_copy(folder: Path, address: str, where: str = "to") -> Copied:
@@ -288,9 +257,7 @@ def push_copy(folder: Path, address: str, where: str = "to") -> Copied:
         ForeignCopy: for an address that holds a copy of another folder.
         UserError: for one that cannot be written to.
     """
-    check_folder(folder, "folder")
-    if not folder.is_dir():
-        raise UserError(f"folder: {folder} does not exist; give the folder of a run or an export")
+    _check_there(folder)
     with locked(folder, ".copying", where="folder"):
         return _push(folder, Store(address, where))
 
@@ -302,40 +269,37 @@ def _push(folder: Path, store: Store) -> Copied:
             f"{store.where}: {store.address} holds a copy that was not made from {folder} as it is, or that another "
             "machine has pushed to since; pull it into a new folder, or give another address"
         )
-
-    # What has changed gets another name there, so that the list before stays true until the next one is written.
-    after = Copy(before.number + 1)
-    times: Times = {}
+    objects = {stored.object for stored in before.files.values()}
     copied_before = state.lists.get(before.digest, {})
-    gone: set[Path] = set()
-    moved = 0
-    for name in kept_files(folder):
-        path = folder / name
-        known = before.files.get(name)
-        try:
-            status = path.stat()
-            now = [status.st_size, status.st_mtime_ns]
-            if known is None or copied_before.get(name) != now:
-                known = store.upload(path, name if known is None else f"{name}.{after.number}")
-                moved += known.bytes
-        except (FileNotFoundError, Gone):
-            gone.add(path.parent)
-            continue
-        after.files[name], times[name] = known, now
-    # Of a checkpoint that was deleted meanwhile no part is of use.
-    for name in [name for name in after.files if (folder / name).parent in gone]:
-        if step_of((folder / name).parent) is not None:
-            del after.files[name]
+
+    push = _Pushing(
+        folder,
+        store,
+        number=before.number + 1,
+        files=before.files,
+        times=copied_before,
+        objects=set(objects),
+        killed=store.unlisted(),
+    )
+    for _ in range(WALKS):
+        if not push.walk():
+            break
+
+    after = Copy(push.number, push.files)
+    if after.files != before.files or not before.number:
+        # A kill between the two leaves either list there, and both are known as this folder's.
+        lists = {before.digest: copied_before, after.digest: push.times}
+        State(lists).write(folder, store.address)
+        store.write_list(after)
+
+    left = {stored.object: stored.bytes for stored in after.files.values()}
+    listing = {UNLISTED} & push.killed
+    store.remove(sorted((push.objects | push.killed) - left.keys() - listing))
+    store.remove(listing)
 
     uploaded = sum(before.files.get(name) != stored for name, stored in after.files.items())
-    if after.files == before.files and before.number:
-        return Copied(0, 0, len(after.files))
-    # A kill between the two leaves either list there, and both are known as this folder's.
-    State({before.digest: copied_before, after.digest: times}).write(folder, store.address)
-    store.write_list(after)
-    left = {stored.object for stored in after.files.values()}
-    store.remove(sorted({stored.object for stored in before.files.values()} - left))
-    return Copied(uploaded, moved, len(after.files) - uploaded)
+    size = sum(size for name, size in left.items() if name not in objects)
+    return Copied(uploaded, size, len(after.files) - uploaded)
 
 
 def pull_copy(address: str, folder: Path, where: str = "address") -> Copied:
