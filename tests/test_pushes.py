@@ -130,10 +130,12 @@ def test_an_object_of_a_changed_file_takes_no_other_files_name(tmp_path: Path) -
     push_copy(folder, ADDRESS)
     expected = {"log": "22", "log.2": "older", "log.3": "new"}
     assert pulled(tmp_path / "second") == expected
-    put(folder, log="333")
+    # A new file keeps its own name.
+    put(folder, log="333", **{"log.4": "4"})
     push_copy(folder, ADDRESS)
-    assert pulled(tmp_path / "third") == {**expected, "log": "333"}
-    assert len(objects()) == 4
+    assert pulled(tmp_path / "third") == {**expected, "log": "333", "log.4": "4"}
+    assert fsspec.filesystem("memory").cat_file("/pushes/run/log.4") == b"4"
+    assert len(objects()) == 5
 
 
 def test_what_a_killed_push_uploaded_goes_with_the_next_one_and_nothing_else(
