@@ -367,6 +367,16 @@ def question(model: CM3Leon) -> TokenDocument:
     )
 
 
+def own_documents(model: CM3Leon) -> Path:
+    """A file with a document of one's own, beside the run."""
+    folder = model.run.folder.parent / "own"
+    folder.mkdir(exist_ok=True)
+    picture().save(folder / "own.png")
+    file = folder / "own.jsonl"
+    file.write_text('{"image": "own.png", "text": "one of my own"}\n')
+    return file
+
+
 def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
     """A call of every public method, with all of its arguments."""
     image, drawn = picture(), {"decoder": "greedy", "seed": 0}
@@ -381,6 +391,7 @@ def good_calls(model: CM3Leon) -> dict[str, dict[str, Any]]:
             **drawn,
         },
         "documents_for": {"prompt": "a seven", "count": 1},
+        "with_documents": {"path": own_documents(model)},
         "too_long": {"texts": ["a seven"], "size": (32, 32)},
         "caption": {
             "image": image,
@@ -472,6 +483,7 @@ DECODERS_ASKED = [
 BAD: dict[str, list[Any]] = {
     "prompt": [*TEXTS, "", " ", [""], ["a", None], {"a": 1}],
     "instruction": [*TEXTS, "", " "],
+    "path": [7, None, "", " ", b"own.jsonl", "no such file.jsonl", Path("no such folder")],
     "question": [*[text for text in TEXTS if text is not None], ""],
     "text": [text for text in TEXTS if text is not None],
     "n": [*NUMBERS, 0, 10**9],

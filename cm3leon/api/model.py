@@ -316,7 +316,7 @@ class CM3Leon(AskedPages, AskedFilling):
         return self._found(found)
 
     @checked
-    def with_documents(self, path: Path) -> Self:
+    def with_documents(self, path: str | Path) -> Self:
         """The same model, with documents behind those of its memory bank, in memory alone.
 
         Args:
@@ -326,8 +326,13 @@ class CM3Leon(AskedPages, AskedFilling):
             UserError: for a run without a memory bank, or documents that cannot be used.
         """
         self._check_bank("own")
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise UserError(
+                f"path is {path!r}; it must be the path of files that a source reads, "
+                "for example own.jsonl"
+            )
         other = copy(self)
-        other.run = with_own_documents(self.run, path)
+        other.run = with_own_documents(self.run, Path(path))
         return other
 
     def _found(self, found: Iterable[tuple[int, float]]) -> list[FoundDocument]:
