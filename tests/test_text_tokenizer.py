@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import re
 import weakref
@@ -159,6 +160,64 @@ def test_a_batch_gives_what_each_text_gives(tokenizer: TextTokenizer, texts: lis
     batch = tokenizer.encode_all(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
     assert all(ids.dtype == np.int64 and ids.ndim == 1 for ids in batch)
+
+
+several_words = st.lists(
+    st.sampled_from(
+        [" dog", " 1984", "'s", "Hund", "\n\n", "   ", "\u2003", "\x1c", "。", " 赤い", "/", "."]
+    )
+    | st.text(max_size=3),
+    max_size=40,
+).map("".join)
+
+
+@given(text=several_words, limit=st.integers(6, 30))
+@settings(max_examples=60)
+def test_a_text_of_parts_has_the_ids_of_the_whole_where_words_have_spaces(
+    of_pattern: TextTokenizer, text: str, limit: int
+) -> None:
+    text = unicode_text(text)
+    whole = of_pattern.encode(text)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(text_module, "BATCH", limit)
+        parts = text_module._parts(text)
+        encoded = of_pattern.encode(text)
+        (again,) = of_pattern.encode_all([text])
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= limit
+    assert encoded.tolist() == again.tolist()
+    assert of_pattern.decode(encoded) == text
+    behind_a_word = [
+        part.startswith(" ") and not before[-1].isspace()
+        for before, part in itertools.pairwise(parts)
+    ]
+    if all(behind_a_word):
+        assert encoded.tolist() == whole.tolist()
+
+
+def test_a_text_just_above_the_limit_has_the_ids_of_the_whole(
+    of_pattern: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["", "a red dog", PROSE[0] * 3, "a red dog's  chair,\n in 1984. " * 40]
+    whole = [of_pattern.encode(text).tolist() for text in texts]
+    monkeypatch.setattr(text_module, "BATCH", len(texts[-1]) - 1)
+    assert len(text_module._parts(texts[-1])) == 2
+    assert [of_pattern.encode(text).tolist() for text in texts] == whole
+    assert [ids.tolist() for ids in of_pattern.encode_all(texts)] == whole
+
+    # Nothing but a space ends a part where there is one, and nothing is lost where there is none.
+    monkeypatch.setattr(text_module, "BATCH", 10)
+    assert text_module._parts("a red dogs   chairs") == ["a red dogs", "   chairs"]
+    assert text_module._parts("a" * 25) == ["a" * 10, "a" * 10, "a" * 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pattern", "letter"), [("qwen3_5", " "), ("tekken", "A")])
+def test_eleven_million_times_one_character_are_encoded(pattern: str, letter: str) -> None:
+    """The library panics at ten million retries of a pattern, and Python cannot go on after it."""
+    tokenizer = train(PROSE, pattern=pattern)
+    text = letter * 11_000_000
+    assert tokenizer.decode(tokenizer.encode_all([text])[0]) == text
 
 
 @given(text=st.text(st.sampled_from("aé🦎\ud800\ud83d\udfff\ude00")))

@@ -67,7 +67,8 @@ def learned_from(pattern: Pattern, longest: int) -> list[str]:
     """The expressions that cut text in turn for learning, so that no piece has more characters.
 
     Without a limit a megabyte of base64 or of Chinese would be one word, through which every merge
-    goes again. Encoding needs none: it takes a long word in one go.
+    goes again. Encoding takes a long word in one go, up to the million characters of
+    `tokenizers.text.BATCH`.
     """
     whole = expression(pattern, longest)
     return [whole] if pattern == "words" else [whole, rf"[\s\S]{{1,{longest}}}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,11 @@ PUBLISHED = "published.json"
 STRETCH = 1 << 16
 """Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""
 BATCH = 1 << 20
-"""Characters that are encoded together: the library needs some hundred bytes of memory for each."""
+"""Characters that the library is given to encode at once, at most, be they of one text or of many.
+
+It needs some hundred bytes of memory for each, and a pattern may go back once for each character
+of a word: after ten million such retries in one word, the library ends the process with a panic.
+"""
 
 
 @dataclass(kw_only=True)
@@ -143,18 +148,40 @@ class TextTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, shape (T,), int64, none of them a special token."""
-        return np.asarray(
-            self._tokenizer.encode(unicode_text(text), add_special_tokens=False).ids, dtype=np.int64
-        )
+        """Ids of the text, shape (T,), int64, none of them a special token.
+
+        A text of more than `BATCH` characters is encoded in parts, which end where a word does. Its
+        ids are those of the whole text, unless `BATCH` characters have no space behind a word: the
+        word that is cut then counts as two.
+        """
+        parts = [
+            self._tokenizer.encode(part, add_special_tokens=False).ids
+            for part in _parts(unicode_text(text))
+        ]
+        return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in parts])
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
         """What `encode` gives for each of the texts, on all cores."""
+        counts: list[int] = []
+
+        def all_parts() -> Iterator[str]:
+            for text in texts:
+                parts = _parts(unicode_text(text))
+                counts.append(len(parts))
+                yield from parts
+
         ids: list[np.ndarray] = []
-        for batch in _batches(map(unicode_text, texts)):
+        for batch in _batches(all_parts()):
             encoded = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids += [np.asarray(each.ids, dtype=np.int64) for each in encoded]
-        return ids
+
+        # Nearly all texts are of one part, whose ids are not copied.
+        following = iter(ids)
+        joined: list[np.ndarray] = []
+        for count in counts:
+            parts = list(itertools.islice(following, count))
+            joined.append(parts[0] if count == 1 else np.concatenate(parts))
+        return joined
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens and ids without a piece are left out, broken UTF-8 becomes U+FFFD."""
@@ -192,8 +219,26 @@ def unicode_text(text: str) -> str:
     return text
 
 
+_WORD_END = re.compile(r".*\S(?= )", re.DOTALL)
+"""All up to the last space behind something else. There every pattern ends a word, whatever
+follows: a space is only the first character of a word, or in a run of white space."""
+
+
+def _parts(text: str) -> list[str]:
+    """A text in parts of at most `BATCH` characters, cut in front of a space where there is one."""
+    parts: list[str] = []
+    start = 0
+    while len(text) - start > BATCH:
+        # One character more is looked at, as the space may be the first of the next part.
+        word_end = _WORD_END.match(text, start, start + BATCH + 1)
+        end = start + BATCH if word_end is None else word_end.end()
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of at most `BATCH` characters, or of one text that has more."""
+    """The texts in lists of at most `BATCH` characters, which none of them exceeds."""
     batch: list[str] = []
     size = 0
     for text in texts:
