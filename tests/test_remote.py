@@ -114,6 +114,63 @@ def test_other_errors_are_not_the_network_s(error: Exception) -> None:
     assert not is_network_error(error)
 
 
+class Shaky(io.BytesIO):
+    """A file of which an action fails once, whichever copy of it is asked."""
+
+    def __init__(self, failing: list[str], tag: str) -> None:
+        super().__init__(bytes(range(100)))
+        self._failing = failing
+        self.details = {"ETag": tag}
+
+    def _fail(self, action: str) -> None:
+        if self._failing[:1] == [action]:
+            del self._failing[0]
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._fail("read")
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._fail("seek")
+        return super().seek(offset, whence)
+
+
+class Shakies:
+    """A file system of one such file, which is replaced once all its tags but the last are used."""
+
+    def __init__(self, *tags: str) -> None:
+        self.failing: list[str] = []
+        self._tags = list(tags)
+
+    def open(self, path: str, mode: str, **options: Any) -> Shaky:
+        return Shaky(self.failing, self._tags.pop(0) if len(self._tags) > 1 else self._tags[0])
+
+
+def test_a_seek_that_fails_after_a_lost_connection_gives_no_wrong_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    system = Shakies("a")
+    raw = remote._Persistent(system, "there", "data.path")
+    assert raw.read(40) == bytes(range(40))
+    system.failing += ["read", "seek"]
+    assert raw.read(20) == bytes(range(40, 60))
+    assert not system.failing
+
+
+def test_a_file_that_was_replaced_is_not_read_however_often_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    system = Shakies("a", "b")
+    raw = remote._Persistent(system, "there", "data.path")
+    system.failing.append("read")
+    for _ in range(2):
+        with pytest.raises(UserError, match="the file was replaced while it was read"):
+            raw.read(20)
+
+
 def test_a_file_system_that_is_not_installed_is_a_sentence(tmp_path: Path) -> None:
     for path in ("s3://bucket/x.tar", "nosuch://x", "https://localhost/x.tar"):
         with pytest.raises(UserError, match=f"^data.path: {path} cannot be (opened|reached)"):

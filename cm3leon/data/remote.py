@@ -284,10 +284,12 @@ class _Persistent(io.RawIOBase):
     def _asked(self, action: Callable[[Any], T]) -> T:
         """What the open file answers; after trouble it is opened anew, where the last read ended."""
         if self._file is None:
-            self._file = self._opened()
-            if self._version_of(self._file) != self._version:
+            file = self._opened()
+            if self._version_of(file) != self._version:
                 raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
-            self._file.seek(self._at)
+            file.seek(self._at)
+            # Kept only now: the next try would take wrong bytes from a file at another position.
+            self._file = file
         try:
             return action(self._file)
         except Exception as error:
