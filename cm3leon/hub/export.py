@@ -64,14 +64,16 @@ class Exported:
 
     @cached_property
     def form(self) -> Form:
-        """The class of its model. Raises UserError for a decoder that no class of transformers is."""
-        name = self.run.experiment.model.name
+        """The class of its model. Raises UserError for a decoder that no class of transformers is,
+        by its name or by its settings."""
+        name, config = self.run.experiment.model.name, self.run.experiment.model.config
         form = FORMS.get(MODELS.get(name))
         if form is None:
             known = " and ".join(each.name for each in FORMS.values())
             raise UserError(
                 f"run: the model {name} has no form in hf; only {known} and their presets do"
             )
+        form.to_config(config, self.run.vocab.size)
         return form
 
     @cached_property
