@@ -410,6 +410,24 @@ def test_an_exported_folder_is_a_run_again(
     assert (again / "tokenizer.json").read_text() == (folders["hf"] / "tokenizer.json").read_text()
 
 
+def test_the_licence_of_an_export_is_said_and_its_image_tokenizer_counts(
+    chameleon: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(chameleon["hf"], other)
+    (other / "image_tokenizer" / "NOTES").write_text("made again")
+    said = []
+    for folder in (chameleon["hf"], other):
+        back = tmp_path / f"back_{folder.name}"
+        assert main(["import", "from=export", f"hf={folder}", f"out={back}"]) == 0
+        family = FAMILIES["anole"]
+        assert f"licence: {family.licence}; {family.conditions}" in capsys.readouterr().out
+        said.append(json.loads((back / "import.json").read_text()))
+    assert said[0]["licence"] == FAMILIES["anole"].licence
+    assert said[0]["conditions"] == FAMILIES["anole"].conditions
+    assert said[0]["weights"] != said[1]["weights"]
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 @pytest.mark.parametrize("which", ["opt", "chameleon"])
 def test_a_run_starts_from_an_exported_folder(

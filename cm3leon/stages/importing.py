@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from cm3leon.config import to_mapping
 from cm3leon.digests import files_digest
 from cm3leon.experiment import Experiment
 from cm3leon.hub.folder import (
+    EXTRAS,
     IMAGE_ENCODER,
     TABLES,
     ExportedRun,
@@ -33,6 +34,7 @@ from cm3leon.hub.folder import (
     in_order,
     open_hub_folder,
 )
+from cm3leon.hub.folder import IMAGE_TOKENIZER as EXPORTED_IMAGE_TOKENIZER
 from cm3leon.io import digest_of, read_json, write_json
 from cm3leon.models.chameleon import CHAMELEON
 from cm3leon.models.emu3 import EMU3
@@ -53,6 +55,7 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.running import write_config
 from cm3leon.stages.stage import StageRecord
 from cm3leon.stages.table import stages_of
+from cm3leon.terminal import printable
 from cm3leon.tokenizers.families import FAMILIES, Family, PublishedVocab, renumbered
 from cm3leon.tokenizers.image.base import ImageTokenizer
 from cm3leon.tokenizers.image.published_files import Weights, open_weights
@@ -61,7 +64,7 @@ from cm3leon.tokenizers.text import LAYOUT, PUBLISHED, TextTokenizer
 from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.training.checkpoint import save_weights
 from cm3leon.types import UserError
-from cm3leon.weights import check_finite, check_fit
+from cm3leon.weights import ADAPTERS, check_finite, check_fit
 
 IMPORT = "import.json"
 """What a run folder was imported from, and under which licence."""
@@ -187,8 +190,8 @@ def import_run(
 
 
 def import_export(hf: Path, out: Path, name: str | None = None) -> None:
-    """Makes a run folder of a folder that `export to=hf` wrote, with the weights and tokenizers
-    that are in it.
+    """Prints the licence, and makes a run folder of a folder that `export to=hf` wrote, with the
+    weights and tokenizers that are in it.
 
     Args:
         name: of the model on the Hub; None = it is a folder, and its origin is that of the exported
@@ -202,7 +205,12 @@ def import_export(hf: Path, out: Path, name: str | None = None) -> None:
     assert hub is not None
     run = RunFolder(exported.experiment, out, torch.device("cpu"))
     kept = Origin.from_mapping(hub.extras.get("origin") or {})
-    origin = replace(kept, base_model=name or kept.base_model)
+    family = None if hub.vocab is None else FAMILIES[hub.extras["family"]]
+    licence = kept.licence
+    if licence is None and family is not None:
+        licence = family.licence
+    origin = Origin(licence, name or kept.base_model)
+    print(f"licence: {printable(_terms(origin.licence, family))}")
 
     def make_decoder(_: RunFolder, folder: Path) -> None:
         save_weights(folder / WEIGHTS, dict(hub.state()))
@@ -217,10 +225,32 @@ def import_export(hf: Path, out: Path, name: str | None = None) -> None:
         ),
         "pretraining": make_decoder,
     }
-    files = [*hub.weights.files, hf / TOKENIZER]
-    source = digest_of("export" + files_digest(files, [file.name for file in files]))
-    said = {"licence": origin.licence, "base_model": origin.base_model}
+    files = _read_of_export(hf, hub.weights.files)
+    names = [file.relative_to(hf).as_posix() for file in files]
+    source = digest_of("export" + files_digest(files, names))
+    said = {
+        "licence": origin.licence,
+        "conditions": None if family is None else family.conditions,
+        "base_model": origin.base_model,
+    }
     _write_run(run, makers, source, {key: value for key, value in said.items() if value})
+
+
+def _terms(licence: str | None, family: Family | None) -> str:
+    """What an export says of its licence, and what that of its family asks and forbids."""
+    if family is None:
+        return licence or "unknown; ask whoever made the weights"
+    asked = f"{family.licence}; {family.conditions}"
+    if licence == family.licence:
+        return asked
+    return f"{licence}; made from weights of {family.title}: {asked}"
+
+
+def _read_of_export(hf: Path, weights: Sequence[Path]) -> list[Path]:
+    """The files of an exported folder that a run is made of: all but the card and its images."""
+    wanted = [hf / name for name in (EXTRAS, TOKENIZER, LAYOUT, *ADAPTERS)]
+    wanted += sorted((hf / EXPORTED_IMAGE_TOKENIZER).rglob("*"))
+    return [*weights, *(file for file in wanted if file.is_file())]
 
 
 def _write_run(run: RunFolder, makers: Makers, source: str, said: Mapping[str, Any]) -> None:
