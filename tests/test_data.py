@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -751,6 +752,38 @@ def test_without_any_movement_images_stay_as_they_are() -> None:
     still = AugmentConfig(versions=1, degrees=0, scale=0, shear=0, shift=0, elastic=0)
     images_BHWC = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     assert np.array_equal(next(varied(images_BHWC, "abc", still, 0)), images_BHWC)
+
+
+STILL = {"degrees": 0, "scale": 0, "shear": 0, "elastic": 0}
+
+
+def test_shared_versions_move_all_images_by_the_same_whole_codes_and_show_white_behind_them() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    images_BHWC = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    config = AugmentConfig(
+        versions=12, shared=True, shift=0.3, shift_step=0.25, outside="white", **STILL
+    )
+    moves = set()
+    for version_BHWC in varied(images_BHWC, "abc", config, 0):
+        found = []
+        for down in (-4, 0, 4):
+            for right in (-4, 0, 4):
+                # The image in the middle of a white frame, of which a window is cut.
+                framed_BHWC = np.pad(
+                    images_BHWC, ((0, 0), (4, 4), (4, 4), (0, 0)), constant_values=255
+                )
+                window = framed_BHWC[:, 4 - down : 20 - down, 4 - right : 20 - right]
+                if np.array_equal(version_BHWC, window):
+                    found.append((down, right))
+        assert len(found) == 1
+        moves.add(found[0])
+    assert len(moves) > 4
+
+    own = dataclasses.replace(config, shared=False)
+    by_key = np.stack(list(varied(images_BHWC[[0, 0]], "ab", own, 0)))
+    assert not np.array_equal(by_key[:, 0], by_key[:, 1])
 
 
 def test_varying_does_not_touch_the_global_generator() -> None:

@@ -207,6 +207,15 @@ def test_how_images_are_varied_does_not_matter_where_none_is(tmp_path: Path) -> 
     assert inputs(tmp_path, none, "augment.degrees=3") == inputs(tmp_path, none)
 
 
+def test_varied_versions_of_earlier_runs_stay_what_they_were(tmp_path: Path) -> None:
+    some = "augment.versions=2"
+    same = (some, "augment.shared=false", "augment.shift_step=0", "augment.outside=black")
+    assert inputs(tmp_path, *same) == inputs(tmp_path, some)
+    settings = inputs(tmp_path, some)["tokens"]["augment"]
+    assert set(settings) == {"versions", "degrees", "scale", "shear", "shift", "elastic"}
+    assert inputs(tmp_path, some, "augment.shared=true")["tokens"]["augment"]["shared"] is True
+
+
 def test_a_corpus_that_was_moved_or_copied_is_the_same(tmp_path: Path) -> None:
     first, second = tmp_path / "imgs", tmp_path / "scratch" / "imgs2"
     first.mkdir()

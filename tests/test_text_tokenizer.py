@@ -645,3 +645,20 @@ def test_captions_beyond_the_sample_are_left_out(tmp_path: Path) -> None:
         RunFolder(experiment, tmp_path / "run", torch.device("cpu")).corpus.rows("train")
     )
     assert sizes[100]["text_data"] is None
+
+
+def test_short_texts_are_filled_up_to_one_length_and_come_back_without_it(tmp_path: Path) -> None:
+    filled, plain = train(PROSE, fill_to=12), train(PROSE)
+    texts = ["", "a red dog", PROSE[0]]
+    for text, ids_T in zip(texts, filled.encode_all(texts), strict=True):
+        own_T = plain.encode(text)
+        assert len(ids_T) == max(12, len(own_T))
+        assert np.array_equal(ids_T[: len(own_T)], own_T)
+        assert np.array_equal(ids_T, filled.encode(text))
+        assert set(filled.tokens(ids_T[len(own_T) :])) <= {"Ā"}
+        assert filled.decode(ids_T) == text
+    assert plain.decode(plain.encode("nul\0")) == "nul\0"
+
+    filled.save(tmp_path)
+    again = TextTokenizer.load(tmp_path, TextTokenizerConfig(vocab_size=700, fill_to=12))
+    assert len(again.encode("a")) == 12

@@ -691,3 +691,38 @@ def test_documents_to_ids_and_back(vq: Any) -> None:
     assert both.caption(TokenDocument("c", document.segments[1:])) == ""
     with pytest.raises(ValueError, match="document b has no image"):
         both.codes(only_text)
+
+
+KMEANS = {"name": "kmeans", "image_size": 12, "downsampling": 3}
+
+
+def test_a_patch_goes_with_its_colour_or_its_outline_by_the_weight_of_colour() -> None:
+    light, dark = np.array([220, 180, 150]), np.array([190, 150, 120])
+    outlines = np.eye(3)[..., None], np.fliplr(np.eye(3))[..., None]
+
+    def tiled(outline: int, colour: np.ndarray) -> np.ndarray:
+        patch_PPC = np.where(outlines[outline], colour - 60, colour)
+        return np.tile(patch_PPC, (4, 4, 1)).astype(np.uint8)[None]
+
+    for weight, expected in ((1.0, "outline"), (3.0, "colour")):
+        tokenizer = IMAGE_TOKENIZERS.build({**KMEANS, "codebook_size": 2, "colour_weight": weight})
+        tokenizer.ready()
+        for code, known_BHWC in enumerate((tiled(0, light), tiled(1, dark))):
+            z_BDHW = tokenizer.encoder(to_signal(torch.from_numpy(known_BHWC)))
+            tokenizer.quantizer.codebook_VD[code] = z_BDHW[0, :, 0, 0]
+            assert (tokenizer.encode(known_BHWC) == code).all()
+        # Drawn as the second code's patch is, in the colour of the first.
+        codes_BN = tokenizer.encode(tiled(1, light))
+        assert (codes_BN == ["colour", "outline"].index(expected)).all()
+
+
+def test_what_a_cluster_is_decoded_to_is_its_mean() -> None:
+    torch.manual_seed(0)
+    tokenizer = IMAGE_TOKENIZERS.build({**KMEANS, "codebook_size": 16}).ready()
+    images_BHWC = pictures(1)[:, :12, :12]
+    z_BDHW = tokenizer.encoder(to_signal(torch.from_numpy(images_BHWC)))
+    tokenizer.quantizer.codebook_VD.copy_(z_BDHW.permute(0, 2, 3, 1).reshape(16, 27))
+    rebuilt_BHWC = tokenizer.decode(tokenizer.encode(images_BHWC))
+    assert np.abs(rebuilt_BHWC.astype(int) - images_BHWC).max() <= 1
+    with pytest.raises(UserError, match="must divide image_size 12"):
+        IMAGE_TOKENIZERS.build({**KMEANS, "downsampling": 5})

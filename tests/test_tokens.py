@@ -7,13 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cm3leon.data.augment import AugmentConfig, varied
 from cm3leon.data.corpus import Corpus
 from cm3leon.experiment import ShardsConfig, load_experiment
 from cm3leon.stages.sharing import is_shared_out
 from cm3leon.stages.tokens import _varied_ids, sampled_rows
-from cm3leon.types import Document, ImageSegment, TextSegment
+from cm3leon.stages.training_data import TrainingCorpus
+from cm3leon.types import Document, ImageSegment, TextSegment, TokenDocument, TokenSegment
 
 SIDE = 8
 
@@ -103,3 +105,46 @@ def test_what_earlier_versions_wrote_of_a_corpus_in_memory_is_read(tmp_path: Pat
 def test_a_corpus_of_few_parts_is_not_shared_out(tmp_path: Path) -> None:
     assert not is_shared_out(load_experiment("digits"))
     assert is_shared_out(load_experiment("corpus", [f"data.path={tmp_path}/nowhere/*.tar"]))
+
+
+def shards(shared_maps: str | None) -> Any:
+    """As much of token shards as is asked: a document's only id is its number and version."""
+
+    def made(number: int, version: int = 0) -> TokenDocument:
+        segment = TokenSegment("image", np.array([100 * number + version]))
+        return TokenDocument(str(number), (segment,))
+
+    def drawn_version(rng: np.random.Generator) -> int:
+        return int(rng.integers(9))
+
+    return SimpleNamespace(
+        shared_maps=shared_maps,
+        document=made,
+        drawn_version=drawn_version,
+        drawn=lambda number, rng: made(number, drawn_version(rng)),
+    )
+
+
+@pytest.mark.parametrize("shared_maps", ["the same", None])
+def test_a_sample_has_one_version_of_all_its_documents_where_the_maps_are_shared(
+    shared_maps: str | None,
+) -> None:
+    config = SimpleNamespace(max_documents=2, random_count=False)
+    experiment = SimpleNamespace(retriever=SimpleNamespace(config=config))
+    run: Any = SimpleNamespace(experiment=experiment)
+    corpus = TrainingCorpus(Path("run"), run)
+    neighbours = SimpleNamespace(draw=lambda row, **options: [4, 7])
+    given = {"tokens": shards(shared_maps), "bank": shards(shared_maps), "neighbours": neighbours}
+    corpus.__dict__.update(given)
+
+    counts = set()
+    seen = set()
+    for position in range(40):
+        sample = corpus.sample(2, np.random.default_rng(position))
+        ids = [int(d.segments[0].ids_T[0]) for d in (*sample.retrieved, sample.query)]
+        assert [id_ // 100 for id_ in ids] == [4, 7, 2]
+        versions = {id_ % 100 for id_ in ids}
+        counts.add(len(versions))
+        seen |= versions
+    assert seen == set(range(9))
+    assert counts == ({1} if shared_maps else {1, 2, 3})

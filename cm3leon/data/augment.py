@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,21 @@ class AugmentConfig:
     """Shift in each direction, as a share of the image's side."""
     elastic: NonNegativeFloat = 0.02
     """Standard deviation of a smooth local displacement, as a share of the image's side."""
+    shift_step: NonNegativeFloat = 0.0
+    """Shifts are rounded to multiples of this share of the image's side, such as that of a code,
+    so that its cells are moved and stay what they are; 0 = not rounded."""
+    outside: Literal["black", "white"] = "black"
+    """Colour of what comes in from outside."""
+    shared: bool = False
+    """Whether version k is made by the same map for every image, and a sample has one version of
+    all its documents: how the query is drawn can then be read from the documents before it, and is
+    not known by heart."""
+
+
+UNCHANGED = {"shift_step": 0.0, "outside": "black", "shared": False}
+"""Values of settings with which versions are what they were before there were these settings."""
+SHARED_KEY = "shared"
+"""The name that the maps of all images are drawn by where they are shared."""
 
 
 def varied(
@@ -38,7 +54,8 @@ def varied(
     """Yield each varied version of the images, uint8 (B, H, W, C): an affine map and a smooth displacement.
 
     What an image's versions are depends on the seed and its key alone, not on the images beside it, so that a corpus
-    gives the same ones in whatever batches it is read. What comes in from outside is black.
+    gives the same ones in whatever batches it is read. Where the maps are shared,
+    they depend on the seed alone.
 
     Args:
         keys: a name of each image, such as its document's id.
@@ -47,10 +64,16 @@ def varied(
     if not B or not config.versions:
         return
     pixels_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()
-    drawn = [_draws(key, config.versions, seed) for key in keys]
-    uniform_VB6 = torch.from_numpy(np.stack([uniform_V6 for uniform_V6, _ in drawn], axis=1))
-    normal_VB244 = torch.from_numpy(np.stack([normal_V244 for _, normal_V244 in drawn], axis=1))
+    named = [SHARED_KEY if config.shared else key for key in keys]
+    drawn = [_draws(name, config.versions, seed) for name in named]
+    uniform_VB6, normal_VB244 = (
+        torch.from_numpy(np.stack(numbers, axis=1)) for numbers in zip(*drawn, strict=True)
+    )
 
+    # Black is what grid_sample has outside; for white it is given the negative.
+    negative = config.outside == "white"
+    if negative:
+        pixels_BCHW = 255 - pixels_BCHW
     for uniform_B6, normal_B244 in zip(uniform_VB6, normal_VB244, strict=True):
         affine_B23 = _affine(uniform_B6, config)
         grid_BHW2 = F.affine_grid(affine_B23, [B, 3, H, W], align_corners=False)
@@ -58,6 +81,8 @@ def varied(
         bumps_B2HW = F.interpolate(bumps_B244, (H, W), mode="bicubic")
         grid_BHW2 = grid_BHW2 + bumps_B2HW.permute(0, 2, 3, 1)
         varied_BCHW = F.grid_sample(pixels_BCHW, grid_BHW2, align_corners=False)
+        if negative:
+            varied_BCHW = 255 - varied_BCHW
         bytes_BCHW = varied_BCHW.round().clamp(0, 255).to(torch.uint8)
         yield bytes_BCHW.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -79,5 +104,8 @@ def _affine(uniform_B6: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
     shear_B22 = torch.eye(2).repeat(B, 1, 1)
     shear_B22[:, 0, 1] = uniform_B6[:, 3] * config.shear
     linear_B22 = rotation_B22 @ shear_B22 @ torch.diag_embed(size_B2)
-    shift_B21 = 2 * uniform_B6[:, 4:, None] * config.shift  # the sampling grid runs from -1 to 1
+    shift_B21 = uniform_B6[:, 4:, None] * config.shift
+    if config.shift_step:
+        shift_B21 = (shift_B21 / config.shift_step).round() * config.shift_step
+    shift_B21 = 2 * shift_B21  # the sampling grid runs from -1 to 1
     return torch.cat([linear_B22, shift_B21], 2)

@@ -249,6 +249,9 @@ class TokenShards:
         self._made_by = plan["tokenizers"]
         self.versions: int = plan.get("versions", 0)
         """Varied versions of each document, besides itself."""
+        self.shared_maps: str | None = plan.get("shared_maps")
+        """Equal for folders whose versions of one number are made by the same map; None = each
+        image has maps of its own."""
         for name, wanted in asdict(expect).items() if expect else ():
             if self._made_by[name] != wanted:
                 raise UserError(
@@ -273,8 +276,11 @@ class TokenShards:
 
     def drawn(self, number: int, rng: np.random.Generator) -> TokenDocument:
         """One document in a version that is drawn, if it has several."""
-        version = int(rng.integers(self.versions + 1)) if self.versions else 0
-        return self.document(number, version)
+        return self.document(number, self.drawn_version(rng))
+
+    def drawn_version(self, rng: np.random.Generator) -> int:
+        """The number of a version, 0 for documents as they are; none is drawn if there is one."""
+        return int(rng.integers(self.versions + 1)) if self.versions else 0
 
     def shard(self, number: int) -> TokenShard:
         """The documents of one shard."""

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from cm3leon.config import result_settings
+from cm3leon.data.augment import UNCHANGED
 from cm3leon.retrievers.base import StrategyConfig
 from cm3leon.stages.run_folder import RunFolder
 
@@ -51,7 +52,15 @@ def _sample_inputs(run: RunFolder) -> dict[str, Any]:
 def varied_inputs(run: RunFolder) -> dict[str, Any]:
     """The varied versions of the training images, which the seed draws."""
     if run.experiment.augment.versions:
-        return {**run.depends_on("augment", "seed"), "drawn_for": "document"}
+        found = run.depends_on("augment", "seed")
+        # Settings that came later are named only where they change something, so that what
+        # earlier runs made of theirs stays up to date.
+        settings = {
+            name: value
+            for name, value in found["augment"].items()
+            if name not in UNCHANGED or value != UNCHANGED[name]
+        }
+        return {**found, "augment": settings, "drawn_for": "document"}
     return {"augment": {"versions": 0}}
 
 

@@ -17,7 +17,7 @@ from cm3leon.data.kept_images import keeping, kept_file
 from cm3leon.data.shards import make_missing, shard_path, write_plan
 from cm3leon.data.source import Skipped
 from cm3leon.data.token_shards import TokenShards, finish_tokens, write_token_shard
-from cm3leon.io import read_log
+from cm3leon.io import digest_of, read_log
 from cm3leon.records import MARKER
 from cm3leon.secrets import without_secrets
 from cm3leon.stages.files import IMAGE_TOKENIZER, TEXT_TOKENIZER
@@ -129,7 +129,11 @@ def make_tokens_part(run: RunFolder, folder: Path, part: Part) -> None:
         "parts": len(parts),
         "source": run.source.fingerprint(),
     }
-    write_plan(folder, plan | ({"versions": versions} if versions else {}))
+    if versions:
+        plan["versions"] = versions
+    if versions and run.experiment.augment.shared:
+        plan["shared_maps"] = digest_of(json.dumps(varied_inputs(run), sort_keys=True))[:16]
+    write_plan(folder, plan)
 
     size = run.image_tokenizer_shape.image_size
     # Room for decoded images, which the later stages read again. A run that has its neighbours does

@@ -143,11 +143,17 @@ class TrainingCorpus:
         # The settings say where this run's bank is; it may have been moved since the search.
         own = self.folder == self.run.folder
         bank = self.run.bank_folder if own else bank_of(self._stage("neighbours"))
-        return TokenShards(
+        tokens = TokenShards(
             opened_stage(bank / "tokens", *SHARD_LISTS, verify=self.run.verify),
             self.run.tokenizer_digests,
             self.run.vocab.layout,
         )
+        if self.tokens.shared_maps and tokens.shared_maps != self.tokens.shared_maps:
+            raise UserError(
+                f"augment.shared: {self.folder} takes documents from {bank}, whose images were "
+                "varied by other maps; give both runs the same section augment and the same seed"
+            )
+        return tokens
 
     def _stage(self, name: str) -> Path:
         return opened_stage(self.folder / name, *SHARD_LISTS, verify=self.run.verify)
@@ -157,11 +163,18 @@ class TrainingCorpus:
         return self.neighbours.rows(row)
 
     def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """A document with retrieved documents drawn for it,
-        and a version of each if they are varied."""
+        """A document with retrieved documents drawn for it.
+
+        If images are varied, each document is in a version of its own, or all are in one where the
+        maps are shared.
+        """
         config = self.run.experiment.retriever.config
         rows = self.neighbours.draw(
             row, most=config.max_documents, random_count=config.random_count, rng=rng
         )
+        if self.tokens.shared_maps:
+            version = self.tokens.drawn_version(rng)
+            retrieved = [self.bank.document(other, version) for other in rows]
+            return Sample(self.tokens.document(row, version), tuple(retrieved))
         query = self.tokens.drawn(row, rng)
         return Sample(query, tuple(self.bank.drawn(other, rng) for other in rows))

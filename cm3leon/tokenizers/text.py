@@ -28,6 +28,9 @@ LAYOUT = "layout.json"
 PUBLISHED = "published.json"
 """Beside it where it is a published one: the name of its family, and the text of its file before it was renumbered."""
 
+FILLER = "Ā"
+"""The piece of U+0000 in the alphabet of bytes."""
+
 STRETCH = 1 << 16
 """Characters of a text that are counted together: the library holds a few hundred of them, whatever a document has."""
 BATCH = 1 << 20
@@ -52,10 +55,16 @@ class TextTokenizerConfig:
     """Characters after which a word is cut for learning: no piece has more (`words`: and a space)."""
     sample_bytes: PositiveInt | None = 1_000_000_000
     """UTF-8 bytes of text that are read, equally many from each part of the corpus; null = all of it."""
+    fill_to: PositiveInt | None = None
+    """Ids that a shorter text is filled up to, by the piece of U+0000, so that the images of a
+    sample stand at equal distances and a small model learns sooner to look from one to the next
+    (DALL-E's texts were filled up to 256); null = none is filled."""
 
 
 class TextTokenizer:
     """Text to ids and back, exactly, for any Unicode string; text never becomes a special token.
+
+    Where texts are filled up (`fill_to`), U+0000 at the end of one does not come back.
 
     The special tokens are the first four *ordinary* entries of the vocabulary: what the library
     calls special tokens would be recognised inside user text. No merge can produce them, because
@@ -64,11 +73,16 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, specials: Sequence[str] = SPECIALS
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        specials: Sequence[str] = SPECIALS,
     ) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.specials = tuple(specials)
+        self.fills = tokenizer.padding is not None
+        """Whether short texts are filled up, which `tokenizer.json` says as the library has it."""
 
     @classmethod
     def train(cls, config: TextTokenizerConfig, texts: Iterable[str]) -> TextTokenizer:
@@ -98,7 +112,11 @@ class TextTokenizer:
                 )
             learner.train_from_iterator(itertools.chain([first], stretches), trainer)
         learner.pre_tokenizer = _cut_at(expression(config.pattern, config.max_word))
-        return cls(_with_specials(learner), config.vocab_size)
+        tokenizer = _with_specials(learner)
+        if config.fill_to is not None:
+            filler = tokenizer.token_to_id(FILLER)
+            tokenizer.enable_padding(pad_id=filler, pad_token=FILLER, length=config.fill_to)
+        return cls(tokenizer, config.vocab_size)
 
     @classmethod
     def load(cls, folder: Path, config: TextTokenizerConfig) -> TextTokenizer:
@@ -186,7 +204,8 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; special tokens and ids without a piece are left out, broken UTF-8 becomes U+FFFD."""
         kept = [int(i) for i in ids if len(self.specials) <= i < self.pieces]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text.rstrip("\0") if self.fills else text
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Names of the ids in `tokenizer.json`: pieces, spelled in its alphabet of bytes, and special tokens.

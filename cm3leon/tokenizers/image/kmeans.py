@@ -1,0 +1,82 @@
+"""Codes that stand for clusters of patches: nothing is learned between the pixels and the codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cm3leon.config import PositiveFloat, PositiveInt, Probability
+from cm3leon.registry import IMAGE_TOKENIZERS
+from cm3leon.tokenizers.image.vq import Autoencoder, CodebookConfig
+from cm3leon.types import UserError
+
+
+@IMAGE_TOKENIZERS.register("kmeans")
+class PatchClusters(Autoencoder):
+    """Clusters of patches, by their means: for flat drawings, found in seconds on a CPU.
+
+    A patch is compared by its pixels, but its mean colour counts more than what deviates from it.
+    By plain squared error black outlines decide, and a face in two skin tones may have the same
+    codes.
+    """
+
+    @dataclass(kw_only=True)
+    class Config:
+        """How patches are compared, and how their clusters are found."""
+
+        image_size: PositiveInt = 32
+        """Height and width of the images, in pixels."""
+        downsampling: PositiveInt = 4
+        """Pixels of a patch's side; it divides the image size."""
+        codebook_size: PositiveInt = 512
+        """Number of codes."""
+        colour_weight: PositiveFloat = 2.0
+        """How many times as much a patch's mean colour counts in a distance as the deviations
+        from it."""
+        decay: Probability = 0.95
+        """Decay of the clusters' moving averages."""
+        revive_below: Probability = 0.03
+        """A code used less than this share of even use is moved onto a patch of the batch that is
+        far from its code."""
+
+        def check(self) -> None:
+            if self.image_size % self.downsampling:
+                raise UserError(
+                    f"downsampling {self.downsampling} must divide image_size {self.image_size}"
+                )
+
+    def __init__(self, config: Config) -> None:
+        values = 3 * config.downsampling**2
+        super().__init__(
+            CodebookConfig(
+                image_size=config.image_size,
+                downsampling=config.downsampling,
+                codebook_size=config.codebook_size,
+                code_dim=values,
+                commitment=0.0,
+                decay=config.decay,
+                revive_below=config.revive_below,
+                revive_far=True,
+            )
+        )
+        self.config = config
+        there = nn.Conv2d(values, values, 1, bias=False).requires_grad_(False)
+        back = nn.Conv2d(values, values, 1, bias=False)
+        with torch.no_grad():
+            there.weight.copy_(_weighed_mean(config.downsampling**2, config.colour_weight))
+            back.weight.copy_(_weighed_mean(config.downsampling**2, 1 / config.colour_weight))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(config.downsampling), there)
+        self.decoder = nn.Sequential(back, nn.PixelShuffle(config.downsampling))
+
+
+def _weighed_mean(pixels: int, weight: float) -> Tensor:
+    """Make the map (D, D, 1, 1) of patches that multiplies each channel's mean by the weight.
+
+    Deviations from the mean stay as they are, and the map by `1 / weight` undoes it. PixelUnshuffle
+    has the pixels of a channel one after the other.
+    """
+    mean = torch.full((pixels, pixels), 1 / pixels)
+    of_channel = torch.eye(pixels) + (weight - 1) * mean
+    return torch.block_diag(of_channel, of_channel, of_channel)[:, :, None, None]
