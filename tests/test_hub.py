@@ -750,11 +750,11 @@ def test_an_adapter_goes_to_peft_and_comes_back(model: str, tmp_path: Path) -> N
     adapted = peft.PeftModel.from_pretrained(plain, adapter).eval()
     found_BTV = adapted(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
     expected_BTV = merged(ids_BT)
-    torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found_BTV, expected_BTV, atol=5e-5, rtol=1e-4)
     assert (before_BTV - expected_BTV).abs().max() > 1e-3
 
     back = CM3Leon.load(hf, adapter=adapter, precision="float32").run.model
-    torch.testing.assert_close(back(ids_BT), expected_BTV, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(back(ids_BT), expected_BTV, atol=5e-5, rtol=1e-4)
     words = ["export", "to=cm3leon", f"hf={hf}", f"adapter={adapter}", f"out={tmp_path / 'back'}"]
     assert main(words) == 0
     returned = load_model(tmp_path / "back").state_dict()
