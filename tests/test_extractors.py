@@ -173,7 +173,7 @@ def test_soft_edges_are_the_mean_of_the_networks_five_maps(annotators: Path) -> 
     from controlnet_aux.hed import ControlNetHED_Apache2
 
     network = ControlNetHED_Apache2()
-    network.load_state_dict(torch.load(annotators / "ControlNetHED.pth"))
+    network.load_state_dict(torch.load(annotators / "ControlNetHED.pth", weights_only=True))
     pixels_HWC = render.picture(SCENE, 64)
     with torch.no_grad():
         maps = network(torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].float())
