@@ -67,7 +67,8 @@ def test_files_are_hashed_and_renamed_into_place_here_alone() -> None:
                     and any(each.name == "hashlib" for each in node.names)
                 ) or (isinstance(node, ast.Attribute) and ast.unparse(node) == "os.replace"):
                     other.append(file.name)
-    assert set(other) <= {"io.py", "types.py"}
+    # A push hashes a file while it copies it, as it may change before it would be read again.
+    assert set(other) <= {"io.py", "types.py", "store.py"}
 
 
 def test_json_is_written_and_replaced(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_records_from_before_there_was_a_choice_are_those_of_words(tmp_path: Pat
     before = {"vocab_size": 320, "min_frequency": 2, "max_word": 64, "sample_bytes": 10**9}
     assert inputs(tmp_path, "text_tokenizer.pattern=words") == before
     assert inputs(tmp_path, "text_tokenizer.pattern=qwen2") == {**before, "pattern": "qwen2"}
+    assert inputs(tmp_path, "text_tokenizer.fill_to=16") == {**before, "fill_to": 16}
 
 
 def test_a_run_that_names_no_pattern_has_words_and_a_new_experiment_the_default() -> None:

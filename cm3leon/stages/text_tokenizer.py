@@ -48,11 +48,14 @@ def text_tokenizer_inputs(run: RunFolder) -> Any:
 def _settings(run: RunFolder) -> dict[str, Any]:
     """The settings of what is learned.
 
-    Records from before there was a choice of patterns have none: it was `words`.
+    A setting that came later is left out where it changes nothing, so that the tokenizers of
+    earlier runs stay up to date: theirs have the pattern `words`, and do not fill texts up.
     """
     settings: dict[str, Any] = run.depends_on("text_tokenizer")["text_tokenizer"]
     if run.reused is not None or settings["pattern"] == "words":
         del settings["pattern"]
+    if settings["fill_to"] is None:
+        del settings["fill_to"]
     return settings
 
 
