@@ -1,12 +1,10 @@
 """Image tokenizers and an encoder in a small training, alone or as one of several ranks; run by test_module_ranks.py.
 
-RANK=0 WORLD_SIZE=2 MASTER_PORT=... python module_ranks.py '{"folder": ...}'
+Its word is the folder.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,8 +102,9 @@ def train_all(folder: Path, ranks: Ranks) -> None:
         ranks.barrier()
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> int:
     torch.set_num_threads(1)
     discover()
     with joined(current_rank(), 60) as together:
-        train_all(Path(json.loads(sys.argv[1])["folder"]), together)
+        train_all(Path(words[0]), together)
+    return 0

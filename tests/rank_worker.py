@@ -1,12 +1,11 @@
 """One rank of a small training, run as a process by tests/test_distributed.py.
 
-RANK=0 WORLD_SIZE=2 MASTER_PORT=... python rank_worker.py '{"folder": ..., "fields": {...}, "pause": 0.1}'
+Its word is a JSON object: {"folder": ..., "fields": {...}, "pause": 0.1}.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ def not_called() -> Any:
     raise AssertionError("ranks make their own shards")
 
 
-def main(options: dict[str, Any]) -> int:
+def main(words: list[str]) -> int:
+    options: dict[str, Any] = json.loads(words[0])
     torch.set_num_threads(1)
     discover()
     folder = Path(options["folder"])
@@ -130,7 +130,3 @@ def main(options: dict[str, Any]) -> int:
         if ranks.first:
             save_weights(folder / "model.safetensors", weights)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import numpy as np
@@ -45,16 +44,17 @@ def results(module: Any) -> dict[str, Any]:
     return {"answers": [answer.tolist() for answer in answers], "scores": scores}
 
 
-def main() -> None:
+def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     found = {}
     with joined(current_rank(), 60) as ranks:
-        for name in sys.argv[1:]:
+        for name in names:
             module = new_model(name)
             share(module, rank=ranks.rank, count=ranks.count)
             found[name] = {**results(module), **held(module)}
     if ranks.first:
         print(json.dumps(found))
+    return 0
 
 
 def held(module: Any) -> dict[str, int]:
@@ -64,7 +64,3 @@ def held(module: Any) -> dict[str, int]:
         "weights": sum(matrix.weight.numel() for matrix in matrices),
         "cache": module.cache_bytes(groups=1, width=1, prefix=1, tail=1),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +17,7 @@ import pytest
 import torch
 from corpora import page_corpus
 from PIL import Image
+from processes import Forked
 from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
@@ -795,13 +794,12 @@ def test_documents_are_added_by_one_command_at_a_time(
     assert "run: another process is working in" in capsys.readouterr().err
 
     # Both at once: whoever is refused adds its own afterwards, and neither one's are lost.
-    words = [[sys.executable, "-m", "cm3leon.run", "add", f"run={run}", f"data.path={tmp_path}/{name}"]
-             for name in ("first", "second")]  # fmt: skip
-    running = [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]
+    words = [["add", f"run={run}", f"data.path={tmp_path}/{name}"] for name in ("first", "second")]
+    running = [Forked("cm3leon.run", each) for each in words]
     codes = [process.wait(300) for process in running]
     assert set(codes) <= {0, 2}
     for code, each in zip(codes, words, strict=True):
-        assert code == 0 or main(each[3:]) == 0
+        assert code == 0 or main(each) == 0
     bank = CM3Leon.load(run).run.bank
     assert {"first.png", "second.png"} <= {Path(id_).name for id_ in bank.added_ids}
 

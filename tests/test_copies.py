@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import pytest
 import torch
 from command_line import cm3leon
 from corpora import digit_tars
+from processes import Forked
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -31,8 +30,6 @@ from cm3leon.hub.store import FILES, Store
 from cm3leon.types import UserError
 
 pytestmark = pytest.mark.stack
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +99,15 @@ def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
     # A worker waits for its last tar without end, and is killed.
     gate.faults = [Fault("hang", "GET /" + bucket.removeprefix("s3://") + "/tars/00002.tar", 1)]
     part = [word for word in words if not word.startswith("until=")]
-    command = [sys.executable, "-m", "cm3leon.run", "part", "stage=tokens", "part=0/1", *part]
-    worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    worker = Forked("cm3leon.run", ["part", "stage=tokens", "part=0/1", *part])
     try:
         while gate.faults[0].count and worker.poll() is None:
             time.sleep(0.02)
     finally:
         worker.send_signal(signal.SIGKILL)
-        said = worker.communicate()[0]
+        said = "".join(worker.communicate())
     made = sorted(file.name for file in (there / "tokens").glob("shard-*.arrow"))
-    assert len(made) == 2, said.decode()[-2000:]
+    assert len(made) == 2, said[-2000:]
     times = [(there / "tokens" / name).stat().st_mtime_ns for name in made]
 
     done = cm3leon(*words)
@@ -125,7 +121,7 @@ def test_tokens_of_tars_on_s3_outlive_a_killed_worker_and_show_no_credentials(
     for name, content in held(there).items():
         assert SECRET.encode() not in content, name
         assert KEY_ID.encode() not in content, name
-    assert SECRET not in done.stdout + done.stderr + said.decode()
+    assert SECRET not in done.stdout + done.stderr + said
 
 
 # ------------------------------------------------------------------------------------------------ copies

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from itertools import pairwise
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from counted import difference
+from processes import Forked, finish, group
 from rank_worker import SHAPE, VOCAB
 from safetensors.torch import load_file
 
@@ -30,46 +28,12 @@ from cm3leon.training.traffic import traffic
 
 pytestmark = pytest.mark.stack
 
-WORKER = Path(__file__).parent / "rank_worker.py"
 NAMES = ("loss", "loss_text", "loss_image", "gradient_norm")
 
 
-def start(
-    folder: Path, ranks: int | None, worker: Path = WORKER, **options: Any
-) -> list[subprocess.Popen[str]]:
+def start(folder: Path, ranks: int | None, **options: Any) -> list[Forked]:
     """Processes of a training; `ranks` None is one without a process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(worker), json.dumps({"folder": str(folder), **options})]
-    processes = []
-    for rank in range(ranks or 1):
-        place = (
-            {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)} if ranks else {}
-        )
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(WORKER.parent.parent),
-            **place,
-        }
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """Exit codes; what a process said is shown if the test fails."""
-    for process in processes:
-        print(process.communicate(timeout=240)[0])
-    return [process.returncode for process in processes]
+    return group("rank_worker", [json.dumps({"folder": str(folder), **options})], ranks)
 
 
 def trained(folder: Path, ranks: int | None, **options: Any) -> dict[str, torch.Tensor]:
@@ -189,7 +153,7 @@ def test_all_ranks_end_with_the_fault_of_a_shard_that_one_reads(tmp_path: Path) 
     save_weights(file := tmp_path / "start.safetensors", state)
     processes = start(tmp_path, 2, only_first=True, weights=str(file))
     for process in processes:
-        said = process.communicate(timeout=120)[0]
+        _, said = process.communicate(timeout=120)
         assert "the tensor blocks.1.up.weight holds numbers that are NaN or infinite" in said
         assert process.returncode
 
@@ -292,7 +256,7 @@ def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, fields={"batch_size": 3})
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    said = [process.communicate(timeout=120)[1] for process in processes]
     # The rank that comes to it first says so; the other may find it gone before that.
     assert any("training.batch_size is 3; it must be a multiple of the 2 ranks" in s for s in said)
     assert 0 not in [process.returncode for process in processes]

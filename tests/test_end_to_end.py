@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from command_line import cm3leon
 from corpora import digit_tars
@@ -61,14 +62,8 @@ SHORT = tuple(
 )
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "cm3leon.run", *map(str, arguments)]
-
-
 def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    done = processes.run("cm3leon.run", arguments)
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -199,12 +194,7 @@ def test_killed_at_every_stage_equals_uninterrupted(finished: Path, tmp_path: Pa
 
 def _kill_in(folder: Path, stage: str) -> None:
     """Starts the run and kills it (SIGKILL) once the stage has begun, for one that trains: has a checkpoint."""
-    process = subprocess.Popen(
-        command("experiment=digits_smoke", f"run={folder}"),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = processes.Forked("cm3leon.run", ["experiment=digits_smoke", f"run={folder}"])
     trains = stage in ("image_tokenizer", "retriever", "pretraining")
     try:
         while process.poll() is None:

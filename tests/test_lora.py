@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from processes import finish
 from rank_worker import SHAPE, VOCAB
-from test_distributed import assert_alike, figures, finish, start, trained, wait_for
+from test_distributed import assert_alike, figures, start, trained, wait_for
 
 from cm3leon.config import from_mapping
 from cm3leon.models.lora import add_lora, lora_scale, merged
@@ -159,7 +161,7 @@ def test_two_ranks_are_one_and_a_stopped_training_goes_on_bit_for_bit(tmp_path: 
 
     processes = start(tmp_path / "stopped", None, pause=0.2, fields=FIELDS)
     wait_for(tmp_path / "stopped", 1)
-    processes[0].terminate()
+    processes[0].send_signal(signal.SIGTERM)
     assert finish(processes) == [75]
     again = trained(tmp_path / "stopped", None, fields=FIELDS)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "alone")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,10 +72,10 @@ class Live(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+                self.add(tensor.untyped_storage())
         return result
 
-    def _add(self, storage: Any) -> None:
+    def add(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
@@ -93,34 +94,45 @@ def peak(
     micro_batch: int,
     parts: int,
 ) -> int:
-    """The most bytes held in a step after the first, with so many micro-batches."""
-    torch.manual_seed(0)
+    """The most bytes held in a step after the first, with so many micro-batches.
 
-    with Live() as live:
-        model = distributed(new, new, config, Ranks(CPU))
-        optimizer = new_optimizer(model, config)
-        for _ in range(2):
-            live.peak = live.now
-            for _ in range(parts):
-                ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
-                ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
+    Tensors have sizes and no contents, as nothing is computed that the sizes depend on.
+    """
+    model = distributed(new, new, config, Ranks(CPU))
+    with FakeTensorMode(), Live() as live:
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                without_contents = torch.empty(weight.shape, dtype=weight.dtype)
+                setattr(module, name, Parameter(without_contents, weight.requires_grad))
+        return _peak_of_a_step(model, config, live, micro_batch, parts)
 
-                def readout(
-                    hidden_BTD: Tensor,
-                    head: Any,
-                    ids_N: Tensor = ids_N,
-                    weight_N: Tensor = weight_N,
-                ) -> Tensor:
-                    return linear_cross_entropy(
-                        hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N
-                    )[0]
 
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = model(ids_BT, readout=readout)
-                loss.backward()
-                del loss
-            optimizer.step()
-            optimizer.zero_grad()
+def _peak_of_a_step(
+    model: Model, config: DecoderTrainingConfig, live: Live, micro_batch: int, parts: int
+) -> int:
+    optimizer = new_optimizer(model, config)
+    for _ in range(2):
+        live.peak = live.now
+        for _ in range(parts):
+            ids_BT = torch.randint(model.vocab_size, (micro_batch, model.seq_len))
+            ids_N, weight_N = ids_BT.flatten(), torch.ones(ids_BT.numel())
+
+            def readout(
+                hidden_BTD: Tensor,
+                head: Any,
+                ids_N: Tensor = ids_N,
+                weight_N: Tensor = weight_N,
+            ) -> Tensor:
+                return linear_cross_entropy(hidden_BTD.flatten(0, 1), head.weight, ids_N, weight_N)[
+                    0
+                ]
+
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(ids_BT, readout=readout)
+            loss.backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
     return live.peak
 
 

@@ -6,16 +6,13 @@ Each test asks the model what it offers (`matrices`, `share`, `layer_bytes`), an
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import finish, group
 from share_worker import held, new_model, results
 from test_contracts import every, small
 from torch import Tensor
@@ -42,7 +39,6 @@ pytestmark = pytest.mark.stack
 V, T = 96, 20
 IDS_BT = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
 SHAPE = {"layers": 2, "width": 64, "kv_heads": 2, "head_size": 16, "seq_len": 32}
-WORKER = Path(__file__).parent / "share_worker.py"
 
 
 def built(name: str, **fields: Any) -> Model:
@@ -238,21 +234,9 @@ def test_three_ranks_answer_as_one() -> None:
     assert {"cm3leon", "llama"} <= {MODELS.preset_of(name) or name for name in alone}
     assert "chameleon_34b" in alone
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(3):
-        place = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": str(port)}
-        path = {"PYTHONPATH": str(WORKER.parent.parent), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(WORKER), *alone]
-        environment = {**os.environ, **place, **path}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    found = json.loads(said[0].splitlines()[-1])
+    processes = group("share_worker", [*alone], 3)
+    assert finish(processes) == [0, 0, 0]
+    found = json.loads(processes[0].said(0).splitlines()[-1])
     for name in alone:
         expected = results(alone[name])
         assert found[name]["answers"] == expected["answers"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from command_line import cm3leon
 from module_ranks import CODES, STEPS, train_all
+from processes import finish, group
 from safetensors.torch import load_file
-from test_distributed import finish, start
 from torch import Tensor
 
 from cm3leon.experiment import load_experiment
@@ -24,8 +24,7 @@ from cm3leon.tokenizers.image.quantizer import EMAQuantizer
 from cm3leon.training import parallel
 from cm3leon.training.distributed import Ranks
 
-WORKER = Path(__file__).with_name("module_ranks.py")
-ROOT = WORKER.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("adversarial", "far", "clip")
 MOVED: Counter[str] = Counter()
 """Codes that the training alone moved onto vectors, by how these were drawn."""
@@ -52,7 +51,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same trainings by two ranks, each with half of every batch."""
     folder = tmp_path_factory.mktemp("together")
-    assert finish(start(folder, 2, WORKER)) == [0, 0]
+    assert finish(group("module_ranks", [folder], 2)) == [0, 0]
     return folder
 
 

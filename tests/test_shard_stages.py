@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import yaml
 from command_line import cm3leon
 from corpora import digit_tars
 from PIL import Image
+from processes import Forked
 
 from cm3leon.config import from_mapping
 from cm3leon.data import file_source
@@ -28,7 +27,6 @@ from cm3leon.stages.run_folder import RunFolder
 from cm3leon.stages.tokens import make_tokens_part
 from cm3leon.stages.vectors import make_vectors_part
 
-ROOT = Path(__file__).resolve().parent.parent
 TARS, PER_TAR = 4, 60
 SHARD_STAGES = ("tokens", "vectors", "neighbours")
 SETTINGS = (
@@ -125,18 +123,7 @@ def test_workers_that_share_the_stages_make_the_same(
         if stage == "neighbours":
             cm3leon(*arguments(tars, run, "until=index"))
         workers = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "cm3leon.run",
-                    "part",
-                    f"stage={stage}",
-                    f"part={k}/2",
-                    *arguments(tars, run),
-                ],
-                cwd=ROOT,
-            )
+            Forked("cm3leon.run", ["part", f"stage={stage}", f"part={k}/2", *arguments(tars, run)])
             for k in range(2)
         ]
         assert [worker.wait(300) for worker in workers] == [0, 0]
@@ -151,9 +138,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_there(
 ) -> None:
     run = tmp_path / "killed"
     for stage in (*SHARD_STAGES, "pretraining"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cm3leon.run", *arguments(tars, run)], cwd=ROOT
-        )
+        process = Forked("cm3leon.run", arguments(tars, run))
         started = run / stage / "started.json"
         while not started.is_file() and process.poll() is None:
             time.sleep(0.02)
