@@ -31,7 +31,8 @@ def proportion(hits_B: np.ndarray) -> Measured:
     p = float(np.mean(hits_B))
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return Measured(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # The share lies inside its interval, and rounding must not put it outside.
+    return Measured(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
 
 
 def average(values_B: np.ndarray) -> Measured:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from cm3leon import CM3Leon
 from cm3leon.api import NO_MORE, NO_ROOM, ShortageWarning, TruncatedWarning
+from cm3leon.api import asked as asked_module
 from cm3leon.decoders.request import Request
 from cm3leon.evaluate import Evaluation, Row
 from cm3leon.evaluation.config import AskConfig
@@ -81,6 +82,43 @@ def test_several_prompts_and_decoders(model: CM3Leon) -> None:
     of_cd_k = model.generate("a seven", n=1, decoder="cd_k", seed=6)[0]
     found = {p.seed: p.codes_N.tolist() for p in both[0]}
     assert found == {5: of_top_p.codes_N.tolist(), 6: of_cd_k.codes_N.tolist()}
+
+
+@pytest.mark.parametrize("decoder", [None, {"name": "top_p", "cfg": 2}])
+def test_documents_that_are_decoded_alike_are_drawn_in_one_operation(
+    decoder: Any, model: CM3Leon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+    answer = model._answers
+
+    def seen(requests: Sequence[Request]) -> list[list[list[int]]]:
+        asked.extend(requests)
+        return answer(requests)
+
+    monkeypatch.setattr(model, "_answers", seen)
+    model.ask(
+        "text_to_image",
+        [document(model)] * 3,
+        [[]] * 3,
+        samples=range(2),
+        seeds=[0, 1, 2],
+        decoder=decoder,
+    )
+    assert len(asked) == 3
+    assert len({id(each["image"]) for request in asked for each in request.decoders}) == 1
+
+
+def test_images_are_scored_with_a_text_of_their_own(
+    model: CM3Leon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, which must not show."""
+    texts, codes_BN = ["a seven", "a two", "a seven"], model.run.codes_MN[:3]
+    alone = [model.clip_scores(text, codes_BN[row : row + 1])[0] for row, text in enumerate(texts)]
+    monkeypatch.setattr(asked_module, "SCORED_AT_ONCE", 2)
+    assert model.clip_scores(texts, codes_BN) == pytest.approx(np.array(alone), abs=1e-6)
+    assert len({round(float(each), 6) for each in alone}) == 3
+    with pytest.raises(UserError, match="text has 2 items, and codes_BN 3"):
+        model.clip_scores(texts[:2], codes_BN)
 
 
 def test_captions_and_their_likelihoods(model: CM3Leon) -> None:

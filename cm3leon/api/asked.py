@@ -5,6 +5,7 @@ Documents are `TokenDocument`s, retrieved ones are rows of the memory bank, and 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from cm3leon.api.documents import Documents
 from cm3leon.api.given import DecoderChoice, check_codes, check_ids, check_lengths
 from cm3leon.api.loading import opened_model
 from cm3leon.arguments import Text, checked
-from cm3leon.config import NonNegativeInt, PositiveInt
+from cm3leon.config import Component, NonNegativeInt, PositiveInt
 from cm3leon.decoders.base import Decoder
 from cm3leon.decoders.generate import Answerer, Answers, is_truncated, request_for
 from cm3leon.decoders.request import Request
@@ -53,6 +54,11 @@ from cm3leon.types import (
     Weights,
 )
 
+SCORED_AT_ONCE = 256
+"""Images that are drawn and compared with their texts at a time."""
+DECODERS_KEPT = 100
+"""Decoders of different settings that are kept for the next request that asks for one."""
+
 
 class AskedRun(Documents):
     """The tokenizers, the memory bank and the decoder of a finished run.
@@ -70,6 +76,7 @@ class AskedRun(Documents):
     ) -> None:
         super().__init__(run)
         self._answerer: Answers = Answerer(run.model, run.vocab, window=window, execution=execution)
+        self._decoders: dict[str, Decoder] = {}
         self._notices: list[Notice] | None = None
         self._precision: Precision = precision
 
@@ -275,7 +282,17 @@ class AskedRun(Documents):
         usual = (
             self.run.experiment.decoder if modality == "image" else self.run.experiment.text_decoder
         )
-        return DECODERS.build(usual if choice is None else choice)
+        chosen = usual if choice is None else choice
+        component = chosen if isinstance(chosen, Component) else DECODERS.check(chosen)
+
+        # The engine chooses the tokens of all samples with one decoder in one operation, so that
+        # requests with equal settings are given the same one.
+        key = repr(component)
+        if key not in self._decoders:
+            if len(self._decoders) >= DECODERS_KEPT:
+                self._decoders.clear()
+            self._decoders[key] = DECODERS.build(component)
+        return self._decoders[key]
 
     def _of_each_modality(
         self, image: DecoderChoice, text: DecoderChoice
@@ -343,22 +360,38 @@ class AskedRun(Documents):
 
     @checked
     def clip_scores(
-        self, text: Text, codes_BN: np.ndarray, size: tuple[int, int] | None = None
+        self,
+        text: Text | Sequence[Text],
+        codes_BN: np.ndarray,
+        size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Cosine (B,) of each image and a text, by the run's own CLIP; NaN where its retriever has none.
+        """Cosine (B,) of each image and its text, by the run's own CLIP; NaN if it has none.
 
         Args:
+            text: one for all images, or one for each of them.
             codes_BN: codes of images, as the image tokenizer numbers them.
             size: width and height of the images in pixels; None = the run's usual ones.
         """
         tokenizer = self.run.image_tokenizer
-        rows, columns = self._grid_of(size)
-        check_codes("codes_BN", codes_BN, rows * columns, tokenizer.codebook_size)
-        if not self.has_clip:
-            return np.full(len(codes_BN), np.nan)
-        encoder = self.run.retriever.encoder
-        images_BHWC = tokenizer.decode(codes_BN.astype(np.int64), grid=(rows, columns))
-        return encoder.encode_images(images_BHWC) @ encoder.encode_texts([text])[0]
+        grid = self._grid_of(size)
+        check_codes("codes_BN", codes_BN, math.prod(grid), tokenizer.codebook_size)
+        texts = [text] * len(codes_BN) if isinstance(text, str) else list(text)
+        check_lengths(codes_BN=codes_BN, text=texts)
+        scores_B = np.full(len(codes_BN), np.nan, np.float32)
+        if not self.has_clip or not texts:
+            return scores_B
+
+        # Each text is encoded once; images are drawn in parts, as they take more memory than codes.
+        encoder, distinct = self.run.retriever.encoder, list(dict.fromkeys(texts))
+        row_of = {each: row for row, each in enumerate(distinct)}
+        text_B = np.array([row_of[each] for each in texts], np.int64)
+        text_QD = encoder.encode_texts(distinct)
+        for start in range(0, len(codes_BN), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            images_BHWC = tokenizer.decode(codes_BN[part].astype(np.int64), grid=grid)
+            image_BD = encoder.encode_images(images_BHWC)
+            scores_B[part] = (image_BD * text_QD[text_B[part]]).sum(-1)
+        return scores_B
 
     @cached_property
     def _learned(self) -> set[str] | None:

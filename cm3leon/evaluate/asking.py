@@ -110,12 +110,20 @@ class ItemAsker:
                 cut.append([each.truncated for each in of_item])
             return {"texts": np.array(texts), "truncated": np.array(cut)}
 
-        codes, clip = [], []
+        codes, texts = [], []
         for item, of_item in zip(prompts.items, drawn, strict=True):
-            codes_nN = np.array([_last_codes(model, each.document) for each in of_item])
-            codes.append(codes_nN.astype(np.int32))
-            clip.append(model.clip_scores(item.document.text, codes[-1]))
-        return {"codes": np.stack(codes), "clip": np.stack(clip)}
+            for each in of_item:
+                codes.append(_last_codes(model, each.document))
+                texts.append(item.document.text)
+        codes_BN = np.stack(codes).astype(np.int32)
+        clip_B = model.clip_scores(texts, codes_BN)
+
+        # One row for each item, with its samples beside each other.
+        items = len(prompts.items)
+        return {
+            "codes": codes_BN.reshape(items, -1, codes_BN.shape[-1]),
+            "clip": clip_B.reshape(items, -1),
+        }
 
     def _ranked(self, prompts: Prompts) -> np.ndarray:
         """Log-likelihoods (items, K) of the candidates; NaN where an item has fewer than K."""

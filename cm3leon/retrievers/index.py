@@ -125,6 +125,10 @@ def train(
         vectors.width, f"{quantizer},PQ{config.code_bytes}", faiss.METRIC_INNER_PRODUCT
     )
 
+    # FAISS would also reorder the codes, which takes seconds for each byte of one, for a filter by
+    # Hamming distance that is not used here.
+    index.do_polysemous_training = False
+
     # The sample. FAISS asks for 39 vectors a list, and as many for each of the 256 codes.
     wanted = min(len(searched), max(64 * lists, 2**18))
     chosen = np.random.default_rng(seed).choice(len(searched), wanted, replace=False)
