@@ -376,7 +376,7 @@ class AskedRun(Documents):
         grid = self._grid_of(size)
         check_codes("codes_BN", codes_BN, math.prod(grid), tokenizer.codebook_size)
         texts = [text] * len(codes_BN) if isinstance(text, str) else list(text)
-        check_lengths(codes_BN=codes_BN, text=texts)
+        check_lengths(codes_BN=list(codes_BN), text=texts)
         scores_B = np.full(len(codes_BN), np.nan, np.float32)
         if not self.has_clip or not texts:
             return scores_B

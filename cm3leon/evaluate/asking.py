@@ -110,13 +110,13 @@ class ItemAsker:
                 cut.append([each.truncated for each in of_item])
             return {"texts": np.array(texts), "truncated": np.array(cut)}
 
-        codes, texts = [], []
+        codes, asked = [], []
         for item, of_item in zip(prompts.items, drawn, strict=True):
             for each in of_item:
                 codes.append(_last_codes(model, each.document))
-                texts.append(item.document.text)
+                asked.append(item.document.text)
         codes_BN = np.stack(codes).astype(np.int32)
-        clip_B = model.clip_scores(texts, codes_BN)
+        clip_B = model.clip_scores(asked, codes_BN)
 
         # One row for each item, with its samples beside each other.
         items = len(prompts.items)
