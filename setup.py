@@ -150,7 +150,8 @@ setup(
         "eval": ["pycocoevalcap", "torchmetrics"],
         "serve": SERVE,
         "demo": DEMO,
-        "lmms": ["lmms-eval>=0.7"],
+        # lmms-eval 0.7 patches `filelock._api`, which filelock 4 no longer has.
+        "lmms": ["lmms-eval>=0.7", "filelock<4"],
         # The published weights of LPIPS over VGG16's features come with it; nothing else of it is used.
         "perceptual": ["torchmetrics"],
         "features": FEATURES,
