@@ -1,1 +1,2 @@
-"""Plugins: every package and module in this folder is imported as `cm3leon.plugins.<name>` and registers components."""
+"""Plugins: every package and module in this folder is imported as `cm3leon.plugins.<name>` and
+registers components."""

@@ -1,7 +1,7 @@
 """Work on the items of a stream in threads, some items ahead of whoever reads it.
 
-Images are decoded so: Pillow lets other threads run while it decodes and resizes, and a device that encodes one batch
-does not wait for the pixels of the next.
+Images are decoded so: Pillow lets other threads run while it decodes and resizes, and a device that
+encodes one batch does not wait for the pixels of the next.
 
     reader thread      record 7, record 8, ...                 reads the files, a few records ahead of the pool
     pool               |decode 5| |decode 6|                   as many at once as this process has processors
@@ -52,9 +52,10 @@ def worked_ahead(
 ) -> Iterator[R]:
     """`work(item)` of all items in their order, done in threads before it is asked for.
 
-    At first only a few results are made ahead, and one more with each that is taken, up to `most`: who takes but the
-    first ten of a part has not had it decoded whole. Items that are read and not worked on yet are at most twice as
-    many as threads. What the items or the work raise is raised here, in its place.
+    At first only a few results are made ahead, and one more with each that is taken, up to `most`:
+    who takes but the first ten of a part has not had it decoded whole. Items that are read and not
+    worked on yet are at most twice as many as threads. What the items or the work raise is raised
+    here, in its place.
 
     Args:
         items: read in a thread of its own.
@@ -95,7 +96,8 @@ def worked_ahead(
                     given += 1
                 yield result
         finally:
-            # Whoever reads may have had enough: the reader waits for room that nobody makes any more.
+            # Whoever reads may have had enough: the reader waits for room that nobody makes any
+            # more.
             closed.set()
             room.release()
             pending.release()

@@ -17,10 +17,12 @@ from cm3leon.io import digest_of
 
 @dataclass(kw_only=True)
 class AugmentConfig:
-    """How training images are varied; draws are uniform within plus and minus the value, unless it says otherwise."""
+    """How training images are varied; draws are uniform within plus and minus the value, unless it
+    says otherwise."""
 
     versions: NonNegativeInt = 0
-    """Versions of each training image besides itself; 0 = no augmentation, right for any large corpus."""
+    """Versions of each training image besides itself; 0 = no augmentation, right for any large
+    corpus."""
     degrees: NonNegativeFloat = 8.0
     """Rotation, in degrees."""
     scale: NonNegativeFloat = 0.08
@@ -51,10 +53,11 @@ SHARED_KEY = "shared"
 def varied(
     images_BHWC: np.ndarray, keys: Sequence[str], config: AugmentConfig, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yield each varied version of the images, uint8 (B, H, W, C): an affine map and a smooth displacement.
+    """Yield each varied version of the images, uint8 (B, H, W, C): an affine map and a smooth
+    displacement.
 
-    What an image's versions are depends on the seed and its key alone, not on the images beside it, so that a corpus
-    gives the same ones in whatever batches it is read. Where the maps are shared,
+    What an image's versions are depends on the seed and its key alone, not on the images beside it,
+    so that a corpus gives the same ones in whatever batches it is read. Where the maps are shared,
     they depend on the seed alone.
 
     Args:
@@ -88,7 +91,8 @@ def varied(
 
 
 def _draws(key: str, versions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers for each version of one image: uniform from -1 to 1 (V, 6), and normal ones (V, 2, 4, 4)."""
+    """Numbers for each version of one image: uniform from -1 to 1 (V, 6), and normal ones (V, 2, 4,
+    4)."""
     rng = np.random.default_rng([seed, int(digest_of(key)[:16], 16)])
     uniform_V6 = rng.uniform(-1, 1, (versions, 6)).astype(np.float32)
     return uniform_V6, rng.standard_normal((versions, 2, 4, 4), dtype=np.float32)

@@ -32,10 +32,12 @@ CHUNK = 1000
 
 @SOURCES.register("coco")
 class CocoSource(FileSource):
-    """A captions JSON of COCO with the folder of its images, and optionally the instances JSON for labels.
+    """A captions JSON of COCO with the folder of its images, and optionally the instances JSON for
+    labels.
 
-    A label is given where all of an image's objects are of one category and the caption names that one and no other.
-    The JSON files are held in memory (COCO's own take under 1 GB); a part is a thousand images.
+    A label is given where all of an image's objects are of one category and the caption names that
+    one and no other. The JSON files are held in memory (COCO's own take under 1 GB); a part is a
+    thousand images.
     """
 
     @dataclass(kw_only=True)
@@ -49,8 +51,8 @@ class CocoSource(FileSource):
         instances: Annotated[str, Location()] | None = None
         """The instances JSON of the same images; null = no labels."""
         captions: Literal["first", "all"] = "first"
-        """first = a document for each image, with its first caption; all = one for each caption, so that documents of
-        one image may lie in different splits."""
+        """first = a document for each image, with its first caption; all = one for each caption, so
+        that documents of one image may lie in different splits."""
 
     suffixes = (".json",)
 
@@ -176,7 +178,8 @@ class CocoSource(FileSource):
 
 @dataclass(frozen=True, eq=False)
 class _Captions:
-    """The captions JSON: its name, its images in order, and annotations by the id of their image."""
+    """The captions JSON: its name, its images in order, and annotations by the id of their
+    image."""
 
     name: str
     entries: list[Any]

@@ -1,4 +1,5 @@
-"""The sample of a corpus: documents of one caption and one image, held in memory, with their split."""
+"""The sample of a corpus: documents of one caption and one image, held in memory, with their
+split."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Split = Literal["train", "validation", "held_out"]
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Parallel lists, one entry a document: ids, captions, `images_BHWC` (uint8), labels, splits."""
+    """Parallel lists, one entry a document: ids, captions, `images_BHWC` (uint8), labels,
+    splits."""
 
     ids: list[str]
     captions: list[str]

@@ -1,4 +1,5 @@
-"""The 1,797 scans of handwritten digits that scikit-learn ships (Alpaydin & Kaynak 1998, 8x8 grey)."""
+"""The 1,797 scans of handwritten digits that scikit-learn ships (Alpaydin & Kaynak 1998, 8x8
+grey)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ TEMPLATES = (
 
 @SOURCES.register("digits")
 class DigitsSource(Source):
-    """Real handwritten digits, each with a caption drawn from a few templates; nothing is downloaded."""
+    """Real handwritten digits, each with a caption drawn from a few templates; nothing is
+    downloaded."""
 
     @dataclass(kw_only=True)
     class Config:

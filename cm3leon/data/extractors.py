@@ -1,7 +1,9 @@
-"""Feature images of photographs: edges, scribbles, poses, segments, depth and normals, which images are drawn by.
+"""Feature images of photographs: edges, scribbles, poses, segments, depth and normals, which images
+are drawn by.
 
-Each is what a well-kept package makes of the image: scikit-image without any weights; ControlNet's detectors of
-controlnet_aux, and models of transformers, with weights from a folder on disk. Nothing is downloaded.
+Each is what a well-kept package makes of the image: scikit-image without any weights; ControlNet's
+detectors of controlnet_aux, and models of transformers, with weights from a folder on disk. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from cm3leon.weights import check_no_adapter
 
 
 class Extractor:
-    """Base of the extractors: what is seen in an image. Registered in `EXTRACTORS`, built as `cls(config)`."""
+    """Base of the extractors: what is seen in an image. Registered in `EXTRACTORS`, built as
+    `cls(config)`."""
 
     kind: str
     """What the templates call it, of `FEATURES`."""
@@ -65,7 +68,8 @@ class Canny(Extractor):
 
 @EXTRACTORS.register("regions")
 class Regions(Extractor):
-    """Felzenszwalb's regions of like colour (2004), each in a colour of its own: segments without their classes."""
+    """Felzenszwalb's regions of like colour (2004), each in a colour of its own: segments without
+    their classes."""
 
     kind = "segmentation"
 
@@ -85,7 +89,8 @@ class Regions(Extractor):
 
 
 class _Learned(Extractor):
-    """Base of the extractors by a model in transformers' format on disk, which is loaded when it is first used."""
+    """Base of the extractors by a model in transformers' format on disk, which is loaded when it is
+    first used."""
 
     loads: str
     """Which of transformers' classes."""
@@ -137,7 +142,8 @@ class Depth(_Learned):
 
 @EXTRACTORS.register("classes")
 class Classes(_Learned):
-    """Semantic segments by a model in transformers' format on disk (SegFormer, Mask2Former's semantic heads)."""
+    """Semantic segments by a model in transformers' format on disk (SegFormer, Mask2Former's
+    semantic heads)."""
 
     kind = "segmentation"
 
@@ -200,7 +206,8 @@ class _Detector(Extractor):
     def _detector(self) -> Any:
         package = _controlnet_aux()
         try:
-            # It prints what it does; its weights are unpickled as tensors alone, which is torch's default.
+            # It prints what it does; its weights are unpickled as tensors alone, which is torch's
+            # default.
             with redirect_stdout(io.StringIO()):
                 return self.load(package)
         except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
@@ -231,7 +238,8 @@ class Scribble(Hed):
 
 @EXTRACTORS.register("normals")
 class Normals(_Detector):
-    """Normals of surfaces by Bae, Budvytis and Cipolla's network (2021), as ControlNet 1.1 takes them."""
+    """Normals of surfaces by Bae, Budvytis and Cipolla's network (2021), as ControlNet 1.1 takes
+    them."""
 
     kind = "normals"
     weights = "scannet.pt"
@@ -242,7 +250,8 @@ class Normals(_Detector):
 
 @EXTRACTORS.register("pose")
 class Pose(_Detector):
-    """Joints and limbs of people by OpenPose (2017), its body alone, in OpenPose's colours on black."""
+    """Joints and limbs of people by OpenPose (2017), its body alone, in OpenPose's colours on
+    black."""
 
     kind = "pose"
     weights = "body_pose_model.pth"
@@ -253,7 +262,8 @@ class Pose(_Detector):
 
 
 def palette() -> np.ndarray:
-    """256 colours (256, 3) far apart for neighbouring numbers, as PASCAL VOC colours its classes; 0 is black."""
+    """256 colours (256, 3) far apart for neighbouring numbers, as PASCAL VOC colours its classes; 0
+    is black."""
     numbers = np.arange(256)
     result = np.zeros((256, 3), np.uint8)
     for shift in range(8):
@@ -296,7 +306,8 @@ def _controlnet_aux() -> Any:
 
 
 def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
-    """The processor and the model of a folder; weights are read from safetensors alone, nothing is downloaded."""
+    """The processor and the model of a folder; weights are read from safetensors alone, nothing is
+    downloaded."""
     try:
         import transformers
     except ImportError as error:

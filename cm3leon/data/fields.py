@@ -1,4 +1,5 @@
-"""The names under which data sets keep a text and an image, and how a record's pair is found by them.
+"""The names under which data sets keep a text and an image, and how a record's pair is found by
+them.
 
     {"file_name": "7.jpg", "text": "a dog"}           an image and its text, by their usual names
     {"photo": "7.jpg", "text": "a dog"}               left out: `photo` looks like an image and is not read
@@ -29,7 +30,8 @@ TEXT_KEYS = (
     "alt_text",
     "alt",
 )
-"""Usual names of a text, in the order in which they are preferred; upper and lower case do not matter."""
+"""Usual names of a text, in the order in which they are preferred; upper and lower case do not
+matter."""
 IMAGE_KEYS = (
     "image",
     "images",
@@ -55,7 +57,8 @@ NAMES_OF_ANY_FILE = frozenset(
 )
 """Those of them that count only where their value looks like an image."""
 CONVERSATION_KEYS = ("conversations", "messages")
-"""Names of a list of turns, `{"from": "human", "value": "..."}` or `{"role": "user", "content": "..."}`."""
+"""Names of a list of turns, `{"from": "human", "value": "..."}` or `{"role": "user", "content":
+"..."}`."""
 PLACEHOLDER = "<image>"
 """Where an image stands inside the turns of a conversation."""
 
@@ -78,14 +81,16 @@ class Found(NamedTuple):
 
 
 def find_text(record: Mapping[str, Any], key: str | None = None) -> Found | None:
-    """The text of a record: what stands under `key`, or else under the first of the usual names; None without one."""
+    """The text of a record: what stands under `key`, or else under the first of the usual names;
+    None without one."""
     if key is not None:
         return Found(key, record[key]) if record.get(key) is not None else None
     return next(iter(under(record, TEXT_KEYS)), None)
 
 
 def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | None:
-    """The image of a record: what stands under `key`, or else under one of the usual names; None without one.
+    """The image of a record: what stands under `key`, or else under one of the usual names; None
+    without one.
 
     Raises:
         BadRecord: where several usual names hold different images.
@@ -107,7 +112,8 @@ def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | Non
 def check_unread(
     record: Mapping[str, Any], text: Found | None, image: Found | None, config: PairConfig
 ) -> None:
-    """Check that a record of which one half was found does not hold the other half under an unknown name.
+    """Check that a record of which one half was found does not hold the other half under an unknown
+    name.
 
     A key that is set in the config decides alone.
 
@@ -165,7 +171,8 @@ def image_paths(found: Found) -> list[str]:
 
 
 def image_path(found: Found) -> str:
-    """The one path under an image's key. Raises BadRecord as `image_paths`, and for a list of none or several."""
+    """The one path under an image's key. Raises BadRecord as `image_paths`, and for a list of none
+    or several."""
     paths = image_paths(found)
     if len(paths) != 1:
         raise BadRecord(f"{found.key} lists {len(paths)} images; a page is written as segments")
@@ -193,7 +200,8 @@ def conversation(record: Mapping[str, Any]) -> str | None:
 
 
 def conversation_segments(text: str, images: list[str]) -> list[dict[str, str]]:
-    """A conversation as the segments of a page: images stand where `<image>` does, one without it before the text.
+    """A conversation as the segments of a page: images stand where `<image>` does, one without it
+    before the text.
 
     Raises:
         BadRecord: where the places are not as many as the images.
@@ -212,7 +220,8 @@ def conversation_segments(text: str, images: list[str]) -> list[dict[str, str]]:
 
 
 def looks_like_image(value: Any) -> bool:
-    """Whether a value may be an image: its bytes, a path or an address that ends as one, or an object of these."""
+    """Whether a value may be an image: its bytes, a path or an address that ends as one, or an
+    object of these."""
     if isinstance(value, bytes):
         return True
     if isinstance(value, Mapping):

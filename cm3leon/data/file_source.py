@@ -1,4 +1,5 @@
-"""What sources made of files share: records, their checks, and how they are read, skipped and fingerprinted."""
+"""What sources made of files share: records, their checks, and how they are read, skipped and
+fingerprinted."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ class MarkedImage:
 
 @dataclass(frozen=True)
 class Record:
-    """A document whose images are not decoded: runs of text, and for each image the function that gives its file.
+    """A document whose images are not decoded: runs of text, and for each image the function that
+    gives its file.
 
     That function may raise UnusableImage.
     """
@@ -117,7 +119,8 @@ class BadRecord(ValueError):
 
 
 def caption_text(caption: str | bytes | None, max_bytes: int) -> str:
-    """A caption, decoded and without the white space around it. Raises BadRecord if it is empty or too long."""
+    """A caption, decoded and without the white space around it. Raises BadRecord if it is empty or
+    too long."""
     if caption is None or len(caption) == 0:
         raise BadRecord("the caption is empty")
     if len(caption) > max_bytes:
@@ -171,7 +174,8 @@ def id_key(value: Any) -> int | str | None:
 
 
 def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is not held."""
+    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is
+    not held."""
     number = 0
     while line := file.readline(max_bytes + 1):
         number += 1
@@ -189,7 +193,8 @@ def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | No
 def interleaved(
     segments: Any, image: Callable[[str], Callable[[], bytes]]
 ) -> tuple[str | Callable[[], bytes], ...]:
-    """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are dropped.
+    """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are
+    dropped.
 
     Args:
         image: name -> the function that gives the image's file.
@@ -222,7 +227,8 @@ def interleaved(
 
 
 UNREADABLE = "what cannot be read"
-"""The part of a source that holds folders, links and devices that are left out, where there are any."""
+"""The part of a source that holds folders, links and devices that are left out, where there are
+any."""
 
 
 @dataclass(kw_only=True)
@@ -230,18 +236,20 @@ class FilesConfig:
     """Where the files are, and what is too much of one."""
 
     path: Annotated[str | list[str], Location()]
-    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local or a URL; several
-    as a list, with braces or as a.tar::b.tar."""
+    """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local
+    or a URL; several as a list, with braces or as a.tar::b.tar."""
     max_pixels: PositiveInt = 64_000_000
     """Images of more pixels than this are skipped."""
     max_caption_bytes: PositiveInt = 10_000
     """Captions longer than this, in UTF-8 bytes, are skipped with their images."""
     max_file_bytes: PositiveInt = 256 * 2**20
-    """Images, members of a tar and lines longer than this, in bytes, are skipped without being read."""
+    """Images, members of a tar and lines longer than this, in bytes, are skipped without being
+    read."""
 
 
 class FileSource(Source):
-    """A corpus of files, each a part; a subclass reads the records of one, and gets everything else."""
+    """A corpus of files, each a part; a subclass reads the records of one, and gets everything
+    else."""
 
     suffixes: tuple[str, ...]
     """Endings of the files, in lower case."""
@@ -252,7 +260,8 @@ class FileSource(Source):
 
     @abstractmethod
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        """Every record of a part in order, also those before `start`, of which nothing but the id will be used.
+        """Every record of a part in order, also those before `start`, of which nothing but the id
+        will be used.
 
         FileNotFoundError and PermissionError mean that the part cannot be opened.
         """
@@ -314,7 +323,8 @@ class FileSource(Source):
             yield Skipped(part, "no permission to read the file")
 
     def _decoded(self, record: Record | Skipped, size: int | None = None) -> Document | Skipped:
-        """The document of a record; each image is brought to `size` before the next one is decoded."""
+        """The document of a record; each image is brought to `size` before the next one is
+        decoded."""
         if isinstance(record, Skipped):
             return record
         segments: list[Segment] = []

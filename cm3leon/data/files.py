@@ -40,7 +40,8 @@ NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class File(NamedTuple):
-    """A listed file: its name relative to the root of the listing, its bytes, and a remote one's checksum, if known."""
+    """A listed file: its name relative to the root of the listing, its bytes, and a remote one's
+    checksum, if known."""
 
     name: str
     size: int
@@ -55,18 +56,20 @@ class Listing(NamedTuple):
 
 
 class Files:
-    """The files that paths stand for: files, folders with their subfolders, or globs (`**` = any subfolders).
+    """The files that paths stand for: files, folders with their subfolders, or globs (`**` = any
+    subfolders).
 
-    A path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`). Several are given as a
-    list, as `a.tar::b.tar` or with braces (`paths.py`). Names are relative to the folder, to the folder of the file,
-    or to the part of a glob before its first wildcard; those of several paths to the folder that holds all of these.
+    A path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`).
+    Several are given as a list, as `a.tar::b.tar` or with braces (`paths.py`). Names are relative
+    to the folder, to the folder of the file, or to the part of a glob before its first wildcard;
+    those of several paths to the folder that holds all of these.
 
     Args:
         where: the setting that holds the path, for messages.
 
     Raises:
-        UserError: for a path that does not exist, lies in a folder that this user may not read, or whose file system
-            is not installed, and for paths on different file systems.
+        UserError: for a path that does not exist, lies in a folder that this user may not read, or
+            whose file system is not installed, and for paths on different file systems.
     """
 
     def __init__(self, path: str | Sequence[str], where: str = "data.path") -> None:
@@ -92,7 +95,8 @@ class Files:
         return any(place.kind == "file" for place in self._places)
 
     def list(self, suffixes: Iterable[str]) -> list[File]:
-        """The files whose names end in one of the suffixes (lower case), by their paths; one file is always taken."""
+        """The files whose names end in one of the suffixes (lower case), by their paths; one file
+        is always taken."""
         return self.listing(suffixes).files
 
     def listing(self, suffixes: Iterable[str]) -> Listing:
@@ -101,7 +105,8 @@ class Files:
         Local links to folders are followed, each real folder once.
 
         Raises:
-            UserError: for a local folder that may not be read, and, of several paths, for one without such a file.
+            UserError: for a local folder that may not be read, and, of several paths, for one
+                without such a file.
         """
         endings = tuple(suffixes)
         found: dict[str, File] = {}
@@ -176,15 +181,16 @@ class Files:
     def image(self, name: str, max_bytes: int, beside: str = "", advice: str = "") -> bytes:
         """The bytes of an image file.
 
-        The name may be written otherwise than that of the file: with backslashes, or with its accents composed or
-        not. A whole path is taken if it lies in the folder.
+        The name may be written otherwise than that of the file: with backslashes, or with its
+        accents composed or not. A whole path is taken if it lies in the folder.
 
         Args:
             beside: a file whose folder the name is relative to, instead of the root.
             advice: what to do about a file that is not there, for the reason.
 
         Raises:
-            UnusableImage: for a file that is missing, outside the folder or larger than `max_bytes`.
+            UnusableImage: for a file that is missing, outside the folder or larger than
+                `max_bytes`.
         """
         missing: OSError | None = None
         try:
@@ -223,7 +229,8 @@ class Files:
         return next((each for each in spelled if os.path.exists(self.full(each))), spelled[0])
 
     def _spelled(self, name: str, beside: str) -> builtins.list[str]:
-        """The names, relative to the root, that an image may have. Raises UnusableImage for one outside the folder."""
+        """The names, relative to the root, that an image may have. Raises UnusableImage for one
+        outside the folder."""
         if "://" in name:
             raise UnusableImage(
                 f"the image {name!a} is an address; images are not downloaded, img2dataset does so"
@@ -259,7 +266,8 @@ class Files:
                 yield self._remote(full, info)
 
     def remote_checksum(self, name: str) -> str:
-        """What changes with the content of a remote file, as far as its file system says; its size if that is all."""
+        """What changes with the content of a remote file, as far as its file system says; its size
+        if that is all."""
         full = self.full(name)
         try:
             with reaching(full, self._where):
@@ -279,7 +287,8 @@ class Files:
 
 
 class _Place(NamedTuple):
-    """One path: the file system, the path in it, what it is, and the folder that names are relative to."""
+    """One path: the file system, the path in it, what it is, and the folder that names are relative
+    to."""
 
     path: str
     system: Any
@@ -347,11 +356,12 @@ def _common_folder(one: str, other: str) -> str:
 
 
 def _walk(root: str, endings: tuple[str, ...], where: str) -> tuple[list[str], dict[str, str]]:
-    """The files below a local folder whose names end so, and why others and folders are left out, by their paths.
+    """The files below a local folder whose names end so, and why others and folders are left out,
+    by their paths.
 
-    Links to folders are followed after all real folders, by their names, so that a folder has its own name rather
-    than that of a link. One that was read already, or in which the root lies, is left out: so no link leads in a
-    circle.
+    Links to folders are followed after all real folders, by their names, so that a folder has its
+    own name rather than that of a link. One that was read already, or in which the root lies, is
+    left out: so no link leads in a circle.
     """
     found: list[str] = []
     told: dict[str, str] = {}
@@ -411,7 +421,8 @@ def _reason_of(error: OSError) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """How a file of that name may be written: as it is, with slashes, with accents composed or decomposed."""
+    """How a file of that name may be written: as it is, with slashes, with accents composed or
+    decomposed."""
     slashes = name.replace("\\", "/")
     forms = [normalize(form, slashes) for form in ("NFC", "NFD")] if is_utf8(name) else []
     return list(dict.fromkeys([name, slashes, *forms]))

@@ -49,7 +49,8 @@ _READABLE = tuple(ending for endings in READABLE.values() for ending in endings)
 
 @dataclass(frozen=True)
 class _Folder:
-    """What a folder holds: names of the images and of the tables, captions by image, and what cannot be used."""
+    """What a folder holds: names of the images and of the tables, captions by image, and what
+    cannot be used."""
 
     images: list[str]
     tables: list[str]
@@ -69,14 +70,16 @@ class _Folder:
 class FolderSource(FileSource):
     """Images under a folder, with captions in `name.txt` beside each, or in tables of captions.
 
-    A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`; metadata.jsonl and metadata.csv are those
-    of Hugging Face's imagefolder, with `file_name` and `text`. The names of files are relative to the folder of the
-    table; other usual names of the two (`fields.py`), or `data.image_key` and `data.text_key`, serve as well. A table
-    goes before `name.txt`, one in a deeper folder before one above it, and the first caption of an image before later
-    ones. Upper and lower case of endings, backslashes and composed or decomposed accents do not matter.
+    A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`; metadata.jsonl and
+    metadata.csv are those of Hugging Face's imagefolder, with `file_name` and `text`. The names of
+    files are relative to the folder of the table; other usual names of the two (`fields.py`), or
+    `data.image_key` and `data.text_key`, serve as well. A table goes before `name.txt`, one in a
+    deeper folder before one above it, and the first caption of an image before later ones. Upper
+    and lower case of endings, backslashes and composed or decomposed accents do not matter.
 
-    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal; so are images that
-    share one `name.txt`, since it is not said which of them it describes. A part is a thousand images.
+    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal;
+    so are images that share one `name.txt`, since it is not said which of them it describes. A part
+    is a thousand images.
     """
 
     @dataclass(kw_only=True)
@@ -84,7 +87,8 @@ class FolderSource(FileSource):
         """Where the images are."""
 
         path: Annotated[str | list[str], Location()]
-        """The folder, local or a URL; its subfolders are searched too. Several as a list or with braces."""
+        """The folder, local or a URL; its subfolders are searched too. Several as a list or with
+        braces."""
 
     suffixes = (*sorted(SUFFIXES), ".txt", *TABLES)
 
@@ -139,7 +143,8 @@ class FolderSource(FileSource):
         return Record(name, (caption, partial(self.files.image, name, self.config.max_file_bytes)))
 
     def _caption_beside(self, name: str, folder: _Folder) -> str:
-        """The caption in the `.txt` file of an image. Raises ValueError, or OSError for a file that vanished."""
+        """The caption in the `.txt` file of an image. Raises ValueError, or OSError for a file that
+        vanished."""
         beside = str(PurePosixPath(name).with_suffix(".txt"))
         text = next(
             (folder.texts[each] for each in _looked_for(beside) if each in folder.texts), None

@@ -23,7 +23,8 @@ FAR_MORE = 10
 
 
 def with_source_name(data: Any) -> Any:
-    """A section `data` with the name of the source that reads the files under its path, unless it has one.
+    """A section `data` with the name of the source that reads the files under its path, unless it
+    has one.
 
     Prints which kind of files was taken where there are others.
     """
@@ -39,10 +40,11 @@ def with_source_name(data: Any) -> Any:
 
 
 def told_source(path: str | list[str]) -> tuple[str, list[str]]:
-    """The source that reads most of what lies under a path, and what lies there for other sources, in words.
+    """The source that reads most of what lies under a path, and what lies there for other sources,
+    in words.
 
-    The kind of files with ten times the bytes of any other is taken, or else the one with the most files. Tables of
-    captions and texts beside images belong to these.
+    The kind of files with ten times the bytes of any other is taken, or else the one with the most
+    files. Tables of captions and texts beside images belong to these.
 
     Raises:
         UserError: if no file has a known ending.

@@ -18,21 +18,24 @@ from cm3leon.types import Document, UserError
 State = dict[str, Any]
 
 FRUITLESS = 32
-"""Times that a lane may read as many parts as the corpus has without an image, before there is taken to be none."""
+"""Times that a lane may read as many parts as the corpus has without an image, before there is
+taken to be none."""
 
 
 class ImageStream:
-    """Batches (B, size, size, 3), uint8, whose state another stream over the same corpus goes on from exactly.
+    """Batches (B, size, size, 3), uint8, whose state another stream over the same corpus goes on
+    from exactly.
 
-    Every image of a batch has a lane, which gives it batch after batch. `lanes` of them read a part of the source each,
-    so that neighbours in a part do not fill a batch; lane k of n reads the parts at the positions k, k + n, k + 2n ...
-    of their order, which is new in every epoch:
+    Every image of a batch has a lane, which gives it batch after batch. `lanes` of them read a part
+    of the source each, so that neighbours in a part do not fill a batch; lane k of n reads the
+    parts at the positions k, k + n, k + 2n ... of their order, which is new in every epoch:
 
         batch     0 1 2 3 | 4 5 6 7        images of 4 lanes, for 2 ranks of 4 images each
         lanes     0 0 1 1 | 2 2 3 3        a rank decodes those of its own lanes, and no others
 
-    Where the ranks do not divide the lanes, several of them read the same one. A document gives one of its images,
-    which is cropped and mirrored at random. The next batch is read, in threads, while the last one is trained on.
+    Where the ranks do not divide the lanes, several of them read the same one. A document gives one
+    of its images, which is cropped and mirrored at random. The next batch is read, in threads,
+    while the last one is trained on.
 
     Args:
         keep: whether a document is used.
@@ -83,7 +86,8 @@ class ImageStream:
         return np.stack([image for images, _ in found.values() for image in images])
 
     def state_dict(self) -> State:
-        """Where the stream is, as JSON; of its own lanes, which those of the other ranks are put beside."""
+        """Where the stream is, as JSON; of its own lanes, which those of the other ranks are put
+        beside."""
         return self._state
 
     def load_state_dict(self, state: State) -> None:
@@ -125,7 +129,8 @@ class ImageStream:
         return own, place
 
     def _images(self, position: int, item: int) -> Iterator[tuple[Document, list[int]]]:
-        """The documents with images of a lane from an item of a part on, each with the place behind it."""
+        """The documents with images of a lane from an item of a part on, each with the place behind
+        it."""
         fruitless = 0  # parts that have ended since the last image
         while fruitless <= FRUITLESS * len(self._parts):
             part = self._parts[shuffled(self._seed, position, len(self._parts))]
@@ -140,7 +145,8 @@ class ImageStream:
 
 
 def random_square(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The largest square of an image at a random place, mirrored half the time, as (size, size, 3), uint8."""
+    """The largest square of an image at a random place, mirrored half the time, as (size, size, 3),
+    uint8."""
     side = min(
         pixels_HWC.shape[:2]
     )  # cropped first: to resize an image of extreme aspect could take any memory

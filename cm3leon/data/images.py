@@ -29,7 +29,8 @@ READABLE = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
 }
-"""Endings of the image files that are read, by Pillow's name of their format; AVIF where Pillow was built with it."""
+"""Endings of the image files that are read, by Pillow's name of their format; AVIF where Pillow was
+built with it."""
 FORMATS = tuple(name for name in READABLE if name != "AVIF" or features.check("avif"))
 """Pillow's names of the formats that are read here."""
 RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
@@ -38,7 +39,8 @@ SUFFIXES = frozenset(
     {ending for endings in READABLE.values() for ending in endings}
     | {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", *RAW}
 )
-"""Endings that make a file count as an image; those of no readable format are left out with that reason."""
+"""Endings that make a file count as an image; those of no readable format are left out with that
+reason."""
 
 MAX_PIXELS = 64_000_000
 """Pixels that an image given by hand may have; sources have `data.max_pixels`."""
@@ -46,7 +48,8 @@ MAX_FILE_BYTES = 512 * 2**20
 """Bytes that an image file given by hand may have."""
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray
-"""What stands for one image: the path of a file, the bytes of one, a Pillow image, or an array of pixels."""
+"""What stands for one image: the path of a file, the bytes of one, a Pillow image, or an array of
+pixels."""
 
 
 class UnusableImage(ValueError):
@@ -56,14 +59,16 @@ class UnusableImage(ValueError):
 def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Pixels (H, W, 3), uint8 RGB, of an image in any form that it can be given in.
 
-    Whatever a picture is given as, its pixels are those that a source reads from its file (see `decode_image`): the
-    orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced to their upper 8.
+    Whatever a picture is given as, its pixels are those that a source reads from its file (see
+    `decode_image`): the orientation that EXIF states is applied, transparency is laid on white, 16
+    bits are reduced to their upper 8.
 
-    Arrays are grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4). Their pixels are uint8; or uint16, whose
-    upper 8 bits are read; or bool, where True is white.
+    Arrays are grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4). Their pixels are uint8; or
+    uint16, whose upper 8 bits are read; or bool, where True is white.
 
     Raises:
-        UnusableImage: as `decode_image`, for a file that cannot be read, and for an array of another shape or type.
+        UnusableImage: as `decode_image`, for a file that cannot be read, and for an array of
+            another shape or type.
     """
     if isinstance(image, bytes):
         return decode_image(image, max_pixels)
@@ -96,20 +101,22 @@ def read_given_image(image: ImageInput, argument: str) -> np.ndarray:
 def decode_image(
     content: bytes, max_pixels: int, name: str = "image", *, size: int | None = None
 ) -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`; any number of threads may decode at a time.
+    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`; any number of threads may
+    decode at a time.
 
-    The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced to 8, the first
-    frame of an animation and the first page of a TIFF file are taken; colour profiles are not applied. What Pillow
-    warns of is printed with the file's name.
+    The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced
+    to 8, the first frame of an animation and the first page of a TIFF file are taken; colour
+    profiles are not applied. What Pillow warns of is printed with the file's name.
 
     Args:
         max_pixels: the only limit on the image's size; Pillow's own does not count.
         name: what the reason calls the file.
-        size: side of the central square that the image is brought to, as by `square`; None = it is left as it is.
+        size: side of the central square that the image is brought to, as by `square`; None = it is
+            left as it is.
 
     Raises:
-        UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its size is read from
-            the header, so that a decompression bomb is never decoded.
+        UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its
+            size is read from the header, so that a decompression bomb is never decoded.
     """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in RAW:
@@ -124,7 +131,8 @@ def decode_image(
                 raise
             raise UnusableImage(f"is {format_}; {_READ} are read") from None
         except ValueError as error:
-            # Pillow gives up where a text or a colour profile unpacks to more than a megabyte. Neither is needed.
+            # Pillow gives up where a text or a colour profile unpacks to more than a megabyte.
+            # Neither is needed.
             if isinstance(error, UnusableImage) or not content.startswith(_PNG):
                 raise
             return _opened_and_decoded(_without_texts(content), max_pixels, size)
@@ -150,7 +158,8 @@ def decode_transparency(content: bytes, max_pixels: int, name: str = "mask") -> 
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """Which pixels of an image file are wholly transparent, as `decode_transparency`, for a file that a user gave.
+    """Which pixels of an image file are wholly transparent, as `decode_transparency`, for a file
+    that a user gave.
 
     Raises:
         UserError: for a file that cannot be used.
@@ -231,7 +240,8 @@ def _without_texts(png: bytes) -> bytes:
 
 
 PIXELS_AT_ONCE = 128_000_000
-"""Pixels of all images that are being decoded at a time, of which each takes 4 to 12 bytes; a larger one is alone."""
+"""Pixels of all images that are being decoded at a time, of which each takes 4 to 12 bytes; a
+larger one is alone."""
 
 
 class _Room:
@@ -244,7 +254,8 @@ class _Room:
 
     @contextmanager
     def taken(self, amount: int) -> Iterator[None]:
-        """Wait until there is room for the amount; one above the limit waits until nothing else is there."""
+        """Wait until there is room for the amount; one above the limit waits until nothing else is
+        there."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._limit)
             self._taken += amount
@@ -319,7 +330,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 @contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Whatever Pillow raises inside the block becomes an UnusableImage about the image of that name."""
+    """Whatever Pillow raises inside the block becomes an UnusableImage about the image of that
+    name."""
     try:
         yield
     except UnusableImage:
@@ -332,7 +344,8 @@ def _reasons(name: str) -> Iterator[None]:
 
 @contextmanager
 def counted_modes() -> Iterator[Counter[str]]:
-    """Counts the images decoded inside the block by their mode in the file: RGB, L, CMYK, I;16 ..."""
+    """Counts the images decoded inside the block by their mode in the file: RGB, L, CMYK, I;16
+    ..."""
     counter: Counter[str] = Counter()
     token = _modes.set(counter)
     try:
@@ -347,7 +360,8 @@ _modes: ContextVar[Counter[str] | None] = ContextVar("modes", default=None)
 
 
 def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The one transparent value or colour of a PNG file in the units of the decoded pixels, None without one.
+    """The one transparent value or colour of a PNG file in the units of the decoded pixels, None
+    without one.
 
     The file states it in its own number of bits, in which Pillow leaves it.
     """
@@ -393,7 +407,8 @@ def square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
 
 
 def fitted(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of an image, as much as has that shape, resized as in `square` to (height, width, 3), uint8."""
+    """The middle of an image, as much as has that shape, resized as in `square` to (height, width,
+    3), uint8."""
     image = Image.fromarray(pixels_HWC)
     return np.asarray(ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC))
 

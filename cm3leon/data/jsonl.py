@@ -38,7 +38,8 @@ from cm3leon.registry import SOURCES
 
 
 class LinesSource(FileSource):
-    """Files of JSON objects, one a line; a subclass makes the record of one. Blank lines do not count."""
+    """Files of JSON objects, one a line; a subclass makes the record of one. Blank lines do not
+    count."""
 
     suffixes = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -73,11 +74,11 @@ class LinesSource(FileSource):
 class JsonlSource(LinesSource):
     """Lines of JSON, each a document of text, of a caption and an image, or of both in any order.
 
-    `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be left out. Both are
-    found under their usual names (`fields.py`), or under `data.text_key` and `data.image_key`; of a list of captions
-    the first is taken. `{"segments": [{"text": "..."}, {"image": "images/7.jpg"}]}` is a page, and so is
-    `{"image": "7.jpg", "conversations": [{"from": "human", "value": "<image> ..."}, ...]}`. Without an `id` the line's
-    number serves.
+    `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be
+    left out. Both are found under their usual names (`fields.py`), or under `data.text_key` and
+    `data.image_key`; of a list of captions the first is taken. `{"segments": [{"text": "..."},
+    {"image": "images/7.jpg"}]}` is a page, and so is `{"image": "7.jpg", "conversations": [{"from":
+    "human", "value": "<image> ..."}, ...]}`. Without an `id` the line's number serves.
     """
 
     @dataclass(kw_only=True)
@@ -85,7 +86,8 @@ class JsonlSource(LinesSource):
         """Where the lines and the images are."""
 
         images: Annotated[str, Location()] | None = None
-        """Folder or URL that the images' paths are relative to; null = the folder that each file lies in."""
+        """Folder or URL that the images' paths are relative to; null = the folder that each file
+        lies in."""
 
     images_apart = True
 

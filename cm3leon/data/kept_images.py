@@ -1,11 +1,12 @@
-"""Texts and images of a part as they were decoded, kept on disk for those who read the same part next.
+"""Texts and images of a part as they were decoded, kept on disk for those who read the same part
+next.
 
 A file is an Arrow stream of the documents of one part in their order:
 
     id (string)   text (string)   image (size * size * 3 bytes, null without one)   crc (of text and image)
 
-Its last batch is empty, so that a file which was cut behind another one is noticed. It is no result: it may be deleted
-at any time, and whoever misses it decodes the images again.
+Its last batch is empty, so that a file which was cut behind another one is noticed. It is no
+result: it may be deleted at any time, and whoever misses it decodes the images again.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def kept_file(folder: Path, number: int, count: int) -> Path:
 
 @contextmanager
 def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
-    """Yield a function that takes the next documents of a part; the file appears when the block ends well.
+    """Yield a function that takes the next documents of a part; the file appears when the block
+    ends well.
 
-    Of a document all its text is kept and its first image, which must be (size, size, 3). There is no file if it would
-    be longer than `limit` bytes, or the disk is full.
+    Of a document all its text is kept and its first image, which must be (size, size, 3). There is
+    no file if it would be longer than `limit` bytes, or the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -87,7 +89,8 @@ def _batch(documents: Sequence[Document], schema: pa.Schema) -> pa.RecordBatch:
 
 
 def kept_documents(path: Path) -> Iterator[Document] | None:
-    """The documents of a file, with all their text as one run, and their first image; None without the file.
+    """The documents of a file, with all their text as one run, and their first image; None without
+    the file.
 
     It is open when this returns, and may be deleted from then on.
 

@@ -1,4 +1,5 @@
-"""Weighted mixtures of sources: at which position of the endless stream of samples which document stands."""
+"""Weighted mixtures of sources: at which position of the endless stream of samples which document
+stands."""
 
 from __future__ import annotations
 
@@ -15,17 +16,20 @@ from cm3leon.types import UserError
 def sampling_rates(
     counts: Sequence[int], shares: Sequence[float] | None, most: float = 3.0, least: float = 0.3
 ) -> list[float]:
-    """How often an epoch of a mixture passes through each source, so that each has its share (paper section E.1).
+    """How often an epoch of a mixture passes through each source, so that each has its share (paper
+    section E.1).
 
-    No source is repeated more than `most` times, nor cut below `least` of it. A small source of 100 documents and a
-    large one of 900, to be mixed evenly, are passed through 3 times (not 5) and 0.56 times.
+    No source is repeated more than `most` times, nor cut below `least` of it. A small source of 100
+    documents and a large one of 900, to be mixed evenly, are passed through 3 times (not 5) and
+    0.56 times.
 
     Args:
         counts: documents of each source.
         shares: of the mixture, in any unit; None takes each source once.
 
     Raises:
-        UserError: for an empty source, or shares that are not one for each source, negative or all zero.
+        UserError: for an empty source, or shares that are not one for each source, negative or all
+            zero.
     """
     if shares is None:
         return [1.0] * len(counts)
@@ -43,12 +47,13 @@ def sampling_rates(
 
 
 class Mixture:
-    """Sources mixed: a pure function from a position of the endless stream to (source, row, epoch of the source).
+    """Sources mixed: a pure function from a position of the endless stream to (source, row, epoch
+    of the source).
 
-    An epoch of the mixture has round(rate * count) places of each source, in an order that is shuffled anew every
-    epoch. A source's places are passed through its rows one permutation after the other: a row comes back only once
-    all others have been, so that after any number of epochs each row of a source was there equally often, or once
-    more. `epoch` counts these passes.
+    An epoch of the mixture has round(rate * count) places of each source, in an order that is
+    shuffled anew every epoch. A source's places are passed through its rows one permutation after
+    the other: a row comes back only once all others have been, so that after any number of epochs
+    each row of a source was there equally often, or once more. `epoch` counts these passes.
 
     Args:
         counts: rows of each source.

@@ -29,24 +29,26 @@ from cm3leon.types import UserError
 ROWS = 32
 """Rows held at a time."""
 HELD = 512 * 2**20
-"""Bytes of images that the rows held at a time may have, by the file's footer; fewer rows are held where they would
-have more."""
+"""Bytes of images that the rows held at a time may have, by the file's footer; fewer rows are held
+where they would have more."""
 ADVICE = (
     "the row has only the image's path: give the folder of the images as data.images, or write the "
     "bytes into the file (embed_table_storage of datasets)"
 )
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
-"""What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have one."""
+"""What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have
+one."""
 
 
 @SOURCES.register("parquet")
 class ParquetSource(FileSource):
-    """Parquet files with a column of image files and one of captions, as img2dataset or HF datasets write them.
+    """Parquet files with a column of image files and one of captions, as img2dataset or HF datasets
+    write them.
 
-    Images are bytes, paths of image files, or the struct {bytes, path}, of which the path is used where there are no
-    bytes. Captions are strings, or lists of strings, of which the first that is not blank is taken. Where the columns
-    are not named, they are found by their usual names (`fields.py`), columns of bytes before columns of paths. A file
-    is read a few rows at a time.
+    Images are bytes, paths of image files, or the struct {bytes, path}, of which the path is used
+    where there are no bytes. Captions are strings, or lists of strings, of which the first that is
+    not blank is taken. Where the columns are not named, they are found by their usual names
+    (`fields.py`), columns of bytes before columns of paths. A file is read a few rows at a time.
     """
 
     @dataclass(kw_only=True)
@@ -60,7 +62,8 @@ class ParquetSource(FileSource):
         id_column: str | None = None
         """Column of ids, unique within a file; null numbers the rows."""
         images: Annotated[str, Location()] | None = None
-        """Folder or URL that paths of images are relative to; null = the folder that each file lies in."""
+        """Folder or URL that paths of images are relative to; null = the folder that each file lies
+        in."""
 
     suffixes = (".parquet",)
 
@@ -93,7 +96,8 @@ class ParquetSource(FileSource):
                 yield Skipped(part, f"not a readable parquet file: {_told(error)}")
                 return
             except BadRecord as error:
-                # In the first file it is a mistake in the config, in a later one a matter of that file.
+                # In the first file it is a mistake in the config, in a later one a matter of that
+                # file.
                 if part == self.parts()[0]:
                     raise UserError(f"data: {part} {error}") from error
                 yield Skipped(part, str(error))
@@ -116,7 +120,8 @@ class ParquetSource(FileSource):
         *,
         skip: bool,
     ) -> Iterator[Record | Skipped]:
-        """An item for every row of a row group, damaged or not; `skip` leaves images and captions unread."""
+        """An item for every row of a row group, damaged or not; `skip` leaves images and captions
+        unread."""
         names = [] if skip else [columns.image, columns.caption]
         names += [columns.id] if columns.id else []
         if not names:
@@ -335,7 +340,8 @@ def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """The column as Python values; strings as bytes, since not all files hold UTF-8 where they say so."""
+    """The column as Python values; strings as bytes, since not all files hold UTF-8 where they say
+    so."""
     if isinstance(column, pa.ExtensionArray):
         return _values(column.storage)
     if pa.types.is_dictionary(column.type):

@@ -25,7 +25,8 @@ _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?|([a-zA-Z])\.\.([a-zA-Z]
 
 
 def all_paths(given: str | Iterable[str], where: str) -> list[str]:
-    """The paths that a setting stands for, each once, in order; one that exists as it is written is left so.
+    """The paths that a setting stands for, each once, in order; one that exists as it is written is
+    left so.
 
     Args:
         where: the setting, for messages.
@@ -62,7 +63,8 @@ def split_paths(path: str) -> list[str]:
 
 
 def expand(path: str) -> Iterator[str]:
-    """The paths that `{a,b}` and `{1..3}` in a path stand for, as a shell has them; other braces stay as they are."""
+    """The paths that `{a,b}` and `{1..3}` in a path stand for, as a shell has them; other braces
+    stay as they are."""
     for start, end in _braces(path):
         inner = path[start + 1 : end]
         choices = list(_in_range(inner)) or _alternatives(inner)

@@ -1,4 +1,5 @@
-"""Pillow without a limit of its own, and with warnings that name the file, in any number of threads."""
+"""Pillow without a limit of its own, and with warnings that name the file, in any number of
+threads."""
 
 from __future__ import annotations
 
@@ -14,17 +15,19 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from tqdm import tqdm
 
 SHOWN_WARNINGS = 5
-"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a corpus."""
+"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a
+corpus."""
 _warned: Counter[str] = Counter()
 _counting = threading.Lock()
 
 
 class _Told:
-    """What stands for the module `warnings` inside of Pillow: a thread that decodes gathers what Pillow warns of.
+    """What stands for the module `warnings` inside of Pillow: a thread that decodes gathers what
+    Pillow warns of.
 
-    Python's own filters and hooks are of the whole process, and anyone may change them and put them back at any time
-    (`warnings.catch_warnings`). They are left alone, and do not count while an image is decoded. Elsewhere Pillow warns
-    as ever.
+    Python's own filters and hooks are of the whole process, and anyone may change them and put them
+    back at any time (`warnings.catch_warnings`). They are left alone, and do not count while an
+    image is decoded. Elsewhere Pillow warns as ever.
     """
 
     def __init__(self) -> None:
@@ -63,8 +66,8 @@ for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
 
 
 class _NoLimit:
-    """Pillow's limit on pixels, which is of the whole process, taken away: the first thread that comes in takes it
-    away, the last one that leaves restores it."""
+    """Pillow's limit on pixels, which is of the whole process, taken away: the first thread that
+    comes in takes it away, the last one that leaves restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -89,7 +92,8 @@ _no_limit = _NoLimit()
 
 @contextmanager
 def bare_pillow(name: str) -> Iterator[None]:
-    """Pillow without its own limit on pixels, which the caller checks, and with warnings that name the file."""
+    """Pillow without its own limit on pixels, which the caller checks, and with warnings that name
+    the file."""
     with _no_limit, _told.gathered() as caught:
         try:
             yield

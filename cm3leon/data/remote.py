@@ -1,10 +1,12 @@
-"""Files that lie elsewhere: opened so that a passing trouble is waited out, and any other one is a sentence.
+"""Files that lie elsewhere: opened so that a passing trouble is waited out, and any other one is a
+sentence.
 
     throttling (503 SlowDown), a server's fault, a lost connection   asked again, from the byte that was reached
     no credentials, a forbidden bucket, a server that stays away     UserError, which ends the run
     a file that is not there                                         FileNotFoundError, as on a disk
 
-File systems of fsspec pass on the errors of the libraries that they are made of, which are told apart here.
+File systems of fsspec pass on the errors of the libraries that they are made of, which are told
+apart here.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsE
 def file_system(path: str) -> tuple[Any, str]:
     """The file system of a path or an address, and the path in it.
 
-    S3 is asked for every listing anew, and tries a request as often as is said here and not five times as often.
+    S3 is asked for every listing anew, and tries a request as often as is said here and not five
+    times as often.
 
     Raises:
         ImportError, ValueError: for a file system that is unknown or not installed.
@@ -128,7 +131,8 @@ def missing_path(path: str, where: str, error: FileNotFoundError | None = None) 
 
 
 def persistently(action: Callable[[], T]) -> T:
-    """What the action gives, tried again after a wait where the trouble may pass; its last error is raised."""
+    """What the action gives, tried again after a wait where the trouble may pass; its last error is
+    raised."""
     for attempt in range(TRIES):
         try:
             return action()
@@ -179,8 +183,8 @@ def reaching(path: str, where: str, *, local: bool = False) -> Iterator[None]:
         local: the path is on a disk, whose errors are passed on as they are.
 
     Raises:
-        UserError: in place of an error of the network, of a server or of credentials, with its reason. That a file is
-            not there is passed on.
+        UserError: in place of an error of the network, of a server or of credentials, with its
+            reason. That a file is not there is passed on.
     """
     try:
         yield
@@ -219,7 +223,8 @@ def _sentence(path: str, where: str, error: Exception) -> str:
 
 
 def open_remote(system: Any, path: str, where: str) -> BinaryIO:
-    """A file of a file system, read in blocks, each of which is asked for again where that may help.
+    """A file of a file system, read in blocks, each of which is asked for again where that may
+    help.
 
     Args:
         where: the setting that holds the path, for messages.
@@ -229,9 +234,11 @@ def open_remote(system: Any, path: str, where: str) -> BinaryIO:
 
 
 class _Persistent(io.RawIOBase):
-    """A remote file that is opened again where its connection is lost, and read on from where it was.
+    """A remote file that is opened again where its connection is lost, and read on from where it
+    was.
 
-    Its errors are sentences here, because readers of a format take an OSError for damage of the file.
+    Its errors are sentences here, because readers of a format take an OSError for damage of the
+    file.
     """
 
     def __init__(self, system: Any, path: str, where: str) -> None:
@@ -247,7 +254,8 @@ class _Persistent(io.RawIOBase):
         return self._system.open(self._path, "rb", block_size=BLOCK_BYTES)
 
     def _version_of(self, file: Any) -> tuple[Any, ...]:
-        """What changes where the file is replaced, as far as its file system says; its size stands first."""
+        """What changes where the file is replaced, as far as its file system says; its size stands
+        first."""
         details = getattr(file, "details", None)
         known = details if isinstance(details, dict) else {}
         return (getattr(file, "size", None), *(known.get(key) for key in CHECKSUMS))
@@ -282,7 +290,8 @@ class _Persistent(io.RawIOBase):
         return content
 
     def _asked(self, action: Callable[[Any], T]) -> T:
-        """What the open file answers; after trouble it is opened anew, where the last read ended."""
+        """What the open file answers; after trouble it is opened anew, where the last read
+        ended."""
         if self._file is None:
             file = self._opened()
             if self._version_of(file) != self._version:

@@ -1,13 +1,15 @@
-"""Shards: immutable, checksummed, memory-mapped columns in Arrow files, written whole or not at all.
+"""Shards: immutable, checksummed, memory-mapped columns in Arrow files, written whole or not at
+all.
 
-A folder of shards holds `plan.json`, which fixes what every shard is made from, one file for each shard, and, once all
-are there, `index.json`:
+A folder of shards holds `plan.json`, which fixes what every shard is made from, one file for each
+shard, and, once all are there, `index.json`:
 
     plan.json  shard-00000-of-00004.arrow  shard-00001-of-00004.arrow  ...  index.json
 
-A shard is an Arrow IPC file with one record batch. Its schema carries a JSON header, a SHA-256 over the header and the
-columns' names and types, compared whenever the shard is opened, and one over all values: one rename makes a shard
-appear, and a flipped bit anywhere is found. Any Arrow reader (pyarrow, Polars, DuckDB, HF datasets) opens the files.
+A shard is an Arrow IPC file with one record batch. Its schema carries a JSON header, a SHA-256 over
+the header and the columns' names and types, compared whenever the shard is opened, and one over all
+values: one rename makes a shard appear, and a flipped bit anywhere is found. Any Arrow reader
+(pyarrow, Polars, DuckDB, HF datasets) opens the files.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class Shard:
         return column.to_numpy()
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of lists as views: all values one after the other, and the M + 1 places where the lists begin."""
+        """A column of lists as views: all values one after the other, and the M + 1 places where
+        the lists begin."""
         column = self.columns[name]
         return column.values.to_numpy(), column.offsets.to_numpy()
 
@@ -81,7 +84,8 @@ class Shard:
         return self.columns[name].to_pylist()
 
     def utf8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of large strings as views: all bytes one after the other, and the M + 1 places where they begin."""
+        """A column of large strings as views: all bytes one after the other, and the M + 1 places
+        where they begin."""
         _, begins, content = self.columns[name].buffers()
         return np.frombuffer(content or b"", np.uint8), np.frombuffer(
             begins, np.int64, len(self) + 1
@@ -103,7 +107,8 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], header: Mapping[str
     """
     content = json.dumps(header, sort_keys=True)
     given = pa.record_batch(list(columns.values()), names=list(columns))
-    # The checksum is over the buffers as they will be read: of a slice the part it shows, no bitmap if none is null.
+    # The checksum is over the buffers as they will be read: of a slice the part it shows, no bitmap
+    # if none is null.
     batch = pa.ipc.read_record_batch(given.serialize(), given.schema)
     frame = _frame_checksum(content, batch)
     metadata = {_HEADER: content, _FRAME: frame, _CHECKSUM: _checksum(frame, batch)}
@@ -122,8 +127,8 @@ def open_shard(path: Path, *, verify: bool = True, scattered: bool = False) -> S
     Without it only what the columns are is checked: header, names, types and rows.
 
     Args:
-        scattered: a few rows here and there will be read. The system then reads their pages alone, where it otherwise
-            reads ahead around each, up to megabytes for a row of kilobytes.
+        scattered: a few rows here and there will be read. The system then reads their pages alone,
+            where it otherwise reads ahead around each, up to megabytes for a row of kilobytes.
 
     Raises:
         DamagedShard: for a missing, cut or changed file.
@@ -162,12 +167,14 @@ def open_shard(path: Path, *, verify: bool = True, scattered: bool = False) -> S
 
 @cache
 def _madvise() -> Any:
-    """The function of the C library, looked up once: where maps are few, shards are opened again and again."""
+    """The function of the C library, looked up once: where maps are few, shards are opened again
+    and again."""
     return ctypes.CDLL(None).madvise
 
 
 def _do_not_read_ahead(mapped: pa.Buffer) -> None:
-    """Tell the system that a mapped file is read here and there; it may ignore that, as some systems do."""
+    """Tell the system that a mapped file is read here and there; it may ignore that, as some
+    systems do."""
     if hasattr(mmap, "MADV_RANDOM"):
         _madvise()(ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.size), mmap.MADV_RANDOM)
 
@@ -185,7 +192,8 @@ def _checksum(frame: str, batch: pa.RecordBatch) -> str:
 
 
 def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Fixes what the folder's shards are made from; every worker calls it with the same plan, the first one writes.
+    """Fixes what the folder's shards are made from; every worker calls it with the same plan, the
+    first one writes.
 
     Raises:
         UserError: if the folder belongs to another plan, naming the first entry that differs.
@@ -226,7 +234,8 @@ def _short(value: Any) -> str:
 def make_missing(
     folder: Path, count: int, make: Callable[[int], None], *, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, bool]]:
-    """Makes the shards of this worker that are not there yet; yields each number, and whether it was made now.
+    """Makes the shards of this worker that are not there yet; yields each number, and whether it
+    was made now.
 
     What killed writers have left is removed first.
 
@@ -246,7 +255,8 @@ def make_missing(
 
 
 def _is_abandoned(partial: Path) -> bool:
-    """Whether the writer of a partial file is dead: on this host by its process, on others after a day."""
+    """Whether the writer of a partial file is dead: on this host by its process, on others after a
+    day."""
     process = partial.name.removesuffix(".partial").rpartition(f".{socket.gethostname()}-")[2]
     try:
         if not process.isdecimal():
@@ -283,7 +293,8 @@ def finish(
 
 @cache
 def most_open() -> int:
-    """Shards of a folder that stay mapped: Linux grants a process so many maps, and a run reads several folders.
+    """Shards of a folder that stay mapped: Linux grants a process so many maps, and a run reads
+    several folders.
 
     A mapped shard keeps no file open, so the limit on open files does not matter.
     """
@@ -297,12 +308,13 @@ def most_open() -> int:
 class ShardFolder(Generic[T]):
     """The rows of a finished folder of shards, numbered from 0 in order of shards and rows.
 
-    Resident are only 16 bytes a shard and the maps of the shards in use; the rest is in the page cache.
+    Resident are only 16 bytes a shard and the maps of the shards in use; the rest is in the page
+    cache.
 
     Args:
         columns: shard -> the views of it that are read.
-        verify: compare the checksum of each shard when it is first opened. Rows with a checksum of their own do
-            without.
+        verify: compare the checksum of each shard when it is first opened. Rows with a checksum of
+            their own do without.
         scattered: rows are read in any order, see `open_shard`.
 
     Raises:
@@ -344,7 +356,8 @@ class ShardFolder(Generic[T]):
         return int(self.ends[number] - self.rows[number])
 
     def shard(self, number: int) -> T:
-        """The views of shard `number`, mapped. Raises DamagedShard for one that is not the one of index.json."""
+        """The views of shard `number`, mapped. Raises DamagedShard for one that is not the one of
+        index.json."""
         columns = self._open.get(number)
         if columns is None:
             columns = self._open[number] = self._map(number, scattered=self._scattered)
@@ -353,7 +366,8 @@ class ShardFolder(Generic[T]):
         return columns
 
     def whole(self, number: int) -> T:
-        """The views of shard `number` by a map of their own, to be read from front to end. Raises as `shard` does."""
+        """The views of shard `number` by a map of their own, to be read from front to end. Raises
+        as `shard` does."""
         return self._map(number, scattered=False)
 
     def _map(self, number: int, *, scattered: bool) -> T:
@@ -366,18 +380,21 @@ class ShardFolder(Generic[T]):
 
     @property
     def all_stay_mapped(self) -> bool:
-        """Whether this process has maps for all shards, so that rows in any order open each of them once."""
+        """Whether this process has maps for all shards, so that rows in any order open each of them
+        once."""
         return len(self.rows) <= self._most_open
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The shard of a row, and its place in it. Raises IndexError for a row that is not there."""
+        """The shard of a row, and its place in it. Raises IndexError for a row that is not
+        there."""
         if not 0 <= row < len(self):
             raise IndexError(f"there is no row {row}: {self.folder} has {len(self)}")
         number = int(np.searchsorted(self.ends, row, side="right"))
         return number, row - self.first(number)
 
     def by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Goes through rows (Q,), in any order, shard by shard: its number, where in `rows` its rows are, and which.
+        """Goes through rows (Q,), in any order, shard by shard: its number, where in `rows` its
+        rows are, and which.
 
         Raises:
             IndexError: for a row that is not there.

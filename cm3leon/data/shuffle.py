@@ -13,13 +13,15 @@ from cm3leon.types import UserError
 
 FEW = 256
 ROUNDS, ROUNDS_OF_FEW = 8, 24
-"""Rounds of the permutation: the orders of a handful of items are equally likely only after more."""
+"""Rounds of the permutation: the orders of a handful of items are equally likely only after
+more."""
 
 _ROUND_KEYS = [number * GOLDEN & LOW_64 for number in range(1, ROUNDS_OF_FEW + 1)]
 
 
 def shuffled(seed: int, position: int, count: int) -> int:
-    """The item at a position of an endless stream over `count` items: every epoch is a new permutation of them.
+    """The item at a position of an endless stream over `count` items: every epoch is a new
+    permutation of them.
 
     Takes microseconds and no memory, for any count below 2^62.
     """
@@ -42,11 +44,12 @@ def shuffled_array(seed: int, positions_B: np.ndarray, count: int) -> np.ndarray
 
 
 def _permuted(key: Number, place: Number, count: int) -> Number:
-    """A keyed permutation of [0, rows * columns), the least such rectangle of nearly equal sides that holds `count`.
+    """A keyed permutation of [0, rows * columns), the least such rectangle of nearly equal sides
+    that holds `count`.
 
-    A Feistel network: column and row take turns in being shifted by a random function of the other one. What lands
-    at `count` or beyond is to be permuted again, until it does not (cycle walking): rarely, as that is less than one
-    row of the rectangle.
+    A Feistel network: column and row take turns in being shifted by a random function of the other
+    one. What lands at `count` or beyond is to be permuted again, until it does not (cycle walking):
+    rarely, as that is less than one row of the rectangle.
     """
     columns = isqrt(count - 1) + 1
     rows = -(-count // columns)
@@ -59,7 +62,8 @@ def _permuted(key: Number, place: Number, count: int) -> Number:
 
 
 def own_slots(batch_size: int, share: tuple[int, int]) -> tuple[int, int]:
-    """The first and the end of a rank's items in a batch. Raises UserError for a batch that the ranks cannot share."""
+    """The first and the end of a rank's items in a batch. Raises UserError for a batch that the
+    ranks cannot share."""
     rank, ranks = share
     if batch_size % ranks:
         raise UserError(f"batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
@@ -68,7 +72,8 @@ def own_slots(batch_size: int, share: tuple[int, int]) -> tuple[int, int]:
 
 
 class RowStream:
-    """Endless batches of `batch_size` items out of `count`, shuffled; the place of the next one is the whole state.
+    """Endless batches of `batch_size` items out of `count`, shuffled; the place of the next one is
+    the whole state.
 
     Args:
         make: numbers of the items (B,) -> batch.

@@ -31,7 +31,8 @@ class Broken:
 
 @dataclass
 class Seen:
-    """What was read. A document costs 16 bytes, for finding repeated ones; lengths and sizes are counted by value."""
+    """What was read. A document costs 16 bytes, for finding repeated ones; lengths and sizes are
+    counted by value."""
 
     limit: int = 5
     """Files named for each reason."""

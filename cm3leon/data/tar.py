@@ -26,14 +26,16 @@ KINDS = {
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, and its bytes, or their number where these are not wanted or too many."""
+    """A file of a tar: its name, and its bytes, or their number where these are not wanted or too
+    many."""
 
     name: str
     content: bytes | int
 
 
 class Problem(NamedTuple):
-    """What cannot be used in a tar: the member's name, "" for the tar itself, and a short reason."""
+    """What cannot be used in a tar: the member's name, "" for the tar itself, and a short
+    reason."""
 
     name: str
     reason: str
@@ -44,11 +46,12 @@ def tar_members(
 ) -> Iterator[Member | Problem]:
     """The files of a tar in order, read once from front to back; nothing is held but one member.
 
-    The standard library's reader takes a damaged or cut tar for one that ends there; here both are told, and reading
-    goes on at the next header behind the damage.
+    The standard library's reader takes a damaged or cut tar for one that ends there; here both are
+    told, and reading goes on at the next header behind the damage.
 
     Args:
-        wanted: name -> whether the member's content is of interest; of others only the size is given.
+        wanted: name -> whether the member's content is of interest; of others only the size is
+            given.
         max_bytes: of larger members only the size is given.
     """
     try:

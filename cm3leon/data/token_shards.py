@@ -24,7 +24,8 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """What made the ids: digests of the two tokenizers, and the sizes of the vocabulary's ranges."""
+    """What made the ids: digests of the two tokenizers, and the sizes of the vocabulary's
+    ranges."""
 
     text: str
     image: str
@@ -47,12 +48,14 @@ def write_token_shard(
 ) -> None:
     """Writes a shard of documents.
 
-    Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of the segments), `image`
-    (1 for a segment of image codes, 2 added for a joined one, and 4 times the number of its role), `label` if any
-    document has one (-1 for those without), `varied` if it is given, and `crc` (CRC-32 over the bytes of all others).
+    Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of
+    the segments), `image` (1 for a segment of image codes, 2 added for a joined one, and 4 times
+    the number of its role), `label` if any document has one (-1 for those without), `varied` if it
+    is given, and `crc` (CRC-32 over the bytes of all others).
 
     Args:
-        varied: for each document the ids of its images in each varied version (V, N), see `TokenShard.document`.
+        varied: for each document the ids of its images in each varied version (V, N), see
+            `TokenShard.document`.
     """
     ids = [
         _concatenated([s.ids_T for s in document.segments], tokenizers.dtype)
@@ -109,7 +112,8 @@ def _crc(*contents: Any) -> int:
 
 
 def finish_tokens(folder: Path, count: int, layout: Layout = PAPER) -> None:
-    """Checks all shards, and writes down how many documents and tokens each has, and its longest document.
+    """Checks all shards, and writes down how many documents and tokens each has, and its longest
+    document.
 
     Args:
         layout: what stands around and between the segments, which counts in a document's length.
@@ -161,7 +165,8 @@ class TokenShard:
 
     @cached_property
     def _beside_before(self) -> np.ndarray:
-        """Tokens around and before the segments in front of each place; made where lengths are asked for alone."""
+        """Tokens around and before the segments in front of each place; made where lengths are
+        asked for alone."""
         return np.concatenate(
             [[0], np.cumsum(_beside(self._image, self._layout, self._ids, self._lengths))]
         )
@@ -222,7 +227,8 @@ class TokenShard:
         return np.full(len(rows), NO_LABEL) if self._label is None else self._label[rows]
 
     def token_counts(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of documents, breaks between segments included; their ids are neither read nor checked."""
+        """Tokens of documents, breaks between segments included; their ids are neither read nor
+        checked."""
         first, last = self._lengths_at[rows], self._lengths_at[rows + 1]
         beside = self._beside_before[last] - self._beside_before[first]
         # Nothing stands before the first segment.
@@ -231,7 +237,8 @@ class TokenShard:
 
 
 class TokenShards:
-    """The documents of a finished folder of token shards, numbered from 0 in order of shards and rows.
+    """The documents of a finished folder of token shards, numbered from 0 in order of shards and
+    rows.
 
     Raises:
         UserError: for an unfinished folder, or tokenizers other than `expect`, naming what differs.
@@ -300,7 +307,8 @@ class TokenShards:
     def token_counts(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens (Q,) of documents `numbers` (Q,), in any order, breaks between segments included.
 
-        Only where documents begin is read: not their ids, of which the checksum is therefore not compared.
+        Only where documents begin is read: not their ids, of which the checksum is therefore not
+        compared.
 
         Raises:
             IndexError: for a document that is not there.

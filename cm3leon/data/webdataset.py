@@ -33,19 +33,21 @@ MAX_LISTED_BYTES = 256 * 2**20
 
 @SOURCES.register("webdataset")
 class WebDatasetSource(FileSource):
-    """Tars whose members share a key: `000.jpg` with its caption in `000.txt`, or under `caption` in `000.json`.
+    """Tars whose members share a key: `000.jpg` with its caption in `000.txt`, or under `caption`
+    in `000.json`.
 
-    The image is the one member with the ending of an image; the caption is `.txt`, `.caption` or `.text`, or stands in
-    `.json` under one of the usual names (`fields.py`). Members of other names, such as `000.input.jpg` and
-    `000.outputs.txt`, are named by `data.image_key=input.jpg` and `data.text_key=outputs.txt`; of two images that key
-    must say which is meant.
+    The image is the one member with the ending of an image; the caption is `.txt`, `.caption` or
+    `.text`, or stands in `.json` under one of the usual names (`fields.py`). Members of other
+    names, such as `000.input.jpg` and `000.outputs.txt`, are named by `data.image_key=input.jpg`
+    and `data.text_key=outputs.txt`; of two images that key must say which is meant.
 
-    An interleaved page is `000.json` with `{"segments": [{"text": "..."}, {"image": "0.jpg"}]}` and the images
-    `000.0.jpg`, `000.1.jpg` ...
+    An interleaved page is `000.json` with `{"segments": [{"text": "..."}, {"image": "0.jpg"}]}` and
+    the images `000.0.jpg`, `000.1.jpg` ...
 
-    Tars are read as streams and never unpacked to disk; they may be packed by gzip. The headers of a local tar are
-    read first, so that members of a key may lie anywhere in it: they are held until all are there, at most
-    `data.max_held_bytes`. In a remote tar, a key that is complete where another one begins is taken to be whole.
+    Tars are read as streams and never unpacked to disk; they may be packed by gzip. The headers of
+    a local tar are read first, so that members of a key may lie anywhere in it: they are held until
+    all are there, at most `data.max_held_bytes`. In a remote tar, a key that is complete where
+    another one begins is taken to be whole.
     """
 
     @dataclass(kw_only=True)
@@ -53,8 +55,8 @@ class WebDatasetSource(FileSource):
         """Where the tars are, and how much of one is held."""
 
         max_held_bytes: PositiveInt = 512 * 2**20
-        """Bytes that are held for one key, and as many for all keys whose members lie apart; what is beyond them is
-        left out."""
+        """Bytes that are held for one key, and as many for all keys whose members lie apart; what
+        is beyond them is left out."""
 
     suffixes = (".tar", ".tar.gz", ".tgz")
 
@@ -109,7 +111,8 @@ class WebDatasetSource(FileSource):
             yield from self._finished(group, part)
 
     def _suffixes_of_keys(self, part: str) -> dict[str, frozenset[str]] | None:
-        """The suffixes of each key of a tar, by its headers alone; None for a tar with too many to list."""
+        """The suffixes of each key of a tar, by its headers alone; None for a tar with too many to
+        list."""
         listed: dict[str, frozenset[str]] = {}
         known: dict[frozenset[str], frozenset[str]] = {}  # few sets are shared by many keys
         size = 0
@@ -199,7 +202,8 @@ def _shown(suffixes: Iterable[str]) -> str:
 
 
 def _content(members: dict[str, bytes | str], suffix: str) -> bytes:
-    """The bytes of a member. Raises BadRecord for one that is not held, KeyError for one that is missing."""
+    """The bytes of a member. Raises BadRecord for one that is not held, KeyError for one that is
+    missing."""
     content = members[suffix]
     if isinstance(content, str):
         raise BadRecord(content)
@@ -250,7 +254,8 @@ class _Group:
         self.size += MEMBER_BYTES
 
     def hold(self, held: int, limit: int) -> bool:
-        """Whether there is room for this group while other keys are read; if not, its contents are dropped.
+        """Whether there is room for this group while other keys are read; if not, its contents are
+        dropped.
 
         Args:
             held: bytes that other groups take.

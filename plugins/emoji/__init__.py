@@ -1,4 +1,5 @@
-"""OpenMoji's drawings with their names: pictures and words that no one here made; docs/emoji.md has what was learned.
+"""OpenMoji's drawings with their names: pictures and words that no one here made; docs/emoji.md has
+what was learned.
 
 catalogue.py     what there is: captions, and tone, gender, subject and kind of each drawing, read from its name
 drawings.py      pixels, drawn once and kept; which drawings are equal

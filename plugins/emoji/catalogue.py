@@ -1,8 +1,8 @@
 """What is drawn: every emoji that has a name and a drawing, with what its name says of it.
 
-The names are Unicode's (CLDR), from the package `emoji`, which leaves out their punctuation: `woman: dark skin tone,
-red hair` is `woman dark skin tone red hair` there. Tones are therefore read from the code points, and captions are put
-together anew: `woman with red hair: dark skin tone`.
+The names are Unicode's (CLDR), from the package `emoji`, which leaves out their punctuation:
+`woman: dark skin tone, red hair` is `woman dark skin tone red hair` there. Tones are therefore read
+from the code points, and captions are put together anew: `woman with red hair: dark skin tone`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Emoji:
 
 @cache
 def folder() -> Path:
-    """The folder of OpenMoji's drawings. Raises UserError if one of the packages is not installed."""
+    """The folder of OpenMoji's drawings. Raises UserError if one of the packages is not
+    installed."""
     try:
         import emoji  # noqa: F401
         import resvg_py  # noqa: F401
@@ -159,11 +160,13 @@ def _without_tones(code: str, name: str) -> str:
 
 
 def _gender(name: str, everyone: set[str]) -> tuple[Gender, str]:
-    """The gender that a name says, with the rest of it: `woman firefighter` and `firefighter` have one subject."""
+    """The gender that a name says, with the rest of it: `woman firefighter` and `firefighter` have
+    one subject."""
     found = _PERSON.fullmatch(name)
     if found and not (found[2] or "").startswith(" and "):
         return _GENDERS[found[1]], (found[2] or "person").strip()
-    # The name of a profession alone leaves the gender open, where there are a woman and a man of it.
+    # The name of a profession alone leaves the gender open, where there are a woman and a man of
+    # it.
     if f"woman {name}" in everyone and f"man {name}" in everyone:
         return "person", name
     return "", name

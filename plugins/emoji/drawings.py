@@ -49,7 +49,8 @@ def drawings(side: int) -> np.ndarray:
 
 @cache
 def contents() -> tuple[str, ...]:
-    """What each drawing of the catalogue shows, as a digest: equal for drawings that are equal pixel by pixel.
+    """What each drawing of the catalogue shows, as a digest: equal for drawings that are equal
+    pixel by pixel.
 
     A pilot and a man who is one are, and the flags of Norway and of Svalbard.
     """
@@ -86,6 +87,7 @@ def _drawn(side: int) -> np.ndarray:
 
 
 def _cache() -> Path:
-    """The folder of this user's files that can be made again, by the XDG base directory specification."""
+    """The folder of this user's files that can be made again, by the XDG base directory
+    specification."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(given) if given else Path.home() / ".cache") / "cm3leon"

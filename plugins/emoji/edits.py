@@ -1,4 +1,5 @@
-"""Edits with a known answer: two drawings, and the instruction that leads from the first to the second."""
+"""Edits with a known answer: two drawings, and the instruction that leads from the first to the
+second."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class EmojiEdit:
 def edits(held_out: bool) -> tuple[EmojiEdit, ...]:
     """All edits that are trained on, or all that are not, in an order drawn by their ids.
 
-    An edit is held out with the drawing that it leads to: a person in a tone, or of a gender, that was never seen; what
-    is given was. Clock faces are all seen, and their pairs are held out.
+    An edit is held out with the drawing that it leads to: a person in a tone, or of a gender, that
+    was never seen; what is given was. Clock faces are all seen, and their pairs are held out.
     """
     found = []
     for edit in _edits():

@@ -1,8 +1,10 @@
-"""Which drawing an image comes closest to, among all there are: the measure, which nothing here was trained for.
+"""Which drawing an image comes closest to, among all there are: the measure, which nothing here was
+trained for.
 
-By pixels, and by features that have nothing to do with any tokenizer: histograms of oriented gradients (Dalal and
-Triggs 2005) and the mean colours of cells in CIELAB, both by scikit-image. Drawings are made from their files at the
-size of the answers; nothing of the corpus, its split or its codes is used.
+By pixels, and by features that have nothing to do with any tokenizer: histograms of oriented
+gradients (Dalal and Triggs 2005) and the mean colours of cells in CIELAB, both by scikit-image.
+Drawings are made from their files at the size of the answers; nothing of the corpus, its split or
+its codes is used.
 """
 
 from __future__ import annotations
@@ -83,9 +85,11 @@ def all_drawings(side: int) -> Drawings:
 
 
 def meets(asked: Emoji, found: Emoji) -> bool:
-    """Whether a drawing is one that a caption may mean: it differs only in what the caption leaves open.
+    """Whether a drawing is one that a caption may mean: it differs only in what the caption leaves
+    open.
 
-    `firefighter` leaves the gender open, and a name of which there are several tones leaves the tone open.
+    `firefighter` leaves the gender open, and a name of which there are several tones leaves the
+    tone open.
     """
     if found.subject != asked.subject:
         return False
@@ -114,7 +118,8 @@ def by_caption() -> dict[str, int]:
 def gradients(images_BHWC: np.ndarray) -> np.ndarray:
     """Histograms of oriented gradients (B, D) of uint8 images.
 
-    One block is the whole image, so that what noise leaves in plain cells is not raised to the height of outlines.
+    One block is the whole image, so that what noise leaves in plain cells is not raised to the
+    height of outlines.
     """
     hog = _scikit_image("feature").hog
     side = images_BHWC.shape[1]

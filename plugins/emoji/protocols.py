@@ -30,7 +30,8 @@ LEAST = 110
 
 @PROTOCOLS.register("emoji")
 class EmojiTask(Protocol):
-    """Drawings that were held out, by task: whether the nearest of all drawings is the one that was asked for."""
+    """Drawings that were held out, by task: whether the nearest of all drawings is the one that was
+    asked for."""
 
     attribution = ATTRIBUTION
     lowest_is_best = (CELLS,)
@@ -53,7 +54,8 @@ class EmojiTask(Protocol):
         task: Literal["text_to_image", "caption", "infill_top", "infill_bottom", "edit"]
         """What is asked for."""
         part: Part = "compositions"
-        """compositions: tone, gender and subject that were not seen together. objects: things that were not seen.
+        """compositions: tone, gender and subject that were not seen together. objects: things that
+        were not seen.
         train: what was. Edits are those that lead to a drawing that was not seen."""
         kinds: list[str] | None = None
         """Of drawings, as in the source; null = all. Of edits: tone, gender, time."""
@@ -169,7 +171,8 @@ class EmojiTask(Protocol):
         """Whether a drawing is the one asked for, or one that the prompt may mean."""
         if known.same(asked, found):
             return True
-        # The given drawing leaves nothing open of what an edit is to show, nor the drawing of what a caption says.
+        # The given drawing leaves nothing open of what an edit is to show, nor the drawing of what
+        # a caption says.
         is_open = self.config.task not in ("edit", "caption")
         return is_open and any(meets(catalogue()[asked], each) for each in known.named(found))
 
@@ -177,7 +180,8 @@ class EmojiTask(Protocol):
         return np.array([self._met(known, *pair) for pair in zip(asked, found, strict=True)])
 
     def _captions(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        """What captions say that is true of the drawings; equal drawings may have each other's names."""
+        """What captions say that is true of the drawings; equal drawings may have each other's
+        names."""
         known = all_drawings(self.config.side)
         right, base, tone = [], [], []
         for item, answer in zip(items, answers, strict=True):
@@ -195,7 +199,8 @@ class EmojiTask(Protocol):
 
 
 def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dict[str, Measured]:
-    """Of what is asked for by name, the share that the nearest drawings have: each over the items that have it."""
+    """Of what is asked for by name, the share that the nearest drawings have: each over the items
+    that have it."""
     aspects: dict[str, tuple[Callable[[Emoji], Any], Callable[[Emoji, Emoji], bool]]] = {
         "tone": (lambda emoji: emoji.tones, tone_met),
         "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
@@ -211,7 +216,8 @@ def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dic
 
 
 def _frechet(images_BHWC: np.ndarray, truths_BHWC: np.ndarray) -> Measured:
-    """The distance between the colours of cells of images and of true drawings (no FID: that takes Inception)."""
+    """The distance between the colours of cells of images and of true drawings (no FID: that takes
+    Inception)."""
     sides = FeatureStatistics(), FeatureStatistics()
     for statistics, pixels_BHWC in zip(sides, (images_BHWC, truths_BHWC), strict=True):
         statistics.add(cell_features(pixels_BHWC))

@@ -72,7 +72,8 @@ class EmojiDocuments(Source):
 
 @SOURCES.register("emoji")
 class EmojiSource(EmojiDocuments):
-    """OpenMoji's drawings with their names as captions, but for those that are held out (docs/emoji.md)."""
+    """OpenMoji's drawings with their names as captions, but for those that are held out
+    (docs/emoji.md)."""
 
     @dataclass(kw_only=True)
     class Config(DrawnAt):
@@ -81,9 +82,11 @@ class EmojiSource(EmojiDocuments):
         kinds: list[str] = field(default_factory=lambda: list(KINDS))
         """person, gesture, pair, face, clock, flag, sign, object."""
         part: Part = "train"
-        """train: all that is not held out. compositions, objects: what is, by the rules of the documentation."""
+        """train: all that is not held out. compositions, objects: what is, by the rules of the
+        documentation."""
         tags: bool = False
-        """Whether a caption goes on with the kind and other names: `thumbs up | gesture, +1, like`."""
+        """Whether a caption goes on with the kind and other names: `thumbs up | gesture, +1,
+        like`."""
 
         def check(self) -> None:
             check_kinds(self.kinds)
@@ -115,7 +118,8 @@ class EmojiSource(EmojiDocuments):
 
 @SOURCES.register("emoji_edits")
 class EmojiEditsSource(EmojiDocuments):
-    """Instructions to change a drawing: to another skin tone, another gender, another time on a clock face."""
+    """Instructions to change a drawing: to another skin tone, another gender, another time on a
+    clock face."""
 
     @dataclass(kw_only=True)
     class Config(DrawnAt):
@@ -139,7 +143,8 @@ class EmojiEditsSource(EmojiDocuments):
 
 
 def edit_document(edit: EmojiEdit, side: int) -> Document:
-    """An edit by a template of the paper's: the drawing, the instruction, the drawing that is asked for."""
+    """An edit by a template of the paper's: the drawing, the instruction, the drawing that is asked
+    for."""
     images_MHWC = drawings(side)
     values = {
         "instruction": edit.instruction,

@@ -1,13 +1,17 @@
-"""What is kept from training, by rules that anyone can work out from the names and the pixels alone.
+"""What is kept from training, by rules that anyone can work out from the names and the pixels
+alone.
 
-*Compositions.* A subject is drawn as woman and man, each in five tones. One tone of the woman, another of the man, and
-a third of the person where that is a drawing of its own, are held out, drawn by the subject's name: the model is asked
-for `woman firefighter: medium-dark skin tone` and has seen her in four other tones, the man in four tones, medium-dark
-among them, and other people in that tone. Of gestures, and of people whose name says no gender, one tone is held out.
+*Compositions.* A subject is drawn as woman and man, each in five tones. One tone of the woman,
+another of the man, and a third of the person where that is a drawing of its own, are held out,
+drawn by the subject's name: the model is asked for `woman firefighter: medium-dark skin tone` and
+has seen her in four other tones, the man in four tones, medium-dark among them, and other people in
+that tone. Of gestures, and of people whose name says no gender, one tone is held out.
 
-*Objects.* Of things without skin that are no clocks, `OBJECTS` of all are held out whole, drawn by their pixels.
+*Objects.* Of things without skin that are no clocks, `OBJECTS` of all are held out whole, drawn by
+their pixels.
 
-Drawings that are equal pixel by pixel are on one side: `pilot: dark skin tone` is held out with the man who is one.
+Drawings that are equal pixel by pixel are on one side: `pilot: dark skin tone` is held out with the
+man who is one.
 """
 
 from __future__ import annotations
@@ -71,7 +75,8 @@ def _compositions() -> Iterator[int]:
 
 
 def shown_once(part: Part) -> list[Emoji]:
-    """The emojis of a part, one of those that are equal: the one whose name says most of what it shows."""
+    """The emojis of a part, one of those that are equal: the one whose name says most of what it
+    shows."""
     named: dict[str, Emoji] = {}
     for emoji, content, own in zip(catalogue(), contents(), parts(), strict=True):
         if own != part:

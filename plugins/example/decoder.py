@@ -1,4 +1,5 @@
-"""Min-p sampling (Nguyen et al. 2024, arXiv 2407.01082): the surer the model, the fewer tokens are drawn from."""
+"""Min-p sampling (Nguyen et al. 2024, arXiv 2407.01082): the surer the model, the fewer tokens are
+drawn from."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class MinP(Decoder):
         """0.05 to 0.1 are usual."""
 
         min_p: Probability = 0.1
-        """A token stays if its probability is at least this share of the largest; 1 is greedy decoding."""
+        """A token stays if its probability is at least this share of the largest; 1 is greedy
+        decoding."""
         temperature: PositiveFloat = 1.0
         """Divides the logits before."""
 

@@ -1,4 +1,5 @@
-"""Fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255): the middle of a document is learned last.
+"""Fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255): the middle of a document is learned
+last.
 
 The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the middle "dog <break> I7" becomes
 
@@ -30,16 +31,19 @@ Range = tuple[int, int]
 
 @OBJECTIVES.register("fill_in_the_middle")
 class FillInTheMiddle(Objective):
-    """Next-token prediction of samples whose query document is rearranged, so that its middle comes last."""
+    """Next-token prediction of samples whose query document is rearranged, so that its middle comes
+    last."""
 
     @dataclass(kw_only=True)
     class Config:
         """How many samples are rearranged, and how."""
 
         rate: Probability = 0.5
-        """Share of the samples that are rearranged; the paper found up to 0.9 to cost nothing in the others."""
+        """Share of the samples that are rearranged; the paper found up to 0.9 to cost nothing in
+        the others."""
         suffix_first: Probability = 0.5
-        """Share of those that begin with the suffix, so that prefix and middle are one run of text."""
+        """Share of those that begin with the suffix, so that prefix and middle are one run of
+        text."""
 
     config: Config
 

@@ -17,7 +17,8 @@ from .objective import Range, rearrange
 
 @TASKS.register("infill_middle")
 class InfillMiddle(Infilling):
-    """The caption, the top and the bottom of the image are given, the codes between are asked for; what is given stays.
+    """The caption, the top and the bottom of the image are given, the codes between are asked for;
+    what is given stays.
 
     `<eos> [documents] <mask:0> caption <break> top <mask:1> bottom <mask:2>`, then the middle.
     """

@@ -1,4 +1,5 @@
-"""To and fro between the files of a run and of fairseq2: asset cards of what a run has made, and weights back."""
+"""To and fro between the files of a run and of fairseq2: asset cards of what a run has made, and
+weights back."""
 
 from __future__ import annotations
 
@@ -69,10 +70,12 @@ def card_entries(folder: Path) -> dict[str, Any]:
 
 
 def export(output: Path, folder: Path) -> None:
-    """Writes the last checkpoint of fairseq2's trainer as `config.json` and `model.safetensors`, our own files.
+    """Writes the last checkpoint of fairseq2's trainer as `config.json` and `model.safetensors`,
+    our own files.
 
     Raises:
-        UserError: for an output of fairseq2's trainer without a checkpoint of a model of this family.
+        UserError: for an output of fairseq2's trainer without a checkpoint of a model of this
+            family.
     """
     checkpoints = output / "checkpoints"
     if not (checkpoints / "model.yaml").is_file() or not any(checkpoints.glob("step_*/model")):

@@ -1,4 +1,5 @@
-"""The blocks that a run trains on, as a dataset of fairseq2: the batches of our trainer, on any number of ranks."""
+"""The blocks that a run trains on, as a dataset of fairseq2: the batches of our trainer, on any
+number of ranks."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def open_blocks(config: BlocksConfig) -> Blocks:
 
 
 class Blocks:
-    """The endless stream of training samples of a run, corrupted by its objective and packed into blocks.
+    """The endless stream of training samples of a run, corrupted by its objective and packed into
+    blocks.
 
     Objective, vocabulary, packing, retrieved documents, mixture of corpora and seed are the run's.
     """
@@ -111,7 +113,8 @@ class PackedBlocks(SupportsDeviceTransfer):
 
     Args:
         batch: blocks (B, T).
-        share: what the mean loss of these blocks weighs in the mean over ranks and parts that fairseq2's trainer takes.
+        share: what the mean loss of these blocks weighs in the mean over ranks and parts that
+            fairseq2's trainer takes.
     """
 
     def __init__(self, batch: Batch, share: float) -> None:
@@ -143,7 +146,8 @@ class PackedBlocks(SupportsDeviceTransfer):
 
 
 class BlockReader(DataReader[PackedBlocks]):
-    """Hands the parts of each batch to fairseq2's trainer; goes on exactly from its state, on as many ranks."""
+    """Hands the parts of each batch to fairseq2's trainer; goes on exactly from its state, on as
+    many ranks."""
 
     def __init__(self, stream: BlockStream, gangs: Gangs, num_accumulate: int) -> None:
         self._stream = stream

@@ -1,4 +1,5 @@
-"""What fairseq2 is told of us: three families by the name `cm3leon`. Imported in every process of its users."""
+"""What fairseq2 is told of us: three families by the name `cm3leon`. Imported in every process of
+its users."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ ARCHITECTURES = ("cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "cm3leon_tiny")
 
 @dataclass(kw_only=True)
 class CM3LeonConfig(Transformer.Config):
-    """Shape of the decoder; `attention` is not read, fairseq2 has its own choice (`common.torch.default_sdpa`)."""
+    """Shape of the decoder; `attention` is not read, fairseq2 has its own choice
+    (`common.torch.default_sdpa`)."""
 
     vocab_size: PositiveInt = 65_536
     """All ids, those of the text and of the image tokenizer and reserved ones."""
@@ -51,7 +53,8 @@ dataset_hub = DatasetHubAccessor(FAMILY, kls=Blocks, config_kls=BlocksConfig)
 
 
 def register_families(container: DependencyContainer) -> None:
-    """Registers models with their architectures, tokenizers and datasets, where that has not been done."""
+    """Registers models with their architectures, tokenizers and datasets, where that has not been
+    done."""
     if FAMILY in container.iter_keys(ModelFamily):
         return
     register_model_family(
@@ -84,7 +87,8 @@ def _preset(name: str) -> CM3LeonConfig:
 
 
 def _new_model(config: CM3LeonConfig) -> TransformerLM:
-    """A decoder with the weights that our own begins with; fairseq2 has set the device and the precision."""
+    """A decoder with the weights that our own begins with; fairseq2 has set the device and the
+    precision."""
     from fairseq2.models.transformer import create_default_sdpa
 
     from cm3leon.plugins.fairseq2_cm3leon._network import create_transformer_lm

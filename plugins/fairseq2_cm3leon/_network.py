@@ -30,7 +30,8 @@ META = torch.device("meta")
 def create_transformer_lm(
     config: Transformer.Config, vocab_size: int, attention: SDPAFactory
 ) -> TransformerLM:
-    """A TransformerLM of that shape, with the initial weights that `Transformer` draws from the same seed.
+    """A TransformerLM of that shape, with the initial weights that `Transformer` draws from the
+    same seed.
 
     It is made on torch's default device, in one process.
 

@@ -1,4 +1,5 @@
-"""Pretraining with fairseq2's trainer: our batches and our loss, its loop, its parallelism and its checkpoints."""
+"""Pretraining with fairseq2's trainer: our batches and our loss, its loop, its parallelism and its
+checkpoints."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class BlocksSection(DatasetSection):
     """Which blocks, and how many of them."""
 
     batch_size: int | None = None
-    """Blocks of an optimizer step, of all ranks together; None = as many as the run's own training takes."""
+    """Blocks of an optimizer step, of all ranks together; None = as many as the run's own training
+    takes."""
 
 
 @dataclass(kw_only=True)
@@ -92,7 +94,8 @@ def _optimizer(**fields: Any) -> OptimizerSection:
 
 @dataclass(kw_only=True)
 class PretrainConfig:
-    """The sections of fairseq2's recipes; defaults are those of our own pretraining where it has them."""
+    """The sections of fairseq2's recipes; defaults are those of our own pretraining where it has
+    them."""
 
     model: ModelSection = field(
         default_factory=lambda: ModelSection(family=FAMILY, arch="cm3leon_350m")
@@ -140,7 +143,8 @@ class PretrainRecipe(Recipe):
     def setup_model(
         self, context: RecipeContext, model: TransformerLM, newly_initialized: bool
     ) -> TransformerLM:
-        """xformers in the place of fairseq2's default, which masks all tokens of a batch by all for packed samples."""
+        """xformers in the place of fairseq2's default, which masks all tokens of a batch by all for
+        packed samples."""
         if context.get_config_as(PretrainConfig).common.torch.default_sdpa == "torch":
             for layer in model.decoder.layers:
                 layer.self_attn.sdpa = XformersSDPA(layer.self_attn.sdpa.bias)
@@ -181,7 +185,8 @@ def _check_model(model: TransformerLM, blocks: Blocks) -> None:
 
 
 class PretrainUnit(TrainUnit[PackedBlocks]):
-    """The objective's loss, computed inside the model's forward pass: sharded, it has its head only there.
+    """The objective's loss, computed inside the model's forward pass: sharded, it has its head only
+    there.
 
     Args:
         wrapped: the model under fairseq2's data parallelism.
@@ -238,7 +243,8 @@ def _new_schedule(resolver: DependencyResolver, config: ScheduleConfig) -> LRSch
 
 
 class ScheduleLR(LambdaLR, LRScheduler):
-    """A LambdaLR that is also of torch's former base class, by which fairseq2 knows its schedulers."""
+    """A LambdaLR that is also of torch's former base class, by which fairseq2 knows its
+    schedulers."""
 
 
 def _say(error: Exception) -> int:
@@ -325,7 +331,8 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
 
 
 def _undecayed(words: Sequence[str], layers: int) -> list[AdamWGroupConfig]:
-    """The group of the matrices that do not decay: by fairseq2's names of those that have one of the words in ours."""
+    """The group of the matrices that do not decay: by fairseq2's names of those that have one of
+    the words in ours."""
     if not words:
         return []
     smallest = Transformer(

@@ -26,10 +26,12 @@ from cm3leon.registry import ATTENTIONS
 
 
 class XformersSDPA(SDPA):
-    """xformers' memory_efficient_attention on CUDA; elsewhere, and for what it does not have, fairseq2's TorchSDPA.
+    """xformers' memory_efficient_attention on CUDA; elsewhere, and for what it does not have,
+    fairseq2's TorchSDPA.
 
-    Why it fell back is logged once. All sequences become one row with a block-diagonal mask: those of a packed batch
-    as they lie, those of a padded batch each with its padding as a sequence of its own.
+    Why it fell back is logged once. All sequences become one row with a block-diagonal mask: those
+    of a packed batch as they lie, those of a padded batch each with its padding as a sequence of
+    its own.
 
         seq_lens [2, 1] of a padded batch of width 3        seq_lens [2, 1] of a packed batch of width 4
             a b .   ->   a b | . | c | . .                      a b c .   ->   a b | c | .
@@ -59,10 +61,12 @@ class XformersSDPA(SDPA):
         *,
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Values attended to, of q's shape: (N, S, H, K) of a padded batch, (S, H, K) of a packed one.
+        """Values attended to, of q's shape: (N, S, H, K) of a padded batch, (S, H, K) of a packed
+        one.
 
         Raises:
-            NotSupportedError: where weights are asked for, which neither xformers nor TorchSDPA gives.
+            NotSupportedError: where weights are asked for, which neither xformers nor TorchSDPA
+                gives.
         """
         reason = (
             "it gives no weights of attention"
@@ -111,7 +115,8 @@ class XformersSDPA(SDPA):
         bias_cache: AttentionBiasCache,
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """By TorchSDPA; a packed batch sequence by sequence, since its mask there has a row for every position."""
+        """By TorchSDPA; a packed batch sequence by sequence, since its mask there has a row for
+        every position."""
         if not q_layout.packed or q_layout is not k_layout or needs_weights:
             return self._torch(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
         lengths = _lengths(q_layout)
@@ -144,7 +149,8 @@ class XformersSDPA(SDPA):
 def xformers_mask(bias: AttentionBias, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Any:
     """The block-diagonal mask of xformers that says what `bias` says of each sequence.
 
-    Where there are more keys than queries, the last query is as late as the last key, as fairseq2 has it.
+    Where there are more keys than queries, the last query is as late as the last key, as fairseq2
+    has it.
     """
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -159,7 +165,8 @@ def xformers_mask(bias: AttentionBias, q_lengths: Sequence[int], k_lengths: Sequ
 
 
 def _lengths(layout: BatchLayout) -> list[int]:
-    """Lengths of the sequences of a batch in the order of memory, its padding being sequences too."""
+    """Lengths of the sequences of a batch in the order of memory, its padding being sequences
+    too."""
     if layout.packed:
         padding = layout.width - sum(layout.seq_lens)
         return [*layout.seq_lens, *([padding] if padding else [])]
@@ -192,8 +199,8 @@ class Pass:
 class Packed:
     """Stands where a BatchLayout does in a training whose attention is done by a backend of ours.
 
-    Where samples begin is a tensor in its plan, so that one compiled graph is for every packing; fairseq2's layouts
-    have Python's numbers.
+    Where samples begin is a tensor in its plan, so that one compiled graph is for every packing;
+    fairseq2's layouts have Python's numbers.
     """
 
     def __init__(self, attention: Attention, plan: Any) -> None:

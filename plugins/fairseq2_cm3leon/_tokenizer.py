@@ -1,4 +1,5 @@
-"""Our text tokenizer behind fairseq2's interface: ids are those of the common vocabulary of text and images."""
+"""Our text tokenizer behind fairseq2's interface: ids are those of the common vocabulary of text
+and images."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def load_tokenizer(path: Path, config: VocabConfig) -> TextTokenizerAdapter:
 
 
 class TextTokenizerAdapter(Tokenizer):
-    """Encodes text as it stands in our documents: `<eos> text <eos>`, or a part of that by the encoder's mode."""
+    """Encodes text as it stands in our documents: `<eos> text <eos>`, or a part of that by the
+    encoder's mode."""
 
     def __init__(self, text: TextTokenizer, vocab: Vocab) -> None:
         self.text = text
@@ -69,8 +71,9 @@ class TextTokenizerAdapter(Tokenizer):
         device: torch.device | None = None,
         pin_memory: bool = False,
     ) -> TokenEncoder:
-        """An encoder. `mode` None is a document of one text, `prompt` its beginning, `text_to_image` the beginning of
-        a document whose image is to come next, `as_is` the text alone.
+        """An encoder. `mode` None is a document of one text, `prompt` its beginning,
+        `text_to_image` the beginning of a document whose image is to come next, `as_is` the text
+        alone.
 
         Raises:
             UserError: for another mode, or a task or language, of which there are none.

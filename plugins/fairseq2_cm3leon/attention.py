@@ -6,7 +6,8 @@ from cm3leon.plugins.fairseq2_cm3leon import guard
 
 
 def use_xformers() -> None:
-    """Gives models of fairseq2 that are made from now on xformers' attention, where it runs; see `XformersSDPA`.
+    """Gives models of fairseq2 that are made from now on xformers' attention, where it runs; see
+    `XformersSDPA`.
 
     Raises:
         UserError: where fairseq2 cannot be used.

@@ -47,7 +47,8 @@ def to_fairseq2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_fairseq2(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a TransformerLM under the decoder's names; the position table's row for padding is left out."""
+    """Weights of a TransformerLM under the decoder's names; the position table's row for padding is
+    left out."""
     state = {ours: theirs[name] for ours, name in OUTER.items()}
     state[POSITIONS[0]] = theirs[POSITIONS[1]][1:].clone()
     for layer in range(_layers(theirs, r"decoder\.layers\.(\d+)\.")):

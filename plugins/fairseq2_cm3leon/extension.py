@@ -1,4 +1,5 @@
-"""CM3Leon as an extension of fairseq2, which finds `register` by its entry point in the group `fairseq2.extension`.
+"""CM3Leon as an extension of fairseq2, which finds `register` by its entry point in the group
+`fairseq2.extension`.
 
     from fairseq2 import init_fairseq2
     from cm3leon.plugins.fairseq2_cm3leon.extension import asset_card, get_cm3leon_model_hub
@@ -6,7 +7,8 @@
     init_fairseq2()
     model = get_cm3leon_model_hub().load_model(asset_card("runs/corpus"))
 
-Nothing is imported here before it is asked for: fairseq2 calls `register` in every process, whoever uses it.
+Nothing is imported here before it is asked for: fairseq2 calls `register` in every process, whoever
+uses it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def register(container: Any) -> None:
 
 
 def get_cm3leon_model_hub() -> Any:
-    """fairseq2's hub of our decoders: their architectures, new models of them, and trained ones by their cards."""
+    """fairseq2's hub of our decoders: their architectures, new models of them, and trained ones by
+    their cards."""
     from cm3leon.plugins.fairseq2_cm3leon._families import model_hub
 
     return model_hub()
@@ -44,7 +47,8 @@ def get_cm3leon_dataset_hub() -> Any:
 
 
 def asset_card(run: str | Path) -> Any:
-    """The card by which fairseq2 loads a run's model, text tokenizer and training data, whichever it has.
+    """The card by which fairseq2 loads a run's model, text tokenizer and training data, whichever
+    it has.
 
     Raises:
         UserError: for a folder that is no run, or whose model is not of this family.

@@ -1,7 +1,8 @@
 """fairseq2 is imported here, or refused in a sentence.
 
-Its native part, fairseq2n, is built for one version of torch. With another one fairseq2's own check refuses only where
-the CUDA versions differ too; what it lets through may end the process in the data pipeline, without a traceback.
+Its native part, fairseq2n, is built for one version of torch. With another one fairseq2's own check
+refuses only where the CUDA versions differ too; what it lets through may end the process in the
+data pipeline, without a traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ INSTALL = "pip install 'cm3leon[cluster]'"
 
 
 def missing(running: str | None = None) -> str:
-    """What keeps fairseq2 from being used, in a few words; "" if nothing does. Nothing of it is loaded.
+    """What keeps fairseq2 from being used, in a few words; "" if nothing does. Nothing of it is
+    loaded.
 
     Args:
         running: version of torch; None = this one's.
@@ -34,7 +36,8 @@ def missing(running: str | None = None) -> str:
 
 
 def torch_of_fairseq2n() -> str:
-    """Version of torch that fairseq2n was built for, from its table of constants; its package is not imported."""
+    """Version of torch that fairseq2n was built for, from its table of constants; its package is
+    not imported."""
     package = importlib.util.find_spec("fairseq2n")
     assert package is not None
     assert package.submodule_search_locations
@@ -54,7 +57,8 @@ def _base(version: str) -> str:
 
 
 def load(what: str = "this") -> ModuleType:
-    """fairseq2, imported; its recipes will not log the environment's variables, which may hold secrets.
+    """fairseq2, imported; its recipes will not log the environment's variables, which may hold
+    secrets.
 
     Args:
         what: needs it, as the refusal names it.

@@ -22,10 +22,11 @@ ATTENTION = ("auto", "sdpa", "naive")
 
 @MODELS.register("fairseq2_cm3leon")
 class Fairseq2Transformer(Model):
-    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs the extra `cluster`.
+    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs the extra
+    `cluster`.
 
-    Its weights are named as in a TransformerLM; `convert.py` gives them the names of `model=cm3leon`, and back. From
-    the same seed both begin with the same weights.
+    Its weights are named as in a TransformerLM; `convert.py` gives them the names of
+    `model=cm3leon`, and back. From the same seed both begin with the same weights.
     """
 
     @dataclass(kw_only=True)
@@ -33,7 +34,8 @@ class Fairseq2Transformer(Model):
         """The shape is that of `cm3leon`."""
 
         attention: str = "auto"
-        """Attention in training: auto (what `cm3leon` takes), or fairseq2's own, sdpa (torch's) and naive."""
+        """Attention in training: auto (what `cm3leon` takes), or fairseq2's own, sdpa (torch's) and
+        naive."""
 
         def check(self) -> None:
             if self.attention not in ATTENTION:
@@ -89,8 +91,10 @@ class Fairseq2Transformer(Model):
 
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
-        # By the encoder's table, past its forward pass, which takes positions from lengths only: those of a cache, or
-        # of a document that goes on from another block, begin elsewhere. Its first row is for padding.
+        # By the encoder's table, past its forward pass, which takes positions from lengths only:
+        # those of a cache, or
+        # of a document that goes on from another block, begin elsewhere. Its first row is for
+        # padding.
         place_BTD = F.embedding(position_BT + 1, self.decoder_frontend.pos_encoder.weight)
         x_BTD = self.embedding(ids_BT) + place_BTD
         if attend:

@@ -1,14 +1,17 @@
-"""CM3Leon as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it by entry point.
+"""CM3Leon as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it
+by entry point.
 
 pip install "cm3leon[lmms]"
 python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b --tasks vqav2_val
 
-Questions about one image each are answered, or candidates for their answers scored, by a finished run.
+Questions about one image each are answered, or candidates for their answers scored, by a finished
+run.
 
-With a folder for images, texts are drawn, and images edited as an instruction says, which lmms-eval's tasks of
-generation and editing score:
+With a folder for images, texts are drawn, and images edited as an instruction says, which
+lmms-eval's tasks of generation and editing score:
 
-python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b,images=drawn --tasks gedit_bench
+python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b,images=drawn --tasks
+gedit_bench
 """
 
 from __future__ import annotations
@@ -39,14 +42,17 @@ def manifest() -> Any:
 
 
 class CM3LeonModel(Base):
-    """Arguments of `--model_args`: `pretrained`, the run folder; the others as `CM3Leon.load` takes them.
+    """Arguments of `--model_args`: `pretrained`, the run folder; the others as `CM3Leon.load` takes
+    them.
 
-    `plugins` are separated by colons. `images` is a folder: requests are then answered by images that are written into
-    it, drawn for a text alone, edited where the request has an image. Of `samples` for each of them the best by CLIP is
-    taken, their seeds count on from `seed`; a drawing has `retrieve` documents before its text.
+    `plugins` are separated by colons. `images` is a folder: requests are then answered by images
+    that are written into it, drawn for a text alone, edited where the request has an image. Of
+    `samples` for each of them the best by CLIP is taken, their seeds count on from `seed`; a
+    drawing has `retrieve` documents before its text.
 
     Raises:
-        UserError: for a folder that is no finished run, and for a request with more or fewer images than are taken.
+        UserError: for a folder that is no finished run, and for a request with more or fewer images
+            than are taken.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""A world where the truth is known: a task family in one plugin; docs/scenes.md has what was learned of it.
+"""A world where the truth is known: a task family in one plugin; docs/scenes.md has what was
+learned of it.
 
 world.py         what a scene holds, and how it is drawn from a seed
 render.py        its picture, and exactly: owners of pixels, boxes, depth, normals, edges, joints

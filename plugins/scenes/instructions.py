@@ -32,14 +32,16 @@ class SceneExample:
     values: Values
     """Of their slots."""
     shows: Scene
-    """What the image that is asked for shows; for tasks that answer in text, the image that is given."""
+    """What the image that is asked for shows; for tasks that answer in text, the image that is
+    given."""
     kind: str = ""
     """Of the question or of the edit."""
 
 
 @SOURCES.register("scene_instructions")
 class SceneInstructionsSource(DrawnSource):
-    """Documents of one task about scenes drawn by seed; scenes that the task cannot be about are left out."""
+    """Documents of one task about scenes drawn by seed; scenes that the task cannot be about are
+    left out."""
 
     version = 1
 
@@ -48,7 +50,8 @@ class SceneInstructionsSource(DrawnSource):
         """Which task."""
 
         task: str
-        """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of feature image."""
+        """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of
+        feature image."""
 
         def check(self) -> None:
             DrawnConfig.check(self)
@@ -205,7 +208,8 @@ TASKS: dict[str, Callable[[Scene, World, Random, int], SceneExample | None]] = {
 
 
 def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray:
-    """What an extractor of that kind would ideally see in the scene's picture: (side, side, 3), uint8."""
+    """What an extractor of that kind would ideally see in the scene's picture: (side, side, 3),
+    uint8."""
     if kind == "segmentation":
         palette = np.array([*COLOURS.values(), BACKGROUNDS["black"]], np.uint8)
         return palette[render.owners(scene, side)]

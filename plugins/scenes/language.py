@@ -1,4 +1,5 @@
-"""Words about scenes: captions, questions with answers, reasoning, and edits with what they make of a scene."""
+"""Words about scenes: captions, questions with answers, reasoning, and edits with what they make of
+a scene."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def caption(scene: Scene, rng: Random) -> str:
 
 
 def long_caption(scene: Scene) -> str:
-    """Everything: background, number, and each thing with size, texture, place and what it stands before."""
+    """Everything: background, number, and each thing with size, texture, place and what it stands
+    before."""
     if scene.things[0].kind == "entity":
         return f"The picture shows {noun(scene.things[0])} on a {scene.background} background."
     count = len(scene.things)

@@ -1,8 +1,9 @@
 """Pictures back to scenes: which things an image shows, read without any model.
 
-Every thing that could be there is rendered and compared with what is seen, so that the parser knows exactly what
-`picture` draws, and nothing else. Its error on true pictures, and on those that an image tokenizer has been through,
-bounds what any figure made with it can say; `docs/scenes.md` has the figures.
+Every thing that could be there is rendered and compared with what is seen, so that the parser knows
+exactly what `picture` draws, and nothing else. Its error on true pictures, and on those that an
+image tokenizer has been through, bounds what any figure made with it can say; `docs/scenes.md` has
+the figures.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Sta
 
 
 def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -> list[Thing]:
-    """The thing that explains a blob, or one for each of its parts where these are explained better so."""
+    """The thing that explains a blob, or one for each of its parts where these are explained better
+    so."""
     if not blob.mask_HW.any():
         return []
     together = _thing(blob, pixels_HWC, background, world)
@@ -220,7 +222,8 @@ def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) 
 
 
 class _Fit(NamedTuple):
-    """A candidate in its place, and the share of the picture's deviation from the background that it leaves."""
+    """A candidate in its place, and the share of the picture's deviation from the background that
+    it leaves."""
 
     thing: Thing
     error: float
@@ -272,11 +275,13 @@ def _scores(
     low_2: np.ndarray,
     high_2: np.ndarray,
 ) -> np.ndarray:
-    """Squared errors (N, Y, X) of the whole picture, without other things, for each candidate at each corner."""
+    """Squared errors (N, Y, X) of the whole picture, without other things, for each candidate at
+    each corner."""
     side, size = len(pixels_HWC), stamps.coloured_NSSC.shape[1]
     before_2, after_2 = np.maximum(-low_2, 0), np.maximum(high_2 - 1 + size - side, 0)
     frame = tuple((int(b), int(a)) for b, a in zip(before_2, after_2, strict=True))
-    # Relative to the ground, which is what a candidate leaves unexplained; what others cover counts for nothing.
+    # Relative to the ground, which is what a candidate leaves unexplained; what others cover counts
+    # for nothing.
     seen_HWC = np.pad((pixels_HWC - ground_C) * ~others_HW[..., None], (*frame, (0, 0)))
     counts_HW = np.pad((~others_HW).astype(np.float32), frame, constant_values=1)
     top, left = low_2 + before_2
@@ -340,7 +345,8 @@ def _entity(pixels_HWC: np.ndarray, background: str, world: World) -> Thing:
 
 
 def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
-    """Number of the colour that each of an entity's cells shows, -1 for the background: (CELLS * CELLS,)."""
+    """Number of the colour that each of an entity's cells shows, -1 for the background: (CELLS *
+    CELLS,)."""
     side = len(pixels_HWC)
     edges = np.arange(CELLS + 1) * side // CELLS
     palette = np.concatenate(

@@ -36,8 +36,8 @@ FIRST = 100_000_000
 """Seed of the first scene that is asked about, far from those of training."""
 NUMBER = ("no object", "one object", "two objects", "three objects", "four objects")
 TEXT_TASKS = {"caption": 64, "paragraph": 128, "vqa": 32, "reasoning": 64}
-"""Tasks that are answered in text, with the tokens of an answer at most. By a tokenizer of 512 pieces the longest true
-answers about 300 scenes of the whole world have 33, 100, 5 and 36."""
+"""Tasks that are answered in text, with the tokens of an answer at most. By a tokenizer of 512
+pieces the longest true answers about 300 scenes of the whole world have 33, 100, 5 and 36."""
 
 
 @PROTOCOLS.register("scene_task")
@@ -181,7 +181,8 @@ class SceneCompositions(Protocol):
         )
         of = {tag: right_B[np.array([item.kind == tag for item in items])] for tag in TAGS}
         mean = composition_score({tag: list(right) for tag, right in of.items()})
-        # Six independent shares of equal weight: the variance of their mean is a 36th of the sum of theirs.
+        # Six independent shares of equal weight: the variance of their mean is a 36th of the sum of
+        # theirs.
         half = 1.96 * float(np.sqrt(sum(right.var() / len(right) for right in of.values()))) / 6
         whole = Measured(mean, max(0.0, mean - half), min(1.0, mean + half), len(items))
         return {"mean of six kinds": whole, **{tag: proportion(right) for tag, right in of.items()}}
@@ -189,7 +190,8 @@ class SceneCompositions(Protocol):
 
 @PROTOCOLS.register("scene_entities")
 class SceneEntities(Protocol):
-    """Named entities by number, asked for on backgrounds: whether the image shows the one that was named."""
+    """Named entities by number, asked for on backgrounds: whether the image shows the one that was
+    named."""
 
     answers_in = "image"
 

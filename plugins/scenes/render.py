@@ -59,7 +59,8 @@ def owners(scene: Scene, side: int) -> np.ndarray:
 
 
 def boxes(scene: Scene, side: int) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each whole thing, hidden parts included; right and bottom are outside."""
+    """(left, top, right, bottom) of each whole thing, hidden parts included; right and bottom are
+    outside."""
     result = []
     for thing in scene.things:
         mask_HW = covered(thing, side)
@@ -73,7 +74,8 @@ def boxes(scene: Scene, side: int) -> list[tuple[int, int, int, int]]:
 
 
 def depth(scene: Scene, side: int) -> np.ndarray:
-    """How near each pixel is, (side, side), float32: 0 the background, 1 the highest point of the nearest thing."""
+    """How near each pixel is, (side, side), float32: 0 the background, 1 the highest point of the
+    nearest thing."""
     layers = len(scene.things)
     depth_HW = np.zeros((side, side), np.float32)
     for number, thing in enumerate(scene.things):
@@ -85,7 +87,8 @@ def depth(scene: Scene, side: int) -> np.ndarray:
 
 
 def normals(scene: Scene, side: int) -> np.ndarray:
-    """Unit normals (side, side, 3) of things that bulge like domes, x to the right, y down, z to the eye."""
+    """Unit normals (side, side, 3) of things that bulge like domes, x to the right, y down, z to
+    the eye."""
     normal_HWC = np.zeros((side, side, 3), np.float32)
     normal_HWC[..., 2] = 1
     for thing in scene.things:
@@ -110,7 +113,8 @@ def covered(thing: Thing, side: int) -> np.ndarray:
 
 
 def stamp_of(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A thing's colours times its cover (S, S, 3), and the share of the ground that shows through (S, S, 1)."""
+    """A thing's colours times its cover (S, S, 3), and the share of the ground that shows through
+    (S, S, 1)."""
     return _stamp(*_look(thing), side)
 
 

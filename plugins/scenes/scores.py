@@ -28,7 +28,8 @@ def counted(scene: Scene, fields: Sequence[Field]) -> Counter[tuple[object, ...]
 def shows(
     asked: Scene, found: Scene, fields: Sequence[Field] = ("colour", "shape", "place")
 ) -> bool:
-    """Whether what is found has the things that were asked for, by some of what they are, and no others."""
+    """Whether what is found has the things that were asked for, by some of what they are, and no
+    others."""
     return counted(asked, fields) == counted(found, fields)
 
 
@@ -37,7 +38,8 @@ def edited(
     found: Scene,
     fields: Sequence[Field] = ("kind", "shape", "word", "colour", "size", "place"),
 ) -> bool:
-    """Whether what is found is the scene after an edit: what was to change did, and the rest did not."""
+    """Whether what is found is the scene after an edit: what was to change did, and the rest did
+    not."""
     return found.background == after.background and shows(after, found, fields)
 
 
@@ -48,7 +50,8 @@ _NAMED = re.compile(
 
 
 def things_named(text: str) -> Counter[tuple[str, str]]:
-    """(colour, shape) of the shapes that a text names, as often as it says: "two red circles" are two."""
+    """(colour, shape) of the shapes that a text names, as often as it says: "two red circles" are
+    two."""
     result: Counter[tuple[str, str]] = Counter()
     for number, colour, shape in _NAMED.findall(text.lower()):
         result[colour, shape] += NUMBERS.index(number) if number in NUMBERS else 1
@@ -56,7 +59,8 @@ def things_named(text: str) -> Counter[tuple[str, str]]:
 
 
 def caption_right(text: str, scene: Scene) -> bool:
-    """Whether a caption names the colour and the shape of each thing of a scene of shapes, and of no other."""
+    """Whether a caption names the colour and the shape of each thing of a scene of shapes, and of
+    no other."""
     return things_named(text) == Counter((thing.colour, thing.shape) for thing in scene.things)
 
 
@@ -73,7 +77,8 @@ def iou(one: Box, other: Box) -> float:
 def boxes_met(
     asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], at_least: float = 0.5
 ) -> list[bool]:
-    """Whether each thing asked for is found in its box: one of its name with that intersection over union.
+    """Whether each thing asked for is found in its box: one of its name with that intersection over
+    union.
 
     A found thing counts for one that was asked for only, the closest pairs first.
     """
@@ -126,7 +131,8 @@ def compositions(world: World, tag: Tag, count: int, seed: int = 0) -> list[Comp
 
 
 def composition_score(right_by_tag: dict[Tag, Sequence[bool]]) -> float:
-    """The mean of the six kinds' shares of images that are right. Raises ValueError without one of the kinds."""
+    """The mean of the six kinds' shares of images that are right. Raises ValueError without one of
+    the kinds."""
     missing = [tag for tag in TAGS if not right_by_tag.get(tag)]
     if missing:
         raise ValueError(f"no images of {missing[0]}")

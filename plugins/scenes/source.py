@@ -22,7 +22,8 @@ from .world import BACKGROUNDS, Scene, Thing, World, draw_scene
 CHUNK = 1000
 """Scenes of a part."""
 ELSEWHERE = 2**40
-"""Distance of the seed of a scene whose caption a picture has wrongly: beyond those of any corpus."""
+"""Distance of the seed of a scene whose caption a picture has wrongly: beyond those of any
+corpus."""
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,8 @@ class DrawnSource(Source):
 
 @SOURCES.register("scenes")
 class ScenesSource(DrawnSource):
-    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with captions."""
+    """Pictures of coloured shapes, words, figures and named entities, drawn by seed, with
+    captions."""
 
     version = 1
 
@@ -85,9 +87,11 @@ class ScenesSource(DrawnSource):
         """How scenes are captioned."""
 
         captions: Literal["short", "long", "both"] = "short"
-        """short: what is there, a single thing with its place. long: everything. both: half each."""
+        """short: what is there, a single thing with its place. long: everything. both: half
+        each."""
         wrong: Annotated[float, Range(ge=0, le=1)] = 0.0
-        """Share of the pictures that have the caption of another scene, as some of the web's have."""
+        """Share of the pictures that have the caption of another scene, as some of the web's
+        have."""
 
     config: Config
 
@@ -113,7 +117,8 @@ class ScenesSource(DrawnSource):
 
 
 def scene_name(seed: int) -> str:
-    """The id of the picture of a scene; all that is asked about the scene falls on its side of a split."""
+    """The id of the picture of a scene; all that is asked about the scene falls on its side of a
+    split."""
     return f"scene-{seed:08d}"
 
 

@@ -178,7 +178,8 @@ def draw_thing(world: World, rng: Random, place: int) -> Thing:
 
 
 def _overlapping(far: Thing, near: Thing, others: list[Thing], rng: Random) -> list[Thing]:
-    """The near thing moved in front of the far one; as they were where it could not be told from it or from others."""
+    """The near thing moved in front of the far one; as they were where it could not be told from it
+    or from others."""
     moved = _in_front_of(far, near, rng)
     apart = {far.kind, near.kind} == {"shape"} and far.colour != near.colour
     return [far, moved if apart and not any(touches(moved, other) for other in others) else near]
@@ -237,7 +238,8 @@ _SYLLABLES = (
 
 @lru_cache(maxsize=2**16)
 def entity_look(number: int) -> tuple[str | None, ...]:
-    """Colours of the cells of an entity, row by row; None shows the background. The corners are always empty."""
+    """Colours of the cells of an entity, row by row; None shows the background. The corners are
+    always empty."""
     rng = Random(f"look {number}")
     colours = [pick(rng, tuple(COLOURS)) for _ in range(CELLS**2)]
     corners = (0, CELLS - 1, CELLS * (CELLS - 1), CELLS**2 - 1)

@@ -40,7 +40,8 @@ CHUNK = 1000
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Values of the slots of a task's templates: texts, and for images the functions that give their files."""
+    """Values of the slots of a task's templates: texts, and for images the functions that give
+    their files."""
 
     id: str
     values: Mapping[str, Any]
@@ -120,10 +121,12 @@ class InstructionSource(FileSource):
     def asked(self, *, size: int | None = None) -> Iterator[tuple[Document, Example] | Skipped]:
         """One document of each group, with its example: what an evaluation asks about.
 
-        Images are brought to `size` as they are read, see `read_squared`; None leaves them in their own size.
+        Images are brought to `size` as they are read, see `read_squared`; None leaves them in their
+        own size.
         """
         self.parts()
-        # The first example of a group is decoded ahead; the others are only if it turns out to be unusable.
+        # The first example of a group is decoded ahead; the others are only if it turns out to be
+        # unusable.
         begun: set[str] = set()
 
         def examples() -> Iterator[tuple[bool, tuple[Record, Example] | Skipped]]:
@@ -175,7 +178,8 @@ class InstructionSource(FileSource):
         return partial(self._images.image, name, self.config.max_file_bytes)
 
     def words(self, text: Any, what: str) -> str:
-        """A text that is not empty, without spaces around it. Raises BadRecord for anything else."""
+        """A text that is not empty, without spaces around it. Raises BadRecord for anything
+        else."""
         return caption_text(page_text(text, what), self.config.max_caption_bytes).strip()
 
 

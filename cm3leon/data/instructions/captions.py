@@ -1,4 +1,5 @@
-"""Images described in words: Karpathy's JSON (Flickr30k, COCO), Image Paragraph, Localized Narratives."""
+"""Images described in words: Karpathy's JSON (Flickr30k, COCO), Image Paragraph, Localized
+Narratives."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from cm3leon.types import UserError
 
 @SOURCES.register("karpathy")
 class KarpathySource(InstructionSource):
-    """Karpathy's JSON: images with five sentences each, and their split. An example for every sentence."""
+    """Karpathy's JSON: images with five sentences each, and their split. An example for every
+    sentence."""
 
     task = "caption"
 
@@ -75,7 +77,8 @@ class KarpathySource(InstructionSource):
 
 @SOURCES.register("image_paragraph")
 class ImageParagraphSource(InstructionSource):
-    """Stanford's Image Paragraph: a list of image ids with paragraphs; images are `{image_id}.jpg`."""
+    """Stanford's Image Paragraph: a list of image ids with paragraphs; images are
+    `{image_id}.jpg`."""
 
     task = "paragraph"
     more_files = ("ids",)
@@ -117,7 +120,8 @@ class ImageParagraphSource(InstructionSource):
 
 @SOURCES.register("localized_narratives")
 class LocalizedNarrativesSource(InstructionSource):
-    """Localized Narratives: JSON lines of image ids with what an annotator said; the mouse traces are not read."""
+    """Localized Narratives: JSON lines of image ids with what an annotator said; the mouse traces
+    are not read."""
 
     task = "narrative"
     suffixes = (".jsonl",)

@@ -34,7 +34,8 @@ class RankedExample(Example):
 
 @SOURCES.register("visdial")
 class VisDialSource(InstructionSource):
-    """VisDial 1.0: a caption and up to ten rounds about an image; questions and answers are listed once, by number.
+    """VisDial 1.0: a caption and up to ten rounds about an image; questions and answers are listed
+    once, by number.
 
     A document is one round: the caption and the rounds before it stand before its question.
     """
@@ -49,8 +50,8 @@ class VisDialSource(InstructionSource):
         image_name: str = "VisualDialog_val2018_{image_id:012d}.jpg"
         """How images are named, by {image_id}."""
         relevance: Annotated[str, Location()] | None = None
-        """The dense annotations JSON, such as visdial_1.0_val_dense_annotations.json: only the rounds that it has are
-        taken, with their candidates; null = every round."""
+        """The dense annotations JSON, such as visdial_1.0_val_dense_annotations.json: only the
+        rounds that it has are taken, with their candidates; null = every round."""
 
         def check(self) -> None:
             check_image_name(self.image_name, 1)

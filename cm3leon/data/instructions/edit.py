@@ -14,9 +14,11 @@ from cm3leon.types import UserError
 
 @SOURCES.register("instruct_pix2pix")
 class InstructPix2PixSource(InstructionSource):
-    """InstructPix2Pix as published: seeds.json lists folders with their seeds; a folder has prompt.json and pairs.
+    """InstructPix2Pix as published: seeds.json lists folders with their seeds; a folder has
+    prompt.json and pairs.
 
-    `path` is seeds.json. A pair is `{seed}_0.jpg` before and `{seed}_1.jpg` after; one seed of each folder is drawn.
+    `path` is seeds.json. A pair is `{seed}_0.jpg` before and `{seed}_1.jpg` after; one seed of each
+    folder is drawn.
     """
 
     task = "edit"

@@ -31,9 +31,11 @@ from cm3leon.types import UserError
 
 @SOURCES.register("features")
 class FeaturesSource(InstructionSource):
-    """A captions JSON of COCO with feature images: made by an extractor, or from a folder where they lie already.
+    """A captions JSON of COCO with feature images: made by an extractor, or from a folder where
+    they lie already.
 
-    In a folder the feature image of `a/b.jpg` is `a/b.png` or `a/b.jpg`; images without one are left out.
+    In a folder the feature image of `a/b.jpg` is `a/b.png` or `a/b.jpg`; images without one are
+    left out.
     """
 
     task = "features"
@@ -47,7 +49,8 @@ class FeaturesSource(InstructionSource):
         folder: Annotated[str, Location()] | None = None
         """Folder of feature images, local or a URL."""
         kind: str | None = None
-        """What the feature images of `folder` are: canny, segmentation, hed, pose, depth, normals or scribble."""
+        """What the feature images of `folder` are: canny, segmentation, hed, pose, depth, normals
+        or scribble."""
 
         def check(self) -> None:
             if (self.extractor is None) == (self.folder is None):

@@ -42,7 +42,8 @@ def objects_text(objects: Sequence[tuple[str, Box]]) -> str:
 
 
 def centred(box: Box, width: float, height: float) -> Box | None:
-    """A box after the image was cut to the square in its middle, as images are; None for one that is cut off whole."""
+    """A box after the image was cut to the square in its middle, as images are; None for one that
+    is cut off whole."""
     side = min(width, height)
     left, top = (width - side) / 2 / side, (height - side) / 2 / side
     scaled = (box[0] * width / side - left, box[1] * height / side - top,
@@ -89,7 +90,8 @@ class CocoBoxesSource(_Boxes):
         """Which files."""
 
         captions: Annotated[str, Location()] | None = None
-        """The captions JSON of the same images, of which the first caption is used; null = the objects' names."""
+        """The captions JSON of the same images, of which the first caption is used; null = the
+        objects' names."""
 
     config: Config
 

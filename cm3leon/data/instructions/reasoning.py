@@ -21,7 +21,8 @@ from cm3leon.types import UserError
 
 @SOURCES.register("scienceqa")
 class ScienceQaSource(InstructionSource):
-    """ScienceQA: problems.json, an object of problems by id; those with an image, at `{split}/{id}/{image}`."""
+    """ScienceQA: problems.json, an object of problems by id; those with an image, at
+    `{split}/{id}/{image}`."""
 
     task = "reasoning"
 

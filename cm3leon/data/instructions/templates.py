@@ -40,7 +40,8 @@ TABLE_5: dict[str, tuple[str, ...]] = {
         "Answer: Let's think step-by-step: {steps} | {image}",
     ),
 }
-"""Templates by task; ` | ` is a `<break>`, {name} a slot. {steps} is "{explanation} So the answer is {answer}."."""
+"""Templates by task; ` | ` is a `<break>`, {name} a slot. {steps} is "{explanation} So the answer
+is {answer}."."""
 
 ROLES: dict[str, dict[str, Role]] = {
     "edit": {"image1": "condition", "instruction": "instruction"},
@@ -70,7 +71,8 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def check_templates(task: str, templates: list[str], where: str = "data.templates") -> None:
-    """Raises UserError for a template with a slot that the task does not fill, or without what is asked for."""
+    """Raises UserError for a template with a slot that the task does not fill, or without what is
+    asked for."""
     known = {slot for template in TABLE_5[task] for slot in _SLOT.findall(template)}
     if not templates:
         raise UserError(f"{where} is empty, at least one template is needed")
@@ -87,8 +89,8 @@ def check_templates(task: str, templates: list[str], where: str = "data.template
 
 
 def picture_of(template: str, values: Mapping[str, Any]) -> int:
-    """Which of the images of a filled template the example is about: the first of an edit, else the one asked for
-    or asked about, not the features of it. 0 where the template has neither."""
+    """Which of the images of a filled template the example is about: the first of an edit, else the
+    one asked for or asked about, not the features of it. 0 where the template has neither."""
     images = [slot for slot in _SLOT.findall(template) if not isinstance(values[slot], str)]
     subject = next((slot for slot in ("image1", "image") if slot in images), None)
     return images.index(subject) if subject else 0
@@ -99,8 +101,8 @@ def fill(
 ) -> tuple[TextSegment | MarkedImage, ...]:
     """Segments of a template: texts, and images as they are among the values.
 
-    An answer within a text is a segment of its own, joined to what is before it, with the space between them. So it can
-    be rotated whole, and is read the same whether it is given or asked for.
+    An answer within a text is a segment of its own, joined to what is before it, with the space
+    between them. So it can be rotated whole, and is read the same whether it is given or asked for.
     """
     segments: list[TextSegment | MarkedImage] = []
     for piece in template.split(" | "):
@@ -115,7 +117,8 @@ def fill(
 def fill_with_pixels(
     template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> tuple[TextSegment | ImageSegment, ...]:
-    """`fill` where the images among the values are pixels (H, W, 3), not files that are read later."""
+    """`fill` where the images among the values are pixels (H, W, 3), not files that are read
+    later."""
     return tuple(
         ImageSegment(np.asarray(segment.content), segment.role)
         if isinstance(segment, MarkedImage)

@@ -1,4 +1,5 @@
-"""Questions about images with short answers: VQA2 and OKVQA, and VizWiz, in their published forms."""
+"""Questions about images with short answers: VQA2 and OKVQA, and VizWiz, in their published
+forms."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from cm3leon.types import UserError
 
 @SOURCES.register("vqa")
 class VqaSource(InstructionSource):
-    """VQA2 and OKVQA: a questions JSON, an annotations JSON with ten answers each, images named by their ids.
+    """VQA2 and OKVQA: a questions JSON, an annotations JSON with ten answers each, images named by
+    their ids.
 
     The answer of an example is the one that most of the ten gave.
     """
@@ -39,7 +41,8 @@ class VqaSource(InstructionSource):
         """Which files."""
 
         annotations: Annotated[str, Location()]
-        """The annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the questions JSON."""
+        """The annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the
+        questions JSON."""
         image_name: str = "COCO_train2014_{image_id:012d}.jpg"
         """How images are named, by {image_id}."""
 
@@ -93,7 +96,8 @@ class VqaSource(InstructionSource):
 
 @SOURCES.register("vizwiz")
 class VizWizSource(InstructionSource):
-    """VizWiz: one JSON list of images with a question and ten answers; `unanswerable` is an answer as any other."""
+    """VizWiz: one JSON list of images with a question and ten answers; `unanswerable` is an answer
+    as any other."""
 
     task = "vqa"
 
@@ -119,7 +123,8 @@ class VizWizSource(InstructionSource):
 
 
 def majority(answers: Any, chosen: Any = None) -> str:
-    """The answer that was given most often, of those the first; `chosen` where the file says which. May raise."""
+    """The answer that was given most often, of those the first; `chosen` where the file says which.
+    May raise."""
     if isinstance(chosen, str) and chosen.strip():
         return chosen
     texts = given_answers(answers)

@@ -18,7 +18,8 @@ from cm3leon.types import UserError
 class OcrSource(InstructionSource):
     """TextOCR's and COCO-Text's JSON: `imgs`, `anns` with `utf8_string` and a box, `imgToAnns`.
 
-    The words of an image are read line by line, those that are too small or unreadable ("." in TextOCR) are left out.
+    The words of an image are read line by line, those that are too small or unreadable ("." in
+    TextOCR) are left out.
     """
 
     task = "write"
