@@ -1,4 +1,4 @@
-"""COCO's captions."""
+"""COCO's captions, and labels from COCO's instances."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ CHUNK = 1000
 
 @SOURCES.register("coco")
 class CocoSource(FileSource):
-    """A captions JSON of COCO with the folder of its images, and optionally the instances JSON for
+    """COCO's captions JSON with the folder of its images, and optionally the instances JSON for
     labels.
 
-    A label is given where all of an image's objects are of one category and the caption names that
-    one and no other. The JSON files are held in memory (COCO's own take under 1 GB); a part is a
-    thousand images.
+    A document has a label if all of its image's objects are of one category and the caption names
+    that category and no other:
+
+        objects in the image    caption                          label
+        dog, dog                "a dog in the snow"              dog
+        dog, cat                "a dog in the snow"              none: a second category is seen
+        dog                     "a dog chases a cat"             none: a second category is named
+
+    The JSON files are held in memory (COCO's own take under 1 GB); a part is a thousand images.
     """
 
     @dataclass(kw_only=True)
@@ -51,8 +57,8 @@ class CocoSource(FileSource):
         instances: Annotated[str, Location()] | None = None
         """The instances JSON of the same images; null = no labels."""
         captions: Literal["first", "all"] = "first"
-        """first = a document for each image, with its first caption; all = one for each caption, so
-        that documents of one image may lie in different splits."""
+        """first = one document per image, with its first caption; all = one document per caption,
+        so that documents of one image may lie in different splits."""
 
     suffixes = (".json",)
 
@@ -79,7 +85,9 @@ class CocoSource(FileSource):
         return f"{held} {fingerprint(files, files.list(self.suffixes))}"
 
     def class_in(self, text: str) -> int | None:
-        found = set(self._names.findall(text.lower())) if self.class_names else set()
+        if not self.class_names:
+            return None
+        found = set(self._names.findall(text.lower()))
         return self.class_names.index(found.pop()) if len(found) == 1 else None
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
@@ -88,6 +96,7 @@ class CocoSource(FileSource):
             yield from self._of_image(entry)
 
     def _of_image(self, entry: Any) -> Iterator[Record | Skipped]:
+        """The documents of one entry of the JSON's list of images, or why it has none."""
         corpus = self._captions
         is_image = isinstance(entry, Mapping) and isinstance(entry.get("file_name"), str)
         if not is_image or id_key(entry.get("id")) is None:
@@ -95,13 +104,17 @@ class CocoSource(FileSource):
                 corpus.name, f"an image without an id or a file_name: {json.dumps(entry)[:80]!a}"
             )
             return
+
         load = partial(self._images.image, entry["file_name"], self.config.max_file_bytes)
         annotations = corpus.by_image.get(id_key(entry["id"]), [])
         if not annotations:
             yield Skipped(
                 f"{corpus.name}/{entry['id']}", "no caption: no annotation has this image_id"
             )
-        for annotation in annotations[:1] if self.config.captions == "first" else annotations:
+        if self.config.captions == "first":
+            annotations = annotations[:1]
+
+        for annotation in annotations:
             id_ = f"{corpus.name}/{entry['id']}-{annotation.get('id')}"
             try:
                 caption = caption_text(
@@ -114,27 +127,34 @@ class CocoSource(FileSource):
                 yield Record(id_, (caption, load), self._label(entry["id"], caption))
 
     def _label(self, image_id: Any, caption: str) -> int | None:
+        """The class that the caption names, if it is all that the image shows."""
         named = self.class_in(caption)
-        seen = self._seen.get(id_key(image_id), set()) if named is not None else set()
-        return named if named is not None and seen == {list(self._categories)[named]} else None
+        if named is None:
+            return None
+        seen = self._seen.get(id_key(image_id), set())
+        return named if seen == {list(self._categories)[named]} else None
 
     @cached_property
     def _captions(self) -> _Captions:
         listed = self.files.list(self.suffixes)
         if len(listed) != 1:
             raise UserError(
-                f"data.path: {self.config.path} is {len(listed)} files; coco reads one captions JSON"
+                f"data.path: {self.config.path} is {len(listed)} files; coco reads one captions "
+                "JSON, such as annotations/captions_train2017.json"
             )
         content = _read(
             self.files, listed[0].name, "data.path", {"images": list, "annotations": list}
         )
+
+        # Instances and keypoints have annotations, too, but none with a caption.
         by_image: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
             if isinstance(annotation, Mapping) and "caption" in annotation:
                 by_image.setdefault(id_key(annotation.get("image_id")), []).append(annotation)
         if content["annotations"] and not by_image:
             raise UserError(
-                f"data.path: {self.config.path} has annotations without captions; give the captions JSON"
+                f"data.path: {self.config.path} has annotations without captions; give the "
+                "captions JSON, such as annotations/captions_train2017.json"
             )
         return _Captions(PurePosixPath(listed[0].name).stem, content["images"], by_image)
 
@@ -143,7 +163,8 @@ class CocoSource(FileSource):
         files = Files(str(self.config.instances), "data.instances")
         if not files.is_file:
             raise UserError(
-                f"data.instances: {self.config.instances} is not a file; give the instances JSON"
+                f"data.instances: {self.config.instances} is not a file; give the instances JSON, "
+                "such as annotations/instances_train2017.json"
             )
         (listed,) = files.list(self.suffixes)
         return _read(
@@ -167,7 +188,7 @@ class CocoSource(FileSource):
 
     @cached_property
     def _seen(self) -> dict[Any, set[Any]]:
-        """Ids of the categories seen in each image."""
+        """The ids of the categories seen in each image, by the image's id."""
         seen: dict[Any, set[Any]] = {}
         for annotation in self._instances["annotations"]:
             if isinstance(annotation, Mapping):
@@ -178,8 +199,7 @@ class CocoSource(FileSource):
 
 @dataclass(frozen=True, eq=False)
 class _Captions:
-    """The captions JSON: its name, its images in order, and annotations by the id of their
-    image."""
+    """The captions JSON: its name, its images in order, and the annotations by their image's id."""
 
     name: str
     entries: list[Any]
@@ -187,7 +207,11 @@ class _Captions:
 
 
 def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict[str, Any]:
-    """A JSON object with lists under those keys. Raises UserError for anything else."""
+    """Read a JSON object that has a list under each of those keys.
+
+    Raises:
+        UserError: for a file that cannot be read, or holds anything else.
+    """
     try:
         with files.open(name) as file:
             content = json.load(file)
@@ -198,11 +222,11 @@ def _read(files: Files, name: str, where: str, keys: Mapping[str, type]) -> dict
     for key, kind in keys.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise UserError(
-                f"{where}: {files.path} has no list under {key}; give a JSON file as COCO has them"
+                f"{where}: {files.path} has no list under {key}; give a JSON file in COCO's format"
             )
     return content
 
 
 def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds whole names, the longer first: "hot dog" holds no dog."""
+    """A pattern that finds whole names, the longest first: "hot dog" is no dog."""
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\b")

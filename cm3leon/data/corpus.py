@@ -1,5 +1,4 @@
-"""The sample of a corpus: documents of one caption and one image, held in memory, with their
-split."""
+"""The sample of a corpus: documents of one caption and one image in memory, and their split."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ Split = Literal["train", "validation", "held_out"]
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Parallel lists, one entry a document: ids, captions, `images_BHWC` (uint8), labels,
-    splits."""
+    """Parallel lists with one entry per document: ids, captions, images (B, H, W, C) in uint8,
+    labels and splits."""
 
     ids: list[str]
     captions: list[str]
@@ -32,7 +31,7 @@ class Corpus:
         return len(self.ids)
 
     def rows(self, split: Split) -> np.ndarray:
-        """Numbers of the documents of a split, in order."""
+        """The indices of a split's documents, in order."""
         return np.flatnonzero(np.asarray(self.splits) == split)
 
     def document(self, row: int) -> Document:
@@ -41,20 +40,18 @@ class Corpus:
         return Document(self.ids[row], segments, self.labels[row])
 
     def save(self, folder: Path) -> None:
-        """Writes `images.npy` and `documents.jsonl`."""
+        """Write `images.npy` and `documents.jsonl` into a folder."""
         np.save(folder / "images.npy", self.images_BHWC)
         with (folder / "documents.jsonl").open("w") as file:
             for id_, caption, label, split in zip(
                 self.ids, self.captions, self.labels, self.splits, strict=True
             ):
-                file.write(
-                    json.dumps({"id": id_, "caption": caption, "label": label, "split": split})
-                    + "\n"
-                )
+                record = {"id": id_, "caption": caption, "label": label, "split": split}
+                file.write(json.dumps(record) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             UserError: for a file that is missing or damaged.

@@ -1,5 +1,4 @@
-"""The 1,797 scans of handwritten digits that scikit-learn ships (Alpaydin & Kaynak 1998, 8x8
-grey)."""
+"""The 1,797 scans of handwritten digits in scikit-learn (Alpaydin & Kaynak 1998, 8x8 grey)."""
 
 from __future__ import annotations
 
@@ -38,16 +37,19 @@ class DigitsSource(Source):
         templates: list[str] = field(default_factory=lambda: list(TEMPLATES))
         """Captions; {word} and {number} stand for the digit as a word and as a numeral."""
         caption_seed: Seed = 0
-        """Seed of the draw of a template for each scan."""
+        """Seed for drawing each scan's template."""
 
         def check(self) -> None:
             for template in self.templates:
                 if not re.fullmatch(r"[^{}]*\{(word|number)\}[^{}]*", template):
                     raise UserError(
-                        f"templates holds {template!r}, each must have one {{word}} or one {{number}}"
+                        f"templates holds {template!r}; each must have one {{word}} or one "
+                        '{number}, as in "a handwritten {word}"'
                     )
             if not self.templates:
-                raise UserError("templates is empty, at least one is needed")
+                raise UserError(
+                    'templates is empty; give at least one, such as "a handwritten {word}"'
+                )
 
     class_names = WORDS
 
@@ -63,12 +65,15 @@ class DigitsSource(Source):
         scans = load_digits()
         grey_MHW = np.rint(scans.images * (255 / 16)).astype(np.uint8)
         draw = np.random.default_rng(self.config.caption_seed)
+
+        # A template is drawn for the scans before `start` too, so each scan keeps its own.
         for number, (grey_HW, label) in enumerate(
             zip(grey_MHW, scans.target.tolist(), strict=True)
         ):
             template = self.config.templates[draw.integers(len(self.config.templates))]
             if number < start:
                 continue
+
             caption = template.format(word=WORDS[label], number=label)
             pixels_HWC = np.repeat(grey_HW[..., None], 3, axis=2)
             yield Document(
@@ -83,10 +88,9 @@ class DigitsSource(Source):
         return digest_of_parts(held)
 
     def class_in(self, text: str) -> int | None:
-        found = {
-            int(word) if word.isdigit() else WORDS.index(word)
-            for word in _NAMES.findall(text.lower())
-        }
+        found: set[int] = set()
+        for word in _NAMES.findall(text.lower()):
+            found.add(int(word) if word.isdigit() else WORDS.index(word))
         return found.pop() if len(found) == 1 else None
 
 

@@ -1,8 +1,7 @@
-"""Feature images of photographs: edges, scribbles, poses, segments, depth and normals, which images
-are drawn by.
+"""Feature images computed from photographs: edges, scribbles, poses, segments, depth and normals.
 
-Each is what a well-kept package makes of the image: scikit-image without any weights; ControlNet's
-detectors of controlnet_aux, and models of transformers, with weights from a folder on disk. Nothing
+Each is computed by a well-kept package: by scikit-image without any weights, by ControlNet's
+detectors (controlnet_aux) or by models of transformers with weights from a folder on disk. Nothing
 is downloaded.
 """
 
@@ -27,17 +26,17 @@ from cm3leon.weights import check_no_adapter
 
 
 class Extractor:
-    """Base of the extractors: what is seen in an image. Registered in `EXTRACTORS`, built as
-    `cls(config)`."""
+    """Base of the extractors, which turn an image into its feature image. Registered in
+    `EXTRACTORS`, built as `cls(config)`."""
 
     kind: str
-    """What the templates call it, of `FEATURES`."""
+    """The feature as the templates know it, a key of `FEATURES`."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """The feature image (H, W, 3), uint8, of an image (H, W, 3), uint8."""
+        """The feature image, uint8 (H, W, 3), of an image, uint8 (H, W, 3)."""
         raise NotImplementedError
 
 
@@ -49,14 +48,14 @@ class Canny(Extractor):
 
     @dataclass(kw_only=True)
     class Config:
-        """Of Canny's method."""
+        """The blur and the two thresholds of Canny's method."""
 
         sigma: NonNegativeFloat = 1.4
-        """Standard deviation of the blur before, in pixels."""
+        """Standard deviation of the blur before the edges are found, in pixels."""
         low: NonNegativeFloat = 0.08
-        """Gradient from which an edge goes on, of 1 from black to white."""
+        """Gradient down to which an edge is continued; 1 is a step from black to white."""
         high: NonNegativeFloat = 0.2
-        """Gradient from which an edge begins."""
+        """Gradient that starts an edge."""
 
     config: Config
 
@@ -68,14 +67,14 @@ class Canny(Extractor):
 
 @EXTRACTORS.register("regions")
 class Regions(Extractor):
-    """Felzenszwalb's regions of like colour (2004), each in a colour of its own: segments without
-    their classes."""
+    """Felzenszwalb's regions of similar colour (2004), each in a colour of its own: segments
+    without classes."""
 
     kind = "segmentation"
 
     @dataclass(kw_only=True)
     class Config:
-        """How large."""
+        """The size of the regions."""
 
         scale: PositiveFloat = 200.0
         """Larger for larger regions."""
@@ -89,18 +88,17 @@ class Regions(Extractor):
 
 
 class _Learned(Extractor):
-    """Base of the extractors by a model in transformers' format on disk, which is loaded when it is
-    first used."""
+    """Base of the extractors that use a model in transformers' format, loaded on first use."""
 
     loads: str
-    """Which of transformers' classes."""
+    """The class of transformers that loads the model."""
 
     @dataclass(kw_only=True)
     class Config:
-        """Which model."""
+        """The model to use."""
 
         path: Path
-        """Folder of the model, with its preprocessor_config.json."""
+        """Folder of the model, including its preprocessor_config.json."""
 
     config: Config
 
@@ -108,7 +106,8 @@ class _Learned(Extractor):
         super().__init__(config)
         if not (config.path / "config.json").is_file():
             raise UserError(
-                f"path is {config.path}, which holds no model in transformers' format: config.json is missing"
+                f"path is {config.path}, which holds no model in transformers' format: "
+                "config.json is missing"
             )
 
     @cached_property
@@ -142,8 +141,8 @@ class Depth(_Learned):
 
 @EXTRACTORS.register("classes")
 class Classes(_Learned):
-    """Semantic segments by a model in transformers' format on disk (SegFormer, Mask2Former's
-    semantic heads)."""
+    """Semantic segments by a model in transformers' format on disk (SegFormer, Mask2Former with a
+    semantic head)."""
 
     kind = "segmentation"
 
@@ -163,19 +162,19 @@ class Classes(_Learned):
 
 
 class _Detector(Extractor):
-    """Base of ControlNet's detectors, which are loaded when they are first used."""
+    """Base of the extractors that use one of ControlNet's detectors, loaded on first use."""
 
     weights: str
-    """The file of the weights, as the folder of all of them (lllyasviel/Annotators) calls it."""
+    """File of the weights, named as in the folder that holds them all (lllyasviel/Annotators)."""
 
     @dataclass(kw_only=True)
     class Config:
-        """Where its weights are, and how much it sees."""
+        """The weights, and the resolution at which the detector sees the image."""
 
         path: Path
         """Folder that holds the file of the weights."""
         resolution: PositiveInt = 512
-        """Pixels of the shorter side, in multiples of 64, that the detector sees the image with."""
+        """Shorter side of the image that the detector sees, in pixels; a multiple of 64."""
 
     config: Config
 
@@ -183,16 +182,16 @@ class _Detector(Extractor):
         super().__init__(config)
         if not (config.path / self.weights).is_file():
             raise UserError(
-                f"path is {config.path}, which has no {self.weights}; give the folder of these weights, as in "
-                "lllyasviel/Annotators"
+                f"path is {config.path}, which has no {self.weights}; give the folder of these "
+                "weights, as in lllyasviel/Annotators"
             )
 
     def load(self, package: Any) -> Any:
-        """The detector, given the package."""
+        """Build the detector from the package."""
         raise NotImplementedError
 
     def detected(self, pixels_HWC: np.ndarray, **sizes: int) -> np.ndarray:
-        """What the detector draws, in the size that it sees."""
+        """The detector's drawing, at the resolution at which it sees the image."""
         return self._detector(pixels_HWC, output_type="np", **sizes)
 
     def __call__(self, pixels_HWC: np.ndarray) -> np.ndarray:
@@ -206,8 +205,8 @@ class _Detector(Extractor):
     def _detector(self) -> Any:
         package = _controlnet_aux()
         try:
-            # It prints what it does; its weights are unpickled as tensors alone, which is torch's
-            # default.
+            # The package prints while it loads. Its weights are unpickled as tensors alone, which
+            # is torch's default.
             with redirect_stdout(io.StringIO()):
                 return self.load(package)
         except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
@@ -217,7 +216,7 @@ class _Detector(Extractor):
 
 @EXTRACTORS.register("hed")
 class Hed(_Detector):
-    """Holistically nested edges (2015), soft ones, by the network that ControlNet takes."""
+    """Soft holistically nested edges (2015), by the network that ControlNet uses."""
 
     kind = "hed"
     weights = "ControlNetHED.pth"
@@ -228,7 +227,7 @@ class Hed(_Detector):
 
 @EXTRACTORS.register("scribble")
 class Scribble(Hed):
-    """Holistically nested edges as thick lines of one width, as ControlNet draws its scribbles."""
+    """Holistically nested edges as thick lines of one width, as ControlNet draws scribbles."""
 
     kind = "scribble"
 
@@ -238,8 +237,7 @@ class Scribble(Hed):
 
 @EXTRACTORS.register("normals")
 class Normals(_Detector):
-    """Normals of surfaces by Bae, Budvytis and Cipolla's network (2021), as ControlNet 1.1 takes
-    them."""
+    """Surface normals by Bae, Budvytis and Cipolla's network (2021), as ControlNet 1.1 uses it."""
 
     kind = "normals"
     weights = "scannet.pt"
@@ -250,7 +248,7 @@ class Normals(_Detector):
 
 @EXTRACTORS.register("pose")
 class Pose(_Detector):
-    """Joints and limbs of people by OpenPose (2017), its body alone, in OpenPose's colours on
+    """Joints and limbs of people by OpenPose (2017), the body alone, in OpenPose's colours on
     black."""
 
     kind = "pose"
@@ -262,10 +260,12 @@ class Pose(_Detector):
 
 
 def palette() -> np.ndarray:
-    """256 colours (256, 3) far apart for neighbouring numbers, as PASCAL VOC colours its classes; 0
-    is black."""
+    """Return 256 colours (256, 3) in which neighbouring indices look different, as PASCAL VOC
+    colours its classes; 0 is black."""
     numbers = np.arange(256)
     result = np.zeros((256, 3), np.uint8)
+
+    # The bits of an index are dealt to red, green and blue in turn, each from its highest bit down.
     for shift in range(8):
         for channel in range(3):
             bit = (numbers >> (3 * shift + channel)) & 1
@@ -274,12 +274,12 @@ def palette() -> np.ndarray:
 
 
 def _luma(pixels_HWC: np.ndarray) -> np.ndarray:
-    """Brightness from 0 to 1 (ITU-R BT.601)."""
+    """The brightness of each pixel, from 0 to 1 (ITU-R BT.601)."""
     return (pixels_HWC.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)) / 255
 
 
 def _grey(values_HW: np.ndarray) -> np.ndarray:
-    """Values from 0 to 1 as a grey image."""
+    """Values from 0 to 1 as a grey image, uint8 (H, W, 3)."""
     grey_HW = (255 * np.clip(values_HW.astype(np.float32), 0, 1)).round().astype(np.uint8)
     return np.repeat(grey_HW[..., None], 3, -1)
 
@@ -306,8 +306,12 @@ def _controlnet_aux() -> Any:
 
 
 def _transformers(path: Path, kind: str) -> tuple[Any, Any]:
-    """The processor and the model of a folder; weights are read from safetensors alone, nothing is
-    downloaded."""
+    """Load the processor and the model of a folder. Weights are read from safetensors alone;
+    nothing is downloaded.
+
+    Raises:
+        UserError: for a folder that cannot be read, and without the package.
+    """
     try:
         import transformers
     except ImportError as error:

@@ -1,11 +1,13 @@
-"""The names under which data sets keep a text and an image, and how a record's pair is found by
-them.
+"""The names under which data sets keep a text and an image, and how both are found in a record.
 
-    {"file_name": "7.jpg", "text": "a dog"}           an image and its text, by their usual names
-    {"photo": "7.jpg", "text": "a dog"}               left out: `photo` looks like an image and is not read
-    {"image": "7.jpg", "file": "7_mask.png", ...}     left out: two images, unless `data.image_key` says which
+    record                                        what is read
+    {"file_name": "7.jpg", "text": "a dog"}       an image and its text, by their usual names
+    {"photo": "7.jpg", "text": "a dog"}           nothing: `photo` looks like an image, but its name
+                                                  is unknown
+    {"image": "7.jpg", "file": "7_mask.png"}      nothing: two images, unless `data.image_key` says
+                                                  which
 
-Nothing is guessed: half of a pair is never read without a word.
+Nothing is guessed: a record is left out, with a reason, before half of a pair is read alone.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ TEXT_KEYS = (
     "alt_text",
     "alt",
 )
-"""Usual names of a text, in the order in which they are preferred; upper and lower case do not
-matter."""
+"""Usual names of a text, the preferred ones first; upper and lower case do not matter."""
 IMAGE_KEYS = (
     "image",
     "images",
@@ -55,12 +56,12 @@ IMAGE_KEYS = (
 NAMES_OF_ANY_FILE = frozenset(
     {"file_name", "filename", "file_path", "filepath", "file", "path", "images"}
 )
-"""Those of them that count only where their value looks like an image."""
+"""Those image names that count only if their value looks like an image."""
 CONVERSATION_KEYS = ("conversations", "messages")
-"""Names of a list of turns, `{"from": "human", "value": "..."}` or `{"role": "user", "content":
-"..."}`."""
+"""Names of a list of turns, each `{"from": "human", "value": "..."}` or
+`{"role": "user", "content": "..."}`."""
 PLACEHOLDER = "<image>"
-"""Where an image stands inside the turns of a conversation."""
+"""Marks the position of an image within the turns of a conversation."""
 
 
 @dataclass(kw_only=True)
@@ -74,35 +75,36 @@ class PairConfig(FilesConfig):
 
 
 class Found(NamedTuple):
-    """A key of a record and what stands under it."""
+    """A key of a record and the value under it."""
 
     key: str
     value: Any
 
 
 def find_text(record: Mapping[str, Any], key: str | None = None) -> Found | None:
-    """The text of a record: what stands under `key`, or else under the first of the usual names;
-    None without one."""
+    """Find the text of a record: the value under `key` or, without a key, under the first of the
+    usual names; None if there is no such value."""
     if key is not None:
         return Found(key, record[key]) if record.get(key) is not None else None
     return next(iter(under(record, TEXT_KEYS)), None)
 
 
 def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | None:
-    """The image of a record: what stands under `key`, or else under one of the usual names; None
-    without one.
+    """Find the image of a record: the value under `key` or, without a key, under one of the usual
+    names; None if there is no such value.
 
     Raises:
-        BadRecord: where several usual names hold different images.
+        BadRecord: if several usual names hold different images.
     """
     if key is not None:
         return Found(key, record[key]) if record.get(key) else None
-    found = [
-        each
-        for each in under(record, IMAGE_KEYS)
-        if each.value not in ("", [])
-        and (each.key.lower() not in NAMES_OF_ANY_FILE or looks_like_image(each.value))
-    ]
+    found = []
+    for each in under(record, IMAGE_KEYS):
+        # Names such as `file` may stand for anything, so their value must look like an image.
+        certain = each.key.lower() not in NAMES_OF_ANY_FILE
+        if each.value not in ("", []) and (certain or looks_like_image(each.value)):
+            found.append(each)
+
     if any(each.value != found[0].value for each in found):
         keys = ", ".join(each.key for each in found)
         raise BadRecord(f"several images, under {keys}; say which with data.image_key")
@@ -112,22 +114,22 @@ def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | Non
 def check_unread(
     record: Mapping[str, Any], text: Found | None, image: Found | None, config: PairConfig
 ) -> None:
-    """Check that a record of which one half was found does not hold the other half under an unknown
+    """Check that a record in which one half was found does not hold the other under an unknown
     name.
 
-    A key that is set in the config decides alone.
+    A key that is set in the config is the only one that is looked at.
 
     Args:
         text: the text that was found.
         image: the image that was found.
 
     Raises:
-        BadRecord: with the names of what looks like a text or an image and would not be read.
+        BadRecord: naming the values that look like a text or an image and would not be read.
     """
     images, texts = [], []
     if image is None and config.image_key is None:
         images = [key for key, value in record.items() if looks_like_image(value)]
-        # Where a caption is, there is an image: its address often ends like anything.
+        # A caption belongs to an image, whose address may have any ending.
         if text is not None and text.key.lower() != "text":
             images += [key for key in record if "url" in key.lower() and key not in images]
     if text is None and config.text_key is None:
@@ -143,7 +145,7 @@ def check_unread(
 
 
 def first_text(value: Any) -> Any:
-    """The text that a value stands for: itself, or the first of a list that is not blank."""
+    """The text that a value stands for: itself or, of a list, the first one that is not blank."""
     if not isinstance(value, (list, tuple)):
         return value
     for each in value:
@@ -156,7 +158,7 @@ def first_text(value: Any) -> Any:
 
 
 def image_paths(found: Found) -> list[str]:
-    """The paths under an image's key: strings, or the `path` of objects, alone or in a list.
+    """The paths under an image's key: one or a list of strings, or of objects with a `path`.
 
     Raises:
         BadRecord: for anything else.
@@ -171,8 +173,8 @@ def image_paths(found: Found) -> list[str]:
 
 
 def image_path(found: Found) -> str:
-    """The one path under an image's key. Raises BadRecord as `image_paths`, and for a list of none
-    or several."""
+    """The only path under an image's key. Raises BadRecord as `image_paths` does, and for a list of
+    more or fewer than one."""
     paths = image_paths(found)
     if len(paths) != 1:
         raise BadRecord(f"{found.key} lists {len(paths)} images; a page is written as segments")
@@ -180,7 +182,7 @@ def image_path(found: Found) -> str:
 
 
 def conversation(record: Mapping[str, Any]) -> str | None:
-    """The turns of a record's conversation as one text, a line each; None where it has none.
+    """A record's conversation as one text, with a line for each turn; None without a conversation.
 
     Raises:
         BadRecord: for a turn without a text.
@@ -200,11 +202,11 @@ def conversation(record: Mapping[str, Any]) -> str | None:
 
 
 def conversation_segments(text: str, images: list[str]) -> list[dict[str, str]]:
-    """A conversation as the segments of a page: images stand where `<image>` does, one without it
-    before the text.
+    """Split a conversation into the segments of a page. Images stand where `<image>` does; a single
+    image without a placeholder stands before the text.
 
     Raises:
-        BadRecord: where the places are not as many as the images.
+        BadRecord: if there are not as many placeholders as images.
     """
     runs = text.split(PLACEHOLDER)
     if len(runs) == 1 and len(images) == 1:
@@ -220,8 +222,8 @@ def conversation_segments(text: str, images: list[str]) -> list[dict[str, str]]:
 
 
 def looks_like_image(value: Any) -> bool:
-    """Whether a value may be an image: its bytes, a path or an address that ends as one, or an
-    object of these."""
+    """Whether a value may be an image: its bytes, a path or address with an image's ending, an
+    object that holds one of these, or a list of them."""
     if isinstance(value, bytes):
         return True
     if isinstance(value, Mapping):
@@ -235,7 +237,7 @@ def looks_like_image(value: Any) -> bool:
 
 
 def looks_like_text(value: Any) -> bool:
-    """Whether a value may be a text: two words or more, or a list of such."""
+    """Whether a value may be a text: two words or more, or a list or an object with such."""
     if isinstance(value, (list, tuple)):
         return bool(value) and looks_like_text(value[0])
     if isinstance(value, Mapping):
@@ -246,7 +248,7 @@ def looks_like_text(value: Any) -> bool:
 
 
 def under(record: Mapping[str, Any], names: Iterable[str]) -> Iterator[Found]:
-    """What stands under these names, in the order of the names."""
+    """Yield the entries of a record that have one of these names, in the order of the names."""
     by_name: dict[str, Found] = {}
     for key, value in record.items():
         if isinstance(key, str) and value is not None:

@@ -1,5 +1,14 @@
-"""What sources made of files share: records, their checks, and how they are read, skipped and
-fingerprinted."""
+"""What all sources of files share: records, their checks, reading, skipping and fingerprints.
+
+A subclass turns a file into records; everything that follows is done here:
+
+    file (a part)     a.jsonl
+    records           a.jsonl/1: "a dog", <function that reads dog.jpg>       images not read yet
+                      a.jsonl/2: left out, "the caption is empty"        one bad line, not fatal
+    documents         a.jsonl/1: "a dog", pixels (H, W, 3)                    decoded in threads
+
+Every record is counted, also one that is left out, so that reading can go on from any of them.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +37,14 @@ from cm3leon.secrets import masked_url
 from cm3leon.types import Document, ImageSegment, Role, Segment, TextSegment, UserError
 
 REMOTE_BLOCKS = 4
-"""Blocks that are read of a remote file without a checksum."""
+"""Blocks that are read of a remote file that has no checksum."""
 
 
 def fingerprint(files: Files, listed: Sequence[File]) -> str:
-    """A checksum over the files' names and what they hold, wherever they lie, see `digests`.
+    """A checksum over the names and contents of files, wherever they lie (see `digests`).
 
-    Of a remote file it is the checksum that its file system has, or else its size and a few blocks.
+    A remote file counts by the checksum that its file system has, or else by its size and a few
+    blocks.
     """
     if files.local:
         paths = [Path(files.full(file.name)) for file in listed]
@@ -53,7 +63,7 @@ def _remote_blocks(files: Files, file: File) -> str:
 def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
     """A checksum over the images that records name, where these are files of their own.
 
-    What a source draws or computes depends on its settings, and is not looked at.
+    What a source draws or computes follows from its settings, and is left out here.
     """
     names: list[str] = []
     paths: list[Path] = []
@@ -67,6 +77,8 @@ def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
             if found is None:
                 continue
             files, name = found
+
+            # Local files are digested together in the end, remote ones asked for their checksums.
             if files.local:
                 names.append(record.id)
                 paths.append(Path(files.full(name)))
@@ -76,7 +88,7 @@ def images_fingerprint(records: Iterable[Record | Skipped]) -> str:
 
 
 def _file_of(load: Any) -> tuple[Files, str] | None:
-    """The file that a call of `Files.image` would read, by its name; None for anything else."""
+    """The file that a call of `Files.image` would read, by its name; None for any other call."""
     if not isinstance(load, partial) or not isinstance(load.func, MethodType):
         return None
     files, name = load.func.__self__, load.args[0]
@@ -88,12 +100,12 @@ def _file_of(load: Any) -> tuple[Files, str] | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------ records
+# ---------------------------------------------------------------------------------------- records
 
 
 @dataclass(frozen=True, eq=False)
 class MarkedImage:
-    """An image with a role: pixels (H, W, C), or the function that gives them or its file."""
+    """An image with a role: its pixels (H, W, C), or a function that returns them or its file."""
 
     content: np.ndarray | Callable[[], bytes | np.ndarray]
     role: Role = ""
@@ -101,26 +113,30 @@ class MarkedImage:
 
 @dataclass(frozen=True)
 class Record:
-    """A document whose images are not decoded: runs of text, and for each image the function that
-    gives its file.
+    """A document whose images are not read yet: runs of text, and for each image a function that
+    returns its file.
 
-    That function may raise UnusableImage.
+    Such a function may raise UnusableImage.
     """
 
     id: str
     segments: tuple[str | TextSegment | MarkedImage | Callable[[], bytes], ...]
     label: int | None = None
     picture: int = 0
-    """Which of its images it is about: documents about the same one fall on one side of a split."""
+    """Index of the image that the document is about; documents about the same image fall on the
+    same side of a split."""
 
 
 class BadRecord(ValueError):
-    """Why one record is left out; the message is a short reason."""
+    """Why a record is left out; the message is a short reason."""
 
 
 def caption_text(caption: str | bytes | None, max_bytes: int) -> str:
-    """A caption, decoded and without the white space around it. Raises BadRecord if it is empty or
-    too long."""
+    """Decode a caption and strip the white space around it.
+
+    Raises:
+        BadRecord: for a caption that is empty, longer than `max_bytes` in UTF-8, or no text.
+    """
     if caption is None or len(caption) == 0:
         raise BadRecord("the caption is empty")
     if len(caption) > max_bytes:
@@ -134,7 +150,8 @@ def caption_text(caption: str | bytes | None, max_bytes: int) -> str:
 
 
 def page_text(text: Any, what: str = "the text") -> str:
-    """A run of text as it is. Raises BadRecord for anything but a string that UTF-8 can hold."""
+    """Decode a run of text, otherwise unchanged. Raises BadRecord unless it is a string that UTF-8
+    can hold."""
     try:
         if isinstance(text, bytes):
             return text.removeprefix(codecs.BOM_UTF8).decode()
@@ -147,7 +164,7 @@ def page_text(text: Any, what: str = "the text") -> str:
 
 
 def parse_object(content: bytes, what: str) -> dict[str, Any]:
-    """A JSON object. Raises BadRecord for anything else."""
+    """Parse a JSON object. Raises BadRecord for anything else."""
     try:
         value = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
     except RecursionError as error:
@@ -160,9 +177,9 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
 
 
 def id_key(value: Any) -> int | str | None:
-    """What an id of a published file is compared by; None for what is no id.
+    """The form in which ids of published files are compared; None for a value that is no id.
 
-    A whole number is the same id however it is written: 7, 7.0, "7" and "0007" are.
+    A whole number is the same id however it is written: 7, 7.0, "7" and "0007" are equal.
     """
     if isinstance(value, bool):
         return None
@@ -174,8 +191,8 @@ def id_key(value: Any) -> int | str | None:
 
 
 def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers from 1; None for one that is too long, which is
-    not held."""
+    """Yield the lines that are not blank, with their numbers from 1; for a line that is too long,
+    None in its place. Such a line is never held in memory as a whole."""
     number = 0
     while line := file.readline(max_bytes + 1):
         number += 1
@@ -193,8 +210,8 @@ def json_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | No
 def interleaved(
     segments: Any, image: Callable[[str], Callable[[], bytes]]
 ) -> tuple[str | Callable[[], bytes], ...]:
-    """The segments of a page: `[{"text": "..."}, {"image": "name"}, ...]`; empty runs of text are
-    dropped.
+    """Read the segments of a page, `[{"text": "..."}, {"image": "name"}, ...]`, without empty runs
+    of text.
 
     Args:
         image: name -> the function that gives the image's file.
@@ -206,53 +223,52 @@ def interleaved(
         raise BadRecord("segments is not a list")
     result: list[str | Callable[[], bytes]] = []
     for number, segment in enumerate(segments):
-        text, name = (
-            (segment.get("text"), segment.get("image"))
-            if isinstance(segment, dict)
-            else (None, None)
-        )
+        text, name = None, None
+        if isinstance(segment, dict):
+            text, name = segment.get("text"), segment.get("image")
+
         if text is not None and name is None:
             run = page_text(text, f"the text of segment {number}")
-            result += [run] if run.strip() else []
+            if run.strip():
+                result.append(run)
         elif text is None and isinstance(name, str):
             result.append(image(name))
         else:
             raise BadRecord(f'segment {number} is neither {{"text": ...}} nor {{"image": ...}}')
+
     if not result:
         raise BadRecord("the page is empty")
     return tuple(result)
 
 
-# ------------------------------------------------------------------------------------------------ sources of files
+# -------------------------------------------------------------------------------- sources of files
 
 
 UNREADABLE = "what cannot be read"
-"""The part of a source that holds folders, links and devices that are left out, where there are
+"""The part of a source that lists folders, links and devices that cannot be read, if there are
 any."""
 
 
 @dataclass(kw_only=True)
 class FilesConfig:
-    """Where the files are, and what is too much of one."""
+    """Where the files are, and the limits on what is read of one."""
 
     path: Annotated[str | list[str], Location()]
     """A file, a folder (its subfolders are searched too) or a glob (`**` for any subfolders), local
-    or a URL; several as a list, with braces or as a.tar::b.tar."""
+    or a URL. Several are given as a list, with braces or as a.tar::b.tar."""
     max_pixels: PositiveInt = 64_000_000
-    """Images of more pixels than this are skipped."""
+    """Images of more pixels are skipped."""
     max_caption_bytes: PositiveInt = 10_000
-    """Captions longer than this, in UTF-8 bytes, are skipped with their images."""
+    """Captions longer than this, in UTF-8 bytes, are skipped together with their images."""
     max_file_bytes: PositiveInt = 256 * 2**20
-    """Images, members of a tar and lines longer than this, in bytes, are skipped without being
-    read."""
+    """Images, members of a tar and lines longer than this, in bytes, are skipped unread."""
 
 
 class FileSource(Source):
-    """A corpus of files, each a part; a subclass reads the records of one, and gets everything
-    else."""
+    """A corpus of files, each of which is a part. A subclass reads the records of a file."""
 
     suffixes: tuple[str, ...]
-    """Endings of the files, in lower case."""
+    """Endings of the files that are read, in lower case."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -260,8 +276,7 @@ class FileSource(Source):
 
     @abstractmethod
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
-        """Every record of a part in order, also those before `start`, of which nothing but the id
-        will be used.
+        """Yield every record of a part in order. Of those before `start` only the id is used.
 
         FileNotFoundError and PermissionError mean that the part cannot be opened.
         """
@@ -273,7 +288,7 @@ class FileSource(Source):
 
     @property
     def images_apart(self) -> bool:
-        """Whether images are files of their own that the listed files name."""
+        """Whether images are files of their own, named by the listed files."""
         return False
 
     def fingerprint(self) -> str:
@@ -299,8 +314,11 @@ class FileSource(Source):
     def _found(self) -> Listing:
         listing = self.files.listing(self.suffixes)
         if not listing.files:
-            first = listing.left_out[0] if listing.left_out else None
-            more = f" but {first.file}, {first.reason}" if first is not None else ""
+            # Something of that name may be there, but unreadable: then say so.
+            more = ""
+            if listing.left_out:
+                first = listing.left_out[0]
+                more = f" but {first.file}, {first.reason}"
             raise UserError(
                 f"data.path: {self.files.path} holds no files that end in "
                 f"{', '.join(self.suffixes)}{more}"
@@ -323,7 +341,7 @@ class FileSource(Source):
             yield Skipped(part, "no permission to read the file")
 
     def _decoded(self, record: Record | Skipped, size: int | None = None) -> Document | Skipped:
-        """The document of a record; each image is brought to `size` before the next one is
+        """Turn a record into a document; each image is brought to `size` before the next is
         decoded."""
         if isinstance(record, Skipped):
             return record
@@ -335,6 +353,7 @@ class FileSource(Source):
                 if isinstance(segment, (str, TextSegment)):
                     segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
                     continue
+
                 image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)
                 content = (
                     image.content if isinstance(image.content, np.ndarray) else image.content()
@@ -347,21 +366,24 @@ class FileSource(Source):
                 segments.append(ImageSegment(content, image.role))
         except UnusableImage as error:
             return Skipped(record.id, str(error))
+
+        # Documents about the same image, known by the bytes of its file, share a split.
         group = digests[record.picture] if digests else ""
         return Document(record.id, tuple(segments), record.label, group)
 
 
 def _digest(content: bytes | np.ndarray) -> str:
-    """SHA-256 of an image's file, or of the pixels of one that has none."""
+    """SHA-256 of an image's file, or of its pixels if it has no file."""
     held = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
     return digest_of(held)
 
 
 def _without_repeats(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
+    """Leave out records whose id was there before, and mask secrets in ids that are addresses."""
     seen: set[str] = set()
     for record in records:
         if isinstance(record, Record):
-            # The query of a signed URL would be written into every shard.
+            # The query of a signed URL would otherwise be written into every shard.
             if "?" in record.id:
                 record = replace(record, id=masked_url(record.id))
             if record.id in seen:

@@ -1,4 +1,4 @@
-"""Files of a corpus, local or remote: listed, opened, and found by the names that records give."""
+"""Files of a corpus, local or remote: listed, opened, and found by the names in its records."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from cm3leon.permissions import check_readable
 from cm3leon.types import UserError
 
 CUT_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a damaged gzip file raises."""
+"""What reading a damaged gzip file may raise."""
 
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class File(NamedTuple):
-    """A listed file: its name relative to the root of the listing, its bytes, and a remote one's
-    checksum, if known."""
+    """A listed file: its name relative to the root of the listing, its size in bytes, and the
+    checksum of a remote file, if known."""
 
     name: str
     size: int
@@ -49,20 +49,23 @@ class File(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The files that paths stand for, and what lies there and cannot be read, with reasons."""
+    """The files under some paths, and what lies there but cannot be read, with reasons."""
 
     files: list[File]
     left_out: list[Skipped]
 
 
 class Files:
-    """The files that paths stand for: files, folders with their subfolders, or globs (`**` = any
-    subfolders).
+    """The files under paths: files, folders with their subfolders, or globs.
 
     A path is local, or anything that fsspec opens (`s3://bucket/tars`, `hf://datasets/...`).
-    Several are given as a list, as `a.tar::b.tar` or with braces (`paths.py`). Names are relative
-    to the folder, to the folder of the file, or to the part of a glob before its first wildcard;
-    those of several paths to the folder that holds all of these.
+    Several are given as in `paths.py`. Names are relative to a root:
+
+        path                      root               a name
+        data/cats                 data/cats          sub/7.jpg
+        data/cats/sub/7.jpg       data/cats/sub      7.jpg
+        data/*/sub                data               cats/sub/7.jpg     before the first wildcard
+        data/cats, data/dogs      data               cats/sub/7.jpg     the deepest folder of both
 
     Args:
         where: the setting that holds the path, for messages.
@@ -91,22 +94,19 @@ class Files:
 
     @property
     def is_file(self) -> bool:
-        """Whether a path is that of one file."""
+        """Whether one of the paths is a single file."""
         return any(place.kind == "file" for place in self._places)
 
     def list(self, suffixes: Iterable[str]) -> list[File]:
-        """The files whose names end in one of the suffixes (lower case), by their paths; one file
-        is always taken."""
+        """The files with one of the suffixes (lower case), by path; a single file always counts."""
         return self.listing(suffixes).files
 
     def listing(self, suffixes: Iterable[str]) -> Listing:
-        """As `list`, with what cannot be read.
-
-        Local links to folders are followed, each real folder once.
+        """As `list`, and what cannot be read. Links are followed, each folder is read once.
 
         Raises:
-            UserError: for a local folder that may not be read, and, of several paths, for one
-                without such a file.
+            UserError: for a local folder that may not be read, and if one of several paths holds no
+                such file.
         """
         endings = tuple(suffixes)
         found: dict[str, File] = {}
@@ -130,6 +130,8 @@ class Files:
             if self.local:
                 return Listing([self._stated(place.whole, os.stat(place.whole))], [])
             return Listing([self._remote(place.whole, self.system.info(place.whole))], [])
+
+        # Remote file systems list everything below a path in one go.
         if not self.local:
             list_all = self.system.glob if place.kind == "glob" else self.system.find
             try:
@@ -144,6 +146,8 @@ class Files:
             full_names, told = self.system.glob(place.whole), {}
         else:
             full_names, told = _walk(place.whole, endings, self._where)
+
+        # A link may lead nowhere, and the size is needed.
         files = []
         for full in full_names:
             if not full.lower().endswith(endings):
@@ -157,6 +161,7 @@ class Files:
                     files.append(self._stated(full, stat))
                 elif not S_ISDIR(stat.st_mode):
                     told[full] = "not a file, but a pipe, a socket or a device"
+
         left_out = []
         for full, reason in told.items():
             name = self._relative(full) or "."
@@ -164,10 +169,10 @@ class Files:
         return Listing(files, left_out)
 
     def open(self, name: str) -> BinaryIO:
-        """The bytes of a file, unpacked if it is a gzip file.
+        """Open a file; a gzip file is unpacked.
 
         Raises:
-            FileNotFoundError: for a name that is not there.
+            FileNotFoundError: for a name that does not exist.
         """
         file = self._open(name)
         packed = file.read(2) == b"\x1f\x8b"
@@ -175,18 +180,18 @@ class Files:
         return _Unpacked(file) if packed else file  # type: ignore[return-value]  # read as one
 
     def open_raw(self, name: str) -> BinaryIO:
-        """The bytes of a file as they are."""
+        """Open a file as it is."""
         return self._open(name)
 
     def image(self, name: str, max_bytes: int, beside: str = "", advice: str = "") -> bytes:
-        """The bytes of an image file.
+        """Read an image file.
 
-        The name may be written otherwise than that of the file: with backslashes, or with its
-        accents composed or not. A whole path is taken if it lies in the folder.
+        The name may be spelled differently from the file's: with backslashes, or with accents
+        composed or decomposed. An absolute path is accepted if it lies in the folder.
 
         Args:
-            beside: a file whose folder the name is relative to, instead of the root.
-            advice: what to do about a file that is not there, for the reason.
+            beside: the file whose folder the name is relative to, instead of the root.
+            advice: what to do if the file does not exist, appended to the reason.
 
         Raises:
             UnusableImage: for a file that is missing, outside the folder or larger than
@@ -200,7 +205,7 @@ class Files:
                         return read_limited(file, max_bytes)
                 except FileNotFoundError as error:
                     missing = missing or error
-        except UserError:  # the network or the credentials fail, which is no matter of this image
+        except UserError:  # the network or the credentials fail, which is not this image's fault
             raise
         except UnusableImage as error:
             outside = missing is None and advice and not str(error).startswith("too large")
@@ -209,7 +214,7 @@ class Files:
             reason = f"unreadable: {type(error).__name__}: the image {name!a}"
             raise UnusableImage(reason) from error
         except OSError as error:
-            # Otherwise the disk or the network fails, which is no matter of this image.
+            # Any other error is one of the disk or the network, not of this image.
             if error.errno not in NO_SUCH_NAME:
                 raise
             reason = f"unreadable: {error.strerror}: the image {ascii(name)[:80]}"
@@ -218,7 +223,7 @@ class Files:
         raise UnusableImage(f"{reason}; {advice}" if advice else reason) from missing
 
     def located(self, name: str, beside: str = "") -> str:
-        """The name of the file that `image` would read, as it is written where it lies.
+        """The name of the file that `image` would read, as it is spelled on the disk.
 
         Raises:
             UnusableImage: for a name that leads outside the folder.
@@ -229,8 +234,7 @@ class Files:
         return next((each for each in spelled if os.path.exists(self.full(each))), spelled[0])
 
     def _spelled(self, name: str, beside: str) -> builtins.list[str]:
-        """The names, relative to the root, that an image may have. Raises UnusableImage for one
-        outside the folder."""
+        """Spellings of an image's name from the root. Raises UnusableImage outside the folder."""
         if "://" in name:
             raise UnusableImage(
                 f"the image {name!a} is an address; images are not downloaded, img2dataset does so"
@@ -246,7 +250,7 @@ class Files:
         if not self.local:
             return open_remote(self.system, full, self._where)
         mode = os.stat(full).st_mode
-        if not S_ISREG(mode) and not S_ISDIR(mode):  # to open a pipe could take forever
+        if not S_ISREG(mode) and not S_ISDIR(mode):  # opening a pipe could block forever
             raise FileNotFoundError(errno.ENOENT, "not a file", full)
         return open(full, "rb")
 
@@ -266,8 +270,7 @@ class Files:
                 yield self._remote(full, info)
 
     def remote_checksum(self, name: str) -> str:
-        """What changes with the content of a remote file, as far as its file system says; its size
-        if that is all."""
+        """A remote file's checksum or, if its file system has none, its size."""
         full = self.full(name)
         try:
             with reaching(full, self._where):
@@ -287,8 +290,7 @@ class Files:
 
 
 class _Place(NamedTuple):
-    """One path: the file system, the path in it, what it is, and the folder that names are relative
-    to."""
+    """One path: its file system, the path in it, its kind, and the root of its names."""
 
     path: str
     system: Any
@@ -298,9 +300,9 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, path: str, where: str) -> _Place:
-        """What a path stands for. Raises UserError for one that does not exist."""
+        """Find out what a path stands for. Raises UserError for one that does not exist."""
         try:
-            if os.path.lexists(path):  # whatever its name looks like
+            if os.path.lexists(path):  # even if its name looks like a URL or a glob
                 system, whole = LocalFileSystem(), make_path_posix(path)
             else:
                 system, whole = file_system(path)
@@ -312,6 +314,8 @@ class _Place(NamedTuple):
                 kind = persistently(partial(kind_of, system, whole))
             except FileNotFoundError as error:
                 raise missing_path(path, where, error) from error
+
+        # Names are relative to the folder, the file's folder, or the folders before a wildcard.
         if kind == "folder":
             return cls(path, system, whole or "/", "folder", whole)
         if kind == "file":
@@ -325,7 +329,7 @@ class _Place(NamedTuple):
 
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip file that closes the file below it too."""
+    """A gzip file that also closes the file below it."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(fileobj=file)
@@ -339,6 +343,7 @@ class _Unpacked(gzip.GzipFile):
 
 
 def _before_magic(folders: list[str]) -> Iterator[str]:
+    """The folders of a glob before its first wildcard."""
     for folder in folders:
         if fsspec.core.has_magic(folder):
             return
@@ -346,7 +351,7 @@ def _before_magic(folders: list[str]) -> Iterator[str]:
 
 
 def _common_folder(one: str, other: str) -> str:
-    """The deepest folder that holds both, or is one of them."""
+    """The deepest folder that is or holds both."""
     same = []
     for left, right in zip(one.split("/"), other.split("/"), strict=False):
         if left != right:
@@ -356,12 +361,12 @@ def _common_folder(one: str, other: str) -> str:
 
 
 def _walk(root: str, endings: tuple[str, ...], where: str) -> tuple[list[str], dict[str, str]]:
-    """The files below a local folder whose names end so, and why others and folders are left out,
-    by their paths.
+    """Find the files below a local folder whose names have one of the endings, and the reasons why
+    other files and folders are left out, by their paths.
 
-    Links to folders are followed after all real folders, by their names, so that a folder has its
-    own name rather than that of a link. One that was read already, or in which the root lies, is
-    left out: so no link leads in a circle.
+    Links to folders are followed after all real folders, by name, so that a file is known by its
+    own path rather than by that of a link. A folder that was already read, or that contains the
+    root, is left out, so that no link leads in a circle.
     """
     found: list[str] = []
     told: dict[str, str] = {}
@@ -372,6 +377,7 @@ def _walk(root: str, endings: tuple[str, ...], where: str) -> tuple[list[str], d
     links: list[str] = []
     while waiting or links:
         if not waiting:
+            # No real folder is left: follow the first link by name.
             links.sort(reverse=True)
             waiting.append(links.pop())
         folder = waiting.pop()
@@ -402,11 +408,12 @@ def _walk(root: str, endings: tuple[str, ...], where: str) -> tuple[list[str], d
 
 
 def _is_broken_link_to_a_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a link that leads nowhere, by its name to a folder."""
+    """Whether an entry is a broken link with a name like a folder's."""
     return entry.is_symlink() and "." not in entry.name and not os.path.exists(entry.path)
 
 
 def _identity(path: str) -> tuple[int, int]:
+    """What makes a folder the same one under any path: its device and inode."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 
@@ -421,15 +428,14 @@ def _reason_of(error: OSError) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """How a file of that name may be written: as it is, with slashes, with accents composed or
-    decomposed."""
+    """A file's name as it is, with slashes, and with composed or decomposed accents."""
     slashes = name.replace("\\", "/")
     forms = [normalize(form, slashes) for form in ("NFC", "NFD")] if is_utf8(name) else []
     return list(dict.fromkeys([name, slashes, *forms]))
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a name in a corpus leads outside it: absolute, through `..`, or a URL."""
+    """Whether a name leads outside the corpus: absolute, through `..`, or as a URL."""
     return (
         name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "://" in name
     )

@@ -1,4 +1,12 @@
-"""Any folder of captioned images."""
+"""Any folder of captioned images.
+
+images/captions.jsonl       {"file": "a/1.jpg", "caption": "a dog"}
+images/a/1.jpg              "a dog", from the table
+images/a/1.txt              not read: a table goes before a text beside the image
+images/a/2.jpg              the caption that 2.txt holds
+images/a/2.txt
+images/a/3.jpg              left out: no caption
+"""
 
 from __future__ import annotations
 
@@ -41,28 +49,28 @@ from cm3leon.types import UserError
 TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 """Files that hold the captions of the images in their folder and below."""
 UNUSED = "unused captions"
-"""The part of the lines that name no image."""
+"""The part that lists captions of images that do not exist."""
 CHUNK = 1000
-"""Images of a part."""
+"""Images per part."""
 _READABLE = tuple(ending for endings in READABLE.values() for ending in endings)
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """What a folder holds: names of the images and of the tables, captions by image, and what
-    cannot be used."""
+    """The contents of a folder: names of images and tables, captions by image, and what cannot be
+    used."""
 
     images: list[str]
     tables: list[str]
     texts: dict[str, str] = field(default_factory=dict)
-    """Names of the `.txt` files by the names that they may be looked for under."""
+    """Names of the `.txt` files, by all names under which they may be looked up."""
     captions: dict[str, str] = field(default_factory=dict)
     bad_lines: dict[str, list[Skipped]] = field(default_factory=dict)
-    """Of each table."""
+    """Lines that cannot be used, by table."""
     unused: list[Skipped] = field(default_factory=list)
-    """Captions of images that are not there."""
+    """Captions of images that do not exist."""
     sharing: Counter[str] = field(default_factory=Counter)
-    """Readable images by their names without endings."""
+    """How many readable images have the same name without its ending."""
     left_out: list[Skipped] = field(default_factory=list)
 
 
@@ -71,24 +79,26 @@ class FolderSource(FileSource):
     """Images under a folder, with captions in `name.txt` beside each, or in tables of captions.
 
     A line of captions.jsonl is `{"file": "sub/name.jpg", "caption": "..."}`; metadata.jsonl and
-    metadata.csv are those of Hugging Face's imagefolder, with `file_name` and `text`. The names of
-    files are relative to the folder of the table; other usual names of the two (`fields.py`), or
-    `data.image_key` and `data.text_key`, serve as well. A table goes before `name.txt`, one in a
-    deeper folder before one above it, and the first caption of an image before later ones. Upper
-    and lower case of endings, backslashes and composed or decomposed accents do not matter.
+    metadata.csv are those of Hugging Face's imagefolder, with `file_name` and `text`. Other usual
+    names of the two (see `fields.py`), or `data.image_key` and `data.text_key`, serve as well. File
+    names are relative to the table's folder; upper and lower case of endings, backslashes and
+    composed or decomposed accents do not matter.
 
-    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal;
-    so are images that share one `name.txt`, since it is not said which of them it describes. A part
+    Where an image has several captions, a table goes before `name.txt`, a table in a deeper folder
+    before one above it, and the first caption in a table before later ones.
+
+    Images that are unreadable, truncated, too large or without a caption are skipped, never fatal.
+    So are images that share one `name.txt`, since nothing says which of them it describes. A part
     is a thousand images.
     """
 
     @dataclass(kw_only=True)
     class Config(PairConfig):
-        """Where the images are."""
+        """Where the images and their captions are."""
 
         path: Annotated[str | list[str], Location()]
-        """The folder, local or a URL; its subfolders are searched too. Several as a list or with
-        braces."""
+        """The folder, local or a URL; its subfolders are searched too. Several are given as a list
+        or with braces."""
 
     suffixes = (*sorted(SUFFIXES), ".txt", *TABLES)
 
@@ -112,8 +122,12 @@ class FolderSource(FileSource):
     def parts(self) -> list[str]:
         self._folder = folder = self._read_folder()
         chunks = [f"images {number}" for number in range(-(-len(folder.images) // CHUNK))]
-        last = [UNUSED] if folder.tables else []
-        return [*folder.tables, *chunks, *last, *([UNREADABLE] if folder.left_out else [])]
+        parts = [*folder.tables, *chunks]
+        if folder.tables:
+            parts.append(UNUSED)
+        if folder.left_out:
+            parts.append(UNREADABLE)
+        return parts
 
     def fingerprint(self) -> str:
         return fingerprint(self.files, self.files.list(self.suffixes))
@@ -130,6 +144,7 @@ class FolderSource(FileSource):
                 yield self._record(name, folder)
 
     def _record(self, name: str, folder: _Folder) -> Record | Skipped:
+        """The record of an image, or why it is skipped."""
         if not is_utf8(name):
             return Skipped(ascii(name), "the file's name is not UTF-8")
         caption = folder.captions.get(name)
@@ -143,8 +158,12 @@ class FolderSource(FileSource):
         return Record(name, (caption, partial(self.files.image, name, self.config.max_file_bytes)))
 
     def _caption_beside(self, name: str, folder: _Folder) -> str:
-        """The caption in the `.txt` file of an image. Raises ValueError, or OSError for a file that
-        vanished."""
+        """Read the caption in the `.txt` file of an image.
+
+        Raises:
+            ValueError: if there is none, if several images share it, or if it cannot be used.
+            OSError: if the file has vanished.
+        """
         beside = str(PurePosixPath(name).with_suffix(".txt"))
         text = next(
             (folder.texts[each] for each in _looked_for(beside) if each in folder.texts), None
@@ -158,6 +177,7 @@ class FolderSource(FileSource):
             raise ValueError(
                 f"several images share {PurePosixPath(text).name!a}; name them in {TABLES[0]}"
             )
+
         try:
             with self.files.open_raw(text) as file:
                 content = read_limited(file, self.config.max_file_bytes)
@@ -168,24 +188,29 @@ class FolderSource(FileSource):
         return caption
 
     def _read_folder(self) -> _Folder:
+        """Find images, texts and tables, and read the captions in the tables."""
         listing = self.files.listing(self.suffixes)
         names = [file.name for file in listing.files]
         images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
         tables = [name for name in names if PurePosixPath(name).name in TABLES]
         folder = _Folder(images, tables, left_out=listing.left_out)
+
+        # Texts can be looked up by composed accents too, but a name spelled exactly so goes first.
         for name in names:
             if name.lower().endswith(".txt"):
                 for each in _looked_for(str(PurePosixPath(name).with_suffix(".txt"))):
                     folder.texts.setdefault(each, name)
-        # A name that is written exactly so goes before all others.
         folder.texts.update({name: name for name in names if name.endswith(".txt")})
         folder.sharing.update(_stem(name) for name in images if name.lower().endswith(_READABLE))
 
+        # Likewise images, which tables name.
         known: dict[str, str] = {}
         for name in images:
             for each in _looked_for(name):
                 known.setdefault(each, name)
         known.update({name: name for name in images})
+
+        # A caption is set once, so the tables of deeper folders come first.
         for table in sorted(tables, key=lambda name: -name.count("/")):
             folder.bad_lines[table] = list(self._read_table(table, known, folder))
         return folder
@@ -193,7 +218,7 @@ class FolderSource(FileSource):
     def _read_table(
         self, table: str, known: Mapping[str, str], folder: _Folder
     ) -> Iterator[Skipped]:
-        """Takes the captions of a table; gives the lines that cannot be used."""
+        """Take over the captions of a table; yield the lines that cannot be used."""
         here: set[str] = set()
         for number, row in self._rows(table):
             try:
@@ -203,12 +228,15 @@ class FolderSource(FileSource):
             except (BadRecord, ValueError) as error:
                 yield Skipped(f"{table}:{number}", f"unusable line: {error}")
                 continue
+
+            # An absolute path counts if it lies in the folder; others start at the table's folder.
             if self.files.local and written.startswith(f"{self.files.root}/"):
-                places = [written[len(self.files.root) + 1 :]]
+                paths = [written[len(self.files.root) + 1 :]]
             else:
-                places = [str(PurePosixPath(table).parent / each) for each in spellings(written)]
-            looked_for = [each for place in places for each in _looked_for(place)]
+                paths = [str(PurePosixPath(table).parent / each) for each in spellings(written)]
+            looked_for = [each for path in paths for each in _looked_for(path)]
             name = next((known[each] for each in looked_for if each in known), None)
+
             if name is None:
                 reason = f"named in {table}, but there is no such image in the folder"
                 folder.unused.append(Skipped(written, reason))
@@ -219,7 +247,7 @@ class FolderSource(FileSource):
                 folder.captions.setdefault(name, caption)
 
     def _named_caption(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """The name of the image and the caption in a row. Raises BadRecord or ValueError."""
+        """The image's name and the caption in a row. Raises BadRecord or ValueError."""
         found = find_image(row, self.config.image_key)
         if found is None and self.config.image_key is None:
             found = next(under(row, IMAGE_KEYS), None)
@@ -228,6 +256,7 @@ class FolderSource(FileSource):
             if half is None:
                 keys = ", ".join(map(ascii, list(row)[:5]))
                 raise BadRecord(f"no {what} under a usual name or data.{setting}, but {keys}")
+
         assert found is not None
         assert text is not None
         caption = first_text(text.value)
@@ -235,7 +264,7 @@ class FolderSource(FileSource):
         return image_path(found), caption
 
     def _rows(self, table: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
-        """The rows of a table with their numbers, or why one cannot be read."""
+        """Yield the rows of a table with their line numbers, or why one cannot be read."""
         with self.files.open_raw(table) as file:
             if table.endswith(".csv"):
                 yield from _csv_rows(file, self.config.max_file_bytes)
@@ -256,7 +285,7 @@ class FolderSource(FileSource):
 
 
 def _csv_rows(file: Any, max_bytes: int) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
-    """The rows of a CSV file by the names in its first line."""
+    """Yield the rows of a CSV file, each by the column names of its first line."""
     before = csv.field_size_limit(min(max_bytes, 2**31 - 1))
     rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     try:
@@ -269,10 +298,10 @@ def _csv_rows(file: Any, max_bytes: int) -> Iterator[tuple[int, Mapping[str, Any
 
 
 def _looked_for(name: str) -> list[str]:
-    """The forms of a name that stand for the same file: as it is, and with composed accents."""
+    """The spellings under which a file is looked up: as written, and with composed accents."""
     return [name, normalize("NFC", name)] if is_utf8(name) else [name]
 
 
 def _stem(name: str) -> str:
-    """The name of an image without its ending, as its caption's is looked for."""
+    """An image's name without its ending, as its caption's file is looked up."""
     return _looked_for(str(PurePosixPath(name).with_suffix("")))[-1]

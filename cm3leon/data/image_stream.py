@@ -18,32 +18,32 @@ from cm3leon.types import Document, UserError
 State = dict[str, Any]
 
 FRUITLESS = 32
-"""Times that a lane may read as many parts as the corpus has without an image, before there is
-taken to be none."""
+"""How often a lane may read as many parts as the corpus has without an image, before the corpus is
+taken to have none."""
 
 
 class ImageStream:
-    """Batches (B, size, size, 3), uint8, whose state another stream over the same corpus goes on
-    from exactly.
+    """Batches (B, size, size, 3), uint8; another stream over the same corpus can resume from the
+    state of this one exactly.
 
-    Every image of a batch has a lane, which gives it batch after batch. `lanes` of them read a part
-    of the source each, so that neighbours in a part do not fill a batch; lane k of n reads the
-    parts at the positions k, k + n, k + 2n ... of their order, which is new in every epoch:
+    Every image of a batch comes from a lane, the same in every batch. Each of the `lanes` reads a
+    part of the source of its own, so that a batch is not filled with neighbours of one part. Lane k
+    of n reads the parts at the positions k, k + n, k + 2n ... of an order that is new every epoch:
 
         batch     0 1 2 3 | 4 5 6 7        images of 4 lanes, for 2 ranks of 4 images each
         lanes     0 0 1 1 | 2 2 3 3        a rank decodes those of its own lanes, and no others
 
-    Where the ranks do not divide the lanes, several of them read the same one. A document gives one
-    of its images, which is cropped and mirrored at random. The next batch is read, in threads,
-    while the last one is trained on.
+    If the number of ranks does not divide that of lanes, several ranks read the same lane. A
+    document gives one of its images, which is cropped and mirrored at random. The next batch is
+    read in threads while the last one is trained on.
 
     Args:
         keep: whether a document is used.
-        batch_size: images of all ranks.
-        share: (rank, ranks) that have a part of each batch, one after the other.
+        batch_size: images in a batch of all ranks together.
+        share: (rank, ranks); each rank reads a consecutive part of the batch.
 
     Raises:
-        UserError: for a batch that the ranks cannot share.
+        UserError: for a batch that cannot be divided evenly among the ranks.
     """
 
     def __init__(
@@ -72,12 +72,14 @@ class ImageStream:
         self._coming: dict[int, Future[tuple[list[np.ndarray], list[int]]]] = {}
 
     def next(self) -> np.ndarray:
-        """The next batch. Raises UserError for a corpus without an image to train on."""
+        """Return the next batch. Raises UserError for a corpus without an image to train on."""
         if self._lanes is None:
-            # A state may have the lanes of other ranks, too.
+            # A state may hold the lanes of other ranks, too.
             own = dict.fromkeys(self._lane_of(slot) for slot in self._slots)
             self._lanes = {lane: self._images(*self._state["lanes"][str(lane)]) for lane in own}
             self._read_on(self._state["batches"])
+
+        # The state stands behind the batch that is returned, not behind the one that is read next.
         found = {lane: coming.result() for lane, coming in self._coming.items()}
         number = self._state["batches"] + 1
         places = {str(lane): place for lane, (_, place) in found.items()}
@@ -86,26 +88,27 @@ class ImageStream:
         return np.stack([image for images, _ in found.values() for image in images])
 
     def state_dict(self) -> State:
-        """Where the stream is, as JSON; of its own lanes, which those of the other ranks are put
-        beside."""
+        """The state as JSON, of this rank's lanes; the caller adds those of the other ranks."""
         return self._state
 
     def load_state_dict(self, state: State) -> None:
-        """Goes on from there. Raises UserError for a state of an earlier version."""
+        """Resume from a state. Raises UserError for a state of an earlier version."""
         if "batches" not in state:
             raise UserError(
-                "image_tokenizer: its checkpoints are of an earlier version, which drew the images in another order; "
-                "delete the folders step_* of the stage to begin anew"
+                "image_tokenizer: its checkpoints are of an earlier version, which drew the images "
+                "in another order; delete the folders step_* of the stage to begin anew"
             )
         for coming in self._coming.values():
-            coming.exception()  # its lane must not be read any more
+            coming.exception()  # waits for the thread, as two must not read one lane
         self._state = state
         self._lanes, self._coming = None, {}
 
     def _lane_of(self, slot: int) -> int:
+        """The lane that an index of the batch reads."""
         return slot * self._lane_count // self._batch_size
 
     def _read_on(self, batch: int) -> None:
+        """Start to read a batch, each lane in a thread."""
         assert self._lanes is not None
         self._coming = {
             lane: self._pool.submit(self._of_batch, batch, lane, images)
@@ -115,13 +118,15 @@ class ImageStream:
     def _of_batch(
         self, batch: int, lane: int, images: Iterator[tuple[Document, list[int]]]
     ) -> tuple[list[np.ndarray], list[int]]:
-        """This rank's images of a lane in a batch, and where the lane is then."""
+        """Take this rank's images of one lane for a batch; also return where the lane stands then."""
         own: list[np.ndarray] = []
         place: list[int] = []
         for slot in range(self._batch_size):
             if self._lane_of(slot) != lane:
                 continue
             rng = np.random.default_rng(mixed(self._seed, batch * self._batch_size + slot))
+
+            # A document of another rank is read all the same, to keep the lane's order.
             document, place = next(images)
             if slot in self._slots:
                 image_HWC = document.images[int(rng.integers(len(document.images)))]
@@ -129,8 +134,8 @@ class ImageStream:
         return own, place
 
     def _images(self, position: int, item: int) -> Iterator[tuple[Document, list[int]]]:
-        """The documents with images of a lane from an item of a part on, each with the place behind
-        it."""
+        """Yield the documents with images of a lane, from an item of a part on, each with the
+        position behind it."""
         fruitless = 0  # parts that have ended since the last image
         while fruitless <= FRUITLESS * len(self._parts):
             part = self._parts[shuffled(self._seed, position, len(self._parts))]
@@ -145,11 +150,14 @@ class ImageStream:
 
 
 def random_square(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The largest square of an image at a random place, mirrored half the time, as (size, size, 3),
-    uint8."""
-    side = min(
-        pixels_HWC.shape[:2]
-    )  # cropped first: to resize an image of extreme aspect could take any memory
+    """Crop the largest square at a random position, mirror it half the time, and resize it.
+
+    Cropping comes first, since resizing an image of extreme aspect could take any memory.
+
+    Returns:
+        Pixels (size, size, 3), uint8.
+    """
+    side = min(pixels_HWC.shape[:2])
     top, left = (int(rng.integers(length - side + 1)) for length in pixels_HWC.shape[:2])
     crop_HWC = pixels_HWC[top : top + side, left : left + side]
     if rng.random() < 0.5:
