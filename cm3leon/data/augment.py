@@ -69,7 +69,7 @@ def varied(
     pixels_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()
 
     # All numbers are drawn image by image, then read version by version.
-    named = [SHARED_KEY] * len(keys) if config.shared else keys
+    named = [SHARED_KEY if config.shared else key for key in keys]
     drawn = [_draws(name, config.versions, seed) for name in named]
     uniform_VB6, normal_VB244 = (
         torch.from_numpy(np.stack(numbers, axis=1)) for numbers in zip(*drawn, strict=True)

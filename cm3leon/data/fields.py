@@ -85,7 +85,9 @@ def find_text(record: Mapping[str, Any], key: str | None = None) -> Found | None
     """Find the text of a record: the value under `key` or, without a key, under the first of the
     usual names; None if there is no such value."""
     if key is not None:
-        return Found(key, record[key]) if record.get(key) is not None else None
+        if record.get(key) is None:
+            return None
+        return Found(key, record[key])
     return next(iter(under(record, TEXT_KEYS)), None)
 
 
@@ -97,7 +99,10 @@ def find_image(record: Mapping[str, Any], key: str | None = None) -> Found | Non
         BadRecord: if several usual names hold different images.
     """
     if key is not None:
-        return Found(key, record[key]) if record.get(key) else None
+        if not record.get(key):
+            return None
+        return Found(key, record[key])
+
     found = []
     for each in under(record, IMAGE_KEYS):
         # Names such as `file` may stand for anything, so their value must look like an image.

@@ -351,7 +351,9 @@ class FileSource(Source):
         try:
             for segment in record.segments:
                 if isinstance(segment, (str, TextSegment)):
-                    segments.append(TextSegment(segment) if isinstance(segment, str) else segment)
+                    if isinstance(segment, str):
+                        segment = TextSegment(segment)
+                    segments.append(segment)
                     continue
 
                 image = segment if isinstance(segment, MarkedImage) else MarkedImage(segment)

@@ -1,11 +1,13 @@
 """Any folder of captioned images.
 
-images/captions.jsonl       {"file": "a/1.jpg", "caption": "a dog"}
-images/a/1.jpg              "a dog", from the table
-images/a/1.txt              not read: a table goes before a text beside the image
-images/a/2.jpg              the caption that 2.txt holds
-images/a/2.txt
-images/a/3.jpg              left out: no caption
+    images/captions.jsonl       {"file": "a/1.jpg", "caption": "a dog"}
+    images/a/1.jpg              "a dog", from the table
+    images/a/1.txt              not read: a table goes before a text beside the image
+    images/a/2.jpg              the caption that 2.txt holds
+    images/a/2.txt
+    images/a/3.jpg              left out: no caption
+
+Names are relative to `data.path`; tables and texts beside images may be mixed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,15 @@
-"""Image files to uint8 RGB arrays, with limits on what is decoded."""
+"""Image files to uint8 RGB arrays, with limits on what is decoded.
+
+    what a file holds                      what is read
+    an orientation in EXIF                 the pixels as a viewer shows them
+    transparent pixels                     the image on white
+    16 bits per channel                    the upper 8
+    several frames or pages                the first
+    more than max_pixels, by its header    nothing: UnusableImage, before anything is decoded
+    a format that is not read (HEIC)       nothing: UnusableImage, naming the format
+
+Colour profiles are not applied.
+"""
 
 from __future__ import annotations
 
@@ -29,45 +40,43 @@ READABLE = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
 }
-"""Endings of the image files that are read, by Pillow's name of their format; AVIF where Pillow was
-built with it."""
+"""Endings of the image files that are read, by Pillow's names of their formats. AVIF is read if
+Pillow was built with it."""
 FORMATS = tuple(name for name in READABLE if name != "AVIF" or features.check("avif"))
-"""Pillow's names of the formats that are read here."""
+"""Pillow's names of the formats that can be read here."""
 RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
-"""Endings of raw photographs; many are TIFF files whose first image is a thumbnail."""
+"""Endings of raw photographs; many are TIFF files that begin with a thumbnail."""
 SUFFIXES = frozenset(
     {ending for endings in READABLE.values() for ending in endings}
     | {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", *RAW}
 )
-"""Endings that make a file count as an image; those of no readable format are left out with that
+"""Endings by which a file counts as an image; files of an unreadable format are left out with that
 reason."""
 
 MAX_PIXELS = 64_000_000
-"""Pixels that an image given by hand may have; sources have `data.max_pixels`."""
+"""Most pixels of an image given by a user; for sources, `data.max_pixels` says so."""
 MAX_FILE_BYTES = 512 * 2**20
-"""Bytes that an image file given by hand may have."""
+"""Most bytes of an image file given by a user."""
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray
-"""What stands for one image: the path of a file, the bytes of one, a Pillow image, or an array of
-pixels."""
+"""An image: the path of its file, the file's bytes, a Pillow image, or an array of pixels."""
 
 
 class UnusableImage(ValueError):
-    """Why one image is left out; the message is a short reason."""
+    """Why an image is left out; the message is a short reason."""
 
 
 def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of an image in any form that it can be given in.
+    """Return the pixels (H, W, 3), uint8 RGB, of an image in any accepted form.
 
-    Whatever a picture is given as, its pixels are those that a source reads from its file (see
-    `decode_image`): the orientation that EXIF states is applied, transparency is laid on white, 16
-    bits are reduced to their upper 8.
+    The pixels are the same as those that a source reads from the image's file (see `decode_image`):
+    upright as EXIF says, transparency on white, 16 bits reduced to the upper 8.
 
-    Arrays are grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4). Their pixels are uint8; or
-    uint16, whose upper 8 bits are read; or bool, where True is white.
+    Arrays are grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4). They hold uint8, uint16
+    (of which the upper 8 bits are read) or bool (True is white).
 
     Raises:
-        UnusableImage: as `decode_image`, for a file that cannot be read, and for an array of
+        UnusableImage: as for `decode_image`, for a file that cannot be read, and for an array of
             another shape or type.
     """
     if isinstance(image, bytes):
@@ -81,15 +90,16 @@ def read_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _array_pixels(image, max_pixels)
     raise UnusableImage(
-        f"it is of type {type(image).__name__}; it must be a path, bytes, a Pillow image or a NumPy array"
+        f"it is of type {type(image).__name__}; it must be a path, bytes, a Pillow image or a "
+        "NumPy array"
     )
 
 
 def read_given_image(image: ImageInput, argument: str) -> np.ndarray:
-    """As `read_image`, for an image that a user gave as the argument of that name.
+    """Read an image as `read_image` does, for a user's argument of that name.
 
     Raises:
-        UserError: naming the argument, and the file if it is one.
+        UserError: naming the argument and, if the image is a file, its path.
     """
     try:
         return read_image(image)
@@ -101,18 +111,17 @@ def read_given_image(image: ImageInput, argument: str) -> np.ndarray:
 def decode_image(
     content: bytes, max_pixels: int, name: str = "image", *, size: int | None = None
 ) -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of an image file of one of `FORMATS`; any number of threads may
-    decode at a time.
+    """Decode an image file of one of `FORMATS` to pixels (H, W, 3), uint8 RGB. Any number of
+    threads may decode at a time.
 
-    The orientation that EXIF states is applied, transparency is laid on white, 16 bits are reduced
-    to 8, the first frame of an animation and the first page of a TIFF file are taken; colour
-    profiles are not applied. What Pillow warns of is printed with the file's name.
+    The image is turned upright as EXIF says, transparency is laid on white, and 16 bits are reduced
+    to 8. Of an animation the first frame is read, of a TIFF file the first page. Colour profiles
+    are not applied. Pillow's warnings are printed with the file's name.
 
     Args:
-        max_pixels: the only limit on the image's size; Pillow's own does not count.
-        name: what the reason calls the file.
-        size: side of the central square that the image is brought to, as by `square`; None = it is
-            left as it is.
+        max_pixels: the only limit on the image's size; Pillow's own is not used.
+        name: the file's name, for the reason.
+        size: side of the central square to resize to, as by `square`; None = the whole image.
 
     Raises:
         UnusableImage: for a file that is unreadable, truncated, or has more than `max_pixels`; its
@@ -131,18 +140,18 @@ def decode_image(
                 raise
             raise UnusableImage(f"is {format_}; {_READ} are read") from None
         except ValueError as error:
-            # Pillow gives up where a text or a colour profile unpacks to more than a megabyte.
-            # Neither is needed.
+            # Pillow gives up if a text or a colour profile unpacks to more than a megabyte. Neither
+            # is needed here.
             if isinstance(error, UnusableImage) or not content.startswith(_PNG):
                 raise
             return _opened_and_decoded(_without_texts(content), max_pixels, size)
 
 
 def decode_transparency(content: bytes, max_pixels: int, name: str = "mask") -> np.ndarray:
-    """Which pixels of an image file are wholly transparent: boolean (H, W), upright as EXIF says.
+    """Find the wholly transparent pixels of an image file: bool (H, W), upright as EXIF says.
 
     Raises:
-        UnusableImage: as `decode_image`, and for an image without transparency.
+        UnusableImage: as for `decode_image`, and for an image without transparency.
     """
     with (
         _reasons(name),
@@ -158,8 +167,7 @@ def decode_transparency(content: bytes, max_pixels: int, name: str = "mask") -> 
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """Which pixels of an image file are wholly transparent, as `decode_transparency`, for a file
-    that a user gave.
+    """Find the transparent pixels as `decode_transparency` does, for a file given by a user.
 
     Raises:
         UserError: for a file that cannot be used.
@@ -171,7 +179,7 @@ def read_mask(file: Path) -> np.ndarray:
 
 
 def image_size(content: bytes, max_pixels: int, name: str = "image") -> tuple[int, int]:
-    """Width and height of an image file by its header, in which it lies as it does in the file.
+    """The width and height of an image file by its header, before it is turned upright.
 
     Raises:
         UnusableImage: for a file that is unreadable or has more than `max_pixels`.
@@ -190,12 +198,15 @@ def _opened_and_decoded(content: bytes, max_pixels: int, size: int | None) -> np
         _check_size(image.width, image.height, max_pixels)
         with _room.taken(image.width * image.height):
             rgb = _decoded(image, max_pixels)
-            return np.asarray(rgb if size is None else _squared(rgb, size))
+            if size is not None:
+                rgb = _squared(rgb, size)
+            return np.asarray(rgb)
 
 
 def _decoded(image: Image.Image, max_pixels: int) -> Image.Image:
-    """An image that Pillow has opened, in RGB; one that holds no pixels yet is decoded here."""
+    """Bring an image that Pillow has opened to RGB; its pixels are decoded here at the latest."""
     _check_size(image.width, image.height, max_pixels)
+    # What says which value is transparent is lost by decoding, so it is read first.
     mode, transparency = image.mode, _transparent_value(image)
     image.load()
     rgb = _rgb(ImageOps.exif_transpose(image), transparency)
@@ -220,7 +231,7 @@ _SIGNATURES = {
 
 
 def _format_of(content: bytes) -> str | None:
-    """The format of a file that is not read, None if its beginning does not tell it."""
+    """The name of the format of a file that cannot be read; None if its beginning is unknown."""
     beginning = content.removeprefix(b"\xef\xbb\xbf")[:4096]
     for format_, signature in _SIGNATURES.items():
         if format_ not in FORMATS and re.match(signature, beginning, re.DOTALL):
@@ -229,23 +240,24 @@ def _format_of(content: bytes) -> str | None:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """A PNG file without its texts and colour profile."""
-    kept, place = [_PNG], len(_PNG)
-    while place < len(png):
-        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
-        if png[place + 4 : place + 8] not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
-            kept.append(png[place:end])
-        place = end
+    """Drop the texts and the colour profile of a PNG file."""
+    kept, start = [_PNG], len(_PNG)
+    while start < len(png):
+        # A chunk is its length (4 bytes), type (4), data, and checksum (4).
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if png[start + 4 : start + 8] not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(png[start:end])
+        start = end
     return b"".join(kept)
 
 
 PIXELS_AT_ONCE = 128_000_000
-"""Pixels of all images that are being decoded at a time, of which each takes 4 to 12 bytes; a
-larger one is alone."""
+"""Most pixels of all images that are decoded at a time, each of 4 to 12 bytes; a larger image is
+decoded alone."""
 
 
 class _Room:
-    """Bounds what threads hold together."""
+    """A bound on what all threads hold together."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -254,8 +266,8 @@ class _Room:
 
     @contextmanager
     def taken(self, amount: int) -> Iterator[None]:
-        """Wait until there is room for the amount; one above the limit waits until nothing else is
-        there."""
+        """Wait until there is room for the amount; an amount above the limit waits until nothing
+        else is held."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._limit)
             self._taken += amount
@@ -271,7 +283,7 @@ _room = _Room(PIXELS_AT_ONCE)
 
 
 def _file_content(path: str | Path) -> bytes:
-    """The bytes of a file on this machine. Raises UnusableImage."""
+    """Read a file of this machine. Raises UnusableImage."""
     try:
         file = Path(path).expanduser()
         if file.exists() and not file.is_file():  # reading a pipe or a device may never end
@@ -288,7 +300,7 @@ def _file_content(path: str | Path) -> bytes:
 
 
 def read_limited(file: BinaryIO, limit: int) -> bytes:
-    """The rest of a file, read piece by piece so that no more is held than there is.
+    """Read the rest of a file piece by piece, so that little is held of a file that is too long.
 
     Raises:
         UnusableImage: for more bytes than the limit.
@@ -303,12 +315,14 @@ def read_limited(file: BinaryIO, limit: int) -> bytes:
 
 
 def _array_pixels(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
-    """Pixels (H, W, 3), uint8 RGB, of an array. Raises UnusableImage."""
+    """Bring an array to pixels (H, W, 3), uint8 RGB. Raises UnusableImage."""
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
         raise UnusableImage(
-            f"an array of shape {pixels.shape}; it must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+            f"an array of shape {pixels.shape}; it must be (H, W), (H, W, 1), (H, W, 3) or "
+            "(H, W, 4)"
         )
+
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
@@ -316,6 +330,7 @@ def _array_pixels(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
         pixels = (pixels >> 8).astype(np.uint8)
     elif pixels.dtype != np.uint8:
         raise UnusableImage(f"an array of {pixels.dtype}; it must be uint8, uint16 or bool")
+
     if channels == 1:
         pixels = pixels.reshape(pixels.shape[:2])
     return np.asarray(_rgb(Image.fromarray(np.ascontiguousarray(pixels))))
@@ -330,22 +345,20 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 @contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Whatever Pillow raises inside the block becomes an UnusableImage about the image of that
-    name."""
+    """Turn whatever Pillow raises inside the block into an UnusableImage about that image."""
     try:
         yield
     except UnusableImage:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, TypeError, ...
-        # Pillow's message holds the address of the buffer, which is another one in every run.
+        # Pillow's message contains the address of the buffer, which differs in every run.
         message = _BUFFER.sub(lambda _: repr(name), f"{type(error).__name__}: {error}")
         raise UnusableImage(f"unreadable: {message}") from error
 
 
 @contextmanager
 def counted_modes() -> Iterator[Counter[str]]:
-    """Counts the images decoded inside the block by their mode in the file: RGB, L, CMYK, I;16
-    ..."""
+    """Count the images decoded inside the block by their mode in the file, such as RGB or CMYK."""
     counter: Counter[str] = Counter()
     token = _modes.set(counter)
     try:
@@ -371,19 +384,22 @@ def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     tiles = image.tile if isinstance(image, ImageFile) else ()
     raw_mode = str(tiles[0].args) if tiles else image.mode
     if isinstance(value, tuple):
-        return tuple(each >> 8 for each in value) if raw_mode.endswith(";16B") else value
+        if not raw_mode.endswith(";16B"):
+            return value
+        return tuple(each >> 8 for each in value)
     return value * {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
 
 
 def _rgb(image: Image.Image, transparency: int | tuple[int, ...] | None = None) -> Image.Image:
-    """The image in RGB, its transparency on white, 16 bits reduced to their upper 8.
+    """Bring an image to RGB, with transparency on white and 16 bits reduced to the upper 8.
 
     Args:
-        transparency: the grey value or the colour that is transparent.
+        transparency: the grey value or the colour that is transparent, if one is.
     """
     if image.mode == "F":
         raise UnusableImage("its pixels are floating point numbers, whose range is not known")
-    if image.mode.startswith("I"):  # older versions of Pillow open 16 bits as 32
+    # Older versions of Pillow open 16 bits as 32.
+    if image.mode.startswith("I"):
         values_HW = np.asarray(image).astype(np.int64)
         if values_HW.min() < 0 or values_HW.max() > 0xFFFF:
             raise UnusableImage("its pixels have 32 bits, whose range is not known")
@@ -391,6 +407,7 @@ def _rgb(image: Image.Image, transparency: int | tuple[int, ...] | None = None) 
         if transparency is not None:
             grey_HW[values_HW == transparency] = 255
         return Image.fromarray(grey_HW).convert("RGB")
+
     if transparency is not None:
         rgb_HWC = np.array(image.convert("RGB"))
         rgb_HWC[(rgb_HWC == transparency).all(axis=2)] = 255
@@ -402,13 +419,12 @@ def _rgb(image: Image.Image, transparency: int | tuple[int, ...] | None = None) 
 
 
 def square(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The central square of an image, resized (bicubic, antialiased) to (size, size, 3), uint8."""
+    """Resize the central square of an image (bicubic, antialiased) to (size, size, 3), uint8."""
     return np.asarray(_squared(Image.fromarray(pixels_HWC), size))
 
 
 def fitted(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of an image, as much as has that shape, resized as in `square` to (height, width,
-    3), uint8."""
+    """Resize the largest central part of that shape, as `square` does, to (height, width, 3)."""
     image = Image.fromarray(pixels_HWC)
     return np.asarray(ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC))
 

@@ -1,4 +1,15 @@
-"""Documents as lines of JSON."""
+"""Documents as lines of JSON.
+
+    a line                                                     its document
+    {"text": "a dog", "image": "7.jpg"}                        "a dog", 7.jpg
+    {"text": "a dog"}                                          "a dog"
+    {"segments": [{"text": "a"}, {"image": "7.jpg"}]}          a page: "a", 7.jpg
+    {"image": "7.jpg", "conversations":                        a page: 7.jpg, "what is it?\\na dog"
+        [{"from": "human", "value": "<image> what is it?"},
+         {"from": "gpt", "value": "a dog"}]}
+
+How a text and an image are found in a line is told in `fields.py`.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +49,14 @@ from cm3leon.registry import SOURCES
 
 
 class LinesSource(FileSource):
-    """Files of JSON objects, one a line; a subclass makes the record of one. Blank lines do not
+    """Files of JSON objects, one per line, of which a subclass makes records. Blank lines do not
     count."""
 
     suffixes = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
     @abstractmethod
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
-        """The record of a line. Raises BadRecord for one that is not usable."""
+        """Make the record of a line. Raises BadRecord for an unusable one."""
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         with self.files.open(part) as file:
@@ -57,6 +68,7 @@ class LinesSource(FileSource):
                 yield Skipped(part, f"the file ends early: {type(error).__name__}: {error}")
 
     def _record(self, line: bytes | None, number: int, part: str) -> Record | Skipped:
+        """Parse a line and make its record, or say why it is skipped."""
         if line is None:
             return Skipped(
                 f"{part}:{number}", f"the line is longer than {self.config.max_file_bytes} bytes"
@@ -75,10 +87,11 @@ class JsonlSource(LinesSource):
     """Lines of JSON, each a document of text, of a caption and an image, or of both in any order.
 
     `{"id": "7", "text": "...", "image": "images/7.jpg"}` is a caption and its image; either may be
-    left out. Both are found under their usual names (`fields.py`), or under `data.text_key` and
-    `data.image_key`; of a list of captions the first is taken. `{"segments": [{"text": "..."},
-    {"image": "images/7.jpg"}]}` is a page, and so is `{"image": "7.jpg", "conversations": [{"from":
-    "human", "value": "<image> ..."}, ...]}`. Without an `id` the line's number serves.
+    missing. Both are found under their usual names (see `fields.py`), or under `data.text_key` and
+    `data.image_key`. Of a list of captions the first is used. A page is written as `{"segments":
+    [{"text": "..."}, {"image": "images/7.jpg"}]}`, or as `{"image": "7.jpg", "conversations":
+    [{"from": "human", "value": "<image> ..."}, ...]}`. A line without an `id` is named by its
+    number.
     """
 
     @dataclass(kw_only=True)
@@ -86,8 +99,7 @@ class JsonlSource(LinesSource):
         """Where the lines and the images are."""
 
         images: Annotated[str, Location()] | None = None
-        """Folder or URL that the images' paths are relative to; null = the folder that each file
-        lies in."""
+        """Folder or URL that the images' paths are relative to; null = the folder of each file."""
 
     images_apart = True
 
@@ -96,10 +108,13 @@ class JsonlSource(LinesSource):
         self._images = Files(config.images, "data.images") if config.images else None
 
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
+
+        # A page says itself where its texts and images stand.
         load = partial(self._image, part)
         if "segments" in content:
             return Record(id_, interleaved(content["segments"], load))
 
+        # A conversation is a page, too, with images where its turns have placeholders.
         image = find_image(content, self.config.image_key)
         turns = conversation(content) if self.config.text_key is None else None
         if turns is not None:
@@ -107,12 +122,14 @@ class JsonlSource(LinesSource):
             segments = conversation_segments(turns, image_paths(image) if image else [])
             return Record(id_, interleaved(segments, load))
 
+        # Everything else is a caption and an image, or one of them.
         text = find_text(content, self.config.text_key)
         check_unread(content, text, image, self.config)
         if image is None:
             if text is None:
-                keys = f", but {', '.join(map(ascii, list(content)[:5]))}" if content else ""
-                raise BadRecord(f"the line has none of text, image and segments{keys}")
+                keys = ", ".join(map(ascii, list(content)[:5]))
+                held = f", but {keys}" if content else ""
+                raise BadRecord(f"the line has none of text, image and segments{held}")
             return Record(id_, interleaved([{"text": first_text(text.value)}], load))
         if text is None:
             return Record(id_, (load(image_path(image)),))
@@ -120,7 +137,7 @@ class JsonlSource(LinesSource):
         return Record(id_, (caption, load(image_path(image))))
 
     def _image(self, part: str, name: str) -> Any:
-        """The function that gives an image's file; the name may not leave the folder."""
+        """The function that reads an image's file; the name may not leave the folder."""
         if self._images:
             return partial(self._images.image, name, self.config.max_file_bytes)
         return partial(self.files.image, name, self.config.max_file_bytes, beside=part)
@@ -140,7 +157,8 @@ class TextJsonlSource(LinesSource):
     def record(self, content: dict[str, Any], id_: str, part: str) -> Record:
         if self.config.field not in content:
             raise BadRecord(
-                f"the line has no {self.config.field}, but {', '.join(map(ascii, list(content)[:5]))}"
+                f"the line has no {self.config.field}, but "
+                f"{', '.join(map(ascii, list(content)[:5]))}"
             )
         text = page_text(content[self.config.field])
         if not text.strip():

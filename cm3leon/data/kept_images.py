@@ -1,12 +1,14 @@
-"""Texts and images of a part as they were decoded, kept on disk for those who read the same part
-next.
+"""Decoded texts and images of a part, kept on disk for whoever reads the same part next.
 
-A file is an Arrow stream of the documents of one part in their order:
+A file is an Arrow stream of a part's documents, in order:
 
-    id (string)   text (string)   image (size * size * 3 bytes, null without one)   crc (of text and image)
+    id       string
+    text     string
+    image    size * size * 3 bytes, or null for a document without one
+    crc      checksum of text and image
 
-Its last batch is empty, so that a file which was cut behind another one is noticed. It is no
-result: it may be deleted at any time, and whoever misses it decodes the images again.
+Its last batch is empty: a file without one was cut off. The file is a cache and may be deleted at
+any time; the images are then decoded again.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ def kept_file(folder: Path, number: int, count: int) -> Path:
 
 @contextmanager
 def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
-    """Yield a function that takes the next documents of a part; the file appears when the block
-    ends well.
+    """Yield a function that keeps the next documents of a part; the file appears once the block has
+    ended without an error.
 
-    Of a document all its text is kept and its first image, which must be (size, size, 3). There is
-    no file if it would be longer than `limit` bytes, or the disk is full.
+    All text of a document is kept, and its first image, which must be (size, size, 3). There is no
+    file if it would be longer than `limit` bytes, or if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -49,6 +51,7 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
             "crc": pa.uint32(),
         }
     )
+
     fits = limit > 0
     try:
         with partial.open("wb", buffering=0) as file:
@@ -56,6 +59,7 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
 
             def write(documents: Sequence[Document], *, last: bool = False) -> None:
                 nonlocal fits
+                """Append a batch; if it does not fit, give the disk its space back."""
                 try:
                     writer.write_batch(_batch(documents, schema))
                     if last:
@@ -89,13 +93,13 @@ def _batch(documents: Sequence[Document], schema: pa.Schema) -> pa.RecordBatch:
 
 
 def kept_documents(path: Path) -> Iterator[Document] | None:
-    """The documents of a file, with all their text as one run, and their first image; None without
+    """Read the documents of a file, each with its text as one run and its first image; None without
     the file.
 
-    It is open when this returns, and may be deleted from then on.
+    The file is open when this returns, and may be deleted from then on.
 
     Raises:
-        DamagedShard: for a file that is not as it was written; also while the documents are read.
+        DamagedShard: for a file that was changed or cut off; also while the documents are read.
     """
     try:
         return _read(pa.memory_map(str(path)), path)
@@ -104,6 +108,7 @@ def kept_documents(path: Path) -> Iterator[Document] | None:
 
 
 def _read(file: pa.MemoryMappedFile, path: Path) -> Iterator[Document]:
+    """Yield the documents of an open file. Raises DamagedShard."""
     ended = False
     try:
         with file, pa.ipc.open_stream(file) as batches:
@@ -117,6 +122,7 @@ def _read(file: pa.MemoryMappedFile, path: Path) -> Iterator[Document]:
 
 
 def _documents(batch: pa.RecordBatch, path: Path) -> Iterator[Document]:
+    """Yield the documents of a batch, each compared with its checksum."""
     side = round((batch.schema.field("image").type.byte_width / 3) ** 0.5)
     for row in range(batch.num_rows):
         id_, text, crc = (batch.column(name)[row].as_py() for name in ("id", "text", "crc"))

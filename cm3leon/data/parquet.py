@@ -1,4 +1,12 @@
-"""Parquet files of captioned images."""
+"""Parquet files of captioned images.
+
+A file is read one row group after the other, a few rows at a time. A damaged group is left out row
+by row, so that the rows behind it keep their numbers:
+
+    row group 0     rows 0 .. 99        a record each
+    row group 1     rows 100 .. 199     damaged: `Skipped` 100 times
+    row group 2     rows 200 .. 299     a record each
+"""
 
 from __future__ import annotations
 
@@ -27,49 +35,47 @@ from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
 ROWS = 32
-"""Rows held at a time."""
+"""Most rows held at a time."""
 HELD = 512 * 2**20
-"""Bytes of images that the rows held at a time may have, by the file's footer; fewer rows are held
-where they would have more."""
+"""Most bytes of images in the rows held at a time, by the file's footer; fewer rows are held if
+they would have more."""
 ADVICE = (
     "the row has only the image's path: give the folder of the images as data.images, or write the "
     "bytes into the file (embed_table_storage of datasets)"
 )
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
-"""What reading a damaged file raises; pyarrow's OSErrors have no number, those of the disk have
-one."""
+"""What reading a damaged file raises. An OSError of pyarrow has no number, one of the disk has."""
 
 
 @SOURCES.register("parquet")
 class ParquetSource(FileSource):
-    """Parquet files with a column of image files and one of captions, as img2dataset or HF datasets
+    """Parquet files with a column of images and one of captions, as img2dataset and HF datasets
     write them.
 
-    Images are bytes, paths of image files, or the struct {bytes, path}, of which the path is used
-    where there are no bytes. Captions are strings, or lists of strings, of which the first that is
-    not blank is taken. Where the columns are not named, they are found by their usual names
-    (`fields.py`), columns of bytes before columns of paths. A file is read a few rows at a time.
+    Images are bytes, paths of image files, or structs {bytes, path}, of which the path is used if
+    there are no bytes. Captions are strings, or lists of strings, of which the first that is not
+    blank is used. Columns that are not named in the settings are found by their usual names (see
+    `fields.py`), columns of bytes before columns of paths.
     """
 
     @dataclass(kw_only=True)
     class Config(FilesConfig):
-        """Where the files are, and their columns."""
+        """Where the files are, and the names of their columns."""
 
         image_column: str | None = None
         """Column of the images; null = the usual names, such as jpg and image."""
         caption_column: str | None = None
         """Column of the captions; null = the usual names, such as caption and text."""
         id_column: str | None = None
-        """Column of ids, unique within a file; null numbers the rows."""
+        """Column of ids, unique within a file; null = the rows' numbers."""
         images: Annotated[str, Location()] | None = None
-        """Folder or URL that paths of images are relative to; null = the folder that each file lies
-        in."""
+        """Folder or URL that paths of images are relative to; null = the folder of each file."""
 
     suffixes = (".parquet",)
 
     @property
     def images_apart(self) -> bool:
-        """Whether the rows of the first readable file have paths of images and no bytes."""
+        """Whether the rows of the first readable file hold paths of images but no bytes."""
         for file in self._list():
             try:
                 with self.files.open_raw(file.name) as raw:
@@ -96,12 +102,12 @@ class ParquetSource(FileSource):
                 yield Skipped(part, f"not a readable parquet file: {_told(error)}")
                 return
             except BadRecord as error:
-                # In the first file it is a mistake in the config, in a later one a matter of that
-                # file.
+                # In the first file this is a mistake in the config, in a later one one in the file.
                 if part == self.parts()[0]:
                     raise UserError(f"data: {part} {error}") from error
                 yield Skipped(part, str(error))
                 return
+
             row = 0
             for group, number in enumerate(rows):
                 yield from self._group(
@@ -120,13 +126,16 @@ class ParquetSource(FileSource):
         *,
         skip: bool,
     ) -> Iterator[Record | Skipped]:
-        """An item for every row of a row group, damaged or not; `skip` leaves images and captions
-        unread."""
+        """Yield an item for every row of a row group, damaged or not. `skip` leaves images and
+        captions unread."""
         names = [] if skip else [columns.image, columns.caption]
-        names += [columns.id] if columns.id else []
+        if columns.id:
+            names.append(columns.id)
+        # Rows that are skipped and have no ids are just counted.
         if not names:
             yield from (Record(f"{part}/{number}", ()) for number in range(row, end))
             return
+
         told = "it holds fewer rows than the footer says"
         try:
             for batch in file.iter_batches(
@@ -141,12 +150,15 @@ class ParquetSource(FileSource):
                     row += 1
         except DAMAGE as error:
             told = _told(error)
+
+        # Every row that was not read counts all the same.
         for number in range(row, end):
             yield Skipped(f"{part}/{number}", f"row group {group} is damaged: {told}")
 
     def _record(
         self, values: dict[str, Any], columns: _Columns, row: int, part: str
     ) -> Record | Skipped:
+        """The record of a row, or why it is skipped."""
         try:
             key: Any = row if columns.id is None else values[columns.id]
             if key is None:
@@ -154,6 +166,8 @@ class ParquetSource(FileSource):
             id_ = f"{part}/{page_text(key, 'the id') if isinstance(key, bytes) else key}"
         except BadRecord as error:
             return Skipped(f"{part}/{row}", str(error))
+
+        # Only the id of a row that is passed over is read.
         if columns.image not in values:
             return Record(id_, ())
         try:
@@ -161,27 +175,33 @@ class ParquetSource(FileSource):
             caption = first_text(values[columns.caption])
             return Record(id_, (caption_text(caption, self.config.max_caption_bytes), load))
         except BadRecord as error:
-            # Its id is taken all the same, as it is where the row is passed over.
+            # The id counts as taken, exactly as if the row was passed over.
             return Record(id_, (partial(_unusable, str(error)),))
 
     def _image(self, value: Any, columns: _Columns, part: str) -> Callable[[], bytes]:
-        """The function that gives a row's image file. Raises BadRecord for a row without one."""
-        fields = value if isinstance(value, dict) else {}
-        content = fields.get("bytes") if columns.has_struct else value
-        path = fields.get("path") if columns.has_struct else None
+        """The function that reads a row's image. Raises BadRecord for a row without one."""
+        content: Any = None
+        path: Any = None
         if columns.has_paths:
-            content, path = None, value
+            path = value
+        elif columns.has_struct:
+            fields = value if isinstance(value, dict) else {}
+            content, path = fields.get("bytes"), fields.get("path")
+        else:
+            content = value
+
         if content:
             return partial(_checked_size, content, self.config.max_file_bytes)
         if not path:
             raise BadRecord("no image: the row has neither bytes nor a path of one")
+        # A path is relative to the folder that is set, or else to that of the parquet file.
         files, beside = (self.files, part) if self._images is None else (self._images, "")
         path = page_text(path, "the path of the image")
         max_bytes = self.config.max_file_bytes
         return partial(files.image, path, max_bytes, beside=beside, advice=ADVICE)
 
     def _columns(self, schema: pa.Schema) -> _Columns:
-        """The columns of a file. Raises BadRecord for a file that lacks one or has several."""
+        """Find the columns of a file. Raises BadRecord if one is missing or ambiguous."""
         config = self.config
         asked_for = {
             "image_column": config.image_column,
@@ -191,8 +211,10 @@ class ParquetSource(FileSource):
         for key, name in asked_for.items():
             if name is not None and name not in schema.names:
                 raise BadRecord(
-                    f"has no column {name} for data.{key}; its columns are {', '.join(schema.names)}"
+                    f"has no column {name} for data.{key}; its columns are "
+                    f"{', '.join(schema.names)}"
                 )
+
         image = config.image_column or _image_column(schema)
         caption = config.caption_column or _caption_column(schema)
         for name, what in ((image, "image"), (caption, "caption")):
@@ -203,6 +225,7 @@ class ParquetSource(FileSource):
                 )
         assert image is not None
         assert caption is not None
+
         kind = _image_kind(schema.field(image).type)
         if not kind:
             raise BadRecord(
@@ -218,7 +241,7 @@ class ParquetSource(FileSource):
 
 
 class _Columns(NamedTuple):
-    """Names of a file's columns, and how its images are held."""
+    """The names of a file's columns, and the form of its images."""
 
     image: str
     caption: str
@@ -230,14 +253,15 @@ class _Columns(NamedTuple):
 
 
 def _by_usual_name(schema: pa.Schema, names: tuple[str, ...]) -> list[str]:
-    """The columns of these names, in the order of the names; upper and lower case do not matter."""
+    """The columns with these names, in the order of the names; case does not matter."""
     return [column for name in names for column in schema.names if column.lower() == name]
 
 
 def _image_column(schema: pa.Schema) -> str | None:
-    """The column of images by its usual name, None without one. Raises BadRecord for several."""
+    """The column of images by its usual name; None without one. Raises BadRecord for several."""
     usual = _by_usual_name(schema, IMAGE_KEYS)
     kinds = {name: _image_kind(schema.field(name).type) for name in usual}
+    # Beside its bytes an image often has a path, under another of the usual names.
     holding_bytes = [name for name in usual if kinds[name] in ("bytes", "struct")]
     found = holding_bytes or [name for name in usual if kinds[name] == "paths"]
     if len(found) > 1:
@@ -248,19 +272,20 @@ def _image_column(schema: pa.Schema) -> str | None:
 
 
 def _caption_column(schema: pa.Schema) -> str | None:
+    """The column of captions by its usual name; None without one."""
     usual = _by_usual_name(schema, TEXT_KEYS)
     return next((name for name in usual if _holds_texts(schema.field(name).type)), None)
 
 
 def _stored(type_: pa.DataType) -> pa.DataType:
-    """The type of the values of a dictionary or of an extension type."""
+    """The type of the values of a dictionary or extension type; any other type as it is."""
     while pa.types.is_dictionary(type_) or isinstance(type_, pa.BaseExtensionType):
         type_ = type_.value_type if pa.types.is_dictionary(type_) else type_.storage_type
     return type_
 
 
 def _image_kind(type_: pa.DataType) -> Literal["bytes", "paths", "struct", ""]:
-    """How a column of that type holds images, "" if it cannot."""
+    """How a column of that type holds images; "" if it cannot."""
     type_ = _stored(type_)
     if pa.types.is_struct(type_):
         names = [type_.field(index).name for index in range(type_.num_fields)]
@@ -273,7 +298,7 @@ def _image_kind(type_: pa.DataType) -> Literal["bytes", "paths", "struct", ""]:
 
 
 def _holds_texts(type_: pa.DataType) -> bool:
-    """Whether a column of that type may hold captions; one of nulls alone may."""
+    """Whether a column of that type may hold captions; a column of nothing but nulls may."""
     type_ = _stored(type_)
     if _is_list(type_):
         type_ = _stored(type_.value_type)
@@ -301,7 +326,7 @@ def _is_list(type_: pa.DataType) -> bool:
 
 
 def _has_no_bytes(metadata: pq.FileMetaData, image: str) -> bool:
-    """Whether the footer says that all `bytes` of a column of structs are null."""
+    """Whether all `bytes` of a column of structs are null, according to the footer."""
     seen = False
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
@@ -317,12 +342,12 @@ def _has_no_bytes(metadata: pq.FileMetaData, image: str) -> bool:
 
 
 def _rows_at_a_time(group: pq.RowGroupMetaData, image: str) -> int:
-    """Rows of a row group that are read together, fewer where their images may be large."""
+    """How many rows of a row group are read together: fewer if their images may be large."""
     sizes = [0]
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema.split(".")[0] == image:
-            # A dictionary's values are repeated: each row may have all of its bytes.
+            # A dictionary's values may be repeated: each row could have all of its bytes.
             repeated = any("DICTIONARY" in encoding for encoding in column.encodings)
             rows = 1 if repeated else max(group.num_rows, 1)
             sizes.append(column.total_uncompressed_size // rows)
@@ -330,7 +355,7 @@ def _rows_at_a_time(group: pq.RowGroupMetaData, image: str) -> int:
 
 
 def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
-    """Rows of each row group. Raises ArrowInvalid where they do not make the rows of the file."""
+    """The rows of each row group. Raises ArrowInvalid if their sum is not the file's rows."""
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
         raise pa.ArrowInvalid(
@@ -340,8 +365,8 @@ def _rows_of_groups(metadata: pq.FileMetaData) -> list[int]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """The column as Python values; strings as bytes, since not all files hold UTF-8 where they say
-    so."""
+    """A column as Python values. Strings become bytes, since not all files hold UTF-8 where they
+    claim to."""
     if isinstance(column, pa.ExtensionArray):
         return _values(column.storage)
     if pa.types.is_dictionary(column.type):
@@ -353,10 +378,12 @@ def _values(column: pa.Array) -> list[Any]:
         names = [name for name in ("bytes", "path") if column.type.get_field_index(name) >= 0]
         fields = {name: _values(column.field(name)) for name in names}
         valid = column.is_valid().to_pylist()
-        return [
-            {name: fields[name][index] for name in names} if valid[index] else None
-            for index in range(len(column))
-        ]
+        rows: list[Any] = [None] * len(column)
+        for index, is_valid in enumerate(valid):
+            if is_valid:
+                rows[index] = {name: fields[name][index] for name in names}
+        return rows
+    # What is declared as text is read as bytes.
     if pa.types.is_string(column.type):
         column = column.view(pa.binary())
     elif pa.types.is_large_string(column.type):
@@ -367,6 +394,7 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def _unusable(reason: str) -> bytes:
+    """Raise a reason that was found earlier, in the place where the image is read."""
     raise UnusableImage(reason)
 
 
@@ -377,7 +405,7 @@ def _checked_size(image: bytes, max_bytes: int) -> bytes:
 
 
 def _told(error: Exception) -> str:
-    """The first line of an error of pyarrow; one of the disk is raised again."""
+    """The first line of an error of pyarrow; an error of the disk is raised again."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return str(error).strip().partition("\n")[0]

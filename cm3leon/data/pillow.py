@@ -1,4 +1,4 @@
-"""Pillow without a limit of its own, and with warnings that name the file, in any number of
+"""Pillow without its own limit on pixels, and with warnings that name the file, in any number of
 threads."""
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from tqdm import tqdm
 
 SHOWN_WARNINGS = 5
-"""Files that are named for each of Pillow's warnings; it may have the same one for every file of a
+"""How many files are named for each of Pillow's warnings, which may be about every file of a
 corpus."""
 _warned: Counter[str] = Counter()
 _counting = threading.Lock()
 
 
-class _Told:
-    """What stands for the module `warnings` inside of Pillow: a thread that decodes gathers what
-    Pillow warns of.
+class _GatheredWarnings:
+    """Stands in for the module `warnings` inside of Pillow, and gathers its warnings by thread.
 
-    Python's own filters and hooks are of the whole process, and anyone may change them and put them
-    back at any time (`warnings.catch_warnings`). They are left alone, and do not count while an
-    image is decoded. Elsewhere Pillow warns as ever.
+    Python's own filters and hooks belong to the whole process, and any thread may change them and
+    put them back at any time (`warnings.catch_warnings`). So they are left alone, and do not apply
+    while an image is decoded. Elsewhere Pillow warns as usual.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class _Told:
 
     @contextmanager
     def gathered(self) -> Iterator[list[Warning | str]]:
-        """Inside, what Pillow warns this thread of goes into the list."""
+        """Inside the block, Pillow's warnings in this thread go into the list."""
         outer, self._own.caught = getattr(self._own, "caught", None), []
         try:
             yield self._own.caught
@@ -59,15 +58,15 @@ class _Told:
             self._own.caught = outer
 
 
-_told = _Told()
+_gathered = _GatheredWarnings()
 for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
-    # Of the modules that read `FORMATS`, those that warn. Once for good: nothing is to be put back.
-    vars(_module)["warnings"] = _told
+    # These are the modules that warn among those that read `FORMATS`. They are never restored.
+    vars(_module)["warnings"] = _gathered
 
 
 class _NoLimit:
-    """Pillow's limit on pixels, which is of the whole process, taken away: the first thread that
-    comes in takes it away, the last one that leaves restores it."""
+    """Pillow without its limit on pixels, which belongs to the whole process: the first thread that
+    enters removes it, the last one that leaves restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -94,7 +93,7 @@ _no_limit = _NoLimit()
 def bare_pillow(name: str) -> Iterator[None]:
     """Pillow without its own limit on pixels, which the caller checks, and with warnings that name
     the file."""
-    with _no_limit, _told.gathered() as caught:
+    with _no_limit, _gathered.gathered() as caught:
         try:
             yield
         finally:

@@ -1,11 +1,12 @@
-"""Files that lie elsewhere: opened so that a passing trouble is waited out, and any other one is a
-sentence.
+"""Remote files: passing troubles are waited out, and all others become a sentence for the user.
 
-    throttling (503 SlowDown), a server's fault, a lost connection   asked again, from the byte that was reached
-    no credentials, a forbidden bucket, a server that stays away     UserError, which ends the run
-    a file that is not there                                         FileNotFoundError, as on a disk
+    throttling (503 SlowDown), a server's fault,         asked again, from the byte that was reached
+    a lost connection
+    no credentials, a forbidden bucket, a server         UserError, which ends the run
+    that stays away
+    a file that does not exist                           FileNotFoundError, as on a disk
 
-File systems of fsspec pass on the errors of the libraries that they are made of, which are told
+File systems of fsspec pass on the errors of the libraries that they are built on; these are told
 apart here.
 """
 
@@ -29,14 +30,15 @@ from cm3leon.types import UserError
 T = TypeVar("T")
 
 TRIES = 6
-"""Times that something is asked for before the trouble counts as lasting."""
+"""How often something is tried before the trouble counts as lasting."""
 FIRST_WAIT = 1.0
-"""Seconds before the second try; each further wait is twice as long: 31 seconds in all."""
+"""Seconds before the second try; each further wait is twice as long, so 31 seconds in all."""
 BLOCK_BYTES = 8 * 2**20
-"""Bytes of one request. A file that is read from front to back holds twice as many at most."""
+"""Bytes of one request. A file that is read from front to back holds at most twice as many."""
 
 CHECKSUMS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id", "CRC")
-"""Where file systems of fsspec keep what changes with a file's content, and with nothing else."""
+"""Keys under which file systems of fsspec keep a value that changes exactly when the content of a
+file changes."""
 
 _LIBRARIES = frozenset(
     (
@@ -57,7 +59,7 @@ _LIBRARIES = frozenset(
 )
 """Packages whose errors are those of a network or of a server."""
 _PASSING_NUMBERS = (errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EAGAIN)
-"""What s3fs makes of 503 (SlowDown), 500 (InternalError) and the like."""
+"""The numbers that s3fs gives to 503 (SlowDown), 500 (InternalError) and the like."""
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _PASSING_NAMES = frozenset(
     (
@@ -67,19 +69,19 @@ _PASSING_NAMES = frozenset(
         "RateLimitError",
     )
 )
-"""Classes, of `_LIBRARIES`, whose errors may be gone the next time."""
+"""Classes of `_LIBRARIES` whose errors may be gone at the next try."""
 _NO_CREDENTIALS = frozenset(("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"))
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
-# ------------------------------------------------------------------------------------------------ file systems
+# ----------------------------------------------------------------------------------- file systems
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The file system of a path or an address, and the path in it.
+    """The file system of a path or address, and the path in it.
 
-    S3 is asked for every listing anew, and tries a request as often as is said here and not five
-    times as often.
+    S3 is asked anew for every listing. Its own retries are turned off, so that a request is tried
+    `TRIES` times and not five times as often.
 
     Raises:
         ImportError, ValueError: for a file system that is unknown or not installed.
@@ -95,16 +97,17 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def kind_of(system: Any, whole: str) -> Literal["folder", "file", ""]:
-    """What lies at a path of a file system, "" for nothing.
+    """What lies at a path of a file system; "" for nothing.
 
     Raises:
-        FileNotFoundError: for a bucket that is not there.
+        FileNotFoundError: for a bucket that does not exist.
     """
     if "s3" not in system.protocol:
         if system.isdir(whole or "/"):
             return "folder"
         return "file" if system.exists(whole) else ""
-    # S3 is asked about the path alone: s3fs would list a whole folder to say that it is one.
+
+    # S3 is asked about the path alone: to recognise a folder, s3fs would list all of it.
     try:
         is_folder = system.info(whole)["type"] == "directory"
     except FileNotFoundError:
@@ -118,7 +121,7 @@ def kind_of(system: Any, whole: str) -> Literal["folder", "file", ""]:
 
 
 def missing_path(path: str, where: str, error: FileNotFoundError | None = None) -> UserError:
-    """What to say of a path where there is nothing."""
+    """The error for a path at which there is nothing."""
     what = "does not exist"
     if error is not None and error.strerror == "no bucket":
         what = f"does not exist: there is no bucket {error.filename}"
@@ -127,19 +130,22 @@ def missing_path(path: str, where: str, error: FileNotFoundError | None = None) 
     )
 
 
-# ------------------------------------------------------------------------------------------------ tries
+# ------------------------------------------------------------------------------------------ tries
 
 
 def persistently(action: Callable[[], T]) -> T:
-    """What the action gives, tried again after a wait where the trouble may pass; its last error is
-    raised."""
+    """Return the action's result, trying again after a wait if the trouble may pass.
+
+    Raises:
+        Exception: the action's last error.
+    """
     for attempt in range(TRIES):
         try:
             return action()
         except Exception as error:
             if attempt + 1 == TRIES or not is_passing(error):
                 raise
-            # Hundreds of workers that were throttled together are not to come back together.
+            # Workers that were throttled together must not all come back at the same moment.
             time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("the last try either returns or raises")
 
@@ -150,6 +156,8 @@ def is_passing(error: BaseException) -> bool:
         return error.errno == socket.EAI_AGAIN
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
+
+    # Libraries name the status of a response in one of two ways.
     status = getattr(error, "status", None)
     status = getattr(getattr(error, "response", None), "status_code", status)
     if isinstance(status, int):
@@ -160,31 +168,32 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _library_classes(error: BaseException) -> list[type]:
-    """The classes of an error that belong to a library that talks to servers."""
+    """Those classes of an error that belong to a library that talks to servers."""
     return [cls for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES]
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error is one of a connection, or comes from a library that talks to servers."""
+    """Whether an error is about a connection, or comes from a library that talks to servers."""
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         return True
     return bool(_library_classes(error))
 
 
-# ------------------------------------------------------------------------------------------------ sentences
+# -------------------------------------------------------------------------------------- sentences
 
 
 @contextmanager
 def reaching(path: str, where: str, *, local: bool = False) -> Iterator[None]:
-    """Say that a remote file could not be had, whatever library was asked for it.
+    """Turn errors inside the block into a sentence about a remote file, whatever library raised
+    them.
 
     Args:
         where: the setting that holds the path, for the message.
-        local: the path is on a disk, whose errors are passed on as they are.
+        local: whether the path is on a disk, whose errors are passed on as they are.
 
     Raises:
-        UserError: in place of an error of the network, of a server or of credentials, with its
-            reason. That a file is not there is passed on.
+        UserError: instead of an error of the network, a server or credentials, with its reason.
+            Errors that say that a file does not exist are passed on.
     """
     try:
         yield
@@ -197,34 +206,41 @@ def reaching(path: str, where: str, *, local: bool = False) -> Iterator[None]:
 
 
 def _sentence(path: str, where: str, error: Exception) -> str:
+    """What happened, and what the user can do about it, without secrets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OSError) and error.strerror:
         lines.insert(0, str(error.strerror))
-    reason = masked(lines[0] if lines else type(error).__name__).rstrip(".")
+    reason = type(error).__name__
+    if lines:
+        reason = lines[0]
+    reason = masked(reason).rstrip(".")
     shown = masked(path)
     names = {cls.__name__ for cls in _library_classes(error)}
+
     if names & _NO_CREDENTIALS:
         return (
-            f"{where}: {shown} cannot be opened without credentials ({reason}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for one of ~/.aws, or FSSPEC_S3_ANON=true for a public bucket"
+            f"{where}: {shown} cannot be opened without credentials ({reason}); set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for one of ~/.aws, or "
+            "FSSPEC_S3_ANON=true for a public bucket"
         )
     if isinstance(error, PermissionError):
         return (
-            f"{where}: {shown} is forbidden to these credentials ({reason}); they need the right to list and to read "
-            "there, and to write where something is copied to; what is done already is kept"
+            f"{where}: {shown} is forbidden to these credentials ({reason}); they need the right "
+            "to list and to read there, and to write where something is copied to; what is done "
+            "already is kept"
         )
     return (
-        f"{where}: {shown} cannot be reached ({reason}); see that this machine has a network and may read "
-        "there, or name a local path; what is done already is kept"
+        f"{where}: {shown} cannot be reached ({reason}); see that this machine has a network and "
+        "may read there, or name a local path; what is done already is kept"
     )
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------- reading
 
 
 def open_remote(system: Any, path: str, where: str) -> BinaryIO:
-    """A file of a file system, read in blocks, each of which is asked for again where that may
-    help.
+    """Open a file of a file system for reading in blocks; a block that fails is asked for again if
+    that may help.
 
     Args:
         where: the setting that holds the path, for messages.
@@ -234,10 +250,9 @@ def open_remote(system: Any, path: str, where: str) -> BinaryIO:
 
 
 class _Persistent(io.RawIOBase):
-    """A remote file that is opened again where its connection is lost, and read on from where it
-    was.
+    """A remote file that is opened again when its connection is lost, and read on from there.
 
-    Its errors are sentences here, because readers of a format take an OSError for damage of the
+    Its errors are UserErrors, because a reader of a format would take an OSError for a damaged
     file.
     """
 
@@ -254,10 +269,11 @@ class _Persistent(io.RawIOBase):
         return self._system.open(self._path, "rb", block_size=BLOCK_BYTES)
 
     def _version_of(self, file: Any) -> tuple[Any, ...]:
-        """What changes where the file is replaced, as far as its file system says; its size stands
+        """What changes when the file is replaced, as far as its file system says; the size comes
         first."""
-        details = getattr(file, "details", None)
-        known = details if isinstance(details, dict) else {}
+        known = getattr(file, "details", None)
+        if not isinstance(known, dict):
+            known = {}
         return (getattr(file, "size", None), *(known.get(key) for key in CHECKSUMS))
 
     def readable(self) -> bool:
@@ -271,7 +287,7 @@ class _Persistent(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         with reaching(self._path, self._where):
-            # Where it has no blocks, as inside a zip, a seek reads.
+            # In a file without blocks, such as one inside a zip, a seek reads, and so may fail.
             self._at = persistently(lambda: self._asked(lambda file: file.seek(offset, whence)))
         return self._at
 
@@ -284,20 +300,20 @@ class _Persistent(io.RawIOBase):
 
     def _read(self, file: Any, count: int) -> bytes:
         content: bytes = file.read(count)
+        # A connection may also end without an error, before the end of the file.
         size = self._version[0]
         if count and not content and size is not None and self._at < size:
             raise ConnectionError(f"the file ended after {self._at} of {size} bytes")
         return content
 
     def _asked(self, action: Callable[[Any], T]) -> T:
-        """What the open file answers; after trouble it is opened anew, where the last read
-        ended."""
+        """Ask the open file; after trouble it is first opened anew, where the last read ended."""
         if self._file is None:
             file = self._opened()
             if self._version_of(file) != self._version:
                 raise OSError(errno.ESTALE, "the file was replaced while it was read", self._path)
             file.seek(self._at)
-            # Kept only now: the next try would take wrong bytes from a file at another position.
+            # Kept only now: a file at another position would give the next try wrong bytes.
             self._file = file
         try:
             return action(self._file)

@@ -1,4 +1,10 @@
-"""Shuffled order as a pure function without a table, and the endless stream of rows built on it."""
+"""Shuffled order as a pure function without a table, and the endless stream of rows built on it.
+
+Ten items, shuffled with seed 0; each epoch is a permutation of its own:
+
+    position    0 1 2 3 4 5 6 7 8 9 | 10 11 12 13 14 15 16 17 18 19
+    item        4 1 8 0 3 5 9 6 2 7 |  6  2  0  8  1  5  7  4  9  3
+"""
 
 from __future__ import annotations
 
@@ -13,14 +19,14 @@ from cm3leon.types import UserError
 
 FEW = 256
 ROUNDS, ROUNDS_OF_FEW = 8, 24
-"""Rounds of the permutation: the orders of a handful of items are equally likely only after
-more."""
+"""Rounds of the permutation. With only a few items it takes more rounds until all orders are
+equally likely."""
 
 _ROUND_KEYS = [number * GOLDEN & LOW_64 for number in range(1, ROUNDS_OF_FEW + 1)]
 
 
 def shuffled(seed: int, position: int, count: int) -> int:
-    """The item at a position of an endless stream over `count` items: every epoch is a new
+    """The item at a position of an endless stream over `count` items. Every epoch is a new
     permutation of them.
 
     Takes microseconds and no memory, for any count below 2^62.
@@ -34,7 +40,7 @@ def shuffled(seed: int, position: int, count: int) -> int:
 
 
 def shuffled_array(seed: int, positions_B: np.ndarray, count: int) -> np.ndarray:
-    """`shuffled` of each of the positions (B,): items (B,), int64."""
+    """The items (B,), int64, at each of the positions (B,), as by `shuffled`."""
     epochs_B, items_B = np.divmod(positions_B.astype(np.uint64), np.uint64(count))
     keys_B = split_mix(epochs_B + np.uint64(mixed(seed)))
     items_B = _permuted(keys_B, items_B, count)
@@ -44,12 +50,12 @@ def shuffled_array(seed: int, positions_B: np.ndarray, count: int) -> np.ndarray
 
 
 def _permuted(key: Number, place: Number, count: int) -> Number:
-    """A keyed permutation of [0, rows * columns), the least such rectangle of nearly equal sides
-    that holds `count`.
+    """A keyed permutation of [0, rows * columns), the smallest rectangle of nearly equal sides that
+    holds `count` items.
 
-    A Feistel network: column and row take turns in being shifted by a random function of the other
-    one. What lands at `count` or beyond is to be permuted again, until it does not (cycle walking):
-    rarely, as that is less than one row of the rectangle.
+    It is a Feistel network: row and column take turns in being shifted by a random function of the
+    other. An item that lands at `count` or beyond is permuted again until it does not (cycle
+    walking). That is rare, since less than one row of the rectangle lies beyond.
     """
     columns = isqrt(count - 1) + 1
     rows = -(-count // columns)
@@ -62,8 +68,8 @@ def _permuted(key: Number, place: Number, count: int) -> Number:
 
 
 def own_slots(batch_size: int, share: tuple[int, int]) -> tuple[int, int]:
-    """The first and the end of a rank's items in a batch. Raises UserError for a batch that the
-    ranks cannot share."""
+    """The start and the end of a rank's items in a batch. Raises UserError for a batch that cannot
+    be divided evenly among the ranks."""
     rank, ranks = share
     if batch_size % ranks:
         raise UserError(f"batch_size is {batch_size}; it must be a multiple of the {ranks} ranks")
@@ -72,15 +78,15 @@ def own_slots(batch_size: int, share: tuple[int, int]) -> tuple[int, int]:
 
 
 class RowStream:
-    """Endless batches of `batch_size` items out of `count`, shuffled; the place of the next one is
-    the whole state.
+    """Endless batches of `batch_size` items out of `count`, shuffled. The position of the next batch
+    is the whole state.
 
     Args:
-        make: numbers of the items (B,) -> batch.
-        share: (rank, ranks) that have a part of each batch, one after the other.
+        make: builds a batch from the indices of its items (B,).
+        share: (rank, ranks); each rank has a consecutive part of the batch.
 
     Raises:
-        UserError: for a batch that the ranks cannot share.
+        UserError: for a batch that cannot be divided evenly among the ranks.
     """
 
     def __init__(
@@ -100,15 +106,15 @@ class RowStream:
         self._position = 0
 
     def next(self) -> Any:
-        """The next batch."""
+        """Return the next batch."""
         positions_B = self._position + np.arange(*self._own)
         self._position += self._batch_size
         return self._make(shuffled_array(self._seed, positions_B, self._count))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
+        """The position of the next batch."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Resume from a state."""
         self._position = int(state["position"])

@@ -1,4 +1,12 @@
-"""The files of a tar as a stream, which tells damage and goes on behind it."""
+"""The files of a tar as a stream that reports damage and goes on behind it.
+
+    byte 0      header of 0.jpg, its bytes          Member("0.jpg", b"...")
+    byte 1536   overwritten                         Problem("", "the tar is damaged from byte ...")
+    byte 3072   header of 2.jpg, its bytes          Member("2.jpg", b"...")
+    the end     no empty block                      Problem("", "the tar ends early, at byte ...")
+
+A header takes a block of 512 bytes, and the content behind it is padded to whole blocks.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +19,9 @@ from cm3leon.data.files import CUT_STREAM, is_utf8, leaves_folder
 
 BLOCK = 512
 MAX_NAME = 4096
-"""Characters of a member's name."""
+"""Most characters of a member's name."""
 MAX_HEADER = 2**20
-"""Bytes of a long name or of a pax header; more than that is damage."""
+"""Most bytes of a long name or a pax header; anything longer is damage."""
 
 KINDS = {
     tarfile.LNKTYPE: "a hard link",
@@ -26,16 +34,15 @@ KINDS = {
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, and its bytes, or their number where these are not wanted or too
-    many."""
+    """A file of a tar: its name, and its bytes or, if these are not wanted or too many, their
+    number."""
 
     name: str
     content: bytes | int
 
 
 class Problem(NamedTuple):
-    """What cannot be used in a tar: the member's name, "" for the tar itself, and a short
-    reason."""
+    """What cannot be used in a tar: the member's name ("" for the tar itself) and a short reason."""
 
     name: str
     reason: str
@@ -44,15 +51,15 @@ class Problem(NamedTuple):
 def tar_members(
     file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int
 ) -> Iterator[Member | Problem]:
-    """The files of a tar in order, read once from front to back; nothing is held but one member.
+    """Yield the files of a tar in order, read once from front to back; only one member is held.
 
-    The standard library's reader takes a damaged or cut tar for one that ends there; here both are
-    told, and reading goes on at the next header behind the damage.
+    The standard library's reader takes a damaged or cut tar for one that ends there. Here both are
+    reported, and reading goes on at the next header behind the damage.
 
     Args:
-        wanted: name -> whether the member's content is of interest; of others only the size is
-            given.
-        max_bytes: of larger members only the size is given.
+        wanted: whether the content of a member of that name is of interest; of others only the size
+            is yielded.
+        max_bytes: of larger members only the size is yielded.
     """
     try:
         yield from _members(file, wanted, max_bytes)
@@ -63,11 +70,16 @@ def tar_members(
 def _members(
     file: BinaryIO, wanted: Callable[[str], bool], max_bytes: int
 ) -> Iterator[Member | Problem]:
+
     offset, damaged_at, ended = 0, -1, False
-    extended: dict[str, str] = {}  # name and size from the headers before a member's own
+    extended: dict[str, str] = {}  # name and size, from the headers before a member's own
     while block := file.read(BLOCK):
         ended = not any(block)
-        header = None if ended else _header(block, searching=damaged_at >= 0)
+        header = None
+        if not ended:
+            header = _header(block, searching=damaged_at >= 0)
+
+        # A block that is no header begins the end of the tar, or a damage to be searched through.
         if header is None:
             if not ended and offset == 0:
                 yield Problem("", "not a tar file")
@@ -76,14 +88,19 @@ def _members(
                 damaged_at = offset
             offset += len(block)
             continue
+
         if damaged_at >= 0:
             yield Problem(
                 "",
                 f"the tar is damaged from byte {damaged_at} to {offset}; what lies there is lost",
             )
             damaged_at = -1
+
+        # The block is a header; what follows it depends on its kind.
         offset += BLOCK
-        size = int(extended.get("size", header.size)) if header.isreg() else header.size
+        size = header.size
+        if header.isreg():
+            size = int(extended.get("size", size))
         if header.type in _EXTENSIONS and size <= MAX_HEADER:
             content = file.read(size)
             extended |= _extension(header.type, content)
@@ -107,6 +124,8 @@ def _members(
             extended = {}
         else:
             extended = {}
+
+        # Content is padded to whole blocks. Kinds that have none are followed by the next header.
         if (
             header.isreg()
             or header.type not in tarfile.SUPPORTED_TYPES
@@ -114,10 +133,14 @@ def _members(
         ):
             offset += -(-size // BLOCK) * BLOCK
             file.seek(offset)
+
     if damaged_at >= 0:
         yield Problem("", f"the tar is damaged from byte {damaged_at} on; what follows is lost")
     elif not ended:
-        yield Problem("", f"the tar ends early, at byte {offset}" if offset else "the tar is empty")
+        if not offset:
+            yield Problem("", "the tar is empty")
+        else:
+            yield Problem("", f"the tar ends early, at byte {offset}")
 
 
 _EXTENSIONS = (
@@ -129,8 +152,8 @@ _EXTENSIONS = (
 
 
 def _header(block: bytes, *, searching: bool) -> tarfile.TarInfo | None:
-    """The header that a block holds, None if it holds none."""
-    if searching and block[257:262] != b"ustar":  # the checksum of every block would take long
+    """Read a block as a header; None if it is none."""
+    if searching and block[257:262] != b"ustar":  # the checksum of every block would take too long
         return None
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -140,9 +163,11 @@ def _header(block: bytes, *, searching: bool) -> tarfile.TarInfo | None:
 
 
 def _extension(kind: bytes, content: bytes) -> dict[str, str]:
-    """What a header before a member's own says of its `path` and `size`."""
+    """The `path` and `size` that a header before a member's own states."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+
+    # A pax header is a list of "length key=value\n", the length including itself.
     found = {}
     while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and (
         match := re.match(rb"(\d{1,7}) ", content)
@@ -156,7 +181,7 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
 
 
 def _unusable(name: str) -> str:
-    """Why a member of that name is left alone, "" if it is not."""
+    """Why a member of that name is left out; "" if it is not."""
     if not is_utf8(name):
         return "the member's name is not UTF-8"
     if len(name) > MAX_NAME:

@@ -1,4 +1,16 @@
-"""Documents of ids in shards: read at random, in any order, each checked as it is read."""
+"""Documents of ids in shards: read at random, in any order, each checked as it is read.
+
+A shard holds its documents one after the other. Here are two: a caption of 3 ids with an image of
+4, and an image of 4 alone:
+
+    row          0                       1
+    ids          a red dog I7 I2 I9 I4   I5 I1 I1 I8        without breaks, in the smallest type
+    lengths      3 4                     4                  of the segments
+    image        0 1                     1                  + 2 if joined, + 4 * index of the role
+    label        -1                      3                  only if a document has one
+    varied       I7 I3 I9 I4 ...         I5 I1 I2 I8 ...    only with varied versions of images
+    crc          of all of the above and the id             compared when the row is read
+"""
 
 from __future__ import annotations
 
@@ -24,8 +36,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """What made the ids: digests of the two tokenizers, and the sizes of the vocabulary's
-    ranges."""
+    """The tokenizers that made the ids: their digests, and the sizes of the vocabulary's ranges."""
 
     text: str
     image: str
@@ -35,7 +46,7 @@ class Tokenizers:
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """What ids are stored as."""
+        """The type in which ids are stored."""
         return Vocab(self.text_size, self.image_size, self.sentinels).id_dtype
 
 
@@ -46,12 +57,12 @@ def write_token_shard(
     *,
     varied: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Writes a shard of documents.
+    """Write a shard of documents.
 
-    Its columns are `id`, `ids` (all segments one after the other, without breaks), `lengths` (of
-    the segments), `image` (1 for a segment of image codes, 2 added for a joined one, and 4 times
-    the number of its role), `label` if any document has one (-1 for those without), `varied` if it
-    is given, and `crc` (CRC-32 over the bytes of all others).
+    Its columns are `id`, `ids` (of all segments in a row, without breaks), `lengths` (of the
+    segments), `image` (1 for a segment of image codes, plus 2 for a joined one, plus 4 times the
+    index of its role), `label` if any document has one (-1 for those without), `varied` if it is
+    given, and `crc` (CRC-32 over the bytes of all other columns).
 
     Args:
         varied: for each document the ids of its images in each varied version (V, N), see
@@ -73,6 +84,8 @@ def write_token_shard(
         "lengths": _list_array(lengths, np.uint32),
         "image": _list_array(image, np.uint8),
     }
+
+    # Columns that say nothing are left out, and do not count in the checksum.
     labels = [NO_LABEL if d.label is None else d.label for d in documents]
     if any(label != NO_LABEL for label in labels):
         columns["label"] = pa.array(np.array(labels, np.int32))
@@ -88,23 +101,27 @@ def write_token_shard(
 
 
 def _kind(segment: TokenSegment) -> int:
+    """A segment's modality, joining and role as one number."""
     return (
         (segment.modality == "image") + JOINED * segment.joined + ROLE * ROLES.index(segment.role)
     )
 
 
 def _concatenated(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """All values as one array of a type that must hold them."""
     values = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
     assert values.max(initial=0) <= np.iinfo(dtype).max, "an id of no tokenizer named"
     return values.astype(dtype, copy=False)
 
 
 def _list_array(rows: Sequence[np.ndarray], dtype: type) -> pa.Array:
+    """A column of lists."""
     offsets = np.cumsum([0, *map(len, rows)])
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(_concatenated(rows, dtype)))
 
 
 def _crc(*contents: Any) -> int:
+    """The checksum over several buffers."""
     value = 0
     for content in contents:
         value = zlib.crc32(content, value)
@@ -112,14 +129,13 @@ def _crc(*contents: Any) -> int:
 
 
 def finish_tokens(folder: Path, count: int, layout: Layout = PAPER) -> None:
-    """Checks all shards, and writes down how many documents and tokens each has, and its longest
-    document.
+    """Check all shards, and write the index with each one's tokens and its longest document.
 
     Args:
-        layout: what stands around and between the segments, which counts in a document's length.
+        layout: the tokens around and between segments, which count in a document's length.
 
     Raises:
-        DamagedShard: naming the first shard that is missing or not as it was written.
+        DamagedShard: naming the first shard that is missing or damaged.
     """
 
     def summary(shard: Shard) -> dict[str, int]:
@@ -130,22 +146,24 @@ def finish_tokens(folder: Path, count: int, layout: Layout = PAPER) -> None:
 
 
 def _beside(kind: np.ndarray, layout: Layout, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens around and before each of a shard's segments.
+    """Count the tokens around and before each of a shard's segments.
 
     Args:
-        kind: of each segment.
-        ids: of all segments, one after the other; read where sizes are written in unequal numbers
-            of tokens.
+        kind: of each segment, as in the column `image`.
+        ids: of all segments in a row; only read if the number of tokens around an image depends on
+            its size.
         lengths: of each segment.
     """
     before = np.where(kind & JOINED, 0, len(layout.between_segments))
     around = layout.around_any_image
     if around is not None:
         return before + np.where(kind & 1, around, 0)
+
+    # The number depends on the image's size, which its ids tell.
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    for place in np.flatnonzero(kind & 1):
-        grid = layout.grid_of(ids[starts[place] : starts[place + 1]])
-        before[place] += layout.around_image(grid)
+    for segment in np.flatnonzero(kind & 1):
+        grid = layout.grid_of(ids[starts[segment] : starts[segment + 1]])
+        before[segment] += layout.around_image(grid)
     return before
 
 
@@ -165,8 +183,8 @@ class TokenShard:
 
     @cached_property
     def _beside_before(self) -> np.ndarray:
-        """Tokens around and before the segments in front of each place; made where lengths are
-        asked for alone."""
+        """Tokens around and before all segments in front of each; computed once lengths are asked
+        for."""
         return np.concatenate(
             [[0], np.cumsum(_beside(self._image, self._layout, self._ids, self._lengths))]
         )
@@ -175,20 +193,22 @@ class TokenShard:
         return len(self._crc)
 
     def id(self, row: int) -> str:
-        """The id of a document, which is not checked."""
+        """The id of a document, without comparing its checksum."""
         return self._id[self._id_at[row] : self._id_at[row + 1]].tobytes().decode()
 
     def document(self, row: int, version: int = 0) -> TokenDocument:
-        """One document. Raises DamagedShard, naming it, if its bytes are not as they were written.
+        """Read a document. Raises DamagedShard, naming it, if its bytes have changed.
 
         Args:
-            version: 0 for the document as it is, or the number of a varied version of its images.
+            version: 0 for the document itself, or the number of a varied version of its images.
         """
         id_ = self._id[self._id_at[row] : self._id_at[row + 1]].tobytes()
         ids_T = self._ids[self._ids_at[row] : self._ids_at[row + 1]]
         first, last = self._lengths_at[row], self._lengths_at[row + 1]
         lengths, image = self._lengths[first:last], self._image[first:last]
         checked: list[Any] = [id_, ids_T, lengths, image]
+
+        # The columns that are there only if something needs them.
         label = None
         if self._label is not None:
             checked.append(self._label[row : row + 1])
@@ -204,10 +224,12 @@ class TokenShard:
                 "delete the file and make it again"
             )
 
+        # A varied version has other image codes in the same positions.
         if version and len(varied):
             is_image_T = np.repeat(image & 1, lengths).astype(bool)
             ids_T = ids_T.copy()
             ids_T[is_image_T] = varied.reshape(-1, is_image_T.sum())[version - 1]
+
         ends = np.cumsum(lengths)
         segments = tuple(
             TokenSegment(
@@ -223,12 +245,12 @@ class TokenShard:
         return TokenDocument(id_.decode(), segments, None if label == NO_LABEL else label)
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
-        """Labels of documents, -1 for those without; they are not checked."""
+        """Labels of documents, -1 for those without; checksums are not compared."""
         return np.full(len(rows), NO_LABEL) if self._label is None else self._label[rows]
 
     def token_counts(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of documents, breaks between segments included; their ids are neither read nor
-        checked."""
+        """Numbers of tokens of documents, breaks between segments included. Neither are their ids
+        read nor their checksums compared."""
         first, last = self._lengths_at[rows], self._lengths_at[rows + 1]
         beside = self._beside_before[last] - self._beside_before[first]
         # Nothing stands before the first segment.
@@ -237,11 +259,11 @@ class TokenShard:
 
 
 class TokenShards:
-    """The documents of a finished folder of token shards, numbered from 0 in order of shards and
-    rows.
+    """The documents of a finished folder of token shards, numbered from 0 in the order of shards
+    and rows.
 
     Raises:
-        UserError: for an unfinished folder, or tokenizers other than `expect`, naming what differs.
+        UserError: for an unfinished folder, and for tokenizers other than `expect`.
     """
 
     def __init__(
@@ -255,15 +277,15 @@ class TokenShards:
         plan = read_plan(folder)
         self._made_by = plan["tokenizers"]
         self.versions: int = plan.get("versions", 0)
-        """Varied versions of each document, besides itself."""
+        """Varied versions of each document, besides the document itself."""
         self.shared_maps: str | None = plan.get("shared_maps")
-        """Equal for folders whose versions of one number are made by the same map; None = each
-        image has maps of its own."""
+        """Equal for folders in which versions of the same number are made by the same map; None =
+        each image has maps of its own."""
         for name, wanted in asdict(expect).items() if expect else ():
             if self._made_by[name] != wanted:
                 raise UserError(
-                    f"{folder} was made by other tokenizers: {name} is {self._made_by[name]} there and {wanted} here; "
-                    "use that run's tokenizers, or make the shards again"
+                    f"{folder} was made by other tokenizers: {name} is {self._made_by[name]} "
+                    f"there and {wanted} here; use that run's tokenizers, or make the shards again"
                 )
 
     def _open(self, shard: Shard) -> TokenShard:
@@ -277,16 +299,17 @@ class TokenShards:
         return len(self._shards)
 
     def document(self, number: int, version: int = 0) -> TokenDocument:
-        """One document, see `TokenShard.document`."""
-        place, row = self._shards.locate(number)
-        return self._shards.shard(place).document(row, version)
+        """Read a document, see `TokenShard.document`."""
+        shard, row = self._shards.locate(number)
+        return self._shards.shard(shard).document(row, version)
 
     def drawn(self, number: int, rng: np.random.Generator) -> TokenDocument:
-        """One document in a version that is drawn, if it has several."""
+        """Read a document in a version that is drawn, if it has several."""
         return self.document(number, self.drawn_version(rng))
 
     def drawn_version(self, rng: np.random.Generator) -> int:
-        """The number of a version, 0 for documents as they are; none is drawn if there is one."""
+        """Draw the number of a version, 0 for the document itself; nothing is drawn if that is the
+        only one."""
         return int(rng.integers(self.versions + 1)) if self.versions else 0
 
     def shard(self, number: int) -> TokenShard:
@@ -298,20 +321,21 @@ class TokenShards:
         return self._shards.first(number)
 
     def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """Labels (Q,) of documents `numbers` (Q,), in any order, -1 for those without."""
+        """The labels (Q,) of documents `numbers` (Q,), in any order; -1 for those without."""
         labels = np.full(len(numbers), NO_LABEL)
         for shard, places, rows in self._shards.by_shard(numbers):
             labels[places] = self._shards.shard(shard).labels(rows)
         return labels
 
     def token_counts(self, numbers: np.ndarray) -> np.ndarray:
-        """Tokens (Q,) of documents `numbers` (Q,), in any order, breaks between segments included.
+        """The numbers of tokens (Q,) of documents `numbers` (Q,), in any order, breaks between
+        segments included.
 
-        Only where documents begin is read: not their ids, of which the checksum is therefore not
+        Only the positions at which documents begin are read, not their ids, so that no checksum is
         compared.
 
         Raises:
-            IndexError: for a document that is not there.
+            IndexError: for a document that does not exist.
         """
         counts = np.zeros(len(numbers), np.int64)
         for shard, places, rows in self._shards.by_shard(numbers):

@@ -1,4 +1,14 @@
-"""Tar shards, as img2dataset and the webdataset library write them."""
+"""Tar shards, as img2dataset and the webdataset library write them.
+
+Members whose names are the same up to the first dot make a document. In a local tar they may lie
+anywhere, since all headers are read first:
+
+    member       what happens                                       held
+    0.jpg        0.txt is still to come                             0.jpg
+    1.jpg        1.txt is still to come                             0.jpg 1.jpg
+    1.txt        document 1 is complete                             0.jpg
+    0.txt        document 0 is complete
+"""
 
 from __future__ import annotations
 
@@ -24,11 +34,11 @@ from cm3leon.registry import SOURCES
 
 IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "text")
-"""Suffixes of members that hold a caption, in the order in which they are preferred."""
+"""Suffixes of members that hold a caption, the preferred ones first."""
 MEMBER_BYTES = 1024
-"""Bytes that a member is counted for besides its content: its name, and what holds it."""
+"""Bytes that a member counts for besides its content, for its name and the objects that hold it."""
 MAX_LISTED_BYTES = 256 * 2**20
-"""Bytes that the list of a tar's members may take; a longer one is not made."""
+"""Most bytes of the list of a tar's members; a longer one is not made."""
 
 
 @SOURCES.register("webdataset")
@@ -36,18 +46,18 @@ class WebDatasetSource(FileSource):
     """Tars whose members share a key: `000.jpg` with its caption in `000.txt`, or under `caption`
     in `000.json`.
 
-    The image is the one member with the ending of an image; the caption is `.txt`, `.caption` or
-    `.text`, or stands in `.json` under one of the usual names (`fields.py`). Members of other
+    The image is the only member with the ending of an image. The caption is `.txt`, `.caption` or
+    `.text`, or stands in `.json` under one of the usual names (see `fields.py`). Members with other
     names, such as `000.input.jpg` and `000.outputs.txt`, are named by `data.image_key=input.jpg`
-    and `data.text_key=outputs.txt`; of two images that key must say which is meant.
+    and `data.text_key=outputs.txt`. Of two images, that key must say which one to read.
 
     An interleaved page is `000.json` with `{"segments": [{"text": "..."}, {"image": "0.jpg"}]}` and
     the images `000.0.jpg`, `000.1.jpg` ...
 
     Tars are read as streams and never unpacked to disk; they may be packed by gzip. The headers of
-    a local tar are read first, so that members of a key may lie anywhere in it: they are held until
-    all are there, at most `data.max_held_bytes`. In a remote tar, a key that is complete where
-    another one begins is taken to be whole.
+    a local tar are read first, so that the members of a key may lie anywhere in it. They are held
+    until all are there, up to `data.max_held_bytes`. In a remote tar, a key counts as whole if it
+    is complete when another one begins.
     """
 
     @dataclass(kw_only=True)
@@ -55,8 +65,8 @@ class WebDatasetSource(FileSource):
         """Where the tars are, and how much of one is held."""
 
         max_held_bytes: PositiveInt = 512 * 2**20
-        """Bytes that are held for one key, and as many for all keys whose members lie apart; what
-        is beyond them is left out."""
+        """Bytes that may be held for one key, and again for all keys whose members lie apart; what
+        exceeds this is left out."""
 
     suffixes = (".tar", ".tar.gz", ".tgz")
 
@@ -68,8 +78,9 @@ class WebDatasetSource(FileSource):
         )
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
+        """Gather the members of each key until they make a record."""
         awaited = self._suffixes_of_keys(part) if self.files.local else None
-        groups: dict[str, _Group] = {}  # those whose members are not all there yet
+        groups: dict[str, _Group] = {}  # keys of which members are still missing
         group, held = _Group(""), 0
 
         with self.files.open(part) as file:
@@ -83,7 +94,7 @@ class WebDatasetSource(FileSource):
                 if not key or key.endswith("/"):
                     continue
 
-                # Another key begins: the last one is left behind, whole or to be held.
+                # Another key begins: the last one is finished, or held until more of it comes.
                 if key != group.key:
                     if awaited is None and group.key in groups and self._is_usable(group):
                         yield from self._finished(groups.pop(group.key), part)
@@ -103,6 +114,8 @@ class WebDatasetSource(FileSource):
                     continue
                 groups[key] = group
                 group.add(suffix, member.content, self.config)
+
+                # In a local tar it is known when a key is complete.
                 if awaited is not None and len(group.members) == len(awaited[key]):
                     del awaited[key]
                     yield from self._finished(groups.pop(key), part)
@@ -114,16 +127,18 @@ class WebDatasetSource(FileSource):
         """The suffixes of each key of a tar, by its headers alone; None for a tar with too many to
         list."""
         listed: dict[str, frozenset[str]] = {}
-        known: dict[frozenset[str], frozenset[str]] = {}  # few sets are shared by many keys
+        known: dict[frozenset[str], frozenset[str]] = {}  # many keys share few sets
         size = 0
         with self.files.open(part) as file:
             for member in tar_members(file, lambda name: False, 0):
                 if isinstance(member, Problem):
                     continue
                 key, suffix = _key_and_suffix(member.name)
-                size += 0 if key in listed else len(key) + MEMBER_BYTES // 4
+                if key not in listed:
+                    size += len(key) + MEMBER_BYTES // 4
                 suffixes = listed.get(key, frozenset()) | {suffix}
-                size += 0 if suffixes in known else len(suffixes) * MEMBER_BYTES // 4
+                if suffixes not in known:
+                    size += len(suffixes) * MEMBER_BYTES // 4
                 listed[key] = known.setdefault(suffixes, suffixes)
                 if size > MAX_LISTED_BYTES:
                     return None
@@ -137,6 +152,7 @@ class WebDatasetSource(FileSource):
         )
 
     def _is_usable(self, group: _Group) -> bool:
+        """Whether a group already makes a record."""
         try:
             self._record(group.members, group.key)
         except BadRecord:
@@ -144,18 +160,23 @@ class WebDatasetSource(FileSource):
         return True
 
     def _finished(self, group: _Group, part: str) -> Iterator[Record | Skipped]:
-        """The one item of a group."""
+        """The record of a group, or why it is left out."""
         id_ = f"{part}/{group.key}"
         try:
             yield self._record(group.members, id_)
         except BadRecord as error:
-            if not group.cut:  # what it lacks lies behind the cut, which is told already
+            if not group.cut:  # otherwise what is missing lies behind a damage, already reported
                 yield Skipped(id_, str(error))
 
     def _record(self, members: dict[str, bytes | str], id_: str) -> Record:
+        """The record of a key's members. Raises BadRecord."""
         config = self.config
         described: dict[str, Any] = {}
-        plain = [suffix for suffix in TEXTS if suffix in members and config.text_key is None]
+        plain: list[str] = []
+        if config.text_key is None:
+            plain = [suffix for suffix in TEXTS if suffix in members]
+
+        # The JSON beside an image and its caption usually holds nothing but their origin.
         if "json" in members and not (plain and IMAGES & members.keys()):
             described = parse_object(_content(members, "json"), "the member .json")
         if "segments" in described:
@@ -164,6 +185,7 @@ class WebDatasetSource(FileSource):
             )
 
         image = self._image_suffix(members)
+
         if self._text_member in members:
             caption: Any = _content(members, str(self._text_member))
         elif plain:
@@ -196,14 +218,15 @@ class WebDatasetSource(FileSource):
 
 
 def _shown(suffixes: Iterable[str]) -> str:
+    """The endings of some members, for a message."""
     listed = sorted(suffixes)
     more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
     return ", ".join(ascii(f".{suffix}"[:80])[1:-1] for suffix in listed[:8]) + more
 
 
 def _content(members: dict[str, bytes | str], suffix: str) -> bytes:
-    """The bytes of a member. Raises BadRecord for one that is not held, KeyError for one that is
-    missing."""
+    """The bytes of a member. Raises BadRecord for one that is not held, and KeyError for one that
+    is missing."""
     content = members[suffix]
     if isinstance(content, str):
         raise BadRecord(content)
@@ -211,6 +234,8 @@ def _content(members: dict[str, bytes | str], suffix: str) -> bytes:
 
 
 def _image(members: dict[str, bytes | str], suffix: str) -> Callable[[], bytes]:
+    """The function that reads an image among the members. Raises UnusableImage without one."""
+
     def load() -> bytes:
         try:
             return _content(members, suffix.lower())
@@ -224,16 +249,16 @@ def _image(members: dict[str, bytes | str], suffix: str) -> Callable[[], bytes]:
 
 @dataclass
 class _Group:
-    """Members of one key by suffix: their bytes, or why these are not held."""
+    """The members of one key by suffix: their bytes, or why these are not held."""
 
     key: str
     members: dict[str, bytes | str] = field(default_factory=dict)
     cut: bool = False
-    """Whether the tar is cut or damaged behind the last member."""
+    """Whether the tar is cut off or damaged behind the last member."""
     size: int = 0
-    """Bytes of the members."""
+    """Bytes that the members count for."""
     held: int = 0
-    """Bytes that are counted while other keys are read."""
+    """Bytes that count as held while other keys are read."""
 
     def add(self, suffix: str, content: bytes | int, config: WebDatasetSource.Config) -> None:
         """Take a member, unless it or the whole key has more bytes than the config allows."""

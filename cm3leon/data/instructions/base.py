@@ -1,4 +1,12 @@
-"""What a source of instructions is: examples with slots, which templates turn into documents."""
+"""The base of sources of instructions: examples with slots, which templates turn into documents.
+
+    an entry of the file    {"question": "What is it?", "answer": "a dog", "image_id": 7}
+    its example             question = "What is it?", answer = "a dog", image = <reads 7.jpg>
+    a template, drawn       "Question: {question} Answer: {answer}. | {image}"
+    the document            "Question: What is it? Answer: a dog." <break> 7.jpg
+
+A subclass only reads the entries and makes the example of one.
+"""
 
 from __future__ import annotations
 
@@ -35,50 +43,51 @@ from cm3leon.data.source import Skipped
 from cm3leon.types import Document, UserError
 
 CHUNK = 1000
-"""Examples of a part."""
+"""Examples per part."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Values of the slots of a task's templates: texts, and for images the functions that give
+    """The values of the slots of a task's templates: texts, and for images the functions that read
     their files."""
 
     id: str
     values: Mapping[str, Any]
     truth: tuple[str, ...] = ()
-    """For evaluation: all answers or captions that people gave, or the options that there are."""
+    """For evaluation: all answers or captions given by people, or the options of a question."""
     group: str = ""
-    """Examples of one group are asked about once; empty = alone."""
+    """Of the examples of a group only one is asked about; empty = a group of its own."""
 
 
 def _group(example: Example) -> str:
+    """The name of an example's group."""
     return example.group or example.id
 
 
 @dataclass(kw_only=True)
 class InstructionConfig(FilesConfig):
-    """What all sources of instructions have."""
+    """The settings of all sources of instructions."""
 
     images: Annotated[str, Location()] = ""
-    """Folder of the images, local or a URL; empty = beside the file."""
+    """Folder of the images, local or a URL; empty = the folder of the file."""
     templates: list[str] | None = None
-    """One of them is drawn for each example; null = the paper's."""
+    """Templates, of which one is drawn for each example; null = the paper's."""
     seed: Seed = 0
-    """Seed of the draw of templates, and of what else is drawn."""
+    """Seed for drawing templates, and whatever else is drawn."""
 
 
 class InstructionSource(FileSource):
-    """A published file, and the folder of its images, as documents by the templates of a task.
+    """A published file and the folder of its images, as documents by the templates of a task.
 
-    A subclass lists its entries and makes the example of one; parts are a thousand entries each.
+    A subclass lists the file's entries and makes the example of one. A part is a thousand entries.
     """
 
     task: str
-    """Which of `TABLE_5`."""
+    """The task, a key of `TABLE_5`."""
     suffixes = (".json",)
     images_apart = True
     more_files: tuple[str, ...] = ()
-    """Fields of the config that name further files of what is listed."""
+    """Settings that name further files, which count in the fingerprint."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -93,11 +102,11 @@ class InstructionSource(FileSource):
 
     @abstractmethod
     def entries(self) -> list[Any]:
-        """What the files list, in their order. Raises UserError for files of another form."""
+        """List the files' entries, in order. Raises UserError for files of another format."""
 
     @abstractmethod
     def example(self, entry: Any, rng: Random) -> Example:
-        """The example of an entry. Raises BadRecord for one that is not usable."""
+        """Make the example of an entry. Raises BadRecord for an unusable one."""
 
     def parts(self) -> list[str]:
         if self._entries is None:
@@ -116,22 +125,27 @@ class InstructionSource(FileSource):
 
     def records(self, part: str, start: int) -> Iterator[Record | Skipped]:
         for found in self._examples(int(part) * CHUNK, CHUNK):
-            yield found if isinstance(found, Skipped) else found[0]
+            if isinstance(found, Skipped):
+                yield found
+            else:
+                yield found[0]
 
     def asked(self, *, size: int | None = None) -> Iterator[tuple[Document, Example] | Skipped]:
-        """One document of each group, with its example: what an evaluation asks about.
+        """Yield one document of each group with its example: what an evaluation asks about.
 
-        Images are brought to `size` as they are read, see `read_squared`; None leaves them in their
-        own size.
+        Images are brought to `size` as they are read (see `read_squared`); None leaves them in
+        their own size.
         """
         self.parts()
-        # The first example of a group is decoded ahead; the others are only if it turns out to be
-        # unusable.
+        # Only the first example of each group is decoded ahead. Another one is needed only if the
+        # first turns out to be unusable.
         begun: set[str] = set()
 
         def examples() -> Iterator[tuple[bool, tuple[Record, Example] | Skipped]]:
             for found in self._examples(0, len(self._entries or [])):
-                key = "" if isinstance(found, Skipped) else _group(found[1])
+                key = ""
+                if not isinstance(found, Skipped):
+                    key = _group(found[1])
                 yield key not in begun, found
                 begun.add(key)
 
@@ -142,7 +156,7 @@ class InstructionSource(FileSource):
             return found, self._decoded(found[0], size) if first else None
 
         known: set[str] = set()
-        # Photographs that are not brought to a size are not held.
+        # Photographs in their own size are large, so that only one is decoded ahead.
         for found, document in worked_ahead(examples(), decoded, most=MAX_AHEAD if size else 1):
             if isinstance(found, Skipped):
                 yield found
@@ -150,41 +164,46 @@ class InstructionSource(FileSource):
             record, example = found
             if _group(example) in known:
                 continue
+
             document = document or self._decoded(record, size)
             if isinstance(document, Document):
                 known.add(_group(example))
-            yield document if isinstance(document, Skipped) else (document, example)
+                yield document, example
+            else:
+                yield document
 
     def _examples(self, first: int, count: int) -> Iterator[tuple[Record, Example] | Skipped]:
+        """Yield the records of some entries with their examples, or why they are left out."""
         self.parts()
         for number, entry in enumerate((self._entries or [])[first : first + count], first):
+            # Each entry has draws of its own, whatever part it is read with.
             rng = Random(f"{self.config.seed} {number}")
             try:
                 example = self.example(entry, rng)
             except (BadRecord, UnusableImage) as error:
                 yield Skipped(f"{self.config.path}:{number}", str(error))
                 continue
+
             template = self.templates[int(rng.random() * len(self.templates))]
             segments = fill(template, example.values, ROLES[self.task])
             picture = picture_of(template, example.values)
             yield Record(example.id, segments, picture=picture), example
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------- for subclasses
 
     def image(self, name: Any) -> Any:
-        """The function that reads an image's file. Raises BadRecord for what is no name of one."""
+        """The function that reads an image's file. Raises BadRecord for anything but a name."""
         if not isinstance(name, str) or not name:
             raise BadRecord(f"no name of an image: {name!r}")
         return partial(self._images.image, name, self.config.max_file_bytes)
 
     def words(self, text: Any, what: str) -> str:
-        """A text that is not empty, without spaces around it. Raises BadRecord for anything
-        else."""
+        """A text without surrounding spaces. Raises BadRecord for one that is empty, or no text."""
         return caption_text(page_text(text, what), self.config.max_caption_bytes).strip()
 
 
 def read_json(files: Files, where: str) -> Any:
-    """The content of the one JSON file at a path. Raises UserError for anything else."""
+    """Read the only JSON file at a path. Raises UserError for anything else."""
     listed = files.list((".json",))
     if len(listed) != 1:
         raise UserError(f"{where}: {files.path} is {len(listed)} files; give one JSON file")
@@ -196,7 +215,7 @@ def read_json(files: Files, where: str) -> Any:
 
 
 def listed(content: Any, key: str, path: str, what: str) -> list[Any]:
-    """The list under a key of a JSON object. Raises UserError, naming what the file should be."""
+    """The list under a key of a JSON object. Raises UserError saying which file to give instead."""
     found = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(found, list):
         raise UserError(f"{path} has no list under {key}; give {what}")
@@ -204,15 +223,17 @@ def listed(content: Any, key: str, path: str, what: str) -> list[Any]:
 
 
 def check_image_name(template: str, image_id: int | str) -> None:
-    """Raises UserError for a template of images' names with other slots than {image_id}."""
+    """Check that {image_id} is the only slot of a template for names. Raises UserError."""
     try:
         template.format(image_id=image_id)
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"image_name is {template!r}; its only slot is {{image_id}}") from error
+        raise UserError(
+            f"image_name is {template!r}; its only slot is {{image_id}}, as in {{image_id}}.jpg"
+        ) from error
 
 
 def integer(value: Any, what: str) -> int:
-    """A whole number, which may be written as a text. Raises BadRecord for anything else."""
+    """A whole number, which may be written as a string. Raises BadRecord for anything else."""
     number = id_key(value)
     if not isinstance(number, int):
         raise BadRecord(f"{what} is no whole number: {value!r}")

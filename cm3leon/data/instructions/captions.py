@@ -1,4 +1,4 @@
-"""Images described in words: Karpathy's JSON (Flickr30k, COCO), Image Paragraph, Localized
+"""Images described in words: Karpathy's JSON (Flickr30k, COCO), Image Paragraph and Localized
 Narratives."""
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from cm3leon.types import UserError
 
 @SOURCES.register("karpathy")
 class KarpathySource(InstructionSource):
-    """Karpathy's JSON: images with five sentences each, and their split. An example for every
-    sentence."""
+    """Karpathy's JSON of images with five sentences each, divided into splits. Every sentence makes
+    an example."""
 
     task = "caption"
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which of the file's splits."""
+        """Where the file and the images are, and the split to read."""
 
         split: Literal["train", "val", "test", "restval"] = "train"
-        """Of Karpathy's; restval is COCO's rest of the validation images, which most train on."""
+        """Karpathy's split. restval is the part of COCO's validation images that is usually added
+        to the training images."""
 
     config: Config
 
@@ -44,23 +45,24 @@ class KarpathySource(InstructionSource):
         images = listed(
             read_json(self.files, "data.path"), "images", f"data.path: {self.config.path}", what
         )
-        of_split = [
-            image
-            for image in images
-            if isinstance(image, Mapping) and image.get("split") == self.config.split
-        ]
+        of_split = []
+        there = set()
+        for image in images:
+            if isinstance(image, Mapping):
+                there.add(str(image.get("split")))
+                if image.get("split") == self.config.split:
+                    of_split.append(image)
         if images and not of_split:
-            there = sorted(
-                {str(image.get("split")) for image in images if isinstance(image, Mapping)}
-            )
             raise UserError(
-                f"data.split is {self.config.split}, {self.config.path} has: {', '.join(there)}"
+                f"data.split is {self.config.split}, {self.config.path} has: "
+                f"{', '.join(sorted(there))}"
             )
-        return [
-            (image, number, sentence)
-            for image in of_split
-            for number, sentence in enumerate(image.get("sentences") or [None])
-        ]
+
+        entries: list[Any] = []
+        for image in of_split:
+            for number, sentence in enumerate(image.get("sentences") or [None]):
+                entries.append((image, number, sentence))
+        return entries
 
     def example(self, entry: Any, rng: Random) -> Example:
         image, number, sentence = entry
@@ -70,6 +72,8 @@ class KarpathySource(InstructionSource):
         raw = sentence.get("raw") if isinstance(sentence, Mapping) else None
         file = f"{folder}/{name}" if folder else name
         values = {"caption": self.words(raw, "the sentence"), "image": self.image(file)}
+
+        # In an evaluation, a caption is compared with all sentences of the image.
         every = [one.get("raw") for one in image["sentences"] if isinstance(one, Mapping)]
         truth = tuple(text.strip() for text in every if isinstance(text, str) and text.strip())
         return Example(f"{name}-{number}", values, truth, group=file)
@@ -77,7 +81,7 @@ class KarpathySource(InstructionSource):
 
 @SOURCES.register("image_paragraph")
 class ImageParagraphSource(InstructionSource):
-    """Stanford's Image Paragraph: a list of image ids with paragraphs; images are
+    """Stanford's Image Paragraph: a list of image ids with paragraphs; the images are named
     `{image_id}.jpg`."""
 
     task = "paragraph"
@@ -85,10 +89,10 @@ class ImageParagraphSource(InstructionSource):
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which of the images."""
+        """Where the file and the images are, and which images to read."""
 
         ids: Annotated[str, Location()] | None = None
-        """JSON list of the image ids of a split, such as train_split.json; null = all."""
+        """JSON list of the image ids of a split, such as train_split.json; null = all images."""
 
     config: Config
 
@@ -101,6 +105,7 @@ class ImageParagraphSource(InstructionSource):
         ids = read_json(Files(self.config.ids, "data.ids"), "data.ids")
         if not isinstance(ids, list):
             raise UserError(f"data.ids: {self.config.ids} is no list of image ids")
+
         chosen = set(map(str, ids))
         return [
             entry
@@ -120,7 +125,7 @@ class ImageParagraphSource(InstructionSource):
 
 @SOURCES.register("localized_narratives")
 class LocalizedNarrativesSource(InstructionSource):
-    """Localized Narratives: JSON lines of image ids with what an annotator said; the mouse traces
+    """Localized Narratives: JSON lines of image ids with what an annotator said. The mouse traces
     are not read."""
 
     task = "narrative"
@@ -128,10 +133,10 @@ class LocalizedNarrativesSource(InstructionSource):
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """How images are named."""
+        """Where the file and the images are, and how images are named."""
 
         image_name: str = "{image_id}.jpg"
-        """By {image_id}; COCO's are {image_id:0>12}.jpg."""
+        """Name of an image, with the slot {image_id}; COCO's are {image_id:0>12}.jpg."""
 
         def check(self) -> None:
             check_image_name(self.image_name, "1")

@@ -1,4 +1,4 @@
-"""Edits of images by instructions: InstructPix2Pix."""
+"""Edits of images by instructions: InstructPix2Pix, as published."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cm3leon.types import UserError
 
 @SOURCES.register("instruct_pix2pix")
 class InstructPix2PixSource(InstructionSource):
-    """InstructPix2Pix as published: seeds.json lists folders with their seeds; a folder has
-    prompt.json and pairs.
+    """InstructPix2Pix: seeds.json lists folders with their seeds, and each folder has a prompt.json
+    and pairs of images.
 
-    `path` is seeds.json. A pair is `{seed}_0.jpg` before and `{seed}_1.jpg` after; one seed of each
-    folder is drawn.
+    `path` is seeds.json. A pair is `{seed}_0.jpg` before the edit and `{seed}_1.jpg` after it. One
+    seed is drawn for each folder.
     """
 
     task = "edit"

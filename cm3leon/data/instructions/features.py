@@ -1,4 +1,4 @@
-"""Images drawn by what is seen in them: edges, depth, poses."""
+"""Images to be generated from their features: edges, depth, poses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from cm3leon.types import UserError
 
 @SOURCES.register("features")
 class FeaturesSource(InstructionSource):
-    """A captions JSON of COCO with feature images: made by an extractor, or from a folder where
-    they lie already.
+    """COCO's captions JSON with feature images, which are computed by an extractor or read from a
+    folder.
 
     In a folder the feature image of `a/b.jpg` is `a/b.png` or `a/b.jpg`; images without one are
     left out.
@@ -42,24 +42,24 @@ class FeaturesSource(InstructionSource):
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which features."""
+        """Where the captions and images are, and where their features come from."""
 
         extractor: Annotated[Component, EXTRACTORS] | None = None
-        """Makes the feature images, each when it is read; null = they are in `folder`."""
+        """Computes each feature image when it is read; null = read them from `folder`."""
         folder: Annotated[str, Location()] | None = None
         """Folder of feature images, local or a URL."""
         kind: str | None = None
-        """What the feature images of `folder` are: canny, segmentation, hed, pose, depth, normals
+        """Feature shown by the images in `folder`: canny, segmentation, hed, pose, depth, normals
         or scribble."""
 
         def check(self) -> None:
             if (self.extractor is None) == (self.folder is None):
-                raise UserError(
-                    f"extractor and folder are both {'null' if self.folder is None else 'given'}; give one"
-                )
+                both = "null" if self.folder is None else "given"
+                raise UserError(f"extractor and folder are both {both}; give one of them")
             if self.folder is not None and self.kind not in FEATURES:
                 raise UserError(
-                    f"kind is {self.kind}; feature images of a folder are one of: {', '.join(FEATURES)}"
+                    f"kind is {self.kind}; feature images of a folder are one of: "
+                    f"{', '.join(FEATURES)}"
                 )
 
     config: Config
@@ -82,6 +82,7 @@ class FeaturesSource(InstructionSource):
         name = image["file_name"]
         extractor, kind = self._extractor, self.config.kind
 
+        # A feature is computed from the same square of the image that is generated from it.
         def feature() -> np.ndarray:
             assert extractor is not None
             pixels_HWC = decode_image(load(), self.config.max_pixels, name)
@@ -105,15 +106,16 @@ class FeaturesSource(InstructionSource):
 
     @cached_property
     def _there(self) -> set[str]:
+        """Names of the feature images in the folder."""
         return {file.name for file in self._folder.list((".png", ".jpg"))}
 
     def fingerprint(self) -> str:
-        # The images of an extractor are made of its model, wherever that lies.
+        # An extractor's images follow from its model, wherever that lies.
         extractor = result_settings(self.config.extractor, path_digest)
         return f"{json.dumps(extractor)} {super().fingerprint()}"
 
     def _precomputed(self, name: str) -> partial[bytes]:
-        """The function that reads the feature image of an image; without one, it says so."""
+        """The function that reads an image's feature image; without one, reading says so."""
         for ending in (".png", ".jpg"):
             file = str(PurePosixPath(name).with_suffix(ending))
             if file in self._there:

@@ -1,4 +1,14 @@
-"""Images with boxes of what is in them: COCO and Objects365 (one form), OpenImages."""
+"""Images with boxes around objects: COCO and Objects365 (in the same format), and OpenImages.
+
+Boxes are written as corners on a grid of 256 x 256, laid over the square that is cut from the
+middle of an image:
+
+    +-----------------------+
+    |     |   +---+   |     |       "dog at (85, 64) -> (170, 192)"
+    |     |   |dog|   |     |
+    |     |   +---+   |     |       left and right of the square nothing is seen, so an
+    +-----------------------+       object there is not mentioned
+"""
 
 from __future__ import annotations
 
@@ -24,26 +34,26 @@ from cm3leon.registry import SOURCES
 from cm3leon.types import UserError
 
 GRID = 256
-"""Locations are counted on a picture of so many pixels a side."""
+"""Rows and columns of the grid on which locations are counted."""
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) as shares of the image's width and height."""
 
 
 def location(box: Box) -> str:
-    """ "(x1, y1) -> (x2, y2)": the corners of a box on the grid."""
+    """Write the corners of a box on the grid: "(x1, y1) -> (x2, y2)"."""
     left, top, right, bottom = (min(max(round(edge * GRID), 0), GRID) for edge in box)
     return f"({left}, {top}) -> ({right}, {bottom})"
 
 
 def objects_text(objects: Sequence[tuple[str, Box]]) -> str:
-    """ "dog at (0, 12) -> (90, 200), cat at ..."."""
+    """Write objects with their boxes: "dog at (0, 12) -> (90, 200), cat at ..."."""
     return ", ".join(f"{name} at {location(box)}" for name, box in objects)
 
 
 def centred(box: Box, width: float, height: float) -> Box | None:
-    """A box after the image was cut to the square in its middle, as images are; None for one that
-    is cut off whole."""
+    """Move a box into the square that is cut from the image's middle, cropping it there; None if
+    nothing of it is left."""
     side = min(width, height)
     left, top = (width - side) / 2 / side, (height - side) / 2 / side
     scaled = (box[0] * width / side - left, box[1] * height / side - top,
@@ -54,14 +64,14 @@ def centred(box: Box, width: float, height: float) -> Box | None:
 
 @dataclass(kw_only=True)
 class BoxesConfig(InstructionConfig):
-    """What of the boxes is used."""
+    """Which boxes are used."""
 
     most: PositiveInt = 8
-    """Objects of an image that are named, the largest."""
+    """How many objects of an image are named, the largest ones."""
 
 
 class _Boxes(InstructionSource):
-    """What is said of an image with boxes."""
+    """Base of the sources of images with boxes."""
 
     task = "grounded"
     config: BoxesConfig
@@ -69,11 +79,16 @@ class _Boxes(InstructionSource):
     def _values(
         self, name: str, objects: Sequence[tuple[str, Box]], caption: str | None
     ) -> dict[str, Any]:
+        """The values of a record's slots. Raises BadRecord for an image without an object."""
         if not objects:
             raise BadRecord("no object is inside the square in the image's middle")
-        largest = sorted(
-            objects, key=lambda each: -(each[1][2] - each[1][0]) * (each[1][3] - each[1][1])
-        )
+
+        # The largest objects are named, in the order of the file.
+        def size_of(each: tuple[str, Box]) -> float:
+            left, top, right, bottom = each[1]
+            return (right - left) * (bottom - top)
+
+        largest = sorted(objects, key=lambda each: -size_of(each))
         chosen = [each for each in objects if each in largest[: self.config.most]]
         what = caption or " and ".join(dict.fromkeys(name for name, _ in chosen))
         return {"caption": what, "objects": objects_text(chosen), "image": self.image(name)}
@@ -81,17 +96,17 @@ class _Boxes(InstructionSource):
 
 @SOURCES.register("coco_boxes")
 class CocoBoxesSource(_Boxes):
-    """An instances JSON of COCO, or Objects365's, which has the same form. Crowds are left out."""
+    """COCO's instances JSON, or that of Objects365 in the same format. Crowds are left out."""
 
     more_files = ("captions",)
 
     @dataclass(kw_only=True)
     class Config(BoxesConfig):
-        """Which files."""
+        """Where the files and the images are."""
 
         captions: Annotated[str, Location()] | None = None
-        """The captions JSON of the same images, of which the first caption is used; null = the
-        objects' names."""
+        """Captions JSON of the same images, of which the first caption is used; null = the names of
+        the objects."""
 
     config: Config
 
@@ -99,10 +114,12 @@ class CocoBoxesSource(_Boxes):
         path, what = f"data.path: {self.config.path}", "an instances JSON of COCO or Objects365"
         content = read_json(self.files, "data.path")
         images = listed(content, "images", path, what)
+
         names: dict[Any, str] = {}
         for category in listed(content, "categories", path, what):
             if isinstance(category, Mapping) and isinstance(category.get("name"), str):
                 names[id_key(category.get("id"))] = category["name"].lower()
+
         boxes: dict[Any, list[tuple[Any, Any]]] = {}
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and not annotation.get("iscrowd"):
@@ -110,6 +127,7 @@ class CocoBoxesSource(_Boxes):
                 boxes.setdefault(id_key(annotation.get("image_id")), []).append(
                     (name, annotation.get("bbox"))
                 )
+
         captions: dict[Any, str] = {}
         if self.config.captions:
             where = f"data.captions: {self.config.captions}"
@@ -119,35 +137,31 @@ class CocoBoxesSource(_Boxes):
                     captions.setdefault(
                         id_key(annotation.get("image_id")), annotation["caption"].strip()
                     )
-        return [
-            (
-                image,
-                boxes.get(id_key(image.get("id")), []),
-                captions.get(id_key(image.get("id"))),
-            )
-            for image in images
-            if isinstance(image, Mapping)
-        ]
+
+        entries: list[Any] = []
+        for image in images:
+            if isinstance(image, Mapping):
+                id_ = id_key(image.get("id"))
+                entries.append((image, boxes.get(id_, []), captions.get(id_)))
+        return entries
 
     def example(self, entry: Any, rng: Random) -> Example:
         image, boxes, caption = entry
         width, height = image.get("width"), image.get("height")
         if not all(isinstance(size, (int, float)) and size > 0 for size in (width, height)):
             raise BadRecord("the image has no width and height")
+
         objects: list[tuple[str, Box]] = []
         for name, box in boxes:
-            if (
-                name
-                and isinstance(box, list)
-                and len(box) == 4
-                and all(isinstance(x, (int, float)) for x in box)
-            ):
+            is_box = isinstance(box, list) and len(box) == 4
+            if name and is_box and all(isinstance(x, (int, float)) for x in box):
                 x, y, w, h = box
                 inside = centred(
                     (x / width, y / height, (x + w) / width, (y + h) / height), width, height
                 )
                 if inside:
                     objects.append((name, inside))
+
         name = image.get("file_name")
         if not isinstance(name, str):
             raise BadRecord("the image has no file_name")
@@ -156,9 +170,10 @@ class CocoBoxesSource(_Boxes):
 
 @SOURCES.register("openimages_boxes")
 class OpenImagesBoxesSource(_Boxes):
-    """OpenImages' boxes CSV with its class descriptions; boxes of groups are left out.
+    """OpenImages' boxes CSV with its class descriptions; boxes around groups are left out.
 
-    Boxes are shares of an image whose size the CSV does not have: it is read from the image's file.
+    Boxes are given as shares of the image. Its size is not in the CSV, so it is read from the
+    image's file.
     """
 
     suffixes = (".csv",)
@@ -166,27 +181,29 @@ class OpenImagesBoxesSource(_Boxes):
 
     @dataclass(kw_only=True)
     class Config(BoxesConfig):
-        """Which files."""
+        """Where the files and the images are."""
 
         classes: Annotated[str, Location()]
-        """class-descriptions-boxable.csv: lines of a class's id and its name."""
+        """class-descriptions-boxable.csv, with lines of a class's id and its name."""
 
     config: Config
 
     def entries(self) -> list[Any]:
-        names = dict(
-            row[:2]
-            for row in self._rows(Files(self.config.classes, "data.classes"))
-            if len(row) >= 2
-        )
+        names: dict[str, str] = {}
+        for row in self._rows(Files(self.config.classes, "data.classes")):
+            if len(row) >= 2:
+                names[row[0]] = row[1]
+
         rows = self._rows(self.files)
         header: list[str] = next(rows, [])
         needed = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
         missing = [name for name in needed if name not in header]
         if missing:
             raise UserError(
-                f"data.path: {self.config.path} has no column {missing[0]}; give OpenImages' boxes CSV"
+                f"data.path: {self.config.path} has no column {missing[0]}; give OpenImages' boxes "
+                "CSV, such as train-annotations-bbox.csv"
             )
+
         images: dict[str, list[tuple[str, list[str]]]] = {}
         for row in rows:
             entry = dict(zip(header, row, strict=False))
@@ -213,7 +230,7 @@ class OpenImagesBoxesSource(_Boxes):
         return Example(f"openimages-{id_}", self._values(f"{id_}.jpg", objects, None))
 
     def _size(self, name: str) -> tuple[int, int]:
-        """Width and height of an image, by its file's header."""
+        """The width and height of an image, from its file's header."""
         try:
             return image_size(self.image(name)(), self.config.max_pixels, name)
         except UnusableImage as error:
@@ -221,6 +238,7 @@ class OpenImagesBoxesSource(_Boxes):
 
     @staticmethod
     def _rows(files: Files) -> Any:
+        """Yield the rows of the only CSV file at a path. Raises UserError for more or fewer."""
         listed_files = files.list((".csv",))
         if len(listed_files) != 1:
             raise UserError(f"{files.path} is {len(listed_files)} files; give one CSV file")

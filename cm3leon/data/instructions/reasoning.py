@@ -1,4 +1,4 @@
-"""Questions with options, context and an explanation: ScienceQA."""
+"""Questions with options, a context and an explanation: ScienceQA."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from cm3leon.types import UserError
 
 @SOURCES.register("scienceqa")
 class ScienceQaSource(InstructionSource):
-    """ScienceQA: problems.json, an object of problems by id; those with an image, at
-    `{split}/{id}/{image}`."""
+    """ScienceQA: problems.json, an object of problems by id. Problems with an image are read, which
+    lies at `{split}/{id}/{image}`."""
 
     task = "reasoning"
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which of the file's splits."""
+        """Where the file and the images are, and the split to read."""
 
         split: Literal["train", "val", "test"] = "train"
-        """Of ScienceQA's."""
+        """ScienceQA's split."""
 
     config: Config
 
@@ -41,50 +41,46 @@ class ScienceQaSource(InstructionSource):
             raise UserError(
                 f"data.path: {self.config.path} is no object; give ScienceQA's problems.json"
             )
-        return [
-            (id_, problem)
-            for id_, problem in content.items()
-            if isinstance(problem, Mapping)
-            and problem.get("split") == self.config.split
-            and problem.get("image")
-        ]
+        found: list[Any] = []
+        for id_, problem in content.items():
+            if not isinstance(problem, Mapping) or problem.get("split") != self.config.split:
+                continue
+            if problem.get("image"):
+                found.append((id_, problem))
+        return found
 
     def example(self, entry: Any, rng: Random) -> Example:
         id_, problem = entry
+
         choices = problem.get("choices")
-        if (
-            not isinstance(choices, list)
-            or not choices
-            or not all(isinstance(choice, str) for choice in choices)
-        ):
+        is_list = isinstance(choices, list) and bool(choices)
+        if not is_list or not all(isinstance(choice, str) for choice in choices):
             raise BadRecord("choices is no list of texts")
         number = integer(problem.get("answer"), "the answer")
         if not 0 <= number < len(choices):
             raise BadRecord(f"the answer is {number}, of {len(choices)} choices")
+
         question = self.words(problem.get("question"), "the question")
         image = self.image(f"{self.config.split}/{id_}/{problem['image']}")
         explanation = str(problem.get("solution") or problem.get("lecture") or "").strip()
+        context = str(problem.get("hint") or "")
+        slots = reasoning_slots(question, context, choices, number, explanation)
         return Example(
             f"scienceqa-{id_}",
-            {
-                **reasoning_slots(
-                    question, str(problem.get("hint") or ""), choices, number, explanation
-                ),
-                "image": image,
-            },
+            {**slots, "image": image},
             (choices[number], *choices),
         )
 
 
 def letter(number: int) -> str:
-    """(A), (B) ..."""
+    """The name of an option: (A), (B) ..."""
     return f"({chr(ord('A') + number)})"
 
 
 def reasoning_slots(
     question: str, context: str, options: list[str], answer: int, explanation: str
 ) -> dict[str, str]:
-    """The texts of a question with options, as the templates have them."""
+    """The texts of a question with options, as the templates name them."""
     right = letter(answer)
     return {
         "question": question,

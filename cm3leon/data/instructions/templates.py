@@ -1,4 +1,14 @@
-"""Templates of instructions, as the paper prints them, filled to segments with roles."""
+"""Templates of instructions, as the paper prints them, filled into segments with roles.
+
+    template    Question: {question} The answer is {answer}. | {image}
+    segments    "Question: What is it? The answer is"       text
+                " a dog"                                    text, role answer, joined to the last
+                "."                                         text, joined to the last
+                <the image>
+
+Joined segments have no <break> between them: the answer can be rotated to the end, or asked for,
+and reads the same as in its place.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +50,8 @@ TABLE_5: dict[str, tuple[str, ...]] = {
         "Answer: Let's think step-by-step: {steps} | {image}",
     ),
 }
-"""Templates by task; ` | ` is a `<break>`, {name} a slot. {steps} is "{explanation} So the answer
-is {answer}."."""
+"""Templates by task. ` | ` is a `<break>`, {name} a slot; {steps} is "{explanation} So the answer is
+{answer}."."""
 
 ROLES: dict[str, dict[str, Role]] = {
     "edit": {"image1": "condition", "instruction": "instruction"},
@@ -54,7 +64,7 @@ ROLES: dict[str, dict[str, Role]] = {
     "vqa": {"answer": "answer"},
     "reasoning": {"answer": "answer", "steps": "answer"},
 }
-"""Roles of the slots, by task. A text with an instruction in it is one as a whole."""
+"""Roles of the slots, by task. A text with an instruction in it has that role as a whole."""
 
 FEATURES = {
     "canny": "canny edge features",
@@ -65,23 +75,30 @@ FEATURES = {
     "normals": "3D norm features",
     "scribble": "children's scribbles",
 }
-"""What the template calls each kind of feature image."""
+"""What the templates call each kind of feature image."""
 
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def check_templates(task: str, templates: list[str], where: str = "data.templates") -> None:
-    """Raises UserError for a template with a slot that the task does not fill, or without what is
-    asked for."""
+    """Check the templates of a task.
+
+    Raises:
+        UserError: for a template with a slot that the task does not fill, or without exactly one
+            slot for the answer if the task has one.
+    """
     known = {slot for template in TABLE_5[task] for slot in _SLOT.findall(template)}
     if not templates:
-        raise UserError(f"{where} is empty, at least one template is needed")
+        raise UserError(
+            f"{where} is empty; at least one template is needed, such as {TABLE_5[task][0]!r}"
+        )
     for template in templates:
         slots = _SLOT.findall(template)
         wrong = [slot for slot in slots if slot not in known]
         if wrong:
             raise UserError(
-                f"{where} has {{{wrong[0]}}}, which {task} does not fill; it has: {', '.join(sorted(known))}"
+                f"{where} has {{{wrong[0]}}}, which {task} does not fill; it has: "
+                f"{', '.join(sorted(known))}"
             )
         answers = [slot for slot in slots if ROLES[task].get(slot) == "answer"]
         if "answer" in ROLES[task].values() and len(answers) != 1:
@@ -89,8 +106,8 @@ def check_templates(task: str, templates: list[str], where: str = "data.template
 
 
 def picture_of(template: str, values: Mapping[str, Any]) -> int:
-    """Which of the images of a filled template the example is about: the first of an edit, else the
-    one asked for or asked about, not the features of it. 0 where the template has neither."""
+    """The index, among a template's images, of the one that the example is about: the first image
+    of an edit, else the one generated or asked about, not its features. 0 if there is none."""
     images = [slot for slot in _SLOT.findall(template) if not isinstance(values[slot], str)]
     subject = next((slot for slot in ("image1", "image") if slot in images), None)
     return images.index(subject) if subject else 0
@@ -99,13 +116,15 @@ def picture_of(template: str, values: Mapping[str, Any]) -> int:
 def fill(
     template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> tuple[TextSegment | MarkedImage, ...]:
-    """Segments of a template: texts, and images as they are among the values.
+    """Fill a template into segments: texts, and images as they are among the values.
 
-    An answer within a text is a segment of its own, joined to what is before it, with the space
-    between them. So it can be rotated whole, and is read the same whether it is given or asked for.
+    An answer within a text is a segment of its own, joined to the one before it, and begins with
+    the space between them. So it can be rotated as a whole, and reads the same whether it is given
+    or asked for.
     """
     segments: list[TextSegment | MarkedImage] = []
     for piece in template.split(" | "):
+        # A piece that is just the slot of an image is that image; all others are texts.
         slots = _SLOT.findall(piece)
         if len(slots) == 1 and piece == f"{{{slots[0]}}}" and not isinstance(values[slots[0]], str):
             segments.append(MarkedImage(values[slots[0]], roles.get(slots[0], "")))
@@ -117,19 +136,21 @@ def fill(
 def fill_with_pixels(
     template: str, values: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> tuple[TextSegment | ImageSegment, ...]:
-    """`fill` where the images among the values are pixels (H, W, 3), not files that are read
-    later."""
-    return tuple(
-        ImageSegment(np.asarray(segment.content), segment.role)
-        if isinstance(segment, MarkedImage)
-        else segment
-        for segment in fill(template, values, roles)
-    )
+    """Fill a template as `fill` does, where images are given as pixels (H, W, 3)."""
+    segments: list[TextSegment | ImageSegment] = []
+    for segment in fill(template, values, roles):
+        if isinstance(segment, MarkedImage):
+            segments.append(ImageSegment(np.asarray(segment.content), segment.role))
+        else:
+            segments.append(segment)
+    return tuple(segments)
 
 
 def _texts(
     piece: str, slots: list[str], values: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> list[TextSegment]:
+    """Fill a text; an answer in it becomes a segment of its own."""
+
     def filled(text: str) -> str:
         return _SLOT.sub(lambda match: values[match[1]], text)
 
@@ -137,6 +158,8 @@ def _texts(
     if answer is None:
         is_instruction = any(roles.get(slot) == "instruction" for slot in slots)
         return [TextSegment(filled(piece), "instruction" if is_instruction else "")]
+
+    # The space before the answer belongs to the answer, as it does to a word's first token.
     before, after = map(filled, piece.split(f"{{{answer}}}"))
     given = before.rstrip()
     answer_text = TextSegment(before[len(given) :] + values[answer], "answer", joined=bool(given))

@@ -1,5 +1,4 @@
-"""Questions about images with short answers: VQA2 and OKVQA, and VizWiz, in their published
-forms."""
+"""Questions about images with short answers: VQA2, OKVQA and VizWiz, as published."""
 
 from __future__ import annotations
 
@@ -27,10 +26,10 @@ from cm3leon.types import UserError
 
 @SOURCES.register("vqa")
 class VqaSource(InstructionSource):
-    """VQA2 and OKVQA: a questions JSON, an annotations JSON with ten answers each, images named by
-    their ids.
+    """VQA2 and OKVQA: a questions JSON, an annotations JSON with ten answers for each question, and
+    images named by their ids.
 
-    The answer of an example is the one that most of the ten gave.
+    The answer of an example is the one that most of the ten people gave.
     """
 
     task = "vqa"
@@ -38,13 +37,13 @@ class VqaSource(InstructionSource):
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which files."""
+        """Where the files and the images are, and how images are named."""
 
         annotations: Annotated[str, Location()]
-        """The annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the
-        questions JSON."""
+        """Annotations JSON, such as v2_mscoco_train2014_annotations.json; `path` is the questions
+        JSON."""
         image_name: str = "COCO_train2014_{image_id:012d}.jpg"
-        """How images are named, by {image_id}."""
+        """Name of an image, with the slot {image_id}."""
 
         def check(self) -> None:
             check_image_name(self.image_name, 1)
@@ -57,6 +56,7 @@ class VqaSource(InstructionSource):
             read_json(self.files, "data.path"), "questions", f"data.path: {self.config.path}", what
         )
         questions = [entry if isinstance(entry, Mapping) else {} for entry in questions]
+
         path = f"data.annotations: {self.config.annotations}"
         files = Files(self.config.annotations, "data.annotations")
         annotations = listed(
@@ -67,10 +67,12 @@ class VqaSource(InstructionSource):
             for entry in annotations
             if isinstance(entry, Mapping)
         }
+
         ids = [id_key(entry.get("question_id")) for entry in questions]
         if ids and not any(id_ in by_question for id_ in ids):
             raise UserError(
-                f"{path} answers none of the questions of {self.config.path}; give those of the same split"
+                f"{path} answers none of the questions of {self.config.path}; give those of the "
+                "same split"
             )
         return [(entry, by_question.get(id_)) for entry, id_ in zip(questions, ids, strict=True)]
 
@@ -81,6 +83,7 @@ class VqaSource(InstructionSource):
         name = self.config.image_name.format(
             image_id=integer(question.get("image_id"), "the image_id")
         )
+
         answer = majority(annotation.get("answers"), annotation.get("multiple_choice_answer"))
         values = {
             "question": self.words(question.get("question"), "the question"),
@@ -96,8 +99,8 @@ class VqaSource(InstructionSource):
 
 @SOURCES.register("vizwiz")
 class VizWizSource(InstructionSource):
-    """VizWiz: one JSON list of images with a question and ten answers; `unanswerable` is an answer
-    as any other."""
+    """VizWiz: one JSON list of images with a question and ten answers. `unanswerable` is an answer
+    like any other."""
 
     task = "vqa"
 
@@ -123,8 +126,8 @@ class VizWizSource(InstructionSource):
 
 
 def majority(answers: Any, chosen: Any = None) -> str:
-    """The answer that was given most often, of those the first; `chosen` where the file says which.
-    May raise."""
+    """The answer given most often, and of several the first; `chosen` if the file names the answer.
+    Raises BadRecord without any answer."""
     if isinstance(chosen, str) and chosen.strip():
         return chosen
     texts = given_answers(answers)

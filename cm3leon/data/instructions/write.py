@@ -1,4 +1,4 @@
-"""Images with the words that are written in them: TextOCR, COCO-Text."""
+"""Images with words written in them, to be generated with these words: TextOCR and COCO-Text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cm3leon.types import UserError
 
 @SOURCES.register("ocr")
 class OcrSource(InstructionSource):
-    """TextOCR's and COCO-Text's JSON: `imgs`, `anns` with `utf8_string` and a box, `imgToAnns`.
+    """TextOCR's and COCO-Text's JSON: `imgs`, and `anns` with `utf8_string` and a box.
 
-    The words of an image are read line by line, those that are too small or unreadable ("." in
+    The words of an image are read line by line. Words that are too small or unreadable ("." in
     TextOCR) are left out.
     """
 
@@ -26,12 +26,12 @@ class OcrSource(InstructionSource):
 
     @dataclass(kw_only=True)
     class Config(InstructionConfig):
-        """Which words."""
+        """Where the file and the images are, and which words are used."""
 
         least_height: Probability = 0.04
-        """Words lower than this share of the image are left out: nothing could be read of them."""
+        """Words lower than this share of the image's height are left out, as too small to read."""
         most: PositiveInt = 8
-        """Words of an image that are asked for; images with more are left out."""
+        """Most words of an image; images with more are left out."""
 
     config: Config
 
@@ -42,8 +42,10 @@ class OcrSource(InstructionSource):
         images, words = content.get("imgs"), content.get("anns")
         if not isinstance(images, Mapping) or not isinstance(words, Mapping):
             raise UserError(
-                f"data.path: {self.config.path} has no imgs and anns; give TextOCR's or COCO-Text's JSON"
+                f"data.path: {self.config.path} has no imgs and anns; give TextOCR's or "
+                "COCO-Text's JSON"
             )
+
         of_image: dict[str, list[Any]] = {}
         for word in words.values():
             if isinstance(word, Mapping):
@@ -55,24 +57,31 @@ class OcrSource(InstructionSource):
         height = image.get("height") if isinstance(image, Mapping) else None
         if not isinstance(height, (int, float)) or height <= 0:
             raise BadRecord("the image has no height")
+
         read = [
             (word["bbox"], word["utf8_string"].strip())
             for word in words
-            if isinstance(word.get("utf8_string"), str)
-            and word["utf8_string"].strip() not in ("", ".")
-            and word.get("legibility", "legible") == "legible"
-            and isinstance(word.get("bbox"), list)
-            and len(word["bbox"]) == 4
-            and word["bbox"][3] >= self.config.least_height * height
+            if self._is_used(word, height)
         ]
         if not 0 < len(read) <= self.config.most:
             raise BadRecord(f"{len(read)} readable words, from 1 to {self.config.most} are used")
         text = self.words(" ".join(in_reading_order(read)), "the text")
         return Example(f"ocr-{id_}", {"text": text, "image": self.image(image.get("file_name"))})
 
+    def _is_used(self, word: Mapping[str, Any], height: float) -> bool:
+        """Whether a word of an image of that height is written down, legible and large enough."""
+        text, box = word.get("utf8_string"), word.get("bbox")
+        if not isinstance(text, str) or text.strip() in ("", "."):
+            return False
+        if word.get("legibility", "legible") != "legible":
+            return False
+        is_box = isinstance(box, list) and len(box) == 4
+        return is_box and box[3] >= self.config.least_height * height
+
 
 def in_reading_order(words: list[tuple[list[float], str]]) -> list[str]:
-    """Words line by line, each from left to right; boxes are [left, top, width, height]."""
+    """Order words line by line, and in a line from left to right. A box is [left, top, width,
+    height]; a word is on the line of the last one if its middle is within that one's height."""
     lines: list[list[tuple[list[float], str]]] = []
     for box, text in sorted(words, key=lambda word: word[0][1] + word[0][3] / 2):
         middle = box[1] + box[3] / 2
@@ -81,4 +90,7 @@ def in_reading_order(words: list[tuple[list[float], str]]) -> list[str]:
             lines[-1].append((box, text))
         else:
             lines.append([(box, text)])
-    return [text for line in lines for _, text in sorted(line, key=lambda word: word[0][0])]
+    ordered: list[str] = []
+    for line in lines:
+        ordered += [text for _, text in sorted(line, key=lambda word: word[0][0])]
+    return ordered
