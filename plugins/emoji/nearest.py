@@ -1,10 +1,9 @@
-"""Which drawing an image comes closest to, among all there are: the measure, which nothing here was
-trained for.
+"""The measure: which of all drawings an image comes closest to. Nothing here was trained for it.
 
-By pixels, and by features that have nothing to do with any tokenizer: histograms of oriented
-gradients (Dalal and Triggs 2005) and the mean colours of cells in CIELAB, both by scikit-image.
-Drawings are made from their files at the size of the answers; nothing of the corpus, its split or
-its codes is used.
+Images are compared by pixels, and by features that have nothing to do with any tokenizer:
+histograms of oriented gradients (Dalal and Triggs 2005) and the mean colours of cells in CIELAB,
+both by scikit-image. The drawings are made from their files at the size of the answers; nothing of
+the corpus, its split or its codes is used.
 """
 
 from __future__ import annotations
@@ -21,36 +20,38 @@ from .catalogue import Emoji, catalogue
 from .drawings import drawings
 
 CELLS = 6
-"""Cells along a side, of gradients and of colours."""
+"""Cells per side, of gradients and of colours."""
 ORIENTATIONS = 8
 AT_ONCE = 256
 """Images that are compared at a time."""
 
 
 class Drawings:
-    """All drawings at a size, with what images are compared with them by."""
+    """All drawings at one size, with everything by which images are compared with them."""
 
     def __init__(self, side: int) -> None:
         self.side = side
         images_MHWC = drawings(side)
         self.looks = [digest_of(image_HWC.tobytes()) for image_HWC in images_MHWC]
-        """Equal for drawings that cannot be told apart at this size."""
+        """Digests of the pixels, equal for drawings that cannot be told apart at this size."""
         twins: dict[str, list[Emoji]] = {}
         for emoji, look in zip(catalogue(), self.looks, strict=True):
             twins.setdefault(look, []).append(emoji)
         self._twins = [twins[look] for look in self.looks]
         self._pixels_MD = _flat(images_MHWC)
         gradients_MD, colours_MD = gradients(images_MHWC), colours(images_MHWC)
+
         # Both parts weigh the same: each is measured in units of its own spread over all drawings.
         self._units = tuple(float(np.sqrt(p.var(axis=0).sum())) for p in (gradients_MD, colours_MD))
         self._features_MD = self._scaled(gradients_MD, colours_MD)
 
     def nearest_by_pixels(self, images_BHWC: np.ndarray) -> list[int]:
-        """The number of the drawing with the least squared distance to each image."""
+        """The index of the drawing with the smallest squared distance to each image."""
         return _nearest(_flat(self._checked(images_BHWC)), self._pixels_MD)
 
     def nearest_by_features(self, images_BHWC: np.ndarray) -> list[int]:
-        """The number of the drawing with the least squared distance of features to each image."""
+        """The index of the drawing whose features have the smallest squared distance to those of
+        each image."""
         images_BHWC = self._checked(images_BHWC)
         features_BD = self._scaled(gradients(images_BHWC), colours(images_BHWC))
         return _nearest(features_BD, self._features_MD)
@@ -60,20 +61,22 @@ class Drawings:
         return self.looks[one] == self.looks[other]
 
     def named(self, number: int) -> list[Emoji]:
-        """All emojis that have this drawing: it is the man's as much as the pilot's."""
+        """All emojis with this drawing: it may be the man's as well as the pilot's."""
         return self._twins[number]
 
     def _scaled(self, gradients_BD: np.ndarray, colours_BD: np.ndarray) -> np.ndarray:
+        """Gradients and colours as one vector, each in its own unit."""
         return np.concatenate(
             [gradients_BD / self._units[0], colours_BD / self._units[1]], axis=1
         ).astype(np.float32)
 
     def _checked(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """The images, if they have the size of the drawings. Raises UserError if not."""
         if images_BHWC.shape[1:] != (self.side, self.side, 3):
             height, width = images_BHWC.shape[1:3]
             raise UserError(
-                f"protocol.side is {self.side}, but the images that are measured have {width} x {height} pixels; "
-                "side must be that of the model's images"
+                f"protocol.side is {self.side}, but the images that are measured have "
+                f"{width} x {height} pixels; side must be that of the model's images"
             )
         return images_BHWC
 
@@ -85,8 +88,7 @@ def all_drawings(side: int) -> Drawings:
 
 
 def meets(asked: Emoji, found: Emoji) -> bool:
-    """Whether a drawing is one that a caption may mean: it differs only in what the caption leaves
-    open.
+    """Whether a caption may mean a drawing: it differs only in what the caption leaves open.
 
     `firefighter` leaves the gender open, and a name of which there are several tones leaves the
     tone open.
@@ -97,29 +99,29 @@ def meets(asked: Emoji, found: Emoji) -> bool:
 
 
 def gender_met(asked: Emoji, found: Emoji) -> bool:
-    """Whether a drawing has the gender that a caption says, if it says one."""
+    """Whether a drawing has the gender that a caption states, if it states one."""
     return asked.gender not in ("woman", "man") or found.gender == asked.gender
 
 
 def tone_met(asked: Emoji, found: Emoji) -> bool:
-    """Whether a drawing has the tones that a caption says, if it says any."""
+    """Whether a drawing has the tones that a caption states, if it states any."""
     return found.tones == asked.tones or (not asked.tones and asked.has_tones)
 
 
 @cache
 def by_caption() -> dict[str, int]:
-    """Numbers of the drawings by their captions, in small letters."""
+    """The indices of the drawings by their captions, in lower case."""
     return {emoji.caption.lower(): number for number, emoji in enumerate(catalogue())}
 
 
-# ------------------------------------------------------------------------------------------------ features
+# --------------------------------------------------------------------------------------- features
 
 
 def gradients(images_BHWC: np.ndarray) -> np.ndarray:
     """Histograms of oriented gradients (B, D) of uint8 images.
 
-    One block is the whole image, so that what noise leaves in plain cells is not raised to the
-    height of outlines.
+    One block is the whole image, so that noise in plain cells is not raised to the height of
+    outlines.
     """
     hog = _scikit_image("feature").hog
     side = images_BHWC.shape[1]
@@ -140,6 +142,8 @@ def gradients(images_BHWC: np.ndarray) -> np.ndarray:
 
 def colours(images_BHWC: np.ndarray) -> np.ndarray:
     """Mean colours (B, D) of the cells of uint8 images, in CIELAB."""
+
+    # The sum over each cell, divided by its number of pixels.
     lab_BHWC = _scikit_image("color").rgb2lab(np.asarray(images_BHWC))
     edges = np.linspace(0, images_BHWC.shape[1], CELLS + 1).round().astype(int)[:-1]
     sums_BYXC = np.add.reduceat(np.add.reduceat(lab_BHWC, edges, axis=1), edges, axis=2)
@@ -160,6 +164,7 @@ def _scikit_image(module: str) -> Any:
 
 
 def _flat(images_BHWC: np.ndarray) -> np.ndarray:
+    """Images as vectors of numbers from 0 to 1."""
     return images_BHWC.reshape(len(images_BHWC), -1).astype(np.float32) / 255
 
 

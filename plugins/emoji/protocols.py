@@ -25,7 +25,7 @@ from .splits import Part, share, shown_once
 
 CELLS = "Fréchet distance of cells"
 LEAST = 110
-"""Images of which the covariance of the 108 colours of cells has full rank."""
+"""Fewest images for which the covariance of the 108 colours of cells can have full rank."""
 
 
 @PROTOCOLS.register("emoji")
@@ -37,30 +37,33 @@ class EmojiTask(Protocol):
     lowest_is_best = (CELLS,)
     explained: ClassVar[Mapping[str, str]] = {
         "right": (
-            "Right: of all drawings that there are, the nearest by pixels is the one asked for, or differs from it "
-            "only in what the prompt leaves open; a caption is one of the drawing's."
+            "Right: of all drawings that there are, the nearest by pixels is the one asked for, or "
+            "differs from it only in what the prompt leaves open; a caption is one of the drawing's."
         ),
         "right_by_features": (
-            "Right by features: the same by histograms of gradients and colours of cells (scikit-image)."
+            "Right by features: the same by histograms of gradients and colours of cells "
+            "(scikit-image)."
         ),
-        "tone": "Tone, gender, subject: what the nearest drawing by pixels, or the caption, has of them.",
+        "tone": (
+            "Tone, gender, subject: what the nearest drawing by pixels, or the caption, has of them."
+        ),
         "base_name": "Base name: the caption without its tone.",
     }
 
     @dataclass(kw_only=True)
     class Config(DrawnAt):
-        """Which task, about which drawings."""
+        """The task, and the drawings that it is about."""
 
         task: Literal["text_to_image", "caption", "infill_top", "infill_bottom", "edit"]
         """What is asked for."""
         part: Part = "compositions"
-        """compositions: tone, gender and subject that were not seen together. objects: things that
-        were not seen.
-        train: what was. Edits are those that lead to a drawing that was not seen."""
+        """compositions = tone, gender and subject that were not seen together; objects = things
+        that were not seen; train = what was seen. Edits always lead to a drawing that was not
+        seen."""
         kinds: list[str] | None = None
-        """Of drawings, as in the source; null = all. Of edits: tone, gender, time."""
+        """Kinds of drawings, as in the source, or of edits: tone, gender, time; null = all."""
         count: PositiveInt | None = None
-        """Items, drawn by hash, evenly from the kinds of edits; null = all."""
+        """Number of items, drawn by hash, evenly over the kinds of edits; null = all."""
 
         def check(self) -> None:
             if self.task == "edit":
@@ -92,12 +95,14 @@ class EmojiTask(Protocol):
         by_pixels = known.nearest_by_pixels(images_BHWC)
         by_features = known.nearest_by_features(images_BHWC)
 
+        # The drawings that are nearest to the answers are compared with those asked for.
         right_B = self._right(known, numbers, by_pixels)
         figures = {
             "right": proportion(right_B),
             "right_by_features": proportion(self._right(known, numbers, by_features)),
             **_aspects(known, numbers, by_pixels),
         }
+
         kinds = sorted({item.kind for item in items})
         if len(kinds) > 1:
             for kind in kinds:
@@ -119,6 +124,7 @@ class EmojiTask(Protocol):
         return bool(self._right(known, [item.truth], nearest)[0])
 
     def shown(self, item: Item) -> ShownItem:
+        """What a reader is shown of an item: the prompt, what is given, and what is asked for."""
         image_HWC, task = item.document.images[-1], self.config.task
         if task in ("caption", "edit"):
             of_base = super().shown(item)
@@ -128,6 +134,8 @@ class EmojiTask(Protocol):
             )
         if task == "text_to_image":
             return ShownItem(item.document.text, None, image_HWC)
+
+        # The half that is to be filled in is grey.
         given_HWC = image_HWC.copy()
         middle = len(image_HWC) // 2
         given_HWC[slice(0, middle) if task == "infill_top" else slice(middle, None)] = GREY
@@ -136,9 +144,10 @@ class EmojiTask(Protocol):
     def fingerprint(self) -> str:
         return made_with()
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _drawings(self) -> list[Item]:
+        """Items that ask for a drawing or its caption."""
         config = self.config
         numbers = {emoji.code: number for number, emoji in enumerate(catalogue())}
         images_MHWC = drawings(config.side)
@@ -154,6 +163,7 @@ class EmojiTask(Protocol):
         return items
 
     def _edits(self) -> list[Item]:
+        """Items that ask for an edit."""
         config = self.config
         kinds: tuple[EditKind, ...] = ("tone", "gender", "time")
         wanted = [kind for kind in kinds if not config.kinds or kind in config.kinds]
@@ -171,16 +181,17 @@ class EmojiTask(Protocol):
         """Whether a drawing is the one asked for, or one that the prompt may mean."""
         if known.same(asked, found):
             return True
-        # The given drawing leaves nothing open of what an edit is to show, nor the drawing of what
-        # a caption says.
+        # What an edit should show is given by the drawing before it, and what a caption should say
+        # by the drawing, so that neither leaves anything open.
         is_open = self.config.task not in ("edit", "caption")
         return is_open and any(meets(catalogue()[asked], each) for each in known.named(found))
 
     def _right(self, known: Drawings, asked: Sequence[int], found: Sequence[int]) -> np.ndarray:
+        """Whether the drawings found are those asked for, one by one."""
         return np.array([self._met(known, *pair) for pair in zip(asked, found, strict=True)])
 
     def _captions(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
-        """What captions say that is true of the drawings; equal drawings may have each other's
+        """What captions say that is true of the drawings. Equal drawings may have each other's
         names."""
         known = all_drawings(self.config.side)
         right, base, tone = [], [], []
@@ -190,6 +201,8 @@ class EmojiTask(Protocol):
             right.append(self.right(item, answer))
             base.append(name in {each.name.lower() for each in known.named(item.truth)})
             tone.append(tones == emoji.caption.lower().partition(": ")[2])
+
+        # Tones count only where the drawing has one.
         has_tone_B = np.array([bool(catalogue()[item.truth].tones) for item in items])
         figures = {"right": right, "base_name": base}
         found = {key: proportion(np.array(hits)) for key, hits in figures.items()}
@@ -199,8 +212,8 @@ class EmojiTask(Protocol):
 
 
 def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dict[str, Measured]:
-    """Of what is asked for by name, the share that the nearest drawings have: each over the items
-    that have it."""
+    """The share of nearest drawings that have what is asked for by name, of each aspect over the
+    items that have it."""
     aspects: dict[str, tuple[Callable[[Emoji], Any], Callable[[Emoji, Emoji], bool]]] = {
         "tone": (lambda emoji: emoji.tones, tone_met),
         "gender": (lambda emoji: emoji.gender in ("woman", "man"), gender_met),
@@ -216,8 +229,8 @@ def _aspects(known: Drawings, asked: Sequence[int], found: Sequence[int]) -> dic
 
 
 def _frechet(images_BHWC: np.ndarray, truths_BHWC: np.ndarray) -> Measured:
-    """The distance between the colours of cells of images and of true drawings (no FID: that takes
-    Inception)."""
+    """The Fréchet distance between the colours of cells of images and of true drawings. It is no
+    FID, which takes Inception."""
     sides = FeatureStatistics(), FeatureStatistics()
     for statistics, pixels_BHWC in zip(sides, (images_BHWC, truths_BHWC), strict=True):
         statistics.add(cell_features(pixels_BHWC))
@@ -226,5 +239,5 @@ def _frechet(images_BHWC: np.ndarray, truths_BHWC: np.ndarray) -> Measured:
 
 
 def _read(text: str) -> str:
-    """A caption as captions are compared: in small letters, without spaces around it, or tags."""
+    """A caption as captions are compared: in lower case, without surrounding spaces or tags."""
     return text.partition(" | ")[0].strip().lower()

@@ -1,4 +1,4 @@
-"""Drawings as a corpus of captioned pictures, and as instructions to change one."""
+"""Drawings as a corpus of pictures with captions, and as instructions to change one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .edits import EmojiEdit, edits
 from .splits import Part, parts
 
 CHUNK = 1000
-"""Documents of a part."""
+"""Documents per part."""
 KINDS: tuple[str, ...] = get_args(Kind)
 VERSION = 1
-"""Raised when the same packages and settings give other documents."""
+"""Increased whenever the same packages and settings give other documents."""
 
 
 def check_kinds(kinds: list[str]) -> None:
-    """Raise UserError for a kind that is none."""
+    """Check that all kinds exist. Raises UserError."""
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"kinds holds {kind}; {choices(kind, KINDS)}")
@@ -35,14 +35,14 @@ def check_kinds(kinds: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class DrawnAt:
-    """How drawings are drawn."""
+    """The size of the drawings."""
 
     side: Annotated[int, Range(ge=16, le=1024)] = 32
-    """Pixels of a picture's side."""
+    """Side of a picture, in pixels."""
 
 
 class EmojiDocuments(Source):
-    """Base of the sources of drawings: numbered documents."""
+    """Base of the sources of drawings, whose documents are numbered."""
 
     attribution = ATTRIBUTION
 
@@ -62,31 +62,31 @@ class EmojiDocuments(Source):
         return f"{type(self).__name__} {VERSION} {made_with()} {settings}"
 
     def count(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
         raise NotImplementedError
 
     def document(self, number: int) -> Document:
-        """One of them."""
+        """The document of a number."""
         raise NotImplementedError
 
 
 @SOURCES.register("emoji")
 class EmojiSource(EmojiDocuments):
-    """OpenMoji's drawings with their names as captions, but for those that are held out
+    """OpenMoji's drawings with their names as captions, without those that are held out
     (docs/emoji.md)."""
 
     @dataclass(kw_only=True)
     class Config(DrawnAt):
-        """Which drawings, and how they are captioned."""
+        """Which drawings are read, and how they are captioned."""
 
         kinds: list[str] = field(default_factory=lambda: list(KINDS))
-        """person, gesture, pair, face, clock, flag, sign, object."""
+        """Kinds of drawings: person, gesture, pair, face, clock, flag, sign, object."""
         part: Part = "train"
-        """train: all that is not held out. compositions, objects: what is, by the rules of the
-        documentation."""
+        """train = everything that is not held out; compositions, objects = what is held out by one
+        of the rules in docs/emoji.md."""
         tags: bool = False
-        """Whether a caption goes on with the kind and other names: `thumbs up | gesture, +1,
-        like`."""
+        """Whether a caption continues with the kind and other names, as in `thumbs up | gesture,
+        +1, like`."""
 
         def check(self) -> None:
             check_kinds(self.kinds)
@@ -118,15 +118,15 @@ class EmojiSource(EmojiDocuments):
 
 @SOURCES.register("emoji_edits")
 class EmojiEditsSource(EmojiDocuments):
-    """Instructions to change a drawing: to another skin tone, another gender, another time on a
+    """Instructions to change a drawing: to another skin tone, another gender, or another time on a
     clock face."""
 
     @dataclass(kw_only=True)
     class Config(DrawnAt):
-        """How many of them."""
+        """How many edits, at which size."""
 
         count: PositiveInt | None = None
-        """Edits, the first of an order drawn by hash; null = all."""
+        """Number of edits, from an order drawn by hash; null = all."""
 
     config: Config
 
@@ -143,7 +143,7 @@ class EmojiEditsSource(EmojiDocuments):
 
 
 def edit_document(edit: EmojiEdit, side: int) -> Document:
-    """An edit by a template of the paper's: the drawing, the instruction, the drawing that is asked
+    """An edit in the paper's template: the drawing, the instruction, and the drawing that is asked
     for."""
     images_MHWC = drawings(side)
     values = {

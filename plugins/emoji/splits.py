@@ -1,17 +1,22 @@
-"""What is kept from training, by rules that anyone can work out from the names and the pixels
-alone.
+"""What is held out from training, by rules that follow from names and pixels alone.
 
-*Compositions.* A subject is drawn as woman and man, each in five tones. One tone of the woman,
-another of the man, and a third of the person where that is a drawing of its own, are held out,
-drawn by the subject's name: the model is asked for `woman firefighter: medium-dark skin tone` and
-has seen her in four other tones, the man in four tones, medium-dark among them, and other people in
-that tone. Of gestures, and of people whose name says no gender, one tone is held out.
+*Compositions.* A subject is drawn as a woman and a man, each in five tones. One tone of the woman,
+another one of the man, and a third one of the person, if that is a drawing of its own, are held
+out, chosen by the subject's name:
 
-*Objects.* Of things without skin that are no clocks, `OBJECTS` of all are held out whole, drawn by
-their pixels.
+                  light    medium-light    medium    medium-dark    dark
+    woman         seen     seen            seen      held out       seen
+    man           held out seen            seen      seen           seen
 
-Drawings that are equal pixel by pixel are on one side: `pilot: dark skin tone` is held out with the
-man who is one.
+The model is asked for `woman firefighter: medium-dark skin tone`. It has seen her in four other
+tones, the man in that tone among others, and other people in it. Of gestures, and of people whose
+name leaves the gender open, one tone is held out.
+
+*Objects.* Of things without skin, other than clocks, a share of `OBJECTS` is held out entirely,
+chosen by their pixels.
+
+Drawings that are equal pixel by pixel are on the same side: `pilot: dark skin tone` is held out if
+the same drawing of a man is.
 """
 
 from __future__ import annotations
@@ -28,13 +33,13 @@ from .drawings import contents
 Part = Literal["train", "compositions", "objects"]
 
 OBJECTS = 0.06
-"""Share of the things that are held out."""
+"""Share of the things that is held out."""
 _GENDERS: tuple[Gender, ...] = ("woman", "man", "person")
 
 
 @cache
 def parts() -> tuple[Part, ...]:
-    """Which part each drawing of the catalogue belongs to."""
+    """The part that each drawing of the catalogue belongs to."""
     compositions = {contents()[number] for number in _compositions()}
     found: list[Part] = []
     for emoji, content in zip(catalogue(), contents(), strict=True):
@@ -49,12 +54,13 @@ def parts() -> tuple[Part, ...]:
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that is drawn by a text."""
+    """A number in [0, 1) that follows from a text."""
     return int(digest_of(text)[:16], 16) / 2**64
 
 
 def _compositions() -> Iterator[int]:
-    """Numbers of the drawings that are held out for what they combine; their doubles are, too."""
+    """Yield the drawings that are held out for what they combine; drawings equal to them are held
+    out too."""
     tones = tuple(TONES.values())
     single = {
         (emoji.subject, emoji.gender, emoji.tones[0]): number
@@ -64,10 +70,12 @@ def _compositions() -> Iterator[int]:
     for subject in sorted({subject for subject, *_ in single}):
         first = int(share(f"composition {subject}") * len(tones))
         taken: set[str] = set()
+
+        # Each gender has a tone of its own held out, two further than the gender before.
         for place, gender in enumerate(("", *_GENDERS)):
             if (subject, gender, tones[0]) not in single:
                 continue
-            # Where the person is drawn as the man is, his tone is held out, and no other.
+            # If the person is drawn like the man, his tone is held out, and no other one.
             look = contents()[single[subject, gender, tones[0]]]
             if look not in taken:
                 taken.add(look)
@@ -75,8 +83,8 @@ def _compositions() -> Iterator[int]:
 
 
 def shown_once(part: Part) -> list[Emoji]:
-    """The emojis of a part, one of those that are equal: the one whose name says most of what it
-    shows."""
+    """The emojis of a part; of those with equal drawings, the one whose name says most about what
+    is shown."""
     named: dict[str, Emoji] = {}
     for emoji, content, own in zip(catalogue(), contents(), parts(), strict=True):
         if own != part:

@@ -1,4 +1,11 @@
-"""Every task of the paper's table on scenes, where the truth is known."""
+"""Every task of the paper's table on scenes, where the true answer is known.
+
+The scene of a seed becomes the values of a template's slots, which fill it to a document:
+
+    task vqa     question "what color is the circle?", answer "red", the picture
+    document     "Question: what color is the circle? Answer: red." <break> picture
+    kept         the scene itself, with which an answer or a generated picture is compared
+"""
 
 from __future__ import annotations
 
@@ -28,26 +35,26 @@ class SceneExample:
     """What a task asks about a scene."""
 
     table: str
-    """Whose templates; empty = none, a caption and its image."""
+    """The task whose templates are used; empty = none, just a caption and its image."""
     values: Values
-    """Of their slots."""
+    """The values of the template's slots."""
     shows: Scene
-    """What the image that is asked for shows; for tasks that answer in text, the image that is
-    given."""
+    """The scene that the generated image should show or, for tasks answered in text, that the given
+    image shows."""
     kind: str = ""
-    """Of the question or of the edit."""
+    """The kind of the question or the edit."""
 
 
 @SOURCES.register("scene_instructions")
 class SceneInstructionsSource(DrawnSource):
-    """Documents of one task about scenes drawn by seed; scenes that the task cannot be about are
-    left out."""
+    """Documents of one task about scenes drawn by seed. Scenes that do not suit the task are left
+    out."""
 
     version = 1
 
     @dataclass(kw_only=True)
     class Config(DrawnConfig):
-        """Which task."""
+        """The task, and the scenes that it is about."""
 
         task: str
         """text_to_image, caption, paragraph, vqa, reasoning, edit, grounded, write, or a kind of
@@ -65,35 +72,33 @@ class SceneInstructionsSource(DrawnSource):
         return str(config.task)
 
     def document(self, seed: int) -> Document | Skipped:
-        """The document of a scene."""
+        """The document about the scene of a seed."""
         found = self.example(seed)
         return found if isinstance(found, Skipped) else found[0]
 
     def example(self, seed: int) -> tuple[Document, SceneExample] | Skipped:
-        """The document of a scene, and what it asks."""
+        """The document about the scene of a seed, and what it asks."""
         config = self.config
         scene, rng = draw_scene(config.world, seed), Random(f"{config.task} {seed}")
         example = TASKS[config.task](scene, config.world, rng, config.side)
         id_ = f"{config.task}-{seed:08d}"
         if example is None:
             return Skipped(id_, f"a scene that {config.task} cannot be about")
+
         table, values = example.table, example.values
+        # Without a template, it is a caption and its picture.
         if not table:
             return Document(
                 id_,
                 (TextSegment(values["caption"]), ImageSegment(values["image"])),
                 group=scene_name(seed),
             ), example
+
         segments = fill_with_pixels(pick(rng, TABLE_5[table]), values, ROLES[table])
-        document = Document(
-            id_,
-            segments,
-            group=scene_name(seed),
-        )
-        return document, example
+        return Document(id_, segments, group=scene_name(seed)), example
 
 
-# ------------------------------------------------------------------------------------------------ tasks
+# ------------------------------------------------------------------------------------------ tasks
 
 
 def _text_to_image(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
@@ -120,9 +125,8 @@ def _paragraph(scene: Scene, world: World, rng: Random, side: int) -> SceneExamp
 
 def _vqa(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
     asked = language.questions(scene, world, rng)
-    kind = pick(
-        rng, sorted({question.kind for question in asked})
-    )  # each kind as often, however many it has
+    # Each kind of question comes equally often, however many there are of it.
+    kind = pick(rng, sorted({question.kind for question in asked}))
     question = pick(rng, [question for question in asked if question.kind == kind])
     values = {
         "question": question.text,
@@ -180,6 +184,8 @@ def _write(scene: Scene, world: World, rng: Random, side: int) -> SceneExample |
 
 
 def _feature(kind: str) -> Callable[[Scene, World, Random, int], SceneExample | None]:
+    """The task of generating a scene's picture from features of one kind."""
+
     def make(scene: Scene, world: World, rng: Random, side: int) -> SceneExample | None:
         if kind == "pose" and not any(thing.kind == "figure" for thing in scene.things):
             return None
@@ -208,8 +214,8 @@ TASKS: dict[str, Callable[[Scene, World, Random, int], SceneExample | None]] = {
 
 
 def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray:
-    """What an extractor of that kind would ideally see in the scene's picture: (side, side, 3),
-    uint8."""
+    """The feature image (side, side, 3), uint8, that a perfect extractor of that kind would make of
+    the scene's picture."""
     if kind == "segmentation":
         palette = np.array([*COLOURS.values(), BACKGROUNDS["black"]], np.uint8)
         return palette[render.owners(scene, side)]
@@ -219,6 +225,8 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
         return ((render.normals(scene, side) + 1) * 127.5).round().astype(np.uint8)
     if kind == "pose":
         return _pose(scene, side)
+
+    # All other features are made of edges.
     edge_HW = render.edges(scene, side)
     if kind == "hed":
         from scipy.ndimage import gaussian_filter
@@ -228,7 +236,7 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
     if kind == "scribble":
         from scipy.ndimage import map_coordinates
 
-        # A hand that is unsteady: the outlines, moved by a slow wave.
+        # The outlines of an unsteady hand: they are moved by a slow wave.
         y, x = np.indices((side, side)).astype(np.float32)
         phase = [rng.random() * 6.3 for _ in range(4)]
         shift_y = 0.015 * side * np.sin(9 * x / side + phase[0]) + 0.01 * side * np.sin(
@@ -237,6 +245,7 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
         shift_x = 0.015 * side * np.sin(9 * y / side + phase[2]) + 0.01 * side * np.sin(
             17 * x / side + phase[3]
         )
+
         return _grey(
             255 * map_coordinates(edge_HW.astype(np.float32), [y + shift_y, x + shift_x], order=1)
         )
@@ -244,11 +253,12 @@ def feature_image(kind: str, scene: Scene, side: int, rng: Random) -> np.ndarray
 
 
 def _grey(values_HW: np.ndarray) -> np.ndarray:
+    """Values from 0 to 255 as a grey image."""
     return np.repeat(values_HW.clip(0, 255).round().astype(np.uint8)[..., None], 3, -1)
 
 
 def _pose(scene: Scene, side: int) -> np.ndarray:
-    """Skeletons on black, each bone in a colour of its own, as OpenPose draws them."""
+    """Skeletons on black, each bone in a colour of its own, in the style of OpenPose."""
     colours = np.array(list(COLOURS.values()), np.uint8)
     result_HWC = np.zeros((side, side, 3), np.uint8)
     y, x = (np.indices((side, side), np.float32) + 0.5) / side

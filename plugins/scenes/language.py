@@ -1,5 +1,14 @@
-"""Words about scenes: captions, questions with answers, reasoning, and edits with what they make of
-a scene."""
+"""Words about scenes: captions, questions with answers, reasoning, and edits with their results.
+
+A scene of a small red plain circle at the top left and a large blue striped square in the middle:
+
+    caption      a red circle at the top left and a blue square at the center
+    question     where is the red circle?                 top left
+    reasoning    Which is larger? (A) red circle (B) blue square
+    edit         remove the red circle                    the scene without it
+
+Whatever is said of one thing names it by words that fit no other thing of the scene.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +34,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene, with the one right answer."""
+    """A question about a scene that has exactly one right answer."""
 
     kind: str
     text: str
@@ -34,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A question with options, after ScienceQA: the answer is the letter of one of them."""
+    """A question with options, as in ScienceQA: the answer is the letter of an option."""
 
     text: str
     context: str
@@ -45,18 +54,18 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, and the scene after it."""
+    """An instruction, and the scene after following it."""
 
     kind: str
     instruction: str
     after: Scene
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------------------ names
 
 
 def place_name(thing: Thing) -> str:
-    """ "top left", "left", "center" ..."""
+    """The name of a thing's place: "top left", "left", "center" ..."""
     row, column = thing.place
     if (row, column) == ("middle", "center"):
         return "center"
@@ -64,18 +73,18 @@ def place_name(thing: Thing) -> str:
 
 
 def noun(thing: Thing) -> str:
-    """ "circle", "word CAT", "figure", or an entity's name."""
+    """What a thing is: "circle", "word CAT", "figure", or an entity's name."""
     named = {"shape": thing.shape, "word": f"word {thing.word}", "figure": "figure"}
     return named.get(thing.kind) or entity_name(thing.entity)
 
 
 def short_name(thing: Thing) -> str:
-    """ "red circle"."""
+    """A thing's colour and noun: "red circle"."""
     return noun(thing) if thing.kind == "entity" else f"{thing.colour} {noun(thing)}"
 
 
 def full_name(thing: Thing) -> str:
-    """ "small red striped circle"."""
+    """Everything that a thing is: "small red striped circle"."""
     if thing.kind != "shape":
         return short_name(thing) if thing.kind != "word" else f"{thing.size} {short_name(thing)}"
     texture = [] if thing.texture == "plain" else [thing.texture]
@@ -83,14 +92,16 @@ def full_name(thing: Thing) -> str:
 
 
 def _an(name: str) -> str:
+    """A name with its article."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _listed(names: list[str]) -> str:
+    """Names as a list in a sentence: "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-# ------------------------------------------------------------------------------------------------ captions
+# --------------------------------------------------------------------------------------- captions
 
 
 def caption(scene: Scene, rng: Random) -> str:
@@ -103,11 +114,15 @@ def caption(scene: Scene, rng: Random) -> str:
         return pick(
             rng, (f"{_an(name)} at the {place}", f"{name}, {place}", f"at the {place}: {_an(name)}")
         )
+
+    # Two things are often described by where one is from the other.
     if len(scene.things) == 2 and rng.random() < 0.5:
         relation = _relation(*scene.things)
         if relation:
             first, second = map(short_name, scene.things)
             return f"{_an(first)} {relation} {_an(second)}"
+
+    # Several things are named with their places, or counted.
     if rng.random() < 0.5:
         return _listed(
             [f"{_an(short_name(thing))} at the {place_name(thing)}" for thing in scene.things]
@@ -116,14 +131,14 @@ def caption(scene: Scene, rng: Random) -> str:
 
 
 def long_caption(scene: Scene) -> str:
-    """Everything: background, number, and each thing with size, texture, place and what it stands
-    before."""
+    """A caption that says everything: the background, the number of things, and of each its size,
+    texture, place and what it is in front of."""
     if scene.things[0].kind == "entity":
         return f"The picture shows {noun(scene.things[0])} on a {scene.background} background."
     count = len(scene.things)
-    sentences = [
-        f"There {'is one thing' if count == 1 else f'are {NUMBERS[count]} things'} on a {scene.background} background."
-    ]
+
+    amount = "is one thing" if count == 1 else f"are {NUMBERS[count]} things"
+    sentences = [f"There {amount} on a {scene.background} background."]
     for number, thing in enumerate(scene.things):
         behind = [short_name(other) for other in scene.things[:number] if touches(other, thing)]
         before = f", in front of the {_listed(behind)}" if behind else ""
@@ -134,7 +149,7 @@ def long_caption(scene: Scene) -> str:
 
 
 def _counted(names: list[str]) -> list[str]:
-    """Names with their numbers: "two red circles"."""
+    """Names with their numbers, such as "two red circles"."""
     counts = {name: names.count(name) for name in names}
     return [
         _an(name) if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in counts.items()
@@ -142,11 +157,12 @@ def _counted(names: list[str]) -> list[str]:
 
 
 def _side(thing: Thing) -> float:
+    """The side of a thing's square, as a share of the picture's."""
     return SIZES.get(thing.size, 1.0)
 
 
 def _relation(one: Thing, other: Thing) -> str:
-    """Where one thing is, seen from another; empty where that is not clear."""
+    """Where a thing is as seen from another; empty if that is not clear."""
     dx, dy = one.x - other.x, one.y - other.y
     if max(abs(dx), abs(dy)) < 0.2 or 0.6 < abs(dx) / max(abs(dy), 1e-9) < 1.6:
         return ""
@@ -155,11 +171,12 @@ def _relation(one: Thing, other: Thing) -> str:
     return "above" if dy < 0 else "below"
 
 
-# ------------------------------------------------------------------------------------------------ questions
+# -------------------------------------------------------------------------------------- questions
 
 
 def questions(scene: Scene, world: World, rng: Random) -> list[Question]:
-    """All questions that a scene has one right answer to; what is asked in vain is drawn."""
+    """All questions about a scene with exactly one right answer. Things that are asked about but
+    are not there are drawn."""
     if scene.things[0].kind == "entity":
         return [
             Question("who", "who is this?", noun(scene.things[0])),
@@ -169,7 +186,7 @@ def questions(scene: Scene, world: World, rng: Random) -> list[Question]:
 
 
 def _alone(scene: Scene, name: Callable[[Thing], str]) -> Iterator[tuple[str, Thing]]:
-    """Things that a name fits alone, with that name."""
+    """Yield the things that a name fits alone, each with that name."""
     names = [name(thing) for thing in scene.things]
     return (
         (each, thing)
@@ -179,6 +196,7 @@ def _alone(scene: Scene, name: Callable[[Thing], str]) -> Iterator[tuple[str, Th
 
 
 def _about_one(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    """Questions about a thing that some words fit alone."""
     for name, thing in _alone(scene, noun):
         yield Question("color", f"what color is the {name}?", thing.colour)
     for colour, thing in _alone(scene, lambda thing: thing.colour):
@@ -195,6 +213,7 @@ def _about_one(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
 
 
 def _about_all(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    """Questions about the picture as a whole."""
     if len(world.backgrounds) > 1:
         yield Question("background", "what color is the background?", scene.background)
     if len(world.things) > 1:
@@ -205,11 +224,13 @@ def _about_all(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
 
 
 def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    """A question about a thing that is there, and one about a thing that is not."""
     there = {(thing.colour, thing.shape) for thing in scene.things if thing.kind == "shape"}
     if there:
         yield Question("exists", f"is there {_an(' '.join(pick(rng, sorted(there))))}?", "yes")
+
+    # Half of the time the absent thing shares a word with the scene, which is harder.
     absent = [(c, s) for c in world.colours for s in world.shapes if (c, s) not in there]
-    # As often what shares a word with the scene as anything.
     near = [
         (c, s) for c, s in absent if any((c == colour) != (s == shape) for colour, shape in there)
     ]
@@ -219,6 +240,7 @@ def _about_existence(scene: Scene, world: World, rng: Random) -> Iterator[Questi
 
 
 def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
+    """Questions about how two things stand to each other."""
     named = list(_alone(scene, short_name))
     for name, thing in named:
         for other_name, other in named:
@@ -232,6 +254,8 @@ def _about_two(scene: Scene, world: World, rng: Random) -> Iterator[Question]:
                     "below": "above",
                 }[relation]
                 yield Question("relation", f"is the {name} {wrong} the {other_name}?", "no")
+
+            # The nearer of two things comes later in the scene.
             before = scene.things.index(thing) > scene.things.index(other)
             if thing is not other and before and touches(thing, other):
                 yield Question("depth", f"what is in front of the {other_name}?", name)
@@ -241,12 +265,15 @@ _ASKERS = (_about_one, _about_all, _about_existence, _about_two)
 
 
 def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
-    """Which of two things is larger, higher or further left; None where none can be asked about."""
+    """Ask which of two things is larger, higher or further left; None if nothing can be asked."""
     named = [(name, thing) for name, thing in _alone(scene, short_name) if thing.kind == "shape"]
     asked: list[tuple[str, str, str, str]] = []
     for name, thing in named:
         for other_name, other in named:
-            places = f"The {name} is at the {place_name(thing)}, the {other_name} at the {place_name(other)}."
+            places = (
+                f"The {name} is at the {place_name(thing)}, "
+                f"the {other_name} at the {place_name(other)}."
+            )
             if SIZES[thing.size] > SIZES[other.size]:
                 sizes = f"The {name} is {thing.size}, the {other_name} {other.size}."
                 asked.append(("larger", name, other_name, sizes))
@@ -256,6 +283,7 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
                 asked.append(("further left", name, other_name, places))
     if not asked:
         return None
+
     what, right, wrong, why = pick(rng, asked)
     options = (right, wrong) if rng.random() < 0.5 else (wrong, right)
     number = NUMBERS[len(scene.things)]
@@ -265,16 +293,18 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
     return Reasoning(f"Which is {what}?", context, options, options.index(right), why)
 
 
-# ------------------------------------------------------------------------------------------------ edits
+# ------------------------------------------------------------------------------------------ edits
 
 
 def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
-    """One edit of each kind that the scene allows; each names a thing that it fits alone."""
+    """One edit of each kind that the scene allows; each names a thing by words that fit it alone."""
     named = [
         (name, scene.things.index(thing))
         for name, thing in _alone(scene, short_name)
         if thing.kind != "entity"
     ]
+
+    # Edits of the scene as a whole.
     result: list[Edit] = []
     others = [background for background in world.backgrounds if background != scene.background]
     if others:
@@ -282,6 +312,7 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
         result.append(
             Edit("background", f"change the background to {new}", replace(scene, background=new))
         )
+
     free = _free_places(scene)
     if free and scene.things[0].kind != "entity" and len(scene.things) < max(world.things):
         thing = draw_thing(world, rng, pick(rng, free))
@@ -294,6 +325,8 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
         )
     if not named:
         return result
+
+    # Edits of one thing, which is the same for all of them.
     name, number = pick(rng, named)
     thing = scene.things[number]
     colours = [colour for colour in world.colours if colour != thing.colour]
@@ -302,16 +335,19 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
         result.append(
             Edit("recolour", f"make the {name} {new}", scene.with_thing(number, colour=new))
         )
+
     if free:
         moved = _moved(thing, pick(rng, free), world, rng)
         after = scene.with_thing(number, x=moved.x, y=moved.y)
         result.append(Edit("move", f"move the {name} to the {place_name(moved)}", after))
+
     shapes = [shape for shape in world.shapes if shape != thing.shape]
     if thing.kind == "shape" and shapes:
         new = pick(rng, shapes)
         result.append(
             Edit("replace", f"turn the {name} into a {new}", scene.with_thing(number, shape=new))
         )
+
     if len(scene.things) > 1:
         kept = tuple(other for other in scene.things if other is not thing)
         result.append(Edit("remove", f"remove the {name}", replace(scene, things=kept)))
@@ -319,6 +355,7 @@ def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
 
 
 def _moved(thing: Thing, place: int, world: World, rng: Random) -> Thing:
+    """A thing moved to one of the nine places, and shifted there at random."""
     room = (1 / 3 - SIZES[thing.size]) * world.jitter
     return replace(
         thing,
@@ -328,7 +365,7 @@ def _moved(thing: Thing, place: int, world: World, rng: Random) -> Thing:
 
 
 def _free_places(scene: Scene) -> list[int]:
-    """Places that no thing reaches into."""
+    """The indices of the places that no thing reaches into."""
     result = []
     for place in range(9):
         x, y = (place % 3 + 0.5) / 3, (place // 3 + 0.5) / 3
@@ -342,7 +379,7 @@ def _free_places(scene: Scene) -> list[int]:
 
 
 def place_of(name: str) -> tuple[str, str] | None:
-    """Row and column of a place's name, None for what is none."""
+    """The row and column that a place's name stands for; None for any other text."""
     words = name.split()
     rows, columns = (
         [word for word in words if word in ROWS],

@@ -1,9 +1,15 @@
 """Pictures back to scenes: which things an image shows, read without any model.
 
-Every thing that could be there is rendered and compared with what is seen, so that the parser knows
-exactly what `picture` draws, and nothing else. Its error on true pictures, and on those that an
-image tokenizer has been through, bounds what any figure made with it can say; `docs/scenes.md` has
-the figures.
+Every thing that could be there is rendered and compared with what is seen:
+
+    image           -> blobs, connected pixels of one colour that differ from the background
+    each blob       -> the candidate (shape, size, texture, word, pose) that leaves the smallest
+                       error when it is drawn over the blob
+    all things      -> sorted from back to front, by whose colour is seen where two overlap
+
+So the parser knows exactly what `picture` draws, and nothing else. Its error on true pictures, and
+on those that went through an image tokenizer, bounds what any figure made with it can say; the
+figures are in `docs/scenes.md`.
 """
 
 from __future__ import annotations
@@ -32,39 +38,40 @@ from .world import (
 )
 
 FAR = 70.0
-"""Distance in RGB from the background's colour from which a pixel belongs to a thing."""
+"""Distance in RGB from the background's colour at which a pixel belongs to a thing."""
 SHARE = 0.06
-"""Share of a blob's pixels from which a colour is that of a thing of its own."""
+"""Share of a blob's pixels at which a colour is that of another thing."""
 LEAST = 0.18
-"""A blob of fewer pixels than this share of the smallest thing's square is no thing."""
+"""A blob with fewer pixels than this share of the smallest thing's square is no thing."""
 
 SPECK = 4
-"""Fewer pixels together are noise."""
+"""Fewer connected pixels than this are noise."""
 GOOD = 0.1
-"""A thing that leaves a smaller share of a blob unexplained is taken without looking further."""
+"""A thing that leaves less than this share of a blob unexplained is accepted at once."""
 
 
 def parse(image_HWC: np.ndarray, world: World) -> Scene:
-    """The scene that an image (H, W, 3), uint8, H = W, is most likely a picture of."""
+    """Find the scene that an image (H, W, 3), uint8, with H = W, most likely shows."""
     side = len(image_HWC)
     pixels_HWC = image_HWC.astype(np.float32)
     background = _background(pixels_HWC, tuple(world.backgrounds))
+    # An entity fills nearly the whole picture, other things never do.
     if world.entity_share and _coloured_share(pixels_HWC, background) > 0.6:
         return Scene(background, (_entity(pixels_HWC, background, world),))
-    found = [
-        thing
-        for blob in _blobs(pixels_HWC, background, world)
-        for thing in _things(blob, pixels_HWC, background, world)
-    ]
+
+    found: list[Thing] = []
+    for blob in _blobs(pixels_HWC, background, world):
+        found += _things(blob, pixels_HWC, background, world)
     return Scene(background, _from_back_to_front(found, pixels_HWC, side))
 
 
 def _colours(names: tuple[str, ...], table: dict[str, tuple[int, int, int]]) -> np.ndarray:
+    """The colours of these names (K, 3)."""
     return np.array([table[name] for name in names], np.float32)
 
 
 def _background(pixels_HWC: np.ndarray, names: tuple[str, ...]) -> str:
-    """The background's colour that the most pixels are close to, or the nearest to the most."""
+    """The background's colour: the one that most pixels are close to, or else nearest to."""
     which_HW, distance_HW = _which(pixels_HWC, _colours(names, BACKGROUNDS))
     close = np.bincount(which_HW[distance_HW < FAR], minlength=len(names))
     counts = close if close.any() else np.bincount(which_HW.ravel(), minlength=len(names))
@@ -72,51 +79,58 @@ def _background(pixels_HWC: np.ndarray, names: tuple[str, ...]) -> str:
 
 
 def _which(pixels_HWC: np.ndarray, colours_KC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest colour of each pixel, and its distance."""
+    """The index of each pixel's nearest colour (H, W), and the distance to it (H, W)."""
     distance_KHW = np.stack([np.linalg.norm(pixels_HWC - colour, axis=-1) for colour in colours_KC])
     return distance_KHW.argmin(0), distance_KHW.min(0)
 
 
 def _coloured_share(pixels_HWC: np.ndarray, background: str) -> float:
+    """The share of pixels that belong to things."""
     ground = np.array(BACKGROUNDS[background], np.float32)
     return float((np.linalg.norm(pixels_HWC - ground, axis=-1) > FAR).mean())
 
 
 class _Blob(NamedTuple):
-    """Pixels of what may be one thing."""
+    """Pixels that may be one thing."""
 
     mask_HW: np.ndarray
     colour: str
     others_HW: np.ndarray
-    """Pixels of other things."""
+    """The pixels of other things."""
 
 
 def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]:
-    """Connected pixels of a colour; those that touch are parted by their colours."""
+    """Find connected pixels that differ from the background, split by colour where things touch."""
     side = len(pixels_HWC)
     ground = np.array(BACKGROUNDS[background], np.float32)
+    # Pixels that differ from the background, without specks of noise.
     thing_HW = np.linalg.norm(pixels_HWC - ground, axis=-1) > FAR
     specks_HW, _ = ndimage.label(thing_HW, np.ones((3, 3)))
     thing_HW &= np.bincount(specks_HW.ravel())[specks_HW] >= SPECK
+
+    # Pixels close to each other are connected, so that the letters of a word are one blob.
     near = max(1, round(side / 40))
-    joined_HW = ndimage.binary_dilation(
-        thing_HW, np.ones((2 * near + 1,) * 2)
-    )  # letters of a word are one blob
+    joined_HW = ndimage.binary_dilation(thing_HW, np.ones((2 * near + 1,) * 2))
     labels_HW, count = ndimage.label(joined_HW)
+
+    # Each colour comes in two tones, of which textures use the darker one.
     names = tuple(world.colours)
     tones = np.concatenate([_colours(names, COLOURS), DARK * _colours(names, COLOURS)])
     tone_HW, distance_HW = _which(pixels_HWC, tones)
     colour_HW = tone_HW % len(names)
+
     least = _least(side)
     parts: list[tuple[np.ndarray, str]] = []
     for label in range(1, count + 1):
         blob_HW = thing_HW & (labels_HW == label)
         if blob_HW.sum() < least:
             continue
-        # Blends at the rim look like other colours: only pixels that are close to a tone vote.
+        # Blends at the rim look like other colours, so only pixels close to a tone vote.
         votes = np.bincount(colour_HW[blob_HW & (distance_HW < 45)], minlength=len(names))
         if not votes.sum():
             votes = np.bincount(colour_HW[blob_HW], minlength=len(names))
+
+        # A colour with enough votes is a thing of its own; every pixel goes to the nearest of them.
         main = [
             number
             for number in range(len(names))
@@ -126,6 +140,7 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
         chosen = np.array([*main, *(number + len(names) for number in main)])
         part_HW = np.array(main)[_which(pixels_HWC, tones[chosen])[0] % len(main)]
         parts += [(blob_HW & (part_HW == number), names[number]) for number in main]
+
     everything_HW = np.zeros((side, side), bool)
     for mask_HW, _ in parts:
         everything_HW |= mask_HW
@@ -133,6 +148,7 @@ def _blobs(pixels_HWC: np.ndarray, background: str, world: World) -> list[_Blob]
 
 
 def _least(side: int) -> float:
+    """The fewest pixels of a thing."""
     return LEAST * (SIZES["small"] * side) ** 2
 
 
@@ -144,7 +160,7 @@ def _candidates(
     words: bool,
     figures: bool,
 ) -> tuple[Thing, ...]:
-    """Everything that a thing can be besides its colour and place."""
+    """Everything that a thing can be, apart from its colour and position."""
     base = Thing("shape", "", "", 0.5, 0.5)
     found = [
         replace(base, shape=shape, size=size, texture=texture)
@@ -163,21 +179,23 @@ def _candidates(
 
 
 class _Stamps(NamedTuple):
-    """Candidates of a size and colour, as pictures of themselves."""
+    """Candidates of one size and colour, with their pictures."""
 
     things: tuple[Thing, ...]
     coloured_NSSC: np.ndarray
     rest_NSS1: np.ndarray
     box_N4: np.ndarray
-    """(top, left, bottom, right) of what each covers."""
+    """(top, left, bottom, right) of the pixels that each candidate covers."""
 
 
 @lru_cache(maxsize=4096)
 def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Stamps, ...]:
+    """The pictures of candidates in a colour, grouped by size."""
     by_size: dict[int, list[Thing]] = {}
     for thing in candidates:
         coloured = replace(thing, colour=colour)
         by_size.setdefault(len(covered(coloured, side)), []).append(coloured)
+
     result = []
     for things in by_size.values():
         pictures = [stamp_of(thing, side) for thing in things]
@@ -195,16 +213,18 @@ def _stamps(candidates: tuple[Thing, ...], colour: str, side: int) -> tuple[_Sta
 
 
 def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -> list[Thing]:
-    """The thing that explains a blob, or one for each of its parts where these are explained better
-    so."""
+    """The thing that explains a blob, or one for each of its parts if that explains it better."""
     if not blob.mask_HW.any():
         return []
     together = _thing(blob, pixels_HWC, background, world)
+
+    # Letters apart from each other make one word, but may also be two things of the same colour.
     labels_HW, count = ndimage.label(blob.mask_HW, np.ones((3, 3)))
     masks = [labels_HW == label for label in range(1, count + 1)]
     masks = [mask_HW for mask_HW in masks if mask_HW.sum() >= _least(len(pixels_HWC))]
     if together.error < GOOD or len(masks) < 2:
         return [together.thing]
+
     parts = [
         _thing(
             _Blob(mask_HW, blob.colour, blob.others_HW | (blob.mask_HW & ~mask_HW)),
@@ -214,23 +234,22 @@ def _things(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) 
         )
         for mask_HW in masks
     ]
-    return (
-        [part.thing for part in parts]
-        if max(part.error for part in parts) < together.error
-        else [together.thing]
-    )
+
+    if max(part.error for part in parts) < together.error:
+        return [part.thing for part in parts]
+    return [together.thing]
 
 
 class _Fit(NamedTuple):
-    """A candidate in its place, and the share of the picture's deviation from the background that
-    it leaves."""
+    """A candidate at its position, and the share of the picture's difference from the background
+    that it leaves unexplained."""
 
     thing: Thing
     error: float
 
 
 def _thing(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -> _Fit:
-    """The candidate that explains a blob best."""
+    """Find the candidate that explains a blob best."""
     side = len(pixels_HWC)
     ys, xs = np.nonzero(blob.mask_HW)
     candidates = _candidates(
@@ -240,18 +259,23 @@ def _thing(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -
         world.words > 0,
         world.figures > 0,
     )
+
     centre_2 = np.array([ys.min() + ys.max() + 1, xs.min() + xs.max() + 1]) / 2
     ground = np.array(BACKGROUNDS[background], np.float32)
+    # A thing that touches others may be hidden in part, and its blob off its centre.
     hidden = bool((ndimage.binary_dilation(blob.mask_HW, iterations=2) & blob.others_HW).any())
+
     best: tuple[float, Thing] | None = None
     for stamps in _stamps(candidates, blob.colour, side):
         size = stamps.coloured_NSSC.shape[1]
-        # A candidate's box lies on the blob's, or about there where other things hide a part.
+        # A candidate's box lies on that of the blob, or near it if other things hide a part.
         reach = max(2, size // 2) if hidden else 1
         middle_N2 = (stamps.box_N4[:, :2] + stamps.box_N4[:, 2:]) / 2
         corner_N2 = np.rint(centre_2 - middle_N2).astype(int)
         low_2, high_2 = corner_N2.min(0) - reach, corner_N2.max(0) + reach + 1
         score_NYX = _scores(stamps, pixels_HWC, blob.others_HW, ground, low_2, high_2)
+
+        # All candidates are compared over a common range of corners, each within its own reach.
         at_2YX = low_2[:, None, None] + np.indices(score_NYX.shape[1:])
         beyond_NYX = (abs(at_2YX[None] - corner_N2[:, :, None, None]) > reach).any(1)
         score_NYX = np.where(beyond_NYX, np.inf, score_NYX)
@@ -261,6 +285,7 @@ def _thing(blob: _Blob, pixels_HWC: np.ndarray, background: str, world: World) -
             top, left = int(low_2[0]) + int(y), int(low_2[1]) + int(x)
             thing = stamps.things[int(number)]
             best = score, replace(thing, x=(left + size / 2) / side, y=(top + size / 2) / side)
+
     if best is None:
         raise ValueError("there is no candidate to compare with")
     seen = float((((pixels_HWC - ground) * ~blob.others_HW[..., None]) ** 2).sum())
@@ -275,19 +300,22 @@ def _scores(
     low_2: np.ndarray,
     high_2: np.ndarray,
 ) -> np.ndarray:
-    """Squared errors (N, Y, X) of the whole picture, without other things, for each candidate at
+    """Squared errors (N, Y, X) of the whole picture, other things left out, for each candidate at
     each corner."""
     side, size = len(pixels_HWC), stamps.coloured_NSSC.shape[1]
     before_2, after_2 = np.maximum(-low_2, 0), np.maximum(high_2 - 1 + size - side, 0)
     frame = tuple((int(b), int(a)) for b, a in zip(before_2, after_2, strict=True))
-    # Relative to the ground, which is what a candidate leaves unexplained; what others cover counts
-    # for nothing.
+
+    # Everything is relative to the ground, which is what remains without a candidate. Pixels of
+    # other things count for nothing.
     seen_HWC = np.pad((pixels_HWC - ground_C) * ~others_HW[..., None], (*frame, (0, 0)))
     counts_HW = np.pad((~others_HW).astype(np.float32), frame, constant_values=1)
     top, left = low_2 + before_2
     bottom, right = high_2 - 1 + size + before_2
     seen_YXSSC = _windows(seen_HWC[top:bottom, left:right], size)
     counts_YXSS = _windows(counts_HW[top:bottom, left:right], size)
+
+    # The sum of (expected - seen)^2 is expanded, so that it takes two matrix products.
     Y, X = counts_YXSS.shape[:2]
     expected_NSSC = stamps.coloured_NSSC - (1 - stamps.rest_NSS1) * ground_C
     N = len(expected_NSSC)
@@ -297,7 +325,7 @@ def _scores(
 
 
 def _windows(image_HWx: np.ndarray, size: int) -> np.ndarray:
-    """(Y, X, size, size, ...): every square of an image."""
+    """Every square of an image: (Y, X, size, size, ...)."""
     windows = np.lib.stride_tricks.sliding_window_view(image_HWx, (size, size), axis=(0, 1))
     return np.moveaxis(windows, 2, -1) if image_HWx.ndim == 3 else windows
 
@@ -305,10 +333,12 @@ def _windows(image_HWx: np.ndarray, size: int) -> np.ndarray:
 def _from_back_to_front(
     things: list[Thing], pixels_HWC: np.ndarray, side: int
 ) -> tuple[Thing, ...]:
-    """In the order in which they hide each other."""
+    """Sort things in the order in which they hide each other."""
     order = list(things)
     for first, second in ((a, b) for i, a in enumerate(things) for b in things[i + 1 :]):
         there = [_mask(thing, side) for thing in (first, second)]
+
+        # Where both could be seen, the nearer one's colour is seen, in one of its tones or between.
         both_HW = there[0] & there[1]
         if both_HW.sum() < 3:
             continue
@@ -321,6 +351,7 @@ def _from_back_to_front(
             )
             for tone in tones
         ]
+
         nearer, farther = (first, second) if errors[0] < errors[1] else (second, first)
         if order.index(nearer) < order.index(farther):
             order.remove(nearer)
@@ -329,24 +360,25 @@ def _from_back_to_front(
 
 
 def _mask(thing: Thing, side: int) -> np.ndarray:
+    """The pixels that a thing changes."""
     ground = Scene("white", ())
     blank_HWC, drawn_HWC = picture(ground, side), picture(Scene("white", (thing,)), side)
     return (blank_HWC != drawn_HWC).any(-1)
 
 
-# ------------------------------------------------------------------------------------------------ entities
+# --------------------------------------------------------------------------------------- entities
 
 
 def _entity(pixels_HWC: np.ndarray, background: str, world: World) -> Thing:
-    """The entity whose look is nearest to what the cells show."""
+    """The entity whose look is nearest to the colours of the cells."""
     look = cells_of(pixels_HWC, background)
     distance_N = (_looks(world.entities) != look).sum(1)
     return Thing("entity", "", "", 0.5, 0.5, entity=int(distance_N.argmin()))
 
 
 def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
-    """Number of the colour that each of an entity's cells shows, -1 for the background: (CELLS *
-    CELLS,)."""
+    """The index of the colour that each of an entity's cells shows, -1 for the background:
+    (CELLS * CELLS,)."""
     side = len(pixels_HWC)
     edges = np.arange(CELLS + 1) * side // CELLS
     palette = np.concatenate(
@@ -362,7 +394,7 @@ def cells_of(pixels_HWC: np.ndarray, background: str) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _looks(count: int) -> np.ndarray:
-    """Looks of all entities, numbers as of `cells_of`: (count, CELLS * CELLS)."""
+    """The looks of all entities, with indices as in `cells_of`: (count, CELLS * CELLS)."""
     numbers = {name: number for number, name in enumerate(COLOURS)}
     return np.array(
         [[numbers[name] if name else -1 for name in entity_look(entity)] for entity in range(count)]

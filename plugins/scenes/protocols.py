@@ -1,4 +1,4 @@
-"""Protocols on scenes, whose truth is known (docs/scenes.md)."""
+"""Protocols on scenes, where the true answer is known (docs/scenes.md)."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .source import DrawnConfig, entity_document, entity_scene
 from .world import BACKGROUNDS, Scene, World
 
 FIRST = 100_000_000
-"""Seed of the first scene that is asked about, far from those of training."""
+"""Seed of the first scene that is asked about, far from the seeds of training."""
 NUMBER = ("no object", "one object", "two objects", "three objects", "four objects")
 TEXT_TASKS = {"caption": 64, "paragraph": 128, "vqa": 32, "reasoning": 64}
-"""Tasks that are answered in text, with the tokens of an answer at most. By a tokenizer of 512
-pieces the longest true answers about 300 scenes of the whole world have 33, 100, 5 and 36."""
+"""Tasks that are answered in text, with the most tokens of an answer. With a tokenizer of 512
+pieces, the longest true answers about 300 scenes of the whole world have 33, 100, 5 and 36."""
 
 
 @PROTOCOLS.register("scene_task")
 class SceneTask(Protocol):
-    """A task about scenes: whether each answer is right, over all of them and by kind."""
+    """A task about scenes: the share of right answers, in all and by kind of question or scene."""
 
     @dataclass(kw_only=True)
     class Config(DrawnConfig):
-        """Which task, and how many scenes."""
+        """The task, and how many scenes it is asked about."""
 
         task: str
-        """As in the source scene_instructions."""
+        """The task, as in the source scene_instructions."""
         count: PositiveInt = 500
-        """Items."""
+        """Number of items."""
         first: NonNegativeInt = FIRST
         """Seed of the first scene."""
 
@@ -76,7 +76,8 @@ class SceneTask(Protocol):
                 return items
             if tried == 100 * config.count:
                 raise UserError(
-                    f"protocol.task: hardly a scene of this world is one that {config.task} can be about"
+                    f"protocol.task: hardly a scene of this world is one that {config.task} can be "
+                    "about"
                 )
             found = source.example(config.first + tried)
             if not isinstance(found, Skipped):
@@ -98,6 +99,7 @@ class SceneTask(Protocol):
         return result
 
     def right(self, item: Item, answer: Answer) -> bool:
+        """Whether an answer is right."""
         example: SceneExample = item.truth
         if self.answers_in == "text":
             return self._text_right(example, answer.text)
@@ -106,21 +108,23 @@ class SceneTask(Protocol):
         return self._image_right(example, found, answer.image_HWC.shape[0])
 
     def _text_right(self, example: SceneExample, text: str) -> bool:
+        """Whether a text is the right answer."""
         if self.config.task in ("caption", "paragraph"):
             return caption_right(text, example.shows)
         wanted = str(example.values["answer"])
-        if self.config.task == "reasoning":  # a letter, or steps that end in "the answer is (B)"
+        # Steps of reasoning end in "the answer is (B)", or the letter stands alone.
+        if self.config.task == "reasoning":
             return text.rstrip(". ").endswith(wanted.rstrip(". "))
         return text.strip(" .").lower() == wanted.lower()
 
     def _image_right(self, example: SceneExample, found: Scene, side: int) -> bool:
+        """Whether the scene found in an image is the right one."""
         task, shown = self.config.task, example.shows
         if task == "edit":
             return edited(shown, found)
         if task == "write":
-            return [t.word for t in found.things if t.kind == "word"] == example.values[
-                "text"
-            ].split()
+            words = [thing.word for thing in found.things if thing.kind == "word"]
+            return words == example.values["text"].split()
         if task == "grounded":
             asked, seen = _boxes(shown, side), _boxes(found, side)
             return len(asked) == len(seen) and all(boxes_met(asked, seen))
@@ -130,6 +134,7 @@ class SceneTask(Protocol):
 
 
 def _boxes(scene: Scene, side: int) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """The things of a scene with their names and boxes."""
     return [
         (short_name(thing), box)
         for thing, box in zip(scene.things, boxes(scene, side), strict=True)
@@ -138,39 +143,36 @@ def _boxes(scene: Scene, side: int) -> list[tuple[str, tuple[float, float, float
 
 @PROTOCOLS.register("scene_compositions")
 class SceneCompositions(Protocol):
-    """Prompts of GenEval's six kinds about shapes, and the mean of their shares of right images."""
+    """Prompts of GenEval's six kinds about shapes, and the mean over kinds of the share of right
+    images."""
 
     answers_in = "image"
     has_truth = False
 
     @dataclass(kw_only=True)
     class Config:
-        """The world, and how many prompts."""
+        """The world, and the prompts."""
 
         world: World = field(default_factory=World)
         """What scenes hold."""
         count: PositiveInt = 100
-        """Prompts of each kind."""
+        """Number of prompts of each kind."""
         seed: Seed = 0
-        """Of their draw."""
+        """Seed for drawing the prompts."""
 
     def items(self) -> list[Item]:
         config = self.config
-        return [
-            Item(
-                f"{tag}-{number}",
-                "text_to_image",
-                Document(f"{tag}-{number}", (TextSegment(prompt.text),)),
-                prompt.right,
-                tag,
-            )
-            for tag in TAGS
-            for number, prompt in enumerate(
-                compositions(config.world, tag, config.count, config.seed)
-            )
-        ]
+        items: list[Item] = []
+        for tag in TAGS:
+            prompts = compositions(config.world, tag, config.count, config.seed)
+            for number, prompt in enumerate(prompts):
+                id_ = f"{tag}-{number}"
+                document = Document(id_, (TextSegment(prompt.text),))
+                items.append(Item(id_, "text_to_image", document, prompt.right, tag))
+        return items
 
     def right(self, item: Item, answer: Answer) -> bool:
+        """Whether an image shows what its prompt asks for."""
         ask: Callable[[Scene], bool] = item.truth
         assert answer.image_HWC is not None
         return ask(parse(answer.image_HWC, self.config.world))
@@ -181,8 +183,9 @@ class SceneCompositions(Protocol):
         )
         of = {tag: right_B[np.array([item.kind == tag for item in items])] for tag in TAGS}
         mean = composition_score({tag: list(right) for tag, right in of.items()})
-        # Six independent shares of equal weight: the variance of their mean is a 36th of the sum of
-        # theirs.
+
+        # The six shares are independent and weigh the same, so the variance of their mean is a 36th
+        # of the sum of theirs.
         half = 1.96 * float(np.sqrt(sum(right.var() / len(right) for right in of.values()))) / 6
         whole = Measured(mean, max(0.0, mean - half), min(1.0, mean + half), len(items))
         return {"mean of six kinds": whole, **{tag: proportion(right) for tag, right in of.items()}}
@@ -190,25 +193,25 @@ class SceneCompositions(Protocol):
 
 @PROTOCOLS.register("scene_entities")
 class SceneEntities(Protocol):
-    """Named entities by number, asked for on backgrounds: whether the image shows the one that was
+    """Named entities, asked for on backgrounds: whether the image shows the entity that was
     named."""
 
     answers_in = "image"
 
     @dataclass(kw_only=True)
     class Config:
-        """Which entities."""
+        """Which entities are asked for, and how."""
 
         first: NonNegativeInt = 0
-        """Number of the first."""
+        """Number of the first entity."""
         count: PositiveInt = 200
-        """How many, each asked for once."""
+        """Number of entities, each asked for once."""
         known: PositiveInt
-        """Entities of the whole world, among which the one that an image shows is looked for."""
+        """Number of entities in the whole world, among which the one in the image is looked for."""
         backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
-        """On which they are asked for, in turn."""
+        """Backgrounds on which they are asked for, in turn."""
         side: PositiveInt = 32
-        """Pixels of a picture's side."""
+        """Side of a picture, in pixels."""
 
         def check(self) -> None:
             World(backgrounds=self.backgrounds).check()
@@ -231,7 +234,7 @@ class SceneEntities(Protocol):
         return items
 
     def right(self, item: Item, answer: Answer) -> bool:
-        """Whether the entity is the one asked for; the background is counted apart."""
+        """Whether an image shows the entity that was asked for; the background counts apart."""
         return self._found(answer).things == item.truth.things
 
     def score(self, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Measured]:
@@ -248,5 +251,6 @@ class SceneEntities(Protocol):
         }
 
     def _found(self, answer: Answer) -> Scene:
+        """The entity and the background that an image shows."""
         assert answer.image_HWC is not None
         return parse(answer.image_HWC, World(entities=self.config.known, entity_share=1.0))

@@ -1,4 +1,10 @@
-"""Pictures of scenes, and everything else that can be seen in them exactly."""
+"""Pictures of scenes, and everything that can be seen in them, exactly: boxes, depth, edges ...
+
+A thing is a stamp, made once for every kind, colour and size: its colours times its cover, and the
+share of the ground that shows through. A picture is made of stamps from back to front:
+
+    canvas = canvas * (1 - cover) + colours * cover
+"""
 
 from __future__ import annotations
 
@@ -18,12 +24,12 @@ from .world import (
 )
 
 DARK = 0.55
-"""How bright the second tone of a texture is, as a share of the first."""
+"""Brightness of the second tone of a texture, as a share of the first."""
 FINE = 4
-"""Points a pixel's side that shapes are sampled at, which smooths their edges."""
+"""Points per pixel and direction at which shapes are sampled, which smooths their edges."""
 _CACHED = 2**14
 
-# Three by five pixels a letter, row by row.
+# Letters of three by five pixels, row by row.
 _FONT = {
     "A": "010101111101101", "B": "110101110101110", "C": "011100100100011", "D": "110101101101110",
     "E": "111100110100111", "F": "111100110100100", "G": "011100101101011", "H": "101101111101101",
@@ -36,7 +42,7 @@ _FONT = {
 
 
 def picture(scene: Scene, side: int) -> np.ndarray:
-    """Pixels (side, side, 3), uint8."""
+    """Draw a scene: pixels (side, side, 3), uint8."""
     canvas_HWC = np.empty((side, side, 3), np.float32)
     canvas_HWC[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
@@ -49,7 +55,7 @@ def picture(scene: Scene, side: int) -> np.ndarray:
 
 
 def owners(scene: Scene, side: int) -> np.ndarray:
-    """Number of the nearest thing that each pixel shows, (side, side), -1 for the background."""
+    """The index of the nearest thing at each pixel (side, side); -1 for the background."""
     owner_HW = np.full((side, side), -1, np.int64)
     for number, thing in enumerate(scene.things):
         mask_HW = covered(thing, side)
@@ -59,8 +65,8 @@ def owners(scene: Scene, side: int) -> np.ndarray:
 
 
 def boxes(scene: Scene, side: int) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each whole thing, hidden parts included; right and bottom are
-    outside."""
+    """(left, top, right, bottom) of each whole thing, hidden parts included; right and bottom lie
+    just outside."""
     result = []
     for thing in scene.things:
         mask_HW = covered(thing, side)
@@ -74,8 +80,8 @@ def boxes(scene: Scene, side: int) -> list[tuple[int, int, int, int]]:
 
 
 def depth(scene: Scene, side: int) -> np.ndarray:
-    """How near each pixel is, (side, side), float32: 0 the background, 1 the highest point of the
-    nearest thing."""
+    """How near each pixel is, (side, side), float32: 0 is the background, 1 the highest point of
+    the nearest thing."""
     layers = len(scene.things)
     depth_HW = np.zeros((side, side), np.float32)
     for number, thing in enumerate(scene.things):
@@ -87,8 +93,8 @@ def depth(scene: Scene, side: int) -> np.ndarray:
 
 
 def normals(scene: Scene, side: int) -> np.ndarray:
-    """Unit normals (side, side, 3) of things that bulge like domes, x to the right, y down, z to
-    the eye."""
+    """Unit normals (side, side, 3) of things that bulge like domes; x points to the right, y down,
+    and z to the eye."""
     normal_HWC = np.zeros((side, side, 3), np.float32)
     normal_HWC[..., 2] = 1
     for thing in scene.things:
@@ -99,7 +105,7 @@ def normals(scene: Scene, side: int) -> np.ndarray:
 
 
 def edges(scene: Scene, side: int) -> np.ndarray:
-    """Pixels (side, side), bool, beside one of another thing, above or to the left."""
+    """Pixels (side, side), bool, that border on another thing above or to the left."""
     owner_HW = owners(scene, side)
     edge_HW = np.zeros((side, side), bool)
     edge_HW[1:] |= owner_HW[1:] != owner_HW[:-1]
@@ -108,7 +114,7 @@ def edges(scene: Scene, side: int) -> np.ndarray:
 
 
 def covered(thing: Thing, side: int) -> np.ndarray:
-    """Pixels of a thing's own square that it covers by half or more, bool."""
+    """The pixels of a thing's square that it covers by half or more, bool (S, S)."""
     return stamp_of(thing, side)[1][..., 0] <= 0.5
 
 
@@ -119,7 +125,7 @@ def stamp_of(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look(thing: Thing) -> tuple[str, str, str, str]:
-    """(kind, what, colour, size): all that a thing's stamp depends on."""
+    """(kind, what, colour, size): everything that a thing's stamp depends on."""
     what = {
         "shape": f"{thing.shape} {thing.texture}",
         "word": thing.word,
@@ -130,7 +136,8 @@ def _look(thing: Thing) -> tuple[str, str, str, str]:
 
 
 def _region(thing: Thing, size: int, side: int) -> tuple[slice, slice, tuple[slice, slice]]:
-    """Rows and columns of the picture that a thing's square takes, and its part that is inside."""
+    """The rows and columns of the picture that a thing's square takes, and the square's part that
+    lies inside of the picture."""
     top, left = (round(middle * side - size / 2) for middle in (thing.y, thing.x))
     bottom, right = min(top + size, side), min(left + size, side)
     inside = (slice(max(-top, 0), bottom - top), slice(max(-left, 0), right - left))
@@ -141,6 +148,7 @@ def _region(thing: Thing, size: int, side: int) -> tuple[slice, slice, tuple[sli
 def _stamp(
     kind: str, what: str, colour: str, size: str, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The stamp of a thing, see `stamp_of`."""
     if kind == "entity":
         return _entity_stamp(int(what), side)
     pixels = max(3, round(SIZES[size] * side))
@@ -155,35 +163,40 @@ def _stamp(
         cover_SS = _written(what, pixels)
     else:
         cover_SS = _averaged(_figure(tuple(map(int, what.split())), pixels * FINE))
+
     cover_SS1 = cover_SS[..., None]
     return colour_SSC * cover_SS1, 1 - cover_SS1
 
 
 def _entity_stamp(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stamp of an entity, which fills the picture."""
     colours_CC3 = np.zeros((CELLS, CELLS, 3), np.float32)
     cover_CC1 = np.zeros((CELLS, CELLS, 1), np.float32)
     for cell, name in enumerate(entity_look(number)):
         if name is not None:
             colours_CC3[divmod(cell, CELLS)] = COLOURS[name]
             cover_CC1[divmod(cell, CELLS)] = 1
+
+    # Each pixel shows the cell that it lies in.
     of_pixel = np.arange(side) * CELLS // side
     within = np.ix_(of_pixel, of_pixel)
     return (colours_CC3 * cover_CC1)[within], (1 - cover_CC1)[within]
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates x, y of the points of a square, from -1 to 1, y down."""
+    """The coordinates x and y of the points of a square, from -1 to 1, y downwards."""
     line = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
     return line[None, :].repeat(size, 0), line[:, None].repeat(size, 1)
 
 
 def _averaged(fine_SS: np.ndarray) -> np.ndarray:
+    """The means of squares of FINE x FINE points, one per pixel."""
     size = len(fine_SS) // FINE
     return fine_SS.reshape(size, FINE, size, FINE).mean((1, 3), dtype=np.float32)
 
 
 def _inside(shape: str, size: int) -> np.ndarray:
-    """Points of a square of `size` points that a shape covers."""
+    """The points of a square, `size` a side, that a shape covers."""
     x, y = _grid(size)
     radius = np.hypot(x, y)
     if shape == "circle":
@@ -200,11 +213,10 @@ def _inside(shape: str, size: int) -> np.ndarray:
         return (radius <= 1) & (radius >= 0.52)
     if shape == "star":
         angle = np.arctan2(x, -y)
-        turn = abs(
-            (angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
-        )  # from the nearest tip, 0 to 36 degrees
+        # How far a point is turned from the nearest tip, 0 to 36 degrees.
+        turn = abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
         inner = 0.42
-        # The line from a tip at distance 1 to a notch at distance `inner`, 36 degrees on.
+        # The line from a tip, at distance 1, to a notch at distance `inner`, 36 degrees further.
         reach = inner * np.sin(np.pi / 5) / (np.sin(turn) * (1 - inner * np.cos(np.pi / 5))
                                              + inner * np.sin(np.pi / 5) * np.cos(turn))  # fmt: skip
         return radius <= reach
@@ -213,6 +225,7 @@ def _inside(shape: str, size: int) -> np.ndarray:
 
 
 def _second_tone(texture: str, size: int) -> np.ndarray:
+    """The points of a square that have a texture's second tone."""
     x, y = _grid(size)
     if texture == "striped":
         return np.floor((x + y) * 2.5) % 2 == 0
@@ -224,10 +237,12 @@ def _second_tone(texture: str, size: int) -> np.ndarray:
 
 
 def _written(word: str, size: int) -> np.ndarray:
-    """A word across a square, as large as whole pixels of its letters allow."""
+    """Write a word across a square, as large as whole pixels of its letters allow."""
     letters = [np.array(list(_FONT[letter]), np.float32).reshape(5, 3) for letter in word]
     gap = np.zeros((5, 1), np.float32)
     row = np.concatenate([part for letter in letters for part in (letter, gap)][:-1], 1)
+
+    # Letters are scaled to the width of the square, and stand in the middle of its height.
     scale = size / row.shape[1]
     columns = np.minimum((np.arange(size) / scale).astype(int), row.shape[1] - 1)
     height = max(5, round(5 * scale))
@@ -239,7 +254,7 @@ def _written(word: str, size: int) -> np.ndarray:
 
 
 def joints(pose: tuple[int, ...]) -> dict[str, tuple[float, float]]:
-    """Where a figure's joints are, in a square from -1 to 1, y down."""
+    """The positions of a figure's joints, in a square from -1 to 1, y downwards."""
     result = {"head": (0.0, -0.72), "neck": (0.0, -0.45), "hips": (0.0, 0.15)}
     for limb, angle in zip(LIMBS, pose, strict=True):
         start = result["neck" if "arm" in limb else "hips"]
@@ -256,6 +271,7 @@ BONES = (("neck", "hips"), *(("neck" if "arm" in limb else "hips", limb) for lim
 
 
 def _figure(pose: tuple[int, ...], size: int) -> np.ndarray:
+    """The points of a square that a figure covers."""
     x, y = _grid(size)
     at = joints(pose)
     cover = np.hypot(x - at["head"][0], y - at["head"][1]) <= 0.26
@@ -267,7 +283,7 @@ def _figure(pose: tuple[int, ...], size: int) -> np.ndarray:
 def segment_distance(
     x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]
 ) -> np.ndarray:
-    """Distance of points to a segment."""
+    """The distance of points to a line segment."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx * dx + dy * dy), 0, 1)
     return np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
@@ -275,13 +291,14 @@ def segment_distance(
 
 @lru_cache(maxsize=256)
 def _dome(size: int) -> np.ndarray:
-    """Height of a dome over a square, from 0 to 1."""
+    """The height of a dome over a square, from 0 to 1."""
     x, y = _grid(size)
     return np.sqrt(np.maximum(0, 1 - np.minimum(1, np.hypot(x, y)) ** 2)).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
 def _dome_normals(size: int) -> np.ndarray:
+    """The unit normals of such a dome, which flattens towards its rim."""
     x, y = _grid(size)
     flat = np.stack([0.8 * x, 0.8 * y], -1)
     flat /= np.maximum(1, np.linalg.norm(flat, axis=-1, keepdims=True) / 0.95)

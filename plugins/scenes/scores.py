@@ -1,6 +1,10 @@
-"""Answers about scenes against the truth: what a parser reads in an image, and what a text names.
+"""Answers about scenes compared with the truth: what is seen in an image, and what a text names.
 
-All functions are pure; images are read by `parse.parse` before.
+All functions are pure. Images are read by `parse.parse` before.
+
+    asked   red circle, blue square     as (colour, shape):  {(red, circle): 1, (blue, square): 1}
+    found   red circle, red square                           {(red, circle): 1, (red, square): 1}
+    right   no: the counts differ
 """
 
 from __future__ import annotations
@@ -21,15 +25,15 @@ Field = Literal["kind", "shape", "colour", "size", "texture", "word", "pose", "e
 
 
 def counted(scene: Scene, fields: Sequence[Field]) -> Counter[tuple[object, ...]]:
-    """The things of a scene by some of what they are."""
+    """Count a scene's things by the given fields, such as (colour, shape)."""
     return Counter(tuple(getattr(thing, name) for name in fields) for thing in scene.things)
 
 
 def shows(
     asked: Scene, found: Scene, fields: Sequence[Field] = ("colour", "shape", "place")
 ) -> bool:
-    """Whether what is found has the things that were asked for, by some of what they are, and no
-    others."""
+    """Whether the scene that was found has exactly the things that were asked for, compared by the
+    given fields."""
     return counted(asked, fields) == counted(found, fields)
 
 
@@ -38,8 +42,8 @@ def edited(
     found: Scene,
     fields: Sequence[Field] = ("kind", "shape", "word", "colour", "size", "place"),
 ) -> bool:
-    """Whether what is found is the scene after an edit: what was to change did, and the rest did
-    not."""
+    """Whether the scene that was found is the one after an edit: what should change did, and all
+    else stayed."""
     return found.background == after.background and shows(after, found, fields)
 
 
@@ -50,17 +54,16 @@ _NAMED = re.compile(
 
 
 def things_named(text: str) -> Counter[tuple[str, str]]:
-    """(colour, shape) of the shapes that a text names, as often as it says: "two red circles" are
-    two."""
+    """Count the (colour, shape) of the shapes that a text names; "two red circles" counts as two."""
     result: Counter[tuple[str, str]] = Counter()
     for number, colour, shape in _NAMED.findall(text.lower()):
+        # The number is an article, or missing, for a single thing.
         result[colour, shape] += NUMBERS.index(number) if number in NUMBERS else 1
     return result
 
 
 def caption_right(text: str, scene: Scene) -> bool:
-    """Whether a caption names the colour and the shape of each thing of a scene of shapes, and of
-    no other."""
+    """Whether a caption names exactly the things of a scene of shapes, by colour and shape."""
     return things_named(text) == Counter((thing.colour, thing.shape) for thing in scene.things)
 
 
@@ -77,10 +80,11 @@ def iou(one: Box, other: Box) -> float:
 def boxes_met(
     asked: Sequence[tuple[str, Box]], found: Sequence[tuple[str, Box]], at_least: float = 0.5
 ) -> list[bool]:
-    """Whether each thing asked for is found in its box: one of its name with that intersection over
-    union.
+    """Whether each thing that was asked for is found in its box: a thing of the same name, with at
+    least that intersection over union.
 
-    A found thing counts for one that was asked for only, the closest pairs first.
+    A thing that was found counts only for one that was asked for; the closest pairs are matched
+    first.
     """
     pairs = sorted(
         ((iou(box, other), i, j) for i, (name, box) in enumerate(asked) for j, (seen, other) in enumerate(found)
@@ -95,7 +99,7 @@ def boxes_met(
     return met
 
 
-# ------------------------------------------------------------------------------------------------ composition
+# ------------------------------------------------------------------------------------ composition
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TAGS: tuple[Tag, ...] = (
@@ -108,12 +112,12 @@ TAGS: tuple[Tag, ...] = (
 )
 """GenEval's six kinds of prompts (Ghosh et al. 2023, arXiv 2310.11513)."""
 _MARGIN = 0.1
-"""Share of the picture by which one thing has to be further than another."""
+"""Share of the picture's side by which one thing must be further than another."""
 
 
 @dataclass(frozen=True)
 class Composition:
-    """A prompt of GenEval's kind about shapes, and what an image of it has to show."""
+    """A prompt about shapes of one of GenEval's kinds, and what its image must show."""
 
     tag: Tag
     text: str
@@ -121,7 +125,7 @@ class Composition:
 
 
 def compositions(world: World, tag: Tag, count: int, seed: int = 0) -> list[Composition]:
-    """Prompts of one kind, drawn by seed."""
+    """Draw prompts of one kind by seed."""
     rng = Random(f"{tag} {seed}")
     make = {
         "single_object": _single, "two_object": _two, "counting": _counting, "colors": _colors, "position": _position,
@@ -131,8 +135,8 @@ def compositions(world: World, tag: Tag, count: int, seed: int = 0) -> list[Comp
 
 
 def composition_score(right_by_tag: dict[Tag, Sequence[bool]]) -> float:
-    """The mean of the six kinds' shares of images that are right. Raises ValueError without one of
-    the kinds."""
+    """The mean over the six kinds of the share of right images. Raises ValueError if a kind is
+    missing."""
     missing = [tag for tag in TAGS if not right_by_tag.get(tag)]
     if missing:
         raise ValueError(f"no images of {missing[0]}")
@@ -140,12 +144,14 @@ def composition_score(right_by_tag: dict[Tag, Sequence[bool]]) -> float:
 
 
 def _of(scene: Scene, shape: str, colour: str | None = None) -> list[Thing]:
+    """The things of a scene with that shape and, if given, that colour."""
     return [
         thing for thing in scene.things if thing.shape == shape and colour in (None, thing.colour)
     ]
 
 
 def _two_shapes(world: World, rng: Random) -> tuple[str, str]:
+    """Draw two different shapes."""
     first = pick(rng, world.shapes)
     return first, pick(rng, [shape for shape in world.shapes if shape != first])
 
@@ -194,6 +200,7 @@ def _position(world: World, rng: Random) -> Composition:
 
 
 def _stands(one: Thing, other: Thing, relation: str) -> bool:
+    """Whether a thing is clearly in that direction from another."""
     further = {
         "left of": other.x - one.x, "right of": one.x - other.x, "above": other.y - one.y, "below": one.y - other.y
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scenes as a corpus of captioned pictures."""
+"""Scenes as a corpus of pictures with captions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .render import picture
 from .world import BACKGROUNDS, Scene, Thing, World, draw_scene
 
 CHUNK = 1000
-"""Scenes of a part."""
+"""Scenes per part."""
 ELSEWHERE = 2**40
-"""Distance of the seed of a scene whose caption a picture has wrongly: beyond those of any
-corpus."""
+"""What is added to a seed for the scene whose caption a picture wrongly has: more than any corpus
+reaches."""
 
 
 @dataclass(kw_only=True)
@@ -33,11 +33,11 @@ class DrawnConfig:
     world: World = field(default_factory=World)
     """What scenes hold."""
     count: PositiveInt = 10_000
-    """Scenes of the corpus."""
+    """Number of scenes."""
     first: NonNegativeInt = 0
-    """Seed of the first one."""
+    """Seed of the first scene."""
     side: PositiveInt = 64
-    """Pixels of a picture's side."""
+    """Side of a picture, in pixels."""
 
     def check(self) -> None:
         self.world.check()
@@ -49,7 +49,7 @@ class DrawnSource(Source):
     """Base of the sources about scenes: document n is about the scene of the seed `first` + n."""
 
     version: int
-    """Raised when the same seed starts to give another document."""
+    """Increased whenever the same seed starts to give another document."""
     config: Any
 
     def __init__(self, config: Any) -> None:
@@ -84,25 +84,25 @@ class ScenesSource(DrawnSource):
 
     @dataclass(kw_only=True)
     class Config(DrawnConfig):
-        """How scenes are captioned."""
+        """Which scenes are drawn, and how they are captioned."""
 
         captions: Literal["short", "long", "both"] = "short"
-        """short: what is there, a single thing with its place. long: everything. both: half
-        each."""
+        """short = what is there, and where a single thing is; long = everything; both = half of the
+        captions each."""
         wrong: Annotated[float, Range(ge=0, le=1)] = 0.0
-        """Share of the pictures that have the caption of another scene, as some of the web's
-        have."""
+        """Share of pictures that have the caption of another scene, as some pictures on the web
+        do."""
 
     config: Config
 
     def fingerprint(self) -> str:
-        # Corpora with true captions are those that they were before captions could be wrong.
+        # With true captions, the fingerprint is the one from before captions could be wrong.
         settings = {name: value for name, value in asdict(self.config).items() if name != "wrong"}
         truth = f", {self.config.wrong} of the captions wrong" if self.config.wrong else ""
         return f"{self._digest(settings)}{truth}"
 
     def document(self, seed: int) -> Document:
-        """The scene of a seed: its caption, then its picture."""
+        """The document about the scene of a seed: its caption, then its picture."""
         scene, rng = draw_scene(self.config.world, seed), Random(f"caption {seed}")
         described = scene
         if Random(f"wrong {seed}").random() < self.config.wrong:
@@ -117,8 +117,8 @@ class ScenesSource(DrawnSource):
 
 
 def scene_name(seed: int) -> str:
-    """The id of the picture of a scene; all that is asked about the scene falls on its side of a
-    split."""
+    """The name of a scene's picture; everything that is asked about the scene falls on the same
+    side of a split."""
     return f"scene-{seed:08d}"
 
 
@@ -128,16 +128,16 @@ class SceneEntitiesSource(Source):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which entities."""
+        """Which entities are shown, and on which backgrounds."""
 
         first: NonNegativeInt = 0
-        """Number of the first."""
+        """Number of the first entity."""
         count: PositiveInt = 1000
-        """How many."""
+        """Number of entities."""
         backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
-        """Each entity is shown on each of them."""
+        """Backgrounds, on each of which every entity is shown."""
         side: PositiveInt = 32
-        """Pixels of a picture's side."""
+        """Side of a picture, in pixels."""
 
         def check(self) -> None:
             World(backgrounds=self.backgrounds).check()

@@ -1,4 +1,12 @@
-"""What scenes hold, and how one is drawn from a seed."""
+"""What scenes hold, and how one is drawn from a seed.
+
+    top left      top       top right         A scene has a background and up to nine things, each at
+    left          center    right             one of nine places and shifted a little there. Later
+    bottom left   bottom    bottom right      things are nearer, and may hide a part of earlier ones.
+
+The numbers of `Random.random` are promised to stay the same in all versions of Python, so a seed
+stands for the same scene everywhere.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +34,13 @@ COLOURS = {
 BACKGROUNDS = {"white": (246, 246, 246), "grey": (150, 150, 150), "black": (24, 24, 24)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 SIZES = {"small": 0.19, "medium": 0.25, "large": 0.31}
-"""Sides of things, as shares of the picture's."""
+"""The sides of things, as shares of the picture's side."""
 TEXTURES = ("plain", "striped", "dotted", "checked")
 WORDS = ("SUN", "CAT", "DOG", "TEA", "BUS", "MAP", "HAT", "ICE", "OWL", "JAM", "ZOO", "KEY")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 LIMBS = ("left arm", "right arm", "left leg", "right leg")
 ANGLES = (20, 65, 110, 155)
-"""Of limbs, in degrees from straight down, outwards."""
+"""The angles of limbs, in degrees outwards from straight down."""
 
 Kind = Literal["shape", "word", "figure", "entity"]
 T = TypeVar("T")
@@ -40,25 +48,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene. What does not belong to its kind is empty."""
+    """One thing of a scene. Fields that do not belong to its kind are empty."""
 
     kind: Kind
     colour: str
     size: str
     x: float
     y: float
-    """Its middle, as shares of the picture's sides."""
+    """The position of its middle, as shares of the picture's sides."""
     shape: str = ""
     texture: str = "plain"
     word: str = ""
     pose: tuple[int, ...] = ()
-    """Of a figure: the angle of each of `LIMBS`."""
+    """The angle of each of a figure's `LIMBS`."""
     entity: int = -1
-    """Of an entity: its number."""
+    """The number of an entity."""
 
     @property
     def place(self) -> tuple[str, str]:
-        """Row and column of the picture's nine places."""
+        """The row and column of the nine places that the thing is at."""
         return ROWS[min(int(3 * self.y), 2)], COLUMNS[min(int(3 * self.x), 2)]
 
 
@@ -70,7 +78,7 @@ class Scene:
     things: tuple[Thing, ...]
 
     def with_thing(self, number: int, **changes: Any) -> Scene:
-        """With one thing changed."""
+        """The scene with some fields of one thing changed."""
         things = list(self.things)
         things[number] = replace(things[number], **changes)
         return replace(self, things=tuple(things))
@@ -78,37 +86,37 @@ class Scene:
 
 @dataclass(kw_only=True)
 class World:
-    """Which scenes there are. The defaults are everything; the experiments take less."""
+    """Which scenes can be drawn. The defaults allow everything; the experiments use less."""
 
     colours: list[str] = field(default_factory=lambda: list(COLOURS))
-    """Of things, of those in `COLOURS`."""
+    """Colours of things, from `COLOURS`."""
     shapes: list[str] = field(default_factory=lambda: list(SHAPES))
-    """Of those in `SHAPES`."""
+    """Shapes of things, from `SHAPES`."""
     sizes: list[str] = field(default_factory=lambda: list(SIZES))
-    """Of those in `SIZES`."""
+    """Sizes of things, from `SIZES`."""
     textures: list[str] = field(default_factory=lambda: list(TEXTURES))
-    """Of those in `TEXTURES`."""
+    """Textures of shapes, from `TEXTURES`."""
     backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
-    """Of those in `BACKGROUNDS`."""
+    """Colours of the background, from `BACKGROUNDS`."""
     things: list[PositiveInt] = field(default_factory=lambda: [1, 2, 3, 4])
-    """How many things a scene may have; each number is as likely."""
+    """Numbers of things that a scene may have, all equally likely."""
     jitter: Probability = 0.5
-    """How far a thing may stand from the middle of its place, as a share of the room there."""
+    """How far a thing may be from the middle of its place, as a share of the room there."""
     overlap: Probability = 0.2
-    """Share of scenes of several things in which one hides a part of another."""
+    """Share of the scenes with several things in which one hides a part of another."""
     words: Probability = 0.1
     """Share of things that are written words."""
     figures: Probability = 0.1
     """Share of things that are stick figures."""
     entities: NonNegativeInt = 0
-    """Named entities that there are."""
+    """Number of named entities."""
     entity_share: Probability = 0.0
-    """Share of scenes that show an entity, alone."""
+    """Share of scenes that show an entity and nothing else."""
     entity_tail: Probability = 1.0
-    """Entity n is drawn in proportion to 1 / (n + 1) to this power."""
+    """Entity n is drawn with a probability proportional to 1 / (n + 1) to the power of this."""
 
     def check(self) -> None:
-        """Raises UserError for what does not exist."""
+        """Check that all names are known and the numbers agree. Raises UserError if not."""
         known = {
             "colours": COLOURS,
             "shapes": SHAPES,
@@ -122,6 +130,7 @@ class World:
             if wrong or not chosen:
                 what = f"holds {wrong[0]!r}" if wrong else "is empty"
                 raise UserError(f"{name} {what}; it takes some of: {', '.join(allowed)}")
+
         if not self.things or max(self.things) > 9:
             raise UserError(f"things is {self.things}; a scene has from 1 to 9 of them")
         if self.entity_share and not self.entities:
@@ -129,20 +138,21 @@ class World:
 
     @cached_property
     def entity_ends(self) -> list[float]:
-        """Cumulative shares of the entities."""
+        """The cumulative shares of the entities."""
         weights = [1 / (number + 1) ** self.entity_tail for number in range(self.entities)]
         total = sum(weights)
         return list(accumulate(weight / total for weight in weights))
 
 
 def draw_scene(world: World, seed: int) -> Scene:
-    """The scene of a seed."""
+    """Draw the scene of a seed."""
     rng = Random(seed)
     background = pick(rng, world.backgrounds)
     if rng.random() < world.entity_share:
         return Scene(
             background, (Thing("entity", "", "", 0.5, 0.5, entity=_below(rng, world.entity_ends)),)
         )
+
     places = list(range(9))
     things: list[Thing] = []
     for _ in range(pick(rng, world.things)):
@@ -154,14 +164,16 @@ def draw_scene(world: World, seed: int) -> Scene:
 
 
 def draw_thing(world: World, rng: Random, place: int) -> Thing:
-    """A thing at one of the nine places."""
+    """Draw a thing at one of the nine places."""
     kind = rng.random()
     is_figure = world.words <= kind < world.words + world.figures
     colour, size = pick(rng, world.colours), pick(rng, world.sizes)
-    size = max(world.sizes, key=SIZES.__getitem__) if is_figure else size  # limbs are thin
+    # Limbs are thin, so figures are drawn as large as possible.
+    size = max(world.sizes, key=SIZES.__getitem__) if is_figure else size
     room = (1 / 3 - SIZES[size]) * world.jitter
     x = (place % 3 + 0.5) / 3 + (rng.random() - 0.5) * room
     y = (place // 3 + 0.5) / 3 + (rng.random() - 0.5) * room
+
     if kind < world.words:
         return Thing("word", colour, size, x, y, word=pick(rng, WORDS))
     if is_figure:
@@ -178,8 +190,8 @@ def draw_thing(world: World, rng: Random, place: int) -> Thing:
 
 
 def _overlapping(far: Thing, near: Thing, others: list[Thing], rng: Random) -> list[Thing]:
-    """The near thing moved in front of the far one; as they were where it could not be told from it
-    or from others."""
+    """Move the near thing in front of the far one, unless it could then not be told from it or from
+    others."""
     moved = _in_front_of(far, near, rng)
     apart = {far.kind, near.kind} == {"shape"} and far.colour != near.colour
     return [far, moved if apart and not any(touches(moved, other) for other in others) else near]
@@ -192,7 +204,7 @@ def touches(one: Thing, other: Thing) -> bool:
 
 
 def _in_front_of(far: Thing, near: Thing, rng: Random) -> Thing:
-    """The near thing moved so that it hides a part of the far one, but not its middle."""
+    """Move the near thing so that it hides a part of the far one, but not its middle."""
     reach = 0.45 * (SIZES[far.size] + SIZES[near.size]) / 2 + 0.06
     dx, dy = pick(rng, ((1, 0.4), (-1, 0.4), (0.4, 1), (0.4, -1)))
     half = SIZES[near.size] / 2
@@ -204,18 +216,19 @@ def _in_front_of(far: Thing, near: Thing, rng: Random) -> Thing:
 
 
 def pick(rng: Random, choices: Sequence[T]) -> T:
-    """One of the choices, by `random()` alone, whose numbers are promised to stay the same."""
+    """Draw one of the choices by `random()` alone, whose numbers are promised to stay the same."""
     return choices[int(rng.random() * len(choices))]
 
 
 def _below(rng: Random, ends: Sequence[float]) -> int:
+    """Draw an index by cumulative shares."""
     return min(bisect_right(ends, rng.random() * ends[-1]), len(ends) - 1)
 
 
-# ------------------------------------------------------------------------------------------------ entities
+# --------------------------------------------------------------------------------------- entities
 
 CELLS = 4
-"""An entity is a square of so many cells a side, each of a colour or empty."""
+"""Cells per side of the square that shows an entity, each of a colour or empty."""
 _SYLLABLES = (
     "ba",
     "do",
@@ -238,7 +251,7 @@ _SYLLABLES = (
 
 @lru_cache(maxsize=2**16)
 def entity_look(number: int) -> tuple[str | None, ...]:
-    """Colours of the cells of an entity, row by row; None shows the background. The corners are
+    """The colours of an entity's cells, row by row; None shows the background. The corners are
     always empty."""
     rng = Random(f"look {number}")
     colours = [pick(rng, tuple(COLOURS)) for _ in range(CELLS**2)]
@@ -249,9 +262,8 @@ def entity_look(number: int) -> tuple[str | None, ...]:
 def entity_name(number: int) -> str:
     """The name of an entity: three syllables or more, different for each."""
     syllables: list[str] = []
-    number = (
-        number * 1103 + 7
-    ) % 16**3 + number // 16**3 * 16**3  # neighbours in number are not so in name
+    # Entities with neighbouring numbers get quite different names.
+    number = (number * 1103 + 7) % 16**3 + number // 16**3 * 16**3
     while number or len(syllables) < 3:
         number, digit = divmod(number, 16)
         syllables.append(_SYLLABLES[digit])
