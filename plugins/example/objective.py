@@ -1,10 +1,11 @@
 """Fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255): the middle of a document is learned
 last.
 
-The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the middle "dog <break> I7" becomes
+The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the middle "dog <break> I7" becomes, with
+the prefix or the suffix first,
 
-    <eos> <mask:0> a red <mask:1> I2 I9 I4 <mask:2> dog <break> I7 <eos>        prefix, suffix, middle
-    <eos> <mask:0> <mask:1> I2 I9 I4 <mask:2> a red dog <break> I7 <eos>        suffix, prefix, middle
+    <eos> <mask:0> a red <mask:1> I2 I9 I4 <mask:2> dog <break> I7 <eos>
+    <eos> <mask:0> <mask:1> I2 I9 I4 <mask:2> a red dog <break> I7 <eos>
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
 
 PREFIX, SUFFIX, MIDDLE = 0, 1, 2
-"""Sentinels that open the three parts; the `<eos>` of the sample ends the last one."""
+"""Indices of the sentinels that open the three parts; the last part ends with the sample's <eos>."""
 EXTRA = 3
-"""Tokens that the objective adds to a sample."""
+"""Number of tokens that the objective adds to a sample."""
 
 Range = tuple[int, int]
-"""Positions [start, end) of a sample."""
+"""The positions [start, end) of a part of a sample."""
 
 
 @OBJECTIVES.register("fill_in_the_middle")
 class FillInTheMiddle(Objective):
-    """Next-token prediction of samples whose query document is rearranged, so that its middle comes
+    """Next-token prediction on samples whose query document is rearranged so that its middle comes
     last."""
 
     @dataclass(kw_only=True)
     class Config:
-        """How many samples are rearranged, and how."""
+        """How many samples are rearranged, and in which order."""
 
         rate: Probability = 0.5
-        """Share of the samples that are rearranged; the paper found up to 0.9 to cost nothing in
-        the others."""
+        """Share of the samples that is rearranged; in the paper, up to 0.9 cost nothing in ordinary
+        prediction."""
         suffix_first: Probability = 0.5
-        """Share of those that begin with the suffix, so that prefix and middle are one run of
-        text."""
+        """Share of the rearranged samples that begin with the suffix, so that prefix and middle are
+        one run of text."""
 
     config: Config
 
@@ -56,11 +57,9 @@ class FillInTheMiddle(Objective):
 
     def corrupt(self, sample: LaidOut, rng: np.random.Generator, max_tokens: int) -> Corrupted:
         fits = len(sample.ids_T) + EXTRA <= max_tokens
-        return (
-            self._rearranged(sample, rng)
-            if fits and rng.random() < self.config.rate
-            else _as_it_is(sample)
-        )
+        if fits and rng.random() < self.config.rate:
+            return self._rearranged(sample, rng)
+        return _as_it_is(sample)
 
     def take(
         self, sample: LaidOut, start: int, room: int, rng: np.random.Generator
@@ -72,15 +71,19 @@ class FillInTheMiddle(Objective):
         return self._rearranged(cut(sample, start, end), rng), end
 
     def _rearranged(self, sample: LaidOut, rng: np.random.Generator) -> Corrupted:
+        """Move a middle drawn at random to the end of the query document."""
         query = [segment for segment in sample.segments if segment.is_query]
-        if not query:  # a piece that ends before the query document
+        if not query:  # the sample is a piece that ends before the query document
             return _as_it_is(sample)
+
         document = query[0].start, query[-1].end
         start, end = np.sort(rng.integers(document[0], document[1] + 1, size=2)).tolist()
         suffix_first = rng.random() < self.config.suffix_first
         ids_T = rearrange(
             sample.ids_T, document, (start, end), self.vocab, suffix_first=suffix_first
         )
+
+        # The sentinels say which part follows, so they are no targets themselves.
         return Corrupted(
             ids_T, np.where(self.vocab.is_sentinel(ids_T), np.float32(0), np.float32(1))
         )
@@ -89,7 +92,7 @@ class FillInTheMiddle(Objective):
 def rearrange(
     ids_T: np.ndarray, document: Range, middle: Range, vocab: Vocab, *, suffix_first: bool = False
 ) -> np.ndarray:
-    """The sample (T,) with the middle of a document moved behind the rest of it: (T + 3,)."""
+    """Move the middle of a document behind the rest of it: a sample (T,) becomes (T + 3,)."""
     first, last = document
     start, end = middle
     prefix, suffix = ids_T[first:start], ids_T[end:last]
@@ -102,4 +105,5 @@ def rearrange(
 
 
 def _as_it_is(sample: LaidOut) -> Corrupted:
+    """A sample that is trained on unchanged."""
     return Corrupted(sample.ids_T, np.ones(len(sample.ids_T), dtype=np.float32))

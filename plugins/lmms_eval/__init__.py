@@ -1,17 +1,16 @@
 """CM3Leon as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it
-by entry point.
+by its entry point.
 
-pip install "cm3leon[lmms]"
-python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b --tasks vqav2_val
+    pip install "cm3leon[lmms]"
+    python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b --tasks vqav2_val
 
-Questions about one image each are answered, or candidates for their answers scored, by a finished
-run.
+A finished run answers questions about one image each, or scores candidates for their answers.
 
-With a folder for images, texts are drawn, and images edited as an instruction says, which
-lmms-eval's tasks of generation and editing score:
+With a folder for images, it draws images for texts and edits images as instructions say; lmms-eval's
+tasks of generation and editing score these:
 
-python -m lmms_eval --model cm3leon --model_args pretrained=runs/sft_7b,images=drawn --tasks
-gedit_bench
+    python -m lmms_eval --model cm3leon --tasks gedit_bench \\
+        --model_args pretrained=runs/sft_7b,images=drawn
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ def manifest() -> Any:
 
 
 class CM3LeonModel(Base):
-    """Arguments of `--model_args`: `pretrained`, the run folder; the others as `CM3Leon.load` takes
-    them.
+    """A run under lmms-eval. `--model_args` takes `pretrained`, the run folder, and the arguments of
+    `CM3Leon.load`.
 
     `plugins` are separated by colons. `images` is a folder: requests are then answered by images
-    that are written into it, drawn for a text alone, edited where the request has an image. Of
-    `samples` for each of them the best by CLIP is taken, their seeds count on from `seed`; a
-    drawing has `retrieve` documents before its text.
+    written into it, drawn for a text alone, or edited if the request has an image. Of each
+    request's `samples`, whose seeds count up from `seed`, the best by CLIP is used. A drawing has
+    `retrieve` documents before its text.
 
     Raises:
         UserError: for a folder that is no finished run, and for a request with more or fewer images
-            than are taken.
+            than are accepted.
     """
 
     def __init__(
@@ -89,6 +88,7 @@ class CM3LeonModel(Base):
                 given = self._given(doc_to_visual, doc_id, task, split, (0, 1))
                 found.append(self._drawn(context, given, self._images / _file_name(task, doc_id)))
                 continue
+
             image = self._image(doc_to_visual, doc_id, task, split)
             max_tokens = int(settings.get("max_new_tokens", 64))
             found.append(
@@ -116,17 +116,20 @@ class CM3LeonModel(Base):
             "tasks of several rounds are not supported: the paper's templates have one question"
         )
 
-    # -------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _arguments(self, requests: Sequence[Any]) -> Iterable[Any]:
+        """The arguments of the requests, with a progress bar on the first rank."""
         return (request.args for request in tqdm(requests, desc="cm3leon", disable=self.rank != 0))
 
     def _image(self, doc_to_visual: Any, doc_id: Any, task: str, split: str) -> Image.Image:
+        """The image of a request that has exactly one."""
         return self._given(doc_to_visual, doc_id, task, split, (1,))[0]
 
     def _given(
         self, doc_to_visual: Any, doc_id: Any, task: str, split: str, counts: tuple[int, ...]
     ) -> list[Image.Image]:
+        """The images of a request. Raises UserError unless their number is one of `counts`."""
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         if len(images) not in counts or not all(isinstance(each, Image.Image) for each in images):
             wanted = "one image is" if counts == (1,) else "no image or one is"
@@ -136,7 +139,8 @@ class CM3LeonModel(Base):
         return images
 
     def _drawn(self, text: str, given: list[Image.Image], file: Path) -> str:
-        """Draw or edit, and answer as lmms-eval's tasks read it: the paths of images, in JSON."""
+        """Draw or edit an image, and answer in the form that lmms-eval's tasks read: JSON with the
+        paths of images."""
         if given:
             best = self._model.edit(given[0], text.strip(), **self._drawing)[0]
         else:
@@ -147,12 +151,12 @@ class CM3LeonModel(Base):
 
 
 def _file_name(task: str, doc_id: Any) -> str:
-    """The name of an item's image, which leads out of no folder."""
+    """The name of an item's image, which cannot lead to another folder."""
     return re.sub(r"[^\w.-]", "_", f"{task}_{doc_id}") + ".png"
 
 
 def _until(text: str, ends: str | Sequence[str]) -> str:
-    """The text before the first of some strings."""
+    """The text before the first of some strings, whichever comes first."""
     for end in [ends] if isinstance(ends, str) else ends:
         text = text.split(end)[0] if end else text
     return text.strip()
