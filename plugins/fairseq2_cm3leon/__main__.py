@@ -19,14 +19,14 @@ from cm3leon.types import UserError
 
 
 def card(run: str) -> None:
-    """Prints the asset card."""
+    """Print a run's asset card."""
     from cm3leon.plugins.fairseq2_cm3leon._cards import card_entries
 
     print(yaml.safe_dump(card_entries(Path(run)), sort_keys=False), end="")
 
 
 def recipe(run: str) -> None:
-    """Prints the recipe."""
+    """Print a run's pretraining as a recipe."""
     from fairseq2.utils.structured import StandardValueConverter
 
     from cm3leon.plugins.fairseq2_cm3leon._recipe import recipe_of
@@ -37,7 +37,7 @@ def recipe(run: str) -> None:
 
 
 def pretrain(*arguments: str) -> None:
-    """Trains; ends the process where fairseq2 does."""
+    """Train; the process ends when fairseq2 ends it."""
     from fairseq2.recipe.cli import main as fairseq2_main
 
     from cm3leon.plugins.fairseq2_cm3leon._recipe import PretrainRecipe
@@ -47,7 +47,7 @@ def pretrain(*arguments: str) -> None:
 
 
 def export(output: str, folder: str) -> None:
-    """Writes the weights."""
+    """Write the trained weights as our own files."""
     from cm3leon.plugins.fairseq2_cm3leon._cards import export
 
     export(Path(output), Path(folder))
@@ -59,11 +59,11 @@ COMMANDS: dict[str, tuple[Callable[..., None], int | None]] = {
     "pretrain": (pretrain, None),
     "export": (export, 2),
 }
-"""A command's function, and how many arguments it takes; None = any number."""
+"""Each command's function, and how many arguments it takes; None = any number."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 2 after a user's mistake, with a sentence."""
+    """Run a command and return the exit code: 2 after a user's mistake, with a sentence."""
     name, *rest = arguments or ("--help",)
     command, count = COMMANDS.get(name, (None, None))
     if command is None or count not in (None, len(rest)):

@@ -1,4 +1,4 @@
-"""To and fro between the files of a run and of fairseq2: asset cards of what a run has made, and
+"""Between the files of a run and those of fairseq2: asset cards of what a run has made, and trained
 weights back."""
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cm3leon.types import UserError
 
 
 def asset_card(folder: Path) -> AssetCard:
-    """The card of a run, named as its folder is."""
+    """The card of a run, named like its folder."""
     entries = card_entries(folder)
     return AssetCard(entries.pop("name"), entries)
 
 
 def card_entries(folder: Path) -> dict[str, Any]:
-    """What the card says, as it is written in a YAML file of fairseq2's asset store.
+    """The entries of a card, as in a YAML file of fairseq2's asset store.
 
     Raises:
         UserError: for a folder that is no run, or whose model is not of this family.
@@ -56,6 +56,8 @@ def card_entries(folder: Path) -> dict[str, Any]:
         "dataset_family": FAMILY,
         "dataset_config": {"run": str(folder)},
     }
+
+    # A run has a model only once it is trained.
     trained = folder / "pretraining" / "config.json"
     if trained.is_file():
         content = read_json(trained, {"model": {"name": str}, "vocab_size": int})
@@ -70,11 +72,11 @@ def card_entries(folder: Path) -> dict[str, Any]:
 
 
 def export(output: Path, folder: Path) -> None:
-    """Writes the last checkpoint of fairseq2's trainer as `config.json` and `model.safetensors`,
-    our own files.
+    """Write the last checkpoint of fairseq2's trainer as our own files, `config.json` and
+    `model.safetensors`.
 
     Raises:
-        UserError: for an output of fairseq2's trainer without a checkpoint of a model of this
+        UserError: for a folder without a checkpoint of fairseq2's trainer of a model of this
             family.
     """
     checkpoints = output / "checkpoints"

@@ -1,4 +1,4 @@
-"""The blocks that a run trains on, as a dataset of fairseq2: the batches of our trainer, on any
+"""The blocks that a run trains on as a dataset of fairseq2: the batches of our own trainer, on any
 number of ranks."""
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class BlocksConfig:
-    """Whose blocks."""
+    """The run whose blocks are read."""
 
     run: Path | None = None
-    """Run folder whose corpus is ready to be trained on: its tokens and neighbours are made."""
+    """Run folder whose corpus is ready for training, with its tokens and neighbours."""
 
 
 def open_blocks(config: BlocksConfig) -> Blocks:
-    """Opens the training data of a run.
+    """Open the training data of a run.
 
     Raises:
-        UserError: where no run is named, or its data are not ready.
+        UserError: if no run is named, or its data are not ready.
     """
     if config.run is None:
         raise UserError("dataset: run is missing; set dataset.config_overrides.run to a run folder")
@@ -53,10 +53,10 @@ def open_blocks(config: BlocksConfig) -> Blocks:
 
 
 class Blocks:
-    """The endless stream of training samples of a run, corrupted by its objective and packed into
+    """The endless stream of a run's training samples, corrupted by its objective and packed into
     blocks.
 
-    Objective, vocabulary, packing, retrieved documents, mixture of corpora and seed are the run's.
+    The objective, vocabulary, packing, retrieved documents, mixture and seed are the run's.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -67,25 +67,25 @@ class Blocks:
 
     @property
     def seq_len(self) -> int:
-        """Positions of a block."""
+        """Number of positions in a block."""
         return self.run.seq_len
 
     @property
     def vocab_size(self) -> int:
-        """All ids."""
+        """Number of ids."""
         return self.run.vocab.size
 
     def create_reader(
         self, gangs: Gangs, *, batch_size: int | None = None, num_accumulate: int = 1
     ) -> BlockReader:
-        """Reads the part of each batch that falls to this rank.
+        """Read this rank's part of each batch.
 
         Args:
-            batch_size: blocks of an optimizer step, of all ranks together; None = the run's.
-            num_accumulate: parts in which a rank computes its share of them.
+            batch_size: blocks of an optimizer step on all ranks together; None = the run's.
+            num_accumulate: number of parts in which a rank computes its share.
 
         Raises:
-            UserError: for a batch that ranks and parts cannot share evenly.
+            UserError: for a batch that cannot be divided evenly.
         """
         experiment = self.run.experiment
         batch_size = batch_size or experiment.training.blocks(self.seq_len)
@@ -109,16 +109,18 @@ class Blocks:
 
 
 class PackedBlocks(SupportsDeviceTransfer):
-    """Blocks as fairseq2's models take them: sample after sample in one row, without padding.
+    """Blocks in the form of fairseq2's models: sample after sample in one row, without padding.
 
     Args:
         batch: blocks (B, T).
-        share: what the mean loss of these blocks weighs in the mean over ranks and parts that
-            fairseq2's trainer takes.
+        share: weight of these blocks' mean loss in the mean over ranks and parts that fairseq2's
+            trainer takes.
     """
 
     def __init__(self, batch: Batch, share: float) -> None:
         kept_BT = batch.sample_BT >= 0
+
+        # The number of each token's sample, different in every block; padding is dropped.
         B, T = kept_BT.shape
         samples_N = (batch.sample_BT + T * torch.arange(B)[:, None])[kept_BT]
         self.batch = Batch(*(getattr(batch, field.name)[kept_BT][None] for field in fields(batch)))
@@ -130,24 +132,24 @@ class PackedBlocks(SupportsDeviceTransfer):
         self.num_target_elements = int((batch.weight_BT > 0).sum())
         self.padding = B * T - len(samples_N)
         self.weight = float(batch.weight_BT.sum())
-        """Of all targets in the loss."""
+        """Sum of the weights of all targets in the loss."""
         self.share = share
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         self.batch = self.batch.to(device)
 
     def as_input(self) -> tuple[torch.Tensor, BatchLayout]:
-        """Ids (N,) and their layout."""
+        """The ids (N,) and their layout."""
         ids_N, position_N = self.batch.ids_BT[0], self.batch.position_BT[0]
         layout = BatchLayout.of(ids_N, self.seq_lens, packed=True)
-        # It counts from 0 in each sample; positions of pieces of samples run on through the block.
+        # fairseq2 counts from 0 in each sample, but the pieces of a sample run on through a block.
         layout._position_indices = position_N
         return ids_N, layout
 
 
 class BlockReader(DataReader[PackedBlocks]):
-    """Hands the parts of each batch to fairseq2's trainer; goes on exactly from its state, on as
-    many ranks."""
+    """Hands the parts of each batch to fairseq2's trainer; resumes exactly from its state, on the
+    same number of ranks."""
 
     def __init__(self, stream: BlockStream, gangs: Gangs, num_accumulate: int) -> None:
         self._stream = stream
@@ -163,6 +165,7 @@ class BlockReader(DataReader[PackedBlocks]):
         parts = batch.split(len(batch.ids_BT) // self._num_accumulate)
         weights = [float(part.weight_BT.sum()) for part in parts]
         whole = float(all_sum(self._gangs.dp, sum(weights)))
+        # The trainer averages over ranks and parts; parts with more targets weigh more.
         count = len(parts) * self._gangs.dp.size
         return [
             PackedBlocks(part, weight * count / whole)

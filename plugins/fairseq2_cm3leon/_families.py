@@ -1,5 +1,5 @@
-"""What fairseq2 is told of us: three families by the name `cm3leon`. Imported in every process of
-its users."""
+"""The three families by which fairseq2 knows us, all named `cm3leon`. Imported in every process
+that uses fairseq2."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from cm3leon.plugins.fairseq2_cm3leon._tokenizer import (
 
 FAMILY = "cm3leon"
 ARCHITECTURES = ("cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "cm3leon_tiny")
-"""Our presets that are fairseq2's architectures."""
+"""Our presets that are architectures of fairseq2."""
 
 
 @dataclass(kw_only=True)
 class CM3LeonConfig(Transformer.Config):
-    """Shape of the decoder; `attention` is not read, fairseq2 has its own choice
+    """The shape of the model. `attention` is not used, as fairseq2 has a setting of its own
     (`common.torch.default_sdpa`)."""
 
     vocab_size: PositiveInt = 65_536
-    """All ids, those of the text and of the image tokenizer and reserved ones."""
+    """Number of ids: text, image codes and reserved ones."""
 
 
 model_hub = ModelHubAccessor(FAMILY, kls=TransformerLM, config_kls=CM3LeonConfig)
@@ -53,8 +53,8 @@ dataset_hub = DatasetHubAccessor(FAMILY, kls=Blocks, config_kls=BlocksConfig)
 
 
 def register_families(container: DependencyContainer) -> None:
-    """Registers models with their architectures, tokenizers and datasets, where that has not been
-    done."""
+    """Register models with their architectures, tokenizers and datasets, unless that was done
+    already."""
     if FAMILY in container.iter_keys(ModelFamily):
         return
     register_model_family(
@@ -80,6 +80,7 @@ def register_families(container: DependencyContainer) -> None:
 
 
 def _preset(name: str) -> CM3LeonConfig:
+    """The shape of one of our presets."""
     from cm3leon.models import presets  # noqa: F401  registers them
     from cm3leon.registry import MODELS
 
@@ -87,7 +88,7 @@ def _preset(name: str) -> CM3LeonConfig:
 
 
 def _new_model(config: CM3LeonConfig) -> TransformerLM:
-    """A decoder with the weights that our own begins with; fairseq2 has set the device and the
+    """A model with the weights that our own begins with; fairseq2 has set the device and the
     precision."""
     from fairseq2.models.transformer import create_default_sdpa
 
@@ -98,7 +99,7 @@ def _new_model(config: CM3LeonConfig) -> TransformerLM:
 
 
 def _under_fairseq2_names(state: dict[str, Tensor], config: CM3LeonConfig) -> dict[str, Tensor]:
-    """The weights of a checkpoint of ours; those of fairseq2's trainer have its names already."""
+    """The weights of our checkpoints under fairseq2's names, which its own checkpoints have."""
     from cm3leon.plugins.fairseq2_cm3leon.convert import to_fairseq2
 
     return to_fairseq2(state) if "head.weight" in state else state

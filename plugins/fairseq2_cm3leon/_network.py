@@ -1,4 +1,4 @@
-"""The decoder of the paper as fairseq2's TransformerLM."""
+"""The paper's model as fairseq2's TransformerLM."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ META = torch.device("meta")
 def create_transformer_lm(
     config: Transformer.Config, vocab_size: int, attention: SDPAFactory
 ) -> TransformerLM:
-    """A TransformerLM of that shape, with the initial weights that `Transformer` draws from the
-    same seed.
-
-    It is made on torch's default device, in one process.
+    """Create a TransformerLM of that shape, with the initial weights that `Transformer` draws from
+    the same seed, on torch's default device and in one process.
 
     Args:
-        attention: makes the SDPA of each layer.
+        attention: creates the SDPA of each layer.
     """
     D, heads = config.width, config.width // config.head_size
     gangs = create_fake_gangs(torch.device("cpu"))
@@ -70,7 +68,7 @@ def create_transformer_lm(
         pad_idx=Vocab.pad,
         max_seq_len=config.seq_len,
     )
-    # Every module above is without memory: these are its weights.
+    # The modules above were made without memory; these are their weights.
     model.load_state_dict(
         to_fairseq2(Transformer(config, vocab_size=vocab_size).state_dict()), assign=True
     )

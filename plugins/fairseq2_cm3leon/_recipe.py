@@ -1,5 +1,5 @@
-"""Pretraining with fairseq2's trainer: our batches and our loss, its loop, its parallelism and its
-checkpoints."""
+"""Pretraining with fairseq2's trainer: our batches and our loss, with its loop, its parallelism and
+its checkpoints."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ MODALITIES = ("text", "image")
 
 @dataclass(kw_only=True)
 class BlocksSection(DatasetSection):
-    """Which blocks, and how many of them."""
+    """The blocks to train on, and how many of them a step takes."""
 
     batch_size: int | None = None
-    """Blocks of an optimizer step, of all ranks together; None = as many as the run's own training
-    takes."""
+    """Blocks of an optimizer step on all ranks together; None = as many as in the run's own
+    training."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class ScheduleConfig:
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """The rate after the warm-up."""
     num_warmup_steps: int = 100
-    """Steps of linear warm-up; the first has a rate already."""
+    """Steps of linear warm-up; the first one already has a rate above 0."""
     final_lr_scale: float = 0.0
     """Learning rate after the last step, as a share of the peak."""
     decay_share: float = 0.2
@@ -94,15 +94,14 @@ def _optimizer(**fields: Any) -> OptimizerSection:
 
 @dataclass(kw_only=True)
 class PretrainConfig:
-    """The sections of fairseq2's recipes; defaults are those of our own pretraining where it has
-    them."""
+    """The sections of fairseq2's recipes. Where our own pretraining has a default, it is used."""
 
     model: ModelSection = field(
         default_factory=lambda: ModelSection(family=FAMILY, arch="cm3leon_350m")
     )
     dataset: BlocksSection = field(default_factory=lambda: BlocksSection(family=FAMILY))
     z_loss: float = 0.0
-    """Weight of the mean squared log of the softmax's denominator in the loss."""
+    """Weight in the loss of the mean squared logarithm of the softmax's denominator."""
     gang: GangSection = field(default_factory=GangSection)
     trainer: TrainerSection = field(
         default_factory=lambda: TrainerSection(data_parallelism="fsdp", max_grad_norm=1.0)
@@ -123,12 +122,11 @@ class PretrainConfig:
 
 
 class PretrainRecipe(Recipe):
-    """Pretrains a model of the family on the blocks of a run."""
+    """Pretrain a model of the family on the blocks of a run."""
 
     def register(self, container: DependencyContainer) -> None:
-        register_families(
-            container
-        )  # in a clone that is not installed, fairseq2 finds no entry point
+        # In a clone that is not installed, fairseq2 finds no entry point.
+        register_families(container)
         register_component(
             container, LRScheduler, FAMILY, config_kls=ScheduleConfig, factory=_new_schedule
         )
@@ -143,8 +141,8 @@ class PretrainRecipe(Recipe):
     def setup_model(
         self, context: RecipeContext, model: TransformerLM, newly_initialized: bool
     ) -> TransformerLM:
-        """xformers in the place of fairseq2's default, which masks all tokens of a batch by all for
-        packed samples."""
+        """Use xformers instead of fairseq2's default, whose mask for packed samples compares all
+        tokens of a batch with each other."""
         if context.get_config_as(PretrainConfig).common.torch.default_sdpa == "torch":
             for layer in model.decoder.layers:
                 layer.self_attn.sdpa = XformersSDPA(layer.self_attn.sdpa.bias)
@@ -171,22 +169,23 @@ class PretrainRecipe(Recipe):
 
 
 def _check_model(model: TransformerLM, blocks: Blocks) -> None:
-    """Raises UserError for a model that has no place for the blocks."""
+    """Check that a model has positions and ids for the blocks. Raises UserError if not."""
     if model.max_seq_len < blocks.seq_len:
         raise UserError(
-            f"model: it has {model.max_seq_len} positions, the blocks of {blocks.run.folder} {blocks.seq_len}; "
-            f"set model.config_overrides.seq_len to {blocks.seq_len}"
+            f"model: it has {model.max_seq_len} positions, the blocks of {blocks.run.folder} "
+            f"{blocks.seq_len}; set model.config_overrides.seq_len to {blocks.seq_len}"
         )
     if model.final_proj.output_dim < blocks.vocab_size:
         raise UserError(
-            f"model: it has {model.final_proj.output_dim} ids, the vocabulary of {blocks.run.folder} "
-            f"{blocks.vocab_size}; set model.config_overrides.vocab_size to {blocks.vocab_size}"
+            f"model: it has {model.final_proj.output_dim} ids, the vocabulary of "
+            f"{blocks.run.folder} {blocks.vocab_size}; set model.config_overrides.vocab_size to "
+            f"{blocks.vocab_size}"
         )
 
 
 class PretrainUnit(TrainUnit[PackedBlocks]):
-    """The objective's loss, computed inside the model's forward pass: sharded, it has its head only
-    there.
+    """The objective's loss, computed inside the model's forward pass: with sharded weights, the
+    head exists only there.
 
     Args:
         wrapped: the model under fairseq2's data parallelism.
@@ -207,6 +206,7 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
             metric_bag.add(f"nll_loss_{modality}", Mean())
 
     def process_batch(self, batch: PackedBlocks, metric_bag: MetricBag) -> tuple[Tensor, None]:
+        # The trainer's model calls this on its last hidden states.
         def loss(hidden_ND: Tensor, targets: Tensor, **_: Any) -> Any:
             return self._objective.loss(
                 hidden_ND[None], self._model.final_proj, batch.batch, z_loss=self._z_loss
@@ -215,6 +215,7 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
         self._model.compute_fused_loss = loss
         ids_N, layout = batch.as_input()
         mean, figures = self._wrapped(ids_N, layout, targets=batch.batch.target_BT[0])
+
         with torch.inference_mode():
             metric_bag.get("nll_loss", Mean).update(mean.detach(), weight=batch.weight)
             for modality in MODALITIES:
@@ -227,6 +228,7 @@ class PretrainUnit(TrainUnit[PackedBlocks]):
 
 
 def _new_schedule(resolver: DependencyResolver, config: ScheduleConfig) -> LRScheduler:
+    """fairseq2's scheduler by our learning rate, as a share of the peak."""
     steps = resolver.resolve(RegimeSection).num_steps
     if steps is None:
         raise UserError(f"regime.num_steps is missing; lr_scheduler.name={FAMILY} needs it")
@@ -243,24 +245,24 @@ def _new_schedule(resolver: DependencyResolver, config: ScheduleConfig) -> LRSch
 
 
 class ScheduleLR(LambdaLR, LRScheduler):
-    """A LambdaLR that is also of torch's former base class, by which fairseq2 knows its
+    """A LambdaLR that also derives from torch's former base class, by which fairseq2 recognises
     schedulers."""
 
 
 def _say(error: Exception) -> int:
-    """A user's mistake as one sentence; the exit code."""
+    """Log a user's mistake as one sentence; return the exit code."""
     log.error("{}", error)
     return 2
 
 
-# ------------------------------------------------------------------------------------------------ from an experiment
+# --------------------------------------------------------------------------- from an experiment
 
 
 def recipe_of(run: RunFolder) -> PretrainConfig:
-    """The recipe that trains as a run's own pretraining does, on one process.
+    """The recipe that trains on one process as a run's own pretraining does.
 
     Raises:
-        UserError: for a training that fairseq2's trainer has no counterpart of.
+        UserError: for a training that fairseq2's trainer cannot do.
     """
     training, model = run.experiment.training, run.experiment.model.config
     for name, asked in (
@@ -274,6 +276,7 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
             raise UserError(
                 f"training.{name} is {getattr(training, name)}, which fairseq2's trainer cannot do"
             )
+
     batch_size = training.blocks(run.seq_len)
     bf16 = uses_bf16(best_device(), training.precision)
     shape = {
@@ -331,10 +334,11 @@ def recipe_of(run: RunFolder) -> PretrainConfig:
 
 
 def _undecayed(words: Sequence[str], layers: int) -> list[AdamWGroupConfig]:
-    """The group of the matrices that do not decay: by fairseq2's names of those that have one of
-    the words in ours."""
+    """The group of matrices without weight decay: by fairseq2's names, all those whose names in our
+    model contain one of the words."""
     if not words:
         return []
+    # The smallest model with that many layers has all names; marks are renamed with its weights.
     smallest = Transformer(
         Transformer.Config(layers=layers, width=1, head_size=1, seq_len=1), vocab_size=1
     )

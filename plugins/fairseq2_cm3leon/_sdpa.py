@@ -1,4 +1,4 @@
-"""Attention at fairseq2's plug point: by xformers, or by a pass of our cache."""
+"""Attention where fairseq2 lets it be replaced: by xformers, or by a pass of our cache."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from cm3leon.registry import ATTENTIONS
 
 
 class XformersSDPA(SDPA):
-    """xformers' memory_efficient_attention on CUDA; elsewhere, and for what it does not have,
+    """xformers' memory_efficient_attention on CUDA; elsewhere, and for anything that it cannot do,
     fairseq2's TorchSDPA.
 
-    Why it fell back is logged once. All sequences become one row with a block-diagonal mask: those
-    of a packed batch as they lie, those of a padded batch each with its padding as a sequence of
-    its own.
+    The reason for falling back is logged once. All sequences become one row with a block-diagonal
+    mask: those of a packed batch as they lie, those of a padded batch each followed by its padding
+    as a sequence of its own.
 
         seq_lens [2, 1] of a padded batch of width 3        seq_lens [2, 1] of a packed batch of width 4
             a b .   ->   a b | . | c | . .                      a b c .   ->   a b | c | .
             c . .
 
     Args:
-        bias: what may be attended to.
-        dropout_p: of the shares of attention, in training.
-        scale: of the scores; None = 1/sqrt(K).
+        bias: which keys each query may attend to.
+        dropout_p: dropout of the attention weights, in training.
+        scale: factor of the scores; None = 1/sqrt(K).
     """
 
     def __init__(
@@ -61,21 +61,20 @@ class XformersSDPA(SDPA):
         *,
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Values attended to, of q's shape: (N, S, H, K) of a padded batch, (S, H, K) of a packed
-        one.
+        """Attend: values in the shape of q, (N, S, H, K) for a padded batch or (S, H, K) for a
+        packed one.
 
         Raises:
-            NotSupportedError: where weights are asked for, which neither xformers nor TorchSDPA
-                gives.
+            NotSupportedError: if attention weights are asked for, which neither xformers nor
+                TorchSDPA returns.
         """
-        reason = (
-            "it gives no weights of attention"
-            if needs_weights
-            else self._why_not(q, q_layout, k_layout)
-        )
+        reason = "it gives no weights of attention"
+        if not needs_weights:
+            reason = self._why_not(q, q_layout, k_layout)
         if reason:
             _log_fallback(reason)
             return self._fall_back(q, q_layout, k, k_layout, v, bias_cache, needs_weights)
+
         from xformers.ops import memory_efficient_attention
 
         device = q.device.type
@@ -90,7 +89,7 @@ class XformersSDPA(SDPA):
         return attended.view(*q.shape[:-1], v.shape[-1]), None
 
     def _why_not(self, q: Tensor, q_layout: BatchLayout, k_layout: BatchLayout) -> str:
-        """Why xformers cannot do it, "" if it can."""
+        """Why xformers cannot be used; "" if it can."""
         if missing := ATTENTIONS.get("xformers").missing(q.device):
             return f"it lacks {missing}"
         if q.dtype == torch.float64:
@@ -115,8 +114,8 @@ class XformersSDPA(SDPA):
         bias_cache: AttentionBiasCache,
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """By TorchSDPA; a packed batch sequence by sequence, since its mask there has a row for
-        every position."""
+        """Attend by TorchSDPA. A packed batch is computed sequence by sequence, since its mask
+        would have a row for every position."""
         if not q_layout.packed or q_layout is not k_layout or needs_weights:
             return self._torch(q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights)
         lengths = _lengths(q_layout)
@@ -133,7 +132,7 @@ class XformersSDPA(SDPA):
     def _mask(
         self, q_layout: BatchLayout, k_layout: BatchLayout, bias_cache: AttentionBiasCache
     ) -> Any:
-        """xformers' bias, made once for all layers of a pass."""
+        """The bias for xformers, made once for all layers of a pass."""
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
         mask = bias_cache.maybe_get(self.bias, "xformers", BlockDiagonalMask)
@@ -147,10 +146,9 @@ class XformersSDPA(SDPA):
 
 
 def xformers_mask(bias: AttentionBias, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Any:
-    """The block-diagonal mask of xformers that says what `bias` says of each sequence.
+    """The block-diagonal mask of xformers that allows what `bias` allows within each sequence.
 
-    Where there are more keys than queries, the last query is as late as the last key, as fairseq2
-    has it.
+    If there are more keys than queries, the last query stands at the last key, as in fairseq2.
     """
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -165,7 +163,7 @@ def xformers_mask(bias: AttentionBias, q_lengths: Sequence[int], k_lengths: Sequ
 
 
 def _lengths(layout: BatchLayout) -> list[int]:
-    """Lengths of the sequences of a batch in the order of memory, its padding being sequences
+    """The lengths of a batch's sequences in the order of memory; padding counts as sequences,
     too."""
     if layout.packed:
         padding = layout.width - sum(layout.seq_lens)
@@ -175,32 +173,33 @@ def _lengths(layout: BatchLayout) -> list[int]:
 
 
 def _is_padded(layout: BatchLayout) -> list[bool]:
-    """Whether there is padding behind each row, a packed batch being one."""
+    """Whether there is padding behind each row; a packed batch is one row."""
     ends = [sum(layout.seq_lens)] if layout.packed else layout.seq_lens
     return [end < layout.width for end in ends]
 
 
 @cache
 def _log_fallback(reason: str) -> None:
+    """Log once that xformers is not used."""
     log.info("Attention is computed by TorchSDPA, not by xformers: {}.", reason)
 
 
 SDPAS = {"auto": XformersSDPA, "sdpa": TorchSDPA, "naive": NaiveSDPA}
-"""What makes the attention of a layer, by the name of `model.attention`."""
+"""The factory of a layer's attention, by the value of `model.attention`."""
 
 
 class Pass:
-    """Stands where a BatchLayout does in a pass whose attention is done by our cache."""
+    """Takes the place of a BatchLayout in a pass in which our cache computes the attention."""
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend
 
 
 class Packed:
-    """Stands where a BatchLayout does in a training whose attention is done by a backend of ours.
+    """Takes the place of a BatchLayout in training with one of our attention backends.
 
-    Where samples begin is a tensor in its plan, so that one compiled graph is for every packing;
-    fairseq2's layouts have Python's numbers.
+    The positions at which samples begin are a tensor in its plan, so that one compiled graph serves
+    every packing; in fairseq2's layouts they are Python's numbers.
     """
 
     def __init__(self, attention: Attention, plan: Any) -> None:
@@ -208,7 +207,7 @@ class Packed:
 
 
 class CacheableSDPA(SDPA):
-    """Attention of one layer: by what stands in the place of the layout, or by another SDPA."""
+    """Attention of one layer: by whatever takes the place of the layout, or by another SDPA."""
 
     def __init__(self, layer: int, sdpa: SDPA) -> None:
         super().__init__()

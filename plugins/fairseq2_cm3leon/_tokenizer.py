@@ -1,4 +1,4 @@
-"""Our text tokenizer behind fairseq2's interface: ids are those of the common vocabulary of text
+"""Our text tokenizer behind fairseq2's interface. Ids are those of the common vocabulary of text
 and images."""
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MODES = {
     "text_to_image": ("<eos>", "<break>"),
     "as_is": ("", ""),
 }
-"""Mode of an encoder -> what stands before the text and after it."""
+"""What an encoder puts before and after the text, by its mode."""
 
 
 @dataclass(kw_only=True)
 class VocabConfig:
-    """Sizes of the ranges of the common vocabulary, those of the run that the tokenizer is of."""
+    """Sizes of the ranges of the common vocabulary, as in the tokenizer's run."""
 
     text_size: PositiveInt = 56_320
     """Text ids, the four special tokens included."""
@@ -41,10 +41,11 @@ class VocabConfig:
 
 
 def load_tokenizer(path: Path, config: VocabConfig) -> TextTokenizerAdapter:
-    """The tokenizer of a folder with `tokenizer.json`.
+    """Load the tokenizer of a folder with `tokenizer.json`.
 
     Raises:
-        UserError: for a file that is missing, damaged, or has more pieces than there are text ids.
+        UserError: for a file that is missing or damaged, or has more pieces than there are text
+            ids.
     """
     config = from_mapping(VocabConfig, vars(config), "tokenizer")
     vocab = Vocab(config.text_size, config.image_size, config.sentinels)
@@ -55,7 +56,7 @@ def load_tokenizer(path: Path, config: VocabConfig) -> TextTokenizerAdapter:
 
 
 class TextTokenizerAdapter(Tokenizer):
-    """Encodes text as it stands in our documents: `<eos> text <eos>`, or a part of that by the
+    """Encodes text as it stands in our documents, `<eos> text <eos>`, or a part of that by the
     encoder's mode."""
 
     def __init__(self, text: TextTokenizer, vocab: Vocab) -> None:
@@ -71,17 +72,16 @@ class TextTokenizerAdapter(Tokenizer):
         device: torch.device | None = None,
         pin_memory: bool = False,
     ) -> TokenEncoder:
-        """An encoder. `mode` None is a document of one text, `prompt` its beginning,
-        `text_to_image` the beginning of a document whose image is to come next, `as_is` the text
-        alone.
+        """Create an encoder. Mode None is a document of one text, `prompt` its beginning,
+        `text_to_image` the beginning of a document whose image follows, and `as_is` the text alone.
 
         Raises:
-            UserError: for another mode, or a task or language, of which there are none.
+            UserError: for another mode, and for any task or language.
         """
         if mode not in MODES or task or lang:
             raise UserError(
-                f"the tokenizer cm3leon has the modes {', '.join(filter(None, MODES))}, no tasks and no languages; "
-                f"asked for were mode={mode}, task={task}, lang={lang}"
+                f"the tokenizer cm3leon has the modes {', '.join(filter(None, MODES))}, no tasks "
+                f"and no languages; asked for were mode={mode}, task={task}, lang={lang}"
             )
         return _Encoder(self.text, *MODES[mode], device=device, pin_memory=pin_memory)
 
@@ -91,12 +91,13 @@ class TextTokenizerAdapter(Tokenizer):
         return self.create_encoder(mode="as_is", device=device, pin_memory=pin_memory)
 
     def create_decoder(self, *, skip_special_tokens: bool = False) -> TokenDecoder:
-        """A decoder of text; image codes are left out, and special tokens too if asked for."""
+        """Create a decoder of text. Image codes are left out, and special tokens if asked for."""
         return _Decoder(self.text, skip_special_tokens)
 
     @property
     def vocab_info(self) -> VocabularyInfo:
-        """`size` is that of the whole vocabulary; `<eos>` opens a sequence too."""
+        """Sizes and special ids; `<eos>` also opens a sequence, and `size` is the whole
+        vocabulary's."""
         vocab = self.vocab
         return VocabularyInfo(
             vocab.size, unk_idx=None, bos_idx=vocab.eos, eos_idx=vocab.eos, pad_idx=vocab.pad
@@ -152,6 +153,8 @@ class _Decoder(TokenDecoder):
         ids = token_indices.tolist()
         if self._skip:
             return self._text.decode(ids)
+
+        # Special tokens stand as they are between runs of text.
         special = range(len(SPECIALS))
         return "".join(
             "".join(SPECIALS[i] for i in run) if is_special else self._text.decode(list(run))

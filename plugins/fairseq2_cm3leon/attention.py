@@ -1,4 +1,4 @@
-"""xformers as fairseq2's attention, for its users."""
+"""xformers' attention for users of fairseq2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from cm3leon.plugins.fairseq2_cm3leon import guard
 
 
 def use_xformers() -> None:
-    """Gives models of fairseq2 that are made from now on xformers' attention, where it runs; see
-    `XformersSDPA`.
+    """Let models of fairseq2 that are created from now on use xformers' attention wherever it runs,
+    see `XformersSDPA`.
 
     Raises:
-        UserError: where fairseq2 cannot be used.
+        UserError: if fairseq2 cannot be used.
     """
     guard.load()
     from fairseq2.models.transformer import set_default_sdpa_factory

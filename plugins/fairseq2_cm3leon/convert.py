@@ -26,11 +26,11 @@ INNER = {
     "up": ("ffn.inner_proj",),
     "down": ("ffn.output_proj",),
 }
-"""A matrix of our block, and fairseq2's that its rows are split into."""
+"""A matrix of our layers, and those of fairseq2 that its rows are split into."""
 
 
 def to_fairseq2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the decoder under the names of a TransformerLM; `from_fairseq2` is the inverse."""
+    """Rename the model's weights as in a TransformerLM; `from_fairseq2` is the inverse."""
     theirs = {name: state[ours] for ours, name in OUTER.items()}
     positions_TD = state[POSITIONS[0]]
     theirs[POSITIONS[1]] = torch.cat(
@@ -47,8 +47,8 @@ def to_fairseq2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_fairseq2(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a TransformerLM under the decoder's names; the position table's row for padding is
-    left out."""
+    """Rename the weights of a TransformerLM as in our model; the position table's row for padding
+    is left out."""
     state = {ours: theirs[name] for ours, name in OUTER.items()}
     state[POSITIONS[0]] = theirs[POSITIONS[1]][1:].clone()
     for layer in range(_layers(theirs, r"decoder\.layers\.(\d+)\.")):
@@ -61,4 +61,5 @@ def from_fairseq2(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layers(state: Mapping[str, Tensor], pattern: str) -> int:
+    """The number of layers, by the names of the weights."""
     return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))

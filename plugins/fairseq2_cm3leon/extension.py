@@ -7,7 +7,7 @@
     init_fairseq2()
     model = get_cm3leon_model_hub().load_model(asset_card("runs/corpus"))
 
-Nothing is imported here before it is asked for: fairseq2 calls `register` in every process, whoever
+Nothing else is imported until it is needed: fairseq2 calls `register` in every process, whoever
 uses it.
 """
 
@@ -18,15 +18,15 @@ from typing import Any
 
 
 def register(container: Any) -> None:
-    """Registers the families `cm3leon` of models, tokenizers and datasets with fairseq2."""
+    """Register the families `cm3leon` of models, tokenizers and datasets with fairseq2."""
     from cm3leon.plugins.fairseq2_cm3leon._families import register_families
 
     register_families(container)
 
 
 def get_cm3leon_model_hub() -> Any:
-    """fairseq2's hub of our decoders: their architectures, new models of them, and trained ones by
-    their cards."""
+    """fairseq2's hub of our models: their architectures, new models, and trained ones by their
+    cards."""
     from cm3leon.plugins.fairseq2_cm3leon._families import model_hub
 
     return model_hub()
@@ -47,8 +47,8 @@ def get_cm3leon_dataset_hub() -> Any:
 
 
 def asset_card(run: str | Path) -> Any:
-    """The card by which fairseq2 loads a run's model, text tokenizer and training data, whichever
-    it has.
+    """The card by which fairseq2 loads those of a run's model, text tokenizer and training data
+    that exist.
 
     Raises:
         UserError: for a folder that is no run, or whose model is not of this family.

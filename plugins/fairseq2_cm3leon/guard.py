@@ -1,8 +1,8 @@
-"""fairseq2 is imported here, or refused in a sentence.
+"""Imports fairseq2, or refuses to with a sentence.
 
-Its native part, fairseq2n, is built for one version of torch. With another one fairseq2's own check
-refuses only where the CUDA versions differ too; what it lets through may end the process in the
-data pipeline, without a traceback.
+Its native part, fairseq2n, is built for one version of torch. With another version, fairseq2's own
+check refuses only if the CUDA versions differ too; anything else may end the process in the data
+pipeline, without a traceback.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ INSTALL = "pip install 'cm3leon[cluster]'"
 
 def missing(running: str | None = None) -> str:
     """What keeps fairseq2 from being used, in a few words; "" if nothing does. Nothing of it is
-    loaded.
+    imported.
 
     Args:
-        running: version of torch; None = this one's.
+        running: version of torch; None = the installed one.
     """
     for package in ("fairseq2", "fairseq2n", "soundfile"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} ({INSTALL})"
     running, built_for = running or str(torch.__version__), torch_of_fairseq2n()
     if _base(built_for) != _base(running):
-        return f"a fairseq2n built for torch {running}: the one installed was built for {built_for} ({INSTALL})"
+        return (
+            f"a fairseq2n built for torch {running}: the one installed was built for {built_for} "
+            f"({INSTALL})"
+        )
     return ""
 
 
 def torch_of_fairseq2n() -> str:
-    """Version of torch that fairseq2n was built for, from its table of constants; its package is
-    not imported."""
+    """The version of torch that fairseq2n was built for, from its file of constants; the package
+    itself is not imported."""
     package = importlib.util.find_spec("fairseq2n")
     assert package is not None
     assert package.submodule_search_locations
@@ -52,19 +55,19 @@ def torch_of_fairseq2n() -> str:
 
 
 def _base(version: str) -> str:
-    """Without the label of the build: 2.9.1 of 2.9.1+cu128."""
+    """A version without the label of its build: 2.9.1 for 2.9.1+cu128."""
     return version.partition("+")[0]
 
 
 def load(what: str = "this") -> ModuleType:
-    """fairseq2, imported; its recipes will not log the environment's variables, which may hold
+    """Import fairseq2. Its recipes will not log the environment's variables, which may hold
     secrets.
 
     Args:
-        what: needs it, as the refusal names it.
+        what: what needs it, for the refusal.
 
     Raises:
-        UserError: where it cannot be used.
+        UserError: if it cannot be used.
     """
     if lacking := missing():
         raise UserError(f"{what} lacks {lacking}")
@@ -77,4 +80,4 @@ def load(what: str = "this") -> ModuleType:
 
 
 def _log_nothing(helper: Any) -> None:
-    """In the place of the line that lists every variable with its value."""
+    """Takes the place of the function that lists every variable with its value."""

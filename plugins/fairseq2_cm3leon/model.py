@@ -1,4 +1,4 @@
-"""The decoder built of fairseq2's modules, as a component: `model.name=fairseq2_cm3leon`."""
+"""The model built from fairseq2's modules, as a component: `model.name=fairseq2_cm3leon`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ ATTENTION = ("auto", "sdpa", "naive")
 
 @MODELS.register("fairseq2_cm3leon")
 class Fairseq2Transformer(Model):
-    """fairseq2's TransformerLM with the decoder's shape, weights and numbers; needs the extra
-    `cluster`.
+    """fairseq2's TransformerLM with the shape and numbers of `cm3leon`; needs the extra `cluster`.
 
     Its weights are named as in a TransformerLM; `convert.py` gives them the names of
     `model=cm3leon`, and back. From the same seed both begin with the same weights.
@@ -31,11 +30,11 @@ class Fairseq2Transformer(Model):
 
     @dataclass(kw_only=True)
     class Config(Transformer.Config):
-        """The shape is that of `cm3leon`."""
+        """The shape, which is that of `cm3leon`, and the attention."""
 
         attention: str = "auto"
-        """Attention in training: auto (what `cm3leon` takes), or fairseq2's own, sdpa (torch's) and
-        naive."""
+        """Attention in training: auto (as in `cm3leon`), or one of fairseq2's own: sdpa (torch's)
+        or naive."""
 
         def check(self) -> None:
             if self.attention not in ATTENTION:
@@ -58,7 +57,7 @@ class Fairseq2Transformer(Model):
         model = create_transformer_lm(config, vocab_size, SDPAS[config.attention])
         for layer, block in enumerate(model.decoder.layers):
             block.self_attn.sdpa = CacheableSDPA(layer, block.self_attn.sdpa)
-        # The parts, not the whole: so the names of the weights are those of a TransformerLM.
+        # The parts are kept rather than the whole, so that weights are named as in a TransformerLM.
         self.decoder_frontend, self.decoder, self.final_proj = (
             model.decoder_frontend,
             model.decoder,
@@ -91,12 +90,13 @@ class Fairseq2Transformer(Model):
 
         if position_BT is None:
             position_BT = self.default_positions(ids_BT)
-        # By the encoder's table, past its forward pass, which takes positions from lengths only:
-        # those of a cache, or
-        # of a document that goes on from another block, begin elsewhere. Its first row is for
-        # padding.
+
+        # The encoder's table is read directly. Its forward pass derives positions from lengths, but
+        # in a cache, or in a document that continues from another block, they begin elsewhere. Row
+        # 0 is for padding.
         place_BTD = F.embedding(position_BT + 1, self.decoder_frontend.pos_encoder.weight)
         x_BTD = self.embedding(ids_BT) + place_BTD
+
         if attend:
             return self.decoder(x_BTD, Pass(attend))
         if self.config.attention == "auto":
