@@ -1,5 +1,5 @@
-"""Min-p sampling (Nguyen et al. 2024, arXiv 2407.01082): the surer the model is, the fewer tokens
-are drawn from."""
+"""Min-p sampling (Nguyen et al. 2024, arXiv 2407.01082): the surer the model, the fewer tokens are
+drawn from."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cm3leon.registry import DECODERS
 
 @DECODERS.register("min_p")
 class MinP(Decoder):
-    """Sample among the tokens that are not much less likely than the most likely one.
+    """Samples among the tokens that are not much less likely than the most likely one.
 
     Of the probabilities 0.6, 0.3, 0.07 and 0.03, min_p = 0.1 keeps the first three.
     """
 
     @dataclass(kw_only=True)
     class Config:
-        """How unlikely a token may be; 0.05 to 0.1 are usual."""
+        """0.05 to 0.1 are usual."""
 
         min_p: Probability = 0.1
-        """A token is kept if its probability is at least this share of the largest; 1 is greedy
+        """A token stays if its probability is at least this share of the largest; 1 is greedy
         decoding."""
         temperature: PositiveFloat = 1.0
-        """Divides the logits before the probabilities are compared."""
+        """Divides the logits before."""
 
     config: Config
 
