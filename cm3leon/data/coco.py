@@ -115,6 +115,7 @@ class CocoSource(FileSource):
             annotations = annotations[:1]
 
         for annotation in annotations:
+            # An annotation may be skipped while the others of its image are used.
             id_ = f"{corpus.name}/{entry['id']}-{annotation.get('id')}"
             try:
                 caption = caption_text(

@@ -223,6 +223,7 @@ def interleaved(
         raise BadRecord("segments is not a list")
     result: list[str | Callable[[], bytes]] = []
     for number, segment in enumerate(segments):
+        # A segment is either a text or the name of an image, never both.
         text, name = None, None
         if isinstance(segment, dict):
             text, name = segment.get("text"), segment.get("image")

@@ -175,6 +175,7 @@ class FolderSource(FileSource):
                 f"no caption: neither {PurePosixPath(beside).name!a} nor a line of "
                 f"{', '.join(folder.tables) or TABLES[0]}"
             )
+        # 1.jpg and 1.png would both be described by 1.txt.
         if folder.sharing[_stem(name)] > 1:
             raise ValueError(
                 f"several images share {PurePosixPath(text).name!a}; name them in {TABLES[0]}"

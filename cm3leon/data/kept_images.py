@@ -42,6 +42,7 @@ def keeping(path: Path, *, size: int, limit: int) -> Iterator[Keep]:
     file if it would be longer than `limit` bytes, or if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The file has another name until it is complete.
     partial = partial_name(path)
     schema = pa.schema(
         {

@@ -203,6 +203,7 @@ class ParquetSource(FileSource):
     def _columns(self, schema: pa.Schema) -> _Columns:
         """Find the columns of a file. Raises BadRecord if one is missing or ambiguous."""
         config = self.config
+        # Columns named in the settings must be there.
         asked_for = {
             "image_column": config.image_column,
             "caption_column": config.caption_column,
@@ -215,6 +216,7 @@ class ParquetSource(FileSource):
                     f"{', '.join(schema.names)}"
                 )
 
+        # All others are found by their usual names.
         image = config.image_column or _image_column(schema)
         caption = config.caption_column or _caption_column(schema)
         for name, what in ((image, "image"), (caption, "caption")):
@@ -226,6 +228,7 @@ class ParquetSource(FileSource):
         assert image is not None
         assert caption is not None
 
+        # Their types must fit what they are read as.
         kind = _image_kind(schema.field(image).type)
         if not kind:
             raise BadRecord(

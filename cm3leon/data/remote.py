@@ -217,6 +217,7 @@ def _sentence(path: str, where: str, error: Exception) -> str:
     shown = masked(path)
     names = {cls.__name__ for cls in _library_classes(error)}
 
+    # What the user can do depends on the cause: no credentials, no right, or no connection.
     if names & _NO_CREDENTIALS:
         return (
             f"{where}: {shown} cannot be opened without credentials ({reason}); set "

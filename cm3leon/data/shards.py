@@ -215,6 +215,7 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     except FileExistsError:
         there = read_plan(folder)
         wanted = json.loads(text)
+        # Another worker wrote the same plan, or the folder belongs to another run.
         for key in sorted({*there, *wanted}):
             if there.get(key) != wanted.get(key):
                 raise UserError(

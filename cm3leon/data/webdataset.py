@@ -193,6 +193,7 @@ class WebDatasetSource(FileSource):
         elif found := find_text(described, config.text_key):
             caption = page_text(first_text(found.value), "the caption")
         else:
+            # A caption under an unknown name is reported as such.
             check_unread(described, None, Found("", image), config)
             raise BadRecord(
                 f"no caption: the key has only {_shown(members)}; "

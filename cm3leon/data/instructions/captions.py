@@ -58,6 +58,7 @@ class KarpathySource(InstructionSource):
                 f"{', '.join(sorted(there))}"
             )
 
+        # An image without sentences still has an entry, which is then skipped with a reason.
         entries: list[Any] = []
         for image in of_split:
             for number, sentence in enumerate(image.get("sentences") or [None]):

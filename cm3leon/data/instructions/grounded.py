@@ -120,6 +120,7 @@ class CocoBoxesSource(_Boxes):
             if isinstance(category, Mapping) and isinstance(category.get("name"), str):
                 names[id_key(category.get("id"))] = category["name"].lower()
 
+        # A box around a crowd says nothing about a single object.
         boxes: dict[Any, list[tuple[Any, Any]]] = {}
         for annotation in listed(content, "annotations", path, what):
             if isinstance(annotation, Mapping) and not annotation.get("iscrowd"):
@@ -128,6 +129,7 @@ class CocoBoxesSource(_Boxes):
                     (name, annotation.get("bbox"))
                 )
 
+        # The first caption of an image describes it, if captions are given.
         captions: dict[Any, str] = {}
         if self.config.captions:
             where = f"data.captions: {self.config.captions}"
@@ -155,6 +157,7 @@ class CocoBoxesSource(_Boxes):
         for name, box in boxes:
             is_box = isinstance(box, list) and len(box) == 4
             if name and is_box and all(isinstance(x, (int, float)) for x in box):
+                # COCO gives boxes in pixels, by their upper left corner and size.
                 x, y, w, h = box
                 inside = centred(
                     (x / width, y / height, (x + w) / width, (y + h) / height), width, height
@@ -204,6 +207,7 @@ class OpenImagesBoxesSource(_Boxes):
                 "CSV, such as train-annotations-bbox.csv"
             )
 
+        # Boxes are gathered by image; a box around a group says nothing about a single object.
         images: dict[str, list[tuple[str, list[str]]]] = {}
         for row in rows:
             entry = dict(zip(header, row, strict=False))

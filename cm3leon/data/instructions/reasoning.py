@@ -62,6 +62,7 @@ class ScienceQaSource(InstructionSource):
 
         question = self.words(problem.get("question"), "the question")
         image = self.image(f"{self.config.split}/{id_}/{problem['image']}")
+        # Not every problem has a solution; the lecture then explains its subject.
         explanation = str(problem.get("solution") or problem.get("lecture") or "").strip()
         context = str(problem.get("hint") or "")
         slots = reasoning_slots(question, context, choices, number, explanation)

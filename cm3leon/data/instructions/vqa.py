@@ -62,6 +62,7 @@ class VqaSource(InstructionSource):
         annotations = listed(
             read_json(files, "data.annotations"), "annotations", path, "the annotations JSON"
         )
+        # Both files refer to a question by its id, which may be written as a number or a string.
         by_question = {
             id_key(entry.get("question_id")): entry
             for entry in annotations
@@ -69,6 +70,7 @@ class VqaSource(InstructionSource):
         }
 
         ids = [id_key(entry.get("question_id")) for entry in questions]
+        # Files of different splits share no question, which is a mistake in the config.
         if ids and not any(id_ in by_question for id_ in ids):
             raise UserError(
                 f"{path} answers none of the questions of {self.config.path}; give those of the "

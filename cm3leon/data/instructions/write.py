@@ -75,8 +75,9 @@ class OcrSource(InstructionSource):
             return False
         if word.get("legibility", "legible") != "legible":
             return False
-        is_box = isinstance(box, list) and len(box) == 4
-        return is_box and box[3] >= self.config.least_height * height
+        if not isinstance(box, list) or len(box) != 4:
+            return False
+        return bool(box[3] >= self.config.least_height * height)
 
 
 def in_reading_order(words: list[tuple[list[float], str]]) -> list[str]:
