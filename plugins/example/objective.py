@@ -1,8 +1,8 @@
 """Fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255): the middle of a document is learned
 last.
 
-The sample `<eos> a red dog <break> I7 I2 I9 I4 <eos>` with the middle "dog <break> I7" becomes, with
-the prefix or the suffix first,
+With the middle "dog <break> I7", and the prefix or the suffix first, the sample
+`<eos> a red dog <break> I7 I2 I9 I4 <eos>` becomes
 
     <eos> <mask:0> a red <mask:1> I2 I9 I4 <mask:2> dog <break> I7 <eos>
     <eos> <mask:0> <mask:1> I2 I9 I4 <mask:2> a red dog <break> I7 <eos>
@@ -22,7 +22,7 @@ from cm3leon.tokenizers.vocab import Vocab
 from cm3leon.types import UserError
 
 PREFIX, SUFFIX, MIDDLE = 0, 1, 2
-"""Indices of the sentinels that open the three parts; the last part ends with the sample's <eos>."""
+"""The sentinels that open the three parts; the last part ends with the sample's <eos>."""
 EXTRA = 3
 """Number of tokens that the objective adds to a sample."""
 

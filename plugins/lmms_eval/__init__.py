@@ -6,8 +6,8 @@ by its entry point.
 
 A finished run answers questions about one image each, or scores candidates for their answers.
 
-With a folder for images, it draws images for texts and edits images as instructions say; lmms-eval's
-tasks of generation and editing score these:
+With a folder for images, it draws images for texts and edits images as instructions say, which
+lmms-eval's tasks of generation and editing score:
 
     python -m lmms_eval --model cm3leon --tasks gedit_bench \\
         --model_args pretrained=runs/sft_7b,images=drawn
@@ -41,8 +41,8 @@ def manifest() -> Any:
 
 
 class CM3LeonModel(Base):
-    """A run under lmms-eval. `--model_args` takes `pretrained`, the run folder, and the arguments of
-    `CM3Leon.load`.
+    """A run under lmms-eval. `--model_args` takes `pretrained`, the run folder, and the arguments
+    of `CM3Leon.load`.
 
     `plugins` are separated by colons. `images` is a folder: requests are then answered by images
     written into it, drawn for a text alone, or edited if the request has an image. Of each

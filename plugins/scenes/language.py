@@ -297,7 +297,7 @@ def reasoning(scene: Scene, rng: Random) -> Reasoning | None:
 
 
 def edits(scene: Scene, world: World, rng: Random) -> list[Edit]:
-    """One edit of each kind that the scene allows; each names a thing by words that fit it alone."""
+    """One edit of each kind that a scene allows, each of a thing that its words fit alone."""
     named = [
         (name, scene.things.index(thing))
         for name, thing in _alone(scene, short_name)

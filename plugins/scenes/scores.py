@@ -54,7 +54,7 @@ _NAMED = re.compile(
 
 
 def things_named(text: str) -> Counter[tuple[str, str]]:
-    """Count the (colour, shape) of the shapes that a text names; "two red circles" counts as two."""
+    """Count the (colour, shape) of the shapes that a text names: "two red circles" are two."""
     result: Counter[tuple[str, str]] = Counter()
     for number, colour, shape in _NAMED.findall(text.lower()):
         # The number is an article, or missing, for a single thing.

@@ -1,8 +1,8 @@
 """What scenes hold, and how one is drawn from a seed.
 
-    top left      top       top right         A scene has a background and up to nine things, each at
-    left          center    right             one of nine places and shifted a little there. Later
-    bottom left   bottom    bottom right      things are nearer, and may hide a part of earlier ones.
+    top left      top       top right       A scene has a background and up to nine things, each
+    left          center    right           at one of nine places and shifted a little there. Later
+    bottom left   bottom    bottom right    things are nearer, and may hide a part of earlier ones.
 
 The numbers of `Random.random` are promised to stay the same in all versions of Python, so a seed
 stands for the same scene everywhere.
