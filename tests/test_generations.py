@@ -17,9 +17,11 @@ from cm3leon.experiment import load_experiment
 from cm3leon.locks import locked
 from cm3leon.records import STAGES
 from cm3leon.stages import sharing
+from cm3leon.stages.differences import differences
 from cm3leon.stages.generations import check_generations, finished_settings
 from cm3leon.stages.opening import open_run
 from cm3leon.stages.run_folder import RunFolder
+from cm3leon.stages.stage import StageRecord
 from cm3leon.stages.table import stages_of
 from cm3leon.stages.training_data import start_digest
 from cm3leon.types import UserError
@@ -236,3 +238,14 @@ def test_workers_are_given_the_experiment_itself(
     ((theirs, part),) = made
     assert theirs.experiment == run.experiment
     assert part == (1, 2)
+
+
+def test_a_setting_that_only_one_record_has_is_a_difference() -> None:
+    """Also one without a value, which is another thing than no setting."""
+    inputs = ({"text": {"size": 1, "fill": None}}, {"text": {"size": 1}, "seed": 0})
+    before, now = (StageRecord("", version=1, inputs=each) for each in inputs)
+    assert differences(before, now) == [
+        "text.fill was null, is not there",
+        "seed was not there, is 0",
+    ]
+    assert differences(before, before) == []

@@ -10,6 +10,8 @@ from cm3leon.stages.stage import StageRecord
 
 DIFFERENCES = 5
 """Most settings that a refusal names."""
+UNSET = object()
+"""In the place of a setting that only the other record has; None is a value."""
 
 
 def differences(before: StageRecord, now: StageRecord) -> list[str]:
@@ -21,12 +23,13 @@ def differences(before: StageRecord, now: StageRecord) -> list[str]:
             "settings"
         ]
     was, is_ = _flat(before.inputs), _flat(now.inputs)
-    keys = [key for key in dict.fromkeys([*was, *is_]) if was.get(key) != is_.get(key)]
+    every = dict.fromkeys([*was, *is_])
+    keys = [key for key in every if was.get(key, UNSET) != is_.get(key, UNSET)]
 
     found = []
     for key in keys[:DIFFERENCES]:
-        before_now = f"was {_short(was.get(key))}, is {_short(is_.get(key))}"
-        found.append(f"{key or 'its input'} {before_now}")
+        was_it, is_it = _short(was.get(key, UNSET)), _short(is_.get(key, UNSET))
+        found.append(f"{key or 'its input'} was {was_it}, is {is_it}")
     if len(keys) > DIFFERENCES:
         found.append(f"{len(keys) - DIFFERENCES} more settings differ")
     if before.version != now.version:
@@ -41,6 +44,8 @@ def changed_parts(before: StageRecord, now: StageRecord) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if value is UNSET:
+        return "not there"
     text = json.dumps(value, ensure_ascii=False)
     if re.fullmatch(r'"[0-9a-f]{64}"', text):  # the start of a checksum is enough
         return text[1:13]
