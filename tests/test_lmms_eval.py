@@ -1,8 +1,13 @@
-"""The plugin for lmms-eval: a local task is measured with a finished run."""
+"""The plugin for lmms-eval: a local task, and two of its own, are measured with a finished run."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +162,108 @@ def test_lmms_eval_measures_a_local_task(
         found["results"]["colours_local"]["exact_match,none"]
         == sum(a == "red" for a in answers) / 4
     )
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Scores the last image that it is sent, 0 to 2, as an OpenAI-compatible judge would."""
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        asked = json.loads(self.rfile.read(length))
+        parts = [each for each in asked["messages"][-1]["content"] if each["type"] == "image_url"]
+        content = base64.b64decode(parts[-1]["image_url"]["url"].partition(",")[2])
+        score = score_of(Image.open(io.BytesIO(content)))
+        text = f"Consistency: {score}\nRealism: {score}\nAesthetic Quality: {score}"
+        choice = {"index": 0, "finish_reason": "stop"}
+        choice["message"] = {"role": "assistant", "content": text}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
+        body = json.dumps({**answer, "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is printed."""
+
+
+def score_of(image: Image.Image) -> int:
+    """From 0 to 2, by the image's pixels."""
+    return int(np.asarray(image.convert("L"), np.int64).sum() % 3)
+
+
+@pytest.fixture
+def judge() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_tasks_of_generation_and_editing_score_what_the_model_draws(
+    run: Path, tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WISE and ImgEdit as lmms-eval has them, on local items and with a local judge."""
+    lmms_eval = pytest.importorskip("lmms_eval", reason="the extra lmms is not installed")
+    datasets = pytest.importorskip("datasets", reason="the extra lmms is not installed")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for task in ("WISE", "IMGEDIT"):
+        monkeypatch.setenv(f"{task}_API_KEY", "none")
+        monkeypatch.setenv(f"{task}_BASE_URL", judge)
+    monkeypatch.setenv("WISE_CALL_DELAY", "0")
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    prompts = ["a red square", "a blue circle", "two rings"]
+    wise = [
+        {
+            "Prompt": text,
+            "prompt_id": number,
+            "Category": "x",
+            "Subcategory": "y",
+            "Explanation": "",
+        }
+        for number, text in enumerate(prompts, 1)
+    ]
+    edits = [
+        {"image": picture(n), "prompt": f"make it {n}", "key": str(n), "edit_type": "adjust"}
+        for n in range(3)
+    ]
+    # Each task is lmms-eval's own file, but for where its items lie.
+    (tmp_path / "tasks").mkdir()
+    published = Path(lmms_eval.__file__).parent / "tasks"
+    for task, rows in (("WISE/WISE", wise), ("imgedit/imgedit", edits)):
+        file = tmp_path / f"{Path(task).name}.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(str(file))
+        local = {
+            "include": str(published / f"{task}.yaml"),
+            "task": f"{Path(task).name}_local",
+            "dataset_path": "parquet",
+            "dataset_kwargs": {"data_files": {"test": str(file)}},
+        }
+        place = tmp_path / "tasks" / f"{Path(task).name}_local.yaml"
+        place.write_text(yaml.safe_dump(local, sort_keys=False))
+    found = simple_evaluate(
+        model="cm3leon",
+        model_args=f"pretrained={run},precision=float32,images={tmp_path / 'drawn'},samples=2",
+        tasks=["WISE_local", "imgedit_local"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        batch_size=1,
+    )
+
+    # The judge gives all three scores alike, so an image's WiScore is half of one of them.
+    model = CM3Leon.load(run, precision="float32")
+    drawn = [model.generate(text, n=2)[0].image for text in prompts]
+    for number, image in enumerate(drawn):
+        written = Image.open(tmp_path / "drawn" / f"WISE_local_{number}.png")
+        assert np.array_equal(np.asarray(written), np.asarray(image))
+    expected = np.mean([score_of(image) for image in drawn]) / 2
+    assert found["results"]["WISE_local"]["WISE_overall_wiscore,none"] == pytest.approx(expected)
+    edited = [model.edit(picture(n), f"make it {n}", n=2)[0].image for n in range(3)]
+    score = found["results"]["imgedit_local"]["imgedit_avg_score,none"]
+    assert score == pytest.approx(np.mean([score_of(image) for image in edited]))
